@@ -1,0 +1,70 @@
+"""Names for exchangeable components: ``name -> "module:attribute"``, imported on first use.
+
+A package writes one table of names. A user's own package adds to it through an entry point
+(``[project.entry-points."radio_distill.teachers"]``), without touching this project.
+"""
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any
+
+from .errors import ConfigError, UnknownNameError
+
+
+def nearest(name: str, known: "list[str] | tuple[str, ...]") -> str:
+    """Return ``(did you mean 'x'?)`` or the list of what is known, for an error message."""
+    close = get_close_matches(name, list(known), n=1, cutoff=0.6)
+    if close:
+        return f"did you mean {close[0]!r}?"
+    return "known: " + ", ".join(sorted(known))
+
+
+class Registry:
+    """A lazy table of one kind of component.
+
+    Args:
+        kind: what it holds, in the singular, as error messages say it (``upsampler``).
+        entries: ``{name: "module:attribute"}``.
+    """
+
+    def __init__(self, kind: str, entries: Mapping[str, str]):
+        self.kind = kind
+        self._entries: dict[str, str] = {}
+        self._plugins_loaded = False
+        for name, target in entries.items():
+            self.add(name, target)
+
+    def add(self, name: str, target: str) -> None:
+        """Register ``module:attribute`` under ``name``; a second registration is an error."""
+        if name in self._entries:
+            raise ConfigError(
+                f"{self.kind} {name!r} is registered twice: as {self._entries[name]} and as "
+                f"{target}; rename one of them"
+            )
+        if ":" not in target:
+            raise ConfigError(f"{self.kind} {name!r}: {target!r} is not of the form module:name")
+        self._entries[name] = target
+
+    def names(self) -> list[str]:
+        """All names, plug-ins included, sorted."""
+        self._load_plugins()
+        return sorted(self._entries)
+
+    def get(self, name: str) -> Any:
+        """Import and return what ``name`` stands for; raises UnknownNameError."""
+        self._load_plugins()
+        if name not in self._entries:
+            raise UnknownNameError(
+                f"unknown {self.kind} {name!r} ({nearest(name, list(self._entries))})"
+            )
+        module, _, attribute = self._entries[name].partition(":")
+        return getattr(import_module(module), attribute)
+
+    def _load_plugins(self) -> None:
+        if self._plugins_loaded:
+            return
+        self._plugins_loaded = True
+        for point in entry_points(group=f"radio_distill.{self.kind}s"):
+            self.add(point.name, point.value)

@@ -1,0 +1,107 @@
+"""The values that cross the boundaries between packages, and the shape legend of the whole project.
+
+Legend
+    B images · H, W pixels · h, w grid cells · C teacher channels · S teacher summary width ·
+    D student width · T summary tokens (one a teacher) · N = h * w.
+
+Feature maps are always ``[B, C, h, w]`` (in ``torch.channels_last`` memory format where a kernel
+cares), images ``[B, 3, H, W]`` RGB in [0, 1]; sizes and grids are ``(height, width)``.
+
+This module imports torch for annotations only, so that the command line answers without it.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Size = tuple[int, int]
+"""(height, width), of pixels or of grid cells."""
+
+
+class Features(NamedTuple):
+    """What an encoder says of a batch of images."""
+
+    summary: "Tensor | None"
+    """``[B, S]``, or None for an encoder without a summary (SAM)."""
+    spatial: "Tensor"
+    """``[B, C, h, w]``: patch tokens only, never class or register tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class ViewOrigin:
+    """Where one view was cut from its source picture: crop first, then flip, then resize."""
+
+    source_size: Size
+    """Height and width of the decoded source, in pixels."""
+    top: int
+    left: int
+    height: int
+    width: int
+    flipped: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ImageBatch:
+    """Images of one size, ready for every encoder (each normalises inside)."""
+
+    pixels: "Tensor"
+    """``[B, 3, H, W]`` float RGB in [0, 1]."""
+    keys: tuple[str, ...]
+    """``shard:member`` of each image, for logs."""
+    origins: tuple[ViewOrigin, ...] = ()
+    valid: "Tensor | None" = None
+    """``[B, H, W]`` bool, False on padding; None when every pixel is real."""
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherSpec:
+    """What must be known of a frozen encoder before it runs."""
+
+    name: str
+    """Name of the teacher in the recipe."""
+    channels: int
+    """C of its spatial features."""
+    summary_channels: int | None
+    """S, or None when it has no summary."""
+    patch_size: int
+    """Pixels a side that one grid cell covers (the stride of a convolutional network)."""
+    native_size: Size
+    """The size it was trained at, in pixels."""
+    max_size: int | None
+    """Longest side it accepts, in pixels; None for any."""
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    fixed_size: bool = False
+    """True when only ``native_size`` is accepted (SAM's absolute canvas)."""
+    weights_hash: str = ""
+    """sha256 of the weights, as a hexadecimal string; empty for random weights."""
+    licence: str = "unknown"
+
+    def grid(self, size: Size) -> Size:
+        """Return the feature grid for an input of ``size`` pixels."""
+        return size[0] // self.patch_size, size[1] // self.patch_size
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """One number of one benchmark."""
+
+    benchmark: str
+    """Name of the benchmark in the registry, for instance ``knn``."""
+    metric: str
+    """Name of the metric, for instance ``top1`` or ``mse/dino``."""
+    value: float
+    unit: str
+    """Unit for people: ``%``, ``px``, ``1``."""
+    higher_is_better: bool
+    group: str
+    """The column of the gain table that this metric belongs to."""
+    num_samples: int
+    """How many pictures (or pairs) the value was measured on."""
+
+    @property
+    def name(self) -> str:
+        """``benchmark/metric``, unique within one evaluation."""
+        return f"{self.benchmark}/{self.metric}"

@@ -1,0 +1,1 @@
+PROJECT = "radio-distill"
