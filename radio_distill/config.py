@@ -116,7 +116,7 @@ class PartitionConfig:
     weight: float = option(1.0, "weight of the partition's mean loss in the step")
     upsample: tuple[str, ...] = option(tuple, "names of the teachers that go through the upsampler here")
     teacher_sizes: dict[str, int] = option(dict, "input side of a teacher in this partition, if not its input_size", "px")
-    ranks: int = option(0, "processes that work on this partition alone; 0 shares them out by cost")
+    ranks: int = option(0, "share of the processes that work on this partition alone, relative to the other partitions; 0 shares them out by cost")
 
 
 @config

@@ -1,1 +1,3 @@
+"""Runs the stages of a recipe on a Slurm cluster, through submitit."""
+
 PROJECT = "radio-distill"

@@ -1,0 +1,119 @@
+"""Does an encoder say the same of one picture at every resolution?
+
+Each picture is encoded at several sizes, the maps are brought to the grid of the smallest, and
+compared position by position. Two numbers come of it:
+
+agreement
+    Mean cosine with the reference size, in %, after the mean of the reference features over *all*
+    pictures is taken off: features of a trained encoder share a large constant part, with which any
+    two positions, related or not, look alike.
+mode switch
+    How far that mean itself moves from the reference size to another, squared, over the variance of
+    the reference features, in %; the largest over the sizes. A shift common to all pictures is what
+    RADIOv2.5 (arXiv 2412.07679) calls mode switching.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..data.folder import load_pictures
+from ..types import Score, Size
+from .harness import Encoder, Picture, encode_pictures
+
+
+@dataclass(frozen=True, slots=True)
+class SizeAgreement:
+    """How the features at one size relate to those at the reference size."""
+
+    size: Size
+    cosine: float
+    """Mean centred cosine, in [-1, 1]."""
+    shift: float
+    """Squared shift of the mean feature over the reference variance."""
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """Agreement of features across resolutions; the first of ``scales`` is the reference."""
+
+    pictures: str
+    size: int
+    scales: tuple[float, ...] = (1.0, 1.5, 2.0, 3.0)
+    batch_size: int = 4
+
+    name: ClassVar[str] = "agreement"
+    sources: ClassVar[dict[str, str]] = {"pictures": "pictures", "size": "size"}
+
+    def run(
+        self,
+        encoder: Encoder,
+        limit: int | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[Score]:
+        """Score ``encoder``; one that takes a single size gets no score."""
+        pictures = [picture for _, picture in load_pictures(self.pictures, limit)]
+        sides = [round(self.size * scale) for scale in self.scales]
+        rows = across_sizes(encoder, pictures, sides, self.batch_size, progress)[1:]
+        if not rows:
+            return []
+        agreement = 100 * sum(row.cosine for row in rows) / len(rows)
+        switch = 100 * max(row.shift for row in rows)
+        return [
+            Score(self.name, "cosine", agreement, "%", True, "Agreement", len(pictures)),
+            Score(self.name, "mode_switch", switch, "%", False, "Agreement", len(pictures)),
+        ]
+
+
+def across_sizes(
+    encoder: Encoder,
+    pictures: Sequence[Picture],
+    sides: Sequence[int],
+    batch_size: int = 4,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[SizeAgreement]:
+    """Compare the features at each distinct size the encoder takes with those at the first.
+
+    Pictures are square crops of ``sides`` pixels. The first row is the reference itself.
+    """
+    sizes = list(dict.fromkeys(encoder.nearest_size((side, side)) for side in sides))
+    total = len(sizes) * len(pictures)
+
+    def maps(index: int) -> list[Tensor]:
+        def report(done: int, _: int) -> None:
+            if progress is not None:
+                progress(index * len(pictures) + done, total)
+
+        batches = encode_pictures(encoder, pictures, sizes[index], batch_size, report)
+        return [batch.spatial.cpu() for batch in batches]  # each [B, C, h, w]
+
+    reference = maps(0)
+    mean = _mean(reference)
+    variance = _mean([(batch - mean[:, None, None]).square() for batch in reference]).sum()
+    rows = [SizeAgreement(sizes[0], 1.0, 0.0)]
+    for index in range(1, len(sizes)):
+        other = maps(index)
+        cosine = torch.stack([_cosine(*pair, mean) for pair in zip(other, reference, strict=True)])
+        weight = torch.tensor([len(batch) for batch in other]) / len(pictures)
+        shift = (_mean(other) - mean).square().sum() / variance
+        rows.append(SizeAgreement(sizes[index], (cosine * weight).sum().item(), shift.item()))
+    return rows
+
+
+def _mean(batches: Sequence[Tensor]) -> Tensor:
+    """Mean over pictures and positions, ``[C]``."""
+    return torch.cat([batch.double().mean(dim=(2, 3)) for batch in batches]).mean(dim=0).float()
+
+
+def _cosine(features: Tensor, reference: Tensor, mean: Tensor) -> Tensor:
+    """Mean cosine of two ``[B, C, h, w]`` on the coarser grid, both less ``mean``."""
+    grid = [min(sides) for sides in zip(features.shape[2:], reference.shape[2:], strict=True)]
+    features, reference = (
+        F.interpolate(item, grid, mode="bilinear", antialias=True) - mean[:, None, None]
+        for item in (features, reference)
+    )
+    return F.cosine_similarity(features, reference, dim=1).mean()

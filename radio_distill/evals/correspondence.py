@@ -1,0 +1,268 @@
+"""Can one point be found again in another view by its feature alone?
+
+Two benchmarks whose truth is geometry, not labels: pictures warped by known homographies, and
+scikit-image's stereo pair with its measured disparity (Middlebury 2014, "Motorcycle").
+Reported as Probe3D does (El Banani et al., 2024): recall, the share of points whose nearest
+neighbour by cosine lies within a threshold of the true place. Features are sampled bilinearly at
+points of the *picture*, not at grid cells, so encoders of different patch size answer the same
+questions.
+
+Left out: Probe3D's ratio test, which keeps the surest matches of each encoder and so asks each one
+something else; and its NAVI and ScanNet data, which must be downloaded.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import hypot
+from typing import ClassVar
+
+import numpy as np
+import torch
+from einops import rearrange
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..config import size_pair
+from ..data.folder import load_pictures
+from ..errors import ConfigError
+from ..types import Score, Size
+from .harness import Encoder, to_pixels
+
+GREY = 0.5  # what a warped view shows beyond its picture
+
+
+@dataclass(frozen=True, slots=True)
+class Correspondence:
+    """Recall between a picture and its warp by a random, seeded homography."""
+
+    pictures: str
+    size: int
+    rotation: float = 30.0
+    """Largest rotation, in degrees either way."""
+    zoom: float = 1.4
+    """Largest zoom, in or out."""
+    perspective: float = 0.15
+    """Largest shift of a corner, as a share of the side."""
+    query_stride: int = 16
+    """Pixels between the points that are looked for."""
+    target_stride: int = 4
+    """Pixels between the points they may be found at."""
+    thresholds: tuple[float, ...] = (5, 10, 20)
+    """In pixels of the view."""
+    shares: tuple[float, ...] = (1, 2, 5)
+    """Thresholds in % of the view's diagonal."""
+    seed: int = 0
+
+    name: ClassVar[str] = "correspondence"
+    sources: ClassVar[dict[str, str]] = {"pictures": "pictures", "size": "dense_size"}
+
+    def run(
+        self,
+        encoder: Encoder,
+        limit: int | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[Score]:
+        """Match every picture with its warp; all points of all pictures count alike."""
+        size = size_pair(self.size)
+        pictures = load_pictures(self.pictures, limit)
+        generator = torch.Generator().manual_seed(self.seed)
+        errors = []
+        for index, (_, picture) in enumerate(pictures):
+            matrix = random_homography(size, self.rotation, self.zoom, self.perspective, generator)
+            errors.append(self._errors(encoder, to_pixels(picture, size), matrix))
+            if progress is not None:
+                progress(index + 1, len(pictures))
+        return recalls(
+            self.name, torch.cat(errors), size, self.thresholds, self.shares, len(pictures)
+        )
+
+    def _errors(self, encoder: Encoder, pixels: Tensor, matrix: Tensor) -> Tensor:
+        """Distances, in pixels, between where points are found and where they are."""
+        size = (pixels.shape[1], pixels.shape[2])
+        spatial = encoder(torch.stack([pixels, warp(pixels, matrix)])).spatial
+        queries = grid_points(size, self.query_stride)
+        truth = transform(queries, matrix)
+        seen = inside(truth, size)
+        queries, truth = queries[seen], truth[seen]
+        targets = grid_points(size, self.target_stride)
+        nearest = nearest_neighbours(
+            sample(spatial[0], queries, size), sample(spatial[1], targets, size)
+        )
+        return (targets[nearest] - truth).norm(dim=1)
+
+
+@dataclass(frozen=True, slots=True)
+class Stereo:
+    """Recall of disparity, each point looked for along its row of the other view."""
+
+    stride: int = 8
+    """Pixels between the points that are looked for."""
+    thresholds: tuple[float, ...] = (5, 10, 20)
+    """In pixels of the pair, 500 x 741."""
+    shares: tuple[float, ...] = (1, 2)
+    """Thresholds in % of the diagonal."""
+
+    name: ClassVar[str] = "stereo"
+    sources: ClassVar[dict[str, str]] = {}
+
+    def run(
+        self,
+        encoder: Encoder,
+        limit: int | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[Score]:
+        """Match the left view with the right; occluded points and points without truth are out.
+
+        There is one pair, so ``limit`` changes nothing.
+        """
+        left, right, disparity = stereo_pair()
+        size = (left.shape[1], left.shape[2])
+        spatial = encoder(torch.stack([left, right])).spatial
+        errors = []
+        rows = range(self.stride // 2, size[0], self.stride)
+        visible = visible_in_right(disparity)
+        for done, row in enumerate(rows, start=1):
+            columns = torch.arange(self.stride // 2, size[1], self.stride)
+            columns = columns[visible[row, columns]]
+            every_column = torch.arange(size[1])
+            nearest = nearest_neighbours(
+                sample(spatial[0], _row_points(columns, row), size),
+                sample(spatial[1], _row_points(every_column, row), size),
+            )
+            errors.append((nearest - (columns - disparity[row, columns])).abs())
+            if progress is not None:
+                progress(done, len(rows))
+        return recalls(self.name, torch.cat(errors), size, self.thresholds, self.shares, 1)
+
+
+def stereo_pair() -> tuple[Tensor, Tensor, Tensor]:
+    """Read scikit-image's pair: two views ``[3, H, W]``, disparity ``[H, W]``, inf if unknown."""
+    try:
+        from skimage.data import stereo_motorcycle
+    except ImportError as error:
+        raise ConfigError(
+            "benchmark 'stereo' reads its pictures from scikit-image; "
+            "pip install scikit-image, or take it out of evaluation.benchmarks"
+        ) from error
+    left, right, disparity = stereo_motorcycle()
+    views = [
+        rearrange(torch.from_numpy(np.array(view)), "h w c -> c h w") for view in (left, right)
+    ]
+    return views[0].float() / 255, views[1].float() / 255, torch.from_numpy(np.array(disparity))
+
+
+def visible_in_right(disparity: Tensor) -> Tensor:
+    """Say which pixels of the left view the right one shows too, ``[H, W]`` bool.
+
+    A pixel is hidden where another one of its row, nearer by more than a pixel of disparity, lands
+    on the same column.
+    """
+    known = disparity.isfinite()
+    width = disparity.shape[1]
+    column = torch.arange(width) - disparity.where(known, torch.zeros(()))
+    landing = column.round().long()
+    shown = known & (landing >= 0)
+    nearest = torch.zeros_like(disparity).scatter_reduce(
+        1, landing.clamp(0, width - 1), disparity.where(shown, torch.zeros(())), "amax"
+    )
+    return shown & (disparity >= nearest.gather(1, landing.clamp(0, width - 1)) - 1)
+
+
+def recalls(
+    benchmark: str,
+    errors: Tensor,
+    size: Size,
+    thresholds: Sequence[float],
+    shares: Sequence[float],
+    num_samples: int,
+) -> list[Score]:
+    """Turn errors in pixels into recall at thresholds in pixels and in % of the diagonal."""
+    limits = {f"recall@{threshold:g}px": threshold for threshold in thresholds}
+    limits |= {f"recall@{share:g}%": share / 100 * hypot(*size) for share in shares}
+    return [
+        Score(
+            benchmark,
+            metric,
+            100 * (errors <= limit).double().mean().item(),
+            "%",
+            True,
+            "Correspondence",
+            num_samples,
+        )
+        for metric, limit in limits.items()
+    ]
+
+
+def random_homography(
+    size: Size, rotation: float, zoom: float, perspective: float, generator: torch.Generator
+) -> Tensor:
+    """Draw a homography of pixel positions about the centre of ``size``, ``[3, 3]`` in float64.
+
+    Rotation is uniform in degrees, zoom uniform in its logarithm, corners shift by up to
+    ``perspective`` of the side. Positions are (x, y), 0 at the outer edge of the first pixel.
+    """
+    height, width = size
+    draw = torch.rand(10, generator=generator, dtype=torch.float64) * 2 - 1
+    angle = torch.deg2rad(draw[0] * rotation)
+    scale = zoom ** draw[1]
+    turn = scale * torch.stack(
+        [torch.stack([angle.cos(), -angle.sin()]), torch.stack([angle.sin(), angle.cos()])]
+    )
+    sides = torch.tensor([width, height], dtype=torch.float64)
+    corners = torch.tensor([[0, 0], [1, 0], [1, 1], [0, 1]], dtype=torch.float64) * sides
+    moved = (corners - sides / 2) @ turn.T + sides / 2 + draw[2:].view(4, 2) * perspective * sides
+    return homography(corners, moved)
+
+
+def homography(source: Tensor, target: Tensor) -> Tensor:
+    """Return the homography that takes four points ``[4, 2]`` to four others, ``[3, 3]``."""
+    x, y = source.unbind(dim=1)
+    u, v = target.unbind(dim=1)
+    one, zero = torch.ones_like(x), torch.zeros_like(x)
+    for_u = torch.stack([x, y, one, zero, zero, zero, -u * x, -u * y], dim=1)
+    for_v = torch.stack([zero, zero, zero, x, y, one, -v * x, -v * y], dim=1)
+    solution = torch.linalg.solve(torch.cat([for_u, for_v]), torch.cat([u, v]))
+    return torch.cat([solution, solution.new_ones(1)]).view(3, 3)
+
+
+def transform(points: Tensor, matrix: Tensor) -> Tensor:
+    """Apply a homography to points ``[N, 2]``."""
+    mapped = F.pad(points.double(), (0, 1), value=1.0) @ matrix.T
+    return (mapped[:, :2] / mapped[:, 2:]).float()
+
+
+def warp(pixels: Tensor, matrix: Tensor) -> Tensor:
+    """Show ``[3, H, W]`` as the homography moves it, at the same size, grey beyond its edges."""
+    size = (pixels.shape[1], pixels.shape[2])
+    origin = transform(grid_points(size, 1), matrix.inverse())
+    shown = sample(pixels, origin, size).where(inside(origin, size)[:, None], torch.tensor(GREY))
+    return rearrange(shown, "(h w) c -> c h w", h=size[0])
+
+
+def grid_points(size: Size, stride: int) -> Tensor:
+    """Return the centres of squares of ``stride`` pixels, (x, y), row by row, ``[N, 2]``."""
+    y, x = (torch.arange(side // stride) * stride + stride / 2 for side in size)
+    return torch.cartesian_prod(y, x).flip(1)
+
+
+def inside(points: Tensor, size: Size) -> Tensor:
+    """Say which points ``[N, 2]`` lie on a picture of ``size``."""
+    return ((points >= 0) & (points <= torch.tensor([size[1], size[0]]))).all(dim=1)
+
+
+def sample(maps: Tensor, points: Tensor, size: Size) -> Tensor:
+    """Interpolate ``[C, h, w]`` at points of a picture of ``size``; ``[N, C]``."""
+    position = points / torch.tensor([size[1], size[0]]) * 2 - 1
+    grid = position[None, None].to(maps)
+    values = F.grid_sample(maps[None], grid, padding_mode="border", align_corners=False)
+    return rearrange(values, "1 c 1 n -> n c")
+
+
+def nearest_neighbours(queries: Tensor, targets: Tensor) -> Tensor:
+    """Return for each query ``[N, C]`` the index of the target ``[M, C]`` of largest cosine."""
+    similarity = F.normalize(queries, dim=1) @ F.normalize(targets, dim=1).T
+    return similarity.argmax(dim=1).cpu()
+
+
+def _row_points(columns: Tensor, row: int) -> Tensor:
+    return torch.stack([columns + 0.5, torch.full_like(columns, row) + 0.5], dim=1)

@@ -1,0 +1,204 @@
+"""One harness for every encoder: a student, a teacher, or a teacher behind an upsampler.
+
+A benchmark asks for pictures at *its* size; :meth:`Encoder.nearest_size` says which size the
+encoder takes instead, and positions and label maps stay in the benchmark's own pixels, so that
+encoders of different patch size are measured with one ruler. Every draw has a seeded generator.
+
+Left out: fine-tuning, and data sets that must be downloaded. Fidelity (``fidelity.py``) is no
+question to one encoder but to a student's heads and its teachers, so whoever holds both asks it.
+"""
+
+import dataclasses
+import json
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..config import EvaluationConfig, build
+from ..errors import ConfigError, DataError
+from ..files import reason_of, replacing
+from ..protocols import Benchmark
+from ..registry import Registry
+from ..types import Features, Score, Size
+
+logger = logging.getLogger(__name__)
+
+BENCHMARKS = Registry(
+    "benchmark",
+    {
+        "agreement": "radio_distill.evals.agreement:Agreement",
+        "correspondence": "radio_distill.evals.correspondence:Correspondence",
+        "knn": "radio_distill.evals.knn:Knn",
+        "segmentation": "radio_distill.evals.segmentation:Segmentation",
+        "stereo": "radio_distill.evals.correspondence:Stereo",
+    },
+)
+
+Picture = Image.Image | str | Path
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True, slots=True)
+class Encoder:
+    """An encoder under test, and the sizes it takes."""
+
+    name: str
+    encode: Callable[[Tensor], Features]
+    """``[B, 3, H, W]`` RGB in [0, 1] on ``device`` to features."""
+    size_multiple: int
+    """Height and width must be multiples of this: the patch size, times a student's window."""
+    device: torch.device | str = "cpu"
+    max_size: int | None = None
+    """Longest side it takes, in pixels; None for any."""
+    fixed_size: Size | None = None
+    """The only size it takes, if there is but one."""
+
+    def nearest_size(self, size: Size) -> Size:
+        """Return the size nearest to ``size`` that the encoder takes, aspect ratio kept."""
+        if self.fixed_size is not None:
+            return self.fixed_size
+        longest = self.max_size or max(size)
+        shrink = min(1.0, longest / max(size))
+        most = longest // self.size_multiple if self.max_size else None
+        height, width = (max(1, round(side * shrink / self.size_multiple)) for side in size)
+        if most is not None:
+            height, width = min(height, most), min(width, most)
+        return height * self.size_multiple, width * self.size_multiple
+
+    @torch.inference_mode()
+    def __call__(self, pixels: Tensor) -> Features:
+        """Encode ``[B, 3, H, W]`` of any size, resized to the nearest that the encoder takes."""
+        size = self.nearest_size((pixels.shape[-2], pixels.shape[-1]))
+        pixels = pixels.to(self.device)
+        if size != tuple(pixels.shape[-2:]):
+            pixels = F.interpolate(pixels, size, mode="bilinear", antialias=True)
+        summary, spatial = self.encode(pixels)
+        return Features(None if summary is None else summary.float(), spatial.float())
+
+
+def open_picture(picture: Picture) -> Image.Image:
+    """Return an upright RGB picture, read from disk if it is a path."""
+    if isinstance(picture, Image.Image):
+        return picture.convert("RGB")
+    try:
+        return ImageOps.exif_transpose(Image.open(picture)).convert("RGB")
+    except OSError as error:
+        raise DataError(
+            f"{picture}: not a readable picture ({reason_of(error)}); remove or replace it"
+        ) from error
+
+
+def to_pixels(picture: Picture, size: Size) -> Tensor:
+    """Resize to cover ``size``, crop the centre; ``[3, H, W]`` in [0, 1]."""
+    height, width = size
+    fitted = ImageOps.fit(open_picture(picture), (width, height), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).float() / 255
+
+
+def encode_pictures(
+    encoder: Encoder,
+    pictures: Sequence[Picture],
+    size: Size,
+    batch_size: int = 16,
+    progress: Callable[[int, int], None] | None = None,
+) -> Iterator[Features]:
+    """Yield the features of ``pictures``, a batch at a time, each cropped to ``size``."""
+    for start in range(0, len(pictures), batch_size):
+        batch = [to_pixels(picture, size) for picture in pictures[start : start + batch_size]]
+        yield encoder(torch.stack(batch))
+        if progress is not None:
+            progress(start + len(batch), len(pictures))
+
+
+def spread(items: Sequence[Item], limit: int | None) -> list[Item]:
+    """Return at most ``limit`` items at even distances, so that sorted classes all stay present."""
+    if not limit or limit >= len(items):
+        return list(items)
+    return [items[index * len(items) // limit] for index in range(limit)]
+
+
+def make(name: str, config: EvaluationConfig) -> Benchmark:
+    """Make a benchmark from the recipe; ``evaluation.options.NAME`` overrides its own fields.
+
+    Raises:
+        UnknownNameError: no such benchmark.
+        ConfigError: the data it needs is not named, or an option is unknown.
+    """
+    kind = BENCHMARKS.get(name)
+    values: dict[str, Any] = {own: getattr(config, field) for own, field in kind.sources.items()}
+    values |= config.options.get(name, {})
+    for own, field in kind.sources.items():
+        if values[own] == "":
+            raise ConfigError(
+                f"evaluation.{field} is empty and benchmark {name!r} needs it; "
+                "name its data, or take it out of evaluation.benchmarks"
+            )
+    benchmark: Benchmark = build(kind, values, f"evaluation.options.{name}")
+    return benchmark
+
+
+def evaluate(
+    encoder: Encoder,
+    config: EvaluationConfig,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> list[Score]:
+    """Score ``encoder`` on every benchmark of the recipe that asks an encoder alone.
+
+    ``fidelity`` is the caller's (see the module's text). All benchmarks are made before the first
+    runs, so a missing folder costs no time. ``progress`` gets (benchmark, done, total).
+    """
+    names = [name for name in config.benchmarks if name != "fidelity"]
+    benchmarks = [make(name, config) for name in names]
+    scores = []
+    for benchmark in benchmarks:
+        report = partial(progress, benchmark.name) if progress else None
+        found = benchmark.run(encoder, config.limit or None, report)
+        if not found:
+            logger.warning(
+                "%s: no score for %s, which takes one size", benchmark.name, encoder.name
+            )
+        scores += found
+    return scores
+
+
+def write_scores(path: str | Path, subject: str, scores: Sequence[Score]) -> None:
+    """Write the scores of ``subject`` as JSON lines, beside those of others already in the file.
+
+    Earlier scores of the same subject are replaced. The file is swapped in whole, so a reader never
+    sees half of it.
+    """
+    path = Path(path)
+    subjects = read_scores(path) if path.exists() else {}
+    subjects[subject] = list(scores)
+    lines = [
+        json.dumps({"subject": name} | dataclasses.asdict(score)) + "\n"
+        for name, group in subjects.items()
+        for score in group
+    ]
+    with replacing(path) as draft:
+        draft.write_text("".join(lines), encoding="utf-8")
+
+
+def read_scores(path: str | Path) -> dict[str, list[Score]]:
+    """Read ``{subject: scores}`` as :func:`write_scores` wrote them; raises DataError."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise DataError(f"{path}: cannot read scores ({reason_of(error)})") from error
+    subjects: dict[str, list[Score]] = {}
+    for number, line in enumerate(lines, start=1):
+        try:
+            values = json.loads(line)
+            subjects.setdefault(values.pop("subject"), []).append(Score(**values))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"{path}, line {number}: not a score ({error})") from error
+    return subjects

@@ -1,0 +1,180 @@
+"""Linear probe for semantic segmentation on frozen features.
+
+Features are standardised by the training set (batch normalisation whose batch is the whole set) and
+a linear layer is trained with AdamW for a fixed number of steps, as in the mmseg recipes of DINOv2
+and RADIO but without their augmentation, since features are encoded once and kept on the CPU in
+half precision, ``2 * N * C * h * w`` bytes. So the probe is for sets of hundreds of pictures; for
+all of ADE20K take mmseg.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import torch
+from einops import rearrange
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..errors import DataError
+from ..types import Score, Size
+from .harness import Encoder, encode_pictures, spread
+
+IGNORED = -1
+Pair = tuple[Path, Path]
+Probe = Callable[[Tensor], Tensor]
+"""``[B, C, h, w]`` to logits ``[B, K, h, w]``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Segmentation:
+    """mIoU over a folder with ``images/{train,val}`` and ``masks/{train,val}`` of equal stems.
+
+    Masks are one-channel PNGs of class numbers, 0 where nothing is labelled. Classes are those of
+    the training masks; pixels of any other class are ignored, since no probe could know them.
+    """
+
+    folder: str
+    size: int
+    steps: int = 1000
+    tokens_per_step: int = 4096
+    learning_rate: float = 1e-3
+    weight_decay: float = 1e-2
+    batch_size: int = 8
+    seed: int = 0
+
+    name: ClassVar[str] = "segmentation"
+    sources: ClassVar[dict[str, str]] = {"folder": "segmentation", "size": "dense_size"}
+
+    def run(
+        self,
+        encoder: Encoder,
+        limit: int | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[Score]:
+        """Train the probe on one split and score it on the other; ``limit`` thins out each."""
+        train = spread(find_pairs(self.folder, "train"), limit)
+        val = spread(find_pairs(self.folder, "val"), limit)
+        features = self._features(encoder, [image for image, _ in train + val], progress)
+        classes = labelled_classes([path for _, path in train])
+        masks = [read_mask(path, self.size, classes) for _, path in train + val]
+
+        tokens, shares = training_set(features[: len(train)], masks[: len(train)], len(classes))
+        probe = self._fit(tokens, shares, encoder.device)
+        confusion = torch.zeros(len(classes), len(classes), dtype=torch.long)
+        for spatial, mask in zip(features[len(train) :], masks[len(train) :], strict=True):
+            logits = F.interpolate(probe(spatial[None]), mask.shape, mode="bilinear")
+            confusion += confusion_matrix(logits[0].argmax(dim=0).cpu(), mask, len(classes))
+        if not confusion.any():
+            raise DataError("evaluation.segmentation: no validation mask shows a training class")
+        value = 100 * mean_iou(confusion)
+        return [Score(self.name, "miou", value, "%", True, "Dense", len(val))]
+
+    def _features(
+        self, encoder: Encoder, paths: list[Path], progress: Callable[[int, int], None] | None
+    ) -> list[Tensor]:
+        size = (self.size, self.size)
+        batches = encode_pictures(encoder, paths, size, self.batch_size, progress)
+        return [spatial.half().cpu() for batch in batches for spatial in batch.spatial]
+
+    def _fit(self, tokens: Tensor, shares: Tensor, device: torch.device | str) -> Probe:
+        """Train the probe on ``tokens`` [N, C] with class shares [N, K]."""
+        std, mean = torch.std_mean(tokens.float(), dim=0)
+        std, mean = std.clamp_min(1e-6).to(device), mean.to(device)
+        linear = torch.nn.utils.skip_init(nn.Linear, len(mean), shares.shape[1], device=device)
+        nn.init.zeros_(linear.weight)
+        nn.init.zeros_(linear.bias)
+        optimizer = torch.optim.AdamW(
+            linear.parameters(), self.learning_rate, weight_decay=self.weight_decay
+        )
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
+        generator = torch.Generator().manual_seed(self.seed)
+        for _ in range(self.steps):
+            chosen = torch.randint(len(tokens), (self.tokens_per_step,), generator=generator)
+            share = shares[chosen].to(device)
+            logits = linear((tokens[chosen].to(device).float() - mean) / std)
+            loss = -(share * logits.log_softmax(dim=1)).sum() / share.sum().clamp_min(1)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+        weight = (linear.weight / std).detach()  # standardising is linear: fold it in
+        bias = linear.bias.detach() - weight @ mean
+        return lambda spatial: F.conv2d(spatial.to(weight), weight[:, :, None, None], bias)
+
+
+def find_pairs(folder: str, split: str) -> list[Pair]:
+    """List (picture, mask) of one split, sorted by name; raises DataError where one is missing."""
+    images = sorted(Path(folder, "images", split).glob("*"))
+    pairs = [(image, Path(folder, "masks", split, image.stem + ".png")) for image in images]
+    if not pairs:
+        raise DataError(f"evaluation.segmentation: no pictures in {Path(folder, 'images', split)}")
+    for image, mask in pairs:
+        if not mask.is_file():
+            raise DataError(f"evaluation.segmentation: {image} has no mask {mask}; add it")
+    return pairs
+
+
+def _mask(path: Path) -> np.ndarray:
+    numbers = np.array(Image.open(path))
+    if numbers.ndim != 2:
+        raise DataError(f"{path}: a mask has one channel of class numbers, not {numbers.shape[2]}")
+    return numbers
+
+
+def labelled_classes(paths: Sequence[Path]) -> np.ndarray:
+    """List the class numbers that masks show, sorted, without 0; raises DataError if none."""
+    numbers = np.unique(np.concatenate([np.unique(_mask(path)) for path in paths]))
+    if not numbers.any():
+        raise DataError("evaluation.segmentation: the training masks label nothing, all are 0")
+    return numbers[numbers != 0]
+
+
+def read_mask(path: Path, size: int, classes: np.ndarray) -> Tensor:
+    """Read a mask, cropped as pictures are: ``[size, size]``, index in ``classes`` or IGNORED."""
+    whole = Image.fromarray(_mask(path))
+    fitted = np.array(ImageOps.fit(whole, (size, size), Image.Resampling.NEAREST))
+    position = np.searchsorted(classes, fitted).clip(max=len(classes) - 1)
+    return torch.from_numpy(np.where(classes[position] == fitted, position, IGNORED))
+
+
+def training_set(
+    features: Sequence[Tensor], masks: Sequence[Tensor], num_classes: int
+) -> tuple[Tensor, Tensor]:
+    """Return all cells as tokens ``[N, C]`` and what each shows as class shares ``[N, K]``."""
+    tokens = [rearrange(spatial, "c h w -> (h w) c") for spatial in features]
+    shares = [
+        rearrange(
+            class_shares(mask, (spatial.shape[1], spatial.shape[2]), num_classes),
+            "k h w -> (h w) k",
+        )
+        for spatial, mask in zip(features, masks, strict=True)
+    ]
+    return torch.cat(tokens), torch.cat(shares)
+
+
+def class_shares(mask: Tensor, grid: Size, num_classes: int) -> Tensor:
+    """Return how much of each grid cell each class covers, ``[num_classes, h, w]``.
+
+    Cross-entropy against these shares is cross-entropy per pixel with one logit a cell.
+    """
+    one_hot = F.one_hot(mask + 1, num_classes + 1)[..., 1:]  # IGNORED falls into the slot cut off
+    return F.adaptive_avg_pool2d(rearrange(one_hot, "h w k -> k h w").float(), grid)
+
+
+def confusion_matrix(prediction: Tensor, target: Tensor, num_classes: int) -> Tensor:
+    """Count pixels by (target, prediction), ``[K, K]``, without those whose target is IGNORED."""
+    known = target != IGNORED
+    code = target[known] * num_classes + prediction[known]
+    return code.bincount(minlength=num_classes**2).view(num_classes, num_classes)
+
+
+def mean_iou(confusion: Tensor) -> float:
+    """Return the mean intersection over union, in [0, 1], of the classes that the targets show."""
+    overlap = confusion.diagonal().double()
+    union = confusion.sum(dim=0) + confusion.sum(dim=1) - confusion.diagonal()
+    present = confusion.sum(dim=1) > 0
+    return (overlap[present] / union[present]).mean().item()

@@ -1,0 +1,45 @@
+"""An exponential moving average of the student, in float32.
+
+It is a whole second model, so it is evaluated, exported and checkpointed like the first. ZeRO-3
+leaves a rank only a part of each parameter: there, the caller gathers them before an update.
+"""
+
+from collections.abc import Mapping
+from copy import deepcopy
+
+import torch
+from torch import Tensor, nn
+
+
+class Ema:
+    """The average of a model's parameters over steps.
+
+    Args:
+        model: copied; the copy starts equal.
+
+    Attributes:
+        model: the averaged copy, in evaluation mode and without gradients.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = deepcopy(model).float().eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, decay: float) -> None:
+        """Set average = decay * average + (1 - decay) * parameter; buffers are copied."""
+        parameters = dict(model.named_parameters())
+        for name, average in self.model.named_parameters():
+            parameter = parameters[name]
+            assert parameter.shape == average.shape, f"{name} is not whole; gather it first"
+            average.lerp_(parameter.to(average), 1 - decay)
+        buffers = dict(model.named_buffers())
+        for name, copy in self.model.named_buffers():
+            copy.copy_(buffers[name])
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Averaged weights by name, as the model's own ``state_dict`` names them."""
+        return self.model.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore what :meth:`state_dict` returned."""
+        self.model.load_state_dict(state)

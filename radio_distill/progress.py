@@ -1,0 +1,105 @@
+"""A progress bar with rate and time left; plain lines where there is no terminal (Slurm logs)."""
+
+import sys
+import time
+from types import TracebackType
+
+PLAIN_INTERVAL = 15.0
+"""Seconds between lines where no terminal can redraw a bar."""
+
+
+class Progress:
+    """Shows how far something is.
+
+    Args:
+        label: what is going on, at the start of the line.
+        total: amount of work, in ``unit``.
+        unit: what is counted (``img``, ``steps``); the rate is in units a second.
+        start: work that was done before, in a resumed run; it does not count for the rate.
+        visible: False on all but one process.
+    """
+
+    def __init__(
+        self, label: str, total: int, unit: str = "img", start: int = 0, visible: bool = True
+    ):
+        self._label, self._total, self._unit, self._start = label, total, unit, start
+        self._done = start
+        self._begin = self._last_line = time.monotonic()
+        self._terminal = visible and sys.stderr.isatty()
+        self._plain = visible and not self._terminal
+        self._bar = _rich_bar(unit) if self._terminal else None
+
+    def __enter__(self) -> "Progress":
+        if self._bar is not None:
+            self._bar.start()
+            self._task = self._bar.add_task(self._label, total=self._total, text="", rate="", eta="")
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        elif self._plain and kind is None and self.seconds > 1:
+            self._print(f"done in {clock(self.seconds)}")
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the bar was made."""
+        return time.monotonic() - self._begin
+
+    @property
+    def rate(self) -> float:
+        """Units a second since the start."""
+        return (self._done - self._start) / max(self.seconds, 1e-9)
+
+    def update(self, done: int, text: str = "") -> None:
+        """Move to ``done`` of ``total``, with a few words on how it goes."""
+        self._done = done
+        left = (self._total - done) / self.rate if self.rate > 0 else 0.0
+        if self._bar is not None:
+            self._bar.update(
+                self._task,
+                completed=done,
+                text=text,
+                rate=f"{self.rate:.1f} {self._unit}/s",
+                eta=clock(left),
+            )
+        elif self._plain and time.monotonic() - self._last_line >= PLAIN_INTERVAL:
+            self._print(f"{text + '  ' if text else ''}ETA {clock(left)}")
+
+    def _print(self, text: str) -> None:
+        self._last_line = time.monotonic()
+        print(
+            f"{self._label}  {self._done}/{self._total} {self._unit}  "
+            f"{self.rate:.1f} {self._unit}/s  {text}",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def clock(seconds: float) -> str:
+    """Write seconds as ``m:ss`` or ``h:mm:ss``."""
+    minutes, rest = divmod(int(seconds + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _rich_bar(unit: str):  # noqa: ANN202  (rich is imported only where there is a terminal)
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+    from rich.progress import Progress as RichProgress
+
+    return RichProgress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn(unit),
+        TextColumn("{task.fields[rate]}"),
+        TextColumn("ETA {task.fields[eta]}"),
+        TextColumn("{task.fields[text]}"),
+        console=Console(stderr=True),
+    )

@@ -1,0 +1,119 @@
+"""Processes: who am I, how many are we, and the few collectives that the trainer needs.
+
+The same code runs under plain python, ``torchrun``, ``accelerate launch`` and ``srun``: whichever
+of their environment variables is present says rank and world size. accelerate's ``Accelerator``
+is not used, since on CPU it counts one process where DeepSpeed has several.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..errors import ConfigError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place among all processes of the run."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def world_from(environment: Mapping[str, str]) -> World:
+    """Read rank and world size from a launcher's environment variables.
+
+    Raises ConfigError where they contradict each other.
+    """
+    if "RANK" in environment or "WORLD_SIZE" in environment:
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    elif int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
+    else:
+        return World()
+    defaults = ("0", "1", "0")
+    rank, world_size, local_rank = (
+        int(environment.get(name, default)) for name, default in zip(names, defaults, strict=True)
+    )
+    if not 0 <= rank < world_size:
+        raise ConfigError(
+            f"{names[0]}={rank} does not lie below {names[1]}={world_size}; check the launcher"
+        )
+    return World(rank, world_size, local_rank)
+
+
+def choose_device(name: str, world: World) -> torch.device:
+    """Return the device of this process; ``auto`` takes a GPU where there is one."""
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError("engine.device: cuda is asked for, but torch sees no GPU; set it to cpu")
+    if world.local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"process {world.rank} wants GPU {world.local_rank} of {torch.cuda.device_count()}; "
+            "start at most one process for each GPU"
+        )
+    torch.cuda.set_device(world.local_rank)
+    return torch.device("cuda", world.local_rank)
+
+
+def join(world: World, device: torch.device, timeout_minutes: float = 30) -> None:
+    """Join the process group of a run with several processes; does nothing for one."""
+    if world.world_size == 1 or dist.is_initialized():
+        return
+    os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ.get("SLURM_JOB_ID", 0)) % 20000))
+    if "MASTER_ADDR" not in os.environ:
+        if int(os.environ.get("SLURM_NNODES", "1")) > 1:
+            raise ConfigError(
+                "MASTER_ADDR is not set for a run on several nodes: export "
+                "MASTER_ADDR=$(scontrol show hostnames $SLURM_JOB_NODELIST | head -n 1)"
+            )
+        os.environ["MASTER_ADDR"] = "127.0.0.1"
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        rank=world.rank,
+        world_size=world.world_size,
+        timeout=timedelta(minutes=timeout_minutes),
+    )
+
+
+def leave() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    """Wait for every process."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """Return the sum of ``values`` over all processes, on each of them."""
+    if dist.is_initialized():
+        values = values.clone()
+        dist.all_reduce(values)
+    return values
+
+
+def from_main(value: T) -> T:
+    """Return rank 0's value of a small picklable object, on every process."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]

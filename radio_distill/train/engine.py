@@ -1,0 +1,228 @@
+"""Forward, backward and update of the student, on one process or on many.
+
+Both engines keep float32 weights and compute in the recipe's precision through autocast, and both
+*sum* gradients over processes, so that the loop weighs images and never asks who runs them.
+Teachers stay outside: they are not trained, and a checkpoint must not carry them.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import EngineConfig, StageConfig
+from ..errors import ConfigError
+from ..models.distilled import DistilledStudent, parameter_groups
+from ..types import Features
+from .distributed import World
+from .optim import build_optimizer, load_optimizer_tensors, optimizer_tensors, set_learning_rates
+
+
+def build_engine(
+    model: DistilledStudent,
+    config: EngineConfig,
+    stage: StageConfig,
+    world: World,
+    device: torch.device,
+    micro_batches: int,
+) -> "SingleProcessEngine | DeepSpeedEngine":
+    """Choose and make the engine that the recipe asks for.
+
+    Args:
+        model: the student with its heads.
+        config: the recipe's engine section.
+        stage: gives the optimizer.
+        world: this process's place.
+        device: where it runs.
+        micro_batches: backward passes in one step, equal on every rank.
+
+    Raises:
+        ConfigError: where the engine cannot do what is asked.
+    """
+    name = config.name
+    if name == "auto":
+        name = "deepspeed" if world.world_size > 1 else "single"
+    if name == "single":
+        if world.world_size > 1:
+            raise ConfigError(
+                f"engine.name: single runs one process, but {world.world_size} were started; "
+                "set it to auto"
+            )
+        return SingleProcessEngine(model, config, stage, device)
+    if stage.optimizer == "lamb" and config.zero_stage > 0:
+        raise ConfigError(
+            "engine.zero_stage: lamb needs the norm of whole parameters, which ZeRO flattens and "
+            "cuts up; set engine.zero_stage to 0, or the stage's optimizer to adamw"
+        )
+    return DeepSpeedEngine(model, config, stage, world, device, micro_batches)
+
+
+class _Forward:
+    """What both engines share: precision and the call of the model."""
+
+    device: torch.device
+    model: DistilledStudent
+    _callable: nn.Module
+    _precision: str
+
+    def forward(
+        self,
+        pixels: Tensor,
+        teachers: tuple[str, ...],
+        draws: Tensor | None = None,
+        freeze_body: bool = False,
+    ) -> dict[str, Features]:
+        """Predict the features of each named teacher, in that teacher's normalised space.
+
+        Args:
+            pixels: ``[B, 3, H, W]`` in [0, 1].
+            teachers: whose heads are asked.
+            draws: ``[B, K]`` uniform numbers for the position augmentation.
+            freeze_body: give the body a gradient of exactly zero.
+        """
+        bfloat16 = self._precision == "bfloat16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16):
+            return self._callable(pixels, teachers, draws=draws, freeze_body=freeze_body)
+
+
+class SingleProcessEngine(_Forward):
+    """Plain PyTorch on one device."""
+
+    rank, world_size = 0, 1
+
+    def __init__(
+        self,
+        model: DistilledStudent,
+        config: EngineConfig,
+        stage: StageConfig,
+        device: torch.device,
+    ):
+        self.device = device
+        self.model = model.to(device)
+        self._callable = torch.compile(model) if config.compile else model
+        self._precision = config.precision
+        self._clip = stage.gradient_clip
+        self._optimizer = build_optimizer(parameter_groups(model, stage.weight_decay), stage)
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Add the gradient of ``loss`` to the step's; ``last`` closes the step."""
+        del last
+        loss.backward()
+
+    def step(self, learning_rates: Mapping[str, float]) -> float:
+        """Clip, update at these rates, clear; returns the norm of the gradient before clipping."""
+        set_learning_rates(self._optimizer, learning_rates)
+        limit = self._clip or float("inf")
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        return float(norm)
+
+    def model_tensors(self) -> dict[str, Tensor]:
+        """Whole float32 weights and buffers, by name."""
+        return {name: value.detach().cpu() for name, value in self.model.state_dict().items()}
+
+    def optimizer_tensors(self) -> dict[str, Tensor]:
+        """Whole optimizer state, by name."""
+        return {
+            name: value.detach().cpu()
+            for name, value in optimizer_tensors(self._optimizer, self.model).items()
+        }
+
+    def load(self, weights: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]) -> None:
+        """Restore weights and optimizer state."""
+        self.model.load_state_dict(weights)
+        load_optimizer_tensors(self._optimizer, self.model, optimizer)
+
+
+class DeepSpeedEngine(_Forward):
+    """DeepSpeed with ZeRO 0 to 3, over nccl or gloo."""
+
+    def __init__(
+        self,
+        model: DistilledStudent,
+        config: EngineConfig,
+        stage: StageConfig,
+        world: World,
+        device: torch.device,
+        micro_batches: int,
+    ):
+        import deepspeed
+
+        # Without this, a CPU run compiles a shared-memory op at start that it never uses.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        self.rank, self.world_size = world.rank, world.world_size
+        self.device = device
+        self.model = model.to(device)
+        self._precision = config.precision
+        self._zero_stage = config.zero_stage
+        optimizer = build_optimizer(parameter_groups(model, stage.weight_decay), stage)
+        self._engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=optimizer,
+            config=_deepspeed_config(config, stage, micro_batches),
+            dist_init_required=False,
+        )
+        if config.compile:
+            self._engine.compile()
+        self._callable = self._engine
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Add the gradient of ``loss`` to the step's; ``last`` closes the step."""
+        self._engine.set_gradient_accumulation_boundary(last)
+        # DeepSpeed averages over ranks; times the world size is the sum.
+        self._engine.backward(loss * self.world_size, scale_wrt_gas=False)
+
+    def step(self, learning_rates: Mapping[str, float]) -> float:
+        """Clip, update at these rates, clear; returns the norm of the gradient before clipping."""
+        set_learning_rates(self._engine.optimizer, learning_rates)
+        self._engine.step()
+        norm = self._engine.get_global_grad_norm()
+        return float(norm) if norm is not None else float("nan")
+
+    def model_tensors(self) -> dict[str, Tensor]:
+        """Whole float32 weights and buffers, by name; every rank must call, rank 0 gets them."""
+        from .zero_state import whole_parameters
+
+        buffers = {name: value.detach().cpu() for name, value in self.model.named_buffers()}
+        return {**whole_parameters(self._engine, self.rank == 0), **buffers}
+
+    def optimizer_tensors(self) -> dict[str, Tensor]:
+        """Whole optimizer state, by name; every rank must call, rank 0 gets it."""
+        from .zero_state import whole_optimizer_state
+
+        if self._zero_stage == 0:
+            tensors = optimizer_tensors(self._engine.optimizer, self.model)
+            return {name: value.detach().cpu() for name, value in tensors.items()}
+        return whole_optimizer_state(self._engine, self.rank == 0)
+
+    def load(self, weights: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]) -> None:
+        """Restore weights and optimizer state, on any world size and ZeRO stage."""
+        from .zero_state import load_whole_state
+
+        if self._zero_stage == 0:
+            self.model.load_state_dict(weights)
+            load_optimizer_tensors(self._engine.optimizer, self.model, optimizer)
+        else:
+            load_whole_state(self._engine, weights, optimizer)
+
+
+def _deepspeed_config(
+    config: EngineConfig, stage: StageConfig, micro_batches: int
+) -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": 1,  # the loop weighs images itself
+        "gradient_accumulation_steps": micro_batches,
+        "gradient_clipping": stage.gradient_clip,
+        "zero_optimization": {
+            "stage": config.zero_stage,
+            # The default of 5e8 elements is a 2 GB buffer, whatever the student's size.
+            "reduce_bucket_size": 50_000_000,
+            "allgather_bucket_size": 50_000_000,
+        },
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**12,
+        "wall_clock_breakdown": False,
+    }

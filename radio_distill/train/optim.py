@@ -1,0 +1,62 @@
+"""The optimizer of a stage, and its state as named tensors."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import StageConfig
+
+
+def build_optimizer(groups: list[dict[str, Any]], stage: StageConfig) -> torch.optim.Optimizer:
+    """Make AdamW, or LAMB (arXiv 1904.00962, timm's implementation), over parameter groups."""
+    if stage.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=stage.learning_rate, betas=stage.betas)
+    from timm.optim import Lamb
+
+    # The trainer clips the gradient itself, the same way for every engine and optimizer.
+    return Lamb(groups, lr=stage.learning_rate, betas=stage.betas, max_grad_norm=None)
+
+
+def set_learning_rates(optimizer: torch.optim.Optimizer, rates: Mapping[str, float]) -> None:
+    """Set each group's rate; a group is named after the part that it belongs to (``body_decay``)."""
+    for group in optimizer.param_groups:
+        group["lr"] = rates[group["name"].partition("_")[0]]
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
+    """Return the state as ``{"<moment>/<parameter>": tensor}`` and ``"step"``."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    tensors: dict[str, Tensor] = {}
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items():
+            if key != "step":
+                tensors[f"{key}/{names[parameter]}"] = value
+    tensors["step"] = torch.tensor(_steps_done(optimizer))
+    return tensors
+
+
+def load_optimizer_tensors(
+    optimizer: torch.optim.Optimizer, model: nn.Module, tensors: Mapping[str, Tensor]
+) -> None:
+    """Restore what :func:`optimizer_tensors` returned."""
+    step = int(tensors["step"])
+    parameters = dict(model.named_parameters())
+    for key, value in tensors.items():
+        moment, _, name = key.partition("/")
+        if name:
+            optimizer.state[parameters[name]][moment] = value.to(parameters[name].device).clone()
+    if isinstance(optimizer, torch.optim.AdamW):
+        for state in optimizer.state.values():
+            state["step"] = torch.tensor(float(step))
+    elif step:
+        for group in optimizer.param_groups:
+            group["step"] = torch.tensor(float(step))
+
+
+def _steps_done(optimizer: torch.optim.Optimizer) -> int:
+    for state in optimizer.state.values():
+        if "step" in state:
+            return int(state["step"])
+    return int(optimizer.param_groups[0].get("step", 0))

@@ -1,0 +1,100 @@
+"""Where the numbers of a run go: always a JSON-lines file, TensorBoard when the recipe asks."""
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+
+from ..protocols import MetricSink
+
+
+class JsonLines:
+    """``metrics.jsonl``: one object a log line, appended, so that a resumed run goes on in it.
+
+    Args:
+        path: the file.
+        resume_step: lines beyond this step are dropped first: the steps are about to be run again.
+    """
+
+    def __init__(self, path: Path, resume_step: int = 0):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [row for row in read_json_lines(path) if row["step"] <= resume_step]
+        self._file = path.open("w", encoding="utf-8")
+        for row in kept:
+            self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Append one line."""
+        row = {"step": step, "time": round(time.time(), 3), **values}
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def read_json_lines(path: Path) -> list[dict[str, float]]:
+    """Read what :class:`JsonLines` wrote; a last line that was cut off is left out."""
+    rows = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+    return rows
+
+
+class TensorBoard:
+    """TensorBoard events under ``tensorboard/``."""
+
+    def __init__(self, folder: Path, resume_step: int = 0):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(folder, purge_step=resume_step + 1)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Add each value as a scalar."""
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flush and close."""
+        self._writer.close()
+
+
+class Sinks:
+    """Several sinks as one; none at all on processes that do not log."""
+
+    def __init__(self, sinks: tuple[MetricSink, ...]):
+        self._sinks = sinks
+
+    def __enter__(self) -> "Sinks":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for sink in self._sinks:
+            sink.close()
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Write to each sink."""
+        for sink in self._sinks:
+            sink.write(step, values)
+
+
+def open_sinks(folder: Path, tensorboard: bool, is_main: bool, resume_step: int = 0) -> Sinks:
+    """Open the sinks of a stage's folder; processes other than the main one get none."""
+    if not is_main:
+        return Sinks(())
+    sinks: list[MetricSink] = [JsonLines(folder / "metrics.jsonl", resume_step)]
+    if tensorboard:
+        sinks.append(TensorBoard(folder / "tensorboard", resume_step))
+    return Sinks(tuple(sinks))

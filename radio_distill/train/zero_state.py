@@ -1,0 +1,117 @@
+"""The state of a ZeRO 1-3 engine as whole named tensors, and back.
+
+DeepSpeed's own checkpoints are pickles, cut by world size. Whole float32 weights and Adam moments
+in safetensors run no code when they are read and resume on any number of processes and any ZeRO
+stage. The price: rank 0 holds the whole state in host memory while it is written.
+
+Getting and setting go through DeepSpeed's documented ``safe_get_full_*`` and ``safe_set_full_*``;
+only the creation of empty moments and the refresh of the working copies touch private attributes,
+in :func:`_create_moments` and :func:`_refresh`, tested against the supported versions.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def whole_parameters(engine: Any, keep: bool) -> dict[str, Tensor]:
+    """Gather every parameter in float32; a collective call whose result only ``keep`` ranks hold."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    tensors = {}
+    for name, parameter in engine.module.named_parameters():
+        value = safe_get_full_fp32_param(parameter)
+        if keep:
+            tensors[name] = value.detach().float().cpu().clone()
+    return tensors
+
+
+def whole_optimizer_state(engine: Any, keep: bool) -> dict[str, Tensor]:
+    """Gather every moment as ``{"<moment>/<parameter>": tensor}``, and ``"step"``."""
+    from deepspeed.utils import safe_get_full_optimizer_state
+
+    tensors = {"step": torch.tensor(_steps_done(engine))} if keep else {}
+    if not _steps_done(engine):
+        return tensors
+    for name, parameter in engine.module.named_parameters():
+        for moment in MOMENTS:
+            value = safe_get_full_optimizer_state(parameter, moment)
+            if keep:
+                tensors[f"{moment}/{name}"] = value.detach().float().cpu().clone()
+    return tensors
+
+
+def load_whole_state(
+    engine: Any, weights: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]
+) -> None:
+    """Give each rank its part of whole weights and moments."""
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+    step = int(optimizer["step"])
+    _create_moments(engine)
+    for name, parameter in engine.module.named_parameters():
+        safe_set_full_fp32_param(parameter, weights[name])
+        for moment in MOMENTS if step else ():
+            safe_set_full_optimizer_state(parameter, optimizer[f"{moment}/{name}"], moment)
+    for state in _inner(engine).state.values():
+        state["step"] = torch.tensor(float(step))
+    _refresh(engine)
+
+
+def _inner(engine: Any) -> torch.optim.Optimizer:
+    return getattr(engine.optimizer, "optimizer", engine.optimizer)
+
+
+def _steps_done(engine: Any) -> int:
+    for state in _inner(engine).state.values():
+        if "step" in state:
+            return int(state["step"])
+    return 0
+
+
+def _create_moments(engine: Any) -> None:
+    """Make empty moments, which DeepSpeed only makes in its first step."""
+    zero = engine.optimizer
+    partitions = getattr(zero, "single_partition_of_fp32_groups", None)
+    if partitions is None:
+        partitions = zero.fp32_partitioned_groups_flat
+    for partition in partitions:
+        if not _inner(engine).state.get(partition):
+            _inner(engine).state[partition] = {
+                "step": torch.tensor(0.0),
+                **{moment: torch.zeros_like(partition) for moment in MOMENTS},
+            }
+    if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
+        zero._lazy_init_hp_params_optimizer_state()
+
+
+def _refresh(engine: Any) -> None:
+    """Copy the restored master weights into the weights that the forward pass uses."""
+    zero = engine.optimizer
+    if hasattr(zero, "fp32_partitioned_groups_flat"):  # ZeRO 3
+        for index, partition in enumerate(zero.fp32_partitioned_groups_flat):
+            if partition.numel():
+                zero.fp16_partitioned_groups_flat[index].data.copy_(partition.data)
+            zero._reassign_or_swap_out_partitioned_parameters(index)
+        return
+    from deepspeed.runtime.utils import all_gather_dp_groups
+
+    groups = zip(
+        zero.parallel_partitioned_bit16_groups,
+        zero.single_partition_of_fp32_groups,
+        zero.real_dp_process_group,
+        strict=True,
+    )
+    for parts, master, group in groups:
+        parts[torch.distributed.get_rank(group=group)].data.copy_(master.data)
+    all_gather_dp_groups(
+        groups_flat=zero.bit16_groups_flat,
+        partitioned_param_groups=zero.parallel_partitioned_bit16_groups,
+        dp_process_group=zero.real_dp_process_group,
+        start_alignment_factor=zero.nccl_start_alignment_factor,
+        allgather_bucket_size=zero.allgather_bucket_size,
+    )

@@ -1,0 +1,129 @@
+"""The parts of a stage, built from its recipe; the slow imports of the stages live behind it."""
+
+import logging
+from pathlib import Path
+
+import torch
+
+from radio_distill.config import Recipe
+from radio_distill.errors import WeightsError
+from radio_distill.data.loader import ShardBatches, StepSlice
+from radio_distill.models.distilled import DistilledStudent, build_student
+from radio_distill.models.ema import Ema
+from radio_distill.partitions import images_per_step, partitions_of, share_out
+from radio_distill.progress import Progress
+from radio_distill.protocols import Teacher
+from radio_distill.targets import TargetMaker
+from radio_distill.train import checkpoint as checkpoints
+from radio_distill.train.checkpoint import Checkpoint
+from radio_distill.train.distributed import World
+from radio_distill.train.engine import build_engine
+from radio_distill.train.loop import StageRun
+from radio_distill.train.statistics import build_normalizers, fit_normalizers, load_normalizers
+from teachers import build_teacher
+from upsamplers import build_upsampler
+
+from .common import stage_of, start_checkpoint
+
+logger = logging.getLogger(__name__)
+
+
+def build_run(
+    stage: str,
+    recipe: Recipe,
+    folder: Path,
+    world: World,
+    device: torch.device,
+    resumed: Checkpoint | None,
+) -> StageRun:
+    """Build everything that this process needs to train a stage.
+
+    What is cheap to check is checked first: images, then the checkpoint to start from, then the
+    teachers; the statistics of the teachers, which take time, come last.
+    """
+    config = stage_of(recipe, stage)
+    torch.manual_seed(recipe.seed)
+    work = share_out(partitions_of(config), world.world_size, recipe.engine.micro_batch)[world.rank]
+    source = ShardBatches(
+        recipe.data,
+        seed=recipe.seed,
+        images_per_step=images_per_step(config),
+        slices=[StepSlice(micro.start, micro.stop, micro.partition.size) for micro in work],
+    )
+    start = resumed or start_checkpoint(recipe, stage)
+    targets = build_targets(recipe, stage, device)
+    model = build_student(
+        recipe.student, {name: teacher.spec for name, teacher in targets.teachers.items()}
+    )
+    ema = Ema(model) if config.ema_decay and world.is_main else None
+    if start is not None:
+        checkpoints.check_teachers(
+            start, {name: teacher.spec for name, teacher in targets.teachers.items()}
+        )
+        if resumed is None:
+            logger.info("starting from %s", start.folder)
+            load_weights(model, start)
+    engine = build_engine(model, recipe.engine, config, world, device, len(work))
+    run = StageRun(recipe, stage, folder, world, engine, targets, source, work, ema)
+    if resumed is None:
+        _estimate_statistics(run, device)
+    else:
+        _restore(run, resumed)
+    return run
+
+
+def build_targets(recipe: Recipe, stage: str, device: torch.device) -> TargetMaker:
+    """Build the teachers of a stage, its upsampler, and unfitted normalizers."""
+    config = stage_of(recipe, stage)
+    teachers = build_teachers(recipe, device)
+    return TargetMaker(
+        teachers,
+        recipe.teachers,
+        build_upsampler(config.upsampler, teachers),
+        build_normalizers(recipe),
+        recipe.student.patch_size,
+    )
+
+
+def build_teachers(recipe: Recipe, device: torch.device) -> dict[str, Teacher]:
+    """Build every teacher of a recipe."""
+    return {
+        name: build_teacher(name, config, device) for name, config in recipe.teachers.items()
+    }
+
+
+def load_student(checkpoint: Checkpoint, device: torch.device) -> DistilledStudent:
+    """Rebuild the student of a checkpoint, without its teachers."""
+    model = build_student(checkpoint.recipe.student, checkpoint.teachers)
+    load_weights(model, checkpoint)
+    return model.to(device).eval()
+
+
+def load_weights(model: DistilledStudent, checkpoint: Checkpoint) -> None:
+    """Load a checkpoint's student into a model.
+
+    Raises:
+        WeightsError: where the recipe describes another student than the checkpoint holds.
+    """
+    try:
+        model.load_state_dict(checkpoint.student_tensors())
+    except RuntimeError as error:
+        first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
+        raise WeightsError(
+            f"{checkpoint.folder} holds another student than the recipe describes: {first}"
+        ) from error
+
+
+def _estimate_statistics(run: StageRun, device: torch.device) -> None:
+    recipe = run.recipe
+    cache = Path(recipe.normalizer.cache or recipe.folder / "statistics")
+    fit_normalizers(run.targets, recipe, run.stage, run.world, device, cache)
+
+
+def _restore(run: StageRun, resumed: Checkpoint) -> None:
+    run.engine.load(resumed.tensors(checkpoints.STUDENT), resumed.tensors(checkpoints.OPTIMIZER))
+    load_normalizers(run.targets.normalizers, resumed.tensors(checkpoints.STATISTICS))
+    if run.ema is not None and resumed.has(checkpoints.EMA):
+        run.ema.load_state_dict(resumed.tensors(checkpoints.EMA))
+    run.start_step = resumed.step
+    logger.info("resuming %s after step %d", run.stage, resumed.step)

@@ -1,0 +1,72 @@
+"""``radio-distill``: one command for everything; each sub-command lives in a file of its own.
+
+Nothing heavy is imported before a sub-command runs, so ``--help`` answers at once.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+
+if __package__ in (None, ""):  # run as a file: put the checkout, and only it, first on the path
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from radio_distill import __version__
+from radio_distill.errors import ConfigError
+from radio_distill.registry import nearest
+from stages.common import run_command, run_module
+
+COMMANDS = {
+    "demo": ("stages.demo", "run the whole path on real photographs: train, score, report"),
+    "plan": ("stages.plan", "what a recipe costs, before anything runs"),
+    "train": ("stages.train", "train stages of a recipe, one after another"),
+    "eval": ("stages.evaluate", "score a student, or the teachers"),
+    "sweep": ("stages.sweep", "stage 3 and scores for several upsamplers, and their gain table"),
+    "score": ("stages.score", "gain table (Δm) of scores"),
+    "shards": ("stages.shards", "make shards of a folder of pictures, or check shards"),
+    "slurm": ("slurm.launch", "submit the stages of a recipe to Slurm"),
+    "list": ("stages.listing", "names: teachers, upsamplers, normalizers, benchmarks, recipes"),
+    "fields": ("stages.fields", "every field of a recipe, with unit and default"),
+    "doctor": ("stages.doctor", "check this machine and this installation"),
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Make the top parser; sub-commands parse their own arguments."""
+    width = max(map(len, COMMANDS)) + 2
+    listing = "\n".join(f"  {name:{width}}{text}" for name, (_, text) in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="radio-distill",
+        description="Train RADIO-style agglomerative vision backbones from your own teachers and "
+        "pictures.",
+        epilog=f"commands:\n{listing}\n\n`radio-distill COMMAND --help` explains each.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="radio-distill [--version] COMMAND ...",
+    )
+    parser.add_argument("--version", action="version", version=f"radio-distill {__version__}")
+    parser.add_argument("command", metavar="COMMAND", nargs="?", help="one of the commands below")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    return parser
+
+
+def run_subcommand(name: str, argv: Sequence[str]) -> int:
+    """Import a sub-command's module and run it."""
+    if name not in COMMANDS:
+        raise ConfigError(f"unknown command {name!r} ({nearest(name, list(COMMANDS))})")
+    module = import_module(COMMANDS[name][0])
+    return run_module(module, argv, prog=f"radio-distill {name}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``radio-distill``; returns the exit status."""
+    parser = build_parser()
+    arguments = parser.parse_args(argv)
+    if arguments.command is None:
+        parser.print_help()
+        return 0
+    return run_command(lambda: run_subcommand(arguments.command, arguments.arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

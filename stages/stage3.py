@@ -1,0 +1,22 @@
+"""Train stage 3: low- and high-resolution partitions, with upsampled teachers.
+
+    accelerate launch stages/stage3.py --teacher-upsampler tile --recipe demo
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+if __package__ in (None, ""):  # run as a file: put the checkout, and only it, first on the path
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from stages.common import stage_main
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the stage; returns the exit status."""
+    return stage_main("stage3", argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
