@@ -43,35 +43,57 @@ def config(cls: type) -> type:
 class TeacherConfig:
     """One frozen encoder."""
 
-    preset: str = option(help="name in `radio-distill list teachers`, or a source: timm, open_clip, transformers, radio")
+    preset: str = option(
+        help="name in `radio-distill list teachers`, or a source: timm, open_clip, transformers, radio"
+    )
     weights: str = option("", "local weights file or folder; empty takes the preset's own source")
     sha256: str = option("", "sha256 that the weights file must have; empty for no check")
     input_size: int | Literal["native", "match"] = option(
-        "native", "side of the teacher's input: a number, its native size, or the size whose grid matches the student's", "px"
+        "native",
+        "side of the teacher's input: a number, its native size, or the size whose grid matches the student's",
+        "px",
     )
-    dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "type the frozen encoder computes in")
+    dtype: Literal["float32", "bfloat16", "float16"] = option(
+        "float32", "type the frozen encoder computes in"
+    )
     micro_batch: int = option(0, "images in one call of the encoder; 0 for all at once", "images")
-    summary_weight: float = option(1.0, "weight of the summary loss; 0 for a teacher without summary")
+    summary_weight: float = option(
+        1.0, "weight of the summary loss; 0 for a teacher without summary"
+    )
     feature_weight: float = option(1.0, "weight of the feature loss")
-    options: dict[str, Any] = option(dict, "further arguments of the preset or source, for instance model: vit_base_patch16_224")
+    options: dict[str, Any] = option(
+        dict, "further arguments of the preset or source, for instance model: vit_base_patch16_224"
+    )
 
 
 @config
 class StudentConfig:
     """The vision transformer that is trained."""
 
-    architecture: str = option("vit_base_patch16_224", "name of a timm vision transformer; its body is used")
-    pretrained: str = option("", "start of the body: empty for random, `timm` for timm's weights, or a file")
+    architecture: str = option(
+        "vit_base_patch16_224", "name of a timm vision transformer; its body is used"
+    )
+    pretrained: str = option(
+        "", "start of the body: empty for random, `timm` for timm's weights, or a file"
+    )
     patch_size: int = option(16, "pixels a side of one token", "px")
     max_size: int = option(2048, "longest image side that the position table (CPE) spans", "px")
     registers: int = option(4, "register tokens beside the summary tokens", "tokens", ours=True)
-    position_dropout: float = option(0.1, "share of training samples that see no position embedding")
-    window_size: int = option(0, "side of the attention windows (ViTDet); 0 for global attention", "tokens")
-    global_blocks: int = option(4, "blocks that keep global attention when window_size > 0", "blocks")
+    position_dropout: float = option(
+        0.1, "share of training samples that see no position embedding"
+    )
+    window_size: int = option(
+        0, "side of the attention windows (ViTDet); 0 for global attention", "tokens"
+    )
+    global_blocks: int = option(
+        4, "blocks that keep global attention when window_size > 0", "blocks"
+    )
     drop_path: float = option(0.0, "stochastic depth", ours=True)
     head_hidden: int = option(1024, "hidden width of the MLP heads", "channels", ours=True)
     head_layers: int = option(0, "residual layers inside each MLP head", "layers", ours=True)
-    gradient_checkpointing: bool = option(False, "recompute blocks in the backward pass to save memory")
+    gradient_checkpointing: bool = option(
+        False, "recompute blocks in the backward pass to save memory"
+    )
 
 
 @config
@@ -79,8 +101,14 @@ class NormalizerConfig:
     """How teachers are brought to one scale."""
 
     name: str = option("phi_s", "name in `radio-distill list normalizers`")
-    images: int = option(3_072_000, "pictures that mean and covariance are estimated on, anew in every stage", "images")
-    cache: str = option("", "folder for estimated statistics; empty for `statistics` in the run folder")
+    images: int = option(
+        3_072_000,
+        "pictures that mean and covariance are estimated on, anew in every stage",
+        "images",
+    )
+    cache: str = option(
+        "", "folder for estimated statistics; empty for `statistics` in the run folder"
+    )
 
 
 @config
@@ -88,9 +116,12 @@ class LossConfig:
     """What the student is asked for."""
 
     summary: Literal["cosine", "mse"] = option("cosine", "loss between summaries")
-    feature: Literal["mse", "cosine", "am_radio"] = option("mse", "loss between feature maps; am_radio is 0.9 cosine + 0.1 smooth L1")
+    feature: Literal["mse", "cosine", "am_radio"] = option(
+        "mse", "loss between feature maps; am_radio is 0.9 cosine + 0.1 smooth L1"
+    )
     alignment: Literal["student_down", "teacher_down", "teacher_up", "smaller", "larger"] = option(
-        "smaller", "which of the two feature grids is resampled to the other before they are compared"
+        "smaller",
+        "which of the two feature grids is resampled to the other before they are compared",
     )
 
 
@@ -100,9 +131,13 @@ class UpsamplerConfig:
 
     name: str = option("bilinear", "name in `radio-distill list upsamplers`")
     factor: int = option(3, "how much finer than the teacher's own grid", "x")
-    micro_batch: int = option(0, "teacher images in one call (tiles count); 0 for the teacher's own setting", "images")
+    micro_batch: int = option(
+        0, "teacher images in one call (tiles count); 0 for the teacher's own setting", "images"
+    )
     weights: dict[str, str] = option(dict, "file of a fitted upsampler for each teacher name")
-    options: dict[str, Any] = option(dict, "further arguments of the upsampler, for instance beta: 0.5 for s2")
+    options: dict[str, Any] = option(
+        dict, "further arguments of the upsampler, for instance beta: 0.5 for s2"
+    )
 
 
 @config
@@ -112,11 +147,20 @@ class PartitionConfig:
     name: str = option(help="name of the partition, for logs")
     size: int | tuple[int, int] = option(help="student input, side or (height, width)", unit="px")
     teachers: tuple[str, ...] = option(help="names of the teachers that these images are shown to")
-    batch_size: int = option(help="images of this partition in one step, over all processes", unit="images")
+    batch_size: int = option(
+        help="images of this partition in one step, over all processes", unit="images"
+    )
     weight: float = option(1.0, "weight of the partition's mean loss in the step")
-    upsample: tuple[str, ...] = option(tuple, "names of the teachers that go through the upsampler here")
-    teacher_sizes: dict[str, int] = option(dict, "input side of a teacher in this partition, if not its input_size", "px")
-    ranks: int = option(0, "share of the processes that work on this partition alone, relative to the other partitions; 0 shares them out by cost")
+    upsample: tuple[str, ...] = option(
+        tuple, "names of the teachers that go through the upsampler here"
+    )
+    teacher_sizes: dict[str, int] = option(
+        dict, "input side of a teacher in this partition, if not its input_size", "px"
+    )
+    ranks: int = option(
+        0,
+        "share of the processes that work on this partition alone, relative to the other partitions; 0 shares them out by cost",
+    )
 
 
 @config
@@ -125,7 +169,9 @@ class StageConfig:
 
     steps: int = option(300_000, "optimizer steps", "steps")
     partitions: tuple[PartitionConfig, ...] = option(help="what a step is made of")
-    start_from: str = option("", "stage name or checkpoint whose weights the stage starts from; empty for a new student")
+    start_from: str = option(
+        "", "stage name or checkpoint whose weights the stage starts from; empty for a new student"
+    )
     optimizer: Literal["adamw", "lamb"] = option("lamb", "optimizer")
     learning_rate: float = option(1e-3, "highest learning rate")
     final_learning_rate: float = option(0.0, "learning rate at the last step", ours=True)
@@ -143,13 +189,21 @@ class DataConfig:
     """Which images, and what is done to them."""
 
     shards: tuple[str, ...] = option(help="tar shards, folders of shards, or patterns with * ")
-    weights: tuple[float, ...] = option(tuple, "share of each entry of `shards`; empty for all images alike")
-    crop_scale: tuple[float, float] = option((0.5, 1.0), "share of the picture's area that a random crop covers", ours=True)
-    crop_ratio: tuple[float, float] = option((0.75, 1.3333333333333333), "aspect ratio of a random crop", ours=True)
+    weights: tuple[float, ...] = option(
+        tuple, "share of each entry of `shards`; empty for all images alike"
+    )
+    crop_scale: tuple[float, float] = option(
+        (0.5, 1.0), "share of the picture's area that a random crop covers", ours=True
+    )
+    crop_ratio: tuple[float, float] = option(
+        (0.75, 1.3333333333333333), "aspect ratio of a random crop", ours=True
+    )
     flip: float = option(0.5, "probability of a horizontal flip", ours=True)
     min_size: int = option(32, "shortest side that a picture must have", "px", ours=True)
     max_pixels: int = option(100_000_000, "largest picture that is decoded", "px", ours=True)
-    shuffle_shards: int = option(16, "shards whose samples are shuffled together", "shards", ours=True)
+    shuffle_shards: int = option(
+        16, "shards whose samples are shuffled together", "shards", ours=True
+    )
     workers: int = option(2, "decoding processes for each training process", "processes", ours=True)
     max_bad_share: float = option(0.01, "share of bad images at which the run stops", ours=True)
 
@@ -158,10 +212,16 @@ class DataConfig:
 class EngineConfig:
     """Processes, precision and memory."""
 
-    name: Literal["auto", "single", "deepspeed"] = option("auto", "auto is deepspeed with several processes, single otherwise")
+    name: Literal["auto", "single", "deepspeed"] = option(
+        "auto", "auto is deepspeed with several processes, single otherwise"
+    )
     zero_stage: Literal[0, 1, 2, 3] = option(1, "ZeRO stage of DeepSpeed", ours=True)
-    precision: Literal["float32", "bfloat16"] = option("bfloat16", "type of the student's matrix products; weights stay float32", ours=True)
-    micro_batch: int = option(0, "largest number of images in one forward pass; 0 for a partition's whole share", "images")
+    precision: Literal["float32", "bfloat16"] = option(
+        "bfloat16", "type of the student's matrix products; weights stay float32", ours=True
+    )
+    micro_batch: int = option(
+        0, "largest number of images in one forward pass; 0 for a partition's whole share", "images"
+    )
     device: Literal["auto", "cpu", "cuda"] = option("auto", "where to run")
     compile: bool = option(False, "torch.compile the student")
 
@@ -180,8 +240,12 @@ class LogConfig:
 class EvaluationConfig:
     """How students and teachers are scored."""
 
-    benchmarks: tuple[str, ...] = option(("fidelity", "agreement", "correspondence"), "names in `radio-distill list benchmarks`")
-    pictures: str = option("", "shards, or folder of held-out pictures, for fidelity, agreement and correspondence")
+    benchmarks: tuple[str, ...] = option(
+        ("fidelity", "agreement", "correspondence"), "names in `radio-distill list benchmarks`"
+    )
+    pictures: str = option(
+        "", "shards, or folder of held-out pictures, for fidelity, agreement and correspondence"
+    )
     labels: str = option("", "folder with train/CLASS and val/CLASS for kNN; empty skips it")
     segmentation: str = option("", "folder of the segmentation set; empty skips it")
     size: int = option(224, "student input for summaries", "px")
@@ -199,7 +263,9 @@ class Recipe:
     output: str = option("runs", "folder that run folders are made in")
     data: DataConfig = option(help="images")
     student: StudentConfig = option(StudentConfig, "the student")
-    teachers: dict[str, TeacherConfig] = option(help="the teachers, by the name that logs and heads use")
+    teachers: dict[str, TeacherConfig] = option(
+        help="the teachers, by the name that logs and heads use"
+    )
     normalizer: NormalizerConfig = option(NormalizerConfig, "scale of the targets")
     loss: LossConfig = option(LossConfig, "losses")
     stages: dict[str, StageConfig] = option(help="stage1, stage2, stage3")
@@ -243,7 +309,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return data
 
 
-def override(data: Mapping[str, Any], assignments: Sequence[str], stage: str = "") -> dict[str, Any]:
+def override(
+    data: Mapping[str, Any], assignments: Sequence[str], stage: str = ""
+) -> dict[str, Any]:
     """Return ``data`` with each ``a.b.c=value`` applied; values are read as YAML.
 
     Items of a list are named by position or by their ``name``
@@ -291,7 +359,9 @@ def _assign(node: Any, keys: list[str], value: Any, path: str) -> None:
                     node[key] = {}
                 node = node[key]
         else:
-            raise ConfigError(f"{path}: {'.'.join(keys[:depth])} is a plain value and has no field {key!r}")
+            raise ConfigError(
+                f"{path}: {'.'.join(keys[:depth])} is a plain value and has no field {key!r}"
+            )
 
 
 def build(cls: type, data: Any, path: str = "") -> Any:
@@ -304,7 +374,9 @@ def build(cls: type, data: Any, path: str = "") -> Any:
     values = {}
     for key, value in data.items():
         if key not in fields:
-            raise ConfigError(f"unknown field {_join(path, key)!r} ({nearest(str(key), list(fields))})")
+            raise ConfigError(
+                f"unknown field {_join(path, key)!r} ({nearest(str(key), list(fields))})"
+            )
         values[key] = _convert(hints[key], value, _join(path, key))
     for name, item in fields.items():
         if name not in values and item.default is MISSING and item.default_factory is MISSING:
@@ -336,7 +408,9 @@ def _convert(kind: Any, value: Any, path: str) -> Any:
     if origin is dict:
         if not isinstance(value, Mapping):
             raise ConfigError(f"{path}: expected a mapping, got {value!r}")
-        return {str(key): _convert(arguments[1], item, _join(path, key)) for key, item in value.items()}
+        return {
+            str(key): _convert(arguments[1], item, _join(path, key)) for key, item in value.items()
+        }
     if origin is tuple:
         return _convert_tuple(arguments, value, path)
     if kind is bool and isinstance(value, bool):
@@ -348,6 +422,8 @@ def _convert(kind: Any, value: Any, path: str) -> Any:
             return float(value)
         except (TypeError, ValueError):
             pass
+    if kind is str and value is None:  # `pretrained:` with nothing behind it
+        return ""
     if kind is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
         return str(value)
     raise ConfigError(f"{path}: {value!r} is not {_kind_name(kind)}")
@@ -432,7 +508,9 @@ def check(recipe: Recipe) -> None:
 def _check_data(data: DataConfig) -> list[str]:
     problems = []
     if data.weights and len(data.weights) != len(data.shards):
-        problems.append(f"data.weights: {len(data.weights)} weights for {len(data.shards)} shards entries")
+        problems.append(
+            f"data.weights: {len(data.weights)} weights for {len(data.shards)} shards entries"
+        )
     if data.weights and min(data.weights) <= 0:
         problems.append("data.weights: every weight must be positive; drop the entry instead")
     if not 0 < data.crop_scale[0] <= data.crop_scale[1] <= 1:
@@ -471,7 +549,9 @@ def _check_stage(recipe: Recipe, name: str, stage: StageConfig) -> list[str]:
         problems.append(f"{path}.partitions: two partitions are called {double!r}")
     for teacher in stage.upsampler.weights:
         if teacher not in recipe.teachers:
-            problems.append(f"{path}.upsampler.weights: no teacher {teacher!r} ({nearest(teacher, list(recipe.teachers))})")
+            problems.append(
+                f"{path}.upsampler.weights: no teacher {teacher!r} ({nearest(teacher, list(recipe.teachers))})"
+            )
     for partition in stage.partitions:
         problems += _check_partition(recipe, f"{path}.partitions.{partition.name}", partition)
     return problems
@@ -481,25 +561,35 @@ def _check_partition(recipe: Recipe, path: str, partition: PartitionConfig) -> l
     problems = []
     student = recipe.student
     step = student.patch_size * max(student.window_size, 1)
-    unit = f"patch {student.patch_size}" + (f" times window {student.window_size}" if student.window_size else "")
+    unit = f"patch {student.patch_size}" + (
+        f" times window {student.window_size}" if student.window_size else ""
+    )
     for side in dict.fromkeys(size_pair(partition.size)):
         if side < step or side % step:
             near = max(step, round(side / step) * step)
             problems.append(f"{path}.size: {side} is not a multiple of {unit} (nearest {near})")
     if max(size_pair(partition.size)) > student.max_size:
-        problems.append(f"{path}.size: {partition.size} is above student.max_size {student.max_size}")
+        problems.append(
+            f"{path}.size: {partition.size} is above student.max_size {student.max_size}"
+        )
     if partition.batch_size < 1:
         problems.append(f"{path}.batch_size: {partition.batch_size} is not positive")
     if partition.weight <= 0:
-        problems.append(f"{path}.weight: {partition.weight} is not positive; drop the partition instead")
+        problems.append(
+            f"{path}.weight: {partition.weight} is not positive; drop the partition instead"
+        )
     if not partition.teachers:
         problems.append(f"{path}.teachers: a partition needs at least one teacher")
     for field_name in ("teachers", "upsample", "teacher_sizes"):
         for teacher in getattr(partition, field_name):
             if teacher not in recipe.teachers:
-                problems.append(f"{path}.{field_name}: no teacher {teacher!r} ({nearest(teacher, list(recipe.teachers))})")
+                problems.append(
+                    f"{path}.{field_name}: no teacher {teacher!r} ({nearest(teacher, list(recipe.teachers))})"
+                )
             elif teacher not in partition.teachers:
-                problems.append(f"{path}.{field_name}: {teacher!r} is not a teacher of this partition")
+                problems.append(
+                    f"{path}.{field_name}: {teacher!r} is not a teacher of this partition"
+                )
     return problems
 
 

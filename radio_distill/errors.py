@@ -1,5 +1,6 @@
-"""The errors a user can meet. Each message is one line: what is wrong with which thing, and the mend.
+"""The errors a user can meet.
 
+Each message is one line: what is wrong with which thing, and the mend.
 Anything else that escapes is a bug of ours and keeps its stack trace.
 """
 

@@ -120,9 +120,7 @@ def _micro_batches(
     ]
 
 
-def _pad(
-    ranks: list[list[MicroBatch]], partitions: Sequence[Partition]
-) -> list[list[MicroBatch]]:
+def _pad(ranks: list[list[MicroBatch]], partitions: Sequence[Partition]) -> list[list[MicroBatch]]:
     length = max(len(batches) for batches in ranks)
     cheapest = min(partitions, key=lambda partition: partition.size[0] * partition.size[1])
     idle = MicroBatch(cheapest, cheapest.start, cheapest.start + 1, 0.0)

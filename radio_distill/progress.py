@@ -3,6 +3,10 @@
 import sys
 import time
 from types import TracebackType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as RichProgress
 
 PLAIN_INTERVAL = 15.0
 """Seconds between lines where no terminal can redraw a bar."""
@@ -32,7 +36,9 @@ class Progress:
     def __enter__(self) -> "Progress":
         if self._bar is not None:
             self._bar.start()
-            self._task = self._bar.add_task(self._label, total=self._total, text="", rate="", eta="")
+            self._task = self._bar.add_task(
+                self._label, total=self._total, text="", rate="", eta=""
+            )
         return self
 
     def __exit__(
@@ -88,7 +94,7 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def _rich_bar(unit: str):  # noqa: ANN202  (rich is imported only where there is a terminal)
+def _rich_bar(unit: str) -> "RichProgress":
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
     from rich.progress import Progress as RichProgress

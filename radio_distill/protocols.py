@@ -3,12 +3,13 @@
 A component satisfies a protocol by its methods; there is no base class to inherit.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from .types import Features, ImageBatch, Score, Size, TeacherSpec
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
     from .balance.moments import Moments
@@ -87,23 +88,38 @@ class Engine(Protocol):
 
     rank: int
     world_size: int
-    device: Any
+    device: "torch.device"
+    model: "nn.Module"
 
-    def forward(self, pixels: "Tensor", teachers: tuple[str, ...]) -> "dict[str, Features]":
-        """Student prediction for each named teacher, in that teacher's normalised space."""
+    def forward(
+        self,
+        pixels: "Tensor",
+        teachers: tuple[str, ...],
+        draws: "Tensor | None" = None,
+        freeze_body: bool = False,
+    ) -> dict[str, Features]:
+        """Predict each named teacher's features, in that teacher's normalised space."""
         ...
 
-    def backward(self, loss: "Tensor") -> None:
-        """Accumulate the gradient of ``loss``; ranks are averaged."""
+    def backward(self, loss: "Tensor", last: bool) -> None:
+        """Add the gradient of ``loss`` to the step's, summed over ranks; ``last`` closes it."""
         ...
 
     def step(self, learning_rates: Mapping[str, float]) -> float:
-        """Update the parameter groups at these rates; returns the gradient's norm."""
+        """Update each part at its rate; returns the norm of the gradient before clipping."""
         ...
 
-    def state_dict(self) -> "dict[str, Any]": ...
+    def model_tensors(self) -> "dict[str, Tensor]":
+        """Whole weights by name; every rank calls, rank 0 gets them."""
+        ...
 
-    def load_state_dict(self, state: "Mapping[str, Any]") -> None: ...
+    def optimizer_tensors(self) -> "dict[str, Tensor]":
+        """Whole optimizer state by name; every rank calls, rank 0 gets it."""
+        ...
+
+    def load(self, weights: "Mapping[str, Tensor]", optimizer: "Mapping[str, Tensor]") -> None:
+        """Restore both, whatever the number of ranks that wrote them."""
+        ...
 
 
 @runtime_checkable
@@ -112,8 +128,27 @@ class Benchmark(Protocol):
 
     name: str
 
-    def run(self, encode: Callable[["Tensor"], Features], limit: int | None = None) -> list[Score]:
-        """Measure ``encode`` on at most ``limit`` pictures."""
+    def run(
+        self,
+        encoder: "Encoder",
+        limit: int | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[Score]:
+        """Measure an encoder on at most ``limit`` pictures; ``progress`` gets (done, total)."""
+        ...
+
+
+class Encoder(Protocol):
+    """What a benchmark is handed; :class:`radio_distill.evals.harness.Encoder` is one."""
+
+    name: str
+
+    def __call__(self, pixels: "Tensor") -> Features:
+        """Encode ``[B, 3, H, W]`` of any size, resized to the nearest that the encoder takes."""
+        ...
+
+    def nearest_size(self, size: Size) -> Size:
+        """Return the size nearest to ``size`` that the encoder takes."""
         ...
 
 
@@ -128,6 +163,6 @@ class MetricSink(Protocol):
 class BatchSource(Protocol):
     """Endless batches for one rank, from any step on."""
 
-    def batches(self, start_step: int) -> Iterable[list[ImageBatch]]:
+    def batches(self, start_step: int) -> Iterator[list[ImageBatch]]:
         """Yield, for each step from ``start_step``, this rank's micro-batches in order."""
         ...

@@ -4,13 +4,23 @@ Only what most sites need has a field; everything else that sbatch knows goes in
 """
 
 import argparse
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from radio_distill.config import build, config, option, read_yaml
+from radio_distill.config import build, config, describe, option, read_yaml
 from radio_distill.errors import ConfigError
+
+_LISTS = {"setup": "LINE", "sbatch": "KEY=VALUE"}
+_LOWEST = {
+    "nodes": 1,
+    "gpus_per_node": 0,
+    "cpus_per_task": 1,
+    "memory_gb": 0,
+    "time_minutes": 1,
+    "signal_delay_s": 1,
+    "max_requeues": 0,
+}
 
 
 @config
@@ -50,10 +60,7 @@ def load_cluster(path: str | Path | None = None, flags: Mapping[str, Any] | None
     """
     values = {**(read_yaml(path) if path else {}), **(flags or {})}
     cluster = build(Cluster, values, "cluster")
-    least = {"nodes": 1, "cpus_per_task": 1, "time_minutes": 1, "signal_delay_s": 1}
-    for name in ("gpus_per_node", "memory_gb", "max_requeues"):
-        least[name] = 0
-    for name, lowest in least.items():
+    for name, lowest in _LOWEST.items():
         if getattr(cluster, name) < lowest:
             raise ConfigError(f"cluster.{name}: {getattr(cluster, name)} is below {lowest}")
     if cluster.signal_delay_s >= 60 * cluster.time_minutes:
@@ -67,23 +74,20 @@ def load_cluster(path: str | Path | None = None, flags: Mapping[str, Any] | None
 def add_cluster_flags(parser: argparse.ArgumentParser) -> None:
     """Add one flag for every field of :class:`Cluster`; what is not given is not set."""
     group = parser.add_argument_group("cluster")
-    for item in dataclasses.fields(Cluster):
-        unit = f" [{item.metadata['unit']}]" if item.metadata["unit"] else ""
-        default = (
-            f" (default: {item.default})" if item.default not in ("", dataclasses.MISSING) else ""
+    for name, default, unit, explanation in describe(Cluster):
+        kind: dict[str, Any] = {"metavar": "NAME"}
+        if default.isdigit():
+            kind = {"metavar": "N", "type": int}
+        if name in _LISTS:
+            kind = {"metavar": _LISTS[name], "action": "append"}
+        group.add_argument(
+            *(["--time"] if name == "time_minutes" else []),
+            f"--{name.replace('_', '-')}",
+            dest=f"cluster_{name}",
+            default=argparse.SUPPRESS,
+            help=explanation + (f" [{unit}]" if unit else "") + f" (default: {default})",
+            **kind,
         )
-        names = [f"--{item.name.replace('_', '-')}"]
-        options: dict[str, Any] = {"dest": f"cluster_{item.name}", "default": argparse.SUPPRESS}
-        options["help"] = item.metadata["help"] + unit + default
-        if item.name in ("setup", "sbatch"):
-            options.update(action="append", metavar="LINE" if item.name == "setup" else "KEY=VALUE")
-        elif item.type is int:
-            options.update(type=int, metavar="N")
-        else:
-            options.update(metavar="NAME")
-        if item.name == "time_minutes":
-            names.insert(0, "--time")
-        group.add_argument(*names, **options)
 
 
 def cluster_from(arguments: argparse.Namespace, path: str | Path | None) -> Cluster:
@@ -100,4 +104,4 @@ def cluster_from(arguments: argparse.Namespace, path: str | Path | None) -> Clus
 
 def _pair(text: str) -> tuple[str, str | bool]:
     key, equals, value = text.partition("=")
-    return key.lstrip("-"), value if equals else True
+    return key, value if equals else True

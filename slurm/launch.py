@@ -55,6 +55,8 @@ def submit_chain(
         ConfigError: before anything is submitted, or where Slurm refuses a job.
         RadioDistillError: where a stage that was waited for has failed.
     """
+    if executor not in EXECUTORS:
+        raise ConfigError(f"unknown executor {executor!r} ({nearest(executor, EXECUTORS)})")
     recipe, jobs = _jobs(recipe_path, stages, overrides, resume)
     if executor == "slurm" and shutil.which("sbatch") is None:
         raise ConfigError(
@@ -90,7 +92,7 @@ def dry_run(
     folder: str | Path | None = None,
     resume: bool = False,
 ) -> list[str]:
-    """Return the sbatch script of every stage; a job id that is not known yet is ``STAGE_JOB_ID``."""
+    """Return the sbatch script of every stage; a job id not known yet is ``STAGE_JOB_ID``."""
     recipe, jobs = _jobs(recipe_path, stages, overrides, resume)
     folder = Path(folder or recipe.folder / "slurm").absolute()
     scripts, before = [], ""

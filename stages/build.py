@@ -6,12 +6,11 @@ from pathlib import Path
 import torch
 
 from radio_distill.config import Recipe
-from radio_distill.errors import WeightsError
 from radio_distill.data.loader import ShardBatches, StepSlice
+from radio_distill.errors import WeightsError
 from radio_distill.models.distilled import DistilledStudent, build_student
 from radio_distill.models.ema import Ema
 from radio_distill.partitions import images_per_step, partitions_of, share_out
-from radio_distill.progress import Progress
 from radio_distill.protocols import Teacher
 from radio_distill.targets import TargetMaker
 from radio_distill.train import checkpoint as checkpoints
@@ -87,9 +86,7 @@ def build_targets(recipe: Recipe, stage: str, device: torch.device) -> TargetMak
 
 def build_teachers(recipe: Recipe, device: torch.device) -> dict[str, Teacher]:
     """Build every teacher of a recipe."""
-    return {
-        name: build_teacher(name, config, device) for name, config in recipe.teachers.items()
-    }
+    return {name: build_teacher(name, config, device) for name, config in recipe.teachers.items()}
 
 
 def load_student(checkpoint: Checkpoint, device: torch.device) -> DistilledStudent:

@@ -15,7 +15,7 @@ if __package__ in (None, ""):  # run as a file: put the checkout, and only it, f
 from radio_distill import __version__
 from radio_distill.errors import ConfigError
 from radio_distill.registry import nearest
-from stages.common import run_command, run_module
+from stages.common import Parser, run_command, run_module
 
 COMMANDS = {
     "demo": ("stages.demo", "run the whole path on real photographs: train, score, report"),
@@ -32,16 +32,15 @@ COMMANDS = {
 }
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """Make the top parser; sub-commands parse their own arguments."""
     width = max(map(len, COMMANDS)) + 2
     listing = "\n".join(f"  {name:{width}}{text}" for name, (_, text) in COMMANDS.items())
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="radio-distill",
         description="Train RADIO-style agglomerative vision backbones from your own teachers and "
         "pictures.",
         epilog=f"commands:\n{listing}\n\n`radio-distill COMMAND --help` explains each.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="radio-distill [--version] COMMAND ...",
     )
     parser.add_argument("--version", action="version", version=f"radio-distill {__version__}")
@@ -61,11 +60,15 @@ def run_subcommand(name: str, argv: Sequence[str]) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``radio-distill``; returns the exit status."""
     parser = build_parser()
-    arguments = parser.parse_args(argv)
-    if arguments.command is None:
-        parser.print_help()
-        return 0
-    return run_command(lambda: run_subcommand(arguments.command, arguments.arguments))
+
+    def command() -> int:
+        arguments = parser.parse_args(argv)
+        if arguments.command is None:
+            parser.print_help()
+            return 0
+        return run_subcommand(arguments.command, arguments.arguments)
+
+    return run_command(command)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from radio_distill.config import Recipe, StageConfig, describe, differences, dump, load
 from radio_distill.errors import CheckpointError, ConfigError, RadioDistillError
@@ -44,24 +44,62 @@ def load_recipe(name: str, overrides: Sequence[str] = (), stage: str = "") -> Re
     return load(find_recipe(name), overrides, stage)
 
 
-def overrides_from(arguments: Sequence[str]) -> list[str]:
-    """Turn ``--field.name value`` and ``--field.name=value`` into ``field.name=value``.
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, with the nearest valid name."""
 
-    Raises:
-        ConfigError: for anything else on the command line.
+    def __init__(self, **settings: Any):
+        # --stage.steps is a field, not short for --stages.
+        super().__init__(
+            formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **settings
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Raise ConfigError instead of printing the usage."""
+        raise ConfigError(f"{message} (`{self.prog} --help` lists the arguments)")
+
+    def parse(
+        self, argv: Sequence[str] | None, takes_fields: bool
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """Return the parsed arguments and the recipe fields as ``field.name=value``."""
+        plain = list(sys.argv[1:] if argv is None else argv)
+        plain, fields = split_fields(plain) if takes_fields else (plain, [])
+        arguments, unknown = self.parse_known_args(plain)
+        if unknown:
+            flag = unknown[0].partition("=")[0]
+            known = [name for action in self._actions for name in action.option_strings]
+            known += [f"--{row[0]}" for row in describe()] if takes_fields else []
+            raise ConfigError(f"unknown argument {flag!r} ({_nearest_flag(flag, known)})")
+        return arguments, fields
+
+
+def _nearest_flag(flag: str, known: list[str]) -> str:
+    same_ending = [name for name in known if name.rpartition(".")[2] == flag.lstrip("-")]
+    if same_ending:
+        return f"did you mean {same_ending[0]}?"
+    return nearest(flag, known) if len(known) < 20 else nearest(flag, known).partition(",")[0]
+
+
+def split_fields(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Take ``--field.name value`` and ``--field.name=value`` out of a command line.
+
+    A field is known by the dot in its name; of those without one, by the name itself.
+
+    Returns:
+        What is left, and the fields as ``field.name=value``.
     """
-    assignments, rest = [], list(arguments)
-    while rest:
-        flag = rest.pop(0)
-        if not flag.startswith("--"):
-            raise ConfigError(f"unexpected argument {flag!r}; recipe fields are --field.name value")
-        name, equals, value = flag[2:].partition("=")
+    rest, fields, arguments = [], [], list(argv)
+    while arguments:
+        flag = arguments.pop(0)
+        name, equals, value = flag.removeprefix("--").partition("=")
+        if not flag.startswith("--") or ("." not in name and name not in ("name", "seed")):
+            rest.append(flag)
+            continue
         if not equals:
-            if not rest:
+            if not arguments:
                 raise ConfigError(f"--{name} needs a value")
-            value = rest.pop(0)
-        assignments.append(f"{name}={value}")
-    return assignments
+            value = arguments.pop(0)
+        fields.append(f"{name}={value}")
+    return rest, fields
 
 
 def stage_folder(recipe: Recipe, stage: str) -> Path:
@@ -99,23 +137,17 @@ def run_module(module: ModuleType, argv: Sequence[str] | None, prog: str | None 
     """Parse the arguments of a command's module and run it.
 
     The module has ``add_arguments(parser)`` and ``run(arguments) -> int``. Where it takes recipe
-    fields, its ``TAKES_FIELDS`` is true, ``--help`` explains them, and what the parser does not
-    know arrives as ``arguments.fields``.
+    fields, its ``TAKES_FIELDS`` is true, ``--help`` explains them, and they arrive in
+    ``arguments.fields`` as ``field.name=value``.
     """
     takes_fields = getattr(module, "TAKES_FIELDS", False)
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=prog,
         description=module.__doc__,
         epilog=fields_help() if takes_fields else None,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,  # --stage.steps is a field, not short for --stages
     )
     module.add_arguments(parser)
-    if takes_fields:
-        arguments, rest = parser.parse_known_args(argv)
-        arguments.fields = rest
-    else:
-        arguments = parser.parse_args(argv)
+    arguments, arguments.fields = parser.parse(argv, takes_fields)
     return int(module.run(arguments) or 0)
 
 
@@ -151,27 +183,25 @@ def add_stage_arguments(parser: argparse.ArgumentParser) -> None:
 
 def stage_main(stage: str, argv: Sequence[str] | None = None) -> int:
     """Run one stage from the command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=f"stages/{stage}.py",
         description=f"Train {stage} of a recipe.",
         epilog=fields_help() + "\n\nIn FIELD, `stage` stands for this stage: --stage.steps 100.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("--recipe", default="demo", help="name or file (default: demo)")
     add_stage_arguments(parser)
 
     def command() -> None:
-        arguments, rest = parser.parse_known_args(argv)
-        recipe = recipe_from(arguments, rest, stage)
+        arguments, fields = parser.parse(argv, takes_fields=True)
+        recipe = recipe_from(arguments, fields, stage)
         train_stage(stage, recipe, arguments.resume, arguments.allow_changed_recipe)
 
     return run_command(command)
 
 
-def recipe_from(arguments: argparse.Namespace, rest: Sequence[str], stage: str = "") -> Recipe:
-    """Load the recipe that parsed arguments and further ``--field value`` pairs describe."""
-    overrides = overrides_from(rest)
+def recipe_from(arguments: argparse.Namespace, fields: Sequence[str], stage: str = "") -> Recipe:
+    """Load the recipe that parsed arguments and further ``field.name=value`` describe."""
+    overrides = list(fields)
     if arguments.teacher_upsampler:
         from upsamplers import UPSAMPLERS
 
@@ -202,9 +232,7 @@ def train_stage(
     device = choose_device(recipe.engine.device, world)
     join(world, device)
     try:
-        checkpoint = (
-            _checkpoint_to_resume(folder, recipe, stage, allow_changed) if resume else None
-        )
+        checkpoint = _checkpoint_to_resume(folder, recipe, stage, allow_changed) if resume else None
         if checkpoint is not None and checkpoint.step >= config.steps:
             logging.info("%s is complete: %s", stage, checkpoint.folder)
             return checkpoint.folder

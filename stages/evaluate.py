@@ -20,7 +20,7 @@ if __package__ in (None, ""):  # run as a file: put the checkout, and only it, f
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from radio_distill.config import EvaluationConfig, Recipe, build, dump, override
-from stages.common import overrides_from, run_script
+from stages.common import run_script
 
 if TYPE_CHECKING:
     from radio_distill.train.checkpoint import Checkpoint
@@ -54,8 +54,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def evaluation_with(recipe: Recipe, fields: Sequence[str]) -> EvaluationConfig:
-    """Return a recipe's section ``evaluation`` with ``--evaluation.field value`` applied."""
-    data = override(yaml.safe_load(dump(recipe)), overrides_from(fields))
+    """Return a recipe's section ``evaluation`` with ``evaluation.field=value`` applied."""
+    data = override(yaml.safe_load(dump(recipe)), fields)
     changed: Recipe = build(Recipe, data)
     return changed.evaluation
 

@@ -1,6 +1,6 @@
 """List every field of a recipe with its unit, its default and what it does.
 
-    radio-distill fields stages.NAME
+radio-distill fields stages.NAME
 """
 
 import argparse

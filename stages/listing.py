@@ -1,6 +1,6 @@
 """List the names that a recipe can use.
 
-    radio-distill list teachers
+radio-distill list teachers
 """
 
 import argparse

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from radio_distill.config import EvaluationConfig, PartitionConfig, Recipe
+from radio_distill.config import EvaluationConfig, PartitionConfig
 from radio_distill.data.folder import load_pictures
 from radio_distill.errors import ConfigError
 from radio_distill.evals.fidelity import fidelity
@@ -25,21 +25,28 @@ from radio_distill.train.statistics import build_normalizers, load_normalizers
 from radio_distill.types import Features, Score
 from upsamplers import build_upsampler
 
-from .build import load_student
-
 Report = Callable[[str, int, int], None]
 
 
-def student_encoder(model: DistilledStudent, recipe: Recipe, device: torch.device) -> Encoder:
-    """Present a student as an encoder: the summary is all its summary tokens, side by side."""
-    with_summary = [index for index, name in enumerate(model.teachers) if model.has_summary(name)]
+def student_encoder(
+    model: DistilledStudent, checkpoint: Checkpoint, device: torch.device
+) -> Encoder:
+    """Present a student as an encoder.
+
+    Its summary is, side by side, the summary tokens of those teachers that have a summary.
+    """
+    with_summary = [
+        slot
+        for slot, name in enumerate(model.adaptors)
+        if checkpoint.teachers[name].summary_channels is not None
+    ]
 
     def encode(pixels: Tensor) -> Features:
         tokens, spatial = model.student(pixels)  # [B, T, D], [B, D, h, w]
         summary = tokens[:, with_summary].flatten(1) if with_summary else None
         return Features(summary, spatial)
 
-    config = recipe.student
+    config = checkpoint.recipe.student
     multiple = config.patch_size * max(config.window_size, 1)
     return Encoder("student", encode, multiple, device, config.max_size)
 
@@ -58,9 +65,7 @@ def untrained_student(checkpoint: Checkpoint, device: torch.device) -> Distilled
     return model.to(device).eval()
 
 
-def score_teacher(
-    teacher: Teacher, config: EvaluationConfig, device: torch.device
-) -> list[Score]:
+def score_teacher(teacher: Teacher, config: EvaluationConfig, device: torch.device) -> list[Score]:
     """Score a teacher on the benchmarks that ask one encoder."""
     with _bars(teacher.spec.name) as report:
         return evaluate(teacher_encoder(teacher, device), config, report)
@@ -79,7 +84,7 @@ def score_student(
     with _bars(label) as report:
         if "fidelity" in config.benchmarks:
             scores += _fidelity(model, checkpoint, config, teachers, device, report)
-        scores += evaluate(student_encoder(model, checkpoint.recipe, device), config, report)
+        scores += evaluate(student_encoder(model, checkpoint, device), config, report)
     return scores
 
 
@@ -97,11 +102,9 @@ def _fidelity(
             "evaluation.pictures: fidelity needs held-out pictures; name a folder or shards, or "
             "drop fidelity from evaluation.benchmarks"
         )
-    recipe, names = checkpoint.recipe, tuple(checkpoint.recipe.teachers)
+    names = tuple(checkpoint.recipe.teachers)
     targets = _targets_of(checkpoint, teachers)
-    partition = PartitionConfig(
-        name="evaluation", size=config.size, teachers=names, batch_size=1
-    )
+    partition = PartitionConfig(name="evaluation", size=config.size, teachers=names, batch_size=1)
     pictures = [picture for _, picture in load_pictures(config.pictures, config.limit or None)]
     return fidelity(
         lambda pixels: model(pixels, names),
@@ -118,9 +121,7 @@ def _targets_of(checkpoint: Checkpoint, teachers: dict[str, Teacher]) -> TargetM
     normalizers = build_normalizers(recipe)
     load_normalizers(normalizers, checkpoint.tensors(checkpoints.STATISTICS))
     upsampler = build_upsampler(recipe.stages[checkpoint.stage].upsampler, teachers)
-    return TargetMaker(
-        teachers, recipe.teachers, upsampler, normalizers, recipe.student.patch_size
-    )
+    return TargetMaker(teachers, recipe.teachers, upsampler, normalizers, recipe.student.patch_size)
 
 
 @contextmanager

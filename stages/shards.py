@@ -15,7 +15,9 @@ from radio_distill.errors import ConfigError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``radio-distill shards``."""
-    parser.add_argument("source", help="folder of pictures; with --check: shards, folder or pattern")
+    parser.add_argument(
+        "source", help="folder of pictures; with --check: shards, folder or pattern"
+    )
     parser.add_argument("out", nargs="?", type=Path, help="folder for the shards")
     parser.add_argument("--images-per-shard", type=int, default=1000, metavar="N")
     parser.add_argument("--labels", action="store_true", help="keep folder names as labels")

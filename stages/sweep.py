@@ -17,7 +17,7 @@ if __package__ in (None, ""):  # run as a file: put the checkout, and only it, f
 
 from radio_distill.config import Recipe
 from radio_distill.errors import ConfigError
-from stages.common import load_recipe, overrides_from, run_script, train_stage
+from stages.common import load_recipe, run_script, train_stage
 from stages.evaluate import score_checkpoints
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the sweep and print the table."""
-    recipe = load_recipe(arguments.recipe, overrides_from(arguments.fields))
+    recipe = load_recipe(arguments.recipe, arguments.fields)
     gain, path = sweep(recipe, arguments.upsamplers, arguments.baseline)
     show_gain(gain, path.parent)
     return 0

@@ -1,7 +1,7 @@
 """Train stages of a recipe, one after another, in this process or in all processes of a launcher.
 
-    radio-distill train demo
-    torchrun --nproc-per-node 8 -m stages.cli train my_recipe.yaml --stages stage1 stage2
+radio-distill train demo
+torchrun --nproc-per-node 8 -m stages.cli train my_recipe.yaml --stages stage1 stage2
 """
 
 import argparse

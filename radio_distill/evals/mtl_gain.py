@@ -56,7 +56,7 @@ class GainTable:
         """Lay out one row a model and one column a group, Δm last, with the definition below."""
         names = [*self.num_metrics, "Δm"]
         columns = [Column("Model"), *(Column(name, "+.2f", "higher") for name in names)]
-        rows = [
+        rows: list[tuple[Cell, ...]] = [
             (model, *self.groups[model].values(), total) for model, total in self.totals.items()
         ]
         return Table(title, tuple(columns), tuple(rows), self.notes())
@@ -76,7 +76,7 @@ class GainTable:
 
 
 def relative_gain(value: float, baseline: float, higher_is_better: bool) -> float:
-    """Return δ = 100·(-1)^l·(M - B)/B in percent, with l = 1 where lower is better (FeatSharp eq. 8).
+    """Return δ = 100·(-1)^l·(M - B)/B in percent, l = 1 where lower is better (FeatSharp eq. 8).
 
     Raises:
         ConfigError: a value that is not finite, or a baseline at or below zero.
@@ -224,5 +224,5 @@ def _score_column(name: str, metric: Metric, cells: Sequence[Cell]) -> Column:
     largest = max((abs(cell.mean) for cell in cells if isinstance(cell, Estimate)), default=0.0)
     digits = math.ceil(math.log10(largest)) if largest > 0 else 1
     heading = f"{name} ({metric.unit})" if metric.unit not in ("", "1") else name
-    better = "higher" if metric.higher_is_better else "lower"
-    return Column(heading, f".{min(max(4 - digits, 1), 8)}f", better)
+    spec = f".{min(max(4 - digits, 1), 8)}f"
+    return Column(heading, spec, "higher" if metric.higher_is_better else "lower")

@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 
 from ..config import build
-from ..errors import ConfigError, DataError
+from ..errors import DataError
 from ..files import reason_of
 from .mtl_gain import Metric
 
@@ -187,14 +187,3 @@ def _number(value: Any, where: str) -> float:
     if not math.isfinite(number):
         raise DataError(f"{where}: {value!r} is not a finite number")
     return number
-
-
-def merge_definitions(own: Mapping[str, Metric], given: Mapping[str, Metric]) -> dict[str, Metric]:
-    """Put definitions ``given`` by the user above those that came with the scores.
-
-    Raises:
-        ConfigError: there are none at all.
-    """
-    if not own and not given:
-        raise ConfigError("these scores do not say what their metrics are; add --definitions FILE")
-    return {**own, **given}

@@ -10,8 +10,9 @@ import html
 import io
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TextIO
 
 from ..errors import ConfigError
 
@@ -211,6 +212,39 @@ class Table:
         best = _text(max(present) if column.better == "higher" else min(present), column.format)
         marks = [n is not None and _text(n, column.format) == best for n in numbers]
         return marks if sum(marks) < len(present) else [False] * len(numbers)
+
+
+FORMATS = {
+    "markdown": Table.to_markdown,
+    "csv": Table.to_csv,
+    "latex": Table.to_latex,
+    "json": Table.to_json,
+    "html": Table.to_html,
+}
+
+
+def render(tables: Sequence[Table], format: str) -> str:
+    """Write several tables in one of ``FORMATS``, or as ``terminal`` prints them.
+
+    Several tables are set apart by an empty line; in JSON they are a list.
+    """
+    if format == "terminal":
+        buffer = io.StringIO()
+        print_tables(tables, buffer)
+        return buffer.getvalue()
+    parts = [FORMATS[format](table) for table in tables]
+    if format == "json" and len(parts) > 1:
+        return "[\n" + ",\n".join(part.rstrip() for part in parts) + "\n]\n"
+    return "\n".join(parts)
+
+
+def print_tables(tables: Sequence[Table], file: TextIO | None = None) -> None:
+    """Print tables to the terminal, or plainly to ``file``."""
+    from rich.console import Console
+
+    console = Console(file=file, width=120 if file else None)
+    for table in tables:
+        console.print(table.to_terminal())
 
 
 def _number(cell: Cell) -> float | None:

@@ -41,7 +41,7 @@ class CroppedPositions(nn.Module):
 
         Args:
             grid: (h, w).
-            draws: ``[B, NUM_DRAWS]`` in [0, 1) for a random crop an image; None for the whole table.
+            draws: ``[B, NUM_DRAWS]`` in [0, 1) for a random crop an image; None resizes the table.
         """
         table = rearrange(self.table, "y x d -> 1 d y x")
         if draws is None:

@@ -8,7 +8,7 @@ embedding has a bias and the student's has none, so the bias moves into the posi
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from einops import rearrange
@@ -77,7 +77,7 @@ def _fixed_shape(key: str, value: Tensor) -> list[int]:
 
 
 @torch.no_grad()
-def start_from(student: "Student", body: nn.Module, weights: Mapping[str, Tensor]) -> None:
+def start_from(student: "Student", body: Any, weights: Mapping[str, Tensor]) -> None:
     """Give a student the checked weights of a timm model.
 
     Args:

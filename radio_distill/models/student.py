@@ -7,6 +7,7 @@ the heads begin with a linear layer and normalise after it.
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from einops import rearrange, repeat
@@ -63,14 +64,14 @@ class Student(nn.Module):
         self.norm_pre: nn.Module = body.norm_pre
         self.blocks = nn.ModuleList(body.blocks)
         if config.pretrained:
-            self._start(config, body)
+            self._load_pretrained(config, body)
 
-    def _start(self, config: StudentConfig, body: nn.Module) -> None:
+    def _load_pretrained(self, config: StudentConfig, body: Any) -> None:
         if config.pretrained == "timm":
             weights = body.state_dict()
         else:
             weights = read_weights(Path(config.pretrained))
-        check_weights(weights, body, config.pretrained, config.architecture)
+            check_weights(weights, body, config.pretrained, config.architecture)
         start_from(self, body, weights)
 
     @property
@@ -86,16 +87,14 @@ class Student(nn.Module):
         """
         step = self.size_step
         if any(side < step or side % step for side in size):
-            nearest = [
-                [max(up * step, side // step * step + up * step) for side in size] for up in (0, 1)
-            ]
+            below = "x".join(str(max(side // step, 1) * step) for side in size)
+            above = "x".join(str(-(-side // step) * step) for side in size)
             unit = f"patch {self.patch_size}"
             if self.window_size:
                 unit += f" times window {self.window_size}"
-            below, above = (f"{height}x{width}" for height, width in nearest)
             raise ConfigError(
                 f"student: an input of {size[0]}x{size[1]} px is not a multiple of {unit} "
-                f"(nearest {below} and {above})"
+                f"(nearest {' and '.join(dict.fromkeys((below, above)))})"
             )
         return size[0] // self.patch_size, size[1] // self.patch_size
 

@@ -6,6 +6,7 @@ averaged afterwards.
 """
 
 from difflib import get_close_matches
+from typing import Any
 
 import torch
 from einops import rearrange, reduce, repeat
@@ -15,7 +16,7 @@ from ..errors import ConfigError, WeightsError
 from ..types import Size
 
 
-def create_body(architecture: str, pretrained: bool, drop_path: float) -> nn.Module:
+def create_body(architecture: str, pretrained: bool, drop_path: float) -> Any:
     """Create a timm ``VisionTransformer``; its blocks are wanted, not its head.
 
     Raises:

@@ -93,7 +93,10 @@ def save(
             "recipe": dump(recipe),
             "teachers": {name: asdict(spec) for name, spec in teachers.items()},
             "versions": {"radio_distill": __version__, "torch": torch.__version__},
-            "sha256": {f"{part}.safetensors": sha256_of(temporary / f"{part}.safetensors") for part in parts},
+            "sha256": {
+                f"{part}.safetensors": sha256_of(temporary / f"{part}.safetensors")
+                for part in parts
+            },
         }
         (temporary / META).write_text(json.dumps(meta, indent=1), encoding="utf-8")
         _flush(temporary)

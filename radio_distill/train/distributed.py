@@ -74,7 +74,9 @@ def join(world: World, device: torch.device, timeout_minutes: float = 30) -> Non
     """Join the process group of a run with several processes; does nothing for one."""
     if world.world_size == 1 or dist.is_initialized():
         return
-    os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ.get("SLURM_JOB_ID", 0)) % 20000))
+    os.environ.setdefault(
+        "MASTER_PORT", str(20000 + int(os.environ.get("SLURM_JOB_ID", 0)) % 20000)
+    )
     if "MASTER_ADDR" not in os.environ:
         if int(os.environ.get("SLURM_NNODES", "1")) > 1:
             raise ConfigError(

@@ -35,7 +35,9 @@ def check_loss(loss: Tensor, terms: Mapping[str, Tensor], step: int, last_good: 
         return
     names = [name for name, value in terms.items() if not bool(torch.isfinite(value))]
     where = f" ({', '.join(names)})" if names else " on another process"
-    resume = f"the last good checkpoint is {last_good}" if last_good else "there is no checkpoint yet"
+    resume = (
+        f"the last good checkpoint is {last_good}" if last_good else "there is no checkpoint yet"
+    )
     raise DivergedError(
         f"step {step}: the loss is not finite{where}; {resume}; lower the learning rate, "
         "or set engine.precision to float32"

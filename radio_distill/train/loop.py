@@ -21,18 +21,17 @@ import torch
 from torch import Tensor
 
 from ..config import Recipe, StageConfig
-from ..data.loader import ShardBatches
 from ..errors import CheckpointError
 from ..losses import distillation_loss
 from ..models.ema import Ema
 from ..models.position import NUM_DRAWS
 from ..partitions import MicroBatch, images_per_step
 from ..progress import Progress
+from ..protocols import BatchSource, Engine
 from ..targets import TargetMaker
 from ..types import ImageBatch, TeacherSpec
 from . import checkpoint as checkpoints
 from .distributed import World, from_main
-from .engine import DeepSpeedEngine, SingleProcessEngine
 from .guard import check_loss, check_targets
 from .meter import Meter
 from .schedule import every, learning_rates
@@ -51,9 +50,9 @@ class StageRun:
     folder: Path
     """Folder of the stage inside the run folder."""
     world: World
-    engine: SingleProcessEngine | DeepSpeedEngine
+    engine: Engine
     targets: TargetMaker
-    source: ShardBatches
+    source: BatchSource
     micro_batches: Sequence[MicroBatch]
     """This rank's micro-batches, in every step."""
     ema: Ema | None = None

@@ -20,7 +20,7 @@ def build_optimizer(groups: list[dict[str, Any]], stage: StageConfig) -> torch.o
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, rates: Mapping[str, float]) -> None:
-    """Set each group's rate; a group is named after the part that it belongs to (``body_decay``)."""
+    """Set each group's rate; a group's name begins with its part (``body_decay``)."""
     for group in optimizer.param_groups:
         group["lr"] = rates[group["name"].partition("_")[0]]
 

@@ -26,9 +26,7 @@ def cosine(steps: int, peak: float, final: float, warmup_steps: int = 0) -> np.n
 
 def learning_rates(stage: StageConfig) -> dict[str, np.ndarray]:
     """Return ``{"body": [steps], "head": [steps]}`` for one stage."""
-    heads = cosine(
-        stage.steps, stage.learning_rate, stage.final_learning_rate, stage.warmup_steps
-    )
+    heads = cosine(stage.steps, stage.learning_rate, stage.final_learning_rate, stage.warmup_steps)
     body = heads.copy()
     body[: stage.freeze_body_steps] = 0.0
     return {BODY: body, HEADS: heads}

@@ -1,4 +1,4 @@
-"""Mean and covariance of every teacher, estimated before a stage trains, and the normalizers made of them.
+"""Normalizers fitted to each teacher before a stage trains.
 
 The statistics are of the teacher's own grid, without upsampler: an upsampled map lives in the same
 space, and comparing upsamplers is fair only when all of them are measured on one scale. They are
@@ -91,9 +91,7 @@ def _moments_of(
     return moments
 
 
-def _source(
-    data: DataConfig, seed: int, partition: PartitionConfig, world: World
-) -> ShardBatches:
+def _source(data: DataConfig, seed: int, partition: PartitionConfig, world: World) -> ShardBatches:
     start = world.rank * BATCH
     return ShardBatches(
         data,
@@ -114,9 +112,7 @@ def _estimate(
 ) -> dict[str, Moments]:
     if not names:
         return {}
-    moments = {
-        name: Moments(targets.teachers[name].spec.channels, device=device) for name in names
-    }
+    moments = {name: Moments(targets.teachers[name].spec.channels, device=device) for name in names}
     per_step = world.world_size * BATCH
     label = f"statistics of {', '.join(names)}"
     with Progress(label, images, visible=world.is_main) as progress:

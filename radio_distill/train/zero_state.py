@@ -19,7 +19,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def whole_parameters(engine: Any, keep: bool) -> dict[str, Tensor]:
-    """Gather every parameter in float32; a collective call whose result only ``keep`` ranks hold."""
+    """Gather every parameter in float32: all ranks call, those with ``keep`` get the result."""
     from deepspeed.utils import safe_get_full_fp32_param
 
     tensors = {}

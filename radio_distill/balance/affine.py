@@ -1,0 +1,120 @@
+"""The map that PHI-S and the standardisations share: y = s · R (x − μ).
+
+μ is a vector, s one number or one for each channel, R a rotation or nothing. Invertible and linear
+in x, so a trained head can take its inverse in, and a student then speaks in the teacher's space.
+Statistics are float64 on the CPU; features are mapped in float32, or float64 where they are that.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn.utils import skip_init
+
+from ..errors import CheckpointError, ConfigError, DataError
+from .moments import Moments
+
+
+class Affine:
+    """Base of the normalizers of this form; they differ in ``fit``."""
+
+    tensors: tuple[str, ...] = ("mean", "scale")
+    """Names in the state: mean ``[C]``, scale ``[]`` or ``[C]``, rotation ``[C, C]`` if any."""
+
+    def __init__(self) -> None:
+        self._state: dict[str, Tensor] = {}
+        self._copies: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = {}
+
+    def apply(self, spatial: Tensor) -> Tensor:
+        """Bring ``[B, C, h, w]`` from the teacher's space to the normalised space."""
+        tensors = self._tensors_for(spatial)
+        with torch.autocast(spatial.device.type, enabled=False):
+            # The mean goes first: rotated, it could be large against what is left of the tokens.
+            tokens = rearrange(spatial.to(tensors["mean"]), "b c h w -> b h w c") - tensors["mean"]
+            if "rotation" in tensors:
+                tokens = tokens @ tensors["rotation"].T
+            return rearrange(tokens * tensors["scale"], "b h w c -> b c h w")
+
+    def invert(self, spatial: Tensor) -> Tensor:
+        """Bring ``[B, C, h, w]`` from the normalised space back to the teacher's."""
+        tensors = self._tensors_for(spatial)
+        with torch.autocast(spatial.device.type, enabled=False):
+            tokens = rearrange(spatial.to(tensors["mean"]), "b c h w -> b h w c")
+            return rearrange(_unscale(tokens, tensors) + tensors["mean"], "b h w c -> b c h w")
+
+    @torch.no_grad()
+    def fold(self, linear: nn.Linear) -> nn.Linear:
+        """Return a linear that predicts in the teacher's own space what ``linear`` does in this one.
+
+        PHI-S paper, appendix A.6: W = Θ W′ and b = Θ b′ + μ, with Θ the inverse's matrix.
+        """
+        weight = linear.weight  # [C, inputs]
+        tensors = self._tensors_for(weight.new_empty(1, len(weight), dtype=torch.float64))
+        bias = weight.new_zeros(len(weight)) if linear.bias is None else linear.bias
+        folded = skip_init(
+            nn.Linear, linear.in_features, len(weight), device=weight.device, dtype=weight.dtype
+        )
+        folded.weight.copy_(_unscale(weight.double().T, tensors).T)
+        folded.bias.copy_(_unscale(bias.double(), tensors) + tensors["mean"])
+        return folded
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the tensors that make an equal normalizer through :meth:`load_state`."""
+        assert self._state, f"{type(self).__name__} has neither been fitted nor loaded"
+        return dict(self._state)
+
+    def load_state(self, state: Mapping[str, Tensor]) -> "Affine":
+        """Take what :meth:`state` returned; raises CheckpointError for another normalizer's."""
+        if sorted(state) != sorted(self.tensors):
+            raise CheckpointError(
+                f"statistics hold {', '.join(sorted(state)) or 'nothing'} where "
+                f"{type(self).__name__} has {', '.join(sorted(self.tensors))}: they belong to "
+                "another normalizer; restore normalizer.name, or start the stage anew"
+            )
+        self._set(**state)
+        return self
+
+    def _set(self, **state: Tensor) -> None:
+        self._state = {name: value.detach().cpu().double() for name, value in state.items()}
+        self._copies.clear()
+
+    def _tensors_for(self, values: Tensor) -> dict[str, Tensor]:
+        """Return the state on the device of ``values`` ``[_, C, ...]``, kept for the next call."""
+        channels = len(self.state()["mean"])
+        if values.shape[1] != channels:
+            raise ConfigError(
+                f"{type(self).__name__} was fitted to {channels} channels, these features have "
+                f"{values.shape[1]}: the statistics belong to another teacher"
+            )
+        key = values.device, torch.promote_types(values.dtype, torch.float32)
+        if key not in self._copies:
+            self._copies[key] = {name: value.to(*key) for name, value in self._state.items()}
+        return self._copies[key]
+
+
+def _unscale(values: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+    """Apply the inverse, without the mean, to the last axis of ``values``."""
+    values = values / tensors["scale"]
+    return values @ tensors["rotation"] if "rotation" in tensors else values
+
+
+def mean_variance(moments: Moments) -> Tensor:
+    """Return tr Σ / C, a float64 scalar on the CPU.
+
+    Raises:
+        DataError: where the features never vary or are not finite.
+    """
+    variance, power = moments.covariance.diagonal().mean().cpu(), moments.mean.square().mean().cpu()
+    if not torch.isfinite(variance):
+        raise DataError(
+            "the teacher's features are not finite, so they have no statistics; "
+            "compute the teacher in float32 (teachers.NAME.dtype)"
+        )
+    # 1e-20 of the power is rounding: float32 features that differ at all have over 1e-15 of it.
+    if variance <= 1e-20 * power:
+        raise DataError(
+            "the teacher's features are the same for every token, so they have no scale; "
+            "check its weights and the images"
+        )
+    return variance

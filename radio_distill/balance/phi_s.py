@@ -1,0 +1,49 @@
+"""PHI-S: one rotation and one scalar that give every channel of a teacher unit variance.
+
+"PHI-S: Distribution Balancing for Label-Free Multi-Teacher Distillation" (arXiv 2410.01680),
+section 3.4. With Σ = U Λ Uᵀ, a Hadamard matrix H of rows of length 1 spreads the variances of the
+principal axes evenly, since all its entries have the same magnitude:
+
+    y = α R (x − μ),    R = H Uᵀ,    α = sqrt(C / tr Σ).
+
+The map is a similarity: errors keep their proportions, so MSE(y, y′) = α² MSE(x, x′) whatever the
+student predicts, unlike under whitening. Channels come out with unit variance, not uncorrelated.
+"""
+
+import torch
+from torch import Tensor
+
+from .affine import Affine, mean_variance
+from .hadamard import hadamard
+from .moments import Moments
+
+
+class PhiS(Affine):
+    """The PHI-S standardisation; a normalizer."""
+
+    tensors = ("mean", "scale", "rotation")
+
+    def fit(self, moments: Moments) -> "PhiS":
+        """Take the statistics of a teacher's tokens; covariances of any rank will do.
+
+        The decomposition runs on the CPU, so equal moments give equal rotations on one machine.
+        Where eigenvalues coincide the basis is the library's choice: send :meth:`state` from one
+        process to the others where they run on machines of different kinds.
+
+        Raises:
+            ConfigError: where the number of channels has no Hadamard matrix.
+            DataError: where the features never vary or are not finite.
+        """
+        scale = mean_variance(moments).rsqrt()
+        spread = _canonical(hadamard(len(moments.mean))) * len(moments.mean) ** -0.5
+        axes = _canonical(torch.linalg.eigh(moments.covariance.cpu()).eigenvectors.T)
+        self._set(mean=moments.mean, scale=scale, rotation=spread @ axes)
+        return self
+
+
+def _canonical(rows: Tensor) -> Tensor:
+    """Negate the rows with a negative diagonal entry, as in the paper's figure 4.
+
+    An eigenvector is known up to its sign only; without a rule, a cache could flip a target.
+    """
+    return torch.where(rows.diagonal()[:, None] < 0, -rows, rows)

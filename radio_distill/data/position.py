@@ -1,0 +1,167 @@
+"""Which sample comes when: a pure function of seed and position.
+
+The position is one whole number, the images that training has used up so far. A run is resumed, or
+shared out over any number of processes, by counting; there is no state to save.
+
+* Within a source, every epoch has each sample once: shards are permuted, then samples are shuffled
+  within windows of a few consecutive shards, so that reading stays local.
+* Sources with weights are interleaved evenly (:func:`split_position`), and each keeps its own order
+  and its own epochs, so a small source comes round more often.
+
+Permutations sort raw output of Philox, which numpy promises never to change, unlike its
+``Generator.permutation``: a run resumed with another numpy goes on in the same order.
+"""
+
+from bisect import bisect_right
+from collections.abc import Callable, Hashable, Sequence
+from fractions import Fraction
+from itertools import accumulate
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+
+_SHARDS, _WINDOW, _SUBSTITUTE, _VIEW = range(4)  # what a stream of random numbers is for
+_WORD = (1 << 64) - 1
+
+Key = TypeVar("Key", bound=Hashable)
+Value = TypeVar("Value")
+
+
+class Location(NamedTuple):
+    """One sample of one shard, both by number."""
+
+    shard: int
+    sample: int
+
+
+def random_stream(*key: int) -> np.random.Philox:
+    """Make a stream of random numbers that depends on ``key`` alone."""
+    words = np.array([part & _WORD for part in key], dtype=np.uint64).view(np.uint32)
+    return np.random.Philox(np.random.SeedSequence(words.tolist()))
+
+
+def view_generator(seed: int, position: int) -> np.random.Generator:
+    """Make the generator of the random view at a position."""
+    return np.random.Generator(random_stream(_VIEW, seed, position))
+
+
+def split_position(position: int, shares: Sequence[Fraction]) -> tuple[int, int]:
+    """Return (source, index within it) of a position of the interleaved whole.
+
+    Of the first p positions, source 0 has floor(p * shares[0]); of the rest, source 1 has its
+    share, and so on. So counts are exact at all times to less than one image for each source before
+    it, without a table. ``shares[i]`` is weight i over the sum of weights i, i + 1, …
+    """
+    for source, share in enumerate(shares):
+        before = position * share.numerator // share.denominator
+        if (position + 1) * share.numerator // share.denominator > before:
+            return source, before
+        position -= before
+    raise AssertionError("the last share is 1, so some source takes the position")
+
+
+class SourceOrder:
+    """The order of one source.
+
+    Args:
+        counts: samples in each of its shards.
+        window: shards whose samples are shuffled together.
+        key: what the order depends on, besides the epoch: seed and number of the source.
+    """
+
+    def __init__(self, counts: Sequence[int], window: int, key: tuple[int, ...]):
+        self._counts = np.asarray(counts, dtype=np.int64)
+        self._starts = _starts(self._counts)
+        self._window, self._key = window, key
+        self.num_samples = int(self._counts.sum())
+        self._epochs: dict[int, tuple[np.ndarray, list[int]]] = {}
+        self._windows: dict[tuple[int, int], np.ndarray] = {}
+
+    def at(self, position: int) -> Location:
+        """Return the sample at a position, counted over all epochs."""
+        epoch, rest = divmod(position, self.num_samples)
+        shards, window_starts = _cached(self._epochs, epoch, 2, lambda: self._shards(epoch))
+        window = bisect_right(window_starts, rest) - 1
+        first = window * self._window
+        members = shards[first : first + self._window]
+        starts = _starts(self._counts[members])
+        shuffled = _cached(
+            self._windows,
+            (epoch, window),
+            4,
+            lambda: _permutation(starts[-1], _WINDOW, *self._key, epoch, window),
+        )
+        place = _locate(int(shuffled[rest - window_starts[window]]), starts)
+        return Location(int(members[place.shard]), place.sample)
+
+    def any(self, *draw: int) -> Location:
+        """Return a random sample, by a draw that ``draw`` names."""
+        number = int(random_stream(_SUBSTITUTE, *self._key, *draw).random_raw())
+        return _locate(number % self.num_samples, self._starts)
+
+    def _shards(self, epoch: int) -> tuple[np.ndarray, list[int]]:
+        """Return the shards in the order of an epoch, and the position where each window starts."""
+        shards = _permutation(len(self._counts), _SHARDS, *self._key, epoch)
+        return shards, _starts(self._counts[shards])[:: self._window]
+
+
+class SampleOrder:
+    """The order of all sources together; shards are numbered through.
+
+    Args:
+        counts: for each source, the samples in each of its shards.
+        weights: share of each source; empty makes all of them one source.
+    """
+
+    def __init__(
+        self,
+        counts: Sequence[Sequence[int]],
+        *,
+        weights: Sequence[float] = (),
+        seed: int,
+        window: int,
+    ):
+        if not weights:
+            counts, weights = [[count for source in counts for count in source]], [1.0]
+        self._first_shard = [0, *accumulate(len(source) for source in counts)]
+        self._sources = [
+            SourceOrder(source, window, (seed, number)) for number, source in enumerate(counts)
+        ]
+        exact = [Fraction(repr(weight)) for weight in weights]  # 0.1 is meant as a tenth
+        self._shares = [weight / sum(exact[i:]) for i, weight in enumerate(exact)]
+        self.num_samples = sum(source.num_samples for source in self._sources)
+
+    def at(self, position: int) -> Location:
+        """Return the sample at a position."""
+        source, index = split_position(position, self._shares)
+        return self._numbered(source, self._sources[source].at(index))
+
+    def substitute(self, position: int, attempt: int) -> Location:
+        """Return another sample of the same source, for a position whose sample is bad."""
+        source, _ = split_position(position, self._shares)
+        return self._numbered(source, self._sources[source].any(position, attempt))
+
+    def _numbered(self, source: int, place: Location) -> Location:
+        return Location(self._first_shard[source] + place.shard, place.sample)
+
+
+def _permutation(count: int, *key: int) -> np.ndarray:
+    return np.argsort(random_stream(*key).random_raw(count), kind="stable")
+
+
+def _starts(counts: np.ndarray) -> list[int]:
+    """Return where each shard starts, and at the end the sum."""
+    return [0, *np.cumsum(counts).tolist()]
+
+
+def _locate(index: int, starts: list[int]) -> Location:
+    shard = bisect_right(starts, index) - 1
+    return Location(shard, index - starts[shard])
+
+
+def _cached(cache: dict[Key, Value], key: Key, limit: int, make: Callable[[], Value]) -> Value:
+    if key not in cache:
+        if len(cache) >= limit:
+            del cache[next(iter(cache))]
+        cache[key] = make()
+    return cache[key]

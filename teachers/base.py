@@ -1,0 +1,109 @@
+"""A frozen encoder behind the Teacher protocol.
+
+It takes pixels in [0, 1] and does everything around the encoder that distillation needs: the size
+check, normalisation, micro-batches, the number type, no gradient. It is not an ``nn.Module`` on
+purpose: nothing that trains, wraps or saves the student can pick a teacher up as a submodule.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from radio_distill.errors import ConfigError
+from radio_distill.types import Features, Size, TeacherSpec
+
+Tower = Callable[[Tensor], tuple[Tensor | None, Tensor]]
+"""Normalised pixels ``[B, 3, H, W]`` to summary ``[B, S]`` (or None) and map ``[B, C, h, w]``."""
+
+
+class FrozenTeacher:
+    """Freeze ``tower`` and run it as a teacher.
+
+    Args:
+        tower: the encoder. An ``nn.Module`` is put into eval mode and its gradients switched off.
+        spec: what it is; its mean and std are applied here.
+        dtype: type of the matrix products (``float32``, ``bfloat16``, ``float16``). The matrices
+            are stored in it; norms, tokens and position tables stay float32, as autocast wants it.
+        micro_batch: most images in one forward pass; 0 for all at once.
+    """
+
+    def __init__(
+        self, tower: Tower, spec: TeacherSpec, dtype: str = "float32", micro_batch: int = 0
+    ):
+        self.spec = spec
+        self.micro_batch = micro_batch
+        self.dtype: torch.dtype = getattr(torch, dtype)
+        self.device = torch.device("cpu")
+        self.tower = tower
+        self._mean = torch.tensor(spec.mean).view(3, 1, 1)
+        self._std = torch.tensor(spec.std).view(3, 1, 1)
+        if isinstance(tower, nn.Module):
+            tower.eval().requires_grad_(False)
+            _store_matrices(tower, self.dtype)
+
+    def to(self, device: Any) -> "FrozenTeacher":
+        """Move to ``device``, in place; returns self."""
+        self.device = torch.device(device)
+        self._mean, self._std = self._mean.to(self.device), self._std.to(self.device)
+        if isinstance(self.tower, nn.Module):
+            self.tower.to(self.device)
+        return self
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Features:
+        """Encode ``[B, 3, H, W]`` RGB in [0, 1] to float32 features, without gradient.
+
+        Raises:
+            ConfigError: a size that this teacher cannot take, with the nearest that it can.
+        """
+        height, width = pixels.shape[-2:]
+        check_size(self.spec, (height, width))
+        parts = [self._encode(part) for part in pixels.split(self.micro_batch or len(pixels))]
+        summaries = [part.summary for part in parts if part.summary is not None]
+        spatial = torch.cat([part.spatial for part in parts])  # [B, C, h, w]
+        return Features(
+            torch.cat(summaries) if summaries else None,
+            spatial.contiguous(memory_format=torch.channels_last),
+        )
+
+    def _encode(self, pixels: Tensor) -> Features:
+        normalised = (pixels.to(self.device, torch.float32) - self._mean) / self._std
+        reduced = self.dtype != torch.float32
+        # Off rather than absent: a teacher's numbers must not depend on the caller's autocast.
+        with torch.autocast(self.device.type, self.dtype if reduced else None, enabled=reduced):
+            summary, spatial = self.tower(normalised)
+        grid, expected = tuple(spatial.shape[-2:]), self.spec.grid((pixels.shape[-2], pixels.shape[-1]))
+        assert grid == expected, f"{self.spec.name}: grid {grid}, expected {expected}"
+        return Features(None if summary is None else summary.float(), spatial.float())
+
+
+def check_size(spec: TeacherSpec, size: Size) -> None:
+    """Raise ConfigError, naming the nearest sizes, where a teacher cannot take ``size`` pixels."""
+    shown = f"teacher {spec.name!r} cannot take {_times(size)} pixels"
+    if spec.fixed_size:
+        if size != spec.native_size:
+            raise ConfigError(f"{shown}: it takes {_times(spec.native_size)} only")
+        return
+    patch = spec.patch_size
+    largest = spec.max_size // patch * patch if spec.max_size else max(*size, patch) + patch
+    lower, upper = (
+        tuple(min(max(step(side), patch), largest) for side in size)
+        for step in (lambda side: side // patch * patch, lambda side: -(-side // patch) * patch)
+    )
+    if lower == upper == size:
+        return
+    near = " and ".join(dict.fromkeys([_times(lower), _times(upper)]))
+    limit = f" up to {spec.max_size}" if spec.max_size else ""
+    raise ConfigError(f"{shown}: sides must be multiples of its patch {patch}{limit}; nearest {near}")
+
+
+def _times(size: tuple[int, ...]) -> str:
+    return "x".join(str(side) for side in size)
+
+
+def _store_matrices(tower: nn.Module, dtype: torch.dtype) -> None:
+    for module in tower.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            module.to(dtype)

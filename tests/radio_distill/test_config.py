@@ -1,0 +1,173 @@
+"""Recipes: loading, overriding, checking, dumping; every message is one line with the mend."""
+
+import dataclasses
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from radio_distill import config
+from radio_distill.config import (
+    Recipe,
+    StudentConfig,
+    build,
+    check,
+    describe,
+    differences,
+    dump,
+    override,
+)
+from radio_distill.errors import ConfigError
+
+BASE = {
+    "name": "small",
+    "data": {"shards": ["data/*.tar"]},
+    "student": {"patch_size": 16, "max_size": 512},
+    "teachers": {"dino": {"preset": "a"}, "clip": {"preset": "b"}},
+    "stages": {
+        "stage1": {
+            "steps": 10,
+            "partitions": [
+                {"name": "low", "size": 128, "teachers": ["dino", "clip"], "batch_size": 8},
+                {"name": "high", "size": [256, 384], "teachers": ["dino"], "batch_size": 2},
+            ],
+        }
+    },
+}
+
+
+def recipe(*assignments: str) -> Recipe:
+    built = build(Recipe, override(BASE, assignments, "stage1"))
+    check(built)
+    return built
+
+
+def test_build__types_and_defaults():
+    made = recipe()
+    assert made.stages["stage1"].partitions[1].size == (256, 384)
+    assert made.stages["stage1"].optimizer == "lamb"
+    assert made.teachers["dino"].input_size == "native"
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        made.seed = 1
+
+
+def test_dump__loads_back_to_an_equal_recipe(tmp_path):
+    made = recipe("stage.learning_rate=3e-4", "data.weights=[2]")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(dump(made))
+    assert config.load(path) == made
+    assert differences(made, config.load(path)) == []
+
+
+@given(
+    st.fixed_dictionaries(
+        {
+            "registers": st.integers(0, 16),
+            "position_dropout": st.floats(0, 1, allow_nan=False),
+            "gradient_checkpointing": st.booleans(),
+            "architecture": st.text("abc_1é:#- ", min_size=1),
+        }
+    )
+)
+def test_dump__round_trip_of_any_value(values):
+    student = build(StudentConfig, values)
+    assert build(StudentConfig, yaml.safe_load(dump(student))) == student
+
+
+@pytest.mark.parametrize(
+    ("assignment", "field", "expected"),
+    [
+        ("student.registers=8", lambda r: r.student.registers, 8),
+        ("stage.learning-rate=1e-3", lambda r: r.stages["stage1"].learning_rate, 1e-3),
+        ("stages.stage1.partitions.low.batch_size=4", lambda r: _low(r).batch_size, 4),
+        ("stages.stage1.partitions.0.upsample=[dino]", lambda r: _low(r).upsample, ("dino",)),
+        ("stages.stage1.partitions.low.upsample=dino,clip", lambda r: _low(r).upsample, ("dino", "clip")),
+        ("teachers.dino.input_size=match", lambda r: r.teachers["dino"].input_size, "match"),
+        ("teachers.dino.options.blocks=11", lambda r: r.teachers["dino"].options, {"blocks": 11}),
+        ("student.pretrained=", lambda r: r.student.pretrained, ""),
+        ("seed=7", lambda r: r.seed, 7),
+    ],
+)  # fmt: skip
+def test_override__reaches_every_kind_of_field(assignment, field, expected):
+    assert field(recipe(assignment)) == expected
+
+
+def _low(made):
+    return made.stages["stage1"].partitions[0]
+
+
+def test_override__leaves_its_input_alone():
+    before = yaml.safe_dump(BASE)
+    override(BASE, ["student.registers=9", "stages.stage1.partitions.low.size=64"])
+    assert yaml.safe_dump(BASE) == before
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("student.regsters=8", "unknown field 'student.regsters' (did you mean 'registers'?)"),
+        ("student.registers=many", "student.registers: 'many' is not a whole number"),
+        ("student.registers=true", "student.registers: True is not a whole number"),
+        ("stage.optimizer=sgd", "stages.stage1.optimizer: 'sgd' is not one of adamw, lamb"),
+        ("engine.zero_stage=4", "engine.zero_stage: 4 is not one of 0, 1, 2, 3"),
+        ("stages.stage1.partitions.lo.size=64", "no item 'lo' in the list (known: low, high)"),
+        ("name.deeper=1", "name is a plain value and has no field 'deeper'"),
+        ("stage.partitions.low.size=500", "500 is not a multiple of patch 16 (nearest 496)"),
+        ("stage.partitions.low.size=1024", "1024 is above student.max_size 512"),
+        ("student.window_size=5", "128 is not a multiple of patch 16 times window 5 (nearest 160)"),
+        ("stage.partitions.low.batch_size=0", "batch_size: 0 is not positive"),
+        ("stage.partitions.low.teachers=[]", "a partition needs at least one teacher"),
+        ("stage.partitions.low.teachers=[dina]", "no teacher 'dina' (did you mean 'dino'?)"),
+        ("stage.partitions.high.upsample=[clip]", "'clip' is not a teacher of this partition"),
+        ("stage.partitions.high.name=low", "two partitions are called 'low'"),
+        ("data.weights=[1, 2]", "2 weights for 1 shards entries"),
+        ("data.crop_scale=[0.9, 0.5]", "is not 0 < low <= high <= 1"),
+        ("stage.partitions=[]", "a stage needs at least one partition"),
+        ("teachers={}", "a recipe needs at least one teacher"),
+        ("stage.upsampler.factor=0", "upsampler.factor: 0 is not positive"),
+        ("noequals", "is not of the form field.name=value"),
+    ],
+)
+def test_recipe__bad_values_are_named(assignment, message):
+    with pytest.raises(ConfigError) as caught:
+        recipe(assignment)
+    assert message in str(caught.value)
+
+
+def test_check__reports_every_problem_on_a_line_of_its_own():
+    with pytest.raises(ConfigError) as caught:
+        recipe("stage.steps=0", "data.flip=2")
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 2
+    assert lines[0].startswith("data.flip")
+
+
+def test_build__missing_field_says_what_it_is():
+    with pytest.raises(ConfigError, match=r"data\.shards is missing: tar shards"):
+        build(Recipe, {**BASE, "data": {}})
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "a: [", "", "a: \x00"])
+def test_load__not_a_recipe(tmp_path, text):
+    path = tmp_path / "broken.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        config.load(path)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ConfigError, match="cannot read recipe"):
+        config.load(tmp_path / "absent.yaml")
+
+
+def test_differences__names_fields_and_values():
+    changed = differences(recipe(), recipe("stage.partitions.low.batch_size=4", "seed=1"))
+    assert changed == ["seed: 0 -> 1", "stages.stage1.partitions.0.batch_size: 8 -> 4"]
+
+
+def test_describe__explains_every_field():
+    rows = describe()
+    assert all(text for _, _, _, text in rows)
+    names = [name for name, *_ in rows]
+    assert len(names) == len(set(names))
+    assert "stages.NAME.partitions.N.upsample" in names
+    assert "teachers.NAME.weights" in names

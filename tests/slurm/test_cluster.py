@@ -1,0 +1,94 @@
+"""Cluster settings come from a file and from flags, and are wrong in one line."""
+
+import argparse
+from pathlib import Path
+
+import pytest
+
+from radio_distill.errors import ConfigError
+from slurm.cluster import Cluster, add_cluster_flags, cluster_from, load_cluster
+
+
+def parse(*flags: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    add_cluster_flags(parser)
+    return parser.parse_args(flags)
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "cluster.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_load_cluster__reads_every_kind_of_field(tmp_path):
+    path = write(
+        tmp_path,
+        "partition: gpu\nnodes: 4\ngpus_per_node: 8\nsetup: [module load a, export B=1]\n"
+        "sbatch: {reservation: x, exclusive: true}\n",
+    )
+    cluster = load_cluster(path)
+    assert cluster.partition == "gpu"
+    assert (cluster.nodes, cluster.tasks_per_node) == (4, 8)
+    assert cluster.setup == ("module load a", "export B=1")
+    assert cluster.sbatch == {"reservation": "x", "exclusive": True}
+
+
+def test_load_cluster__defaults_without_a_file():
+    assert load_cluster() == Cluster()
+
+
+def test_tasks_per_node__is_one_without_gpus():
+    assert load_cluster(flags={"gpus_per_node": 0}).tasks_per_node == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("partion: gpu", "unknown field 'cluster.partion' (did you mean 'partition'?)"),
+        ("nodes: many", "cluster.nodes: 'many' is not a whole number"),
+        ("nodes: 0", "cluster.nodes: 0 is below 1"),
+        ("gpus_per_node: -1", "cluster.gpus_per_node: -1 is below 0"),
+        ("time_minutes: 5", "cluster.signal_delay_s: 300 s is not below the time limit"),
+        ("nodes: [", "is not valid YAML"),
+        ("- a\n- b", "mapping"),
+    ],
+)
+def test_load_cluster__bad_file_is_one_line(tmp_path, text, message):
+    with pytest.raises(ConfigError) as caught:
+        load_cluster(write(tmp_path, text))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_load_cluster__missing_file_names_it(tmp_path):
+    with pytest.raises(ConfigError, match=r"none\.yaml"):
+        load_cluster(tmp_path / "none.yaml")
+
+
+def test_cluster_from__flags_win_over_the_file(tmp_path):
+    path = write(tmp_path, "partition: slow\nnodes: 2\naccount: mine\n")
+    flags = parse(
+        *("--partition", "fast", "--gpus-per-node", "8", "--time", "60"),
+        *("--setup", "module load a,b", "--setup", "export C=1"),
+        *("--sbatch", "reservation=x=y", "--sbatch", "exclusive"),
+    )
+    cluster = cluster_from(flags, path)
+    assert (cluster.partition, cluster.account, cluster.nodes) == ("fast", "mine", 2)
+    assert (cluster.gpus_per_node, cluster.time_minutes) == (8, 60)
+    assert cluster.setup == ("module load a,b", "export C=1")
+    assert cluster.sbatch == {"reservation": "x=y", "exclusive": True}
+
+
+def test_cluster_from__no_flag_leaves_the_file_alone(tmp_path):
+    path = write(tmp_path, "nodes: 3\n")
+    assert cluster_from(parse(), path) == load_cluster(path)
+
+
+def test_add_cluster_flags__every_field_has_a_flag_with_its_help():
+    parser = argparse.ArgumentParser()
+    add_cluster_flags(parser)
+    text = parser.format_help()
+    for name in Cluster.__dataclass_fields__:
+        assert f"--{name.replace('_', '-')}" in text
+    assert "[cores]" in text
