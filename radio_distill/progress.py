@@ -62,14 +62,16 @@ class Progress:
         """Units a second since the start."""
         return (self._done - self._start) / max(self.seconds, 1e-9)
 
-    def update(self, done: int, text: str = "") -> None:
-        """Move to ``done`` of ``total``, with a few words on how it goes."""
+    def update(self, done: int, text: str = "", total: int | None = None) -> None:
+        """Move to ``done``, with a few words on how it goes; ``total`` where it changed."""
         self._done = done
+        self._total = self._total if total is None else total
         left = (self._total - done) / self.rate if self.rate > 0 else 0.0
         if self._bar is not None:
             self._bar.update(
                 self._task,
                 completed=done,
+                total=self._total,
                 text=text,
                 rate=f"{self.rate:.1f} {self._unit}/s",
                 eta=clock(left),

@@ -24,6 +24,7 @@ COMMANDS = {
     "eval": ("stages.evaluate", "score a student, or the teachers"),
     "sweep": ("stages.sweep", "stage 3 and scores for several upsamplers, and their gain table"),
     "score": ("stages.score", "gain table (Δm) of scores"),
+    "report": ("stages.report", "one HTML page of a run"),
     "shards": ("stages.shards", "make shards of a folder of pictures, or check shards"),
     "slurm": ("slurm.launch", "submit the stages of a recipe to Slurm"),
     "list": ("stages.listing", "names: teachers, upsamplers, normalizers, benchmarks, recipes"),

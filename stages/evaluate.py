@@ -9,7 +9,7 @@ The recipe is the checkpoint's own; every field of its section `evaluation` can 
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,7 +23,9 @@ from radio_distill.config import EvaluationConfig, Recipe, build, dump, override
 from stages.common import run_script
 
 if TYPE_CHECKING:
+    from radio_distill.evals.mtl_gain import Metric
     from radio_distill.train.checkpoint import Checkpoint
+    from radio_distill.types import Score
 
 TAKES_FIELDS = True
 SCORES = "scores.jsonl"
@@ -101,22 +103,34 @@ def label_of(checkpoint: "Checkpoint") -> str:
     return checkpoint.folder.parent.parent.name
 
 
+def results_and_definitions(
+    scores: "Mapping[str, Sequence[Score]]",
+) -> "tuple[dict[str, dict[str, float]], dict[str, Metric]]":
+    """Return ``{subject: {metric: value}}`` and what each metric is, as gain tables want them."""
+    from radio_distill.evals.mtl_gain import Metric
+
+    results = {
+        subject: {score.name: score.value for score in rows} for subject, rows in scores.items()
+    }
+    definitions = {
+        score.name: Metric(
+            group=score.group, higher_is_better=score.higher_is_better, unit=score.unit
+        )
+        for rows in scores.values()
+        for score in rows
+    }
+    return results, definitions
+
+
 def show(path: Path) -> None:
     """Print the scores of a file, a table for each group."""
     from rich.console import Console
 
     from radio_distill.evals.harness import read_scores
-    from radio_distill.evals.mtl_gain import Metric, score_tables
+    from radio_distill.evals.mtl_gain import score_tables
 
-    results, definitions = {}, {}
-    for subject, scores in read_scores(path).items():
-        results[subject] = {score.name: score.value for score in scores}
-        for score in scores:
-            definitions[score.name] = Metric(
-                group=score.group, higher_is_better=score.higher_is_better, unit=score.unit
-            )
     console = Console()
-    for table in score_tables(results, definitions):
+    for table in score_tables(*results_and_definitions(read_scores(path))):
         console.print(table.to_terminal())
     console.print(f"scores: {path}")
 

@@ -33,17 +33,32 @@ def _names(kind: str) -> list[str]:
 
         return UPSAMPLERS.names()
     if kind == "normalizers":
-        from radio_distill.balance import NORMALIZERS
+        from radio_distill.balance.normalizers import NORMALIZERS
 
         return NORMALIZERS.names()
     if kind == "benchmarks":
-        from radio_distill.evals import BENCHMARKS
+        from radio_distill.evals.harness import BENCHMARKS
 
-        return BENCHMARKS.names()
+        return ["fidelity", *BENCHMARKS.names()]
     from stages.common import recipe_names
 
     return recipe_names()
 
 
 def _print_teachers() -> None:
-    raise NotImplementedError
+    from rich.console import Console
+    from rich.table import Table
+
+    from teachers import TEACHERS
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column("name", no_wrap=True)
+    table.add_column("size")
+    table.add_column("patch")
+    table.add_column("summary")
+    table.add_column("licence")
+    for name in TEACHERS.names():
+        preset = TEACHERS.get(name)
+        size, patch = (str(value or "") for value in (preset.native_size, preset.patch_size))
+        table.add_row(name, size, patch, "yes" if preset.summary else "", preset.licence)
+    Console().print(table)

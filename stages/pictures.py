@@ -67,6 +67,8 @@ def gather_demo_pictures(out: Path, data: Path | None = None) -> DemoPictures:
         ConfigError: where ``out`` cannot be written or a package is missing.
         DataError: where ``data`` holds fewer than two pictures.
     """
+    if data is not None:
+        _check_apart(out, data)
     pictures = None if data is None else _split(data)
     folders = {name: out / name for name in ("train", "held_out")}
     try:
@@ -87,7 +89,9 @@ def gather_demo_pictures(out: Path, data: Path | None = None) -> DemoPictures:
 
 def find_pictures(folder: Path) -> Iterator[Path]:
     """Yield the picture files below a folder, in the order of their paths."""
-    yield from sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() in SUFFIXES and path.is_file():
+            yield path
 
 
 def photograph(name: str) -> "Image":
@@ -124,17 +128,18 @@ def _write_crops(folder: Path, crops: dict[str, int]) -> None:
     for name, number in crops.items():
         image, draw = photograph(name), random.Random(name)
         for index in range(number):
-            path = folder / f"{Path(name).stem}_{index:02}.jpg"
+            # Number first: the first N files show as many pictures as they can.
+            path = folder / f"{index:02}_{Path(name).stem}.jpg"
             _crop(image, draw).save(path, quality=95, subsampling=0)
 
 
 def _crop(image: "Image", draw: random.Random) -> "Image":
-    """Cut a random window of 1/6 to all of the picture, of any aspect from 3:4 to 4:3."""
+    """Cut a random window: 1/6 of the picture to all of it, log-uniform; aspect 3:4 to 4:3."""
     from PIL import Image, ImageStat
 
     width, height = image.size
     while True:
-        area = width * height * draw.uniform(1 / 6, 1)
+        area = width * height * 6 ** -draw.random()
         aspect = draw.uniform(3 / 4, 4 / 3)
         w, h = min(width, round((area * aspect) ** 0.5)), min(height, round((area / aspect) ** 0.5))
         left, top = draw.randint(0, width - w), draw.randint(0, height - h)
@@ -145,6 +150,12 @@ def _crop(image: "Image", draw: random.Random) -> "Image":
             continue
         crop.thumbnail((_LONGEST, _LONGEST), Image.Resampling.LANCZOS)
         return crop
+
+
+def _check_apart(out: Path, data: Path) -> None:
+    inner, outer = out.resolve(), data.resolve()
+    if inner.is_relative_to(outer) or outer.is_relative_to(inner):
+        raise ConfigError(f"{data} and the run's {out} lie in each other; move the pictures apart")
 
 
 def _split(data: Path) -> dict[str, list[Path]]:
@@ -162,9 +173,8 @@ def _split(data: Path) -> dict[str, list[Path]]:
 
 
 def _link(files: list[Path], data: Path, folder: Path) -> None:
-    for file in files:
-        for source in (file, file.with_suffix(".txt")):
-            if source.is_file():
-                link = folder / source.relative_to(data)
-                link.parent.mkdir(parents=True, exist_ok=True)
-                link.symlink_to(source.resolve())
+    captions = {file.with_suffix(".txt") for file in files}
+    for source in [*files, *filter(Path.is_file, captions)]:
+        link = folder / source.relative_to(data)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(source.resolve())

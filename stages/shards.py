@@ -10,7 +10,9 @@ name beside a picture is kept as its caption, and with --labels the name of its 
 import argparse
 from pathlib import Path
 
+from radio_distill.config import DataConfig
 from radio_distill.errors import ConfigError
+from radio_distill.progress import Progress
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,8 +36,46 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _write(arguments: argparse.Namespace) -> int:
-    raise NotImplementedError
+    from radio_distill.data.shards import find_pictures, write_shards
+
+    source = Path(arguments.source)
+    if not source.is_dir():
+        raise ConfigError(f"shards: {source} is not a folder")
+    with Progress("shards", len(find_pictures(source))) as bar:
+        summary = write_shards(
+            source,
+            arguments.out,
+            images_per_shard=arguments.images_per_shard,
+            labels=arguments.labels,
+            progress=lambda done, total: bar.update(done),
+        )
+    print(f"{summary.num_images} pictures in {len(summary.shards)} shards: {arguments.out}")
+    for name, reason in summary.bad.items():
+        print(f"left out {name}: {reason}")
+    return 0
 
 
 def _check(source: str) -> int:
-    raise NotImplementedError
+    """Print what is in the shards; the status is 1 where anything in them is bad."""
+    from radio_distill.data.check import check_shards
+
+    with Progress("shards", 1, unit="shards") as bar:
+        report = check_shards(
+            [source],
+            DataConfig(shards=(source,)),
+            progress=lambda done, total: bar.update(done, total=total),
+        )
+    print(
+        f"{report.num_images} images in {report.num_shards} shards, "
+        f"{report.num_bytes / 1e6:.1f} MB; {report.num_bad} bad, {len(report.damaged)} damaged shards"
+    )
+    for sides, count in sorted(
+        report.sizes.items(), key=lambda item: int(item[0].rstrip("+").split("-")[0])
+    ):
+        print(f"  shortest side {sides} px: {count}")
+    for line in report.damaged:
+        print(f"damaged: {line}")
+    for kind, lines in sorted(report.bad.items()):
+        for line in lines:
+            print(f"bad ({kind}): {line}")
+    return int(bool(report.damaged or report.num_bad))

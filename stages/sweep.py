@@ -18,7 +18,7 @@ if __package__ in (None, ""):  # run as a file: put the checkout, and only it, f
 from radio_distill.config import Recipe
 from radio_distill.errors import ConfigError
 from stages.common import load_recipe, run_script, train_stage
-from stages.evaluate import score_checkpoints
+from stages.evaluate import results_and_definitions, score_checkpoints
 
 if TYPE_CHECKING:
     from radio_distill.evals.mtl_gain import GainTable
@@ -81,18 +81,11 @@ def sweep(
 def gain_of(path: Path, subjects: Sequence[str], baseline: str) -> "GainTable":
     """Compare some subjects of a score file with one of them."""
     from radio_distill.evals.harness import read_scores
-    from radio_distill.evals.mtl_gain import Metric, multi_task_gain
+    from radio_distill.evals.mtl_gain import multi_task_gain
 
     scores = read_scores(path)
-    results = {
-        subject: {score.name: score.value for score in scores[subject]} for subject in subjects
-    }
-    definitions = {
-        score.name: Metric(
-            group=score.group, higher_is_better=score.higher_is_better, unit=score.unit
-        )
-        for score in scores[baseline]
-    }
+    chosen = {subject: scores[subject] for subject in subjects}
+    results, definitions = results_and_definitions(chosen)
     return multi_task_gain(results, baseline, definitions)
 
 

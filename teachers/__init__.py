@@ -1,1 +1,188 @@
-PROJECT = "radio-distill"
+"""Frozen encoders from timm, open_clip, transformers and RADIO checkpoints, by name.
+
+``TEACHERS`` lists presets and sources; :func:`build_teacher` makes one ready to encode;
+:func:`teacher_spec` and :func:`build_module` tell a planner what it will be, without weights. A
+teacher of one's own is a :class:`~teachers.presets.Preset` under the entry point group
+``radio_distill.teachers``; its ``source`` may be a module of one's own.
+
+Importing this package imports no model library, nor torch.
+"""
+
+from dataclasses import replace
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from radio_distill.config import TeacherConfig
+from radio_distill.errors import ConfigError, WeightsError
+from radio_distill.registry import Registry, nearest
+from radio_distill.types import TeacherSpec
+
+from .presets import PRESETS, Preset
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from .base import FrozenTeacher
+    from .open_clip_source import TextEncoder
+
+TEACHERS = Registry("teacher", {name: f"teachers.presets:{name}" for name in PRESETS})
+
+SOURCES = {
+    "timm": "teachers.timm_source",
+    "open_clip": "teachers.open_clip_source",
+    "transformers": "teachers.transformers_source",
+    "radio": "teachers.radio_source",
+}
+"""Modules with ``complete``, ``build``, ``locate``, ``load`` and a table ``ARGUMENTS``."""
+
+_FIELDS = ("model", "native_size", "mean", "std", "max_size", "fixed_size", "licence", "text")
+"""Preset fields that ``options`` may set."""
+
+
+def build_teacher(name: str, config: TeacherConfig, device: Any = "cpu") -> "FrozenTeacher":
+    """Build the teacher that a recipe calls ``name``, with its weights, on ``device``.
+
+    Raises:
+        ConfigError: options that do not fit the preset or its source.
+        WeightsError: weights that are missing, damaged, or belong to another model.
+    """
+    from .base import FrozenTeacher
+    from .weights import fingerprint
+
+    try:
+        preset = resolve(config)
+        tower = _random(preset) if preset.random and not config.weights else _loaded(preset, config)
+    except (ConfigError, WeightsError) as error:
+        raise type(error)(f"teachers.{name}: {error}") from error
+    spec = _spec(name, preset, "" if preset.random and not config.weights else fingerprint(tower))
+    return FrozenTeacher(tower, spec, config.dtype, config.micro_batch).to(device)
+
+
+def teacher_spec(name: str, config: TeacherConfig) -> TeacherSpec:
+    """Describe a teacher without reading its weights (so without their hash)."""
+    try:
+        return _spec(name, resolve(config), "")
+    except (ConfigError, WeightsError) as error:
+        raise type(error)(f"teachers.{name}: {error}") from error
+
+
+def build_module(config: TeacherConfig, device: Any = "meta") -> "nn.Module":
+    """Build the encoder with random weights, by default on the meta device, to count what it costs.
+
+    Its ``forward`` takes normalised pixels and returns (summary or None, map).
+    """
+    import torch
+
+    preset = resolve(config)
+    source = _source(preset)
+    with torch.device(device):
+        return source.build(source.complete(preset, config.weights)).eval()
+
+
+def build_text_encoder(
+    name: str, config: TeacherConfig, device: Any = "cpu", weights: str = ""
+) -> "TextEncoder":
+    """Build the text tower that shares a space with a teacher's summary, for zero-shot labels.
+
+    Args:
+        name: the teacher's name in the recipe.
+        config: the teacher's section of the recipe.
+        device: where to run.
+        weights: open_clip file of the whole model; empty takes the teacher's own where that is
+            one, else the hub's.
+    """
+    from .open_clip_source import build_text_encoder
+    from .weights import local_path
+
+    try:
+        preset = resolve(config)
+        path = weights or (config.weights if preset.source == "open_clip" else "")
+        return build_text_encoder(preset, local_path(path) if path else None, device)
+    except (ConfigError, WeightsError) as error:
+        raise type(error)(f"teachers.{name}: {error}") from error
+
+
+def resolve(config: TeacherConfig) -> Preset:
+    """Return the preset that a recipe asks for, with its options and every measure filled in."""
+    named = TEACHERS.get(config.preset)
+    if "model" in config.options and named.model:
+        raise ConfigError(
+            f"preset {config.preset} is {named.model}; for another take preset: {named.source}"
+        )
+    source = _source(named)
+    known = [*_FIELDS, *source.ARGUMENTS]
+    for key in config.options:
+        if key not in known:
+            raise ConfigError(
+                f"preset {config.preset} has no option {key!r} ({nearest(key, known)})"
+            )
+    fields = {key: value for key, value in config.options.items() if key in _FIELDS}
+    for key in fields.keys() & {"mean", "std"}:
+        fields[key] = tuple(fields[key])
+    arguments = {key: value for key, value in config.options.items() if key in source.ARGUMENTS}
+    preset = replace(named, **fields, arguments={**named.arguments, **arguments})
+    if not (preset.model or preset.arguments or config.weights):
+        raise ConfigError(f"options.model is missing: which model of {config.preset}?")
+    if arguments or not preset.channels:
+        return _measured(source.complete(preset, config.weights))
+    return preset
+
+
+def _source(preset: Preset) -> Any:
+    return import_module(SOURCES.get(preset.source, preset.source))
+
+
+def _measured(preset: Preset) -> Preset:
+    """Fill in patch and channels from the shapes that the model gives on the meta device."""
+    import torch
+
+    with torch.device("meta"), torch.no_grad():
+        tower = _source(preset).build(preset).eval()
+        summary, spatial = tower(torch.zeros(1, 3, preset.native_size, preset.native_size))
+    patch_size = preset.native_size // spatial.shape[-1]
+    return replace(
+        preset,
+        patch_size=patch_size,
+        native_size=preset.native_size // patch_size * patch_size,
+        channels=spatial.shape[1],
+        summary_channels=None if summary is None else summary.shape[1],
+    )
+
+
+def _random(preset: Preset) -> "nn.Module":
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return _source(preset).build(preset)
+
+
+def _loaded(preset: Preset, config: TeacherConfig) -> "nn.Module":
+    from .packaged import packaged_weights
+    from .weights import check_sha256, local_path
+
+    source = _source(preset)
+    if config.weights:
+        path = local_path(config.weights)
+    else:
+        path = packaged_weights(preset.package) if preset.package else source.locate(preset)
+    check_sha256(path, config.sha256)
+    return source.load(source.complete(preset, str(path)), path)
+
+
+def _spec(name: str, preset: Preset, weights_hash: str) -> TeacherSpec:
+    assert preset.mean, f"{name}: its mean is unknown"
+    assert preset.std, f"{name}: its std is unknown"
+    return TeacherSpec(
+        name=name,
+        channels=preset.channels,
+        summary_channels=preset.summary_channels,
+        patch_size=preset.patch_size,
+        native_size=(preset.native_size, preset.native_size),
+        max_size=preset.max_size,
+        mean=preset.mean,
+        std=preset.std,
+        fixed_size=preset.fixed_size,
+        weights_hash=weights_hash,
+        licence=preset.licence,
+    )

@@ -74,7 +74,10 @@ class FrozenTeacher:
         # Off rather than absent: a teacher's numbers must not depend on the caller's autocast.
         with torch.autocast(self.device.type, self.dtype if reduced else None, enabled=reduced):
             summary, spatial = self.tower(normalised)
-        grid, expected = tuple(spatial.shape[-2:]), self.spec.grid((pixels.shape[-2], pixels.shape[-1]))
+        grid, expected = (
+            tuple(spatial.shape[-2:]),
+            self.spec.grid((pixels.shape[-2], pixels.shape[-1])),
+        )
         assert grid == expected, f"{self.spec.name}: grid {grid}, expected {expected}"
         return Features(None if summary is None else summary.float(), spatial.float())
 
@@ -96,7 +99,9 @@ def check_size(spec: TeacherSpec, size: Size) -> None:
         return
     near = " and ".join(dict.fromkeys([_times(lower), _times(upper)]))
     limit = f" up to {spec.max_size}" if spec.max_size else ""
-    raise ConfigError(f"{shown}: sides must be multiples of its patch {patch}{limit}; nearest {near}")
+    raise ConfigError(
+        f"{shown}: sides must be multiples of its patch {patch}{limit}; nearest {near}"
+    )
 
 
 def _times(size: tuple[int, ...]) -> str:

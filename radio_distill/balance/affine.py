@@ -1,7 +1,7 @@
-"""The map that PHI-S and the standardisations share: y = s · R (x − μ).
+"""The map that PHI-S and the standardisations share: y = scale · R (x - mean).
 
-μ is a vector, s one number or one for each channel, R a rotation or nothing. Invertible and linear
-in x, so a trained head can take its inverse in, and a student then speaks in the teacher's space.
+The scale is one number or one for each channel, R a rotation or nothing. The map is invertible and
+affine, so a trained head can take its inverse in, and a student then speaks in the teacher's space.
 Statistics are float64 on the CPU; features are mapped in float32, or float64 where they are that.
 """
 
@@ -28,7 +28,7 @@ class Affine:
 
     def apply(self, spatial: Tensor) -> Tensor:
         """Bring ``[B, C, h, w]`` from the teacher's space to the normalised space."""
-        tensors = self._tensors_for(spatial)
+        tensors = self._tensors_for(spatial.shape[1], spatial)
         with torch.autocast(spatial.device.type, enabled=False):
             # The mean goes first: rotated, it could be large against what is left of the tokens.
             tokens = rearrange(spatial.to(tensors["mean"]), "b c h w -> b h w c") - tensors["mean"]
@@ -38,20 +38,21 @@ class Affine:
 
     def invert(self, spatial: Tensor) -> Tensor:
         """Bring ``[B, C, h, w]`` from the normalised space back to the teacher's."""
-        tensors = self._tensors_for(spatial)
+        tensors = self._tensors_for(spatial.shape[1], spatial)
         with torch.autocast(spatial.device.type, enabled=False):
             tokens = rearrange(spatial.to(tensors["mean"]), "b c h w -> b h w c")
             return rearrange(_unscale(tokens, tensors) + tensors["mean"], "b h w c -> b c h w")
 
     @torch.no_grad()
     def fold(self, linear: nn.Linear) -> nn.Linear:
-        """Return a linear that predicts in the teacher's own space what ``linear`` does in this one.
+        """Return a linear that predicts in the teacher's space what ``linear`` does in this one.
 
-        PHI-S paper, appendix A.6: W = Θ W′ and b = Θ b′ + μ, with Θ the inverse's matrix.
+        PHI-S paper, appendix A.6: the weight becomes Θ W, the bias Θ b + mean, with Θ the
+        matrix of the inverse.
         """
         weight = linear.weight  # [C, inputs]
-        tensors = self._tensors_for(weight.new_empty(1, len(weight), dtype=torch.float64))
         bias = weight.new_zeros(len(weight)) if linear.bias is None else linear.bias
+        tensors = self._tensors_for(len(weight), weight.double())
         folded = skip_init(
             nn.Linear, linear.in_features, len(weight), device=weight.device, dtype=weight.dtype
         )
@@ -70,7 +71,7 @@ class Affine:
             raise CheckpointError(
                 f"statistics hold {', '.join(sorted(state)) or 'nothing'} where "
                 f"{type(self).__name__} has {', '.join(sorted(self.tensors))}: they belong to "
-                "another normalizer; restore normalizer.name, or start the stage anew"
+                "another normalizer; restore normalizer.name or start the stage anew"
             )
         self._set(**state)
         return self
@@ -79,15 +80,15 @@ class Affine:
         self._state = {name: value.detach().cpu().double() for name, value in state.items()}
         self._copies.clear()
 
-    def _tensors_for(self, values: Tensor) -> dict[str, Tensor]:
-        """Return the state on the device of ``values`` ``[_, C, ...]``, kept for the next call."""
-        channels = len(self.state()["mean"])
-        if values.shape[1] != channels:
+    def _tensors_for(self, channels: int, like: Tensor) -> dict[str, Tensor]:
+        """Return the state for ``like``: its device, and float32 at least. Kept for next time."""
+        fitted = len(self.state()["mean"])
+        if channels != fitted:
             raise ConfigError(
-                f"{type(self).__name__} was fitted to {channels} channels, these features have "
-                f"{values.shape[1]}: the statistics belong to another teacher"
+                f"{type(self).__name__} was fitted to {fitted} channels, these features have "
+                f"{channels}: the statistics belong to another teacher"
             )
-        key = values.device, torch.promote_types(values.dtype, torch.float32)
+        key = like.device, torch.promote_types(like.dtype, torch.float32)
         if key not in self._copies:
             self._copies[key] = {name: value.to(*key) for name, value in self._state.items()}
         return self._copies[key]

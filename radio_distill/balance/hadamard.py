@@ -4,10 +4,10 @@ PHI-S needs one of the order of a teacher's channels, with entries that are flat
 only then does every channel come out with the same variance. Built here are Sylvester's doubling,
 Paley's two constructions over every finite field of odd order (Paley, "On orthogonal matrices",
 1933), and all Kronecker products of these. That leaves out, below 200, the orders 92, 116, 156,
-172, 184 and 188, which need Williamson's or rarer methods; no known encoder has such a width.
+172, 184 and 188, which need Williamson's or rarer methods.
 """
 
-from functools import lru_cache, reduce
+from functools import cache, reduce
 from math import isqrt
 
 import torch
@@ -44,7 +44,7 @@ def _nearest_orders(order: int) -> list[int]:
     return [above] if below is None else [below, above]
 
 
-@lru_cache(maxsize=None)
+@cache
 def _blocks(order: int) -> tuple[int, ...] | None:
     """Split ``order`` into orders whose matrices multiply up to it, smallest first."""
     if order in (1, 2):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..errors import ConfigError
+from ..errors import CheckpointError, ConfigError
 from . import NORMALIZERS as NORMALIZERS
 from .affine import Affine, mean_variance
 from .moments import Moments
@@ -69,7 +69,12 @@ class Identity:
         return {}
 
     def load_state(self, state: Mapping[str, Tensor]) -> "Identity":
-        """Take nothing."""
+        """Take nothing; raises CheckpointError for another normalizer's state."""
+        if state:
+            raise CheckpointError(
+                f"statistics hold {', '.join(sorted(state))} where {type(self).__name__} has none: "
+                "they belong to another normalizer; restore normalizer.name or start the stage anew"
+            )
         return self
 
 

@@ -4,9 +4,9 @@
 section 3.4. With Σ = U Λ Uᵀ, a Hadamard matrix H of rows of length 1 spreads the variances of the
 principal axes evenly, since all its entries have the same magnitude:
 
-    y = α R (x − μ),    R = H Uᵀ,    α = sqrt(C / tr Σ).
+    y = s R (x - mean),    R = H Uᵀ,    s = sqrt(C / tr Σ).
 
-The map is a similarity: errors keep their proportions, so MSE(y, y′) = α² MSE(x, x′) whatever the
+The map is a similarity: errors keep their proportions, MSE(y, y*) = s² MSE(x, x*) whatever the
 student predicts, unlike under whitening. Channels come out with unit variance, not uncorrelated.
 """
 
@@ -35,15 +35,17 @@ class PhiS(Affine):
             DataError: where the features never vary or are not finite.
         """
         scale = mean_variance(moments).rsqrt()
-        spread = _canonical(hadamard(len(moments.mean))) * len(moments.mean) ** -0.5
-        axes = _canonical(torch.linalg.eigh(moments.covariance.cpu()).eigenvectors.T)
+        spread = hadamard(len(moments.mean)) * len(moments.mean) ** -0.5
+        axes = _signed(torch.linalg.eigh(moments.covariance.cpu()).eigenvectors.T)
         self._set(mean=moments.mean, scale=scale, rotation=spread @ axes)
         return self
 
 
-def _canonical(rows: Tensor) -> Tensor:
-    """Negate the rows with a negative diagonal entry, as in the paper's figure 4.
+def _signed(axes: Tensor) -> Tensor:
+    """Give each row the sign that makes its largest entry positive.
 
-    An eigenvector is known up to its sign only; without a rule, a cache could flip a target.
+    An eigenvector is known up to its sign only. The paper (figure 4) goes by the diagonal entry,
+    which was seen to be exactly zero for axes along which nothing varies; the largest never is.
     """
-    return torch.where(rows.diagonal()[:, None] < 0, -rows, rows)
+    largest = axes.gather(1, axes.abs().argmax(1, keepdim=True))  # [C, 1]
+    return axes * largest.sign()

@@ -7,7 +7,6 @@ and teachers must see the same pixels, and the AM-RADIO recipe has none.
 
 import io
 import math
-import warnings
 
 import numpy as np
 import torch
@@ -90,9 +89,7 @@ def image_suffix(data: bytes) -> str:
 
 def _open(data: bytes) -> Image.Image:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # our own limit speaks; broken EXIF is no news
-            return Image.open(io.BytesIO(data), formats=_FORMATS)
+        return Image.open(io.BytesIO(data), formats=_FORMATS)
     except Image.DecompressionBombError as error:
         raise BadImageError("too_large", _reason(error)) from error
     except Image.UnidentifiedImageError as error:
@@ -107,9 +104,7 @@ def _reason(error: Exception) -> str:
 
 def _upright(image: Image.Image) -> Image.Image:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            orientation = image.getexif().get(_ORIENTATION)
+        orientation = image.getexif().get(_ORIENTATION)
     except Exception:  # damaged EXIF is frequent on the web, and the pixels are fine
         return image
     if orientation not in _TRANSPOSE:
@@ -198,5 +193,5 @@ def _cut(image: Image.Image, origin: ViewOrigin, size: Size) -> Tensor:
     if origin.flipped:
         view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     view = view.resize((size[1], size[0]), Image.Resampling.BICUBIC)
-    pixels = rearrange(np.asarray(view), "h w c -> c h w")
-    return torch.from_numpy(np.ascontiguousarray(pixels))  # [3, H, W]
+    pixels = torch.from_numpy(np.array(view))
+    return rearrange(pixels, "h w c -> c h w").contiguous()  # [3, H, W]

@@ -18,7 +18,7 @@ import tarfile
 import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -76,8 +76,8 @@ class Shard:
             lines = index_path(self.path).read_bytes().splitlines()[1:]
         except OSError as error:
             raise DataError(f"{index_path(self.path)}: {reason_of(error)}; start again") from error
-        if _digest(lines) != self.digest:
-            raise DataError(f"{index_path(self.path)} changed during the run; start again")
+        if len(lines) != self.num_samples or _digest(lines) != self.digest:
+            raise DataError(f"{index_path(self.path)} is damaged; delete it and start again")
         return lines
 
 
@@ -147,9 +147,7 @@ def _walk(tar: tarfile.TarFile, file: BinaryIO) -> tuple[list[Sample], int]:
         elif key != previous or suffix in samples[key].members:
             raise ValueError(f"sample {key!r} comes twice")
         previous = key
-        position = file.tell()  # tarfile goes on from where it stopped
         samples[key].members[suffix] = _measure(file, info)
-        file.seek(position)
     for sample in samples.values():
         if sample.image_suffix is None:
             raise ValueError(f"sample {sample.key!r} has no picture")
@@ -195,6 +193,7 @@ def _check_end(file: BinaryIO, end: int) -> None:
 
 
 def _make(path: Path, status: os.stat_result) -> Shard:
+    logger.info("indexing %s", path)
     lines = [json.dumps(sample, separators=(",", ":")).encode() for sample in index_shard(path)]
     shard = Shard(path, status.st_size, status.st_mtime_ns, len(lines), _digest(lines))
     head = {"version": _VERSION, **asdict(shard)}
@@ -204,7 +203,7 @@ def _make(path: Path, status: os.stat_result) -> Shard:
             temporary.write_bytes(b"\n".join([json.dumps(head).encode(), *lines]) + b"\n")
     except OSError as error:
         logger.info("index of %s stays in memory: %s", path, reason_of(error))
-        return Shard(**{**shard.__dict__, "kept": tuple(lines)})
+        return replace(shard, kept=tuple(lines))
     return shard
 
 

@@ -36,7 +36,9 @@ class Location(NamedTuple):
 
 def random_stream(*key: int) -> np.random.Philox:
     """Make a stream of random numbers that depends on ``key`` alone."""
-    words = np.array([part & _WORD for part in key], dtype=np.uint64).view(np.uint32)
+    # SeedSequence fills up with zeros, so the length is part of what it is given.
+    parts = [len(key), *(part & _WORD for part in key)]
+    words = np.array(parts, dtype=np.uint64).view(np.uint32)
     return np.random.Philox(np.random.SeedSequence(words.tolist()))
 
 

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..data.folder import load_pictures
+from ..data.folder import list_pictures
 from ..types import Score, Size
-from .harness import Encoder, Picture, encode_pictures
+from .harness import Encoder, Picture, encode_pictures, spread
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ class Agreement:
         progress: Callable[[int, int], None] | None = None,
     ) -> list[Score]:
         """Score ``encoder``; one that takes a single size gets no score."""
-        pictures = [picture for _, picture in load_pictures(self.pictures, limit)]
+        pictures = spread(list_pictures(self.pictures), limit)
         sides = [round(self.size * scale) for scale in self.scales]
         rows = across_sizes(encoder, pictures, sides, self.batch_size, progress)[1:]
         if not rows:

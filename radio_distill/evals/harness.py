@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..config import EvaluationConfig, build
+from ..data.folder import PictureRef
 from ..errors import ConfigError, DataError
 from ..files import reason_of, replacing
 from ..protocols import Benchmark
@@ -43,7 +44,7 @@ BENCHMARKS = Registry(
     },
 )
 
-Picture = Image.Image | str | Path
+Picture = Image.Image | Path | PictureRef
 Item = TypeVar("Item")
 
 
@@ -86,15 +87,12 @@ class Encoder:
 
 
 def open_picture(picture: Picture) -> Image.Image:
-    """Return an upright RGB picture, read from disk if it is a path."""
+    """Return an upright RGB picture, read now unless it is one; raises DataError with its name."""
     if isinstance(picture, Image.Image):
         return picture.convert("RGB")
-    try:
-        return ImageOps.exif_transpose(Image.open(picture)).convert("RGB")
-    except OSError as error:
-        raise DataError(
-            f"{picture}: not a readable picture ({reason_of(error)}); remove or replace it"
-        ) from error
+    if isinstance(picture, Path):
+        picture = PictureRef(str(picture), picture.read_bytes)
+    return picture.load()
 
 
 def to_pixels(picture: Picture, size: Size) -> Tensor:
@@ -163,9 +161,7 @@ def evaluate(
         report = partial(progress, benchmark.name) if progress else None
         found = benchmark.run(encoder, config.limit or None, report)
         if not found:
-            logger.warning(
-                "%s: no score for %s, which takes one size", benchmark.name, encoder.name
-            )
+            logger.warning("%s: %s takes one size only, no score", benchmark.name, encoder.name)
         scores += found
     return scores
 

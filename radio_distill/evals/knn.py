@@ -7,6 +7,7 @@ Left out: the sweep over k and temperature that some codes report the best of.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -64,7 +65,7 @@ class Knn:
         return [Score(self.name, "top1", accuracy, "%", True, "Classification", len(val))]
 
     def _embed(
-        self, encoder: Encoder, paths: Sequence[str], progress: Callable[[int, int], None] | None
+        self, encoder: Encoder, paths: Sequence[Path], progress: Callable[[int, int], None] | None
     ) -> Tensor:
         size = (self.size, self.size)
         batches = encode_pictures(encoder, paths, size, self.batch_size, progress)

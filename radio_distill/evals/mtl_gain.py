@@ -53,11 +53,11 @@ class GainTable:
     """Metrics left out for every model, because some model lacks them."""
 
     def to_table(self, title: str = "Multi-task gain") -> Table:
-        """Lay out one row a model and one column a group, Δm last, with the definition below."""
-        names = [*self.num_metrics, "Δm"]
+        """Lay out one row a model and one column a group, Δm first, with the definition below."""
+        names = ["Δm", *self.num_metrics]
         columns = [Column("Model"), *(Column(name, "+.2f", "higher") for name in names)]
         rows: list[tuple[Cell, ...]] = [
-            (model, *self.groups[model].values(), total) for model, total in self.totals.items()
+            (model, total, *self.groups[model].values()) for model, total in self.totals.items()
         ]
         return Table(title, tuple(columns), tuple(rows), self.notes())
 

@@ -73,11 +73,13 @@ def comparison(paper: Paper) -> list[Table]:
     changed = {item.model: item for item in paper.corrections}
     gains: list[tuple[str, dict[str, float], dict[str, float]]] = []
     for model, printed in paper.gains.items():
-        label = f"{model}, {changed[model].corrected:g}" if model in changed else model
+        label = f"{model} ({changed[model].corrected:g})" if model in changed else model
         gains.append((label, _row(corrected, model), printed))
         if model in changed:
-            gains.append((f"{model}, {changed[model].printed:g}", _row(as_printed, model), printed))
-    names = [*corrected.num_metrics, "Δm"]
+            gains.append(
+                (f"{model} ({changed[model].printed:g})", _row(as_printed, model), printed)
+            )
+    names = ["Δm", *corrected.num_metrics]
     notes = [f"Source: {paper.source}.", *corrected.notes()]
     misprints = [_explain(item) for item in paper.corrections]
     limits = [

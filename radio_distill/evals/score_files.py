@@ -10,6 +10,7 @@ The same model and metric in two places are two results (two seeds). Nothing her
 """
 
 import csv
+import io
 import json
 import math
 from collections.abc import Hashable, Iterable, Iterator, Mapping
@@ -123,7 +124,7 @@ def _text(path: Path) -> str:
 
 def _read_json_lines(path: Path, scores: ScoreSet, settled: frozenset[str]) -> None:
     repeats: dict[str, ScoreSet] = {}
-    for number, line in enumerate(_text(path).splitlines(), start=1):
+    for number, line in enumerate(_text(path).split("\n"), start=1):
         where = f"{path}, line {number}"
         if not line.strip():
             continue
@@ -164,7 +165,7 @@ def _read_mapping(path: Path, scores: ScoreSet) -> None:
 
 
 def _read_csv(path: Path, scores: ScoreSet) -> None:
-    lines = csv.reader(_text(path).splitlines())
+    lines = csv.reader(io.StringIO(_text(path), newline=""))
     names = next(lines, [])[1:]
     if not names or len(set(names)) < len(names):
         raise DataError(f"{path}: the first line should be model,METRIC,… with different metrics")

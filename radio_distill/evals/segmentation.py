@@ -161,8 +161,8 @@ def class_shares(mask: Tensor, grid: Size, num_classes: int) -> Tensor:
 
     Cross-entropy against these shares is cross-entropy per pixel with one logit a cell.
     """
-    one_hot = F.one_hot(mask + 1, num_classes + 1)[..., 1:]  # IGNORED falls into the slot cut off
-    return F.adaptive_avg_pool2d(rearrange(one_hot, "h w k -> k h w").float(), grid)
+    one_hot = mask == torch.arange(num_classes)[:, None, None]  # [K, H, W], none where IGNORED
+    return F.adaptive_avg_pool2d(one_hot.float(), grid)
 
 
 def confusion_matrix(prediction: Tensor, target: Tensor, num_classes: int) -> Tensor:

@@ -10,6 +10,7 @@ import html
 import io
 import json
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TextIO
@@ -17,10 +18,11 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TextIO
 from ..errors import ConfigError
 
 if TYPE_CHECKING:
-    import rich.table
+    import rich.console
 
 MINUS = "\N{MINUS SIGN}"
 DASH = "\N{EN DASH}"  # stands for a value that is not there
+GAP = 2  # letters between columns in the terminal
 ARROWS = {"higher": "↑", "lower": "↓"}
 
 _LATEX = {
@@ -141,8 +143,10 @@ class Table:
     def to_html(self) -> str:
         """Write a ``<figure>`` with the table and its notes; style is left to the page."""
         right = self._numeric()
+        # An arrow never stands on a line of its own.
         heads = [
-            f'<th scope="col"{_class("number" if r else "")}>{html.escape(column.heading)}</th>'
+            f'<th scope="col"{_class("number" if r else "")}>'
+            f"{re.sub(' (?=[↑↓]$)', '&nbsp;', html.escape(column.heading))}</th>"
             for column, r in zip(self.columns, right, strict=True)
         ]
         body = []
@@ -159,23 +163,57 @@ class Table:
             + "</figure>\n"
         )
 
-    def to_terminal(self) -> "rich.table.Table":
-        """Make a rich table, to be printed by a ``rich.console.Console``."""
+    def to_terminal(self) -> "rich.console.Group":
+        """Make what a ``rich.console.Console`` prints: title, table, notes.
+
+        Columns are as narrow as they can be without breaking a cell or a word of a heading.
+        """
         from rich import box
+        from rich.console import Group
         from rich.table import Table as RichTable
         from rich.text import Text
 
-        note = Text("\n".join(self.notes), justify="left") if self.notes else None
-        table = RichTable(
-            title=Text(self.title), title_justify="left", caption=note, caption_justify="left",
-            title_style="bold", box=box.SIMPLE_HEAD,
-        )  # fmt: skip
-        for column, right in zip(self.columns, self._numeric(), strict=True):
-            table.add_column(Text(column.heading), justify="right" if right else "left")
+        grid = RichTable(
+            box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, GAP - 1, 0, 0)
+        )
+        for column, right, width in zip(self.columns, self._numeric(), self._widths(), strict=True):
+            justify: Literal["left", "right"] = "right" if right else "left"
+            grid.add_column(Text(column.heading), justify=justify, width=width)
         for texts, marks in zip(self._texts(), self._best(), strict=True):
             styled = zip(texts, marks, strict=True)
-            table.add_row(*[Text(text, style="bold green" if b else "") for text, b in styled])
-        return table
+            grid.add_row(*[Text(text, style="bold green" if b else "") for text, b in styled])
+        notes = [Text(note, style="dim") for note in self.notes]
+        return Group(Text(self.title, style="bold"), grid, *notes)
+
+    def split(self, width: int) -> list["Table"]:
+        """Cut into tables of at most ``width`` letters; each begins with the first column."""
+        widths = self._widths()
+        blocks: list[list[int]] = [[]]
+        for index in self._indices()[1:]:
+            taken = sum(widths[i] + GAP for i in [0, *blocks[-1]])
+            if blocks[-1] and taken + widths[index] > width:
+                blocks.append([])
+            blocks[-1].append(index)
+        if len(blocks) == 1:
+            return [self]
+        last = len(blocks) - 1
+        return [
+            Table(
+                self.title if number == 0 else f"{self.title}, continued",
+                tuple(self.columns[i] for i in [0, *block]),
+                tuple(tuple(row[i] for i in [0, *block]) for row in self.rows),
+                self.notes if number == last else (),
+            )
+            for number, block in enumerate(blocks)
+        ]
+
+    def _widths(self) -> list[int]:
+        """Narrowest width of each column that breaks no word of a heading and no cell."""
+        texts = self._texts()
+        return [
+            max(map(len, [*column.heading.split(), *(row[i] for row in texts)]), default=1)
+            for i, column in enumerate(self.columns)
+        ]
 
     def _indices(self) -> range:
         return range(len(self.columns))
@@ -239,12 +277,15 @@ def render(tables: Sequence[Table], format: str) -> str:
 
 
 def print_tables(tables: Sequence[Table], file: TextIO | None = None) -> None:
-    """Print tables to the terminal, or plainly to ``file``."""
+    """Print tables to the terminal, or to ``file``; columns that do not fit go below the others."""
     from rich.console import Console
 
-    console = Console(file=file, width=120 if file else None)
+    file = file or sys.stdout
+    console = Console(file=file, width=None if file.isatty() else 120)
     for table in tables:
-        console.print(table.to_terminal())
+        for part in table.split(console.width):
+            console.print(part.to_terminal())
+            console.print()
 
 
 def _number(cell: Cell) -> float | None:

@@ -4,6 +4,7 @@ Every parameter takes part in every forward and backward pass, whichever teacher
 DeepSpeed and DDP see the same graph on every rank (see :mod:`.gradients`).
 """
 
+from collections import UserDict
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +17,14 @@ from ..types import Features, TeacherSpec
 from .adaptors import Adaptor
 from .gradients import join_gradients, zero_gradient
 from .student import Student
+
+
+class Predictions(UserDict[str, Features]):
+    """Features by teacher name.
+
+    Not a dict, whose tensors ZeRO-3 would hook: it counts those that a loss uses, compares the
+    counts of all ranks, and stops where ranks ask different teachers.
+    """
 
 
 class DistilledStudent(nn.Module):
@@ -41,7 +50,7 @@ class DistilledStudent(nn.Module):
         teachers: tuple[str, ...],
         draws: Tensor | None = None,
         freeze_body: bool = False,
-    ) -> dict[str, Features]:
+    ) -> Predictions:
         """Predict the features of each named teacher, in that teacher's normalised space.
 
         Args:
@@ -65,10 +74,10 @@ class DistilledStudent(nn.Module):
             if name in teachers:
                 predictions[name] = adaptor(summary[:, slot], spatial)
             else:
-                token = spatial[:1, :, :1, :1].detach()
-                predictions[name] = adaptor(summary[:1, slot].detach(), token)
+                tokens = zero_gradient(summary[:1, slot]), zero_gradient(spatial[:1, :, :1, :1])
+                predictions[name] = adaptor(*tokens)
         joined = _join(predictions)
-        return {name: joined[name] for name in teachers}
+        return Predictions({name: joined[name] for name in teachers})
 
 
 def _join(predictions: Mapping[str, Features]) -> dict[str, Features]:

@@ -66,10 +66,9 @@ def crop_points(grid: Size, draws: Tensor) -> Tensor:
     aspect = torch.exp(MAX_LOG_ASPECT * (2 * draws[:, 2] - 1))
     extents = torch.stack((scale / aspect, scale * aspect), dim=1).clamp(max=1)  # [B, (y, x)]
     offsets = draws[:, 3:5] * (1 - extents)
+    steps = extents / max(max(grid) - 1, 1)
     rows, columns = (
-        offsets[:, axis, None]
-        + extents[:, axis, None]
-        * torch.linspace(0, length / max(grid), length, device=draws.device, dtype=draws.dtype)
+        offsets[:, axis, None] + steps[:, axis, None] * torch.arange(length, device=draws.device)
         for axis, length in enumerate(grid)
     )
     rows, columns = torch.broadcast_tensors(rows[:, :, None], columns[:, None, :])  # [B, h, w]

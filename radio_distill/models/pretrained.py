@@ -5,6 +5,7 @@ becomes the start of every summary token, register tokens that of as many regist
 embedding has a bias and the student's has none, so the bias moves into the position table.
 """
 
+import math
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -63,9 +64,23 @@ def check_weights(weights: Mapping[str, Tensor], body: nn.Module, source: str, n
         for key, value in found.items()
         if key in expected and _fixed_shape(key, value) != _fixed_shape(key, expected[key])
     ]
+    if POSITIONS in found and not problems:
+        problems += _grid_problems(found[POSITIONS], _num_positioned(body))
     if problems:
         more = f" (and {len(problems) - 1} more differences)" if len(problems) > 1 else ""
         raise WeightsError(f"{source} does not hold weights of {name}: {problems[0]}{more}")
+
+
+def _grid_problems(positions: Tensor, num_prefix: int) -> list[str]:
+    num_patches = positions.shape[1] - num_prefix
+    if math.isqrt(max(num_patches, 0)) ** 2 == num_patches:
+        return []
+    return [f"{POSITIONS} has {num_patches} patch positions, which is no square grid"]
+
+
+def _num_positioned(body: Any) -> int:
+    """Return how many rows of timm's position embedding belong to class and register tokens."""
+    return 0 if body.no_embed_class else int(body.num_prefix_tokens)
 
 
 def _fixed_shape(key: str, value: Tensor) -> list[int]:
@@ -84,9 +99,6 @@ def start_from(student: "Student", body: Any, weights: Mapping[str, Tensor]) -> 
         student: changed in place; its blocks are those of ``body``.
         body: timm model of the architecture, which knows its own prefix tokens.
         weights: what :func:`check_weights` accepted.
-
-    Raises:
-        WeightsError: where the positions are not those of a square grid.
     """
     from timm.layers import resample_patch_embed
 
@@ -96,14 +108,17 @@ def start_from(student: "Student", body: Any, weights: Mapping[str, Tensor]) -> 
     patches = resample_patch_embed(weights[PATCHES].float(), size)
     student.patch_embedding.weight.copy_(rearrange(patches, "d c y x -> d (c y x)"))
 
-    num_prefix = 0 if body.no_embed_class else body.num_prefix_tokens
+    num_prefix = _num_positioned(body)
     prefix = _prefix_tokens(weights)
     if POSITIONS in weights:
         positions = weights[POSITIONS].float()
-        student.positions.table.copy_(_resampled(positions, num_prefix, student.positions.table))
-        prefix = prefix + positions[0, :num_prefix] if num_prefix else prefix
+        student.positions.table.copy_(
+            _resampled(positions[:, num_prefix:], student.positions.table)
+        )
+        if num_prefix:
+            prefix = prefix + positions[0, :num_prefix]
     if "patch_embed.proj.bias" in weights:
-        student.positions.table += weights["patch_embed.proj.bias"]
+        student.positions.table.add_(weights["patch_embed.proj.bias"])
 
     num_summary, num_class = student.num_summary_tokens, int("cls_token" in weights)
     if num_class:
@@ -123,16 +138,13 @@ def _prefix_tokens(weights: Mapping[str, Tensor]) -> Tensor:
     return torch.cat([torch.empty(0, embed_dim), *tokens])
 
 
-def _resampled(positions: Tensor, num_prefix: int, table: Tensor) -> Tensor:
-    """Bicubic resampling of ``[1, P + N, D]`` to the table's ``[side, side, D]``.
+def _resampled(positions: Tensor, table: Tensor) -> Tensor:
+    """Bicubic resampling of ``[1, N, D]`` to the table's ``[side, side, D]``.
 
     Pixel centres are aligned (not corners), because the evaluation resizes the table that way.
     """
     from timm.layers import resample_abs_pos_embed
 
-    patches = positions[:, num_prefix:]
-    side = round(patches.shape[1] ** 0.5)
-    if side**2 != patches.shape[1]:
-        raise WeightsError(f"{POSITIONS} has {patches.shape[1]} patch positions, not a square grid")
-    resampled = resample_abs_pos_embed(patches, list(table.shape[:2]), num_prefix_tokens=0)
-    return rearrange(resampled, "1 (y x) d -> y x d", y=table.shape[0])
+    side = table.shape[0]
+    resampled = resample_abs_pos_embed(positions, [side, side], num_prefix_tokens=0)
+    return rearrange(resampled, "1 (y x) d -> y x d", y=side)

@@ -57,8 +57,12 @@ class Checkpoint:
         return (self.folder / f"{part}.safetensors").exists()
 
     def tensors(self, part: str) -> dict[str, Tensor]:
-        """Read one of its files."""
-        return load_file(self.folder / f"{part}.safetensors")
+        """Read one of its files; raises CheckpointError where it is damaged."""
+        path = self.folder / f"{part}.safetensors"
+        try:
+            return load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path} is damaged: {reason_of(error)}") from error
 
     def student_tensors(self) -> dict[str, Tensor]:
         """Weights to use: the averaged ones where there are any."""

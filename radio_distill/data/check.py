@@ -1,0 +1,105 @@
+"""Read every image of some shards once, and say what is wrong before a run meets it."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..config import DataConfig
+from ..errors import DataError
+from .images import BadImageError, decode_image
+from .index import open_shard
+from .reader import ShardReader
+from .shards import find_shards
+
+SIZE_STEPS = (64, 128, 256, 512, 1024, 2048, 4096)
+"""Borders of the histogram of shortest sides, in pixels."""
+
+
+@dataclass
+class ShardReport:
+    """What :func:`check_shards` found."""
+
+    num_shards: int = 0
+    num_images: int = 0
+    num_bytes: int = 0
+    damaged: list[str] = field(default_factory=list)
+    """One line for each shard that cannot be used at all; its images are in no count."""
+    bad: dict[str, list[str]] = field(default_factory=dict)
+    """``shard:member: reason`` of each image that training would replace, by kind."""
+    sizes: Counter[str] = field(default_factory=Counter)
+    """Number of good images by shortest side, for instance ``256-511``."""
+
+    @property
+    def num_bad(self) -> int:
+        """Images that training would replace."""
+        return sum(map(len, self.bad.values()))
+
+    def add(self, other: "ShardReport") -> None:
+        """Add what was found in other shards."""
+        self.num_shards += other.num_shards
+        self.num_images += other.num_images
+        self.num_bytes += other.num_bytes
+        self.damaged += other.damaged
+        self.sizes += other.sizes
+        for kind, lines in other.bad.items():
+            self.bad.setdefault(kind, []).extend(lines)
+
+
+def check_shards(
+    patterns: Sequence[str],
+    config: DataConfig,
+    progress: Callable[[int, int], None] | None = None,
+) -> ShardReport:
+    """Decode every image under the limits of ``config``, with ``config.workers`` threads.
+
+    Shards without a fresh index get one on the way.
+
+    Args:
+        patterns: as ``data.shards``.
+        progress: called with shards done and shards in all.
+
+    Raises:
+        DataError: no shards found. Damage is reported, not raised.
+    """
+    paths = find_shards(patterns)
+    report = ShardReport()
+    with ThreadPoolExecutor(max(1, config.workers)) as pool:
+        results = pool.map(lambda path: _check_shard(path, config), paths)
+        for done, result in enumerate(results, 1):
+            report.add(result)
+            if progress is not None:
+                progress(done, len(paths))
+    return report
+
+
+def _check_shard(path: Path, config: DataConfig) -> ShardReport:
+    report = ShardReport(num_shards=1)
+    try:
+        shard = open_shard(path)
+        reader = ShardReader([shard])
+        report.num_bytes = shard.size
+        for number in range(shard.num_samples):
+            _check_image(reader, number, config, report)
+    except DataError as error:
+        return ShardReport(num_shards=1, damaged=[str(error)])
+    return report
+
+
+def _check_image(reader: ShardReader, number: int, config: DataConfig, report: ShardReport) -> None:
+    sample = reader.sample(0, number)
+    report.num_images += 1
+    try:
+        image = decode_image(
+            reader.image_bytes(0, sample), max_pixels=config.max_pixels, min_size=config.min_size
+        )
+        report.sizes[_bucket(min(image.size))] += 1
+    except BadImageError as error:
+        report.bad.setdefault(error.kind, []).append(f"{reader.key(0, sample)}: {error}")
+
+
+def _bucket(side: int) -> str:
+    lower = max((step for step in SIZE_STEPS if step <= side), default=0)
+    upper = min((step for step in SIZE_STEPS if step > side), default=None)
+    return f"{lower}-{upper - 1}" if upper else f"{lower}+"

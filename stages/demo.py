@@ -1,0 +1,83 @@
+"""Run the whole path on real photographs with real pretrained teachers, on a laptop.
+
+    radio-distill demo
+    radio-distill demo --data ~/Pictures
+
+Photographs -> shards -> stage 1 -> stage 2 -> stage 3 with each upsampler -> scores -> gain table
+-> report. Without --data, the photographs are those inside the scikit-image and scikit-learn
+packages. What is complete is not done again, so a demo that was stopped goes on where it was.
+"""
+
+import argparse
+import hashlib
+import time
+from pathlib import Path
+
+from radio_distill.config import Recipe
+from radio_distill.progress import clock
+from stages.common import changes_that_matter, load_recipe, stage_folder, train_stage
+from stages.evaluate import show
+from stages.report import report
+from stages.sweep import show_gain, sweep, with_upsampler
+
+TAKES_FIELDS = True
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``radio-distill demo``."""
+    parser.add_argument("--data", type=Path, metavar="DIR", help="folder of your own pictures")
+    parser.add_argument("--upsamplers", nargs="+", default=["bilinear", "tile"], metavar="NAME")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the demo."""
+    begin = time.monotonic()
+    recipe = load_recipe("demo", [*_place_of(arguments.data), *arguments.fields])
+    prepare_pictures(recipe, arguments.data)
+    for stage in ("stage1", "stage2"):
+        _train(stage, recipe)
+    for name in arguments.upsamplers:
+        _train("stage3", with_upsampler(recipe, name))
+    gain, scores = sweep(recipe, arguments.upsamplers, arguments.upsamplers[0], references=True)
+    show(scores)
+    show_gain(gain, recipe.folder)
+    page = report(recipe.folder, f"stage3-{arguments.upsamplers[0]}")
+    print(f"whole demo: {clock(time.monotonic() - begin)}")
+    print(f"report: {page.resolve()}")
+    return 0
+
+
+def _place_of(data: Path | None) -> list[str]:
+    """Return the recipe fields that give the user's own pictures a place of their own."""
+    if data is None:
+        return []
+    source = data.expanduser().resolve()
+    name = f"demo-{source.name}-{hashlib.sha256(str(source).encode()).hexdigest()[:6]}"
+    return [
+        f"name={name}",
+        f"data.shards=[data/{name}/shards]",
+        f"evaluation.pictures=data/{name}/held_out",
+    ]
+
+
+def prepare_pictures(recipe: Recipe, data: Path | None) -> None:
+    """Make the demo's shards and held-out pictures, unless they are there."""
+    from radio_distill.data.shards import write_shards
+    from stages.pictures import gather_demo_pictures
+
+    shards = Path(recipe.data.shards[0])
+    if any(shards.glob("*.tar")):
+        return
+    found = gather_demo_pictures(shards.parent, data)
+    # Several shards, so that what a real data set needs is used here too.
+    write_shards(found.train, shards, images_per_shard=100)
+    print(f"{found.num_train} pictures to train on, {found.num_held_out} held out: {shards.parent}")
+
+
+def _train(stage: str, recipe: Recipe) -> None:
+    """Train a stage, or go on with it; start it anew where the recipe was changed since."""
+    from radio_distill.train.checkpoint import newest
+
+    earlier = newest(stage_folder(recipe, stage) / "checkpoints")
+    same = earlier is not None and not changes_that_matter(earlier.recipe, recipe, stage)
+    train_stage(stage, recipe, resume=same)

@@ -1,0 +1,105 @@
+"""What every registered benchmark owes its users."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+from radio_distill.config import EvaluationConfig
+from radio_distill.errors import ConfigError
+from radio_distill.evals.harness import BENCHMARKS, Encoder, make
+from radio_distill.protocols import Benchmark
+from radio_distill.types import Features
+
+OPTIONS = {"knn": {"k": 2}, "segmentation": {"steps": 5}, "stereo": {"stride": 32}}
+
+
+def _encode(pixels):
+    assert torch.is_inference_mode_enabled(), "an encoder under test must not keep gradients"
+    spatial = F.avg_pool2d(pixels, 8)
+    return Features(spatial.mean(dim=(2, 3)), spatial)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> EvaluationConfig:
+    """Data of every kind, tiny."""
+    root: Path = tmp_path_factory.mktemp("data")
+    random = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for index in range(4):
+            pixels = random.integers(0, 256, (40, 48, 3), dtype=np.uint8)
+            mask = random.integers(0, 3, (40, 48), dtype=np.uint8)
+            for folder, array in (
+                (f"pictures_{split}", pixels),
+                (f"labels/{split}/class_{index % 2}", pixels),
+                (f"segmentation/images/{split}", pixels),
+                (f"segmentation/masks/{split}", mask),
+            ):
+                (root / folder).mkdir(parents=True, exist_ok=True)
+                Image.fromarray(array).save(root / folder / f"{index}.png")
+    return EvaluationConfig(
+        pictures=str(root / "pictures_val"),
+        labels=str(root / "labels"),
+        segmentation=str(root / "segmentation"),
+        size=16,
+        dense_size=32,
+        options=OPTIONS,
+    )
+
+
+@pytest.fixture(params=BENCHMARKS.names())
+def benchmark_name(request) -> str:
+    if request.param == "stereo":
+        pytest.importorskip("skimage")
+    return request.param
+
+
+def test_benchmark__satisfies_the_protocol(benchmark_name, config):
+    benchmark = make(benchmark_name, config)
+    assert isinstance(benchmark, Benchmark)
+    assert benchmark.name == benchmark_name
+
+
+def test_benchmark__scores_are_complete_finite_and_repeatable(benchmark_name, config):
+    encoder = Encoder("mean colour", _encode, 8)
+    scores = make(benchmark_name, config).run(encoder, 3)
+    assert scores
+    assert len({score.name for score in scores}) == len(scores)
+    for score in scores:
+        assert score.benchmark == benchmark_name
+        assert math.isfinite(score.value)
+        assert 1 <= score.num_samples <= 3
+        assert score.group
+        assert score.unit != "%" or -100 <= score.value <= 100 or not score.higher_is_better
+    assert make(benchmark_name, config).run(encoder, 3) == scores
+
+
+def test_benchmark__takes_an_encoder_without_summary_and_with_a_patch_of_its_own(
+    benchmark_name, config
+):
+    def encode(pixels):
+        return Features(None, F.avg_pool2d(pixels, 14))
+
+    scores = make(benchmark_name, config).run(Encoder("no summary", encode, 14), 3)
+    assert all(math.isfinite(score.value) for score in scores)
+
+
+def test_benchmark__progress_ends_at_the_total(benchmark_name, config):
+    calls = []
+    encoder = Encoder("mean colour", _encode, 8)
+    make(benchmark_name, config).run(encoder, 3, lambda *call: calls.append(call))
+    assert calls[-1][0] == calls[-1][1]
+    assert calls == sorted(calls)
+
+
+def test_benchmark__every_source_is_a_field_and_an_empty_one_is_named(benchmark_name, config):
+    sources = BENCHMARKS.get(benchmark_name).sources.values()
+    for field in sources:
+        if isinstance(getattr(config, field), str):
+            with pytest.raises(ConfigError, match=rf"evaluation\.{field} is empty"):
+                make(benchmark_name, dataclasses.replace(config, **{field: ""}))

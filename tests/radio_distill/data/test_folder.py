@@ -1,0 +1,97 @@
+import numpy as np
+import pytest
+
+from radio_distill.data.folder import labelled_pictures, list_pictures, load_pictures
+from radio_distill.data.shards import write_shards
+from radio_distill.errors import DataError
+
+
+@pytest.fixture
+def folder(tmp_path, encode):
+    for name in ("b/2.png", "b/10.png", "a/1.png", "c.png"):
+        path = tmp_path / "pictures" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encode(len(name)))
+    return tmp_path / "pictures"
+
+
+def test_load_pictures__folder_is_sorted_and_lazy(folder, encode):
+    pictures = load_pictures(str(folder))
+    assert [key for key, _ in pictures] == ["a/1.png", "b/10.png", "b/2.png", "c.png"]
+    assert len(pictures) == 4
+    (folder / "a" / "1.png").write_bytes(encode(0, size=(9, 7)))
+    assert pictures[0][1].size == (7, 9)
+    assert [key for key, _ in pictures[2:]] == ["b/2.png", "c.png"]
+
+
+def test_load_pictures__shards_hold_the_same(folder, tmp_path):
+    write_shards(folder, tmp_path / "out", images_per_shard=3)
+    plain, packed = load_pictures(str(folder)), load_pictures(str(tmp_path / "out"))
+    assert len(packed) == 4
+    assert packed[3][0] == "shard-000001.tar:00000003-c.png"
+    for (_, one), (_, other) in zip(plain, packed, strict=True):
+        np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+
+
+def test_load_pictures__limit_spreads_over_all(folder):
+    assert [key for key, _ in load_pictures(str(folder), 2)] == ["a/1.png", "b/2.png"]
+    for limit in (None, 0, 4, 99):
+        assert len(load_pictures(str(folder), limit)) == 4
+
+
+def test_load_pictures__bad_picture_is_named(folder):
+    (folder / "c.png").write_bytes(b"junk")
+    with pytest.raises(DataError, match=r"picture c\.png: not a picture"):
+        load_pictures(str(folder))[3]
+    (folder / "c.png").unlink()
+    (folder / "c.png").symlink_to("nowhere")
+    with pytest.raises(DataError, match=r"picture c\.png: No such file"):
+        load_pictures(str(folder))[3]
+
+
+def test_list_pictures__nothing_there(tmp_path):
+    with pytest.raises(DataError, match="no pictures and no shards"):
+        list_pictures(str(tmp_path))
+    with pytest.raises(DataError, match="no shards found"):
+        list_pictures(str(tmp_path / "missing"))
+
+
+@pytest.fixture
+def classes(tmp_path, encode):
+    for name in ("train/dog/1", "train/dog/0", "train/cat/0", "val/dog/5"):
+        path = tmp_path / "set" / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encode(0))
+    return tmp_path / "set"
+
+
+@pytest.mark.parametrize("level", ["set", "."])
+def test_labelled_pictures__numbers_classes_by_name(classes, level):
+    train, val, names = labelled_pictures(str(classes.parent / level))
+    assert names == ("cat", "dog")
+    assert [(path.parent.name, path.stem, label) for path, label in train] == [
+        ("cat", "0", 0),
+        ("dog", "0", 1),
+        ("dog", "1", 1),
+    ]
+    assert val == [(classes / "val" / "dog" / "5.png", 1)]
+
+
+def test_labelled_pictures__wrong_layout(classes):
+    (classes / "val" / "emu").mkdir()
+    with pytest.raises(DataError, match=r"val/emu has no counterpart"):
+        labelled_pictures(str(classes))
+    with pytest.raises(DataError, match="expected train/CLASS"):
+        labelled_pictures(str(classes / "train"))
+    (classes / "val" / "emu").rmdir()
+    (classes / "val" / "dog" / "5.png").unlink()
+    with pytest.raises(DataError, match="no pictures found in the class folders"):
+        labelled_pictures(str(classes))
+
+
+def test_labelled_pictures__real_set(real):
+    train, val, names = labelled_pictures(str(real / "classification"))
+    assert len(names) == 20
+    assert {label for _, label in train} == {label for _, label in val} == set(range(20))
+    assert not {path for path, _ in train} & {path for path, _ in val}
+    assert all(path.parent.name == names[label] for path, label in train + val)

@@ -1,0 +1,252 @@
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as TF
+
+from radio_distill.config import DataConfig
+from radio_distill.data.images import (
+    BadImageError,
+    centre_view,
+    decode_image,
+    image_suffix,
+    random_view,
+    to_float,
+)
+from radio_distill.data.position import view_generator
+
+CONFIG = DataConfig(shards=())
+
+
+def gradient(height: int, width: int) -> Image.Image:
+    """Red grows to the right, green downwards."""
+    row, column = np.mgrid[0:height, 0:width]
+    pixels = np.stack([column * 255 // width, row * 255 // height, 0 * row], axis=-1)
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+def pixels_of(image: Image.Image) -> np.ndarray:
+    return np.asarray(image).astype(int)
+
+
+@pytest.mark.parametrize(
+    ("orientation", "undo"),
+    [
+        (1, lambda x: x),
+        (2, lambda x: x[:, ::-1]),
+        (3, lambda x: x[::-1, ::-1]),
+        (4, lambda x: x[::-1]),
+        (5, lambda x: x.swapaxes(0, 1)),
+        (6, lambda x: np.rot90(x, -1)),
+        (7, lambda x: np.rot90(x, 2).swapaxes(0, 1)),
+        (8, lambda x: np.rot90(x)),
+        (77, lambda x: x),
+    ],
+)
+def test_decode_image__exif_orientation(encode, orientation, undo):
+    stored = gradient(20, 30)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    upright = decode_image(encode(stored, "PNG", exif=exif))
+    np.testing.assert_array_equal(pixels_of(upright), undo(pixels_of(stored)))
+
+
+def test_decode_image__damaged_exif_is_ignored(encode):
+    data = encode(gradient(16, 16), "JPEG", exif=b"Exif\x00\x00MM\x00*\xff\xff\xff\xff")
+    assert decode_image(data).size == (16, 16)
+
+
+def test_decode_image__cmyk(encode):
+    image = decode_image(encode(Image.new("CMYK", (8, 8), (255, 0, 0, 0)), "JPEG", quality=95))
+    assert image.mode == "RGB"
+    np.testing.assert_allclose(pixels_of(image)[4, 4], [0, 255, 255], atol=3)
+
+
+def test_decode_image__sixteen_bit_grey_is_scaled_not_clipped(encode):
+    ramp = np.linspace(0, 65535, 64, dtype=np.uint16).reshape(8, 8)
+    expected = np.repeat((ramp / 257).round().astype(int)[..., None], 3, axis=-1)
+    for kind in ("PNG", "TIFF"):
+        image = decode_image(encode(Image.fromarray(ramp), kind))
+        np.testing.assert_array_equal(pixels_of(image), expected)
+
+
+def test_decode_image__grey(encode):
+    image = decode_image(encode(Image.new("L", (4, 4), 77)))
+    np.testing.assert_array_equal(pixels_of(image), 77)
+
+
+def test_decode_image__transparency_goes_on_white(encode):
+    half = Image.new("RGBA", (2, 2), (200, 0, 0, 0))
+    half.putpixel((0, 0), (200, 0, 0, 255))
+    half.putpixel((1, 0), (200, 0, 0, 51))  # a fifth of red on four fifths of white
+    pixels = pixels_of(decode_image(encode(half)))
+    np.testing.assert_array_equal(pixels[0, 0], [200, 0, 0])
+    np.testing.assert_allclose(pixels[0, 1], [244, 204, 204], atol=1)
+    np.testing.assert_array_equal(pixels[1], 255)
+
+
+def test_decode_image__palette_with_transparent_entry(encode):
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([0, 0, 255, 10, 20, 30])
+    palette.putpixel((1, 0), 1)
+    pixels = pixels_of(decode_image(encode(palette, transparency=0)))
+    np.testing.assert_array_equal(pixels[0], [[255, 255, 255], [10, 20, 30]])
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
+def test_decode_image__animation_gives_first_frame(encode, kind):
+    frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue", "lime")]
+    data = encode(frames[0], kind, save_all=True, append_images=frames[1:], duration=100)
+    np.testing.assert_allclose(pixels_of(decode_image(data))[8, 8], [255, 0, 0], atol=8)
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG of a few bytes that claims to be large."""
+    body = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    head = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + body
+    return head + struct.pack(">I", zlib.crc32(body)) + b"\0\0\0\0IDAT\x35\xaf\x06\x1e"
+
+
+@pytest.mark.parametrize("side", [12_000, 60_000])
+def test_decode_image__bomb_is_refused_by_its_header(side):
+    # Below and above Pillow's own limit. Decoding would end in "undecodable": there is no data.
+    with pytest.raises(BadImageError, match=r"pixels") as error:
+        decode_image(png_header(side, side))
+    assert error.value.kind == "too_large"
+
+
+def test_decode_image__limits_are_inclusive(encode):
+    data = encode(1, size=(40, 50))
+    assert decode_image(data, max_pixels=2000, min_size=40).size == (50, 40)
+    with pytest.raises(BadImageError, match="50x40 pixels, more than 1999") as error:
+        decode_image(data, max_pixels=1999, min_size=1)
+    assert error.value.kind == "too_large"
+    with pytest.raises(BadImageError, match="shortest side below 41") as error:
+        decode_image(data, max_pixels=2000, min_size=41)
+    assert error.value.kind == "too_small"
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_decode_image__truncated(encode, kind):
+    data = encode(3, kind, size=(64, 64))
+    decode_image(data)
+    with pytest.raises(BadImageError) as error:
+        decode_image(data[: len(data) // 2])
+    assert error.value.kind == "undecodable"
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("data", [b"", b"no picture", b"%PDF-1.4", b"\xff\xd8\xff"])
+def test_decode_image__no_picture(data):
+    with pytest.raises(BadImageError):
+        decode_image(data)
+
+
+def test_decode_image__floating_point_is_refused(encode):
+    with pytest.raises(BadImageError, match="floating point"):
+        decode_image(encode(Image.new("F", (8, 8)), "TIFF"))
+
+
+@given(st.data())
+def test_decode_image__damage_gives_a_picture_or_a_bad_image(data):
+    buffer = io.BytesIO()
+    gradient(24, 24).save(
+        buffer, data.draw(st.sampled_from(["JPEG", "PNG", "WEBP", "GIF", "TIFF"]))
+    )
+    raw = bytearray(buffer.getvalue())
+    for _ in range(data.draw(st.integers(1, 8))):
+        raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
+    try:
+        image = decode_image(bytes(raw), max_pixels=100_000)
+    except BadImageError:
+        return
+    assert image.mode == "RGB"
+
+
+@pytest.mark.parametrize(("kind", "suffix"), [("JPEG", "jpg"), ("PNG", "png"), ("WEBP", "webp")])
+def test_image_suffix__follows_the_bytes(encode, kind, suffix):
+    assert image_suffix(encode(1, kind)) == suffix
+
+
+def test_random_view__equals_torchvision_at_its_origin(real):
+    image = decode_image(sorted(real.rglob("*.jpg"))[0].read_bytes())
+    flips = set()
+    for position in range(6):
+        view, origin = random_view(image, (64, 96), CONFIG, view_generator(5, position))
+        box = origin.top, origin.left, origin.height, origin.width
+        crop = TF.hflip(TF.crop(image, *box)) if origin.flipped else TF.crop(image, *box)
+        expected = TF.resize(crop, [64, 96], InterpolationMode.BICUBIC)
+        assert torch.equal(view, TF.pil_to_tensor(expected))
+        flips.add(origin.flipped)
+    assert flips == {True, False}
+
+
+def test_random_view__antialiases_as_torch_does():
+    image = Image.fromarray(
+        np.random.default_rng(0).integers(0, 256, (160, 160, 3), dtype=np.uint8)
+    )
+    view, _ = centre_view(image, (20, 20))
+    exact = torch.nn.functional.interpolate(
+        TF.pil_to_tensor(image)[None].float(), (20, 20), mode="bicubic", antialias=True
+    )[0]
+    assert (view - exact).abs().max() <= 1
+
+
+@given(
+    height=st.integers(1, 300),
+    width=st.integers(1, 300),
+    size=st.tuples(st.integers(1, 64), st.integers(1, 64)),
+    position=st.integers(0, 1 << 40),
+)
+def test_random_view__crop_lies_inside_and_fills_the_view(height, width, size, position):
+    image = Image.new("RGB", (width, height))
+    for view, origin in (
+        random_view(image, size, CONFIG, view_generator(0, position)),
+        centre_view(image, size),
+    ):
+        assert view.shape == (3, *size)
+        assert view.dtype == torch.uint8
+        assert origin.source_size == (height, width)
+        assert 0 <= origin.top <= origin.top + origin.height <= height
+        assert 0 <= origin.left <= origin.left + origin.width <= width
+        assert origin.height > 0
+        assert origin.width > 0
+
+
+def test_random_view__keeps_to_scale_and_ratio():
+    image, size = Image.new("RGB", (1000, 800)), (10, 15)
+    origins = [random_view(image, size, CONFIG, view_generator(1, p))[1] for p in range(300)]
+    shares = np.array([origin.height * origin.width / 800_000 for origin in origins])
+    distortions = np.array([origin.width / origin.height / 1.5 for origin in origins])
+    assert 0.499 < shares.min() < 0.52
+    assert shares.max() > 0.85
+    assert distortions.min() > 0.745
+    assert distortions.max() < 1.345
+    assert 110 < sum(origin.flipped for origin in origins) < 190  # 4.6 standard deviations
+
+
+def test_random_view__flip_mirrors_the_crop():
+    image = gradient(50, 50)
+    always, never = (DataConfig(shards=(), flip=p) for p in (1.0, 0.0))
+    flipped, _ = random_view(image, (25, 25), always, view_generator(0, 7))
+    plain, origin = random_view(image, (25, 25), never, view_generator(0, 7))
+    assert not origin.flipped
+    assert (flipped.flip(-1).int() - plain.int()).abs().max() <= 1
+
+
+def test_centre_view__takes_the_middle():
+    view, origin = centre_view(gradient(100, 300), (50, 50))
+    assert (origin.top, origin.left, origin.height, origin.width) == (0, 100, 100, 100)
+    assert abs(view[0].float().mean() - 127) < 1.5
+
+
+def test_to_float__spans_zero_to_one():
+    pixels = to_float(torch.tensor([0, 51, 255], dtype=torch.uint8))
+    torch.testing.assert_close(pixels, torch.tensor([0.0, 0.2, 1.0]))

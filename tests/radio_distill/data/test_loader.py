@@ -1,0 +1,250 @@
+import itertools
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from radio_distill.config import DataConfig
+from radio_distill.data.images import decode_image, random_view, to_float
+from radio_distill.data.index import index_path
+from radio_distill.data.loader import ShardBatches, StepSlice, too_many_bad
+from radio_distill.data.position import SampleOrder, view_generator
+from radio_distill.errors import DataError
+
+SIZE = (16, 24)
+
+
+def config_of(folder, **options):
+    return DataConfig(shards=(str(folder),), **{"workers": 0, "shuffle_shards": 2, **options})
+
+
+def batches_of(config, slices, steps, start=0, images_per_step=6, seed=11):
+    """The batches of some steps, and the source they come from."""
+    source = ShardBatches(config, seed=seed, images_per_step=images_per_step, slices=slices)
+    stream = source.batches(start)
+    batches = list(itertools.islice(stream, steps))
+    stream.close()
+    return batches, source
+
+
+def assert_equal(found, expected):
+    assert len(found) == len(expected)
+    for ours, theirs in zip(itertools.chain(*found), itertools.chain(*expected), strict=True):
+        assert ours.keys == theirs.keys
+        assert ours.origins == theirs.origins
+        assert torch.equal(ours.pixels, theirs.pixels)
+
+
+def test_batches__are_the_views_at_their_positions(shard_folder, encode):
+    config = config_of(shard_folder)
+    slices = [StepSlice(1, 3, SIZE), StepSlice(3, 6, (32, 16))]
+    (batches,), source = batches_of(config, slices, 1, start=4)
+    order = SampleOrder([[3, 4, 5, 6, 7]], seed=11, window=2)
+    for item, batch in zip(slices, batches, strict=True):
+        assert batch.pixels.shape == (item.stop - item.start, 3, *item.size)
+        for row, position in enumerate(range(24 + item.start, 24 + item.stop)):
+            shard, sample = order.at(position)
+            image = decode_image(encode(10 * shard + sample))
+            view, origin = random_view(image, item.size, config, view_generator(11, position))
+            assert batch.keys[row] == f"part-{shard}.tar:s{shard}_{sample}.png"
+            assert batch.origins[row] == origin
+            assert torch.equal(batch.pixels[row], to_float(view))
+    assert source.num_images == 25
+    assert source.bad == {}
+
+
+def test_batches__an_epoch_has_every_image_once(shard_folder):
+    batches, _ = batches_of(config_of(shard_folder), [StepSlice(0, 5, SIZE)], 5, images_per_step=5)
+    keys = [key for step in batches for batch in step for key in batch.keys]
+    assert len(keys) == len(set(keys)) == 25
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_batches__do_not_depend_on_workers(shard_folder, workers):
+    slices = [StepSlice(0, 2, SIZE), StepSlice(2, 6, (16, 16))]
+    alone, _ = batches_of(config_of(shard_folder), slices, 9)
+    together, _ = batches_of(config_of(shard_folder, workers=workers), slices, 9)
+    assert_equal(together, alone)
+
+
+def test_batches__resume_at_any_step(shard_folder):
+    slices = [StepSlice(0, 4, SIZE), StepSlice(4, 6, SIZE)]
+    whole, _ = batches_of(config_of(shard_folder), slices, 12)
+    for start in (1, 3, 4, 5, 9):  # 25 images: the first epoch ends within step 4
+        rest, _ = batches_of(config_of(shard_folder), slices, 3, start=start)
+        assert_equal(rest, whole[start : start + 3])
+    rest, _ = batches_of(config_of(shard_folder, workers=2), slices, 4, start=7)
+    assert_equal(rest, whole[7:11])
+
+
+def test_batches__slicing_shares_out_the_same_step(shard_folder):
+    config = config_of(shard_folder)
+    whole, _ = batches_of(config, [StepSlice(0, 6, SIZE)], 6)
+    ranks = [batches_of(config, [StepSlice(3 * r, 3 * r + 3, SIZE)], 6)[0] for r in (0, 1)]
+    micro, _ = batches_of(config, [StepSlice(i, i + 2, SIZE) for i in (0, 2, 4)], 6)
+    for step in range(6):
+        expected = whole[step][0]
+        for parts in ([ranks[0][step][0], ranks[1][step][0]], micro[step]):
+            assert tuple(itertools.chain(*(part.keys for part in parts))) == expected.keys
+            assert torch.equal(torch.cat([part.pixels for part in parts]), expected.pixels)
+
+
+def test_batches__leave_global_random_numbers_alone(shard_folder):
+    torch.manual_seed(0)
+    np.random.seed(0)
+    random.seed(0)
+    before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    for workers in (0, 1):
+        batches_of(config_of(shard_folder, workers=workers), [StepSlice(0, 2, SIZE)], 2)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert np.random.get_state()[1].tolist() == before[1]
+    assert random.getstate() == before[2]
+
+
+def test_batches__weights_share_out_the_images(shard_folder, tmp_path):
+    config = DataConfig(
+        shards=(str(tmp_path / "part-[0-3].tar"), str(tmp_path / "part-4.tar")),
+        weights=(0.8, 0.2),
+        workers=0,
+    )
+    batches, _ = batches_of(config, [StepSlice(0, 10, SIZE)], 7, images_per_step=10)
+    for (batch,) in batches:
+        assert sum(key.startswith("part-4") for key in batch.keys) == 2
+
+
+@pytest.fixture
+def spoiled(tmp_path, encode, write_tar):
+    """200 pictures, of which four are bad, each in its own way."""
+    members = {f"good{i:03d}.png": encode(i) for i in range(196)}
+    members |= {
+        "cut.jpg": encode(1, "JPEG")[:300],
+        "small.png": encode(1, size=(8, 40)),
+        "large.png": encode(1, size=(60, 60)),
+        "rot.png": encode(2),
+    }
+    path = write_tar(tmp_path / "spoiled.tar", members)
+    config = config_of(path, min_size=16, max_pixels=3000, max_bad_share=0.02)
+    sound, _ = batches_of(replace(config, min_size=1), [StepSlice(0, 1, SIZE)], 1)
+    assert sound, "the index exists before the bit flips"
+    raw = bytearray(path.read_bytes())
+    status = path.stat()
+    raw[raw.index(encode(2), raw.index(b"rot.png")) + 60] ^= 1
+    path.write_bytes(raw)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    return config
+
+
+def test_batches__bad_images_are_replaced_counted_and_logged(spoiled, caplog):
+    slices = [StepSlice(0, 20, SIZE)]
+    batches, source = batches_of(spoiled, slices, 10, images_per_step=20)
+    assert source.bad == {"undecodable": 1, "too_small": 1, "too_large": 1, "checksum": 1}
+    for key in ("cut.jpg", "small.png", "large.png", "rot.png"):
+        assert f"bad image spoiled.tar:{key}" in caplog.text
+    keys = [key for step in batches for batch in step for key in batch.keys]
+    assert len(keys) == 200
+    assert all(key.startswith("spoiled.tar:good") for key in keys)
+    # Substitutes change nothing for the others: exactly four images come a second time.
+    assert len(set(keys)) == 196
+    again, _ = batches_of(replace(spoiled, workers=2), slices, 4, start=6, images_per_step=20)
+    assert_equal(again, batches[6:])
+
+
+def test_batches__too_many_bad_images_stop_the_run(spoiled):
+    strict = replace(spoiled, max_bad_share=0.0)
+    with pytest.raises(DataError, match=r"too many bad images: .*max_bad_share is 0") as error:
+        batches_of(strict, [StepSlice(0, 20, SIZE)], 50, images_per_step=20)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("num_images", [3, 300])
+def test_batches__only_bad_images_end_at_once(tmp_path, encode, write_tar, workers, num_images):
+    broken = {f"a{i}.jpg": encode(i % 7, "JPEG")[:-200] for i in range(num_images)}
+    config = config_of(write_tar(tmp_path / "a.tar", broken), workers=workers)
+    with pytest.raises(DataError, match=r"50 of 50 read \(50 undecodable") as error:
+        batches_of(config, [StepSlice(0, 512, (224, 224))], 1, images_per_step=512)
+    assert "\n" not in str(error.value)
+    assert not multiprocessing.active_children()
+
+
+def test_too_many_bad__waits_for_evidence():
+    assert not too_many_bad(10, 49, 0.01)
+    assert too_many_bad(50, 50, 0.01)
+    assert not too_many_bad(2, 50, 0.01)  # 4 %, but only two images
+    assert too_many_bad(400, 20_000, 0.01)
+    assert not too_many_bad(205, 20_000, 0.01)  # within chance
+    assert too_many_bad(1, 50, 0.0)
+    assert not too_many_bad(1000, 1000, 1.0)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_batches__shard_that_vanishes_is_one_line(shard_folder, workers):
+    config = config_of(shard_folder, workers=workers)
+    source = ShardBatches(config, seed=0, images_per_step=30, slices=[StepSlice(0, 30, SIZE)])
+    (shard_folder / "part-3.tar").unlink()
+    with pytest.raises(DataError, match=r"part-3\.tar: No such file") as error:
+        next(source.batches(0))
+    assert "\n" not in str(error.value)
+
+
+def test_shard_batches__refuses_damaged_and_missing_shards(shard_folder):
+    shard = shard_folder / "part-2.tar"
+    shard.write_bytes(shard.read_bytes()[:6000])
+    with pytest.raises(DataError, match=r"part-2\.tar is not a whole, plain tar file"):
+        batches_of(config_of(shard_folder), [StepSlice(0, 1, SIZE)], 1)
+    with pytest.raises(DataError, match="no shards found"):
+        batches_of(config_of(shard_folder / "no"), [StepSlice(0, 1, SIZE)], 1)
+
+
+def test_batches__workers_ignore_the_signals_of_slurm(shard_folder):
+    config = config_of(shard_folder, workers=2)
+    source = ShardBatches(config, seed=0, images_per_step=2, slices=[StepSlice(0, 2, SIZE)])
+    stream = source.batches(0)
+    next(stream)
+    children = multiprocessing.active_children()
+    assert len(children) == 2
+    for child in children:
+        os.kill(child.pid, signal.SIGTERM)
+        os.kill(child.pid, signal.SIGUSR2)
+    for _ in range(10):
+        next(stream)
+    assert all(child.is_alive() for child in children)
+    os.kill(children[0].pid, signal.SIGKILL)
+    with pytest.raises(DataError, match="a decoding process died"):
+        list(itertools.islice(stream, 10))
+    assert not any(child.is_alive() for child in children)
+
+
+def test_batches__program_ends_with_workers_still_running(shard_folder):
+    # Regression: workers that ignore SIGTERM kept the interpreter from ending.
+    program = f"""
+from radio_distill.config import DataConfig
+from radio_distill.data.loader import ShardBatches, StepSlice
+config = DataConfig(shards=({str(shard_folder)!r},), workers=1)
+slices = [StepSlice(0, 1, (8, 8))]
+stream = ShardBatches(config, seed=0, images_per_step=1, slices=slices).batches(0)
+next(stream)
+raise SystemExit(7)
+"""
+    assert subprocess.run([sys.executable, "-c", program], timeout=60, check=False).returncode == 7
+
+
+def test_fingerprint__names_the_images(shard_folder, tmp_path, encode, write_tar):
+    def fingerprint(pattern):
+        return batches_of(config_of(pattern), [StepSlice(0, 1, SIZE)], 1)[1].fingerprint
+
+    first = fingerprint(shard_folder)
+    for path in shard_folder.glob("*.tar"):
+        index_path(path).unlink()
+        os.utime(path, ns=(1, 1))
+    assert fingerprint(shard_folder) == first
+    assert fingerprint(shard_folder / "part-[0-3].tar") != first
+    write_tar(shard_folder / "part-0.tar", {f"s0_{i}.png": encode(70 + i) for i in range(3)})
+    assert fingerprint(shard_folder) != first

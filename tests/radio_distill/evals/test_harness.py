@@ -1,0 +1,192 @@
+import json
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from radio_distill.config import EvaluationConfig
+from radio_distill.errors import ConfigError, DataError, UnknownNameError
+from radio_distill.evals.harness import (
+    Encoder,
+    encode_pictures,
+    evaluate,
+    make,
+    open_picture,
+    read_scores,
+    spread,
+    to_pixels,
+    write_scores,
+)
+from radio_distill.types import Features, Score
+
+SIDES = st.integers(1, 3000)
+
+
+def _encoder(**fields) -> Encoder:
+    return Encoder("x", lambda pixels: Features(None, pixels), **fields)
+
+
+def _score(value: float = 1.5, metric: str = "top1") -> Score:
+    return Score("knn", metric, value, "%", True, "Classification", 7)
+
+
+@given(st.tuples(SIDES, SIDES), st.integers(1, 64), st.one_of(st.none(), st.integers(64, 2000)))
+def test_nearest_size__is_taken_by_the_encoder(size, multiple, longest):
+    found = _encoder(size_multiple=multiple, max_size=longest).nearest_size(size)
+    for side, asked in zip(found, size, strict=True):
+        assert side >= multiple
+        assert side % multiple == 0
+        assert side <= max(longest or 0, multiple) or longest is None
+        if longest is None:
+            assert side == multiple or abs(side - asked) <= multiple / 2
+
+
+def test_nearest_size__keeps_the_aspect_ratio_under_a_limit():
+    assert _encoder(size_multiple=16, max_size=512).nearest_size((1024, 512)) == (512, 256)
+
+
+def test_nearest_size__fixed():
+    assert _encoder(size_multiple=16, fixed_size=(64, 96)).nearest_size((500, 10)) == (64, 96)
+
+
+def test_encoder__resizes_what_it_does_not_take():
+    seen = []
+
+    def encode(pixels):
+        seen.append(tuple(pixels.shape))
+        return Features(None, pixels.half())
+
+    spatial = Encoder("x", encode, 14)(torch.rand(2, 3, 30, 41)).spatial
+    assert seen == [(2, 3, 28, 42)]
+    assert spatial.dtype == torch.float32
+
+
+def test_to_pixels__covers_and_crops_the_centre():
+    picture = Image.new("RGB", (300, 100), "black")
+    picture.paste("red", (100, 0, 200, 100))
+    pixels = to_pixels(picture, (50, 50))
+    assert pixels.shape == (3, 50, 50)
+    assert pixels[0, :, 2:-2].min() == 1
+    assert pixels[1:, :, 2:-2].max() == 0
+
+
+def test_open_picture__turns_upright(tmp_path):
+    picture = Image.new("RGB", (20, 10))
+    exif = picture.getexif()
+    exif[0x0112] = 6  # camera held on its side
+    picture.save(tmp_path / "a.jpg", exif=exif)
+    assert open_picture(tmp_path / "a.jpg").size == (10, 20)
+
+
+def test_open_picture__broken_file_is_named(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(b"not a picture")
+    with pytest.raises(DataError, match=r"a\.jpg: .*replace or remove it"):
+        open_picture(tmp_path / "a.jpg")
+
+
+def test_encode_pictures__batches_do_not_change_features(colours, gradient):
+    pictures = [gradient, gradient.rotate(90), gradient.rotate(180)]
+    calls = []
+    one = torch.cat(
+        [f.spatial for f in encode_pictures(colours(8), pictures, (64, 64), batch_size=3)]
+    )
+    many = torch.cat(
+        [
+            f.spatial
+            for f in encode_pictures(
+                colours(8), pictures, (64, 64), 2, lambda *done: calls.append(done)
+            )
+        ]
+    )
+    assert torch.equal(one, many)
+    assert calls == [(2, 3), (3, 3)]
+
+
+@given(st.integers(0, 50), st.one_of(st.none(), st.integers(0, 60)))
+def test_spread__is_ordered_distinct_and_as_many_as_asked(length, limit):
+    found = spread(range(length), limit)
+    assert len(found) == (min(length, limit) if limit else length)
+    assert found == sorted(set(found))
+
+
+def test_make__empty_data_names_the_field():
+    with pytest.raises(ConfigError, match=r"evaluation\.labels is empty and benchmark 'knn'"):
+        make("knn", EvaluationConfig())
+
+
+def test_make__options_reach_the_benchmark():
+    config = EvaluationConfig(labels="x", options={"knn": {"k": 3}})
+    assert make("knn", config).k == 3
+
+
+def test_make__misspelt_option_names_the_nearest():
+    config = EvaluationConfig(labels="x", options={"knn": {"temperatur": 1}})
+    with pytest.raises(ConfigError, match=r"options\.knn\.temperatur.*'temperature'"):
+        make("knn", config)
+
+
+def test_evaluate__unknown_benchmark_names_the_nearest(colours):
+    with pytest.raises(UnknownNameError, match="did you mean 'agreement'"):
+        evaluate(colours(8), EvaluationConfig(benchmarks=("agrement",)))
+
+
+def test_evaluate__checks_all_before_the_first_runs(colours, photographs):
+    config = EvaluationConfig(benchmarks=("agreement", "knn"), pictures=str(photographs))
+    calls = []
+    with pytest.raises(ConfigError, match=r"evaluation\.labels"):
+        evaluate(colours(8), config, lambda *call: calls.append(call))
+    assert calls == []
+
+
+def test_evaluate__runs_what_is_named_and_reports_progress(colours, photographs):
+    config = EvaluationConfig(
+        benchmarks=("agreement", "correspondence"),
+        pictures=str(photographs),
+        size=32,
+        dense_size=64,
+        limit=2,
+    )
+    calls = []
+    scores = evaluate(colours(8), config, lambda *call: calls.append(call))
+    assert {score.benchmark for score in scores} == {"agreement", "correspondence"}
+    assert {score.num_samples for score in scores} == {2}
+    assert ("correspondence", 2, 2) in calls
+    assert scores == evaluate(colours(8), config)
+
+
+def test_write_scores__reads_back_equal_and_replaces_one_subject(tmp_path):
+    path = tmp_path / "new" / "scores.jsonl"
+    write_scores(path, "student", [_score(1.0)])
+    write_scores(path, "teacher", [_score(3.0), _score(math.inf, "fidelity/dino")])
+    write_scores(path, "student", [_score(2.0)])
+    assert read_scores(path) == {
+        "student": [_score(2.0)],
+        "teacher": [_score(3.0), _score(math.inf, "fidelity/dino")],
+    }
+    assert [item.name for item in path.parent.iterdir()] == ["scores.jsonl"]
+
+
+def test_write_scores__failure_leaves_the_earlier_file(tmp_path):
+    path = tmp_path / "scores.jsonl"
+    write_scores(path, "student", [_score()])
+    before = path.read_bytes()
+    with pytest.raises(TypeError):
+        write_scores(path, "student", [_score(torch.ones(()))])
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("line", ["{", "[1]", '{"subject": "a"}', json.dumps({"value": 1})])
+def test_read_scores__bad_line_is_named(tmp_path, line):
+    path = tmp_path / "scores.jsonl"
+    write_scores(path, "student", [_score()])
+    path.write_text(path.read_text() + line + "\n")
+    with pytest.raises(DataError, match="line 2: not a score"):
+        read_scores(path)
+
+
+def test_read_scores__missing_file(tmp_path):
+    with pytest.raises(DataError, match="cannot read scores"):
+        read_scores(tmp_path / "scores.jsonl")

@@ -1,0 +1,95 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from radio_distill.evals.pictures import (
+    difference_picture,
+    feature_sheet,
+    joint_pca,
+    pca_pictures,
+    picture_grid,
+)
+
+
+def _maps(seed=0, channels=12, grids=((8, 10), (16, 20))):
+    generator = torch.Generator().manual_seed(seed)
+    scale = torch.linspace(3, 0.1, channels)[:, None, None]
+    return [scale * torch.randn(channels, *grid, generator=generator) for grid in grids]
+
+
+def test_joint_pca__agrees_with_scikit_learn():
+    decomposition = pytest.importorskip("sklearn.decomposition")
+    maps = _maps(grids=((8, 10), (8, 10)))
+    tokens = torch.cat([item.flatten(1).T for item in maps]).double().numpy()
+    oracle = decomposition.PCA(3).fit(tokens).components_
+    found = joint_pca(maps).components.T.numpy()
+    np.testing.assert_allclose(np.abs(np.sum(oracle * found, axis=1)), 1, atol=1e-9)
+
+
+def test_joint_pca__sign_follows_the_largest_entry():
+    components = joint_pca(_maps()).components
+    peak = components.gather(0, components.abs().argmax(dim=0, keepdim=True))
+    assert (peak > 0).all()
+
+
+def test_joint_pca__every_map_weighs_alike():
+    small, large = _maps(grids=((4, 4), (4, 4)))
+    many = large.repeat(1, 5, 5)
+    torch.testing.assert_close(joint_pca([small, large]).mean, joint_pca([small, many]).mean)
+    torch.testing.assert_close(
+        joint_pca([small, large]).components, joint_pca([small, many]).components
+    )
+
+
+def test_pca_pictures__equal_features_have_equal_colours_across_resolutions():
+    (coarse,) = _maps(grids=((6, 6),))
+    fine = coarse.repeat_interleave(2, 1).repeat_interleave(2, 2)
+    first, second = pca_pictures([coarse, fine], side=60)
+    assert np.array_equal(np.array(first), np.array(second))
+
+
+def test_pca_pictures__are_deterministic_and_keep_the_shape():
+    first, second = (pca_pictures(_maps(), side=80) for _ in range(2))
+    assert [picture.size for picture in first] == [(80, 64), (80, 64)]
+    assert all(np.array_equal(np.array(a), np.array(b)) for a, b in zip(first, second, strict=True))
+    assert np.array(first[1]).std() > 30
+
+
+def test_pca_pictures__an_outlier_does_not_flatten_the_rest():
+    (spatial,) = _maps(grids=((16, 16),))
+    spatial[:, 0, 0] = 1e4
+    assert np.array(pca_pictures([spatial], side=16)[0])[4:, 4:].std() > 30
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3])
+def test_pca_pictures__few_channels(channels):
+    (picture,) = pca_pictures(_maps(channels=channels, grids=((4, 4),)), side=8)
+    assert np.array(picture).shape == (8, 8, 3)
+
+
+def test_difference_picture__black_where_equal_and_bright_where_not():
+    (spatial,) = _maps(grids=((8, 8),))
+    other = spatial.clone()
+    other[:, :, 4:] *= -1
+    picture = np.array(difference_picture(spatial, 3 * other, side=8)).sum(axis=2)
+    assert picture[:, :4].max() < 10
+    assert picture[:, 4:].min() > 600
+
+
+def test_feature_sheet__has_a_cell_for_every_map():
+    picture = Image.new("RGB", (50, 40), "red")
+    sheet = feature_sheet(picture, {"student": _maps(), "dino": _maps(1)}, ["8", "16"], side=60)
+    pixels = np.array(sheet)
+    columns = pixels.shape[1] // 3
+    reds = (pixels == (255, 0, 0)).all(axis=2)
+    assert reds.sum() == 2 * 60 * 48
+    assert not reds[:, columns:].any()
+    assert sheet.width == 8 + 3 * 68
+
+
+def test_picture_grid__draws_labels():
+    cell = [[Image.new("RGB", (20, 20), "white")]]
+    blank, labelled = (picture_grid(cell, [text], [text], 60) for text in ("", "dino"))
+    assert (np.array(blank) == 255).all()
+    assert (np.array(labelled) < 128).any()

@@ -1,0 +1,138 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+from radio_distill.errors import DataError
+from radio_distill.evals.segmentation import (
+    IGNORED,
+    Segmentation,
+    class_shares,
+    confusion_matrix,
+    find_pairs,
+    labelled_classes,
+    mean_iou,
+    read_mask,
+)
+
+COLOURS = {3: (220, 30, 30), 7: (30, 220, 30), 200: (30, 30, 220)}
+
+
+def _write(folder, split, name, mask):
+    picture = np.zeros((*mask.shape, 3), dtype=np.uint8)
+    for number, colour in COLOURS.items():
+        picture[mask == number] = colour
+    for kind, array, ending in (("images", picture, "png"), ("masks", mask, "png")):
+        target = folder / kind / split
+        target.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(array).save(target / f"{name}.{ending}")
+
+
+@pytest.fixture
+def squares(tmp_path):
+    """Pictures of coloured 8 px squares with their classes as masks, some unlabelled."""
+    random = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for index in range(3):
+            cells = random.choice([0, 3, 7, 200], (4, 4)).astype(np.uint8)
+            _write(tmp_path, split, f"{index}", cells.repeat(8, 0).repeat(8, 1))
+    return tmp_path
+
+
+def _random_maps(seed=0, classes=6, shape=(4, 20, 20)):
+    generator = torch.Generator().manual_seed(seed)
+    target = torch.randint(-1, classes - 1, shape, generator=generator)  # the last never shows
+    prediction = torch.randint(0, classes, shape, generator=generator)
+    return torch.where(
+        torch.rand(shape, generator=generator) < 0.5, target.clamp_min(0), prediction
+    ), target
+
+
+def test_mean_iou__agrees_with_torchmetrics():
+    classification = pytest.importorskip("torchmetrics.classification")
+    prediction, target = _random_maps()
+    oracle = classification.MulticlassJaccardIndex(6, average="none", ignore_index=IGNORED)
+    per_class = oracle(prediction, target)
+    found = mean_iou(confusion_matrix(prediction, target, 6))
+    assert found == pytest.approx(per_class[:5].mean().item(), abs=1e-6)
+
+
+def test_mean_iou__by_hand():
+    target = torch.tensor([0, 0, 0, 1, IGNORED])
+    prediction = torch.tensor([0, 0, 1, 1, 0])
+    # class 0: 2 of 3; class 1: 1 of 2; class 2 is nowhere
+    assert mean_iou(confusion_matrix(prediction, target, 3)) == pytest.approx((2 / 3 + 1 / 2) / 2)
+
+
+def test_class_shares__cross_entropy_is_that_of_pixels():
+    _, target = _random_maps(shape=(24, 24))
+    logits = torch.randn(6, 4, 4, generator=torch.Generator().manual_seed(1))
+    shares = class_shares(target, (4, 4), 6)
+    by_cell = -(shares * logits.log_softmax(dim=0)).sum() / shares.sum()
+    pixels = logits.repeat_interleave(6, 1).repeat_interleave(6, 2)
+    by_pixel = F.cross_entropy(pixels[None], target[None], ignore_index=IGNORED)
+    torch.testing.assert_close(by_cell, by_pixel)
+
+
+def test_read_mask__numbers_become_positions(squares):
+    path = squares / "masks" / "train" / "0.png"
+    numbers = torch.from_numpy(np.array(Image.open(path)).astype(np.int64))
+    mask = read_mask(path, 32, np.array([3, 200]))
+    assert (mask[numbers == 3] == 0).all()
+    assert (mask[numbers == 200] == 1).all()
+    assert (mask[(numbers == 0) | (numbers == 7)] == IGNORED).all()
+
+
+def test_segmentation__features_that_show_the_class_are_read_off(colours, squares):
+    (score,) = Segmentation(str(squares), 32, steps=200).run(colours(4))
+    assert score.name == "segmentation/miou"
+    assert score.value > 85  # logits are interpolated, so borders of squares stay soft
+
+
+def test_segmentation__is_deterministic_and_noise_is_worse(colours, noise, squares):
+    benchmark = Segmentation(str(squares), 32, steps=50)
+    assert benchmark.run(colours(4)) == benchmark.run(colours(4))
+    assert benchmark.run(noise(4))[0].value < 50
+
+
+def test_segmentation__encoder_with_another_size_is_scored_on_the_same_pixels(colours, squares):
+    (score,) = Segmentation(str(squares), 30, steps=200).run(colours(8))  # encodes at 32
+    assert score.value > 60
+
+
+def test_segmentation__leaves_global_randomness_alone(colours, squares):
+    before = torch.random.get_rng_state()
+    Segmentation(str(squares), 32, steps=5).run(colours(4))
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_find_pairs__empty_folder(tmp_path):
+    with pytest.raises(DataError, match=r"evaluation\.segmentation: no pictures in"):
+        find_pairs(str(tmp_path), "train")
+
+
+def test_find_pairs__missing_mask_is_named(squares):
+    (squares / "masks" / "val" / "1.png").unlink()
+    with pytest.raises(DataError, match=r"1\.png has no mask"):
+        find_pairs(str(squares), "val")
+
+
+def test_labelled_classes__nothing_labelled(tmp_path):
+    _write(tmp_path, "train", "0", np.zeros((8, 8), dtype=np.uint8))
+    with pytest.raises(DataError, match="label nothing"):
+        labelled_classes([tmp_path / "masks" / "train" / "0.png"])
+
+
+def test_labelled_classes__colour_mask_is_an_error(squares):
+    with pytest.raises(DataError, match="one channel of class numbers, not 3"):
+        labelled_classes([squares / "images" / "train" / "0.png"])
+
+
+def test_segmentation__real_pictures_beat_noise(colours, noise, real):
+    benchmark = Segmentation(
+        str(real / "segmentation" / "coco"), 64, steps=300, tokens_per_step=256, learning_rate=1e-2
+    )
+    by_colour, by_noise = (benchmark.run(encoder(16), 8)[0] for encoder in (colours, noise))
+    assert by_colour.num_samples == 8
+    assert by_colour.value > by_noise.value > 0

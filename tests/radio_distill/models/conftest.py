@@ -1,0 +1,57 @@
+"""Small students with random weights, and a hand-made set of teachers."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from radio_distill.config import StudentConfig
+from radio_distill.models.student import Student
+from radio_distill.types import TeacherSpec
+
+ARCHITECTURE = "vit_tiny_patch16_224"
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def student_config() -> Callable[..., StudentConfig]:
+    """Make the config of a student of width 192 whose table spans 256 px."""
+
+    def make(**fields: object) -> StudentConfig:
+        defaults = {"architecture": ARCHITECTURE, "max_size": 256, "head_hidden": 16}
+        return StudentConfig(**{**defaults, **fields})
+
+    return make
+
+
+@pytest.fixture
+def make_student(student_config: Callable[..., StudentConfig]) -> Callable[..., Student]:
+    """Make a student with two summary tokens, of which only the first three blocks are kept."""
+
+    def make(**fields: object) -> Student:
+        config = student_config(**fields)
+        student = Student(config, num_summary_tokens=2)
+        del student.blocks[3:]
+        return student
+
+    return make
+
+
+@pytest.fixture
+def teachers() -> dict[str, TeacherSpec]:
+    """Return one teacher with a summary and one without."""
+    shared = {
+        "patch_size": 14,
+        "native_size": (224, 224),
+        "max_size": None,
+        "mean": (0.5, 0.5, 0.5),
+        "std": (0.5, 0.5, 0.5),
+    }
+    return {
+        "clip": TeacherSpec(name="clip", channels=6, summary_channels=5, **shared),
+        "sam": TeacherSpec(name="sam", channels=4, summary_channels=None, **shared),
+    }

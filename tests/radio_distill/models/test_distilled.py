@@ -1,0 +1,229 @@
+"""Every parameter takes part in every pass; what is not asked or frozen gets exact zeros."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from radio_distill.config import StudentConfig
+from radio_distill.errors import ConfigError, UnknownNameError
+from radio_distill.models.distilled import DistilledStudent, build_student, parameter_groups
+from radio_distill.models.gradients import join_gradients, zero_gradient
+from radio_distill.models.position import NUM_DRAWS
+from radio_distill.types import TeacherSpec
+
+
+@pytest.fixture
+def model(
+    student_config: Callable[..., StudentConfig], teachers: dict[str, TeacherSpec]
+) -> DistilledStudent:
+    config = student_config(head_layers=1, window_size=2, global_blocks=2)
+    model = build_student(config, teachers)
+    model.student.global_blocks = frozenset({1})
+    del model.student.blocks[2:]
+    return model
+
+
+@pytest.fixture
+def pixels() -> Tensor:
+    return torch.rand(2, 3, 32, 64)
+
+
+def changed(model: DistilledStudent) -> set[str]:
+    """Return the parts with a gradient that is not zero; no gradient may be None."""
+    parts = set()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, f"{name} has no gradient"
+        if parameter.grad.any():
+            parts.add(".".join(name.split(".")[:3]) if name.startswith("adaptors") else "body")
+    return parts
+
+
+def test_forward__shapes(model: DistilledStudent, pixels: Tensor) -> None:
+    predictions = model(pixels, ("sam", "clip"))
+    assert list(predictions) == ["sam", "clip"]
+    assert predictions["clip"].summary.shape == (2, 5)
+    assert predictions["clip"].spatial.shape == (2, 6, 2, 4)
+    assert predictions["sam"].summary is None
+    assert predictions["sam"].spatial.shape == (2, 4, 2, 4)
+
+
+@pytest.mark.parametrize(
+    ("asked", "part", "expected"),
+    [
+        (
+            ("clip", "sam"),
+            "both",
+            {"body", "adaptors.clip.summary", "adaptors.clip.spatial", "adaptors.sam.spatial"},
+        ),
+        (("clip",), "both", {"body", "adaptors.clip.summary", "adaptors.clip.spatial"}),
+        (("clip",), "summary", {"body", "adaptors.clip.summary"}),
+        (("clip",), "spatial", {"body", "adaptors.clip.spatial"}),
+        (("sam",), "spatial", {"body", "adaptors.sam.spatial"}),
+    ],
+)
+@pytest.mark.parametrize("freeze_body", [False, True])
+def test_forward__who_learns(
+    model: DistilledStudent,
+    pixels: Tensor,
+    asked: tuple[str, ...],
+    part: str,
+    expected: set[str],
+    freeze_body: bool,
+) -> None:
+    predictions = model(pixels, asked, torch.rand(2, NUM_DRAWS), freeze_body)
+    loss = torch.zeros(())
+    for features in predictions.values():
+        if part in ("summary", "both") and features.summary is not None:
+            loss = loss + features.summary.square().sum()
+        if part in ("spatial", "both"):
+            loss = loss + features.spatial.square().sum()
+    loss.backward()
+    assert changed(model) == (expected - {"body"} if freeze_body else expected)
+
+
+def gradients(
+    model: DistilledStudent, pixels: Tensor, asked: tuple[str, ...], freeze_body: bool = False
+) -> dict[str, Tensor]:
+    features = model(pixels, asked, freeze_body=freeze_body)["clip"]
+    (features.summary.square().sum() + features.spatial.square().sum()).backward()
+    found = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    return found
+
+
+def test_forward__other_heads_do_not_touch_values_or_gradients(
+    model: DistilledStudent, pixels: Tensor
+) -> None:
+    """Bit for bit, as if there were no other head: also where that head is full of infinities."""
+    expected = model.adaptors["clip"](*_tokens(model, pixels))
+    alone, asked = gradients(model, pixels, ("clip",)), gradients(model, pixels, ("clip", "sam"))
+    for name in alone:
+        assert torch.equal(alone[name], asked[name]), name
+    torch.nn.init.constant_(model.adaptors["sam"].spatial.fc1.bias, float("inf"))
+    features = model(pixels, ("clip",))["clip"]
+    assert torch.equal(features.spatial, expected.spatial)
+    assert torch.equal(features.summary, expected.summary)
+    for name, value in gradients(model, pixels, ("clip",)).items():
+        assert torch.equal(value, alone[name]) or name.startswith("adaptors.sam"), name
+
+
+def _tokens(model: DistilledStudent, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    summary, spatial = model.student(pixels)
+    return summary[:, 0], spatial
+
+
+def test_forward__frozen_body_teaches_the_heads_the_same(
+    model: DistilledStudent, pixels: Tensor
+) -> None:
+    free = gradients(model, pixels, ("clip",))
+    frozen = gradients(model, pixels, ("clip",), freeze_body=True)
+    for name, value in frozen.items():
+        expected = free[name] if name.startswith("adaptors") else torch.zeros_like(value)
+        assert torch.equal(value, expected), name
+
+
+def test_forward__each_teacher_has_its_own_summary_token(
+    model: DistilledStudent, pixels: Tensor
+) -> None:
+    with torch.no_grad():
+        summary, spatial = model.student(pixels)
+        second = model.adaptors["clip"](summary[:, 1], spatial)
+        assert not torch.allclose(model(pixels, ("clip",))["clip"].summary, second.summary)
+
+
+def test_forward__micro_batches_add_up_to_the_batch(model: DistilledStudent) -> None:
+    pixels, draws = torch.rand(4, 3, 32, 32), torch.rand(4, NUM_DRAWS)
+
+    def accumulate(parts: list[slice]) -> dict[str, Tensor]:
+        for part in parts:
+            predictions = model(pixels[part], ("clip", "sam"), draws=draws[part])
+            sum(f.spatial.square().sum() for f in predictions.values()).backward()
+        found = {name: p.grad for name, p in model.named_parameters()}
+        model.zero_grad()
+        return found
+
+    whole = accumulate([slice(0, 4)])
+    parts = accumulate([slice(0, 1), slice(1, 4)])
+    for name, value in whole.items():
+        torch.testing.assert_close(
+            parts[name], value, atol=1e-4 * float(value.abs().max()), rtol=1e-4
+        )
+
+
+def test_forward__bfloat16_autocast(model: DistilledStudent, pixels: Tensor) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        features = model(pixels, ("clip",))["clip"]
+        features.spatial.float().square().mean().backward()
+    expected = model(pixels, ("clip",))["clip"].spatial
+    torch.testing.assert_close(features.spatial.float(), expected, atol=0.05, rtol=0.05)
+    assert "body" in changed(model)
+
+
+def test_forward__unknown_teacher(model: DistilledStudent, pixels: Tensor) -> None:
+    with pytest.raises(UnknownNameError, match=r"no head 'clipp' \(did you mean 'clip'\?\)"):
+        model(pixels, ("clipp",))
+
+
+def test_build_student__name_that_a_module_cannot_have(
+    student_config: Callable[..., StudentConfig], teachers: dict[str, TeacherSpec]
+) -> None:
+    with pytest.raises(ConfigError, match="a teacher cannot have this name"):
+        build_student(student_config(), {"type": teachers["clip"]})
+
+
+def test_state_dict__round_trip(
+    model: DistilledStudent,
+    pixels: Tensor,
+    student_config: Callable[..., StudentConfig],
+    teachers: dict[str, TeacherSpec],
+) -> None:
+    other = build_student(student_config(head_layers=1, window_size=2), teachers)
+    other.student.global_blocks = frozenset({1})
+    del other.student.blocks[2:]
+    other.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        expected, found = model.eval()(pixels, ("clip",)), other.eval()(pixels, ("clip",))
+    assert torch.equal(expected["clip"].spatial, found["clip"].spatial)
+
+
+def test_parameter_groups__each_parameter_once(model: DistilledStudent) -> None:
+    groups = parameter_groups(model, weight_decay=0.02)
+    assert [group["name"] for group in groups] == ["body_decay", "body", "head_decay", "head"]
+    listed = [id(parameter) for group in groups for parameter in group["params"]]
+    assert len(listed) == len(set(listed))
+    assert set(listed) == {id(parameter) for parameter in model.parameters()}
+    torch.optim.AdamW(groups, lr=1e-3)  # also refuses parameters that appear twice
+
+
+def test_parameter_groups__what_decays(model: DistilledStudent) -> None:
+    groups = {group["name"]: group for group in parameter_groups(model, weight_decay=0.02)}
+    members = {name: {id(p) for p in group["params"]} for name, group in groups.items()}
+    assert {name: group["weight_decay"] for name, group in groups.items()} == {
+        "body_decay": 0.02,
+        "body": 0.0,
+        "head_decay": 0.02,
+        "head": 0.0,
+    }
+    for name, parameter in model.named_parameters():
+        part = "head" if name.startswith("adaptors") else "body"
+        spared = name.endswith(("bias", ".0.weight", "tokens", "table")) or "norm" in name
+        assert id(parameter) in members[part if spared else f"{part}_decay"], name
+
+
+def test_join_gradients__unused_ones_get_zeros() -> None:
+    first, second = torch.randn(3, requires_grad=True), torch.full((2,), torch.nan).requires_grad_()
+    joined = join_gradients(first, second)
+    assert torch.equal(joined[0], first)
+    joined[0].sum().backward()
+    assert first.grad.tolist() == [1, 1, 1]
+    assert second.grad.tolist() == [0, 0]
+
+
+def test_zero_gradient__is_exact_also_for_infinite_gradients() -> None:
+    value = torch.randn(3, requires_grad=True)
+    result = zero_gradient(value)
+    assert torch.equal(result, value)
+    (result * float("inf")).sum().backward()
+    assert value.grad.tolist() == [0, 0, 0]

@@ -1,0 +1,280 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from radio_distill.config import LossConfig, TeacherConfig
+from radio_distill.errors import ConfigError, UnknownNameError
+from radio_distill.losses import am_radio, distillation_loss, feature_loss, summary_loss
+from radio_distill.types import Features
+
+SUMMARY, FEATURE = ["cosine", "mse"], ["mse", "cosine", "am_radio"]
+
+
+def maps(*shape: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    draw = torch.randn(2, *shape, dtype=torch.float64, generator=generator) * 3
+    return draw[0], draw[1]
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 4, 6), (1, 5, 1, 1)])
+def test_feature_loss__equals_torch(shape):
+    x, y = maps(*shape)
+    mse, cosine, both = (feature_loss(name)(x, y) for name in FEATURE)
+    torch.testing.assert_close(mse, F.mse_loss(x, y, reduction="none").mean((1, 2, 3)))
+    similarity = F.cosine_similarity(x, y).mean((1, 2))
+    torch.testing.assert_close(cosine, 1 - similarity)
+    smooth = F.smooth_l1_loss(x, y, reduction="none", beta=2.0).mean((1, 2, 3))
+    torch.testing.assert_close(both, 0.9 * (1 - similarity) + 0.1 * smooth)
+
+
+def test_summary_loss__equals_torch():
+    x, y = maps(7, 12)
+    torch.testing.assert_close(summary_loss("cosine")(x, y), 1 - F.cosine_similarity(x, y))
+    torch.testing.assert_close(summary_loss("mse")(x, y), (x - y).square().mean(1))
+
+
+def test_losses__by_hand():
+    x = torch.tensor([[3.0, 4.0]])  # of length 5
+    y = torch.tensor([[4.0, 3.0]])
+    assert summary_loss("cosine")(x, y).item() == pytest.approx(1 - 24 / 25)
+    assert summary_loss("mse")(x, y).item() == pytest.approx(1)
+    # Smooth L1 at beta 2: an error of 1 costs 1²/4, one of 5 costs 5 - 1.
+    assert am_radio(x, y).item() == pytest.approx(0.9 * (1 - 24 / 25) + 0.1 * 0.25, rel=1e-5)
+    far = am_radio(torch.tensor([[5.0]]), torch.tensor([[10.0]])).item()
+    assert far == pytest.approx(0.1 * 4)
+    assert am_radio(torch.tensor([[5.0]]), torch.tensor([[10.0]]), beta=10).item() == pytest.approx(
+        0.1 * 25 / 20
+    )
+
+
+@pytest.mark.parametrize("name", FEATURE)
+def test_feature_loss__zero_for_equal_and_two_for_opposite_directions(name):
+    x, _ = maps(2, 6, 3, 3)
+    assert feature_loss(name)(x, x).abs().max() < 1e-15
+    if name == "cosine":
+        torch.testing.assert_close(feature_loss(name)(x, -5 * x), torch.full((2,), 2.0).double())
+
+
+@pytest.mark.parametrize("name", FEATURE)
+def test_feature_loss__mask_equals_leaving_cells_out(name):
+    x, y = maps(2, 6, 3, 4)
+    valid = torch.ones(2, 3, 4, dtype=torch.bool)
+    valid[0, :, 3] = False
+    valid[1, 1:] = False
+    loss = feature_loss(name)
+    masked = loss(x, y, valid)
+    torch.testing.assert_close(masked[:1], loss(x[:1, :, :, :3], y[:1, :, :, :3]))
+    torch.testing.assert_close(masked[1:], loss(x[1:, :, :1], y[1:, :, :1]))
+    torch.testing.assert_close(loss(x, y, torch.ones_like(valid)), loss(x, y))
+
+
+@pytest.mark.parametrize("name", FEATURE)
+def test_feature_loss__image_without_valid_cells_costs_nothing(name):
+    x, y = maps(2, 6, 3, 3)
+    x.requires_grad_()
+    valid = torch.zeros(2, 3, 3, dtype=torch.bool)
+    valid[1] = True
+    losses = feature_loss(name)(x, y, valid)
+    losses.sum().backward()
+    assert losses[0] == 0
+    assert losses[1] > 0
+    assert not x.grad[0].any()
+    assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", FEATURE)
+def test_feature_loss__images_do_not_touch_each_other(name):
+    x, y = maps(4, 6, 3, 3)
+    loss = feature_loss(name)
+    apart = torch.cat([loss(x[:1], y[:1]), loss(x[1:], y[1:])])
+    torch.testing.assert_close(loss(x, y), apart)
+
+
+@pytest.mark.parametrize("name", FEATURE)
+def test_feature_loss__gradients(name):
+    x, y = maps(2, 4, 2, 3)
+    valid = torch.rand(2, 2, 3, generator=torch.Generator().manual_seed(0)) > 0.3
+    x.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: feature_loss(name)(x, y, valid), x)
+
+
+@pytest.mark.parametrize("name", SUMMARY)
+def test_summary_loss__gradients(name):
+    x, y = maps(3, 5)
+    assert torch.autograd.gradcheck(lambda x: summary_loss(name)(x, y), x.requires_grad_())
+
+
+@pytest.mark.parametrize("name", FEATURE)
+def test_feature_loss__float32_under_autocast(name):
+    x, y = (item.to(torch.bfloat16) for item in maps(2, 256, 5, 5))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = feature_loss(name)(x, y)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss.double(), feature_loss(name)(x.double(), y.double()))
+
+
+@pytest.mark.parametrize("name", SUMMARY)
+def test_summary_loss__float32_under_autocast(name):
+    x, y = (item.to(torch.bfloat16) for item in maps(2, 256))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = summary_loss(name)(x, y)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss.double(), summary_loss(name)(x.double(), y.double()))
+
+
+def test_loss_lookups__unknown_names():
+    with pytest.raises(UnknownNameError, match="did you mean 'am_radio'"):
+        feature_loss("amradio")
+    with pytest.raises(UnknownNameError, match="unknown summary loss 'kl'"):
+        summary_loss("kl")
+
+
+def encoder(batch: int, width: int, channels: int, grid: tuple[int, int], seed: int) -> Features:
+    generator = torch.Generator().manual_seed(seed)
+    spatial = torch.randn(batch, channels, *grid, generator=generator)
+    return Features(torch.randn(batch, width, generator=generator), spatial)
+
+
+@pytest.fixture
+def pair() -> tuple[dict[str, Features], dict[str, Features]]:
+    """Student and teachers: a CLIP with another grid, a SAM without summary."""
+    predictions = {"clip": encoder(3, 6, 8, (4, 6), 1), "sam": encoder(3, 6, 5, (4, 6), 2)}
+    targets = {"clip": encoder(3, 6, 8, (3, 4), 3), "sam": encoder(3, 6, 5, (4, 6), 4)}
+    targets["sam"] = targets["sam"]._replace(summary=None)
+    return predictions, targets
+
+
+def teacher(summary: float = 1.0, feature: float = 1.0) -> TeacherConfig:
+    return TeacherConfig(preset="any", summary_weight=summary, feature_weight=feature)
+
+
+def test_distillation_loss__is_the_weighted_sum_by_hand(pair):
+    predictions, targets = pair
+    weights = {"clip": teacher(0.5, 2.0), "sam": teacher(1.0, 3.0)}
+    report = distillation_loss(predictions, targets, LossConfig(), weights)
+
+    clip, student = targets["clip"], predictions["clip"]
+    summary = 1 - F.cosine_similarity(student.summary, clip.summary)
+    shrunk = F.interpolate(student.spatial, (3, 4), mode="bilinear", antialias=True)
+    clip_map = (shrunk - clip.spatial).square().mean((1, 2, 3))
+    sam_map = (predictions["sam"].spatial - targets["sam"].spatial).square().mean((1, 2, 3))
+    torch.testing.assert_close(report.total, 0.5 * summary + 2 * clip_map + 3 * sam_map)
+    expected = {
+        "clip/summary": summary.mean(),
+        "clip/features": clip_map.mean(),
+        "sam/features": sam_map.mean(),
+    }
+    assert report.terms.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(report.terms[name], value)
+
+
+@pytest.mark.parametrize("summary", SUMMARY)
+@pytest.mark.parametrize("feature", FEATURE)
+def test_distillation_loss__takes_the_losses_of_the_recipe(pair, summary, feature):
+    predictions, targets = pair
+    config = LossConfig(summary=summary, feature=feature)
+    weights = {name: teacher() for name in targets}
+    terms = distillation_loss(predictions, targets, config, weights).terms
+    x, y = predictions["clip"].summary, targets["clip"].summary
+    torch.testing.assert_close(terms["clip/summary"], summary_loss(summary)(x, y).mean())
+    x, y = predictions["sam"].spatial, targets["sam"].spatial
+    torch.testing.assert_close(terms["sam/features"], feature_loss(feature)(x, y).mean())
+
+
+@pytest.mark.parametrize("rule", ["smaller", "larger", "student_down"])
+def test_distillation_loss__takes_the_alignment_of_the_recipe(pair, rule):
+    predictions, targets = pair
+    weights = {name: teacher() for name in targets}
+    report = distillation_loss(predictions, targets, LossConfig(alignment=rule), weights)
+    grid = (4, 6) if rule == "larger" else (3, 4)
+    x, y = (
+        F.interpolate(item["clip"].spatial, grid, mode="bilinear", antialias=True)
+        for item in (predictions, targets)
+    )
+    torch.testing.assert_close(report.terms["clip/features"], F.mse_loss(x, y))
+
+
+def test_distillation_loss__error_where_alignment_does_not_suit(pair):
+    weights = {name: teacher() for name in pair[1]}
+    with pytest.raises(ConfigError, match="teacher_down cannot compare a student grid of 4x6"):
+        distillation_loss(*pair, LossConfig(alignment="teacher_down"), weights)
+
+
+def test_distillation_loss__micro_batches_add_up(pair):
+    predictions, targets = pair
+    weights = {name: teacher() for name in targets}
+
+    def part(items, rows):
+        return {
+            name: Features(None if f.summary is None else f.summary[rows], f.spatial[rows])
+            for name, f in items.items()
+        }
+
+    totals = [
+        distillation_loss(part(predictions, rows), part(targets, rows), LossConfig(), weights).total
+        for rows in (slice(0, 1), slice(1, 3))
+    ]
+    whole = distillation_loss(predictions, targets, LossConfig(), weights).total
+    torch.testing.assert_close(torch.cat(totals), whole)
+
+
+def test_distillation_loss__term_of_weight_0_is_left_out(pair):
+    predictions, targets = pair
+    predictions["clip"] = predictions["clip"]._replace(summary=None)
+    weights = {"clip": teacher(summary=0), "sam": teacher(feature=0)}
+    report = distillation_loss(predictions, targets, LossConfig(), weights)
+    assert list(report.terms) == ["clip/features"]
+
+
+def test_distillation_loss__error_where_nothing_is_asked_for(pair):
+    weights = {"clip": teacher(0, 0), "sam": teacher(1, 0)}
+    with pytest.raises(ConfigError, match="clip, sam: every loss weight is 0"):
+        distillation_loss(*pair, LossConfig(), weights)
+
+
+def test_distillation_loss__gradient_reaches_every_prediction_and_no_target(pair):
+    predictions, targets = pair
+    leaves = [value.requires_grad_() for f in predictions.values() for value in f]
+    weights = {name: teacher() for name in targets}
+    report = distillation_loss(predictions, targets, LossConfig(), weights)
+    assert not any(term.requires_grad for term in report.terms.values())
+    *reached, sam_summary, sam_spatial = torch.autograd.grad(
+        report.total.sum(), leaves, allow_unused=True
+    )
+    assert all(gradient.abs().sum() > 0 for gradient in (*reached, sam_spatial))
+    assert sam_summary is None
+
+
+def test_distillation_loss__padding_does_not_count(pair):
+    predictions, targets = pair
+    weights = {"sam": teacher()}
+    predictions, targets = {"sam": predictions["sam"]}, {"sam": targets["sam"]}
+    valid = torch.ones(3, 64, 96, dtype=torch.bool)
+    valid[:, :, 70:] = False  # columns 0 to 3 of 6 are whole
+    report = distillation_loss(predictions, targets, LossConfig(), weights, valid)
+    x, y = (item["sam"].spatial[..., :4] for item in (predictions, targets))
+    torch.testing.assert_close(report.total, (x - y).square().mean((1, 2, 3)))
+
+
+def test_distillation_loss__float32_under_autocast(pair):
+    predictions, targets = (
+        {n: Features(*(v if v is None else v.bfloat16() for v in f)) for n, f in item.items()}
+        for item in pair
+    )
+    weights = {name: teacher() for name in targets}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        report = distillation_loss(predictions, targets, LossConfig(), weights)
+    assert report.total.dtype == torch.float32
+    exact = distillation_loss(*pair, LossConfig(), weights)
+    torch.testing.assert_close(report.total, exact.total, rtol=0.02, atol=0.02)
+
+
+def test_distillation_loss__number_that_is_not_finite_shows_in_its_term(pair):
+    predictions, targets = pair
+    targets["sam"].spatial[0, 0, 0, 0] = math.inf
+    terms = distillation_loss(*pair, LossConfig(), {n: teacher() for n in targets}).terms
+    finite = {name: bool(value.isfinite()) for name, value in terms.items()}
+    assert finite == {"clip/summary": True, "clip/features": True, "sam/features": False}

@@ -1,0 +1,133 @@
+"""Checkpoints are whole or absent, whatever happens while they are written."""
+
+import json
+import resource
+import signal
+
+import pytest
+import torch
+
+from radio_distill.config import Recipe, build
+from radio_distill.errors import CheckpointError, WeightsError
+from radio_distill.train import checkpoint as checkpoints
+from radio_distill.types import TeacherSpec
+
+RECIPE = build(
+    Recipe,
+    {
+        "name": "r",
+        "data": {"shards": ["x"]},
+        "teachers": {"t": {"preset": "p"}},
+        "stages": {
+            "stage1": {"partitions": [{"name": "a", "size": 32, "teachers": ["t"], "batch_size": 2}]}
+        },
+    },
+)
+SPEC = TeacherSpec("t", 8, None, 16, (224, 224), None, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+
+def write(root, step, value=0.0, size=16, keep_last=3):
+    parts = {"student": {"w": torch.full((size,), value)}, "optimizer": {"step": torch.tensor(step)}}
+    return checkpoints.save(
+        root, step, parts, stage="stage1", recipe=RECIPE, teachers={"t": SPEC}, keep_last=keep_last
+    )
+
+
+def test_save__reads_back_equal(tmp_path):
+    folder = write(tmp_path, 10, 1.5)
+    found = checkpoints.find(folder)
+    assert (found.step, found.stage, found.recipe) == (10, "stage1", RECIPE)
+    assert found.teachers == {"t": SPEC}
+    torch.testing.assert_close(found.student_tensors()["w"], torch.full((16,), 1.5))
+    assert not found.has("ema")
+
+
+def test_save__keeps_the_newest(tmp_path):
+    for step in (1, 2, 3, 4):
+        write(tmp_path, step, keep_last=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000003", "step-00000004"]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "no meta", "cut meta", "no weights"])
+def test_newest__passes_over_a_damaged_one_and_says_why(tmp_path, damage, caplog):
+    write(tmp_path, 1, 1.0)
+    newer = write(tmp_path, 2, 2.0)
+    weights, meta = newer / "student.safetensors", newer / "meta.json"
+    data = bytearray(weights.read_bytes())
+    if damage == "truncated":
+        weights.write_bytes(data[:-8])
+    elif damage == "flipped":
+        data[-1] ^= 1
+        weights.write_bytes(data)
+    elif damage == "no meta":
+        meta.unlink()
+    elif damage == "cut meta":
+        meta.write_text(meta.read_text()[:50])
+    else:
+        weights.unlink()
+    found = checkpoints.newest(tmp_path)
+    assert found is not None
+    assert found.step == 1
+    assert "passed over" in caplog.text
+    assert "step-00000002" in caplog.text
+    with pytest.raises(CheckpointError):
+        checkpoints.read(newer)
+
+
+def test_find__none_at_all(tmp_path):
+    with pytest.raises(CheckpointError, match="no whole checkpoint in"):
+        checkpoints.find(tmp_path)
+    assert checkpoints.newest(tmp_path / "absent") is None
+
+
+def test_save__a_full_disk_leaves_the_former_checkpoint_whole(tmp_path):
+    """A limit on the size of files stands for a full disk: writing fails half-way with OSError."""
+    write(tmp_path, 1, 1.0, size=1000)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(CheckpointError, match="former checkpoints are whole") as caught:
+            write(tmp_path, 2, 2.0, size=1_000_000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+    found = checkpoints.find(tmp_path)
+    assert found.student_tensors()["w"].sum() == 1000
+
+
+def test_save__a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(CheckpointError, match="cannot write checkpoint"):
+        write(tmp_path / "file", 1)
+
+
+def test_read__never_runs_code(tmp_path):
+    """A checkpoint is safetensors and JSON: a pickle in its place is refused, not executed."""
+    import pickle
+
+    folder = write(tmp_path, 1)
+
+    class Bomb:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "executed"), "w"))
+
+    (folder / "student.safetensors").write_bytes(pickle.dumps(Bomb()))
+    meta = json.loads((folder / "meta.json").read_text())
+    meta["sha256"] = {}
+    (folder / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(CheckpointError, match="damaged"):
+        checkpoints.find(folder).student_tensors()
+    assert not (tmp_path / "executed").exists()
+
+
+def test_check_teachers__another_teacher_is_named(tmp_path):
+    found = checkpoints.find(write(tmp_path, 1))
+    checkpoints.check_teachers(found, {"t": SPEC})
+    with pytest.raises(WeightsError, match="has no head for teacher 'u'"):
+        checkpoints.check_teachers(found, {"u": SPEC})
+    wider = TeacherSpec("t", 9, None, 16, (224, 224), None, (0.5,) * 3, (0.5,) * 3)
+    with pytest.raises(WeightsError, match="predicts 8 channels, the teacher has 9"):
+        checkpoints.check_teachers(found, {"t": wider})

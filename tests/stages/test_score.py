@@ -1,0 +1,151 @@
+import csv
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from radio_distill.errors import ConfigError, RadioDistillError
+from stages import cli, score
+
+ROOT = Path(__file__).resolve().parents[2]
+METRICS = """\
+top1: {group: Classification, higher_is_better: true, unit: "%"}
+rmse: {group: Dense, higher_is_better: false}
+"""
+SCORES = "model,top1,rmse\nbase,50,4\nnew,55,5\n"
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[str]:
+    (tmp_path / "metrics.yaml").write_text(METRICS)
+    (tmp_path / "scores.csv").write_text(SCORES)
+    return [str(tmp_path / "scores.csv"), "--definitions", str(tmp_path / "metrics.yaml")]
+
+
+def test_main__json_is_right(files: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert score.main([*files, "--baseline", "base", "--format", "json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert rows[0] == {"Model": "base", "Δm": 0, "Classification": 0, "Dense": 0}
+    assert rows[1]["Classification"] == pytest.approx(10)
+    assert rows[1]["Dense"] == pytest.approx(-25)
+    assert rows[1]["Δm"] == pytest.approx(-7.5)
+
+
+@pytest.mark.parametrize("form", ["terminal", "markdown", "csv", "latex", "json", "html"])
+def test_main__every_format_to_a_file(
+    files: list[str], tmp_path: Path, form: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "new" / "table.txt"
+    score.main([*files, "--baseline", "base", "--format", form, "--output", str(target)])
+    assert capsys.readouterr().out == ""
+    text = target.read_text(encoding="utf-8")
+    assert "7.5" in text
+    assert ("baseline" in text) == (
+        form != "csv"
+    )  # the definition goes with every table for people
+
+
+def test_main__definitions_override_those_of_the_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = {"benchmark": "b", "metric": "m", "higher_is_better": True, "group": "Old", "unit": ""}
+    lines = [{"subject": "base", "value": 2.0} | line, {"subject": "new", "value": 3.0} | line]
+    (tmp_path / "scores.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (tmp_path / "d.yaml").write_text("b/m: {group: New, higher_is_better: false}\n")
+    arguments = [str(tmp_path), "--baseline", "base", "--format", "csv"]
+    score.main(arguments)
+    assert next(csv.reader(io.StringIO(capsys.readouterr().out))) == ["Model", "Δm", "Old"]
+    score.main([*arguments, "--definitions", str(tmp_path / "d.yaml")])
+    head, _, new = csv.reader(io.StringIO(capsys.readouterr().out))
+    assert head == ["Model", "Δm", "New"]
+    assert new == ["new", "-50.0", "-50.0"]
+
+
+def test_main__missing_metric_and_chosen_models(
+    files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "scores.csv").write_text(SCORES + "teacher,60,\n")
+    arguments = [*files, "--baseline", "base", "--format", "csv"]
+    with pytest.raises(ConfigError, match="'teacher' lacks metric 'rmse'"):
+        score.main(arguments)
+    score.main([*arguments, "--exclude-missing"])
+    assert "Dense" not in capsys.readouterr().out
+    score.main([*arguments, "--models", "base", "new"])
+    assert "teacher" not in capsys.readouterr().out
+
+
+def test_main__scores_are_shown_on_demand(
+    files: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    score.main([*files, "--baseline", "base", "--scores", "--format", "markdown"])
+    text = capsys.readouterr().out
+    assert "top1 (%) ↑" in text
+    assert "rmse ↓" in text
+
+
+def test_main__paper(capsys: pytest.CaptureFixture[str]) -> None:
+    score.main(["--paper", "featsharp", "--format", "json"])
+    recomputed, distances = json.loads(capsys.readouterr().out)
+    gains = {row["Model"]: row["Δm"] for row in recomputed["rows"]}
+    assert round(gains["S2"], 2) == 0.03
+    assert distances["title"] == "Recomputed minus printed"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "name at least one file or folder"),
+        (["SCORES"], "--baseline NAME"),
+        (["SCORES", "--baseline", "base"], "add --definitions FILE"),
+        (["SCORES", "--baseline", "bse", "--definitions", "METRICS"], "did you mean 'base'"),
+        (
+            ["SCORES", "--baseline", "base", "--definitions", "METRICS", "--models", "nw"],
+            "no scores of model 'nw'",
+        ),
+        (["--paper", "other"], "no tables of paper 'other'"),
+        (["--paper", "featsharp", "--baseline", "S2"], "leave --baseline out"),
+        (["gone.jsonl", "--baseline", "base"], "gone.jsonl: cannot be read"),
+    ],
+)
+def test_main__bad_arguments_are_one_line(
+    files: list[str], arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = {"SCORES": files[0], "METRICS": files[2]}
+    arguments = [names.get(item, item) for item in arguments]
+    with pytest.raises(RadioDistillError, match=message):
+        score.main(arguments)
+    assert cli.main(["score", *arguments]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_main__unwritable_output(files: list[str], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    arguments = [*files, "--baseline", "base", "--output", str(tmp_path / "file" / "table.md")]
+    with pytest.raises(ConfigError, match="cannot write"):
+        score.main(arguments)
+
+
+def test_docs__show_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (ROOT / "docs" / "multi_task_gain.md").read_text(encoding="utf-8")
+    score.main(["--paper", "featsharp", "--format", "markdown"])
+    printed = capsys.readouterr().out.splitlines()
+    tables = [line for line in printed if line.startswith("|")]
+    assert len(tables) == 18
+    assert [line for line in tables if line not in page.splitlines()] == []
+
+
+def test_script__runs_as_a_file_from_anywhere_without_torch(tmp_path: Path) -> None:
+    code = (
+        "import runpy, sys; sys.argv = ['score.py', '--paper', 'featsharp'];"
+        f"sys.path[0] = {str(ROOT / 'stages')!r}\n"
+        f"try: runpy.run_path({str(ROOT / 'stages' / 'score.py')!r}, run_name='__main__')\n"
+        "except SystemExit as end: print('status', end.code, 'torch' in sys.modules)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert result.stdout.splitlines()[-1] == "status 0 False", result.stderr
+    assert "FeatUp (75.54)" in result.stdout

@@ -1,0 +1,88 @@
+"""What tiling methods share: resize, cut into tiles, encode everything at once, stitch.
+
+The picture is first brought to the pixels of the fine grid, then cut; so each tile has exactly the
+teacher's low-resolution input size, whatever the picture measured (FeatSharp, arXiv 2502.16025,
+Figure 4). Tiles have neither overlap nor margin, as in the paper.
+"""
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from radio_distill.errors import ConfigError
+from radio_distill.protocols import Teacher
+from radio_distill.types import Features, Size
+
+
+def low_resolution(teacher: Teacher, grid: Size, factor: int) -> Size:
+    """Return the teacher's input size, in pixels, whose grid is ``grid / factor``.
+
+    Raises ConfigError where ``factor`` does not divide the grid.
+    """
+    if any(cells % factor for cells in grid):
+        near = "x".join(str(max(1, round(cells / factor)) * factor) for cells in grid)
+        raise ConfigError(
+            f"grid {grid[0]}x{grid[1]} does not divide by upsampler.factor {factor}; nearest {near}"
+        )
+    height, width = (cells // factor * teacher.spec.patch_size for cells in grid)
+    return height, width
+
+
+def resize(pixels: Tensor, size: Size) -> Tensor:
+    """Resize ``[B, 3, H, W]`` to ``size``, bilinear, with antialiasing where it shrinks."""
+    if tuple(pixels.shape[-2:]) == size:
+        return pixels
+    return F.interpolate(pixels, size, mode="bilinear", align_corners=False, antialias=True)
+
+
+def cut(pixels: Tensor, factor: int) -> Tensor:
+    """Cut ``[B, 3, H, W]`` into ``factor * factor`` tiles a picture, row by row."""
+    return rearrange(pixels, "b c (zy h) (zx w) -> (b zy zx) c h w", zy=factor, zx=factor)
+
+
+def stitch(spatial: Tensor, factor: int) -> Tensor:
+    """Put the maps of tiles together: the way back of :func:`cut`."""
+    return rearrange(spatial, "(b zy zx) c h w -> b c (zy h) (zx w)", zy=factor, zx=factor)
+
+
+def encode(teacher: Teacher, pixels: Tensor, grid: Size, micro_batch: int) -> Features:
+    """Encode in calls of at most ``micro_batch`` images; 0 leaves the batch to the teacher.
+
+    Raises ConfigError, with the grid that was asked for, where the teacher cannot take the size.
+    """
+    try:
+        parts = [teacher.encode(part) for part in pixels.split(micro_batch or len(pixels))]
+    except ConfigError as error:
+        raise ConfigError(f"no grid {grid[0]}x{grid[1]} from the upsampler: {error}") from error
+    summaries = [part.summary for part in parts if part.summary is not None]
+    spatial = torch.cat([part.spatial for part in parts])  # [B, C, h, w]
+    return Features(torch.cat(summaries) if summaries else None, spatial)
+
+
+def encode_low(
+    teacher: Teacher, pixels: Tensor, grid: Size, factor: int, micro_batch: int
+) -> Features:
+    """Encode the whole picture at the low-resolution size: spatial ``[B, C, *(grid / factor)]``."""
+    return encode(teacher, resize(pixels, low_resolution(teacher, grid, factor)), grid, micro_batch)
+
+
+def encode_low_and_tiles(
+    teacher: Teacher, pixels: Tensor, grid: Size, factor: int, micro_batch: int
+) -> tuple[Features, Tensor]:
+    """Encode the whole picture and its tiles together.
+
+    Returns:
+        The low-resolution features, and the stitched map of the tiles ``[B, C, *grid]``. All
+        ``B * (1 + factor ** 2)`` images have one size, so they share the teacher's calls.
+    """
+    size = low_resolution(teacher, grid, factor)
+    whole = resize(pixels, size)  # [B, 3, H', W']
+    if factor == 1:
+        low = encode(teacher, whole, grid, micro_batch)
+        return low, low.spatial
+    tiles = cut(resize(pixels, (size[0] * factor, size[1] * factor)), factor)
+    summary, spatial = encode(teacher, torch.cat([whole, tiles]), grid, micro_batch)
+    batch = len(pixels)
+    low = Features(None if summary is None else summary[:batch], spatial[:batch])
+    return low, stitch(spatial[batch:], factor)
