@@ -68,7 +68,15 @@ def resample(features: Tensor, grid: Size) -> Tensor:
     if (height, width) == grid:
         return features
     features = features.to(torch.promote_types(features.dtype, torch.float32))
-    shrinks = grid[0] < height or grid[1] < width
+    if grid[1] == 1:
+        # torch's CPU kernel (seen in 2.15) reads wrong rows where one column remains: keep two.
+        features = _interpolate(features, (height, 1)).expand(-1, -1, -1, 2)
+        return _interpolate(features, (grid[0], 2))[..., :1]
+    return _interpolate(features, grid)
+
+
+def _interpolate(features: Tensor, grid: Size) -> Tensor:
+    shrinks = grid[0] < features.shape[-2] or grid[1] < features.shape[-1]
     return F.interpolate(features, grid, mode="bilinear", align_corners=False, antialias=shrinks)
 
 

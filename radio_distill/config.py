@@ -241,13 +241,13 @@ class EvaluationConfig:
     """How students and teachers are scored."""
 
     benchmarks: tuple[str, ...] = option(
-        ("fidelity", "agreement", "correspondence"), "names in `radio-distill list benchmarks`"
+        ("fidelity", "correspondence", "agreement"), "names in `radio-distill list benchmarks`"
     )
     pictures: str = option(
-        "", "shards, or folder of held-out pictures, for fidelity, agreement and correspondence"
+        "", "shards or folder of held-out pictures, for fidelity, agreement and correspondence"
     )
-    labels: str = option("", "folder with train/CLASS and val/CLASS for kNN; empty skips it")
-    segmentation: str = option("", "folder of the segmentation set; empty skips it")
+    labels: str = option("", "folder with train/CLASS and val/CLASS, for knn")
+    segmentation: str = option("", "folder of the segmentation set, for segmentation")
     size: int = option(224, "student input for summaries", "px")
     dense_size: int = option(448, "student input for dense benchmarks", "px")
     limit: int = option(0, "most pictures of each benchmark; 0 for all", "images")

@@ -97,7 +97,7 @@ class Engine(Protocol):
         teachers: tuple[str, ...],
         draws: "Tensor | None" = None,
         freeze_body: bool = False,
-    ) -> dict[str, Features]:
+    ) -> Mapping[str, Features]:
         """Predict each named teacher's features, in that teacher's normalised space."""
         ...
 
@@ -141,7 +141,8 @@ class Benchmark(Protocol):
 class Encoder(Protocol):
     """What a benchmark is handed; :class:`radio_distill.evals.harness.Encoder` is one."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def __call__(self, pixels: "Tensor") -> Features:
         """Encode ``[B, 3, H, W]`` of any size, resized to the nearest that the encoder takes."""

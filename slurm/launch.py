@@ -1,6 +1,6 @@
 """Submits the stages of a recipe as a chain of jobs, each of which waits for the one before.
 
-    python slurm/launch.py recipe.yaml --partition gpu --nodes 4 --gpus-per-node 8 --dry-run
+    radio-distill slurm am_radio --partition gpu --nodes 4 --gpus-per-node 8 --dry-run
 
 A job runs one process for each GPU (``srun``), which finds its rank in the environment. Arrays,
 hyper-parameter searches and other schedulers are left to submitit itself.
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     import submitit
 
 EXECUTORS = ("slurm", "local", "debug")
+TAKES_FIELDS = True  # `radio-distill slurm` hands the recipe's fields over in `args.fields`
+_RECIPES = Path(__file__).resolve().parents[1] / "stages" / "recipes"
 
 
 def submit_chain(
@@ -44,7 +46,7 @@ def submit_chain(
     know no dependencies: each stage is waited for before the next is started.
 
     Args:
-        recipe_path: a recipe's file.
+        recipe_path: a recipe's file, or the name of one that comes with the project.
         stages: names of its stages; none for all of them.
         overrides: assignments ``field.name=value``.
         executor: ``slurm``, ``local`` (processes of this machine) or ``debug`` (this process).
@@ -179,17 +181,26 @@ def _jobs(
     recipe_path: str | Path, stages: Sequence[str], overrides: Sequence[str], resume: bool
 ) -> tuple[Recipe, dict[str, Job]]:
     """Check the recipe as every stage will read it, and make the jobs."""
-    recipe = load(recipe_path, [item for item in overrides if not item.startswith("stage.")])
+    file = _find(str(recipe_path))
+    recipe = load(file, [item for item in overrides if not item.startswith("stage.")])
     stages = list(stages) or list(recipe.stages)
     for stage in stages:
         if stage not in recipe.stages:
             raise ConfigError(
                 f"recipe {recipe.name!r} has no {stage} ({nearest(stage, list(recipe.stages))})"
             )
-        load(recipe_path, overrides, stage)
-    arguments = ["--recipe", str(Path(recipe_path).absolute())]
+        load(file, overrides, stage)
+    arguments = ["--recipe", str(file.absolute())]
     arguments += [f"--{item}" for item in overrides] + [RESUME] * resume
     return recipe, {stage: Job(f"stages.{stage}:main", tuple(arguments)) for stage in stages}
+
+
+def _find(name: str) -> Path:
+    """Find a recipe as the stages do, of which nothing is imported here."""
+    shipped = {path.stem: path for path in _RECIPES.glob("*.yaml")}
+    if name in shipped or Path(name).is_file():
+        return shipped.get(name, Path(name))
+    raise ConfigError(f"no recipe {name!r} ({nearest(name, list(shipped))})")
 
 
 def _private(folder: str | Path) -> Path:
@@ -210,24 +221,23 @@ def _private(folder: str | Path) -> Path:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what ``radio-distill slurm`` takes; the recipe's fields come as ``args.overrides``."""
-    parser.add_argument("recipe", help="file of the recipe")
+    """Add what ``radio-distill slurm`` takes besides the fields of the recipe."""
+    parser.add_argument("recipe", help="name or file")
     parser.add_argument("--stages", nargs="+", default=[], metavar="STAGE", help="default: all")
     parser.add_argument("--cluster", metavar="FILE", help="YAML file with the fields named below")
     parser.add_argument("--executor", choices=EXECUTORS, default="slurm")
     parser.add_argument("--folder", metavar="DIR", help="job files and logs (default: RUN/slurm)")
+    parser.add_argument("--output", metavar="DIR", help="folder for run folders (default: runs)")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoints")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="print the sbatch scripts, submit nothing"
-    )
-    parser.set_defaults(overrides=())
+    parser.add_argument("--dry-run", action="store_true", help="only print the sbatch scripts")
     add_cluster_flags(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Submit, or print with ``--dry-run``; ``args.overrides`` holds ``field.name=value`` texts."""
+    """Submit, or print with ``--dry-run``; ``args.fields`` holds ``field.name=value`` texts."""
     cluster = cluster_from(args, args.cluster)
-    common = (args.recipe, args.stages, cluster, args.overrides)
+    overrides = [f"output={args.output}"] * bool(args.output) + args.fields
+    common = (args.recipe, args.stages, cluster, overrides)
     if args.dry_run:
         print("\n\n".join(dry_run(*common, folder=args.folder, resume=args.resume)))
         return 0
@@ -244,14 +254,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_arguments(parser)
     args, rest = parser.parse_known_args(argv)
     try:
-        args.overrides = list(_overrides(rest, parser))
+        args.fields = list(_fields(rest, parser))
         return run(args)
     except RadioDistillError as error:
         print(f"radio-distill: {error}", file=sys.stderr)
         return 2
 
 
-def _overrides(rest: Sequence[str], parser: argparse.ArgumentParser) -> Iterator[str]:
+def _fields(rest: Sequence[str], parser: argparse.ArgumentParser) -> Iterator[str]:
     for item in rest:
         if not item.startswith("--") or "=" not in item:
             flags = [flag for action in parser._actions for flag in action.option_strings]

@@ -1,6 +1,7 @@
 """The parts of a stage, built from its recipe; the slow imports of the stages live behind it."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -51,14 +52,12 @@ def build_run(
     )
     start = resumed or start_checkpoint(recipe, stage)
     targets = build_targets(recipe, stage, device)
-    model = build_student(
-        recipe.student, {name: teacher.spec for name, teacher in targets.teachers.items()}
-    )
+    specs = {name: teacher.spec for name, teacher in targets.teachers.items()}
+    student = recipe.student if start is None else replace(recipe.student, pretrained="")
+    model = build_student(student, specs)
     ema = Ema(model) if config.ema_decay and world.is_main else None
     if start is not None:
-        checkpoints.check_teachers(
-            start, {name: teacher.spec for name, teacher in targets.teachers.items()}
-        )
+        checkpoints.check_teachers(start, specs)
         if resumed is None:
             logger.info("starting from %s", start.folder)
             load_weights(model, start)
@@ -91,7 +90,9 @@ def build_teachers(recipe: Recipe, device: torch.device) -> dict[str, Teacher]:
 
 def load_student(checkpoint: Checkpoint, device: torch.device) -> DistilledStudent:
     """Rebuild the student of a checkpoint, without its teachers."""
-    model = build_student(checkpoint.recipe.student, checkpoint.teachers)
+    # The checkpoint holds every weight: what the student once started from is not needed.
+    config = replace(checkpoint.recipe.student, pretrained="")
+    model = build_student(config, checkpoint.teachers)
     load_weights(model, checkpoint)
     return model.to(device).eval()
 

@@ -178,7 +178,7 @@ TINY = {
         "transformers", _hf("dinov3_vit", intermediate_size=64, image_size=64, patch_size=16, num_register_tokens=2),
         16, 64, 32, 32),
     "tiny_sam": _tiny(
-        "transformers", _hf("sam_vision_model", image_size=64, patch_size=16, output_channels=16, window_size=2,
+        "transformers", _hf("sam_vision_model", image_size=64, patch_size=16, output_channels=16, window_size=2, initializer_range=0.02,
                             global_attn_indexes=[1], num_pos_feats=8), 16, 64, 16, None, fixed_size=True),
     "tiny_radio": _tiny(
         "transformers", _hf("radio", patch_size=16, image_size=64, max_img_size=256, num_cls_tokens=3, num_registers=2,

@@ -118,9 +118,16 @@ class ShardBatches:
             DataError: clearly more than ``max_bad_share`` of the images read are bad, a shard
                 cannot be read any more, or a worker died.
         """
-        with _running(self._loader(start_step)) as stream:
-            while True:
-                yield [self._receive(stream) for _ in self._slices]
+        try:
+            with _running(self._loader(start_step)) as stream:
+                while True:
+                    yield [self._receive(next(stream)) for _ in self._slices]
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise DataError(
+                "a decoding process died; if memory or /dev/shm is short, lower data.workers"
+            ) from error
 
     def _loader(self, start_step: int) -> "DataLoader[Any]":
         return DataLoader(
@@ -133,15 +140,7 @@ class ShardBatches:
             generator=torch.Generator(),  # else it draws from the global one
         )
 
-    def _receive(self, stream: Iterator["_Batch | DataError"]) -> ImageBatch:
-        try:
-            batch = next(stream)
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise DataError(
-                "a decoding process died; if memory or /dev/shm is short, lower data.workers"
-            ) from error
+    def _receive(self, batch: "_Batch | DataError") -> ImageBatch:
         if isinstance(batch, DataError):
             raise batch
         self._count(batch)

@@ -11,7 +11,7 @@ import io
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TextIO
 
@@ -226,7 +226,7 @@ class Table:
             for i in self._indices()
         ]
 
-    def _texts(self, escape: Any = str) -> list[list[str]]:
+    def _texts(self, escape: Callable[[str], str] = str) -> list[list[str]]:
         """Every cell as text; ``escape`` is applied to the cells that are not numbers."""
         return [
             [

@@ -73,7 +73,7 @@ class DistilledStudent(nn.Module):
         for slot, (name, adaptor) in enumerate(self.adaptors.items()):
             if name in teachers:
                 predictions[name] = adaptor(summary[:, slot], spatial)
-            else:
+            else:  # one token is enough; it stays in the graph, which ZeRO-3 compares over ranks
                 tokens = zero_gradient(summary[:1, slot]), zero_gradient(spatial[:1, :, :1, :1])
                 predictions[name] = adaptor(*tokens)
         joined = _join(predictions)

@@ -191,6 +191,11 @@ def find(path: Path) -> Checkpoint:
 
 def check_teachers(checkpoint: Checkpoint, teachers: Mapping[str, TeacherSpec]) -> None:
     """Raise WeightsError where a student's heads do not fit the recipe's teachers."""
+    if set(teachers) == set(checkpoint.teachers) and list(teachers) != list(checkpoint.teachers):
+        raise WeightsError(
+            f"{checkpoint.folder}: summary tokens are bound to teachers by their order, which was "
+            f"{', '.join(checkpoint.teachers)}; list the recipe's teachers in that order"
+        )
     for name, spec in teachers.items():
         known = checkpoint.teachers.get(name)
         if known is None:

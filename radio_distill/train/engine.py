@@ -55,6 +55,11 @@ def build_engine(
             "engine.zero_stage: lamb needs the norm of whole parameters, which ZeRO flattens and "
             "cuts up; set engine.zero_stage to 0, or the stage's optimizer to adamw"
         )
+    if stage.ema_decay and config.zero_stage == 3:
+        raise ConfigError(
+            "engine.zero_stage: 3 cuts up the weights that ema_decay averages; "
+            "set engine.zero_stage to 2, or ema_decay to 0"
+        )
     return DeepSpeedEngine(model, config, stage, world, device, micro_batches)
 
 
@@ -72,7 +77,7 @@ class _Forward:
         teachers: tuple[str, ...],
         draws: Tensor | None = None,
         freeze_body: bool = False,
-    ) -> dict[str, Features]:
+    ) -> Mapping[str, Features]:
         """Predict the features of each named teacher, in that teacher's normalised space.
 
         Args:
@@ -113,8 +118,7 @@ class SingleProcessEngine(_Forward):
     def step(self, learning_rates: Mapping[str, float]) -> float:
         """Clip, update at these rates, clear; returns the norm of the gradient before clipping."""
         set_learning_rates(self._optimizer, learning_rates)
-        limit = self._clip or float("inf")
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        norm = _clip_gradient(self.model, self._clip)
         self._optimizer.step()
         self._optimizer.zero_grad()
         return float(norm)
@@ -157,6 +161,7 @@ class DeepSpeedEngine(_Forward):
         self.model = model.to(device)
         self._precision = config.precision
         self._zero_stage = config.zero_stage
+        self._clip = stage.gradient_clip
         optimizer = build_optimizer(parameter_groups(model, stage.weight_decay), stage)
         self._engine, *_ = deepspeed.initialize(
             model=model,
@@ -177,9 +182,13 @@ class DeepSpeedEngine(_Forward):
     def step(self, learning_rates: Mapping[str, float]) -> float:
         """Clip, update at these rates, clear; returns the norm of the gradient before clipping."""
         set_learning_rates(self._engine.optimizer, learning_rates)
-        self._engine.step()
-        norm = self._engine.get_global_grad_norm()
-        return float(norm) if norm is not None else float("nan")
+        if self._zero_stage == 0:  # DeepSpeed tells no norm there, so it is left to us to clip
+            norm = _clip_gradient(self.model, self._clip)
+            self._engine.step()
+        else:
+            self._engine.step()
+            norm = self._engine.get_global_grad_norm()
+        return float(norm)
 
     def model_tensors(self) -> dict[str, Tensor]:
         """Whole float32 weights and buffers, by name; every rank must call, rank 0 gets them."""
@@ -208,13 +217,18 @@ class DeepSpeedEngine(_Forward):
             load_whole_state(self._engine, weights, optimizer)
 
 
+def _clip_gradient(model: nn.Module, limit: float) -> Tensor:
+    """Scale the gradient down to norm ``limit`` (0: leave it); returns the norm before."""
+    return nn.utils.clip_grad_norm_(model.parameters(), limit or float("inf"))
+
+
 def _deepspeed_config(
     config: EngineConfig, stage: StageConfig, micro_batches: int
 ) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": 1,  # the loop weighs images itself
         "gradient_accumulation_steps": micro_batches,
-        "gradient_clipping": stage.gradient_clip,
+        "gradient_clipping": stage.gradient_clip if config.zero_stage else 0.0,
         "zero_optimization": {
             "stage": config.zero_stage,
             # The default of 5e8 elements is a 2 GB buffer, whatever the student's size.

@@ -131,7 +131,9 @@ def accumulate(
             draws=draws[micro.start : micro.stop].to(pixels.device),
             freeze_body=frozen,
         )
-        report = distillation_loss(predictions, targets, recipe.loss, recipe.teachers)
+        report = distillation_loss(
+            predictions, targets, recipe.loss, recipe.teachers, batch.valid
+        )
         loss = report.total.sum() * micro.image_weight
         run.engine.backward(loss, last=index == len(run.micro_batches) - 1)
         total = total + loss.detach()

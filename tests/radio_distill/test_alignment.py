@@ -104,11 +104,24 @@ def test_resample__one_axis_shrinks_while_the_other_grows():
     torch.testing.assert_close(both, resample(resample(features, (12, 6)), (4, 6)))
 
 
-def test_resample__shrinking_keeps_a_ramp():
-    ramp = ((torch.arange(64, dtype=torch.float64) + 0.5) / 64)[None, None, :, None]
-    expected = (torch.arange(8, dtype=torch.float64) + 0.5) / 8
-    inner = slice(1, -1)  # at the border the filter is cut
-    torch.testing.assert_close(resample(ramp, (8, 1))[0, 0, inner, 0], expected[inner])
+def triangle_filter(size: int, new: int) -> torch.Tensor:
+    """``[new, size]``: triangles about the new cells, wide as a new or an old cell."""
+    span = max(size / new, 1)
+    old = torch.arange(size, dtype=torch.float64) + 0.5
+    centres = (torch.arange(new, dtype=torch.float64) + 0.5) * size / new
+    weights = (1 - (old - centres[:, None]).abs() / span).clamp(min=0)
+    return weights / weights.sum(1, keepdim=True)
+
+
+@settings(max_examples=80, deadline=None)
+@given(old=grids, new=grids, channels=st.integers(1, 3), channels_last=st.booleans())
+def test_resample__equals_two_triangle_filters(old, new, channels, channels_last):
+    features = torch.rand(2, channels, *old, dtype=torch.float64)
+    rows, columns = triangle_filter(old[0], new[0]), triangle_filter(old[1], new[1])
+    expected = rows @ features @ columns.T
+    if channels_last:
+        features = features.contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(resample(features, new), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -120,7 +133,9 @@ def test_align__low_precision_is_resampled_in_float32(dtype):
     torch.testing.assert_close(aligned, resample(prediction.float(), (5, 5)), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(("rule", "teacher"), [("smaller", (2, 2)), ("larger", (4, 2))])
+@pytest.mark.parametrize(
+    ("rule", "teacher"), [("smaller", (2, 2)), ("smaller", (2, 1)), ("larger", (4, 2))]
+)
 def test_align__gradient_reaches_the_student(rule, teacher):
     prediction = torch.rand(1, 2, 3, 4, dtype=torch.float64, requires_grad=True)
     target = torch.rand(1, 2, *teacher, dtype=torch.float64)

@@ -14,7 +14,9 @@ def test_get__imports_on_first_use():
 
 def test_get__unknown_name_lists_the_nearest():
     registry = Registry("upsampler", {"bilinear": "a:b", "tile": "a:c"})
-    with pytest.raises(UnknownNameError, match=r"unknown upsampler 'bilinaer' \(did you mean 'bilinear'\?\)"):
+    with pytest.raises(
+        UnknownNameError, match=r"unknown upsampler 'bilinaer' \(did you mean 'bilinear'\?\)"
+    ):
         registry.get("bilinaer")
     with pytest.raises(UnknownNameError, match="known: bilinear, tile"):
         registry.get("xyzzy")

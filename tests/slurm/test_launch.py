@@ -1,6 +1,7 @@
 """A chain runs in order, stops at a failure, and is what ``--dry-run`` said."""
 
 import os
+import shlex
 import stat
 import sys
 from pathlib import Path
@@ -155,7 +156,7 @@ def test_dry_run__scripts_say_all_without_a_cluster(tmp_path, recipe, monkeypatc
     assert "#SBATCH --kill-on-invalid-dep=yes\n" in third
     command = next(line for line in first.splitlines() if line.startswith("srun"))
     assert "--cpus-per-task=6" in command
-    assert f"{sys.executable} -u -m submitit.core._submit" in command
+    assert f"{shlex.quote(sys.executable)} -u -m submitit.core._submit" in command
     assert not (tmp_path / "runs").exists()
 
 
@@ -178,6 +179,7 @@ def test_main__dry_run_takes_flags_file_and_overrides(tmp_path, recipe, capsys):
         (["--partion", "x"], "unknown argument '--partion' (did you mean '--partition'?)"),
         (["--partion=x"], "unknown field 'partion'"),
         (["--cluster", "none.yaml"], "none.yaml"),
+        (["--stages", "stage9"], "has no stage9"),
     ],
 )
 def test_main__bad_input_is_one_line(recipe, capsys, extra, message):
@@ -185,6 +187,19 @@ def test_main__bad_input_is_one_line(recipe, capsys, extra, message):
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_main__recipe_by_name(tmp_path, capsys):
+    assert main(["demo", "--dry-run", "--output", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    recipe = Path(__file__).resolve().parents[2] / "stages" / "recipes" / "demo.yaml"
+    assert f"--recipe {shlex.quote(str(recipe))} --output={tmp_path}" in text
+    assert f"#SBATCH --output={tmp_path / 'demo' / 'slurm'}/%j_0_log.out" in text
+
+
+def test_main__unknown_recipe_lists_the_nearest(capsys):
+    assert main(["demoo", "--dry-run"]) == 2
+    assert capsys.readouterr().err == "radio-distill: no recipe 'demoo' (did you mean 'demo'?)\n"
 
 
 def test_main__reports_the_chain(recipe, login_node, capsys):

@@ -133,9 +133,16 @@ def test_index_shard__refuses_hostile_names(tmp_path, encode, write_tar, name):
 
 
 @pytest.mark.parametrize(
-    "kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE]
+    "kind",
+    [
+        tarfile.SYMTYPE,
+        tarfile.LNKTYPE,
+        tarfile.FIFOTYPE,
+        tarfile.CHRTYPE,
+        tarfile.GNUTYPE_SPARSE,
+    ],
 )
-def test_index_shard__refuses_links_and_devices(tmp_path, kind):
+def test_index_shard__refuses_all_but_plain_files(tmp_path, kind):
     info = tarfile.TarInfo("a.png")
     info.type, info.linkname = kind, "/etc/passwd"
     with tarfile.open(tmp_path / "a.tar", "w") as tar:

@@ -5,6 +5,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from radio_distill.config import DataConfig
+from radio_distill.data import loader
 from radio_distill.data.images import decode_image, random_view, to_float
 from radio_distill.data.index import index_path
 from radio_distill.data.loader import ShardBatches, StepSlice, too_many_bad
@@ -216,10 +218,27 @@ def test_batches__workers_ignore_the_signals_of_slurm(shard_folder):
     for _ in range(10):
         next(stream)
     assert all(child.is_alive() for child in children)
-    os.kill(children[0].pid, signal.SIGKILL)
+    stream.close()
+    assert not multiprocessing.active_children()
+
+
+def test_batches__worker_that_dies_is_one_line(shard_folder, monkeypatch):
+    make = loader._Views._batch
+
+    def make_two_then_die(self, task):
+        if task.start >= 4:
+            time.sleep(0.3)  # the training process waits by now
+            os.kill(os.getpid(), signal.SIGKILL)
+        return make(self, task)
+
+    monkeypatch.setattr(loader._Views, "_batch", make_two_then_die)
+    config = config_of(shard_folder, workers=1)
+    source = ShardBatches(config, seed=0, images_per_step=2, slices=[StepSlice(0, 2, SIZE)])
+    stream = source.batches(0)
+    next(stream), next(stream)
     with pytest.raises(DataError, match="a decoding process died"):
-        list(itertools.islice(stream, 10))
-    assert not any(child.is_alive() for child in children)
+        next(stream)
+    assert not multiprocessing.active_children()
 
 
 def test_batches__program_ends_with_workers_still_running(shard_folder):

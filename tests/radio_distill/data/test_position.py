@@ -55,6 +55,12 @@ def test_sample_order__shuffles_within_windows_of_shards():
         assert [place.shard for place in part] != sorted(place.shard for place in part)
 
 
+def test_sample_order__shards_meet_in_other_windows_every_epoch():
+    order = SampleOrder([[5] * 8], seed=0, window=2)
+    firsts = {frozenset(order.at(40 * epoch + i).shard for i in range(10)) for epoch in range(6)}
+    assert len(firsts) > 3
+
+
 def test_sample_order__first_samples_stay_for_ever():
     # A run that was saved must be resumed in this order, whatever changes in this project or numpy.
     order = SampleOrder([[3, 4], [5]], weights=(0.75, 0.25), seed=7, window=2)

@@ -130,9 +130,9 @@ def test_labelled_classes__colour_mask_is_an_error(squares):
 
 
 def test_segmentation__real_pictures_beat_noise(colours, noise, real):
-    benchmark = Segmentation(
-        str(real / "segmentation" / "coco"), 64, steps=300, tokens_per_step=256, learning_rate=1e-2
-    )
-    by_colour, by_noise = (benchmark.run(encoder(16), 8)[0] for encoder in (colours, noise))
-    assert by_colour.num_samples == 8
-    assert by_colour.value > by_noise.value > 0
+    folder = str(real / "segmentation" / "coco")
+    benchmark = Segmentation(folder, 64, steps=300, tokens_per_step=512, learning_rate=1e-2)
+    # All pictures: with a few of them there are too few cells for either to learn anything.
+    by_colour, by_noise = (benchmark.run(encoder(8))[0] for encoder in (colours, noise))
+    assert by_colour.num_samples == 27
+    assert by_colour.value > 1.3 * by_noise.value > 0

@@ -19,7 +19,9 @@ RECIPE = build(
         "data": {"shards": ["x"]},
         "teachers": {"t": {"preset": "p"}},
         "stages": {
-            "stage1": {"partitions": [{"name": "a", "size": 32, "teachers": ["t"], "batch_size": 2}]}
+            "stage1": {
+                "partitions": [{"name": "a", "size": 32, "teachers": ["t"], "batch_size": 2}]
+            }
         },
     },
 )
@@ -27,7 +29,10 @@ SPEC = TeacherSpec("t", 8, None, 16, (224, 224), None, (0.5, 0.5, 0.5), (0.5, 0.
 
 
 def write(root, step, value=0.0, size=16, keep_last=3):
-    parts = {"student": {"w": torch.full((size,), value)}, "optimizer": {"step": torch.tensor(step)}}
+    parts = {
+        "student": {"w": torch.full((size,), value)},
+        "optimizer": {"step": torch.tensor(step)},
+    }
     return checkpoints.save(
         root, step, parts, stage="stage1", recipe=RECIPE, teachers={"t": SPEC}, keep_last=keep_last
     )

@@ -1,0 +1,108 @@
+"""A whole run in seconds: shards of generated pictures, tiny teachers, a tiny student."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+RECIPE = {
+    "name": "tiny",
+    "seed": 3,
+    "data": {"workers": 0, "crop_scale": [0.3, 1.0]},
+    "student": {
+        "architecture": "test_vit",
+        "max_size": 256,
+        "registers": 2,
+        "head_hidden": 32,
+    },
+    "teachers": {
+        "vit": {"preset": "tiny_vit", "input_size": "match"},
+        "cnn": {"preset": "tiny_cnn"},
+        "sam": {"preset": "tiny_samvit", "summary_weight": 0},
+    },
+    "normalizer": {"images": 24},
+    "stages": {
+        "stage1": {
+            "steps": 6,
+            "optimizer": "adamw",
+            "freeze_body_steps": 2,
+            "ema_decay": 0.5,
+            "partitions": [
+                {"name": "low", "size": 64, "teachers": ["vit", "cnn", "sam"], "batch_size": 6}
+            ],
+        },
+        "stage2": {
+            "steps": 4,
+            "start_from": "stage1",
+            "freeze_body_steps": 1,
+            "partitions": [
+                {"name": "a", "size": 64, "teachers": ["vit", "cnn"], "batch_size": 5},
+                {"name": "b", "size": [64, 96], "teachers": ["sam"], "batch_size": 3, "weight": 2},
+            ],
+        },
+        "stage3": {
+            "steps": 4,
+            "start_from": "stage2",
+            "optimizer": "adamw",
+            "freeze_body_steps": 1,
+            "upsampler": {"name": "bilinear", "factor": 2},
+            "partitions": [
+                {"name": "low", "size": 64, "teachers": ["vit", "cnn"], "batch_size": 4},
+                {
+                    "name": "high",
+                    "size": 128,
+                    "teachers": ["vit", "sam"],
+                    "upsample": ["vit"],
+                    "teacher_sizes": {"vit": 64},
+                    "batch_size": 2,
+                },
+            ],
+        },
+    },
+    "engine": {"precision": "float32", "device": "cpu"},
+    "log": {"every": 1, "save_every": 2, "keep_last": 10, "tensorboard": False},
+    "evaluation": {"size": 64, "dense_size": 128, "benchmarks": ["fidelity"], "limit": 4},
+}
+
+
+def write_pictures(folder: Path, count: int, seed: int) -> None:
+    """Write smooth colour gradients with a bright square, each different."""
+    generator = np.random.default_rng(seed)
+    folder.mkdir(parents=True)
+    for index in range(count):
+        height, width = generator.integers(70, 140, 2)
+        coarse = generator.integers(0, 255, (4, 5, 3), dtype=np.uint8)
+        picture = np.array(
+            Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+        )
+        top, left = generator.integers(0, 40, 2)
+        picture[top : top + 20, left : left + 20] = generator.integers(0, 255, 3)
+        Image.fromarray(picture).save(folder / f"{index:03}.png")
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ``shards`` and ``held_out``."""
+    from radio_distill.data.shards import write_shards
+
+    root = tmp_path_factory.mktemp("pictures")
+    write_pictures(root / "train", 30, seed=0)
+    write_pictures(root / "held_out", 4, seed=1)
+    write_shards(root / "train", root / "shards", images_per_shard=8)
+    return root
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path, pictures: Path) -> Path:
+    """The tiny recipe, with its run folder in this test's folder."""
+    recipe = {
+        **RECIPE,
+        "output": str(tmp_path / "runs"),
+        "data": {**RECIPE["data"], "shards": [str(pictures / "shards")]},
+        "evaluation": {**RECIPE["evaluation"], "pictures": str(pictures / "held_out")},
+    }
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False))
+    return path

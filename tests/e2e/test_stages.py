@@ -1,0 +1,191 @@
+"""The stages through their own entry points: they train, resume to the same numbers, and say what
+is wrong in one line."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from stages import stage1, stage2, stage3
+from stages.cli import main as cli
+
+
+def run(stage, recipe_file: Path, *arguments: str) -> int:
+    return stage.main(["--recipe", str(recipe_file), *arguments])
+
+
+def weights(recipe_file: Path, stage: str, step: int, part: str = "student"):
+    folder = recipe_file.parent / "runs" / "tiny" / stage / "checkpoints" / f"step-{step:08d}"
+    return load_file(folder / f"{part}.safetensors")
+
+
+def log(recipe_file: Path, stage: str) -> list[dict]:
+    path = recipe_file.parent / "runs" / "tiny" / stage / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def one_line(capfd) -> str:
+    """Return the last line of stderr, and check that there was no stack trace."""
+    error = capfd.readouterr().err
+    assert "Traceback" not in error, error
+    return error.strip().splitlines()[-1]
+
+
+def test_stages__three_in_a_row(recipe_file):
+    for stage in (stage1, stage2, stage3):
+        assert run(stage, recipe_file) == 0
+    rows = log(recipe_file, "stage3-bilinear")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    expected = {"low/vit/summary", "low/cnn/features", "high/vit/features", "high/sam/features"}
+    assert expected <= {name.removeprefix("loss/") for name in rows[0]}
+    assert "loss/high/sam/summary" not in rows[0], "SAM has no summary"
+    assert all(row["gradient_norm"] > 0 for row in rows)
+
+
+def test_stage1__ten_steps_are_five_and_five(recipe_file):
+    """20 = 10 + 10 of the trainer, in small: an interrupted run ends bit for bit the same."""
+    assert run(stage1, recipe_file) == 0
+    whole = {
+        part: weights(recipe_file, "stage1", 6, part) for part in ("student", "ema", "optimizer")
+    }
+    rows = log(recipe_file, "stage1")
+
+    folder = recipe_file.parent / "runs" / "tiny" / "stage1" / "checkpoints"
+    for step in (4, 6):
+        for path in (folder / f"step-{step:08d}").iterdir():
+            path.unlink()
+        (folder / f"step-{step:08d}").rmdir()
+    assert run(stage1, recipe_file, "--resume") == 0
+
+    for part, tensors in whole.items():
+        resumed = weights(recipe_file, "stage1", 6, part)
+        assert tensors.keys() == resumed.keys()
+        for name, value in tensors.items():
+            assert torch.equal(value, resumed[name]), f"{part}/{name}"
+    for before, after in zip(rows, log(recipe_file, "stage1"), strict=True):
+        losses = {name for name in before if name.startswith(("loss/", "gradient", "learning"))}
+        assert {name: before[name] for name in losses} == {name: after[name] for name in losses}
+
+
+def test_stage1__the_frozen_body_does_not_move(recipe_file):
+    assert run(stage1, recipe_file, "--stage.ema_decay", "0") == 0
+    before, after = weights(recipe_file, "stage1", 2), weights(recipe_file, "stage1", 4)
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert any(name.startswith("student.") for name in moved)
+    frozen = weights(recipe_file, "stage1", 2)
+    assert run(stage1, recipe_file, "--stage.ema_decay", "0", "--stage.learning_rate", "0.01") == 0
+    faster = weights(recipe_file, "stage1", 2)
+    for name, value in frozen.items():
+        assert torch.equal(value, faster[name]) == name.startswith("student."), name
+
+
+def test_micro_batches__same_step_in_pieces(recipe_file):
+    """Two partitions of unequal batch and weight, whole and in micro-batches of two."""
+    assert run(stage1, recipe_file, "--stage.steps", "1") == 0
+    arguments = [
+        "--stage.steps",
+        "1",
+        "--stage.optimizer",
+        "adamw",
+        "--stage.freeze_body_steps",
+        "0",
+    ]
+    assert run(stage2, recipe_file, *arguments) == 0
+    whole = weights(recipe_file, "stage2", 1, "optimizer")
+    assert run(stage2, recipe_file, *arguments, "--engine.micro_batch", "2") == 0
+    pieces = weights(recipe_file, "stage2", 1, "optimizer")
+    for name, value in whole.items():
+        if name.startswith("exp_avg/"):  # a tenth of the first gradient
+            assert torch.allclose(
+                value, pieces[name], rtol=1e-4, atol=1e-6 * float(value.abs().max())
+            ), name
+
+
+def test_stage2__says_what_to_run_first(recipe_file, capfd):
+    assert run(stage2, recipe_file) == 2
+    line = one_line(capfd)
+    assert "stage2 starts from stage1" in line
+    assert "python stages/stage1.py" in line
+
+
+def test_fresh_run__moves_the_earlier_one_aside(recipe_file):
+    assert run(stage1, recipe_file, "--stage.steps", "1") == 0
+    first = weights(recipe_file, "stage1", 1)
+    assert run(stage1, recipe_file, "--stage.steps", "1", "--seed", "4") == 0
+    aside = recipe_file.parent / "runs" / "tiny" / "stage1.1" / "checkpoints" / "step-00000001"
+    kept = load_file(aside / "student.safetensors")
+    assert all(torch.equal(first[name], kept[name]) for name in first)
+
+
+def test_resume__a_changed_recipe_is_refused(recipe_file, capfd):
+    assert run(stage1, recipe_file, "--stage.steps", "2") == 0
+    assert (
+        run(stage1, recipe_file, "--resume", "--stage.steps", "2", "--stage.weight_decay", "0.5")
+        == 2
+    )
+    assert "stages.stage1.weight_decay: 0.02 -> 0.5" in one_line(capfd)
+    assert run(stage1, recipe_file, "--resume", "--stage.steps", "2", "--log.every", "7") == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--data.shards", "[nowhere]"], "no shards found for 'nowhere'"),
+        (
+            ["--student.regsters", "3"],
+            "unknown field 'student.regsters' (did you mean 'registers'?)",
+        ),
+        (["--stage.partitions.low.size", "60"], "60 is not a multiple of patch 16 (nearest 64)"),
+        (["--teachers.vit.weights", "absent.safetensors"], "absent.safetensors"),
+        (["--teachers.vit.preset", "tiny_vitt"], "did you mean 'tiny_vit"),
+        (["--teacher-upsampler", "bilinaer"], "did you mean 'bilinear'?"),
+        (["--teachers.vit.input_size", "50"], "50 is not a multiple of its patch 8 (nearest 48)"),
+        (["--engine.device", "cuda"], "torch sees no GPU"),
+        (["--normalizer.name", "phi-s"], "unknown normalizer 'phi-s' (did you mean 'phi_s'?)"),
+        (["--student.architecture", "resnet18"], "student.architecture"),
+        (["--recipe", "dmeo"], "unknown recipe 'dmeo' (did you mean 'demo'?)"),
+        (["--stages.stage9.steps", "3"], "stages.stage9"),
+    ],
+)
+def test_stage1__bad_input_is_one_line(recipe_file, capfd, arguments, expected):
+    assert run(stage1, recipe_file, *arguments) == 2
+    assert expected in one_line(capfd)
+
+
+def test_stage1__no_write_permission(recipe_file, capfd, tmp_path):
+    """A file where the folder should be: what root meets too."""
+    (tmp_path / "occupied").write_text("")
+    assert run(stage1, recipe_file, "--output", str(tmp_path / "occupied")) == 2
+    assert "cannot write to" in one_line(capfd)
+
+
+def test_stage1__corrupt_shard(recipe_file, capfd, tmp_path, pictures):
+    source = next((pictures / "shards").glob("*.tar")).read_bytes()
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / "cut.tar").write_bytes(source[: len(source) // 2])
+    assert run(stage1, recipe_file, "--data.shards", f"[{tmp_path}/cut]") == 2
+    assert "cut.tar" in one_line(capfd)
+
+
+def test_stage1__every_image_broken(recipe_file, capfd, tmp_path):
+    import io
+    import tarfile
+
+    with tarfile.open(tmp_path / "broken.tar", "w") as archive:
+        for index in range(60):
+            member = tarfile.TarInfo(f"{index:03}.jpg")
+            member.size = 100
+            archive.addfile(member, io.BytesIO(b"\xff\xd8\xff" + b"x" * 97))
+    assert run(stage1, recipe_file, "--data.shards", f"[{tmp_path}/broken.tar]") == 2
+    assert "bad" in one_line(capfd)
+
+
+def test_cli__eval_scores_what_was_trained(recipe_file, capfd):
+    assert run(stage1, recipe_file, "--stage.steps", "2") == 0
+    folder = recipe_file.parent / "runs" / "tiny"
+    assert cli(["eval", str(folder / "stage1"), "--untrained"]) == 0
+    rows = [json.loads(line) for line in (folder / "scores.jsonl").read_text().splitlines()]
+    assert {row["subject"] for row in rows} == {"stage1", "untrained student"}
+    assert {row["metric"] for row in rows} >= {"fidelity/vit", "cosine/sam", "summary_cosine/cnn"}

@@ -1,0 +1,184 @@
+"""Each source gives the numbers of its library's own forward on the same weights."""
+
+import pytest
+import torch
+from torch.nn.functional import normalize
+
+from radio_distill.config import TeacherConfig
+from radio_distill.errors import ConfigError
+from teachers import build_teacher, build_text_encoder
+from teachers.presets import PRESETS
+
+
+def tower_and_pixels(name, size=None):
+    teacher = build_teacher(name, TeacherConfig(preset=name))
+    size = size or teacher.spec.native_size
+    return teacher.tower, torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0))
+
+
+def tokens(spatial):
+    return spatial.flatten(2).transpose(1, 2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "prefix"), [("tiny_vit", 3), ("tiny_vit_pooled", 0), ("tiny_eva", 5)])
+@pytest.mark.parametrize("size", [None, (32, 80)])
+def test_timm__transformer_equals_forward_features(name, prefix, size):
+    tower, pixels = tower_and_pixels(name, size)
+    summary, spatial = tower(pixels)
+    expected = tower.model.forward_features(pixels)
+    assert torch.equal(tokens(spatial), expected[:, prefix:])
+    pooled = tower.model.forward_head(expected, pre_logits=True)
+    assert torch.equal(summary, expected[:, 0] if prefix else pooled)
+    assert tower.model.num_prefix_tokens == prefix
+
+
+@torch.no_grad()
+def test_timm__convolutional_network_equals_forward_features_and_its_pooling():
+    tower, pixels = tower_and_pixels("tiny_cnn")
+    summary, spatial = tower(pixels)
+    assert torch.equal(spatial, tower.model.forward_features(pixels))
+    torch.testing.assert_close(summary, spatial.mean((2, 3)))
+
+
+@torch.no_grad()
+def test_timm__stage_takes_an_earlier_map_and_keeps_the_summary():
+    plain = build_teacher("cnn", TeacherConfig(preset="tiny_cnn"))
+    staged = build_teacher("cnn", TeacherConfig(preset="tiny_cnn", options={"stage": -2}))
+    assert (staged.spec.patch_size, staged.spec.channels) == (16, 16)
+    pixels = torch.rand(1, 3, 64, 96)
+    assert staged.encode(pixels).spatial.shape == (1, 16, 4, 6)
+    assert torch.equal(staged.encode(pixels).summary, plain.encode(pixels).summary)
+
+
+@torch.no_grad()
+def test_timm__blocks_stops_early_and_keeps_the_final_norm():
+    one = build_teacher("vit", TeacherConfig(preset="tiny_vit", options={"blocks": 1}))
+    whole, pixels = tower_and_pixels("tiny_vit")
+    (expected,) = whole.model.forward_intermediates(
+        pixels, indices=[0], norm=True, intermediates_only=True
+    )
+    assert torch.equal(one.tower(pixels)[1], expected)
+    assert len(one.tower.model.blocks) == 1
+
+
+@torch.no_grad()
+def test_timm__sam_is_taken_before_its_neck():
+    tower, pixels = tower_and_pixels("tiny_samvit")
+    summary, spatial = tower(pixels)
+    assert summary is None
+    torch.testing.assert_close(tower.model.neck(spatial), tower.model.forward_features(pixels))
+
+
+@torch.no_grad()
+def test_open_clip__equals_encode_image():
+    import open_clip
+
+    tower, pixels = tower_and_pixels("tiny_open_clip")
+    whole = open_clip.CLIP(**PRESETS["tiny_open_clip"].arguments["config"]).eval()
+    whole.visual.load_state_dict(tower.visual.state_dict())
+    summary, spatial = tower(pixels)
+    torch.testing.assert_close(summary, whole.encode_image(pixels))
+    expected = whole.visual.forward_intermediates(
+        pixels, indices=1, normalize_intermediates=True, intermediates_only=True
+    )["image_intermediates"][-1]
+    torch.testing.assert_close(spatial, expected)
+
+
+@torch.no_grad()
+def test_open_clip__another_size_equals_a_tower_built_for_it():
+    """Interpolating inside the call gives what a model with the resized table gives."""
+    import open_clip
+    from timm.layers import resample_abs_pos_embed
+
+    tower, pixels = tower_and_pixels("tiny_open_clip", (32, 64))
+    config = PRESETS["tiny_open_clip"].arguments["config"]
+    other = {**config["vision_cfg"], "image_size": (32, 64)}
+    whole = open_clip.CLIP(**{**config, "vision_cfg": other}).eval()
+    state = tower.visual.state_dict()
+    table = resample_abs_pos_embed(state["positional_embedding"][None], [4, 8], [6, 6])[0]
+    whole.visual.load_state_dict({**state, "positional_embedding": table})
+    torch.testing.assert_close(tower(pixels)[0], whole.encode_image(pixels))
+    assert tower.visual.positional_embedding.shape == (37, 32)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("name", "prefix"),
+    [("tiny_clip", 1), ("tiny_siglip", 0), ("tiny_dinov2", 3), ("tiny_dinov3", 3), ("tiny_radio", 5)],
+)
+def test_transformers__equals_last_hidden_state_without_its_prefix(name, prefix):
+    tower, pixels = tower_and_pixels(name)
+    summary, spatial = tower(pixels)
+    output = tower.model(pixels)
+    assert torch.equal(tokens(spatial), output.last_hidden_state[:, prefix:])
+    expected = {
+        "tiny_clip": "image_embeds",
+        "tiny_siglip": "pooler_output",
+        "tiny_dinov2": "pooler_output",
+        "tiny_dinov3": "pooler_output",
+        "tiny_radio": "summary",
+    }[name]
+    assert torch.equal(summary, output[expected])
+
+
+@torch.no_grad()
+def test_transformers__sam_equals_its_encoder():
+    tower, pixels = tower_and_pixels("tiny_sam")
+    summary, spatial = tower(pixels)
+    assert summary is None
+    assert torch.equal(spatial, tower.model(pixels).last_hidden_state)
+
+
+@torch.no_grad()
+def test_transformers__radio_normalises_once():
+    """The model's own conditioner is taken out: pixels in [0, 1] are normalised by the teacher."""
+    from transformers import AutoConfig, RadioModel
+
+    options = {"mean": [0.4, 0.4, 0.4], "std": [0.2, 0.2, 0.2]}
+    teacher = build_teacher("radio", TeacherConfig(preset="tiny_radio", options=options))
+    config = dict(PRESETS["tiny_radio"].arguments["config"])
+    config = AutoConfig.for_model(config.pop("model_type"), **config)
+    config.norm_mean, config.norm_std = options["mean"], options["std"]
+    whole = RadioModel(config).eval()
+    whole.load_state_dict(teacher.tower.model.state_dict(), strict=False)
+    pixels = torch.rand(1, 3, 64, 64)
+    expected = whole(pixels)
+    torch.testing.assert_close(tokens(teacher.encode(pixels).spatial), expected.features)
+    torch.testing.assert_close(teacher.encode(pixels).summary, expected.summary)
+
+
+def test_text_encoder__gives_unit_vectors_of_the_summary_space():
+    config = TeacherConfig(preset="tiny_open_clip")
+    encoder = build_text_encoder("clip", config)
+    vectors = encoder.encode_text(["a photo of a cat", "a photo of a dog", "a photo of a cat"])
+    assert vectors.shape == (3, build_teacher("clip", config).spec.summary_channels)
+    torch.testing.assert_close(vectors, normalize(vectors, dim=-1))
+    assert torch.equal(vectors[0], vectors[2])
+    assert not torch.allclose(vectors[0], vectors[1])
+
+
+def test_text_encoder__a_teacher_without_text_says_so():
+    with pytest.raises(ConfigError, match="no text tower"):
+        build_text_encoder("dino", TeacherConfig(preset="dinov2_l_reg"))
+
+
+@pytest.mark.parametrize(
+    ("preset", "options", "message"),
+    [
+        ("timm", {}, "options.model is missing"),
+        ("timm", {"model": "vit_bose_patch16_224"}, "did you mean 'vit_base_patch16_224'"),
+        ("open_clip", {"model": "ViT-B-61/openai"}, "did you mean 'ViT-B-16'"),
+        ("open_clip", {"model": "ViT-B-16-SigLIP/webli"}, "take preset: timm"),
+        ("dinov2_l_reg", {"model": "vit_small_patch14_dinov2"}, "take preset: timm"),
+        ("tiny_vit", {"block": 1}, "did you mean 'blocks'"),
+        ("tiny_vit", {"blocks": 3}, "not between 1 and 2"),
+        ("tiny_cnn", {"blocks": 1}, "has `stage`"),
+        ("tiny_clip", {"config": {"model_type": "clip_vison_model"}}, "did you mean 'clip_vision_model'"),
+    ],
+)  # fmt: skip
+def test_options__a_wrong_one_is_one_line_that_names_teacher_and_mend(preset, options, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        build_teacher("mine", TeacherConfig(preset=preset, options=options))
+    assert str(error.value).startswith("teachers.mine: ")
+    assert "\n" not in str(error.value)
