@@ -300,12 +300,12 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     try:
         data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"cannot read recipe {path}: {error.strerror}") from error
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{path} is not valid YAML: {reason}") from error
     if not isinstance(data, dict):
-        raise ConfigError(f"{path}: a recipe is a mapping of fields, this is {type(data).__name__}")
+        raise ConfigError(f"{path}: expected a mapping of fields, found {type(data).__name__}")
     return data
 
 

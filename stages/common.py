@@ -223,7 +223,9 @@ def train_stage(
     from radio_distill.train.distributed import choose_device, join, leave, world_from
 
     from .build import build_run
+    from .doctor import check_packages
 
+    check_packages()
     config = stage_of(recipe, stage)
     folder = stage_folder(recipe, stage)
     world = world_from(os.environ)

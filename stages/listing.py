@@ -33,7 +33,7 @@ def _names(kind: str) -> list[str]:
 
         return UPSAMPLERS.names()
     if kind == "normalizers":
-        from radio_distill.balance.normalizers import NORMALIZERS
+        from radio_distill.balance import NORMALIZERS
 
         return NORMALIZERS.names()
     if kind == "benchmarks":

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from .base import FrozenTeacher
     from .open_clip_source import TextEncoder
 
+PROJECT = "radio-distill"
+
 TEACHERS = Registry("teacher", {name: f"teachers.presets:{name}" for name in PRESETS})
 
 SOURCES = {
@@ -74,9 +76,8 @@ def build_module(config: TeacherConfig, device: Any = "meta") -> "nn.Module":
     import torch
 
     preset = resolve(config)
-    source = _source(preset)
     with torch.device(device):
-        return source.build(source.complete(preset, config.weights)).eval()
+        return _source(preset).build(preset).eval()
 
 
 def build_text_encoder(
@@ -167,7 +168,7 @@ def _loaded(preset: Preset, config: TeacherConfig) -> "nn.Module":
     else:
         path = packaged_weights(preset.package) if preset.package else source.locate(preset)
     check_sha256(path, config.sha256)
-    return source.load(source.complete(preset, str(path)), path)
+    return source.load(preset, path)
 
 
 def _spec(name: str, preset: Preset, weights_hash: str) -> TeacherSpec:

@@ -74,11 +74,8 @@ class FrozenTeacher:
         # Off rather than absent: a teacher's numbers must not depend on the caller's autocast.
         with torch.autocast(self.device.type, self.dtype if reduced else None, enabled=reduced):
             summary, spatial = self.tower(normalised)
-        grid, expected = (
-            tuple(spatial.shape[-2:]),
-            self.spec.grid((pixels.shape[-2], pixels.shape[-1])),
-        )
-        assert grid == expected, f"{self.spec.name}: grid {grid}, expected {expected}"
+        grid = self.spec.grid((pixels.shape[-2], pixels.shape[-1]))
+        assert spatial.shape[-2:] == grid, f"{self.spec.name}: {tuple(spatial.shape)} for {grid}"
         return Features(None if summary is None else summary.float(), spatial.float())
 
 
@@ -90,11 +87,9 @@ def check_size(spec: TeacherSpec, size: Size) -> None:
             raise ConfigError(f"{shown}: it takes {_times(spec.native_size)} only")
         return
     patch = spec.patch_size
-    largest = spec.max_size // patch * patch if spec.max_size else max(*size, patch) + patch
-    lower, upper = (
-        tuple(min(max(step(side), patch), largest) for side in size)
-        for step in (lambda side: side // patch * patch, lambda side: -(-side // patch) * patch)
-    )
+    most_cells = (spec.max_size or max(size) + patch) // patch
+    lower = tuple(min(max(side // patch, 1), most_cells) * patch for side in size)
+    upper = tuple(min(-(-side // patch), most_cells) * patch for side in size)
     if lower == upper == size:
         return
     near = " and ".join(dict.fromkeys([_times(lower), _times(upper)]))

@@ -160,10 +160,8 @@ def _model(preset: Preset) -> Any:
     if "config" in preset.arguments:
         return open_clip.CLIP(**preset.arguments["config"])
     name = _name_and_tag(preset.model)[0]
-    device = (
-        torch.get_default_device()
-    )  # open_clip moves the model, which `meta` allows only to itself
-    return open_clip.create_model(name, pretrained=None, device=device)
+    # open_clip moves what it made to a device, and tensors on `meta` can only stay there.
+    return open_clip.create_model(name, pretrained=None, device=torch.get_default_device())
 
 
 def _name_and_tag(model: str) -> tuple[str, str]:

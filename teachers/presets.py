@@ -114,7 +114,10 @@ FULL_SIZE = {
     "radio_v2_5_l": Preset(
         source="radio", model="nvidia/RADIO-L", patch_size=16, native_size=768, channels=1024, summary_channels=3072,
         mean=CLIP_MEAN, std=CLIP_STD, max_size=2048, summary="class tokens of its CLIP, SigLIP and DINOv2 teachers, side by side",
-        licence="nvidia-open-model-license", weights="hub: nvidia/RADIO-L, or a torch.hub checkpoint"),
+        licence="nvidia-open-model-license", weights="hub: nvidia/RADIO-L, or a torch.hub checkpoint",
+        # For planning; the checkpoint brings its own figures. The number of registers is assumed.
+        arguments={"config": {"model_type": "radio", "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16,
+                              "num_cls_tokens": 4, "num_registers": 4, "summary_idxs": [0, 1, 2]}}),
     "vit_l16_supervised": Preset(  # the papers say "supervised ViT"; this checkpoint is our choice
         source="timm", model="vit_large_patch16_384.augreg_in21k_ft_in1k", patch_size=16, native_size=384, channels=1024,
         summary_channels=1024, mean=HALF, std=HALF, summary="class token",

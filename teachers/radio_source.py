@@ -22,9 +22,7 @@ from . import transformers_source, weights
 from .presets import CLIP_MEAN, CLIP_STD, Preset
 from .transformers_source import TransformersTower
 
-ARGUMENTS = {
-    "config": "configuration of transformers' RadioModel; empty reads it from the checkpoint"
-}
+ARGUMENTS: dict[str, str] = {}
 
 _BODY = ("blocks.", "patch_generator.")
 _LAYER_SCALE = (
@@ -35,34 +33,14 @@ _LAYER_SCALE = (
 )
 _HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1152: 16, 1280: 16, 1536: 24}
 """Attention heads of each width that RADIO is published in; no tensor's shape tells them."""
-_PLANNED = {
-    "model_type": "radio",
-    "hidden_size": 1024,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "num_cls_tokens": 4,
-    "num_registers": 4,
-    "summary_idxs": [0, 1, 2],
-}
-"""RADIOv2.5-L: ViT-L/16, four class tokens, three of them summaries; its register count is assumed.
-
-For planning without weights at hand; a checkpoint brings its own figures."""
 
 
 def complete(preset: Preset, weights_path: str) -> Preset:
-    """Fill in the configuration from the checkpoint, where one is at hand."""
-    if "config" in preset.arguments:
-        config = preset.arguments["config"]
-    elif weights_path:
-        config = read(Path(weights_path).expanduser())[0]
-    elif preset.native_size:
-        config = _PLANNED
-    else:
-        config = read(locate(preset))[0]
-    arguments = {**preset.arguments, "config": {"model_type": "radio", **config}}
-    preset = replace(
-        preset, mean=preset.mean or CLIP_MEAN, std=preset.std or CLIP_STD, arguments=arguments
-    )
+    """Fill in the configuration from the checkpoint."""
+    if "config" not in preset.arguments:
+        path = Path(weights_path).expanduser() if weights_path else locate(preset)
+        preset = replace(preset, arguments={"config": read(path)[0]})
+    preset = replace(preset, mean=preset.mean or CLIP_MEAN, std=preset.std or CLIP_STD)
     return transformers_source.complete(preset, weights_path)
 
 
@@ -135,12 +113,12 @@ def _configuration(
             f"a RADIO body of width {width} is not known (known: {', '.join(map(str, _HEADS))})"
         )
     patch_size = isqrt(patch_pixels // 3)
+    blocks = {key.split(".")[1] for key in body if key.startswith("blocks.")}
     class_tokens, summaries = _slots(arguments)
     return {
         "model_type": "radio",
         "hidden_size": width,
-        "num_hidden_layers": 1
-        + max(int(key.split(".")[1]) for key in body if key.startswith("blocks.")),
+        "num_hidden_layers": len(blocks),
         "num_attention_heads": _HEADS[width],
         "mlp_ratio": body["blocks.0.mlp.fc1.weight"].shape[0] / width,
         "patch_size": patch_size,

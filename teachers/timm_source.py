@@ -1,7 +1,8 @@
 """Encoders of timm: vision transformers, SAM's encoder, and convolutional networks.
 
 A transformer is built with ``dynamic_img_size``, so its position table is interpolated for any size
-that the patch divides. The summary is the class token where there is one, else what the model
+that the patch divides (antialiased bicubic; DINOv2's own code resamples without antialiasing, so
+features off the native size differ slightly from it). The summary is the class token where there is one, else what the model
 itself pools (attention or mean); SAM's encoder has none.
 """
 
@@ -66,12 +67,8 @@ def complete(preset: Preset, weights_path: str) -> Preset:
 
     if preset.native_size and preset.mean and preset.std:
         return preset
-    architecture, _, tag = preset.model.partition(".")
-    if not timm.is_model(architecture):
-        raise ConfigError(
-            f"timm has no model {architecture!r} ({nearest(architecture, timm.list_models())})"
-        )
-    config = timm.get_pretrained_cfg(preset.model, allow_unregistered=not tag)
+    _architecture(preset.model)
+    config = timm.get_pretrained_cfg(preset.model)
     return replace(
         preset,
         native_size=preset.native_size or config.input_size[-1],
@@ -123,18 +120,26 @@ def _tower(model: nn.Module, arguments: Mapping[str, Any]) -> TimmTower:
 def _create(preset: Preset) -> nn.Module:
     import timm
 
-    name, options = preset.model, {"num_classes": 0, **preset.arguments.get("create", {})}
-    architecture = name.partition(".")[0]
-    if not timm.is_model(architecture):
-        raise ConfigError(
-            f"timm has no model {architecture!r} ({nearest(architecture, timm.list_models())})"
-        )
+    architecture = _architecture(preset.model)
+    options = {"num_classes": 0, **preset.arguments.get("create", {})}
     try:
         return timm.create_model(architecture, dynamic_img_size=True, **options)
     except TypeError as error:
         if "dynamic_img_size" not in str(error):
-            raise ConfigError(f"timm cannot create {name} with {options}: {error}") from error
+            raise ConfigError(
+                f"timm.create_model({architecture!r}, **{options}): {error}"
+            ) from error
     return timm.create_model(architecture, **options)  # a network that takes any size as it is
+
+
+def _architecture(model: str) -> str:
+    """Return the part of timm's ``architecture.tag`` that names code; the tag names weights."""
+    import timm
+
+    name = model.partition(".")[0]
+    if not timm.is_model(name):
+        raise ConfigError(f"timm has no model {name!r} ({nearest(name, timm.list_models())})")
+    return name
 
 
 def _is_sam(model: nn.Module) -> bool:

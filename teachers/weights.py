@@ -19,8 +19,12 @@ from radio_distill.errors import WeightsError
 
 logger = logging.getLogger(__name__)
 
-_FILES = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin",
-          "open_clip_pytorch_model.bin")  # fmt: skip
+_FILES = (
+    "model.safetensors",
+    "open_clip_model.safetensors",
+    "pytorch_model.bin",
+    "open_clip_pytorch_model.bin",
+)
 _WRAPPERS = ("state_dict_ema", "state_dict", "model")
 
 

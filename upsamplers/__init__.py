@@ -18,6 +18,8 @@ from radio_distill.errors import ConfigError
 from radio_distill.protocols import Teacher, Upsampler
 from radio_distill.registry import Registry, nearest
 
+PROJECT = "radio-distill"
+
 UPSAMPLERS = Registry(
     "upsampler",
     {

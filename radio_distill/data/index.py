@@ -124,7 +124,9 @@ def index_shard(path: Path) -> list[Sample]:
         with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             samples, end = _walk(tar, file)
             _check_end(file, end)
-    except (tarfile.TarError, OSError, ValueError, EOFError, OverflowError) as error:
+    except OSError as error:
+        raise DataError(f"shard {path}: {reason_of(error)}") from error
+    except (tarfile.TarError, ValueError, EOFError, OverflowError) as error:
         raise DataError(
             f"shard {path} is not a whole, plain tar file: {reason_of(error)}; make it anew"
         ) from error

@@ -164,7 +164,7 @@ class ShardBatches:
         return (
             f"{self._bad.total()} of {self._num_reads} read ({kinds}; data.max_bad_share is "
             f"{self._config.max_bad_share:g}), the last was {key}: {reason}; list all of them with "
-            "`radio-distill shards check`"
+            "`radio-distill shards --check`"
         )
 
 

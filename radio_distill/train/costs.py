@@ -146,11 +146,10 @@ class ModelCosts:
         factor = self._upsamplers[stage].factor if name in partition.upsample else 1
         return height * factor, width * factor
 
-    def _targets(
-        self, stage: str, partition: PartitionConfig, name: str, images: int
-    ) -> Features:
+    def _targets(self, stage: str, partition: PartitionConfig, name: str, images: int) -> Features:
         spec, grid = self.teachers[name].spec, self._grid(stage, partition, name)
-        summary = spec.summary_channels and torch.empty(images, spec.summary_channels)
+        width = spec.summary_channels
+        summary = None if width is None else torch.empty(images, width)
         return Features(summary, torch.empty(images, spec.channels, *grid))
 
     def _call(

@@ -125,14 +125,11 @@ class SingleProcessEngine(_Forward):
 
     def model_tensors(self) -> dict[str, Tensor]:
         """Whole float32 weights and buffers, by name."""
-        return {name: value.detach().cpu() for name, value in self.model.state_dict().items()}
+        return _on_host(self.model.state_dict())
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
         """Whole optimizer state, by name."""
-        return {
-            name: value.detach().cpu()
-            for name, value in optimizer_tensors(self._optimizer, self.model).items()
-        }
+        return _on_host(optimizer_tensors(self._optimizer, self.model))
 
     def load(self, weights: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]) -> None:
         """Restore weights and optimizer state."""
@@ -194,7 +191,9 @@ class DeepSpeedEngine(_Forward):
         """Whole float32 weights and buffers, by name; every rank must call, rank 0 gets them."""
         from .zero_state import whole_parameters
 
-        buffers = {name: value.detach().cpu() for name, value in self.model.named_buffers()}
+        if self._zero_stage == 0:
+            return _on_host(self.model.state_dict())
+        buffers = _on_host(dict(self.model.named_buffers()))
         return {**whole_parameters(self._engine, self.rank == 0), **buffers}
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
@@ -202,8 +201,7 @@ class DeepSpeedEngine(_Forward):
         from .zero_state import whole_optimizer_state
 
         if self._zero_stage == 0:
-            tensors = optimizer_tensors(self._engine.optimizer, self.model)
-            return {name: value.detach().cpu() for name, value in tensors.items()}
+            return _on_host(optimizer_tensors(self._engine.optimizer, self.model))
         return whole_optimizer_state(self._engine, self.rank == 0)
 
     def load(self, weights: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]) -> None:
@@ -215,6 +213,10 @@ class DeepSpeedEngine(_Forward):
             load_optimizer_tensors(self._engine.optimizer, self.model, optimizer)
         else:
             load_whole_state(self._engine, weights, optimizer)
+
+
+def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().cpu() for name, value in tensors.items()}
 
 
 def _clip_gradient(model: nn.Module, limit: float) -> Tensor:

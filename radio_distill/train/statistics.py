@@ -16,7 +16,7 @@ import torch
 
 from ..balance.cache import load_moments, save_moments
 from ..balance.moments import Moments
-from ..balance.normalizers import NORMALIZERS
+from ..balance import NORMALIZERS
 from ..config import DataConfig, PartitionConfig, Recipe, size_pair
 from ..data.loader import ShardBatches, StepSlice
 from ..progress import Progress

@@ -5,8 +5,8 @@ in safetensors run no code when they are read and resume on any number of proces
 stage. The price: rank 0 holds the whole state in host memory while it is written.
 
 Getting and setting go through DeepSpeed's documented ``safe_get_full_*`` and ``safe_set_full_*``;
-only the creation of empty moments and the refresh of the working copies touch private attributes,
-in :func:`_create_moments` and :func:`_refresh`, tested against the supported versions.
+only :func:`_create_moments`, :func:`_link_moments` and :func:`_refresh` touch private attributes,
+and are tested against the installed version.
 """
 
 from collections.abc import Mapping
@@ -37,6 +37,7 @@ def whole_optimizer_state(engine: Any, keep: bool) -> dict[str, Tensor]:
     tensors = {"step": torch.tensor(_steps_done(engine))} if keep else {}
     if not _steps_done(engine):
         return tensors
+    _link_moments(engine)
     for name, parameter in engine.module.named_parameters():
         for moment in MOMENTS:
             value = safe_get_full_optimizer_state(parameter, moment)
@@ -85,7 +86,18 @@ def _create_moments(engine: Any) -> None:
                 "step": torch.tensor(0.0),
                 **{moment: torch.zeros_like(partition) for moment in MOMENTS},
             }
-    if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
+    _link_moments(engine)
+
+
+def _link_moments(engine: Any) -> None:
+    """Let ZeRO 1 and 2 find the moments of every parameter group.
+
+    DeepSpeed links them once, after the update of the first group, when those of the other groups
+    do not exist yet.
+    """
+    zero = engine.optimizer
+    if hasattr(zero, "_hp_optimizer_states_linked"):
+        zero._hp_optimizer_states_linked = False
         zero._lazy_init_hp_params_optimizer_state()
 
 

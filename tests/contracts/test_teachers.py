@@ -93,8 +93,11 @@ def test_encode__a_moved_object_moves_in_the_map(name):
     """No prefix token in the map, rows and columns not swapped: the cell follows the object."""
     teacher = tiny(name)
     pixels = torch.full_like(images(teacher.spec, 4, 6, batch=1), 0.5)
-    for place in ((0, 0), (1, 0), (1, 3), (3, 1)):
-        assert centre(teacher, pixels, *place) == place
+    reach = 1 if name == "tiny_sam" else 0  # its neck convolves 3x3 cells
+    for row, column in ((0, 0), (1, 0), (1, 3), (3, 1)):
+        found = centre(teacher, pixels, row, column)
+        assert abs(found[0] - row) <= reach
+        assert abs(found[1] - column) <= reach
 
 
 @pytest.mark.parametrize("name", TINY)

@@ -155,7 +155,7 @@ def test_load__not_a_recipe(tmp_path, text):
     with pytest.raises(ConfigError) as caught:
         config.load(path)
     assert "\n" not in str(caught.value)
-    with pytest.raises(ConfigError, match="cannot read recipe"):
+    with pytest.raises(ConfigError, match="cannot read"):
         config.load(tmp_path / "absent.yaml")
 
 

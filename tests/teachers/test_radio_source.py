@@ -1,4 +1,4 @@
-"""RADIO checkpoints of the torch.hub layout, against transformers' own model of the same weights."""
+"""RADIO checkpoints of the torch.hub layout, against a plain forward written out here."""
 
 from argparse import Namespace
 
@@ -47,13 +47,20 @@ def checkpoint(folder, state, **arguments):
     full = {f"base_model.{key}": value for key, value in state.items()}
     full["_heads.0.fc1.weight"] = torch.zeros(3, WIDTH)
     full["input_conditioner.norm_mean"] = torch.zeros(3, 1, 1)
-    settings = {"model": "vit_tiny_patch16_224", "teachers": TEACHERS, "dtype": torch.bfloat16, **arguments}
-    torch.save({"state_dict": full, "args": Namespace(**settings), "epoch": 1}, folder / "radio.pth.tar")
+    settings = {
+        "model": "vit_tiny_patch16_224",
+        "teachers": TEACHERS,
+        "dtype": torch.bfloat16,
+        **arguments,
+    }
+    torch.save(
+        {"state_dict": full, "args": Namespace(**settings), "epoch": 1}, folder / "radio.pth.tar"
+    )
     return folder / "radio.pth.tar"
 
 
 def reference(state):
-    """A plain forward of the published layout: CPE table resized, prefix tokens, pre-norm blocks."""
+    """A plain forward of the published layout: resized CPE table, prefix tokens, blocks."""
     from timm.models.vision_transformer import Block
 
     def run(pixels):
@@ -87,10 +94,14 @@ def test_load__a_torch_hub_file_equals_a_plain_forward(tmp_path, size):
     assert (teacher.spec.channels, teacher.spec.summary_channels) == (WIDTH, 2 * WIDTH)
     assert (teacher.spec.patch_size, teacher.spec.max_size) == (PATCH, TABLE * PATCH)
     pixels = torch.rand(2, 3, *size)
-    mean, std = (torch.tensor(value).view(3, 1, 1) for value in (teacher.spec.mean, teacher.spec.std))
+    mean, std = (
+        torch.tensor(value).view(3, 1, 1) for value in (teacher.spec.mean, teacher.spec.std)
+    )
     summary, spatial = reference(tensors())((pixels - mean) / std)
     found = teacher.encode(pixels)
-    torch.testing.assert_close(found.spatial.flatten(2).transpose(1, 2), spatial, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        found.spatial.flatten(2).transpose(1, 2), spatial, rtol=1e-4, atol=1e-4
+    )
     torch.testing.assert_close(found.summary, summary, rtol=1e-4, atol=1e-4)
 
 
@@ -98,12 +109,18 @@ def test_load__a_torch_hub_file_equals_a_plain_forward(tmp_path, size):
 def test_load__layer_scale_is_not_lost(tmp_path):
     """The published name of LayerScale is one that transformers drops without an error."""
     state = tensors()
-    scales = {f"blocks.{block}.ls{part}.grandma": torch.full((WIDTH,), 0.3) for block in (0, 1) for part in (1, 2)}
+    scales = {
+        f"blocks.{block}.ls{part}.grandma": torch.full((WIDTH,), 0.3)
+        for block in (0, 1)
+        for part in (1, 2)
+    }
     path = checkpoint(tmp_path, {**state, **scales})
     teacher = build_teacher("radio", TeacherConfig(preset="radio", weights=str(path)))
     renamed = {key.replace("grandma", "gamma"): value for key, value in scales.items()}
     pixels = torch.rand(1, 3, 64, 64)
-    mean, std = (torch.tensor(value).view(3, 1, 1) for value in (teacher.spec.mean, teacher.spec.std))
+    mean, std = (
+        torch.tensor(value).view(3, 1, 1) for value in (teacher.spec.mean, teacher.spec.std)
+    )
     _, spatial = reference({**state, **renamed})((pixels - mean) / std)
     found = teacher.encode(pixels).spatial.flatten(2).transpose(1, 2)
     torch.testing.assert_close(found, spatial, rtol=1e-4, atol=1e-4)
@@ -111,11 +128,19 @@ def test_load__layer_scale_is_not_lost(tmp_path):
 
 def test_read__one_token_for_all_teachers(tmp_path):
     config, _ = read(checkpoint(tmp_path, tensors(), cls_token_per_teacher=False))
-    assert (config["num_cls_tokens"], config["num_registers"], config["summary_idxs"]) == (1, 4, [0])
+    assert (config["num_cls_tokens"], config["num_registers"], config["summary_idxs"]) == (
+        1,
+        4,
+        [0],
+    )
 
 
 def test_read__slots_that_the_checkpoint_names(tmp_path):
-    slots = [{"name": "clip", "token_slot": 2}, {"name": "dino", "token_slot": 0}, {"name": "sam", "use_summary": False}]
+    slots = [
+        {"name": "clip", "token_slot": 2},
+        {"name": "dino", "token_slot": 0},
+        {"name": "sam", "use_summary": False},
+    ]
     config, _ = read(checkpoint(tmp_path, tensors(), teachers=slots))
     assert (config["num_cls_tokens"], config["summary_idxs"]) == (3, [0, 2])
 

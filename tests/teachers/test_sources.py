@@ -21,7 +21,9 @@ def tokens(spatial):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("name", "prefix"), [("tiny_vit", 3), ("tiny_vit_pooled", 0), ("tiny_eva", 5)])
+@pytest.mark.parametrize(
+    ("name", "prefix"), [("tiny_vit", 3), ("tiny_vit_pooled", 0), ("tiny_eva", 5)]
+)
 @pytest.mark.parametrize("size", [None, (32, 80)])
 def test_timm__transformer_equals_forward_features(name, prefix, size):
     tower, pixels = tower_and_pixels(name, size)
@@ -105,7 +107,13 @@ def test_open_clip__another_size_equals_a_tower_built_for_it():
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("name", "prefix"),
-    [("tiny_clip", 1), ("tiny_siglip", 0), ("tiny_dinov2", 3), ("tiny_dinov3", 3), ("tiny_radio", 5)],
+    [
+        ("tiny_clip", 1),
+        ("tiny_siglip", 0),
+        ("tiny_dinov2", 3),
+        ("tiny_dinov3", 3),
+        ("tiny_radio", 5),
+    ],
 )
 def test_transformers__equals_last_hidden_state_without_its_prefix(name, prefix):
     tower, pixels = tower_and_pixels(name)
@@ -174,7 +182,7 @@ def test_text_encoder__a_teacher_without_text_says_so():
         ("tiny_vit", {"block": 1}, "did you mean 'blocks'"),
         ("tiny_vit", {"blocks": 3}, "not between 1 and 2"),
         ("tiny_cnn", {"blocks": 1}, "has `stage`"),
-        ("tiny_clip", {"config": {"model_type": "clip_vison_model"}}, "did you mean 'clip_vision_model'"),
+        ("tiny_clip", {"config": {"model_type": "siglip_vison_model"}}, "mean .siglip_vision_model"),
     ],
 )  # fmt: skip
 def test_options__a_wrong_one_is_one_line_that_names_teacher_and_mend(preset, options, message):

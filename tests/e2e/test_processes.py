@@ -1,0 +1,138 @@
+"""One process and two give the same gradient; every launcher starts the stages; every ZeRO stage
+trains, saves and resumes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from stages import stage1, stage2
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+ADAMW = ["--stage.optimizer", "adamw", "--stage.freeze_body_steps", "0", "--stage.ema_decay", "0"]
+
+pytestmark = pytest.mark.distributed
+
+
+def launch(*command: str, cwd: Path = CHECKOUT) -> str:
+    """Run a command as a user would, with this interpreter; returns what it printed."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        environment.pop(name, None)
+    done = subprocess.run(
+        [sys.executable, "-m", *command],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout + done.stderr
+
+
+def torchrun(stage: str, *arguments: str) -> str:
+    script = str(CHECKOUT / "stages" / f"{stage}.py")
+    return launch(
+        "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, *arguments
+    )
+
+
+def tensors(folder: Path, step: int, part: str) -> dict[str, torch.Tensor]:
+    return load_file(folder / "checkpoints" / f"step-{step:08d}" / f"{part}.safetensors")
+
+
+def assert_gradients_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    """Compare AdamW's first moments after one step: a tenth of the (clipped) gradient."""
+    names = [name for name in one if name.startswith("exp_avg/")]
+    assert names
+    for name in names:
+        scale = float(one[name].abs().max())
+        assert float((one[name] - other[name]).abs().max()) <= 1e-5 * max(scale, 1e-3), name
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_gradient__two_partitions_on_one_process_and_on_two(recipe_file, zero_stage):
+    """One process runs both partitions as micro-batches; two have a partition each."""
+    runs = recipe_file.parent / "runs" / "tiny"
+    recipe = ["--recipe", str(recipe_file)]
+    assert stage1.main([*recipe, "--stage.steps", "1"]) == 0
+    assert stage2.main([*recipe, "--stage.steps", "1", *ADAMW]) == 0
+    expected = tensors(runs / "stage2", 1, "optimizer")
+    statistics = tensors(runs / "stage2", 1, "statistics")
+    torchrun(
+        "stage2", *recipe, "--stage.steps", "1", *ADAMW, "--engine.zero_stage", str(zero_stage)
+    )
+    assert_gradients_equal(expected, tensors(runs / "stage2", 1, "optimizer"))
+    for name, value in tensors(runs / "stage2", 1, "statistics").items():
+        torch.testing.assert_close(value, statistics[name])
+
+
+def test_gradient__one_partition_shared_by_two_processes(recipe_file):
+    """Five images on two processes, in micro-batches of two: 2+0 and 2+1, one rank keeping pace."""
+    runs = recipe_file.parent / "runs" / "tiny"
+    arguments = ["--recipe", str(recipe_file), "--stage.steps", "1", *ADAMW]
+    arguments += ["--stage.partitions.low.batch_size", "5"]
+    assert stage1.main(arguments) == 0
+    expected = tensors(runs / "stage1", 1, "optimizer")
+    torchrun("stage1", *arguments, "--engine.micro_batch", "2", "--engine.zero_stage", "2")
+    assert_gradients_equal(expected, tensors(runs / "stage1", 1, "optimizer"))
+
+
+@pytest.mark.parametrize("zero_stage", [1, 3])
+def test_resume__two_processes_bit_for_bit(recipe_file, zero_stage):
+    folder = recipe_file.parent / "runs" / "tiny" / "stage1"
+    arguments = ["--recipe", str(recipe_file), *ADAMW, "--engine.zero_stage", str(zero_stage)]
+    torchrun("stage1", *arguments)
+    expected = {part: tensors(folder, 6, part) for part in ("student", "optimizer")}
+    for step in (4, 6):
+        for path in (folder / "checkpoints" / f"step-{step:08d}").iterdir():
+            path.unlink()
+        (folder / "checkpoints" / f"step-{step:08d}").rmdir()
+    torchrun("stage1", *arguments, "--resume")
+    for part, values in expected.items():
+        resumed = tensors(folder, 6, part)
+        for name, value in values.items():
+            assert torch.equal(value, resumed[name]), f"{part}/{name}"
+    steps = [
+        json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_accelerate_launch__from_a_foreign_folder(recipe_file, tmp_path):
+    script = str(CHECKOUT / "stages" / "stage1.py")
+    launcher = "accelerate.commands.launch"
+    arguments = ["--recipe", str(recipe_file), "--stage.steps", "1"]
+    launch(launcher, "--cpu", script, *arguments, cwd=tmp_path)
+    folder = recipe_file.parent / "runs" / "tiny" / "stage1"
+    assert tensors(folder, 1, "student")
+
+
+def test_lamb__needs_whole_parameters(recipe_file):
+    script = str(CHECKOUT / "stages" / "stage1.py")
+    arguments = [
+        "--recipe",
+        str(recipe_file),
+        "--stage.optimizer",
+        "lamb",
+        "--engine.name",
+        "deepspeed",
+    ]
+    environment = os.environ | {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    done = subprocess.run(
+        [sys.executable, script, *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "lamb needs the norm of whole parameters" in done.stderr
+    assert "Traceback" not in done.stderr
