@@ -76,6 +76,10 @@ class Normalizer(Protocol):
         """Return a linear that predicts in the teacher's own space."""
         ...
 
+    def unfold(self, linear: "nn.Linear") -> "nn.Linear":
+        """Return a linear that predicts in the normalised space; the way back of :meth:`fold`."""
+        ...
+
     def state(self) -> "Mapping[str, Tensor]":
         """Tensors that make an equal normalizer through ``load_state``."""
         ...
@@ -86,10 +90,11 @@ class Normalizer(Protocol):
 class Engine(Protocol):
     """Runs the student's forward, backward and update on one or many processes."""
 
-    rank: int
-    world_size: int
-    device: "torch.device"
-    model: "nn.Module"
+    @property
+    def device(self) -> "torch.device": ...
+
+    @property
+    def model(self) -> "nn.Module": ...
 
     def forward(
         self,

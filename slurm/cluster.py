@@ -5,10 +5,11 @@ Only what most sites need has a field; everything else that sbatch knows goes in
 
 import argparse
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from radio_distill.config import build, config, describe, option, read_yaml
+from radio_distill.config import build, describe, option, read_yaml
 from radio_distill.errors import ConfigError
 
 _LISTS = {"setup": "LINE", "sbatch": "KEY=VALUE"}
@@ -23,7 +24,7 @@ _LOWEST = {
 }
 
 
-@config
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Cluster:
     """Resources of each stage's job."""
 

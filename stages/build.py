@@ -12,14 +12,19 @@ from radio_distill.errors import WeightsError
 from radio_distill.models.distilled import DistilledStudent, build_student
 from radio_distill.models.ema import Ema
 from radio_distill.partitions import images_per_step, partitions_of, share_out
-from radio_distill.protocols import Teacher
+from radio_distill.protocols import Normalizer, Teacher
 from radio_distill.targets import TargetMaker
 from radio_distill.train import checkpoint as checkpoints
 from radio_distill.train.checkpoint import Checkpoint
 from radio_distill.train.distributed import World
 from radio_distill.train.engine import build_engine
 from radio_distill.train.loop import StageRun
-from radio_distill.train.statistics import build_normalizers, fit_normalizers, load_normalizers
+from radio_distill.train.statistics import (
+    build_normalizers,
+    carry_heads_over,
+    fit_normalizers,
+    load_normalizers,
+)
 from teachers import build_teacher
 from upsamplers import build_upsampler
 
@@ -55,17 +60,19 @@ def build_run(
     specs = {name: teacher.spec for name, teacher in targets.teachers.items()}
     student = recipe.student if start is None else replace(recipe.student, pretrained="")
     model = build_student(student, specs)
-    ema = Ema(model) if config.ema_decay and world.is_main else None
     if start is not None:
         checkpoints.check_teachers(start, specs)
-        if resumed is None:
-            logger.info("starting from %s", start.folder)
-            load_weights(model, start)
+        load_weights(model, start)
+    if resumed is None:
+        cache = Path(recipe.normalizer.cache or recipe.folder / "statistics")
+        fit_normalizers(targets, recipe, stage, world, device, cache)
+        if start is not None:
+            logger.info("%s starts from %s", stage, start.folder)
+            carry_heads_over(model, normalizers_of(start), targets.normalizers)
+    ema = Ema(model) if config.ema_decay and world.is_main else None
     engine = build_engine(model, recipe.engine, config, world, device, len(work))
     run = StageRun(recipe, stage, folder, world, engine, targets, source, work, ema)
-    if resumed is None:
-        _estimate_statistics(run, device)
-    else:
+    if resumed is not None:
         _restore(run, resumed)
     return run
 
@@ -112,10 +119,11 @@ def load_weights(model: DistilledStudent, checkpoint: Checkpoint) -> None:
         ) from error
 
 
-def _estimate_statistics(run: StageRun, device: torch.device) -> None:
-    recipe = run.recipe
-    cache = Path(recipe.normalizer.cache or recipe.folder / "statistics")
-    fit_normalizers(run.targets, recipe, run.stage, run.world, device, cache)
+def normalizers_of(checkpoint: Checkpoint) -> dict[str, Normalizer]:
+    """Restore the normalizers that a checkpoint's heads were trained with."""
+    normalizers = build_normalizers(checkpoint.recipe)
+    load_normalizers(normalizers, checkpoint.tensors(checkpoints.STATISTICS))
+    return normalizers
 
 
 def _restore(run: StageRun, resumed: Checkpoint) -> None:

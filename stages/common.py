@@ -147,7 +147,8 @@ def run_module(module: ModuleType, argv: Sequence[str] | None, prog: str | None 
         epilog=fields_help() if takes_fields else None,
     )
     module.add_arguments(parser)
-    arguments, arguments.fields = parser.parse(argv, takes_fields)
+    arguments, fields = parser.parse(argv, takes_fields)
+    arguments.fields = fields
     return int(module.run(arguments) or 0)
 
 

@@ -246,8 +246,8 @@ def teacher_table(models: Models, plans: "Sequence[StagePlan]") -> "Table":
 def partition_table(plans: "Sequence[StagePlan]") -> "Table":
     """Describe the partitions."""
     table = _table(
-        "Partitions (shares of the work make good `ranks`)", "stage", "partition", "student", "images / step", "tokens / picture",
-        "student GFLOP", "teachers GFLOP", "share of work",
+        "Partitions (shares of the work make good `ranks`)", "stage", "partition", "student",
+        "images / step", "tokens / picture", "student GFLOP", "teachers GFLOP", "share of work",
     )  # fmt: skip
     for plan in plans:
         total = plan.student_flops + plan.teacher_flops
@@ -315,7 +315,11 @@ def _number(value: float) -> str:
 
 
 def _flops(value: float) -> str:
-    unit, size = next(item for item in (("P", 1e15), ("T", 1e12), ("G", 1e9)) if value >= item[1] or item[0] == "G")
+    unit, size = next(
+        item
+        for item in (("P", 1e15), ("T", 1e12), ("G", 1e9))
+        if value >= item[1] or item[0] == "G"
+    )
     return f"{value / size:,.3g} {unit}"
 
 

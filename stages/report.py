@@ -19,6 +19,7 @@ from stages.evaluate import SCORES, label_of
 from stages.sweep import gain_of
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from torch import Tensor
 
     from radio_distill.evals.harness import Encoder
@@ -146,7 +147,7 @@ def _encoders(students: "Sequence[Checkpoint]") -> "dict[str, Encoder]":
     return encoders
 
 
-def _maps(encoder: "Encoder", picture: object) -> "list[Tensor]":
+def _maps(encoder: "Encoder", picture: "Image") -> "list[Tensor]":
     from radio_distill.evals.harness import to_pixels
 
     return [encoder(to_pixels(picture, (size, size))[None]).spatial[0] for size in SIZES]

@@ -19,11 +19,11 @@ from radio_distill.models.distilled import DistilledStudent, build_student
 from radio_distill.progress import Progress
 from radio_distill.protocols import Teacher
 from radio_distill.targets import TargetMaker
-from radio_distill.train import checkpoint as checkpoints
 from radio_distill.train.checkpoint import Checkpoint
-from radio_distill.train.statistics import build_normalizers, load_normalizers
 from radio_distill.types import Features, Score
 from upsamplers import build_upsampler
+
+from .build import normalizers_of
 
 Report = Callable[[str, int, int], None]
 
@@ -118,10 +118,14 @@ def _fidelity(
 
 def _targets_of(checkpoint: Checkpoint, teachers: dict[str, Teacher]) -> TargetMaker:
     recipe = checkpoint.recipe
-    normalizers = build_normalizers(recipe)
-    load_normalizers(normalizers, checkpoint.tensors(checkpoints.STATISTICS))
     upsampler = build_upsampler(recipe.stages[checkpoint.stage].upsampler, teachers)
-    return TargetMaker(teachers, recipe.teachers, upsampler, normalizers, recipe.student.patch_size)
+    return TargetMaker(
+        teachers,
+        recipe.teachers,
+        upsampler,
+        normalizers_of(checkpoint),
+        recipe.student.patch_size,
+    )
 
 
 @contextmanager

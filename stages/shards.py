@@ -67,12 +67,11 @@ def _check(source: str) -> int:
         )
     print(
         f"{report.num_images} images in {report.num_shards} shards, "
-        f"{report.num_bytes / 1e6:.1f} MB; {report.num_bad} bad, {len(report.damaged)} damaged shards"
+        f"{report.num_bytes / 1e6:.1f} MB; {report.num_bad} bad images, "
+        f"{len(report.damaged)} damaged shards"
     )
-    for sides, count in sorted(
-        report.sizes.items(), key=lambda item: int(item[0].rstrip("+").split("-")[0])
-    ):
-        print(f"  shortest side {sides} px: {count}")
+    for sides in sorted(report.sizes, key=lambda name: int(name.rstrip("+").partition("-")[0])):
+        print(f"  shortest side {sides} px: {report.sizes[sides]}")
     for line in report.damaged:
         print(f"damaged: {line}")
     for kind, lines in sorted(report.bad.items()):

@@ -1,9 +1,9 @@
 """Encoders of timm: vision transformers, SAM's encoder, and convolutional networks.
 
-A transformer is built with ``dynamic_img_size``, so its position table is interpolated for any size
-that the patch divides (antialiased bicubic; DINOv2's own code resamples without antialiasing, so
-features off the native size differ slightly from it). The summary is the class token where there is one, else what the model
-itself pools (attention or mean); SAM's encoder has none.
+A transformer is built with ``dynamic_img_size``, so its position table is resampled for any size
+that the patch divides (bicubic with antialiasing; DINOv2's own code has none, so off the native
+size its features differ a little). The summary is the class token where there is one, else what the
+model itself pools, by attention or mean; SAM's encoder has none.
 """
 
 import sys
@@ -63,12 +63,9 @@ class TimmTower(nn.Module):
 
 def complete(preset: Preset, weights_path: str) -> Preset:
     """Fill in size and normalisation from timm's own configuration of the model."""
-    import timm
-
     if preset.native_size and preset.mean and preset.std:
         return preset
-    _architecture(preset.model)
-    config = timm.get_pretrained_cfg(preset.model)
+    config = _published(preset.model)
     return replace(
         preset,
         native_size=preset.native_size or config.input_size[-1],
@@ -86,10 +83,9 @@ def build(preset: Preset) -> TimmTower:
 
 def locate(preset: Preset) -> Path:
     """Fetch the weights from the hub; returns the file."""
-    import timm
     from huggingface_hub import hf_hub_download
 
-    repository = timm.get_pretrained_cfg(preset.model).hf_hub_id
+    repository = _published(preset.model).hf_hub_id
     if not repository:
         raise WeightsError(
             f"timm names no hub weights for {preset.model}; put a local file into `weights`"
@@ -140,6 +136,17 @@ def _architecture(model: str) -> str:
     if not timm.is_model(name):
         raise ConfigError(f"timm has no model {name!r} ({nearest(name, timm.list_models())})")
     return name
+
+
+def _published(model: str) -> Any:
+    """Return what timm knows of the published weights of ``architecture.tag``."""
+    import timm
+
+    name, _, tag = model.partition(".")
+    tags = [item.partition(".")[2] for item in timm.list_pretrained(f"{_architecture(model)}.*")]
+    if tag and tag not in tags:
+        raise ConfigError(f"timm has no weights {tag!r} of {name} ({nearest(tag, tags)})")
+    return timm.get_pretrained_cfg(model)
 
 
 def _is_sam(model: nn.Module) -> bool:

@@ -1,8 +1,8 @@
 """Finer feature grids out of frozen teachers: one idea a file, all behind the Upsampler protocol.
 
 An upsampler is handed the teacher, not a feature map, because tiling calls it several times. This
-version has those without parameters. A fitted upsampler is a class with ``fitted = True`` whose
-first argument is ``{teacher: path}``; its file names the teacher it was fitted for
+version has those without parameters. A fitted upsampler is a class with ``fitted = True`` that
+takes ``weights={teacher: path}``; each file names the teacher it was fitted for
 (:mod:`upsamplers.fitted`). One of one's own joins through the entry point group
 ``radio_distill.upsamplers``.
 

@@ -50,15 +50,24 @@ class Affine:
         PHI-S paper, appendix A.6: the weight becomes Θ W, the bias Θ b + mean, with Θ the
         matrix of the inverse.
         """
-        weight = linear.weight  # [C, inputs]
-        bias = weight.new_zeros(len(weight)) if linear.bias is None else linear.bias
-        tensors = self._tensors_for(len(weight), weight.double())
-        folded = skip_init(
-            nn.Linear, linear.in_features, len(weight), device=weight.device, dtype=weight.dtype
+        weight, bias = _double(linear)
+        tensors = self._tensors_for(len(weight), weight)
+        return _linear_like(
+            linear, _unscale(weight.T, tensors).T, _unscale(bias, tensors) + tensors["mean"]
         )
-        folded.weight.copy_(_unscale(weight.double().T, tensors).T)
-        folded.bias.copy_(_unscale(bias.double(), tensors) + tensors["mean"])
-        return folded
+
+    @torch.no_grad()
+    def unfold(self, linear: nn.Linear) -> nn.Linear:
+        """Return a linear that predicts in this space what ``linear`` does in the teacher's.
+
+        The way back of :meth:`fold`, for another normalizer: a head that was trained against
+        earlier statistics goes on where it was under new ones.
+        """
+        weight, bias = _double(linear)
+        tensors = self._tensors_for(len(weight), weight)
+        return _linear_like(
+            linear, _scale(weight.T, tensors).T, _scale(bias - tensors["mean"], tensors)
+        )
 
     def state(self) -> dict[str, Tensor]:
         """Return the tensors that make an equal normalizer through :meth:`load_state`."""
@@ -92,6 +101,29 @@ class Affine:
         if key not in self._copies:
             self._copies[key] = {name: value.to(*key) for name, value in self._state.items()}
         return self._copies[key]
+
+
+def _double(linear: nn.Linear) -> tuple[Tensor, Tensor]:
+    """Return weight ``[C, inputs]`` and bias ``[C]`` in float64, zeros where there is no bias."""
+    weight = linear.weight.double()
+    return weight, weight.new_zeros(len(weight)) if linear.bias is None else linear.bias.double()
+
+
+def _linear_like(linear: nn.Linear, weight: Tensor, bias: Tensor) -> nn.Linear:
+    """Make a linear of these values, in the dtype and on the device of another."""
+    like = linear.weight
+    made = skip_init(
+        nn.Linear, linear.in_features, len(weight), device=like.device, dtype=like.dtype
+    )
+    made.weight.copy_(weight)
+    made.bias.copy_(bias)
+    return made
+
+
+def _scale(values: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+    """Apply the map, without the mean, to the last axis of ``values``."""
+    values = values @ tensors["rotation"].T if "rotation" in tensors else values
+    return values * tensors["scale"]
 
 
 def _unscale(values: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:

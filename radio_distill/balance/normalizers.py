@@ -64,6 +64,8 @@ class Identity:
         """Return the linear itself: it predicts in the teacher's space already."""
         return linear
 
+    unfold = fold
+
     def state(self) -> dict[str, Tensor]:
         """Return nothing: there is no state."""
         return {}
@@ -96,6 +98,8 @@ class LayerNorm(Identity):
     def fold(self, linear: nn.Linear) -> nn.Linear:
         """Raise ConfigError: there is no inverse to fold."""
         raise ConfigError(_NO_INVERSE)
+
+    unfold = fold
 
 
 _NO_INVERSE = (

@@ -159,10 +159,13 @@ def _recipe(meta: Mapping[str, Any]) -> Recipe:
 
 
 def _specs(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, TeacherSpec]:
-    return {
-        name: TeacherSpec(**{key: tuple(v) if isinstance(v, list) else v for key, v in row.items()})
-        for name, row in rows.items()
-    }
+    specs = {}
+    for name, row in rows.items():
+        values: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in row.items()
+        }
+        specs[name] = TeacherSpec(**values)
+    return specs
 
 
 def newest(root: Path) -> Checkpoint | None:

@@ -68,7 +68,7 @@ class _Forward:
 
     device: torch.device
     model: DistilledStudent
-    _callable: nn.Module
+    _callable: Any
     _precision: str
 
     def forward(
@@ -105,7 +105,7 @@ class SingleProcessEngine(_Forward):
     ):
         self.device = device
         self.model = model.to(device)
-        self._callable = torch.compile(model) if config.compile else model
+        self._callable: Any = torch.compile(model) if config.compile else model
         self._precision = config.precision
         self._clip = stage.gradient_clip
         self._optimizer = build_optimizer(parameter_groups(model, stage.weight_decay), stage)

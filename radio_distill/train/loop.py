@@ -119,7 +119,8 @@ def accumulate(
     torch.manual_seed(recipe.seed * 1_000_003 + step * 131 + run.world.rank)
     frozen = step < config.freeze_body_steps
     draws = position_draws(recipe.seed, step, images_per_step(config))
-    total, latest = torch.zeros((), device=run.engine.device), {}
+    total = torch.zeros((), device=run.engine.device)
+    latest: dict[str, Tensor] = {}
     for index, (micro, batch) in enumerate(zip(run.micro_batches, batches, strict=True)):
         partition = micro.partition.config
         pixels = batch.pixels.to(run.engine.device, non_blocking=True)  # [B, 3, H, W]
@@ -131,9 +132,7 @@ def accumulate(
             draws=draws[micro.start : micro.stop].to(pixels.device),
             freeze_body=frozen,
         )
-        report = distillation_loss(
-            predictions, targets, recipe.loss, recipe.teachers, batch.valid
-        )
+        report = distillation_loss(predictions, targets, recipe.loss, recipe.teachers, batch.valid)
         loss = report.total.sum() * micro.image_weight
         run.engine.backward(loss, last=index == len(run.micro_batches) - 1)
         total = total + loss.detach()

@@ -27,7 +27,7 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, rates: Mapping[str, flo
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
     """Return the state as ``{"<moment>/<parameter>": tensor}`` and ``"step"``."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     tensors: dict[str, Tensor] = {}
     for parameter, state in optimizer.state.items():
         for key, value in state.items():

@@ -13,12 +13,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
+from ..balance import NORMALIZERS
 from ..balance.cache import load_moments, save_moments
 from ..balance.moments import Moments
-from ..balance import NORMALIZERS
+from ..balance.normalizers import LayerNorm
 from ..config import DataConfig, PartitionConfig, Recipe, size_pair
 from ..data.loader import ShardBatches, StepSlice
+from ..models.adaptors import Adaptor
+from ..models.distilled import DistilledStudent
 from ..progress import Progress
 from ..protocols import Normalizer
 from ..targets import TargetMaker
@@ -81,12 +85,14 @@ def _moments_of(
         name: cache / _file_name(targets, name, partition, source.fingerprint, recipe)
         for name in names
     }
-    known = from_main({name: load_moments(paths[name]) for name in names} if world.is_main else {})
+    # Random weights have no hash, so nothing tells two such teachers apart.
+    kept = [name for name in names if targets.teachers[name].spec.weights_hash]
+    known = from_main({name: load_moments(paths[name]) for name in kept} if world.is_main else {})
     missing = [name for name in names if known.get(name) is None]
     moments = {name: value for name, value in known.items() if value is not None}
     moments |= _estimate(targets, missing, partition, source, images, world, device)
     for name in missing:
-        if world.is_main:
+        if world.is_main and name in kept:
             save_moments(paths[name], moments[name])
     return moments
 
@@ -189,5 +195,24 @@ def load_normalizers(
             for key, value in tensors.items()
             if key.startswith(prefix)
         }
-        if state:
-            normalizer.load_state(state)
+        normalizer.load_state(state)
+
+
+def carry_heads_over(
+    model: DistilledStudent, before: Mapping[str, Normalizer], now: Mapping[str, Normalizer]
+) -> None:
+    """Make heads that were trained under earlier statistics predict the same under new ones.
+
+    A stage estimates its statistics anew, and with them PHI-S's rotation changes; without this the
+    heads of the stage before would have to be learned once more. Exact, since the normalizers are
+    affine and a head ends in a linear layer. Ours: the papers freeze the body while heads relearn.
+    A normalizer without inverse (layer_norm) has no statistics either, so nothing is to be done.
+    """
+    for name, adaptor in model.adaptors.items():
+        if isinstance(now[name], LayerNorm):
+            continue
+        assert isinstance(adaptor, Adaptor)
+        head = adaptor.spatial.final
+        last = head[-1]
+        assert isinstance(last, nn.Linear)
+        head[-1] = now[name].unfold(before[name].fold(last))

@@ -82,7 +82,7 @@ def test_dump__round_trip_of_any_value(values):
         ("stage.learning-rate=1e-3", lambda r: r.stages["stage1"].learning_rate, 1e-3),
         ("stages.stage1.partitions.low.batch_size=4", lambda r: _low(r).batch_size, 4),
         ("stages.stage1.partitions.0.upsample=[dino]", lambda r: _low(r).upsample, ("dino",)),
-        ("stages.stage1.partitions.low.upsample=dino,clip", lambda r: _low(r).upsample, ("dino", "clip")),
+        ("stages.stage1.partitions.low.upsample=dino,clip", lambda r: _low(r).upsample, ("dino", "clip")),  # noqa: E501
         ("teachers.dino.input_size=match", lambda r: r.teachers["dino"].input_size, "match"),
         ("teachers.dino.options.blocks=11", lambda r: r.teachers["dino"].options, {"blocks": 11}),
         ("student.pretrained=", lambda r: r.student.pretrained, ""),
@@ -123,6 +123,8 @@ def test_override__leaves_its_input_alone():
         ("stage.partitions.high.name=low", "two partitions are called 'low'"),
         ("data.weights=[1, 2]", "2 weights for 1 shards entries"),
         ("data.crop_scale=[0.9, 0.5]", "is not 0 < low <= high <= 1"),
+        ("data.workers=-1", "data.workers: -1 is below 0"),
+        ("data.max_bad_share=2", "data.max_bad_share: 2.0 is not a share"),
         ("stage.partitions=[]", "a stage needs at least one partition"),
         ("teachers={}", "a recipe needs at least one teacher"),
         ("stage.upsampler.factor=0", "upsampler.factor: 0 is not positive"),

@@ -10,9 +10,12 @@ from radio_distill.config import PartitionConfig, StageConfig
 from radio_distill.partitions import images_per_step, partitions_of, share_out
 
 PARTITION = st.builds(
-    lambda batch, size, weight, ranks: dict(
-        batch_size=batch, size=16 * size, weight=weight, ranks=ranks
-    ),
+    lambda batch, size, weight, ranks: {
+        "batch_size": batch,
+        "size": 16 * size,
+        "weight": weight,
+        "ranks": ranks,
+    },
     st.integers(1, 40),
     st.integers(1, 8),
     st.floats(0.1, 10),
@@ -63,8 +66,14 @@ def test_share_out__enough_ranks_means_ranks_of_their_own(values, extra):
 
 
 def test_share_out__ranks_go_where_the_work_is():
-    low = dict(batch_size=32, size=256, weight=1.0, ranks=0)
-    high = dict(batch_size=8, size=1024, weight=1.0, ranks=0)  # four times the pixels of `low`
+    # `high` has four times the pixels of `low`.
+    low = {"batch_size": 32, "size": 256, "weight": 1.0, "ranks": 0}
+    high = {
+        "batch_size": 8,
+        "size": 1024,
+        "weight": 1.0,
+        "ranks": 0,
+    }
     counts = Counter(
         batches[0].partition.name for batches in share_out(partitions_of(stage_of([low, high])), 10)
     )
@@ -72,8 +81,8 @@ def test_share_out__ranks_go_where_the_work_is():
 
 
 def test_share_out__given_shares_of_ranks():
-    one = dict(batch_size=32, size=256, weight=1.0, ranks=3)
-    other = dict(batch_size=8, size=1024, weight=1.0, ranks=1)
+    one = {"batch_size": 32, "size": 256, "weight": 1.0, "ranks": 3}
+    other = {"batch_size": 8, "size": 1024, "weight": 1.0, "ranks": 1}
     counts = Counter(
         batches[0].partition.name for batches in share_out(partitions_of(stage_of([one, other])), 8)
     )

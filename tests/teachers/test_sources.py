@@ -176,13 +176,14 @@ def test_text_encoder__a_teacher_without_text_says_so():
     [
         ("timm", {}, "options.model is missing"),
         ("timm", {"model": "vit_bose_patch16_224"}, "did you mean 'vit_base_patch16_224'"),
+        ("timm", {"model": "vit_base_patch16_clip_224.openia"}, "did you mean 'openai'"),
         ("open_clip", {"model": "ViT-B-61/openai"}, "did you mean 'ViT-B-16'"),
         ("open_clip", {"model": "ViT-B-16-SigLIP/webli"}, "take preset: timm"),
         ("dinov2_l_reg", {"model": "vit_small_patch14_dinov2"}, "take preset: timm"),
         ("tiny_vit", {"block": 1}, "did you mean 'blocks'"),
         ("tiny_vit", {"blocks": 3}, "not between 1 and 2"),
         ("tiny_cnn", {"blocks": 1}, "has `stage`"),
-        ("tiny_clip", {"config": {"model_type": "siglip_vison_model"}}, "mean .siglip_vision_model"),
+        ("tiny_clip", {"config": {"model_type": "radioo"}}, "did you mean .radio."),
     ],
 )  # fmt: skip
 def test_options__a_wrong_one_is_one_line_that_names_teacher_and_mend(preset, options, message):

@@ -1,9 +1,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import nn
 
 from radio_distill.balance import NORMALIZERS
+from radio_distill.balance.moments import Moments
 from radio_distill.errors import CheckpointError, ConfigError, DataError, UnknownNameError
 from radio_distill.protocols import Normalizer
 
@@ -124,3 +126,20 @@ def test_load_state__error_for_state_of_another_normalizer(build):
     for name in ("none", "layer_norm", "global_standardise"):
         with pytest.raises(CheckpointError, match="another normalizer"):
             NORMALIZERS.get(name)().load_state(state)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("name", AFFINE)
+def test_unfold__is_the_way_back_of_fold(name, bias):
+    """A head keeps its prediction, in the teacher's space, when the statistics change."""
+    torch.manual_seed(0)
+    before, now = (Moments(20), Moments(20))
+    mixing = torch.randn(20, 20, dtype=torch.float64)
+    before.update(rearrange(torch.randn(2, 9, 9, 20).double() @ mixing, "b h w c -> b c h w"))
+    now.update(rearrange(torch.randn(2, 9, 9, 20).double() @ mixing + 3, "b h w c -> b c h w"))
+    first, second = (NORMALIZERS.get(name)().fit(moments) for moments in (before, now))
+    head, hidden = nn.Linear(7, 20, bias=bias).double(), torch.randn(5, 7).double()
+    carried = second.unfold(first.fold(head))
+    teacher_space = first.invert(rearrange(head(hidden), "b c -> b c 1 1"))
+    expected = rearrange(second.apply(teacher_space), "b c 1 1 -> b c")
+    torch.testing.assert_close(carried(hidden), expected, rtol=1e-9, atol=1e-9)

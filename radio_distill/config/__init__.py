@@ -1,0 +1,50 @@
+"""A run, as frozen dataclasses: ``load(yaml) -> override(argv) -> check() -> dump()``.
+
+:mod:`.schema` has the fields, :mod:`.reading` the way in and out, :mod:`.checks` what must hold
+between fields. Nothing here imports torch.
+"""
+
+from .checks import check
+from .describing import describe
+from .reading import build, differences, dump, load, override, read_yaml
+from .schema import (
+    DataConfig,
+    EngineConfig,
+    EvaluationConfig,
+    LogConfig,
+    LossConfig,
+    NormalizerConfig,
+    PartitionConfig,
+    Recipe,
+    StageConfig,
+    StudentConfig,
+    TeacherConfig,
+    UpsamplerConfig,
+    option,
+    size_pair,
+)
+
+__all__ = [
+    "DataConfig",
+    "EngineConfig",
+    "EvaluationConfig",
+    "LogConfig",
+    "LossConfig",
+    "NormalizerConfig",
+    "PartitionConfig",
+    "Recipe",
+    "StageConfig",
+    "StudentConfig",
+    "TeacherConfig",
+    "UpsamplerConfig",
+    "build",
+    "check",
+    "describe",
+    "differences",
+    "dump",
+    "load",
+    "option",
+    "override",
+    "read_yaml",
+    "size_pair",
+]

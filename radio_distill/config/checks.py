@@ -1,0 +1,108 @@
+"""Fields that contradict each other, found before anything runs."""
+
+from ..errors import ConfigError
+from ..registry import nearest
+from .schema import DataConfig, PartitionConfig, Recipe, StageConfig, size_pair
+
+
+def check(recipe: Recipe) -> None:
+    """Raise ConfigError, one line a problem, where fields contradict each other."""
+    problems = [*_check_data(recipe.data), *_check_teachers(recipe)]
+    if recipe.student.patch_size < 1:
+        problems.append(f"student.patch_size: {recipe.student.patch_size} is not positive")
+    else:
+        for name, stage in recipe.stages.items():
+            problems += _check_stage(recipe, name, stage)
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _check_data(data: DataConfig) -> list[str]:
+    problems = []
+    if data.weights and len(data.weights) != len(data.shards):
+        problems.append(
+            f"data.weights: {len(data.weights)} weights for {len(data.shards)} shards entries"
+        )
+    if data.weights and min(data.weights) <= 0:
+        problems.append("data.weights: every weight must be positive; drop the entry instead")
+    if not 0 < data.crop_scale[0] <= data.crop_scale[1] <= 1:
+        problems.append(f"data.crop_scale: {data.crop_scale} is not 0 < low <= high <= 1")
+    if not 0 < data.crop_ratio[0] <= data.crop_ratio[1]:
+        problems.append(f"data.crop_ratio: {data.crop_ratio} is not 0 < low <= high")
+    for name, least in (("min_size", 1), ("max_pixels", 1), ("shuffle_shards", 1), ("workers", 0)):
+        if getattr(data, name) < least:
+            problems.append(f"data.{name}: {getattr(data, name)} is below {least}")
+    if not 0 <= data.max_bad_share <= 1:
+        problems.append(f"data.max_bad_share: {data.max_bad_share} is not a share of 0 to 1")
+    if not 0 <= data.flip <= 1:
+        problems.append(f"data.flip: {data.flip} is not a probability")
+    return problems
+
+
+def _check_teachers(recipe: Recipe) -> list[str]:
+    if not recipe.teachers:
+        return ["teachers: a recipe needs at least one teacher"]
+    problems = []
+    for name, teacher in recipe.teachers.items():
+        if not name.isidentifier():
+            problems.append(f"teachers.{name}: a teacher's name is letters, digits and underscores")
+        if teacher.summary_weight < 0 or teacher.feature_weight < 0:
+            problems.append(f"teachers.{name}: loss weights cannot be negative")
+    return problems
+
+
+def _check_stage(recipe: Recipe, name: str, stage: StageConfig) -> list[str]:
+    path, problems = f"stages.{name}", []
+    if not stage.partitions:
+        problems.append(f"{path}.partitions: a stage needs at least one partition")
+    if stage.steps < 1:
+        problems.append(f"{path}.steps: {stage.steps} is not positive")
+    if stage.upsampler.factor < 1:
+        problems.append(f"{path}.upsampler.factor: {stage.upsampler.factor} is not positive")
+    if stage.start_from == name:
+        problems.append(f"{path}.start_from: a stage cannot start from itself")
+    names = [partition.name for partition in stage.partitions]
+    for double in sorted({item for item in names if names.count(item) > 1}):
+        problems.append(f"{path}.partitions: two partitions are called {double!r}")
+    for teacher in stage.upsampler.weights:
+        if teacher not in recipe.teachers:
+            known = nearest(teacher, list(recipe.teachers))
+            problems.append(f"{path}.upsampler.weights: no teacher {teacher!r} ({known})")
+    for partition in stage.partitions:
+        problems += _check_partition(recipe, f"{path}.partitions.{partition.name}", partition)
+    return problems
+
+
+def _check_partition(recipe: Recipe, path: str, partition: PartitionConfig) -> list[str]:
+    problems = []
+    student = recipe.student
+    step = student.patch_size * max(student.window_size, 1)
+    unit = f"patch {student.patch_size}" + (
+        f" times window {student.window_size}" if student.window_size else ""
+    )
+    for side in dict.fromkeys(size_pair(partition.size)):
+        if side < step or side % step:
+            near = max(step, round(side / step) * step)
+            problems.append(f"{path}.size: {side} is not a multiple of {unit} (nearest {near})")
+    if max(size_pair(partition.size)) > student.max_size:
+        problems.append(
+            f"{path}.size: {partition.size} is above student.max_size {student.max_size}"
+        )
+    if partition.batch_size < 1:
+        problems.append(f"{path}.batch_size: {partition.batch_size} is not positive")
+    if partition.weight <= 0:
+        problems.append(
+            f"{path}.weight: {partition.weight} is not positive; drop the partition instead"
+        )
+    if not partition.teachers:
+        problems.append(f"{path}.teachers: a partition needs at least one teacher")
+    for field_name in ("teachers", "upsample", "teacher_sizes"):
+        for teacher in getattr(partition, field_name):
+            if teacher not in recipe.teachers:
+                known = nearest(teacher, list(recipe.teachers))
+                problems.append(f"{path}.{field_name}: no teacher {teacher!r} ({known})")
+            elif teacher not in partition.teachers:
+                problems.append(
+                    f"{path}.{field_name}: {teacher!r} is not a teacher of this partition"
+                )
+    return problems

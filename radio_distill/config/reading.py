@@ -1,0 +1,229 @@
+"""From YAML and command-line overrides to a recipe, and back.
+
+One builder reads both, so both give the same messages.
+"""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING
+from pathlib import Path
+from typing import Any, Literal, Union
+
+import yaml
+
+from ..errors import ConfigError
+from ..registry import nearest
+from .checks import check
+from .describing import FIELD_NAMES
+from .schema import Recipe
+
+
+def load(path: str | Path, overrides: Sequence[str] = (), stage: str = "") -> Recipe:
+    """Read a recipe, apply ``a.b.c=value`` overrides, and check it.
+
+    Args:
+        path: YAML file.
+        overrides: assignments as :func:`override` takes them.
+        stage: stage that an override's leading ``stage.`` stands for.
+
+    Raises:
+        ConfigError: one line a problem, with the field's full name.
+    """
+    recipe = build(Recipe, override(read_yaml(path), overrides, stage))
+    check(recipe)
+    return recipe
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Read a YAML mapping."""
+    try:
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{path} is not valid YAML: {reason}") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected a mapping of fields, found {type(data).__name__}")
+    return data
+
+
+def override(
+    data: Mapping[str, Any], assignments: Sequence[str], stage: str = ""
+) -> dict[str, Any]:
+    """Return ``data`` with each ``a.b.c=value`` applied; values are read as YAML.
+
+    Items of a list are named by position or by their ``name``
+    (``stages.stage3.partitions.high.batch_size=8``); dashes count as underscores in field names.
+    """
+    result = _plain(data)
+    for assignment in assignments:
+        path, equals, text = assignment.partition("=")
+        if not equals:
+            raise ConfigError(f"override {assignment!r} is not of the form field.name=value")
+        keys = path.strip().split(".")
+        if stage and keys[0] == "stage":
+            keys[:1] = ["stages", stage]
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            value = text
+        _assign(result, keys, value, path)
+    return result
+
+
+def _assign(node: Any, keys: list[str], value: Any, path: str) -> None:
+    for depth, key in enumerate(keys):
+        last = depth == len(keys) - 1
+        if isinstance(node, list):
+            names = [item.get("name") if isinstance(item, dict) else None for item in node]
+            if key in names:
+                index = names.index(key)
+            elif key.isdigit() and int(key) < len(node):
+                index = int(key)
+            else:
+                known = ", ".join(str(name) for name in names if name) or f"0 to {len(node) - 1}"
+                raise ConfigError(f"{path}: no item {key!r} in the list (known: {known})")
+            if last:
+                node[index] = value
+            else:
+                node = node[index]
+        elif isinstance(node, dict):
+            if key not in node and key.replace("-", "_") in FIELD_NAMES:
+                key = key.replace("-", "_")
+            if last:
+                node[key] = value
+            else:
+                if node.get(key) is None:
+                    node[key] = {}
+                node = node[key]
+        else:
+            raise ConfigError(
+                f"{path}: {'.'.join(keys[:depth])} is a plain value and has no field {key!r}"
+            )
+
+
+def build(cls: type, data: Any, path: str = "") -> Any:
+    """Make a dataclass of plain data; unknown, missing and ill-typed fields are ConfigErrors."""
+    where = path or "recipe"
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{where}: expected fields of {cls.__name__}, got {data!r}")
+    fields = {item.name: item for item in dataclasses.fields(cls)}
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for key, value in data.items():
+        if key not in fields:
+            raise ConfigError(
+                f"unknown field {_join(path, key)!r} ({nearest(str(key), list(fields))})"
+            )
+        values[key] = _convert(hints[key], value, _join(path, key))
+    for name, item in fields.items():
+        if name not in values and item.default is MISSING and item.default_factory is MISSING:
+            raise ConfigError(f"{_join(path, name)} is missing: {item.metadata['help']}")
+    return cls(**values)
+
+
+def _join(path: str, key: Any) -> str:
+    return f"{path}.{key}" if path else str(key)
+
+
+def _convert(kind: Any, value: Any, path: str) -> Any:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        return build(typing.cast(type, kind), value, path)
+    if kind is Any:
+        return value
+    if origin is Literal:
+        if value in arguments and type(value) in {type(known) for known in arguments}:
+            return value
+        raise ConfigError(f"{path}: {value!r} is not one of {', '.join(map(str, arguments))}")
+    if origin in (Union, types.UnionType):
+        for option_kind in arguments:
+            try:
+                return _convert(option_kind, value, path)
+            except ConfigError:
+                continue
+        raise ConfigError(f"{path}: {value!r} is not {_kind_name(kind)}")
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{path}: expected a mapping, got {value!r}")
+        return {
+            str(key): _convert(arguments[1], item, _join(path, key)) for key, item in value.items()
+        }
+    if origin is tuple:
+        return _convert_tuple(arguments, value, path)
+    if kind is bool and isinstance(value, bool):
+        return value
+    if kind is int and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if kind is float and not isinstance(value, bool):
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            pass
+    if kind is str and value is None:  # `pretrained:` with nothing behind it
+        return ""
+    if kind is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
+        return str(value)
+    raise ConfigError(f"{path}: {value!r} is not {_kind_name(kind)}")
+
+
+def _convert_tuple(arguments: tuple[Any, ...], value: Any, path: str) -> tuple[Any, ...]:
+    if isinstance(value, str) and arguments[0] is str:
+        value = [part.strip() for part in value.split(",")] if value else []
+    if not isinstance(value, (list, tuple)):
+        raise ConfigError(f"{path}: expected a list, got {value!r}")
+    if len(arguments) == 2 and arguments[1] is Ellipsis:
+        return tuple(_convert(arguments[0], item, _join(path, i)) for i, item in enumerate(value))
+    if len(value) != len(arguments):
+        raise ConfigError(f"{path}: expected {len(arguments)} values, got {len(value)}")
+    pairs = zip(arguments, value, strict=True)
+    return tuple(_convert(kind, item, _join(path, i)) for i, (kind, item) in enumerate(pairs))
+
+
+def _kind_name(kind: Any) -> str:
+    names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+    if typing.get_origin(kind) in (Union, types.UnionType):
+        return " or ".join(_kind_name(item) for item in typing.get_args(kind))
+    if typing.get_origin(kind) is Literal:
+        return " or ".join(repr(item) for item in typing.get_args(kind))
+    if typing.get_origin(kind) is tuple:
+        return "a list"
+    return names.get(kind, str(kind))
+
+
+def _plain(value: Any) -> Any:
+    """Copy nested data to dicts and lists."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {item.name: _plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
+
+
+def dump(recipe: Any) -> str:
+    """Write a recipe, or a section of one, as YAML that :func:`load` reads back to an equal one."""
+    return yaml.safe_dump(_plain(recipe), sort_keys=False, allow_unicode=True, width=100)
+
+
+def differences(old: Recipe, new: Recipe) -> list[str]:
+    """List the fields in which two recipes differ, as ``field: old -> new``."""
+    before, after = dict(_leaves(_plain(old))), dict(_leaves(_plain(new)))
+    names = list(before) + [name for name in after if name not in before]
+    return [
+        f"{name}: {before.get(name, 'absent')} -> {after.get(name, 'absent')}"
+        for name in names
+        if before.get(name, MISSING) != after.get(name, MISSING)
+    ]
+
+
+def _leaves(value: Any, path: str = "") -> list[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        return [leaf for key, item in value.items() for leaf in _leaves(item, _join(path, key))]
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return [leaf for i, item in enumerate(value) for leaf in _leaves(item, _join(path, i))]
+    return [(path, value)]

@@ -1,0 +1,270 @@
+"""The sections of a recipe, as frozen dataclasses.
+
+Everything that changes a number of a run is a field here. A field made by :func:`option` carries
+its explanation, which ``--help`` prints.
+"""
+
+import dataclasses
+from dataclasses import MISSING, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+
+def option(default: Any = MISSING, help: str = "", unit: str = "", ours: bool = False) -> Any:
+    """Declare a recipe field: default, what it does, its unit.
+
+    ``ours`` marks a default that no paper publishes, so that the documentation can say so.
+    """
+    metadata = {"help": help, "unit": unit, "ours": ours}
+    if isinstance(default, (dict, list)):
+        raise TypeError("use a tuple or a factory for mutable defaults")
+    if default in (dict, tuple):
+        return field(default_factory=default, metadata=metadata)
+    if isinstance(default, type) and dataclasses.is_dataclass(default):
+        return field(default_factory=default, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TeacherConfig:
+    """One frozen encoder."""
+
+    preset: str = option(
+        help="name in `radio-distill list teachers`, or a source: timm, open_clip, transformers, radio"
+    )
+    weights: str = option("", "local weights file or folder; empty takes the preset's own source")
+    sha256: str = option("", "sha256 that the weights file must have; empty for no check")
+    input_size: int | Literal["native", "match"] = option(
+        "native",
+        "side of the teacher's input: a number, its native size, or the size whose grid matches the student's",
+        "px",
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = option(
+        "float32", "type the frozen encoder computes in"
+    )
+    micro_batch: int = option(0, "images in one call of the encoder; 0 for all at once", "images")
+    summary_weight: float = option(
+        1.0, "weight of the summary loss; 0 for a teacher without summary"
+    )
+    feature_weight: float = option(1.0, "weight of the feature loss")
+    options: dict[str, Any] = option(
+        dict, "further arguments of the preset or source, for instance model: vit_base_patch16_224"
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StudentConfig:
+    """The vision transformer that is trained."""
+
+    architecture: str = option(
+        "vit_base_patch16_224", "name of a timm vision transformer; its body is used"
+    )
+    pretrained: str = option(
+        "", "start of the body: empty for random, `timm` for timm's weights, or a file"
+    )
+    patch_size: int = option(16, "pixels a side of one token", "px")
+    max_size: int = option(2048, "longest image side that the position table (CPE) spans", "px")
+    registers: int = option(4, "register tokens beside the summary tokens", "tokens", ours=True)
+    position_dropout: float = option(
+        0.1, "share of training samples that see no position embedding"
+    )
+    window_size: int = option(
+        0, "side of the attention windows (ViTDet); 0 for global attention", "tokens"
+    )
+    global_blocks: int = option(
+        4, "blocks that keep global attention when window_size > 0", "blocks"
+    )
+    drop_path: float = option(0.0, "stochastic depth", ours=True)
+    head_hidden: int = option(1024, "hidden width of the MLP heads", "channels", ours=True)
+    head_layers: int = option(0, "residual layers inside each MLP head", "layers", ours=True)
+    gradient_checkpointing: bool = option(
+        False, "recompute blocks in the backward pass to save memory"
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NormalizerConfig:
+    """How teachers are brought to one scale."""
+
+    name: str = option("phi_s", "name in `radio-distill list normalizers`")
+    images: int = option(
+        3_072_000,
+        "pictures that mean and covariance are estimated on, anew in every stage",
+        "images",
+    )
+    cache: str = option(
+        "", "folder for estimated statistics; empty for `statistics` in the run folder"
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LossConfig:
+    """What the student is asked for."""
+
+    summary: Literal["cosine", "mse"] = option("cosine", "loss between summaries")
+    feature: Literal["mse", "cosine", "am_radio"] = option(
+        "mse", "loss between feature maps; am_radio is 0.9 cosine + 0.1 smooth L1"
+    )
+    alignment: Literal["student_down", "teacher_down", "teacher_up", "smaller", "larger"] = option(
+        "smaller",
+        "which of the two feature grids is resampled to the other before they are compared",
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UpsamplerConfig:
+    """How the teachers that a partition upsamples get a finer grid."""
+
+    name: str = option("bilinear", "name in `radio-distill list upsamplers`")
+    factor: int = option(3, "how much finer than the teacher's own grid", "x")
+    micro_batch: int = option(
+        0, "teacher images in one call (tiles count); 0 for the teacher's own setting", "images"
+    )
+    weights: dict[str, str] = option(dict, "file of a fitted upsampler for each teacher name")
+    options: dict[str, Any] = option(
+        dict, "further arguments of the upsampler, for instance beta: 0.5 for s2"
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PartitionConfig:
+    """One group of images of a step: which student size learns from which teachers."""
+
+    name: str = option(help="name of the partition, for logs")
+    size: int | tuple[int, int] = option(help="student input, side or (height, width)", unit="px")
+    teachers: tuple[str, ...] = option(help="names of the teachers that these images are shown to")
+    batch_size: int = option(
+        help="images of this partition in one step, over all processes", unit="images"
+    )
+    weight: float = option(1.0, "weight of the partition's mean loss in the step")
+    upsample: tuple[str, ...] = option(
+        tuple, "names of the teachers that go through the upsampler here"
+    )
+    teacher_sizes: dict[str, int] = option(
+        dict, "input side of a teacher in this partition, if not its input_size", "px"
+    )
+    ranks: int = option(
+        0,
+        "share of the processes that work on this partition alone, relative to the other partitions; 0 shares them out by cost",
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageConfig:
+    """One stage of training."""
+
+    steps: int = option(300_000, "optimizer steps", "steps")
+    partitions: tuple[PartitionConfig, ...] = option(help="what a step is made of")
+    start_from: str = option(
+        "", "stage name or checkpoint whose weights the stage starts from; empty for a new student"
+    )
+    optimizer: Literal["adamw", "lamb"] = option("lamb", "optimizer")
+    learning_rate: float = option(1e-3, "highest learning rate")
+    final_learning_rate: float = option(0.0, "learning rate at the last step", ours=True)
+    warmup_steps: int = option(0, "steps of linear warm-up", "steps", ours=True)
+    weight_decay: float = option(0.02, "decoupled weight decay of matrices")
+    betas: tuple[float, float] = option((0.9, 0.999), "moment decays of the optimizer", ours=True)
+    gradient_clip: float = option(1.0, "largest norm of the gradient; 0 for no limit", ours=True)
+    freeze_body_steps: int = option(5000, "first steps in which only the heads learn", "steps")
+    ema_decay: float = option(0.0, "decay of the averaged student; 0 for none", ours=True)
+    upsampler: UpsamplerConfig = option(UpsamplerConfig, "how upsampled teachers are upsampled")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """Which images, and what is done to them."""
+
+    shards: tuple[str, ...] = option(help="tar shards, folders of shards, or patterns with * ")
+    weights: tuple[float, ...] = option(
+        tuple, "share of each entry of `shards`; empty for all images alike"
+    )
+    crop_scale: tuple[float, float] = option(
+        (0.5, 1.0), "share of the picture's area that a random crop covers", ours=True
+    )
+    crop_ratio: tuple[float, float] = option(
+        (0.75, 1.3333333333333333), "aspect ratio of a random crop", ours=True
+    )
+    flip: float = option(0.5, "probability of a horizontal flip", ours=True)
+    min_size: int = option(32, "shortest side that a picture must have", "px", ours=True)
+    max_pixels: int = option(100_000_000, "largest picture that is decoded", "px", ours=True)
+    shuffle_shards: int = option(
+        16, "shards whose samples are shuffled together", "shards", ours=True
+    )
+    workers: int = option(2, "decoding processes for each training process", "processes", ours=True)
+    max_bad_share: float = option(0.01, "share of bad images at which the run stops", ours=True)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineConfig:
+    """Processes, precision and memory."""
+
+    name: Literal["auto", "single", "deepspeed"] = option(
+        "auto", "auto is deepspeed with several processes, single otherwise"
+    )
+    zero_stage: Literal[0, 1, 2, 3] = option(1, "ZeRO stage of DeepSpeed", ours=True)
+    precision: Literal["float32", "bfloat16"] = option(
+        "bfloat16", "type of the student's matrix products; weights stay float32", ours=True
+    )
+    micro_batch: int = option(
+        0, "largest number of images in one forward pass; 0 for a partition's whole share", "images"
+    )
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "where to run")
+    compile: bool = option(False, "torch.compile the student")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LogConfig:
+    """What is written, and how often."""
+
+    every: int = option(50, "steps between log lines", "steps")
+    save_every: int = option(1000, "steps between checkpoints", "steps")
+    keep_last: int = option(3, "checkpoints kept", "checkpoints")
+    tensorboard: bool = option(True, "write TensorBoard events")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationConfig:
+    """How students and teachers are scored."""
+
+    benchmarks: tuple[str, ...] = option(
+        ("fidelity", "correspondence", "agreement"), "names in `radio-distill list benchmarks`"
+    )
+    pictures: str = option(
+        "", "shards or folder of held-out pictures, for fidelity, agreement and correspondence"
+    )
+    labels: str = option("", "folder with train/CLASS and val/CLASS, for knn")
+    segmentation: str = option("", "folder of the segmentation set, for segmentation")
+    size: int = option(224, "student input for summaries", "px")
+    dense_size: int = option(448, "student input for dense benchmarks", "px")
+    limit: int = option(0, "most pictures of each benchmark; 0 for all", "images")
+    options: dict[str, Any] = option(dict, "arguments of single benchmarks, by benchmark name")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """Everything that decides a run."""
+
+    name: str = option(help="name of the recipe and of its run folder")
+    seed: int = option(0, "seed of every random draw")
+    output: str = option("runs", "folder that run folders are made in")
+    data: DataConfig = option(help="images")
+    student: StudentConfig = option(StudentConfig, "the student")
+    teachers: dict[str, TeacherConfig] = option(
+        help="the teachers, by the name that logs and heads use"
+    )
+    normalizer: NormalizerConfig = option(NormalizerConfig, "scale of the targets")
+    loss: LossConfig = option(LossConfig, "losses")
+    stages: dict[str, StageConfig] = option(help="stage1, stage2, stage3")
+    engine: EngineConfig = option(EngineConfig, "processes, precision and memory")
+    log: LogConfig = option(LogConfig, "logs and checkpoints")
+    evaluation: EvaluationConfig = option(EvaluationConfig, "scoring")
+
+    @property
+    def folder(self) -> Path:
+        """The run folder of this recipe: ``output/name``."""
+        return Path(self.output) / self.name
+
+
+def size_pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    """Return (height, width) of a size that may be given as one side."""
+    return (size, size) if isinstance(size, int) else size

@@ -1,0 +1,107 @@
+"""``radio-distill plan``, as a user calls it."""
+
+import argparse
+from pathlib import Path
+
+import pytest
+
+from radio_distill.train.plan import DEVICES
+from stages import plan
+from stages.cli import main
+
+RECIPE = """
+name: tiny
+data: {shards: [nowhere/*.tar]}
+student: {architecture: test_vit, max_size: 128}
+teachers:
+  clip: {preset: tiny_open_clip, dtype: bfloat16, micro_batch: 4}
+  sam: {preset: tiny_samvit, weights: nowhere/sam.pth}
+stages:
+  stage1:
+    steps: 1000
+    partitions:
+      - {name: low, size: 64, teachers: [clip, sam], batch_size: 8}
+  stage2:
+    steps: 500
+    start_from: nowhere/checkpoint
+    upsampler: {name: tile, factor: 3}
+    partitions:
+      - {name: high, size: 128, teachers: [clip, sam], upsample: [clip], batch_size: 4}
+evaluation: {pictures: nowhere/pictures}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny.yaml").write_text(RECIPE, encoding="utf-8")
+    return "tiny.yaml"
+
+
+def output_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    status = main(["plan", *arguments])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_plan__prints_everything_and_writes_nothing(recipe, capsys, tmp_path):
+    status, out, _ = output_of(capsys, recipe, "--devices", "1", "2", "--price", "2.5")
+    assert status == 0
+    for word in ("Student", "Teachers", "Partitions", "Memory", "Time", "fits", "price", "35%"):
+        assert word in out
+    tiled = next(line.split() for line in out.splitlines() if "18x18" in line)
+    assert tiled[0] == "clip"
+    assert tiled[tiled.index("18x18") + 1] == "10"  # nine tiles and the whole picture
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny.yaml"]
+
+
+def test_plan__lists_what_is_missing(recipe, capsys):
+    _, out, _ = output_of(capsys, recipe)
+    missing = out[out.index("Missing") :].splitlines()[1:]
+    assert [line.split(":")[0] for line in missing] == [
+        "- data.shards",
+        "- teachers.sam",
+        "- stages.stage2.start_from",
+        "- evaluation.pictures",
+    ]
+    assert all("nowhere" in line for line in missing)
+
+
+def test_plan__stands_tile_in_for_an_upsampler_that_cannot_be_built(recipe, capsys):
+    status, out, _ = output_of(capsys, recipe, "--stages.stage2.upsampler.name=nearest_neighbour")
+    assert status == 0
+    assert "stages.stage2.upsampler: unknown upsampler 'nearest_neighbour'" in out
+    assert "18x18" in out
+
+
+def test_plan__price_is_of_all_device_hours(recipe, capsys):
+    arguments = (recipe, "--devices", "4", "--device", "cpu", "--stages.stage1.steps=1000000")
+    _, out, _ = output_of(capsys, *arguments, "--price", "1")
+    total = next(line.split() for line in out.splitlines() if line.startswith("all"))
+    hours, device_hours, price = (float(cell.replace(",", "")) for cell in total[1:])
+    assert device_hours == pytest.approx(4 * hours, rel=0.02)
+    assert price == pytest.approx(device_hours, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--device", "h10"], "unknown 'h10' (did you mean 'h100'?)"),
+        (["--devices", "1", "2", "3"], "give one positive number, or 2: stage1, stage2"),
+        (["--devices", "0"], "give one positive number"),
+        (["--utilisation", "35"], "35.0 is not between 0 and 1"),
+        (["--engine.zero_stag=1"], "unknown field 'engine.zero_stag' (did you mean 'zero_stage'?)"),
+        (["--teachers.clip.preset=tiny_opne_clip"], "did you mean 'tiny_open_clip'?"),
+    ],
+)
+def test_plan__answers_bad_arguments_in_one_line(recipe, capsys, arguments, message):
+    status, out, err = output_of(capsys, recipe, *arguments)
+    assert (status, out) == (2, "")
+    assert message in err
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_plan__help_names_every_device():
+    parser = argparse.ArgumentParser()
+    plan.add_arguments(parser)
+    assert all(name in parser.format_help() for name in DEVICES)
