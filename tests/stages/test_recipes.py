@@ -9,6 +9,7 @@ import pytest
 
 from radio_distill.balance import NORMALIZERS
 from radio_distill.config import Recipe, build, check, dump
+from radio_distill.evals.harness import BENCHMARKS
 from radio_distill.partitions import images_per_step
 from stages.common import load_recipe, recipe_names
 from teachers import TEACHERS, teacher_spec
@@ -32,11 +33,9 @@ def test_recipe__loads_and_comes_back_equal(name):
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_recipe__names_exist(name):
-    from radio_distill.evals import BENCHMARKS
-
     recipe = load_recipe(name)
     assert recipe.normalizer.name in NORMALIZERS.names()
-    assert set(recipe.evaluation.benchmarks) <= set(BENCHMARKS.names())
+    assert set(recipe.evaluation.benchmarks) <= {"fidelity", *BENCHMARKS.names()}
     for stage in recipe.stages.values():
         assert stage.upsampler.name in [*UPSAMPLERS.names(), *NOT_YET]
     for teacher, config in recipe.teachers.items():
