@@ -60,6 +60,9 @@ class Upsampler(Protocol):
 class Normalizer(Protocol):
     """Brings a teacher's spatial features to a common scale; linear, so it can be folded away."""
 
+    uses_statistics: bool
+    """False where ``fit`` takes nothing, so that nothing need be estimated."""
+
     def fit(self, moments: "Moments") -> "Normalizer":
         """Take mean and covariance of the teacher's tokens; returns self."""
         ...

@@ -100,6 +100,8 @@ class Score:
     """The column of the gain table that this metric belongs to."""
     num_samples: int
     """How many pictures (or pairs) the value was measured on."""
+    headline: bool = True
+    """Whether it counts in the gain table; a benchmark's further numbers are reported only."""
 
     @property
     def name(self) -> str:

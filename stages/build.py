@@ -81,10 +81,13 @@ def build_targets(recipe: Recipe, stage: str, device: torch.device) -> TargetMak
     """Build the teachers of a stage, its upsampler, and unfitted normalizers."""
     config = stage_of(recipe, stage)
     teachers = build_teachers(recipe, device)
+    upsampled = {
+        name: teachers[name] for partition in config.partitions for name in partition.upsample
+    }
     return TargetMaker(
         teachers,
         recipe.teachers,
-        build_upsampler(config.upsampler, teachers),
+        build_upsampler(config.upsampler, upsampled),
         build_normalizers(recipe),
         recipe.student.patch_size,
     )

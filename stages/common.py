@@ -222,6 +222,7 @@ def train_stage(
     With ``resume`` a stage that is complete returns at once.
     """
     from radio_distill.train.distributed import choose_device, join, leave, world_from
+    from radio_distill.train.engine import engine_name
 
     from .build import build_run
     from .doctor import check_packages
@@ -230,6 +231,7 @@ def train_stage(
     config = stage_of(recipe, stage)
     folder = stage_folder(recipe, stage)
     world = world_from(os.environ)
+    engine_name(recipe.engine, config, world.world_size)  # a combination that cannot be ends here
     if not world.is_main:
         logging.getLogger().setLevel(logging.WARNING)
     device = choose_device(recipe.engine.device, world)

@@ -114,7 +114,10 @@ def results_and_definitions(
     }
     definitions = {
         score.name: Metric(
-            group=score.group, higher_is_better=score.higher_is_better, unit=score.unit
+            group=score.group,
+            higher_is_better=score.higher_is_better,
+            unit=score.unit,
+            headline=score.headline,
         )
         for rows in scores.values()
         for score in rows
@@ -124,15 +127,12 @@ def results_and_definitions(
 
 def show(path: Path) -> None:
     """Print the scores of a file, a table for each group."""
-    from rich.console import Console
-
     from radio_distill.evals.harness import read_scores
     from radio_distill.evals.mtl_gain import score_tables
+    from radio_distill.evals.tables import print_tables
 
-    console = Console()
-    for table in score_tables(*results_and_definitions(read_scores(path))):
-        console.print(table.to_terminal())
-    console.print(f"scores: {path}")
+    print_tables(score_tables(*results_and_definitions(read_scores(path))))
+    print(f"scores: {path}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

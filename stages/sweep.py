@@ -91,10 +91,10 @@ def gain_of(path: Path, subjects: Sequence[str], baseline: str) -> "GainTable":
 
 def show_gain(gain: "GainTable", folder: Path) -> None:
     """Print the gain table, and write it in four formats into ``folder``."""
-    from rich.console import Console
+    from radio_distill.evals.tables import print_tables
 
     table = gain.to_table()
-    Console().print(table.to_terminal())
+    print_tables([table])
     for suffix, text in {
         "md": table.to_markdown(),
         "csv": table.to_csv(),
@@ -102,7 +102,7 @@ def show_gain(gain: "GainTable", folder: Path) -> None:
         "json": table.to_json(),
     }.items():
         (folder / f"gain.{suffix}").write_text(text, encoding="utf-8")
-    Console().print(f"also as Markdown, CSV, LaTeX and JSON: {folder}/gain.*")
+    print(f"also as Markdown, CSV, LaTeX and JSON: {folder}/gain.*")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -19,6 +19,7 @@ from .moments import Moments
 class Affine:
     """Base of the normalizers of this form; they differ in ``fit``."""
 
+    uses_statistics = True
     tensors: tuple[str, ...] = ("mean", "scale")
     """Names in the state: mean ``[C]``, scale ``[]`` or ``[C]``, rotation ``[C, C]`` if any."""
 

@@ -50,6 +50,8 @@ class PerChannelStandardise(Affine):
 class Identity:
     """No normalisation: features stay in the teacher's space, in float32."""
 
+    uses_statistics = False
+
     def fit(self, moments: Moments) -> "Identity":
         """Take nothing."""
         return self

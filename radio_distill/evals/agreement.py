@@ -65,7 +65,7 @@ class Agreement:
         switch = 100 * max(row.shift for row in rows)
         return [
             Score(self.name, "cosine", agreement, "%", True, "Agreement", len(pictures)),
-            Score(self.name, "mode_switch", switch, "%", False, "Agreement", len(pictures)),
+            Score(self.name, "mode_switch", switch, "%", False, "Agreement", len(pictures), False),
         ]
 
 

@@ -176,7 +176,11 @@ def recalls(
     shares: Sequence[float],
     num_samples: int,
 ) -> list[Score]:
-    """Turn errors in pixels into recall at thresholds in pixels and in % of the diagonal."""
+    """Turn errors in pixels into recall at thresholds in pixels and in % of the diagonal.
+
+    The middle one of the thresholds in pixels is the headline.
+    """
+    headline = f"recall@{thresholds[len(thresholds) // 2]:g}px"
     limits = {f"recall@{threshold:g}px": threshold for threshold in thresholds}
     limits |= {f"recall@{share:g}%": share / 100 * hypot(*size) for share in shares}
     return [
@@ -188,6 +192,7 @@ def recalls(
             True,
             "Correspondence",
             num_samples,
+            headline=metric == headline,
         )
         for metric, limit in limits.items()
     ]

@@ -95,7 +95,15 @@ class _Sums:
             values["summary_cosine"] = (self.summary_cosine / self.num_pictures, True)
         return [
             Score(
-                "fidelity", f"{metric}/{teacher}", value, "1", higher, "Fidelity", self.num_pictures
+                "fidelity",
+                f"{metric}/{teacher}",
+                value,
+                "1",
+                higher,
+                "Fidelity",
+                self.num_pictures,
+                # The others show the same error otherwise, or can be zero, which has no gain.
+                headline=metric == "fidelity",
             )
             for metric, (value, higher) in values.items()
         ]

@@ -34,6 +34,8 @@ class Metric:
     """The column of the gain table that it counts in."""
     higher_is_better: bool
     unit: str = ""
+    headline: bool = True
+    """Whether it counts; several views of one measurement would weigh it several times."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +122,11 @@ def multi_task_gain(
             f"no results of baseline {baseline!r} ({nearest(baseline, [*runs])})"
         )
     excluded = _missing(runs, definitions, exclude_missing)
-    metrics = {name: metric for name, metric in definitions.items() if name not in excluded}
+    metrics = {
+        name: metric
+        for name, metric in definitions.items()
+        if metric.headline and name not in excluded
+    }
     if not metrics:
         raise ConfigError("no metric is left that every model has; compare fewer models")
     reference = {name: fmean(run[name] for run in runs[baseline]) for name in metrics}
@@ -177,7 +183,11 @@ def _missing(
                     raise UnknownNameError(
                         f"metric {name!r} of model {model!r} has no definition ({known})"
                     )
-            lacking |= {name: model for name in definitions if name not in run}
+            lacking |= {
+                name: model
+                for name, metric in definitions.items()
+                if metric.headline and name not in run
+            }
     if lacking and not exclude:
         name, model = next(iter(lacking.items()))
         more = f" (and {len(lacking) - 1} more)" if len(lacking) > 1 else ""

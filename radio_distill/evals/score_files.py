@@ -137,6 +137,7 @@ def _read_json_lines(path: Path, scores: ScoreSet, settled: frozenset[str]) -> N
             raise DataError(f"{where}: a score needs the field {error}") from error
         if name not in settled:
             fields["unit"] = score.get("unit", "")
+            fields["headline"] = score.get("headline", True)
             scores.define(name, build(Metric, fields, where), where)
         repeats.setdefault(subject, ScoreSet()).add(subject, {name: value})
     for subject, own in repeats.items():

@@ -40,16 +40,27 @@ def build_engine(
     Raises:
         ConfigError: where the engine cannot do what is asked.
     """
+    if engine_name(config, stage, world.world_size) == "single":
+        return SingleProcessEngine(model, config, stage, device)
+    return DeepSpeedEngine(model, config, stage, world, device, micro_batches)
+
+
+def engine_name(config: EngineConfig, stage: StageConfig, world_size: int) -> str:
+    """Return which engine a stage runs on, ``single`` or ``deepspeed``.
+
+    Raises:
+        ConfigError: where that engine cannot do what the recipe asks.
+    """
     name = config.name
     if name == "auto":
-        name = "deepspeed" if world.world_size > 1 else "single"
+        name = "deepspeed" if world_size > 1 else "single"
     if name == "single":
-        if world.world_size > 1:
+        if world_size > 1:
             raise ConfigError(
-                f"engine.name: single runs one process, but {world.world_size} were started; "
+                f"engine.name: single runs one process, but {world_size} were started; "
                 "set it to auto"
             )
-        return SingleProcessEngine(model, config, stage, device)
+        return name
     if stage.optimizer == "lamb" and config.zero_stage > 0:
         raise ConfigError(
             "engine.zero_stage: lamb needs the norm of whole parameters, which ZeRO flattens and "
@@ -60,7 +71,7 @@ def build_engine(
             "engine.zero_stage: 3 cuts up the weights that ema_decay averages; "
             "set engine.zero_stage to 2, or ema_decay to 0"
         )
-    return DeepSpeedEngine(model, config, stage, world, device, micro_batches)
+    return name
 
 
 class _Forward:

@@ -58,7 +58,8 @@ def fit_normalizers(
         names = [
             name
             for name in partition.teachers
-            if _first_partition(recipe, stage, name) is partition
+            if targets.normalizers[name].uses_statistics
+            and _first_partition(recipe, stage, name) is partition
         ]
         moments = _moments_of(targets, names, partition, recipe, world, device, cache)
         for name, value in moments.items():
