@@ -225,6 +225,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", help="name or file")
     parser.add_argument("--stages", nargs="+", default=[], metavar="STAGE", help="default: all")
     parser.add_argument("--cluster", metavar="FILE", help="YAML file with the fields named below")
+    parser.add_argument(
+        "--teacher-upsampler", metavar="NAME", help="upsampler of stage 3's upsampled teachers"
+    )
     parser.add_argument("--executor", choices=EXECUTORS, default="slurm")
     parser.add_argument("--folder", metavar="DIR", help="job files and logs (default: RUN/slurm)")
     parser.add_argument("--output", metavar="DIR", help="folder for run folders (default: runs)")
@@ -236,7 +239,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Submit, or print with ``--dry-run``; ``args.fields`` holds ``field.name=value`` texts."""
     cluster = cluster_from(args, args.cluster)
-    overrides = [f"output={args.output}"] * bool(args.output) + args.fields
+    overrides = [f"output={args.output}"] if args.output else []
+    if args.teacher_upsampler:
+        overrides.append(f"stages.stage3.upsampler.name={args.teacher_upsampler}")
+    overrides += args.fields
     common = (args.recipe, args.stages, cluster, overrides)
     if args.dry_run:
         print("\n\n".join(dry_run(*common, folder=args.folder, resume=args.resume)))

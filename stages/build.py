@@ -18,7 +18,7 @@ from radio_distill.train import checkpoint as checkpoints
 from radio_distill.train.checkpoint import Checkpoint
 from radio_distill.train.distributed import World
 from radio_distill.train.engine import build_engine
-from radio_distill.train.loop import StageRun
+from radio_distill.train.loop import StageRun, stage_seed
 from radio_distill.train.statistics import (
     build_normalizers,
     carry_heads_over,
@@ -43,19 +43,19 @@ def build_run(
 ) -> StageRun:
     """Build everything that this process needs to train a stage.
 
-    What is cheap to check is checked first: images, then the checkpoint to start from, then the
+    What is cheap to check is checked first: the checkpoint to start from, then images, then the
     teachers; the statistics of the teachers, which take time, come last.
     """
     config = stage_of(recipe, stage)
+    start = resumed or start_checkpoint(recipe, stage)
     torch.manual_seed(recipe.seed)
     work = share_out(partitions_of(config), world.world_size, recipe.engine.micro_batch)[world.rank]
     source = ShardBatches(
         recipe.data,
-        seed=recipe.seed,
+        seed=stage_seed(recipe, stage),
         images_per_step=images_per_step(config),
         slices=[StepSlice(micro.start, micro.stop, micro.partition.size) for micro in work],
     )
-    start = resumed or start_checkpoint(recipe, stage)
     targets = build_targets(recipe, stage, device)
     specs = {name: teacher.spec for name, teacher in targets.teachers.items()}
     student = recipe.student if start is None else replace(recipe.student, pretrained="")

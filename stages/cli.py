@@ -15,7 +15,7 @@ if __package__ in (None, ""):  # run as a file: put the checkout, and only it, f
 from radio_distill import __version__
 from radio_distill.errors import ConfigError
 from radio_distill.registry import nearest
-from stages.common import Parser, run_command, run_module
+from stages.arguments import Parser, run_command, run_module
 
 COMMANDS = {
     "demo": ("stages.demo", "run the whole path on real photographs: train, score, report"),

@@ -1,4 +1,4 @@
-"""What every stage does: find the recipe, check the packages, build the parts, train.
+"""What every stage does: find the recipe, check the packages, train, resume.
 
 The only code that knows teachers, upsamplers and the library at once.
 """
@@ -7,15 +7,15 @@ import argparse
 import itertools
 import logging
 import os
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING
 
-from radio_distill.config import Recipe, StageConfig, describe, differences, dump, load
-from radio_distill.errors import CheckpointError, ConfigError, RadioDistillError
+from radio_distill.config import Recipe, StageConfig, differences, dump, load
+from radio_distill.errors import CheckpointError, ConfigError
 from radio_distill.registry import nearest
+
+from .arguments import Parser, fields_help, run_command
 
 if TYPE_CHECKING:
     from radio_distill.train.checkpoint import Checkpoint
@@ -44,64 +44,6 @@ def load_recipe(name: str, overrides: Sequence[str] = (), stage: str = "") -> Re
     return load(find_recipe(name), overrides, stage)
 
 
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, with the nearest valid name."""
-
-    def __init__(self, **settings: Any):
-        # --stage.steps is a field, not short for --stages.
-        super().__init__(
-            formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **settings
-        )
-
-    def error(self, message: str) -> NoReturn:
-        """Raise ConfigError instead of printing the usage."""
-        raise ConfigError(f"{message} (`{self.prog} --help` lists the arguments)")
-
-    def parse(
-        self, argv: Sequence[str] | None, takes_fields: bool
-    ) -> tuple[argparse.Namespace, list[str]]:
-        """Return the parsed arguments and the recipe fields as ``field.name=value``."""
-        plain = list(sys.argv[1:] if argv is None else argv)
-        plain, fields = split_fields(plain) if takes_fields else (plain, [])
-        arguments, unknown = self.parse_known_args(plain)
-        if unknown:
-            flag = unknown[0].partition("=")[0]
-            known = [name for action in self._actions for name in action.option_strings]
-            known += [f"--{row[0]}" for row in describe()] if takes_fields else []
-            raise ConfigError(f"unknown argument {flag!r} ({_nearest_flag(flag, known)})")
-        return arguments, fields
-
-
-def _nearest_flag(flag: str, known: list[str]) -> str:
-    same_ending = [name for name in known if name.rpartition(".")[2] == flag.lstrip("-")]
-    if same_ending:
-        return f"did you mean {same_ending[0]}?"
-    return nearest(flag, known) if len(known) < 20 else nearest(flag, known).partition(",")[0]
-
-
-def split_fields(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Take ``--field.name value`` and ``--field.name=value`` out of a command line.
-
-    A field is known by the dot in its name; of those without one, by the name itself.
-
-    Returns:
-        What is left, and the fields as ``field.name=value``.
-    """
-    rest, fields, arguments = [], [], list(argv)
-    while arguments:
-        flag = arguments.pop(0)
-        name, equals, value = flag.removeprefix("--").partition("=")
-        if not flag.startswith("--") or ("." not in name and name not in ("name", "seed")):
-            rest.append(flag)
-            continue
-        if not equals:
-            if not arguments:
-                raise ConfigError(f"--{name} needs a value")
-            value = arguments.pop(0)
-        fields.append(f"{name}={value}")
-    return rest, fields
-
-
 def stage_folder(recipe: Recipe, stage: str) -> Path:
     """Return the folder of a stage, named after its upsampler too where it uses one."""
     config = stage_of(recipe, stage)
@@ -116,54 +58,6 @@ def stage_of(recipe: Recipe, stage: str) -> StageConfig:
             f"recipe {recipe.name!r} has no {stage} ({nearest(stage, list(recipe.stages))})"
         )
     return recipe.stages[stage]
-
-
-def run_command(command: Callable[[], int | None]) -> int:
-    """Run a command; an error of the user's becomes one line on stderr and exit status 2."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for noisy in ("DeepSpeed", "timm", "torch", "PIL", "matplotlib"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
-    try:
-        return command() or 0
-    except RadioDistillError as error:
-        print(f"radio-distill: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("radio-distill: stopped; --resume goes on from the last checkpoint", file=sys.stderr)
-        return 130
-
-
-def run_module(module: ModuleType, argv: Sequence[str] | None, prog: str | None = None) -> int:
-    """Parse the arguments of a command's module and run it.
-
-    The module has ``add_arguments(parser)`` and ``run(arguments) -> int``. Where it takes recipe
-    fields, its ``TAKES_FIELDS`` is true, ``--help`` explains them, and they arrive in
-    ``arguments.fields`` as ``field.name=value``.
-    """
-    takes_fields = getattr(module, "TAKES_FIELDS", False)
-    parser = Parser(
-        prog=prog,
-        description=module.__doc__,
-        epilog=fields_help() if takes_fields else None,
-    )
-    module.add_arguments(parser)
-    arguments, fields = parser.parse(argv, takes_fields)
-    arguments.fields = fields
-    return int(module.run(arguments) or 0)
-
-
-def run_script(module: ModuleType, argv: Sequence[str] | None = None) -> int:
-    """Run a command's module as a script of its own."""
-    return run_command(lambda: run_module(module, argv))
-
-
-def fields_help() -> str:
-    """Explain every field of a recipe, for the end of ``--help``."""
-    lines = ["every field of the recipe can be set, as --FIELD VALUE:"]
-    for name, default, unit, text in describe():
-        lines.append(f"  --{name}")
-        lines.append(f"        {text} (default: {default}{' ' + unit if unit else ''})")
-    return "\n".join(lines)
 
 
 def add_stage_arguments(parser: argparse.ArgumentParser) -> None:
@@ -211,7 +105,19 @@ def recipe_from(arguments: argparse.Namespace, fields: Sequence[str], stage: str
         overrides.insert(0, f"stages.{target}.upsampler.name={arguments.teacher_upsampler}")
     if arguments.output:
         overrides.insert(0, f"output={arguments.output}")
-    return load_recipe(arguments.recipe, overrides, stage)
+    recipe = load_recipe(arguments.recipe, overrides, stage)
+    if arguments.teacher_upsampler:
+        _check_upsamples(recipe, stage or "stage3")
+    return recipe
+
+
+def _check_upsamples(recipe: Recipe, stage: str) -> None:
+    """Raise ConfigError where an upsampler was asked for that nothing would go through."""
+    if not any(partition.upsample for partition in stage_of(recipe, stage).partitions):
+        raise ConfigError(
+            f"--teacher-upsampler: no partition of {stage} upsamples a teacher; name some in "
+            f"stages.{stage}.partitions.N.upsample"
+        )
 
 
 def train_stage(
@@ -323,9 +229,8 @@ def start_checkpoint(recipe: Recipe, stage: str) -> "Checkpoint | None":
     try:
         return checkpoints.find(path)
     except CheckpointError as error:
-        mend = (
-            f"run it first: python stages/{start}.py --recipe {recipe.name}"
-            if start in recipe.stages
-            else f"set stages.{stage}.start_from"
-        )
+        mend = f"set stages.{stage}.start_from"
+        if start in recipe.stages:
+            mend = f"run it first: python stages/{start}.py --recipe {recipe.name}"
+            mend += ", or `make demo`, which runs all stages" if recipe.name == "demo" else ""
         raise ConfigError(f"{stage} starts from {start}, but {error}; {mend}") from error

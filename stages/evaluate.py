@@ -20,7 +20,7 @@ if __package__ in (None, ""):  # run as a file: put the checkout, and only it, f
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from radio_distill.config import EvaluationConfig, Recipe, build, dump, override
-from stages.common import run_script
+from stages.arguments import run_script
 
 if TYPE_CHECKING:
     from radio_distill.evals.mtl_gain import Metric

@@ -22,7 +22,7 @@ from radio_distill.evals.score_files import read_definitions, read_scores
 from radio_distill.evals.tables import FORMATS, Table, print_tables, render
 from radio_distill.files import reason_of, replacing
 from radio_distill.registry import nearest
-from stages.common import run_command
+from stages.arguments import run_command
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -17,7 +17,8 @@ if __package__ in (None, ""):  # run as a file: put the checkout, and only it, f
 
 from radio_distill.config import Recipe
 from radio_distill.errors import ConfigError
-from stages.common import load_recipe, run_script, train_stage
+from stages.arguments import run_script
+from stages.common import load_recipe, train_stage
 from stages.evaluate import results_and_definitions, score_checkpoints
 
 if TYPE_CHECKING:

@@ -143,12 +143,14 @@ def multi_task_gain(
 
 
 def score_tables(results: Results, definitions: Mapping[str, Metric]) -> list[Table]:
-    """Lay out the scores themselves: a table for each group, a row for each model."""
+    """Lay out the scores themselves: a table for each group, a row for each model that has any."""
     runs = _runs(results)
     tables = []
     for group, names in _group(definitions).items():
         rows = [
-            (model, *(_score(repeats, name) for name in names)) for model, repeats in runs.items()
+            (model, *(_score(repeats, name) for name in names))
+            for model, repeats in runs.items()
+            if any(name in run for run in repeats for name in names)
         ]
         scores = zip(*(row[1:] for row in rows), strict=True)
         columns = [

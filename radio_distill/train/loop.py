@@ -12,6 +12,7 @@ draws of the position augmentation. A run that was interrupted goes on with the 
 
 import logging
 import time
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,8 +65,18 @@ class StageRun:
         return self.recipe.stages[self.stage]
 
     @property
+    def seed(self) -> int:
+        """Seed of the stage: each stage has an order of images and draws of its own."""
+        return stage_seed(self.recipe, self.stage)
+
+    @property
     def teachers(self) -> dict[str, TeacherSpec]:
         return {name: teacher.spec for name, teacher in self.targets.teachers.items()}
+
+
+def stage_seed(recipe: Recipe, stage: str) -> int:
+    """Derive the seed of a stage from the recipe's."""
+    return zlib.crc32(f"{recipe.seed}/{stage}".encode())
 
 
 def train(run: StageRun) -> Path:
@@ -79,7 +90,7 @@ def train(run: StageRun) -> Path:
     images = images_per_step(config)
     rates = learning_rates(config)
     meter = Meter(_term_names(config), run.engine.device)
-    seen = Progress(run.stage, total * images, "img", run.start_step * images, run.world.is_main)
+    seen = Progress(run.folder.name, total * images, "img", run.start_step * images, run.world.is_main)
     sinks = open_sinks(run.folder, log.tensorboard, run.world.is_main, run.start_step)
     last_good = checkpoints.newest(run.folder / "checkpoints")
     folder = last_good.folder if last_good is not None else Path()
@@ -116,9 +127,9 @@ def accumulate(
     """
     recipe, config = run.recipe, run.config
     # Stochastic depth draws from the global generator.
-    torch.manual_seed(recipe.seed * 1_000_003 + step * 131 + run.world.rank)
+    torch.manual_seed(run.seed + step * 131 + run.world.rank)
     frozen = step < config.freeze_body_steps
-    draws = position_draws(recipe.seed, step, images_per_step(config))
+    draws = position_draws(run.seed, step, images_per_step(config))
     total = torch.zeros((), device=run.engine.device)
     latest: dict[str, Tensor] = {}
     for index, (micro, batch) in enumerate(zip(run.micro_batches, batches, strict=True)):

@@ -170,8 +170,24 @@ def test_to_table__group_called_like_the_total() -> None:
 
 def test_score_tables__a_table_a_group_with_gaps_shown() -> None:
     first, second = score_tables({"base": BASE, "part": {"seg/miou": 41.5}}, UNEVEN)
-    assert first.rows[1] == ("part", None)
+    assert [row[0] for row in first.rows] == ["base"], "a model without any score has no row"
+    assert second.rows[1][0] == "part"
+    assert second.rows[1].count(None) == 2
     assert [column.heading for column in second.columns] == [
         "Model", "depth/rmse ↓", "seg/miou (%) ↑", "seg/accuracy (%) ↑",
     ]  # fmt: skip
     assert "41.50" in second.to_markdown()
+
+
+def test_multi_task_gain__only_headlines_count():
+    definitions = {
+        "a": Metric(group="g", higher_is_better=True),
+        "b": Metric(group="g", higher_is_better=True, headline=False),
+    }
+    results = {"base": {"a": 10.0, "b": -1.0}, "new": {"a": 11.0}}
+    gain = multi_task_gain(results, "base", definitions)
+    assert gain.totals["new"].mean == pytest.approx(10)
+    assert gain.num_metrics == {"g": 1}
+    only = {"b": definitions["b"]}
+    with pytest.raises(ConfigError, match="no metric is left"):
+        multi_task_gain({"base": {"b": 1.0}}, "base", only)

@@ -1,0 +1,118 @@
+"""Command lines: one-line errors, recipe fields as flags, and a face for every sub-command."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any, NoReturn
+
+from radio_distill.config import describe
+from radio_distill.errors import ConfigError, RadioDistillError
+from radio_distill.registry import nearest
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, with the nearest valid name."""
+
+    def __init__(self, **settings: Any):
+        # --stage.steps is a field, not short for --stages.
+        super().__init__(
+            formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **settings
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Raise ConfigError instead of printing the usage."""
+        raise ConfigError(f"{message} (`{self.prog} --help` lists the arguments)")
+
+    def parse(
+        self, argv: Sequence[str] | None, takes_fields: bool
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """Return the parsed arguments and the recipe fields as ``field.name=value``."""
+        plain = list(sys.argv[1:] if argv is None else argv)
+        plain, fields = split_fields(plain) if takes_fields else (plain, [])
+        arguments, unknown = self.parse_known_args(plain)
+        if unknown:
+            flag = unknown[0].partition("=")[0]
+            known = [name for action in self._actions for name in action.option_strings]
+            known += [f"--{row[0]}" for row in describe()] if takes_fields else []
+            raise ConfigError(f"unknown argument {flag!r} ({_nearest_flag(flag, known)})")
+        return arguments, fields
+
+
+def _nearest_flag(flag: str, known: list[str]) -> str:
+    same_ending = [name for name in known if name.rpartition(".")[2] == flag.lstrip("-")]
+    if same_ending:
+        return f"did you mean {same_ending[0]}?"
+    return nearest(flag, known) if len(known) < 20 else nearest(flag, known).partition(",")[0]
+
+
+def split_fields(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Take ``--field.name value`` and ``--field.name=value`` out of a command line.
+
+    A field is known by the dot in its name; of those without one, by the name itself.
+
+    Returns:
+        What is left, and the fields as ``field.name=value``.
+    """
+    rest, fields, arguments = [], [], list(argv)
+    while arguments:
+        flag = arguments.pop(0)
+        name, equals, value = flag.removeprefix("--").partition("=")
+        if not flag.startswith("--") or ("." not in name and name not in ("name", "seed")):
+            rest.append(flag)
+            continue
+        if not equals:
+            if not arguments:
+                raise ConfigError(f"--{name} needs a value")
+            value = arguments.pop(0)
+        fields.append(f"{name}={value}")
+    return rest, fields
+
+
+def run_command(command: Callable[[], int | None]) -> int:
+    """Run a command; an error of the user's becomes one line on stderr and exit status 2."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for noisy in ("DeepSpeed", "timm", "torch", "PIL", "matplotlib"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    try:
+        return command() or 0
+    except RadioDistillError as error:
+        print(f"radio-distill: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("radio-distill: stopped; --resume goes on from the last checkpoint", file=sys.stderr)
+        return 130
+
+
+def run_module(module: ModuleType, argv: Sequence[str] | None, prog: str | None = None) -> int:
+    """Parse the arguments of a command's module and run it.
+
+    The module has ``add_arguments(parser)`` and ``run(arguments) -> int``. Where it takes recipe
+    fields, its ``TAKES_FIELDS`` is true, ``--help`` explains them, and they arrive in
+    ``arguments.fields`` as ``field.name=value``.
+    """
+    takes_fields = getattr(module, "TAKES_FIELDS", False)
+    parser = Parser(
+        prog=prog,
+        description=module.__doc__,
+        epilog=fields_help() if takes_fields else None,
+    )
+    module.add_arguments(parser)
+    arguments, fields = parser.parse(argv, takes_fields)
+    arguments.fields = fields
+    return int(module.run(arguments) or 0)
+
+
+def run_script(module: ModuleType, argv: Sequence[str] | None = None) -> int:
+    """Run a command's module as a script of its own."""
+    return run_command(lambda: run_module(module, argv))
+
+
+def fields_help() -> str:
+    """Explain every field of a recipe, for the end of ``--help``."""
+    lines = ["every field of the recipe can be set, as --FIELD VALUE:"]
+    for name, default, unit, text in describe():
+        lines.append(f"  --{name}")
+        lines.append(f"        {text} (default: {default}{' ' + unit if unit else ''})")
+    return "\n".join(lines)

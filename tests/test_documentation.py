@@ -1,0 +1,76 @@
+"""The documentation says what is true: its commands parse, its links lead somewhere."""
+
+import argparse
+import re
+import shlex
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from radio_distill.config import describe, override
+from radio_distill.errors import ConfigError
+from stages.arguments import Parser
+from stages.cli import COMMANDS
+from stages.cli import main as cli
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def commands() -> list[tuple[str, str]]:
+    """Every ``radio-distill …`` line of a code block, continued lines joined."""
+    found = []
+    for page in PAGES:
+        for block in re.findall(r"```\w*\n(.*?)```", page.read_text(), re.DOTALL):
+            for line in block.replace("\\\n", " ").splitlines():
+                if line.startswith("radio-distill "):
+                    found.append((page.name, line))
+    return found
+
+
+@pytest.mark.parametrize(("page", "line"), commands())
+def test_commands__exist_with_their_arguments(page, line):
+    _, name, *arguments = shlex.split(line, comments=True)
+    module = import_module(COMMANDS[name][0])
+    parser = Parser(prog=name)
+    module.add_arguments(parser)
+    takes_fields = getattr(module, "TAKES_FIELDS", False)
+    parsed, fields = parser.parse(arguments, takes_fields)
+    assert isinstance(parsed, argparse.Namespace)
+    known = {re.sub(r"\.(NAME|N)\b", "", row[0]).rpartition(".")[2] for row in describe()}
+    for field in fields:
+        assert field.partition("=")[0].rpartition(".")[2] in known, field
+
+
+def test_commands__the_readme_shows_most_of_them():
+    shown = {shlex.split(line)[1] for page, line in commands() if page == "README.md"}
+    assert set(COMMANDS) - shown <= {"demo", "fields"}
+
+
+def test_fields__the_page_is_what_the_command_prints(capsys):
+    assert cli(["fields", "--markdown"]) == 0
+    assert (ROOT / "docs" / "fields.md").read_text() == capsys.readouterr().out
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links__lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        if "://" not in target:
+            assert (page.parent / target).exists(), target
+
+
+def test_parser__unknown_flags_name_the_nearest():
+    parser = Parser(prog="x")
+    parser.add_argument("--resume", action="store_true")
+    with pytest.raises(ConfigError, match=r"unknown argument '--resmue' \(did you mean '--resume'"):
+        parser.parse(["--resmue"], takes_fields=True)
+    with pytest.raises(ConfigError, match=r"did you mean --stages\.NAME\.steps\?"):
+        parser.parse(["--steps", "3"], takes_fields=True)
+    with pytest.raises(ConfigError, match="--seed needs a value"):
+        parser.parse(["--seed"], takes_fields=True)
+    assert parser.parse(["--seed", "3", "--resume", "--a.b=c"], takes_fields=True)[1] == [
+        "seed=3",
+        "a.b=c",
+    ]
+    assert override({"seed": 0}, ["seed=3"]) == {"seed": 3}
