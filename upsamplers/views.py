@@ -6,12 +6,12 @@ Figure 4). Tiles have neither overlap nor margin, as in the paper.
 """
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
 from radio_distill.errors import ConfigError
 from radio_distill.protocols import Teacher
+from radio_distill.targets import resize
 from radio_distill.types import Features, Size
 
 
@@ -27,13 +27,6 @@ def low_resolution(teacher: Teacher, grid: Size, factor: int) -> Size:
         )
     height, width = (cells // factor * teacher.spec.patch_size for cells in grid)
     return height, width
-
-
-def resize(pixels: Tensor, size: Size) -> Tensor:
-    """Resize ``[B, 3, H, W]`` to ``size``, bilinear, with antialiasing where it shrinks."""
-    if tuple(pixels.shape[-2:]) == size:
-        return pixels
-    return F.interpolate(pixels, size, mode="bilinear", align_corners=False, antialias=True)
 
 
 def cut(pixels: Tensor, factor: int) -> Tensor:

@@ -90,7 +90,9 @@ def train(run: StageRun) -> Path:
     images = images_per_step(config)
     rates = learning_rates(config)
     meter = Meter(_term_names(config), run.engine.device)
-    seen = Progress(run.folder.name, total * images, "img", run.start_step * images, run.world.is_main)
+    seen = Progress(
+        run.folder.name, total * images, "img", run.start_step * images, run.world.is_main
+    )
     sinks = open_sinks(run.folder, log.tensorboard, run.world.is_main, run.start_step)
     last_good = checkpoints.newest(run.folder / "checkpoints")
     folder = last_good.folder if last_good is not None else Path()

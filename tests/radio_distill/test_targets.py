@@ -1,0 +1,99 @@
+"""What teachers are shown, and what the student is asked for."""
+
+import pytest
+import torch
+
+from radio_distill.balance import NORMALIZERS
+from radio_distill.balance.moments import Moments
+from radio_distill.config import PartitionConfig, TeacherConfig, UpsamplerConfig
+from radio_distill.errors import ConfigError
+from radio_distill.targets import TargetMaker, input_size, resize
+from radio_distill.types import TeacherSpec
+from teachers import build_teacher
+from upsamplers import build_upsampler
+
+
+def spec_of(**changes) -> TeacherSpec:
+    values = dict.fromkeys(("mean", "std"), (0.5, 0.5, 0.5)) | {
+        "name": "t", "channels": 8, "summary_channels": None, "patch_size": 14,
+        "native_size": (224, 224), "max_size": None,
+    }  # fmt: skip
+    return TeacherSpec(**(values | changes))
+
+
+def partition_of(size, **changes) -> PartitionConfig:
+    return PartitionConfig(name="p", size=size, teachers=("t",), batch_size=1, **changes)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "size", "expected"),
+    [
+        ("native", 512, (224, 224)),
+        ("match", 512, (448, 448)),  # 32 cells of 16 px, of 14 px
+        ("match", (256, 512), (224, 448)),
+        (336, 512, (336, 336)),
+        (336, (256, 512), (168, 336)),  # the longer side, aspect kept
+        ("native", (512, 320), (224, 140)),
+        ("native", (512, 16), (224, 14)),  # never less than a cell
+    ],
+)
+def test_input_size__rules(wanted, size, expected):
+    config = TeacherConfig(preset="x", input_size=wanted)
+    assert input_size(config, spec_of(), partition_of(size), 16) == expected
+
+
+def test_input_size__the_partition_goes_first_and_a_fixed_teacher_never_gives_way():
+    config = TeacherConfig(preset="x", input_size=224)
+    partition = partition_of(512, teacher_sizes={"t": 448})
+    assert input_size(config, spec_of(), partition, 16) == (448, 448)
+    fixed = spec_of(fixed_size=True, native_size=(1022, 1022))
+    assert input_size(config, fixed, partition, 16) == (1022, 1022)
+
+
+def test_input_size__what_cannot_be():
+    with pytest.raises(ConfigError, match=r"500 is not a multiple of its patch 14 \(nearest 504\)"):
+        input_size(TeacherConfig(preset="x", input_size=500), spec_of(), partition_of(512), 16)
+    with pytest.raises(ConfigError, match=r"448x448 .* above its largest 224; set teacher_sizes"):
+        match = TeacherConfig(preset="x", input_size="match")
+        input_size(match, spec_of(max_size=224), partition_of(512), 16)
+
+
+def test_resize__stays_in_range_and_keeps_constants():
+    edge = torch.zeros(1, 3, 32, 32)
+    edge[..., 16:] = 1
+    resized = resize(edge, (48, 80))
+    assert resized.shape == (1, 3, 48, 80)
+    assert resized.min() >= 0
+    assert resized.max() <= 1
+    grey = torch.full((1, 3, 20, 30), 0.3)
+    torch.testing.assert_close(resize(grey, (7, 11)), torch.full((1, 3, 7, 11), 0.3))
+    assert resize(edge, (32, 32)) is edge
+
+
+@pytest.mark.parametrize("upsampler", ["bilinear", "tile"])
+def test_target_maker__grids_scale_and_upsampler(upsampler):
+    configs = {"vit": TeacherConfig(preset="tiny_vit"), "sam": TeacherConfig(preset="tiny_samvit")}
+    teachers = {name: build_teacher(name, config) for name, config in configs.items()}
+    normalizers = {}
+    for name, teacher in teachers.items():
+        moments = Moments(teacher.spec.channels)
+        size = teacher.spec.native_size
+        moments.update(teacher.encode(torch.rand(4, 3, *size)).spatial)
+        normalizers[name] = NORMALIZERS.get("global_standardise")().fit(moments)
+    up = build_upsampler(UpsamplerConfig(name=upsampler, factor=2), {"vit": teachers["vit"]})
+    targets = TargetMaker(teachers, configs, up, normalizers, student_patch_size=16)
+    partition = PartitionConfig(
+        name="high", size=128, teachers=("vit", "sam"), batch_size=2, upsample=("vit",)
+    )
+    pixels = torch.rand(2, 3, 128, 128)
+    made = targets(pixels, partition)
+
+    low = teachers["vit"].spec.grid(teachers["vit"].spec.native_size)
+    assert made["vit"].spatial.shape[-2:] == (2 * low[0], 2 * low[1])
+    assert made["sam"].summary is None
+    plain = teachers["sam"].encode(resize(pixels, teachers["sam"].spec.native_size))
+    torch.testing.assert_close(made["sam"].spatial, normalizers["sam"].apply(plain.spatial))
+    raw = up(teachers["vit"], pixels, (2 * low[0], 2 * low[1]))
+    torch.testing.assert_close(made["vit"].spatial, normalizers["vit"].apply(raw.spatial))
+    own = targets.own_grid("vit", pixels, partition)
+    assert own.spatial.shape[-2:] == low, "statistics are of the teacher's own grid"
