@@ -134,5 +134,5 @@ def _restore(run: StageRun, resumed: Checkpoint) -> None:
     load_normalizers(run.targets.normalizers, resumed.tensors(checkpoints.STATISTICS))
     if run.ema is not None and resumed.has(checkpoints.EMA):
         run.ema.load_state_dict(resumed.tensors(checkpoints.EMA))
-    run.start_step = resumed.step
+    run.start_step, run.last_checkpoint = resumed.step, resumed.folder
     logger.info("resuming %s after step %d", run.stage, resumed.step)

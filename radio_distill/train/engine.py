@@ -127,10 +127,14 @@ class SingleProcessEngine(_Forward):
         loss.backward()
 
     def step(self, learning_rates: Mapping[str, float]) -> float:
-        """Clip, update at these rates, clear; returns the norm of the gradient before clipping."""
+        """Clip, update at these rates, clear; returns the norm of the gradient before clipping.
+
+        Nothing is updated where the norm is not finite.
+        """
         set_learning_rates(self._optimizer, learning_rates)
         norm = _clip_gradient(self.model, self._clip)
-        self._optimizer.step()
+        if torch.isfinite(norm):
+            self._optimizer.step()
         self._optimizer.zero_grad()
         return float(norm)
 
@@ -188,11 +192,15 @@ class DeepSpeedEngine(_Forward):
         self._engine.backward(loss * self.world_size, scale_wrt_gas=False)
 
     def step(self, learning_rates: Mapping[str, float]) -> float:
-        """Clip, update at these rates, clear; returns the norm of the gradient before clipping."""
+        """Clip, update at these rates, clear; returns the norm of the gradient before clipping.
+
+        Nothing is updated where the norm is not finite.
+        """
         set_learning_rates(self._engine.optimizer, learning_rates)
         if self._zero_stage == 0:  # DeepSpeed tells no norm there, so it is left to us to clip
             norm = _clip_gradient(self.model, self._clip)
-            self._engine.step()
+            if torch.isfinite(norm):
+                self._engine.step()
         else:
             self._engine.step()
             norm = self._engine.get_global_grad_norm()

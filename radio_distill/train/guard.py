@@ -4,7 +4,9 @@ DeepSpeed's own check differs between ZeRO stages (with float32 and stage 0 ther
 loss is checked here, before the update, on all ranks together.
 """
 
+import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -28,17 +30,28 @@ def check_targets(targets: Mapping[str, Features], keys: Sequence[str]) -> None:
             )
 
 
-def check_loss(loss: Tensor, terms: Mapping[str, Tensor], step: int, last_good: str) -> None:
+def check_loss(
+    loss: Tensor, terms: Mapping[str, Tensor], step: int, last_good: Path | None
+) -> None:
     """Raise DivergedError on every rank when the step's loss is not finite on any of them."""
     broken = sum_over_ranks((~torch.isfinite(loss)).to(torch.float32).reshape(1))
     if not float(broken):
         return
     names = [name for name, value in terms.items() if not bool(torch.isfinite(value))]
     where = f" ({', '.join(names)})" if names else " on another process"
-    resume = (
+    raise DivergedError(f"step {step}: the loss is not finite{where}; {_advice(last_good)}")
+
+
+def check_gradient(norm: float, step: int, last_good: Path | None) -> None:
+    """Raise DivergedError for a gradient that is not finite; no engine takes such a step."""
+    if not math.isfinite(norm):
+        raise DivergedError(
+            f"step {step}: the gradient is not finite, though the loss is; {_advice(last_good)}"
+        )
+
+
+def _advice(last_good: Path | None) -> str:
+    found = (
         f"the last good checkpoint is {last_good}" if last_good else "there is no checkpoint yet"
     )
-    raise DivergedError(
-        f"step {step}: the loss is not finite{where}; {resume}; lower the learning rate, "
-        "or set engine.precision to float32"
-    )
+    return f"{found}; lower the learning rate, or set engine.precision to float32"

@@ -33,7 +33,7 @@ from ..targets import TargetMaker
 from ..types import ImageBatch, TeacherSpec
 from . import checkpoint as checkpoints
 from .distributed import World, from_main
-from .guard import check_loss, check_targets
+from .guard import check_gradient, check_loss, check_targets
 from .meter import Meter
 from .schedule import every, learning_rates
 from .sinks import open_sinks
@@ -59,6 +59,8 @@ class StageRun:
     ema: Ema | None = None
     start_step: int = 0
     """Steps that were done before, in a resumed run."""
+    last_checkpoint: Path | None = None
+    """The newest whole one; named where the run has to stop."""
 
     @property
     def config(self) -> StageConfig:
@@ -94,9 +96,6 @@ def train(run: StageRun) -> Path:
         run.folder.name, total * images, "img", run.start_step * images, run.world.is_main
     )
     sinks = open_sinks(run.folder, log.tensorboard, run.world.is_main, run.start_step)
-    last_good = checkpoints.newest(run.folder / "checkpoints")
-    folder = last_good.folder if last_good is not None else Path()
-
     batches = run.source.batches(run.start_step)
     with seen, sinks:
         waited = 0.0
@@ -105,9 +104,10 @@ def train(run: StageRun) -> Path:
             step_batches = next(batches)
             waited += time.monotonic() - asked
             loss, terms = accumulate(run, step, step_batches, meter)
-            check_loss(loss, terms, step + 1, str(folder) if folder.name else "")
+            check_loss(loss, terms, step + 1, run.last_checkpoint)
             step_rates = {group: float(values[step]) for group, values in rates.items()}
             norm = run.engine.step(step_rates)
+            check_gradient(norm, step + 1, run.last_checkpoint)
             if run.ema is not None:
                 run.ema.update(run.engine.model, config.ema_decay)
             done = step + 1
@@ -116,8 +116,9 @@ def train(run: StageRun) -> Path:
                 values = _log_values(meter, step_rates, norm, seen, waited)
                 sinks.write(done, values)
             if every(done, log.save_every, total):
-                folder = save(run, done)
-    return folder
+                run.last_checkpoint = save(run, done)
+    assert run.last_checkpoint is not None, "a stage always ends with a checkpoint"
+    return run.last_checkpoint
 
 
 def accumulate(

@@ -53,8 +53,8 @@ def test_input_size__the_partition_goes_first_and_a_fixed_teacher_never_gives_wa
 def test_input_size__what_cannot_be():
     with pytest.raises(ConfigError, match=r"500 is not a multiple of its patch 14 \(nearest 504\)"):
         input_size(TeacherConfig(preset="x", input_size=500), spec_of(), partition_of(512), 16)
+    match = TeacherConfig(preset="x", input_size="match")
     with pytest.raises(ConfigError, match=r"448x448 .* above its largest 224; set teacher_sizes"):
-        match = TeacherConfig(preset="x", input_size="match")
         input_size(match, spec_of(max_size=224), partition_of(512), 16)
 
 
