@@ -145,14 +145,14 @@ def train_stage(
     try:
         checkpoint = _checkpoint_to_resume(folder, recipe, stage, allow_changed) if resume else None
         if checkpoint is not None and checkpoint.step >= config.steps:
-            logging.info("%s is complete: %s", stage, checkpoint.folder)
+            logging.info("%s is complete: %s", folder.name, checkpoint.folder)
             return checkpoint.folder
         if world.is_main:
             prepare_folder(folder, recipe, fresh=checkpoint is None)
         from radio_distill.train.loop import train
 
         last = train(build_run(stage, recipe, folder, world, device, checkpoint))
-        logging.info("%s: %s", stage, last)
+        logging.info("%s: %s", folder.name, last)
         return last
     finally:
         leave()

@@ -1,0 +1,85 @@
+"""The commands around training: sweep, report, shards, list."""
+
+import json
+
+import pytest
+
+from stages.cli import main as cli
+
+
+@pytest.fixture
+def trained(recipe_file):
+    """The tiny recipe after its first two stages."""
+    assert cli(["train", str(recipe_file), "--stages", "stage1", "stage2", "--seed", "5"]) == 0
+    return recipe_file
+
+
+def test_sweep__trains_scores_compares_and_goes_on_where_it_was(trained, capfd):
+    sweep = ["sweep", str(trained), "--seed", "5", "--upsamplers", "bilinear", "tile"]
+    assert cli(sweep) == 0
+    folder = trained.parent / "runs" / "tiny"
+    table = capfd.readouterr().out
+    assert "stage3-tile" in table
+    assert "Δm" in table
+    rows = json.loads((folder / "gain.json").read_text())
+    assert "stage3-bilinear" in json.dumps(rows)
+    for suffix in ("md", "csv", "tex"):
+        assert (folder / f"gain.{suffix}").read_text()
+    checkpoint = folder / "stage3-tile" / "checkpoints" / "step-00000004" / "student.safetensors"
+    written = checkpoint.stat().st_mtime_ns
+
+    assert cli(sweep) == 0
+    assert checkpoint.stat().st_mtime_ns == written
+
+    assert cli(["report", str(folder), "--pictures", "1"]) == 0
+    page = (folder / "report.html").read_text()
+    assert "stage3-tile" in page
+    assert "untrained student" in page
+    assert "http://" not in page.replace("http://www.w3.org", "")
+
+
+def test_sweep__mistakes_end_before_anything_is_trained(trained, capfd):
+    assert cli(["sweep", str(trained), "--upsamplers", "tile"]) == 2
+    assert "--baseline bilinear is not among --upsamplers tile" in capfd.readouterr().err
+    assert cli(["sweep", str(trained), "--upsamplers", "bilinear", "tlie"]) == 2
+    assert "did you mean 'tile'?" in capfd.readouterr().err
+    assert not list((trained.parent / "runs" / "tiny").glob("stage3*"))
+
+
+def test_report__of_nothing_says_what_to_do(tmp_path, capfd):
+    assert cli(["report", str(tmp_path)]) == 2
+    assert "train one first" in capfd.readouterr().err
+
+
+def test_shards__write_then_check(tmp_path, pictures, capfd):
+    (tmp_path / "pictures").mkdir()
+    for source in sorted((pictures / "train").glob("*.png"))[:3]:
+        (tmp_path / "pictures" / source.name).write_bytes(source.read_bytes())
+    (tmp_path / "pictures" / "broken.jpg").write_bytes(b"no picture")
+    out = tmp_path / "shards"
+    assert cli(["shards", str(tmp_path / "pictures"), str(out)]) == 0
+    printed = capfd.readouterr().out
+    assert "3 pictures in 1 shards" in printed
+    assert "left out broken.jpg" in printed
+    assert cli(["shards", "--check", str(out)]) == 0
+    assert "3 images in 1 shards" in capfd.readouterr().out
+
+    shard = next(out.glob("*.tar"))
+    shard.write_bytes(shard.read_bytes()[:1500])
+    assert cli(["shards", "--check", str(out)]) == 1
+    assert "damaged:" in capfd.readouterr().out
+    assert cli(["shards", str(tmp_path / "absent"), str(out)]) == 2
+    assert "is not a folder" in capfd.readouterr().err
+
+
+def test_list__every_kind(capfd):
+    assert cli(["list"]) == 0
+    printed = capfd.readouterr().out
+    for name in ("dfn_clip_h14_378", "tile", "phi_s", "knn", "fidelity", "radio_v2_5_l"):
+        assert name in printed
+
+
+@pytest.mark.parametrize(("command", "expected"), [("trian", "'train'"), ("plann", "'plan'")])
+def test_cli__unknown_command(command, expected, capfd):
+    assert cli([command]) == 2
+    assert f"did you mean {expected}?" in capfd.readouterr().err
