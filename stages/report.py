@@ -37,17 +37,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--baseline", help="subject of the gain table (default: the first stage 3)")
     parser.add_argument("--output", type=Path, help="file (default: report.html in the run folder)")
     parser.add_argument("--pictures", type=int, default=3, help="pictures to paint (default: 3)")
+    parser.add_argument(
+        "--source", metavar="DIR", help="where from (default: the recipe's evaluation.pictures)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Write the page."""
-    path = report(arguments.folder, arguments.baseline, arguments.output, arguments.pictures)
+    path = report(
+        arguments.folder,
+        arguments.baseline,
+        arguments.output,
+        arguments.pictures,
+        arguments.source,
+    )
     print(f"report: {path}")
     return 0
 
 
 def report(
-    folder: Path, baseline: str | None = None, output: Path | None = None, pictures: int = 3
+    folder: Path,
+    baseline: str | None = None,
+    output: Path | None = None,
+    pictures: int = 3,
+    source: str | None = None,
 ) -> Path:
     """Write the page of a run folder; returns its path."""
     from radio_distill.config import dump
@@ -60,7 +73,7 @@ def report(
         title=f"radio_distill: {newest.recipe.name}",
         summary=_summary(newest, students),
         tables=_tables(folder / SCORES, [label_of(student) for student in students], baseline),
-        figures=_sheets(students, pictures),
+        figures=_sheets(students, pictures, source or newest.recipe.evaluation.pictures),
         curves=_curves(folder),
         recipe_text=dump(newest.recipe),
     )
@@ -103,14 +116,14 @@ def _curves(folder: Path) -> "list[Figure]":
     return training_curves({path.parent.name: read_json_lines(path) for path in logs})
 
 
-def _sheets(students: "Sequence[Checkpoint]", count: int) -> "list[Figure]":
+def _sheets(students: "Sequence[Checkpoint]", count: int, source: str) -> "list[Figure]":
     """Paint the features of held-out pictures, teachers above students, one column a size."""
     from radio_distill.data.folder import load_pictures
     from radio_distill.evals.pictures import feature_sheet
     from radio_distill.evals.report import Figure
 
     encoders = _encoders(students)
-    pictures = load_pictures(students[-1].recipe.evaluation.pictures, count)
+    pictures = load_pictures(source, count)
     figures = []
     with Progress("pictures", len(pictures), unit="pictures") as bar:
         for number, (key, picture) in enumerate(pictures, 1):
