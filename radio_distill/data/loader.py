@@ -267,11 +267,14 @@ def _as_is(batch: Any) -> Any:
     return batch
 
 
+_SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
+"""Slurm sends them to every process of a job; a worker would run the handler of its parent, or die
+before the parent has saved."""
+
+
 def _prepare_worker(worker: int) -> None:
-    # Slurm signals every process of a job, and a worker would run the handler of its parent, or die
-    # before the parent has saved.
-    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     warnings.filterwarnings("ignore", module="PIL")  # what matters is counted as a bad image
 
 
@@ -281,7 +284,10 @@ def _running(loader: "DataLoader[Any]") -> Iterator[Iterator["_Batch | DataError
 
     As they ignore SIGTERM, multiprocessing would wait for them for ever at the end of the program.
     """
+    # Workers inherit the mask, so that no signal can reach one while it starts.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     stream = iter(loader)
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     end = getattr(stream, "_shutdown_workers", lambda: None)  # there are none with workers=0
     atexit.register(end)
     try:
