@@ -8,11 +8,12 @@ pictures; drawings, masks, colour charts and anything that would have to be down
 import hashlib
 import random
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from radio_distill.data.images import IMAGE_SUFFIXES
+from radio_distill.data.shards import find_pictures
 from radio_distill.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -39,7 +40,6 @@ HELD_OUT = {
     "motorcycle_left.png": 20,
     "motorcycle_right.png": 20,
 }
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
 
 _LONGEST = 640  # px; larger crops are reduced, none is enlarged
 _SHORTEST = 192  # px
@@ -83,15 +83,8 @@ def gather_demo_pictures(out: Path, data: Path | None = None) -> DemoPictures:
                 _link(files, data, folders[name])
     except OSError as error:
         raise ConfigError(f"cannot write pictures to {out}: {error.strerror or error}") from error
-    train, held_out = (len(list(find_pictures(folder))) for folder in folders.values())
+    train, held_out = (len(find_pictures(folder)) for folder in folders.values())
     return DemoPictures(folders["train"], folders["held_out"], train, held_out)
-
-
-def find_pictures(folder: Path) -> Iterator[Path]:
-    """Yield the picture files below a folder, in the order of their paths."""
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in SUFFIXES and path.is_file():
-            yield path
 
 
 def photograph(name: str) -> "Image":
@@ -161,11 +154,11 @@ def _check_apart(out: Path, data: Path) -> None:
 def _split(data: Path) -> dict[str, list[Path]]:
     if not data.is_dir():
         raise DataError(f"no folder {data}; DATA is a folder of pictures")
-    files = list(find_pictures(data))
+    files = find_pictures(data)
     if len(files) < 2:
         raise DataError(
             f"{len(files)} pictures in {data}; at least 2 are needed, one to learn from and one to "
-            f"hold out ({', '.join(sorted(SUFFIXES))})"
+            f"hold out ({', '.join(IMAGE_SUFFIXES)})"
         )
     files.sort(key=lambda path: hashlib.sha256(path.relative_to(data).as_posix().encode()).digest())
     held_out = files[::10]

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from radio_distill.data.shards import find_pictures
 from radio_distill.errors import ConfigError, DataError
 from stages.pictures import (
     HELD_OUT,
     TRAIN,
     DemoPictures,
-    find_pictures,
     gather_demo_pictures,
     photograph,
 )
