@@ -98,12 +98,6 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-def barrier() -> None:
-    """Wait for every process."""
-    if dist.is_initialized():
-        dist.barrier()
-
-
 def sum_over_ranks(values: Tensor) -> Tensor:
     """Return the sum of ``values`` over all processes, on each of them."""
     if dist.is_initialized():

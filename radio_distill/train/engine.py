@@ -105,8 +105,6 @@ class _Forward:
 class SingleProcessEngine(_Forward):
     """Plain PyTorch on one device."""
 
-    rank, world_size = 0, 1
-
     def __init__(
         self,
         model: DistilledStudent,
