@@ -14,7 +14,7 @@ from radio_distill.errors import ConfigError
 from radio_distill.protocols import Teacher
 from radio_distill.types import Features, Size
 
-from . import views
+from . import tiling
 from .interpolate import enlarge
 
 
@@ -34,10 +34,10 @@ class S2:
 
     def __call__(self, teacher: Teacher, pixels: Tensor, grid: Size) -> Features:
         """Return features with spatial ``[B, C, *grid]``; ConfigError for a grid that cannot be."""
-        low, tiles = views.encode_low_and_tiles(
-            teacher, pixels, grid, self.factor, self.micro_batch
+        low, tiles, _ = tiling.encode_with_tiles(
+            teacher, pixels, grid, self.factor, (self.factor,), self.micro_batch
         )
-        mixed = self.beta * enlarge(low.spatial, grid) + (1 - self.beta) * tiles
+        mixed = self.beta * enlarge(low.spatial, grid) + (1 - self.beta) * tiles[self.factor]
         return Features(low.summary, mixed.contiguous(memory_format=torch.channels_last))
 
     def cost(self, grid: Size) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor
 from radio_distill.protocols import Teacher
 from radio_distill.types import Features, Size
 
-from . import views
+from . import tiling
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,12 @@ class Tile:
 
     def __call__(self, teacher: Teacher, pixels: Tensor, grid: Size) -> Features:
         """Return features with spatial ``[B, C, *grid]``; ConfigError for a grid that cannot be."""
-        low, tiles = views.encode_low_and_tiles(
-            teacher, pixels, grid, self.factor, self.micro_batch
+        low, tiles, _ = tiling.encode_with_tiles(
+            teacher, pixels, grid, self.factor, (self.factor,), self.micro_batch
         )
-        return Features(low.summary, tiles.contiguous(memory_format=torch.channels_last))
+        return Features(
+            low.summary, tiles[self.factor].contiguous(memory_format=torch.channels_last)
+        )
 
     def cost(self, grid: Size) -> int:
         """Return ``1 + factor ** 2``: the whole picture (for its summary) and the tiles."""

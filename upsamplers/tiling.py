@@ -5,6 +5,9 @@ teacher's low-resolution input size, whatever the picture measured (FeatSharp, a
 Figure 4). Tiles have neither overlap nor margin, as in the paper.
 """
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from einops import rearrange
 from torch import Tensor
@@ -60,22 +63,46 @@ def encode_low(
     return encode(teacher, resize(pixels, low_resolution(teacher, grid, factor)), grid, micro_batch)
 
 
-def encode_low_and_tiles(
-    teacher: Teacher, pixels: Tensor, grid: Size, factor: int, micro_batch: int
-) -> tuple[Features, Tensor]:
-    """Encode the whole picture and its tiles together.
+class Encoded(NamedTuple):
+    """What the teacher says of the whole picture, of its tiles, and of further pictures."""
 
-    Returns:
-        The low-resolution features, and the stitched map of the tiles ``[B, C, *grid]``. All
-        ``B * (1 + factor ** 2)`` images have one size, so they share the teacher's calls.
+    low: Features
+    """Of the whole picture: spatial ``[B, C, h, w]``."""
+    tiles: dict[int, Tensor]
+    """``{level: [B, C, h * level, w * level]}``, stitched."""
+    further: Tensor
+    """``[N, C, h, w]`` maps of the further pictures."""
+
+
+def encode_with_tiles(
+    teacher: Teacher,
+    pixels: Tensor,
+    grid: Size,
+    factor: int,
+    levels: Sequence[int],
+    micro_batch: int,
+    further: Tensor | None = None,
+) -> Encoded:
+    """Encode the whole picture, its tiles, and further pictures of the same size, together.
+
+    Args:
+        teacher: the encoder.
+        pixels: ``[B, 3, H, W]`` of any size.
+        grid: the fine grid, ``factor`` times the teacher's.
+        factor: how much finer.
+        levels: for each, the picture is cut into ``level * level`` tiles. Level 1 is the whole.
+        micro_batch: see :func:`encode`. All images have one size, so they share these calls.
+        further: ``[N, 3, H', W']`` at the low-resolution size.
     """
     size = low_resolution(teacher, grid, factor)
-    whole = resize(pixels, size)  # [B, 3, H', W']
-    if factor == 1:
-        low = encode(teacher, whole, grid, micro_batch)
-        return low, low.spatial
-    tiles = cut(resize(pixels, (size[0] * factor, size[1] * factor)), factor)
-    summary, spatial = encode(teacher, torch.cat([whole, tiles]), grid, micro_batch)
-    batch = len(pixels)
-    low = Features(None if summary is None else summary[:batch], spatial[:batch])
-    return low, stitch(spatial[batch:], factor)
+    cut_levels = [level for level in levels if level > 1]
+    pictures = [resize(pixels, size)]  # [B, 3, H', W']
+    for level in cut_levels:
+        pictures.append(cut(resize(pixels, (size[0] * level, size[1] * level)), level))
+    pictures.append(pixels[:0, :, :1, :1].expand(0, 3, *size) if further is None else further)
+    summary, spatial = encode(teacher, torch.cat(pictures), grid, micro_batch)
+    low, *maps, rest = spatial.split([len(item) for item in pictures])
+    tiles = {level: stitch(item, level) for level, item in zip(cut_levels, maps, strict=True)}
+    if 1 in levels:
+        tiles[1] = low
+    return Encoded(Features(None if summary is None else summary[: len(pixels)], low), tiles, rest)
