@@ -9,12 +9,13 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from radio_distill.protocols import Teacher
 from radio_distill.types import Features, Size
 
-from . import views
+from . import tiling
+from .networks import Observation
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Bilinear:
 
     def __call__(self, teacher: Teacher, pixels: Tensor, grid: Size) -> Features:
         """Return features with spatial ``[B, C, *grid]``; ConfigError for a grid that cannot be."""
-        low = views.encode_low(teacher, pixels, grid, self.factor, self.micro_batch)
+        low = tiling.encode_low(teacher, pixels, grid, self.factor, self.micro_batch)
         return Features(low.summary, enlarge(low.spatial, grid, self.mode))
 
     def cost(self, grid: Size) -> int:
@@ -40,6 +41,21 @@ class Bicubic(Bilinear):
     """As Bilinear, with a bicubic kernel; it overshoots at edges, by up to a tenth of the step."""
 
     mode: ClassVar[str] = "bicubic"
+
+
+class Interpolation(nn.Module):
+    """Bilinear interpolation as a network without parameters: what fitting has to beat."""
+
+    tile_levels: tuple[int, ...] = ()
+
+    def __init__(self, channels: int, factor: int):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, observation: Observation) -> Tensor:
+        """Return ``[B, C, h * factor, w * factor]``."""
+        height, width = observation.low.shape[2:]
+        return enlarge(observation.low, (height * self.factor, width * self.factor))
 
 
 def enlarge(spatial: Tensor, grid: Size, mode: str = "bilinear") -> Tensor:
