@@ -1,0 +1,173 @@
+"""Implicit maps, against a teacher whose fine features are known: the mean colour of each cell."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from radio_distill.errors import ConfigError, DataError
+from radio_distill.types import Features, TeacherSpec
+from upsamplers import implicit
+from upsamplers.implicit import Compression, fit_implicit, fourier_features
+from upsamplers.metrics import Fidelity
+from upsamplers.views import draw_homographies, render, valid_mask
+
+PATCH, CHANNELS = 8, 6
+MIX = torch.randn(CHANNELS, 3, generator=torch.Generator().manual_seed(1))
+
+
+class MeanColour:
+    """Six linear functions of each cell's mean colour."""
+
+    spec = TeacherSpec("mean", CHANNELS, None, PATCH, (48, 48), None, (0, 0, 0), (1, 1, 1))
+
+    def __init__(self, poison: float = 0.0):
+        self.poison = poison
+
+    def encode(self, pixels):
+        if any(side % PATCH for side in pixels.shape[-2:]):
+            raise ConfigError("teacher 'mean' cannot take this size")
+        return Features(None, colours(pixels, PATCH) + self.poison)
+
+
+def colours(pixels, patch):
+    return torch.einsum("ck,bkhw->bchw", MIX, F.avg_pool2d(pixels, patch))
+
+
+def squares(height, width):
+    """A picture of flat rectangles, not aligned with the cells."""
+    draw = np.random.default_rng(3)
+    picture = torch.full((3, height, width), 0.5)
+    for _ in range(12):
+        top, left = draw.integers(0, height - 9), draw.integers(0, width - 9)
+        colour = torch.from_numpy(draw.random((3, 1, 1))).float()
+        picture[:, top : top + draw.integers(5, 17), left : left + draw.integers(5, 17)] = colour
+    return picture
+
+
+def fit(picture, size=(48, 32), teacher=None, **changes):
+    settings = {"factor": 4, "steps": 120, "views": 80, "progress": False, **changes}
+    return fit_implicit(teacher or MeanColour(), picture, size, **settings)
+
+
+@pytest.fixture(scope="module")
+def picture():
+    return squares(48, 32)
+
+
+@pytest.fixture(scope="module")
+def fitted(picture):
+    return fit(picture)
+
+
+def test_render__is_nearer_to_the_true_fine_features_than_bilinear_is(picture, fitted):
+    true = colours(picture[None], PATCH // 4)[0]  # [C, 24, 16]
+    low = colours(picture[None], PATCH)
+    bilinear = F.interpolate(low, (24, 16), mode="bilinear")[0]
+    error = (fitted.render((24, 16)) - true).square().mean()
+    assert error < 0.75 * (bilinear - true).square().mean()
+
+
+def test_see__predicts_views_that_were_not_fitted_better_than_pooled_bilinear(picture, fitted):
+    draw = np.random.Generator(np.random.Philox(key=[99, 1]))
+    views = draw_homographies(16, implicit.VIEW_RANGE, draw, 32 / 48)
+    target = MeanColour().encode(render(picture[None], views, (48, 32))).spatial
+    valid = valid_mask(views, (6, 4))
+    smooth = F.interpolate(colours(picture[None], PATCH), (48, 32), mode="bilinear")
+    scores = []
+    for prediction in (fitted.see(views), F.avg_pool2d(render(smooth, views, (48, 32)), PATCH)):
+        fidelity = Fidelity(CHANNELS)
+        fidelity.update(prediction, target, valid)
+        scores.append(fidelity.compute())
+    assert scores[0] > 1.5 * scores[1]
+
+
+@pytest.mark.parametrize("grid", [(6, 4), (31, 17), (1, 1), (1, 9)])
+def test_render__has_any_resolution(fitted, grid):
+    assert fitted.render(grid).shape == (CHANNELS, *grid)
+    assert fitted.render(grid).isfinite().all()
+
+
+def test_render__in_parts_is_the_same(fitted, monkeypatch):
+    whole = fitted.render((9, 10))
+    monkeypatch.setattr(implicit, "_POINTS_PER_CALL", 7)
+    torch.testing.assert_close(fitted.render((9, 10)), whole)
+
+
+def test_fit_implicit__seed_decides_and_the_callers_randomness_stays(picture):
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    first = fit(picture, steps=3, views=12).render((12, 8))
+    assert torch.equal(torch.rand(1), expected)
+    assert torch.equal(fit(picture[None], steps=3, views=12).render((12, 8)), first)
+    assert not torch.equal(fit(picture, steps=3, views=12, seed=1).render((12, 8)), first)
+
+
+def test_fit_implicit__one_point_a_pixel_without_a_factor(picture):
+    assert fit(picture, factor=None, steps=1, views=2).fitted == (48, 32)
+
+
+def test_fourier_features__coinciding_points_agree_between_grids():
+    black = torch.zeros(1, 3, 10, 14)  # whose colours do not depend on the grid
+    coarse = fourier_features(black, (5, 7), (20, 28)).unflatten(0, (5, 7))
+    fine = fourier_features(black, (15, 21), (20, 28)).unflatten(0, (15, 21))
+    torch.testing.assert_close(fine[1::3, 1::3], coarse, atol=2e-5, rtol=0)
+
+
+def test_fourier_features__the_fastest_wave_of_position_turns_over_between_fitted_points():
+    picture = torch.rand(1, 3, 8, 12)
+    features = fourier_features(picture, (8, 12), (8, 12)).unflatten(0, (8, 12))
+    for axis, column in ((0, 29), (1, 59)):
+        wave = torch.stack([features[..., column], features[..., 150 + column]]).movedim(
+            axis + 1, 1
+        )
+        torch.testing.assert_close(wave[:, 1:], -wave[:, :-1], atol=1e-4, rtol=0)
+
+
+def test_fourier_features__colours_count_by_the_range_of_the_picture():
+    picture = torch.rand(1, 3, 8, 8)
+    same = fourier_features(0.2 + 0.5 * picture, (8, 8), (8, 8))
+    torch.testing.assert_close(same, fourier_features(picture, (8, 8), (8, 8)), atol=1e-3, rtol=0)
+
+
+def test_compression__of_few_channels_loses_nothing_and_has_unit_variance():
+    maps = 7 + 30 * torch.randn(4, 5, 6, 3)
+    compression = Compression.fit(maps)
+    small = compression.compress(maps)
+    assert math.isclose(small.var(dim=(0, 2, 3), unbiased=False).mean(), 1, rel_tol=1e-4)
+    back = compression.expand(small.permute(0, 2, 3, 1).flatten(0, 2))
+    torch.testing.assert_close(back, maps.permute(0, 2, 3, 1).flatten(0, 2), atol=1e-3, rtol=1e-4)
+
+
+def test_compression__keeps_the_largest_of_many_components():
+    maps = torch.randn(8, 160, 8, 8) * torch.linspace(0.01, 1, 160)[:, None, None]
+    compression = Compression.fit(maps)
+    assert compression.compress(maps).shape[1] == 128
+    # Of the 32 quietest channels all but nothing is kept, of the 100 loudest all but nothing lost.
+    share = compression.axes.square().sum(dim=1)
+    assert share[:10].max() < 0.3
+    assert share[60:].min() > 0.9
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "message"),
+    [
+        ({"picture": torch.rand(2, 3, 16, 16)}, ConfigError, r"one picture .* not \[2, 3, 16,"),
+        ({"picture": torch.rand(1, 16, 16)}, ConfigError, "one picture"),
+        ({"picture": torch.full((3, 16, 16), math.nan)}, DataError, "picture holds values"),
+        ({"steps": 0}, ConfigError, "steps of an implicit fit is 0"),
+        ({"views": 0}, ConfigError, "views of an implicit fit is 0"),
+        ({"factor": 0}, ConfigError, "factor of an implicit fit is 0"),
+        ({"size": (20, 16)}, ConfigError, "cannot take this size"),
+        ({"teacher": MeanColour(math.inf)}, DataError, "features of a view are not finite"),
+        ({"teacher": MeanColour(math.nan)}, DataError, "features of a view are not finite"),
+    ],
+)  # fmt: skip
+def test_fit_implicit__bad_input_in_one_line(change, kind, message):
+    arguments = {"picture": torch.rand(3, 16, 16), "size": (16, 16), "steps": 1, "views": 2}
+    with pytest.raises(kind, match=message) as error:
+        fit(**{**arguments, **change})
+    assert "\n" not in str(error.value)
