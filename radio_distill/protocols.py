@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 from .types import Features, ImageBatch, Score, Size, TeacherSpec
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from torch import Tensor, nn
 
@@ -53,6 +54,15 @@ class Upsampler(Protocol):
 
     def cost(self, grid: Size) -> int:
         """Return how many teacher images one picture needs at this grid."""
+        ...
+
+
+@runtime_checkable
+class Corrector(Protocol):
+    """An upsampler that has learned what a teacher adds to each position, and can take it out."""
+
+    def correct(self, name: str, spatial: "Tensor") -> "Tensor":
+        """De-bias a teacher's map ``[B, C, h, w]`` at its own grid, in its own space."""
         ...
 
 
@@ -165,6 +175,10 @@ class MetricSink(Protocol):
     """Where the numbers of a run go."""
 
     def write(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def write_picture(self, step: int, name: str, picture: "np.ndarray") -> None:
+        """Take a picture ``[h, w, 3]`` uint8, or leave it."""
+        ...
 
     def close(self) -> None: ...
 

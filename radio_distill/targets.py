@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .config import PartitionConfig, TeacherConfig, size_pair
 from .errors import ConfigError
-from .protocols import Normalizer, Teacher, Upsampler
+from .protocols import Corrector, Normalizer, Teacher, Upsampler
 from .types import Features, Size, TeacherSpec
 
 
@@ -111,7 +111,13 @@ class TargetMaker:
 
     def _encode(self, name: str, pixels: Tensor, partition: PartitionConfig) -> Features:
         if name not in partition.upsample:
-            return self.own_grid(name, pixels, partition)
+            return self._corrected(name, self.own_grid(name, pixels, partition))
         teacher, factor = self.teachers[name], self._upsampler.factor
         height, width = teacher.spec.grid(self.size(name, partition))
         return self._upsampler(teacher, pixels, (height * factor, width * factor))
+
+    def _corrected(self, name: str, features: Features) -> Features:
+        """Take out a fitted upsampler's bias, so that both partitions teach the same."""
+        if not isinstance(self._upsampler, Corrector):
+            return features
+        return Features(features.summary, self._upsampler.correct(name, features.spatial))

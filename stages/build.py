@@ -28,7 +28,7 @@ from radio_distill.train.statistics import (
 from teachers import build_teacher
 from upsamplers import build_upsampler
 
-from .common import stage_of, start_checkpoint
+from .common import stage_of, start_checkpoint, upsampler_of
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ def build_targets(recipe: Recipe, stage: str, device: torch.device) -> TargetMak
     return TargetMaker(
         teachers,
         recipe.teachers,
-        build_upsampler(config.upsampler, upsampled),
+        build_upsampler(upsampler_of(recipe, stage), upsampled),
         build_normalizers(recipe),
         recipe.student.patch_size,
     )

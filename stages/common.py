@@ -7,11 +7,22 @@ import argparse
 import itertools
 import logging
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from radio_distill.config import Recipe, StageConfig, differences, dump, load
+from radio_distill.config import (
+    FitConfig,
+    Recipe,
+    StageConfig,
+    UpsamplerConfig,
+    differences,
+    dump,
+    load,
+)
 from radio_distill.errors import CheckpointError, ConfigError
 from radio_distill.registry import nearest
 
@@ -21,6 +32,8 @@ if TYPE_CHECKING:
     from radio_distill.train.checkpoint import Checkpoint
 
 RECIPES = Path(__file__).parent / "recipes"
+FITTED = "upsampler.safetensors"
+"""Name of the file in the folder of a fit."""
 
 
 def recipe_names() -> list[str]:
@@ -49,6 +62,66 @@ def stage_folder(recipe: Recipe, stage: str) -> Path:
     config = stage_of(recipe, stage)
     upsampled = any(partition.upsample for partition in config.partitions)
     return recipe.folder / (f"{stage}-{config.upsampler.name}" if upsampled else stage)
+
+
+def fit_of(recipe: Recipe, teacher: str, upsampler: str, factor: int) -> FitConfig:
+    """Return how a recipe fits an upsampler; its options are those of ``fit.upsampler`` alone."""
+    options = recipe.fit.options if upsampler == recipe.fit.upsampler else {}
+    return replace(recipe.fit, teacher=teacher, upsampler=upsampler, factor=factor, options=options)
+
+
+def fit_folder(recipe: Recipe, config: FitConfig) -> Path:
+    """Return the folder that an upsampler is fitted in, inside the run folder."""
+    return recipe.folder / "fit" / fit_name(config)
+
+
+def fit_name(config: FitConfig) -> str:
+    """Name a fit: TEACHER-UPSAMPLER-FACTORx, and what changes the model from its defaults.
+
+    For instance ``dino-featsharp-2x-inputs_bilinear_tiles-no_debias``.
+    """
+    parts = [f"{config.teacher}-{config.upsampler}-{config.factor}x"]
+    for name, value in changed_options(config.upsampler, config.options).items():
+        parts.append(f"{name}_{'_'.join(map(str, value)) if isinstance(value, list) else value}")
+    if not config.de_bias:
+        parts.append("no_debias")
+    return re.sub(r"[^\w.+-]+", "_", "-".join(parts))
+
+
+def changed_options(upsampler: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those options of a network that are not its defaults, sorted by name."""
+    if not options:
+        return {}
+    from upsamplers.networks import NETWORKS
+
+    known = signature(NETWORKS.get(upsampler)).parameters
+    defaults = {name: _plain(item.default) for name, item in known.items()}
+    given = {name: _plain(options[name]) for name in sorted(options)}
+    return {
+        name: value
+        for name, value in given.items()
+        if name not in defaults or defaults[name] != value
+    }
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, (list, tuple)) else value
+
+
+def upsampler_of(recipe: Recipe, stage: str) -> UpsamplerConfig:
+    """Return a stage's upsampler, with the files that this recipe has fitted for it."""
+    from upsamplers import UPSAMPLERS
+
+    config = stage_of(recipe, stage).upsampler
+    if not getattr(UPSAMPLERS.get(config.name), "fitted", False):
+        return config  # a bilinear that was fitted is a baseline of the report, nothing to train on
+    found = {}
+    for name in recipe.teachers:
+        fitted = fit_of(recipe, name, config.name, config.factor)
+        path = fit_folder(recipe, fitted) / FITTED
+        if path.is_file():
+            found[name] = str(path)
+    return replace(config, weights=found | config.weights)
 
 
 def stage_of(recipe: Recipe, stage: str) -> StageConfig:
@@ -143,7 +216,7 @@ def train_stage(
     device = choose_device(recipe.engine.device, world)
     join(world, device)
     try:
-        checkpoint = _checkpoint_to_resume(folder, recipe, stage, allow_changed) if resume else None
+        checkpoint = checkpoint_to_resume(folder, recipe, stage, allow_changed) if resume else None
         if checkpoint is not None and checkpoint.step >= config.steps:
             logging.info("%s is complete: %s", folder.name, checkpoint.folder)
             return checkpoint.folder
@@ -169,7 +242,7 @@ def changes_that_matter(old: Recipe, new: Recipe, stage: str) -> list[str]:
     ]
 
 
-def _checkpoint_to_resume(
+def checkpoint_to_resume(
     folder: Path, recipe: Recipe, stage: str, allow_changed: bool
 ) -> "Checkpoint | None":
     from radio_distill.train import checkpoint as checkpoints

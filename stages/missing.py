@@ -8,8 +8,10 @@ from pathlib import Path
 from radio_distill.config import Recipe, TeacherConfig
 from radio_distill.data.shards import find_shards
 from radio_distill.errors import DataError, WeightsError
+from stages.common import upsampler_of
 from teachers import resolve
 from teachers.weights import local_path
+from upsamplers import UPSAMPLERS
 
 
 def find_missing(recipe: Recipe) -> list[str]:
@@ -17,7 +19,7 @@ def find_missing(recipe: Recipe) -> list[str]:
     lines = [*_shards(recipe), *_student(recipe)]
     for name, config in recipe.teachers.items():
         lines += [f"teachers.{name}: {line}" for line in _teacher(config)]
-    return [*lines, *_starts(recipe), *_evaluation(recipe)]
+    return [*lines, *_upsamplers(recipe), *_starts(recipe), *_evaluation(recipe)]
 
 
 def _shards(recipe: Recipe) -> Iterator[str]:
@@ -54,6 +56,24 @@ def _teacher(config: TeacherConfig) -> Iterator[str]:
         yield from _hub(place.replace(",", " ").split()[0])
     elif not preset.random:
         yield f"no source of weights for {preset.model}; set `weights` to a local file"
+
+
+def _upsamplers(recipe: Recipe) -> Iterator[str]:
+    """Name fitted files that are missing; whether those that are there fit, a run says at once."""
+    for name, stage in recipe.stages.items():
+        config = upsampler_of(recipe, name)
+        if not getattr(UPSAMPLERS.get(config.name), "fitted", False):
+            continue
+        for teacher in sorted({item for part in stage.partitions for item in part.upsample}):
+            path = config.weights.get(teacher)
+            if path and not Path(path).exists():
+                yield f"stages.{name}.upsampler.weights.{teacher}: nothing at {path}"
+            if not path and not resolve(recipe.teachers[teacher]).package:
+                yield (
+                    f"stages.{name}: no {config.name} {config.factor}x is fitted to {teacher}; run "
+                    f"stages/fit_upsampler.py --recipe {recipe.name} --teacher {teacher} "
+                    f"--upsampler {config.name} --factor {config.factor}"
+                )
 
 
 def _package(requirement: str) -> Iterator[str]:

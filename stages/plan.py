@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from radio_distill.config import Recipe, StageConfig
+from radio_distill.config import Recipe
 from radio_distill.errors import ConfigError, RadioDistillError
 from radio_distill.registry import nearest
 from stages.common import load_recipe
@@ -108,8 +108,6 @@ class Models:
     recipe: Recipe
     student: "DistilledStudent"
     teachers: "dict[str, FrozenTeacher]"
-    upsamplers: "dict[str, Upsampler]"
-    """By stage."""
     problems: list[str]
     """What could not be built, and what stands for it."""
 
@@ -142,11 +140,7 @@ def build_models(recipe: Recipe) -> Models:
         name: FrozenTeacher(towers[name], specs[name], config.dtype, config.micro_batch)
         for name, config in recipe.teachers.items()
     }
-    problems: list[str] = []
-    upsamplers = {
-        name: _upsampler(name, stage, teachers, problems) for name, stage in recipe.stages.items()
-    }
-    return Models(recipe, student, teachers, upsamplers, problems)
+    return Models(recipe, student, teachers, [])
 
 
 @contextmanager
@@ -159,18 +153,25 @@ def _quiet() -> Iterator[None]:
         logging.disable(logging.NOTSET)
 
 
-def _upsampler(
-    name: str, stage: StageConfig, teachers: "Mapping[str, FrozenTeacher]", problems: list[str]
-) -> "Upsampler":
-    """Build a stage's upsampler; one that cannot be built is replaced by ``tile``, and noted."""
-    from upsamplers import build_upsampler
+def _upsampler(models: Models, name: str) -> "Upsampler":
+    """Build a stage's upsampler, a fitted one without its weights, under fake tensors.
 
-    config = stage.upsampler
+    One that cannot be built is replaced by ``tile``, and noted.
+    """
+    from upsamplers import UPSAMPLERS, build_upsampler
+
+    stage = models.recipe.stages[name]
+    config, teachers = stage.upsampler, models.teachers
     used = {teacher: teachers[teacher] for item in stage.partitions for teacher in item.upsample}
     try:
+        kind = UPSAMPLERS.get(config.name)
+        if hasattr(kind, "untrained"):
+            return kind.untrained(config.factor, {key: item.spec for key, item in used.items()})
         return build_upsampler(config, used)
     except RadioDistillError as error:
-        problems.append(f"stages.{name}.upsampler: {error} (above, `tile` stands for it)")
+        models.problems.append(
+            f"stages.{name}.upsampler: {error} (above, `tile` stands for it)"
+        )
         return build_upsampler(replace(config, name="tile", weights={}, options={}), used)
 
 
@@ -187,7 +188,8 @@ def plan_stages(
         fake_module(models.student)
         for teacher in models.teachers:
             fake_module(models.tower(teacher))
-        costs = ModelCosts(models.recipe, models.student, models.teachers, models.upsamplers)
+        upsamplers = {name: _upsampler(models, name) for name in models.recipe.stages}
+        costs = ModelCosts(models.recipe, models.student, models.teachers, upsamplers)
         return [
             plan_stage(costs, name, counts[name], device, teacher_bytes, utilisation)
             for name in models.recipe.stages

@@ -21,7 +21,7 @@ from radio_distill.protocols import Teacher
 from radio_distill.targets import TargetMaker
 from radio_distill.train.checkpoint import Checkpoint
 from radio_distill.types import Features, Score
-from upsamplers import build_upsampler
+from upsamplers.interpolate import Bilinear
 
 from .build import normalizers_of
 
@@ -117,12 +117,12 @@ def _fidelity(
 
 
 def _targets_of(checkpoint: Checkpoint, teachers: dict[str, Teacher]) -> TargetMaker:
+    """Targets as they are, whatever upsampler or de-bias the student learned from: one yardstick."""
     recipe = checkpoint.recipe
-    upsampler = build_upsampler(recipe.stages[checkpoint.stage].upsampler, teachers)
     return TargetMaker(
         teachers,
         recipe.teachers,
-        upsampler,
+        Bilinear(factor=1),
         normalizers_of(checkpoint),
         recipe.student.patch_size,
     )

@@ -1,10 +1,9 @@
 """Finer feature grids out of frozen teachers: one idea a file, all behind the Upsampler protocol.
 
-An upsampler is handed the teacher, not a feature map, because tiling calls it several times. This
-version has those without parameters. A fitted upsampler is a class with ``fitted = True`` that
-takes ``weights={teacher: path}``; each file names the teacher it was fitted for
-(:mod:`upsamplers.fitted`). One of one's own joins through the entry point group
-``radio_distill.upsamplers``.
+An upsampler is handed the teacher, not a feature map, because tiling calls it several times. A
+fitted upsampler is a class with ``fitted = True`` that takes ``weights={teacher: path}``; each file
+names the teacher it was fitted for (:mod:`upsamplers.fitted`). One of one's own joins through the
+entry point group ``radio_distill.upsamplers``.
 
 Importing this package does not import torch.
 """
@@ -27,10 +26,24 @@ UPSAMPLERS = Registry(
         "bicubic": "upsamplers.interpolate:Bicubic",
         "tile": "upsamplers.tile:Tile",
         "s2": "upsamplers.s2:S2",
+        "featup": "upsamplers.learned:FeatUp",
+        "featsharp": "upsamplers.learned:FeatSharp",
+        "carafe": "upsamplers.learned:Carafe",
+        "sapa": "upsamplers.learned:Sapa",
+        "resize_conv": "upsamplers.learned:ResizeConv",
+        "native": "upsamplers.native:Native",
+        "strided": "upsamplers.strided:Strided",
+        "anyup": "upsamplers.external:AnyUp",
+        "jafar": "upsamplers.external:Jafar",
+        "loftup": "upsamplers.external:LoftUp",
+        "naf": "upsamplers.external:Naf",
     },
 )
 
-_TO_COME = ("featup", "featsharp")
+
+def is_fitted(name: str) -> bool:
+    """Return whether an upsampler has learned weights, a file for each teacher."""
+    return name in UPSAMPLERS.names() and getattr(UPSAMPLERS.get(name), "fitted", False)
 
 
 def build_upsampler(config: UpsamplerConfig, teachers: Mapping[str, Teacher]) -> Upsampler:
@@ -41,23 +54,21 @@ def build_upsampler(config: UpsamplerConfig, teachers: Mapping[str, Teacher]) ->
         teachers: the teachers that it will be used on; a fitted upsampler's files must be theirs.
 
     Raises:
-        ConfigError: an unknown name or option, or files for an upsampler without parameters.
-        WeightsError: a file that was fitted for another teacher.
+        ConfigError: an unknown name or option, a factor below 1, no file for a teacher, or files
+            for an upsampler without parameters.
+        WeightsError: a file that was fitted for another teacher or factor.
     """
-    name, names = config.name, UPSAMPLERS.names()
-    if name in _TO_COME and name not in names:
-        raise ConfigError(
-            f"upsampler {name!r} has learned weights, which this version can neither fit nor load; "
-            f"use one of {', '.join(names)}"
-        )
+    name = config.name
     kind = UPSAMPLERS.get(name)
+    if config.factor < 1:
+        raise ConfigError(f"upsampler.factor is {config.factor}; it must be at least 1")
     known = [key for key in signature(kind).parameters if key not in _SET_BY_RECIPE]
     for key in config.options:
         if key not in known:
             hint = nearest(key, known) if known else "it has none"
             raise ConfigError(f"upsampler {name!r} has no option {key!r} ({hint})")
     arguments: dict[str, Any] = {"factor": config.factor, "micro_batch": config.micro_batch}
-    if getattr(kind, "fitted", False):
+    if is_fitted(name):
         arguments["weights"] = _files(config, teachers)
     elif config.weights:
         raise ConfigError(f"upsampler {name!r} has no parameters; remove upsampler.weights")
@@ -68,13 +79,21 @@ _SET_BY_RECIPE = ("factor", "micro_batch", "weights")
 
 
 def _files(config: UpsamplerConfig, teachers: Mapping[str, Teacher]) -> Mapping[str, str]:
-    """Return the files of a fitted upsampler, each checked against its teacher."""
-    from .fitted import check_fitted_for, read_header
+    """Return the files of a fitted upsampler, each checked against its teacher.
 
+    The recipe's file goes before the one that comes with the project.
+    """
+    from .fitted import check_fitted_for, read_header, shipped
+
+    files = {}
     for name, teacher in teachers.items():
-        if name not in config.weights:
+        path = config.weights.get(name) or shipped(config.name, config.factor, teacher.spec)
+        if path is None:
             raise ConfigError(
-                f"upsampler {config.name!r} needs a fitted file: upsampler.weights.{name}"
+                f"no {config.name} {config.factor}x is fitted to teacher {name!r}; fit one "
+                f"(stages/fit_upsampler.py --teacher {name} --upsampler {config.name} "
+                f"--factor {config.factor}), or set upsampler.weights.{name}"
             )
-        check_fitted_for(read_header(config.weights[name]), config.name, teacher.spec)
-    return config.weights
+        check_fitted_for(read_header(path), config.name, teacher.spec, config.factor)
+        files[name] = str(path)
+    return files

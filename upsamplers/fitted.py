@@ -1,10 +1,18 @@
 """The file of a fitted upsampler: tensors, and a header that says what it may be used for.
 
 One ``.safetensors``; its metadata carry the header under the key ``radio_distill`` as JSON, so that
-reading it touches no tensor. An upsampler learns one teacher's features at one size; used on
-another it would return plausible nonsense, so the header names the teacher and its weights.
+reading it touches no tensor::
+
+    network.*       the network (upsamplers.networks), matrices in bfloat16
+    bias            [1, C, h, w] the de-bias, where there is one
+    normalizer.*    statistics of the teacher (PHI-S) that the network lives in, float32
+    downsampler.*   what fine maps were compared through in the fit; used by measures alone
+
+An upsampler learns one teacher's features at one size; used on another it would return plausible
+nonsense, so the header names the teacher and its weights.
 """
 
+import hashlib
 import json
 import os
 import tempfile
@@ -14,10 +22,15 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from radio_distill.errors import WeightsError
+from radio_distill.files import reason_of
 from radio_distill.types import Size, TeacherSpec
+
+SHIPPED = Path(__file__).parent / "weights"
+"""Fitted upsamplers that come with the project, for the teachers that come inside packages."""
 
 _KEY = "radio_distill"
 
@@ -37,7 +50,15 @@ class FittedHeader:
     size: Size
     """The teacher's input that it was fitted at, (height, width) in pixels."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Arguments that build it again."""
+    """Arguments that build the network again."""
+    normalizer: str = "phi_s"
+    """Name of the normalizer whose space the network lives in."""
+    statistics_hash: str = ""
+    """sha256 over the normalizer's tensors, see :func:`hash_of`."""
+    fit: dict[str, Any] = field(default_factory=dict)
+    """The recipe's section ``fit``, and where the pictures came from, for people."""
+    measures: dict[str, float] = field(default_factory=dict)
+    """What was measured on held-out pictures, for people."""
 
 
 def write(path: str | Path, tensors: Mapping[str, Tensor], header: FittedHeader) -> None:
@@ -68,11 +89,51 @@ def read_header(path: str | Path) -> FittedHeader:
         raise WeightsError(f"{path} is not a fitted upsampler: its header is missing") from error
 
 
-def check_fitted_for(header: FittedHeader, upsampler: str, spec: TeacherSpec) -> None:
-    """Raise WeightsError unless the file is for this kind of upsampler and this teacher."""
+def read_tensors(path: str | Path) -> dict[str, dict[str, Tensor]]:
+    """Read the tensors by part: ``{"network": {name: tensor}, "normalizer": ..., ...}``.
+
+    Raises:
+        WeightsError: the file is damaged, holds a number that is not finite, or statistics that are
+            not those it was fitted with.
+    """
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise WeightsError(f"cannot read upsampler {path}: {reason_of(error)}") from error
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        if not bool(value.isfinite().all()):
+            raise WeightsError(f"upsampler {path} is damaged: {key} is not finite; fit it again")
+        part, _, name = key.partition(".")
+        parts.setdefault(part, {})[name] = value
+    expected = read_header(path).statistics_hash
+    if expected and hash_of(parts.get("normalizer", {})) != expected:
+        raise WeightsError(
+            f"upsampler {path} holds other PHI-S statistics than it was fitted with; take the "
+            "file as the fit wrote it, or fit again"
+        )
+    return parts
+
+
+def hash_of(tensors: Mapping[str, Tensor]) -> str:
+    """Return a sha256 over names and float32 values of a normalizer's tensors."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].float().contiguous().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def check_fitted_for(header: FittedHeader, upsampler: str, spec: TeacherSpec, factor: int) -> None:
+    """Raise WeightsError unless the file is for this upsampler, this factor and this teacher."""
     if header.upsampler != upsampler:
         raise WeightsError(
             f"this file is a fitted {header.upsampler!r}, the recipe asks for {upsampler!r}"
+        )
+    if header.factor != factor:
+        raise WeightsError(
+            f"this {header.upsampler} was fitted for factor {header.factor}, the recipe asks for "
+            f"{factor}; set upsampler.factor to {header.factor} or fit another"
         )
     if (header.weights_hash, header.channels) != (spec.weights_hash, spec.channels):
         raise WeightsError(
@@ -80,3 +141,13 @@ def check_fitted_for(header: FittedHeader, upsampler: str, spec: TeacherSpec) ->
             f"channels, weights {header.weights_hash[:12] or 'random'}), asked for {spec.name!r} "
             f"({spec.channels} channels, weights {spec.weights_hash[:12] or 'random'})"
         )
+
+
+def shipped(upsampler: str, factor: int, spec: TeacherSpec) -> Path | None:
+    """Return the file that comes with the project for this upsampler and teacher, if one does."""
+    for path in sorted(SHIPPED.glob("*.safetensors")):
+        header = read_header(path)
+        same = (header.upsampler, header.factor, header.weights_hash, header.channels)
+        if same == (upsampler, factor, spec.weights_hash, spec.channels):
+            return path
+    return None

@@ -6,6 +6,7 @@ Statistics are float64 on the CPU; features are mapped in float32, or float64 wh
 """
 
 from collections.abc import Mapping
+from typing import TypeVar
 
 import torch
 from einops import rearrange
@@ -14,6 +15,8 @@ from torch.nn.utils import skip_init
 
 from ..errors import CheckpointError, ConfigError, DataError
 from .moments import Moments
+
+Kind = TypeVar("Kind", bound="Affine")
 
 
 class Affine:
@@ -75,7 +78,7 @@ class Affine:
         assert self._state, f"{type(self).__name__} has neither been fitted nor loaded"
         return dict(self._state)
 
-    def load_state(self, state: Mapping[str, Tensor]) -> "Affine":
+    def load_state(self: Kind, state: Mapping[str, Tensor]) -> Kind:
         """Take what :meth:`state` returned; raises CheckpointError for another normalizer's."""
         if sorted(state) != sorted(self.tensors):
             raise CheckpointError(

@@ -7,7 +7,7 @@ from .schema import DataConfig, PartitionConfig, Recipe, StageConfig, size_pair
 
 def check(recipe: Recipe) -> None:
     """Raise ConfigError, one line a problem, where fields contradict each other."""
-    problems = [*_check_data(recipe.data), *_check_teachers(recipe)]
+    problems = [*_check_data(recipe.data), *_check_teachers(recipe), *_check_fit(recipe)]
     if recipe.student.patch_size < 1:
         problems.append(f"student.patch_size: {recipe.student.patch_size} is not positive")
     else:
@@ -48,6 +48,33 @@ def _check_teachers(recipe: Recipe) -> list[str]:
             problems.append(f"teachers.{name}: a teacher's name is letters, digits and underscores")
         if teacher.summary_weight < 0 or teacher.feature_weight < 0:
             problems.append(f"teachers.{name}: loss weights cannot be negative")
+    return problems
+
+
+def _check_fit(recipe: Recipe) -> list[str]:
+    fit = recipe.fit
+    problems = [
+        f"fit.{name}: {getattr(fit, name)} is below {least}"
+        for name, least in (
+            ("factor", 1),
+            ("steps", 1),
+            ("batch_size", 1),
+            ("views", 1),
+            ("pool", 0),
+            ("size", 0),
+            ("downsampler_kernel", 1),
+            ("total_variation", 0),
+            ("crf", 0),
+        )
+        if getattr(fit, name) < least
+    ]
+    if fit.pool % max(fit.batch_size, 1):
+        problems.append(
+            f"fit.pool: {fit.pool} is not a multiple of fit.batch_size {fit.batch_size}"
+        )
+    if fit.teacher and fit.teacher not in recipe.teachers:
+        known = nearest(fit.teacher, list(recipe.teachers))
+        problems.append(f"fit.teacher: no teacher {fit.teacher!r} ({known})")
     return problems
 
 

@@ -171,6 +171,47 @@ class StageConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class FitConfig:
+    """How an upsampler is fitted to a teacher; defaults are FeatSharp's `regular` (its table 11)."""
+
+    teacher: str = option("", "name of the teacher; empty where the recipe has only one")
+    upsampler: str = option(
+        "featsharp", "name of the network: featsharp, featup, bilinear, carafe, sapa, resize_conv"
+    )
+    factor: int = option(2, "how much finer than the teacher's own grid", "x")
+    options: dict[str, Any] = option(dict, "arguments of the network, for instance window: 5")
+    size: int = option(0, "side of the teacher's input; 0 for its native size", "px")
+    de_bias: bool = option(True, "learn what the teacher adds to each position, and take it out")
+    steps: int = option(3000, "optimizer steps", "steps")
+    batch_size: int = option(32, "pictures of one step, over all processes", "images")
+    views: int = option(5, "random views of each picture that must be met", "views")
+    pool: int = option(
+        0,
+        "pictures whose views are drawn and encoded once, kept in memory, and met again; 0 for new ones in every step",
+        "images",
+        ours=True,
+    )
+    view_range: Literal["featup", "featsharp"] = option(
+        "featsharp",
+        "how views differ: scale, shift and flip, or rotation and perspective too",
+    )
+    downsampler: Literal["attention", "simple"] = option(
+        "attention", "how a fine map is compared with a view's coarse one"
+    )
+    downsampler_kernel: int = option(7, "side of the downsampler's window, in fine cells", "cells")
+    learning_rate: float = option(1e-4, "highest learning rate of NAdam")
+    rates: dict[str, float] = option(
+        dict, "learning rates of parts of the network instead, by a part of their name: block: 1e-4"
+    )
+    warmup_steps: int = option(100, "steps of linear warm-up; half a cosine follows", "steps")
+    gradient_clip: float = option(5.0, "largest norm of the gradient; 0 for no limit", ours=True)
+    uncertainty: bool = option(False, "learn how uncertain each cell is, and weigh by it")
+    total_variation: float = option(0.0, "weight of the total variation of fine maps")
+    crf: float = option(0.0, "weight of the conditional random field loss (FeatUp: 0.001)")
+    pictures_every: int = option(500, "steps between pictures of fine maps", "steps", ours=True)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
     """Which images, and what is done to them."""
 
@@ -255,6 +296,7 @@ class Recipe:
     normalizer: NormalizerConfig = option(NormalizerConfig, "scale of the targets")
     loss: LossConfig = option(LossConfig, "losses")
     stages: dict[str, StageConfig] = option(help="stage1, stage2, stage3")
+    fit: FitConfig = option(FitConfig, "fitting an upsampler")
     engine: EngineConfig = option(EngineConfig, "processes, precision and memory")
     log: LogConfig = option(LogConfig, "logs and checkpoints")
     evaluation: EvaluationConfig = option(EvaluationConfig, "scoring")

@@ -47,7 +47,7 @@ def load_optimizer_tensors(
         moment, _, name = key.partition("/")
         if name:
             optimizer.state[parameters[name]][moment] = value.to(parameters[name].device).clone()
-    if isinstance(optimizer, torch.optim.AdamW):
+    if isinstance(optimizer, (torch.optim.AdamW, torch.optim.NAdam)):
         for state in optimizer.state.values():
             state["step"] = torch.tensor(float(step))
     elif step:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
+import numpy as np
+
 from ..protocols import MetricSink
 
 
@@ -30,6 +32,9 @@ class JsonLines:
         row = {"step": step, "time": round(time.time(), 3), **values}
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
+
+    def write_picture(self, step: int, name: str, picture: np.ndarray) -> None:
+        """Write nothing: the file is for numbers."""
 
     def close(self) -> None:
         """Close the file."""
@@ -61,6 +66,10 @@ class TensorBoard:
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
+    def write_picture(self, step: int, name: str, picture: np.ndarray) -> None:
+        """Add ``[h, w, 3]`` uint8."""
+        self._writer.add_image(name, picture, step, dataformats="HWC")
+
     def close(self) -> None:
         """Flush and close."""
         self._writer.close()
@@ -88,6 +97,11 @@ class Sinks:
         """Write to each sink."""
         for sink in self._sinks:
             sink.write(step, values)
+
+    def write_picture(self, step: int, name: str, picture: np.ndarray) -> None:
+        """Write to each sink."""
+        for sink in self._sinks:
+            sink.write_picture(step, name, picture)
 
 
 def open_sinks(folder: Path, tensorboard: bool, is_main: bool, resume_step: int = 0) -> Sinks:

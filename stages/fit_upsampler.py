@@ -1,0 +1,287 @@
+"""Fit an upsampler to one frozen teacher, and measure it on held-out pictures.
+
+    accelerate launch stages/fit_upsampler.py --recipe demo --teacher dino --upsampler featsharp
+    python stages/fit_upsampler.py --recipe mine --teacher siglip --factor 3 --preset long --resume
+
+Writes RUN/fit/TEACHER-UPSAMPLER-FACTORx/upsampler.safetensors, which stage 3 of the same recipe
+finds by itself. Options of the network that are not its defaults, and a fit without de-bias, are
+part of the folder's name; stage 3 takes that one where the recipe's section `fit` says the same.
+"""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if __package__ in (None, ""):  # run as a file: put the checkout, and only it, first on the path
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from radio_distill.config import PartitionConfig, Recipe, StageConfig, check
+from radio_distill.errors import ConfigError
+from radio_distill.progress import Progress
+from stages.arguments import run_script
+from stages.common import FITTED, checkpoint_to_resume, fit_folder, load_recipe, prepare_folder
+
+if TYPE_CHECKING:
+    import torch
+
+    from radio_distill.protocols import Teacher
+    from radio_distill.train.checkpoint import Checkpoint
+    from radio_distill.train.distributed import World
+    from radio_distill.types import Size
+    from upsamplers.fit import FitRun, Lesson
+
+TAKES_FIELDS = True
+STAGE = "fit"
+
+PRESETS: dict[str, dict[str, object]] = {
+    # FeatSharp (arXiv 2502.16025), table 11. Its FeatUp column normalises with LayerNorm, which has
+    # no way back to the teacher's space; here the recipe's normalizer serves all three.
+    "featup": {
+        "steps": 2000, "batch_size": 4, "learning_rate": 1e-3, "crf": 0.001,
+        "view_range": "featup", "de_bias": False,
+    },
+    "regular": {"steps": 3000, "batch_size": 32, "learning_rate": 1e-4},
+    "long": {"steps": 9000, "batch_size": 32, "learning_rate": 1e-4},
+}  # fmt: skip
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the script."""
+    add = parser.add_argument
+    add("--recipe", default="demo", help="name or file: teachers, pictures, fit (default: demo)")
+    add("--teacher", metavar="NAME", help="a teacher of the recipe")
+    add("--upsampler", metavar="NAME", help="network to fit (default: featsharp)")
+    add("--factor", type=int, help="how much finer (default: 2)")
+    add("--preset", choices=sorted(PRESETS), help="settings of FeatSharp's table 11")
+    add("--output", metavar="DIR", help="folder for run folders (default: runs)")
+    add("--resume", action="store_true", help="go on from the newest checkpoint")
+    add(
+        "--allow-changed-recipe",
+        action="store_true",
+        help="resume although the recipe differs from the checkpoint's",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Fit, write the file, measure."""
+    recipe = fit_recipe(load_recipe(arguments.recipe, _overrides(arguments)))
+    print(fit_upsampler(recipe, arguments.resume, arguments.allow_changed_recipe))
+    return 0
+
+
+def _overrides(arguments: argparse.Namespace) -> list[str]:
+    """Return fields, the most particular last: preset, flags, --fit.FIELD."""
+    values: dict[str, object] = {}
+    if arguments.preset:
+        values |= {f"fit.{name}": value for name, value in PRESETS[arguments.preset].items()}
+    for name in ("teacher", "upsampler", "factor"):
+        if getattr(arguments, name) is not None:
+            values[f"fit.{name}"] = getattr(arguments, name)
+    if arguments.output:
+        values["output"] = arguments.output
+    return [*(f"{name}={value}" for name, value in values.items()), *arguments.fields]
+
+
+def fit_recipe(recipe: Recipe) -> Recipe:
+    """Return the recipe with nothing but the fit: one teacher, one stage that shows it.
+
+    Raises ConfigError where the recipe has several teachers and ``fit.teacher`` names none.
+    """
+    name = recipe.fit.teacher or next(iter(recipe.teachers))
+    if not recipe.fit.teacher and len(recipe.teachers) > 1:
+        known = ", ".join(recipe.teachers)
+        raise ConfigError(f"fit.teacher: name one of the recipe's teachers with --teacher: {known}")
+    fitted = replace(
+        recipe,
+        teachers={name: recipe.teachers[name]},
+        fit=replace(recipe.fit, teacher=name),
+        stages={},
+    )
+    check(fitted)
+    return fitted
+
+
+def fit_upsampler(
+    recipe: Recipe,
+    resume: bool = False,
+    allow_changed: bool = False,
+    pool: "list[list[Lesson]] | None" = None,
+) -> Path:
+    """Fit what ``recipe.fit`` says; returns the file.
+
+    With ``resume`` a fit that is complete is not run again. A ``pool`` is ``FitRun.pool``, for fits
+    that share their encoded pictures.
+    """
+    from radio_distill.train.distributed import choose_device, join, leave, world_from
+    from stages.doctor import check_packages
+
+    check_packages()
+    config = recipe.fit
+    folder = fit_folder(recipe, config)
+    world = world_from(os.environ)
+    if not world.is_main:
+        logging.getLogger().setLevel(logging.WARNING)
+    device = choose_device(recipe.engine.device, world)
+    join(world, device)
+    try:
+        checkpoint = checkpoint_to_resume(folder, recipe, STAGE, allow_changed) if resume else None
+        if world.is_main:
+            prepare_folder(folder, recipe, fresh=checkpoint is None)
+        from upsamplers.fit import fit
+
+        made = build_fit(recipe, folder, world, device, checkpoint)
+        made.pool = made.pool if pool is None else pool
+        if made.start_step < config.steps:
+            fit(made)
+        if world.is_main:
+            write_result(made)
+        return folder / FITTED
+    finally:
+        leave()
+
+
+def build_fit(
+    recipe: Recipe,
+    folder: Path,
+    world: "World",
+    device: "torch.device",
+    resumed: "Checkpoint | None",
+) -> "FitRun":
+    """Build everything that this process needs; what is cheap to check comes first."""
+    import torch
+
+    from radio_distill.data.loader import ShardBatches
+    from teachers import build_teacher
+    from upsamplers.fit import Consistency, FitRun, share_of
+    from upsamplers.model import UpsamplerModel
+    from upsamplers.networks import build_network
+
+    config = recipe.fit
+    torch.manual_seed(recipe.seed)
+    teacher = build_teacher(config.teacher, recipe.teachers[config.teacher], device)
+    spec, size = teacher.spec, input_size(recipe, teacher)
+    network = build_network(config.upsampler, spec.channels, config.factor, config.options)
+    fine = (size[0] * config.factor, size[1] * config.factor)
+    slices = share_of(config, world, recipe.engine.micro_batch, fine)
+    source = ShardBatches(
+        recipe.data, seed=recipe.seed, images_per_step=config.batch_size, slices=slices
+    )
+    normalizer = _normalizer(recipe, teacher, size, world, device)
+    grid = spec.grid(size) if config.de_bias else None
+    model = UpsamplerModel(network, normalizer, spec.channels, grid)
+    made = FitRun(
+        recipe, folder, world, device, teacher,
+        Consistency(model, config, spec.channels), size, source, slices,
+    )  # fmt: skip
+    if resumed is not None:
+        made.start_step, made.last_checkpoint = resumed.step, resumed.folder
+        logging.info("resuming %s after step %d", folder.name, resumed.step)
+    return made
+
+
+def input_size(recipe: Recipe, teacher: "Teacher") -> "Size":
+    """Return the teacher's input in the fit, a square; raises ConfigError where it cannot be."""
+    spec, side = teacher.spec, recipe.fit.size
+    if not side:
+        return spec.native_size
+    if side % spec.patch_size or (spec.fixed_size and spec.native_size != (side, side)):
+        near = max(round(side / spec.patch_size), 1) * spec.patch_size
+        nearest = max(spec.native_size) if spec.fixed_size else near
+        raise ConfigError(
+            f"fit.size: teacher {spec.name!r} cannot see {side} px (nearest {nearest})"
+        )
+    return (side, side)
+
+
+def _normalizer(
+    recipe: Recipe, teacher: "Teacher", size: "Size", world: "World", device: "torch.device"
+):  # type: ignore[no-untyped-def]
+    """Fit the recipe's normalizer to the teacher as the fit shows it."""
+    from radio_distill.targets import TargetMaker
+    from radio_distill.train.statistics import build_normalizers, fit_normalizers
+    from upsamplers.interpolate import Bilinear
+
+    name = teacher.spec.name
+    partition = PartitionConfig(
+        name=STAGE, size=size, teachers=(name,), batch_size=1, teacher_sizes={name: max(size)}
+    )
+    shown = replace(recipe, stages={STAGE: StageConfig(partitions=(partition,))})
+    normalizers = build_normalizers(recipe)
+    targets = TargetMaker({name: teacher}, recipe.teachers, Bilinear(1), normalizers, 1)
+    cache = Path(recipe.normalizer.cache or recipe.folder / "statistics")
+    fit_normalizers(targets, shown, STAGE, world, device, cache)
+    return normalizers[name]
+
+
+def write_result(made: "FitRun") -> None:
+    """Write the fitted file, with what was measured on the held-out pictures in its header."""
+    from radio_distill.train import checkpoint as checkpoints
+    from upsamplers.fit import MODULES
+    from upsamplers.fitted import FittedHeader
+    from upsamplers.learned import save_model
+
+    recipe, spec, config = made.recipe, made.teacher.spec, made.config
+    newest = checkpoints.find(made.folder)
+    made.consistency.load_state_dict(newest.tensors(MODULES))
+    header = FittedHeader(
+        upsampler=config.upsampler,
+        teacher=spec.name,
+        weights_hash=spec.weights_hash,
+        channels=spec.channels,
+        factor=config.factor,
+        size=made.size,
+        options=dict(config.options),
+        normalizer=recipe.normalizer.name,
+        fit={**asdict(config), "shards": list(recipe.data.shards), "seed": recipe.seed},
+        measures=_measure(made),
+    )
+    downsampler = made.consistency.downsampler.state_dict()
+    save_model(made.folder / FITTED, made.consistency.model, header, downsampler)
+
+
+def _measure(made: "FitRun") -> dict[str, float]:
+    """Measure the fitted upsampler on the recipe's held-out pictures, where it names some."""
+    from upsamplers.measure import measure
+
+    evaluation, factor = made.recipe.evaluation, made.config.factor
+    if not evaluation.pictures:
+        logging.info("evaluation.pictures names no held-out pictures: nothing is measured")
+        return {}
+    batches = held_out(evaluation.pictures, made.size, factor, evaluation.limit)
+    with Progress(f"{made.folder.name}: held-out pictures", len(batches)) as progress:
+        values = measure(
+            made.consistency,
+            made.teacher,
+            batches,
+            made.size,
+            factor,
+            lambda done, _: progress.update(done),
+        )
+    logging.info("%s", ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
+    return {**values, "pictures": float(sum(map(len, batches)))}
+
+
+def held_out(source: str, size: "Size", factor: int, limit: int = 0) -> "list[torch.Tensor]":
+    """Load held-out pictures in batches of 8, ``factor`` times ``size`` pixels."""
+    import torch
+
+    from radio_distill.data.folder import load_pictures
+    from radio_distill.evals.harness import to_pixels
+
+    fine = (size[0] * factor, size[1] * factor)
+    pictures = [to_pixels(picture, fine) for _, picture in load_pictures(source, limit or None)]
+    return list(torch.stack(pictures).split(8))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run as a script; returns the exit status."""
+    return run_script(sys.modules[__name__], argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
