@@ -1,0 +1,17 @@
+"""Joint-bilateral upsampling: features interpolated, then filtered by what a picture shows.
+
+Two functions (:mod:`.dispatch`) under one module (:mod:`.layer`), each in three implementations
+that agree: ``reference``, ``folded`` (torch only) and ``triton_kernels``.
+"""
+
+from .dispatch import IMPLEMENTATIONS, apply_kernel, range_weights
+from .layer import JointBilateralLevel, JointBilateralStack, prime_factors
+
+__all__ = [
+    "IMPLEMENTATIONS",
+    "JointBilateralLevel",
+    "JointBilateralStack",
+    "apply_kernel",
+    "prime_factors",
+    "range_weights",
+]

@@ -1,0 +1,98 @@
+"""How the Triton kernels cut the work: numbers only, so that they can be counted without a GPU.
+
+Along one axis, a target pixel of the folded layer sees ``window`` low-resolution cells around its
+own. A product of :mod:`.triton_apply` multiplies the weights ``[target pixels, cells]`` of a tile
+of cells with the tile's neighbourhood ``[cells, channels]``. Larger tiles read less, as
+neighbourhoods overlap, and multiply more zeros.
+"""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+_LARGEST = 64
+"""Rows and columns of a product: one warp group's matrix instruction has 64 rows."""
+_LARGEST_STRIP = 32
+"""Low-resolution cells whose gradients a program sums at a time."""
+
+
+class Folding(NamedTuple):
+    """How a map becomes a finer one: factors and windows are (rows, columns)."""
+
+    factor: tuple[int, int]
+    radius: int
+    bicubic: bool
+
+    @property
+    def window(self) -> tuple[int, int]:
+        """The cells that a target pixel sees, itself in the middle."""
+        rows, columns = (_window(factor, self.radius, self.bicubic) for factor in self.factor)
+        return rows, columns
+
+    @property
+    def tile(self) -> "Tile":
+        """The cells of one product."""
+        return _tile(self.factor, self.window)
+
+    @property
+    def strip(self) -> int:
+        """The columns of cells whose gradients one program sums."""
+        return max(1, _LARGEST_STRIP // self.window[0])
+
+
+class Tile(NamedTuple):
+    """A block of cells, and the shape of its product padded to powers of two."""
+
+    rows: int
+    columns: int
+    pixels: int
+    """Target pixels of one product; a tile that has more takes several."""
+    cells: int
+
+    def products(self, factor: tuple[int, int]) -> int:
+        """Return how many products of ``pixels`` target pixels a tile takes."""
+        return -(-self.rows * self.columns * factor[0] * factor[1] // self.pixels)
+
+
+def power_of_two(number: int, least: int = 1) -> int:
+    """Return the smallest power of two from ``number`` and ``least`` on."""
+    return max(least, 1 << (number - 1).bit_length())
+
+
+def _window(factor: int, radius: int, bicubic: bool) -> int:
+    """Return the cells along one axis whose weight can differ from zero.
+
+    The farthest of the ``radius`` neighbours of a cell's last pixel lies ``far / (2 * factor)``
+    cells from the cell's centre; interpolation reaches less than one cell (bilinear) or two
+    (bicubic) from there. At factor 1 it reaches none.
+    """
+    if factor == 1:
+        return 2 * radius + 1
+    far = factor - 1 + 2 * radius
+    reach = 2 * factor * (2 if bicubic else 1)
+    return 2 * ((far + reach - 1) // (2 * factor)) + 1
+
+
+@lru_cache
+def _tile(factor: tuple[int, int], window: tuple[int, int]) -> Tile:
+    """Return the tile that reads the fewest cells for each of its own, then multiplies least."""
+    sides = [(rows, columns) for rows in range(1, 9) for columns in range(1, 9)]
+    shapes = {side: _shape(side, factor, window) for side in sides}
+    fitting = [side for side in sides if max(shapes[side]) <= _LARGEST] or [(1, 1)]
+
+    def cost(side: tuple[int, int]) -> tuple[float, float]:
+        own = side[0] * side[1]
+        read = (side[0] + window[0] - 1) * (side[1] + window[1] - 1)
+        return read / own, shapes[side][0] * shapes[side][1] / own
+
+    best = min(fitting, key=cost)
+    pixels, cells = shapes[best]
+    return Tile(*best, min(pixels, _LARGEST), cells)
+
+
+def _shape(
+    side: tuple[int, int], factor: tuple[int, int], window: tuple[int, int]
+) -> tuple[int, int]:
+    """Return the padded target pixels and cells of a tile; matrix instructions take 16 or more."""
+    pixels = side[0] * side[1] * factor[0] * factor[1]
+    cells = (side[0] + window[0] - 1) * (side[1] + window[1] - 1)
+    return power_of_two(pixels, 16), power_of_two(cells, 16)
