@@ -21,12 +21,14 @@ from stages.report import report
 from stages.sweep import show_gain, sweep, with_upsampler
 
 TAKES_FIELDS = True
+UPSAMPLERS = ["bilinear", "tile", "s2", "featup", "featsharp"]
+"""The first is what the others are compared with."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``radio-distill demo``."""
     parser.add_argument("--data", type=Path, metavar="DIR", help="folder of your own pictures")
-    parser.add_argument("--upsamplers", nargs="+", default=["bilinear", "tile"], metavar="NAME")
+    parser.add_argument("--upsamplers", nargs="+", default=UPSAMPLERS, metavar="NAME")
 
 
 def run(arguments: argparse.Namespace) -> int:

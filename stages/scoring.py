@@ -117,7 +117,7 @@ def _fidelity(
 
 
 def _targets_of(checkpoint: Checkpoint, teachers: dict[str, Teacher]) -> TargetMaker:
-    """Targets as they are, whatever upsampler or de-bias the student learned from: one yardstick."""
+    """Give the teachers as they are, whatever a student learned from: one yardstick for all."""
     recipe = checkpoint.recipe
     return TargetMaker(
         teachers,

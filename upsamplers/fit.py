@@ -259,7 +259,7 @@ def lessons(run: FitRun, clock: "_Clock") -> Iterator[list[Lesson]]:
         return
     new = run.source.batches(len(run.pool))
     for step in count():
-        if len(run.pool) < kept:
+        if step == len(run.pool) < kept:
             encoded = _encoded(run, step, next(new), clock)
             run.pool.append([_converted(lesson, torch.float16) for lesson in encoded])
         if step >= run.start_step:
@@ -282,7 +282,9 @@ def _lesson(run: FitRun, step: int, item: StepSlice, batch: ImageBatch) -> Lesso
     views = render(pixels, drawn.flatten(0, 1), run.size)  # [(B V), 3, H', W']
     grid = fine_grid(run.teacher, run.size, run.config.factor)
     seen = run.consistency.model.see(run.teacher, pixels, grid, run.config.factor, further=views)
-    check_targets({run.teacher.spec.name: Features(None, seen.observation.low)}, batch.keys)
+    for maps in (seen.observation.low, *seen.observation.tiles.values(), seen.further):
+        keys = [key for key in batch.keys for _ in range(len(maps) // len(pixels))]
+        check_targets({run.teacher.spec.name: Features(None, maps)}, keys)
     return Lesson(seen, drawn)
 
 

@@ -52,6 +52,7 @@ class Learned:
         self._any_size = any_size
         self._sizes: dict[str, Size] = {}
         self._models: dict[str, UpsamplerModel] = {}
+        self._device = torch.device("cpu")
         for name, path in (weights or {}).items():
             self._models[name] = load_model(path).eval()
             self._sizes[name] = read_header(path).size
@@ -82,19 +83,27 @@ class Learned:
         """
         name = teacher.spec.name
         self._check_size(name, tiling.low_resolution(teacher, grid, self.factor))
-        model = self._models[name].to(pixels.device)
+        model = self._model(name, pixels.device)
         with torch.autocast(pixels.device.type, torch.bfloat16):
             return model.upsample(teacher, pixels, grid, self.factor, self._micro_batch)
 
     def correct(self, name: str, spatial: Tensor) -> Tensor:
         """De-bias a teacher's map ``[B, C, h, w]`` at its own grid; others stay as they are."""
-        model = self._models.get(name)
-        return spatial if model is None else model.to(spatial.device).correct(spatial)
+        if name not in self._models:
+            return spatial
+        return self._model(name, spatial.device).correct(spatial)
 
     def cost(self, grid: Size) -> int:
         """Return the teacher images of one picture: the whole, and the tiles that are looked at."""
         levels = {level for model in self._models.values() for level in model.tile_levels}
         return 1 + sum(level**2 for level in levels if level > 1)
+
+    def _model(self, name: str, device: torch.device) -> UpsamplerModel:
+        if device != self._device:
+            for model in self._models.values():
+                model.to(device)
+            self._device = device
+        return self._models[name]
 
     def _check_size(self, name: str, size: Size) -> None:
         """Views that are not square keep their longer side, as the recipe's input sizes do."""
@@ -144,17 +153,17 @@ def load_model(path: str | Path) -> UpsamplerModel:
         network = build_network(header.upsampler, header.channels, header.factor, header.options)
         network.load_state_dict(parts.get("network", {}))
         normalizer = NORMALIZERS.get(header.normalizer)().load_state(parts.get("normalizer", {}))
-    except (ConfigError, CheckpointError, RuntimeError) as error:
+        bias = parts.get("bias", {}).get("")
+        grid = None if bias is None else (bias.shape[-2], bias.shape[-1])
+        model = UpsamplerModel(network, normalizer, header.channels, grid)
+        if bias is not None:
+            model.load_state_dict({"bias": bias}, strict=False)
+        return model
+    except (ConfigError, CheckpointError, RuntimeError, TypeError, IndexError) as error:
         reason = str(error).splitlines()[-1].strip()
         raise WeightsError(
             f"upsampler {path} does not hold what its header says: {reason}"
         ) from error
-    bias = parts.get("bias", {}).get("")
-    grid = None if bias is None else (bias.shape[-2], bias.shape[-1])
-    model = UpsamplerModel(network, normalizer, header.channels, grid)
-    if bias is not None and model.bias is not None:
-        model.bias.data.copy_(bias)
-    return model
 
 
 def save_model(

@@ -73,8 +73,10 @@ class UpsamplerModel(nn.Module):
         encoded = tiling.encode_with_tiles(
             teacher, pixels, grid, factor, self.tile_levels, micro_batch, further
         )
-        height, width = tiling.low_resolution(teacher, grid, factor)
-        guidance = resize(pixels, (height * factor, width * factor))
+        guidance = encoded.pictures.get(factor)
+        if guidance is None:
+            height, width = tiling.low_resolution(teacher, grid, factor)
+            guidance = resize(pixels, (height * factor, width * factor))
         normalise = self.normalizer.apply
         tiles = {level: normalise(tiles) for level, tiles in encoded.tiles.items()}
         low = normalise(encoded.low.spatial)

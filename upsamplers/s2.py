@@ -34,7 +34,7 @@ class S2:
 
     def __call__(self, teacher: Teacher, pixels: Tensor, grid: Size) -> Features:
         """Return features with spatial ``[B, C, *grid]``; ConfigError for a grid that cannot be."""
-        low, tiles, _ = tiling.encode_with_tiles(
+        low, tiles, *_ = tiling.encode_with_tiles(
             teacher, pixels, grid, self.factor, (self.factor,), self.micro_batch
         )
         mixed = self.beta * enlarge(low.spatial, grid) + (1 - self.beta) * tiles[self.factor]

@@ -26,7 +26,7 @@ class Tile:
 
     def __call__(self, teacher: Teacher, pixels: Tensor, grid: Size) -> Features:
         """Return features with spatial ``[B, C, *grid]``; ConfigError for a grid that cannot be."""
-        low, tiles, _ = tiling.encode_with_tiles(
+        low, tiles, *_ = tiling.encode_with_tiles(
             teacher, pixels, grid, self.factor, (self.factor,), self.micro_batch
         )
         return Features(

@@ -72,6 +72,8 @@ class Encoded(NamedTuple):
     """``{level: [B, C, h * level, w * level]}``, stitched."""
     further: Tensor
     """``[N, C, h, w]`` maps of the further pictures."""
+    pictures: dict[int, Tensor]
+    """``{level: [B, 3, *, *]}``: what was cut, ``level`` times the teacher's input size."""
 
 
 def encode_with_tiles(
@@ -96,13 +98,14 @@ def encode_with_tiles(
     """
     size = low_resolution(teacher, grid, factor)
     cut_levels = [level for level in levels if level > 1]
+    fine = {level: resize(pixels, (size[0] * level, size[1] * level)) for level in cut_levels}
     pictures = [resize(pixels, size)]  # [B, 3, H', W']
-    for level in cut_levels:
-        pictures.append(cut(resize(pixels, (size[0] * level, size[1] * level)), level))
+    pictures += [cut(picture, level) for level, picture in fine.items()]
     pictures.append(pixels[:0, :, :1, :1].expand(0, 3, *size) if further is None else further)
     summary, spatial = encode(teacher, torch.cat(pictures), grid, micro_batch)
     low, *maps, rest = spatial.split([len(item) for item in pictures])
     tiles = {level: stitch(item, level) for level, item in zip(cut_levels, maps, strict=True)}
     if 1 in levels:
         tiles[1] = low
-    return Encoded(Features(None if summary is None else summary[: len(pixels)], low), tiles, rest)
+    summary = None if summary is None else summary[: len(pixels)]
+    return Encoded(Features(summary, low), tiles, rest, fine)

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from einops import einsum, rearrange
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
 _BLOCK = 4
@@ -135,6 +136,14 @@ class _Plan(NamedTuple):
     columns: tuple[_Columns, ...]
 
 
+def _all_finite(values: Tensor) -> bool:
+    """Tell whether all values are finite; those of a tensor without data are taken to be."""
+    if isinstance(values, FakeTensor):
+        return True
+    total = values.sum(dtype=torch.promote_types(values.dtype, torch.float32))
+    return bool(total.isfinite())
+
+
 class _Apply(torch.autograd.Function):
     """``[B, h, w, C], [B, H, W, T] -> [B, H, W, C]``, a chunk of blocks at a time."""
 
@@ -143,7 +152,7 @@ class _Apply(torch.autograd.Function):
         ctx.save_for_backward(low, kernel)
         ctx.base = base
         out = low.new_empty(*kernel.shape[:3], low.shape[3])
-        if torch.isfinite(low.sum(dtype=torch.promote_types(low.dtype, torch.float32))):
+        if _all_finite(low):
             return _upsample(_Blocks(low, kernel, base), out)
         finite = low.nan_to_num(0, 0, 0)
         reached = _reached(low != finite, kernel, base)

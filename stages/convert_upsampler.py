@@ -1,0 +1,94 @@
+"""Make a fitted upsampler of a checkpoint of FeatUp's or FeatSharp's own program.
+
+    radio-distill convert-upsampler featup dinov2_jbu_stack_cocostuff.ckpt --teacher dino
+    radio-distill convert-upsampler featsharp last.pth.tar --recipe mine --teacher siglip
+
+The checkpoint does not say whose features it was fitted to: that is the teacher you name. FeatUp's
+files must be those of its folder ``no_norm``: the others live in features after a LayerNorm, from
+which there is no way back to the teacher's space. Nothing in a checkpoint is executed.
+"""
+
+import argparse
+from typing import TYPE_CHECKING
+
+from stages.common import FITTED, fit_folder, load_recipe
+from stages.fit_upsampler import fit_recipe, input_size
+
+if TYPE_CHECKING:
+    from radio_distill.types import Size, TeacherSpec
+    from upsamplers.convert import Converted
+
+TAKES_FIELDS = True
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    add = parser.add_argument
+    add("program", choices=("featup", "featsharp"), help="whose checkpoint it is")
+    add("checkpoint", help="the file")
+    add("--recipe", default="demo", help="name or file that has the teacher (default: demo)")
+    add("--teacher", metavar="NAME", help="the teacher that it was fitted to")
+    add("--output", metavar="FILE", help="(default: where stage 3 of the recipe looks for it)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Convert, check against the teacher, write; prints the file."""
+    from dataclasses import replace
+
+    import torch
+
+    from teachers import build_teacher
+    from upsamplers import convert
+    from upsamplers.learned import save_model
+
+    named = [f"fit.teacher={arguments.teacher}"] if arguments.teacher else []
+    recipe = fit_recipe(load_recipe(arguments.recipe, [*named, *arguments.fields]))
+    made = getattr(convert, f"convert_{arguments.program}")(arguments.checkpoint)
+    name = recipe.fit.teacher
+    teacher = build_teacher(name, recipe.teachers[name], torch.device("cpu"))
+    model, header = assemble(made, teacher.spec, input_size(recipe, teacher))
+    config = replace(
+        recipe.fit, upsampler=made.network_name, factor=made.factor, options=header.options
+    )
+    path = arguments.output or fit_folder(recipe, config) / FITTED
+    save_model(path, model, header)
+    print(path)
+    return 0
+
+
+def assemble(made: "Converted", spec: "TeacherSpec", size: "Size"):  # type: ignore[no-untyped-def]
+    """Return the model and the header of a converted checkpoint.
+
+    Raises WeightsError where the teacher has another number of channels.
+    """
+    from radio_distill.balance import NORMALIZERS
+    from radio_distill.errors import WeightsError
+    from upsamplers.fitted import FittedHeader
+    from upsamplers.model import UpsamplerModel
+    from upsamplers.networks import build_network
+
+    if made.channels != spec.channels:
+        raise WeightsError(
+            f"the checkpoint upsamples {made.channels} channels, teacher {spec.name!r} has "
+            f"{spec.channels}; name the teacher that it was fitted to with --teacher"
+        )
+    name = "none" if made.normalizer_state is None else "phi_s"
+    normalizer = NORMALIZERS.get(name)().load_state(made.normalizer_state or {})
+    network = build_network(made.network_name, made.channels, made.factor, made.options)
+    network.load_state_dict(made.tensors)
+    bias = made.de_bias
+    grid = None if bias is None else (bias.shape[-2], bias.shape[-1])
+    model = UpsamplerModel(network, normalizer, made.channels, grid)
+    if bias is not None and model.bias is not None:
+        model.bias.data.copy_(bias)
+    header = FittedHeader(
+        upsampler=made.network_name,
+        teacher=spec.name,
+        weights_hash=spec.weights_hash,
+        channels=made.channels,
+        factor=made.factor,
+        size=size,
+        options=made.options,
+        normalizer=name,
+    )
+    return model, header
