@@ -162,11 +162,12 @@ def _blocks(q: Tensor, k: Tensor, v: Tensor, radius: int, alibi: bool) -> Tensor
     columns = _block_bias(nx, side[1], width, radius, slopes[1])
     # On a CPU one row of blocks at a time, whose copies stay in its cache.
     band = ny if q.is_cuda else 1
-    bands = [
+    queries, keys, values = (
         _cut(part, num, side, rim).split(band, dim=1)
         for part, rim in ((q, 0), (k, radius), (v, radius))
-    ]
-    out = [_attend(*parts, columns) for parts in zip(*bands, rows.split(band), strict=True)]
+    )
+    bands = zip(queries, keys, values, rows.split(band), strict=True)
+    out = [_attend(*parts, columns) for parts in bands]
     return rearrange(torch.cat(out, dim=1)[:, :height, :width], "b h w heads d -> b heads h w d")
 
 

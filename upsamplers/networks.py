@@ -31,7 +31,7 @@ class Observation(NamedTuple):
 
 
 NETWORKS = Registry(
-    "upsampling network",
+    "network",
     {
         "bilinear": "upsamplers.interpolate:Interpolation",
         "featup": "upsamplers.featup:FeatUpNetwork",

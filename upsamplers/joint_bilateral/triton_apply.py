@@ -12,7 +12,7 @@ the map that is not finite can spoil the pixels of its whole tile.
 """
 
 # ruff: noqa: N803 - constants of a kernel are in capitals, as Triton writes them
-# mypy: disallow-untyped-defs=False
+# mypy: disallow-untyped-defs=False, disable-error-code="import-untyped, import-not-found"
 
 from typing import Any
 
@@ -29,7 +29,7 @@ LAUNCH = {
     "grad_folded": {"BLOCK": 64, "num_warps": 4, "num_stages": 3},
     "grad_low": {"BLOCK": 256, "num_warps": 8, "num_stages": 3},
 }
-"""Channels of a block (half for 32 bits), warps, depth of the pipeline: 64 sums a thread at most."""
+"""Channels of a block (half for 32 bits), warps, depth of pipeline: at most 64 sums a thread."""
 _PROGRAMS = 1024
 """Programs that fill a large GPU, assumed; fewer tiles than that are split by channel."""
 _ROWS = 4 if INTERPRETED else 16

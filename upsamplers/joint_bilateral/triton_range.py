@@ -1,18 +1,18 @@
 """Triton kernels of the bilateral weights, forward and backward.
 
 A program takes a block of 4 x 4 pixels and multiplies them with all pixels around it, on tensor
-cores; half of the products belong to no pair of neighbours and are dropped. Windows are never
+cores; the products that belong to no pair of neighbours, over half, are dropped. Windows are never
 written. Maps are ``[B, H, W, K]`` and weights ``[B, T, H, W]``, contiguous; sums are 32 bits wide,
 64 for doubles.
 
 The backward pass adds nothing atomically, so two runs give the same bits. With ``g[q, p]`` the
 gradient of the product that pixel q makes with its neighbour p, the gradient of q itself is
-``temperature * sum_p (g[q, p] + g[p, q]) * projected[p]``. Reflected borders let q meet p at several
-of its taps, but never a p outside of its window.
+``temperature * sum_p (g[q, p] + g[p, q]) * projected[p]``. Reflected borders let q meet p at
+several of its taps, but never a p outside of its window.
 """
 
 # ruff: noqa: N803 - constants of a kernel are in capitals, as Triton writes them
-# mypy: disallow-untyped-defs=False
+# mypy: disallow-untyped-defs=False, disable-error-code="import-untyped, import-not-found"
 
 import torch
 import triton
@@ -86,7 +86,7 @@ def grad_projected(
         PLACES=_places(radius),
         RADIUS=radius,
         SUM=accumulator(projected),
-        num_warps=2,
+        num_warps=4,
     )
     return out, products.sum()
 
@@ -196,7 +196,9 @@ def _grad_logits_kernel(
     valid = (pixel < num_pixels)[:, None] & (tap < side * side)[None, :]
     weights = tl.load(weights_ptr + entry, valid, 0).to(SUM)
     grad = tl.load(grad_ptr + entry, valid, 0).to(SUM)
-    grad = weights * (grad - tl.sum(weights * grad, axis=1)[:, None])
+    # 16-bit weights do not quite sum to one; without the division all logits would lean one way.
+    total = tl.where(pixel < num_pixels, tl.sum(weights, axis=1), 1.0)
+    grad = weights * (grad - (tl.sum(weights * grad, axis=1) / total)[:, None])
     tl.store(grad_logits_ptr + entry, grad, valid)
     row, column = tap // side - RADIUS, tap % side - RADIUS
     distance = (row * row + column * column).to(SUM) / (RADIUS * RADIUS)
@@ -255,8 +257,8 @@ def _grad_projected_kernel(
             up, left = _image_of(y, height, vertical), _image_of(x, width, horizontal)
             both += _found(grad_logits_ptr, row, column, up, left, height, width, valid, RADIUS)
     entry = tl.trans((image * height + row) * width + column) * keys + key
-    around = tl.load(projected_ptr + entry, within[:, None] & (key < keys), 0)
-    grad = dot(both.to(around.dtype), around, tl.zeros([_SIDE * _SIDE, KEYS], SUM))
+    around = tl.load(projected_ptr + entry, within[:, None] & (key < keys), 0).to(SUM)
+    grad = dot(both, around, tl.zeros([_SIDE * _SIDE, KEYS], SUM))
     entry = ((image * height + y) * width + x) * keys + key
     centre = tl.load(projected_ptr + entry, inside[:, None] & (key < keys), 0).to(SUM)
     # The logits are of degree two in the map, so this sum (Euler) counts the gradient twice.

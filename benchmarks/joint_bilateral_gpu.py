@@ -1,0 +1,341 @@
+"""Time and peak memory of the joint-bilateral layer's Triton kernels on a GPU, and their bounds.
+
+    python -m benchmarks.joint_bilateral_gpu            # parity, then medians, side by side
+    python -m benchmarks.joint_bilateral_gpu --sweep    # other launch settings, kernel by kernel
+    python -m benchmarks.joint_bilateral_gpu --count    # bytes and FLOPs; needs no GPU
+
+The yardstick is the time to write the output once at the measured copy bandwidth (bytes read and
+written over time). ``apply`` is the product alone, ``layer`` also makes the weights out of 32
+projected channels; backward goes to all inputs. Medians of CUDA events, L2 flushed in between.
+Memory is the peak beyond the inputs.
+
+``--count`` lists what each kernel must move through device memory, what its programs load through
+the caches, and the floating-point operations of its products with all padding. A bound is the
+larger of bytes over bandwidth and operations over the matrix rate, both from the vendors' data
+sheets; it knows nothing of the other instructions.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from itertools import product
+from math import ceil, prod
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from upsamplers.joint_bilateral import apply_kernel, range_weights, triton_kernels
+from upsamplers.joint_bilateral.triton_tiles import Folding, power_of_two
+
+RADIUS, KEYS, BYTES = 3, 32, 2
+TAPS = (2 * RADIUS + 1) ** 2
+DATA_SHEETS = {"H200": (4.8e12, 990e12), "A100": (2.0e12, 312e12)}
+"""Bytes, and bf16 matrix operations, a second."""
+
+
+class Case(NamedTuple):
+    """A stack of levels in bf16, bilinear base."""
+
+    batch: int
+    channels: int
+    cells: int
+    factors: tuple[int, ...]
+
+    def __str__(self) -> str:
+        sides = [self.cells * prod(self.factors[:n]) for n in range(len(self.factors) + 1)]
+        return f"B{self.batch} C{self.channels} {'→'.join(map(str, sides))}"
+
+    def levels(self) -> Iterator[tuple[int, Folding]]:
+        """Yield the grid and the folding of each level."""
+        for number, factor in enumerate(self.factors):
+            yield self.cells * prod(self.factors[:number]), Folding((factor,) * 2, RADIUS, False)
+
+    def output_bytes(self) -> int:
+        """Return the bytes of the last level's output."""
+        return self.batch * self.channels * (self.cells * prod(self.factors)) ** 2 * BYTES
+
+
+CASES = (Case(32, 1280, 27, (3,)), Case(4, 768, 16, (3,)), Case(1, 1024, 27, (2, 2)))
+
+
+# --- counting ---------------------------------------------------------------------------------
+
+
+class Work(NamedTuple):
+    """What a kernel does, in bytes and operations."""
+
+    kernel: str
+    read: float
+    written: float
+    loaded: float
+    """Bytes that programs ask for; what exceeds ``read`` should come out of the caches."""
+    operations: float
+
+    def seconds(self, bandwidth: float, rate: float) -> float:
+        """Return the lower bound."""
+        return max((self.read + self.written) / bandwidth, self.operations / rate)
+
+
+def forward_work(case: Case, cells: int, folding: Folding) -> list[Work]:
+    """Count the kernels of one level, forward."""
+    tile, window = folding.tile, folding.window
+    pixels = case.batch * (cells * folding.factor[0]) ** 2
+    keys, taps = pixels * KEYS * BYTES, pixels * TAPS * BYTES
+    folded, out = pixels * prod(window) * BYTES, pixels * case.channels * BYTES
+    low = case.batch * cells**2 * case.channels * BYTES
+    tiles = case.batch * ceil(cells / tile.rows) * ceil(cells / tile.columns)
+    around = (tile.rows + window[0] - 1) * (tile.columns + window[1] - 1) * case.channels * BYTES
+    matrix = tile.products(folding.factor) * tile.pixels * tile.cells
+    places = (4 + 2 * RADIUS) ** 2  # around a block of 16 pixels
+    scores = 2 * pixels * power_of_two(places) * KEYS
+    return [
+        Work("weights", keys, taps, keys * (places + 16) / 16, scores),
+        Work("fold", taps, folded, taps, 0),
+        Work(
+            "multiply",
+            low + folded,
+            out,
+            tiles * around + folded,
+            2 * tiles * matrix * case.channels,
+        ),
+    ]
+
+
+def backward_work(case: Case, cells: int, folding: Folding) -> list[Work]:
+    """Count the kernels of one level, backward; :mod:`.triton_apply` names their sizes."""
+    weights, fold, multiply = forward_work(case, cells, folding)
+    out, low, wide, logits = (
+        multiply.written,
+        multiply.read - fold.written,
+        2 * fold.written,
+        2 * fold.read,
+    )
+    (factor, _), (window, _), strip = folding.factor, folding.window, folding.strip
+    strips, across = ceil(cells / strip), (strip + window - 1) * factor
+    rows = sum(
+        min(cells, top + 16 + window // 2) - max(0, top - window // 2)
+        for top in range(0, cells, 16)
+    )
+    given = out * rows * strips * across / (cells**2 * factor)
+    weighed = fold.written * rows / cells * ceil(case.channels / 256)  # once a block of channels
+    padded = case.batch * strips * rows * factor * ceil(across / 32) * 32
+    sums = 2 * padded * power_of_two(window * strip, 16) * case.channels
+    return [
+        fold,
+        Work("grad_low", out + fold.written, low, given + weighed, sums),
+        Work(
+            "grad_folded",
+            low + out,
+            wide,
+            multiply.loaded - fold.written + out,
+            multiply.operations,
+        ),
+        Work("unfold", wide, fold.read, wide, 0),
+        Work("grad_logits", 2 * fold.read, logits, 2 * fold.read, 0),
+        Work(
+            "grad_projected",
+            logits + weights.read,
+            weights.read,
+            2 * logits + weights.loaded,
+            3 * weights.operations,
+        ),
+    ]
+
+
+def count(case: Case) -> None:
+    """Print the work of each kernel of a case, and the bounds of what the targets speak of."""
+    columns = ["kernel", "read MB", "written MB", "loaded MB", "GFLOP"]
+    row(f"{case}, bf16", *columns[1:], *(f"bound {gpu} µs" for gpu in DATA_SHEETS))
+    row(*["---"] + ["---:"] * (len(columns) - 1 + len(DATA_SHEETS)))
+    totals = {name: [0.0] * len(DATA_SHEETS) for name in ("apply", "layer")}
+    for title, works in (("forward", forward_work), ("backward", backward_work)):
+        totals = {name: [0.0] * len(DATA_SHEETS) for name in totals}
+        for cells, folding in case.levels():
+            for work in works(case, cells, folding):
+                bounds = [work.seconds(*sheet) for sheet in DATA_SHEETS.values()]
+                numbers = (work.read, work.written, work.loaded, work.operations / 1e3)
+                label = f"{work.kernel} →{cells * folding.factor[0]}"
+                row(
+                    label, *(f"{n / 1e6:.1f}" for n in numbers), *(f"{b * 1e6:.1f}" for b in bounds)
+                )
+                for name, total in totals.items():
+                    if name == "layer" or work.kernel in APPLY:
+                        total[:] = [old + new for old, new in zip(total, bounds, strict=True)]
+        for name, total in totals.items():
+            write = [case.output_bytes() / bandwidth for bandwidth, _ in DATA_SHEETS.values()]
+            shown = [
+                f"{t * 1e6:.0f} = {t / w:.2f}x write" for t, w in zip(total, write, strict=True)
+            ]
+            row(f"**{name}, {title}**", "", "", "", "", *shown)
+    print()
+
+
+APPLY = ("fold", "multiply", "grad_low", "grad_folded", "unfold")
+
+
+# --- measuring --------------------------------------------------------------------------------
+
+
+class Inputs(NamedTuple):
+    """What a case is run on."""
+
+    low: Tensor
+    projected: list[Tensor]
+    kernels: list[Tensor]
+    grad: Tensor
+
+
+def inputs(case: Case) -> Inputs:
+    """Make normal features and projections, and the weights of each level."""
+    last = torch.channels_last
+    make = lambda *shape: torch.randn(*shape, device="cuda").bfloat16().to(memory_format=last)  # noqa: E731
+    sides = [cells * folding.factor[0] for cells, folding in case.levels()]
+    projected = [make(case.batch, KEYS, side, side).mul_(0.4) for side in sides]
+    kernels = [range_weights(keys, 1.0, 1.0, RADIUS, "triton") for keys in projected]
+    low = make(case.batch, case.channels, case.cells, case.cells)
+    return Inputs(low, projected, kernels, make(case.batch, case.channels, sides[-1], sides[-1]))
+
+
+def apply(given: Inputs, how: str) -> Tensor:
+    """Run all levels with weights that are there already."""
+    low = given.low
+    for kernel in given.kernels:
+        if how == "bilinear":
+            low = F.interpolate(low, kernel.shape[-2:], mode="bilinear", align_corners=False)
+        else:
+            low = apply_kernel(low, kernel, "bilinear", how)
+    return low
+
+
+def layer(given: Inputs, how: str) -> Tensor:
+    """Run all levels, weights included."""
+    kernels = [range_weights(keys, 1.0, 1.0, RADIUS, how) for keys in given.projected]
+    return apply(given._replace(kernels=kernels), how)
+
+
+def leaves(given: Inputs, function: Callable[[Inputs, str], Tensor], how: str) -> list[Tensor]:
+    """Return the inputs that a backward pass goes to, as leaves."""
+    others = given.projected if function is layer else given.kernels
+    return [given.low] if how == "bilinear" else [given.low, *others]
+
+
+def check(case: Case) -> None:
+    """Raise where Triton and the folded form differ, on the case's first picture."""
+    given = inputs(case._replace(batch=1))
+    results = []
+    for how in ("triton", "folded"):
+        tensors = [tensor.requires_grad_() for tensor in leaves(given, layer, how)]
+        out = layer(given, how)
+        results.append([out, *torch.autograd.grad(out, tensors, given.grad)])
+    for ours, reference in zip(*results, strict=True):
+        error = (ours.float() - reference.float()).abs().max() / reference.float().abs().max()
+        if not error < 3e-2:
+            sys.exit(f"{case}: Triton and folded differ by {error:.1e} of the largest value")
+
+
+def copy_bandwidth() -> float:
+    """Return the bytes a second, read and written, of a copy of 2 GiB."""
+    source = torch.empty(2**31, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.numel() / seconds(lambda: target.copy_(source))
+
+
+def seconds(function: Callable[[], object]) -> float:
+    """Return the median time of a call."""
+    from triton.testing import do_bench
+
+    return do_bench(function, quantiles=[0.5]) / 1e3
+
+
+def peak_bytes(function: Callable[[], object]) -> int:
+    """Return the peak of one call beyond what is allocated before it."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    function()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def measure(case: Case, bandwidth: float) -> None:
+    """Print times and memory of a case, form by form."""
+    write = case.output_bytes() / bandwidth
+    row(f"{case}, bf16", "forward µs", "x write", "backward µs", "x write", "peak MiB, both")
+    row("---", *["---:"] * 5)
+    row("write the output once", f"{write * 1e6:.0f}", "1.00", "", "", "")
+    for function, how in [*product((apply, layer), ("triton", "folded")), (apply, "bilinear")]:
+        given = inputs(case)
+        forward = seconds(lambda: function(given, how))  # noqa: B023 - called at once
+        tensors = [tensor.requires_grad_() for tensor in leaves(given, function, how)]
+
+        def step(given: Inputs = given, tensors: list[Tensor] = tensors) -> object:
+            return torch.autograd.grad(function(given, how), tensors, given.grad)  # noqa: B023
+
+        peak, out = peak_bytes(step), function(given, how)
+        backward = seconds(
+            lambda: torch.autograd.grad(out, tensors, given.grad, retain_graph=True)  # noqa: B023
+        )
+        times = (
+            f"{x:.{d}f}" for t in (forward, backward) for x, d in ((t * 1e6, 0), (t / write, 2))
+        )
+        row(f"{how}, {function.__name__}", *times, f"{peak / 2**20:.0f}")
+    print()
+
+
+def sweep(case: Case) -> None:
+    """Print the time of each product under launch settings around the chosen ones."""
+    from upsamplers.joint_bilateral import triton_apply, triton_fold
+
+    given, (_, folding) = inputs(case), next(case.levels())
+    low, grad = (t.permute(0, 2, 3, 1).contiguous() for t in (given.low, given.grad))
+    folded = triton_fold.fold(given.kernels[0].contiguous(), folding, low.dtype)
+    calls = {
+        "multiply": lambda: triton_apply.multiply(low, folded, folding),
+        "grad_folded": lambda: triton_apply.grad_folded(low, grad, folding),
+        "grad_low": lambda: triton_apply.grad_low(folded, grad, folding),
+    }
+    row(f"{case}, bf16", "channels", "warps", "stages", "µs")
+    row("---", *["---:"] * 4)
+    for name, call in calls.items():
+        chosen = dict(triton_apply.LAUNCH[name])
+        for block, warps, stages in product((64, 128, 256), (4, 8), (2, 3, 4)):
+            triton_apply.LAUNCH[name] = {"BLOCK": block, "num_warps": warps, "num_stages": stages}
+            mark = " (chosen)" if triton_apply.LAUNCH[name] == chosen else ""
+            row(name + mark, block, warps, stages, f"{seconds(call) * 1e6:.0f}")
+        triton_apply.LAUNCH[name] = chosen
+    print()
+
+
+def row(*cells: object) -> None:
+    """Print a row of a Markdown table."""
+    print("|", " | ".join(map(str, cells)), "|", flush=True)
+
+
+def main() -> None:
+    """Run what the arguments ask for, on every case."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    choice = parser.add_mutually_exclusive_group()
+    choice.add_argument("--count", action="store_true", help="count bytes and FLOPs; needs no GPU")
+    choice.add_argument("--sweep", action="store_true", help="time other launch settings")
+    arguments = parser.parse_args()
+    if arguments.count:
+        for case in CASES:
+            count(case)
+        return
+    if not torch.cuda.is_available() or not triton_kernels.is_available(torch.device("cuda")):
+        sys.exit("no NVIDIA GPU from Ampere on with Triton here; --count works without")
+    bandwidth = copy_bandwidth()
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, ", end="")
+    print(f"copies at {bandwidth / 1e12:.2f} TB/s\n")
+    for case in CASES:
+        if arguments.sweep:
+            sweep(case._replace(factors=case.factors[:1]))
+            continue
+        check(case)
+        measure(case, bandwidth)
+
+
+if __name__ == "__main__":
+    main()
