@@ -41,8 +41,10 @@ class Upsampler(Protocol):
     It is handed the teacher and not a feature map, because tiling methods call it several times.
     """
 
-    factor: int
-    """How much finer than the teacher's own grid, an integer."""
+    @property
+    def factor(self) -> int:
+        """How much finer than the teacher's own grid, an integer."""
+        ...
 
     def __call__(self, teacher: Teacher, pixels: "Tensor", grid: Size) -> Features:
         """Return features of ``pixels`` with ``spatial`` exactly ``[B, C, *grid]``.

@@ -110,10 +110,10 @@ def _plain(value: Any) -> Any:
 
 def upsampler_of(recipe: Recipe, stage: str) -> UpsamplerConfig:
     """Return a stage's upsampler, with the files that this recipe has fitted for it."""
-    from upsamplers import UPSAMPLERS
+    from upsamplers import is_fitted
 
     config = stage_of(recipe, stage).upsampler
-    if not getattr(UPSAMPLERS.get(config.name), "fitted", False):
+    if not is_fitted(config.name):
         return config  # a bilinear that was fitted is a baseline of the report, nothing to train on
     found = {}
     for name in recipe.teachers:
@@ -245,6 +245,7 @@ def changes_that_matter(old: Recipe, new: Recipe, stage: str) -> list[str]:
 def checkpoint_to_resume(
     folder: Path, recipe: Recipe, stage: str, allow_changed: bool
 ) -> "Checkpoint | None":
+    """Return the newest checkpoint in ``folder``; raises ConfigError for a changed recipe."""
     from radio_distill.train import checkpoint as checkpoints
 
     checkpoint = checkpoints.newest(folder / "checkpoints")

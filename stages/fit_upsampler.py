@@ -29,11 +29,12 @@ from stages.common import FITTED, checkpoint_to_resume, fit_folder, load_recipe,
 if TYPE_CHECKING:
     import torch
 
-    from radio_distill.protocols import Teacher
+    from radio_distill.protocols import Normalizer, Teacher
     from radio_distill.train.checkpoint import Checkpoint
     from radio_distill.train.distributed import World
     from radio_distill.types import Size
-    from upsamplers.fit import FitRun, Lesson
+    from upsamplers.fit import FitRun
+    from upsamplers.lessons import Lesson
 
 TAKES_FIELDS = True
 STAGE = "fit"
@@ -90,8 +91,17 @@ def _overrides(arguments: argparse.Namespace) -> list[str]:
 def fit_recipe(recipe: Recipe) -> Recipe:
     """Return the recipe with nothing but the fit: one teacher, one stage that shows it.
 
-    Raises ConfigError where the recipe has several teachers and ``fit.teacher`` names none.
+    Raises ConfigError where the recipe has several teachers and ``fit.teacher`` names none, and for
+    a normalizer without inverse.
     """
+    from radio_distill.balance import NORMALIZERS
+    from radio_distill.balance.normalizers import LayerNorm
+
+    if issubclass(NORMALIZERS.get(recipe.normalizer.name), LayerNorm):
+        raise ConfigError(
+            f"normalizer.name: {recipe.normalizer.name} has no way back to the teacher's space, "
+            "which a fitted upsampler needs; fit with phi_s"
+        )
     name = recipe.fit.teacher or next(iter(recipe.teachers))
     if not recipe.fit.teacher and len(recipe.teachers) > 1:
         known = ", ".join(recipe.teachers)
@@ -155,13 +165,18 @@ def build_fit(
     """Build everything that this process needs; what is cheap to check comes first."""
     import torch
 
+    from radio_distill.data.folder import list_pictures
     from radio_distill.data.loader import ShardBatches
     from teachers import build_teacher
-    from upsamplers.fit import Consistency, FitRun, share_of
+    from upsamplers.consistency import Consistency
+    from upsamplers.fit import FitRun
+    from upsamplers.lessons import share_of
     from upsamplers.model import UpsamplerModel
     from upsamplers.networks import build_network
 
     config = recipe.fit
+    if recipe.evaluation.pictures:
+        list_pictures(recipe.evaluation.pictures)  # none there: known before the fit, not after
     torch.manual_seed(recipe.seed)
     teacher = build_teacher(config.teacher, recipe.teachers[config.teacher], device)
     spec, size = teacher.spec, input_size(recipe, teacher)
@@ -172,6 +187,7 @@ def build_fit(
         recipe.data, seed=recipe.seed, images_per_step=config.batch_size, slices=slices
     )
     normalizer = _normalizer(recipe, teacher, size, world, device)
+    torch.manual_seed(recipe.seed + 1)  # statistics that are not in the cache have drawn numbers
     grid = spec.grid(size) if config.de_bias else None
     model = UpsamplerModel(network, normalizer, spec.channels, grid)
     made = FitRun(
@@ -200,7 +216,7 @@ def input_size(recipe: Recipe, teacher: "Teacher") -> "Size":
 
 def _normalizer(
     recipe: Recipe, teacher: "Teacher", size: "Size", world: "World", device: "torch.device"
-):  # type: ignore[no-untyped-def]
+) -> "Normalizer":
     """Fit the recipe's normalizer to the teacher as the fit shows it."""
     from radio_distill.targets import TargetMaker
     from radio_distill.train.statistics import build_normalizers, fit_normalizers

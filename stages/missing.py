@@ -11,7 +11,7 @@ from radio_distill.errors import DataError, WeightsError
 from stages.common import upsampler_of
 from teachers import resolve
 from teachers.weights import local_path
-from upsamplers import UPSAMPLERS
+from upsamplers import is_fitted
 
 
 def find_missing(recipe: Recipe) -> list[str]:
@@ -62,7 +62,7 @@ def _upsamplers(recipe: Recipe) -> Iterator[str]:
     """Name fitted files that are missing; whether those that are there fit, a run says at once."""
     for name, stage in recipe.stages.items():
         config = upsampler_of(recipe, name)
-        if not getattr(UPSAMPLERS.get(config.name), "fitted", False):
+        if not is_fitted(config.name):
             continue
         for teacher in sorted({item for part in stage.partitions for item in part.upsample}):
             path = config.weights.get(teacher)

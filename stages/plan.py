@@ -169,9 +169,7 @@ def _upsampler(models: Models, name: str) -> "Upsampler":
             return kind.untrained(config.factor, {key: item.spec for key, item in used.items()})
         return build_upsampler(config, used)
     except RadioDistillError as error:
-        models.problems.append(
-            f"stages.{name}.upsampler: {error} (above, `tile` stands for it)"
-        )
+        models.problems.append(f"stages.{name}.upsampler: {error} (above, `tile` stands for it)")
         return build_upsampler(replace(config, name="tile", weights={}, options={}), used)
 
 

@@ -91,8 +91,8 @@ def _files(config: UpsamplerConfig, teachers: Mapping[str, Teacher]) -> Mapping[
         if path is None:
             raise ConfigError(
                 f"no {config.name} {config.factor}x is fitted to teacher {name!r}; fit one "
-                f"(stages/fit_upsampler.py --teacher {name} --upsampler {config.name} "
-                f"--factor {config.factor}), or set upsampler.weights.{name}"
+                f"(stages/fit_upsampler.py --recipe RECIPE --teacher {name} --upsampler "
+                f"{config.name} --factor {config.factor}), or set upsampler.weights.{name}"
             )
         check_fitted_for(read_header(path), config.name, teacher.spec, config.factor)
         files[name] = str(path)

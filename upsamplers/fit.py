@@ -14,13 +14,10 @@ step do not depend on the number of processes.
 """
 
 import logging
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,87 +26,27 @@ from torch import Tensor, nn
 
 from radio_distill.config import FitConfig, Recipe
 from radio_distill.data.loader import StepSlice
-from radio_distill.errors import CheckpointError, ConfigError
+from radio_distill.errors import CheckpointError
 from radio_distill.progress import Progress
 from radio_distill.protocols import BatchSource, Teacher
 from radio_distill.registry import nearest
 from radio_distill.train import checkpoint as checkpoints
 from radio_distill.train.checkpoint import Checkpoint
 from radio_distill.train.distributed import World, from_main, sum_over_ranks
-from radio_distill.train.guard import check_gradient, check_loss, check_targets
+from radio_distill.train.guard import check_gradient, check_loss
 from radio_distill.train.optim import load_optimizer_tensors, optimizer_tensors
 from radio_distill.train.schedule import cosine, every
 from radio_distill.train.sinks import Sinks, open_sinks
-from radio_distill.types import Features, ImageBatch, Size
+from radio_distill.types import Size
 
-from .downsamplers import build_downsampler
-from .losses import UncertaintyNet, conditional_random_field, masked_mse, project, total_variation
-from .model import Seen, UpsamplerModel
-from .networks import Observation
-from .views import VIEWS, draw_homographies, render, valid_mask, warp
+from .consistency import Consistency
+from .lessons import Clock, Lesson, lessons
+from .model import Seen
 
 logger = logging.getLogger(__name__)
 
 MODULES = "upsampler"
 """Name of the checkpoint's file of weights."""
-_CRF_CHANNELS = 128
-
-
-class Consistency(nn.Module):
-    """The loss of a fit, with everything that it trains.
-
-    Args:
-        model: what is fitted.
-        config: the recipe's section ``fit``.
-        channels: C of the teacher.
-    """
-
-    def __init__(self, model: UpsamplerModel, config: FitConfig, channels: int):
-        super().__init__()
-        self.model = model
-        self.downsampler = build_downsampler(
-            config.downsampler, channels, config.factor, config.downsampler_kernel
-        )
-        self.uncertainty = UncertaintyNet(channels) if config.uncertainty else None
-        self._config = config
-
-    def forward(
-        self, seen: Seen, homographies: Tensor, generator: torch.Generator
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss of each picture ``[B]`` and the terms it consists of, each ``[B]``.
-
-        Args:
-            seen: the pictures, with the views as its further pictures, in the order of
-                ``homographies``.
-            homographies: ``[B, V, 3, 3]``, see :mod:`upsamplers.views`.
-            generator: of the pixels that the conditional random field looks at.
-        """
-        config, observation = self._config, seen.observation
-        fine = self.model(observation).float()  # [B, C, H, W]
-        prediction = self.reconstruct(fine, homographies)  # [(B V), C, h, w]
-        target = self.model.de_biased(seen.further)
-        grid = (target.shape[-2], target.shape[-1])
-        valid = valid_mask(homographies.flatten(0, 1), grid)  # [(B V), h, w]
-        log_scale = None if self.uncertainty is None else self.uncertainty(seen.further)
-        views = masked_mse(prediction, target, valid, log_scale)
-        terms = {"consistency": rearrange(views, "(b v) -> b v", b=len(fine)).mean(1)}
-        loss = terms["consistency"]
-        if config.total_variation:
-            terms["total_variation"] = total_variation(fine)
-            loss = loss + config.total_variation * terms["total_variation"]
-        if config.crf:
-            few = project(fine, _CRF_CHANNELS, generator)
-            terms["crf"] = conditional_random_field(
-                few, observation.guidance, "featup", generator=generator
-            )
-            loss = loss + config.crf * terms["crf"]
-        return loss, terms
-
-    def reconstruct(self, fine: Tensor, homographies: Tensor) -> Tensor:
-        """Predict the teacher's maps of views ``[(B V), C, h, w]`` from fine maps."""
-        size = (fine.shape[-2], fine.shape[-1])
-        coarse: Tensor = self.downsampler(warp(fine, homographies.flatten(0, 1), size))
-        return coarse
 
 
 @dataclass
@@ -130,7 +67,7 @@ class FitRun:
     """Which pictures of a step they are."""
     start_step: int = 0
     last_checkpoint: Path | None = None
-    pool: "list[list[Lesson]]" = field(default_factory=list)
+    pool: list[list[Lesson]] = field(default_factory=list)
     """What is kept with ``fit.pool``; fits of one teacher, size and factor can share one list,
     where the first of them looks at all tiles that any looks at."""
 
@@ -141,29 +78,6 @@ class FitRun:
     @property
     def seed(self) -> int:
         return self.recipe.seed
-
-
-def share_of(config: FitConfig, world: World, micro_batch: int, size: Size) -> list[StepSlice]:
-    """Return which pictures of a step this process works on, a slice for each pass.
-
-    Raises ConfigError where there are more processes than pictures.
-    """
-    if world.world_size > config.batch_size:
-        raise ConfigError(
-            f"fit.batch_size: {config.batch_size} pictures cannot be shared out to "
-            f"{world.world_size} processes; raise it or start fewer"
-        )
-    first = world.rank * config.batch_size // world.world_size
-    last = (world.rank + 1) * config.batch_size // world.world_size
-    step = micro_batch or last - first
-    return [StepSlice(at, min(at + step, last), size) for at in range(first, last, step)]
-
-
-def step_homographies(seed: int, step: int, config: FitConfig) -> Tensor:
-    """Return the views of a whole step ``[batch_size, views, 3, 3]``: of seed and step alone."""
-    generator = np.random.Generator(np.random.Philox(key=[seed, step]))
-    flat = draw_homographies(config.batch_size * config.views, VIEWS[config.view_range], generator)
-    return rearrange(flat, "(b v) i j -> b v i j", v=config.views)
 
 
 def fit(run: FitRun) -> None:
@@ -184,7 +98,7 @@ def fit(run: FitRun) -> None:
         run.folder.name, total * images, "img", run.start_step * images, run.world.is_main
     )
     sinks = open_sinks(run.folder, log.tensorboard, run.world.is_main, run.start_step)
-    clock = _Clock()
+    clock = Clock()
     steps = lessons(run, clock)
     with seen, sinks:
         for step in range(run.start_step, total):
@@ -219,88 +133,22 @@ def fit(run: FitRun) -> None:
 def parameter_groups(modules: nn.Module, config: FitConfig) -> list[dict[str, Any]]:
     """Group parameters by learning rate: ``fit.rates`` by a part of the name, else the common one.
 
-    Raises ConfigError where a part of ``fit.rates`` is in no parameter's name.
+    A recipe may serve several networks, so a part that this one does not have is only warned of.
     """
     names = [name for name, _ in modules.named_parameters()]
+    known = sorted({piece for name in names for piece in name.split(".")})
     for part in config.rates:
-        if not any(part in name.split(".") for name in names):
-            known = sorted({piece for name in names for piece in name.split(".")})
-            raise ConfigError(
-                f"fit.rates: no parameter is part of {part!r} ({nearest(part, known)})"
-            )
+        if part not in known:
+            logger.warning(
+                "fit.rates: no parameter of %s is part of %r (%s)",
+                config.upsampler, part, nearest(part, known),
+            )  # fmt: skip
     groups: dict[float, list[nn.Parameter]] = {}
     for name, parameter in modules.named_parameters():
         parts = name.split(".")
         own = [rate for part, rate in config.rates.items() if part in parts]
         groups.setdefault(own[0] if own else config.learning_rate, []).append(parameter)
     return [{"params": members, "lr": peak, "peak": peak} for peak, members in groups.items()]
-
-
-class Lesson(NamedTuple):
-    """Pictures of one pass as the teacher sees them, and the views of them that must be met."""
-
-    seen: Seen
-    homographies: Tensor
-    """``[B, V, 3, 3]``."""
-
-
-def lessons(run: FitRun, clock: "_Clock") -> Iterator[list[Lesson]]:
-    """Yield for each step, from ``run.start_step`` and without end, one lesson a pass.
-
-    With ``fit.pool`` the first steps' lessons are kept in memory, in half precision, and come
-    again; a resumed run makes them once more.
-    """
-    kept = run.config.pool // run.config.batch_size
-    if not kept:
-        for step, batches in zip(
-            count(run.start_step), run.source.batches(run.start_step), strict=False
-        ):
-            yield _encoded(run, step, batches, clock)
-        return
-    new = run.source.batches(len(run.pool))
-    for step in count():
-        if step == len(run.pool) < kept:
-            encoded = _encoded(run, step, next(new), clock)
-            run.pool.append([_converted(lesson, torch.float16) for lesson in encoded])
-        if step >= run.start_step:
-            yield [_converted(lesson, torch.float32) for lesson in run.pool[step % kept]]
-
-
-def _encoded(
-    run: FitRun, step: int, batches: Sequence[ImageBatch], clock: "_Clock"
-) -> list[Lesson]:
-    return [
-        clock.teach(partial(_lesson, run, step, item, batch), run.device)
-        for item, batch in zip(run.slices, batches, strict=True)
-    ]
-
-
-def _lesson(run: FitRun, step: int, item: StepSlice, batch: ImageBatch) -> Lesson:
-    """Encode pictures, their tiles and their views in one batch."""
-    pixels = batch.pixels.to(run.device, non_blocking=True)  # [B, 3, H, W]
-    drawn = step_homographies(run.seed, step, run.config)[item.start : item.stop].to(run.device)
-    views = render(pixels, drawn.flatten(0, 1), run.size)  # [(B V), 3, H', W']
-    grid = fine_grid(run.teacher, run.size, run.config.factor)
-    seen = run.consistency.model.see(run.teacher, pixels, grid, run.config.factor, further=views)
-    for maps in (seen.observation.low, *seen.observation.tiles.values(), seen.further):
-        keys = [key for key in batch.keys for _ in range(len(maps) // len(pixels))]
-        check_targets({run.teacher.spec.name: Features(None, maps)}, keys)
-    return Lesson(seen, drawn)
-
-
-def _converted(lesson: Lesson, dtype: torch.dtype) -> Lesson:
-    guidance, low, tiles = lesson.seen.observation
-    observation = Observation(
-        guidance.to(dtype), low.to(dtype), {level: maps.to(dtype) for level, maps in tiles.items()}
-    )
-    seen = Seen(lesson.seen.summary, observation, lesson.seen.further.to(dtype))
-    return Lesson(seen, lesson.homographies)
-
-
-def fine_grid(teacher: Teacher, size: Size, factor: int) -> Size:
-    """Return the grid of an upsampler's map where the teacher's input measures ``size``."""
-    height, width = teacher.spec.grid(size)
-    return height * factor, width * factor
 
 
 def accumulate(run: FitRun, step: int, step_lessons: Sequence[Lesson]) -> dict[str, Tensor]:
@@ -326,35 +174,6 @@ def restore(modules: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: Ch
     """Load weights and optimizer state of a fit's checkpoint."""
     modules.load_state_dict(checkpoint.tensors(MODULES))
     load_optimizer_tensors(optimizer, modules, checkpoint.tensors(checkpoints.OPTIMIZER))
-
-
-class _Clock:
-    """How much of the steps' time the teacher takes."""
-
-    def __init__(self) -> None:
-        self._teacher = self._total = self._begin = 0.0
-
-    @property
-    def teacher_share(self) -> float:
-        return self._teacher / max(self._total, 1e-9)
-
-    def start(self, device: torch.device) -> None:
-        self._begin = _now(device)
-
-    def stop(self, device: torch.device) -> None:
-        self._total += _now(device) - self._begin
-
-    def teach(self, encode: Callable[[], Lesson], device: torch.device) -> Lesson:
-        begin = _now(device)
-        lesson = encode()
-        self._teacher += _now(device) - begin
-        return lesson
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.monotonic()
 
 
 def _autocast(run: FitRun) -> torch.autocast:

@@ -15,7 +15,8 @@ from torch import Tensor
 from radio_distill.protocols import Teacher
 from radio_distill.types import Size
 
-from .fit import Consistency, fine_grid
+from .consistency import Consistency
+from .lessons import fine_grid
 from .metrics import ConditionalRandomField, Fidelity, MeanDiscrepancy, TotalVariation
 from .views import VIEWS, draw_homographies, render, valid_mask
 

@@ -63,6 +63,9 @@ def _check_fit(recipe: Recipe) -> list[str]:
             ("pool", 0),
             ("size", 0),
             ("downsampler_kernel", 1),
+            ("learning_rate", 0),
+            ("warmup_steps", 0),
+            ("gradient_clip", 0),
             ("total_variation", 0),
             ("crf", 0),
         )

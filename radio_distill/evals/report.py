@@ -1,17 +1,19 @@
 """One HTML page that tells a run: gains, scores, training curves, pictures, recipe.
 
-The page is one file and loads nothing: style is inline, pictures are base64. It follows the
-reader's light or dark setting, fits a phone, and prints on white. There is no script in it.
+A page is sections of tables, figures and definitions (:func:`write_page`); :func:`write_report` is
+that of a run. It is one file and loads nothing: style is inline, pictures are base64. It follows
+the reader's light or dark setting, fits a phone, and prints on white. There is no script in it.
 """
 
 import base64
 import html
 import io
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from .. import __version__
 from ..errors import ConfigError
@@ -67,14 +69,33 @@ def write_report(
         ConfigError: the file cannot be written, or a figure is neither PNG nor SVG.
     """
     sections = [
-        ("result", "Result", "".join(table.to_html() for table in tables[:1])),
-        ("run", "What was run", _definitions(summary)),
-        ("training", "Training", _figures(curves, "panels")),
-        ("scores", "Scores", "".join(table.to_html() for table in tables[1:])),
-        ("features", "Features", _figures(figures, "sheets")),
-        ("recipe", "Recipe", _recipe(recipe_text)),
+        Section("result", "Result", "".join(table.to_html() for table in tables[:1])),
+        Section("run", "What was run", definitions(summary)),
+        Section("training", "Training", figures_html(curves, "panels")),
+        Section("scores", "Scores", "".join(table.to_html() for table in tables[1:])),
+        Section("features", "Features", figures_html(figures, "sheets")),
+        Section("recipe", "Recipe", settings(recipe_text)),
     ]
-    page = _page(title, [section for section in sections if section[2]])
+    return write_page(path, title, sections)
+
+
+class Section(NamedTuple):
+    """A part of a page, with a link to it at the top."""
+
+    key: str
+    """Letters, for the link."""
+    heading: str
+    content: str
+    """HTML, of ``Table.to_html``, :func:`definitions`, :func:`figures_html`, :func:`settings`."""
+
+
+def write_page(path: str | Path, title: str, sections: Sequence[Section]) -> Path:
+    """Write a page of those sections that have content, whole or not at all; return its path.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
+    page = _page(title, [section for section in sections if section.content])
     path = Path(path)
     try:
         with replacing(path) as draft:
@@ -104,7 +125,7 @@ def training_curves(
     labels = list(dict.fromkeys(label for lines in panels.values() for label in lines))
     colours = {label: PALETTE[i % len(PALETTE)] for i, label in enumerate(labels)}
     return [
-        Figure(name, "", _draw_panel(name, prefix, lines, colours))
+        Figure(name, "", line_chart(lines, "step", prefix.strip("/_"), colours))
         for name, lines in panels.items()
     ]
 
@@ -147,15 +168,19 @@ def _mean(values: Iterable[float]) -> float:
     return math.fsum(values) / len(values)
 
 
-def _draw_panel(
-    name: str, prefix: str, lines: Mapping[str, Points], colours: Mapping[str, str]
+def line_chart(
+    lines: Mapping[str, Points],
+    x_label: str,
+    y_label: str,
+    colours: Mapping[str, str] | None = None,
 ) -> bytes:
-    """Draw a panel as SVG whose axes and text take the reader's light or dark setting."""
+    """Draw lines as SVG whose axes and text take the reader's light or dark setting."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure as Canvas
 
-    settings: dict[str, Any] = {
+    colours = colours or dict(zip(lines, itertools.cycle(PALETTE), strict=False))
+    style: dict[str, Any] = {
         "svg.fonttype": "none",
         "font.family": ["sans-serif"],
         "font.sans-serif": ["system-ui", "Segoe UI", "Helvetica Neue", "Arial", "DejaVu Sans"],
@@ -163,7 +188,7 @@ def _draw_panel(
     } | dict.fromkeys(
         ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK
     )
-    with rc_context(settings):
+    with rc_context(style):
         canvas = Canvas(figsize=(4.4, 2.7 + 0.2 * math.ceil(len(lines) / 2)), layout="constrained")
         FigureCanvasSVG(canvas)
         axes = canvas.subplots()
@@ -174,8 +199,8 @@ def _draw_panel(
                 color=colours[label], label=label, linewidth=1.6, marker=marker, markersize=4,
             )  # fmt: skip
         _dress(axes, lines)
-        axes.set_xlabel("step")
-        axes.set_ylabel(prefix.strip("/_"))
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
         file = io.BytesIO()
         canvas.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     text = file.getvalue().decode().replace(INK, "currentColor")
@@ -197,7 +222,7 @@ def _dress(axes: Any, lines: Mapping[str, Points]) -> None:
     )
 
 
-def _page(title: str, sections: Sequence[tuple[str, str, str]]) -> str:
+def _page(title: str, sections: Sequence[Section]) -> str:
     links = "".join(f'<a href="#{key}">{name}</a>' for key, name, _ in sections)
     body = "".join(
         f'<section id="{key}">\n<h2>{name}</h2>\n{content}</section>\n'
@@ -216,7 +241,8 @@ def _page(title: str, sections: Sequence[tuple[str, str, str]]) -> str:
     )
 
 
-def _definitions(summary: Sequence[tuple[str, str]]) -> str:
+def definitions(summary: Sequence[tuple[str, str]]) -> str:
+    """Write names and texts as an HTML list."""
     rows = "".join(
         f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(text)}</dd></div>\n"
         for name, text in summary
@@ -224,7 +250,8 @@ def _definitions(summary: Sequence[tuple[str, str]]) -> str:
     return f"<dl>\n{rows}</dl>\n" if rows else ""
 
 
-def _figures(figures: Sequence[Figure], kind: str) -> str:
+def figures_html(figures: Sequence[Figure], kind: Literal["panels", "sheets"]) -> str:
+    """Write figures as HTML: small ones side by side (panels), or large ones (sheets)."""
     drawn = "".join(_figure(figure) for figure in figures)
     return f'<div class="{kind}">\n{drawn}</div>\n' if drawn else ""
 
@@ -255,7 +282,8 @@ def _data_address(figure: Figure) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def _recipe(text: str) -> str:
+def settings(text: str) -> str:
+    """Write the resolved recipe as HTML, folded up."""
     if not text:
         return ""
     return (

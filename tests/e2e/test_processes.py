@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from stages import stage1, stage2
+from stages import fit_upsampler, stage1, stage2
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 ADAMW = ["--stage.optimizer", "adamw", "--stage.freeze_body_steps", "0", "--stage.ema_decay", "0"]
@@ -84,6 +84,25 @@ def test_gradient__one_partition_shared_by_two_processes(recipe_file):
     expected = tensors(runs / "stage1", 1, "optimizer")
     torchrun("stage1", *arguments, "--engine.micro_batch", "2", "--engine.zero_stage", "2")
     assert_gradients_equal(expected, tensors(runs / "stage1", 1, "optimizer"))
+
+
+@pytest.mark.parametrize("launcher", ["torch.distributed.run", "accelerate.commands.launch"])
+def test_gradient__of_a_fit_on_one_process_and_on_two(recipe_file, launcher):
+    """Three pictures on two processes; the simple downsampler drops no cells at random."""
+    folder = recipe_file.parent / "runs" / "tiny" / "fit" / "vit-featsharp-2x"
+    arguments = ["--recipe", str(recipe_file), "--teacher", "vit", "--upsampler", "featsharp"]
+    arguments += ["--fit.steps", "1", "--fit.batch_size", "3", "--fit.downsampler", "simple"]
+    arguments += ["--fit.downsampler_kernel", "4", "--fit.crf", "0.1", "--fit.uncertainty", "true"]
+    assert fit_upsampler.main(arguments) == 0
+    expected = tensors(folder, 1, "optimizer")
+    processes = {
+        "torch.distributed.run": ["--standalone", "--nproc-per-node", "2"],
+        "accelerate.commands.launch": ["--cpu", "--num_processes", "2", "--num_machines", "1"],
+    }
+    script = str(CHECKOUT / "stages" / "fit_upsampler.py")
+    launch(launcher, *processes[launcher], script, *arguments)
+    assert_gradients_equal(expected, tensors(folder, 1, "optimizer"))
+    assert (folder / "upsampler.safetensors").is_file()
 
 
 @pytest.mark.parametrize("zero_stage", [1, 3])

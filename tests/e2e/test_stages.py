@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from stages import stage1, stage2, stage3
+from stages import fit_upsampler, stage1, stage2, stage3
 from stages.cli import main as cli
 
 
@@ -139,7 +139,6 @@ def test_resume__a_changed_recipe_is_refused(recipe_file, capfd):
         (["--teachers.vit.weights", "absent.safetensors"], "absent.safetensors"),
         (["--teachers.vit.preset", "tiny_vitt"], "did you mean 'tiny_vit"),
         (["--teacher-upsampler", "bilinaer"], "did you mean 'bilinear'?"),
-        (["--teacher-upsampler", "featsharp"], "featsharp"),
         (["--teacher-upsampler", "tile"], "no partition of stage1 upsamples a teacher"),
         (["--teachers.vit.input_size", "50"], "50 is not a multiple of its patch 8 (nearest 48)"),
         (["--engine.device", "cuda"], "torch sees no GPU"),
@@ -152,6 +151,28 @@ def test_resume__a_changed_recipe_is_refused(recipe_file, capfd):
 def test_stage1__bad_input_is_one_line(recipe_file, capfd, arguments, expected):
     assert run(stage1, recipe_file, *arguments) == 2
     assert expected in one_line(capfd)
+
+
+FITTED = [
+    *("--teacher-upsampler", "featup", "--stages.stage3.start_from", ""),
+    *("--stages.stage3.steps", "1", "--stages.stage3.freeze_body_steps", "0"),
+]
+FIT = ["--fit.steps", "1", "--fit.batch_size", "2", "--fit.downsampler_kernel", "4"]
+
+
+def test_stage3__takes_the_upsampler_that_the_recipe_fitted(recipe_file, capfd):
+    assert run(stage3, recipe_file, *FITTED) == 2
+    assert "no featup 2x is fitted to teacher 'vit'" in one_line(capfd)
+
+    arguments = ["--teacher", "vit", "--upsampler", "featup", *FIT]
+    assert run(fit_upsampler, recipe_file, *arguments) == 0
+    assert run(stage3, recipe_file, *FITTED) == 2
+    assert "fitted at 48x48 px, the partition shows it 64x64" in one_line(capfd)
+
+    assert run(fit_upsampler, recipe_file, *arguments, "--fit.size", "64") == 0
+    assert run(stage3, recipe_file, *FITTED) == 0
+    rows = log(recipe_file, "stage3-featup")
+    assert rows[0]["loss/high/vit/features"] > 0
 
 
 def test_stage1__no_write_permission(recipe_file, capfd, tmp_path):

@@ -7,6 +7,7 @@ from radio_distill.balance import NORMALIZERS
 from radio_distill.balance.moments import Moments
 from radio_distill.config import PartitionConfig, TeacherConfig, UpsamplerConfig
 from radio_distill.errors import ConfigError
+from radio_distill.protocols import Corrector
 from radio_distill.targets import TargetMaker, input_size, resize
 from radio_distill.types import TeacherSpec
 from teachers import build_teacher
@@ -97,3 +98,61 @@ def test_target_maker__grids_scale_and_upsampler(upsampler):
     torch.testing.assert_close(made["vit"].spatial, normalizers["vit"].apply(raw.spatial))
     own = targets.own_grid("vit", pixels, partition)
     assert own.spatial.shape[-2:] == low, "statistics are of the teacher's own grid"
+
+
+class Correcting:
+    """An upsampler that adds one to a teacher's own grid, and notes what it was asked for."""
+
+    factor = 2
+
+    def __init__(self):
+        self.corrected = []
+
+    def __call__(self, teacher, pixels, grid):
+        low = teacher.encode(resize(pixels, teacher.spec.native_size))
+        return low._replace(spatial=low.spatial.repeat(1, 1, 2, 2))
+
+    def cost(self, grid):
+        return 1
+
+    def correct(self, name, spatial):
+        self.corrected.append(name)
+        return spatial + 1
+
+
+def made_with(upsampler, upsample=()):
+    configs = {"vit": TeacherConfig(preset="tiny_vit"), "cnn": TeacherConfig(preset="tiny_cnn")}
+    teachers = {name: build_teacher(name, config) for name, config in configs.items()}
+    normalizers = {name: NORMALIZERS.get("none")() for name in teachers}
+    targets = TargetMaker(teachers, configs, upsampler, normalizers, student_patch_size=16)
+    partition = PartitionConfig(
+        name="low", size=64, teachers=("vit", "cnn"), batch_size=2, upsample=upsample
+    )
+    pixels = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    own = {name: targets.own_grid(name, pixels, partition) for name in teachers}
+    return targets(pixels, partition), own
+
+
+def test_target_maker__a_fitted_upsampler_corrects_what_is_not_upsampled():
+    upsampler = Correcting()
+    assert isinstance(upsampler, Corrector)
+    made, own = made_with(upsampler)
+    assert upsampler.corrected == ["vit", "cnn"]
+    for name, features in own.items():
+        torch.testing.assert_close(made[name].spatial, features.spatial + 1)
+        torch.testing.assert_close(made[name].summary, features.summary)
+
+
+def test_target_maker__what_is_upsampled_is_not_corrected_again():
+    upsampler = Correcting()
+    made, own = made_with(upsampler, upsample=("vit",))
+    assert upsampler.corrected == ["cnn"]
+    torch.testing.assert_close(made["vit"].spatial, own["vit"].spatial.repeat(1, 1, 2, 2))
+
+
+def test_target_maker__other_upsamplers_leave_the_teacher_as_it_is():
+    upsampler = build_upsampler(UpsamplerConfig(name="tile", factor=2), {})
+    assert not isinstance(upsampler, Corrector)
+    made, own = made_with(upsampler)
+    for name, features in own.items():
+        assert torch.equal(made[name].spatial, features.spatial)

@@ -76,6 +76,48 @@ def test_plan__stands_tile_in_for_an_upsampler_that_cannot_be_built(recipe, caps
     assert "18x18" in out
 
 
+def images_of(out: str, teacher: str, grid: str) -> str:
+    row = next(line.split() for line in out.splitlines() if grid in line and teacher in line)
+    return row[row.index(grid) + 1]
+
+
+@pytest.mark.parametrize(("name", "images"), [("featsharp", "10"), ("featup", "1")])
+def test_plan__costs_a_fitted_upsampler_itself_and_names_the_missing_fit(
+    recipe, capsys, name, images
+):
+    status, out, _ = output_of(capsys, recipe, f"--stages.stage2.upsampler.name={name}")
+    assert status == 0
+    assert images_of(out, "clip", "18x18") == images
+    assert "`tile` stands for it" not in out
+    command = f"stages/fit_upsampler.py --recipe tiny --teacher clip --upsampler {name} --factor 3"
+    assert f"stages.stage2: no {name} 3x is fitted to clip; run {command}" in out
+
+
+def test_find_missing__the_fits_of_the_featsharp_recipe():
+    lines = [line for line in find_missing(load_recipe("featsharp_radio_l")) if "fitted" in line]
+    commands = [line.partition("; run ")[2] for line in lines]
+    assert commands == [
+        f"stages/fit_upsampler.py --recipe featsharp_radio_l --teacher {teacher} "
+        "--upsampler featsharp --factor 3"
+        for teacher in ("dfn_clip", "siglip")
+    ]
+
+
+def test_find_missing__a_fit_that_is_there_or_named_is_not_missing(recipe, tmp_path):
+    def lines(*overrides: str) -> list[str]:
+        fields = ["stages.stage2.upsampler.name=featup", *overrides]
+        return [line for line in find_missing(load_recipe(recipe, fields)) if "stage2" in line]
+
+    weights = "stages.stage2.upsampler.weights.clip"
+    start = "stages.stage2.start_from"
+    assert [line.split(":")[0] for line in lines()] == ["stages.stage2", start]
+    assert f"{weights}: nothing at mine.safetensors" in lines(f"{weights}=mine.safetensors")
+    fitted = tmp_path / "runs" / "tiny" / "fit" / "clip-featup-3x" / "upsampler.safetensors"
+    fitted.parent.mkdir(parents=True)
+    fitted.touch()
+    assert [line.split(":")[0] for line in lines()] == [start]
+
+
 def test_plan__price_is_of_all_device_hours(recipe, capsys):
     arguments = (recipe, "--devices", "4", "--device", "cpu", "--stages.stage1.steps=1000000")
     _, out, _ = output_of(capsys, *arguments, "--price", "1")

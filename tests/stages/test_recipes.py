@@ -16,8 +16,6 @@ from teachers import TEACHERS, teacher_spec
 from upsamplers import UPSAMPLERS
 
 PAPERS = ("am_radio", "phi_s_b", "radio_v2_5_l", "featsharp_radio_l")
-NOT_YET = {"featsharp"}
-"""Upsamplers with learned weights, which recipes name before the project can fit them."""
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -37,7 +35,7 @@ def test_recipe__names_exist(name):
     assert recipe.normalizer.name in NORMALIZERS.names()
     assert set(recipe.evaluation.benchmarks) <= {"fidelity", *BENCHMARKS.names()}
     for stage in recipe.stages.values():
-        assert stage.upsampler.name in [*UPSAMPLERS.names(), *NOT_YET]
+        assert stage.upsampler.name in UPSAMPLERS.names()
     for teacher, config in recipe.teachers.items():
         assert config.preset in TEACHERS.names()
         assert teacher_spec(teacher, config).channels > 0
@@ -147,5 +145,6 @@ def test_featsharp_radio_l__differs_from_radio_v2_5_l_in_its_upsampler_only():
     )
     stage = sharp.stages["stage3"]
     assert (stage.upsampler.name, stage.upsampler.factor) == ("featsharp", 3)  # [FS C]
+    assert stage.upsampler.weights == {}, "a fit of the recipe is found by itself"
     upsampled = {item.name: item.upsample for item in stage.partitions if item.upsample}
     assert upsampled == {"dfn_clip_hires": ("dfn_clip",), "siglip_hires": ("siglip",)}  # [FS 4.5]

@@ -32,12 +32,15 @@ class Learned:
     fitted: ClassVar[bool] = True
 
 
+NETWORK = {"network.w": torch.arange(4.0)}
+
+
 @pytest.fixture
 def learned(monkeypatch, tmp_path):
     registry = Registry("upsampler", {"learned": f"{__name__}:Learned"})
     monkeypatch.setattr("upsamplers.UPSAMPLERS", registry)
     path = tmp_path / "deep" / "siglip.safetensors"
-    fitted.write(path, {"w": torch.arange(4.0)}, HEADER)
+    fitted.write(path, NETWORK, HEADER)
     return path
 
 
@@ -49,7 +52,7 @@ def build(path, spec):
 
 def test_write__read_header_gives_it_back_and_the_tensors_are_plain(learned):
     assert fitted.read_header(learned) == HEADER
-    assert torch.equal(load_file(learned)["w"], torch.arange(4.0))
+    assert torch.equal(load_file(learned)["network.w"], torch.arange(4.0))
     assert [item.name for item in learned.parent.iterdir()] == ["siglip.safetensors"]
 
 
@@ -73,13 +76,97 @@ def test_build_upsampler__the_teacher_s_name_in_the_recipe_is_free(learned):
 
 
 def test_build_upsampler__without_a_file_names_the_field(learned):
-    with pytest.raises(ConfigError, match=r"needs a fitted file: upsampler\.weights\.siglip"):
+    """And the command that makes one."""
+    message = (
+        r"no learned 3x is fitted to teacher 'siglip'; fit one \(stages/fit_upsampler\.py "
+        r"--recipe RECIPE --teacher siglip --upsampler learned --factor 3\), "
+        r"or set upsampler\.weights\.siglip"
+    )
+    with pytest.raises(ConfigError, match=message):
         build(None, SPEC)
 
 
 def test_check_fitted_for__another_kind_of_upsampler():
     with pytest.raises(WeightsError, match="is a fitted 'learned', the recipe asks for 'featup'"):
-        fitted.check_fitted_for(HEADER, "featup", SPEC)
+        fitted.check_fitted_for(HEADER, "featup", SPEC, 3)
+
+
+def test_check_fitted_for__another_factor_says_which():
+    with pytest.raises(WeightsError, match="fitted for factor 3, the recipe asks for 2; set"):
+        fitted.check_fitted_for(HEADER, "learned", SPEC, 2)
+
+
+def test_read_tensors__groups_them_by_part(tmp_path):
+    tensors = {
+        "network.levels.0.w": torch.ones(2),
+        "bias": torch.zeros(1, 2, 3, 3),
+        "normalizer.mean": torch.zeros(2),
+    }
+    header = replace(HEADER, statistics_hash=fitted.hash_of({"mean": torch.zeros(2)}))
+    fitted.write(tmp_path / "x.safetensors", tensors, header)
+    parts = fitted.read_tensors(tmp_path / "x.safetensors")
+    assert {part: list(items) for part, items in parts.items()} == {
+        "network": ["levels.0.w"],
+        "bias": [""],
+        "normalizer": ["mean"],
+    }
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_read_tensors__a_number_that_is_not_finite_names_its_tensor(tmp_path, value):
+    path = tmp_path / "x.safetensors"
+    fitted.write(path, {**NETWORK, "network.v": torch.tensor([1.0, value])}, HEADER)
+    with pytest.raises(WeightsError, match=r"x\.safetensors is damaged: network\.v is not finite"):
+        fitted.read_tensors(path)
+
+
+def test_read_tensors__other_statistics_than_the_fit_s_are_refused(tmp_path):
+    path = tmp_path / "x.safetensors"
+    header = replace(HEADER, statistics_hash=fitted.hash_of({"mean": torch.zeros(2)}))
+    for tensors in ({"normalizer.mean": torch.tensor([0.0, 1e-6])}, NETWORK):
+        fitted.write(path, tensors, header)
+        with pytest.raises(WeightsError, match="other PHI-S statistics than it was fitted with"):
+            fitted.read_tensors(path)
+
+
+def test_hash_of__is_of_names_and_values_in_any_order_and_type():
+    tensors = {"mean": torch.tensor([1.0, 2.0]), "scale": torch.tensor(3.0)}
+    known = fitted.hash_of(tensors)
+    turned = {"scale": tensors["scale"].double(), "mean": tensors["mean"]}
+    assert fitted.hash_of(turned) == known
+    assert fitted.hash_of({**tensors, "scale": torch.tensor(3.001)}) != known
+    assert fitted.hash_of({"mean": tensors["mean"], "scales": tensors["scale"]}) != known
+
+
+@pytest.mark.parametrize("length", [0, 7, 60, -3])
+def test_read__a_truncated_file_is_one_line(learned, length):
+    learned.write_bytes(learned.read_bytes()[:length])
+    for read in (fitted.read_header, fitted.read_tensors):
+        with pytest.raises(WeightsError, match="cannot read upsampler") as error:
+            read(learned)
+        assert "\n" not in str(error.value)
+
+
+def test_shipped__is_found_by_what_it_is_for_not_by_its_name(monkeypatch, tmp_path):
+    monkeypatch.setattr(fitted, "SHIPPED", tmp_path)
+    assert fitted.shipped("learned", 3, SPEC) is None
+    fitted.write(tmp_path / "a.safetensors", NETWORK, replace(HEADER, weights_hash="cd" * 32))
+    fitted.write(tmp_path / "b.safetensors", NETWORK, HEADER)
+    assert fitted.shipped("learned", 3, replace(SPEC, name="mine")) == tmp_path / "b.safetensors"
+    assert fitted.shipped("learned", 2, SPEC) is None
+    assert fitted.shipped("featup", 3, SPEC) is None
+    assert fitted.shipped("learned", 3, replace(SPEC, channels=768)) is None
+    assert fitted.shipped("learned", 3, replace(SPEC, weights_hash="ef" * 32)) is None
+
+
+def test_build_upsampler__takes_what_is_shipped_unless_the_recipe_names_a_file(
+    learned, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(fitted, "SHIPPED", tmp_path / "shipped")
+    fitted.write(tmp_path / "shipped" / "x.safetensors", NETWORK, HEADER)
+    expected = str(tmp_path / "shipped" / "x.safetensors")
+    assert build(None, SPEC).weights == {"siglip": expected}
+    assert build(learned, SPEC).weights == {"siglip": str(learned)}
 
 
 def test_read_header__files_that_are_none(tmp_path):
@@ -99,7 +186,7 @@ def test_read_header__files_that_are_none(tmp_path):
 def test_write__a_failure_leaves_the_former_file_whole(learned):
     with pytest.raises(TypeError):
         fitted.write(learned, {"w": torch.zeros(4)}, replace(HEADER, options={"bad": object()}))
-    assert torch.equal(load_file(learned)["w"], torch.arange(4.0))
+    assert torch.equal(load_file(learned)["network.w"], torch.arange(4.0))
 
 
 def test_write__where_nothing_can_be_written(tmp_path):

@@ -122,12 +122,8 @@ def test_summary__of_a_teacher_without_one_is_none(name):
         ("tile", {"options": {"overlap": 2}}, "no option 'overlap' .it has none"),
         ("tile", {"options": {"factor": 2}}, "no option 'factor'"),
         ("tile", {"weights": {"clip": "x.safetensors"}}, "no parameters; remove upsampler.weights"),
-        (
-            "featsharp",
-            {},
-            "'featsharp' has learned weights, .* use one of bicubic, bilinear, s2, tile",
-        ),
-        ("featup", {}, "'featup' has learned weights"),
+        ("featup", {"options": {"any_siz": True}}, "no option 'any_siz' .did you mean 'any_size'"),
+        ("featsharp", {"options": {"weights": {}}}, "no option 'weights'"),
     ],
 )
 def test_build_upsampler__wrong_settings_are_one_line(name, values, message):

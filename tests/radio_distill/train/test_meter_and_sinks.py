@@ -1,9 +1,12 @@
 """Means between log lines, and where they are written."""
 
+import io
 import json
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from radio_distill.train.meter import Meter
 from radio_distill.train.sinks import JsonLines, open_sinks, read_json_lines
@@ -41,6 +44,18 @@ def test_open_sinks__tensorboard_holds_the_same_numbers(tmp_path):
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss")
     assert [(event.step, event.value) for event in events] == [(1, 0.25), (2, 0.125)]
     assert [row["loss"] for row in read_json_lines(tmp_path / "metrics.jsonl")] == [0.25, 0.125]
+
+
+def test_open_sinks__tensorboard_holds_pictures_and_the_log_of_numbers_none(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    picture = np.random.default_rng(0).integers(0, 255, (5, 7, 3), dtype=np.uint8)
+    with open_sinks(tmp_path, tensorboard=True, is_main=True) as sinks:
+        sinks.write_picture(3, "features", picture)
+    (event,) = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Images("features")
+    assert event.step == 3
+    assert np.array_equal(Image.open(io.BytesIO(event.encoded_image_string)), picture)
+    assert read_json_lines(tmp_path / "metrics.jsonl") == []
 
 
 def test_open_sinks__only_the_main_process_writes(tmp_path):

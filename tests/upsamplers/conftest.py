@@ -1,0 +1,58 @@
+"""Tiny frozen teachers, one that counts what it is shown, and a scale to fit upsamplers in."""
+
+from collections.abc import Callable
+from functools import cache
+
+import pytest
+import torch
+
+from radio_distill.balance.hadamard import hadamard
+from radio_distill.balance.phi_s import PhiS
+from radio_distill.config import TeacherConfig
+from teachers import build_teacher
+from teachers.base import FrozenTeacher
+
+
+class Spy:
+    """A teacher that notes how many images each call shows it."""
+
+    def __init__(self, teacher: FrozenTeacher):
+        self.teacher, self.spec = teacher, teacher.spec
+        self.calls: list[int] = []
+
+    def encode(self, pixels: torch.Tensor):
+        self.calls.append(len(pixels))
+        return self.teacher.encode(pixels)
+
+    def to(self, device):
+        return self
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Callable[[str], FrozenTeacher]:
+    """Return a teacher of a preset, made once."""
+    return cache(lambda preset: build_teacher(preset, TeacherConfig(preset=preset)))
+
+
+@pytest.fixture
+def spy(tiny) -> Callable[[str], Spy]:
+    """Return a teacher of a preset that counts."""
+    return lambda preset: Spy(tiny(preset))
+
+
+@pytest.fixture(scope="session")
+def phi_s() -> Callable[[int], PhiS]:
+    """Return a PHI-S with a mean, a scale and a rotation that all change something."""
+
+    def make(channels: int) -> PhiS:
+        generator = torch.Generator().manual_seed(channels)
+        mean = torch.randn(channels, generator=generator)
+        rotation = torch.linalg.qr(torch.randn(channels, channels, generator=generator)).Q
+        state = {
+            "mean": mean,
+            "scale": torch.tensor(2.5),
+            "rotation": (hadamard(channels) * channels**-0.5).float() @ rotation,
+        }
+        return PhiS().load_state(state)
+
+    return make

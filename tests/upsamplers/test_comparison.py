@@ -1,0 +1,181 @@
+"""Upsamplers side by side: what has no parameters is measured as what is fitted."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from radio_distill.balance.phi_s import PhiS
+from radio_distill.config import FitConfig
+from radio_distill.errors import ConfigError, WeightsError
+from radio_distill.types import Features, TeacherSpec
+from upsamplers.comparison import (
+    costs,
+    fit_probe,
+    load_fitted,
+    maps_of,
+    native_error,
+    preservation,
+    without_parameters,
+)
+from upsamplers.consistency import Consistency
+from upsamplers.fitted import FittedHeader
+from upsamplers.interpolate import Bilinear, Interpolation
+from upsamplers.learned import save_model
+from upsamplers.measure import measure
+from upsamplers.model import UpsamplerModel
+from upsamplers.native import Native
+from upsamplers.strided import Strided
+from upsamplers.tile import Tile
+
+CHANNELS, PATCH, SIZE, FACTOR = 6, 4, (24, 32), 2
+CPU = torch.device("cpu")
+
+
+class Means:
+    """Each cell is a linear map of the mean colour of its patch, and of that of the picture."""
+
+    def __init__(self, context: float = 0.0, **limits: object):
+        self.spec = TeacherSpec(
+            "means", CHANNELS, None, PATCH, SIZE, None, (0.0,) * 3, (1.0,) * 3, **limits
+        )
+        self._mixing = torch.randn(CHANNELS, 3, generator=torch.Generator().manual_seed(0))
+        self._context = context
+
+    def encode(self, pixels: Tensor) -> Features:
+        colours = F.avg_pool2d(pixels, PATCH)
+        colours = colours + self._context * pixels.mean(dim=(2, 3), keepdim=True)
+        return Features(None, torch.einsum("kc,bchw->bkhw", self._mixing, colours))
+
+
+def normalizer(scale: float = 1.0) -> PhiS:
+    turned = torch.linalg.qr(torch.randn(CHANNELS, CHANNELS)).Q
+    return PhiS().load_state(
+        {"mean": torch.randn(CHANNELS), "scale": torch.tensor(scale), "rotation": turned}
+    )
+
+
+def bilinear_fit(bias: bool) -> Consistency:
+    grid = (SIZE[0] // PATCH, SIZE[1] // PATCH) if bias else None
+    model = UpsamplerModel(Interpolation(CHANNELS, FACTOR), normalizer(), CHANNELS, grid)
+    if model.bias is not None:
+        torch.nn.init.normal_(model.bias, std=0.1)
+    return Consistency(model, FitConfig(factor=FACTOR, downsampler_kernel=5), CHANNELS)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def batches() -> list[Tensor]:
+    coarse = torch.rand(3, 3, 6, 7)
+    fine = F.interpolate(coarse, (SIZE[0] * FACTOR, SIZE[1] * FACTOR), mode="bicubic")
+    return list(fine.clamp(0, 1).split(2))
+
+
+def test_load_fitted__measures_as_the_fit_did(tmp_path: Path, batches: list[Tensor]) -> None:
+    made, path = bilinear_fit(bias=True), tmp_path / "fit.safetensors"
+    header = FittedHeader(
+        "bilinear", "means", "", CHANNELS, FACTOR, SIZE, fit={"downsampler_kernel": 5}
+    )
+    save_model(path, made.model, header, made.downsampler.state_dict())
+    assert measure(load_fitted(path), Means(), batches, SIZE, FACTOR) == pytest.approx(
+        measure(made, Means(), batches, SIZE, FACTOR), rel=1e-6
+    )
+    save_model(path, made.model, header)
+    with pytest.raises(WeightsError, match="without the downsampler it was fitted through"):
+        load_fitted(path)
+
+
+def test_without_parameters__bilinear_is_the_network_of_that_name(batches: list[Tensor]) -> None:
+    made = bilinear_fit(bias=False)
+    free = without_parameters(Bilinear(FACTOR), Means(), made)
+    assert measure(free, Means(), batches, SIZE, FACTOR) == pytest.approx(
+        measure(made, Means(), batches, SIZE, FACTOR), rel=1e-5
+    )
+
+
+def test_without_parameters__the_map_is_the_upsamplers_own(batches: list[Tensor]) -> None:
+    made, teacher = bilinear_fit(bias=True), Means(context=0.5)
+    for upsampler in (Tile(FACTOR), Strided(FACTOR), Native(FACTOR)):
+        free = without_parameters(upsampler, teacher, made)
+        maps = maps_of(free.model, teacher, batches[0], SIZE, FACTOR)
+        grid = (maps.fine.shape[-2], maps.fine.shape[-1])
+        own = upsampler(teacher, batches[0], grid).spatial
+        assert torch.allclose(made.model.normalizer.invert(maps.fine), own, atol=1e-4)
+        assert torch.equal(maps.base, maps.low)  # no de-bias
+
+
+def test_maps_of__the_base_is_the_de_biased_low_map(batches: list[Tensor]) -> None:
+    model = bilinear_fit(bias=True).model
+    maps = maps_of(model, Means(), batches[0], SIZE, FACTOR)
+    assert torch.equal(maps.base, maps.low + model.bias)
+    fine = F.interpolate(maps.base, scale_factor=FACTOR, mode="bilinear")
+    assert torch.allclose(maps.fine, fine, atol=1e-6)
+
+
+def test_native_error__is_the_context_that_tiles_lose(batches: list[Tensor]) -> None:
+    """Of a teacher that adds the mean colour, a tile lacks the whole picture's and has its own."""
+    weight, scale = 0.5, 3.0
+    teacher, norm = Means(weight), normalizer(scale)
+    upsamplers = {"native": Native(FACTOR), "tiles": Tile(FACTOR)}
+    errors = native_error(teacher, norm, upsamplers, batches, SIZE, FACTOR, CPU)
+    assert errors["native"] == 0
+    pictures = torch.cat(batches)
+    own = F.adaptive_avg_pool2d(pictures, FACTOR)  # each tile's mean colour
+    lost = weight * (own - pictures.mean(dim=(2, 3), keepdim=True))
+    change = torch.einsum("kc,bchw->bkhw", teacher._mixing, lost) * scale
+    assert errors["tiles"] == pytest.approx(change.square().mean().item(), rel=1e-4)
+    context_free = native_error(Means(), norm, upsamplers, batches, SIZE, FACTOR, CPU)
+    assert context_free["tiles"] == pytest.approx(0, abs=1e-9)
+
+
+def test_native_error__a_teacher_that_cannot_says_so(batches: list[Tensor]) -> None:
+    with pytest.raises(ConfigError, match="would show teacher 'means' 48x64 pixels"):
+        native_error(Means(fixed_size=True), normalizer(), {}, batches, SIZE, FACTOR, CPU)
+
+
+def stripes(width: int, scale: int) -> tuple[Tensor, Tensor]:
+    """Return a picture of ``scale`` times SIZE in vertical stripes of two colours, and classes."""
+    labels = (torch.arange(SIZE[1] * scale) // width % 2).expand(1, SIZE[0] * scale, -1)
+    colours = torch.tensor([[1.0, 0.1, 0.2], [0.2, 0.3, 0.9]])
+    return colours[labels].movedim(-1, 1), labels
+
+
+def test_preservation__what_only_the_finer_map_shows_counts_and_a_shift_counts_against() -> None:
+    """Stripes of half a cell: the low map is all alike, the native one has them."""
+    teacher, made = Means(), bilinear_fit(bias=False)
+    probe = fit_probe(teacher, [stripes(PATCH * 2, 1)], 2)
+    fine_stripes, wide_stripes = [stripes(PATCH, FACTOR)], [stripes(PATCH * 4, FACTOR)]
+
+    def score(made: Consistency, pictures: list[tuple[Tensor, Tensor]]) -> tuple[float, float]:
+        return preservation(made.model, teacher, probe, pictures, SIZE, FACTOR)
+
+    native, low = score(without_parameters(Native(FACTOR), teacher, made), fine_stripes)
+    assert native == 1
+    assert low < 0.4
+    assert score(made, fine_stripes) == pytest.approx((low, low), abs=0.1)
+    assert score(made, wide_stripes) == (1, 1)
+    torch.nn.init.normal_((biased := bilinear_fit(bias=True)).model.bias, std=3.0)
+    assert score(biased, wide_stripes)[0] < 0.8
+
+
+def test_costs__every_method_at_every_factor_that_the_teacher_takes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("upsamplers.comparison.REPEATS", 1)
+    teacher, seen = Means(), []
+    found = costs(teacher, SIZE, [1, 2], CPU, lambda *done: seen.append(done))
+    assert [(item.name, item.factor, item.tokens) for item in found] == [
+        ("teacher", 1, 48), ("teacher", 2, 192), ("featup", 2, 192), ("featsharp", 2, 192),
+    ]  # fmt: skip
+    assert all(item.seconds > 0 for item in found)
+    assert seen == [(1, 2), (2, 2)]
+    limited = costs(Means(fixed_size=True), SIZE, [1, 2], CPU)
+    assert [(item.name, item.factor) for item in limited] == [
+        ("teacher", 1), ("featup", 2), ("featsharp", 2),
+    ]  # fmt: skip

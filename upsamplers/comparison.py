@@ -1,0 +1,237 @@
+"""Puts upsamplers side by side: fitted ones out of their files, and those without parameters.
+
+All become a :class:`.fit.Consistency`, which :func:`.measure.measure` takes. Beside it are the
+comparisons that need no fit: how far tiles are from the teacher at the higher resolution itself
+(FeatSharp, arXiv 2502.16025, Figure 15), and what a map costs (Figure 14).
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from radio_distill.config import FitConfig
+from radio_distill.errors import WeightsError
+from radio_distill.protocols import Normalizer, Teacher, Upsampler
+from radio_distill.types import Features, Size
+
+from .consistency import Consistency
+from .fitted import read_header, read_tensors
+from .learned import FeatSharp, FeatUp, load_model
+from .lessons import fine_grid
+from .model import UpsamplerModel
+from .native import Native
+from .networks import Observation
+from .preservation import LinearProbe, Preservation
+
+REPEATS = 5
+"""Timed calls, after one that warms up; the median counts."""
+_ENOUGH = 20.0
+"""Seconds of timed calls after which no further one is made."""
+
+Labelled = Sequence[tuple[Tensor, Tensor]]
+"""Pictures ``[B, 3, H, W]`` with classes ``[B, H, W]``."""
+
+
+def load_fitted(path: str | Path) -> Consistency:
+    """Load a fitted upsampler with the downsampler it was fitted through; raises WeightsError."""
+    header, parts = read_header(path), read_tensors(path)
+    names = ("downsampler", "downsampler_kernel")
+    config = FitConfig(
+        factor=header.factor, **{name: header.fit[name] for name in names if name in header.fit}
+    )
+    consistency = Consistency(load_model(path), config, header.channels)
+    try:
+        consistency.downsampler.load_state_dict(parts.get("downsampler", {}))
+    except RuntimeError as error:
+        raise WeightsError(
+            f"upsampler {path} comes without the downsampler it was fitted through, so its "
+            "fidelity is unknown; fit it with radio-distill fit-upsampler"
+        ) from error
+    return consistency.eval()
+
+
+class Direct(nn.Module):
+    """An upsampler without parameters as a network: it asks the teacher again for its map."""
+
+    tile_levels: tuple[int, ...] = ()
+
+    def __init__(self, upsampler: Upsampler, teacher: Teacher, normalizer: Normalizer):
+        super().__init__()
+        self._upsampler, self._teacher, self._normalizer = upsampler, teacher, normalizer
+
+    def forward(self, observation: Observation) -> Tensor:
+        """Return ``[B, C, h * factor, w * factor]`` in the normalised space."""
+        height, width = observation.low.shape[-2:]
+        grid = (height * self._upsampler.factor, width * self._upsampler.factor)
+        with torch.autocast(observation.low.device.type, enabled=False):
+            fine = self._upsampler(self._teacher, observation.guidance, grid).spatial
+            return self._normalizer.apply(fine)
+
+
+def without_parameters(
+    upsampler: Upsampler, teacher: Teacher, reference: Consistency
+) -> Consistency:
+    """Present an upsampler that has nothing to fit, without de-bias.
+
+    Its scale and its downsampler are those of ``reference``, a fit of the same factor.
+    """
+    normalizer, channels = reference.model.normalizer, teacher.spec.channels
+    model = UpsamplerModel(Direct(upsampler, teacher, normalizer), normalizer, channels, None)
+    consistency = Consistency(model, FitConfig(factor=upsampler.factor), channels)
+    consistency.downsampler = reference.downsampler
+    return consistency.eval()
+
+
+class Maps(NamedTuple):
+    """What is looked at of some pictures, in the normalised space."""
+
+    low: Tensor
+    """``[B, C, h, w]``: the teacher's, as it is."""
+    base: Tensor
+    """``[B, C, h, w]``: the same, de-biased; what the upsampler starts from."""
+    fine: Tensor
+    """``[B, C, h * factor, w * factor]``."""
+
+
+@torch.inference_mode()
+def maps_of(
+    model: UpsamplerModel, teacher: Teacher, pixels: Tensor, size: Size, factor: int
+) -> Maps:
+    """Upsample ``[B, 3, H, W]`` of ``factor`` times ``size`` pixels, as a stage would."""
+    seen = model.see(teacher, pixels, fine_grid(teacher, size, factor), factor)
+    with torch.autocast(pixels.device.type, torch.bfloat16):
+        fine = model(seen.observation).float()
+    low = seen.observation.low
+    return Maps(low, model.de_biased(low), fine)
+
+
+def fit_probe(teacher: Teacher, pictures: Labelled, num_classes: int) -> LinearProbe:
+    """Train the probe that :func:`preservation` applies, on the teacher's own maps.
+
+    Args:
+        teacher: the teacher.
+        pictures: of the teacher's input size.
+        num_classes: K.
+    """
+    maps = torch.cat([teacher.encode(pixels).spatial.cpu() for pixels, _ in pictures])
+    return LinearProbe(num_classes).fit(maps, torch.cat([classes for _, classes in pictures]))
+
+
+def preservation(
+    model: UpsamplerModel,
+    teacher: Teacher,
+    probe: LinearProbe,
+    pictures: Labelled,
+    size: Size,
+    factor: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[float, float]:
+    """Return the probe's mIoU, in [0, 1], on upsampled maps and on the teacher's own.
+
+    All are in the teacher's own space, so that one probe serves all upsamplers.
+    """
+    fine, low = Preservation(probe), Preservation(probe)
+    for number, (pixels, classes) in enumerate(pictures, 1):
+        maps = maps_of(model, teacher, pixels, size, factor)
+        fine.update(model.normalizer.invert(maps.fine).cpu(), classes)
+        low.update(model.normalizer.invert(maps.low).cpu(), classes)
+        if progress is not None:
+            progress(number, len(pictures))
+    return fine.compute()["miou"], low.compute()["miou"]
+
+
+@torch.inference_mode()
+def native_error(
+    teacher: Teacher,
+    normalizer: Normalizer,
+    upsamplers: Mapping[str, Callable[[Teacher, Tensor, Size], Features]],
+    batches: Sequence[Tensor],
+    size: Size,
+    factor: int,
+    device: torch.device,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, float]:
+    """Return each upsampler's mean squared error from the teacher at ``factor`` times ``size``.
+
+    In the normalised space, over channels, cells and pictures. Raises ConfigError where the teacher
+    cannot be shown so many pixels.
+    """
+    grid, native = fine_grid(teacher, size, factor), Native(factor)
+    totals = dict.fromkeys(upsamplers, 0.0)
+    for number, batch in enumerate(batches, 1):
+        pixels = batch.to(device)
+        target = normalizer.apply(native(teacher, pixels, grid).spatial)
+        for name, upsampler in upsamplers.items():
+            fine = normalizer.apply(upsampler(teacher, pixels, grid).spatial)
+            totals[name] += (fine - target).square().mean(dim=(1, 2, 3)).sum().item()
+        if progress is not None:
+            progress(number, len(batches))
+    pictures = sum(map(len, batches))
+    return {name: total / pictures for name, total in totals.items()}
+
+
+class Cost(NamedTuple):
+    """What one picture costs, alone in its batch."""
+
+    name: str
+    factor: int
+    seconds: float
+    tokens: int
+    """Cells of the map that it gives."""
+
+
+def costs(
+    teacher: Teacher,
+    size: Size,
+    factors: Sequence[int],
+    device: torch.device,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Cost]:
+    """Time the teacher at each factor's resolution, and FeatUp and FeatSharp to the same map.
+
+    The upsamplers have random weights, which cost what fitted ones do. A resolution that the
+    teacher cannot take is left out.
+    """
+    name, found = teacher.spec.name, []
+    limit = max(size) if teacher.spec.fixed_size else teacher.spec.max_size
+    for number, factor in enumerate(factors, 1):
+        pixels = torch.rand(1, 3, size[0] * factor, size[1] * factor, device=device)
+        grid = fine_grid(teacher, size, factor)
+        calls: dict[str, Callable[[], object]] = {}
+        if limit is None or max(size) * factor <= limit:
+            calls["teacher"] = partial(teacher.encode, pixels)
+        if factor > 1:
+            for kind in (FeatUp, FeatSharp):
+                made = kind.untrained(factor, {name: teacher.spec})
+                calls[kind.network] = partial(made, teacher, pixels, grid)
+        for label, call in calls.items():
+            found.append(Cost(label, factor, _seconds(call, device), grid[0] * grid[1]))
+        if progress is not None:
+            progress(number, len(factors))
+    return found
+
+
+@torch.inference_mode()
+def _seconds(call: Callable[[], object], device: torch.device) -> float:
+    def timed() -> float:
+        start = _now(device)
+        call()
+        return _now(device) - start
+
+    timed()
+    spent: list[float] = []
+    while len(spent) < REPEATS and sum(spent) < _ENOUGH:
+        spent.append(timed())
+    return median(spent)
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
