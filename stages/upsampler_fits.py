@@ -187,9 +187,8 @@ def find(subject: Subject, config: FitConfig) -> tuple[Path | None, str]:
 
 def _other_model(header: "FittedHeader", config: FitConfig) -> str:
     """Say how a file's model differs from what is asked for; its header decides, not its name."""
-    own, asked = (
-        changed_options(config.upsampler, options) for options in (header.options, config.options)
-    )
+    own = changed_options(config.upsampler, header.options)
+    asked = changed_options(config.upsampler, config.options)
     if own != asked:
         return f"with the options {own}, not {asked}"
     if header.fit.get("de_bias", True) != config.de_bias:

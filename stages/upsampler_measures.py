@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from radio_distill.config import FitConfig
-from radio_distill.errors import ConfigError
+from radio_distill.errors import ConfigError, WeightsError
 from radio_distill.evals.harness import spread, to_pixels
 from radio_distill.evals.segmentation import find_pairs, labelled_classes, read_mask
 from radio_distill.progress import Progress
@@ -80,16 +80,17 @@ class Bench:
         batches = held_out(evaluation.pictures, subject.size, factor, evaluation.limit)
         self.num_pictures = sum(map(len, batches))
         for name, config in {fit_name(config): config for config in configs}.items():
-            consistency = self.load(config)
-            if consistency is None or name in self.scores:
-                continue
-            with _bar(f"{name}: held-out pictures", len(batches)) as progress:
-                try:
+            try:
+                consistency = self.load(config)
+                if consistency is None or name in self.scores:
+                    continue
+                with _bar(f"{name}: held-out pictures", len(batches)) as progress:
                     self.scores[name] = measure_upsampler(
                         consistency, subject.teacher, batches, subject.size, factor, progress
                     )
-                except ConfigError as error:  # a teacher that cannot be shown so much, for instance
-                    self._note(f"{name} is not measured: {error}")
+            except (ConfigError, WeightsError) as error:
+                # A teacher that cannot be shown so much; a converted file, without a downsampler.
+                self._note(f"{name} is not measured: {error}")
 
     def measure_preservation(self, factor: int, configs: Sequence[FitConfig]) -> None:
         """Add what a probe of the teacher's maps makes of upsampled ones."""

@@ -32,8 +32,10 @@ class Learned:
         micro_batch: teacher images in one call, tiles counted; 0 for the teacher's own setting.
         weights: file of the fitted upsampler, by teacher name.
         any_size: accept teacher inputs of another size than the fit's; the bias is resized.
+        precision: of the network's matrix products, bfloat16 or float32.
 
     Raises:
+        ConfigError: another precision.
         WeightsError: a file that cannot be read, or does not hold what its header says.
     """
 
@@ -46,10 +48,16 @@ class Learned:
         micro_batch: int = 0,
         weights: Mapping[str, str] | None = None,
         any_size: bool = False,
+        precision: str = "bfloat16",
     ):
+        if precision not in ("bfloat16", "float32"):
+            raise ConfigError(
+                f"upsampler option precision: {precision!r} is not bfloat16 or float32"
+            )
         self.factor = factor
         self._micro_batch = micro_batch
         self._any_size = any_size
+        self._reduced = precision == "bfloat16"
         self._sizes: dict[str, Size] = {}
         self._models: dict[str, UpsamplerModel] = {}
         self._device = torch.device("cpu")
@@ -84,7 +92,7 @@ class Learned:
         name = teacher.spec.name
         self._check_size(name, tiling.low_resolution(teacher, grid, self.factor))
         model = self._model(name, pixels.device)
-        with torch.autocast(pixels.device.type, torch.bfloat16):
+        with torch.autocast(pixels.device.type, torch.bfloat16, enabled=self._reduced):
             return model.upsample(teacher, pixels, grid, self.factor, self._micro_batch)
 
     def correct(self, name: str, spatial: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import load_file
 
 from radio_distill.balance.phi_s import PhiS
 from radio_distill.config import FitConfig, Recipe
@@ -278,6 +279,25 @@ def test_find__the_projects_own_serves_at_its_size(
     caplog.clear()
     assert command(recipe_file, *arguments, "--fit.size", "48") == 2
     assert "  # the project's own was fitted at 32x32 px, not at 48x48" in caplog.text
+
+
+def test_report__goes_on_without_a_file_that_has_no_downsampler(
+    folder: Path, recipe_file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As those are that were converted from another program's checkpoint."""
+    recipe = load(recipe_file, "name=converted")
+    for name in ("bilinear", "featup"):
+        source = folder.parent / "fit" / f"vit-{name}-2x" / FITTED
+        tensors, header = load_file(source), fitted.read_header(source)
+        kept = {key: value for key, value in tensors.items() if name == "bilinear" or key[0] != "d"}
+        target = fit_folder(recipe, fit_of(recipe, "vit", name, 2)) / FITTED
+        fitted.write(target, kept, header)
+    arguments = ("--factors", "2", "--tables", "9", "--upsamplers", "bilinear", "featup")
+    words = (*arguments, "--no-throughput", "--pictures", "1")
+    assert command(recipe_file, "--name", "converted", *words) == 0
+    assert "vit-featup-2x is not measured" in caplog.text
+    text = (recipe.folder / "upsampler_report" / "tables.md").read_text()
+    assert [row[1] == DASH for row in table(text, "Upsamplers, 2x")[1:]] == [False, True]
 
 
 def test_report__a_teacher_of_one_size_goes_without_native(

@@ -46,8 +46,8 @@ def test_reassemble__gradients():
 
 
 def test_reassemble__keeps_no_neighbourhoods_for_the_backward_pass():
-    low = torch.randn(1, 64, 16, 16, requires_grad=True)
-    weights = torch.rand(1, 16, 16, 4, 25, requires_grad=True)
+    low = torch.randn(1, 64, 16, 16, dtype=torch.float64, requires_grad=True)
+    weights = torch.rand(1, 16, 16, 4, 25, dtype=torch.float64, requires_grad=True)
     kept = {}
 
     def keep(tensor):

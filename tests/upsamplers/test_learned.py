@@ -218,6 +218,18 @@ def test_call__a_teacher_input_of_another_size_is_refused_unless_any_size(file_o
     assert found.spatial.shape[-2:] == (16, 16)
 
 
+def test_call__precision_is_an_option_and_changes_rounding_only(file_of, tiny):
+    teacher, path = tiny("tiny_vit"), file_of("featsharp")
+    reduced, full = (
+        build(path, teacher, name="featsharp", precision=name)(teacher, PIXELS, (12, 12)).spatial
+        for name in ("bfloat16", "float32")
+    )
+    assert not torch.equal(reduced, full)
+    torch.testing.assert_close(reduced, full, atol=0.05 * float(full.abs().max()), rtol=0)
+    with pytest.raises(ConfigError, match="precision: 'half' is not bfloat16 or float32"):
+        build(path, teacher, name="featsharp", precision="half")
+
+
 @pytest.mark.parametrize("grid", [(12, 6), (10, 12), (12, 4), (12, 12)])
 def test_call__views_whose_longer_side_is_the_fit_s_are_taken(file_of, tiny, grid):
     teacher = tiny("tiny_vit")
