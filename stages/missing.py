@@ -12,6 +12,7 @@ from stages.common import upsampler_of
 from teachers import resolve
 from teachers.weights import local_path
 from upsamplers import is_fitted
+from upsamplers.fitted import SHIPPED
 
 
 def find_missing(recipe: Recipe) -> list[str]:
@@ -68,7 +69,9 @@ def _upsamplers(recipe: Recipe) -> Iterator[str]:
             path = config.weights.get(teacher)
             if path and not Path(path).exists():
                 yield f"stages.{name}.upsampler.weights.{teacher}: nothing at {path}"
-            if not path and not resolve(recipe.teachers[teacher]).package:
+            preset = recipe.teachers[teacher].preset
+            ours = SHIPPED / f"{preset}-{config.name}-{config.factor}x.safetensors"
+            if not path and not ours.exists():
                 yield (
                     f"stages.{name}: no {config.name} {config.factor}x is fitted to {teacher}; run "
                     f"stages/fit_upsampler.py --recipe {recipe.name} --teacher {teacher} "

@@ -48,7 +48,7 @@ def report(
     files: Mapping[str, Path],
     missing: Sequence[str] = (),
 ) -> Path:
-    """Measure, print the tables, and write RUN/upsampler_report; returns the page's path.
+    """Measure, print the tables, and write RUN/upsampler_report/TEACHER; returns the page's path.
 
     Args:
         subject: the teacher.
@@ -56,7 +56,7 @@ def report(
         files: fitted upsamplers, by the names of their fits.
         missing: commands that would fit the others, for the page.
     """
-    folder = subject.recipe.folder / "upsampler_report"
+    folder = subject.recipe.folder / "upsampler_report" / subject.teacher.spec.name
     results = _measured(Bench(subject, files), request)
     bench = results.bench
     tables = tables_of(bench, request)

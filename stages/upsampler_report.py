@@ -7,7 +7,7 @@ Fitted upsamplers are those of the recipe's run folder, else those that come wit
 is missing is listed with the command that fits it, or fitted here with --fit, where all fits of a
 factor share the encoded pictures if the recipe has a pool (--fit.pool 1024). They are measured on
 the recipe's held-out pictures (evaluation.pictures). Writes index.html, tables.md and scores.json
-to RUN/upsampler_report.
+to RUN/upsampler_report/TEACHER.
 """
 
 import argparse

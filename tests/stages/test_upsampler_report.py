@@ -121,7 +121,7 @@ def folder(recipe_file: Path) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("upsamplers.comparison.REPEATS", 1)
         assert command(recipe_file, "--factors", "2", "--pictures", "2", "--fit") == 0
-    return recipe_file.parent / "runs" / "tiny" / "upsampler_report"
+    return recipe_file.parent / "runs" / "tiny" / "upsampler_report" / "vit"
 
 
 def table(scores_or_markdown: str, title: str) -> list[list[str]]:
@@ -186,7 +186,7 @@ def test_fit_missing__a_shared_pool_changes_no_bit(folder: Path, recipe_file: Pa
     path = fit_upsampler.fit_upsampler(alone)
     assert path.parent.name == name
     own, shared = (
-        fitted.read_tensors(item) for item in (path, folder.parent / "fit" / name / FITTED)
+        fitted.read_tensors(item) for item in (path, folder.parents[1] / "fit" / name / FITTED)
     )
     assert own["network"].keys() == shared["network"].keys()
     for part, tensors in own.items():
@@ -198,7 +198,7 @@ def test_report__lists_what_is_missing_with_its_command(
     folder: Path, recipe_file: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
-    moved = folder.parent / "fit" / "vit-featup-2x"
+    moved = folder.parents[1] / "fit" / "vit-featup-2x"
     moved.rename(moved.with_name("elsewhere"))
     try:
         arguments = ("--factors", "2", "--tables", "7", "9", "--no-throughput", "--pictures", "1")
@@ -262,7 +262,7 @@ def test_report__the_header_decides_not_the_folders_name(
     recipe = load(recipe_file, "name=renamed")
     target = fit_folder(recipe, fit_of(recipe, "vit", "featsharp", 2))
     target.mkdir(parents=True)
-    (target / FITTED).symlink_to(folder.parent / "fit" / "vit-featsharp-2x-no_debias" / FITTED)
+    (target / FITTED).symlink_to(folder.parents[1] / "fit" / "vit-featsharp-2x-no_debias" / FITTED)
     assert command(recipe_file, "--name", "renamed", "--factors", "2") == 2
     assert "was fitted without de-bias" in capsys.readouterr().err.splitlines()[-1]
 
@@ -274,7 +274,7 @@ def test_find__the_projects_own_serves_at_its_size(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     arguments = ("--name", "other", "--factors", "2", "--tables", "9", "--upsamplers", "bilinear")
-    monkeypatch.setattr(fitted, "SHIPPED", folder.parent / "fit" / "vit-bilinear-2x")
+    monkeypatch.setattr(fitted, "SHIPPED", folder.parents[1] / "fit" / "vit-bilinear-2x")
     assert command(recipe_file, *arguments, "--no-throughput", "--pictures", "1") == 0
     caplog.clear()
     assert command(recipe_file, *arguments, "--fit.size", "48") == 2
@@ -287,7 +287,7 @@ def test_report__goes_on_without_a_file_that_has_no_downsampler(
     """As those are that were converted from another program's checkpoint."""
     recipe = load(recipe_file, "name=converted")
     for name in ("bilinear", "featup"):
-        source = folder.parent / "fit" / f"vit-{name}-2x" / FITTED
+        source = folder.parents[1] / "fit" / f"vit-{name}-2x" / FITTED
         tensors, header = load_file(source), fitted.read_header(source)
         kept = {key: value for key, value in tensors.items() if name == "bilinear" or key[0] != "d"}
         target = fit_folder(recipe, fit_of(recipe, "vit", name, 2)) / FITTED
@@ -296,7 +296,7 @@ def test_report__goes_on_without_a_file_that_has_no_downsampler(
     words = (*arguments, "--no-throughput", "--pictures", "1")
     assert command(recipe_file, "--name", "converted", *words) == 0
     assert "vit-featup-2x is not measured" in caplog.text
-    text = (recipe.folder / "upsampler_report" / "tables.md").read_text()
+    text = (recipe.folder / "upsampler_report" / "vit" / "tables.md").read_text()
     assert [row[1] == DASH for row in table(text, "Upsamplers, 2x")[1:]] == [False, True]
 
 
@@ -306,7 +306,7 @@ def test_report__a_teacher_of_one_size_goes_without_native(
     arguments = ["--factors", "2", "--tables", "9", "--upsamplers", "bilinear", "tile", "native"]
     words = ["upsampler-report", str(recipe_file), "--teacher", "sam", "--name", "sam", *arguments]
     assert cli.main([*words, "--fit.size", "64", "--fit", "--evaluation.segmentation", ""]) == 0
-    folder = recipe_file.parent / "runs" / "sam" / "upsampler_report"
+    folder = recipe_file.parent / "runs" / "sam" / "upsampler_report" / "sam"
     scores = json.loads((folder / "scores.json").read_text())
     assert set(scores["upsamplers"]) == {"sam-bilinear-2x", "sam-tile-2x"}
     assert any("would show teacher 'sam' 128x128 pixels" in note for note in scores["notes"])
