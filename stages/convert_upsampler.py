@@ -17,6 +17,8 @@ from stages.fit_upsampler import fit_recipe, input_size
 if TYPE_CHECKING:
     from radio_distill.types import Size, TeacherSpec
     from upsamplers.convert import Converted
+    from upsamplers.fitted import FittedHeader
+    from upsamplers.model import UpsamplerModel
 
 TAKES_FIELDS = True
 
@@ -56,7 +58,9 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def assemble(made: "Converted", spec: "TeacherSpec", size: "Size"):  # type: ignore[no-untyped-def]
+def assemble(
+    made: "Converted", spec: "TeacherSpec", size: "Size"
+) -> "tuple[UpsamplerModel, FittedHeader]":
     """Return the model and the header of a converted checkpoint.
 
     Raises WeightsError where the teacher has another number of channels.
