@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from radio_distill.types import Size, TeacherSpec
     from upsamplers.convert import Converted
     from upsamplers.fitted import FittedHeader
-    from upsamplers.model import UpsamplerModel
 
 TAKES_FIELDS = True
 
@@ -41,14 +40,15 @@ def run(arguments: argparse.Namespace) -> int:
 
     from teachers import build_teacher
     from upsamplers import convert
-    from upsamplers.learned import save_model
+    from upsamplers.learned import assemble, save_model
 
     named = [f"fit.teacher={arguments.teacher}"] if arguments.teacher else []
     recipe = fit_recipe(load_recipe(arguments.recipe, [*named, *arguments.fields]))
     made = getattr(convert, f"convert_{arguments.program}")(arguments.checkpoint)
     name = recipe.fit.teacher
     teacher = build_teacher(name, recipe.teachers[name], torch.device("cpu"))
-    model, header = assemble(made, teacher.spec, input_size(recipe, teacher))
+    header = header_of(made, teacher.spec, input_size(recipe, teacher))
+    model = assemble(header, made.tensors, made.normalizer_state or {}, made.de_bias)
     config = replace(
         recipe.fit, upsampler=made.network_name, factor=made.factor, options=header.options
     )
@@ -58,34 +58,20 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def assemble(
-    made: "Converted", spec: "TeacherSpec", size: "Size"
-) -> "tuple[UpsamplerModel, FittedHeader]":
-    """Return the model and the header of a converted checkpoint.
+def header_of(made: "Converted", spec: "TeacherSpec", size: "Size") -> "FittedHeader":
+    """Return the header of a converted checkpoint.
 
     Raises WeightsError where the teacher has another number of channels.
     """
-    from radio_distill.balance import NORMALIZERS
     from radio_distill.errors import WeightsError
     from upsamplers.fitted import FittedHeader
-    from upsamplers.model import UpsamplerModel
-    from upsamplers.networks import build_network
 
     if made.channels != spec.channels:
         raise WeightsError(
             f"the checkpoint upsamples {made.channels} channels, teacher {spec.name!r} has "
             f"{spec.channels}; name the teacher that it was fitted to with --teacher"
         )
-    name = "none" if made.normalizer_state is None else "phi_s"
-    normalizer = NORMALIZERS.get(name)().load_state(made.normalizer_state or {})
-    network = build_network(made.network_name, made.channels, made.factor, made.options)
-    network.load_state_dict(made.tensors)
-    bias = made.de_bias
-    grid = None if bias is None else (bias.shape[-2], bias.shape[-1])
-    model = UpsamplerModel(network, normalizer, made.channels, grid)
-    if bias is not None and model.bias is not None:
-        model.bias.data.copy_(bias)
-    header = FittedHeader(
+    return FittedHeader(
         upsampler=made.network_name,
         teacher=spec.name,
         weights_hash=spec.weights_hash,
@@ -93,6 +79,5 @@ def assemble(
         factor=made.factor,
         size=size,
         options=made.options,
-        normalizer=name,
+        normalizer="none" if made.normalizer_state is None else "phi_s",
     )
-    return model, header

@@ -5,7 +5,6 @@ comparisons that need no fit: how far tiles are from the teacher at the higher r
 (FeatSharp, arXiv 2502.16025, Figure 15), and what a map costs (Figure 14).
 """
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -23,7 +22,7 @@ from radio_distill.types import Features, Size
 from .consistency import Consistency
 from .fitted import read_header, read_tensors
 from .learned import FeatSharp, FeatUp, load_model
-from .lessons import fine_grid
+from .lessons import fine_grid, now
 from .model import UpsamplerModel
 from .native import Native
 from .networks import Observation
@@ -220,18 +219,12 @@ def costs(
 @torch.inference_mode()
 def _seconds(call: Callable[[], object], device: torch.device) -> float:
     def timed() -> float:
-        start = _now(device)
+        start = now(device)
         call()
-        return _now(device) - start
+        return now(device) - start
 
     timed()
     spent: list[float] = []
     while len(spent) < REPEATS and sum(spent) < _ENOUGH:
         spent.append(timed())
     return median(spent)
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

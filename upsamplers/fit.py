@@ -26,13 +26,12 @@ from torch import Tensor, nn
 
 from radio_distill.config import FitConfig, Recipe
 from radio_distill.data.loader import StepSlice
-from radio_distill.errors import CheckpointError
 from radio_distill.progress import Progress
 from radio_distill.protocols import BatchSource, Teacher
 from radio_distill.registry import nearest
 from radio_distill.train import checkpoint as checkpoints
 from radio_distill.train.checkpoint import Checkpoint
-from radio_distill.train.distributed import World, from_main, sum_over_ranks
+from radio_distill.train.distributed import World, sum_over_ranks
 from radio_distill.train.guard import check_gradient, check_loss
 from radio_distill.train.optim import load_optimizer_tensors, optimizer_tensors
 from radio_distill.train.schedule import cosine, every
@@ -191,31 +190,24 @@ def _reduce_gradient(modules: nn.Module, clip: float) -> float:
 
 
 def _save(run: FitRun, step: int, optimizer: torch.optim.Optimizer) -> Path:
-    folder, problem = Path(), ""
-    if run.world.is_main:
-        modules = run.consistency
-        parts = {
-            MODULES: {name: value.cpu() for name, value in modules.state_dict().items()},
-            checkpoints.OPTIMIZER: {
-                name: value.cpu() for name, value in optimizer_tensors(optimizer, modules).items()
-            },
-        }
-        try:
-            folder = checkpoints.save(
-                run.folder / "checkpoints",
-                step,
-                parts,
-                stage="fit",
-                recipe=run.recipe,
-                teachers={run.teacher.spec.name: run.teacher.spec},
-                keep_last=run.recipe.log.keep_last,
-            )
-        except CheckpointError as error:
-            problem = str(error)
-    folder, problem = from_main((folder, problem))
-    if problem:
-        raise CheckpointError(problem)
-    return folder
+    modules = run.consistency
+    parts = {
+        MODULES: modules.state_dict(),
+        checkpoints.OPTIMIZER: optimizer_tensors(optimizer, modules),
+    }
+    return checkpoints.save_from_main(
+        run.world,
+        run.folder / "checkpoints",
+        step,
+        {
+            part: {name: value.cpu() for name, value in tensors.items()}
+            for part, tensors in parts.items()
+        },
+        stage="fit",
+        recipe=run.recipe,
+        teachers={run.teacher.spec.name: run.teacher.spec},
+        keep_last=run.recipe.log.keep_last,
+    )
 
 
 @torch.no_grad()

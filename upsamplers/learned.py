@@ -158,20 +158,46 @@ def load_model(path: str | Path) -> UpsamplerModel:
     """Build the model of a fitted file; raises WeightsError where it does not fit together."""
     header, parts = read_header(path), read_tensors(path)
     try:
-        network = build_network(header.upsampler, header.channels, header.factor, header.options)
-        network.load_state_dict(parts.get("network", {}))
-        normalizer = NORMALIZERS.get(header.normalizer)().load_state(parts.get("normalizer", {}))
-        bias = parts.get("bias", {}).get("")
-        grid = None if bias is None else (bias.shape[-2], bias.shape[-1])
-        model = UpsamplerModel(network, normalizer, header.channels, grid)
-        if bias is not None:
-            model.load_state_dict({"bias": bias}, strict=False)
-        return model
+        return assemble(
+            header,
+            parts.get("network", {}),
+            parts.get("normalizer", {}),
+            parts.get("bias", {}).get(""),
+        )
     except (ConfigError, CheckpointError, RuntimeError, TypeError, IndexError) as error:
         reason = str(error).splitlines()[-1].strip()
         raise WeightsError(
             f"upsampler {path} does not hold what its header says: {reason}"
         ) from error
+
+
+def assemble(
+    header: FittedHeader,
+    network_state: Mapping[str, Tensor],
+    normalizer_state: Mapping[str, Tensor],
+    bias: Tensor | None,
+) -> UpsamplerModel:
+    """Build the model that a header describes, of the states of its parts.
+
+    Args:
+        header: names network and normalizer.
+        network_state: state of the network.
+        normalizer_state: state of the normalizer.
+        bias: ``[1, C, h, w]`` in the normalised space, or None for a model without.
+
+    Raises:
+        ConfigError: an unknown network, or an option that it does not have.
+        CheckpointError: statistics of another normalizer.
+        RuntimeError: tensors of another shape.
+    """
+    network = build_network(header.upsampler, header.channels, header.factor, header.options)
+    network.load_state_dict(network_state)
+    normalizer = NORMALIZERS.get(header.normalizer)().load_state(normalizer_state)
+    grid = None if bias is None else (bias.shape[-2], bias.shape[-1])
+    model = UpsamplerModel(network, normalizer, header.channels, grid)
+    if bias is not None:
+        model.load_state_dict({"bias": bias}, strict=False)
+    return model
 
 
 def save_model(

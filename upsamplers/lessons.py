@@ -51,19 +51,20 @@ class Clock:
         return self._teacher / max(self._total, 1e-9)
 
     def start(self, device: torch.device) -> None:
-        self._begin = _now(device)
+        self._begin = now(device)
 
     def stop(self, device: torch.device) -> None:
-        self._total += _now(device) - self._begin
+        self._total += now(device) - self._begin
 
     def teach(self, encode: Callable[[], Lesson], device: torch.device) -> Lesson:
-        begin = _now(device)
+        begin = now(device)
         lesson = encode()
-        self._teacher += _now(device) - begin
+        self._teacher += now(device) - begin
         return lesson
 
 
-def _now(device: torch.device) -> float:
+def now(device: torch.device) -> float:
+    """Return the time in seconds, once the device has done what it was asked."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.monotonic()

@@ -35,6 +35,7 @@ from ..config import Recipe, build, dump
 from ..errors import CheckpointError, WeightsError
 from ..files import flush, reason_of, sha256_of
 from ..types import TeacherSpec
+from .distributed import World, from_main
 
 logger = logging.getLogger(__name__)
 
@@ -115,6 +116,29 @@ def save(
         ) from error
     _drop_old(root, keep_last)
     return final
+
+
+def save_from_main(
+    world: World, root: Path, step: int, parts: Mapping[str, Mapping[str, Tensor]], **meta: Any
+) -> Path:
+    """Write a checkpoint on rank 0 alone; every rank must call, and gets its folder.
+
+    ``meta`` are the keyword arguments of :func:`save`.
+
+    Raises:
+        CheckpointError: on every rank, where rank 0 cannot write.
+    """
+    folder, problem = Path(), ""
+    if world.is_main:
+        try:
+            folder = save(root, step, parts, **meta)
+        except CheckpointError as error:
+            problem = str(error)
+    # Every process must learn of a failure, or the others would wait for rank 0 for ever.
+    folder, problem = from_main((folder, problem))
+    if problem:
+        raise CheckpointError(problem)
+    return folder
 
 
 def _flush(folder: Path) -> None:

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from ..config import Recipe, StageConfig
-from ..errors import CheckpointError
 from ..losses import distillation_loss
 from ..models.ema import Ema
 from ..models.position import NUM_DRAWS
@@ -32,7 +31,7 @@ from ..protocols import BatchSource, Engine
 from ..targets import TargetMaker
 from ..types import ImageBatch, TeacherSpec
 from . import checkpoint as checkpoints
-from .distributed import World, from_main
+from .distributed import World
 from .guard import check_gradient, check_loss, check_targets
 from .meter import Meter
 from .schedule import every, learning_rates
@@ -172,25 +171,16 @@ def save(run: StageRun, step: int) -> Path:
     }
     if run.ema is not None:
         parts[checkpoints.EMA] = run.ema.state_dict()
-    folder, problem = Path(), ""
-    if run.world.is_main:
-        try:
-            folder = checkpoints.save(
-                run.folder / "checkpoints",
-                step,
-                parts,
-                stage=run.stage,
-                recipe=run.recipe,
-                teachers=run.teachers,
-                keep_last=run.recipe.log.keep_last,
-            )
-        except CheckpointError as error:
-            problem = str(error)
-    # Every process must learn of a failure, or the others would wait for rank 0 for ever.
-    folder, problem = from_main((folder, problem))
-    if problem:
-        raise CheckpointError(problem)
-    return folder
+    return checkpoints.save_from_main(
+        run.world,
+        run.folder / "checkpoints",
+        step,
+        parts,
+        stage=run.stage,
+        recipe=run.recipe,
+        teachers=run.teachers,
+        keep_last=run.recipe.log.keep_last,
+    )
 
 
 def _term_names(config: StageConfig) -> list[str]:

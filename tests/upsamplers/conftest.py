@@ -1,16 +1,48 @@
-"""Tiny frozen teachers, one that counts what it is shown, and a scale to fit upsamplers in."""
+"""Tiny frozen teachers, one that counts what it is shown, a scale to fit upsamplers in, and golden
+tensors of the published programs, kept beside the checkout."""
 
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from radio_distill.balance.hadamard import hadamard
 from radio_distill.balance.phi_s import PhiS
 from radio_distill.config import TeacherConfig
 from teachers import build_teacher
 from teachers.base import FrozenTeacher
+from upsamplers.networks import Observation
+
+GOLDEN = Path(__file__).resolve().parents[2] / ".." / "shared" / "golden"
+
+
+@pytest.fixture(scope="session")
+def golden() -> Callable[[str], dict[str, torch.Tensor]]:
+    """Read a golden file by name; the test is skipped where it is not there."""
+
+    def load(name: str) -> dict[str, torch.Tensor]:
+        path = GOLDEN / f"{name}.safetensors"
+        if not path.exists():
+            pytest.skip(f"no golden file {name}")
+        return load_file(path)
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def observation() -> Callable[..., Observation]:
+    """Make what a network is shown: a random picture and a random map of ``size`` cells."""
+
+    def make(
+        channels: int, factor: int, size: tuple[int, int] = (5, 7), batch: int = 2
+    ) -> Observation:
+        height, width = (side * factor * 4 for side in size)
+        return Observation(torch.rand(batch, 3, height, width), torch.randn(batch, channels, *size))
+
+    return make
 
 
 class Spy:

@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 
 from radio_distill.balance.moments import Moments
 from radio_distill.balance.phi_s import PhiS
@@ -14,15 +13,7 @@ from upsamplers.convert import convert_featsharp, convert_featup, fold_spectral,
 from upsamplers.networks import Observation, build_network
 from upsamplers.tiling import cut, stitch
 
-GOLDEN = Path(__file__).resolve().parents[2] / ".." / "shared" / "golden"
 SPECTRAL = "a.parametrizations.weight"
-
-
-def golden(name):
-    path = GOLDEN / f"{name}.safetensors"
-    if not path.exists():
-        pytest.skip(f"no {path}")
-    return load_file(path)
 
 
 def weights(tensors):
@@ -30,12 +21,12 @@ def weights(tensors):
 
 
 @pytest.fixture(scope="module")
-def stack():
+def stack(golden):
     return golden("featup_jbu_stack_16x")
 
 
 @pytest.fixture(scope="module")
-def toy():
+def toy(golden):
     return golden("featsharp_full_2x_toy")
 
 
@@ -125,7 +116,7 @@ def test_convert_featsharp__statistics_normalise_as_those_that_were_saved(toy, t
     torch.testing.assert_close(found.invert(found.apply(maps)), maps, atol=1e-4, rtol=1e-4)
 
 
-def test_phi_s_state__gives_the_published_normalisation():
+def test_phi_s_state__gives_the_published_normalisation(golden):
     published = golden("featsharp_phi_s")
     normalizer = PhiS().load_state(phi_s_state(weights(published), "file"))
     found = normalizer.apply(published["features"])

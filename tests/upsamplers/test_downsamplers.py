@@ -1,11 +1,8 @@
 """Downsamplers: against a plain loop over windows, and the published programs' own numbers."""
 
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 
 from radio_distill.errors import ConfigError, UnknownNameError
 from upsamplers import downsamplers
@@ -21,7 +18,6 @@ from upsamplers.downsamplers import (
     pool,
 )
 
-GOLDEN = Path(__file__).resolve().parents[2] / ".." / "shared" / "golden"
 OURS = ["attention", "simple"]
 
 
@@ -33,12 +29,15 @@ def tiles_of_two(monkeypatch):
     downsamplers._plan.cache_clear()
 
 
-def golden(name):
-    path = GOLDEN / f"{name}.safetensors"
-    if not path.exists():
-        pytest.skip("no golden tensors beside this checkout")
-    case = load_file(path)
-    return case, {key[3:]: value for key, value in case.items() if key.startswith("sd.")}
+@pytest.fixture
+def published(golden):
+    """A golden case, and the state of its module."""
+
+    def load(name):
+        case = golden(name)
+        return case, {key[3:]: value for key, value in case.items() if key.startswith("sd.")}
+
+    return load
 
 
 def build(name, channels=3, factor=2, kernel_size=3):
@@ -210,8 +209,8 @@ def test_attention__heeds_what_is_salient():
 
 
 @pytest.mark.parametrize("blur", [True, False])
-def test_attention__is_featups_in_windows_of_one_cell(blur):
-    case, weights = golden(f"featup_attention_down_{'blur' if blur else 'noblur'}")
+def test_attention__is_featups_in_windows_of_one_cell(published, blur):
+    case, weights = published(f"featup_attention_down_{'blur' if blur else 'noblur'}")
     module = AttentionDownsampler(6, factor=4, kernel_size=4, blur=blur).eval()
     module.load_state_dict(weights)
     torch.testing.assert_close(module(case["hr_feats"]), case["out_nodrop"])
@@ -219,15 +218,15 @@ def test_attention__is_featups_in_windows_of_one_cell(blur):
     torch.testing.assert_close(module(case["hr_feats"], keep), case["out"])
 
 
-def test_simple__is_featups_in_windows_of_one_cell():
-    case, weights = golden("featup_simple_down")
+def test_simple__is_featups_in_windows_of_one_cell(published):
+    case, weights = published("featup_simple_down")
     module = SimpleDownsampler(factor=4, kernel_size=4)
     module.load_state_dict(weights)
     torch.testing.assert_close(module(case["hr_feats"]), case["out"])
 
 
-def test_featsharp_attention__is_the_released_one():
-    case, weights = golden("featsharp_attention_down")
+def test_featsharp_attention__is_the_released_one(published):
+    case, weights = published("featsharp_attention_down")
     module = FeatSharpAttentionDownsampler(6, factor=2, kernel_size=3).eval()
     torch.testing.assert_close(module.blur_kernel, weights["blur_kernel"])
     module.load_state_dict(weights)
@@ -235,8 +234,8 @@ def test_featsharp_attention__is_the_released_one():
     torch.testing.assert_close(module(case["hr_feats"], case["keep_mask"]), case["out"])
 
 
-def test_featsharp_simple__is_the_released_one():
-    case, weights = golden("featsharp_simple_down")
+def test_featsharp_simple__is_the_released_one(published):
+    case, weights = published("featsharp_simple_down")
     module = FeatSharpSimpleDownsampler(factor=2, kernel_size=3)
     module.load_state_dict(weights)
     torch.testing.assert_close(module(case["hr_feats"]), case["out"])

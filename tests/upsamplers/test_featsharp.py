@@ -1,17 +1,12 @@
 import itertools
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from radio_distill.errors import ConfigError, WeightsError
 from upsamplers.featsharp import PRESETS, FeatSharpNetwork, from_released_state
 from upsamplers.networks import Observation, build_network
-
-GOLDEN = Path(__file__).resolve().parents[2] / ".." / "shared" / "golden"
-needs_golden = pytest.mark.skipif(not GOLDEN.exists(), reason="golden tensors are not here")
 
 
 def observe(factor: int, channels: int = 8, grid: tuple[int, int] = (5, 6), batch: int = 2):
@@ -46,38 +41,36 @@ LEVELS = {
 }
 
 
-@needs_golden
 @pytest.mark.parametrize("name", LEVELS)
-def test_featsharp_network__equals_the_released_level(name):
-    golden = load_file(GOLDEN / f"featsharp_level_{name}.safetensors")
-    state = {key[3:]: value for key, value in golden.items() if key.startswith("sd.")}
+def test_featsharp_network__equals_the_released_level(golden, name):
+    published = golden(f"featsharp_level_{name}")
+    state = {key[3:]: value for key, value in published.items() if key.startswith("sd.")}
     arguments, ours = from_released_state(state, **LEVELS[name])
     network = FeatSharpNetwork(**arguments).eval()
     network.load_state_dict(ours)
-    low, tiles = golden["lr_source"], {arguments["factor"]: golden["tiles"]}
-    level, grid = network.levels[0], tuple(golden["out"].shape[-2:])
-    found = {"out": network(Observation(golden["guidance"], low, tiles))}
+    low, tiles = published["lr_source"], {arguments["factor"]: published["tiles"]}
+    level, grid = network.levels[0], tuple(published["out"].shape[-2:])
+    found = {"out": network(Observation(published["guidance"], low, tiles))}
     found["tiles_plus_pos"] = level.placed(tiles, grid)
-    if "jbu" in golden:
-        found["jbu"] = level.jbu(low, level.guided(golden["guidance"], grid))
+    if "jbu" in published:
+        found["jbu"] = level.jbu(low, level.guided(published["guidance"], grid))
     if level.block.attention is not None:
-        tokens = golden["concat_tokens"].unflatten(1, grid)
+        tokens = published["concat_tokens"].unflatten(1, grid)
         found["norm1"] = level.block.attention.norm(tokens).flatten(1, 2)
         found["attn_out"] = level.block.attention.body(found["norm1"].unflatten(1, grid))
         found["attn_out"] = found["attn_out"].flatten(1, 2)
-    for key in found.keys() & golden.keys():
-        torch.testing.assert_close(found[key], golden[key], atol=1e-5, rtol=0)
+    for key in found.keys() & published.keys():
+        torch.testing.assert_close(found[key], published[key], atol=1e-5, rtol=0)
 
 
-@needs_golden
-def test_featsharp_network__equals_the_released_whole():
-    golden = load_file(GOLDEN / "featsharp_full_2x_toy.safetensors")
-    state = {key[3:]: value for key, value in golden.items() if key.startswith("sd.")}
+def test_featsharp_network__equals_the_released_whole(golden):
+    published = golden("featsharp_full_2x_toy")
+    state = {key[3:]: value for key, value in published.items() if key.startswith("sd.")}
     arguments, ours = from_released_state(state)
     network = FeatSharpNetwork(**arguments).eval()
     network.load_state_dict(ours)
-    out = network(Observation(golden["images"], golden["low_res"], {2: golden["tiles"]}))
-    torch.testing.assert_close(out, golden["out_high"], atol=1e-5, rtol=0)
+    out = network(Observation(published["images"], published["low_res"], {2: published["tiles"]}))
+    torch.testing.assert_close(out, published["out_high"], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from safetensors.torch import load_file
 from torch import Tensor
 
 from radio_distill.balance.moments import Moments
@@ -24,9 +23,6 @@ from upsamplers.metrics import (
     rbf_gamma,
     squared_mmd,
 )
-
-GOLDEN = Path(__file__).resolve().parents[2] / ".." / "shared" / "golden"
-needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason="no golden tensors here")
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -103,13 +99,12 @@ def test_fidelity__nothing_valid() -> None:
 # Total variation and the conditional random field
 
 
-@needs_golden
-def test_total_variation__parity_featsharp() -> None:
-    golden = load_file(GOLDEN / "featsharp_tv.safetensors")
+def test_total_variation__parity_featsharp(golden) -> None:
+    published = golden("featsharp_tv")
     measure = TotalVariation()
-    for feats, valid in zip(golden["feats"].split(1), golden["valid"].split(1), strict=True):
+    for feats, valid in zip(published["feats"].split(1), published["valid"].split(1), strict=True):
         measure.update(feats, valid[:, 0] > 0)
-    assert measure.compute() == pytest.approx(golden["raw"].item(), rel=1e-6)
+    assert measure.compute() == pytest.approx(published["raw"].item(), rel=1e-6)
 
 
 def test_total_variation__of_equal_pictures_is_the_mean_loss() -> None:
@@ -144,13 +139,12 @@ def test_conditional_random_field__is_the_mean_over_pictures_in_any_order() -> N
 # Maximum mean discrepancy
 
 
-@needs_golden
 @pytest.mark.parametrize("chunk", [7, 1024])
-def test_squared_mmd__parity_featsharp(chunk: int) -> None:
-    golden = load_file(GOLDEN / "featsharp_mmd.safetensors")
-    for gamma, expected in ((golden["gamma"].item(), "mmd"), (0.05, "mmd_gamma_005")):
-        value = squared_mmd(golden["x"], golden["y"], gamma, chunk)
-        assert value == pytest.approx(golden[expected].item(), abs=2e-7)
+def test_squared_mmd__parity_featsharp(golden, chunk: int) -> None:
+    published = golden("featsharp_mmd")
+    for gamma, expected in ((published["gamma"].item(), "mmd"), (0.05, "mmd_gamma_005")):
+        value = squared_mmd(published["x"], published["y"], gamma, chunk)
+        assert value == pytest.approx(published[expected].item(), abs=2e-7)
 
 
 def test_squared_mmd__is_the_estimator_of_all_pairs() -> None:

@@ -8,15 +8,10 @@ from radio_distill.errors import ConfigError
 from upsamplers.networks import Observation, build_network
 
 
-def observation(channels, factor, size=(5, 7), batch=2):
-    height, width = (side * factor * 4 for side in size)
-    return Observation(torch.rand(batch, 3, height, width), torch.randn(batch, channels, *size))
-
-
 @pytest.mark.parametrize("name", ["resize_conv", "bilinear"])
 @pytest.mark.parametrize("size", [(5, 7), (1, 1), (8, 2)])
 @pytest.mark.parametrize("factor", [1, 2, 7])
-def test_resize_conv__starts_at_bilinear(name, factor, size):
+def test_resize_conv__starts_at_bilinear(observation, name, factor, size):
     seen = observation(6, factor, size)
     network = build_network(name, 6, factor, {})
     expected = F.interpolate(seen.low, scale_factor=factor, mode="bilinear", align_corners=False)
@@ -40,17 +35,6 @@ def test_resize_conv__learns_to_undo_some_of_the_blur():
         loss.backward()
         optimizer.step()
     assert loss < start / 2
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_resize_conv__trains_every_parameter(dtype):
-    network, seen = build_network("resize_conv", 8, 3, {}), observation(8, 3)
-    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        fine = network(seen)
-    (fine.float() ** 2).mean().backward()
-    for name, parameter in network.named_parameters():
-        assert parameter.grad.isfinite().all(), name
-        assert parameter.grad.abs().max() > 0, name
 
 
 def test_resize_conv__a_constant_map_gives_a_constant_map():

@@ -1,11 +1,9 @@
 """Losses of the fit: parity with published values, identities, and gradients where masks are."""
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from upsamplers.losses import (
@@ -18,9 +16,7 @@ from upsamplers.losses import (
     variation_sums,
 )
 
-GOLDEN = Path(__file__).resolve().parents[2] / ".." / "shared" / "golden"
 IMAGENET_STD = torch.tensor([0.229, 0.224, 0.225])
-needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason="no golden tensors here")
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -135,18 +131,16 @@ def test_uncertainty__scale_has_a_floor() -> None:
 # Total variation
 
 
-@needs_golden
-def test_total_variation__parity_featup() -> None:
-    golden = load_file(GOLDEN / "featup_losses.safetensors")
-    value = total_variation(golden["feats"], variant="featup").mean()
-    torch.testing.assert_close(value, golden["tv"])
+def test_total_variation__parity_featup(golden) -> None:
+    published = golden("featup_losses")
+    value = total_variation(published["feats"], variant="featup").mean()
+    torch.testing.assert_close(value, published["tv"])
 
 
-@needs_golden
-def test_variation_sums__parity_featsharp() -> None:
-    golden = load_file(GOLDEN / "featsharp_tv.safetensors")
-    sums, pairs = variation_sums(golden["feats"], golden["valid"][:, 0] > 0)
-    torch.testing.assert_close((sums.sum(0) / pairs.sum(0)).sum(), golden["raw"])
+def test_variation_sums__parity_featsharp(golden) -> None:
+    published = golden("featsharp_tv")
+    sums, pairs = variation_sums(published["feats"], published["valid"][:, 0] > 0)
+    torch.testing.assert_close((sums.sum(0) / pairs.sum(0)).sum(), published["raw"])
 
 
 @pytest.mark.parametrize("variant", ["featup", "featsharp"])
@@ -184,18 +178,17 @@ def test_total_variation__masked_part_equals_the_part_alone(variant: str) -> Non
 # Conditional random field
 
 
-@needs_golden
-def test_pair_energy__parity_featup() -> None:
-    golden = load_file(GOLDEN / "featup_losses.safetensors")
-    rows, columns = golden["crf_coords"]
-    height, width = golden["feats"].shape[-2:]
+def test_pair_energy__parity_featup(golden) -> None:
+    published = golden("featup_losses")
+    rows, columns = published["crf_coords"]
+    height, width = published["feats"].shape[-2:]
     value = pair_energy(
-        golden["feats"][:, :, rows, columns],
-        golden["guidance"][:, :, rows, columns] * IMAGENET_STD[:, None],
+        published["feats"][:, :, rows, columns],
+        published["guidance"][:, :, rows, columns] * IMAGENET_STD[:, None],
         torch.stack([rows / height, columns / width]),
         "featup",
     )
-    torch.testing.assert_close(value.mean(), golden["crf"])
+    torch.testing.assert_close(value.mean(), published["crf"])
 
 
 def test_pair_energy__featsharp_is_the_mean_of_all_pairs() -> None:

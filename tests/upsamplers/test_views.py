@@ -1,7 +1,6 @@
 """Random views: registration above all, on maps whose values are their own coordinates."""
 
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,12 +8,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 
 from radio_distill.errors import ConfigError
 from upsamplers.views import VIEWS, ViewRange, draw_homographies, render, valid_mask, warp
-
-GOLDEN = Path(__file__).resolve().parents[2] / ".." / "shared" / "golden"
 
 sides = st.integers(3, 23)
 
@@ -26,13 +22,6 @@ def draw(num, ranges, seed=0, aspect=1.0):
 
 def matrix(*rows):
     return torch.tensor([rows], dtype=torch.float32)
-
-
-def golden(name):
-    path = GOLDEN / f"{name}.safetensors"
-    if not path.exists():
-        pytest.skip("no golden tensors beside this checkout")
-    return load_file(path)
 
 
 def coordinates(height, width):
@@ -213,7 +202,7 @@ def test_view_range__refuses_what_cannot_be(field, value):
         ViewRange(**{field: value})
 
 
-def test_warp__is_featsharps_after_conversion_from_centres_to_edges():
+def test_warp__is_featsharps_after_conversion_from_centres_to_edges(golden):
     case = golden("featsharp_homography_warp")
     cells = case["feats"].shape[-1]
     to_edges = torch.diag(torch.tensor([1 - 1 / cells, 1 - 1 / cells, 1.0]))
@@ -225,7 +214,7 @@ def test_warp__is_featsharps_after_conversion_from_centres_to_edges():
 
 
 @pytest.mark.parametrize("case", [0, 1])
-def test_warp__is_featups_jitter_inside_the_picture(case):
+def test_warp__is_featups_jitter_inside_the_picture(golden, case):
     case = golden(f"featup_jitter_{case}")
     height, width = case["img"].shape[-2:]
     zoom, flip = case["zoom"], 1 - 2 * case["flip"]

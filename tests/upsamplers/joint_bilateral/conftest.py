@@ -1,23 +1,7 @@
-"""Golden tensors of the published programs, kept beside the checkout, and a comparison."""
-
-from pathlib import Path
+"""How closely the layer must meet what is expected."""
 
 import pytest
 import torch
-from safetensors.torch import load_file
-
-GOLDEN = Path(__file__).resolve().parents[3] / ".." / "shared" / "golden"
-
-
-@pytest.fixture
-def golden():
-    def load(name):
-        path = GOLDEN / f"{name}.safetensors"
-        if not path.exists():
-            pytest.skip(f"no golden file {name}")
-        return load_file(path)
-
-    return load
 
 
 @pytest.fixture
