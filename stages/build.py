@@ -8,17 +8,17 @@ import torch
 
 from radio_distill.config import Recipe
 from radio_distill.data.loader import ShardBatches, StepSlice
-from radio_distill.errors import WeightsError
-from radio_distill.models.distilled import DistilledStudent, build_student
+from radio_distill.models.distilled import build_student
 from radio_distill.models.ema import Ema
 from radio_distill.partitions import images_per_step, partitions_of, share_out
-from radio_distill.protocols import Normalizer, Teacher
+from radio_distill.protocols import Teacher
 from radio_distill.targets import TargetMaker
 from radio_distill.train import checkpoint as checkpoints
 from radio_distill.train.checkpoint import Checkpoint
 from radio_distill.train.distributed import World
 from radio_distill.train.engine import build_engine
 from radio_distill.train.loop import StageRun, stage_seed
+from radio_distill.train.restore import load_weights, normalizers_of
 from radio_distill.train.statistics import (
     build_normalizers,
     carry_heads_over,
@@ -96,37 +96,6 @@ def build_targets(recipe: Recipe, stage: str, device: torch.device) -> TargetMak
 def build_teachers(recipe: Recipe, device: torch.device) -> dict[str, Teacher]:
     """Build every teacher of a recipe."""
     return {name: build_teacher(name, config, device) for name, config in recipe.teachers.items()}
-
-
-def load_student(checkpoint: Checkpoint, device: torch.device) -> DistilledStudent:
-    """Rebuild the student of a checkpoint, without its teachers."""
-    # The checkpoint holds every weight: what the student once started from is not needed.
-    config = replace(checkpoint.recipe.student, pretrained="")
-    model = build_student(config, checkpoint.teachers)
-    load_weights(model, checkpoint)
-    return model.to(device).eval()
-
-
-def load_weights(model: DistilledStudent, checkpoint: Checkpoint) -> None:
-    """Load a checkpoint's student into a model.
-
-    Raises:
-        WeightsError: where the recipe describes another student than the checkpoint holds.
-    """
-    try:
-        model.load_state_dict(checkpoint.student_tensors())
-    except RuntimeError as error:
-        first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
-        raise WeightsError(
-            f"{checkpoint.folder} holds another student than the recipe describes: {first}"
-        ) from error
-
-
-def normalizers_of(checkpoint: Checkpoint) -> dict[str, Normalizer]:
-    """Restore the normalizers that a checkpoint's heads were trained with."""
-    normalizers = build_normalizers(checkpoint.recipe)
-    load_normalizers(normalizers, checkpoint.tensors(checkpoints.STATISTICS))
-    return normalizers
 
 
 def _restore(run: StageRun, resumed: Checkpoint) -> None:

@@ -72,8 +72,9 @@ def score_checkpoints(
     """Score checkpoints of one recipe; returns the file that the scores went to."""
     from radio_distill.evals.harness import write_scores
     from radio_distill.train.distributed import World, choose_device
+    from radio_distill.train.restore import load_student
 
-    from .build import build_teachers, load_student
+    from .build import build_teachers
     from .scoring import score_student, score_teacher, untrained_student
 
     recipe = found[0].recipe

@@ -140,8 +140,9 @@ def _sheets(students: "Sequence[Checkpoint]", count: int, source: str) -> "list[
 
 def _encoders(students: "Sequence[Checkpoint]") -> "dict[str, Encoder]":
     from radio_distill.train.distributed import World, choose_device
+    from radio_distill.train.restore import load_student
 
-    from .build import build_teachers, load_student
+    from .build import build_teachers
     from .scoring import student_encoder, teacher_encoder, untrained_student
 
     recipe = students[-1].recipe

@@ -20,10 +20,9 @@ from radio_distill.progress import Progress
 from radio_distill.protocols import Teacher
 from radio_distill.targets import TargetMaker
 from radio_distill.train.checkpoint import Checkpoint
+from radio_distill.train.restore import normalizers_of
 from radio_distill.types import Features, Score
 from upsamplers.interpolate import Bilinear
-
-from .build import normalizers_of
 
 Report = Callable[[str, int, int], None]
 

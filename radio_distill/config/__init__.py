@@ -8,6 +8,7 @@ from .checks import check
 from .describing import describe
 from .reading import build, differences, dump, load, override, read_yaml
 from .schema import (
+    AugmentationConfig,
     DataConfig,
     EngineConfig,
     EvaluationConfig,
@@ -22,10 +23,13 @@ from .schema import (
     TeacherConfig,
     UpsamplerConfig,
     option,
+    partition_sizes,
+    share_of,
     size_pair,
 )
 
 __all__ = [
+    "AugmentationConfig",
     "DataConfig",
     "EngineConfig",
     "EvaluationConfig",
@@ -47,6 +51,8 @@ __all__ = [
     "load",
     "option",
     "override",
+    "partition_sizes",
     "read_yaml",
+    "share_of",
     "size_pair",
 ]

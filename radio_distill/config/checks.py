@@ -1,13 +1,27 @@
 """Fields that contradict each other, found before anything runs."""
 
+from math import gcd
+
 from ..errors import ConfigError
 from ..registry import nearest
-from .schema import DataConfig, PartitionConfig, Recipe, StageConfig, size_pair
+from .schema import (
+    DataConfig,
+    PartitionConfig,
+    Recipe,
+    StageConfig,
+    StudentConfig,
+    partition_sizes,
+)
 
 
 def check(recipe: Recipe) -> None:
     """Raise ConfigError, one line a problem, where fields contradict each other."""
-    problems = [*_check_data(recipe.data), *_check_teachers(recipe), *_check_fit(recipe)]
+    problems = [
+        *_check_data(recipe.data),
+        *_check_teachers(recipe),
+        *_check_augmentation(recipe),
+        *_check_fit(recipe),
+    ]
     if recipe.student.patch_size < 1:
         problems.append(f"student.patch_size: {recipe.student.patch_size} is not positive")
     else:
@@ -48,6 +62,29 @@ def _check_teachers(recipe: Recipe) -> list[str]:
             problems.append(f"teachers.{name}: a teacher's name is letters, digits and underscores")
         if teacher.summary_weight < 0 or teacher.feature_weight < 0:
             problems.append(f"teachers.{name}: loss weights cannot be negative")
+    return problems
+
+
+def _check_augmentation(recipe: Recipe) -> list[str]:
+    config, loss, problems = recipe.augmentation, recipe.loss, []
+    low, high = config.window_sizes
+    if config.shift < 0:
+        problems.append(f"augmentation.shift: {config.shift} is negative")
+    if not 0 <= config.window_share <= 1:
+        problems.append(f"augmentation.window_share: {config.window_share} is not a share")
+    if config.window_share and recipe.student.window_size:
+        problems.append(
+            "augmentation.window_share: the student always attends in windows; set it to 0, or "
+            "student.window_size to 0"
+        )
+    if not 1 <= low <= high:
+        problems.append(f"augmentation.window_sizes: {low}, {high} is not 1 <= smallest <= largest")
+    if config.weight_noise < 0:
+        problems.append(f"augmentation.weight_noise: {config.weight_noise} is negative")
+    if not 0 <= loss.adaloss_momentum < 1:
+        problems.append(f"loss.adaloss_momentum: {loss.adaloss_momentum} is not 0 to below 1")
+    if loss.mesa < 0:
+        problems.append(f"loss.mesa: {loss.mesa} is negative")
     return problems
 
 
@@ -98,26 +135,54 @@ def _check_stage(recipe: Recipe, name: str, stage: StageConfig) -> list[str]:
         if teacher not in recipe.teachers:
             known = nearest(teacher, list(recipe.teachers))
             problems.append(f"{path}.upsampler.weights: no teacher {teacher!r} ({known})")
-    for partition in stage.partitions:
-        problems += _check_partition(recipe, f"{path}.partitions.{partition.name}", partition)
+    for field_name in ("freeze_body_steps", "warmup_steps"):
+        if getattr(stage, field_name) < 0:
+            problems.append(f"{path}.{field_name}: {getattr(stage, field_name)} is negative")
+    if recipe.loss.mesa and not stage.ema_decay:
+        problems.append(
+            f"{path}.ema_decay: loss.mesa compares with an averaged student, which 0 switches off; "
+            "set it, for instance to 0.999"
+        )
+    for index, partition in enumerate(stage.partitions):
+        where = f"{path}.partitions.{partition.name}"
+        problems += _check_partition(recipe, where, partition)
+        if partition.images_of:
+            problems += _check_shared_images(where, partition, stage.partitions[:index])
     return problems
 
 
-def _check_partition(recipe: Recipe, path: str, partition: PartitionConfig) -> list[str]:
+def _check_shared_images(
+    path: str, partition: PartitionConfig, earlier: tuple[PartitionConfig, ...]
+) -> list[str]:
+    sources = [item for item in earlier if not item.images_of]
+    source = next((item for item in sources if item.name == partition.images_of), None)
+    if source is None:
+        known = ", ".join(item.name for item in sources) or "none"
+        return [
+            f"{path}.images_of: {partition.images_of!r} is not an earlier partition with images of "
+            f"its own (known: {known})"
+        ]
     problems = []
-    student = recipe.student
-    step = student.patch_size * max(student.window_size, 1)
-    unit = f"patch {student.patch_size}" + (
-        f" times window {student.window_size}" if student.window_size else ""
-    )
-    for side in dict.fromkeys(size_pair(partition.size)):
-        if side < step or side % step:
-            near = max(step, round(side / step) * step)
-            problems.append(f"{path}.size: {side} is not a multiple of {unit} (nearest {near})")
-    if max(size_pair(partition.size)) > student.max_size:
+    if source.batch_size != partition.batch_size:
         problems.append(
-            f"{path}.size: {partition.size} is above student.max_size {student.max_size}"
+            f"{path}.batch_size: {partition.batch_size} is not the {source.batch_size} of "
+            f"{source.name}, whose images these are"
         )
+    if len({_shape(size) for item in (source, partition) for size in partition_sizes(item)}) > 1:
+        problems.append(
+            f"{path}.size: images of {source.name} are shown at its aspect ratio, in every size"
+        )
+    return problems
+
+
+def _shape(size: tuple[int, int]) -> tuple[int, int]:
+    """Reduce a size to its aspect ratio in lowest terms."""
+    divisor = gcd(*size) or 1
+    return size[0] // divisor, size[1] // divisor
+
+
+def _check_partition(recipe: Recipe, path: str, partition: PartitionConfig) -> list[str]:
+    problems = _check_sizes(recipe.student, path, partition)
     if partition.batch_size < 1:
         problems.append(f"{path}.batch_size: {partition.batch_size} is not positive")
     if partition.weight <= 0:
@@ -126,7 +191,7 @@ def _check_partition(recipe: Recipe, path: str, partition: PartitionConfig) -> l
         )
     if not partition.teachers:
         problems.append(f"{path}.teachers: a partition needs at least one teacher")
-    for field_name in ("teachers", "upsample", "teacher_sizes"):
+    for field_name in ("teachers", "upsample", "teacher_sizes", "mosaic"):
         for teacher in getattr(partition, field_name):
             if teacher not in recipe.teachers:
                 known = nearest(teacher, list(recipe.teachers))
@@ -135,4 +200,29 @@ def _check_partition(recipe: Recipe, path: str, partition: PartitionConfig) -> l
                 problems.append(
                     f"{path}.{field_name}: {teacher!r} is not a teacher of this partition"
                 )
+    for teacher in set(partition.mosaic) & set(partition.upsample):
+        problems.append(f"{path}.mosaic: {teacher!r} is upsampled here; it cannot be both")
+    return problems
+
+
+def _check_sizes(student: StudentConfig, path: str, partition: PartitionConfig) -> list[str]:
+    if bool(partition.sizes) == (partition.size != 0):
+        return [f"{path}.size: give either size or sizes"]
+    field_name = "sizes" if partition.sizes else "size"
+    step = student.patch_size * max(student.window_size, 1)
+    unit = f"patch {student.patch_size}" + (
+        f" times window {student.window_size}" if student.window_size else ""
+    )
+    problems = []
+    for side in dict.fromkeys(side for size in partition_sizes(partition) for side in size):
+        if side < step or side % step:
+            near = max(step, round(side / step) * step)
+            problems.append(
+                f"{path}.{field_name}: {side} is not a multiple of {unit} (nearest {near})"
+            )
+    for size in partition_sizes(partition):
+        if max(size) > student.max_size:
+            problems.append(
+                f"{path}.{field_name}: {max(size)} is above student.max_size {student.max_size}"
+            )
     return problems

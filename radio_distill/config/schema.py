@@ -60,7 +60,8 @@ class StudentConfig:
         "vit_base_patch16_224", "name of a timm vision transformer; its body is used"
     )
     pretrained: str = option(
-        "", "start of the body: empty for random, `timm` for timm's weights, or a file"
+        "",
+        "start of the student: empty for random, `timm` for timm's weights, a timm file, a RADIO checkpoint or folder, or a run",
     )
     patch_size: int = option(16, "pixels a side of one token", "px")
     max_size: int = option(2048, "longest image side that the position table (CPE) spans", "px")
@@ -73,6 +74,13 @@ class StudentConfig:
     )
     global_blocks: int = option(
         4, "blocks that keep global attention when window_size > 0", "blocks"
+    )
+    final_norm: bool = option(
+        False, "normalise all tokens behind the last block; published RADIO models do not"
+    )
+    spectral_reparametrization: bool = option(
+        False,
+        "learn the largest singular value of each matrix of the body apart from its direction; folded at export",
     )
     drop_path: float = option(0.0, "stochastic depth", ours=True)
     head_hidden: int = option(1024, "hidden width of the MLP heads", "channels", ours=True)
@@ -87,9 +95,9 @@ class NormalizerConfig:
     """How teachers are brought to one scale."""
 
     name: str = option("phi_s", "name in `radio-distill list normalizers`")
-    images: int = option(
+    images: int | float = option(
         3_072_000,
-        "pictures that mean and covariance are estimated on, anew in every stage",
+        "pictures that mean and covariance are estimated on, anew in every stage; a number below 1 is a share of the stage's pictures",
         "images",
     )
     cache: str = option(
@@ -101,13 +109,54 @@ class NormalizerConfig:
 class LossConfig:
     """What the student is asked for."""
 
-    summary: Literal["cosine", "mse"] = option("cosine", "loss between summaries")
+    summary: Literal["cosine", "mse", "angle"] = option(
+        "cosine",
+        "loss between summaries; angle is the squared angle over the dispersion of the teacher's (C-RADIOv4)",
+    )
     feature: Literal["mse", "cosine", "am_radio"] = option(
         "mse", "loss between feature maps; am_radio is 0.9 cosine + 0.1 smooth L1"
     )
     alignment: Literal["student_down", "teacher_down", "teacher_up", "smaller", "larger"] = option(
         "smaller",
         "which of the two feature grids is resampled to the other before they are compared",
+    )
+    rebalance: bool = option(
+        False,
+        "give a teacher that only some partitions see the weight that it would have if all did",
+        ours=True,
+    )
+    weighting: Literal["fixed", "adaloss", "uncertainty"] = option(
+        "fixed",
+        "weights of the terms: those of the teachers, or times 1 / mean of the term's past (adaloss), or learned (uncertainty)",
+    )
+    adaloss_momentum: float = option(0.99, "share of the past in adaloss's mean of a term")
+    mesa: float = option(
+        0.0,
+        "weight of the distance to the averaged student's features (MESA); needs the stage's ema_decay",
+        ours=True,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AugmentationConfig:
+    """What is drawn anew in every step, beside crops and positions; see C-RADIOv4."""
+
+    shift: int = option(
+        0,
+        "patches by which the crops of student and teachers are shifted at most, each by itself; losses cover the overlap",
+        "patches",
+        ours=True,
+    )
+    window_share: float = option(
+        0.0, "share of the steps in which the student attends in windows (ViTDet)", ours=True
+    )
+    window_sizes: tuple[int, int] = option(
+        (6, 32), "smallest and largest of these windows", "tokens"
+    )
+    weight_noise: float = option(
+        0.0,
+        "standard deviation of noise that multiplies the body's matrices in training (DAMP)",
+        ours=True,
     )
 
 
@@ -131,7 +180,12 @@ class PartitionConfig:
     """One group of images of a step: which student size learns from which teachers."""
 
     name: str = option(help="name of the partition, for logs")
-    size: int | tuple[int, int] = option(help="student input, side or (height, width)", unit="px")
+    size: int | tuple[int, int] = option(
+        0, "student input, side or (height, width); 0 where `sizes` are given", "px"
+    )
+    sizes: tuple[int | tuple[int, int], ...] = option(
+        tuple, "instead of `size`: sizes of which each step draws one", "px"
+    )
     teachers: tuple[str, ...] = option(help="names of the teachers that these images are shown to")
     batch_size: int = option(
         help="images of this partition in one step, over all processes", unit="images"
@@ -142,6 +196,15 @@ class PartitionConfig:
     )
     teacher_sizes: dict[str, int] = option(
         dict, "input side of a teacher in this partition, if not its input_size", "px"
+    )
+    mosaic: tuple[str, ...] = option(
+        tuple,
+        "names of the teachers that see several images on one canvas of their native size, at the student's grid and without summary",
+    )
+    images_of: str = option(
+        "",
+        "an earlier partition whose images this one shows too; a teacher that both see in the same way runs once",
+        ours=True,
     )
     ranks: int = option(
         0,
@@ -165,9 +228,18 @@ class StageConfig:
     weight_decay: float = option(0.02, "decoupled weight decay of matrices")
     betas: tuple[float, float] = option((0.9, 0.999), "moment decays of the optimizer", ours=True)
     gradient_clip: float = option(1.0, "largest norm of the gradient; 0 for no limit", ours=True)
-    freeze_body_steps: int = option(5000, "first steps in which only the heads learn", "steps")
+    freeze_body_steps: int | float = option(
+        5000,
+        "first steps in which only the heads learn; a number below 1 is a share of the steps",
+        "steps",
+    )
     ema_decay: float = option(0.0, "decay of the averaged student; 0 for none", ours=True)
     upsampler: UpsamplerConfig = option(UpsamplerConfig, "how upsampled teachers are upsampled")
+
+    @property
+    def frozen_steps(self) -> int:
+        """First steps in which only the heads learn."""
+        return share_of(self.freeze_body_steps, self.steps)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -295,6 +367,7 @@ class Recipe:
     )
     normalizer: NormalizerConfig = option(NormalizerConfig, "scale of the targets")
     loss: LossConfig = option(LossConfig, "losses")
+    augmentation: AugmentationConfig = option(AugmentationConfig, "draws of a step")
     stages: dict[str, StageConfig] = option(help="stage1, stage2, stage3")
     fit: FitConfig = option(FitConfig, "fitting an upsampler")
     engine: EngineConfig = option(EngineConfig, "processes, precision and memory")
@@ -310,3 +383,13 @@ class Recipe:
 def size_pair(size: int | tuple[int, int]) -> tuple[int, int]:
     """Return (height, width) of a size that may be given as one side."""
     return (size, size) if isinstance(size, int) else size
+
+
+def share_of(amount: int | float, whole: int) -> int:
+    """Return a number that may be given as a share below 1 of ``whole``."""
+    return round(amount * whole) if 0 < amount < 1 else int(amount)
+
+
+def partition_sizes(partition: PartitionConfig) -> tuple[tuple[int, int], ...]:
+    """Return the sizes (height, width) that a partition's images may have."""
+    return tuple(size_pair(size) for size in partition.sizes or (partition.size,))
