@@ -29,5 +29,9 @@ class CheckpointError(RadioDistillError):
     """A checkpoint that could not be written or read whole."""
 
 
+class ExportError(RadioDistillError):
+    """A student that a format cannot hold, or an export that could not be written."""
+
+
 class DivergedError(RadioDistillError):
     """Training that produced numbers which are not finite."""

@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 from .types import Features, ImageBatch, Score, Size, TeacherSpec
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     import numpy as np
     import torch
     from torch import Tensor, nn
 
     from .balance.moments import Moments
+    from .models.distilled import Predictions
 
 
 @runtime_checkable
@@ -117,8 +120,13 @@ class Engine(Protocol):
         teachers: tuple[str, ...],
         draws: "Tensor | None" = None,
         freeze_body: bool = False,
-    ) -> Mapping[str, Features]:
+        window_size: int | None = None,
+    ) -> "Predictions":
         """Predict each named teacher's features, in that teacher's normalised space."""
+        ...
+
+    def autocast(self) -> "AbstractContextManager[Any]":
+        """Return the context in which a student computes in the recipe's precision."""
         ...
 
     def backward(self, loss: "Tensor", last: bool) -> None:

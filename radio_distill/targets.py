@@ -1,38 +1,54 @@
 """What the student learns from: teachers x upsampler x normalizer, the only place where they meet.
 
 The training loop asks for the targets of a batch in a partition and never learns which upsampler is
-in use. Upsampled teachers are seen through the upsampler at ``factor`` times their own grid, the
-others at their own grid; :mod:`radio_distill.alignment` brings student and teacher together.
+in use. Upsampled teachers are seen through the upsampler at ``factor`` times their own grid; those
+of a mosaic see several images on one canvas (:mod:`.mosaic`); the others are seen at their own
+grid. :mod:`radio_distill.alignment` brings student and teacher together.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, MutableMapping
 
-import torch.nn.functional as F
-from torch import Tensor
-
-from .config import PartitionConfig, TeacherConfig, size_pair
+from .config import PartitionConfig, TeacherConfig, partition_sizes
 from .errors import ConfigError
+from .mosaic import Mosaic, plan_mosaic
 from .protocols import Corrector, Normalizer, Teacher, Upsampler
 from .types import Features, Size, TeacherSpec
+from .views import Views, resize
+
+Seen = MutableMapping[tuple[object, ...], Features]
+"""Targets of images that several partitions show, by teacher and how it saw them."""
 
 
 def input_size(
-    config: TeacherConfig, spec: TeacherSpec, partition: PartitionConfig, student_patch_size: int
+    config: TeacherConfig,
+    spec: TeacherSpec,
+    partition: PartitionConfig,
+    view: Size,
+    student_patch_size: int,
 ) -> Size:
     """Return the size at which a teacher sees the images of a partition, in pixels.
 
     The partition's ``teacher_sizes`` goes before the teacher's ``input_size``. ``match`` is the
-    size whose grid equals the student's. A number, or the native size, is the side of a square;
-    for views that are not square it stands for their longer side, and the shorter side keeps the
-    aspect ratio to the nearest whole patch. A teacher of fixed size always sees that size.
+    size whose grid equals the student's; so is that of an image in a mosaic. A number, or the
+    native size, is the side of a square; for views that are not square it stands for their longer
+    side, and the shorter side keeps the aspect ratio to the nearest whole patch. A teacher of fixed
+    size always sees that size, unless in a mosaic.
+
+    Args:
+        config: the teacher's section of the recipe.
+        spec: the teacher's.
+        partition: who shows the images.
+        view: student input, (height, width) in pixels.
+        student_patch_size: the student's.
 
     Raises:
         ConfigError: where the patch does not divide a given side, or the teacher cannot take it.
     """
-    view = size_pair(partition.size)
-    if spec.fixed_size:
+    in_mosaic = spec.name in partition.mosaic
+    if spec.fixed_size and not in_mosaic:
         return spec.native_size
-    wanted = partition.teacher_sizes.get(spec.name, config.input_size)
+    wanted = partition.teacher_sizes.get(spec.name, "match" if in_mosaic else config.input_size)
     if wanted == "match":
         side = tuple(length // student_patch_size * spec.patch_size for length in view)
         return _within(spec, (side[0], side[1]), partition)
@@ -58,12 +74,28 @@ def _within(spec: TeacherSpec, size: Size, partition: PartitionConfig) -> Size:
     return size
 
 
-def resize(pixels: Tensor, size: Size) -> Tensor:
-    """Resize ``[B, 3, H, W]`` to ``size`` pixels, bicubic and antialiased, staying in [0, 1]."""
-    if tuple(pixels.shape[-2:]) == tuple(size):
-        return pixels
-    resized = F.interpolate(pixels, size, mode="bicubic", align_corners=False, antialias=True)
-    return resized.clamp(0, 1)
+def plan_canvas(spec: TeacherSpec, size: Size) -> Mosaic:
+    """Return how images of ``size`` pixels lie on a teacher's canvas, its native size."""
+    return plan_mosaic(spec.name, spec.native_size, size, spec.patch_size)
+
+
+def check_partition(
+    partition: PartitionConfig,
+    configs: Mapping[str, TeacherConfig],
+    specs: Mapping[str, TeacherSpec],
+    student_patch_size: int,
+) -> None:
+    """Raise ConfigError where a teacher cannot give what a partition asks of it."""
+    for name in partition.teachers:
+        spec, config = specs[name], configs[name]
+        if spec.summary_channels is None and config.summary_weight:
+            raise ConfigError(
+                f"teachers.{name}.summary_weight: this teacher has no summary; set it to 0"
+            )
+        for view in partition_sizes(partition):
+            size = input_size(config, spec, partition, view, student_patch_size)
+            if name in partition.mosaic:
+                plan_canvas(spec, size)
 
 
 class TargetMaker:
@@ -91,33 +123,77 @@ class TargetMaker:
         self._upsampler = upsampler
         self._student_patch_size = student_patch_size
 
-    def __call__(self, pixels: Tensor, partition: PartitionConfig) -> dict[str, Features]:
-        """Return the normalised targets of ``[B, 3, H, W]`` pixels for each teacher shown them."""
+    def __call__(
+        self, views: Views, partition: PartitionConfig, seen: Seen | None = None
+    ) -> dict[str, Features]:
+        """Return the normalised targets of a partition's images for each teacher shown them.
+
+        Args:
+            views: the images; a mosaic canvas holds consecutive ones, from the first on.
+            partition: the teachers, and how they see the images.
+            seen: targets of the same images, made for another partition; taken where the teacher
+                would see the same again, and added to.
+        """
         targets = {}
         for name in partition.teachers:
-            features = self._encode(name, pixels, partition)
-            spatial = self.normalizers[name].apply(features.spatial)
-            targets[name] = Features(features.summary, spatial)
+            key = self._way_of_seeing(name, views, partition)
+            if seen is None or views.are_shifted or key not in seen:
+                features = self._encode(name, views, partition)
+                spatial = self.normalizers[name].apply(features.spatial)
+                targets[name] = Features(features.summary, spatial)
+                if seen is not None:
+                    seen[key] = targets[name]
+            else:
+                targets[name] = seen[key]
         return targets
 
-    def own_grid(self, name: str, pixels: Tensor, partition: PartitionConfig) -> Features:
+    def own_grid(self, name: str, views: Views, partition: PartitionConfig) -> Features:
         """Return a teacher's features as they are: its own grid and scale, no upsampler."""
-        return self.teachers[name].encode(resize(pixels, self.size(name, partition)))
+        pixels = resize(views.of_teacher(name), self.size(name, partition, views.size))
+        if name not in partition.mosaic:
+            return self.teachers[name].encode(pixels)
+        mosaic = self.mosaic(name, partition, views.size)
+        canvases = mosaic.pack(pixels, self.teachers[name].spec.mean)
+        spatial = self.teachers[name].encode(canvases).spatial
+        return Features(None, mosaic.slice(spatial, len(pixels)))
 
-    def size(self, name: str, partition: PartitionConfig) -> Size:
+    def size(self, name: str, partition: PartitionConfig, view: Size) -> Size:
         """Return the size at which a teacher sees the images of a partition, in pixels."""
         teacher = self.teachers[name]
-        return input_size(self._configs[name], teacher.spec, partition, self._student_patch_size)
+        return input_size(
+            self._configs[name], teacher.spec, partition, view, self._student_patch_size
+        )
 
-    def _encode(self, name: str, pixels: Tensor, partition: PartitionConfig) -> Features:
+    def mosaic(self, name: str, partition: PartitionConfig, view: Size) -> Mosaic:
+        """Return how the images of a partition lie on a teacher's canvas."""
+        return plan_canvas(self.teachers[name].spec, self.size(name, partition, view))
+
+    def images_together(self, partition: PartitionConfig, view: Size) -> int:
+        """Return how many images must stay together, because they share canvases."""
+        mosaics = [self.mosaic(name, partition, view) for name in partition.mosaic]
+        return math.lcm(*(mosaic.images for mosaic in mosaics))
+
+    def _way_of_seeing(
+        self, name: str, views: Views, partition: PartitionConfig
+    ) -> tuple[object, ...]:
+        size = self.size(name, partition, views.size)
+        return name, size, name in partition.upsample, name in partition.mosaic
+
+    def _encode(self, name: str, views: Views, partition: PartitionConfig) -> Features:
+        if name in partition.mosaic:
+            return self.own_grid(name, views, partition)
         if name not in partition.upsample:
-            return self._corrected(name, self.own_grid(name, pixels, partition))
+            return self._corrected(name, self.own_grid(name, views, partition))
         teacher, factor = self.teachers[name], self._upsampler.factor
-        height, width = teacher.spec.grid(self.size(name, partition))
-        return self._upsampler(teacher, pixels, (height * factor, width * factor))
+        height, width = teacher.spec.grid(self.size(name, partition, views.size))
+        grid = (height * factor, width * factor)
+        return self._upsampler(teacher, views.of_teacher(name), grid)
 
     def _corrected(self, name: str, features: Features) -> Features:
-        """Take out a fitted upsampler's bias, so that both partitions teach the same."""
+        """Take out a fitted upsampler's bias, so that both partitions teach the same.
+
+        A mosaic keeps it: where on the canvas an image lies has nothing to do with the fit.
+        """
         if not isinstance(self._upsampler, Corrector):
             return features
         return Features(features.summary, self._upsampler.correct(name, features.spatial))

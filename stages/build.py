@@ -7,15 +7,16 @@ from pathlib import Path
 import torch
 
 from radio_distill.config import Recipe
-from radio_distill.data.loader import ShardBatches, StepSlice
+from radio_distill.data.loader import ShardBatches
 from radio_distill.models.distilled import build_student
 from radio_distill.models.ema import Ema
-from radio_distill.partitions import images_per_step, partitions_of, share_out
+from radio_distill.partitions import images_per_step
 from radio_distill.protocols import Teacher
-from radio_distill.targets import TargetMaker
+from radio_distill.targets import TargetMaker, check_partition
 from radio_distill.train import checkpoint as checkpoints
 from radio_distill.train.checkpoint import Checkpoint
 from radio_distill.train.distributed import World
+from radio_distill.train.draws import Draws
 from radio_distill.train.engine import build_engine
 from radio_distill.train.loop import StageRun, stage_seed
 from radio_distill.train.restore import load_weights, normalizers_of
@@ -25,7 +26,9 @@ from radio_distill.train.statistics import (
     fit_normalizers,
     load_normalizers,
 )
-from teachers import build_teacher
+from radio_distill.train.weights import TermWeights
+from radio_distill.train.work import Work
+from teachers import build_teacher, teacher_spec
 from upsamplers import build_upsampler
 
 from .common import stage_of, start_checkpoint, upsampler_of
@@ -48,33 +51,46 @@ def build_run(
     """
     config = stage_of(recipe, stage)
     start = resumed or start_checkpoint(recipe, stage)
+    check_teachers(recipe, stage)
     torch.manual_seed(recipe.seed)
-    work = share_out(partitions_of(config), world.world_size, recipe.engine.micro_batch)[world.rank]
-    source = ShardBatches(
-        recipe.data,
-        seed=stage_seed(recipe, stage),
-        images_per_step=images_per_step(config),
-        slices=[StepSlice(micro.start, micro.stop, micro.partition.size) for micro in work],
-    )
+    seed, images = stage_seed(recipe, stage), images_per_step(config)
+    draws = Draws(seed, recipe.augmentation, images, recipe.student.patch_size)
     targets = build_targets(recipe, stage, device)
+    work = Work(recipe, stage, world, targets, draws)
+    source = ShardBatches(recipe.data, seed=seed, images_per_step=images, slices=work.slices)
     specs = {name: teacher.spec for name, teacher in targets.teachers.items()}
     student = recipe.student if start is None else replace(recipe.student, pretrained="")
-    model = build_student(student, specs)
+    model = build_student(
+        student,
+        specs,
+        learned_weights=recipe.loss.weighting == "uncertainty",
+        weight_noise=recipe.augmentation.weight_noise,
+    )
     if start is not None:
         checkpoints.check_teachers(start, specs)
         load_weights(model, start)
+    dispersions: dict[str, float] = {}
     if resumed is None:
         cache = Path(recipe.normalizer.cache or recipe.folder / "statistics")
-        fit_normalizers(targets, recipe, stage, world, device, cache)
+        dispersions = fit_normalizers(targets, recipe, stage, world, device, cache)
         if start is not None:
             logger.info("%s starts from %s", stage, start.folder)
             carry_heads_over(model, normalizers_of(start), targets.normalizers)
-    ema = Ema(model) if config.ema_decay and world.is_main else None
-    engine = build_engine(model, recipe.engine, config, world, device, len(work))
-    run = StageRun(recipe, stage, folder, world, engine, targets, source, work, ema)
+    averages = config.ema_decay and (world.is_main or recipe.loss.mesa)
+    ema = Ema(model.to(device)) if averages else None
+    engine = build_engine(model, recipe.engine, config, world, device)
+    weights = TermWeights(recipe, work.partitions, dispersions, device)
+    run = StageRun(recipe, stage, folder, world, engine, targets, source, work, draws, weights, ema)
     if resumed is not None:
         _restore(run, resumed)
     return run
+
+
+def check_teachers(recipe: Recipe, stage: str) -> None:
+    """Raise ConfigError where teachers cannot give what a stage's partitions ask of them."""
+    specs = {name: teacher_spec(name, config) for name, config in recipe.teachers.items()}
+    for partition in stage_of(recipe, stage).partitions:
+        check_partition(partition, recipe.teachers, specs, recipe.student.patch_size)
 
 
 def build_targets(recipe: Recipe, stage: str, device: torch.device) -> TargetMaker:
@@ -103,5 +119,7 @@ def _restore(run: StageRun, resumed: Checkpoint) -> None:
     load_normalizers(run.targets.normalizers, resumed.tensors(checkpoints.STATISTICS))
     if run.ema is not None and resumed.has(checkpoints.EMA):
         run.ema.load_state_dict(resumed.tensors(checkpoints.EMA))
+    if resumed.has(checkpoints.LOSS):
+        run.weights.load_state(resumed.tensors(checkpoints.LOSS))
     run.start_step, run.last_checkpoint = resumed.step, resumed.folder
     logger.info("resuming %s after step %d", run.stage, resumed.step)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 if __package__ in (None, ""):  # run as a file: put the checkout, and only it, first on the path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from radio_distill.config import PartitionConfig, Recipe, StageConfig, check
+from radio_distill.config import LossConfig, PartitionConfig, Recipe, StageConfig, check
 from radio_distill.errors import ConfigError
 from radio_distill.progress import Progress
 from stages.arguments import run_script
@@ -166,7 +166,7 @@ def build_fit(
     import torch
 
     from radio_distill.data.folder import list_pictures
-    from radio_distill.data.loader import ShardBatches
+    from radio_distill.data.loader import ShardBatches, in_every_step
     from teachers import build_teacher
     from upsamplers.consistency import Consistency
     from upsamplers.fit import FitRun
@@ -184,7 +184,10 @@ def build_fit(
     fine = (size[0] * config.factor, size[1] * config.factor)
     slices = share_of(config, world, recipe.engine.micro_batch, fine)
     source = ShardBatches(
-        recipe.data, seed=recipe.seed, images_per_step=config.batch_size, slices=slices
+        recipe.data,
+        seed=recipe.seed,
+        images_per_step=config.batch_size,
+        slices=in_every_step(slices),
     )
     normalizer = _normalizer(recipe, teacher, size, world, device)
     torch.manual_seed(recipe.seed + 1)  # statistics that are not in the cache have drawn numbers
@@ -224,9 +227,14 @@ def _normalizer(
 
     name = teacher.spec.name
     partition = PartitionConfig(
-        name=STAGE, size=size, teachers=(name,), batch_size=1, teacher_sizes={name: max(size)}
+        name=STAGE,
+        size=size,
+        teachers=(name,),
+        batch_size=recipe.fit.batch_size,
+        teacher_sizes={name: max(size)},
     )
-    shown = replace(recipe, stages={STAGE: StageConfig(partitions=(partition,))})
+    stage = StageConfig(steps=recipe.fit.steps, partitions=(partition,))
+    shown = replace(recipe, stages={STAGE: stage}, loss=LossConfig())  # features alone are asked
     normalizers = build_normalizers(recipe)
     targets = TargetMaker({name: teacher}, recipe.teachers, Bilinear(1), normalizers, 1)
     cache = Path(recipe.normalizer.cache or recipe.folder / "statistics")

@@ -22,6 +22,7 @@ from radio_distill.targets import TargetMaker
 from radio_distill.train.checkpoint import Checkpoint
 from radio_distill.train.restore import normalizers_of
 from radio_distill.types import Features, Score
+from radio_distill.views import Views
 from upsamplers.interpolate import Bilinear
 
 Report = Callable[[str, int, int], None]
@@ -101,15 +102,15 @@ def _fidelity(
             "evaluation.pictures: fidelity needs held-out pictures; name a folder or shards, or "
             "drop fidelity from evaluation.benchmarks"
         )
-    names = tuple(checkpoint.recipe.teachers)
+    names, size = tuple(checkpoint.recipe.teachers), (config.size, config.size)
     targets = _targets_of(checkpoint, teachers)
     partition = PartitionConfig(name="evaluation", size=config.size, teachers=names, batch_size=1)
     pictures = [picture for _, picture in load_pictures(config.pictures, config.limit or None)]
     return fidelity(
         lambda pixels: model(pixels, names),
-        lambda pixels: targets(pixels, partition),
+        lambda pixels: targets(Views(pixels, size), partition),
         pictures,
-        (config.size, config.size),
+        size,
         device=device,
         progress=lambda done, total: report("fidelity", done, total),
     )

@@ -6,7 +6,6 @@ one. SigLIP2's NaFlex checkpoints, which take patches in place of pixels, are le
 """
 
 import inspect
-import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -104,7 +103,7 @@ def complete(preset: Preset, weights_path: str) -> Preset:
     """Fill in configuration, size and normalisation from the model's folder."""
     if "config" not in preset.arguments:
         folder = Path(weights_path).expanduser() if weights_path else _fetch(preset, "*.json")
-        arguments = {**preset.arguments, "config": read_json(folder / "config.json")}
+        arguments = {**preset.arguments, "config": weights.read_json(folder / "config.json")}
         preset = replace(preset, arguments=arguments, **_normalisation(folder, preset))
     config, family = _config(preset.arguments["config"])
     if not (preset.mean and preset.std):
@@ -164,18 +163,6 @@ def load_state(
     return TransformersTower(model.float(), family)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON file of a model folder."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise WeightsError(
-            f"cannot read {path}: {error.strerror}; `weights` must be a model folder"
-        ) from error
-    except ValueError as error:
-        raise WeightsError(f"{path} is not valid JSON: {error}") from error
-
-
 def _config(settings: Mapping[str, Any]) -> tuple[Any, Family]:
     from transformers import AutoConfig
 
@@ -210,7 +197,7 @@ def _fetch(preset: Preset, *patterns: str) -> Path:
 
 def _normalisation(folder: Path, preset: Preset) -> dict[str, Any]:
     path = folder / "preprocessor_config.json"
-    found = read_json(path) if path.exists() else {}
+    found = weights.read_json(path) if path.exists() else {}
     mean, std = found.get("image_mean"), found.get("image_std")
     return {
         "mean": preset.mean or (tuple(mean) if mean else None),

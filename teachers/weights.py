@@ -5,27 +5,18 @@ fits": a key that is missing, left over or of another shape is an error that nam
 """
 
 import hashlib
-import json
 import logging
-from argparse import Namespace
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from radio_distill.errors import WeightsError
+from radio_distill.models.weight_files import read_json as read_json
+from radio_distill.models.weight_files import read_state as read_state
 
 logger = logging.getLogger(__name__)
-
-_FILES = (
-    "model.safetensors",
-    "open_clip_model.safetensors",
-    "pytorch_model.bin",
-    "open_clip_pytorch_model.bin",
-)
-_WRAPPERS = ("state_dict_ema", "state_dict", "model")
 
 
 def local_path(weights: str) -> Path:
@@ -64,42 +55,6 @@ def check_sha256(path: Path, expected: str) -> None:
         raise WeightsError(f"{path} has sha256 {found}, the recipe asks for {expected}")
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Read one weights file as it is, or all tensors of a model folder."""
-    if path.is_dir():
-        return _read_folder(path)
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        with torch.serialization.safe_globals([Namespace]):  # the arguments in RADIO's checkpoints
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file fails in a dozen ways
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise WeightsError(f"cannot read weights {path}: {reason}") from error
-    if not isinstance(checkpoint, dict):
-        raise WeightsError(f"{path} holds a {type(checkpoint).__name__}, not a table of tensors")
-    return checkpoint
-
-
-def read_state(path: Path) -> dict[str, Tensor]:
-    """Read the tensors of a file or folder, out of the usual wrappers, EMA weights first."""
-    checkpoint = read_checkpoint(path)
-    for wrapper in _WRAPPERS:
-        if isinstance(checkpoint.get(wrapper), Mapping):
-            checkpoint = checkpoint[wrapper]
-            break
-    state = {
-        key.removeprefix("module."): value
-        for key, value in checkpoint.items()
-        if isinstance(value, Tensor)
-    }
-    if not state:
-        raise WeightsError(f"{path} holds no tensors")
-    return state
-
-
 def load_strict(module: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
     """Load ``state`` into ``module``; raises WeightsError unless keys and shapes agree."""
     wanted = module.state_dict()
@@ -131,15 +86,3 @@ def fingerprint(module: nn.Module) -> str:
         digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def _read_folder(folder: Path) -> dict[str, Any]:
-    for index in sorted(folder.glob("*.index.json")):
-        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        return {
-            key: value for shard in shards for key, value in read_checkpoint(folder / shard).items()
-        }
-    for name in _FILES:
-        if (folder / name).is_file():
-            return read_checkpoint(folder / name)
-    raise WeightsError(f"{folder} holds no weights (looked for {', '.join(_FILES)})")

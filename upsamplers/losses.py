@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from einops import einsum, rearrange, reduce
 from torch import Tensor, nn
 
-from radio_distill.targets import resize
+from radio_distill.views import resize
 
 Variant = Literal["featup", "featsharp"]
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from radio_distill.protocols import Normalizer, Teacher
-from radio_distill.targets import resize
+from radio_distill.views import resize
 from radio_distill.types import Features, Size
 
 from . import tiling

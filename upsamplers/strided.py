@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor
 
 from radio_distill.protocols import Teacher
-from radio_distill.targets import resize
+from radio_distill.views import resize
 from radio_distill.types import Features, Size
 
 from . import tiling

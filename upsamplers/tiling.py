@@ -14,7 +14,7 @@ from torch import Tensor
 
 from radio_distill.errors import ConfigError
 from radio_distill.protocols import Teacher
-from radio_distill.targets import resize
+from radio_distill.views import resize
 from radio_distill.types import Features, Size
 
 

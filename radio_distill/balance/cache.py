@@ -6,6 +6,7 @@ kept, so one file serves every normalizer.
 
 import logging
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -18,16 +19,27 @@ from .moments import Moments
 
 logger = logging.getLogger(__name__)
 
+DISPERSION = "dispersion"
 
-def save_moments(path: Path, moments: Moments) -> None:
-    """Write ``moments`` to a safetensors file, whole or not at all.
+
+class Statistics(NamedTuple):
+    """What is known of a teacher's outputs on a set of images."""
+
+    moments: Moments
+    """Of its spatial features."""
+    dispersion: float | None = None
+    """Of its summaries, see :mod:`.dispersion`; None where it was not asked for."""
+
+
+def save_statistics(path: Path, statistics: Statistics) -> None:
+    """Write them to a safetensors file, whole or not at all.
 
     Raises:
         CheckpointError: where the file cannot be written; a former one stays as it was.
     """
     try:
         with replacing(path) as temporary:
-            save_file(moments.state(), temporary)
+            save_file(_tensors(statistics), temporary)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"cannot write statistics to {path}: {reason_of(error)}; "
@@ -35,8 +47,8 @@ def save_moments(path: Path, moments: Moments) -> None:
         ) from error
 
 
-def load_moments(path: Path) -> Moments | None:
-    """Read moments, on the CPU; None where there are none, or with a warning where damaged."""
+def load_statistics(path: Path) -> Statistics | None:
+    """Read statistics, on the CPU; None where there are none, or with a warning where damaged."""
     if not path.exists():
         return None
     try:
@@ -47,11 +59,19 @@ def load_moments(path: Path) -> Moments | None:
     if problem:
         logger.warning("statistics in %s are damaged (%s): estimating them again", path, problem)
         return None
-    return Moments.from_state(state)
+    dispersion = float(state.pop(DISPERSION)) if DISPERSION in state else None
+    return Statistics(Moments.from_state(state), dispersion)
+
+
+def _tensors(statistics: Statistics) -> dict[str, Tensor]:
+    tensors = statistics.moments.state()
+    if statistics.dispersion is not None:
+        tensors[DISPERSION] = torch.tensor(statistics.dispersion, dtype=torch.float64)
+    return tensors
 
 
 def _problem(state: dict[str, Tensor]) -> str:
-    if sorted(state) != ["count", "mean", "scatter"]:
+    if sorted(state.keys() - {DISPERSION}) != ["count", "mean", "scatter"]:
         return f"holds {', '.join(sorted(state)) or 'nothing'}"
     channels = state["mean"].shape
     if len(channels) != 1 or state["scatter"].shape != channels * 2 or state["count"].ndim:

@@ -10,12 +10,13 @@ position and attempt alone; dropping it instead would shift every later batch.
 
 import atexit
 import hashlib
+import itertools
 import logging
 import math
 import signal
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -51,6 +52,15 @@ class StepSlice:
     size: Size
 
 
+Slices = Callable[[int], Sequence[StepSlice]]
+"""The slices of a step, counted from 0, that one process makes."""
+
+
+def in_every_step(slices: Sequence[StepSlice]) -> Slices:
+    """Return slices that are the same in every step."""
+    return lambda step: slices
+
+
 class Bad(NamedTuple):
     """One image that could not be used."""
 
@@ -66,20 +76,16 @@ class ShardBatches:
         config: the shards, and what is done to their images.
         seed: of order and views.
         images_per_step: images of one step, over all processes.
-        slices: the images that this process makes, one micro-batch each.
+        slices: the images that this process makes in a step, one micro-batch each.
 
     Raises:
         DataError: no shards, or a damaged one.
     """
 
-    def __init__(
-        self, config: DataConfig, *, seed: int, images_per_step: int, slices: Sequence[StepSlice]
-    ):
-        for item in slices:
-            assert 0 <= item.start < item.stop <= images_per_step, f"{item} of {images_per_step}"
+    def __init__(self, config: DataConfig, *, seed: int, images_per_step: int, slices: Slices):
         self._config = config
         self._images_per_step = images_per_step
-        self._slices = tuple(slices)
+        self._slices = slices
         sources = _open_sources(config)
         self._shards = [shard for source in sources for shard in source]
         self._order = SampleOrder(
@@ -120,8 +126,8 @@ class ShardBatches:
         """
         try:
             with _running(self._loader(start_step)) as stream:
-                while True:
-                    yield [self._receive(next(stream)) for _ in self._slices]
+                for step in itertools.count(start_step):
+                    yield [self._receive(next(stream)) for _ in self._slices(step)]
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
@@ -205,15 +211,15 @@ class _Batch(NamedTuple):
 class _Tasks:
     """One micro-batch after the other, without end."""
 
-    def __init__(self, slices: Sequence[StepSlice], images_per_step: int, start_step: int):
+    def __init__(self, slices: Slices, images_per_step: int, start_step: int):
         self._slices, self._images_per_step, self._start = slices, images_per_step, start_step
 
     def __iter__(self) -> Iterator[_Task]:
-        first = self._start * self._images_per_step
-        while True:
-            for item in self._slices:
+        for step in itertools.count(self._start):
+            first = step * self._images_per_step
+            for item in self._slices(step):
+                assert 0 <= item.start < item.stop <= self._images_per_step, str(item)
                 yield _Task(first + item.start, first + item.stop, item.size)
-            first += self._images_per_step
 
 
 class _Views(Dataset[Any]):

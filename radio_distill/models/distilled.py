@@ -10,21 +10,38 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..balance.weighting import Uncertainty
 from ..config import StudentConfig
 from ..errors import ConfigError, UnknownNameError
 from ..registry import nearest
 from ..types import Features, TeacherSpec
 from .adaptors import Adaptor
 from .gradients import join_gradients, zero_gradient
+from .reparametrize import ReparametrizedLinear
 from .student import Student
 
 
 class Predictions(UserDict[str, Features]):
-    """Features by teacher name.
+    """Features by teacher name, and what losses that ask no teacher need.
+
+    Args:
+        features: by teacher name.
+        spatial: the student's own ``[B, D, h, w]``.
+        log_variances: of the terms, ``[T, 2]`` in the heads' order, where weights are learned.
 
     Not a dict, whose tensors ZeRO-3 would hook: it counts those that a loss uses, compares the
     counts of all ranks, and stops where ranks ask different teachers.
     """
+
+    def __init__(
+        self,
+        features: Mapping[str, Features],
+        spatial: Tensor,
+        log_variances: Tensor | None = None,
+    ):
+        super().__init__(features)
+        self.spatial = spatial
+        self.log_variances = log_variances
 
 
 class DistilledStudent(nn.Module):
@@ -33,9 +50,12 @@ class DistilledStudent(nn.Module):
     Args:
         student: has one summary token for each adaptor, in their order.
         adaptors: by teacher name.
+        learned_weights: also learn how uncertain each term of the loss is.
     """
 
-    def __init__(self, student: Student, adaptors: Mapping[str, Adaptor]):
+    def __init__(
+        self, student: Student, adaptors: Mapping[str, Adaptor], learned_weights: bool = False
+    ):
         super().__init__()
         assert student.num_summary_tokens == len(adaptors), "one summary token an adaptor"
         self.student = student
@@ -43,6 +63,7 @@ class DistilledStudent(nn.Module):
             self.adaptors = nn.ModuleDict(adaptors)
         except KeyError as error:
             raise ConfigError(f"teachers: a teacher cannot have this name ({error})") from error
+        self.uncertainty = Uncertainty(list(adaptors)) if learned_weights else None
 
     def forward(
         self,
@@ -50,6 +71,7 @@ class DistilledStudent(nn.Module):
         teachers: tuple[str, ...],
         draws: Tensor | None = None,
         freeze_body: bool = False,
+        window_size: int | None = None,
     ) -> Predictions:
         """Predict the features of each named teacher, in that teacher's normalised space.
 
@@ -59,6 +81,7 @@ class DistilledStudent(nn.Module):
             draws: ``[B, NUM_DRAWS]`` uniform numbers for the position augmentation.
             freeze_body: give the body a gradient of exactly zero. Weight decay and momentum still
                 move it, unless its learning rate is zero too.
+            window_size: side of the attention windows, see :class:`.student.Student`.
 
         Raises:
             UnknownNameError: where there is no head of that name.
@@ -66,7 +89,7 @@ class DistilledStudent(nn.Module):
         for name in teachers:
             if name not in self.adaptors:
                 raise UnknownNameError(f"no head {name!r} ({nearest(name, list(self.adaptors))})")
-        summary, spatial = self.student(pixels, draws)  # [B, T, D], [B, D, h, w]
+        summary, spatial = self.student(pixels, draws, window_size)  # [B, T, D], [B, D, h, w]
         if freeze_body:
             summary, spatial = zero_gradient(summary), zero_gradient(spatial)
         predictions = {}
@@ -76,49 +99,77 @@ class DistilledStudent(nn.Module):
             else:  # one token is enough; it stays in the graph, which ZeRO-3 compares over ranks
                 tokens = zero_gradient(summary[:1, slot]), zero_gradient(spatial[:1, :, :1, :1])
                 predictions[name] = adaptor(*tokens)
-        joined = _join(predictions)
-        return Predictions({name: joined[name] for name in teachers})
+        log_variances = None if self.uncertainty is None else self.uncertainty()
+        joined = _join(predictions, spatial, log_variances)
+        joined.data = {name: joined[name] for name in teachers}
+        return joined
 
 
-def _join(predictions: Mapping[str, Features]) -> dict[str, Features]:
-    """Tie all predictions together, so that a loss on any one reaches every head."""
-    tensors = iter(
-        join_gradients(*(t for features in predictions.values() for t in features if t is not None))
-    )
-    return {
-        name: Features(None if features.summary is None else next(tensors), next(tensors))
-        for name, features in predictions.items()
+def _join(
+    features: Mapping[str, Features], spatial: Tensor, log_variances: Tensor | None
+) -> Predictions:
+    """Tie all outputs together, so that a loss on any one reaches every parameter."""
+    tensors = [tensor for item in features.values() for tensor in item if tensor is not None]
+    tensors += [spatial] if log_variances is None else [spatial, log_variances]
+    joined = iter(join_gradients(*tensors))
+    tied = {
+        name: Features(None if item.summary is None else next(joined), next(joined))
+        for name, item in features.items()
     }
+    return Predictions(tied, next(joined), None if log_variances is None else next(joined))
 
 
-def build_student(config: StudentConfig, teachers: Mapping[str, TeacherSpec]) -> DistilledStudent:
+def build_student(
+    config: StudentConfig,
+    teachers: Mapping[str, TeacherSpec],
+    *,
+    learned_weights: bool = False,
+    weight_noise: float = 0.0,
+) -> DistilledStudent:
     """Build a student with a summary token and heads for each teacher, in the mapping's order.
+
+    Args:
+        config: the recipe's student section.
+        teachers: their specs, by name.
+        learned_weights: also learn the weights of the loss (``loss.weighting: uncertainty``).
+        weight_noise: on the body's matrices in training (``augmentation.weight_noise``).
 
     Raises:
         ConfigError: where fields of the recipe do not fit each other.
         WeightsError: where ``config.pretrained`` is missing, damaged or another model's.
     """
-    student = Student(config, len(teachers))
+    student = Student(config, len(teachers), weight_noise)
     adaptors = {
         name: Adaptor(student.embed_dim, spec.channels, spec.summary_channels, config)
         for name, spec in teachers.items()
     }
-    return DistilledStudent(student, adaptors)
+    return DistilledStudent(student, adaptors, learned_weights)
 
 
 def parameter_groups(model: DistilledStudent, weight_decay: float) -> list[dict[str, Any]]:
     """Divide the parameters into ``body_decay``, ``body``, ``head_decay`` and ``head``.
 
-    Vectors (biases, norms, scales), tokens and the position table do not decay.
+    Vectors (biases, norms, scales), tokens, the position table and learned weights of the loss do
+    not decay. Of a spectrally reparametrised matrix its scale decays and the matrix, whose size has
+    no effect, does not.
     """
     groups: dict[str, list[nn.Parameter]] = {
         name: [] for name in ("body_decay", "body", "head_decay", "head")
     }
-    kept = {model.student.prefix_tokens, model.student.positions.table}
+    spectral = [
+        module
+        for module in model.student.modules()
+        if isinstance(module, ReparametrizedLinear) and module.spectral_scale is not None
+    ]
+    scales = {module.spectral_scale for module in spectral}
+    matrices = [module.weight for module in spectral]
+    kept = {model.student.prefix_tokens, model.student.positions.table, *matrices}
     for part, module in (("body", model.student), ("head", model.adaptors)):
         for parameter in module.parameters():
-            decays = parameter.ndim > 1 and parameter not in kept
+            decays = parameter in scales or (parameter.ndim > 1 and parameter not in kept)
             groups[f"{part}_decay" if decays else part].append(parameter)
+    if model.uncertainty is not None:
+        groups["head"] += model.uncertainty.parameters()
     return [
         {
             "name": name,

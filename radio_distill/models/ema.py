@@ -1,7 +1,8 @@
 """An exponential moving average of the student, in float32.
 
-It is a whole second model, so it is evaluated, exported and checkpointed like the first. ZeRO-3
-leaves a rank only a part of each parameter: there, the caller gathers them before an update.
+It is a whole second model, so it is evaluated, exported and checkpointed like the first, and can
+teach it (MESA). ZeRO-3 leaves a rank only a part of each parameter: there, the caller gathers them
+before an update.
 """
 
 from collections.abc import Mapping

@@ -2,8 +2,8 @@
 
 It differs from timm's model in four ways, all of them RADIO's (arXiv 2312.06709): a linear patch
 embedding without bias, positions that are cropped and resized (CPE), one summary token a teacher,
-and no final norm. The last follows the published models, whose format has no place for such a norm;
-the heads begin with a linear layer and normalise after it.
+and no final norm unless asked for. The last follows the published models, whose format has no place
+for such a norm; the heads begin with a linear layer and normalise after it.
 """
 
 from pathlib import Path
@@ -19,6 +19,7 @@ from ..errors import ConfigError
 from ..types import Size
 from .position import NUM_DRAWS, CroppedPositions
 from .pretrained import check_weights, read_weights, start_from
+from .reparametrize import reparametrize
 from .vit import attend_in_windows, create_body, from_windows, spread_global_blocks, to_windows
 
 
@@ -28,6 +29,7 @@ class Student(nn.Module):
     Args:
         config: the recipe's student section.
         num_summary_tokens: T, one a teacher, also for a teacher without summary.
+        weight_noise: standard deviation of the noise on the body's matrices in training (DAMP).
 
     Raises:
         ConfigError: where the architecture is unknown or does not fit the other fields.
@@ -37,7 +39,7 @@ class Student(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, config: StudentConfig, num_summary_tokens: int):
+    def __init__(self, config: StudentConfig, num_summary_tokens: int, weight_noise: float = 0.0):
         from timm.data import resolve_model_data_config
 
         super().__init__()
@@ -49,9 +51,10 @@ class Student(nn.Module):
         self.num_prefix_tokens = num_summary_tokens + config.registers
         self.window_size = config.window_size
         self.gradient_checkpointing = config.gradient_checkpointing
-        self.global_blocks = frozenset(range(self.depth))
-        if config.window_size:
-            self.global_blocks = spread_global_blocks(self.depth, config.global_blocks)
+        num_global = config.global_blocks
+        if not config.window_size:  # then windows can only be asked for in training
+            num_global = min(num_global, self.depth)
+        self.global_blocks = spread_global_blocks(self.depth, num_global)
 
         normalisation = resolve_model_data_config(body)
         self.register_buffer("mean", torch.tensor(normalisation["mean"]).view(3, 1, 1))
@@ -63,8 +66,10 @@ class Student(nn.Module):
         self.prefix_tokens = nn.Parameter(tokens)  # summary tokens, then registers
         self.norm_pre: nn.Module = body.norm_pre
         self.blocks = nn.ModuleList(body.blocks)
+        self.norm: nn.Module = body.norm if config.final_norm else nn.Identity()
         if config.pretrained:
             self._load_pretrained(config, body)
+        reparametrize(self.blocks, config.spectral_reparametrization, weight_noise)
 
     def _load_pretrained(self, config: StudentConfig, body: Any) -> None:
         if config.pretrained == "timm":
@@ -98,13 +103,17 @@ class Student(nn.Module):
             )
         return size[0] // self.patch_size, size[1] // self.patch_size
 
-    def forward(self, pixels: Tensor, draws: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, pixels: Tensor, draws: Tensor | None = None, window_size: int | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Encode images into summary tokens ``[B, T, D]`` and spatial features ``[B, D, h, w]``.
 
         Args:
             pixels: ``[B, 3, H, W]`` RGB in [0, 1].
             draws: ``[B, NUM_DRAWS]`` uniform numbers for the position augmentation; without them
                 positions are as in evaluation. In evaluation mode they are not looked at.
+            window_size: side of the attention windows in tokens, which must divide the grid;
+                0 for global attention, None for what the recipe says of the student.
 
         Raises:
             ConfigError: where the size does not fit, naming sizes that do.
@@ -114,14 +123,16 @@ class Student(nn.Module):
         assert draws is None or draws.shape == (len(pixels), NUM_DRAWS), "one row of draws an image"
 
         patches = self._embed(pixels) + self.positions(grid, draws)  # [B, h, w, D]
-        patches = to_windows(patches, self.window_size or 1)  # [B, N, D]
+        window = self.window_size if window_size is None else window_size
+        patches = to_windows(patches, window or 1)  # [B, N, D]
         prefix = repeat(self.prefix_tokens, "p d -> b p d", b=len(pixels))
         tokens = self.norm_pre(torch.cat((prefix, patches), dim=1))  # [B, P + N, D]
         for index, block in enumerate(self.blocks):
-            tokens = self._run_block(index, block, tokens)
+            tokens = self._run_block(index, block, tokens, window)
+        tokens = self.norm(tokens)
 
         spatial = tokens[:, self.num_prefix_tokens :]
-        spatial = from_windows(spatial, grid, self.window_size or 1)
+        spatial = from_windows(spatial, grid, window or 1)
         return tokens[:, : self.num_summary_tokens], rearrange(spatial, "b h w d -> b d h w")
 
     def _embed(self, pixels: Tensor) -> Tensor:
@@ -131,12 +142,12 @@ class Student(nn.Module):
         embedded: Tensor = self.patch_embedding(patches)
         return embedded
 
-    def _run_block(self, index: int, block: nn.Module, tokens: Tensor) -> Tensor:
+    def _run_block(self, index: int, block: nn.Module, tokens: Tensor, window: int) -> Tensor:
         def run(tokens: Tensor) -> Tensor:
-            if index in self.global_blocks:
+            if not window or index in self.global_blocks:
                 attended: Tensor = block(tokens)
                 return attended
-            return attend_in_windows(block, tokens, self.num_prefix_tokens, self.window_size)
+            return attend_in_windows(block, tokens, self.num_prefix_tokens, window)
 
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             recomputed: Tensor = checkpoint(run, tokens, use_reentrant=False)

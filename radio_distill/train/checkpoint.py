@@ -8,6 +8,7 @@
             ema.safetensors          averaged body and heads, where the recipe has them
             optimizer.safetensors    moments and step
             statistics.safetensors   normalizers, one for each teacher: "<teacher>/<tensor>"
+            loss.safetensors         dispersions and adapted weights, where the loss has them
             meta.json                step, recipe, teachers, versions, sha256 of the files above
 
 A checkpoint is written to a hidden folder, flushed to the disk, and renamed: a crash or a full disk
@@ -41,6 +42,7 @@ logger = logging.getLogger(__name__)
 
 META = "meta.json"
 STUDENT, EMA, OPTIMIZER, STATISTICS = "student", "ema", "optimizer", "statistics"
+LOSS = "loss"
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Checkpoint:
     teachers: dict[str, TeacherSpec]
 
     def has(self, part: str) -> bool:
-        """Return whether it holds that file (``ema`` is optional)."""
+        """Return whether it holds that file (``ema`` and ``loss`` are optional)."""
         return (self.folder / f"{part}.safetensors").exists()
 
     def tensors(self, part: str) -> dict[str, Tensor]:

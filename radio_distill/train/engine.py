@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from ..config import EngineConfig, StageConfig
 from ..errors import ConfigError
-from ..models.distilled import DistilledStudent, parameter_groups
-from ..types import Features
+from ..models.distilled import DistilledStudent, Predictions, parameter_groups
 from .distributed import World
 from .optim import build_optimizer, load_optimizer_tensors, optimizer_tensors, set_learning_rates
 
@@ -25,7 +24,6 @@ def build_engine(
     stage: StageConfig,
     world: World,
     device: torch.device,
-    micro_batches: int,
 ) -> "SingleProcessEngine | DeepSpeedEngine":
     """Choose and make the engine that the recipe asks for.
 
@@ -35,14 +33,13 @@ def build_engine(
         stage: gives the optimizer.
         world: this process's place.
         device: where it runs.
-        micro_batches: backward passes in one step, equal on every rank.
 
     Raises:
         ConfigError: where the engine cannot do what is asked.
     """
     if engine_name(config, stage, world.world_size) == "single":
         return SingleProcessEngine(model, config, stage, device)
-    return DeepSpeedEngine(model, config, stage, world, device, micro_batches)
+    return DeepSpeedEngine(model, config, stage, world, device)
 
 
 def engine_name(config: EngineConfig, stage: StageConfig, world_size: int) -> str:
@@ -88,7 +85,8 @@ class _Forward:
         teachers: tuple[str, ...],
         draws: Tensor | None = None,
         freeze_body: bool = False,
-    ) -> Mapping[str, Features]:
+        window_size: int | None = None,
+    ) -> Predictions:
         """Predict the features of each named teacher, in that teacher's normalised space.
 
         Args:
@@ -96,10 +94,19 @@ class _Forward:
             teachers: whose heads are asked.
             draws: ``[B, K]`` uniform numbers for the position augmentation.
             freeze_body: give the body a gradient of exactly zero.
+            window_size: side of the student's attention windows, in tokens; 0 for global
+                attention, None for what the recipe says of the student.
         """
+        with self.autocast():
+            predictions: Predictions = self._callable(
+                pixels, teachers, draws=draws, freeze_body=freeze_body, window_size=window_size
+            )
+        return predictions
+
+    def autocast(self) -> torch.autocast:
+        """Return the context in which a student computes in the recipe's precision."""
         bfloat16 = self._precision == "bfloat16"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16):
-            return self._callable(pixels, teachers, draws=draws, freeze_body=freeze_body)
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16)
 
 
 class SingleProcessEngine(_Forward):
@@ -160,7 +167,6 @@ class DeepSpeedEngine(_Forward):
         stage: StageConfig,
         world: World,
         device: torch.device,
-        micro_batches: int,
     ):
         import deepspeed
 
@@ -176,7 +182,7 @@ class DeepSpeedEngine(_Forward):
         self._engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
-            config=_deepspeed_config(config, stage, micro_batches),
+            config=_deepspeed_config(config, stage),
             dist_init_required=False,
         )
         if config.compile:
@@ -230,6 +236,8 @@ class DeepSpeedEngine(_Forward):
             load_optimizer_tensors(self._engine.optimizer, self.model, optimizer)
         else:
             load_whole_state(self._engine, weights, optimizer)
+            for name, buffer in self.model.named_buffers():
+                buffer.copy_(weights[name])
 
 
 def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -241,12 +249,10 @@ def _clip_gradient(model: nn.Module, limit: float) -> Tensor:
     return nn.utils.clip_grad_norm_(model.parameters(), limit or float("inf"))
 
 
-def _deepspeed_config(
-    config: EngineConfig, stage: StageConfig, micro_batches: int
-) -> dict[str, Any]:
+def _deepspeed_config(config: EngineConfig, stage: StageConfig) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": 1,  # the loop weighs images itself
-        "gradient_accumulation_steps": micro_batches,
+        "gradient_accumulation_steps": 1,  # the loop says itself which pass is the step's last
         "gradient_clipping": stage.gradient_clip if config.zero_stage else 0.0,
         "zero_optimization": {
             "stage": config.zero_stage,

@@ -4,10 +4,10 @@
 
     views ──► student ──► heads ──┐
       │                           ├─► align ─► loss ─► backward ─┐
-      └──► teachers ─► targets ───┘        (each micro-batch)    ├─► check ─► step
+      └──► teachers ─► targets ───┘            (each pass)       ├─► check ─► step
 
-Everything random is a function of seed and step: the order and the crops of the images, and the
-draws of the position augmentation. A run that was interrupted goes on with the same numbers.
+Everything random is a function of seed and step: the order and the crops of the images, and what
+:mod:`.draws` draws. A run that was interrupted goes on with the same numbers.
 """
 
 import logging
@@ -17,28 +17,36 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..config import Recipe, StageConfig
-from ..losses import distillation_loss
+from ..losses import KINDS, LossReport, distillation_loss
+from ..models.distilled import Predictions
 from ..models.ema import Ema
-from ..models.position import NUM_DRAWS
-from ..partitions import MicroBatch, images_per_step
+from ..models.reparametrize import begin_step
+from ..partitions import Pass
 from ..progress import Progress
 from ..protocols import BatchSource, Engine
-from ..targets import TargetMaker
-from ..types import ImageBatch, TeacherSpec
+from ..targets import Seen, TargetMaker
+from ..terms import mesa
+from ..types import Features, ImageBatch, TeacherSpec
+from ..views import AVERAGE, Views, follow
 from . import checkpoint as checkpoints
 from .distributed import World
+from .draws import Draws
 from .guard import check_gradient, check_loss, check_targets
 from .meter import Meter
 from .schedule import every, learning_rates
 from .sinks import open_sinks
 from .statistics import normalizer_tensors
+from .weights import TermWeights
+from .work import Work
 
 logger = logging.getLogger(__name__)
+
+MESA = "mesa"
+"""Name of the term that compares with the averaged student; no teacher can be called that."""
 
 
 @dataclass
@@ -53,9 +61,12 @@ class StageRun:
     engine: Engine
     targets: TargetMaker
     source: BatchSource
-    micro_batches: Sequence[MicroBatch]
-    """This rank's micro-batches, in every step."""
+    work: Work
+    """This rank's micro-batches of each step."""
+    draws: Draws
+    weights: TermWeights
     ema: Ema | None = None
+    """On rank 0, and on every rank where the averaged student teaches."""
     start_step: int = 0
     """Steps that were done before, in a resumed run."""
     last_checkpoint: Path | None = None
@@ -67,7 +78,6 @@ class StageRun:
 
     @property
     def seed(self) -> int:
-        """Seed of the stage: each stage has an order of images and draws of its own."""
         return stage_seed(self.recipe, self.stage)
 
     @property
@@ -76,7 +86,7 @@ class StageRun:
 
 
 def stage_seed(recipe: Recipe, stage: str) -> int:
-    """Derive the seed of a stage from the recipe's."""
+    """Derive the seed of a stage from the recipe's: each has an order and draws of its own."""
     return zlib.crc32(f"{recipe.seed}/{stage}".encode())
 
 
@@ -88,9 +98,9 @@ def train(run: StageRun) -> Path:
         CheckpointError: where a checkpoint cannot be written.
     """
     config, log, total = run.config, run.recipe.log, run.config.steps
-    images = images_per_step(config)
+    images = run.work.images_per_step
     rates = learning_rates(config)
-    meter = Meter(_term_names(config), run.engine.device)
+    meter = Meter(_term_names(run), run.engine.device)
     seen = Progress(
         run.folder.name, total * images, "img", run.start_step * images, run.world.is_main
     )
@@ -107,6 +117,7 @@ def train(run: StageRun) -> Path:
             step_rates = {group: float(values[step]) for group, values in rates.items()}
             norm = run.engine.step(step_rates)
             check_gradient(norm, step + 1, run.last_checkpoint)
+            run.weights.end_step()
             if run.ema is not None:
                 run.ema.update(run.engine.model, config.ema_decay)
             done = step + 1
@@ -127,39 +138,82 @@ def accumulate(
 
     Returns this rank's part of the step's loss, and the latest value of each of its terms.
     """
-    recipe, config = run.recipe, run.config
     # Stochastic depth draws from the global generator.
     torch.manual_seed(run.seed + step * 131 + run.world.rank)
-    frozen = step < config.freeze_body_steps
-    draws = position_draws(run.seed, step, images_per_step(config))
+    begin_step(run.engine.model, run.draws.noise(step))
+    work = run.work.micro_batches(step)
+    left = sum(len(micro.passes) for micro in work)
     total = torch.zeros((), device=run.engine.device)
     latest: dict[str, Tensor] = {}
-    for index, (micro, batch) in enumerate(zip(run.micro_batches, batches, strict=True)):
-        partition = micro.partition.config
+    for micro, batch in zip(work, batches, strict=True):
         pixels = batch.pixels.to(run.engine.device, non_blocking=True)  # [B, 3, H, W]
-        targets = run.targets(pixels, partition)
-        check_targets(targets, batch.keys)
-        predictions = run.engine.forward(
-            pixels,
-            partition.teachers,
-            draws=draws[micro.start : micro.stop].to(pixels.device),
-            freeze_body=frozen,
-        )
-        report = distillation_loss(predictions, targets, recipe.loss, recipe.teachers, batch.valid)
-        loss = report.total.sum() * micro.image_weight
-        run.engine.backward(loss, last=index == len(run.micro_batches) - 1)
-        total = total + loss.detach()
-        terms = {f"{partition.name}/{name}": value for name, value in report.terms.items()}
-        latest |= terms
-        if micro.image_weight:
-            meter.add(terms, weight=micro.stop - micro.start)
+        seen: Seen = {}
+        for item in micro.passes:
+            partition = item.partition.config
+            views = run.draws.views(step, micro, item, pixels)
+            targets = run.targets(views, partition, seen)
+            check_targets(targets, batch.keys)
+            predictions = run.engine.forward(
+                views.of_student(),
+                partition.teachers,
+                draws=run.draws.positions(step, micro).to(pixels.device),
+                freeze_body=step < run.config.frozen_steps,
+                window_size=run.draws.window(step, item) or None,
+            )
+            report = _compare(run, predictions, targets, views)
+            loss = report.total.sum() * item.image_weight
+            left -= 1
+            run.engine.backward(loss, last=left == 0)
+            total = total + loss.detach()
+            latest |= _note(run, meter, item, report.terms, micro.stop - micro.start)
     return total, latest
 
 
-def position_draws(seed: int, step: int, images: int) -> Tensor:
-    """Return ``[images, NUM_DRAWS]`` uniform numbers, a function of seed and step alone."""
-    generator = np.random.Generator(np.random.Philox(key=[seed, step]))
-    return torch.from_numpy(generator.random((images, NUM_DRAWS), dtype=np.float32))
+def _compare(
+    run: StageRun, predictions: Predictions, targets: Mapping[str, Features], views: Views
+) -> LossReport:
+    """Return the loss of a pass, the distance to the averaged student included."""
+    config = run.recipe.loss
+    report = distillation_loss(
+        predictions,
+        targets,
+        config,
+        run.weights.now(),
+        shifts={name: views.shift(name) for name in targets},
+        log_variances=_log_variances(run, predictions),
+    )
+    if not config.mesa:
+        return report
+    assert run.ema is not None, "the averaged student teaches on every rank"
+    with torch.no_grad(), run.engine.autocast():
+        _, average = run.ema.model.student(views.of_student(AVERAGE))
+    shift, cells = views.shift(AVERAGE), None
+    if shift is not None:
+        average, cells = follow(average, shift)
+    distance = mesa(predictions.spatial, average, cells)  # [B]
+    terms = {**report.terms, MESA: distance.detach().mean()}
+    return LossReport(report.total + config.mesa * distance, terms)
+
+
+def _log_variances(run: StageRun, predictions: Predictions) -> dict[str, Tensor] | None:
+    if predictions.log_variances is None:
+        return None
+    return {
+        f"{name}/{kind}": predictions.log_variances[row, column]
+        for row, name in enumerate(run.teachers)
+        for column, kind in enumerate(KINDS)
+    }
+
+
+def _note(
+    run: StageRun, meter: Meter, item: Pass, terms: Mapping[str, Tensor], images: int
+) -> dict[str, Tensor]:
+    """Take a pass's terms down, unless it only kept pace; returns them by partition."""
+    named = {f"{item.partition.name}/{name}": value for name, value in terms.items()}
+    if item.image_weight:
+        meter.add(named, weight=images)
+        run.weights.add({name: value for name, value in terms.items() if name != MESA}, images)
+    return named
 
 
 def save(run: StageRun, step: int) -> Path:
@@ -171,6 +225,8 @@ def save(run: StageRun, step: int) -> Path:
     }
     if run.ema is not None:
         parts[checkpoints.EMA] = run.ema.state_dict()
+    if weights := run.weights.state():
+        parts[checkpoints.LOSS] = weights
     return checkpoints.save_from_main(
         run.world,
         run.folder / "checkpoints",
@@ -183,13 +239,9 @@ def save(run: StageRun, step: int) -> Path:
     )
 
 
-def _term_names(config: StageConfig) -> list[str]:
-    return [
-        f"{partition.name}/{teacher}/{kind}"
-        for partition in config.partitions
-        for teacher in partition.teachers
-        for kind in ("summary", "features")
-    ]
+def _term_names(run: StageRun) -> list[str]:
+    kinds = [f"{teacher}/{kind}" for teacher in run.teachers for kind in KINDS]
+    return [f"{item.name}/{kind}" for item in run.work.partitions for kind in [*kinds, MESA]]
 
 
 def _log_values(

@@ -1,15 +1,16 @@
 """What a stage costs on given devices: operations, memory, time; found without weights or data.
 
 The images of a step are dealt to devices as the trainer deals them, and a step takes as long as its
-busiest device. Time is operations / (peak * utilisation): the utilisation is an assumption, and
-every figure of time stands and falls with it. Left out: decoding, communication, evaluation,
-checkpoints.
+busiest device; where sizes are drawn, the time is the mean over the draws. Time is operations /
+(peak * utilisation): the utilisation is an assumption, and every figure of time stands and falls
+with it. Left out: decoding, communication, evaluation, checkpoints.
 
 Memory of one device, for P parameters of student and heads, W devices, ZeRO stage z:
 
     weights    4 P, under z = 3 divided by W; from z = 1 on also DeepSpeed's master copy, 4 P / W
     gradients  4 P, from z = 2 on divided by W
     optimizer  8 P (two moments), from z = 1 on divided by W
+    average    4 P for the averaged student: of the first device, of all where it teaches (MESA)
     teachers   every teacher of the recipe, matrices in its dtype: each device holds all of them
     step       what the largest micro-batch takes beside these, see :mod:`.costs`
 
@@ -17,18 +18,24 @@ Left out of it: CUDA's own share, communication buffers, fragmentation (:data:`U
 for them), and the parameters that ZeRO 3 gathers for a moment.
 """
 
-from collections.abc import Sequence
+import itertools
+import math
+import random
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from ..config import EngineConfig, Recipe, StageConfig
+from ..config import EngineConfig, PartitionConfig, Recipe, StageConfig, share_of
 from ..partitions import MicroBatch, Partition, images_per_step, partitions_of, share_out
-from .costs import ModelCosts, PartitionCost
+from ..types import Size
+from .costs import ModelCosts, PartitionCost, TeacherCost
 
 GIB = 2**30
 UTILISATION = 0.35
 """Share of the peak that a step reaches. Assumed: transformers are trained at 0.3 to 0.5."""
 USABLE = 0.9
 """Share of a device's memory that tensors may fill. Assumed."""
+MOST_DRAWS = 500
+"""Draws of sizes that are looked at where there are more; each is as likely as the others."""
 
 
 @dataclass(frozen=True)
@@ -65,12 +72,14 @@ class Memory:
     weights: float
     gradients: float
     optimizer: float
+    average: float = 0
     teachers: float = 0
     step: float = 0
 
     @property
     def total(self) -> float:
-        return self.weights + self.gradients + self.optimizer + self.teachers + self.step
+        state = self.weights + self.gradients + self.optimizer + self.average
+        return state + self.teachers + self.step
 
     def fits(self, device: DeviceType) -> bool:
         """Return whether it leaves the room that :data:`USABLE` asks for."""
@@ -79,19 +88,19 @@ class Memory:
 
 @dataclass(frozen=True)
 class StagePlan:
-    """What a stage costs; operations are for one step on all devices together."""
+    """What a stage costs; tokens and operations are the mean step's, on all devices together."""
 
     name: str
     steps: int
     devices: int
     partitions: tuple[PartitionCost, ...]
     images: int
-    tokens: int
-    student_flops: int
-    teacher_flops: int
+    tokens: float
+    student_flops: float
+    teacher_flops: float
     memory: Memory
     step_seconds: float
-    """Of the busiest device, which the others wait for."""
+    """Of the busiest device, which the others wait for; the mean over the sizes that are drawn."""
     busy: float
     """Mean work of the devices over that of the busiest."""
     statistics_seconds: float
@@ -127,9 +136,14 @@ def plan_stage(
     recipe, stage = costs.recipe, costs.recipe.stages[name]
     partitions = partitions_of(stage)
     measured = {item.name: costs.partition(name, item) for item in partitions}
-    ranks = share_out(partitions, devices, recipe.engine.micro_batch)
-    seconds = [_seconds(batches, measured, device, recipe) / utilisation for batches in ranks]
+    steps = [_deal(costs, partitions, sizes, devices) for sizes in _draws(partitions)]
+    seconds = [
+        [_seconds(work, measured, device, recipe) / utilisation for work in ranks]
+        for ranks in steps
+    ]
+    waits = [max(ranks) for ranks in seconds]
     sums = [(cost, cost.partition.batch_size) for cost in measured.values()]
+    largest = _largest([micro for ranks in steps for work in ranks for micro in work])
     return StagePlan(
         name=name,
         steps=stage.steps,
@@ -138,16 +152,38 @@ def plan_stage(
         images=images_per_step(stage),
         tokens=sum(cost.tokens * images for cost, images in sums),
         student_flops=sum(cost.student_flops * images for cost, images in sums),
-        teacher_flops=sum(cost.teacher_flops * images for cost, images in sums),
+        teacher_flops=sum(_teacher_flops(ranks, measured, recipe) for ranks in steps) / len(steps),
         memory=replace(
             state_memory(costs.parameters, _zero_stage(recipe.engine, devices), devices),
+            average=4 * costs.parameters if stage.ema_decay else 0,
             teachers=teacher_bytes,
-            step=max(costs.step_memory(name, *largest) for largest in _largest(ranks)),
+            step=max(costs.step_memory(name, m.passes, m.stop - m.start) for m in largest),
         ),
-        step_seconds=max(seconds),
-        busy=sum(seconds) / len(seconds) / max(seconds),
+        step_seconds=sum(waits) / len(waits),
+        busy=sum(map(sum, seconds)) / devices / sum(waits),
         statistics_seconds=_statistics_seconds(costs, stage, device) / devices / utilisation,
     )
+
+
+def _draws(partitions: Sequence[Partition]) -> list[dict[str, Size]]:
+    """Return the sizes of each partition that steps may draw, at most :data:`MOST_DRAWS` times."""
+    names, choices = [item.name for item in partitions], [item.sizes for item in partitions]
+    if math.prod(map(len, choices)) <= MOST_DRAWS:
+        combinations = list(itertools.product(*choices))
+    else:
+        generator = random.Random(0)
+        combinations = [
+            tuple(generator.choice(sizes) for sizes in choices) for _ in range(MOST_DRAWS)
+        ]
+    return [dict(zip(names, sizes, strict=True)) for sizes in combinations]
+
+
+def _deal(
+    costs: ModelCosts, partitions: Sequence[Partition], sizes: Mapping[str, Size], devices: int
+) -> list[list[MicroBatch]]:
+    """Deal the images of one step to devices, as the trainer does."""
+    together = {item.name: costs.images_together(item, sizes[item.name]) for item in partitions}
+    return share_out(partitions, sizes, devices, costs.recipe.engine.micro_batch, together)
 
 
 def state_memory(parameters: int, zero_stage: int, devices: int) -> Memory:
@@ -165,41 +201,79 @@ def _zero_stage(engine: EngineConfig, devices: int) -> int:
     return engine.zero_stage if devices > 1 or engine.name == "deepspeed" else 0
 
 
-def _largest(ranks: Sequence[Sequence[MicroBatch]]) -> list[tuple[Partition, int]]:
-    """Return each partition with the most images that a micro-batch of it has."""
-    largest: dict[str, tuple[Partition, int]] = {}
-    for micro in (micro for batches in ranks for micro in batches):
-        images, name = micro.stop - micro.start, micro.partition.name
-        if name not in largest or images > largest[name][1]:
-            largest[name] = micro.partition, images
+def _largest(work: Sequence[MicroBatch]) -> list[MicroBatch]:
+    """Return, for each set of partitions that share images, the micro-batch with most pixels."""
+    largest: dict[str, MicroBatch] = {}
+    for micro in work:
+        name = micro.passes[0].partition.name
+        if name not in largest or _pixels(micro) > _pixels(largest[name]):
+            largest[name] = micro
     return list(largest.values())
 
 
+def _pixels(micro: MicroBatch) -> int:
+    return (micro.stop - micro.start) * max(math.prod(item.size) for item in micro.passes)
+
+
 def _seconds(
-    batches: Sequence[MicroBatch],
-    measured: dict[str, PartitionCost],
+    work: Sequence[MicroBatch],
+    measured: Mapping[str, PartitionCost],
     device: DeviceType,
     recipe: Recipe,
 ) -> float:
     """Return the time that a device needs for its micro-batches of one step, at its peak."""
     seconds = 0.0
-    for micro in batches:
-        cost, images = measured[micro.partition.name], micro.stop - micro.start
-        student = cost.student_flops / device.flops_per_second(recipe.engine.precision)
-        seconds += images * student
-        for teacher in cost.teachers:
-            dtype = recipe.teachers[teacher.name].dtype
-            seconds += images * teacher.encode_flops / device.flops_per_second(dtype)
+    for micro in work:
+        images = micro.stop - micro.start
+        for item in micro.passes:
+            flops = images * measured[item.partition.name].passes[item.size].student_flops
+            seconds += flops / device.flops_per_second(recipe.engine.precision)
+        for teacher in _teachers(micro, measured, recipe):
+            flops = teacher.encodings(images) * teacher.encode_flops
+            seconds += flops / device.flops_per_second(recipe.teachers[teacher.name].dtype)
             seconds += images * teacher.other_flops / device.flops_per_second("float32")
     return seconds
+
+
+def _teacher_flops(
+    ranks: Sequence[Sequence[MicroBatch]], measured: Mapping[str, PartitionCost], recipe: Recipe
+) -> float:
+    """Return what all teachers do in one step, without the images that only keep pace."""
+    return sum(
+        (micro.stop - micro.start) * teacher.flops
+        for micro in itertools.chain(*ranks)
+        if any(item.image_weight for item in micro.passes)
+        for teacher in _teachers(micro, measured, recipe)
+    )
+
+
+def _teachers(
+    micro: MicroBatch, measured: Mapping[str, PartitionCost], recipe: Recipe
+) -> list[TeacherCost]:
+    """Return the teachers that run for a micro-batch: once where partitions share what they see."""
+    every = [
+        teacher
+        for item in micro.passes
+        for teacher in measured[item.partition.name].passes[item.size].teachers
+    ]
+    shifted = bool(recipe.augmentation.shift)
+    return every if shifted else list({teacher.way: teacher for teacher in every}.values())
 
 
 def _statistics_seconds(costs: ModelCosts, stage: StageConfig, device: DeviceType) -> float:
     """Return the time of one device at its peak; the float64 sums themselves are left out."""
     recipe, seconds = costs.recipe, 0.0
+    images = share_of(recipe.normalizer.images, stage.steps * images_per_step(stage))
     for name, config in recipe.teachers.items():
-        first = next((item for item in stage.partitions if name in item.teachers), None)
+        first = _shown_first(stage, name)
         if first is not None:
-            flops = costs.encode_flops(name, costs.input_size(first, name))
-            seconds += recipe.normalizer.images * flops / device.flops_per_second(config.dtype)
+            flops = costs.own_grid_flops(first, name)
+            seconds += images * flops / device.flops_per_second(config.dtype)
     return seconds
+
+
+def _shown_first(stage: StageConfig, teacher: str) -> PartitionConfig | None:
+    """Return the partition whose images a teacher's statistics are estimated on."""
+    partitions = [item for item in stage.partitions if teacher in item.teachers]
+    with_summary = [item for item in partitions if teacher not in item.mosaic]
+    return next(iter(with_summary or partitions), None)

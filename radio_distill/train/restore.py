@@ -15,7 +15,8 @@ def load_student(checkpoint: Checkpoint, device: torch.device) -> DistilledStude
     """Rebuild the student of a checkpoint with its heads, in evaluation mode."""
     # The checkpoint holds every weight: what the student once started from is not needed.
     config = replace(checkpoint.recipe.student, pretrained="")
-    model = build_student(config, checkpoint.teachers)
+    learned = checkpoint.recipe.loss.weighting == "uncertainty"
+    model = build_student(config, checkpoint.teachers, learned_weights=learned)
     load_weights(model, checkpoint)
     return model.to(device).eval()
 

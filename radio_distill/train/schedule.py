@@ -28,7 +28,7 @@ def learning_rates(stage: StageConfig) -> dict[str, np.ndarray]:
     """Return ``{"body": [steps], "head": [steps]}`` for one stage."""
     heads = cosine(stage.steps, stage.learning_rate, stage.final_learning_rate, stage.warmup_steps)
     body = heads.copy()
-    body[: stage.freeze_body_steps] = 0.0
+    body[: stage.frozen_steps] = 0.0
     return {BODY: body, HEADS: heads}
 
 

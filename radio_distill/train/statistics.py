@@ -7,8 +7,7 @@ shows it, and are kept in a file for each teacher, size and set of images.
 """
 
 import hashlib
-import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,20 +15,23 @@ import torch
 from torch import nn
 
 from ..balance import NORMALIZERS
-from ..balance.cache import load_moments, save_moments
+from ..balance.cache import Statistics, load_statistics, save_statistics
+from ..balance.dispersion import SummaryMoments
 from ..balance.moments import Moments
 from ..balance.normalizers import LayerNorm
-from ..config import DataConfig, PartitionConfig, Recipe, size_pair
+from ..config import PartitionConfig, Recipe, partition_sizes, share_of
 from ..data.loader import ShardBatches, StepSlice
 from ..models.adaptors import Adaptor
 from ..models.distilled import DistilledStudent
+from ..partitions import Partition, images_per_step
 from ..progress import Progress
 from ..protocols import Normalizer
 from ..targets import TargetMaker
+from ..types import Size
+from ..views import Views
 from .distributed import World, from_main
+from .draws import Draws
 from .guard import check_targets
-
-logger = logging.getLogger(__name__)
 
 BATCH = 32
 """Images that one process encodes at once; changes speed and no number."""
@@ -48,131 +50,163 @@ def fit_normalizers(
     world: World,
     device: torch.device,
     cache: Path,
-) -> None:
+) -> dict[str, float]:
     """Fit the normalizers of ``targets`` to the images of one stage.
 
-    A teacher's statistics come from the first partition that shows it. All processes end with equal
-    normalizers, whatever their number.
+    A teacher's statistics come from the first partition that shows it, one that asks for its
+    summary before others. All processes end with equal normalizers, whatever their number.
+
+    Returns:
+        The dispersion of each teacher's summaries, where the loss asks for it.
     """
+    dispersions = {}
     for partition in recipe.stages[stage].partitions:
         names = [
             name
             for name in partition.teachers
-            if targets.normalizers[name].uses_statistics
-            and _first_partition(recipe, stage, name) is partition
+            if _first_partition(recipe, stage, name) is partition
+            and (
+                targets.normalizers[name].uses_statistics or _asks_dispersion(targets, recipe, name)
+            )
         ]
-        moments = _moments_of(targets, names, partition, recipe, world, device, cache)
-        for name, value in moments.items():
-            targets.normalizers[name].fit(value)
+        known = _statistics_of(targets, names, partition, recipe, stage, world, device, cache)
+        for name, statistics in known.items():
+            targets.normalizers[name].fit(statistics.moments)
+            if statistics.dispersion is not None:
+                dispersions[name] = statistics.dispersion
+    return dispersions
 
 
 def _first_partition(recipe: Recipe, stage: str, teacher: str) -> PartitionConfig | None:
-    partitions = recipe.stages[stage].partitions
-    return next((item for item in partitions if teacher in item.teachers), None)
+    partitions = [item for item in recipe.stages[stage].partitions if teacher in item.teachers]
+    with_summary = [item for item in partitions if teacher not in item.mosaic]
+    return next(iter(with_summary or partitions), None)
 
 
-def _moments_of(
+def _asks_dispersion(targets: TargetMaker, recipe: Recipe, teacher: str) -> bool:
+    asked = recipe.loss.summary == "angle" and recipe.teachers[teacher].summary_weight > 0
+    return asked and targets.teachers[teacher].spec.summary_channels is not None
+
+
+def _statistics_of(
     targets: TargetMaker,
     names: list[str],
     partition: PartitionConfig,
     recipe: Recipe,
+    stage: str,
     world: World,
     device: torch.device,
     cache: Path,
-) -> dict[str, Moments]:
-    images = recipe.normalizer.images
-    source = _source(recipe.data, recipe.seed, partition, world)
-    paths = {
-        name: cache / _file_name(targets, name, partition, source.fingerprint, recipe)
-        for name in names
-    }
+) -> dict[str, Statistics]:
+    config = recipe.stages[stage]
+    images = share_of(recipe.normalizer.images, config.steps * images_per_step(config))
+    stream = _Stream(recipe, partition, world, max(images, 1))
+    paths = {name: cache / _file_name(targets, name, partition, stream, recipe) for name in names}
     # Random weights have no hash, so nothing tells two such teachers apart.
     kept = [name for name in names if targets.teachers[name].spec.weights_hash]
-    known = from_main({name: load_moments(paths[name]) for name in kept} if world.is_main else {})
-    missing = [name for name in names if known.get(name) is None]
-    moments = {name: value for name, value in known.items() if value is not None}
-    moments |= _estimate(targets, missing, partition, source, images, world, device)
+    found = {name: load_statistics(paths[name]) for name in kept} if world.is_main else {}
+    known = {name: value for name, value in from_main(found).items() if value is not None}
+    missing = [name for name in names if name not in known]
+    known |= _estimate(targets, missing, stream, recipe, device)
     for name in missing:
         if world.is_main and name in kept:
-            save_moments(paths[name], moments[name])
-    return moments
+            save_statistics(paths[name], known[name])
+    return known
 
 
-def _source(data: DataConfig, seed: int, partition: PartitionConfig, world: World) -> ShardBatches:
-    start = world.rank * BATCH
-    return ShardBatches(
-        data,
-        seed=seed,
-        images_per_step=world.world_size * BATCH,
-        slices=[StepSlice(start, start + BATCH, size_pair(partition.size))],
-    )
+class _Stream:
+    """Images of a partition, each batch at one of its sizes, whatever the number of processes."""
+
+    def __init__(self, recipe: Recipe, partition: PartitionConfig, world: World, images: int):
+        self.partition, self.images, self.world = partition, images, world
+        self._sizes = (Partition(partition, 0, 1.0),)
+        self._draws = Draws(recipe.seed, recipe.augmentation, BATCH, recipe.student.patch_size)
+        self.source = ShardBatches(
+            recipe.data,
+            seed=recipe.seed,
+            images_per_step=world.world_size * BATCH,
+            slices=self._slices,
+        )
+
+    def _size(self, step: int) -> Size:
+        batch = step * self.world.world_size + self.world.rank
+        return self._draws.sizes(batch, self._sizes)[self.partition.name]
+
+    def _slices(self, step: int) -> list[StepSlice]:
+        start = self.world.rank * BATCH
+        return [StepSlice(start, start + BATCH, self._size(step))]
+
+    def batches(self) -> Iterator[tuple[int, Views, tuple[str, ...]]]:
+        """Yield this process's images: the index of the first, their views, their keys."""
+        per_step = self.world.world_size * BATCH
+        label = f"statistics of {self.partition.name}"
+        with Progress(label, self.images, visible=self.world.is_main) as progress:
+            for step, (batch,) in enumerate(self.source.batches(0)):
+                first = step * per_step + self.world.rank * BATCH
+                if step * per_step >= self.images:
+                    return
+                # The last step is cut, so that the images are the same on any number of processes.
+                used = min(max(self.images - first, 0), BATCH)
+                if used:
+                    yield first, Views(batch.pixels[:used], self._size(step)), batch.keys[:used]
+                progress.update(min((step + 1) * per_step, self.images))
 
 
 def _estimate(
-    targets: TargetMaker,
-    names: list[str],
-    partition: PartitionConfig,
-    source: ShardBatches,
-    images: int,
-    world: World,
-    device: torch.device,
-) -> dict[str, Moments]:
+    targets: TargetMaker, names: list[str], stream: _Stream, recipe: Recipe, device: torch.device
+) -> dict[str, Statistics]:
     if not names:
         return {}
-    moments = {name: Moments(targets.teachers[name].spec.channels, device=device) for name in names}
-    per_step = world.world_size * BATCH
-    label = f"statistics of {', '.join(names)}"
-    with Progress(label, images, visible=world.is_main) as progress:
-        for step, batches in enumerate(source.batches(0)):
-            first = step * per_step + world.rank * BATCH
-            if step * per_step >= images:
-                break
-            pixels, keys = batches[0].pixels.to(device), batches[0].keys
-            # The last step is cut, so that the images do not depend on the number of processes.
-            used = min(max(images - first, 0), BATCH)
-            if used:
-                _update(moments, targets, pixels[:used], keys[:used], partition)
-            progress.update(min((step + 1) * per_step, images))
-    for value in moments.values():
+    specs = {name: targets.teachers[name].spec for name in names}
+    moments = {name: Moments(spec.channels, device=device) for name, spec in specs.items()}
+    summaries = {
+        name: SummaryMoments(spec.summary_channels or 0, device=device)
+        for name, spec in specs.items()
+        if _asks_dispersion(targets, recipe, name) and name not in stream.partition.mosaic
+    }
+    for first, views, keys in stream.batches():
+        on_device = views.to(device)
+        for name in names:
+            features = targets.own_grid(name, on_device, stream.partition)
+            check_targets({name: features}, keys)
+            moments[name].update(features.spatial)
+            if name in summaries:
+                assert features.summary is not None
+                summaries[name].update(features.summary, first)
+    for value in (*moments.values(), *summaries.values()):
         value.all_reduce()
-    return moments
-
-
-def _update(
-    moments: dict[str, Moments],
-    targets: TargetMaker,
-    pixels: torch.Tensor,
-    keys: tuple[str, ...],
-    partition: PartitionConfig,
-) -> None:
-    for name, value in moments.items():
-        features = targets.own_grid(name, pixels, partition)
-        check_targets({name: features}, keys)
-        value.update(features.spatial)
+    return {
+        name: Statistics(moments[name], summaries[name].dispersion() if name in summaries else None)
+        for name in names
+    }
 
 
 def _file_name(
     targets: TargetMaker,
     name: str,
     partition: PartitionConfig,
-    fingerprint: str,
+    stream: _Stream,
     recipe: Recipe,
 ) -> str:
     """Name a cache file after everything that its numbers depend on."""
     spec = targets.teachers[name].spec
+    views = partition_sizes(partition)
+    sizes = [targets.size(name, partition, view) for view in views]
     parts = (
         spec.weights_hash,
         spec.channels,
-        targets.size(name, partition),
-        size_pair(partition.size),
-        fingerprint,
-        recipe.normalizer.images,
+        sizes,
+        views,
+        name in partition.mosaic,
+        _asks_dispersion(targets, recipe, name),
+        stream.source.fingerprint,
+        stream.images,
         recipe.seed,
         replace(recipe.data, workers=0, max_bad_share=0.0),  # neither changes an image
         recipe.teachers[name].options,
     )
     digest = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
-    height, width = targets.size(name, partition)
+    height, width = max(sizes)
     return f"{name}-{height}x{width}-{digest}.safetensors"
 
 

@@ -1,0 +1,132 @@
+"""How much the neighbours in a mosaic change what a teacher says of a view.
+
+Pretrained teachers that come inside Python packages see photographs in three ways: in a full
+mosaic, alone at the same place of an otherwise empty canvas, and plain, without a canvas. Printed
+is the RMS of the difference of two maps over the RMS of the second about the mean of each channel:
+0 for equal features, 1 where one map is constant, about 1.4 for pictures that are unrelated (the
+last column, the floor of what could be called a match: the plain map of another view). "Rim" and
+"inside" part the cells of a view into the outermost ring and the rest.
+
+    python -m benchmarks.mosaic [--pictures FOLDER] [--view 224] [--threads 1]
+
+A mosaic equals the view alone only where no layer mixes cells of two tiles: for a patch embedding,
+or attention in windows that divide the pitch of the tiles; the tests of ``radio_distill.mosaic``
+build such encoders. It cannot for the two teachers here: a ViT attends to the whole canvas, so that
+a neighbour reaches every cell, and the receptive field of a deep CNN crosses the edge of a tile.
+Nor can it for SAM, for whom the mosaic is made, with four global blocks and windows of 14 cells;
+its weights are in no package. Both teachers here take any size and so show what the canvas alone
+does (``alone - plain``): a position table for a larger grid, and padding that layers can see.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from einops import rearrange
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from radio_distill.config import TeacherConfig
+from radio_distill.data.shards import find_pictures
+from radio_distill.mosaic import Mosaic, plan_mosaic
+from radio_distill.protocols import Teacher
+from stages.pictures import photograph
+from teachers import build_teacher
+
+TEACHERS = ("vits14_packaged", "efficientnet_lite0_packaged")
+PHOTOGRAPHS = (
+    "astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "motorcycle_left.png", "camera.png",
+    "hubble_deep_field.jpg", "retina.jpg", "coins.png",
+)  # fmt: skip
+"""Those of scikit-image."""
+SIDES = (2, 3)
+"""Views a side of the mosaics."""
+
+
+def read_views(folder: Path | None, number: int, side: int) -> Tensor:
+    """Return ``[number, 3, side, side]`` in [0, 1]: the middle squares of pictures."""
+    if folder is None:
+        pictures = [photograph(name) for name in PHOTOGRAPHS[:number]]
+    else:
+        pictures = [Image.open(path).convert("RGB") for path in find_pictures(folder)[:number]]
+    if len(pictures) < number:
+        raise SystemExit(f"{folder} holds {len(pictures)} pictures; {number} are needed")
+    return torch.stack([_pixels(ImageOps.fit(picture, (side, side))) for picture in pictures])
+
+
+def _pixels(picture: Image.Image) -> Tensor:
+    values = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8) / 255
+    return rearrange(values, "(h w c) -> c h w", h=picture.height, c=3)
+
+
+def in_mosaic(teacher: Teacher, mosaic: Mosaic, views: Tensor) -> Tensor:
+    """Return the features of the views of one canvas, ``[B, C, h, w]``."""
+    canvas = mosaic.pack(views, teacher.spec.mean)
+    return mosaic.slice(teacher.encode(canvas).spatial, len(views))
+
+
+def alone(teacher: Teacher, mosaic: Mosaic, views: Tensor) -> Tensor:
+    """Return the features of each view at its place of a canvas without the others."""
+    features = []
+    for index in range(len(views)):
+        canvas = (
+            torch.tensor(teacher.spec.mean).view(1, 3, 1, 1).repeat(len(views), 1, *mosaic.view)
+        )
+        canvas[index] = views[index]
+        features.append(in_mosaic(teacher, mosaic, canvas)[index])
+    return torch.stack(features)
+
+
+def difference(features: Tensor, reference: Tensor, cells: Tensor | None = None) -> float:
+    """Return the RMS difference on ``cells [h, w]``, relative to the reference about its mean."""
+    change = features - reference
+    centred = reference - reference.mean((0, 2, 3), keepdim=True)
+    if cells is not None:
+        change, centred = change[..., cells], centred[..., cells]
+    return float(change.norm() / centred.norm())
+
+
+def measure(teacher: Teacher, views: Tensor, side: int) -> dict[str, float]:
+    """Compare mosaic, alone and plain for ``side`` views a side."""
+    height, width = views.shape[-2:]
+    canvas, patch = (side * height, side * width), teacher.spec.patch_size
+    mosaic = plan_mosaic(teacher.spec.name, canvas, (height, width), patch)
+    mixed = in_mosaic(teacher, mosaic, views)
+    single, plain = alone(teacher, mosaic, views), teacher.encode(views).spatial
+    inside = torch.zeros(plain.shape[-2:], dtype=torch.bool)
+    inside[1:-1, 1:-1] = True
+    return {
+        "mosaic - alone": difference(mixed, single),
+        "rim": difference(mixed, single, ~inside),
+        "inside": difference(mixed, single, inside),
+        "mosaic - plain": difference(mixed, plain),
+        "alone - plain": difference(single, plain),
+        "unrelated": difference(plain.roll(1, 0), plain),
+    }
+
+
+def main() -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("--pictures", type=Path, help="folder; default: scikit-image's photographs")
+    parser.add_argument("--view", type=int, default=224, help="side of a view in pixels")
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    pictures = read_views(arguments.pictures, max(SIDES) ** 2, arguments.view)
+    table = Table(box=None, pad_edge=False)
+    for name in TEACHERS:
+        teacher = build_teacher(name, TeacherConfig(preset=name))
+        for side in SIDES:
+            row = measure(teacher, pictures[: side**2], side)
+            if not table.columns:
+                for column in ("teacher", "views", *row):
+                    table.add_column(column, justify="left" if column == "teacher" else "right")
+            table.add_row(name, f"{side}x{side}", *(f"{value:.3f}" for value in row.values()))
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

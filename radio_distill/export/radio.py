@@ -1,0 +1,191 @@
+"""One checkpoint file in the layout that the torch.hub code of NVlabs/RADIO reads, heads included.
+
+The file holds ``state_dict``, ``args`` (an ``argparse.Namespace``), ``arch`` and ``epoch``. That
+code builds the body by the name of its architecture, so only the sizes of body that it knows are
+written, under its names. It builds LayerScale, as ``ls1.grandma``, in its "v2" bodies only.
+"""
+
+from argparse import Namespace
+from itertools import permutations
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ExportError
+from ..models.adaptors import Adaptor
+from .blocks import BlockShape, block_shape, body_tensors
+from .files import new_folder
+from .folded import FoldedStudent
+from .model_card import model_card
+
+NAME = "radio"
+
+_ARCHITECTURES = {
+    # width, depth, attention heads, channels in the MLP, LayerScale
+    (192, 12, 3, 768, False): "vit_tiny_patch16_224",
+    (384, 12, 6, 1536, False): "vit_small_patch16_224",
+    (768, 12, 12, 3072, False): "vit_base_patch16_224",
+    (768, 12, 12, 3072, True): "vit_base_patch16_v2_224",
+    (1024, 24, 16, 4096, False): "vit_large_patch16_224",
+    (1024, 24, 16, 4096, True): "vit_large_patch16_v2_224",
+    (1152, 27, 16, 4304, False): "vit_so400m_patch16_224",
+    (1152, 27, 16, 4320, False): "vit_so400m_patch16_v2_224",
+    (1280, 32, 16, 5120, False): "vit_huge_patch16_224",
+    (1536, 40, 24, 6144, False): "vit_giant_patch16_224",
+}
+_USAGE = """\
+```python
+import torch
+
+model = torch.hub.load(
+    "NVlabs/RADIO", "radio_model", version="{file}", adaptor_names={names}
+)
+```
+
+The hub's code is under a licence of its own, which does not allow commercial use, and it unpickles
+the file: load only files that you trust."""
+
+
+def check(student: FoldedStudent) -> None:
+    """Raise ExportError where the hub's code would not build this student, with the reason."""
+    if student.config.window_size:
+        raise ExportError(
+            f"{NAME} cannot hold student.window_size {student.config.window_size}: a checkpoint of "
+            "this layout cannot say it; export it as onnx"
+        )
+    shape = block_shape(student, NAME)
+    if shape.gated or (shape.activation, shape.eps, shape.qkv_bias) != ("gelu", 1e-6, True):
+        raise ExportError(
+            f"{NAME} cannot hold student.architecture {student.config.architecture!r}: its bodies "
+            "have GELU, a bias on queries, keys and values, and norms of eps 1e-6; export it as "
+            "transformers or onnx"
+        )
+    if _numbers(student, shape) not in _ARCHITECTURES:
+        known = ", ".join(_ARCHITECTURES.values())
+        raise ExportError(
+            f"{NAME} cannot hold student.architecture {student.config.architecture!r}: its code "
+            f"knows no body of these sizes (it knows {known}); export it as transformers or onnx"
+        )
+
+
+def export(student: FoldedStudent, folder: Path) -> Path:
+    """Write ``RECIPE.pth.tar`` and a model card into ``folder``; returns the checkpoint.
+
+    Raises:
+        ExportError: where the layout cannot hold the student, or the folder cannot be written.
+    """
+    check(student)
+    arguments = _arguments(student)
+    file = f"{student.checkpoint.recipe.name}.pth.tar"
+    with new_folder(folder) as draft:
+        content = {
+            "state_dict": _tensors(student),
+            "args": arguments,
+            "arch": arguments.model,
+            "epoch": 0,
+        }
+        torch.save(content, draft / file)
+        usage = _USAGE.format(file=file, names=list(student.checkpoint.teachers))
+        card = model_card(student, usage, library="radio")
+        (draft / "README.md").write_text(card, encoding="utf-8")
+    return folder / file
+
+
+def _numbers(student: FoldedStudent, shape: BlockShape) -> tuple[int, int, int, int, bool]:
+    body = student.model.student
+    return body.embed_dim, len(body.blocks), shape.heads, shape.mlp_hidden, shape.layer_scale
+
+
+def _tensors(student: FoldedStudent) -> dict[str, Tensor]:
+    body = student.model.student
+    tensors = {
+        f"base_model.{key.replace('.gamma', '.grandma')}": value
+        for key, value in body_tensors(body).items()
+    }
+    if block_shape(student, NAME).layer_scale:  # the v2 bodies have registers that nothing reads
+        tensors["base_model.reg_token"] = torch.zeros(1, 4, body.embed_dim)
+    if student.config.final_norm:
+        tensors |= _below("base_model.norm", body.norm)
+    tensors["input_conditioner.norm_mean"] = body.mean
+    tensors["input_conditioner.norm_std"] = body.std
+    for label, adaptor in zip(_labels(student), student.model.adaptors.values(), strict=True):
+        assert isinstance(adaptor, Adaptor)
+        tensors |= _below(f"_feature_projections.{label}", adaptor.spatial)
+        if adaptor.summary is not None:
+            tensors |= _below(f"_heads.{label}", adaptor.summary)
+    return {key: value.contiguous() for key, value in tensors.items()}
+
+
+def _below(prefix: str, module: nn.Module) -> dict[str, Tensor]:
+    return {f"{prefix}.{key}": value for key, value in module.state_dict().items()}
+
+
+def _labels(student: FoldedStudent) -> list[str]:
+    """Name each teacher's heads: by its name, or by its place where one name begins another's.
+
+    The hub's code finds heads by the beginning of their keys, so ``dino`` would catch ``dinov3``.
+    """
+    names = list(student.checkpoint.teachers)
+    if any(longer.startswith(name) for name, longer in permutations(names, 2)):
+        return [str(place) for place in range(len(names))]
+    return names
+
+
+def _arguments(student: FoldedStudent) -> Namespace:
+    """Return the training arguments that the hub's code asks for."""
+    body, config = student.model.student, student.config
+    numbers = _numbers(student, block_shape(student, NAME))
+    patch = {} if body.patch_size == 16 else {"patch_size": body.patch_size}
+    return Namespace(
+        model=_ARCHITECTURES[numbers],
+        model_kwargs=patch,
+        model_norm=config.final_norm,
+        cpe_max_size=len(body.positions.table) * body.patch_size,
+        cpe_num_registers=body.num_prefix_tokens - body.num_summary_tokens,
+        register_multiple=None,
+        cls_token_per_teacher=True,
+        teachers=_teachers(student),
+        mlp_version="v2",
+        spatial_mlp_version="v2",
+        dtype=torch.float32,
+        **_UNUSED,
+    )
+
+
+_UNUSED: dict[str, Any] = {
+    "pretrained": False,
+    "initial_checkpoint": "",
+    "torchscript": False,
+    "in_chans": None,
+    "input_size": None,
+    "num_classes": None,
+    "drop": 0.0,
+    "drop_path": None,
+    "drop_block": None,
+    "gp": None,
+    "bn_momentum": None,
+    "bn_eps": None,
+    "spectral_reparam": False,
+    "spectral_heads": False,
+    "damp": None,
+}
+"""Arguments that the hub's code reads and that say nothing of a folded student."""
+
+
+def _teachers(student: FoldedStudent) -> list[dict[str, Any]]:
+    """Describe the teachers; the type is one that asks for no text encoder."""
+    specs = student.checkpoint.teachers
+    return [
+        {
+            "name": name,
+            "type": "generic",
+            "model": student.checkpoint.recipe.teachers[name].preset,
+            "use_summary": spec.summary_channels is not None,
+            "token_slot": slot,
+            "mlp_version": "v2",
+            "spatial_mlp_version": "v2",
+        }
+        for slot, (name, spec) in enumerate(specs.items())
+    ]

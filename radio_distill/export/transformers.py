@@ -1,0 +1,269 @@
+"""A model folder that ``transformers.AutoModel`` reads as its own RadioModel, without remote code.
+
+::
+
+    FOLDER/
+        config.json                RadioConfig
+        model.safetensors          body, under the names of the published RADIO models
+        preprocessor_config.json   pictures to [0, 1]; normalisation is inside the model
+        adaptors.safetensors       heads, "<teacher>.summary.fc1.weight" …, in the teachers' space
+        radio_distill.json         what the heads are, for radio_distill.load
+        README.md                  model card
+
+transformers translates the published names when it loads, but for LayerScale, which it would drop
+with no more than a line in its log. So LayerScale is written under transformers' own name, and the
+folder is read back and compared with the student before it gets its final name.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from einops import rearrange
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .. import __version__
+from ..config import partition_sizes
+from ..errors import ExportError
+from ..types import Size
+from .blocks import BlockShape, block_shape, body_tensors
+from .files import new_folder, write_json
+from .folded import FoldedStudent
+from .model_card import model_card
+
+NAME = "transformers"
+TOLERANCE = 1e-4
+"""Largest difference of the folder's features from the student's, relative to their largest."""
+
+_GAPS = ("missing_keys", "unexpected_keys", "mismatched_keys")
+
+_USAGE = """\
+```python
+import torch
+from transformers import AutoModel
+
+model = AutoModel.from_pretrained("FOLDER").eval()
+pixels = torch.rand(1, 3, {height}, {width})  # RGB in [0, 1]; sides are multiples of {patch}
+output = model(pixels)
+output.summary  # [1, {summary}]
+output.features  # [1, {cells}, {width_of_model}]
+```
+
+The heads of the teachers are in `adaptors.safetensors`, which transformers does not read:
+
+```python
+import radio_distill
+
+model = radio_distill.load("FOLDER")
+```"""
+
+
+def check(student: FoldedStudent) -> None:
+    """Raise ExportError where RadioModel cannot hold a student, with the reason."""
+    config = student.config
+    if config.window_size:
+        raise ExportError(
+            f"{NAME} cannot hold student.window_size {config.window_size}: RadioModel attends "
+            "globally in every block; export it as onnx"
+        )
+    if config.final_norm:
+        raise ExportError(
+            f"{NAME} cannot hold student.final_norm: RadioModel ends with its last block; "
+            "export it as onnx"
+        )
+    shape = block_shape(student, NAME)
+    if shape.gated and shape.mlp_hidden % 8:
+        raise ExportError(
+            f"{NAME} cannot hold a SwiGLU of {shape.mlp_hidden} channels: RadioModel rounds to "
+            "multiples of 8; export it as onnx"
+        )
+
+
+def export(student: FoldedStudent, folder: Path) -> Path:
+    """Write the model folder; returns it.
+
+    Raises:
+        ExportError: where RadioModel cannot hold the student, or the folder cannot be written.
+    """
+    check(student)
+    with new_folder(folder) as draft:
+        _config(student).save_pretrained(draft)
+        tensors = {key: value.contiguous() for key, value in _tensors(student).items()}
+        save_file(tensors, draft / "model.safetensors", metadata={"format": "pt"})
+        save_file(student.model.adaptors.state_dict(), draft / "adaptors.safetensors")
+        write_json(draft / "preprocessor_config.json", _preprocessor(student))
+        write_json(draft / "radio_distill.json", description(student))
+        card = model_card(student, _usage(student), library="transformers")
+        (draft / "README.md").write_text(card, encoding="utf-8")
+        _verify(student, draft)
+    return folder
+
+
+def _config(student: FoldedStudent) -> Any:
+    """Return the RadioConfig."""
+    from transformers import RadioConfig
+
+    body, shape = student.model.student, block_shape(student, NAME)
+    return RadioConfig(
+        architectures=["RadioModel"],
+        dtype="float32",
+        hidden_size=body.embed_dim,
+        num_hidden_layers=len(body.blocks),
+        num_attention_heads=shape.heads,
+        mlp_ratio=_mlp_ratio(shape, body.embed_dim),
+        hidden_act=shape.activation,
+        layer_norm_eps=shape.eps,
+        use_swiglu_ffn=shape.gated,
+        qkv_bias=shape.qkv_bias,
+        patch_size=body.patch_size,
+        image_size=max(preferred_size(student)),
+        max_img_size=len(body.positions.table) * body.patch_size,
+        num_cls_tokens=body.num_summary_tokens,
+        num_registers=body.num_prefix_tokens - body.num_summary_tokens,
+        summary_idxs=student.summary_slots,
+        norm_mean=body.mean.flatten().tolist(),
+        norm_std=body.std.flatten().tolist(),
+    )
+
+
+def _mlp_ratio(shape: BlockShape, width: int) -> float:
+    """Return the ratio of which RadioModel, which cuts its product down, makes this MLP."""
+    hidden = shape.mlp_hidden * 3 // 2 if shape.gated else shape.mlp_hidden
+    ratio = hidden / width
+    return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
+
+
+def _tensors(student: FoldedStudent) -> dict[str, Tensor]:
+    """Return the tensors under the names that the published models have on the hub."""
+    body, shape = student.model.student, block_shape(student, NAME)
+    tensors = {}
+    for key, value in body_tensors(body).items():
+        for name, part in _translated(key, value, shape.gated).items():
+            tensors[f"radio_model.model.{name}"] = part
+    return {
+        **tensors,
+        "radio_model.summary_idxs": torch.tensor(student.summary_slots, dtype=torch.long),
+        "radio_model.input_conditioner.norm_mean": body.mean,
+        "radio_model.input_conditioner.norm_std": body.std,
+    }
+
+
+def _translated(key: str, value: Tensor, gated: bool) -> dict[str, Tensor]:
+    """Give a tensor transformers' own name where it translates the published one wrongly."""
+    if key.endswith(".gamma"):
+        block, scale = key.removesuffix(".gamma").rsplit(".ls", 1)
+        return {f"{block}.layer_scale{scale}.lambda1": value}
+    if gated and ".mlp.fc1." in key:
+        gate, up = value.chunk(2)
+        return {key.replace("fc1", "gate_proj"): gate, key.replace("fc1", "up_proj"): up}
+    return {key.replace(".mlp.fc2.", ".mlp.down_proj.") if gated else key: value}
+
+
+def preferred_size(student: FoldedStudent) -> Size:
+    """Return the largest size that the last stage trained at, as (height, width)."""
+    checkpoint = student.checkpoint
+    partitions = checkpoint.recipe.stages[checkpoint.stage].partitions
+    sizes = [size for partition in partitions for size in partition_sizes(partition)]
+    return max(sizes, key=lambda size: size[0] * size[1])
+
+
+def _preprocessor(student: FoldedStudent) -> dict[str, Any]:
+    """Describe transformers' image processor: resize, and nothing but [0, 1]."""
+    height, width = preferred_size(student)
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"height": height, "width": width},
+        "resample": 3,  # bicubic
+        "do_center_crop": False,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": False,
+    }
+
+
+def description(student: FoldedStudent) -> dict[str, Any]:
+    """Describe a folded student, so that its body and heads can be built without a checkpoint."""
+    checkpoint = student.checkpoint
+    config = replace(student.config, pretrained="", spectral_reparametrization=False)
+    slots = dict(zip(student.summary_teachers, student.summary_slots, strict=False))
+    return {
+        "student": asdict(config),
+        "teachers": {name: asdict(spec) for name, spec in checkpoint.teachers.items()},
+        "summary_slots": slots,
+        "recipe": checkpoint.recipe.name,
+        "stage": checkpoint.stage,
+        "step": checkpoint.step,
+        "versions": {"radio_distill": __version__, "torch": torch.__version__},
+    }
+
+
+def _usage(student: FoldedStudent) -> str:
+    body, (height, width) = student.model.student, preferred_size(student)
+    return _USAGE.format(
+        height=height,
+        width=width,
+        patch=body.patch_size,
+        summary=len(student.summary_slots) * body.embed_dim,
+        cells=height * width // body.patch_size**2,
+        width_of_model=body.embed_dim,
+    )
+
+
+@torch.no_grad()
+def _verify(student: FoldedStudent, folder: Path) -> None:
+    """Raise ExportError unless transformers reads the folder as the student that was written."""
+    from transformers import AutoModel
+
+    with _quiet():
+        model, report = AutoModel.from_pretrained(folder, output_loading_info=True)
+    problems = [f"{kind.replace('_', ' ')}: {key}" for kind in _GAPS for key in sorted(report[kind])]
+    body = student.model.student
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.rand(1, 3, 2 * body.patch_size, 3 * body.patch_size, generator=generator)
+    tokens, spatial = body(pixels)
+    output = model.eval()(pixels)
+    wanted = {
+        "summary": tokens[:, student.summary_slots].flatten(1),
+        "features": rearrange(spatial, "b d h w -> b (h w) d"),
+    }
+    for name, value in wanted.items():
+        if value.numel() and not _near(output[name], value):
+            problems.append(f"another {name}")
+    if problems:
+        raise ExportError(
+            f"{NAME} {_version()} does not read what was written as the same model "
+            f"({problems[0]}); try another version of it"
+        )
+
+
+def _near(found: Tensor, wanted: Tensor) -> bool:
+    return bool((found - wanted).abs().max() <= TOLERANCE * wanted.abs().max())
+
+
+def _version() -> str:
+    from transformers import __version__ as version
+
+    return version
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers' progress bar and report out of the log; :func:`_verify` says more."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

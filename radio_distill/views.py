@@ -1,0 +1,126 @@
+"""What student and teachers see of one picture: the same view, or crops shifted against each other.
+
+With shifts (C-RADIOv4, arXiv 2601.17237: shift-equivariant loss) every encoder gets a crop of its
+own, moved by whole patches of the student within a view that is larger by the range of the shifts.
+What a teacher adds to fixed places of its map then has no fixed place in the picture, and cannot be
+learned. Losses are taken over the part that both crops show; :func:`follow` brings a map there.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .types import Size
+
+STUDENT, AVERAGE = "student", "average student"
+"""Names of the encoders that are no teachers; a teacher's name is an identifier without blanks."""
+
+
+def resize(pixels: Tensor, size: Size) -> Tensor:
+    """Resize ``[B, 3, H, W]`` to ``size`` pixels, bicubic and antialiased, staying in [0, 1]."""
+    if tuple(pixels.shape[-2:]) == tuple(size):
+        return pixels
+    resized = F.interpolate(pixels, size, mode="bicubic", align_corners=False, antialias=True)
+    return resized.clamp(0, 1)
+
+
+class Views:
+    """The views of a micro-batch's pictures.
+
+    Args:
+        pixels: ``[B, 3, H, W]`` in [0, 1].
+        size: of the student's input, (height, width) in pixels.
+        offsets: where the crop of a named encoder begins, ``[B, 2]`` whole pixels down and right;
+            None where all see the same.
+        margin: pixels by which the view exceeds a crop on each axis.
+    """
+
+    def __init__(
+        self,
+        pixels: Tensor,
+        size: Size,
+        offsets: Callable[[str], Tensor] | None = None,
+        margin: int = 0,
+    ):
+        self.size = size
+        self._pixels = pixels
+        self._offsets = offsets if margin else None
+        self._margin = margin
+
+    @property
+    def are_shifted(self) -> bool:
+        """Whether each encoder has a crop of its own."""
+        return self._offsets is not None
+
+    def to(self, device: torch.device) -> "Views":
+        """Return the same views on a device."""
+        return Views(self._pixels.to(device), self.size, self._offsets, self._margin)
+
+    def of_student(self, name: str = STUDENT) -> Tensor:
+        """Return the student's pixels ``[B, 3, *size]``."""
+        return resize(self._pixels, self.size) if self._offsets is None else self._crop(name)
+
+    def of_teacher(self, name: str) -> Tensor:
+        """Return a teacher's pixels, not yet resized to its input.
+
+        Without shifts that is the view as it was decoded, which may be larger than the student's:
+        then partitions that share their images show a teacher the same.
+        """
+        return self._pixels if self._offsets is None else self._crop(name)
+
+    def shift(self, name: str) -> Tensor | None:
+        """Return how far the student's crop lies behind an encoder's, ``[B, 2]`` in crop sides."""
+        if self._offsets is None:
+            return None
+        sides = torch.tensor(self.size, dtype=torch.float32)
+        return (self._offsets(STUDENT) - self._offsets(name)) / sides
+
+    def _crop(self, name: str) -> Tensor:
+        assert self._offsets is not None
+        height, width = self.size
+        view = resize(self._pixels, (height + self._margin, width + self._margin))
+        corners = self._offsets(name).tolist()
+        crops = [
+            picture[:, top : top + height, left : left + width]
+            for picture, (top, left) in zip(view, corners, strict=True)
+        ]
+        return torch.stack(crops)
+
+
+def follow(features: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """Move another encoder's map to where the student's crop lies.
+
+    Args:
+        features: ``[B, C, h, w]``, at the grid of the comparison.
+        shift: ``[B, 2]``, how far the student's crop lies behind the other, in crop sides. Where it
+            is no whole number of cells the map is interpolated bilinearly.
+
+    Returns:
+        The moved map ``[B, C, h, w]``, and which cells both crops show, ``[B, h, w]``.
+    """
+    height, width = features.shape[-2:]
+    down, right = shift.to(features.device, torch.float32).unbind(1)  # [B] each
+    rows = torch.arange(height, device=features.device) + down[:, None] * height  # [B, h]
+    columns = torch.arange(width, device=features.device) + right[:, None] * width  # [B, w]
+    points = torch.stack(
+        torch.broadcast_tensors(
+            (2 * columns[:, None, :] + 1) / width - 1, (2 * rows[:, :, None] + 1) / height - 1
+        ),
+        dim=-1,
+    )
+    moved = F.grid_sample(
+        features,
+        points.to(features.dtype),
+        mode="bilinear",
+        padding_mode="border",
+        align_corners=False,
+    )
+    seen = _inside(rows, height)[:, :, None] & _inside(columns, width)[:, None, :]
+    return moved, seen
+
+
+def _inside(positions: Tensor, length: int) -> Tensor:
+    tolerance = 1e-3  # of a cell: a whole number of cells may be off by rounding
+    return (positions >= -tolerance) & (positions <= length - 1 + tolerance)

@@ -1,0 +1,108 @@
+"""Checkpoints of small students whose every number is random, so that a slip shows."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from radio_distill.balance.moments import Moments
+from radio_distill.config import Recipe, build
+from radio_distill.export.folded import FoldedStudent, folded
+from radio_distill.models.distilled import DistilledStudent, build_student
+from radio_distill.models.reparametrize import reparametrize
+from radio_distill.train import checkpoint as checkpoints
+from radio_distill.train.checkpoint import Checkpoint
+from radio_distill.train.statistics import build_normalizers, normalizer_tensors
+from radio_distill.types import TeacherSpec
+
+CHANNELS = {"clip": (12, 5), "sam": (8, None), "dino": (4, 4)}
+LICENCES = {"clip": "apple-ascl (research only)", "sam": "apache-2.0", "dino": "dinov3-license"}
+
+
+def _recipe(folder: Path, normalizer: str, student: dict[str, Any]) -> Recipe:
+    partition = {"name": "a", "size": [32, 48], "teachers": list(CHANNELS), "batch_size": 2}
+    recipe: Recipe = build(
+        Recipe,
+        {
+            "name": "tiny",
+            "output": str(folder),
+            "data": {"shards": ["x"]},
+            "student": {"head_hidden": 16, "head_layers": 1, "max_size": 512, **student},
+            "teachers": {name: {"preset": f"preset_{name}"} for name in CHANNELS},
+            "normalizer": {"name": normalizer},
+            "stages": {"stage1": {"steps": 7, "partitions": [partition]}},
+        },
+    )
+    return recipe
+
+
+def _specs() -> dict[str, TeacherSpec]:
+    half = (0.5, 0.5, 0.5)
+    return {
+        name: TeacherSpec(
+            name, channels, summary, 16, (224, 224), None, half, half, licence=LICENCES[name]
+        )
+        for name, (channels, summary) in CHANNELS.items()
+    }
+
+
+def _statistics(recipe: Recipe) -> dict[str, torch.Tensor]:
+    normalizers = build_normalizers(recipe)
+    for name, normalizer in normalizers.items():
+        channels = CHANNELS[name][0]
+        moments = Moments(channels)
+        mixed = torch.randn(200, channels) @ torch.randn(channels, channels) + 3
+        moments.update(mixed.T[None, :, :, None])
+        normalizer.fit(moments)
+    return normalizer_tensors(normalizers)
+
+
+def _randomise(model: DistilledStudent) -> None:
+    """Give vectors random values too: new norms, biases and LayerScale are all 0, 1 or 1e-5."""
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1:
+            centre = 1.0 if name.endswith(("norm1.weight", "norm2.weight")) else 0.0
+            parameter.data.normal_(centre, 0.3)
+    model.student.prefix_tokens.data.normal_()
+
+
+@pytest.fixture
+def make_checkpoint(tmp_path: Path) -> Callable[..., Checkpoint]:
+    """Write and open the checkpoint of a new student; its run folder is ``tmp_path / "tiny"``."""
+
+    def make(
+        normalizer: str = "phi_s", stage: str = "stage1", step: int = 7, seed: int = 0, **fields: Any
+    ) -> Checkpoint:
+        torch.manual_seed(seed)
+        recipe = _recipe(tmp_path, normalizer, {"architecture": "test_vit", **fields})
+        plain = replace(recipe.student, spectral_reparametrization=False)
+        model = build_student(plain, _specs())
+        _randomise(model)
+        if recipe.student.spectral_reparametrization:
+            reparametrize(model.student, spectral=True, noise=0.0)
+            _randomise(model)
+        folder = checkpoints.save(
+            tmp_path / "tiny" / stage / "checkpoints",
+            step,
+            {"student": model.state_dict(), "statistics": _statistics(recipe)},
+            stage="stage1",
+            recipe=recipe,
+            teachers=_specs(),
+            keep_last=3,
+        )
+        return checkpoints.read(folder)
+
+    return make
+
+
+@pytest.fixture
+def make_student(make_checkpoint: Callable[..., Checkpoint]) -> Callable[..., FoldedStudent]:
+    """Make a folded student out of a checkpoint."""
+
+    def make(**fields: Any) -> FoldedStudent:
+        return folded(make_checkpoint(**fields))
+
+    return make
