@@ -2,10 +2,10 @@
 
 Pretrained teachers that come inside Python packages see photographs in three ways: in a full
 mosaic, alone at the same place of an otherwise empty canvas, and plain, without a canvas. Printed
-is the RMS of the difference of two maps over the RMS of the second about the mean of each channel:
-0 for equal features, 1 where one map is constant, about 1.4 for pictures that are unrelated (the
-last column, the floor of what could be called a match: the plain map of another view). "Rim" and
-"inside" part the cells of a view into the outermost ring and the rest.
+is the RMS of the difference of two maps over the RMS of the second about the mean of each channel.
+Equal maps give 0, maps of unrelated pictures about 1.4. "Rim" and "inside" split the cells of a
+view into the outermost ring and the rest. Two columns are yardsticks: the plain map against that of
+the mirrored view, mirrored back, and against that of another picture.
 
     python -m benchmarks.mosaic [--pictures FOLDER] [--view 224] [--threads 1]
 
@@ -15,7 +15,8 @@ build such encoders. It cannot for the two teachers here: a ViT attends to the w
 a neighbour reaches every cell, and the receptive field of a deep CNN crosses the edge of a tile.
 Nor can it for SAM, for whom the mosaic is made, with four global blocks and windows of 14 cells;
 its weights are in no package. Both teachers here take any size and so show what the canvas alone
-does (``alone - plain``): a position table for a larger grid, and padding that layers can see.
+does (``alone, plain``): a position table for a larger grid, and padding that layers can see. They
+were not trained on padded canvases as SAM was, so their figures say little about SAM's.
 """
 
 import argparse
@@ -41,6 +42,8 @@ PHOTOGRAPHS = (
 """Those of scikit-image."""
 SIDES = (2, 3)
 """Views a side of the mosaics."""
+MOSAICS = 3
+"""Of each size; the pictures change places between them."""
 
 
 def read_views(folder: Path | None, number: int, side: int) -> Tensor:
@@ -86,22 +89,26 @@ def difference(features: Tensor, reference: Tensor, cells: Tensor | None = None)
     return float(change.norm() / centred.norm())
 
 
-def measure(teacher: Teacher, views: Tensor, side: int) -> dict[str, float]:
+def measure(teacher: Teacher, pictures: Tensor, side: int) -> dict[str, float]:
     """Compare mosaic, alone and plain for ``side`` views a side."""
-    height, width = views.shape[-2:]
+    height, width = pictures.shape[-2:]
     canvas, patch = (side * height, side * width), teacher.spec.patch_size
     mosaic = plan_mosaic(teacher.spec.name, canvas, (height, width), patch)
-    mixed = in_mosaic(teacher, mosaic, views)
-    single, plain = alone(teacher, mosaic, views), teacher.encode(views).spatial
+    groups = [pictures.roll(-2 * turn, 0)[: mosaic.images] for turn in range(MOSAICS)]
+    views = torch.cat(groups)
+    mixed = torch.cat([in_mosaic(teacher, mosaic, group) for group in groups])
+    single = torch.cat([alone(teacher, mosaic, group) for group in groups])
+    plain, mirrored = (teacher.encode(seen).spatial for seen in (views, views.flip(-1)))
     inside = torch.zeros(plain.shape[-2:], dtype=torch.bool)
     inside[1:-1, 1:-1] = True
     return {
-        "mosaic - alone": difference(mixed, single),
+        "mosaic, alone": difference(mixed, single),
         "rim": difference(mixed, single, ~inside),
         "inside": difference(mixed, single, inside),
-        "mosaic - plain": difference(mixed, plain),
-        "alone - plain": difference(single, plain),
-        "unrelated": difference(plain.roll(1, 0), plain),
+        "mosaic, plain": difference(mixed, plain),
+        "alone, plain": difference(single, plain),
+        "mirrored": difference(mirrored.flip(-1), plain),
+        "another": difference(plain.roll(1, 0), plain),
     }
 
 
@@ -116,16 +123,14 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     pictures = read_views(arguments.pictures, max(SIDES) ** 2, arguments.view)
-    table = Table(box=None, pad_edge=False)
     for name in TEACHERS:
         teacher = build_teacher(name, TeacherConfig(preset=name))
-        for side in SIDES:
-            row = measure(teacher, pictures[: side**2], side)
-            if not table.columns:
-                for column in ("teacher", "views", *row):
-                    table.add_column(column, justify="left" if column == "teacher" else "right")
-            table.add_row(name, f"{side}x{side}", *(f"{value:.3f}" for value in row.values()))
-    Console().print(table)
+        rows = {f"{side}x{side}": measure(teacher, pictures, side) for side in SIDES}
+        columns = next(iter(rows.values()))
+        table = Table("views", *columns, title=name, title_justify="left", box=None)
+        for views, row in rows.items():
+            table.add_row(views, *(f"{value:.2f}" for value in row.values()))
+        Console().print(table)
 
 
 if __name__ == "__main__":

@@ -84,15 +84,15 @@ def feature_loss(name: str) -> Callable[..., Tensor]:
 def mesa(student: Tensor, average: Tensor, valid: Tensor | None = None) -> Tensor:
     """Return the distance of a student's ``[B, D, h, w]`` to its averaged self's: ``[B]``.
 
-    C-RADIOv4 (arXiv 2601.17237): the squared length of the difference after a LayerNorm without
-    weights, averaged over the cells where ``valid`` ``[B, h, w]``. A squared length is a sum over
-    channels, unlike in the other terms: cells that have nothing in common are 2·D apart.
+    C-RADIOv4 (arXiv 2601.17237): the squared difference after a LayerNorm without weights, averaged
+    over the cells where ``valid`` ``[B, h, w]``. As in the other terms it is averaged over channels
+    too, where the paper writes a sum: cells that have nothing in common are 2 apart.
     """
     ours, theirs = (
         F.layer_norm(rearrange(_precise(item), "b d h w -> b h w d"), item.shape[1:2])
         for item in (student, average)
     )
-    return _mean_over_cells((ours - theirs).square().sum(-1), valid)
+    return _mean_over_cells((ours - theirs).square().mean(-1), valid)
 
 
 def _mean_over_cells(values: Tensor, valid: Tensor | None) -> Tensor:

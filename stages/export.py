@@ -11,14 +11,10 @@ import argparse
 import itertools
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from radio_distill.errors import CheckpointError, ConfigError, ExportError
+from radio_distill.errors import ConfigError, ExportError
 from radio_distill.files import reason_of
 from radio_distill.registry import nearest
-
-if TYPE_CHECKING:
-    from radio_distill.train.checkpoint import Checkpoint
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,54 +33,33 @@ def run(arguments: argparse.Namespace) -> int:
     """Export; prints what was written."""
     from radio_distill.export import format_named
     from radio_distill.export.folded import folded
+    from radio_distill.loading import find_checkpoint
 
     chosen = format_named(arguments.format)
-    stage = stage_folder(arguments.run, arguments.stage)
-    checkpoint = checkpoint_in(stage)
+    path = stage_of_run(arguments.run, arguments.stage) if arguments.stage else arguments.run
+    checkpoint = find_checkpoint(path)
     logging.info("%s of %s", arguments.format, checkpoint.folder)
     student = folded(checkpoint)
     chosen.check(student)
     folder = arguments.output
     if folder is None:
-        place = checkpoint.folder.parents[1] if stage == arguments.run else arguments.run
+        # A checkpoint's own folder is no place: it is deleted when newer ones come.
+        inside = arguments.run in checkpoint.folder.parents
+        place = arguments.run if inside else checkpoint.folder.parents[1]
         folder = place / "export" / arguments.format
         move_aside(folder)
     print(chosen.export(student, folder))
     return 0
 
 
-def stage_folder(path: Path, stage: str | None) -> Path:
-    """Return the folder of a stage in a run's folder; any other path is returned as it is.
-
-    Raises:
-        ConfigError: where there is no such stage, or several of that name.
-    """
-    found = sorted(
-        folder.parents[1].name
-        for folder in path.glob("stage*/checkpoints/step-*")
-        if "." not in folder.parents[1].name  # earlier runs, moved aside
-    )
-    names = list(dict.fromkeys(found))
-    if not names and stage is None:
-        return path
+def stage_of_run(folder: Path, stage: str) -> Path:
+    """Return the folder of a run's stage; raises ConfigError where there is none of that name."""
+    names = [path.parent.name for path in folder.glob("*/checkpoints")]
     if not names:
-        raise ConfigError(f"--stage {stage}: {path} is not the folder of a run with checkpoints")
-    wanted = stage or names[-1].partition("-")[0]
-    fitting = [name for name in names if wanted in (name, name.partition("-")[0])]
-    if not fitting:
-        raise ConfigError(f"--stage {wanted}: {path} has no such stage ({nearest(wanted, names)})")
-    if len(fitting) > 1 and wanted not in fitting:
-        raise ConfigError(f"{path} has several: choose with --stage {' or '.join(fitting)}")
-    return path / (wanted if wanted in fitting else fitting[0])
-
-
-def checkpoint_in(folder: Path) -> "Checkpoint":
-    """Open the newest checkpoint of a stage's folder, or a checkpoint's own folder."""
-    from radio_distill.train.checkpoint import find
-
-    if not folder.is_dir():
-        raise CheckpointError(f"no folder {folder}; name that of a run, a stage or a checkpoint")
-    return find(folder)
+        raise ConfigError(f"--stage {stage}: {folder} is not the folder of a run")
+    if stage not in names:
+        raise ConfigError(f"--stage {stage}: {folder} has no such stage ({nearest(stage, names)})")
+    return folder / stage
 
 
 def move_aside(folder: Path) -> None:

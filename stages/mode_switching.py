@@ -270,12 +270,11 @@ def draw(curves: Sequence[Curve], png: Path, svg: Path) -> None:
         for axes, (title, measure, *_) in zip(panels, MEASURES, strict=True):
             _draw_lines(axes, curves, measure)
             axes.axvline(reference, color="#808080", linewidth=0.8, linestyle=":")
-            axes.set(xlabel="input, px", ylabel=f"{title.lower()} {reference} px, %")
+            axes.set_xlabel("input, px")
+            axes.set_title(f"{title} {reference} px, %", fontsize=10)
             axes.spines[["top", "right"]].set_visible(False)
-        names = [curve.encoder.name for curve in curves]
         figure.legend(
-            panels[0].lines[: len(curves)],
-            names,
+            *panels[0].get_legend_handles_labels(),
             loc="outside lower center",
             ncols=4,
             frameon=False,
@@ -289,9 +288,16 @@ def _draw_lines(axes: Any, curves: Sequence[Curve], measure: str) -> None:
 
     for curve, colour in zip(curves, itertools.cycle(PALETTE), strict=False):
         rows = sorted(curve.rows, key=lambda row: row.size)
-        x, y = [row.size[0] for row in rows], [100 * getattr(row, measure) for row in rows]
-        style = "--" if curve.is_teacher else "-"
-        axes.plot(x, y, style, color=colour, linewidth=1.6, marker="o", markersize=3)
+        axes.plot(
+            [row.size[0] for row in rows],
+            [100 * getattr(row, measure) for row in rows],
+            "--" if curve.is_teacher else "-",
+            color=colour,
+            label=curve.encoder.name,
+            linewidth=1.6,
+            marker="o",
+            markersize=3,
+        )
 
 
 def _write(folder: Path, curves: Sequence[Curve], sheet: "Image", facts: Mapping[str, Any]) -> None:

@@ -63,24 +63,25 @@ def teacher_table(models: Models, plans: "Sequence[StagePlan]") -> Table:
     )  # fmt: skip
     costs = [cost for plan in plans for item in plan.partitions for cost in item.teachers]
     for cost in dict.fromkeys(
-        cost for name in models.teachers for cost in costs if cost.name == name
+        cost for name in models.teachers for cost in costs if cost.sight.teacher == name
     ):
+        name, pictures = cost.sight.teacher, cost.sight.pictures
         table.add_row(
-            cost.name,
-            models.recipe.teachers[cost.name].preset,
-            _count(models.tower(cost.name)),
-            f"{models.teacher_bytes(cost.name) / 2**30:.1f}",
-            _size(cost.size),
-            _size(cost.grid),
-            str(cost.calls),
-            f"{(cost.encode_flops + cost.other_flops) / 1e9:,.1f}",
-            models.teachers[cost.name].spec.licence,
+            name,
+            models.recipe.teachers[name].preset,
+            _count(models.tower(name)),
+            f"{models.teacher_bytes(name) / 2**30:.1f}",
+            _size(cost.sight.size),
+            _size(cost.sight.grid),
+            str(cost.calls) if pictures == 1 else f"1/{pictures}",
+            f"{cost.flops / 1e9:,.1f}",
+            models.teachers[name].spec.licence,
         )
     return table
 
 
 def partition_table(plans: "Sequence[StagePlan]") -> Table:
-    """Describe the partitions."""
+    """Describe the partitions; where a size is drawn, by their means."""
     table = _table(
         "Partitions (shares of the work make good `ranks`)", "stage", "partition", "student",
         "images / step", "tokens / picture", "student GFLOP", "teachers GFLOP", "share of work",
@@ -93,9 +94,9 @@ def partition_table(plans: "Sequence[StagePlan]") -> Table:
             table.add_row(
                 plan.name,
                 cost.partition.name,
-                _size(cost.partition.size),
+                ", ".join(map(_size, cost.partition.sizes)),
                 f"{images:,}",
-                f"{cost.tokens:,}",
+                f"{cost.tokens:,.0f}",
                 f"{cost.student_flops / 1e9:,.1f}",
                 f"{cost.teacher_flops / 1e9:,.1f}",
                 f"{work / total:.1%}",
@@ -108,7 +109,7 @@ _MEND = "lower engine.micro_batch or raise engine.zero_stage"
 
 def memory_table(plans: "Sequence[StagePlan]", device: "DeviceType") -> Table:
     """Say what lies on the fullest device."""
-    parts = ("weights", "gradients", "optimizer", "teachers", "step")
+    parts = ("weights", "gradients", "optimizer", "average", "teachers", "step")
     table = _table("Memory of a device, GiB", "stage", *parts, "total", "of", "")
     for plan in plans:
         memory = plan.memory
@@ -129,7 +130,8 @@ def time_table(plans: "Sequence[StagePlan]", price: float) -> Table:
     )  # fmt: skip
     for plan in plans:
         table.add_row(
-            plan.name, str(plan.devices), f"{plan.steps:,}", f"{plan.images:,}", f"{plan.tokens:,}",
+            plan.name, str(plan.devices), f"{plan.steps:,}", f"{plan.images:,}",
+            f"{plan.tokens:,.0f}",
             _flops(plan.student_flops), _flops(plan.teacher_flops),
             f"{plan.step_seconds:.3g}", f"{plan.busy:.0%}", *_hours([plan], price),
         )  # fmt: skip

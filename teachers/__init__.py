@@ -1,4 +1,4 @@
-"""Frozen encoders from timm, open_clip, transformers and RADIO checkpoints, by name.
+"""Frozen encoders from timm, open_clip, transformers, RADIO checkpoints and runs, by name.
 
 ``TEACHERS`` lists presets and sources; :func:`build_teacher` makes one ready to encode;
 :func:`teacher_spec` and :func:`build_module` tell a planner what it will be, without weights. A
@@ -34,6 +34,7 @@ SOURCES = {
     "open_clip": "teachers.open_clip_source",
     "transformers": "teachers.transformers_source",
     "radio": "teachers.radio_source",
+    "student": "teachers.student_source",
 }
 """Modules with ``complete``, ``build``, ``locate``, ``load`` and a table ``ARGUMENTS``."""
 

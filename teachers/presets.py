@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from radio_distill.config import StudentConfig
+
 Triple = tuple[float, float, float]
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -186,9 +188,15 @@ TINY = {
     "tiny_radio": _tiny(
         "transformers", _hf("radio", patch_size=16, image_size=64, max_img_size=256, num_cls_tokens=3, num_registers=2,
                             summary_idxs=[0, 2]), 16, 64, 32, 64, max_size=256),
+    "tiny_student": _tiny(
+        "student", {"config": StudentConfig(architecture="test_vit", max_size=256, registers=2),
+                    "num_summary_tokens": 3, "summary_slots": [0, 2]}, 16, 64, 64, 128, max_size=256),
 }  # fmt: skip
 
-GENERIC = {name: Preset(source=name) for name in ("timm", "open_clip", "transformers", "radio")}
+GENERIC = {
+    **{name: Preset(source=name) for name in ("timm", "open_clip", "transformers", "radio")},
+    "student": Preset(source="student", arguments={"adaptor": ""}),
+}
 
 PRESETS: dict[str, Preset] = {**FULL_SIZE, **PACKAGED, **TINY, **GENERIC}
 

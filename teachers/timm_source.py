@@ -9,6 +9,7 @@ model itself pools, by attention or mean; SAM's encoder has none.
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
+from math import isqrt
 from pathlib import Path
 from typing import Any
 
@@ -57,12 +58,16 @@ class TimmTower(nn.Module):
             channels_last = getattr(self.model, "output_fmt", "NCHW") == "NHWC"
             return rearrange(final, "b h w c -> b c h w") if channels_last else final
         patches = final[:, self.model.num_prefix_tokens :]  # [B, N, C]
-        height = pixels.shape[-2] // self.model.patch_embed.patch_size[0]
+        embedding = getattr(self.model, "patch_embed", None) or self.model.embeds
+        height = pixels.shape[-2] // embedding.patch_size[0]
         return rearrange(patches, "b (h w) c -> b c h w", h=height)
 
 
 def complete(preset: Preset, weights_path: str) -> Preset:
-    """Fill in size and normalisation from timm's own configuration of the model."""
+    """Fill in size and normalisation from timm's own configuration of the model, or its folder's."""
+    folder = Path(weights_path).expanduser()
+    if not preset.model and (folder / "config.json").is_file():
+        preset = _described(preset, weights.read_json(folder / "config.json"), folder)
     if preset.native_size and preset.mean and preset.std:
         return preset
     config = _published(preset.model)
@@ -95,8 +100,8 @@ def locate(preset: Preset) -> Path:
 
 def load(preset: Preset, path: Path) -> TimmTower:
     """Build the encoder with the weights at ``path``, under timm's names or some it converts."""
-    model = _create(preset)
     state = weights.read_state(path)
+    model = _create(preset, state)
     wanted = model.state_dict()
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     if convert and not wanted.keys() <= state.keys():
@@ -113,11 +118,13 @@ def _tower(model: nn.Module, arguments: Mapping[str, Any]) -> TimmTower:
     return TimmTower(model, arguments.get("blocks", 0), arguments.get("stage"))
 
 
-def _create(preset: Preset) -> nn.Module:
+def _create(preset: Preset, state: Mapping[str, Tensor] | None = None) -> nn.Module:
     import timm
 
     architecture = _architecture(preset.model)
     options = {"num_classes": 0, **preset.arguments.get("create", {})}
+    if architecture.startswith("vit_") and "_radio_" in architecture:
+        options = {"use_naflex": True, "pos_embed_grid_size": _radio_grid(state), **options}
     try:
         return timm.create_model(architecture, dynamic_img_size=True, **options)
     except TypeError as error:
@@ -128,6 +135,13 @@ def _create(preset: Preset) -> nn.Module:
     return timm.create_model(architecture, **options)  # a network that takes any size as it is
 
 
+def _radio_grid(state: Mapping[str, Tensor] | None) -> tuple[int, int]:
+    """Return the cells of a checkpoint's position table: timm's files have less than published."""
+    tables = [item for key, item in (state or {}).items() if key.endswith("pos_embed")]
+    side = isqrt(tables[0].flatten(0, -2).shape[0]) if tables else 128
+    return side, side
+
+
 def _architecture(model: str) -> str:
     """Return the part of timm's ``architecture.tag`` that names code; the tag names weights."""
     import timm
@@ -136,6 +150,24 @@ def _architecture(model: str) -> str:
     if not timm.is_model(name):
         raise ConfigError(f"timm has no model {name!r} ({nearest(name, timm.list_models())})")
     return name
+
+
+def _described(preset: Preset, settings: Mapping[str, Any], folder: Path) -> Preset:
+    """Take over what a folder of timm says of its model."""
+    published = settings.get("pretrained_cfg", {})
+    try:
+        return replace(
+            preset,
+            model=settings["architecture"],
+            native_size=preset.native_size or published["input_size"][-1],
+            mean=preset.mean or tuple(published["mean"]),
+            std=preset.std or tuple(published["std"]),
+            arguments={"create": settings.get("model_args", {}), **preset.arguments},
+        )
+    except KeyError as error:
+        raise WeightsError(
+            f"{folder}/config.json has no {error}; name the model in options.model"
+        ) from error
 
 
 def _published(model: str) -> Any:

@@ -15,7 +15,7 @@ from typing import Any
 from einops import rearrange
 from torch import Tensor, nn
 
-from radio_distill.errors import ConfigError, WeightsError
+from radio_distill.errors import ConfigError
 from radio_distill.registry import nearest
 
 from . import weights

@@ -11,8 +11,6 @@ known. TAO Toolkit's port therefore takes those of each batch to the mean so far
 all summaries and the angles are those of the first images, which are kept.
 """
 
-from collections.abc import Mapping
-
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -37,11 +35,11 @@ class SummaryMoments:
     Args:
         channels: S.
         kept: directions of the images at positions below this are kept, in float32; 16,384 of 1536
-            channels are 100 MB. Ours, the number of TAO Toolkit's tangent loss.
+            channels are 100 MB.
         device: where the sum and the directions live.
     """
 
-    def __init__(self, channels: int, kept: int = 16_384, device: torch.device | str | None = None):
+    def __init__(self, channels: int, kept: int, device: torch.device | str | None = None):
         self.count = 0
         """Summaries seen."""
         self._sum = torch.zeros(channels, dtype=torch.float64, device=device)  # [S]
@@ -91,23 +89,3 @@ class SummaryMoments:
         mean = self._sum[None]  # the mean's length does not matter
         angles = [angle(chunk.double(), mean) for chunk in directions.split(CHUNK)]
         return max(float(torch.cat(angles).mean()), FLOOR)
-
-    def state(self) -> dict[str, Tensor]:
-        """Return tensors that make equal moments through :meth:`from_state`."""
-        return {
-            "count": torch.tensor(self.count),
-            "sum": self._sum.to("cpu", copy=True),
-            "directions": self._directions.to("cpu", copy=True),
-            "times_seen": self._times_seen.to("cpu", copy=True),
-        }
-
-    @classmethod
-    def from_state(cls, state: Mapping[str, Tensor]) -> "SummaryMoments":
-        """Make moments, on the CPU, of what :meth:`state` returned."""
-        kept, channels = state["directions"].shape
-        moments = cls(channels, kept)
-        moments.count = int(state["count"])
-        moments._sum += state["sum"]
-        moments._directions += state["directions"]
-        moments._times_seen += state["times_seen"]
-        return moments

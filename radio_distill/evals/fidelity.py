@@ -1,18 +1,20 @@
 """How closely a student's heads reproduce their teachers on held-out pictures.
 
 Both sides are in the teacher's normalised space, so one number is comparable from teacher to
-teacher. Fidelity is FeatSharp's (arXiv 2502.16025, eq. 7): MSE(Y, mean of Y) / MSE(X, Y), 1 for a
-student that only knows the mean. It is a ratio of sums over all pictures, not a mean of ratios of
-batches, which a flat picture would ruin.
+teacher; students of different normalizers are compared :func:`in_teacher_space`. Fidelity is
+FeatSharp's (arXiv 2502.16025, eq. 7): MSE(Y, mean of Y) / MSE(X, Y), 1 for a student that only
+knows the mean. It is a ratio of sums over all pictures, not a mean of ratios of batches, which a
+flat picture would ruin.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ..alignment import align
+from ..protocols import Normalizer
 from ..types import Features, Score, Size
 from .harness import Picture, to_pixels
 
@@ -53,6 +55,25 @@ def fidelity(
         if progress is not None:
             progress(start + len(batch), len(pictures))
     return [score for teacher, total in sums.items() for score in total.scores(teacher)]
+
+
+def in_teacher_space(predict: Predict, normalizers: Mapping[str, Normalizer]) -> Predict:
+    """Return ``predict`` with each head's features brought back to its teacher's own space.
+
+    With the teachers' features as they are for targets, the ``mse`` of :func:`fidelity` is then
+    that of the PHI-S paper's Table 3, and 1 / fidelity is the same over the teacher's variance.
+
+    Raises:
+        ConfigError: when called, where a normalizer has no inverse.
+    """
+
+    def inverted(pixels: Tensor) -> dict[str, Features]:
+        return {
+            name: Features(features.summary, normalizers[name].invert(features.spatial))
+            for name, features in predict(pixels).items()
+        }
+
+    return inverted
 
 
 class _Sums:

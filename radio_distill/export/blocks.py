@@ -75,7 +75,8 @@ def _oddities(body: Student) -> Iterator[str]:
 
     if not isinstance(body.norm_pre, nn.Identity):
         yield "it has a norm before its blocks (norm_pre)"
-    for block in body.blocks:
+    blocks: list[Any] = list(body.blocks)
+    for block in blocks:
         if type(block) is not Block:
             yield f"its blocks are {type(block).__name__}, not the plain Block"
             return

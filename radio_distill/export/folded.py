@@ -10,13 +10,14 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..config import StudentConfig
+from ..config import StudentConfig, partition_sizes
 from ..models.adaptors import Adaptor
 from ..models.distilled import DistilledStudent
 from ..models.reparametrize import fold as fold_matrices
 from ..protocols import Normalizer
 from ..train.checkpoint import Checkpoint
 from ..train.restore import load_student, normalizers_of
+from ..types import Size
 
 
 @dataclass(frozen=True)
@@ -66,3 +67,11 @@ def _fold_into(adaptor: Adaptor, normalizer: Normalizer) -> None:
     last = adaptor.spatial.final[-1]
     assert isinstance(last, nn.Linear)
     adaptor.spatial.final[-1] = normalizer.fold(last)
+
+
+def preferred_size(student: FoldedStudent) -> Size:
+    """Return the largest size that the last stage trained at, as (height, width)."""
+    checkpoint = student.checkpoint
+    partitions = checkpoint.recipe.stages[checkpoint.stage].partitions
+    sizes = [size for partition in partitions for size in partition_sizes(partition)]
+    return max(sizes, key=lambda size: size[0] * size[1])

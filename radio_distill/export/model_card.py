@@ -32,7 +32,11 @@ def model_card(student: FoldedStudent, usage: str, library: str) -> str:
         "Scores": _scores(checkpoint),
         "Recipe": f"```yaml\n{dump(checkpoint.recipe).strip()}\n```",
     }
-    parts = [_front_matter(checkpoint, library), f"# {checkpoint.recipe.name}", _introduction(student)]
+    parts = [
+        _front_matter(checkpoint, library),
+        f"# {checkpoint.recipe.name}",
+        _introduction(student),
+    ]
     parts += [f"## {title}\n\n{text}" for title, text in sections.items() if text]
     return "\n\n".join(parts) + "\n"
 

@@ -92,7 +92,7 @@ class _Graph(nn.Module):
 
 
 def check(student: FoldedStudent) -> None:
-    """Raise ExportError where the packages that write and run ONNX are missing; all students fit."""
+    """Raise ExportError where a package that writes or runs ONNX is missing; every student fits."""
     from importlib.util import find_spec
 
     missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if find_spec(name) is None]

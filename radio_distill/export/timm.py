@@ -18,8 +18,9 @@ timm has one class token and calls all other prefix tokens registers: summary to
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,6 @@ from torch import Tensor, nn
 
 from ..errors import ExportError
 from ..models.student import Student
-from ..models.vit import create_body
 from ..types import Size
 from .files import new_folder, write_json
 from .folded import FoldedStudent
@@ -114,8 +114,6 @@ def _flexible(student: FoldedStudent) -> _Layout:
         "pos_embed_antialias": False,
         "pos_embed_align_corners": False,
     }
-    candidates = [(name, arguments) for name in _radio_models("naflexvit_*_radio_*")]
-    candidates.append((_own_architecture(student), {**arguments, "use_naflex": True}))
     side = body.patch_size
     tensors = {
         **_prefix_tensors(body, "embeds."),
@@ -126,14 +124,22 @@ def _flexible(student: FoldedStudent) -> _Layout:
         **_bias(body, "embeds.proj.bias"),
         **_block_tensors(body),
     }
-    return _Layout(*_first_fitting(student, candidates), tensors, None)
+    name = _radio_model(student, "naflexvit_*_radio_*")
+    if not name:
+        name, arguments["use_naflex"] = _own_architecture(student), True
+        _check_buildable(student, arguments)
+    return _Layout(name, arguments, tensors, None)
 
 
 def _plain(student: FoldedStudent, size: Size) -> _Layout:
     body = student.model.student
     positions = body.positions(body.grid(size))
-    arguments = {**_common_arguments(student), "img_size": list(size), "no_embed_class": True}
-    names = [*_radio_models("vit_*_radio_*"), _own_architecture(student)]
+    arguments = {
+        **_common_arguments(student),
+        "img_size": list(size),
+        "dynamic_img_size": False,
+        "no_embed_class": True,
+    }
     side = body.patch_size
     tensors = {
         **_prefix_tensors(body, ""),
@@ -144,12 +150,22 @@ def _plain(student: FoldedStudent, size: Size) -> _Layout:
         **_bias(body, "patch_embed.proj.bias"),
         **_block_tensors(body),
     }
-    candidates = [(name, arguments) for name in names]
-    return _Layout(*_first_fitting(student, candidates), tensors, size)
+    name = _radio_model(student, "vit_*_radio_*") or _own_architecture(student)
+    return _Layout(name, arguments, tensors, size)
 
 
 def _common_arguments(student: FoldedStudent) -> dict[str, Any]:
-    body = student.model.student
+    """Return what every layout tells timm.
+
+    Raises:
+        ExportError: where the student attends in windows.
+    """
+    body, window = student.model.student, student.config.window_size
+    if window:
+        raise ExportError(
+            f"{NAME} cannot hold student.window_size {window}: its vision transformers attend "
+            "globally in every block; export it as onnx"
+        )
     return {
         "patch_size": body.patch_size,
         "class_token": True,
@@ -160,54 +176,43 @@ def _common_arguments(student: FoldedStudent) -> dict[str, Any]:
     }
 
 
-def _radio_models(pattern: str) -> list[str]:
-    """Names of timm's RADIO models, the newest version first."""
-    import timm
-
-    return sorted(timm.list_models(pattern), key=lambda name: name.rpartition("_v")[2])[::-1]
-
-
 def _own_architecture(student: FoldedStudent) -> str:
     return student.config.architecture.partition(".")[0]
 
 
-def _first_fitting(
-    student: FoldedStudent, candidates: Sequence[tuple[str, dict[str, Any]]]
-) -> tuple[str, dict[str, Any]]:
-    """Return the first of timm's models (name, arguments) whose blocks are the student's.
-
-    Raises:
-        ExportError: where there is none, or the student attends in windows.
-    """
-    window = student.config.window_size
-    if window:
-        raise ExportError(
-            f"{NAME} cannot hold student.window_size {window}: its vision transformers attend "
-            "globally in every block; export it as onnx"
-        )
-    with torch.device("meta"):
-        own = create_body(student.config.architecture, pretrained=False, drop_path=0.0)
-    for name, arguments in candidates:
-        if _blocks_of(name, arguments) == _description(own):
-            return name, arguments
-    raise ExportError(
-        f"{NAME} has no NaFlexViT with the blocks of student.architecture "
-        f"{student.config.architecture!r}; export it as onnx, or with export_plain for one size"
-    )
-
-
-def _blocks_of(name: str, arguments: dict[str, Any]) -> str:
-    """Describe the blocks of one of timm's models; empty where it does not take the arguments."""
+def _radio_model(student: FoldedStudent, pattern: str) -> str:
+    """Return the newest of timm's RADIO models that has the student's blocks, or nothing."""
     import timm
 
-    try:
-        return _description(timm.create_model(name, num_classes=0, device="meta", **arguments))
-    except TypeError:  # timm's deit module knows no NaFlexViT
+    if not isinstance(student.model.student.norm_pre, nn.Identity):
         return ""
+    names = sorted(timm.list_models(pattern), key=lambda name: name.rpartition("_v")[2])
+    blocks = _blocks_of(_own_architecture(student))
+    return next((name for name in reversed(names) if _blocks_of(name) == blocks), "")
 
 
-def _description(model: Any) -> str:
+@cache
+def _blocks_of(name: str) -> str:
+    """Describe the blocks of one of timm's models, so that equal ones have equal descriptions."""
+    import timm
+
+    with torch.device("meta"):
+        model = timm.create_model(name, num_classes=0)
     return f"{model.blocks[0].attn.num_heads} heads, {model.blocks}"
+
+
+def _check_buildable(student: FoldedStudent, arguments: dict[str, Any]) -> None:
+    """Raise ExportError where timm makes no NaFlexViT of the student's own architecture."""
+    import timm
+
+    name = _own_architecture(student)
+    try:
+        timm.create_model(name, num_classes=0, device="meta", **arguments)
+    except TypeError as error:  # not one of timm's module vision_transformer
+        raise ExportError(
+            f"{NAME} makes no NaFlexViT, which takes every size, of student.architecture {name!r}; "
+            "export it for one size, or as onnx"
+        ) from error
 
 
 def _prefix_tensors(body: Student, parent: str) -> dict[str, Tensor]:

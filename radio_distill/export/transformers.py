@@ -28,17 +28,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .. import __version__
-from ..config import partition_sizes
 from ..errors import ExportError
-from ..types import Size
 from .blocks import BlockShape, block_shape, body_tensors
 from .files import new_folder, write_json
-from .folded import FoldedStudent
+from .folded import FoldedStudent, preferred_size
 from .model_card import model_card
+from .parity import check_equal, probe_images
 
 NAME = "transformers"
 TOLERANCE = 1e-4
-"""Largest difference of the folder's features from the student's, relative to their largest."""
+"""Largest difference of the folder's model from the student, see :func:`.parity.check_equal`."""
 
 _GAPS = ("missing_keys", "unexpected_keys", "mismatched_keys")
 
@@ -164,14 +163,6 @@ def _translated(key: str, value: Tensor, gated: bool) -> dict[str, Tensor]:
     return {key.replace(".mlp.fc2.", ".mlp.down_proj.") if gated else key: value}
 
 
-def preferred_size(student: FoldedStudent) -> Size:
-    """Return the largest size that the last stage trained at, as (height, width)."""
-    checkpoint = student.checkpoint
-    partitions = checkpoint.recipe.stages[checkpoint.stage].partitions
-    sizes = [size for partition in partitions for size in partition_sizes(partition)]
-    return max(sizes, key=lambda size: size[0] * size[1])
-
-
 def _preprocessor(student: FoldedStudent) -> dict[str, Any]:
     """Describe transformers' image processor: resize, and nothing but [0, 1]."""
     height, width = preferred_size(student)
@@ -223,34 +214,16 @@ def _verify(student: FoldedStudent, folder: Path) -> None:
 
     with _quiet():
         model, report = AutoModel.from_pretrained(folder, output_loading_info=True)
-    problems = [f"{kind.replace('_', ' ')}: {key}" for kind in _GAPS for key in sorted(report[kind])]
+    gaps = [f"{kind.replace('_', ' ')}: {key}" for kind in _GAPS for key in sorted(report[kind])]
+    if gaps:
+        raise ExportError(f"{NAME} does not take all that was written ({gaps[0]}); report it")
     body = student.model.student
-    generator = torch.Generator().manual_seed(0)
-    pixels = torch.rand(1, 3, 2 * body.patch_size, 3 * body.patch_size, generator=generator)
-    tokens, spatial = body(pixels)
-    output = model.eval()(pixels)
-    wanted = {
-        "summary": tokens[:, student.summary_slots].flatten(1),
-        "features": rearrange(spatial, "b d h w -> b (h w) d"),
-    }
-    for name, value in wanted.items():
-        if value.numel() and not _near(output[name], value):
-            problems.append(f"another {name}")
-    if problems:
-        raise ExportError(
-            f"{NAME} {_version()} does not read what was written as the same model "
-            f"({problems[0]}); try another version of it"
-        )
-
-
-def _near(found: Tensor, wanted: Tensor) -> bool:
-    return bool((found - wanted).abs().max() <= TOLERANCE * wanted.abs().max())
-
-
-def _version() -> str:
-    from transformers import __version__ as version
-
-    return version
+    for pixels in probe_images(body.patch_size, [(1, (2, 3))]):
+        tokens, spatial = body(pixels)
+        expected = {"features": rearrange(spatial, "b d h w -> b (h w) d")}
+        if student.summary_slots:
+            expected["summary"] = tokens[:, student.summary_slots].flatten(1)
+        check_equal(NAME, expected, model.eval()(pixels), TOLERANCE)
 
 
 @contextmanager

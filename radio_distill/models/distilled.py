@@ -159,7 +159,7 @@ def parameter_groups(model: DistilledStudent, weight_decay: float) -> list[dict[
     spectral = [
         module
         for module in model.student.modules()
-        if isinstance(module, ReparametrizedLinear) and module.spectral_scale is not None
+        if isinstance(module, ReparametrizedLinear) and module.spectral
     ]
     scales = {module.spectral_scale for module in spectral}
     matrices = [module.weight for module in spectral]

@@ -1,62 +1,135 @@
-"""Starts a student from the weights of a timm vision transformer, at any patch size and grid.
+"""Starts a student from the weights of another vision transformer, at any patch size and grid.
 
-What the student has no place for (classifier, final norm, pooling) is left behind. The class token
-becomes the start of every summary token, register tokens that of as many registers. timm's patch
-embedding has a bias and the student's has none, so the bias moves into the position table.
+Another may be timm's own, a timm file or folder, a RADIO checkpoint in any published layout, an
+exported student, or a run. All are brought under timm's names first. What a student has no place
+for (classifier, pooling, heads) is left behind, and what it has and the source lacks stays new:
+
+* Summary tokens are taken over in order as far as both have them; further ones start as the first.
+  Registers are taken over in order too; further ones stay random.
+* timm's patch embedding has a bias and the student's has none: it moves into the position table.
+* LayerScale goes into the matrix before it where the student has none, and is 1 where only the
+  student has it; both compute the same as before.
+* RADIO checkpoints, runs and timm folders bring the mean and std of the pictures; a bare timm file
+  says none, so the architecture's own stay.
+
+The heads of a student are always new, also behind a run: their targets are normalised by statistics
+that a stage takes anew. ``start_from`` of a stage is what goes on with a run's heads.
 """
 
 import math
-import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from einops import rearrange
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..errors import WeightsError
+from ..registry import Registry
+from .position import CroppedPositions
+from .radio_layout import holds_radio, radio_checkpoint
+from .weight_files import read_checkpoint, read_json, tensors_of
 
 if TYPE_CHECKING:
     from .student import Student
 
 LEFT_BEHIND = ("norm.", "fc_norm.", "attn_pool.", "pre_logits.", "head.")
-PATCHES, POSITIONS = "patch_embed.proj.weight", "pos_embed"
+TOKENS, PATCHES, POSITIONS = ("cls_token", "reg_token"), "patch_embed.proj.weight", "pos_embed"
+PATCH_BIAS = "patch_embed.proj.bias"
+_OPTIONAL = (*LEFT_BEHIND, *TOKENS, PATCH_BIAS)
+_SCALED = {".ls1.gamma": ".attn.proj.", ".ls2.gamma": ".mlp.fc2."}
+
+# The reader of runs belongs to training, above this layer, so it is known by its name alone.
+_READERS = Registry("start", {"run": "radio_distill.loading:load"})
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Read a state dict from ``.safetensors``, or from a torch file without running its code.
+@dataclass(frozen=True)
+class Start:
+    """Weights under the names of timm's vision transformers."""
 
-    Raises:
-        WeightsError: where there is no such file, or it holds something else.
-    """
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise WeightsError(f"no weights file {path}") from error
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise WeightsError(f"{path} is no safetensors or plain torch file ({reason})") from error
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise WeightsError(f"{path} is not a state dict, names with tensors; save one from it")
-    return state
+    weights: Mapping[str, Tensor]
+    """``cls_token`` may be several tokens, ``[1, T, D]``."""
+    cropped: bool = False
+    """Whether ``pos_embed`` is a table of cropped positions, patches alone."""
+    num_heads: int | None = None
+    """Attention heads, which no shape tells; None where the source does not say."""
+    mean: Sequence[float] | None = None
+    std: Sequence[float] | None = None
 
 
-def check_weights(weights: Mapping[str, Tensor], body: nn.Module, source: str, name: str) -> None:
-    """Raise WeightsError, naming the first key that differs, where weights are another model's.
+def read_start(pretrained: str, body: Any, architecture: str) -> Start:
+    """Read what a recipe calls ``student.pretrained``.
 
     Args:
-        weights: state dict to check; patch size and grid are free.
+        pretrained: ``timm``, or the path of a file or folder.
+        body: timm model of the architecture, with timm's weights for ``timm``.
+        architecture: its name, for messages.
+
+    Raises:
+        WeightsError: where there is nothing, or another architecture.
+    """
+    start = Start(body.state_dict()) if pretrained == "timm" else _read(Path(pretrained))
+    check_start(start, body, pretrained, architecture)
+    return start
+
+
+def _read(path: Path) -> Start:
+    path = path.expanduser()
+    if not path.exists():
+        raise WeightsError(f"no weights file {path}; correct student.pretrained")
+    is_folder = path.is_dir()
+    if is_folder and not (path / "config.json").is_file():
+        return start_of(_READERS.get("run")(path, adaptors=()).student)
+    checkpoint = read_checkpoint(path)
+    settings = read_json(path / "config.json") if is_folder else checkpoint
+    state = tensors_of(checkpoint, path)
+    if not holds_radio(state):
+        published = settings.get("pretrained_cfg", {}) if is_folder else {}
+        return Start(state, mean=published.get("mean"), std=published.get("std"))
+    radio = radio_checkpoint(settings, state, str(path))
+    config = radio.config
+    return Start(
+        radio.timm_tensors(),
+        cropped=True,
+        num_heads=config.get("num_attention_heads"),
+        mean=config["norm_mean"],
+        std=config["norm_std"],
+    )
+
+
+def start_of(student: "Student") -> Start:
+    """Return a student's weights, whose matrices must be plain (folded)."""
+    side, num_summary = student.patch_size, student.num_summary_tokens
+    patches = student.patch_embedding.weight
+    own = {
+        f"{name}.{key}": value
+        for name in ("blocks", "norm_pre", "norm")
+        for key, value in student.get_submodule(name).state_dict().items()
+    }
+    weights = {
+        **own,
+        PATCHES: rearrange(patches, "d (c y x) -> d c y x", y=side, x=side),
+        POSITIONS: rearrange(student.positions.table, "y x d -> 1 (y x) d"),
+        "cls_token": student.prefix_tokens[None, :num_summary],
+        "reg_token": student.prefix_tokens[None, num_summary:],
+    }
+    block: Any = student.blocks[0]
+    mean, std = student.mean.flatten().tolist(), student.std.flatten().tolist()
+    return Start(weights, True, block.attn.num_heads, mean, std)
+
+
+def check_start(start: Start, body: Any, source: str, name: str) -> None:
+    """Raise WeightsError, naming the first difference, where weights are another architecture's.
+
+    Args:
+        start: to check; patch size, grid, tokens and LayerScale are free.
         body: timm model of the architecture.
         source: where the weights are from, for the message.
         name: the architecture, for the message.
     """
-    expected = {k: v for k, v in body.state_dict().items() if not k.startswith(LEFT_BEHIND)}
-    found = {k: v for k, v in weights.items() if not k.startswith(LEFT_BEHIND)}
+    expected, found = _fixed(body.state_dict()), _fixed(start.weights)
     problems = [f"{key} is missing" for key in expected if key not in found]
     problems += [f"{key} is unexpected" for key in found if key not in expected]
     problems += [
@@ -64,23 +137,20 @@ def check_weights(weights: Mapping[str, Tensor], body: nn.Module, source: str, n
         for key, value in found.items()
         if key in expected and _fixed_shape(key, value) != _fixed_shape(key, expected[key])
     ]
-    if POSITIONS in found and not problems:
-        problems += _grid_problems(found[POSITIONS], _num_positioned(body))
+    if not problems:
+        problems = [*_grid_problems(start, body), *_head_problems(start, body)]
     if problems:
         more = f" (and {len(problems) - 1} more differences)" if len(problems) > 1 else ""
         raise WeightsError(f"{source} does not hold weights of {name}: {problems[0]}{more}")
 
 
-def _grid_problems(positions: Tensor, num_prefix: int) -> list[str]:
-    num_patches = positions.shape[1] - num_prefix
-    if math.isqrt(max(num_patches, 0)) ** 2 == num_patches:
-        return []
-    return [f"{POSITIONS} has {num_patches} patch positions, which is no square grid"]
-
-
-def _num_positioned(body: Any) -> int:
-    """Return how many rows of timm's position embedding belong to class and register tokens."""
-    return 0 if body.no_embed_class else int(body.num_prefix_tokens)
+def _fixed(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors that the architecture alone decides."""
+    return {
+        key: value
+        for key, value in weights.items()
+        if not key.startswith(_OPTIONAL) and not key.endswith(tuple(_SCALED))
+    }
 
 
 def _fixed_shape(key: str, value: Tensor) -> list[int]:
@@ -91,60 +161,117 @@ def _fixed_shape(key: str, value: Tensor) -> list[int]:
     return [len(shape), shape[-1]] if key == POSITIONS else shape
 
 
+def _grid_problems(start: Start, body: Any) -> list[str]:
+    if POSITIONS not in start.weights:
+        return []
+    num_patches = start.weights[POSITIONS].shape[1] - _num_positioned(start, body)
+    if _is_square(num_patches):
+        return []
+    return [f"{POSITIONS} has {num_patches} patch positions, which is no square grid"]
+
+
+def _head_problems(start: Start, body: Any) -> list[str]:
+    expected = body.blocks[0].attn.num_heads
+    if start.num_heads in (None, expected):
+        return []
+    return [f"its blocks have {start.num_heads} attention heads, expected {expected}"]
+
+
+def _num_positioned(start: Start, body: Any) -> int:
+    """Return how many rows of the position embedding belong to class and register tokens.
+
+    The architecture's own number where the rest is a square; else none, as in timm's RADIO models.
+    """
+    if start.cropped:
+        return 0
+    positioned = 0 if body.no_embed_class else int(body.num_prefix_tokens)
+    num_rows = start.weights[POSITIONS].shape[1]
+    return 0 if _is_square(num_rows) and not _is_square(num_rows - positioned) else positioned
+
+
+def _is_square(number: int) -> bool:
+    return math.isqrt(max(number, 0)) ** 2 == number
+
+
 @torch.no_grad()
-def start_from(student: "Student", body: Any, weights: Mapping[str, Tensor]) -> None:
-    """Give a student the checked weights of a timm model.
+def start_from(student: "Student", body: Any, start: Start) -> None:
+    """Give a student weights that :func:`check_start` accepted.
 
     Args:
-        student: changed in place; its blocks are those of ``body``.
-        body: timm model of the architecture, which knows its own prefix tokens.
-        weights: what :func:`check_weights` accepted.
+        student: changed in place; its blocks are those of ``body``, not yet reparametrised.
+        body: timm model of the architecture, which knows which of its tokens have positions.
+        start: the weights.
     """
     from timm.layers import resample_patch_embed
 
-    student.blocks.load_state_dict(_below("blocks.", weights))
+    weights = start.weights
+    student.blocks.load_state_dict(_fit_layer_scale(_below("blocks.", weights), student.blocks))
     student.norm_pre.load_state_dict(_below("norm_pre.", weights))
+    norm = _below("norm.", weights)
+    if norm and not isinstance(student.norm, nn.Identity):
+        student.norm.load_state_dict(norm)
     size = [student.patch_size, student.patch_size]
     patches = resample_patch_embed(weights[PATCHES].float(), size)
     student.patch_embedding.weight.copy_(rearrange(patches, "d c y x -> d (c y x)"))
-
-    num_prefix = _num_positioned(body)
-    prefix = _prefix_tokens(weights)
+    _place_tokens(student, start, _num_positioned(start, body) if POSITIONS in weights else 0)
     if POSITIONS in weights:
-        positions = weights[POSITIONS].float()
-        student.positions.table.copy_(
-            _resampled(positions[:, num_prefix:], student.positions.table)
-        )
-        if num_prefix:
-            prefix = prefix + positions[0, :num_prefix]
-    if "patch_embed.proj.bias" in weights:
-        student.positions.table.add_(weights["patch_embed.proj.bias"])
-
-    num_summary, num_class = student.num_summary_tokens, int("cls_token" in weights)
-    if num_class:
-        student.prefix_tokens[:num_summary] = prefix[0]
-    registers = prefix[num_class : num_class + student.num_prefix_tokens - num_summary]
-    student.prefix_tokens[num_summary : num_summary + len(registers)] = registers
+        _place_positions(student.positions, start, _num_positioned(start, body))
+    if PATCH_BIAS in weights:
+        student.positions.table.add_(weights[PATCH_BIAS])
+    for buffer, values in ((student.mean, start.mean), (student.std, start.std)):
+        if values is not None:
+            buffer.copy_(torch.tensor(values).view(3, 1, 1))
 
 
 def _below(prefix: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
 
 
-def _prefix_tokens(weights: Mapping[str, Tensor]) -> Tensor:
-    """Class and register tokens of a timm model, ``[P, D]``."""
-    embed_dim = weights[PATCHES].shape[0]
-    tokens = [weights[key][0].float() for key in ("cls_token", "reg_token") if key in weights]
-    return torch.cat([torch.empty(0, embed_dim), *tokens])
+def _fit_layer_scale(weights: Mapping[str, Tensor], blocks: nn.Module) -> dict[str, Tensor]:
+    """Fold LayerScale into the matrix before it where ``blocks`` have none; add ones where due."""
+    expected = blocks.state_dict()
+    fitted = dict(weights)
+    for key in [key for key in weights if key not in expected]:
+        scale = next(end for end in _SCALED if key.endswith(end))
+        gamma, layer = fitted.pop(key).float(), key.removesuffix(scale) + _SCALED[scale]
+        fitted[f"{layer}weight"] = fitted[f"{layer}weight"].float() * gamma[:, None]
+        if f"{layer}bias" in fitted:
+            fitted[f"{layer}bias"] = fitted[f"{layer}bias"].float() * gamma
+    ones = {key: torch.ones_like(value) for key, value in expected.items() if key not in fitted}
+    return fitted | ones
 
 
-def _resampled(positions: Tensor, table: Tensor) -> Tensor:
-    """Bicubic resampling of ``[1, N, D]`` to the table's ``[side, side, D]``.
+def _place_tokens(student: "Student", start: Start, num_positioned: int) -> None:
+    weights, num_summary = start.weights, student.num_summary_tokens
+    parts = [weights[key][0].float() for key in TOKENS if key in weights]
+    if not parts:
+        return
+    tokens = torch.cat(parts)  # [P, D]
+    tokens[:num_positioned] += weights[POSITIONS][0, :num_positioned] if num_positioned else 0
+    num_class = weights["cls_token"].shape[1] if "cls_token" in weights else 0
+    summaries, registers = tokens[:num_class], tokens[num_class:]
+    if num_class:
+        student.prefix_tokens[:num_summary] = summaries[0]
+        taken = min(num_class, num_summary)
+        student.prefix_tokens[:taken] = summaries[:taken]
+    taken = min(len(registers), student.num_prefix_tokens - num_summary)
+    student.prefix_tokens[num_summary : num_summary + taken] = registers[:taken]
 
-    Pixel centres are aligned (not corners), because the evaluation resizes the table that way.
+
+def _place_positions(positions: CroppedPositions, start: Start, num_positioned: int) -> None:
+    """Resample ``[1, N, D]`` to the table's ``[side, side, D]``, pixel centres aligned.
+
+    timm's positions belong to one size and are resampled with timm's bicubic filter; a table of
+    cropped positions is resized as every forward pass does, so that a smaller one gives the same.
     """
     from timm.layers import resample_abs_pos_embed
 
-    side = table.shape[0]
-    resampled = resample_abs_pos_embed(positions, [side, side], num_prefix_tokens=0)
-    return rearrange(resampled, "1 (y x) d -> y x d", y=side)
+    rows, side = start.weights[POSITIONS][:, num_positioned:].float(), positions.table.shape[0]
+    if start.cropped:
+        table = rearrange(rows[0], "(y x) d -> y x d", y=math.isqrt(rows.shape[1]))
+        source = CroppedPositions(table.shape[-1], len(table), dropout=0.0)
+        source.table.copy_(table)
+        positions.table.copy_(source((side, side))[0])
+    else:
+        resampled = resample_abs_pos_embed(rows, [side, side], num_prefix_tokens=0)
+        positions.table.copy_(rearrange(resampled, "1 (y x) d -> y x d", y=side))

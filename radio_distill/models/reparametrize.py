@@ -2,8 +2,8 @@
 
 Spectral reparametrisation learns the size of a matrix apart from its direction: the matrix in use
 is ``W * (softplus(s) + 0.05) / sigma_max(W)``, with a scale ``s`` for each of the Q, K and V blocks
-(PHI-S, arXiv 2410.01680, A.7; after sigma-Reparam, arXiv 2303.06296). Weight decay belongs on ``s``,
-not on ``W``, whose size has no effect. ``sigma_max`` is tracked by one power iteration a step.
+(PHI-S, arXiv 2410.01680, A.7; after sigma-Reparam, arXiv 2303.06296). Weight decay belongs on
+``s``, not on ``W``, whose size has no effect. One power iteration a step tracks ``sigma_max``.
 
 DAMP multiplies each weight by its own draw from N(1, std^2) in training, so that a student does
 well on pictures that differ from those it saw (Trinh et al. 2024, arXiv 2406.16540). The paper
@@ -47,6 +47,7 @@ class ReparametrizedLinear(nn.Linear):
     def __init__(self, linear: nn.Linear, groups: int, noise: float):
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
+        self.train(linear.training)
         self.groups = groups
         self.noise = noise
         self._iteration_due = False
@@ -108,12 +109,12 @@ class ReparametrizedLinear(nn.Linear):
 
     @torch.no_grad()
     def folded(self) -> nn.Linear:
-        """Return a plain layer of its own memory that computes the same as this one in evaluation."""
+        """Return a plain layer, in memory of its own, that computes what this one evaluates."""
         plain = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         plain.weight = nn.Parameter(self.matrix().clone())
         if self.bias is not None:
             plain.bias = nn.Parameter(self.bias.clone())
-        return plain
+        return plain.train(self.training)
 
     def _blocks(self) -> Tensor:
         """Divide the weight, in float32 at least, by group: ``[groups, out / groups, in]``."""

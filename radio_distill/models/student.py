@@ -6,7 +6,6 @@ and no final norm unless asked for. The last follows the published models, whose
 for such a norm; the heads begin with a linear layer and normalise after it.
 """
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from ..config import StudentConfig
 from ..errors import ConfigError
 from ..types import Size
 from .position import NUM_DRAWS, CroppedPositions
-from .pretrained import check_weights, read_weights, start_from
+from .pretrained import read_start, start_from
 from .reparametrize import reparametrize
 from .vit import attend_in_windows, create_body, from_windows, spread_global_blocks, to_windows
 
@@ -72,12 +71,7 @@ class Student(nn.Module):
         reparametrize(self.blocks, config.spectral_reparametrization, weight_noise)
 
     def _load_pretrained(self, config: StudentConfig, body: Any) -> None:
-        if config.pretrained == "timm":
-            weights = body.state_dict()
-        else:
-            weights = read_weights(Path(config.pretrained))
-            check_weights(weights, body, config.pretrained, config.architecture)
-        start_from(self, body, weights)
+        start_from(self, body, read_start(config.pretrained, body, config.architecture))
 
     @property
     def size_step(self) -> int:

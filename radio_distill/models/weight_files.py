@@ -8,6 +8,7 @@ import json
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -39,6 +40,10 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             return load_file(path)
         with torch.serialization.safe_globals([Namespace]):  # the arguments in RADIO's checkpoints
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:  # torch's own words advise to run it
+        raise WeightsError(
+            f"cannot read weights {path}: it is no torch file, or one that would run code when read"
+        ) from error
     except Exception as error:  # a damaged file fails in a dozen ways
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise WeightsError(f"cannot read weights {path}: {reason}") from error

@@ -20,45 +20,29 @@ from ..config import PartitionConfig, Recipe, partition_sizes
 from ..losses import KINDS, distillation_loss
 from ..models.distilled import DistilledStudent
 from ..models.position import NUM_DRAWS
-from ..mosaic import plan_mosaic
 from ..partitions import Partition, Pass
 from ..protocols import Normalizer, Teacher, Upsampler
-from ..targets import input_size
 from ..types import Features, Size
 from .measure import count_flops, peak_memory
+from .sights import Sight, sight_of
 
 
 @dataclass(frozen=True)
 class TeacherCost:
     """One teacher in one partition, at one size of the student's."""
 
-    name: str
-    size: Size
-    """Of its input, in pixels; in a mosaic that of the canvas."""
-    grid: Size
-    """Of the targets of one picture, in cells."""
+    sight: Sight
     calls: int
     """Teacher images for one picture: 1, or what the upsampler needs."""
-    pictures: int
-    """Pictures on one teacher image: 1, or those of a mosaic."""
     encode_flops: int
     """Of all calls for one picture, or of one canvas; in the teacher's dtype."""
     other_flops: int
     """Of upsampler and normalizer for one picture, in float32."""
 
     @property
-    def way(self) -> tuple[str, Size, Size]:
-        """What it sees, and what it makes of it: equal ways make equal targets of one picture."""
-        return self.name, self.size, self.grid
-
-    @property
     def flops(self) -> float:
         """Operations for one picture, on full canvases."""
-        return self.encode_flops / self.pictures + self.other_flops
-
-    def encodings(self, images: int) -> int:
-        """Return how often ``encode_flops`` are due for some pictures."""
-        return math.ceil(images / self.pictures)
+        return self.encode_flops / self.sight.pictures + self.other_flops
 
 
 @dataclass(frozen=True)
@@ -157,22 +141,13 @@ class ModelCosts:
 
     def images_together(self, partition: Partition, size: Size) -> int:
         """Return how many images must stay together, because they share canvases."""
-        config = partition.config
-        return math.lcm(*(self._pictures(config, name, size) for name in config.teachers))
-
-    def encode_size(self, partition: PartitionConfig, name: str, view: Size) -> Size:
-        """Return the size of what a teacher encodes: its view of a picture, or the canvas."""
-        if name in partition.mosaic:
-            return self.teachers[name].spec.native_size
-        return self._input_size(partition, name, view)
+        sights = [self._sight(partition.config, name, size) for name in partition.config.teachers]
+        return math.lcm(*(sight.pictures for sight in sights))
 
     def own_grid_flops(self, partition: PartitionConfig, name: str) -> float:
         """Return a teacher's operations for one picture of a partition, without upsampler."""
-        flops = [
-            self.encode_flops(name, self.encode_size(partition, name, view))
-            / self._pictures(partition, name, view)
-            for view in partition_sizes(partition)
-        ]
+        sights = [self._sight(partition, name, view) for view in partition_sizes(partition)]
+        flops = [self.encode_flops(name, sight.size) / sight.pictures for sight in sights]
         return sum(flops) / len(flops)
 
     def step_memory(self, stage: str, passes: Sequence[Pass], images: int) -> int:
@@ -203,55 +178,37 @@ class ModelCosts:
     def _teacher(
         self, stage: str, partition: PartitionConfig, name: str, view: Size
     ) -> TeacherCost:
-        size = self.encode_size(partition, name, view)
-        grid = self._grid(stage, partition, name, view)
-        target = self._targets(stage, partition, name, view, 1)
+        upsampler, sight = self._upsamplers[stage], self._sight(partition, name, view, stage)
+        target = self._target(sight, partition, 1)
         other = count_flops(lambda: self._normalizers[name].apply(target.spatial))
-        calls, encode = 1, self.encode_flops(name, size)
+        calls, encode = 1, self.encode_flops(name, sight.size)
         if name in partition.upsample:
-            calls = self._upsamplers[stage].cost(grid)
+            calls = upsampler.cost(sight.grid)
             encode *= calls
-            upsampler, teacher = self._upsamplers[stage], self.teachers[name]
-            pixels = torch.empty(1, 3, *view)
-            other += count_flops(lambda: upsampler(teacher, pixels, grid)) - encode
-        pictures = self._pictures(partition, name, view)
-        return TeacherCost(name, size, grid, calls, pictures, encode, other)
+            teacher, pixels = self.teachers[name], torch.empty(1, 3, *view)
+            other += count_flops(lambda: upsampler(teacher, pixels, sight.grid)) - encode
+        return TeacherCost(sight, calls, encode, other)
 
-    def _input_size(self, partition: PartitionConfig, name: str, view: Size) -> Size:
-        config, spec = self.recipe.teachers[name], self.teachers[name].spec
-        return input_size(config, spec, partition, view, self.recipe.student.patch_size)
+    def _sight(
+        self, partition: PartitionConfig, name: str, view: Size, stage: str | None = None
+    ) -> Sight:
+        """Return how a teacher sees a partition, through a stage's upsampler where one is given."""
+        factor = 1 if stage is None else self._upsamplers[stage].factor
+        return sight_of(self.recipe, self.teachers[name].spec, partition, view, factor)
 
-    def _pictures(self, partition: PartitionConfig, name: str, view: Size) -> int:
-        """Return how many pictures lie on one image of a teacher's."""
-        if name not in partition.mosaic:
-            return 1
-        spec, size = self.teachers[name].spec, self._input_size(partition, name, view)
-        return plan_mosaic(name, spec.native_size, size, spec.patch_size).images
-
-    def _grid(self, stage: str, partition: PartitionConfig, name: str, view: Size) -> Size:
-        height, width = self.teachers[name].spec.grid(self._input_size(partition, name, view))
-        factor = self._upsamplers[stage].factor if name in partition.upsample else 1
-        return height * factor, width * factor
-
-    def _targets(
-        self, stage: str, partition: PartitionConfig, name: str, view: Size, images: int
-    ) -> Features:
-        spec, grid = self.teachers[name].spec, self._grid(stage, partition, name, view)
-        width = None if name in partition.mosaic else spec.summary_channels
+    def _target(self, sight: Sight, partition: PartitionConfig, images: int) -> Features:
+        spec = self.teachers[sight.teacher].spec
+        width = None if sight.teacher in partition.mosaic else spec.summary_channels
         summary = None if width is None else torch.empty(images, width)
-        return Features(summary, torch.empty(images, spec.channels, *grid))
+        return Features(summary, torch.empty(images, spec.channels, *sight.grid))
 
-    def _call(
-        self, stage: str, partition: PartitionConfig, name: str, view: Size, images: int
-    ) -> tuple[Size, int]:
-        """Return size and number of the teacher images in one call of the encoder."""
-        limit = self.recipe.teachers[name].micro_batch
-        images = math.ceil(images / self._pictures(partition, name, view))
-        if name in partition.upsample:
-            config = self.recipe.stages[stage].upsampler
-            images *= self._upsamplers[stage].cost(self._grid(stage, partition, name, view))
-            limit = config.micro_batch or limit
-        return self.encode_size(partition, name, view), min(images, limit or images)
+    def _call(self, stage: str, partition: PartitionConfig, sight: Sight, images: int) -> int:
+        """Return the number of teacher images in one call of the encoder."""
+        limit, inputs = self.recipe.teachers[sight.teacher].micro_batch, sight.inputs(images)
+        if sight.teacher in partition.upsample:
+            inputs *= self._upsamplers[stage].cost(sight.grid)
+            limit = self.recipe.stages[stage].upsampler.micro_batch or limit
+        return min(inputs, limit or inputs)
 
     def _count_encode(self, name: str, size: Size) -> int:
         return count_flops(lambda: self.teachers[name].encode(torch.empty(1, 3, *size)))
@@ -283,28 +240,23 @@ class ModelCosts:
         return count_flops(run)
 
     def _peak_of_step(self, stage: str, passes: Sequence[Pass], images: int) -> int:
-        kept, peaks = {}, []
+        kept: dict[Sight, int] = {}
+        peaks = []
         for item in passes:
             config = item.partition.config
-            targets = {
-                name: self._targets(stage, config, name, item.size, images)
-                for name in config.teachers
-            }
-            kept |= {(name, value.spatial.shape): _bytes(value) for name, value in targets.items()}
-            peaks.append(self._peak_of_pass(stage, item, images, targets))
+            sights = [self._sight(config, name, item.size, stage) for name in config.teachers]
+            targets = {sight.teacher: self._target(sight, config, images) for sight in sights}
+            kept |= {sight: _bytes(targets[sight.teacher]) for sight in sights}
+            calls = {sight: self._call(stage, config, sight, images) for sight in sights}
+            peaks += [
+                kept[sight] + self._encode_memory(sight.teacher, sight.size, count)
+                for sight, count in calls.items()
+            ]
+            peaks.append(self._peak_of_learning(item, images, targets))
         return sum(kept.values()) + max(peaks)
 
-    def _peak_of_pass(
-        self, stage: str, item: Pass, images: int, targets: Mapping[str, Features]
-    ) -> int:
-        config = item.partition.config
-        calls = {
-            name: self._call(stage, config, name, item.size, images) for name in config.teachers
-        }
-        teaching = [
-            _bytes(targets[name]) + self._encode_memory(name, *call) for name, call in calls.items()
-        ]
-        return max(*teaching, peak_memory(lambda: self._learn(item, images, targets)))
+    def _peak_of_learning(self, item: Pass, images: int, targets: Mapping[str, Features]) -> int:
+        return peak_memory(lambda: self._learn(item, images, targets))
 
     def _learn(self, item: Pass, images: int, targets: Mapping[str, Features]) -> None:
         """Run forward, losses and backward of one pass."""

@@ -229,8 +229,9 @@ def _seconds(
             flops = images * measured[item.partition.name].passes[item.size].student_flops
             seconds += flops / device.flops_per_second(recipe.engine.precision)
         for teacher in _teachers(micro, measured, recipe):
-            flops = teacher.encodings(images) * teacher.encode_flops
-            seconds += flops / device.flops_per_second(recipe.teachers[teacher.name].dtype)
+            flops = teacher.sight.inputs(images) * teacher.encode_flops
+            dtype = recipe.teachers[teacher.sight.teacher].dtype
+            seconds += flops / device.flops_per_second(dtype)
             seconds += images * teacher.other_flops / device.flops_per_second("float32")
     return seconds
 
@@ -257,7 +258,7 @@ def _teachers(
         for teacher in measured[item.partition.name].passes[item.size].teachers
     ]
     shifted = bool(recipe.augmentation.shift)
-    return every if shifted else list({teacher.way: teacher for teacher in every}.values())
+    return every if shifted else list({teacher.sight: teacher for teacher in every}.values())
 
 
 def _statistics_seconds(costs: ModelCosts, stage: StageConfig, device: DeviceType) -> float:

@@ -34,7 +34,10 @@ from .draws import Draws
 from .guard import check_targets
 
 BATCH = 32
-"""Images that one process encodes at once; changes speed and no number."""
+"""Images that one process encodes at once; with mosaics, those that share canvases."""
+
+KEPT = 16_384
+"""Images whose summaries give the dispersion; TAO Toolkit keeps as many for its tangent loss."""
 
 
 def build_normalizers(recipe: Recipe) -> dict[str, Normalizer]:
@@ -160,7 +163,7 @@ def _estimate(
     specs = {name: targets.teachers[name].spec for name in names}
     moments = {name: Moments(spec.channels, device=device) for name, spec in specs.items()}
     summaries = {
-        name: SummaryMoments(spec.summary_channels or 0, device=device)
+        name: SummaryMoments(spec.summary_channels or 0, min(stream.images, KEPT), device)
         for name, spec in specs.items()
         if _asks_dispersion(targets, recipe, name) and name not in stream.partition.mosaic
     }

@@ -1,8 +1,8 @@
 """The weight of each term of the loss, in each step.
 
-A term's weight is the teacher's of the recipe; times one over the part of the step that shows the
-teacher (``loss.rebalance``), so that a teacher of few images counts as one of all; over the
-dispersion of its summaries (``loss.summary: angle``); times what adapts (``loss.weighting``).
+A term's weight is the teacher's of the recipe; over the part of the step that shows the teacher
+(``loss.rebalance``), so that a teacher of few images counts as one of all; over the dispersion of
+its summaries (``loss.summary: angle``); times what adapts (``loss.weighting``).
 """
 
 from collections.abc import Mapping, Sequence
@@ -37,10 +37,10 @@ class TermWeights:
         device: torch.device,
     ):
         self._recipe, self._shares = recipe, teacher_shares(partitions)
-        self._fixed = self._without_adapting(dispersions)
-        self._dispersions = dict(dispersions)
         adapts = recipe.loss.weighting == "adaloss"
         self._ada = AdaLoss(recipe.loss.adaloss_momentum) if adapts else None
+        self._dispersions = dict(dispersions)
+        self._fixed = self._without_adapting(dispersions)
         self._terms = [f"{name}/{kind}" for name in recipe.teachers for kind in KINDS]
         self._sums = torch.zeros(2, len(self._terms), dtype=torch.float64, device=device)
 
@@ -91,7 +91,9 @@ class TermWeights:
         weights = {}
         for name, teacher in self._recipe.teachers.items():
             share = self._shares.get(name, 1.0) if self._recipe.loss.rebalance else 1.0
-            summary = teacher.summary_weight / dispersions.get(name, 1.0)
+            # AdaLoss divides by a term's size itself.
+            dispersion = 1.0 if self._ada else dispersions.get(name, 1.0)
+            summary = teacher.summary_weight / dispersion
             weights[f"{name}/{SUMMARY}"] = summary / share
             weights[f"{name}/{FEATURES}"] = teacher.feature_weight / share
         return weights

@@ -4,9 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from radio_distill.config import LossConfig, TeacherConfig
+from radio_distill.config import LossConfig
 from radio_distill.errors import ConfigError, UnknownNameError
-from radio_distill.losses import am_radio, distillation_loss, feature_loss, summary_loss
+from radio_distill.losses import KINDS, distillation_loss
+from radio_distill.terms import am_radio, feature_loss, summary_loss
 from radio_distill.types import Features
 
 SUMMARY, FEATURE = ["cosine", "mse"], ["mse", "cosine", "am_radio"]
@@ -146,14 +147,24 @@ def pair() -> tuple[dict[str, Features], dict[str, Features]]:
     return predictions, targets
 
 
-def teacher(summary: float = 1.0, feature: float = 1.0) -> TeacherConfig:
-    return TeacherConfig(preset="any", summary_weight=summary, feature_weight=feature)
+def teacher(summary: float = 1.0, feature: float = 1.0) -> tuple[float, float]:
+    return summary, feature
+
+
+def loss_of(predictions, targets, config, weights, **options):
+    """The loss, with weights given as ``{teacher: (summary, features)}``."""
+    flat = {
+        f"{name}/{kind}": value
+        for name, pair in weights.items()
+        for kind, value in zip(KINDS, pair, strict=True)
+    }
+    return distillation_loss(predictions, targets, config, flat, **options)
 
 
 def test_distillation_loss__is_the_weighted_sum_by_hand(pair):
     predictions, targets = pair
     weights = {"clip": teacher(0.5, 2.0), "sam": teacher(1.0, 3.0)}
-    report = distillation_loss(predictions, targets, LossConfig(), weights)
+    report = loss_of(predictions, targets, LossConfig(), weights)
 
     clip, student = targets["clip"], predictions["clip"]
     summary = 1 - F.cosine_similarity(student.summary, clip.summary)
@@ -177,7 +188,7 @@ def test_distillation_loss__takes_the_losses_of_the_recipe(pair, summary, featur
     predictions, targets = pair
     config = LossConfig(summary=summary, feature=feature)
     weights = {name: teacher() for name in targets}
-    terms = distillation_loss(predictions, targets, config, weights).terms
+    terms = loss_of(predictions, targets, config, weights).terms
     x, y = predictions["clip"].summary, targets["clip"].summary
     torch.testing.assert_close(terms["clip/summary"], summary_loss(summary)(x, y).mean())
     x, y = predictions["sam"].spatial, targets["sam"].spatial
@@ -188,7 +199,7 @@ def test_distillation_loss__takes_the_losses_of_the_recipe(pair, summary, featur
 def test_distillation_loss__takes_the_alignment_of_the_recipe(pair, rule):
     predictions, targets = pair
     weights = {name: teacher() for name in targets}
-    report = distillation_loss(predictions, targets, LossConfig(alignment=rule), weights)
+    report = loss_of(predictions, targets, LossConfig(alignment=rule), weights)
     grid = (4, 6) if rule == "larger" else (3, 4)
     x, y = (
         F.interpolate(item["clip"].spatial, grid, mode="bilinear", antialias=True)
@@ -200,7 +211,7 @@ def test_distillation_loss__takes_the_alignment_of_the_recipe(pair, rule):
 def test_distillation_loss__error_where_alignment_does_not_suit(pair):
     weights = {name: teacher() for name in pair[1]}
     with pytest.raises(ConfigError, match="teacher_down cannot compare a student grid of 4x6"):
-        distillation_loss(*pair, LossConfig(alignment="teacher_down"), weights)
+        loss_of(*pair, LossConfig(alignment="teacher_down"), weights)
 
 
 def test_distillation_loss__micro_batches_add_up(pair):
@@ -214,10 +225,10 @@ def test_distillation_loss__micro_batches_add_up(pair):
         }
 
     totals = [
-        distillation_loss(part(predictions, rows), part(targets, rows), LossConfig(), weights).total
+        loss_of(part(predictions, rows), part(targets, rows), LossConfig(), weights).total
         for rows in (slice(0, 1), slice(1, 3))
     ]
-    whole = distillation_loss(predictions, targets, LossConfig(), weights).total
+    whole = loss_of(predictions, targets, LossConfig(), weights).total
     torch.testing.assert_close(torch.cat(totals), whole)
 
 
@@ -225,21 +236,21 @@ def test_distillation_loss__term_of_weight_0_is_left_out(pair):
     predictions, targets = pair
     predictions["clip"] = predictions["clip"]._replace(summary=None)
     weights = {"clip": teacher(summary=0), "sam": teacher(feature=0)}
-    report = distillation_loss(predictions, targets, LossConfig(), weights)
+    report = loss_of(predictions, targets, LossConfig(), weights)
     assert list(report.terms) == ["clip/features"]
 
 
 def test_distillation_loss__error_where_nothing_is_asked_for(pair):
     weights = {"clip": teacher(0, 0), "sam": teacher(1, 0)}
     with pytest.raises(ConfigError, match="clip, sam: every loss weight is 0"):
-        distillation_loss(*pair, LossConfig(), weights)
+        loss_of(*pair, LossConfig(), weights)
 
 
 def test_distillation_loss__gradient_reaches_every_prediction_and_no_target(pair):
     predictions, targets = pair
     leaves = [value.requires_grad_() for f in predictions.values() for value in f]
     weights = {name: teacher() for name in targets}
-    report = distillation_loss(predictions, targets, LossConfig(), weights)
+    report = loss_of(predictions, targets, LossConfig(), weights)
     assert not any(term.requires_grad for term in report.terms.values())
     *reached, sam_summary, sam_spatial = torch.autograd.grad(
         report.total.sum(), leaves, allow_unused=True
@@ -248,15 +259,30 @@ def test_distillation_loss__gradient_reaches_every_prediction_and_no_target(pair
     assert sam_summary is None
 
 
-def test_distillation_loss__padding_does_not_count(pair):
+def test_distillation_loss__shifted_crops_are_compared_where_both_show_the_picture(pair):
+    """The student's crop lies one cell below and two to the left of the teacher's."""
+    predictions, targets = ({"sam": item["sam"]} for item in pair)
+    shifts = {"sam": torch.tensor([[1 / 4, -2 / 6]]).expand(3, 2)}
+    report = loss_of(predictions, targets, LossConfig(), {"sam": teacher()}, shifts=shifts)
+    x, y = predictions["sam"].spatial[..., :3, 2:], targets["sam"].spatial[..., 1:, :4]
+    expected = (x - y).square().mean((1, 2, 3))
+    torch.testing.assert_close(report.total, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_distillation_loss__learned_weights(pair):
     predictions, targets = pair
-    weights = {"sam": teacher()}
-    predictions, targets = {"sam": predictions["sam"]}, {"sam": targets["sam"]}
-    valid = torch.ones(3, 64, 96, dtype=torch.bool)
-    valid[:, :, 70:] = False  # columns 0 to 3 of 6 are whole
-    report = distillation_loss(predictions, targets, LossConfig(), weights, valid)
-    x, y = (item["sam"].spatial[..., :4] for item in (predictions, targets))
-    torch.testing.assert_close(report.total, (x - y).square().mean((1, 2, 3)))
+    variances = {
+        name: torch.tensor(0.5, requires_grad=True)
+        for name in ("clip/summary", "clip/features", "sam/features")
+    }
+    weights = {name: teacher() for name in targets}
+    report = loss_of(predictions, targets, LossConfig(), weights, log_variances=variances)
+    plain = loss_of(predictions, targets, LossConfig(), weights)
+    expected = plain.total * math.exp(-0.5) + 3 * math.log1p(math.exp(0.5))
+    torch.testing.assert_close(report.total, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(report.terms, plain.terms)
+    report.total.sum().backward()
+    assert all(value.grad for value in variances.values())
 
 
 def test_distillation_loss__float32_under_autocast(pair):
@@ -266,15 +292,15 @@ def test_distillation_loss__float32_under_autocast(pair):
     )
     weights = {name: teacher() for name in targets}
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        report = distillation_loss(predictions, targets, LossConfig(), weights)
+        report = loss_of(predictions, targets, LossConfig(), weights)
     assert report.total.dtype == torch.float32
-    exact = distillation_loss(*pair, LossConfig(), weights)
+    exact = loss_of(*pair, LossConfig(), weights)
     torch.testing.assert_close(report.total, exact.total, rtol=0.02, atol=0.02)
 
 
 def test_distillation_loss__number_that_is_not_finite_shows_in_its_term(pair):
     targets = pair[1]
     targets["sam"].spatial[0, 0, 0, 0] = math.inf
-    terms = distillation_loss(*pair, LossConfig(), {n: teacher() for n in targets}).terms
+    terms = loss_of(*pair, LossConfig(), {n: teacher() for n in targets}).terms
     finite = {name: bool(value.isfinite()) for name, value in terms.items()}
     assert finite == {"clip/summary": True, "clip/features": True, "sam/features": False}

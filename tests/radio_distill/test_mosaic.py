@@ -143,6 +143,14 @@ def test_slice__is_channels_last_and_owns_its_memory(fmt, view):
     assert torch.equal(features, kept)
 
 
+def test_pack_and_slice__stay_on_the_device_of_their_input():
+    mosaic = plan_mosaic("sam", (32, 32), (16, 16), 4)
+    canvases = mosaic.pack(torch.empty(5, 3, 16, 16, device="meta"), MEAN)
+    features = mosaic.slice(torch.empty(2, 7, 8, 8, device="meta"), 5)
+    assert (canvases.device.type, canvases.shape) == ("meta", (2, 3, 32, 32))
+    assert (features.device.type, features.shape) == ("meta", (5, 7, 4, 4))
+
+
 def test_pack_and_slice__what_does_not_belong_to_the_mosaic_is_refused():
     mosaic = plan_mosaic("sam", (32, 32), (16, 16), 4)
     with pytest.raises(AssertionError, match="views of"):

@@ -1,13 +1,20 @@
 """Every image of a step is run exactly once, with its weight, whoever runs it."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from radio_distill.config import PartitionConfig, StageConfig
-from radio_distill.partitions import images_per_step, partitions_of, share_out
+from radio_distill.partitions import (
+    images_per_step,
+    largest_sizes,
+    partitions_of,
+    share_out,
+    teacher_shares,
+)
 
 PARTITION = st.builds(
     lambda batch, size, weight, ranks: {
@@ -32,22 +39,51 @@ def stage_of(partitions) -> StageConfig:
     )
 
 
-@given(st.lists(PARTITION, min_size=1, max_size=4), st.integers(1, 9), st.integers(0, 7))
-def test_share_out__each_image_once_with_its_weight(values, world_size, micro_batch):
+@given(
+    st.lists(PARTITION, min_size=1, max_size=4),
+    st.integers(1, 9),
+    st.integers(0, 7),
+    st.integers(1, 5),
+    st.booleans(),
+)
+def test_share_out__each_image_once_with_its_weight(values, world_size, limit, unit, shared):
     stage = stage_of(values)
+    if shared:  # one more partition that shows the first one's images
+        twin = replace(stage.partitions[0], name="twin", size=256, images_of="p0", weight=2.0)
+        stage = replace(stage, partitions=(*stage.partitions, twin))
     partitions = partitions_of(stage)
-    ranks = share_out(partitions, world_size, micro_batch)
+    ranks = share_out(partitions, largest_sizes(partitions), world_size, limit, {"p0": unit})
 
-    assert len({len(batches) for batches in ranks}) == 1, "ranks must keep pace"
-    seen: Counter[int] = Counter()
-    for batch in (batch for batches in ranks for batch in batches):
-        assert batch.partition.start <= batch.start < batch.stop
-        assert batch.stop <= batch.partition.start + batch.partition.batch_size
-        assert not micro_batch or batch.stop - batch.start <= micro_batch
-        if batch.image_weight:
-            seen.update(range(batch.start, batch.stop))
-            assert batch.image_weight == batch.partition.image_weight
-    assert seen == Counter(range(images_per_step(stage)))
+    assert len({passes_of(work) for work in ranks}) == 1, "ranks must keep pace"
+    seen = {partition.name: Counter() for partition in partitions}
+    for micro in (micro for work in ranks for micro in work):
+        for item in micro.passes:
+            partition = item.partition
+            assert partition.start <= micro.start < micro.stop
+            assert micro.stop <= partition.start + partition.batch_size
+            if not item.image_weight:
+                continue
+            together = unit if partition.name in ("p0", "twin") else 1
+            assert not limit or micro.stop - micro.start <= max(limit, together)
+            assert (micro.start - partition.start) % together == 0, "canvases are never parted"
+            seen[partition.name].update(range(micro.start, micro.stop))
+            assert item.image_weight == partition.image_weight
+    for partition in partitions:
+        images = range(partition.start, partition.start + partition.batch_size)
+        assert seen[partition.name] == Counter(images)
+    if not shared:
+        assert sum(seen.values(), Counter()) == Counter(range(images_per_step(stage)))
+
+
+def passes_of(work) -> int:
+    return sum(len(micro.passes) for micro in work)
+
+
+def names_of(stage, world_size) -> list[str]:
+    """The partition that each rank works on first."""
+    partitions = partitions_of(stage)
+    ranks = share_out(partitions, largest_sizes(partitions), world_size)
+    return [work[0].passes[0].partition.name for work in ranks]
 
 
 @given(st.lists(PARTITION, min_size=1, max_size=4))
@@ -60,30 +96,38 @@ def test_partitions_of__shares_sum_to_one(values):
 @given(st.lists(PARTITION, min_size=2, max_size=4), st.integers(0, 5))
 def test_share_out__enough_ranks_means_ranks_of_their_own(values, extra):
     partitions = partitions_of(stage_of(values))
-    ranks = share_out(partitions, len(partitions) + extra)
-    for batches in ranks:
-        assert len({b.partition.name for b in batches if b.image_weight}) <= 1
+    ranks = share_out(partitions, largest_sizes(partitions), len(partitions) + extra)
+    for work in ranks:
+        passes = [item for micro in work for item in micro.passes if item.image_weight]
+        assert len({item.partition.name for item in passes}) <= 1
 
 
 def test_share_out__ranks_go_where_the_work_is():
     # `high` has four times the pixels of `low`.
     low = {"batch_size": 32, "size": 256, "weight": 1.0, "ranks": 0}
-    high = {
-        "batch_size": 8,
-        "size": 1024,
-        "weight": 1.0,
-        "ranks": 0,
-    }
-    counts = Counter(
-        batches[0].partition.name for batches in share_out(partitions_of(stage_of([low, high])), 10)
-    )
-    assert counts == {"p0": 2, "p1": 8}
+    high = {"batch_size": 8, "size": 1024, "weight": 1.0, "ranks": 0}
+    assert Counter(names_of(stage_of([low, high]), 10)) == {"p0": 2, "p1": 8}
 
 
 def test_share_out__given_shares_of_ranks():
     one = {"batch_size": 32, "size": 256, "weight": 1.0, "ranks": 3}
     other = {"batch_size": 8, "size": 1024, "weight": 1.0, "ranks": 1}
-    counts = Counter(
-        batches[0].partition.name for batches in share_out(partitions_of(stage_of([one, other])), 8)
-    )
-    assert counts == {"p0": 6, "p1": 2}
+    assert Counter(names_of(stage_of([one, other]), 8)) == {"p0": 6, "p1": 2}
+
+
+def test_share_out__partitions_of_the_same_images_stay_on_one_rank():
+    stage = stage_of([{"batch_size": 4, "size": 64}, {"batch_size": 4, "size": 64}])
+    twin = replace(stage.partitions[0], name="twin", size=128, images_of="p0")
+    partitions = partitions_of(replace(stage, partitions=(*stage.partitions, twin)))
+    ranks = share_out(partitions, largest_sizes(partitions), 2)
+    shared = [micro for work in ranks for micro in work if len(micro.passes) == 2]
+    assert [(micro.start, micro.stop, micro.size) for micro in shared] == [(0, 4, (128, 128))]
+    assert images_per_step(replace(stage, partitions=(*stage.partitions, twin))) == 8
+
+
+def test_teacher_shares__parts_of_the_step():
+    stage = stage_of([{"batch_size": 4, "size": 64, "weight": 1.0}] * 3)
+    first, *rest = stage.partitions
+    stage = replace(stage, partitions=(replace(first, teachers=("t", "u")), *rest))
+    shares = teacher_shares(partitions_of(stage))
+    assert shares == {"t": pytest.approx(1), "u": pytest.approx(1 / 3)}

@@ -5,11 +5,12 @@ import torch
 
 from radio_distill.balance import NORMALIZERS
 from radio_distill.balance.moments import Moments
-from radio_distill.config import PartitionConfig, TeacherConfig, UpsamplerConfig
+from radio_distill.config import PartitionConfig, TeacherConfig, UpsamplerConfig, size_pair
 from radio_distill.errors import ConfigError
 from radio_distill.protocols import Corrector
-from radio_distill.targets import TargetMaker, input_size, resize
+from radio_distill.targets import TargetMaker, check_partition, input_size
 from radio_distill.types import TeacherSpec
+from radio_distill.views import Views, resize
 from teachers import build_teacher
 from upsamplers import build_upsampler
 
@@ -26,6 +27,10 @@ def partition_of(size, **changes) -> PartitionConfig:
     return PartitionConfig(name="p", size=size, teachers=("t",), batch_size=1, **changes)
 
 
+def seen_at(config, spec, partition):
+    return input_size(config, spec, partition, size_pair(partition.size), 16)
+
+
 @pytest.mark.parametrize(
     ("wanted", "size", "expected"),
     [
@@ -40,23 +45,23 @@ def partition_of(size, **changes) -> PartitionConfig:
 )
 def test_input_size__rules(wanted, size, expected):
     config = TeacherConfig(preset="x", input_size=wanted)
-    assert input_size(config, spec_of(), partition_of(size), 16) == expected
+    assert seen_at(config, spec_of(), partition_of(size)) == expected
 
 
 def test_input_size__the_partition_goes_first_and_a_fixed_teacher_never_gives_way():
     config = TeacherConfig(preset="x", input_size=224)
     partition = partition_of(512, teacher_sizes={"t": 448})
-    assert input_size(config, spec_of(), partition, 16) == (448, 448)
+    assert seen_at(config, spec_of(), partition) == (448, 448)
     fixed = spec_of(fixed_size=True, native_size=(1022, 1022))
-    assert input_size(config, fixed, partition, 16) == (1022, 1022)
+    assert seen_at(config, fixed, partition) == (1022, 1022)
 
 
 def test_input_size__what_cannot_be():
     with pytest.raises(ConfigError, match=r"500 is not a multiple of its patch 14 \(nearest 504\)"):
-        input_size(TeacherConfig(preset="x", input_size=500), spec_of(), partition_of(512), 16)
+        seen_at(TeacherConfig(preset="x", input_size=500), spec_of(), partition_of(512))
     match = TeacherConfig(preset="x", input_size="match")
     with pytest.raises(ConfigError, match=r"448x448 .* above its largest 224; set teacher_sizes"):
-        input_size(match, spec_of(max_size=224), partition_of(512), 16)
+        seen_at(match, spec_of(max_size=224), partition_of(512))
 
 
 def test_resize__stays_in_range_and_keeps_constants():
@@ -87,7 +92,8 @@ def test_target_maker__grids_scale_and_upsampler(upsampler):
         name="high", size=128, teachers=("vit", "sam"), batch_size=2, upsample=("vit",)
     )
     pixels = torch.rand(2, 3, 128, 128)
-    made = targets(pixels, partition)
+    views = Views(pixels, (128, 128))
+    made = targets(views, partition)
 
     low = teachers["vit"].spec.grid(teachers["vit"].spec.native_size)
     assert made["vit"].spatial.shape[-2:] == (2 * low[0], 2 * low[1])
@@ -96,7 +102,7 @@ def test_target_maker__grids_scale_and_upsampler(upsampler):
     torch.testing.assert_close(made["sam"].spatial, normalizers["sam"].apply(plain.spatial))
     raw = up(teachers["vit"], pixels, (2 * low[0], 2 * low[1]))
     torch.testing.assert_close(made["vit"].spatial, normalizers["vit"].apply(raw.spatial))
-    own = targets.own_grid("vit", pixels, partition)
+    own = targets.own_grid("vit", views, partition)
     assert own.spatial.shape[-2:] == low, "statistics are of the teacher's own grid"
 
 
@@ -129,8 +135,9 @@ def made_with(upsampler, upsample=()):
         name="low", size=64, teachers=("vit", "cnn"), batch_size=2, upsample=upsample
     )
     pixels = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    own = {name: targets.own_grid(name, pixels, partition) for name in teachers}
-    return targets(pixels, partition), own
+    views = Views(pixels, (64, 64))
+    own = {name: targets.own_grid(name, views, partition) for name in teachers}
+    return targets(views, partition), own
 
 
 def test_target_maker__a_fitted_upsampler_corrects_what_is_not_upsampled():
@@ -156,3 +163,91 @@ def test_target_maker__other_upsamplers_leave_the_teacher_as_it_is():
     made, own = made_with(upsampler)
     for name, features in own.items():
         assert torch.equal(made[name].spatial, features.spatial)
+
+
+class Counting:
+    """A teacher that counts the images it is shown."""
+
+    def __init__(self, teacher):
+        self.spec, self._teacher, self.images = teacher.spec, teacher, 0
+
+    def encode(self, pixels):
+        self.images += len(pixels)
+        return self._teacher.encode(pixels)
+
+
+@pytest.fixture
+def counted():
+    """Two counting teachers, and a target maker over them."""
+    configs = {
+        "vit": TeacherConfig(preset="tiny_vit"),
+        "sam": TeacherConfig(preset="tiny_samvit", summary_weight=0),
+    }
+    teachers = {name: Counting(build_teacher(name, config)) for name, config in configs.items()}
+    normalizers = {name: NORMALIZERS.get("none")() for name in teachers}
+    bilinear = build_upsampler(UpsamplerConfig(name="bilinear", factor=2), {})
+    return teachers, TargetMaker(teachers, configs, bilinear, normalizers, student_patch_size=16)
+
+
+def test_target_maker__partitions_of_the_same_images_ask_a_teacher_once(counted):
+    teachers, targets = counted
+    pixels = torch.rand(3, 3, 128, 128)
+    low = PartitionConfig(name="low", size=64, teachers=("vit", "sam"), batch_size=3)
+    high = PartitionConfig(
+        name="high",
+        size=128,
+        teachers=("vit", "sam"),
+        batch_size=3,
+        images_of="low",
+        upsample=("vit",),
+    )
+    seen = {}
+    first = targets(Views(pixels, (64, 64)), low, seen)
+    second = targets(Views(pixels, (128, 128)), high, seen)
+    assert teachers["sam"].images == 3, "both see its canvas"
+    assert torch.equal(first["sam"].spatial, second["sam"].spatial)
+    assert teachers["vit"].images == 6, "one sees it upsampled, the other does not"
+    apart = targets(Views(pixels, (128, 128)), high)
+    for name, features in apart.items():
+        assert torch.equal(features.spatial, second[name].spatial)
+
+
+def test_target_maker__mosaic_is_what_the_teacher_says_of_the_canvas(counted):
+    teachers, targets = counted
+    spec = teachers["sam"].spec
+    height, width = (side // 2 for side in spec.native_size)
+    partition = PartitionConfig(
+        name="low", size=(height, width), teachers=("sam",), batch_size=5, mosaic=("sam",)
+    )
+    pixels = torch.rand(5, 3, height, width)
+    made = targets(Views(pixels, (height, width)), partition)
+    assert teachers["sam"].images == 2, "four of the five on the first canvas"
+    assert targets.images_together(partition, (height, width)) == 4
+    canvas = torch.cat(
+        [torch.cat([pixels[0], pixels[1]], -1), torch.cat([pixels[2], pixels[3]], -1)], -2
+    )
+    whole = teachers["sam"].encode(canvas[None]).spatial[0]
+    rows, columns = (side // 2 for side in whole.shape[-2:])
+    torch.testing.assert_close(made["sam"].spatial[3], whole[:, rows:, columns:])
+    assert made["sam"].spatial.shape == (5, spec.channels, rows, columns)
+
+
+def check(spec, partition, **config):
+    configs = {"t": TeacherConfig(preset="x", **config)}
+    check_partition(partition, configs, {"t": spec}, 16)
+
+
+def test_check_partition__summary_of_a_teacher_without():
+    with pytest.raises(ConfigError, match=r"teachers.t.summary_weight: .*no summary; set it to 0"):
+        check(spec_of(), partition_of(512))
+    check(spec_of(), partition_of(512), summary_weight=0)
+    check(spec_of(summary_channels=8), partition_of(512))
+
+
+def test_check_partition__view_larger_than_the_canvas_in_any_size():
+    spec = spec_of(patch_size=16, native_size=(256, 256), fixed_size=True)
+    partition = PartitionConfig(
+        name="p", sizes=(128, 512), teachers=("t",), batch_size=1, mosaic=("t",)
+    )
+    with pytest.raises(ConfigError, match="512x512"):
+        check(spec, partition, summary_weight=0)

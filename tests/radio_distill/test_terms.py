@@ -123,7 +123,7 @@ def test_summary_loss__angle_is_float32_under_autocast():
 def test_mesa__by_hand():
     student = torch.tensor([1.0, 3.0]).reshape(1, 2, 1, 1)  # normalised: -1 and 1
     average = torch.tensor([9.0, 5.0]).reshape(1, 2, 1, 1)  # normalised: 1 and -1
-    assert mesa(student, average).item() == pytest.approx(4 + 4, rel=1e-4)
+    assert mesa(student, average).item() == pytest.approx((4 + 4) / 2, rel=1e-4)
 
 
 def test_mesa__equals_layer_norm_and_cdist():
@@ -131,7 +131,7 @@ def test_mesa__equals_layer_norm_and_cdist():
     norm = torch.nn.LayerNorm(16, elementwise_affine=False)
     tokens = (norm(item.permute(0, 2, 3, 1)).reshape(-1, 1, 16) for item in (x, y))
     expected = torch.cdist(*tokens).square().reshape(2, -1).mean(1)
-    torch.testing.assert_close(mesa(x, y), expected)
+    torch.testing.assert_close(mesa(x, y), expected / 16)
 
 
 def test_mesa__is_blind_to_scale_and_offset_of_a_cell():
@@ -140,9 +140,9 @@ def test_mesa__is_blind_to_scale_and_offset_of_a_cell():
     assert mesa(x, 10 * x + 1).max() < 1e-9
 
 
-def test_mesa__unrelated_cells_are_twice_the_width_apart():
+def test_mesa__unrelated_cells_are_2_apart():
     x, y = pair(1, 512, 32, 32)
-    assert mesa(x, y).item() == pytest.approx(2 * 512, rel=0.01)
+    assert mesa(x, y).item() == pytest.approx(2, rel=0.01)
 
 
 def test_mesa__mask_equals_leaving_cells_out():

@@ -8,8 +8,8 @@ from safetensors.torch import save_file
 
 from radio_distill.config import TeacherConfig
 from radio_distill.errors import WeightsError
+from radio_distill.models.radio_layout import read_radio
 from teachers import build_teacher
-from teachers.radio_source import read
 
 WIDTH, PATCH, TABLE = 192, 16, 8
 TEACHERS = [
@@ -127,7 +127,7 @@ def test_load__layer_scale_is_not_lost(tmp_path):
 
 
 def test_read__one_token_for_all_teachers(tmp_path):
-    config, _ = read(checkpoint(tmp_path, tensors(), cls_token_per_teacher=False))
+    config = read_radio(checkpoint(tmp_path, tensors(), cls_token_per_teacher=False)).config
     assert (config["num_cls_tokens"], config["num_registers"], config["summary_idxs"]) == (
         1,
         4,
@@ -141,7 +141,7 @@ def test_read__slots_that_the_checkpoint_names(tmp_path):
         {"name": "dino", "token_slot": 0},
         {"name": "sam", "use_summary": False},
     ]
-    config, _ = read(checkpoint(tmp_path, tensors(), teachers=slots))
+    config = read_radio(checkpoint(tmp_path, tensors(), teachers=slots)).config
     assert (config["num_cls_tokens"], config["summary_idxs"]) == (3, [0, 2])
 
 
@@ -159,4 +159,4 @@ def test_load__a_missing_block_and_another_width_are_refused(tmp_path):
 def test_read__what_is_not_a_radio(tmp_path):
     save_file({"w": torch.zeros(1)}, tmp_path / "w.safetensors")
     with pytest.raises(WeightsError, match="not a RADIO vision transformer"):
-        read(tmp_path / "w.safetensors")
+        read_radio(tmp_path / "w.safetensors")

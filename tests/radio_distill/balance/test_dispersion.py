@@ -103,7 +103,6 @@ def test_update__keeps_no_graph_and_ignores_autocast():
     summaries = draw(4, 6).requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         moments = of_parts([summaries], [0])
-    assert not any(tensor.requires_grad for tensor in moments.state().values())
     assert moments.dispersion() == dispersion_of(summaries.detach())
 
 
@@ -128,18 +127,6 @@ def test_merge__any_split_over_processes_gives_the_whole(sizes, processes, kept,
     assert merged.dispersion() == pytest.approx(dispersion_of(whole, kept), rel=1e-12)
 
 
-def test_from_state__gives_equal_moments_that_go_on():
-    moments = of_parts([draw(5, 4)], [0])
-    state = moments.state()
-    extra = draw(3, 4, seed=1)
-    moments.update(extra, 5)
-    copy = SummaryMoments.from_state(state)
-    assert copy.count == 5
-    copy.update(extra, 5)
-    assert copy.dispersion() == moments.dispersion()
-    assert all(torch.equal(value, copy.state()[name]) for name, value in moments.state().items())
-
-
 def test_all_reduce__alone_changes_nothing():
     moments = of_parts([draw(5, 4)], [0])
     before = moments.dispersion()
@@ -155,7 +142,7 @@ def reduce_on_rank(rank: int, parts: list[torch.Tensor], starts: list[int], fold
     )
     moments = of_parts([parts[rank]], [starts[rank]], kept=10)
     moments.all_reduce()
-    torch.save(moments.state(), f"{folder}/{rank}.pt")
+    Path(folder, f"{rank}.txt").write_text(f"{moments.count} {moments.dispersion()!r}")
     dist.destroy_process_group()
 
 
@@ -168,8 +155,8 @@ def test_all_reduce__two_processes_equal_one(tmp_path: Path):
         nprocs=2,
         start_method="spawn",
     )
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    moments = SummaryMoments.from_state(first)
-    assert moments.count == 13
-    assert moments.dispersion() == pytest.approx(dispersion_of(whole, kept=10), rel=1e-12)
+    first, second = ((tmp_path / f"{rank}.txt").read_text() for rank in range(2))
+    assert first == second
+    count, dispersion = first.split()
+    assert int(count) == 13
+    assert float(dispersion) == pytest.approx(dispersion_of(whole, kept=10), rel=1e-12)

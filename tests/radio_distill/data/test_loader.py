@@ -16,7 +16,7 @@ from radio_distill.config import DataConfig
 from radio_distill.data import loader
 from radio_distill.data.images import decode_image, random_view, to_float
 from radio_distill.data.index import index_path
-from radio_distill.data.loader import ShardBatches, StepSlice, too_many_bad
+from radio_distill.data.loader import ShardBatches, StepSlice, in_every_step, too_many_bad
 from radio_distill.data.position import SampleOrder, view_generator
 from radio_distill.errors import DataError
 
@@ -27,9 +27,17 @@ def config_of(folder, **options):
     return DataConfig(shards=(str(folder),), **{"workers": 0, "shuffle_shards": 2, **options})
 
 
+def source_of(config, slices, images_per_step, seed=0):
+    return ShardBatches(
+        config, seed=seed, images_per_step=images_per_step, slices=in_every_step(slices)
+    )
+
+
 def batches_of(config, slices, steps, start=0, images_per_step=6, seed=11):
     """The batches of some steps, and the source they come from."""
-    source = ShardBatches(config, seed=seed, images_per_step=images_per_step, slices=slices)
+    source = ShardBatches(
+        config, seed=seed, images_per_step=images_per_step, slices=in_every_step(slices)
+    )
     stream = source.batches(start)
     batches = list(itertools.islice(stream, steps))
     stream.close()
@@ -189,7 +197,9 @@ def test_too_many_bad__waits_for_evidence():
 @pytest.mark.parametrize("workers", [0, 1])
 def test_batches__shard_that_vanishes_is_one_line(shard_folder, workers):
     config = config_of(shard_folder, workers=workers)
-    source = ShardBatches(config, seed=0, images_per_step=30, slices=[StepSlice(0, 30, SIZE)])
+    source = ShardBatches(
+        config, seed=0, images_per_step=30, slices=in_every_step([StepSlice(0, 30, SIZE)])
+    )
     (shard_folder / "part-3.tar").unlink()
     with pytest.raises(DataError, match=r"part-3\.tar: No such file") as error:
         next(source.batches(0))
@@ -207,7 +217,9 @@ def test_shard_batches__refuses_damaged_and_missing_shards(shard_folder):
 
 def test_batches__workers_ignore_the_signals_of_slurm(shard_folder):
     config = config_of(shard_folder, workers=2)
-    source = ShardBatches(config, seed=0, images_per_step=2, slices=[StepSlice(0, 2, SIZE)])
+    source = ShardBatches(
+        config, seed=0, images_per_step=2, slices=in_every_step([StepSlice(0, 2, SIZE)])
+    )
     stream = source.batches(0)
     next(stream)
     children = multiprocessing.active_children()
@@ -233,7 +245,9 @@ def test_batches__worker_that_dies_is_one_line(shard_folder, monkeypatch):
 
     monkeypatch.setattr(loader._Views, "_batch", make_two_then_die)
     config = config_of(shard_folder, workers=1)
-    source = ShardBatches(config, seed=0, images_per_step=2, slices=[StepSlice(0, 2, SIZE)])
+    source = ShardBatches(
+        config, seed=0, images_per_step=2, slices=in_every_step([StepSlice(0, 2, SIZE)])
+    )
     stream = source.batches(0)
     next(stream), next(stream)
     with pytest.raises(DataError, match="a decoding process died"):
@@ -245,9 +259,9 @@ def test_batches__program_ends_with_workers_still_running(shard_folder):
     # Regression: workers that ignore SIGTERM kept the interpreter from ending.
     program = f"""
 from radio_distill.config import DataConfig
-from radio_distill.data.loader import ShardBatches, StepSlice
+from radio_distill.data.loader import ShardBatches, StepSlice, in_every_step
 config = DataConfig(shards=({str(shard_folder)!r},), workers=1)
-slices = [StepSlice(0, 1, (8, 8))]
+slices = in_every_step([StepSlice(0, 1, (8, 8))])
 stream = ShardBatches(config, seed=0, images_per_step=1, slices=slices).batches(0)
 next(stream)
 raise SystemExit(7)
@@ -267,3 +281,22 @@ def test_fingerprint__names_the_images(shard_folder, tmp_path, encode, write_tar
     assert fingerprint(shard_folder / "part-[0-3].tar") != first
     write_tar(shard_folder / "part-0.tar", {f"s0_{i}.png": encode(70 + i) for i in range(3)})
     assert fingerprint(shard_folder) != first
+
+
+def test_batches__slices_may_differ_from_step_to_step(shard_folder):
+    """Other sizes and another number of micro-batches; the images stay those of their positions."""
+    config = config_of(shard_folder)
+
+    def slices(step):
+        if step % 2:
+            return [StepSlice(0, 4, (16, 16)), StepSlice(4, 6, (16, 16))]
+        return [StepSlice(0, 6, (32, 16))]
+
+    source = ShardBatches(config, seed=11, images_per_step=6, slices=slices)
+    stream = list(itertools.islice(source.batches(1), 3))
+    assert [[len(batch.keys) for batch in step] for step in stream] == [[4, 2], [6], [4, 2]]
+    assert stream[1][0].pixels.shape[-2:] == (32, 16)
+    whole, _ = batches_of(config, [StepSlice(0, 6, (16, 16))], 3, start=1)
+    for step, expected in zip(stream, whole, strict=True):
+        assert sum((batch.keys for batch in step), ()) == expected[0].keys
+    assert torch.equal(torch.cat([batch.pixels for batch in stream[2]]), whole[2][0].pixels)

@@ -4,7 +4,16 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from radio_distill.evals.fidelity import fidelity
+from radio_distill.balance.moments import Moments
+from radio_distill.balance.normalizers import (
+    GlobalStandardise,
+    Identity,
+    LayerNorm,
+    PerChannelStandardise,
+)
+from radio_distill.balance.phi_s import PhiS
+from radio_distill.errors import ConfigError
+from radio_distill.evals.fidelity import fidelity, in_teacher_space
 from radio_distill.types import Features
 
 
@@ -100,3 +109,57 @@ def test_fidelity__scores_say_what_they_are(pictures):
     assert not scores["mse/sam"].higher_is_better
     assert scores["cosine/sam"].higher_is_better
     assert {(score.group, score.num_samples) for score in scores.values()} == {("Fidelity", 3)}
+
+
+def _four_channels(pixels):
+    spatial = F.avg_pool2d(pixels, 8)
+    spatial = torch.cat((spatial, spatial.mean(dim=1, keepdim=True)), dim=1)
+    return {"dino": Features(spatial.mean(dim=(2, 3)), spatial)}
+
+
+def _fitted(kind):
+    """A normalizer of features whose channels vary differently."""
+    moments = Moments(4)
+    generator = torch.Generator().manual_seed(0)
+    deviations = torch.tensor([1.0, 2.0, 4.0, 5.0])[:, None, None]
+    moments.update(torch.randn(8, 4, 16, 16, generator=generator) * deviations + 5)
+    return kind().fit(moments)
+
+
+def _in_teacher_space(normalizer, pictures, error=0.0):
+    def predict(pixels):
+        summary, spatial = _four_channels(pixels)["dino"]
+        return {"dino": Features(summary, normalizer.apply(spatial) + error)}
+
+    inverted = in_teacher_space(predict, {"dino": normalizer})
+    scores = fidelity(inverted, _four_channels, pictures, (64, 64))
+    return {score.metric: score.value for score in scores}
+
+
+@pytest.mark.parametrize("kind", [Identity, GlobalStandardise, PerChannelStandardise, PhiS])
+def test_in_teacher_space__a_perfect_prediction_has_no_error(kind, pictures):
+    values = _in_teacher_space(_fitted(kind), pictures)
+    assert values["mse/dino"] < 1e-9
+    assert values["summary_cosine/dino"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("kind", [GlobalStandardise, PhiS])
+def test_in_teacher_space__one_scale_multiplies_the_error_by_the_variance(kind, pictures):
+    """An error of 0.1 in the normalised space is 0.1 standard deviations of the teacher."""
+    normalizer = _fitted(kind)
+    variance = normalizer.state()["scale"].item() ** -2
+    assert variance == pytest.approx((1 + 4 + 16 + 25) / 4, rel=0.1)
+    values = _in_teacher_space(normalizer, pictures, error=0.1)
+    assert values["mse/dino"] == pytest.approx(0.01 * variance, rel=1e-4)
+
+
+def test_in_teacher_space__each_channel_has_its_own_scale(pictures):
+    normalizer = _fitted(PerChannelStandardise)
+    variances = normalizer.state()["scale"] ** -2
+    values = _in_teacher_space(normalizer, pictures, error=0.1)
+    assert values["mse/dino"] == pytest.approx(0.01 * variances.mean().item(), rel=1e-4)
+
+
+def test_in_teacher_space__a_normalizer_without_inverse(pictures):
+    with pytest.raises(ConfigError, match="layer_norm cannot be inverted"):
+        _in_teacher_space(_fitted(LayerNorm), pictures)

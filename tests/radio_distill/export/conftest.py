@@ -1,7 +1,6 @@
 """Checkpoints of small students whose every number is random, so that a slip shows."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ from radio_distill.balance.moments import Moments
 from radio_distill.config import Recipe, build
 from radio_distill.export.folded import FoldedStudent, folded
 from radio_distill.models.distilled import DistilledStudent, build_student
-from radio_distill.models.reparametrize import reparametrize
 from radio_distill.train import checkpoint as checkpoints
 from radio_distill.train.checkpoint import Checkpoint
 from radio_distill.train.statistics import build_normalizers, normalizer_tensors
@@ -22,8 +20,10 @@ CHANNELS = {"clip": (12, 5), "sam": (8, None), "dino": (4, 4)}
 LICENCES = {"clip": "apple-ascl (research only)", "sam": "apache-2.0", "dino": "dinov3-license"}
 
 
-def _recipe(folder: Path, normalizer: str, student: dict[str, Any]) -> Recipe:
-    partition = {"name": "a", "size": [32, 48], "teachers": list(CHANNELS), "batch_size": 2}
+def _recipe(
+    folder: Path, normalizer: str, teachers: tuple[str, ...], student: dict[str, Any]
+) -> Recipe:
+    partition = {"name": "a", "size": [32, 48], "teachers": list(teachers), "batch_size": 2}
     recipe: Recipe = build(
         Recipe,
         {
@@ -31,7 +31,7 @@ def _recipe(folder: Path, normalizer: str, student: dict[str, Any]) -> Recipe:
             "output": str(folder),
             "data": {"shards": ["x"]},
             "student": {"head_hidden": 16, "head_layers": 1, "max_size": 512, **student},
-            "teachers": {name: {"preset": f"preset_{name}"} for name in CHANNELS},
+            "teachers": {name: {"preset": f"preset_{name}"} for name in teachers},
             "normalizer": {"name": normalizer},
             "stages": {"stage1": {"steps": 7, "partitions": [partition]}},
         },
@@ -39,14 +39,12 @@ def _recipe(folder: Path, normalizer: str, student: dict[str, Any]) -> Recipe:
     return recipe
 
 
-def _specs() -> dict[str, TeacherSpec]:
+def _spec(name: str) -> TeacherSpec:
+    channels, summary = CHANNELS[name]
     half = (0.5, 0.5, 0.5)
-    return {
-        name: TeacherSpec(
-            name, channels, summary, 16, (224, 224), None, half, half, licence=LICENCES[name]
-        )
-        for name, (channels, summary) in CHANNELS.items()
-    }
+    return TeacherSpec(
+        name, channels, summary, 16, (224, 224), None, half, half, licence=LICENCES[name]
+    )
 
 
 def _statistics(recipe: Recipe) -> dict[str, torch.Tensor]:
@@ -74,23 +72,25 @@ def make_checkpoint(tmp_path: Path) -> Callable[..., Checkpoint]:
     """Write and open the checkpoint of a new student; its run folder is ``tmp_path / "tiny"``."""
 
     def make(
-        normalizer: str = "phi_s", stage: str = "stage1", step: int = 7, seed: int = 0, **fields: Any
+        normalizer: str = "phi_s",
+        stage: str = "stage1",
+        step: int = 7,
+        teachers: tuple[str, ...] = tuple(CHANNELS),
+        **student: Any,
     ) -> Checkpoint:
-        torch.manual_seed(seed)
-        recipe = _recipe(tmp_path, normalizer, {"architecture": "test_vit", **fields})
-        plain = replace(recipe.student, spectral_reparametrization=False)
-        model = build_student(plain, _specs())
+        torch.manual_seed(0)
+        student = {"architecture": "test_vit", **student}
+        recipe = _recipe(tmp_path, normalizer, teachers, student)
+        specs = {name: _spec(name) for name in teachers}
+        model = build_student(recipe.student, specs)
         _randomise(model)
-        if recipe.student.spectral_reparametrization:
-            reparametrize(model.student, spectral=True, noise=0.0)
-            _randomise(model)
         folder = checkpoints.save(
             tmp_path / "tiny" / stage / "checkpoints",
             step,
             {"student": model.state_dict(), "statistics": _statistics(recipe)},
             stage="stage1",
             recipe=recipe,
-            teachers=_specs(),
+            teachers=specs,
             keep_last=3,
         )
         return checkpoints.read(folder)

@@ -24,10 +24,11 @@ from radio_distill.config import (
 from radio_distill.losses import distillation_loss
 from radio_distill.models.distilled import build_student
 from radio_distill.models.position import NUM_DRAWS
-from radio_distill.partitions import partitions_of
+from radio_distill.partitions import Partition, Pass, partitions_of
 from radio_distill.train.costs import ModelCosts
 from radio_distill.train.measure import count_flops, fake_module, fake_tensors, peak_memory
 from radio_distill.train.plan import GIB, DeviceType, Memory, plan_stage, state_memory
+from radio_distill.train.sights import Sight
 from radio_distill.types import Features, TeacherSpec
 from upsamplers import build_upsampler
 
@@ -88,6 +89,10 @@ def fake_costs(recipe: Recipe) -> Iterator[ModelCosts]:
         fake_module(student)
         fake_module(teachers["patches"].tower)
         yield ModelCosts(recipe, student, teachers, upsamplers)
+
+
+def only_pass(partition: Partition) -> Pass:
+    return Pass(partition, partition.sizes[0], partition.image_weight)
 
 
 def block_flops(tokens: int) -> int:
@@ -157,8 +162,8 @@ def test_partition__counts_a_teacher_with_its_tiles_and_normalizer():
         (plain,) = costs.partition("stage1", low).teachers
         (tiled,) = costs.partition("stage1", high).teachers
     encode = 2 * 36 * 3 * 64 * CHANNELS  # a grid of 6 x 6
-    assert (plain.size, plain.grid, plain.calls) == ((48, 48), (6, 6), 1)
-    assert (tiled.size, tiled.grid, tiled.calls) == ((48, 48), (18, 18), 10)
+    assert (plain.sight, plain.calls) == (Sight("patches", (48, 48), (6, 6), 1), 1)
+    assert (tiled.sight, tiled.calls) == (Sight("patches", (48, 48), (18, 18), 1), 10)
     assert (plain.encode_flops, tiled.encode_flops) == (encode, 10 * encode)
     assert plain.other_flops == 2 * 36 * CHANNELS**2  # the rotation of PHI-S
     assert tiled.other_flops == 9 * plain.other_flops
@@ -185,7 +190,7 @@ def test_step_memory__is_that_of_a_real_step(precision, checkpointing, tolerance
     recipe = replace(recipe, student=replace(recipe.student, gradient_checkpointing=checkpointing))
     low = partitions_of(recipe.stages["stage1"])[0]
     with fake_costs(recipe) as costs:
-        estimate = costs.step_memory("stage1", low, 4)
+        estimate = costs.step_memory("stage1", [only_pass(low)], 4)
 
     student, teacher = build_student(recipe.student, {"patches": PatchTeacher.spec}), PatchTeacher()
     for parameter in student.parameters():
@@ -196,7 +201,8 @@ def test_step_memory__is_that_of_a_real_step(precision, checkpointing, tolerance
         targets = {"patches": teacher.encode(F.interpolate(pixels, (48, 48)))}
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
             predictions = student(pixels, ("patches",), draws=torch.rand(4, NUM_DRAWS))
-        report = distillation_loss(predictions, targets, recipe.loss, recipe.teachers)
+        weights = {"patches/summary": 0.0, "patches/features": 1.0}
+        report = distillation_loss(predictions, targets, recipe.loss, weights)
         report.total.sum().backward()
 
     step()  # the first pass makes caches
@@ -207,7 +213,9 @@ def test_step_memory__grows_with_the_images_and_not_with_the_weights():
     recipe = make_recipe()
     low = partitions_of(recipe.stages["stage1"])[0]
     with fake_costs(recipe) as costs:
-        one, two, four = (costs.step_memory("stage1", low, images) for images in (8, 16, 32))
+        one, two, four = (
+            costs.step_memory("stage1", [only_pass(low)], images) for images in (8, 16, 32)
+        )
     assert four - two == pytest.approx(2 * (two - one), rel=0.01)
 
 

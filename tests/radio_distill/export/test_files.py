@@ -1,0 +1,42 @@
+"""An export folder is whole or absent."""
+
+from pathlib import Path
+
+import pytest
+
+from radio_distill.errors import ExportError
+from radio_distill.export.files import new_folder
+
+
+def test_new_folder__appears_when_all_is_written(tmp_path: Path) -> None:
+    with new_folder(tmp_path / "a" / "b") as draft:
+        (draft / "file").write_text("x")
+        assert not (tmp_path / "a" / "b").exists()
+    assert (tmp_path / "a" / "b" / "file").read_text() == "x"
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["b"]
+
+
+def test_new_folder__nothing_is_left_of_a_failure(tmp_path: Path) -> None:
+    def fail() -> None:
+        with new_folder(tmp_path / "b") as draft:
+            (draft / "file").write_text("x")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert not any(tmp_path.iterdir())
+
+
+def test_new_folder__nothing_is_written_over(tmp_path: Path) -> None:
+    (tmp_path / "kept").write_text("x")
+    with pytest.raises(ExportError, match="exists already; choose another folder"):
+        new_folder(tmp_path).__enter__()
+    with pytest.raises(ExportError, match="exists already"):
+        new_folder(tmp_path / "kept").__enter__()
+    assert (tmp_path / "kept").read_text() == "x"
+
+
+def test_new_folder__a_place_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ExportError, match=r"cannot write .*: Not a directory"):
+        new_folder(tmp_path / "file" / "b").__enter__()

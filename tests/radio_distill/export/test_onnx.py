@@ -1,0 +1,105 @@
+"""What onnxruntime computes from the file is the student, at any batch and size."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch import Tensor
+
+from radio_distill.errors import ExportError, UnknownNameError
+from radio_distill.export import onnx as onnx_format
+from radio_distill.export.folded import FoldedStudent
+
+MakeStudent = Callable[..., FoldedStudent]
+
+
+@torch.no_grad()
+def _expected(student: FoldedStudent, pixels: Tensor) -> dict[str, Tensor]:
+    """Outputs by name, put together from the student by hand: clip, sam, dino have slots 0 to 2."""
+    tokens, spatial = student.model.student(pixels)
+    predictions = student.model(pixels, ("clip", "sam", "dino"))
+    outputs = {"summary": torch.cat((tokens[:, 0], tokens[:, 2]), dim=1), "features": spatial}
+    for name, (summary, features) in predictions.items():
+        if summary is not None:
+            outputs[f"{name}_summary"] = summary
+        outputs[f"{name}_features"] = features
+    return outputs
+
+
+def _check_outputs(student: FoldedStudent, path: Path, pixels: Tensor) -> list[str]:
+    """Compare all outputs of a file with the student's; returns their names."""
+    session = onnxruntime.InferenceSession(str(path))
+    names = [output.name for output in session.get_outputs()]
+    expected = _expected(student, pixels)
+    for name, found in zip(names, session.run(None, {"pixels": pixels.numpy()}), strict=True):
+        assert found.shape == tuple(expected[name].shape)
+        assert np.abs(found - expected[name].numpy()).max() <= 1e-4, (name, pixels.shape)
+    return names
+
+
+def test_export__every_batch_and_size(make_student: MakeStudent, tmp_path: Path) -> None:
+    student = make_student(spectral_reparametrization=True)
+    path = onnx_format.export(student, tmp_path / "out", adaptors=("dino", "sam"))
+    assert path == tmp_path / "out" / "model.onnx"
+    for shape in ((1, 224, 224), (3, 224, 192), (2, 160, 320), (1, 16, 16), (1, 768, 512)):
+        names = _check_outputs(student, path, torch.rand(shape[0], 3, *shape[1:]))
+    heads = ["dino_summary", "dino_features", "sam_features"]  # SAM has no summary
+    assert names == ["summary", "features", *heads]
+
+    model = onnx.load(path)
+    onnx.checker.check_model(model)
+    assert [entry.version for entry in model.opset_import if not entry.domain] == [18]
+    sides = [d.dim_param or d.dim_value for d in model.graph.input[0].type.tensor_type.shape.dim]
+    assert sides == ["batch", 3, "height", "width"]
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    assert metadata["recipe"] == "tiny"
+    assert metadata["patch_size"] == metadata["size_step"] == "16"
+    licences = json.loads(metadata["licences"])
+    assert list(licences) == json.loads(metadata["teachers"]) == ["clip", "sam", "dino"]
+    assert licences["sam"] == "apache-2.0"
+
+
+def test_export__windows_and_the_cards_example(make_student: MakeStudent, tmp_path: Path) -> None:
+    student = make_student(window_size=2, global_blocks=2, registers=0, final_norm=True)
+    path = onnx_format.export(student, tmp_path / "out")
+    for shape in ((1, 96, 32), (3, 64, 160)):
+        assert _check_outputs(student, path, torch.rand(shape[0], 3, *shape[1:])) == [
+            "summary",
+            "features",
+        ]
+    card = (path.parent / "README.md").read_text()
+    example = re.search(r"```python\n(.*?)```", card, re.DOTALL)
+    assert example
+    names: dict[str, Any] = {}
+    exec(example[1].replace("FOLDER", str(path.parent)), names)
+    expected = _expected(student, torch.from_numpy(names["pixels"]))
+    assert np.abs(names["outputs"]["summary"] - expected["summary"].numpy()).max() <= 1e-4
+
+
+def test_export__unknown_head(make_student: MakeStudent, tmp_path: Path) -> None:
+    with pytest.raises(UnknownNameError, match=r"no head 'dini' \(did you mean 'dino'\?\)"):
+        onnx_format.export(make_student(), tmp_path / "out", adaptors=("dini",))
+    assert not (tmp_path / "out").exists()
+
+
+def test_export__writes_nothing_where_the_file_computes_something_else(
+    make_student: MakeStudent, tmp_path: Path
+) -> None:
+    class Slipping(torch.nn.Identity):
+        """Adds one wherever the tracer does not look."""
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            return tokens if torch.compiler.is_compiling() else tokens + 1
+
+    student = make_student()
+    student.model.student.norm_pre = Slipping()
+    with pytest.raises(ExportError, match="of the written model differs by"):
+        onnx_format.export(student, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

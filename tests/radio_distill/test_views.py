@@ -1,0 +1,82 @@
+"""Crops that are shifted against each other, and maps that follow."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from radio_distill.views import STUDENT, Views, follow
+
+PATCH = 8
+
+
+def patch_means(pixels: torch.Tensor) -> torch.Tensor:
+    """An encoder that sees one patch at a time, so that its map moves with the picture."""
+    return F.avg_pool2d(pixels, PATCH)
+
+
+def offsets_of(**cells):
+    table = {name: torch.tensor(rows) * PATCH for name, rows in cells.items()}
+    return lambda name: table[name]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(2, 6),
+    st.integers(2, 6),
+    st.lists(st.tuples(*[st.integers(0, 3)] * 4), min_size=1, max_size=3),
+)
+def test_follow__a_map_that_moves_with_the_picture_meets_the_students(rows, columns, cells):
+    size, margin = (rows * PATCH, columns * PATCH), 3 * PATCH
+    pixels = torch.rand(len(cells), 3, size[0] + margin, size[1] + margin)
+    offsets = offsets_of(
+        student=[(top, left) for top, left, _, _ in cells],
+        dino=[(top, left) for _, _, top, left in cells],
+    )
+    views = Views(pixels, size, offsets, margin)
+    student, teacher = patch_means(views.of_student()), patch_means(views.of_teacher("dino"))
+    moved, seen = follow(teacher, views.shift("dino"))
+    for row, (top, left, other_top, other_left) in enumerate(cells):
+        down, right = abs(top - other_top), abs(left - other_left)
+        assert seen[row].sum() == max(rows - down, 0) * max(columns - right, 0)
+    kept = seen[:, None].expand_as(moved)
+    torch.testing.assert_close(moved[kept], student[kept], rtol=1e-4, atol=1e-5)
+
+
+def test_follow__equal_crops_leave_the_map():
+    features = torch.randn(2, 5, 4, 7)
+    moved, seen = follow(features, torch.zeros(2, 2))
+    torch.testing.assert_close(moved, features)
+    assert seen.all()
+
+
+def test_follow__parts_of_a_cell_are_interpolated():
+    ramp = torch.arange(6.0).expand(1, 1, 4, 6)
+    moved, seen = follow(ramp, torch.tensor([[0.0, 0.5 / 6]]))
+    torch.testing.assert_close(moved[..., :5], ramp[..., :5] + 0.5)
+    assert seen[0, 0].tolist() == [True] * 5 + [False], "the last cell is not in the other crop"
+
+
+def test_follow__gradcheck():
+    features = torch.randn(1, 2, 3, 4, dtype=torch.float64, requires_grad=True)
+    shift = torch.tensor([[1 / 3, -1 / 8]])
+    assert torch.autograd.gradcheck(lambda item: follow(item, shift)[0], features)
+
+
+@pytest.mark.parametrize("margin", [0, PATCH])
+def test_views__without_shift_all_see_the_same(margin):
+    pixels = torch.rand(2, 3, 32 + margin, 32 + margin)
+    offsets = offsets_of(student=[(0, 0)] * 2, dino=[(0, 0)] * 2)
+    views = Views(pixels, (32, 32), offsets, margin)
+    assert views.are_shifted == bool(margin)
+    assert torch.equal(views.of_student(STUDENT), views.of_teacher("dino"))
+    assert views.of_student().shape == (2, 3, 32, 32)
+
+
+def test_views__a_larger_view_is_shown_to_teachers_as_it_is():
+    pixels = torch.rand(2, 3, 64, 64)
+    views = Views(pixels, (32, 32))
+    assert views.of_teacher("dino") is pixels
+    assert views.of_student().shape == (2, 3, 32, 32)
+    assert views.shift("dino") is None

@@ -1,0 +1,254 @@
+"""A step has the same gradient on one process as on many, whatever the recipe combines."""
+
+import multiprocessing
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from radio_distill.config import (
+    AugmentationConfig,
+    DataConfig,
+    EngineConfig,
+    LossConfig,
+    PartitionConfig,
+    Recipe,
+    StageConfig,
+    StudentConfig,
+    TeacherConfig,
+    UpsamplerConfig,
+    check,
+)
+from radio_distill.models.distilled import build_student
+from radio_distill.models.ema import Ema
+from radio_distill.partitions import images_per_step
+from radio_distill.targets import TargetMaker
+from radio_distill.train.distributed import World
+from radio_distill.train.draws import Draws
+from radio_distill.train.engine import build_engine
+from radio_distill.train.loop import StageRun, accumulate, stage_seed
+from radio_distill.train.meter import Meter
+from radio_distill.train.statistics import build_normalizers
+from radio_distill.train.weights import TermWeights
+from radio_distill.train.work import Work
+from radio_distill.types import ImageBatch
+from radio_distill.views import resize
+from teachers import build_teacher
+from upsamplers import build_upsampler
+
+CPU = torch.device("cpu")
+TEACHERS = {
+    "vit": TeacherConfig(preset="tiny_vit", input_size="match"),
+    "cnn": TeacherConfig(preset="tiny_cnn"),
+    "sam": TeacherConfig(preset="tiny_samvit", summary_weight=0),
+}
+
+
+@st.composite
+def recipes(draw) -> Recipe:
+    """One or two partitions, perhaps of the same images, with or without everything else."""
+    yes = st.booleans()
+    low_sizes = draw(st.sampled_from([(64,), (32, 64), (64, 96)]))
+    low_teachers = draw(st.sampled_from([("vit", "sam"), ("vit", "cnn", "sam"), ("sam",)]))
+    low = PartitionConfig(
+        name="low",
+        sizes=low_sizes,
+        teachers=low_teachers,
+        batch_size=draw(st.integers(1, 7)),
+        mosaic=("sam",) if max(low_sizes) <= 64 and draw(yes) else (),
+    )
+    partitions = [low]
+    if draw(yes):
+        shares = draw(yes)
+        high = PartitionConfig(
+            name="high",
+            sizes=draw(st.sampled_from([(128,), (96, 128)] + ([] if shares else [((64, 96),)]))),
+            teachers=("vit", "sam"),
+            upsample=("vit",) if draw(yes) else (),
+            batch_size=low.batch_size if shares else draw(st.integers(1, 3)),
+            weight=draw(st.sampled_from([1.0, 2.5])),
+            images_of="low" if shares else "",
+        )
+        partitions.append(high)
+    recipe = Recipe(
+        name="any",
+        seed=draw(st.integers(0, 99)),
+        data=DataConfig(shards=("none",)),
+        student=StudentConfig(
+            architecture="test_vit",
+            max_size=256,
+            registers=1,
+            head_hidden=16,
+            final_norm=draw(yes),
+            spectral_reparametrization=draw(yes),
+        ),
+        teachers=TEACHERS,
+        loss=LossConfig(
+            summary=draw(st.sampled_from(["cosine", "angle"])),
+            rebalance=draw(yes),
+            weighting=draw(st.sampled_from(["fixed", "uncertainty", "adaloss"])),
+            mesa=draw(st.sampled_from([0.0, 0.5])),
+        ),
+        augmentation=AugmentationConfig(
+            shift=draw(st.integers(0, 2)),
+            window_share=draw(st.sampled_from([0.0, 1.0])),
+            window_sizes=(2, 4),
+            weight_noise=draw(st.sampled_from([0.0, 0.1])),
+        ),
+        stages={"stage1": StageConfig(partitions=tuple(partitions), ema_decay=0.9)},
+        engine=EngineConfig(
+            precision="float32", device="cpu", name="single", micro_batch=draw(st.integers(0, 3))
+        ),
+    )
+    check(recipe)
+    return recipe
+
+
+def build(recipe: Recipe, world: World) -> StageRun:
+    """One process of a run, the same student and teachers whoever asks."""
+    stage = recipe.stages["stage1"]
+    torch.manual_seed(0)
+    teachers = {name: build_teacher(name, config) for name, config in TEACHERS.items()}
+    upsampler = build_upsampler(UpsamplerConfig(name="bilinear", factor=2), {})
+    recipe_none = replace(recipe, normalizer=replace(recipe.normalizer, name="none"))
+    targets = TargetMaker(teachers, TEACHERS, upsampler, build_normalizers(recipe_none), 16)
+    model = build_student(
+        recipe.student,
+        {name: teacher.spec for name, teacher in teachers.items()},
+        learned_weights=recipe.loss.weighting == "uncertainty",
+        weight_noise=recipe.augmentation.weight_noise,
+    )
+    draws = Draws(stage_seed(recipe, "stage1"), recipe.augmentation, images_per_step(stage), 16)
+    work = Work(recipe, "stage1", world, targets, draws)
+    weights = TermWeights(recipe, work.partitions, {"vit": 0.5, "cnn": 2.0}, CPU)
+    engine = build_engine(model, recipe.engine, stage, World(), CPU)
+    ema = Ema(model)
+    with torch.no_grad():  # an average that is not the student, so that MESA has a gradient
+        for average in ema.model.parameters():
+            average.mul_(1.1)
+    return StageRun(recipe, "stage1", None, world, engine, targets, None, work, draws, weights, ema)  # type: ignore[arg-type]
+
+
+def pictures(run: StageRun, step: int) -> list[ImageBatch]:
+    """The images of each micro-batch; an image looks the same wherever it is decoded."""
+    batches = []
+    for item in run.work.slices(step):
+        rows = [
+            torch.rand(1, 3, 24, 24, generator=torch.Generator().manual_seed(100 * step + index))
+            for index in range(item.start, item.stop)
+        ]
+        pixels = resize(torch.cat(rows), item.size)
+        batches.append(ImageBatch(pixels, tuple(map(str, range(item.start, item.stop)))))
+    return batches
+
+
+def gradient(recipe: Recipe, world: World, steps: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
+    """This process's part of the gradient, one step after another, and of the loss."""
+    run = build(recipe, world)
+    meter = Meter([], CPU)
+    meter.add = lambda values, weight: None
+    gradients, losses = [], []
+    for step in range(steps):
+        loss, _ = accumulate(run, step, pictures(run, step), meter)
+        run.weights.end_step()
+        gradients.append(torch.cat([p.grad.flatten() for p in run.engine.model.parameters()]))
+        losses.append(loss)
+        run.engine.model.zero_grad()
+    return torch.stack(gradients), torch.stack(losses)
+
+
+def assert_equal(found, expected) -> None:
+    for one, other in zip(found, expected, strict=True):
+        scale = other.abs().amax(-1, keepdim=True).clamp(min=1e-3)
+        assert float(((one - other).abs() / scale).max()) <= 1e-5
+
+
+def without_past(recipe: Recipe) -> Recipe:
+    """AdaLoss adapts to sums over real processes; see the test with two of them."""
+    if recipe.loss.weighting != "adaloss":
+        return recipe
+    return replace(recipe, loss=replace(recipe.loss, weighting="fixed"))
+
+
+SLOW = settings(
+    max_examples=25,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+
+
+@SLOW
+@given(recipes(), st.integers(2, 5))
+def test_gradient__of_one_process_is_the_sum_over_many(recipe, world_size):
+    recipe = without_past(recipe)
+    parts = [gradient(recipe, World(rank, world_size)) for rank in range(world_size)]
+    summed = [sum(part[index] for part in parts) for index in range(2)]
+    expected = gradient(recipe, World())
+    assert float(expected[0].abs().max()) > 0
+    assert_equal(summed, expected)
+
+
+def serve(rank: int, folder: str, pipe) -> None:
+    """Answer recipes with this process's gradient, summed over both."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=2, init_method=f"file://{folder}/store")
+    while (recipe := pipe.recv()) is not None:
+        parts = gradient(recipe, World(rank, 2))
+        for part in parts:
+            dist.all_reduce(part)
+        pipe.send([part.numpy() for part in parts])
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp("processes"))
+    context = multiprocessing.get_context("spawn")
+    pipes, processes = [], []
+    for rank in range(2):
+        ours, theirs = context.Pipe()
+        process = context.Process(target=serve, args=(rank, folder, theirs), daemon=True)
+        process.start()
+        pipes.append(ours)
+        processes.append(process)
+    yield pipes
+    for pipe, process in zip(pipes, processes, strict=True):
+        pipe.send(None)
+        process.join(20)
+
+
+@pytest.mark.distributed
+@settings(SLOW, max_examples=12)
+@given(recipes())
+def test_gradient__of_two_real_processes(two_processes, recipe):
+    for pipe in two_processes:
+        pipe.send(recipe)
+    expected = gradient(recipe, World())
+    for pipe in two_processes:
+        assert pipe.poll(60), "a process gave no answer"
+        assert_equal([torch.from_numpy(part) for part in pipe.recv()], expected)
+
+
+def test_gradient__another_step_has_another():
+    """What the tests above compare is not the same number over and over."""
+    recipe = Recipe(
+        name="any",
+        data=DataConfig(shards=("none",)),
+        student=StudentConfig(architecture="test_vit", max_size=256, registers=1, head_hidden=16),
+        teachers=TEACHERS,
+        augmentation=AugmentationConfig(shift=1),
+        stages={
+            "stage1": StageConfig(
+                partitions=(PartitionConfig(name="low", size=64, teachers=("vit",), batch_size=2),)
+            )
+        },
+        engine=EngineConfig(precision="float32", device="cpu", name="single"),
+    )
+    first, second = gradient(recipe, World())[0]
+    assert float((first - second).abs().max()) > 1e-3
+    other = gradient(replace(recipe, seed=random.Random(0).randrange(1, 99)), World())[0]
+    assert float((first - other[0]).abs().max()) > 1e-4, "other crops of the same pictures"

@@ -1,0 +1,134 @@
+"""``radio-distill export``: which checkpoint is taken, where it goes, and what is refused."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from radio_distill.config import Recipe, build
+from radio_distill.models.distilled import build_student
+from radio_distill.train import checkpoint as checkpoints
+from radio_distill.types import TeacherSpec
+from stages.cli import main
+
+HALF = (0.5, 0.5, 0.5)
+SPEC = TeacherSpec("t", 8, 4, 16, (224, 224), None, HALF, HALF, licence="mit")
+
+
+def write_stage(run: Path, stage: str, **student: object) -> Path:
+    partition = {"name": "a", "size": 32, "teachers": ["t"], "batch_size": 2}
+    fields = {"architecture": "test_vit", "max_size": 64, "head_hidden": 8, **student}
+    recipe = build(
+        Recipe,
+        {
+            "name": run.name,
+            "data": {"shards": ["x"]},
+            "student": fields,
+            "teachers": {"t": {"preset": "p"}},
+            "normalizer": {"name": "none"},
+            "stages": {
+                name: {"steps": 3, "partitions": [partition]} for name in ("stage1", "stage3")
+            },
+        },
+    )
+    return checkpoints.save(
+        run / stage / "checkpoints",
+        3,
+        {"student": build_student(recipe.student, {"t": SPEC}).state_dict(), "statistics": {}},
+        stage=stage.partition("-")[0],
+        recipe=recipe,
+        teachers={"t": SPEC},
+        keep_last=3,
+    )
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run folder of two stages."""
+    write_stage(tmp_path / "mine", "stage1")
+    write_stage(tmp_path / "mine", "stage3-tile")
+    return tmp_path / "mine"
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
+    capsys.readouterr()
+    assert main(["export", *map(str, argv)]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    refusals = [line for line in lines if line.startswith("radio-distill: ")]
+    assert lines[-1:] == refusals
+    return refusals[0]
+
+
+def test_export__a_run_gives_its_last_stage(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    transformers = pytest.importorskip("transformers")
+    assert main(["export", str(run), "--format", "transformers"]) == 0
+    assert capsys.readouterr().out.strip() == str(run / "export" / "transformers")
+    assert '"stage": "stage3"' in (run / "export/transformers/radio_distill.json").read_text()
+    model = transformers.AutoModel.from_pretrained(run / "export" / "transformers")
+    assert model(torch.rand(1, 3, 32, 48)).features.shape == (1, 6, 64)
+
+
+def test_export__a_stage_a_checkpoint_and_a_folder_of_choice(run: Path, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    stage = run / "stage1"
+    assert main(["export", str(stage), "--format", "transformers"]) == 0
+    assert (stage / "export" / "transformers" / "model.safetensors").is_file()
+    checkpoint = checkpoints.find(stage).folder
+    out = tmp_path / "out"
+    arguments = ["export", str(checkpoint), "--format", "transformers", "--output", str(out)]
+    assert main(arguments) == 0
+    assert '"stage": "stage1"' in (out / "radio_distill.json").read_text()
+    assert main(["export", str(run), "--stage", "stage1", "--format", "transformers"]) == 0
+    assert '"stage": "stage1"' in (run / "export/transformers/radio_distill.json").read_text()
+
+
+def test_export__nothing_is_written_over(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("transformers")
+    first = run / "export" / "transformers"
+    assert main(["export", str(run), "--format", "transformers"]) == 0
+    (first / "mark").write_text("kept")
+    assert main(["export", str(run), "--format", "transformers"]) == 0
+    assert (first.with_name("transformers.1") / "mark").read_text() == "kept"
+    assert not (first / "mark").exists()
+    message = refusal(capsys, run, "--format", "transformers", "--output", first)
+    assert "exists already; choose another folder" in message
+
+
+def test_export__a_format_that_cannot_hold_the_student(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_stage(tmp_path / "windows", "stage1", window_size=2, global_blocks=2)
+    kept = tmp_path / "windows" / "export" / "radio"
+    kept.mkdir(parents=True)
+    for name in ("transformers", "radio"):
+        message = refusal(capsys, tmp_path / "windows", "--format", name)
+        assert f"{name} cannot hold student.window_size 2" in message
+        assert "export it as onnx" in message
+    assert kept.is_dir()
+
+
+def test_export__bad_arguments(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = refusal(capsys, run, "--format", "transfomers")
+    assert "unknown format 'transfomers' (did you mean 'transformers'?)" in message
+    message = refusal(capsys, tmp_path / "none", "--format", "radio")
+    assert "is no run, stage or checkpoint folder" in message
+    (tmp_path / "empty").mkdir()
+    message = refusal(capsys, tmp_path / "empty", "--format", "radio")
+    assert "no whole checkpoint in" in message
+    message = refusal(capsys, run, "--stage", "stage2", "--format", "radio")
+    assert "--stage stage2:" in message
+    assert "has no such stage" in message
+    message = refusal(capsys, run / "stage1", "--stage", "stage1", "--format", "radio")
+    assert "is not the folder of a run" in message
+
+
+def test_export__several_last_stages(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(run / "stage3-tile", run / "stage3-s2")
+    shutil.copytree(run / "stage3-tile", run / "stage3-tile.1")
+    message = refusal(capsys, run, "--format", "transformers")
+    assert message.endswith("name one: stage3-s2, stage3-tile")
+    pytest.importorskip("transformers")
+    assert main(["export", str(run), "--stage", "stage3-s2", "--format", "transformers"]) == 0
