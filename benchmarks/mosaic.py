@@ -9,12 +9,12 @@ the mirrored view, mirrored back, and against that of another picture.
 
     python -m benchmarks.mosaic [--pictures FOLDER] [--view 224] [--threads 1]
 
-A mosaic equals the view alone only where no layer mixes cells of two tiles: for a patch embedding,
-or attention in windows that divide the pitch of the tiles; the tests of ``radio_distill.mosaic``
-build such encoders. It cannot for the two teachers here: a ViT attends to the whole canvas, so that
-a neighbour reaches every cell, and the receptive field of a deep CNN crosses the edge of a tile.
-Nor can it for SAM, for whom the mosaic is made, with four global blocks and windows of 14 cells;
-its weights are in no package. Both teachers here take any size and so show what the canvas alone
+A mosaic equals the view alone only where no layer mixes cells of two views: for a patch embedding,
+or attention in windows of which none touches two views; the tests of ``radio_distill.mosaic`` build
+such encoders. It cannot for the two teachers here: a ViT attends to the whole canvas, so that a
+neighbour reaches every cell, and the receptive field of a deep CNN crosses into the next view. Nor
+can it for SAM, for which the mosaic is made, because of its four global blocks; its weights are in
+no package. Both teachers here take any size and so show what the canvas alone
 does (``alone, plain``): a position table for a larger grid, and padding that layers can see. They
 were not trained on padded canvases as SAM was, so their figures say little about SAM's.
 """

@@ -6,12 +6,12 @@ one canvas, runs the teacher once, and cuts its map into one map a view. A canva
 view only is the zero-padded canvas of PHI-S (arXiv 2410.01680, A.7).
 
 What it changes. A teacher gives each view of a mosaic the features that it would give it alone, at
-the same place of an otherwise empty canvas, where no layer mixes cells of two tiles:
+the same place of an otherwise empty canvas, if no layer mixes cells of two views:
 
 * a patch embedding, and layers that work on each cell by itself, never do;
-* attention in windows does not where no window reaches into two tiles: the pitch of the tiles is a
-  multiple of the window, or one tile fills the axis. SAM's windows of 14 cells do reach across the
-  tiles of 32 cells of a 2x2 mosaic;
+* attention in windows does not if no window touches two views, as where the pitch of the tiles is a
+  multiple of the window. None of SAM's windows of 14 cells does in a 2x2 mosaic of views up to 448
+  pixels, which lie 32 cells apart; some do in one of 512 pixels, and in 3x3 and 4x4;
 * attention over all cells (any plain ViT, and four blocks of SAM) does, everywhere;
 * a convolution wider than a cell does as far as its receptive field reaches: the 3x3 neck of SAM
   where two views touch, a deep CNN through much of each view.

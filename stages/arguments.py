@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, NoReturn
 
-from radio_distill.config import describe
+from radio_distill.config import assignments_of, describe
 from radio_distill.errors import ConfigError, RadioDistillError
 from radio_distill.registry import nearest
 
@@ -47,10 +47,15 @@ def _nearest_flag(flag: str, known: list[str]) -> str:
     return nearest(flag, known) if len(known) < 20 else nearest(flag, known).partition(",")[0]
 
 
+_OVERRIDE = "override"
+_WITHOUT_DOT = ("name", "seed", _OVERRIDE)
+
+
 def split_fields(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """Take ``--field.name value`` and ``--field.name=value`` out of a command line.
 
-    A field is known by the dot in its name; of those without one, by the name itself.
+    A field is known by the dot in its name; of those without one, by the name itself. Behind
+    ``--override`` stands a YAML file of fields, or one field as ``field.name=value``.
 
     Returns:
         What is left, and the fields as ``field.name=value``.
@@ -59,14 +64,17 @@ def split_fields(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     while arguments:
         flag = arguments.pop(0)
         name, equals, value = flag.removeprefix("--").partition("=")
-        if not flag.startswith("--") or ("." not in name and name not in ("name", "seed")):
+        if not flag.startswith("--") or ("." not in name and name not in _WITHOUT_DOT):
             rest.append(flag)
             continue
         if not equals:
             if not arguments:
                 raise ConfigError(f"--{name} needs a value")
             value = arguments.pop(0)
-        fields.append(f"{name}={value}")
+        if name != _OVERRIDE:
+            fields.append(f"{name}={value}")
+        else:
+            fields += [value] if "=" in value else assignments_of(value)
     return rest, fields
 
 
@@ -111,7 +119,10 @@ def run_script(module: ModuleType, argv: Sequence[str] | None = None) -> int:
 
 def fields_help() -> str:
     """Explain every field of a recipe, for the end of ``--help``."""
-    lines = ["every field of the recipe can be set, as --FIELD VALUE:"]
+    lines = [
+        "every field of the recipe can be set, as --FIELD VALUE; --override FILE sets those of a "
+        "YAML file:"
+    ]
     for name, default, unit, text in describe():
         lines.append(f"  --{name}")
         lines.append(f"        {text} (default: {default}{' ' + unit if unit else ''})")

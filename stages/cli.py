@@ -33,6 +33,7 @@ COMMANDS = {
     "shards": ("stages.shards", "make shards of a folder of pictures, or check shards"),
     "slurm": ("slurm.launch", "submit the stages of a recipe to Slurm"),
     "list": ("stages.listing", "names: teachers, upsamplers, normalizers, benchmarks, recipes"),
+    "recipes": ("stages.recipes_table", "the published recipes beside the papers' figures"),
     "fields": ("stages.fields", "every field of a recipe, with unit and default"),
     "doctor": ("stages.doctor", "check this machine and this installation"),
 }

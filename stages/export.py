@@ -4,7 +4,8 @@
     radio-distill export runs/demo --stage stage3-tile --format onnx --output student
 
 Everything that only training needs is folded away, so that each head predicts in its teacher's own
-space. What is written is read back and compared where a library to read it with is installed.
+space. All formats but radio, whose reader is not ours to install, are read back and compared with
+the student before they are kept.
 """
 
 import argparse
@@ -13,14 +14,13 @@ import logging
 from pathlib import Path
 
 from radio_distill.errors import ConfigError, ExportError
+from radio_distill.export import FORMATS, format_named
 from radio_distill.files import reason_of
 from radio_distill.registry import nearest
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    from radio_distill.export import FORMATS
-
     formats = "; ".join(f"{name}: {text}" for name, text in FORMATS.items())
     add = parser.add_argument
     add("run", type=Path, help="folder of a run, a stage, or a single checkpoint")
@@ -31,7 +31,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Export; prints what was written."""
-    from radio_distill.export import format_named
     from radio_distill.export.folded import folded
     from radio_distill.loading import find_checkpoint
 

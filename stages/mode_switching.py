@@ -11,7 +11,7 @@ reference size, and the shift of the mean feature from there. Written to RUN/mod
     photograph.png              one picture's features at each size, one PCA basis a student
     curves.json                 the numbers
 
-What heads predict is left out: it differs from student to student by more than the body does.
+What heads predict is left out: it was seen to move with the size as the body's features do.
 """
 
 import argparse
@@ -170,9 +170,9 @@ def _sizes(
 
     Given ones are taken as they are or refused; defaults move to what the first student takes.
     """
-    for side in [*([reference] if reference is not None else []), *(sizes or [])]:
-        for student in students:
-            _check_size(student, side)
+    given = [side for side in (reference, *(sizes or [])) if side is not None]
+    for side, student in itertools.product(given, students):
+        _check_size(student, side)
 
     def nearest(side: float) -> int:
         return students[0].nearest_size((round(side), round(side)))[0]

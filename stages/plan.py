@@ -1,6 +1,7 @@
 """Say what a recipe costs, before anything runs. Needs neither weights nor images nor a network.
 
 radio-distill plan phi_s_b --devices 32 64 128 --device a100-80 --price 2.5
+radio-distill plan --compare
 """
 
 import argparse
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     from radio_distill.models.distilled import DistilledStudent
     from radio_distill.protocols import Upsampler
+    from radio_distill.train.costs import ModelCosts
     from radio_distill.train.plan import DeviceType, StagePlan
     from teachers.base import FrozenTeacher
 
@@ -28,18 +30,16 @@ TAKES_FIELDS = True
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``radio-distill plan``."""
-    parser.add_argument("recipe", nargs="?", default="demo", help="name or file (default: demo)")
+    parser.add_argument("recipe", nargs="?", help="name or file (default: demo)")
     parser.add_argument(
         "--devices",
         type=int,
         nargs="+",
-        default=[8],
         metavar="N",
         help="how many devices, for all stages or for each (default: 8)",
     )
     parser.add_argument(
         "--device",
-        default="h100",
         metavar="TYPE",
         help="a100-40, a100-80, h100, h200, rtx4090, or cpu: two cores (default: h100)",
     )
@@ -51,17 +51,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="share of the device's peak that training reaches (default: 0.35, assumed)",
     )
     parser.add_argument("--price", type=float, default=0, help="price of a device for an hour")
+    parser.add_argument(
+        "--compare",
+        type=int,
+        nargs="*",
+        metavar="N",
+        help="instead, one line for each of these numbers of A100-80, H100 and H200 (default: 8 64 "
+        "128), of the recipe or of all published ones",
+    )
+    parser.add_argument("--markdown", action="store_true", help="with --compare: print Markdown")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the plan."""
+    if not 0 < arguments.utilisation <= 1:
+        raise ConfigError(f"--utilisation: {arguments.utilisation} is not between 0 and 1")
+    if arguments.compare is not None:
+        from stages.plan_comparison import print_comparison
+
+        return print_comparison(arguments)
+    if arguments.markdown:
+        raise ConfigError("--markdown: only --compare prints Markdown")
+    return _print_plan(arguments)
+
+
+def _print_plan(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
     from stages.missing import find_missing
     from stages.plan_tables import all_tables
 
-    recipe = load_recipe(arguments.recipe, arguments.fields)
-    device, counts = _check_arguments(arguments, recipe)
+    recipe = load_recipe(arguments.recipe or "demo", arguments.fields)
+    kind = arguments.device or "h100"
+    device, counts = _device(kind), _counts(arguments.devices or [8], recipe)
     console = Console() if Console().is_terminal else Console(width=150)
     with console.status("measuring the models on tensors without data"):
         models = build_models(recipe)
@@ -70,7 +92,7 @@ def run(arguments: argparse.Namespace) -> int:
         console.print(table)
     console.print(
         f"At an assumed {arguments.utilisation:.0%} of the {device.bfloat16:g} TFLOP/s (bfloat16) "
-        f"and {device.float32:g} TFLOP/s (float32) of one {arguments.device}; without decoding, "
+        f"and {device.float32:g} TFLOP/s (float32) of one {kind}; without decoding, "
         "communication and evaluation.\n"
     )
     missing = [*find_missing(recipe), *models.problems]
@@ -80,25 +102,23 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _check_arguments(
-    arguments: argparse.Namespace, recipe: Recipe
-) -> "tuple[DeviceType, dict[str, int]]":
-    """Return the kind of device, and how many of them each stage has."""
+def _device(kind: str) -> "DeviceType":
     from radio_distill.train.plan import DEVICES
 
-    if arguments.device not in DEVICES:
-        raise ConfigError(
-            f"--device: unknown {arguments.device!r} ({nearest(arguments.device, list(DEVICES))})"
-        )
-    if not 0 < arguments.utilisation <= 1:
-        raise ConfigError(f"--utilisation: {arguments.utilisation} is not between 0 and 1")
-    stages, counts = list(recipe.stages), list(arguments.devices)
+    if kind not in DEVICES:
+        raise ConfigError(f"--device: unknown {kind!r} ({nearest(kind, list(DEVICES))})")
+    return DEVICES[kind]
+
+
+def _counts(counts: list[int], recipe: Recipe) -> dict[str, int]:
+    """Return how many devices each stage has."""
+    stages = list(recipe.stages)
     if len(counts) not in (1, len(stages)) or min(counts) < 1:
         raise ConfigError(
             f"--devices: give one positive number, or {len(stages)}: {', '.join(stages)}"
         )
     counts = counts * len(stages) if len(counts) == 1 else counts
-    return DEVICES[arguments.device], dict(zip(stages, counts, strict=True))
+    return dict(zip(stages, counts, strict=True))
 
 
 @dataclass(frozen=True)
@@ -122,6 +142,11 @@ class Models:
     def teacher_bytes(self, teacher: str) -> int:
         """Return the bytes of a teacher's weights, in the types they are stored in."""
         return sum(tensor.nbytes for tensor in self.tower(teacher).state_dict().values())
+
+    @property
+    def all_teacher_bytes(self) -> int:
+        """Bytes of all teachers, which every device holds."""
+        return sum(map(self.teacher_bytes, self.teachers))
 
 
 def build_models(recipe: Recipe) -> Models:
@@ -173,22 +198,28 @@ def _upsampler(models: Models, name: str) -> "Upsampler":
         return build_upsampler(replace(config, name="tile", weights={}, options={}), used)
 
 
-def plan_stages(
-    models: Models, counts: Mapping[str, int], device: "DeviceType", utilisation: float
-) -> "list[StagePlan]":
-    """Plan every stage, each on its own number of devices."""
+@contextmanager
+def measured(models: Models) -> "Iterator[ModelCosts]":
+    """Give a recipe's models tensors of shapes without data, and what measures them."""
     from radio_distill.train.costs import ModelCosts
     from radio_distill.train.measure import fake_module, fake_tensors
-    from radio_distill.train.plan import plan_stage
 
-    teacher_bytes = sum(map(models.teacher_bytes, models.teachers))
     with fake_tensors():
         fake_module(models.student)
         for teacher in models.teachers:
             fake_module(models.tower(teacher))
         upsamplers = {name: _upsampler(models, name) for name in models.recipe.stages}
-        costs = ModelCosts(models.recipe, models.student, models.teachers, upsamplers)
+        yield ModelCosts(models.recipe, models.student, models.teachers, upsamplers)
+
+
+def plan_stages(
+    models: Models, counts: Mapping[str, int], device: "DeviceType", utilisation: float
+) -> "list[StagePlan]":
+    """Plan every stage, each on its own number of devices."""
+    from radio_distill.train.plan import plan_stage
+
+    with measured(models) as costs:
         return [
-            plan_stage(costs, name, counts[name], device, teacher_bytes, utilisation)
-            for name in models.recipe.stages
+            plan_stage(costs, name, count, device, models.all_teacher_bytes, utilisation)
+            for name, count in counts.items()
         ]

@@ -64,10 +64,10 @@ class TimmTower(nn.Module):
 
 
 def complete(preset: Preset, weights_path: str) -> Preset:
-    """Fill in size and normalisation from timm's own configuration of the model, or its folder's."""
-    folder = Path(weights_path).expanduser()
-    if not preset.model and (folder / "config.json").is_file():
-        preset = _described(preset, weights.read_json(folder / "config.json"), folder)
+    """Fill in size and normalisation from timm's configuration of the model, or its folder."""
+    settings = Path(weights_path, "config.json").expanduser()
+    if weights_path and not preset.model and settings.is_file():
+        preset = _described(preset, settings)
     if preset.native_size and preset.mean and preset.std:
         return preset
     config = _published(preset.model)
@@ -152,8 +152,9 @@ def _architecture(model: str) -> str:
     return name
 
 
-def _described(preset: Preset, settings: Mapping[str, Any], folder: Path) -> Preset:
-    """Take over what a folder of timm says of its model."""
+def _described(preset: Preset, path: Path) -> Preset:
+    """Take over what ``config.json`` of a timm folder says of its model."""
+    settings = weights.read_json(path)
     published = settings.get("pretrained_cfg", {})
     try:
         return replace(
@@ -165,9 +166,7 @@ def _described(preset: Preset, settings: Mapping[str, Any], folder: Path) -> Pre
             arguments={"create": settings.get("model_args", {}), **preset.arguments},
         )
     except KeyError as error:
-        raise WeightsError(
-            f"{folder}/config.json has no {error}; name the model in options.model"
-        ) from error
+        raise WeightsError(f"{path} has no {error}; name the model in options.model") from error
 
 
 def _published(model: str) -> Any:

@@ -6,7 +6,15 @@ between fields. Nothing here imports torch.
 
 from .checks import check
 from .describing import describe
-from .reading import build, differences, dump, load, override, read_yaml
+from .reading import (
+    assignments_of,
+    build,
+    differences,
+    dump,
+    load,
+    override,
+    read_yaml,
+)
 from .schema import (
     AugmentationConfig,
     DataConfig,
@@ -43,6 +51,7 @@ __all__ = [
     "StudentConfig",
     "TeacherConfig",
     "UpsamplerConfig",
+    "assignments_of",
     "build",
     "check",
     "describe",

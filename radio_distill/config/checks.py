@@ -9,7 +9,6 @@ from .schema import (
     PartitionConfig,
     Recipe,
     StageConfig,
-    StudentConfig,
     partition_sizes,
 )
 
@@ -182,7 +181,7 @@ def _shape(size: tuple[int, int]) -> tuple[int, int]:
 
 
 def _check_partition(recipe: Recipe, path: str, partition: PartitionConfig) -> list[str]:
-    problems = _check_sizes(recipe.student, path, partition)
+    problems = _check_sizes(recipe, path, partition)
     if partition.batch_size < 1:
         problems.append(f"{path}.batch_size: {partition.batch_size} is not positive")
     if partition.weight <= 0:
@@ -205,7 +204,8 @@ def _check_partition(recipe: Recipe, path: str, partition: PartitionConfig) -> l
     return problems
 
 
-def _check_sizes(student: StudentConfig, path: str, partition: PartitionConfig) -> list[str]:
+def _check_sizes(recipe: Recipe, path: str, partition: PartitionConfig) -> list[str]:
+    student, shift = recipe.student, recipe.augmentation.shift
     if bool(partition.sizes) == (partition.size != 0):
         return [f"{path}.size: give either size or sizes"]
     field_name = "sizes" if partition.sizes else "size"
@@ -221,6 +221,11 @@ def _check_sizes(student: StudentConfig, path: str, partition: PartitionConfig) 
                 f"{path}.{field_name}: {side} is not a multiple of {unit} (nearest {near})"
             )
     for size in partition_sizes(partition):
+        if shift and min(size) <= shift * student.patch_size:
+            problems.append(
+                f"{path}.{field_name}: {min(size)} is no larger than augmentation.shift, {shift} "
+                f"patches of {student.patch_size}; crops would not overlap"
+            )
         if max(size) > student.max_size:
             problems.append(
                 f"{path}.{field_name}: {max(size)} is above student.max_size {student.max_size}"

@@ -50,6 +50,24 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return data
 
 
+def assignments_of(path: str | Path) -> list[str]:
+    """Read a YAML file of fields to change, as assignments that :func:`override` takes.
+
+    It nests like a recipe; items of a list may be named (``partitions: {high: {size: 512}}``), and
+    a list replaces the whole list.
+    """
+    return [
+        f"{name}={yaml.safe_dump(value, default_flow_style=True, width=10**6)}"
+        for name, value in _fields(read_yaml(path), "")
+    ]
+
+
+def _fields(value: Any, path: str) -> list[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        return [leaf for key, item in value.items() for leaf in _fields(item, _join(path, key))]
+    return [(path, value)]
+
+
 def override(
     data: Mapping[str, Any], assignments: Sequence[str], stage: str = ""
 ) -> dict[str, Any]:

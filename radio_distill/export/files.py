@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from ..errors import ExportError
 from ..files import flush, reason_of
 
@@ -30,7 +32,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
         for path in (*temporary.iterdir(), temporary):
             flush(path)
         os.replace(temporary, folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise ExportError(f"cannot write {folder}: {reason_of(error)}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

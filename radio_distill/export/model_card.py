@@ -112,8 +112,9 @@ def licence_note(checkpoint: Checkpoint) -> str:
             f"Own conditions come with {_listed(others)}: read what they say of models that learn "
             "from them before you share or sell this student."
         )
-    start = checkpoint.recipe.student.pretrained
-    if start:
+    recipe = checkpoint.recipe
+    first = recipe.stages[stages_before(recipe, checkpoint.stage)[0]]
+    if start := first.start_from or recipe.student.pretrained:
         sentences.append(f"It started from other weights ({start}), whose licence counts too.")
     return " ".join(sentences) or "All of these licences allow any use, with attribution."
 

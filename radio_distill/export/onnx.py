@@ -32,10 +32,9 @@ from ..errors import ExportError, UnknownNameError
 from ..registry import nearest
 from ..types import Size
 from .files import new_folder
-from .folded import FoldedStudent
+from .folded import FoldedStudent, preferred_size
 from .model_card import model_card
 from .parity import check_equal, probe_images
-from .transformers import preferred_size
 
 NAME = "onnx"
 OPSET = 18
@@ -137,13 +136,11 @@ def _traced(student: FoldedStudent, graph: _Graph) -> Any:
     step = student.model.student.size_step
     batch, rows, columns = (torch.export.Dim(name, min=1) for name in ("batch", "rows", "columns"))
     free = {0: batch, 2: step * rows, 3: step * columns}
-    # Tracing by bytecode (strict) follows len() of a tensor; the other way freezes it.
-    traced = torch.export.export(
-        graph, tuple(probe_images(step, [_EXAMPLE])), dynamic_shapes=(free,), strict=True
-    )
     program = torch.onnx.export(
-        traced,
+        graph,
+        tuple(probe_images(step, [_EXAMPLE])),
         dynamo=True,
+        dynamic_shapes=(free,),
         opset_version=OPSET,
         input_names=["pixels"],
         output_names=graph.names,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ExportError
+from ..files import reason_of
 from ..models.adaptors import Adaptor
 from .blocks import BlockShape, block_shape, body_tensors
 from .files import new_folder
@@ -86,7 +87,10 @@ def export(student: FoldedStudent, folder: Path) -> Path:
             "arch": arguments.model,
             "epoch": 0,
         }
-        torch.save(content, draft / file)
+        try:
+            torch.save(content, draft / file)
+        except RuntimeError as error:  # torch's way of saying that the disk is full
+            raise ExportError(f"cannot write {folder / file}: {reason_of(error)}") from error
         usage = _USAGE.format(file=file, names=list(student.checkpoint.teachers))
         card = model_card(student, usage, library="radio")
         (draft / "README.md").write_text(card, encoding="utf-8")

@@ -33,10 +33,9 @@ from ..errors import ExportError
 from ..models.student import Student
 from ..types import Size
 from .files import new_folder, write_json
-from .folded import FoldedStudent
+from .folded import FoldedStudent, preferred_size
 from .model_card import model_card
 from .parity import check_equal, probe_images
-from .transformers import preferred_size
 
 NAME = "timm"
 TOLERANCE = 1e-5
@@ -60,8 +59,8 @@ features = tokens[:, {prefix}:].reshape(1, {rows}, {columns}, {channels})
 {summaries}
 ```
 
-timm normalises outside of the model, and calls all prefix tokens but the first registers.
-{sizes} timm has no place for the teachers' heads."""
+timm normalises outside of the model, calls all prefix tokens but the first registers, and has no
+place for the teachers' heads.{only}"""
 
 
 @dataclass(frozen=True)
@@ -279,7 +278,7 @@ def _usage(student: FoldedStudent, size: Size | None) -> str:
     height, width = size or preferred_size(student)
     rows, columns = body.grid((height, width))
     slots = dict(zip(student.summary_teachers, student.summary_slots, strict=False))
-    sizes = "It takes images of this size only." if size else "It takes images of any size."
+    only = f" This file takes images of {height}x{width} px only." if size else ""
     return _USAGE.format(
         height=height,
         width=width,
@@ -291,7 +290,7 @@ def _usage(student: FoldedStudent, size: Size | None) -> str:
         summaries="\n".join(
             f"tokens[:, {slot}]  # summary for {name}" for name, slot in slots.items()
         ),
-        sizes=sizes,
+        only=only,
     )
 
 

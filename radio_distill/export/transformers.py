@@ -103,12 +103,24 @@ def export(student: FoldedStudent, folder: Path) -> Path:
     return folder
 
 
+def _library() -> Any:
+    """Import transformers; raises ExportError where it is missing, or older than RadioModel."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise ExportError(
+            "transformers is not installed; pip install 'radio-distill[hf]'"
+        ) from error
+    if not hasattr(transformers, "RadioModel"):
+        version = transformers.__version__
+        raise ExportError(f"transformers {version} has no RadioModel; install a newer one")
+    return transformers
+
+
 def _config(student: FoldedStudent) -> Any:
     """Return the RadioConfig."""
-    from transformers import RadioConfig
-
     body, shape = student.model.student, block_shape(student, NAME)
-    return RadioConfig(
+    return _library().RadioConfig(
         architectures=["RadioModel"],
         dtype="float32",
         hidden_size=body.embed_dim,
@@ -210,10 +222,8 @@ def _usage(student: FoldedStudent) -> str:
 @torch.no_grad()
 def _verify(student: FoldedStudent, folder: Path) -> None:
     """Raise ExportError unless transformers reads the folder as the student that was written."""
-    from transformers import AutoModel
-
     with _quiet():
-        model, report = AutoModel.from_pretrained(folder, output_loading_info=True)
+        model, report = _library().AutoModel.from_pretrained(folder, output_loading_info=True)
     gaps = [f"{kind.replace('_', ' ')}: {key}" for kind in _GAPS for key in sorted(report[kind])]
     if gaps:
         raise ExportError(f"{NAME} does not take all that was written ({gaps[0]}); report it")

@@ -1,8 +1,8 @@
 """Starts a student from the weights of another vision transformer, at any patch size and grid.
 
-Another may be timm's own, a timm file or folder, a RADIO checkpoint in any published layout, an
-exported student, or a run. All are brought under timm's names first. What a student has no place
-for (classifier, pooling, heads) is left behind, and what it has and the source lacks stays new:
+Another may be timm's own, a timm file or folder (NaFlexViT too), a RADIO checkpoint in any known
+layout, an exported student, or a run. All are brought under timm's names first. What a student has
+no place for (classifier, pooling, heads) is left behind; what the source lacks stays new:
 
 * Summary tokens are taken over in order as far as both have them; further ones start as the first.
   Registers are taken over in order too; further ones stay random.
@@ -87,7 +87,7 @@ def _read(path: Path) -> Start:
     state = tensors_of(checkpoint, path)
     if not holds_radio(state):
         published = settings.get("pretrained_cfg", {}) if is_folder else {}
-        return Start(state, mean=published.get("mean"), std=published.get("std"))
+        return _from_timm(state, published.get("mean"), published.get("std"))
     radio = radio_checkpoint(settings, state, str(path))
     config = radio.config
     return Start(
@@ -97,6 +97,28 @@ def _read(path: Path) -> Start:
         mean=config["norm_mean"],
         std=config["norm_std"],
     )
+
+
+def _from_timm(
+    state: dict[str, Tensor], mean: Sequence[float] | None, std: Sequence[float] | None
+) -> Start:
+    """Sort timm's tensors; those of its NaFlexViT (``embeds.*``) get the plain model's names."""
+    if "embeds.proj.weight" not in state:
+        return Start(state, mean=mean, std=std)
+    named = {key.replace("embeds.", ""): value for key, value in state.items()}
+    patches, table = (
+        named.pop("proj.weight"),
+        named.pop("pos_embed"),
+    )  # [D, p * p * 3], [1, h, w, D]
+    side = math.isqrt(patches.shape[1] // 3)
+    weights = {
+        **named,
+        PATCHES: rearrange(patches, "d (y x c) -> d c y x", y=side, x=side),
+        POSITIONS: rearrange(table, "1 h w d -> 1 (h w) d"),
+    }
+    if "proj.bias" in weights:
+        weights[PATCH_BIAS] = weights.pop("proj.bias")
+    return Start(weights, cropped=True, mean=mean, std=std)
 
 
 def start_of(student: "Student") -> Start:

@@ -6,9 +6,10 @@ is ``W * (softplus(s) + 0.05) / sigma_max(W)``, with a scale ``s`` for each of t
 ``s``, not on ``W``, whose size has no effect. One power iteration a step tracks ``sigma_max``.
 
 DAMP multiplies each weight by its own draw from N(1, std^2) in training, so that a student does
-well on pictures that differ from those it saw (Trinh et al. 2024, arXiv 2406.16540). The paper
-draws anew for each part of a batch; here a step has one draw, so that its numbers do not depend on
-how many processes or micro-batches it is spread over. Biases and norms keep still.
+well on pictures that differ from those it saw (Trinh et al. 2024, arXiv 2406.16540). The gradient
+is that of the paper's loss ``E[L(W * xi)]``, so it has the factor ``xi``, which the authors' code
+leaves out. They draw anew for each part of a batch; here a step has one draw, so that its numbers
+do not depend on how many processes or micro-batches share it. Biases and norms keep still.
 
 The derived matrix lives from forward to backward beside the learned one: under ZeRO-3 too, which
 frees only the latter, unless blocks are recomputed (gradient checkpointing).
@@ -139,8 +140,8 @@ class ReparametrizedLinear(nn.Linear):
 def top_singular_vectors(blocks: Tensor) -> tuple[Tensor, Tensor]:
     """Return left ``[g, o]`` and right ``[g, i]`` singular vectors of ``[g, o, i]`` matrices.
 
-    They come from the smaller Gram matrix, three times as fast as an SVD; the singular value is
-    none the worse, as its error is the square of the vectors'.
+    They come from the smaller Gram matrix, in less than half the time of an SVD; the singular value
+    is none the worse, as its error is the square of the vectors'.
     """
     if blocks.shape[1] < blocks.shape[2]:
         right, left = top_singular_vectors(blocks.mT)
@@ -194,7 +195,7 @@ def begin_step(model: nn.Module, seed: int) -> None:
         model: the student, with or without heads.
         seed: not negative, equal on all processes, different in each step.
     """
-    layers = _reparametrized(model)
+    layers = [module for module in model.modules() if isinstance(module, ReparametrizedLinear)]
     seeds = np.random.SeedSequence(seed).generate_state(len(layers), np.uint64)
     for layer, layer_seed in zip(layers, seeds.tolist(), strict=True):
         layer.begin_step(layer_seed)
@@ -206,10 +207,6 @@ def fold(model: nn.Module) -> None:
         for name, layer in list(parent.named_children()):
             if isinstance(layer, ReparametrizedLinear):
                 setattr(parent, name, layer.folded())
-
-
-def _reparametrized(model: nn.Module) -> list[ReparametrizedLinear]:
-    return [module for module in model.modules() if isinstance(module, ReparametrizedLinear)]
 
 
 def _count_groups(parent: nn.Module, name: str) -> int:
@@ -227,6 +224,7 @@ def _count_groups(parent: nn.Module, name: str) -> int:
 
 
 def _multiply(blocks: Tensor, vectors: Tensor) -> Tensor:
+    """``[g, o, i]`` times ``[g, i]``, block by block."""
     return (blocks @ vectors[..., None])[..., 0]  # [g, o]
 
 

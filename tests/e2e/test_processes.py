@@ -75,6 +75,24 @@ def test_gradient__two_partitions_on_one_process_and_on_two(recipe_file, zero_st
         torch.testing.assert_close(value, statistics[name])
 
 
+@pytest.mark.parametrize("zero_stage", [0, 2, 3])
+def test_gradient__of_everything_that_a_step_can_have(recipe_file, zero_stage):
+    """Drawn sizes, mosaic, shared images, shifts, windows, noise, learned scales and weights."""
+    folder = recipe_file.parent / "runs" / "tiny" / "stage1-bilinear"
+    everything = ["--override", str(Path(__file__).with_name("everything.yaml"))]
+    steps = ["--stage.steps", "2", "--stage.freeze_body_steps", "0"]
+    if zero_stage == 3:  # it cuts up the weights that would be averaged
+        steps += ["--stage.ema_decay", "0", "--loss.mesa", "0"]
+    arguments = ["--recipe", str(recipe_file), *everything, *steps]
+    assert stage1.main(arguments) == 0
+    parts = ("optimizer", "loss")
+    expected = {part: tensors(folder, 2, part) for part in parts}
+    torchrun("stage1", *arguments, "--engine.zero_stage", str(zero_stage))
+    assert_gradients_equal(expected["optimizer"], tensors(folder, 2, "optimizer"))
+    for name, value in tensors(folder, 2, "loss").items():
+        torch.testing.assert_close(value, expected["loss"][name], rtol=1e-5, atol=0)
+
+
 def test_gradient__one_partition_shared_by_two_processes(recipe_file):
     """Five images on two processes, in micro-batches of two: 2+0 and 2+1, one rank keeping pace."""
     runs = recipe_file.parent / "runs" / "tiny"

@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 from stages import fit_upsampler, stage1, stage2, stage3
 from stages.cli import main as cli
 
+EVERYTHING = str(Path(__file__).with_name("everything.yaml"))
+
 
 def run(stage, recipe_file: Path, *arguments: str) -> int:
     return stage.main(["--recipe", str(recipe_file), *arguments])
@@ -46,25 +48,40 @@ def test_stages__three_in_a_row(recipe_file):
 
 
 def test_stage1__twenty_steps_are_ten_and_ten(recipe_file):
-    """An interrupted run ends bit for bit the same: weights, average, moments and log."""
-    arguments = ["--stage.steps", "20", "--log.save_every", "10"]
-    assert run(stage1, recipe_file, *arguments) == 0
-    parts = ("student", "ema", "optimizer", "statistics")
-    whole = {part: weights(recipe_file, "stage1", 20, part) for part in parts}
-    rows = log(recipe_file, "stage1")
+    assert_resumes(recipe_file, 20, 10)
 
-    folder = recipe_file.parent / "runs" / "tiny" / "stage1" / "checkpoints"
-    shutil.rmtree(folder / "step-00000020")
+
+def test_stage1__resumes_with_everything_that_a_step_can_have(recipe_file):
+    rows = assert_resumes(
+        recipe_file, 6, 2, ("--override", EVERYTHING), ("loss",), "stage1-bilinear"
+    )
+    terms = {name for row in rows for name in row if name.startswith("loss/")}
+    expected = {"low/vit/summary", "low/sam/features", "wider/cnn/features", "wide/mesa"}
+    assert expected <= {name.removeprefix("loss/") for name in terms}
+
+
+def assert_resumes(recipe_file, steps, save_every, arguments=(), more_parts=(), name="stage1"):
+    """An interrupted run ends bit for bit the same: weights, average, moments and log."""
+    parts = ["student", "ema", "optimizer", "statistics", *more_parts]
+    arguments = [*arguments, "--stage.steps", str(steps), "--log.save_every", str(save_every)]
+    assert run(stage1, recipe_file, *arguments) == 0
+    whole = {part: weights(recipe_file, name, steps, part) for part in parts}
+    rows = log(recipe_file, name)
+
+    folder = recipe_file.parent / "runs" / "tiny" / name / "checkpoints"
+    for step in range(save_every + 1, steps + 1):
+        shutil.rmtree(folder / f"step-{step:08d}", ignore_errors=True)
     assert run(stage1, recipe_file, *arguments, "--resume") == 0
 
     for part, tensors in whole.items():
-        resumed = weights(recipe_file, "stage1", 20, part)
+        resumed = weights(recipe_file, name, steps, part)
         assert tensors.keys() == resumed.keys()
-        for name, value in tensors.items():
-            assert torch.equal(value, resumed[name]), f"{part}/{name}"
-    for before, after in zip(rows, log(recipe_file, "stage1"), strict=True):
+        for key, value in tensors.items():
+            assert torch.equal(value, resumed[key]), f"{part}/{key}"
+    for before, after in zip(rows, log(recipe_file, name), strict=True):
         numbers = {name for name in before if name.startswith(("loss/", "gradient", "learning"))}
         assert {name: before[name] for name in numbers} == {name: after[name] for name in numbers}
+    return rows
 
 
 def test_stage1__the_frozen_body_does_not_move(recipe_file):

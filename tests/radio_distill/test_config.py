@@ -11,12 +11,14 @@ from radio_distill import config
 from radio_distill.config import (
     Recipe,
     StudentConfig,
+    assignments_of,
     build,
     check,
     describe,
     differences,
     dump,
     override,
+    share_of,
 )
 from radio_distill.errors import ConfigError
 
@@ -173,3 +175,72 @@ def test_describe__explains_every_field():
     assert len(names) == len(set(names))
     assert "stages.NAME.partitions.N.upsample" in names
     assert "teachers.NAME.weights" in names
+
+
+def test_assignments_of__a_file_of_changes(tmp_path):
+    changes = tmp_path / "smaller.yaml"
+    changes.write_text(
+        """
+student: {registers: 2}
+teachers:
+  dino: {options: {}, dtype: bfloat16}
+stages:
+  stage1:
+    steps: 7
+    partitions: {high: {size: [64, 96], batch_size: 3}}
+data: {shards: ["a: b.tar", "c.tar"]}
+"""
+    )
+    changed = recipe(*assignments_of(changes))
+    assert changed.student.registers == 2
+    assert changed.teachers["dino"].dtype == "bfloat16"
+    assert changed.teachers["dino"].preset == "a"
+    assert changed.stages["stage1"].steps == 7
+    high = changed.stages["stage1"].partitions[1]
+    assert (high.size, high.batch_size, high.name) == ((64, 96), 3, "high")
+    assert changed.data.shards == ("a: b.tar", "c.tar")
+
+    changes.write_text(
+        "stages: {stage1: {partitions: [{name: a, size: 64, teachers: [dino], batch_size: 2}]}}"
+    )
+    assert [item.name for item in recipe(*assignments_of(changes)).stages["stage1"].partitions] == [
+        "a"
+    ]
+
+
+SHARED = (
+    "stage.partitions=[{name: a, size: 64, teachers: [dino], batch_size: 4},"
+    "{name: b, size: 128, teachers: [dino], batch_size: 4, images_of: a}]"
+)
+
+
+@pytest.mark.parametrize(
+    ("assignments", "message"),
+    [
+        (["stage.partitions.b.images_of=c"], "'c' is not an earlier partition with images of its own (known: a)"),  # noqa: E501
+        (["stage.partitions.b.batch_size=3"], "3 is not the 4 of a, whose images these are"),
+        (["stage.partitions.b.size=[64, 128]"], "at its aspect ratio"),
+        (["stage.partitions.a.images_of=b"], "'b' is not an earlier partition"),
+        (["augmentation.shift=4"], "64 is no larger than augmentation.shift, 4 patches of 16"),
+        (["augmentation.window_share=0.5", "student.window_size=2"], "always attends in windows"),
+        (["augmentation.window_sizes=[5, 3]"], "5, 3 is not 1 <= smallest"),
+        (["augmentation.weight_noise=-1"], "weight_noise: -1.0 is negative"),
+        (["loss.mesa=1"], "loss.mesa compares with an averaged student"),
+        (["stage.partitions.a.sizes=[64, 80]"], "give either size or sizes"),
+        (["stage.partitions.a.size=0"], "give either size or sizes"),
+        (["stage.partitions.a.size=0", "stage.partitions.a.sizes=[64, 70]"], "sizes: 70 is not a multiple"),  # noqa: E501
+        (["stage.partitions.a.mosaic=[clip]"], "mosaic: 'clip' is not a teacher of this partition"),
+        (["stage.partitions.a.mosaic=[dino]", "stage.partitions.a.upsample=[dino]"], "it cannot be both"),  # noqa: E501
+        (["stage.freeze_body_steps=-1"], "freeze_body_steps: -1 is negative"),
+    ],
+)  # fmt: skip
+def test_recipe__parts_of_a_step_that_contradict_each_other(assignments, message):
+    recipe(SHARED)
+    with pytest.raises(ConfigError) as caught:
+        recipe(SHARED, *assignments)
+    assert message in str(caught.value)
+
+
+def test_share_of__numbers_and_shares():
+    assert [share_of(amount, 300) for amount in (0, 5000, 0.1, 1, 0.5)] == [0, 5000, 30, 1, 150]
+    assert recipe("stage.freeze_body_steps=0.2").stages["stage1"].frozen_steps == 2

@@ -232,7 +232,16 @@ def window_touches_two_views(mosaic, window):
     return any(len(touched) > 1 for touched in views.values())
 
 
-@settings(max_examples=50, deadline=None)
+@pytest.mark.parametrize(
+    ("view", "touched"),
+    [(352, False), (432, False), (448, False), (464, True), (512, True), (320, True), (256, True)],
+)
+def test_mosaic__which_views_a_window_of_sam_joins(view, touched):
+    mosaic = plan_mosaic("sam", (1024, 1024), (view, view), 16)
+    assert window_touches_two_views(mosaic, window=14) == touched
+
+
+@settings(max_examples=30, deadline=None)
 @given(window=st.integers(2, 5), rows=st.integers(1, 8), columns=st.integers(1, 8))
 def test_mosaic__attention_in_windows_sees_each_view_alone_unless_a_window_touches_two(
     window, rows, columns

@@ -50,6 +50,15 @@ def test_model_card__scores_of_this_student_alone(make_checkpoint: MakeCheckpoin
     assert "## Scores" not in model_card(student, "", library="timm")
 
 
+def test_licence_note__weights_that_it_started_from(make_checkpoint: MakeCheckpoint) -> None:
+    checkpoint = make_checkpoint(teachers=("sam",), pretrained="")
+    assert "started from" not in licence_note(checkpoint)
+    student = replace(checkpoint.recipe.student, pretrained="timm")
+    recipe = replace(checkpoint.recipe, student=student)
+    note = licence_note(replace(checkpoint, recipe=recipe))
+    assert note == "It started from other weights (timm), whose licence counts too."
+
+
 @pytest.mark.parametrize(
     ("licences", "sentences"),
     [

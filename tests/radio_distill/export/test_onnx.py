@@ -13,11 +13,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from radio_distill.errors import ExportError, UnknownNameError
+from radio_distill.errors import UnknownNameError
 from radio_distill.export import onnx as onnx_format
 from radio_distill.export.folded import FoldedStudent
 
 MakeStudent = Callable[..., FoldedStudent]
+
+
+def _shallow(student: FoldedStudent, depth: int) -> FoldedStudent:
+    """Keep the first blocks, because the time of an export grows with their number."""
+    body = student.model.student
+    body.blocks = body.blocks[:depth]
+    return student
 
 
 @torch.no_grad()
@@ -45,7 +52,7 @@ def _check_outputs(student: FoldedStudent, path: Path, pixels: Tensor) -> list[s
 
 
 def test_export__every_batch_and_size(make_student: MakeStudent, tmp_path: Path) -> None:
-    student = make_student(spectral_reparametrization=True)
+    student = _shallow(make_student(spectral_reparametrization=True), depth=2)
     path = onnx_format.export(student, tmp_path / "out", adaptors=("dino", "sam"))
     assert path == tmp_path / "out" / "model.onnx"
     for shape in ((1, 224, 224), (3, 224, 192), (2, 160, 320), (1, 16, 16), (1, 768, 512)):
@@ -53,6 +60,11 @@ def test_export__every_batch_and_size(make_student: MakeStudent, tmp_path: Path)
     heads = ["dino_summary", "dino_features", "sam_features"]  # SAM has no summary
     assert names == ["summary", "features", *heads]
 
+    _check_metadata(path)
+    _check_example(student, path)
+
+
+def _check_metadata(path: Path) -> None:
     model = onnx.load(path)
     onnx.checker.check_model(model)
     assert [entry.version for entry in model.opset_import if not entry.domain] == [18]
@@ -66,21 +78,16 @@ def test_export__every_batch_and_size(make_student: MakeStudent, tmp_path: Path)
     assert licences["sam"] == "apache-2.0"
 
 
-def test_export__windows_and_the_cards_example(make_student: MakeStudent, tmp_path: Path) -> None:
-    student = make_student(window_size=2, global_blocks=2, registers=0, final_norm=True)
-    path = onnx_format.export(student, tmp_path / "out")
-    for shape in ((1, 96, 32), (3, 64, 160)):
-        assert _check_outputs(student, path, torch.rand(shape[0], 3, *shape[1:])) == [
-            "summary",
-            "features",
-        ]
+def _check_example(student: FoldedStudent, path: Path) -> None:
+    """Run the example of the model card."""
     card = (path.parent / "README.md").read_text()
     example = re.search(r"```python\n(.*?)```", card, re.DOTALL)
     assert example
     names: dict[str, Any] = {}
     exec(example[1].replace("FOLDER", str(path.parent)), names)
     expected = _expected(student, torch.from_numpy(names["pixels"]))
-    assert np.abs(names["outputs"]["summary"] - expected["summary"].numpy()).max() <= 1e-4
+    for name, found in names["outputs"].items():
+        assert np.abs(found - expected[name].numpy()).max() <= 1e-4
 
 
 def test_export__unknown_head(make_student: MakeStudent, tmp_path: Path) -> None:
@@ -89,17 +96,12 @@ def test_export__unknown_head(make_student: MakeStudent, tmp_path: Path) -> None
     assert not (tmp_path / "out").exists()
 
 
-def test_export__writes_nothing_where_the_file_computes_something_else(
-    make_student: MakeStudent, tmp_path: Path
-) -> None:
-    class Slipping(torch.nn.Identity):
-        """Adds one wherever the tracer does not look."""
-
-        def forward(self, tokens: Tensor) -> Tensor:
-            return tokens if torch.compiler.is_compiling() else tokens + 1
-
-    student = make_student()
-    student.model.student.norm_pre = Slipping()
-    with pytest.raises(ExportError, match="of the written model differs by"):
-        onnx_format.export(student, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+def test_export__windows(make_student: MakeStudent, tmp_path: Path) -> None:
+    student = make_student(window_size=2, global_blocks=2, registers=0, final_norm=True)
+    student = _shallow(student, depth=3)  # the third is the first that attends globally
+    path = onnx_format.export(student, tmp_path / "out")
+    for shape in ((1, 96, 32), (3, 64, 160)):
+        assert _check_outputs(student, path, torch.rand(shape[0], 3, *shape[1:])) == [
+            "summary",
+            "features",
+        ]

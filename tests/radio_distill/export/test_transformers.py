@@ -1,8 +1,10 @@
 """transformers' own RadioModel, loaded from the exported folder, is the student."""
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -89,6 +91,20 @@ def test_export__layer_scale_under_the_published_name_would_be_lost(
     loaded(folder)
     with pytest.raises(ExportError, match="does not take all that was written"):
         format_._verify(student, folder)
+
+
+def test_export__without_a_transformers_that_knows_radio(
+    make_student: MakeStudent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student = make_student()
+    monkeypatch.setitem(sys.modules, "transformers", ModuleType("transformers"))
+    sys.modules["transformers"].__version__ = "5.0"
+    with pytest.raises(ExportError, match=r"transformers 5\.0 has no RadioModel"):
+        format_.export(student, tmp_path / "out")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ExportError, match="transformers is not installed"):
+        format_.export(student, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("damage", ["another value", "another epsilon", "another activation"])

@@ -342,7 +342,10 @@ def test_forward__first_one_of_a_step_uses_the_refined_vectors() -> None:
     assert torch.equal(layer(x), layer(x))
 
 
-def gradients(blocks: nn.Module, run: Callable[[nn.Module, Tensor], Tensor], *batches: Tensor):
+def gradients(
+    blocks: nn.Module, run: Callable[[nn.Module, Tensor], Tensor], *batches: Tensor
+) -> dict[str, Tensor]:
+    """Gradient of one step, summed over micro-batches."""
     begin_step(blocks, 11)
     for batch in batches:
         run(blocks, batch).square().sum().backward()
@@ -501,6 +504,7 @@ def test_fold__computes_the_same(tokens: Tensor, spectral: bool, noise: float) -
     fold(blocks)
     assert torch.equal(blocks(tokens), expected)
     assert not layers_of(blocks)
+    assert not any(module.training for module in blocks.modules())
     plain = make_blocks()
     plain.load_state_dict(blocks.state_dict())
     assert torch.equal(plain.eval()(tokens), expected)

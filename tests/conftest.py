@@ -1,0 +1,85 @@
+"""A run folder with random weights, for what reads runs."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+LICENCES = {"clip": "mit", "sam": "apache-2.0", "dino": "dinov3-license"}
+CHANNELS = {"clip": (12, 5), "sam": (8, None), "dino": (4, 4)}
+"""Teacher: (channels, summary channels)."""
+
+
+@pytest.fixture
+def write_run(tmp_path: Path) -> Callable[..., Path]:
+    """Write the checkpoint of a student that no step has trained; returns its run folder.
+
+    Every number is random, norms and LayerScale included, so that a slip shows.
+    """
+
+    def write(name: str = "run", stage: str = "stage1", **student: Any) -> Path:
+        from radio_distill.config import Recipe, build
+        from radio_distill.models.distilled import build_student
+        from radio_distill.train import checkpoint
+        from radio_distill.types import TeacherSpec
+
+        torch.manual_seed(len(name))
+        partition = {"name": "a", "size": [64, 96], "teachers": list(CHANNELS), "batch_size": 2}
+        recipe = build(
+            Recipe,
+            {
+                "name": name,
+                "output": str(tmp_path),
+                "data": {"shards": ["x"]},
+                "student": {
+                    "architecture": "test_vit",
+                    "max_size": 256,
+                    "registers": 2,
+                    "head_hidden": 16,
+                    **student,
+                },
+                "teachers": {teacher: {"preset": f"preset_{teacher}"} for teacher in CHANNELS},
+                "stages": {stage: {"steps": 7, "partitions": [partition]}},
+            },
+        )
+        half = (0.5, 0.5, 0.5)
+        specs = {
+            teacher: TeacherSpec(
+                teacher, *sizes, 16, (64, 64), None, half, half, licence=LICENCES[teacher]
+            )
+            for teacher, sizes in CHANNELS.items()
+        }
+        model = build_student(recipe.student, specs)
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.data.normal_(1, 0.3)
+        model.student.prefix_tokens.data.normal_()
+        parts = {"student": model.state_dict(), "statistics": _statistics(recipe)}
+        checkpoint.save(
+            tmp_path / name / stage / "checkpoints",
+            7,
+            parts,
+            stage=stage,
+            recipe=recipe,
+            teachers=specs,
+            keep_last=3,
+        )
+        return tmp_path / name
+
+    return write
+
+
+def _statistics(recipe: Any) -> dict[str, torch.Tensor]:
+    from radio_distill.balance.moments import Moments
+    from radio_distill.train.statistics import build_normalizers, normalizer_tensors
+
+    normalizers = build_normalizers(recipe)
+    for name, normalizer in normalizers.items():
+        channels = CHANNELS[name][0]
+        moments = Moments(channels)
+        mixed = torch.randn(200, channels) @ torch.randn(channels, channels) + 3
+        moments.update(mixed.T[None, :, :, None])
+        normalizer.fit(moments)
+    return normalizer_tensors(normalizers)

@@ -1,0 +1,219 @@
+"""What is written is what is loaded: runs, exports, published models, configs."""
+
+import json
+import shutil
+from argparse import Namespace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import radio_distill
+from radio_distill.config import Recipe, StudentConfig, load
+from radio_distill.errors import CheckpointError, ConfigError, UnknownNameError, WeightsError
+from radio_distill.export.folded import folded
+from radio_distill.loading import RECIPES
+from radio_distill.train import checkpoint as checkpoints
+
+SIZES = [(64, 64), (64, 96), (48, 32)]
+
+
+def same(left, right, adaptors=(), tolerance=1e-6):
+    """Compare two backbones; returns whether anything is in the comparison at all."""
+    for size in SIZES:
+        pixels = torch.rand(1, 3, *size)
+        with torch.no_grad():
+            one, two = left(pixels, adaptors), right(pixels, adaptors)
+        torch.testing.assert_close(one, two, rtol=0, atol=tolerance)
+    return one.summary.numel() and one.features.numel()
+
+
+@torch.no_grad()
+def test_load__a_run_is_its_student_with_folded_heads(write_run):
+    run = write_run()
+    model = radio_distill.load(run)
+    reference = folded(checkpoints.find(run / "stage1")).model
+    pixels = torch.rand(2, 3, 64, 96)
+    output = model(pixels, model.adaptor_names)
+    tokens, spatial = reference.student(pixels)
+    torch.testing.assert_close(output.features, spatial, rtol=0, atol=1e-6)
+    torch.testing.assert_close(output.summary, tokens[:, [0, 2]].flatten(1), rtol=0, atol=1e-6)
+    for name, found in reference(pixels, ("clip", "sam", "dino")).items():
+        torch.testing.assert_close(output.adaptors[name], found, rtol=0, atol=1e-6)
+    assert (model.native_size, model.training) == (96, False)
+    assert model.teachers["dino"].licence == "dinov3-license"
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_load__run_stage_checkpoints_and_checkpoint_are_one(write_run):
+    run = write_run()
+    whole = radio_distill.load(run)
+    for path in ("stage1", "stage1/checkpoints", "stage1/checkpoints/step-00000007"):
+        assert same(radio_distill.load(str(run / path)), whole)
+
+
+def test_load__takes_the_last_stage_and_not_what_was_moved_aside(write_run):
+    run = write_run()
+    write_run(stage="stage2")
+    shutil.copytree(run / "stage1", run / "stage3.1")
+    stage = checkpoints.find(run / "stage2")
+    assert radio_distill.loading.find_checkpoint(run).folder == stage.folder
+    for name in ("stage3-tile", "stage3-bilinear"):
+        shutil.copytree(run / "stage1", run / name)
+    with pytest.raises(CheckpointError, match="name one: stage3-bilinear, stage3-tile"):
+        radio_distill.load(run)
+
+
+def test_load__a_spectral_run_is_folded(write_run):
+    run = write_run(spectral_reparametrization=True)
+    model = radio_distill.load(run)
+    assert not any("spectral" in name for name in model.state_dict())
+    reference = folded(checkpoints.find(run / "stage1")).model.student
+    with torch.no_grad():
+        pixels = torch.rand(1, 3, 64, 64)
+        torch.testing.assert_close(model(pixels).features, reference(pixels)[1], rtol=0, atol=1e-6)
+    assert same(radio_distill.load(run, adaptors=()), model)
+
+
+def test_load__keeps_only_the_adaptors_that_are_named(write_run):
+    run = write_run()
+    model = radio_distill.load(run, adaptors=("dino",))
+    assert model.adaptor_names == ("dino",)
+    assert same(model, radio_distill.load(run), ("dino",))
+    with pytest.raises(UnknownNameError, match=r"no adaptor 'dine'.*did you mean 'dino'"):
+        radio_distill.load(run, adaptors=("dine",))
+
+
+@pytest.mark.parametrize("architecture", ["test_vit", "test_vit2"])
+def test_load__an_export_equals_the_run(write_run, tmp_path, architecture):
+    from radio_distill.export.transformers import export
+
+    run = write_run(architecture=architecture)
+    export(folded(checkpoints.find(run / "stage1")), tmp_path / "export")
+    model, whole = radio_distill.load(tmp_path / "export"), radio_distill.load(run)
+    assert model.teachers == whole.teachers
+    assert (model.native_size, model.config) == (whole.native_size, whole.config)
+    assert same(model, whole, model.adaptor_names, tolerance=1e-5)
+
+
+def radio_model(**fields):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(1)
+    config = transformers.RadioConfig(
+        **{"hidden_size": 192, "num_hidden_layers": 12, "num_attention_heads": 3, "patch_size": 16,
+           "max_img_size": 128, "num_cls_tokens": 3, "num_registers": 2, "summary_idxs": [0, 2],
+           "norm_mean": (0.1, 0.2, 0.3), "norm_std": (0.4, 0.5, 0.6), "initializer_range": 0.1,
+           **fields}
+    )  # fmt: skip
+    model = transformers.RadioModel(config).eval()
+    for name, parameter in model.named_parameters():
+        if "layer_scale" in name:
+            parameter.data.uniform_(0.5, 1.5)
+    return model
+
+
+@torch.no_grad()
+def check_equals_radio(model, reference):
+    for size in SIZES:
+        pixels = torch.rand(1, 3, *size)
+        expected, found = reference(pixels), model(pixels, format="NLC")
+        scale = expected.features.abs().max()
+        assert (found.features - expected.features).abs().max() <= 1e-5 * scale
+        assert (found.summary - expected.summary).abs().max() <= 1e-5 * scale
+
+
+def test_load__a_radio_folder_equals_transformers(tmp_path):
+    reference = radio_model()
+    reference.save_pretrained(tmp_path)
+    model = radio_distill.load(tmp_path)
+    assert (model.adaptor_names, model.teachers, model.max_size) == ((), {}, 128)
+    check_equals_radio(model, reference)
+
+
+def test_load__a_torch_hub_file_equals_transformers(tmp_path):
+    """Under the published names, LayerScale as the hub's code calls it, the norm in the file."""
+    reference = radio_model()
+    state = {}
+    names = {
+        "embeddings.patch_projection": "patch_generator.embedder",
+        "embeddings.position_embedding": "patch_generator.pos_embed",
+        "embeddings.cls_register_token": "patch_generator.cls_token.token",
+        "encoder.layer": "blocks",
+        "attention.o_proj": "attn.proj",
+        "layer_scale1.lambda1": "ls1.grandma",
+        "layer_scale2.lambda1": "ls2.grandma",
+    }
+    own = reference.state_dict()
+    for key, value in own.items():
+        if "q_proj" in key:
+            value = torch.cat([own[key.replace("q_proj", f"{part}_proj")] for part in "qkv"])
+            key = key.replace("attention.q_proj", "attn.qkv")
+        for old, new in names.items():
+            key = key.replace(old, new)
+        state[key if key.startswith("input_conditioner") else f"base_model.{key}"] = value
+    state = {key: value for key, value in state.items() if "_proj" not in key}
+    teachers = [{"name": "a"}, {"name": "b", "use_summary": False}, {"name": "c"}]
+    file = tmp_path / "radio.pth.tar"
+    torch.save({"state_dict": state, "args": Namespace(teachers=teachers)}, file)
+    check_equals_radio(radio_distill.load(file), reference)
+
+
+def test_load__what_is_no_run(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match=r"empty is no run, stage or checkpoint folder"):
+        radio_distill.load(tmp_path / "empty")
+    with pytest.raises(WeightsError, match=r"nothing at .*absent"):
+        radio_distill.load(tmp_path / "absent")
+    save_file({"w": torch.zeros(1)}, tmp_path / "w.safetensors")
+    with pytest.raises(WeightsError, match="not a RADIO vision transformer"):
+        radio_distill.load(tmp_path / "w.safetensors")
+
+
+def test_load__a_radio_of_sizes_that_timm_does_not_know(tmp_path):
+    radio_model(num_hidden_layers=1).save_pretrained(tmp_path)
+    with pytest.raises(WeightsError, match="no body of timm's has width 192, depth 1") as caught:
+        radio_distill.load(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_load__an_export_that_was_tampered_with(write_run, tmp_path):
+    from radio_distill.export.transformers import export
+
+    folder = tmp_path / "export"
+    export(folded(checkpoints.find(write_run() / "stage1")), folder)
+    whole = (folder / "radio_distill.json").read_text()
+    save_file({"clip.spatial.fc1.bias": torch.zeros(16)}, folder / "adaptors.safetensors")
+    with pytest.raises(WeightsError, match="does not hold the heads that are described"):
+        radio_distill.load(folder)
+    described = json.loads(whole)
+    del described["teachers"]
+    (folder / "radio_distill.json").write_text(json.dumps(described))
+    with pytest.raises(WeightsError, match="is not what an export writes"):
+        radio_distill.load(folder)
+
+
+@torch.no_grad()
+def test_from_config__a_student_a_recipe_and_a_name():
+    alone = radio_distill.from_config(StudentConfig(architecture="test_vit", max_size=64))
+    assert alone(torch.rand(1, 3, 32, 32)).summary.shape == (1, 64)
+    named = radio_distill.from_config("demo")
+    recipe: Recipe = load(RECIPES / "demo.yaml")
+    assert named.student.num_summary_tokens == len(recipe.teachers)
+    assert named.config.architecture == recipe.student.architecture
+    assert named(torch.rand(1, 3, 32, 32)).summary.shape == (1, 2 * named.embed_dim)
+    from_file = radio_distill.from_config(RECIPES / "demo.yaml")
+    assert from_file.config == radio_distill.from_config(recipe).config == named.config
+
+
+def test_from_config__reads_no_weights():
+    config = StudentConfig(architecture="test_vit", max_size=64, pretrained="/absent")
+    assert radio_distill.from_config(config).config.pretrained == ""
+
+
+def test_from_config__an_unknown_recipe_gets_the_nearest():
+    with pytest.raises(ConfigError, match=r"unknown recipe 'demmo'.*did you mean 'demo'"):
+        radio_distill.from_config("demmo")
+    with pytest.raises(ConfigError, match=r"cannot read nothing\.yaml"):
+        radio_distill.from_config("nothing.yaml")
+    with pytest.raises(AttributeError, match="no attribute 'lode'"):
+        radio_distill.lode  # noqa: B018

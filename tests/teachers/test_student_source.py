@@ -1,0 +1,119 @@
+"""A student as a teacher: the same features, and what it says of itself."""
+
+import pytest
+import torch
+
+import radio_distill
+from radio_distill.config import TeacherConfig
+from radio_distill.errors import CheckpointError, ConfigError, UnknownNameError, WeightsError
+from teachers import build_module, build_teacher, teacher_spec
+
+
+def teacher(path, **options):
+    return build_teacher(
+        "mine", TeacherConfig(preset="student", weights=str(path), options=options)
+    )
+
+
+def check_equal(found, expected):
+    for one, two in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_run__is_its_backbone(write_run):
+    run = write_run()
+    model, mine = radio_distill.load(run), teacher(run)
+    spec = mine.spec
+    assert (spec.channels, spec.summary_channels, spec.patch_size) == (64, 128, 16)
+    assert (spec.native_size, spec.max_size, spec.fixed_size) == ((96, 96), 256, False)
+    assert spec.licence == "student of: clip (mit), sam (apache-2.0), dino (dinov3-license)"
+    for size in ((64, 64), (96, 64)):
+        pixels = torch.rand(2, 3, *size)
+        output = model(pixels)
+        check_equal(mine.encode(pixels), (output.summary, output.features))
+
+
+@torch.no_grad()
+def test_run__an_adaptor_speaks_in_its_teacher_s_space(write_run):
+    run = write_run(head_layers=1)
+    model, pixels = radio_distill.load(run), torch.rand(1, 3, 64, 64)
+    output = model(pixels, ("dino", "sam")).adaptors
+    dino, sam = teacher(run, adaptor="dino"), teacher(run, adaptor="sam")
+    assert (dino.spec.channels, dino.spec.summary_channels) == (4, 4)
+    assert (sam.spec.channels, sam.spec.summary_channels) == (8, None)
+    check_equal(dino.encode(pixels), output["dino"])
+    assert sam.encode(pixels).summary is None
+    torch.testing.assert_close(sam.encode(pixels).spatial, output["sam"].spatial)
+
+
+def test_run__the_plan_sees_the_same_tensors_without_weights(write_run):
+    config = TeacherConfig(preset="student", weights=str(write_run()), options={"adaptor": "clip"})
+    planned, built = build_module(config), build_teacher("mine", config)
+    shapes = {key: value.shape for key, value in built.tower.state_dict().items()}
+    assert {key: value.shape for key, value in planned.state_dict().items()} == shapes
+    spec = teacher_spec("mine", config)
+    assert (spec.channels, spec.summary_channels, spec.weights_hash) == (12, 5, "")
+
+
+def test_run__its_hash_is_that_of_its_weights(write_run):
+    first, again = teacher(write_run()), teacher(write_run())
+    other = teacher(write_run("another"))
+    assert first.spec.weights_hash == again.spec.weights_hash != other.spec.weights_hash
+
+
+@torch.no_grad()
+def test_run__of_windows_takes_sizes_that_the_patch_divides(write_run):
+    mine = teacher(write_run(window_size=2, global_blocks=1))
+    assert mine.encode(torch.rand(1, 3, 48, 80)).spatial.shape == (1, 64, 3, 5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("preset", ["student", "radio"])
+def test_export__is_the_run(write_run, tmp_path, preset):
+    """As a student, and as any RADIO: with the mean and std that its body was trained with."""
+    from radio_distill.export.folded import folded
+    from radio_distill.export.transformers import export
+    from radio_distill.train import checkpoint
+
+    run, folder = write_run(), tmp_path / "export"
+    export(folded(checkpoint.find(run / "stage1")), folder)
+    mine = build_teacher("mine", TeacherConfig(preset=preset, weights=str(folder)))
+    assert mine.spec.native_size == (96, 96)
+    pixels = torch.rand(1, 3, 64, 96)
+    check_equal(mine.encode(pixels), teacher(run).encode(pixels))
+
+
+@torch.no_grad()
+def test_timm_export__is_the_run(write_run, tmp_path):
+    from radio_distill.export.folded import folded
+    from radio_distill.export.timm import export
+    from radio_distill.train import checkpoint
+
+    run, folder = write_run(), tmp_path / "export"
+    export(folded(checkpoint.find(run / "stage1")), folder)
+    mine = build_teacher("mine", TeacherConfig(preset="timm", weights=str(folder)))
+    pixels = torch.rand(1, 3, 64, 96)
+    expected = teacher(run).encode(pixels)
+    torch.testing.assert_close(mine.encode(pixels).spatial, expected.spatial, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(  # timm has one class token
+        mine.encode(pixels).summary, expected.summary[:, :64], rtol=1e-5, atol=1e-5
+    )
+
+
+def test_student__needs_weights():
+    for options in ({}, {"adaptor": "clip"}):
+        with pytest.raises(ConfigError, match=r"teachers\.mine: `weights` is missing"):
+            build_teacher("mine", TeacherConfig(preset="student", options=options))
+
+
+def test_student__bad_input_is_named(write_run, tmp_path):
+    run = write_run()
+    with pytest.raises(UnknownNameError, match=r"teachers\.mine: no adaptor 'clipp'.*'clip'"):
+        teacher(run, adaptor="clipp")
+    with pytest.raises(ConfigError, match=r"has no option 'adapter'.*did you mean 'adaptor'"):
+        teacher(run, adapter="clip")
+    with pytest.raises(WeightsError, match=r"teachers\.mine: nothing at .*absent"):
+        teacher(tmp_path / "absent")
+    with pytest.raises(CheckpointError, match="is no run, stage or checkpoint folder"):
+        teacher(tmp_path)
