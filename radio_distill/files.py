@@ -1,6 +1,7 @@
 """Files that are written whole or not at all, and the sums that prove it."""
 
 import hashlib
+import itertools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,3 +47,10 @@ def flush(path: Path) -> None:
 def reason_of(error: BaseException) -> str:
     """Return one line that says why something failed, without path or stack."""
     return getattr(error, "strerror", None) or " ".join(str(error).split())
+
+
+def move_aside(folder: Path) -> Path:
+    """Give a folder the first free name with a number behind it; returns that."""
+    names = (folder.with_name(f"{folder.name}.{number}") for number in itertools.count(1))
+    aside = next(path for path in names if not path.exists())
+    return folder.rename(aside)

@@ -81,7 +81,7 @@ def split_fields(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 def run_command(command: Callable[[], int | None]) -> int:
     """Run a command; an error of the user's becomes one line on stderr and exit status 2."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for noisy in ("DeepSpeed", "timm", "torch", "PIL", "matplotlib"):
+    for noisy in ("DeepSpeed", "timm", "torch", "PIL", "matplotlib", "onnx_ir", "onnxscript"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     try:
         return command() or 0

@@ -4,7 +4,6 @@ The only code that knows teachers, upsamplers and the library at once.
 """
 
 import argparse
-import itertools
 import logging
 import os
 import re
@@ -24,6 +23,7 @@ from radio_distill.config import (
     load,
 )
 from radio_distill.errors import CheckpointError, ConfigError
+from radio_distill.files import move_aside
 from radio_distill.registry import nearest
 
 from .arguments import Parser, fields_help, run_command
@@ -273,12 +273,7 @@ def prepare_folder(folder: Path, recipe: Recipe, fresh: bool) -> None:
     """
     try:
         if fresh and any((folder / "checkpoints").glob("step-*")):
-            aside = next(
-                path
-                for number in itertools.count(1)
-                if not (path := folder.with_name(f"{folder.name}.{number}")).exists()
-            )
-            folder.rename(aside)
+            aside = move_aside(folder)
             logging.info("moved the earlier run to %s (--resume would have gone on with it)", aside)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "recipe.yaml").write_text(dump(recipe), encoding="utf-8")

@@ -9,13 +9,12 @@ the student before they are kept.
 """
 
 import argparse
-import itertools
 import logging
 from pathlib import Path
 
 from radio_distill.errors import ConfigError, ExportError
 from radio_distill.export import FORMATS, format_named
-from radio_distill.files import reason_of
+from radio_distill.files import move_aside, reason_of
 from radio_distill.registry import nearest
 
 
@@ -46,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
         inside = arguments.run in checkpoint.folder.parents
         place = arguments.run if inside else checkpoint.folder.parents[1]
         folder = place / "export" / arguments.format
-        move_aside(folder)
+        make_room(folder)
     print(chosen.export(student, folder))
     return 0
 
@@ -61,14 +60,10 @@ def stage_of_run(folder: Path, stage: str) -> Path:
     return folder / stage
 
 
-def move_aside(folder: Path) -> None:
-    """Give an earlier export another name, with a number, so that nothing is written over it."""
-    if not folder.exists():
-        return
-    names = (folder.with_name(f"{folder.name}.{number}") for number in itertools.count(1))
-    aside = next(path for path in names if not path.exists())
-    try:
-        folder.rename(aside)
-    except OSError as error:
-        raise ExportError(f"cannot move {folder} aside: {reason_of(error)}") from error
-    logging.info("moved the earlier export to %s", aside)
+def make_room(folder: Path) -> None:
+    """Move an earlier export aside, so that nothing is written over it."""
+    if folder.exists():
+        try:
+            logging.info("moved the earlier export to %s", move_aside(folder))
+        except OSError as error:
+            raise ExportError(f"cannot move {folder} aside: {reason_of(error)}") from error

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from radio_distill.config import Recipe
 from radio_distill.errors import ConfigError
 from stages.common import load_recipe
-from stages.plan import build_models, measured
+from stages.plan import build_models, measured, plan_stages
 from stages.published import published
 from stages.recipes_table import markdown
 
@@ -24,35 +24,45 @@ COLUMNS = ("recipe", "devices", "GiB / device", "fits", *(
 PHI_S = "phi_s_b"
 PHI_S_RUN = {"stage1": (32, 40), "stage2": (64, 64), "stage3": (128, 68)}
 """Number of A100 and hours of each stage of PHI-S's ViT-B (arXiv 2410.01680, A.7)."""
-PHI_S_COLUMNS = ("stage", "A100", "published", "mosaics", "one a canvas", "implied utilisation")
+PHI_S_COLUMNS = (
+    "stage", "A100", "published", "estimate", "of it waiting", "one picture a canvas",
+    "utilisation published / estimate", "utilisation published / one picture a canvas",
+)  # fmt: skip
 
 INTRODUCTION = """\
 # What the recipes cost
 
-Estimates, made before anything runs: this page is what `radio-distill plan --compare --markdown`
-prints, and `radio-distill plan RECIPE` has the parts of each figure. Models are measured on tensors
-without data. Time is operations / (peak · {utilisation:.0%}): the utilisation is assumed, and every
-hour below stands and falls with it. Left out are decoding, communication, evaluation, and the
-windows that students attend in at times. Figures of several stages are parted by a slash; a
+Estimates: `radio-distill plan --compare --markdown` prints this page in some minutes, and needs no
+GPU and no weights; `radio-distill plan RECIPE` has the parts of each figure. Models are measured on
+tensors without data. Time is operations / (peak · {utilisation:.0%}): the utilisation is assumed,
+and every hour below stands and falls with it. Left out are decoding, communication, evaluation, and
+the windows that students attend in at times. Figures of several stages are parted by a slash; a
 device's memory must leave a tenth free to fit.
 """
 PHI_S_TEXT = """\
 
 ## Against a published run
 
-PHI-S gives the devices and hours of its ViT-B: 14,080 A100 hours. The recipe `{recipe}` on the same
-devices, in device hours at {utilisation:.0%}: with SAM's pictures in mosaics, and as the paper
-describes its first stages, one picture on a canvas.
+PHI-S prints devices and hours of its ViT-B: {published:,} A100 hours (arXiv 2410.01680, A.7). Below
+are those of `{recipe}` on as many A100-80, in device hours at {utilisation:.0%}. `waiting` is for the
+busiest device. `one picture a canvas` shows SAM its pictures as the paper describes stages 1 and 2,
+not in mosaics, and leaves waiting out. The last columns are the utilisation at which the estimate,
+without waiting, would be the published figure.
 """
 PHI_S_REASONS = """\
 
-The last column is the utilisation at which the estimate with mosaics would be the published figure.
-What the estimate leaves out grows from stage to stage, and would explain a part of the distance:
-larger pictures to decode (432 and 1024 px, for which a DataComp picture is read whole), gradients
-summed over 64 and 128 devices instead of 32, and devices that wait. The estimate deals devices to
-partitions by work; how the paper did is not printed, and one slow partition holds up all others. One
-picture a canvas needs more operations in stage 1 than the published hours allow for at the
-utilisation of the other stages, so that stage was probably not run so.
+**The estimate is {factor:.1f} times below the published total**, and the distance is unevenly spread.
+What may stand behind it, none of it printed in the paper:
+
+* Left out of the estimate, and growing from stage to stage: decoding (at 1024 px a CPU core reads
+  some ten pictures a second), communication among 64 and 128 devices, checkpoints and evaluation.
+* The assumed utilisation. Small batches on many devices (in stage 3 a device has nine pictures)
+  reach less than large ones.
+* Waiting. Here devices are dealt to partitions by work; four partitions with a quarter of the
+  devices each would all wait for DINOv2's.
+* Precision. Frozen teachers compute in bfloat16 here; in TF32 an A100 is half as fast.
+* SAM. One picture a canvas would need a utilisation in stage 1 far above that of the other stages,
+  so that stage was probably not run so.
 """
 
 
@@ -145,51 +155,56 @@ def page(recipes: Sequence[Recipe], counts: Sequence[int], utilisation: float) -
     yield INTRODUCTION.format(utilisation=utilisation)
     yield from markdown(COLUMNS, map(cells, compare(recipes, counts, utilisation)))
     if any(recipe.name == PHI_S for recipe in recipes):
-        yield PHI_S_TEXT.format(recipe=PHI_S, utilisation=utilisation)
-        yield from markdown(PHI_S_COLUMNS, phi_s_rows(utilisation))
-        yield PHI_S_REASONS.rstrip()
+        yield from _against_phi_s(utilisation)
 
 
-def phi_s_rows(utilisation: float) -> list[list[str]]:
+def _against_phi_s(utilisation: float) -> Iterator[str]:
     """Compare the estimate for PHI-S's ViT-B with its published hours, stage by stage."""
     recipe = load_recipe(PHI_S)
     mosaics, single = (
-        _phi_s_hours(item, utilisation) for item in (recipe, without_mosaics(recipe))
+        _phi_s_plans(recipe, utilisation),
+        _phi_s_plans(without_mosaics(recipe), utilisation),
     )
-    rows, totals = [], [0.0, 0.0, 0.0]
-    for stage, (devices, hours) in PHI_S_RUN.items():
-        figures = [devices * hours, mosaics[stage], single[stage]]
-        totals = [total + figure for total, figure in zip(totals, figures, strict=True)]
-        rows.append([stage, str(devices), *_hours(figures, utilisation)])
-    return [*rows, ["all", "", *_hours(totals, utilisation)]]
-
-
-def _hours(figures: Sequence[float], utilisation: float) -> list[str]:
-    published_hours, mosaics, _ = figures
-    return [
-        *(f"{figure:,.0f}" for figure in figures),
-        f"{utilisation * mosaics / published_hours:.0%}",
+    figures = [
+        (
+            devices * hours,
+            plan.device_hours,
+            (1 - plan.busy) * plan.device_hours,
+            alone.busy * alone.device_hours,
+        )
+        for (devices, hours), plan, alone in zip(PHI_S_RUN.values(), mosaics, single, strict=True)
     ]
+    total = tuple(map(sum, zip(*figures, strict=True)))
+    labels = [(stage, str(devices)) for stage, (devices, _) in PHI_S_RUN.items()]
+    yield PHI_S_TEXT.format(recipe=PHI_S, utilisation=utilisation, published=total[0])
+    yield from markdown(
+        PHI_S_COLUMNS,
+        [
+            [*label, *_phi_s_cells(hours, utilisation)]
+            for label, hours in zip([*labels, ("all", "")], [*figures, total], strict=True)
+        ],
+    )
+    yield PHI_S_REASONS.format(factor=total[0] / total[1]).rstrip()
 
 
-def _phi_s_hours(recipe: Recipe, utilisation: float) -> dict[str, float]:
-    from radio_distill.train.plan import DEVICES, plan_stage
+def _phi_s_cells(hours: Sequence[float], utilisation: float) -> list[str]:
+    printed, estimate, waiting, single = hours
+    shares = (utilisation * work / printed for work in (estimate - waiting, single))
+    return [*(f"{figure:,.0f}" for figure in hours), *(f"{share:.0%}" for share in shares)]
 
-    models = build_models(recipe)
-    with measured(models) as costs:
-        return {
-            stage: plan_stage(
-                costs, stage, devices, DEVICES["a100-80"], models.all_teacher_bytes, utilisation
-            ).device_hours
-            for stage, (devices, _) in PHI_S_RUN.items()
-        }
+
+def _phi_s_plans(recipe: Recipe, utilisation: float) -> "list[StagePlan]":
+    from radio_distill.train.plan import DEVICES
+
+    counts = {stage: devices for stage, (devices, _) in PHI_S_RUN.items()}
+    return plan_stages(build_models(recipe), counts, DEVICES["a100-80"], utilisation)
 
 
 def without_mosaics(recipe: Recipe) -> Recipe:
     """Return a recipe whose fixed-size teachers see one picture at a time."""
     stages = {
         name: replace(
-            stage, partitions=tuple(replace(item, mosaic=(), ranks=0) for item in stage.partitions)
+            stage, partitions=tuple(replace(item, mosaic=()) for item in stage.partitions)
         )
         for name, stage in recipe.stages.items()
     }

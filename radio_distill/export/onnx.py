@@ -9,7 +9,7 @@
 
 ===================== ============================== ==========================================
 ``pixels``            ``[batch, 3, height, width]``  RGB in [0, 1]; normalised inside
-``summary``           ``[batch, S]``                 summary tokens, one behind the other
+``summary``           ``[batch, S]``                 summary tokens, one behind the other, if any
 ``features``          ``[batch, D, rows, columns]``  feature map
 ``TEACHER_summary``   ``[batch, S']``                head's output, if asked for and if it has one
 ``TEACHER_features``  ``[batch, C, rows, columns]``  head's output, if asked for
@@ -73,7 +73,7 @@ class _Graph(nn.Module):
     @property
     def names(self) -> list[str]:
         """Names of the outputs, in order."""
-        names = ["summary", "features"]
+        names = ["summary", "features"] if self.slots else ["features"]
         for name, _ in self.adaptors:
             if self.model.adaptors[name].summary is not None:
                 names.append(f"{name}_summary")
@@ -83,7 +83,8 @@ class _Graph(nn.Module):
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
         """``[B, 3, H, W]`` to the tensors that :attr:`names` lists."""
         tokens, spatial = self.model.student(pixels)  # [B, T, D], [B, D, h, w]
-        outputs = [tokens[:, self.slots].flatten(1), spatial]
+        outputs = [tokens[:, self.slots].flatten(1)] if self.slots else []
+        outputs.append(spatial)
         for name, slot in self.adaptors:
             predicted = self.model.adaptors[name](tokens[:, slot], spatial)
             outputs += [output for output in predicted if output is not None]

@@ -18,7 +18,6 @@ timm has one class token and calls all other prefix tokens registers: summary to
 """
 
 import logging
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -43,7 +42,7 @@ TOLERANCE = 1e-5
 
 logger = logging.getLogger(__name__)
 
-_PROBES: tuple[tuple[int, Size], ...] = ((1, (4, 4)), (3, (2, 5)), (1, (7, 3)))
+_PROBES: list[tuple[int, Size]] = [(1, (4, 4)), (3, (2, 5)), (1, (7, 3))]
 _USAGE = """\
 ```python
 import timm
@@ -277,7 +276,7 @@ def _usage(student: FoldedStudent, size: Size | None) -> str:
     body = student.model.student
     height, width = size or preferred_size(student)
     rows, columns = body.grid((height, width))
-    slots = dict(zip(student.summary_teachers, student.summary_slots, strict=False))
+    slots = dict(zip(student.summary_teachers, student.summary_slots, strict=True))
     only = f" This file takes images of {height}x{width} px only." if size else ""
     return _USAGE.format(
         height=height,
@@ -287,9 +286,7 @@ def _usage(student: FoldedStudent, size: Size | None) -> str:
         prefix=body.num_prefix_tokens,
         rows=rows,
         columns=columns,
-        summaries="\n".join(
-            f"tokens[:, {slot}]  # summary for {name}" for name, slot in slots.items()
-        ),
+        summaries="\n".join(f"tokens[:, {i}]  # summary for {name}" for name, i in slots.items()),
         only=only,
     )
 
@@ -306,7 +303,8 @@ def _verify(student: FoldedStudent, folder: Path, size: Size | None) -> float:
     body = student.model.student
     model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     differences = []
-    for pixels in _probes(body, size):
+    step, shapes = (1, [(1, size)]) if size else (body.patch_size, _PROBES)
+    for pixels in probe_images(step, shapes):
         tokens = model.forward_features((pixels - body.mean) / body.std)
         summary, spatial = body(pixels)
         expected = {"summary": summary, "features": rearrange(spatial, "b d h w -> b (h w) d")}
@@ -316,9 +314,3 @@ def _verify(student: FoldedStudent, folder: Path, size: Size | None) -> float:
         }
         differences.append(check_equal(NAME, expected, found, TOLERANCE))
     return max(differences)
-
-
-def _probes(body: Student, size: Size | None) -> Iterator[Tensor]:
-    if size:
-        return probe_images(1, [(1, size)])
-    return probe_images(body.patch_size, _PROBES)

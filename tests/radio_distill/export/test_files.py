@@ -67,6 +67,6 @@ def test_export__a_full_disk(
 ) -> None:
     student = make_student(architecture="vit_tiny_patch16_224")
     request.getfixturevalue("full_disk")
-    with pytest.raises(ExportError, match="cannot write .*out"):
+    with pytest.raises(ExportError, match=r"cannot write .*out"):
         format_named(name).export(student, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["tiny"]

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from radio_distill.config import (
+    AugmentationConfig,
     DataConfig,
     EngineConfig,
+    LossConfig,
     NormalizerConfig,
     PartitionConfig,
     Recipe,
@@ -27,7 +29,14 @@ from radio_distill.models.position import NUM_DRAWS
 from radio_distill.partitions import Partition, Pass, partitions_of
 from radio_distill.train.costs import ModelCosts
 from radio_distill.train.measure import count_flops, fake_module, fake_tensors, peak_memory
-from radio_distill.train.plan import GIB, DeviceType, Memory, plan_stage, state_memory
+from radio_distill.train.plan import (
+    GIB,
+    DeviceType,
+    Memory,
+    StagePlan,
+    plan_stage,
+    state_memory,
+)
 from radio_distill.train.sights import Sight
 from radio_distill.types import Features, TeacherSpec
 from upsamplers import build_upsampler
@@ -216,7 +225,7 @@ def test_step_memory__grows_with_the_images_and_not_with_the_weights():
         one, two, four = (
             costs.step_memory("stage1", [only_pass(low)], images) for images in (8, 16, 32)
         )
-    assert four - two == pytest.approx(2 * (two - one), rel=0.01)
+    assert four - two == pytest.approx(2 * (two - one), rel=0.02)
 
 
 @pytest.mark.parametrize(
@@ -269,6 +278,94 @@ def test_plan_stage__waits_for_the_busiest_device():
     assert two.device_hours == pytest.approx(2 * two.hours)
     assert 2 * two.step_seconds * two.busy == pytest.approx(one.step_seconds)
     assert two.memory.gradients == 2 * costs.parameters
+
+
+def with_partitions(*partitions: PartitionConfig, **fields: object) -> Recipe:
+    recipe = make_recipe()
+    stage = replace(recipe.stages["stage1"], partitions=partitions, **fields)
+    return replace(recipe, stages={"stage1": stage})
+
+
+def encode_flops(cells: int) -> int:
+    return 2 * cells * 3 * 64 * CHANNELS
+
+
+def rotate_flops(cells: int) -> int:
+    return 2 * cells * CHANNELS**2
+
+
+def test_partition__in_a_mosaic_shares_the_canvas():
+    config = PartitionConfig(
+        name="low", size=32, teachers=("patches",), mosaic=("patches",), batch_size=12
+    )
+    recipe = with_partitions(config)
+    with fake_costs(recipe) as costs:
+        low = partitions_of(recipe.stages["stage1"])[0]
+        (cost,) = costs.partition("stage1", low).teachers
+        plan = plan_stage(costs, "stage1", 1, DEVICE, 0, utilisation=1)
+    # views of 2 x 2 cells of 8 pixels, nine of them on 48 x 48 pixels
+    assert cost.sight == Sight("patches", (48, 48), (2, 2), 9)
+    assert cost.encode_flops == encode_flops(36)
+    assert plan.teacher_flops == pytest.approx(12 * (encode_flops(36) / 9 + rotate_flops(4)))
+    # twelve pictures take two canvases, the second partly empty
+    teachers = (2 * encode_flops(36) + 12 * rotate_flops(4)) / 0.5e12
+    assert plan.step_seconds == pytest.approx(plan.student_flops / 2e12 + teachers)
+    assert plan.statistics_seconds == pytest.approx(1000 * encode_flops(36) / 9 / 0.5e12)
+
+
+def test_plan_stage__takes_the_mean_time_and_the_largest_memory_of_the_sizes():
+    def plans(**size: object) -> StagePlan:
+        config = PartitionConfig(name="low", teachers=("patches",), batch_size=4, **size)
+        with fake_costs(with_partitions(config)) as costs:
+            return plan_stage(costs, "stage1", 2, DEVICE, 0, utilisation=1)
+
+    small, large = plans(size=32), plans(size=64)
+    drawn = plans(sizes=(32, 64))
+    for name in ("tokens", "student_flops", "teacher_flops", "step_seconds"):
+        mean = (getattr(small, name) + getattr(large, name)) / 2
+        assert getattr(drawn, name) == pytest.approx(mean), name
+    assert drawn.memory == large.memory
+    assert small.memory.step < large.memory.step
+
+
+def test_plan_stage__many_sizes_are_sampled():
+    sizes = tuple(range(16, 96, 16))  # 5^4 steps that differ
+    partitions = [
+        PartitionConfig(name=name, sizes=sizes, teachers=("patches",), batch_size=1)
+        for name in "abcd"
+    ]
+    with fake_costs(with_partitions(*partitions)) as costs:
+        plan = plan_stage(costs, "stage1", 1, DEVICE, 0, utilisation=1)
+    exact = sum(cost.student_flops for cost in plan.partitions) / 2e12 + plan.teacher_flops / 0.5e12
+    assert plan.step_seconds == pytest.approx(exact, rel=0.05)
+
+
+@pytest.mark.parametrize(("shift", "runs"), [(0, 1), (2, 2)])
+def test_plan_stage__a_teacher_that_sees_the_same_twice_runs_once(shift, runs):
+    low = PartitionConfig(name="low", size=64, teachers=("patches",), batch_size=3)
+    high = replace(low, name="high", size=96, images_of="low")
+    recipe = with_partitions(low, high)
+    recipe = replace(recipe, augmentation=AugmentationConfig(shift=shift))
+    with fake_costs(recipe) as costs:
+        plan = plan_stage(costs, "stage1", 1, DEVICE, 0, utilisation=1)
+    assert plan.images == 3
+    assert plan.teacher_flops == runs * 3 * (encode_flops(36) + rotate_flops(36))
+    seconds = plan.student_flops / 2e12 + plan.teacher_flops / 0.5e12
+    assert plan.step_seconds == pytest.approx(seconds)
+
+
+def test_plan_stage__mesa_costs_a_forward_pass_and_an_averaged_student():
+    low = PartitionConfig(name="low", size=64, teachers=("patches",), batch_size=3)
+    plain = with_partitions(low)
+    mesa = with_partitions(low, ema_decay=0.9)
+    mesa = replace(mesa, loss=LossConfig(mesa=1.0))
+    with fake_costs(plain) as costs:
+        before = plan_stage(costs, "stage1", 2, DEVICE, 0)
+    with fake_costs(mesa) as costs:
+        after = plan_stage(costs, "stage1", 2, DEVICE, 0)
+    forward = DEPTH * block_flops(20) + 2 * 16 * 3 * 256 * WIDTH
+    assert after.student_flops - before.student_flops == 3 * forward
+    assert after.memory == replace(before.memory, average=4 * costs.parameters)
 
 
 def test_plan_stage__utilisation_scales_time_alone():
