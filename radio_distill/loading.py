@@ -3,10 +3,9 @@
 :func:`load` and :func:`from_config` are ``radio_distill.load`` and ``radio_distill.from_config``.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -14,7 +13,7 @@ from torch import nn
 from .backbone import Backbone
 from .config import Recipe, StudentConfig, build
 from .config import load as load_recipe
-from .errors import CheckpointError, ConfigError, WeightsError
+from .errors import CheckpointError, WeightsError
 from .export.folded import FoldedStudent, folded
 from .export.transformers import preferred_size
 from .models.adaptors import Adaptor
@@ -22,13 +21,9 @@ from .models.radio_layout import read_radio, student_config
 from .models.reparametrize import fold
 from .models.student import Student
 from .models.weight_files import read_checkpoint, read_json
-from .registry import nearest
 from .train import checkpoint as checkpoints
 from .train.checkpoint import Checkpoint
 from .train.restore import load_student
-from .types import TeacherSpec
-
-RECIPES = Path(__file__).parents[1] / "stages" / "recipes"
 
 
 def load(
@@ -68,30 +63,21 @@ def from_config(
     """Build an untrained student with random weights, without teachers, files or heads.
 
     Args:
-        config: a student's section, a recipe, the file of one, or the name of one that comes with
-            the project. Of a recipe it has a summary token for each teacher, else one.
+        config: a student's section, a recipe, or the file of one. Of a recipe it has a summary
+            token for each teacher, else one.
         device: where to.
 
     Raises:
-        ConfigError: where fields do not fit, or there is no such recipe.
+        ConfigError: where fields do not fit, or there is no such file.
     """
     if isinstance(config, (str, Path)):
-        config = load_recipe(_recipe_file(config))
+        config = load_recipe(config)
     num_summary_tokens = 1
     if isinstance(config, Recipe):
         num_summary_tokens, config = len(config.teachers), config.student
     config = replace(config, pretrained="")
     student = Student(config, num_summary_tokens)
     return Backbone(student, config, summary_slots=range(num_summary_tokens)).to(device).eval()
-
-
-def _recipe_file(recipe: str | Path) -> Path:
-    if Path(recipe).suffix in (".yaml", ".yml"):
-        return Path(recipe)
-    names = [file.stem for file in RECIPES.glob("*.yaml")]
-    if str(recipe) not in names:
-        raise ConfigError(f"unknown recipe {str(recipe)!r} ({nearest(str(recipe), names)})")
-    return RECIPES / f"{recipe}.yaml"
 
 
 def find_checkpoint(path: Path) -> Checkpoint:
@@ -141,7 +127,7 @@ def _read_export(folder: Path) -> Backbone:
     description = read_json(folder / "radio_distill.json")
     try:
         config: StudentConfig = build(StudentConfig, description["student"])
-        teachers = {name: _spec(row) for name, row in description["teachers"].items()}
+        teachers = checkpoints.specs_of(description["teachers"])
         slots = list(description["summary_slots"].values())
     except (KeyError, TypeError, AttributeError) as error:
         raise WeightsError(
@@ -161,13 +147,6 @@ def _read_export(folder: Path) -> Backbone:
         ) from error
     native_size = read_json(folder / "config.json")["image_size"]
     return Backbone(student, config, teachers, adaptors, slots, native_size)
-
-
-def _spec(row: Mapping[str, Any]) -> TeacherSpec:
-    plain: dict[str, Any] = {
-        key: tuple(item) if isinstance(item, list) else item for key, item in row.items()
-    }
-    return TeacherSpec(**plain)
 
 
 def _read_radio(path: Path) -> Backbone:

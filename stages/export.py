@@ -10,12 +10,18 @@ the student before they are kept.
 
 import argparse
 import logging
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from radio_distill.errors import ConfigError, ExportError
 from radio_distill.export import FORMATS, format_named
 from radio_distill.files import move_aside, reason_of
 from radio_distill.registry import nearest
+
+if TYPE_CHECKING:
+    from radio_distill.export.folded import FoldedStudent
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,6 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("run", type=Path, help="folder of a run, a stage, or a single checkpoint")
     add("--format", metavar="NAME", required=True, help=formats)
     add("--stage", metavar="NAME", help="stage of the run (default: the last one trained)")
+    add("--size", metavar="PX", type=int, nargs="+", help="timm: a plain ViT of this size only")
+    add("--adaptors", metavar="TEACHER", nargs="+", default=[], help="onnx: heads to export too")
     add("--output", metavar="DIR", type=Path, help="new folder (default: RUN/export/FORMAT)")
 
 
@@ -34,6 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
     from radio_distill.loading import find_checkpoint
 
     chosen = format_named(arguments.format)
+    export = exporter(arguments)
     path = stage_of_run(arguments.run, arguments.stage) if arguments.stage else arguments.run
     checkpoint = find_checkpoint(path)
     logging.info("%s of %s", arguments.format, checkpoint.folder)
@@ -46,8 +55,25 @@ def run(arguments: argparse.Namespace) -> int:
         place = arguments.run if inside else checkpoint.folder.parents[1]
         folder = place / "export" / arguments.format
         make_room(folder)
-    print(chosen.export(student, folder))
+    print(export(student, folder))
     return 0
+
+
+def exporter(arguments: argparse.Namespace) -> "Callable[[FoldedStudent, Path], Path]":
+    """Return the format's function; raises ConfigError for an option of another format."""
+    name, module = arguments.format, format_named(arguments.format)
+    for option, its_format in (("size", "timm"), ("adaptors", "onnx")):
+        if getattr(arguments, option) and name != its_format:
+            raise ConfigError(f"--{option} is for --format {its_format}; leave it out for {name}")
+    export: Callable[[FoldedStudent, Path], Path] = module.export
+    if arguments.size:
+        if len(arguments.size) > 2:
+            raise ConfigError("--size takes one side, or height and width")
+        size = (arguments.size[0], arguments.size[-1])
+        export = partial(module.export_plain, size=size)
+    if arguments.adaptors:
+        export = partial(module.export, adaptors=arguments.adaptors)
+    return export
 
 
 def stage_of_run(folder: Path, stage: str) -> Path:

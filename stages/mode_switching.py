@@ -4,7 +4,7 @@
 
 A student that was trained at one resolution speaks another language at others: it switches modes
 (RADIOv2.5, arXiv 2412.07679, section 3). Two curves over the size show it, of the backbone's
-features and over all pictures (see :mod:`radio_distill.evals.agreement`): agreement with the
+features and over all pictures (see radio_distill/evals/agreement.py): agreement with the
 reference size, and the shift of the mean feature from there. Written to RUN/mode_switching:
 
     curves.png, curves.svg      both, a line a student, teachers dashed

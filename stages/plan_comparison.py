@@ -44,23 +44,23 @@ PHI_S_TEXT = """\
 ## Against a published run
 
 PHI-S prints devices and hours of its ViT-B: {published:,} A100 hours (arXiv 2410.01680, A.7). Below
-are those of `{recipe}` on as many A100-80, in device hours at {utilisation:.0%}. `waiting` is for the
-busiest device. `one picture a canvas` shows SAM its pictures as the paper describes stages 1 and 2,
-not in mosaics, and leaves waiting out. The last columns are the utilisation at which the estimate,
-without waiting, would be the published figure.
+are those of `{recipe}` on as many A100-80, in device hours at {utilisation:.0%}. `waiting` is for
+the busiest device. `one picture a canvas` shows SAM its pictures as the paper describes stages 1
+and 2, not in mosaics, and leaves waiting out. The last columns are the utilisation at which the
+estimate, without waiting, would be the published figure.
 """
 PHI_S_REASONS = """\
 
-**The estimate is {factor:.1f} times below the published total**, and the distance is unevenly spread.
+**The published total is {factor:.1f} times the estimate**, and the distance is unevenly spread.
 What may stand behind it, none of it printed in the paper:
 
-* Left out of the estimate, and growing from stage to stage: decoding (at 1024 px a CPU core reads
-  some ten pictures a second), communication among 64 and 128 devices, checkpoints and evaluation.
-* The assumed utilisation. Small batches on many devices (in stage 3 a device has nine pictures)
-  reach less than large ones.
+* Left out of the estimate, and growing from stage to stage: decoding larger pictures, communication
+  among 64 and 128 devices, checkpoints and evaluation.
+* The assumed utilisation. Small batches (in stage 3, nine pictures a device) reach less than large
+  ones.
 * Waiting. Here devices are dealt to partitions by work; four partitions with a quarter of the
-  devices each would all wait for DINOv2's.
-* Precision. Frozen teachers compute in bfloat16 here; in TF32 an A100 is half as fast.
+  devices each would wait for DINOv2's.
+* Precision. Frozen teachers compute in bfloat16 here; in TF32 the peak of an A100 is half of that.
 * SAM. One picture a canvas would need a utilisation in stage 1 far above that of the other stages,
   so that stage was probably not run so.
 """

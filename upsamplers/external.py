@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from radio_distill.errors import ConfigError, RadioDistillError, WeightsError
 from radio_distill.files import reason_of
 from radio_distill.protocols import Teacher
-from radio_distill.views import resize
 from radio_distill.types import Features, Size
+from radio_distill.views import resize
 
 from . import tiling
 

@@ -41,8 +41,8 @@ from radio_distill.balance.moments import Moments
 from radio_distill.errors import ConfigError, DataError, DivergedError
 from radio_distill.progress import Progress
 from radio_distill.protocols import Teacher
-from radio_distill.views import resize
 from radio_distill.types import Size
+from radio_distill.views import resize
 
 from .downsamplers import AttentionDownsampler
 from .losses import UncertaintyNet, masked_mse, total_variation

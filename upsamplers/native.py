@@ -11,8 +11,8 @@ from torch import Tensor
 
 from radio_distill.errors import ConfigError
 from radio_distill.protocols import Teacher
-from radio_distill.views import resize
 from radio_distill.types import Features, Size, TeacherSpec
+from radio_distill.views import resize
 
 from . import tiling
 

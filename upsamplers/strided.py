@@ -14,8 +14,8 @@ from einops import rearrange
 from torch import Tensor
 
 from radio_distill.protocols import Teacher
-from radio_distill.views import resize
 from radio_distill.types import Features, Size
+from radio_distill.views import resize
 
 from . import tiling
 

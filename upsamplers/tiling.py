@@ -14,8 +14,8 @@ from torch import Tensor
 
 from radio_distill.errors import ConfigError
 from radio_distill.protocols import Teacher
-from radio_distill.views import resize
 from radio_distill.types import Features, Size
+from radio_distill.views import resize
 
 
 def low_resolution(teacher: Teacher, grid: Size, factor: int) -> Size:

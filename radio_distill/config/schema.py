@@ -30,7 +30,7 @@ class TeacherConfig:
     """One frozen encoder."""
 
     preset: str = option(
-        help="name in `radio-distill list teachers`, or a source: timm, open_clip, transformers, radio"
+        help="name in `radio-distill list teachers`, or a source: timm, open_clip, transformers, radio, student"
     )
     weights: str = option("", "local weights file or folder; empty takes the preset's own source")
     sha256: str = option("", "sha256 that the weights file must have; empty for no check")

@@ -119,7 +119,7 @@ class Student(nn.Module):
         patches = self._embed(pixels) + self.positions(grid, draws)  # [B, h, w, D]
         window = self.window_size if window_size is None else window_size
         patches = to_windows(patches, window or 1)  # [B, N, D]
-        prefix = repeat(self.prefix_tokens, "p d -> b p d", b=len(pixels))
+        prefix = repeat(self.prefix_tokens, "p d -> b p d", b=pixels.shape[0])
         tokens = self.norm_pre(torch.cat((prefix, patches), dim=1))  # [B, P + N, D]
         for index, block in enumerate(self.blocks):
             tokens = self._run_block(index, block, tokens, window)

@@ -171,7 +171,7 @@ def read(folder: Path) -> Checkpoint:
             if sha256_of(folder / name) != expected:
                 raise CheckpointError(f"{folder / name} is damaged: its sha256 differs from {META}")
         return Checkpoint(
-            folder, meta["step"], meta["stage"], _recipe(meta), _specs(meta["teachers"])
+            folder, meta["step"], meta["stage"], _recipe(meta), specs_of(meta["teachers"])
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder} is not a whole checkpoint: {reason_of(error)}") from error
@@ -184,7 +184,8 @@ def _recipe(meta: Mapping[str, Any]) -> Recipe:
     return recipe
 
 
-def _specs(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, TeacherSpec]:
+def specs_of(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, TeacherSpec]:
+    """Return the specs of teachers, by name, that were written as JSON."""
     specs = {}
     for name, row in rows.items():
         values: dict[str, Any] = {

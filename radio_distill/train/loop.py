@@ -186,7 +186,7 @@ def _compare(
         return report
     assert run.ema is not None, "the averaged student teaches on every rank"
     with torch.no_grad(), run.engine.autocast():
-        _, average = run.ema.model.student(views.of_student(AVERAGE))
+        _, average = run.ema.model.get_submodule("student")(views.of_student(AVERAGE))
     shift, cells = views.shift(AVERAGE), None
     if shift is not None:
         average, cells = follow(average, shift)

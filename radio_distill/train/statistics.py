@@ -176,8 +176,10 @@ def _estimate(
             if name in summaries:
                 assert features.summary is not None
                 summaries[name].update(features.summary, first)
-    for value in (*moments.values(), *summaries.values()):
-        value.all_reduce()
+    for name in names:
+        moments[name].all_reduce()
+        if name in summaries:
+            summaries[name].all_reduce()
     return {
         name: Statistics(moments[name], summaries[name].dispersion() if name in summaries else None)
         for name in names

@@ -123,6 +123,19 @@ def test_export__bad_arguments(
     assert "has no such stage" in message
     message = refusal(capsys, run / "stage1", "--stage", "stage1", "--format", "radio")
     assert "is not the folder of a run" in message
+    message = refusal(capsys, run, "--format", "radio", "--size", "224")
+    assert "--size is for --format timm; leave it out for radio" in message
+    message = refusal(capsys, run, "--format", "timm", "--adaptors", "dino")
+    assert "--adaptors is for --format onnx" in message
+    message = refusal(capsys, run, "--format", "timm", "--size", "1", "2", "3")
+    assert "--size takes one side, or height and width" in message
+
+
+def test_export__a_plain_vit_of_one_size(run: Path) -> None:
+    timm = pytest.importorskip("timm")
+    assert main(["export", str(run), "--format", "timm", "--size", "64", "32"]) == 0
+    model = timm.create_model(f"local-dir:{run / 'export' / 'timm'}", pretrained=True)
+    assert model.patch_embed.grid_size == (4, 2)
 
 
 def test_export__several_last_stages(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
