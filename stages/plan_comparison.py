@@ -26,7 +26,7 @@ PHI_S_RUN = {"stage1": (32, 40), "stage2": (64, 64), "stage3": (128, 68)}
 """Number of A100 and hours of each stage of PHI-S's ViT-B (arXiv 2410.01680, A.7)."""
 PHI_S_COLUMNS = (
     "stage", "A100", "published", "estimate", "of it waiting", "one picture a canvas",
-    "utilisation published / estimate", "utilisation published / one picture a canvas",
+    "implied utilisation", "implied, one picture a canvas",
 )  # fmt: skip
 
 INTRODUCTION = """\
@@ -38,6 +38,9 @@ tensors without data. Time is operations / (peak · {utilisation:.0%}): the util
 and every hour below stands and falls with it. Left out are decoding, communication, evaluation, and
 the windows that students attend in at times. Figures of several stages are parted by a slash; a
 device's memory must leave a tenth free to fit.
+
+Device hours grow with the number of devices where work cannot be divided further: partitions of 32
+pictures, and mosaics, whose canvases stay whole (81 pictures of 128 px on one of SAM3's).
 """
 PHI_S_TEXT = """\
 
