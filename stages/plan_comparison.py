@@ -32,12 +32,12 @@ PHI_S_COLUMNS = (
 INTRODUCTION = """\
 # What the recipes cost
 
-Estimates: `radio-distill plan --compare --markdown` prints this page in some minutes, and needs no
-GPU and no weights; `radio-distill plan RECIPE` has the parts of each figure. Models are measured on
-tensors without data. Time is operations / (peak · {utilisation:.0%}): the utilisation is assumed,
-and every hour below stands and falls with it. Left out are decoding, communication, evaluation, and
-the windows that students attend in at times. Figures of several stages are parted by a slash; a
-device's memory must leave a tenth free to fit.
+Estimates. `radio-distill plan --compare --markdown` prints this page (a quarter of an hour on two
+busy cores; no GPU, no weights), `radio-distill plan RECIPE` the parts of each figure. Models are
+measured on tensors without data. Time is operations / (peak · {utilisation:.0%}): the utilisation
+is assumed, and every hour below stands and falls with it. Left out are decoding, communication,
+evaluation, and the windows that students attend in at times. Figures of several stages are parted
+by a slash; a device's memory must leave a tenth free to fit.
 
 Device hours grow with the number of devices where work cannot be divided further: partitions of 32
 pictures, and mosaics, whose canvases stay whole (81 pictures of 128 px on one of SAM3's).

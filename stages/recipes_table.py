@@ -98,7 +98,8 @@ def _show(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     table = Table(*columns, box=None, pad_edge=False, row_styles=["", "dim"])
     for row in rows:
         table.add_row(*(cell.replace("[", "\\[").replace("*ours*", "ours") for cell in row))
-    Console().print(table)
+    console = Console() if Console().is_terminal else Console(width=150)
+    console.print(table)
 
 
 def merged_rows(name: str) -> list[Row]:

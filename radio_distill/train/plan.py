@@ -24,10 +24,11 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from ..config import EngineConfig, PartitionConfig, Recipe, StageConfig, share_of
+from ..config import EngineConfig, Recipe, StageConfig, share_of
 from ..partitions import MicroBatch, Partition, images_per_step, partitions_of, share_out
 from ..types import Size
 from .costs import ModelCosts, PartitionCost, TeacherCost
+from .statistics import first_partition
 
 GIB = 2**30
 UTILISATION = 0.35
@@ -266,15 +267,8 @@ def _statistics_seconds(costs: ModelCosts, stage: StageConfig, device: DeviceTyp
     recipe, seconds = costs.recipe, 0.0
     images = share_of(recipe.normalizer.images, stage.steps * images_per_step(stage))
     for name, config in recipe.teachers.items():
-        first = _shown_first(stage, name)
+        first = first_partition(stage, name)
         if first is not None:
             flops = costs.own_grid_flops(first, name)
             seconds += images * flops / device.flops_per_second(config.dtype)
     return seconds
-
-
-def _shown_first(stage: StageConfig, teacher: str) -> PartitionConfig | None:
-    """Return the partition whose images a teacher's statistics are estimated on."""
-    partitions = [item for item in stage.partitions if teacher in item.teachers]
-    with_summary = [item for item in partitions if teacher not in item.mosaic]
-    return next(iter(with_summary or partitions), None)

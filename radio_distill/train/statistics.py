@@ -19,7 +19,7 @@ from ..balance.cache import Statistics, load_statistics, save_statistics
 from ..balance.dispersion import SummaryMoments
 from ..balance.moments import Moments
 from ..balance.normalizers import LayerNorm
-from ..config import PartitionConfig, Recipe, partition_sizes, share_of
+from ..config import PartitionConfig, Recipe, StageConfig, partition_sizes, share_of
 from ..data.loader import ShardBatches, StepSlice
 from ..models.adaptors import Adaptor
 from ..models.distilled import DistilledStudent
@@ -67,7 +67,7 @@ def fit_normalizers(
         names = [
             name
             for name in partition.teachers
-            if _first_partition(recipe, stage, name) is partition
+            if first_partition(recipe.stages[stage], name) is partition
             and (
                 targets.normalizers[name].uses_statistics or _asks_dispersion(targets, recipe, name)
             )
@@ -80,8 +80,9 @@ def fit_normalizers(
     return dispersions
 
 
-def _first_partition(recipe: Recipe, stage: str, teacher: str) -> PartitionConfig | None:
-    partitions = [item for item in recipe.stages[stage].partitions if teacher in item.teachers]
+def first_partition(stage: StageConfig, teacher: str) -> PartitionConfig | None:
+    """Return the partition whose images a teacher's statistics are estimated on."""
+    partitions = [item for item in stage.partitions if teacher in item.teachers]
     with_summary = [item for item in partitions if teacher not in item.mosaic]
     return next(iter(with_summary or partitions), None)
 
