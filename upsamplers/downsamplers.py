@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from radio_distill.errors import ConfigError, UnknownNameError
 from radio_distill.registry import nearest
@@ -176,7 +177,8 @@ def _axis(windows: Windows, num_cells: int) -> _Axis:
 
 @lru_cache(maxsize=16)
 def _plan(windows: Windows, grid: Size, device: torch.device) -> _Plan:
-    with torch.inference_mode(False):  # a later call may need gradients
+    # A later call may need gradients, or data where this one is only measured.
+    with torch.inference_mode(False), unset_fake_temporarily():
         y, x = (_axis(windows, num_cells) for num_cells in grid)
         matrix = y.reach * x.reach * y.pixels * x.pixels
         rows = (y.tile * x.tiles * matrix) + (y.cell * x.reach * y.pixels + y.pixel) * x.pixels

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from einops import einsum, rearrange
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.autograd.function import once_differentiable
 
 _BLOCK = 4
@@ -176,7 +176,8 @@ class _Blocks:
         factors = (kernel.shape[1] // height, kernel.shape[2] // width)
         self.wide = torch.promote_types(kernel.dtype, torch.float32)
         self.compute = torch.float32 if low.dtype == torch.float16 else low.dtype
-        self.plan = _plan(height, width, *factors, taps // 2, base, self.wide, low.device)
+        with unset_fake_temporarily():  # what is only measured must not leave a plan without data
+            self.plan = _plan(height, width, *factors, taps // 2, base, self.wide, low.device)
         self.num_rows = batch * height
         self.kernels = kernel.view(self.num_rows, factors[0], kernel.shape[2], taps, taps)
         self.low = low.flatten(0, 1)  # [B * h, w, C]

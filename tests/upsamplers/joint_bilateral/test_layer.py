@@ -188,3 +188,15 @@ def test_stack__bad_input():
         JointBilateralStack(4, 2, radius=0)
     with pytest.raises(ConfigError, match="implementation 'cuda' is not known"):
         JointBilateralStack(4, 2, implementation="cuda")(low, guidance)
+
+
+def test_stack__a_measurement_without_data_leaves_later_runs_alone():
+    from radio_distill.train.measure import fake_tensors
+
+    stack = JointBilateralStack(channels=6, factor=3, implementation="folded").eval()
+    low, guidance = torch.randn(1, 6, 5, 7), torch.rand(1, 3, 40, 56)
+    with fake_tensors():
+        stack(torch.empty(1, 6, 5, 7), torch.empty(1, 3, 40, 56))
+    expected = JointBilateralStack(channels=6, factor=3, implementation="reference").eval()
+    expected.load_state_dict(stack.state_dict())
+    torch.testing.assert_close(stack(low, guidance), expected(low, guidance), rtol=1e-4, atol=1e-5)
