@@ -121,9 +121,7 @@ class Backbone(nn.Module):
                 below and to the right, and returns the cells that show picture: each cell is
                 ``patch_size`` pixels of the picture as it came, so a map can be laid over it.
                 ``resize`` scales to :meth:`nearest_size`: no cell shows padding, and none is
-                exactly ``patch_size`` pixels. Of photographs cut by 3 to 13 pixels, a student
-                of the demo gave features nearer to those of the whole with ``pad`` (cosine 0.990,
-                against 0.966), and a summary nearer with ``resize`` (0.997, against 0.993).
+                exactly ``patch_size`` pixels.
 
         Raises:
             ConfigError: where pixels, a name or an option is not one of these.
