@@ -29,8 +29,10 @@ def new_folder(folder: Path) -> Iterator[Path]:
     try:
         temporary.mkdir(parents=True)
         yield temporary
-        for path in (*temporary.iterdir(), temporary):
+        for path in temporary.iterdir():
+            path.chmod(0o644)  # safetensors lets only their owner read what it writes
             flush(path)
+        flush(temporary)
         os.replace(temporary, folder)
     except (OSError, SafetensorError) as error:
         raise ExportError(f"cannot write {folder}: {reason_of(error)}") from error

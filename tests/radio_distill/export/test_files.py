@@ -16,8 +16,10 @@ from radio_distill.export.folded import FoldedStudent
 def test_new_folder__appears_when_all_is_written(tmp_path: Path) -> None:
     with new_folder(tmp_path / "a" / "b") as draft:
         (draft / "file").write_text("x")
+        (draft / "file").chmod(0o600)
         assert not (tmp_path / "a" / "b").exists()
     assert (tmp_path / "a" / "b" / "file").read_text() == "x"
+    assert (tmp_path / "a" / "b" / "file").stat().st_mode & 0o777 == 0o644, "others may load it"
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["b"]
 
 
