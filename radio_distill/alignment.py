@@ -13,7 +13,6 @@ enlarges the teacher (section 4.5). All of these are bilinear. Here that means
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor
 
 from .errors import ConfigError, UnknownNameError
@@ -78,9 +77,3 @@ def resample(features: Tensor, grid: Size) -> Tensor:
 def _interpolate(features: Tensor, grid: Size) -> Tensor:
     shrinks = grid[0] < features.shape[-2] or grid[1] < features.shape[-1]
     return F.interpolate(features, grid, mode="bilinear", align_corners=False, antialias=shrinks)
-
-
-def valid_cells(valid: Tensor, grid: Size) -> Tensor:
-    """Return which cells ``[B, *grid]`` show real pixels only, from ``[B, H, W]`` bool pixels."""
-    padding = rearrange((~valid).float(), "b h w -> b 1 h w")
-    return rearrange(F.adaptive_max_pool2d(padding, grid) == 0, "b 1 h w -> b h w")

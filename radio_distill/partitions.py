@@ -99,11 +99,6 @@ def images_per_step(stage: StageConfig) -> int:
     return sum(config.batch_size for config in stage.partitions if not config.images_of)
 
 
-def largest_sizes(partitions: Sequence[Partition]) -> dict[str, Size]:
-    """Return the largest student input of each partition, by name."""
-    return {item.name: max(item.sizes, key=math.prod) for item in partitions}
-
-
 def teacher_shares(partitions: Sequence[Partition]) -> dict[str, float]:
     """Return the part of a step's loss in which each teacher takes part, at most one."""
     shares: dict[str, float] = {}

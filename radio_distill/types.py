@@ -51,8 +51,6 @@ class ImageBatch:
     keys: tuple[str, ...]
     """``shard:member`` of each image, for logs."""
     origins: tuple[ViewOrigin, ...] = ()
-    valid: "Tensor | None" = None
-    """``[B, H, W]`` bool, False on padding; None when every pixel is real."""
 
 
 @dataclass(frozen=True, slots=True)

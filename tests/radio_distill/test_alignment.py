@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from radio_distill.alignment import RULES, align, common_grid, resample, valid_cells
+from radio_distill.alignment import RULES, align, common_grid, resample
 from radio_distill.config import LossConfig, build
 from radio_distill.errors import ConfigError, UnknownNameError
 
@@ -140,21 +140,3 @@ def test_align__gradient_reaches_the_student(rule, teacher):
     prediction = torch.rand(1, 2, 3, 4, dtype=torch.float64, requires_grad=True)
     target = torch.rand(1, 2, *teacher, dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda x: align(x, target, rule)[0], prediction)
-
-
-def test_valid_cells__cover_real_pixels_only():
-    valid = torch.ones(2, 8, 12, dtype=torch.bool)
-    valid[0, :, 9:] = False
-    valid[1, 7, 0] = False
-    expected = torch.ones(2, 2, 3, dtype=torch.bool)
-    expected[0, :, 2] = False
-    expected[1, 1, 0] = False
-    assert torch.equal(valid_cells(valid, (2, 3)), expected)
-
-
-def test_valid_cells__cells_that_do_not_divide_the_image():
-    valid = torch.ones(1, 10, 10, dtype=torch.bool)
-    valid[:, 3:] = False
-    assert valid_cells(valid, (3, 3))[0].tolist() == [[False] * 3] * 3  # rows 0-3, 3-6, 6-9
-    valid[:, :4] = True
-    assert valid_cells(valid, (3, 3))[0, :, 0].tolist() == [True, False, False]

@@ -1,5 +1,6 @@
 """Every image of a step is run exactly once, with its weight, whoever runs it."""
 
+import math
 from collections import Counter
 from dataclasses import replace
 
@@ -10,7 +11,6 @@ from hypothesis import strategies as st
 from radio_distill.config import PartitionConfig, StageConfig
 from radio_distill.partitions import (
     images_per_step,
-    largest_sizes,
     partitions_of,
     share_out,
     teacher_shares,
@@ -28,6 +28,10 @@ PARTITION = st.builds(
     st.floats(0.1, 10),
     st.integers(0, 3),
 )
+
+
+def largest_sizes(partitions):
+    return {item.name: max(item.sizes, key=math.prod) for item in partitions}
 
 
 def stage_of(partitions) -> StageConfig:
