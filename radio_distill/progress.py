@@ -1,7 +1,9 @@
-"""A progress bar with rate and time left; plain lines where there is no terminal (Slurm logs)."""
+"""What the terminal shows: a progress bar with rate and time left, or plain lines in Slurm logs."""
 
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -111,3 +113,19 @@ def _rich_bar(unit: str) -> "RichProgress":
         TextColumn("{task.fields[text]}"),
         console=Console(stderr=True),
     )
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers' loading report and bars out of the log; a check of ours says more."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

@@ -6,8 +6,7 @@ one. SigLIP2's NaFlex checkpoints, which take patches in place of pixels, are le
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from radio_distill.errors import ConfigError
+from radio_distill.progress import quiet_transformers
 from radio_distill.registry import nearest
 
 from . import weights
@@ -145,7 +145,7 @@ def load_state(
 ) -> TransformersTower:
     """Build a tower from configuration and tensors; raises WeightsError unless they agree."""
     config, family = _config(settings)
-    with _quiet():
+    with quiet_transformers():
         model, report = _class(family).from_pretrained(
             None,
             config=config,
@@ -203,19 +203,3 @@ def _normalisation(folder: Path, preset: Preset) -> dict[str, Any]:
         "mean": preset.mean or (tuple(mean) if mean else None),
         "std": preset.std or (tuple(std) if std else None),
     }
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers' own loading report out of the log: the strict check says more."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()

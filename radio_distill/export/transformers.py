@@ -16,8 +16,6 @@ folder is read back and compared with the student before it gets its final name.
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +27,7 @@ from torch import Tensor
 
 from .. import __version__
 from ..errors import ExportError
+from ..progress import quiet_transformers
 from .blocks import BlockShape, block_shape, body_tensors
 from .files import new_folder, write_json
 from .folded import FoldedStudent, preferred_size
@@ -222,7 +221,7 @@ def _usage(student: FoldedStudent) -> str:
 @torch.no_grad()
 def _verify(student: FoldedStudent, folder: Path) -> None:
     """Raise ExportError unless transformers reads the folder as the student that was written."""
-    with _quiet():
+    with quiet_transformers():
         model, report = _library().AutoModel.from_pretrained(folder, output_loading_info=True)
     gaps = [f"{kind.replace('_', ' ')}: {key}" for kind in _GAPS for key in sorted(report[kind])]
     if gaps:
@@ -234,19 +233,3 @@ def _verify(student: FoldedStudent, folder: Path) -> None:
         if student.summary_slots:
             expected["summary"] = tokens[:, student.summary_slots].flatten(1)
         check_equal(NAME, expected, model.eval()(pixels), TOLERANCE)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers' progress bar and report out of the log; :func:`_verify` says more."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()

@@ -2,6 +2,7 @@
 trains, saves and resumes."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -172,3 +173,42 @@ def test_lamb__needs_whole_parameters(recipe_file):
     assert done.returncode == 2
     assert "lamb needs the norm of whole parameters" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_featsharp_radio_l__three_stages_on_two_processes_under_zero_2(pictures, tmp_path):
+    arguments = [
+        "--recipe",
+        "featsharp_radio_l",
+        "--override",
+        str(Path(__file__).with_name("tiny_featsharp_radio_l.yaml")),
+    ]
+    fields = [f"data.shards=[{pictures / 'shards'}]", f"output={tmp_path}"]
+    arguments += [item for field in fields for item in ("--override", field)]
+    for stage in ("stage1", "stage2"):
+        torchrun(stage, *arguments)
+    for teacher in ("dfn_clip", "siglip"):
+        fit = ["--teacher", teacher, "--upsampler", "featsharp", "--factor", "3"]
+        assert fit_upsampler.main([*arguments, *fit]) == 0
+    torchrun("stage3", *arguments)
+
+    run = tmp_path / "tiny"
+    folder = run / "stage3-featsharp"
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    losses = {name: value for name, value in rows[-1].items() if name.startswith("loss/")}
+    expected = {
+        f"loss/{partition}/{teacher}/{kind}"
+        for teacher in ("dfn_clip", "siglip", "dinov2", "sam")
+        for partition in (teacher, f"{teacher}_hires")
+        for kind in ("summary", "features")
+        if (teacher, kind) != ("sam", "summary")
+    }
+    assert losses.keys() == expected
+    assert all(math.isfinite(value) for value in losses.values())
+
+    folders = [run / stage for stage in ("stage1", "stage2", "stage3-featsharp")]
+    weights = [tensors(folder, 3, "student") for folder in folders]
+    name = "student.blocks.0.attn.qkv.weight"
+    assert not torch.equal(weights[0][name], weights[1][name])
+    assert not torch.equal(weights[1][name], weights[2][name])
+    assert "student.blocks.0.attn.qkv.spectral_scale" in weights[2]
