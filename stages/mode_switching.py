@@ -154,13 +154,9 @@ def _students(runs: "Mapping[str, Checkpoint]") -> "list[Encoder]":
 def _teachers(run: "Checkpoint") -> "list[Encoder]":
     from radio_distill.train.distributed import World, choose_device
 
-    from .build import build_teachers
-    from .scoring import teacher_encoder
+    from .scoring import teacher_encoders
 
-    device = choose_device(run.recipe.engine.device, World())
-    teachers = build_teachers(run.recipe, device).values()
-    encoders = [teacher_encoder(teacher, device) for teacher in teachers]
-    return [replace(encoder, name=f"teacher {encoder.name}") for encoder in encoders]
+    return teacher_encoders(run.recipe, choose_device(run.recipe.engine.device, World()))
 
 
 def _sizes(

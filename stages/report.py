@@ -142,15 +142,11 @@ def _encoders(students: "Sequence[Checkpoint]") -> "dict[str, Encoder]":
     from radio_distill.train.distributed import World, choose_device
     from radio_distill.train.restore import load_student
 
-    from .build import build_teachers
-    from .scoring import student_encoder, teacher_encoder, untrained_student
+    from .scoring import student_encoder, teacher_encoders, untrained_student
 
     recipe = students[-1].recipe
     device = choose_device(recipe.engine.device, World())
-    encoders = {
-        f"teacher {name}": teacher_encoder(teacher, device)
-        for name, teacher in build_teachers(recipe, device).items()
-    }
+    encoders = {encoder.name: encoder for encoder in teacher_encoders(recipe, device)}
     encoders["untrained student"] = student_encoder(
         untrained_student(students[-1], device), students[-1], device
     )

@@ -6,11 +6,12 @@ student is measured against.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from radio_distill.config import EvaluationConfig, PartitionConfig
+from radio_distill.config import EvaluationConfig, PartitionConfig, Recipe
 from radio_distill.data.folder import load_pictures
 from radio_distill.errors import ConfigError
 from radio_distill.evals.fidelity import fidelity
@@ -24,6 +25,8 @@ from radio_distill.train.restore import normalizers_of
 from radio_distill.types import Features, Score
 from radio_distill.views import Views
 from upsamplers.interpolate import Bilinear
+
+from .build import build_teachers
 
 Report = Callable[[str, int, int], None]
 
@@ -56,6 +59,12 @@ def teacher_encoder(teacher: Teacher, device: torch.device) -> Encoder:
     spec = teacher.spec
     fixed = spec.native_size if spec.fixed_size else None
     return Encoder(spec.name, teacher.encode, spec.patch_size, device, spec.max_size, fixed)
+
+
+def teacher_encoders(recipe: Recipe, device: torch.device) -> list[Encoder]:
+    """Build a recipe's teachers and present them as encoders named ``teacher NAME``."""
+    encoders = (teacher_encoder(item, device) for item in build_teachers(recipe, device).values())
+    return [replace(encoder, name=f"teacher {encoder.name}") for encoder in encoders]
 
 
 def untrained_student(checkpoint: Checkpoint, device: torch.device) -> DistilledStudent:

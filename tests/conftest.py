@@ -13,7 +13,28 @@ CHANNELS = {"clip": (12, 5), "sam": (8, None), "dino": (4, 4)}
 
 
 @pytest.fixture
-def write_run(tmp_path: Path) -> Callable[..., Path]:
+def random_statistics() -> Callable[..., dict[str, torch.Tensor]]:
+    """Statistics of random features: of a recipe and its teachers' channels, by name."""
+
+    def make(recipe: Any, channels: dict[str, int]) -> dict[str, torch.Tensor]:
+        from radio_distill.balance.moments import Moments
+        from radio_distill.train.statistics import build_normalizers, normalizer_tensors
+
+        normalizers = build_normalizers(recipe)
+        for name, normalizer in normalizers.items():
+            moments = Moments(channels[name])
+            mixed = torch.randn(200, channels[name]) @ torch.randn(channels[name], channels[name])
+            moments.update((mixed + 3).T[None, :, :, None])
+            normalizer.fit(moments)
+        return normalizer_tensors(normalizers)
+
+    return make
+
+
+@pytest.fixture
+def write_run(
+    tmp_path: Path, random_statistics: Callable[..., dict[str, torch.Tensor]]
+) -> Callable[..., Path]:
     """Write the checkpoint of a student that no step has trained; returns its run folder.
 
     Every number is random, norms and LayerScale included, so that a slip shows.
@@ -56,7 +77,8 @@ def write_run(tmp_path: Path) -> Callable[..., Path]:
             if parameter.ndim == 1:
                 parameter.data.normal_(1, 0.3)
         model.student.prefix_tokens.data.normal_()
-        parts = {"student": model.state_dict(), "statistics": _statistics(recipe)}
+        statistics = random_statistics(recipe, {key: sizes[0] for key, sizes in CHANNELS.items()})
+        parts = {"student": model.state_dict(), "statistics": statistics}
         checkpoint.save(
             tmp_path / name / stage / "checkpoints",
             7,
@@ -69,17 +91,3 @@ def write_run(tmp_path: Path) -> Callable[..., Path]:
         return tmp_path / name
 
     return write
-
-
-def _statistics(recipe: Any) -> dict[str, torch.Tensor]:
-    from radio_distill.balance.moments import Moments
-    from radio_distill.train.statistics import build_normalizers, normalizer_tensors
-
-    normalizers = build_normalizers(recipe)
-    for name, normalizer in normalizers.items():
-        channels = CHANNELS[name][0]
-        moments = Moments(channels)
-        mixed = torch.randn(200, channels) @ torch.randn(channels, channels) + 3
-        moments.update(mixed.T[None, :, :, None])
-        normalizer.fit(moments)
-    return normalizer_tensors(normalizers)

@@ -4,8 +4,7 @@ import math
 from dataclasses import dataclass
 
 from ..config import PartitionConfig, Recipe
-from ..mosaic import plan_mosaic
-from ..targets import input_size
+from ..targets import input_size, plan_canvas
 from ..types import Size, TeacherSpec
 
 
@@ -45,7 +44,7 @@ def sight_of(
     size = input_size(config, spec, partition, view, recipe.student.patch_size)
     height, width = spec.grid(size)
     if spec.name in partition.mosaic:
-        mosaic = plan_mosaic(spec.name, spec.native_size, size, spec.patch_size)
-        return Sight(spec.name, spec.native_size, (height, width), mosaic.images)
+        images = plan_canvas(spec, size).images
+        return Sight(spec.name, spec.native_size, (height, width), images)
     scale = factor if spec.name in partition.upsample else 1
     return Sight(spec.name, size, (height * scale, width * scale), 1)

@@ -7,13 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from radio_distill.balance.moments import Moments
 from radio_distill.config import Recipe, build
 from radio_distill.export.folded import FoldedStudent, folded
 from radio_distill.models.distilled import DistilledStudent, build_student
 from radio_distill.train import checkpoint as checkpoints
 from radio_distill.train.checkpoint import Checkpoint
-from radio_distill.train.statistics import build_normalizers, normalizer_tensors
 from radio_distill.types import TeacherSpec
 
 CHANNELS = {"clip": (12, 5), "sam": (8, None), "dino": (4, 4)}
@@ -47,17 +45,6 @@ def _spec(name: str) -> TeacherSpec:
     )
 
 
-def _statistics(recipe: Recipe) -> dict[str, torch.Tensor]:
-    normalizers = build_normalizers(recipe)
-    for name, normalizer in normalizers.items():
-        channels = CHANNELS[name][0]
-        moments = Moments(channels)
-        mixed = torch.randn(200, channels) @ torch.randn(channels, channels) + 3
-        moments.update(mixed.T[None, :, :, None])
-        normalizer.fit(moments)
-    return normalizer_tensors(normalizers)
-
-
 def _randomise(model: DistilledStudent) -> None:
     """Give vectors random values too: new norms, biases and LayerScale are all 0, 1 or 1e-5."""
     for name, parameter in model.named_parameters():
@@ -68,7 +55,9 @@ def _randomise(model: DistilledStudent) -> None:
 
 
 @pytest.fixture
-def make_checkpoint(tmp_path: Path) -> Callable[..., Checkpoint]:
+def make_checkpoint(
+    tmp_path: Path, random_statistics: Callable[..., dict[str, torch.Tensor]]
+) -> Callable[..., Checkpoint]:
     """Write and open the checkpoint of a new student; its run folder is ``tmp_path / "tiny"``."""
 
     def make(
@@ -84,10 +73,11 @@ def make_checkpoint(tmp_path: Path) -> Callable[..., Checkpoint]:
         specs = {name: _spec(name) for name in teachers}
         model = build_student(recipe.student, specs)
         _randomise(model)
+        statistics = random_statistics(recipe, {name: CHANNELS[name][0] for name in teachers})
         folder = checkpoints.save(
             tmp_path / "tiny" / stage / "checkpoints",
             step,
-            {"student": model.state_dict(), "statistics": _statistics(recipe)},
+            {"student": model.state_dict(), "statistics": statistics},
             stage="stage1",
             recipe=recipe,
             teachers=specs,
