@@ -8,6 +8,10 @@ Anything else that escapes is a bug of ours and keeps its stack trace.
 class RadioDistillError(Exception):
     """Base of every error that the command line prints as one line, without a stack trace."""
 
+    exit_status = 2
+    """Of the process that ends with it. A process that ends with 2 would fail again; one that ends
+    with anything else but 0 may be started again."""
+
 
 class ConfigError(RadioDistillError):
     """A recipe, an override or an argument that cannot be right."""
@@ -35,3 +39,23 @@ class ExportError(RadioDistillError):
 
 class DivergedError(RadioDistillError):
     """Training that produced numbers which are not finite."""
+
+
+class OutOfMemoryError(RadioDistillError):
+    """A part of a step that did not fit into memory; the message names part, size and setting."""
+
+
+class InterruptedRunError(RadioDistillError):
+    """A run that was asked to stop by a signal, and has saved; ``--resume`` goes on with it."""
+
+    exit_status = 75
+
+
+class TakenOverError(RadioDistillError):
+    """A run whose folder another, later started process has taken over; it must write no more."""
+
+    exit_status = 76
+
+
+HUNG_STATUS = 70
+"""Exit status of a process that was ended because no step was finished for too long."""

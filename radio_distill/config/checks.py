@@ -20,6 +20,7 @@ def check(recipe: Recipe) -> None:
         *_check_teachers(recipe),
         *_check_augmentation(recipe),
         *_check_fit(recipe),
+        *_check_logs(recipe),
     ]
     if recipe.student.patch_size < 1:
         problems.append(f"student.patch_size: {recipe.student.patch_size} is not positive")
@@ -45,8 +46,11 @@ def _check_data(data: DataConfig) -> list[str]:
     for name, least in (("min_size", 1), ("max_pixels", 1), ("shuffle_shards", 1), ("workers", 0)):
         if getattr(data, name) < least:
             problems.append(f"data.{name}: {getattr(data, name)} is below {least}")
-    if not 0 <= data.max_bad_share <= 1:
-        problems.append(f"data.max_bad_share: {data.max_bad_share} is not a share of 0 to 1")
+    for name in ("max_bad_share", "max_bad_shards"):
+        if not 0 <= getattr(data, name) <= 1:
+            problems.append(f"data.{name}: {getattr(data, name)} is not a share of 0 to 1")
+    if data.read_timeout <= 0:
+        problems.append(f"data.read_timeout: {data.read_timeout} is not positive")
     if not 0 <= data.flip <= 1:
         problems.append(f"data.flip: {data.flip} is not a probability")
     return problems
@@ -115,6 +119,19 @@ def _check_fit(recipe: Recipe) -> list[str]:
         known = nearest(fit.teacher, list(recipe.teachers))
         problems.append(f"fit.teacher: no teacher {fit.teacher!r} ({known})")
     return problems
+
+
+def _check_logs(recipe: Recipe) -> list[str]:
+    lowest = {
+        "log": {"every": 1, "save_every": 1, "keep_last": 1, "keep_every": 0},
+        "watch": {"max_skipped": 0, "hang_seconds": 0, "loss_spike": 0, "slow_share": 0},
+    }
+    return [
+        f"{section}.{name}: {value} is below {least}"
+        for section, fields in lowest.items()
+        for name, least in fields.items()
+        if (value := getattr(getattr(recipe, section), name)) < least
+    ]
 
 
 def _check_stage(recipe: Recipe, name: str, stage: StageConfig) -> list[str]:

@@ -63,6 +63,9 @@ class StudentConfig:
         "",
         "start of the student: empty for random, `timm` for timm's weights, a timm file, a RADIO checkpoint or folder, or a run",
     )
+    pretrained_sha256: str = option(
+        "", "sha256 that the file of the start must have; empty for no check", ours=True
+    )
     patch_size: int = option(16, "pixels a side of one token", "px")
     max_size: int = option(2048, "longest image side that the position table (CPE) spans", "px")
     registers: int = option(4, "register tokens beside the summary tokens", "tokens", ours=True)
@@ -170,6 +173,7 @@ class UpsamplerConfig:
         0, "teacher images in one call (tiles count); 0 for the teacher's own setting", "images"
     )
     weights: dict[str, str] = option(dict, "file of a fitted upsampler for each teacher name")
+    sha256: dict[str, str] = option(dict, "sha256 that the file of a teacher's must have")
     options: dict[str, Any] = option(
         dict, "further arguments of the upsampler, for instance beta: 0.5 for s2"
     )
@@ -305,6 +309,12 @@ class DataConfig:
     )
     workers: int = option(2, "decoding processes for each training process", "processes", ours=True)
     max_bad_share: float = option(0.01, "share of bad images at which the run stops", ours=True)
+    max_bad_shards: float = option(
+        0.0, "share of the shards that may be damaged, and are then left out", ours=True
+    )
+    read_timeout: float = option(
+        60.0, "time after which an image that the disk does not give counts as bad", "s", ours=True
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -331,8 +341,38 @@ class LogConfig:
 
     every: int = option(50, "steps between log lines", "steps")
     save_every: int = option(1000, "steps between checkpoints", "steps")
-    keep_last: int = option(3, "checkpoints kept", "checkpoints")
+    keep_last: int = option(3, "newest checkpoints that are kept", "checkpoints")
+    keep_every: int = option(
+        0, "checkpoints at multiples of this are kept too; 0 for none", "steps", ours=True
+    )
     tensorboard: bool = option(True, "write TensorBoard events")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WatchConfig:
+    """What a run is watched for."""
+
+    max_skipped: int = option(
+        10,
+        "steps in a row that may be skipped because a number is not finite; then the run stops",
+        "steps",
+        ours=True,
+    )
+    hang_seconds: float = option(
+        1800.0,
+        "time without a finished step after which every process writes its stacks and ends; 0 for never",
+        "s",
+        ours=True,
+    )
+    loss_spike: float = option(
+        8.0,
+        "warn of a loss above its running mean by this many of its usual deviations; 0 for never",
+        "",
+        ours=True,
+    )
+    slow_share: float = option(
+        0.5, "warn of a rate below this share of the run's median; 0 for never", ours=True
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -372,6 +412,7 @@ class Recipe:
     fit: FitConfig = option(FitConfig, "fitting an upsampler")
     engine: EngineConfig = option(EngineConfig, "processes, precision and memory")
     log: LogConfig = option(LogConfig, "logs and checkpoints")
+    watch: WatchConfig = option(WatchConfig, "what the run is watched for")
     evaluation: EvaluationConfig = option(EvaluationConfig, "scoring")
 
     @property
