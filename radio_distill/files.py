@@ -35,6 +35,15 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def make_private(folder: Path) -> None:
+    """Make a folder, and its parents, that nobody but its user can look into.
+
+    One that is there already keeps the rights that its user gave it.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, exist_ok=True)
+
+
 def flush(path: Path) -> None:
     """Ask the operating system to put a file or folder on the disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -196,6 +196,16 @@ class MetricSink(Protocol):
 class BatchSource(Protocol):
     """Endless batches for one rank, from any step on."""
 
+    @property
+    def fingerprint(self) -> str:
+        """Sum over everything that decides which image comes when, beside seed and recipe."""
+        ...
+
+    @property
+    def bad(self) -> dict[str, int]:
+        """Images that could not be used so far, by kind."""
+        ...
+
     def batches(self, start_step: int) -> Iterator[list[ImageBatch]]:
         """Yield, for each step from ``start_step``, this rank's micro-batches in order."""
         ...

@@ -79,7 +79,7 @@ def split_fields(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def run_command(command: Callable[[], int | None]) -> int:
-    """Run a command; an error of the user's becomes one line on stderr and exit status 2."""
+    """Run a command; an error of the user's becomes one line on stderr, and its exit status."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for noisy in ("DeepSpeed", "timm", "torch", "PIL", "matplotlib", "onnx_ir", "onnxscript"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
@@ -87,7 +87,7 @@ def run_command(command: Callable[[], int | None]) -> int:
         return command() or 0
     except RadioDistillError as error:
         print(f"radio-distill: {error}", file=sys.stderr)
-        return 2
+        return error.exit_status
     except KeyboardInterrupt:
         print("radio-distill: stopped; --resume goes on from the last checkpoint", file=sys.stderr)
         return 130

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from radio_distill.config import Recipe
-from radio_distill.data.loader import ShardBatches
+from radio_distill.data.loader import ShardBatches, open_sources
+from radio_distill.errors import ConfigError
 from radio_distill.models.distilled import build_student
 from radio_distill.models.ema import Ema
 from radio_distill.partitions import images_per_step
@@ -15,7 +16,7 @@ from radio_distill.protocols import Teacher
 from radio_distill.targets import TargetMaker, check_partition
 from radio_distill.train import checkpoint as checkpoints
 from radio_distill.train.checkpoint import Checkpoint
-from radio_distill.train.distributed import World
+from radio_distill.train.distributed import World, main_first
 from radio_distill.train.draws import Draws
 from radio_distill.train.engine import build_engine
 from radio_distill.train.loop import StageRun, stage_seed
@@ -43,6 +44,7 @@ def build_run(
     world: World,
     device: torch.device,
     resumed: Checkpoint | None,
+    allow_changed: bool = False,
 ) -> StageRun:
     """Build everything that this process needs to train a stage.
 
@@ -57,7 +59,11 @@ def build_run(
     draws = Draws(seed, recipe.augmentation, images, recipe.student.patch_size)
     targets = build_targets(recipe, stage, device)
     work = Work(recipe, stage, world, targets, draws)
+    # The first to open shards writes their indexes; the others find them.
+    main_first(world, lambda: open_sources(recipe.data))
     source = ShardBatches(recipe.data, seed=seed, images_per_step=images, slices=work.slices)
+    if resumed is not None:
+        check_shards(resumed, source.fingerprint, allow_changed)
     specs = {name: teacher.spec for name, teacher in targets.teachers.items()}
     student = recipe.student if start is None else replace(recipe.student, pretrained="")
     model = build_student(
@@ -80,10 +86,25 @@ def build_run(
     ema = Ema(model.to(device)) if averages else None
     engine = build_engine(model, recipe.engine, config, world, device)
     weights = TermWeights(recipe, work.partitions, dispersions, device)
-    run = StageRun(recipe, stage, folder, world, engine, targets, source, work, draws, weights, ema)
+    run = StageRun(
+        recipe, stage, folder, world, engine, targets, source, work, draws, weights, ema, resumed
+    )
     if resumed is not None:
         _restore(run, resumed)
     return run
+
+
+def check_shards(resumed: Checkpoint, fingerprint: str, allow_changed: bool) -> None:
+    """Raise ConfigError where the shards are not those that the checkpoint was trained on."""
+    if resumed.shards in ("", fingerprint):
+        return
+    if not allow_changed:
+        raise ConfigError(
+            f"data.shards: names or contents of the shards changed since {resumed.folder}, so the "
+            "order of the images would be another; put the shards back, or add "
+            "--allow-changed-recipe"
+        )
+    logger.warning("the shards changed since the checkpoint: images may be met again, or never")
 
 
 def check_teachers(recipe: Recipe, stage: str) -> None:
@@ -121,5 +142,4 @@ def _restore(run: StageRun, resumed: Checkpoint) -> None:
         run.ema.load_state_dict(resumed.tensors(checkpoints.EMA))
     if resumed.has(checkpoints.LOSS):
         run.weights.load_state(resumed.tensors(checkpoints.LOSS))
-    run.start_step, run.last_checkpoint = resumed.step, resumed.folder
     logger.info("resuming %s after step %d", run.stage, resumed.step)

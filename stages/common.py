@@ -23,13 +23,15 @@ from radio_distill.config import (
     load,
 )
 from radio_distill.errors import CheckpointError, ConfigError
-from radio_distill.files import move_aside
+from radio_distill.files import make_private, move_aside, replacing
 from radio_distill.registry import nearest
 
 from .arguments import Parser, fields_help, run_command
 
 if TYPE_CHECKING:
     from radio_distill.train.checkpoint import Checkpoint
+    from radio_distill.train.distributed import World
+    from radio_distill.train.ownership import Ownership
 
 RECIPES = Path(__file__).parent / "recipes"
 FITTED = "upsampler.safetensors"
@@ -200,7 +202,13 @@ def train_stage(
 
     With ``resume`` a stage that is complete returns at once.
     """
-    from radio_distill.train.distributed import choose_device, join, leave, world_from
+    from radio_distill.train.distributed import (
+        choose_device,
+        join,
+        leave,
+        main_first,
+        world_from,
+    )
     from radio_distill.train.engine import engine_name
 
     from .build import build_run
@@ -214,45 +222,84 @@ def train_stage(
     if not world.is_main:
         logging.getLogger().setLevel(logging.WARNING)
     device = choose_device(recipe.engine.device, world)
-    join(world, device)
+    join(world, device, recipe.watch.hang_seconds)
     try:
-        checkpoint = checkpoint_to_resume(folder, recipe, stage, allow_changed) if resume else None
+        checkpoint = None
+        if resume:
+            checkpoint = checkpoint_to_resume(world, folder, recipe, stage, allow_changed)
         if checkpoint is not None and checkpoint.step >= config.steps:
             logging.info("%s is complete: %s", folder.name, checkpoint.folder)
             return checkpoint.folder
-        if world.is_main:
-            prepare_folder(folder, recipe, fresh=checkpoint is None)
+        ownership = main_first(world, lambda: claim(folder, recipe, fresh=checkpoint is None))
         from radio_distill.train.loop import train
 
-        last = train(build_run(stage, recipe, folder, world, device, checkpoint))
+        run = build_run(stage, recipe, folder, world, device, checkpoint, allow_changed)
+        run.ownership = ownership
+        last = train(run)
         logging.info("%s: %s", folder.name, last)
         return last
     finally:
         leave()
 
 
-def changes_that_matter(old: Recipe, new: Recipe, stage: str) -> list[str]:
-    """List the fields in which two recipes differ and that change a stage's numbers."""
-    without_effect = ("output:", "log.", "evaluation.", "data.workers:", "data.max_bad_share:")
-    return [
+_WITHOUT_EFFECT = (
+    "output",
+    "log",
+    "watch",
+    "evaluation",
+    "data.workers",
+    "data.max_bad_share",
+    "data.max_bad_shards",
+    "data.read_timeout",
+    "normalizer.cache",
+)
+_ROUNDING = (
+    "engine.name",
+    "engine.zero_stage",
+    "engine.micro_batch",
+    "engine.device",
+    "engine.compile",
+    "student.gradient_checkpointing",
+)
+
+
+def changes_that_matter(old: Recipe, new: Recipe, stage: str) -> tuple[list[str], list[str]]:
+    """List the fields in which two recipes differ and that change a stage's numbers.
+
+    Returns:
+        Those that change what is computed, and those that only change how sums are rounded.
+    """
+    lines = [
         line
         for line in differences(old, new)
-        if not line.startswith(without_effect)
+        if not _within(line, _WITHOUT_EFFECT)
         and (not line.startswith("stages.") or line.startswith(f"stages.{stage}."))
     ]
+    rounding = [line for line in lines if _within(line, _ROUNDING)]
+    return [line for line in lines if line not in rounding], rounding
+
+
+def _within(line: str, fields: Sequence[str]) -> bool:
+    name = line.partition(":")[0]
+    return any(name == field or name.startswith(f"{field}.") for field in fields)
 
 
 def checkpoint_to_resume(
-    folder: Path, recipe: Recipe, stage: str, allow_changed: bool
+    world: "World", folder: Path, recipe: Recipe, stage: str, allow_changed: bool
 ) -> "Checkpoint | None":
-    """Return the newest checkpoint in ``folder``; raises ConfigError for a changed recipe."""
-    from radio_distill.train import checkpoint as checkpoints
+    """Return the newest whole checkpoint in ``folder``, the same on every process.
 
-    checkpoint = checkpoints.newest(folder / "checkpoints")
+    Raises:
+        ConfigError: on every process, for a changed recipe.
+    """
+    from radio_distill.train import checkpoint as checkpoints
+    from radio_distill.train.distributed import main_first
+
+    checkpoint = main_first(world, lambda: checkpoints.newest(folder / "checkpoints"))
     if checkpoint is None:
         logging.info("nothing to resume in %s; starting anew", folder)
         return None
-    changed = changes_that_matter(checkpoint.recipe, recipe, stage)
+    changed, rounding = changes_that_matter(checkpoint.recipe, recipe, stage)
     if changed and not allow_changed:
         raise ConfigError(
             f"the recipe differs from that of {checkpoint.folder} ({'; '.join(changed)}); "
@@ -260,27 +307,40 @@ def checkpoint_to_resume(
         )
     for line in changed:
         logging.warning("changed since the checkpoint: %s", line)
+    for line in rounding:
+        logging.info("changed since the checkpoint, sums may be rounded otherwise: %s", line)
+    for name, now in checkpoints.versions().items():
+        before = checkpoint.versions.get(name, now)
+        if before != now:
+            logging.info("%s was %s when the checkpoint was written, and is %s", name, before, now)
     return checkpoint
 
 
-def prepare_folder(folder: Path, recipe: Recipe, fresh: bool) -> None:
-    """Make a stage's folder and write the resolved recipe into it.
+def claim(folder: Path, recipe: Recipe, fresh: bool) -> "Ownership":
+    """Make a stage's folder this process's own, and write the resolved recipe into it.
 
-    A fresh run never writes over an earlier one: that one's folder is moved aside first.
+    A fresh run never writes over an earlier one: that one's folder is moved aside first. Run
+    folders are private to their user.
 
     Raises:
         ConfigError: where it cannot be written.
     """
+    from radio_distill.train.ownership import Ownership
+
     try:
         if fresh and any((folder / "checkpoints").glob("step-*")):
             aside = move_aside(folder)
             logging.info("moved the earlier run to %s (--resume would have gone on with it)", aside)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "recipe.yaml").write_text(dump(recipe), encoding="utf-8")
+        make_private(recipe.folder)
+        make_private(folder)
+        ownership = Ownership(folder)
+        with replacing(folder / "recipe.yaml") as temporary:
+            temporary.write_text(dump(recipe), encoding="utf-8")
     except OSError as error:
         raise ConfigError(
             f"cannot write to {folder}: {error.strerror}; choose another folder with --output"
         ) from error
+    return ownership
 
 
 def start_checkpoint(recipe: Recipe, stage: str) -> "Checkpoint | None":

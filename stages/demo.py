@@ -81,5 +81,5 @@ def _train(stage: str, recipe: Recipe) -> None:
     from radio_distill.train.checkpoint import newest
 
     earlier = newest(stage_folder(recipe, stage) / "checkpoints")
-    same = earlier is not None and not changes_that_matter(earlier.recipe, recipe, stage)
+    same = earlier is not None and not any(changes_that_matter(earlier.recipe, recipe, stage))
     train_stage(stage, recipe, resume=same)

@@ -24,7 +24,7 @@ from radio_distill.config import LossConfig, PartitionConfig, Recipe, StageConfi
 from radio_distill.errors import ConfigError
 from radio_distill.progress import Progress
 from stages.arguments import run_script
-from stages.common import FITTED, checkpoint_to_resume, fit_folder, load_recipe, prepare_folder
+from stages.common import FITTED, checkpoint_to_resume, claim, fit_folder, load_recipe
 
 if TYPE_CHECKING:
     import torch
@@ -127,7 +127,13 @@ def fit_upsampler(
     With ``resume`` a fit that is complete is not run again. A ``pool`` is ``FitRun.pool``, for fits
     that share their encoded pictures.
     """
-    from radio_distill.train.distributed import choose_device, join, leave, world_from
+    from radio_distill.train.distributed import (
+        choose_device,
+        join,
+        leave,
+        main_first,
+        world_from,
+    )
     from stages.doctor import check_packages
 
     check_packages()
@@ -137,14 +143,19 @@ def fit_upsampler(
     if not world.is_main:
         logging.getLogger().setLevel(logging.WARNING)
     device = choose_device(recipe.engine.device, world)
-    join(world, device)
+    join(world, device, recipe.watch.hang_seconds)
     try:
-        checkpoint = checkpoint_to_resume(folder, recipe, STAGE, allow_changed) if resume else None
-        if world.is_main:
-            prepare_folder(folder, recipe, fresh=checkpoint is None)
+        checkpoint = None
+        if resume:
+            checkpoint = checkpoint_to_resume(world, folder, recipe, STAGE, allow_changed)
         from upsamplers.fit import fit
 
-        made = build_fit(recipe, folder, world, device, checkpoint)
+        complete = checkpoint is not None and checkpoint.step >= config.steps
+        ownership = None
+        if not complete:
+            ownership = main_first(world, lambda: claim(folder, recipe, fresh=checkpoint is None))
+        made = build_fit(recipe, folder, world, device, checkpoint, allow_changed)
+        made.ownership = ownership
         made.pool = made.pool if pool is None else pool
         if made.start_step < config.steps:
             fit(made)
@@ -161,12 +172,14 @@ def build_fit(
     world: "World",
     device: "torch.device",
     resumed: "Checkpoint | None",
+    allow_changed: bool = False,
 ) -> "FitRun":
     """Build everything that this process needs; what is cheap to check comes first."""
     import torch
 
     from radio_distill.data.folder import list_pictures
     from radio_distill.data.loader import ShardBatches, in_every_step
+    from stages.build import check_shards
     from teachers import build_teacher
     from upsamplers.consistency import Consistency
     from upsamplers.fit import FitRun
@@ -189,16 +202,17 @@ def build_fit(
         images_per_step=config.batch_size,
         slices=in_every_step(slices),
     )
+    if resumed is not None:
+        check_shards(resumed, source.fingerprint, allow_changed)
     normalizer = _normalizer(recipe, teacher, size, world, device)
     torch.manual_seed(recipe.seed + 1)  # statistics that are not in the cache have drawn numbers
     grid = spec.grid(size) if config.de_bias else None
     model = UpsamplerModel(network, normalizer, spec.channels, grid)
     made = FitRun(
         recipe, folder, world, device, teacher,
-        Consistency(model, config, spec.channels), size, source, slices,
+        Consistency(model, config, spec.channels), size, source, slices, resumed,
     )  # fmt: skip
     if resumed is not None:
-        made.start_step, made.last_checkpoint = resumed.step, resumed.folder
         logging.info("resuming %s after step %d", folder.name, resumed.step)
     return made
 

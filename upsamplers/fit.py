@@ -14,6 +14,7 @@ step do not depend on the number of processes.
 """
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,11 +33,14 @@ from radio_distill.registry import nearest
 from radio_distill.train import checkpoint as checkpoints
 from radio_distill.train.checkpoint import Checkpoint
 from radio_distill.train.distributed import World, sum_over_ranks
-from radio_distill.train.guard import check_gradient, check_loss
+from radio_distill.train.engine import on_host
+from radio_distill.train.guard import Findings
+from radio_distill.train.lifeline import Lifeline
 from radio_distill.train.optim import load_optimizer_tensors, optimizer_tensors
+from radio_distill.train.ownership import Ownership
 from radio_distill.train.schedule import cosine, every
 from radio_distill.train.sinks import Sinks, open_sinks
-from radio_distill.types import Size
+from radio_distill.types import Features, Size
 
 from .consistency import Consistency
 from .lessons import Clock, Lesson, lessons
@@ -64,11 +68,18 @@ class FitRun:
     """This process's pictures, ``factor`` times that size."""
     slices: Sequence[StepSlice]
     """Which pictures of a step they are."""
-    start_step: int = 0
-    last_checkpoint: Path | None = None
+    resumed: Checkpoint | None = None
+    """What the fit goes on from."""
+    ownership: Ownership | None = None
+    """Rank 0's claim on the folder."""
     pool: list[list[Lesson]] = field(default_factory=list)
     """What is kept with ``fit.pool``; fits of one teacher, size and factor can share one list,
     where the first of them looks at all tiles that any looks at."""
+
+    @property
+    def start_step(self) -> int:
+        """Steps that were done before."""
+        return self.resumed.step if self.resumed else 0
 
     @property
     def config(self) -> FitConfig:
@@ -83,14 +94,15 @@ def fit(run: FitRun) -> None:
     """Fit from ``run.start_step`` to the end; the last checkpoint holds the result.
 
     Raises:
-        DivergedError: where a number is not finite; the message names the last good checkpoint.
+        DivergedError: where numbers stay not finite; the message names the last good checkpoint.
         CheckpointError: where a checkpoint cannot be written.
+        InterruptedRunError: where a signal asked to stop; everything is saved.
     """
     config, log, total = run.config, run.recipe.log, run.config.steps
     modules = run.consistency.to(run.device).train()
     optimizer = torch.optim.NAdam(parameter_groups(modules, config))
-    if run.last_checkpoint is not None:
-        restore(modules, optimizer, checkpoints.read(run.last_checkpoint))
+    if run.resumed is not None:
+        restore(modules, optimizer, run.resumed)
     rates = cosine(total, 1.0, 0.0, config.warmup_steps)
     images = config.batch_size
     seen = Progress(
@@ -99,22 +111,27 @@ def fit(run: FitRun) -> None:
     sinks = open_sinks(run.folder, log.tensorboard, run.world.is_main, run.start_step)
     clock = Clock()
     steps = lessons(run, clock)
-    with seen, sinks:
+    with open_lifeline(run) as life, seen, sinks:
         for step in range(run.start_step, total):
             clock.start(run.device)
             step_lessons = next(steps)
-            terms = accumulate(run, step, step_lessons)
-            check_loss(terms["loss"], terms, step + 1, run.last_checkpoint)
+            terms, findings = accumulate(run, step, step_lessons)
+            signs = life.agree(terms["loss"], findings)
             norm = _reduce_gradient(modules, config.gradient_clip)
-            check_gradient(norm, step + 1, run.last_checkpoint)
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * float(rates[step])
-            optimizer.step()
+            done = step + 1
+            if math.isfinite(norm) and not signs.trouble:
+                for group in optimizer.param_groups:
+                    group["lr"] = group["peak"] * float(rates[step])
+                optimizer.step()
+                life.skips.passed()
+            else:
+                life.skip(done, findings.found() or findings.gradient())
             optimizer.zero_grad()
             clock.stop(run.device)
-            done = step + 1
-            seen.update(done * images, f"loss {float(terms['loss']):.4f}")
+            seen.update(done * images, f"loss {signs.loss:.4f}")
+            life.end_step(done, signs)
             if every(done, log.every, total):
+                life.end_log(seen.rate, seen.seconds_left, 0.0)
                 values = {name: float(sum_over_ranks(value)) for name, value in terms.items()}
                 values |= {
                     "learning_rate": config.learning_rate * float(rates[step]),
@@ -124,9 +141,27 @@ def fit(run: FitRun) -> None:
                 sinks.write(done, values)
             if every(done, config.pictures_every, total) and run.world.is_main:
                 _write_pictures(run, done, step_lessons[0].seen, sinks)
-            if every(done, log.save_every, total):
-                run.last_checkpoint = _save(run, done, optimizer)
+            if life.due(done, signs):
+                life.save(done, lambda: _tensors(modules, optimizer))
+            if signs.signal and done < total:
+                life.stop(signs.signal)
+        life.finish()
     logger.info("%s: %.0f %% of a step is the teacher", run.folder.name, 100 * clock.teacher_share)
+
+
+def open_lifeline(run: FitRun) -> Lifeline:
+    """Make what keeps the fit alive."""
+    return Lifeline(
+        run.folder,
+        run.recipe,
+        "fit",
+        {run.teacher.spec.name: run.teacher.spec},
+        run.world,
+        run.config.steps,
+        run.ownership,
+        run.resumed,
+        run.source.fingerprint,
+    )
 
 
 def parameter_groups(modules: nn.Module, config: FitConfig) -> list[dict[str, Any]]:
@@ -150,23 +185,31 @@ def parameter_groups(modules: nn.Module, config: FitConfig) -> list[dict[str, An
     return [{"params": members, "lr": peak, "peak": peak} for peak, members in groups.items()]
 
 
-def accumulate(run: FitRun, step: int, step_lessons: Sequence[Lesson]) -> dict[str, Tensor]:
+def accumulate(
+    run: FitRun, step: int, step_lessons: Sequence[Lesson]
+) -> tuple[dict[str, Tensor], Findings]:
     """Run forward and backward on this process's part of a step.
 
-    Returns this process's part of the step's loss and of its terms; over processes they add up.
+    Returns this process's part of the step's loss and of its terms, which add up over processes,
+    and which pictures gave numbers that are not finite.
     """
     # Dropout of the networks and of the downsampler draws from the global generator.
     torch.manual_seed(run.seed * 7919 + step * 131 + run.world.rank)
     totals: dict[str, Tensor] = {}
+    findings = Findings()
     for lesson in step_lessons:
         generator = torch.Generator().manual_seed(run.seed + step)
+        for maps, keys in lesson.maps():
+            findings.targets({run.teacher.spec.name: Features(None, maps)}, keys)
         with _autocast(run):
             loss, terms = run.consistency(lesson.seen, lesson.homographies, generator)
+        means = {name: value.detach().mean() for name, value in terms.items()}
+        findings.loss(loss, means, lesson.keys)
         (loss.sum() / run.config.batch_size).backward()
         for name, value in {"loss": loss, **terms}.items():
             part = value.detach().sum() / run.config.batch_size
             totals[name] = totals.get(name, torch.zeros_like(part)) + part
-    return totals
+    return totals, findings
 
 
 def restore(modules: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: Checkpoint) -> None:
@@ -189,25 +232,11 @@ def _reduce_gradient(modules: nn.Module, clip: float) -> float:
     return float(nn.utils.clip_grad_norm_(modules.parameters(), limit))
 
 
-def _save(run: FitRun, step: int, optimizer: torch.optim.Optimizer) -> Path:
-    modules = run.consistency
-    parts = {
-        MODULES: modules.state_dict(),
-        checkpoints.OPTIMIZER: optimizer_tensors(optimizer, modules),
+def _tensors(modules: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
+    return {
+        MODULES: on_host(modules.state_dict()),
+        checkpoints.OPTIMIZER: on_host(optimizer_tensors(optimizer, modules)),
     }
-    return checkpoints.save_from_main(
-        run.world,
-        run.folder / "checkpoints",
-        step,
-        {
-            part: {name: value.cpu() for name, value in tensors.items()}
-            for part, tensors in parts.items()
-        },
-        stage="fit",
-        recipe=run.recipe,
-        teachers={run.teacher.spec.name: run.teacher.spec},
-        keep_last=run.recipe.log.keep_last,
-    )
 
 
 @torch.no_grad()

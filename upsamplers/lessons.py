@@ -38,6 +38,15 @@ class Lesson(NamedTuple):
     seen: Seen
     homographies: Tensor
     """``[B, V, 3, 3]``."""
+    keys: tuple[str, ...]
+    """Names of the pictures."""
+
+    def maps(self) -> Iterator[tuple[Tensor, list[str]]]:
+        """Yield everything that the teacher said, with the name of each map's picture."""
+        observation = self.seen.observation
+        for maps in (observation.low, *observation.tiles.values(), self.seen.further):
+            each = len(maps) // len(self.keys)
+            yield maps, [key for key in self.keys for _ in range(each)]
 
 
 class Clock:
@@ -106,17 +115,20 @@ def _lesson(run: "FitRun", step: int, item: StepSlice, batch: ImageBatch) -> Les
     views = render(pixels, drawn.flatten(0, 1), run.size)  # [(B V), 3, H', W']
     grid = fine_grid(run.teacher, run.size, run.config.factor)
     seen = run.consistency.model.see(run.teacher, pixels, grid, run.config.factor, further=views)
-    for maps in (seen.observation.low, *seen.observation.tiles.values(), seen.further):
-        keys = [key for key in batch.keys for _ in range(len(maps) // len(pixels))]
-        check_targets({run.teacher.spec.name: Features(None, maps)}, keys)
-    return Lesson(seen, drawn)
+    return Lesson(seen, drawn, batch.keys)
 
 
 def _halved(lesson: Lesson, teacher: str) -> Lesson:
-    """Convert for the pool; raises ConfigError where features overflow half precision."""
+    """Convert for the pool, where each lesson is met again and again.
+
+    Raises:
+        DivergedError: where the teacher's numbers are not finite.
+        ConfigError: where features overflow half precision.
+    """
+    for maps, keys in lesson.maps():
+        check_targets({teacher: Features(None, maps)}, keys)
     half = _converted(lesson, torch.float16)
-    _, low, tiles = half.seen.observation
-    if not all(bool(maps.isfinite().all()) for maps in (low, *tiles.values(), half.seen.further)):
+    if not all(bool(maps.isfinite().all()) for maps, _ in half.maps()):
         raise ConfigError(
             f"fit.pool is kept in half precision, which features of {teacher!r} overflow; set "
             "normalizer.name to phi_s, or fit.pool to 0"
@@ -130,7 +142,7 @@ def _converted(lesson: Lesson, dtype: torch.dtype) -> Lesson:
         guidance.to(dtype), low.to(dtype), {level: maps.to(dtype) for level, maps in tiles.items()}
     )
     seen = Seen(lesson.seen.summary, observation, lesson.seen.further.to(dtype))
-    return Lesson(seen, lesson.homographies)
+    return lesson._replace(seen=seen)
 
 
 def fine_grid(teacher: Teacher, size: Size, factor: int) -> Size:

@@ -9,34 +9,40 @@
             optimizer.safetensors    moments and step
             statistics.safetensors   normalizers, one for each teacher: "<teacher>/<tensor>"
             loss.safetensors         dispersions and adapted weights, where the loss has them
-            meta.json                step, recipe, teachers, versions, sha256 of the files above
+            meta.json                step, recipe, teachers, shards, counts, versions, and sha256 of
+                                     the files above
 
-A checkpoint is written to a hidden folder, flushed to the disk, and renamed: a crash or a full disk
-leaves the former ones as they were. Reading verifies the sums and takes the newest that is whole.
-Nothing that is read can run code. The data's position is the step alone, since the order of samples
-is a function of seed and step.
+A checkpoint is written to a hidden folder, flushed to the disk, read back and compared with what
+was in memory, and renamed; only then are older ones deleted. A crash or a full disk leaves the
+former ones as they were. Reading verifies the sums and takes the newest that is whole. Nothing that
+is read can run code.
+
+No generator's state and no reader's position is kept, since there is none: the order of the
+samples, the schedule, and what the generators of every rank draw in a step are functions of the
+recipe and the step.
 """
 
 import json
 import logging
 import os
+import platform
 import shutil
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
+import yaml
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from .. import __version__
 from ..config import Recipe, build, dump
-from ..errors import CheckpointError, WeightsError
+from ..errors import CheckpointError, ConfigError, WeightsError
 from ..files import flush, reason_of, sha256_of
 from ..types import TeacherSpec
-from .distributed import World, from_main
+from .tensor_file import verify, write_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +60,11 @@ class Checkpoint:
     stage: str
     recipe: Recipe
     teachers: dict[str, TeacherSpec]
+    shards: str = ""
+    """Fingerprint of the shards that it was trained on."""
+    counts: dict[str, int] = field(default_factory=dict)
+    """What the run has counted so far, for instance skipped steps."""
+    versions: dict[str, str] = field(default_factory=dict)
 
     def has(self, part: str) -> bool:
         """Return whether it holds that file (``ema`` and ``loss`` are optional)."""
@@ -81,8 +92,22 @@ def save(
     recipe: Recipe,
     teachers: Mapping[str, TeacherSpec],
     keep_last: int,
+    keep_every: int = 0,
+    shards: str = "",
+    counts: Mapping[str, int] | None = None,
+    may_write: Callable[[], None] = lambda: None,
 ) -> Path:
-    """Write a checkpoint, then delete the oldest beyond ``keep_last``.
+    """Write a checkpoint, then delete the oldest.
+
+    Args:
+        root: folder of a stage's checkpoints.
+        step: steps that were done.
+        parts: tensors of each file, on the host.
+        keep_last: newest checkpoints that are kept.
+        keep_every: those of its multiples are kept too; 0 for none.
+        shards: fingerprint of the data.
+        counts: what the run has counted.
+        may_write: called before the checkpoint appears; raises where it must not.
 
     Raises:
         CheckpointError: where it cannot be written; former checkpoints are untouched.
@@ -91,67 +116,63 @@ def save(
     temporary = root / f".{final.name}.{os.getpid()}.tmp"
     try:
         temporary.mkdir(parents=True, exist_ok=True)
+        sums = {}
         for part, tensors in parts.items():
-            contiguous = {name: value.contiguous() for name, value in tensors.items()}
-            save_file(contiguous, temporary / f"{part}.safetensors")
+            name = f"{part}.safetensors"
+            sums[name] = write_tensors(temporary / name, tensors)
         meta = {
             "step": step,
             "stage": stage,
             "recipe": dump(recipe),
             "teachers": {name: asdict(spec) for name, spec in teachers.items()},
-            "versions": {"radio_distill": __version__, "torch": torch.__version__},
-            "sha256": {
-                f"{part}.safetensors": sha256_of(temporary / f"{part}.safetensors")
-                for part in parts
-            },
+            "shards": shards,
+            "counts": dict(counts or {}),
+            "versions": versions(),
+            "sha256": sums,
         }
         (temporary / META).write_text(json.dumps(meta, indent=1), encoding="utf-8")
-        _flush(temporary)
+        flush(temporary / META)
+        for name, expected in sums.items():
+            verify(temporary / name, expected)
+        flush(temporary)
+        may_write()
         if final.exists():
             shutil.rmtree(final)
         temporary.rename(final)
         flush(root)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
+    except OSError as error:
         raise CheckpointError(
-            f"cannot write checkpoint {final}: {reason_of(error)}; former checkpoints are whole"
+            f"cannot write checkpoint {final}: {reason_of(error)}; former checkpoints are whole: "
+            "make room, or choose another --output, and go on with --resume"
         ) from error
-    _drop_old(root, keep_last)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    _drop_old(root, keep_last, keep_every)
     return final
 
 
-def save_from_main(
-    world: World, root: Path, step: int, parts: Mapping[str, Mapping[str, Tensor]], **meta: Any
-) -> Path:
-    """Write a checkpoint on rank 0 alone; every rank must call, and gets its folder.
-
-    ``meta`` are the keyword arguments of :func:`save`.
-
-    Raises:
-        CheckpointError: on every rank, where rank 0 cannot write.
-    """
-    folder, problem = Path(), ""
-    if world.is_main:
+def versions() -> dict[str, str]:
+    """Return the versions of what computes the numbers of a run."""
+    found = {"python": platform.python_version()}
+    for name in ("radio-distill", "torch", "numpy", "timm", "deepspeed", "pillow"):
         try:
-            folder = save(root, step, parts, **meta)
-        except CheckpointError as error:
-            problem = str(error)
-    # Every process must learn of a failure, or the others would wait for rank 0 for ever.
-    folder, problem = from_main((folder, problem))
-    if problem:
-        raise CheckpointError(problem)
-    return folder
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
 
 
-def _flush(folder: Path) -> None:
-    for path in folder.iterdir():
-        flush(path)
-    flush(folder)
+def clear_unfinished(root: Path) -> None:
+    """Delete what a killed process has begun to write; only the owner of the folder may call."""
+    for folder in root.glob(".step-*.tmp"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def _drop_old(root: Path, keep_last: int) -> None:
-    for folder in _folders(root)[max(keep_last, 1) :]:
-        shutil.rmtree(folder)
+def _drop_old(root: Path, keep_last: int, keep_every: int) -> None:
+    for folder in _folders(root)[keep_last:]:
+        step = int(folder.name.removeprefix("step-"))
+        if not keep_every or step % keep_every:
+            shutil.rmtree(folder)
 
 
 def _folders(root: Path) -> list[Path]:
@@ -167,21 +188,43 @@ def read(folder: Path) -> Checkpoint:
     """
     try:
         meta = json.loads((folder / META).read_text(encoding="utf-8"))
-        for name, expected in meta["sha256"].items():
-            if sha256_of(folder / name) != expected:
-                raise CheckpointError(f"{folder / name} is damaged: its sha256 differs from {META}")
+        _verify_parts(folder, meta["sha256"])
+        recipe: Recipe = build(Recipe, yaml.safe_load(meta["recipe"]))
         return Checkpoint(
-            folder, meta["step"], meta["stage"], _recipe(meta), specs_of(meta["teachers"])
+            folder,
+            _whole_number(meta["step"]),
+            str(meta["stage"]),
+            recipe,
+            specs_of(meta["teachers"]),
+            str(meta.get("shards", "")),
+            {str(name): _whole_number(count) for name, count in meta.get("counts", {}).items()},
+            {str(name): str(text) for name, text in meta.get("versions", {}).items()},
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{folder} is not a whole checkpoint: {reason_of(error)}") from error
+    except (ConfigError, yaml.YAMLError) as error:
+        reason = reason_of(error).partition("\n")[0]
+        raise CheckpointError(f"{folder}: {META} holds no recipe: {reason}") from error
 
 
-def _recipe(meta: Mapping[str, Any]) -> Recipe:
-    import yaml
+def _verify_parts(folder: Path, sums: Mapping[str, str]) -> None:
+    present = {path.name for path in folder.glob("*.safetensors")}
+    if not present or present != set(sums):
+        raise CheckpointError(
+            f"{folder} is not a whole checkpoint: it has the files {', '.join(sorted(present))}, "
+            f"{META} names {', '.join(map(repr, sums))}"
+        )
+    for name in present:
+        if sha256_of(folder / name) != sums[name]:
+            raise CheckpointError(f"{folder / name} is damaged: its sha256 differs from {META}")
 
-    recipe: Recipe = build(Recipe, yaml.safe_load(meta["recipe"]))
-    return recipe
+
+def _whole_number(value: object) -> int:
+    if not isinstance(value, int) or value < 0:
+        raise ValueError(f"{value!r} is not a count")
+    return value
 
 
 def specs_of(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, TeacherSpec]:

@@ -6,18 +6,19 @@ is not used, since on CPU it counts one process where DeepSpeed has several.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..errors import ConfigError
+from ..errors import ConfigError, RadioDistillError
 
 T = TypeVar("T")
+_LEAST_TIMEOUT = 1800.0  # seconds; torch's own default for gloo
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,12 @@ def choose_device(name: str, world: World) -> torch.device:
     return torch.device("cuda", world.local_rank)
 
 
-def join(world: World, device: torch.device, timeout_minutes: float = 30) -> None:
-    """Join the process group of a run with several processes; does nothing for one."""
+def join(world: World, device: torch.device, hang_seconds: float = 0.0) -> None:
+    """Join the process group of a run with several processes; does nothing for one.
+
+    Collectives time out later than ``hang_seconds``, so that the heartbeat, which says more, is
+    first.
+    """
     if world.world_size == 1 or dist.is_initialized():
         return
     os.environ.setdefault(
@@ -88,7 +93,7 @@ def join(world: World, device: torch.device, timeout_minutes: float = 30) -> Non
         "nccl" if device.type == "cuda" else "gloo",
         rank=world.rank,
         world_size=world.world_size,
-        timeout=timedelta(minutes=timeout_minutes),
+        timeout=timedelta(seconds=max(_LEAST_TIMEOUT, 2 * hang_seconds)),
     )
 
 
@@ -106,6 +111,24 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
+def main_first(world: World, function: Callable[[], T]) -> T:
+    """Call a function on rank 0 alone; every process returns its value, or raises its error.
+
+    A process that did not learn of the error would wait for rank 0 for ever.
+    """
+    value: T | None = None
+    error: RadioDistillError | None = None
+    if world.is_main:
+        try:
+            value = function()
+        except RadioDistillError as caught:
+            error = caught
+    value, error = from_main((value, error))
+    if error is not None:
+        raise error
+    return cast(T, value)
+
+
 def from_main(value: T) -> T:
     """Return rank 0's value of a small picklable object, on every process."""
     if not dist.is_initialized():
@@ -113,3 +136,12 @@ def from_main(value: T) -> T:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def from_ranks(values: list[T]) -> list[T]:
+    """Return the lists of all processes as one, in the order of ranks, on every process."""
+    if not dist.is_initialized():
+        return values
+    lists: list[list[T]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(lists, values)
+    return [value for part in lists for value in part]

@@ -5,6 +5,7 @@ Both engines keep float32 weights and compute in the recipe's precision through 
 Teachers stay outside: they are not trained, and a checkpoint must not carry them.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -145,11 +146,11 @@ class SingleProcessEngine(_Forward):
 
     def model_tensors(self) -> dict[str, Tensor]:
         """Whole float32 weights and buffers, by name."""
-        return _on_host(self.model.state_dict())
+        return on_host(self.model.state_dict())
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
         """Whole optimizer state, by name."""
-        return _on_host(optimizer_tensors(self._optimizer, self.model))
+        return on_host(optimizer_tensors(self._optimizer, self.model))
 
     def load(self, weights: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]) -> None:
         """Restore weights and optimizer state."""
@@ -202,21 +203,24 @@ class DeepSpeedEngine(_Forward):
         """
         set_learning_rates(self._engine.optimizer, learning_rates)
         if self._zero_stage == 0:  # DeepSpeed tells no norm there, so it is left to us to clip
-            norm = _clip_gradient(self.model, self._clip)
-            if torch.isfinite(norm):
+            norm = float(_clip_gradient(self.model, self._clip))
+            if math.isfinite(norm):
                 self._engine.step()
-        else:
-            self._engine.step()
-            norm = self._engine.get_global_grad_norm()
-        return float(norm)
+            else:
+                self._engine.zero_grad()
+            return norm
+        self._engine.step()
+        # A step that was not taken leaves the norm of another one behind in some versions.
+        applied = self._engine.was_step_applied()
+        return float(self._engine.get_global_grad_norm()) if applied else math.nan
 
     def model_tensors(self) -> dict[str, Tensor]:
         """Whole float32 weights and buffers, by name; every rank must call, rank 0 gets them."""
         from .zero_state import whole_parameters
 
         if self._zero_stage == 0:
-            return _on_host(self.model.state_dict())
-        buffers = _on_host(dict(self.model.named_buffers()))
+            return on_host(self.model.state_dict()) if self.rank == 0 else {}
+        buffers = on_host(dict(self.model.named_buffers()))
         return {**whole_parameters(self._engine, self.rank == 0), **buffers}
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
@@ -224,7 +228,8 @@ class DeepSpeedEngine(_Forward):
         from .zero_state import whole_optimizer_state
 
         if self._zero_stage == 0:
-            return _on_host(optimizer_tensors(self._engine.optimizer, self.model))
+            whole = optimizer_tensors(self._engine.optimizer, self.model)
+            return on_host(whole) if self.rank == 0 else {}
         return whole_optimizer_state(self._engine, self.rank == 0)
 
     def load(self, weights: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]) -> None:
@@ -240,8 +245,9 @@ class DeepSpeedEngine(_Forward):
                 buffer.copy_(weights[name])
 
 
-def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.detach().cpu() for name, value in tensors.items()}
+def on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copy tensors to the host, so that what is written of them is of this step."""
+    return {name: value.detach().to("cpu", copy=True) for name, value in tensors.items()}
 
 
 def _clip_gradient(model: nn.Module, limit: float) -> Tensor:

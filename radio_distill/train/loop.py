@@ -10,22 +10,26 @@ Everything random is a function of seed and step: the order and the crops of the
 :mod:`.draws` draws. A run that was interrupted goes on with the same numbers.
 """
 
-import logging
+import math
+import random
 import time
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..config import Recipe, StageConfig
 from ..losses import KINDS, LossReport, distillation_loss
+from ..memory import naming
 from ..models.distilled import Predictions
 from ..models.ema import Ema
 from ..models.reparametrize import begin_step
-from ..partitions import Pass
+from ..partitions import MicroBatch, Pass
 from ..progress import Progress
 from ..protocols import BatchSource, Engine
 from ..targets import Seen, TargetMaker
@@ -33,17 +37,19 @@ from ..terms import mesa
 from ..types import Features, ImageBatch, TeacherSpec
 from ..views import AVERAGE, Views, follow
 from . import checkpoint as checkpoints
-from .distributed import World
+from .checkpoint import Checkpoint
+from .distributed import World, sum_over_ranks
 from .draws import Draws
-from .guard import check_gradient, check_loss, check_targets
+from .engine import on_host
+from .guard import Findings
+from .lifeline import Lifeline, Signs
 from .meter import Meter
+from .ownership import Ownership
 from .schedule import every, learning_rates
 from .sinks import open_sinks
 from .statistics import normalizer_tensors
 from .weights import TermWeights
 from .work import Work
-
-logger = logging.getLogger(__name__)
 
 MESA = "mesa"
 """Name of the term that compares with the averaged student; no teacher can be called that."""
@@ -67,14 +73,19 @@ class StageRun:
     weights: TermWeights
     ema: Ema | None = None
     """On rank 0, and on every rank where the averaged student teaches."""
-    start_step: int = 0
-    """Steps that were done before, in a resumed run."""
-    last_checkpoint: Path | None = None
-    """The newest whole one; named where the run has to stop."""
+    resumed: Checkpoint | None = None
+    """What the run goes on from."""
+    ownership: Ownership | None = None
+    """Rank 0's claim on the folder."""
 
     @property
     def config(self) -> StageConfig:
         return self.recipe.stages[self.stage]
+
+    @property
+    def start_step(self) -> int:
+        """Steps that were done before."""
+        return self.resumed.step if self.resumed else 0
 
     @property
     def seed(self) -> int:
@@ -90,12 +101,27 @@ def stage_seed(recipe: Recipe, stage: str) -> int:
     return zlib.crc32(f"{recipe.seed}/{stage}".encode())
 
 
+@dataclass
+class StepReport:
+    """What the passes of one step gave on this process."""
+
+    loss: Tensor
+    """This process's part of the step's."""
+    findings: Findings
+    signs: Signs
+    """What all processes know of the step."""
+    notes: list[tuple[Pass, dict[str, Tensor], int]]
+    """Terms of each pass, as means over a number of images."""
+
+
 def train(run: StageRun) -> Path:
     """Train a stage from ``run.start_step`` to its end; returns the last checkpoint's folder.
 
     Raises:
-        DivergedError: where a number is not finite; the message names the last good checkpoint.
+        DivergedError: where numbers stay not finite; the message names the last good checkpoint.
         CheckpointError: where a checkpoint cannot be written.
+        InterruptedRunError: where a signal asked to stop; everything is saved.
+        TakenOverError: where a process started later has the folder.
     """
     config, log, total = run.config, run.recipe.log, run.config.steps
     images = run.work.images_per_step
@@ -106,67 +132,147 @@ def train(run: StageRun) -> Path:
     )
     sinks = open_sinks(run.folder, log.tensorboard, run.world.is_main, run.start_step)
     batches = run.source.batches(run.start_step)
-    with seen, sinks:
+    with open_lifeline(run) as life, seen, sinks:
         waited = 0.0
         for step in range(run.start_step, total):
             asked = time.monotonic()
             step_batches = next(batches)
             waited += time.monotonic() - asked
-            loss, terms = accumulate(run, step, step_batches, meter)
-            check_loss(loss, terms, step + 1, run.last_checkpoint)
+            report = accumulate(run, step, step_batches, life.agree)
             step_rates = {group: float(values[step]) for group, values in rates.items()}
-            norm = run.engine.step(step_rates)
-            check_gradient(norm, step + 1, run.last_checkpoint)
-            run.weights.end_step()
-            if run.ema is not None:
-                run.ema.update(run.engine.model, config.ema_decay)
+            with naming("the update", f"step {step + 1}", "raise engine.zero_stage"):
+                norm = run.engine.step(step_rates)
             done = step + 1
-            seen.update(done * images, f"loss {float(loss):.4f}")
+            if math.isfinite(norm) and not report.signs.trouble:
+                take_in(run, report, meter)
+                life.skips.passed()
+            else:
+                run.weights.forget_step()
+                life.skip(done, report.findings.found() or report.findings.gradient())
+            seen.update(done * images, f"loss {report.signs.loss:.4f}")
+            life.end_step(done, report.signs)
             if every(done, log.every, total):
-                values = _log_values(meter, step_rates, norm, seen, waited)
+                wait_share = waited / max(seen.seconds, 1e-9)
+                life.end_log(seen.rate, seen.seconds_left, wait_share)
+                values = _log_values(meter, step_rates, norm, seen, wait_share)
+                values |= _counts(run, life)
                 sinks.write(done, values)
-            if every(done, log.save_every, total):
-                run.last_checkpoint = save(run, done)
-    assert run.last_checkpoint is not None, "a stage always ends with a checkpoint"
-    return run.last_checkpoint
+            if life.due(done, report.signs):
+                life.save(done, lambda: _tensors(run))
+            if report.signs.signal and done < total:
+                life.stop(report.signs.signal)
+        return life.finish()
+
+
+def open_lifeline(run: StageRun) -> Lifeline:
+    """Make what keeps the stage alive."""
+    return Lifeline(
+        run.folder,
+        run.recipe,
+        run.stage,
+        run.teachers,
+        run.world,
+        run.config.steps,
+        run.ownership,
+        run.resumed,
+        run.source.fingerprint,
+    )
 
 
 def accumulate(
-    run: StageRun, step: int, batches: Sequence[ImageBatch], meter: Meter
-) -> tuple[Tensor, dict[str, Tensor]]:
+    run: StageRun,
+    step: int,
+    batches: Sequence[ImageBatch],
+    agree: Callable[[Tensor, Findings], Signs],
+) -> StepReport:
     """Run forward and backward of one step's micro-batches on this rank.
 
-    Returns this rank's part of the step's loss, and the latest value of each of its terms.
+    ``agree`` is called once on every rank, before the last backward pass. Where it tells of numbers
+    that are not finite, on any rank, the whole gradient is made so: then no engine takes the step,
+    and each clears up as it always does.
     """
-    # Stochastic depth draws from the global generator.
-    torch.manual_seed(run.seed + step * 131 + run.world.rank)
+    _seed_generators(run, step)
     begin_step(run.engine.model, run.draws.noise(step))
     work = run.work.micro_batches(step)
     left = sum(len(micro.passes) for micro in work)
-    total = torch.zeros((), device=run.engine.device)
-    latest: dict[str, Tensor] = {}
+    findings, notes = Findings(), []
+    total, signs = torch.zeros((), device=run.engine.device), None
     for micro, batch in zip(work, batches, strict=True):
         pixels = batch.pixels.to(run.engine.device, non_blocking=True)  # [B, 3, H, W]
         seen: Seen = {}
         for item in micro.passes:
-            partition = item.partition.config
-            views = run.draws.views(step, micro, item, pixels)
-            targets = run.targets(views, partition, seen)
-            check_targets(targets, batch.keys)
-            predictions = run.engine.forward(
-                views.of_student(),
-                partition.teachers,
-                draws=run.draws.positions(step, micro).to(pixels.device),
-                freeze_body=step < run.config.frozen_steps,
-                window_size=run.draws.window(step, item) or None,
-            )
-            report = _compare(run, predictions, targets, views)
+            report = _forward(run, step, micro, item, pixels, seen, findings, batch.keys)
             loss = report.total.sum() * item.image_weight
-            left -= 1
-            run.engine.backward(loss, last=left == 0)
             total = total + loss.detach()
-            latest |= _note(run, meter, item, report.terms, micro.stop - micro.start)
-    return total, latest
+            left -= 1
+            if left == 0:
+                signs = agree(total, findings)
+                loss = loss * math.nan if signs.trouble else loss
+            with _student_part(item, micro, "the backward pass of the student"):
+                run.engine.backward(loss, last=left == 0)
+            notes.append((item, report.terms, micro.stop - micro.start))
+    assert signs is not None, "a rank always has work, or keeps pace"
+    return StepReport(total, findings, signs, notes)
+
+
+def _seed_generators(run: StageRun, step: int) -> None:
+    """Let every global generator begin at a function of seed, step and rank.
+
+    Stochastic depth draws from torch's; a teacher or an upsampler of the user's may from any.
+    """
+    seed = run.seed + step * 131 + run.world.rank
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+
+
+def _forward(
+    run: StageRun,
+    step: int,
+    micro: MicroBatch,
+    item: Pass,
+    pixels: Tensor,
+    seen: Seen,
+    findings: Findings,
+    keys: Sequence[str],
+) -> LossReport:
+    """Return the loss of one pass over a micro-batch."""
+    partition = item.partition.config
+    views = run.draws.views(step, micro, item, pixels)
+    targets = run.targets(views, partition, seen)
+    findings.targets(targets, keys)
+    with _student_part(item, micro, "the forward pass of the student"):
+        predictions = run.engine.forward(
+            views.of_student(),
+            partition.teachers,
+            draws=run.draws.positions(step, micro).to(pixels.device),
+            freeze_body=step < run.config.frozen_steps,
+            window_size=run.draws.window(step, item) or None,
+        )
+        report = _compare(run, predictions, targets, views)
+    findings.loss(report.total, report.terms, keys)
+    return report
+
+
+def _student_part(item: Pass, micro: MicroBatch, part: str) -> AbstractContextManager[None]:
+    height, width = item.size
+    return naming(
+        part,
+        f"{height}x{width} px, {micro.stop - micro.start} images",
+        "lower engine.micro_batch, or set student.gradient_checkpointing to true",
+    )
+
+
+def take_in(run: StageRun, report: StepReport, meter: Meter) -> None:
+    """Let a step that was taken count: for the logs, the loss's weights, and the average."""
+    for item, terms, images in report.notes:
+        if item.image_weight:  # else the pass only kept pace
+            named = {f"{item.partition.name}/{name}": value for name, value in terms.items()}
+            meter.add(named, weight=images)
+            run.weights.add({name: terms[name] for name in terms if name != MESA}, images)
+    run.weights.end_step()
+    if run.ema is not None:
+        run.ema.update(run.engine.model, run.config.ema_decay)
 
 
 def _compare(
@@ -205,38 +311,19 @@ def _log_variances(run: StageRun, predictions: Predictions) -> dict[str, Tensor]
     }
 
 
-def _note(
-    run: StageRun, meter: Meter, item: Pass, terms: Mapping[str, Tensor], images: int
-) -> dict[str, Tensor]:
-    """Take a pass's terms down, unless it only kept pace; returns them by partition."""
-    named = {f"{item.partition.name}/{name}": value for name, value in terms.items()}
-    if item.image_weight:
-        meter.add(named, weight=images)
-        run.weights.add({name: value for name, value in terms.items() if name != MESA}, images)
-    return named
-
-
-def save(run: StageRun, step: int) -> Path:
-    """Write a checkpoint after ``step`` steps; every rank must call."""
+def _tensors(run: StageRun) -> dict[str, dict[str, Tensor]]:
+    """Gather what a checkpoint holds, on the host of rank 0; every rank must call."""
     parts = {
         checkpoints.STUDENT: run.engine.model_tensors(),
         checkpoints.OPTIMIZER: run.engine.optimizer_tensors(),
-        checkpoints.STATISTICS: normalizer_tensors(run.targets.normalizers),
     }
-    if run.ema is not None:
-        parts[checkpoints.EMA] = run.ema.state_dict()
-    if weights := run.weights.state():
-        parts[checkpoints.LOSS] = weights
-    return checkpoints.save_from_main(
-        run.world,
-        run.folder / "checkpoints",
-        step,
-        parts,
-        stage=run.stage,
-        recipe=run.recipe,
-        teachers=run.teachers,
-        keep_last=run.recipe.log.keep_last,
-    )
+    if run.world.is_main:
+        parts[checkpoints.STATISTICS] = on_host(normalizer_tensors(run.targets.normalizers))
+        if run.ema is not None:
+            parts[checkpoints.EMA] = on_host(run.ema.state_dict())
+        if weights := run.weights.state():
+            parts[checkpoints.LOSS] = on_host(weights)
+    return parts
 
 
 def _term_names(run: StageRun) -> list[str]:
@@ -245,11 +332,21 @@ def _term_names(run: StageRun) -> list[str]:
 
 
 def _log_values(
-    meter: Meter, rates: Mapping[str, float], norm: float, seen: Progress, waited: float
+    meter: Meter, rates: Mapping[str, float], norm: float, seen: Progress, wait_share: float
 ) -> dict[str, float]:
     values = {f"loss/{name}": value for name, value in meter.means().items()}
     values |= {f"learning_rate/{group}": rate for group, rate in rates.items()}
     values["gradient_norm"] = norm
     values["images_per_second"] = seen.rate
-    values["data_wait_share"] = waited / max(seen.seconds, 1e-9)
+    values["data_wait_share"] = wait_share
     return values
+
+
+def _counts(run: StageRun, life: Lifeline) -> dict[str, float]:
+    """Count what went wrong so far, over all processes."""
+    bad = torch.tensor([sum(run.source.bad.values())], dtype=torch.float64)
+    return {
+        "checkpoint_wait_share": life.checkpoint_share,
+        "skipped_steps": life.skips.in_all,
+        "bad_images": float(sum_over_ranks(bad.to(run.engine.device))),
+    }

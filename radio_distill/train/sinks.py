@@ -8,6 +8,7 @@ from types import TracebackType
 
 import numpy as np
 
+from ..files import replacing
 from ..protocols import MetricSink
 
 
@@ -20,12 +21,13 @@ class JsonLines:
     """
 
     def __init__(self, path: Path, resume_step: int = 0):
-        path.parent.mkdir(parents=True, exist_ok=True)
         kept = [row for row in read_json_lines(path) if row["step"] <= resume_step]
-        self._file = path.open("w", encoding="utf-8")
-        for row in kept:
-            self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        # A new file: a process of before, that does not know yet that it is none any more, goes on
+        # to write into the old one, which has no name now.
+        with replacing(path) as temporary:
+            text = "".join(json.dumps(row) + "\n" for row in kept)
+            temporary.write_text(text, encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Append one line."""

@@ -67,6 +67,10 @@ class TermWeights:
         means = zip(self._terms, totals, images, strict=True)
         self._ada.update({term: total / count for term, total, count in means if count})
 
+    def forget_step(self) -> None:
+        """Drop what was taken in of a step that is skipped."""
+        self._sums.zero_()
+
     def state(self) -> dict[str, Tensor]:
         """Return dispersions, and what has been adapted to, as named tensors."""
         state = {

@@ -1,6 +1,8 @@
 """The fit: it learns, goes on where it was, and does not depend on how its work is shared out."""
 
+import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -44,6 +46,7 @@ def recipe_of(**values) -> Recipe:
         "stages": {},
         "engine": {"precision": "float32", "device": "cpu"},
         "log": {"every": 1, "save_every": 3, "keep_last": 9, "tensorboard": False},
+        "watch": {"max_skipped": 2},
         "fit": {**FIT, **values},
     }
     made = build(Recipe, recipe)
@@ -69,6 +72,7 @@ class Pictures:
     def __init__(self, slices, batch_size):
         self.slices, self.batch_size = slices, batch_size
         self.steps: list[int] = []
+        self.fingerprint, self.bad = "generated", {}
 
     def batches(self, start_step):
         step = start_step
@@ -171,8 +175,7 @@ def test_fit__resumed_at_half_ends_bit_for_bit_the_same(run_of, pool, downsample
         "step-00000006",
     ]
     half = run_of(folder="half", **settings)
-    half.start_step = 3
-    half.last_checkpoint = whole.folder / "checkpoints" / "step-00000003"
+    half.resumed = checkpoints.read(whole.folder / "checkpoints" / "step-00000003")
     fit(half)
     assert losses(half) == losses(whole)[3:]
     for part in (MODULES, checkpoints.OPTIMIZER):
@@ -237,7 +240,7 @@ def test_lessons__a_pool_refuses_features_that_half_precision_cannot_hold(run_of
 def test_lessons__from_a_later_step_on_are_the_same(run_of, pool):
     expected = lessons_of(run_of(pool=pool), 4)[3]
     later = run_of(pool=pool)
-    later.start_step = 3
+    later.resumed = SimpleNamespace(step=3)
     (found,) = lessons_of(later, 1)
     assert torch.equal(found[0].homographies, expected[0].homographies)
     assert torch.equal(found[0].seen.further, expected[0].seen.further)
@@ -266,13 +269,14 @@ def test_accumulate__processes_and_passes_add_up_to_one(run_of, world_size):
     """Nothing is dropped by the simple downsampler, so that the draws are all there is."""
     settings = {"downsampler": "simple", "total_variation": 0.1, "crf": 0.01}
     whole = run_of("featsharp", **settings)
-    terms = accumulate(whole, 0, lessons_of(whole, 1)[0])
+    terms, findings = accumulate(whole, 0, lessons_of(whole, 1)[0])
+    assert not findings.found()
     expected = [item.grad.clone() for item in whole.consistency.parameters()]
     summed = [torch.zeros_like(item) for item in expected]
     totals = dict.fromkeys(terms, 0.0)
     for rank in range(world_size):
         run = run_of("featsharp", world=World(rank, world_size), micro_batch=1, **settings)
-        for name, value in accumulate(run, 0, lessons_of(run, 1)[0]).items():
+        for name, value in accumulate(run, 0, lessons_of(run, 1)[0])[0].items():
             totals[name] += float(value)
         for total, item in zip(summed, run.consistency.parameters(), strict=True):
             total += item.grad
@@ -445,15 +449,17 @@ class Broken:
 @pytest.mark.parametrize("views_alone", [False, True])
 def test_fit__a_teacher_s_nan_stops_it_and_names_the_teacher(run_of, tiny, views_alone):
     run = run_of(teacher=Broken(tiny("tiny_vit"), views_alone))
-    with pytest.raises(
-        DivergedError, match="teacher 'tiny_vit' gave numbers that are not"
-    ) as error:
+    with pytest.raises(DivergedError, match="step 3, the 3rd in a row, is not finite") as error:
         fit(run)
-    assert ("for 1;" if not views_alone else "for 2;") in str(error.value)
+    first = "1, 4, 7" if not views_alone else "2, 5, 8"
+    assert f"teacher tiny_vit for {first.split(', ')[-1]};" in str(error.value)
+    found = [json.loads(line) for line in (run.folder / "skipped.jsonl").read_text().splitlines()]
+    expected = [["teacher tiny_vit", [key]] for key in first.split(", ")]
+    assert [[row["found"][0]["cause"], row["found"][0]["keys"]] for row in found] == expected
     assert not (run.folder / "checkpoints").exists()
 
 
 def test_fit__a_loss_that_diverges_names_the_last_good_checkpoint(run_of):
     run = run_of(learning_rate=1e30, gradient_clip=0.0, warmup_steps=0)
-    with pytest.raises(DivergedError, match="is not finite"):
+    with pytest.raises(DivergedError, match="step 4, the 3rd in a row, is not finite: loss"):
         fit(run)

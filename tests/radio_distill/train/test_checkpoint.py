@@ -1,5 +1,6 @@
 """Checkpoints are whole or absent, whatever happens while they are written."""
 
+import hashlib
 import json
 import resource
 import signal
@@ -8,8 +9,9 @@ import pytest
 import torch
 
 from radio_distill.config import Recipe, build
-from radio_distill.errors import CheckpointError, WeightsError
+from radio_distill.errors import CheckpointError, TakenOverError, WeightsError
 from radio_distill.train import checkpoint as checkpoints
+from radio_distill.train.ownership import Ownership
 from radio_distill.types import TeacherSpec
 
 RECIPE = build(
@@ -79,6 +81,92 @@ def test_newest__passes_over_a_damaged_one_and_says_why(tmp_path, damage, caplog
         checkpoints.read(newer)
 
 
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"sha256": {}}, "names "),
+        ({"sha256": {"../../x": "0"}}, "'../../x'"),
+        ({"sha256": 3}, "not a whole checkpoint"),
+        ({"step": -1}, "-1 is not a count"),
+        ({"step": 1e300}, "is not a count"),
+        ({"step": "2"}, "is not a count"),
+        ({"recipe": "a: [1"}, "holds no recipe"),
+        ({"recipe": "!!python/object/apply:os.system [id]"}, "holds no recipe"),
+        ({"recipe": "name: x"}, "holds no recipe"),
+        ({"teachers": [1]}, "not a whole checkpoint"),
+        ({"teachers": {"t": {"name": 3}}}, "not a whole checkpoint"),
+        ({"counts": {"skipped_steps": None}}, "is not a count"),
+    ],
+)
+def test_read__hostile_meta_is_one_line(tmp_path, change, reason):
+    folder = write(tmp_path, 2)
+    meta = json.loads((folder / "meta.json").read_text())
+    (folder / "meta.json").write_text(json.dumps({**meta, **change}))
+    with pytest.raises(CheckpointError) as caught:
+        checkpoints.read(folder)
+    assert reason in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert checkpoints.newest(tmp_path) is None
+
+
+def test_read__json_that_is_no_mapping(tmp_path):
+    folder = write(tmp_path, 2)
+    for text in ("[]", "3", "[" * 100_000):
+        (folder / "meta.json").write_text(text)
+        with pytest.raises(CheckpointError, match="not a whole checkpoint"):
+            checkpoints.read(folder)
+
+
+def test_save__keeps_multiples_too(tmp_path):
+    for step in range(2, 14, 2):
+        checkpoints.save(
+            tmp_path, step, {"student": {"w": torch.zeros(2)}},
+            stage="stage1", recipe=RECIPE, teachers={"t": SPEC}, keep_last=1, keep_every=4,
+        )  # fmt: skip
+    assert sorted(int(path.name[5:]) for path in tmp_path.iterdir()) == [4, 8, 12]
+
+
+def test_save__deletes_nothing_before_the_new_one_is_verified(tmp_path, monkeypatch):
+    """A disk that gives back other bytes than it got."""
+    write(tmp_path, 1, keep_last=1)
+    written = checkpoints.write_tensors
+
+    def bad_disk(path, tensors):
+        digest = written(path, tensors)
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(data)
+        return digest
+
+    monkeypatch.setattr(checkpoints, "write_tensors", bad_disk)
+    with pytest.raises(CheckpointError, match="does not hold what was written to it"):
+        write(tmp_path, 2, keep_last=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+    assert checkpoints.find(tmp_path).step == 1
+
+
+def test_save__another_owner_of_the_folder_keeps_it_from_appearing(tmp_path):
+    root = tmp_path / "stage1" / "checkpoints"
+    root.mkdir(parents=True)
+    mine = Ownership(root.parent)
+    mine.check()
+    Ownership(root.parent)
+    with pytest.raises(TakenOverError, match="was taken over by process"):
+        checkpoints.save(
+            root, 1, {"student": {"w": torch.zeros(2)}}, may_write=mine.check,
+            stage="stage1", recipe=RECIPE, teachers={"t": SPEC}, keep_last=1,
+        )  # fmt: skip
+    assert not list(root.iterdir())
+
+
+def test_clear_unfinished__leaves_whole_ones(tmp_path):
+    write(tmp_path, 1)
+    (tmp_path / ".step-00000002.77.tmp").mkdir()
+    (tmp_path / ".step-00000002.77.tmp" / "student.safetensors").write_bytes(b"half")
+    checkpoints.clear_unfinished(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
 def test_find__none_at_all(tmp_path):
     with pytest.raises(CheckpointError, match="no whole checkpoint in"):
         checkpoints.find(tmp_path)
@@ -121,7 +209,8 @@ def test_read__never_runs_code(tmp_path):
 
     (folder / "student.safetensors").write_bytes(pickle.dumps(Bomb()))
     meta = json.loads((folder / "meta.json").read_text())
-    meta["sha256"] = {}
+    data = (folder / "student.safetensors").read_bytes()
+    meta["sha256"]["student.safetensors"] = hashlib.sha256(data).hexdigest()
     (folder / "meta.json").write_text(json.dumps(meta))
     with pytest.raises(CheckpointError, match="damaged"):
         checkpoints.find(folder).student_tensors()

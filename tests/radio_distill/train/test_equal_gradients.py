@@ -30,7 +30,8 @@ from radio_distill.targets import TargetMaker
 from radio_distill.train.distributed import World
 from radio_distill.train.draws import Draws
 from radio_distill.train.engine import build_engine
-from radio_distill.train.loop import StageRun, accumulate, stage_seed
+from radio_distill.train.lifeline import agree
+from radio_distill.train.loop import StageRun, accumulate, stage_seed, take_in
 from radio_distill.train.meter import Meter
 from radio_distill.train.statistics import build_normalizers
 from radio_distill.train.weights import TermWeights
@@ -153,10 +154,11 @@ def gradient(recipe: Recipe, world: World, steps: int = 2) -> tuple[torch.Tensor
     meter.add = lambda values, weight: None
     gradients, losses = [], []
     for step in range(steps):
-        loss, _ = accumulate(run, step, pictures(run, step), meter)
-        run.weights.end_step()
+        report = accumulate(run, step, pictures(run, step), agree)
+        assert not report.signs.trouble
+        take_in(run, report, meter)
         gradients.append(torch.cat([p.grad.flatten() for p in run.engine.model.parameters()]))
-        losses.append(loss)
+        losses.append(report.loss)
         run.engine.model.zero_grad()
     return torch.stack(gradients), torch.stack(losses)
 

@@ -1,0 +1,317 @@
+"""What keeps a run of days alive, or ends it well; the training loops call it at every step.
+
+::
+
+    agree      all processes learn of a step's loss, of numbers that are not finite, and of signals
+    end_step   heartbeat; how the stage is doing, for those who look from outside
+    save       a checkpoint, written in the background
+    stop       save, and end, because a signal asked for it
+
+One small sum over all processes a step carries everything that they must agree on.
+"""
+
+import json
+import logging
+import math
+import signal
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import interruption
+from ..config import Recipe
+from ..errors import InterruptedRunError, RadioDistillError
+from ..types import TeacherSpec
+from . import checkpoint as checkpoints
+from .checkpoint import Checkpoint
+from .distributed import World, from_ranks, main_first, sum_over_ranks
+from .guard import Finding, Findings, Skips, describe
+from .heartbeat import Heartbeat
+from .ownership import Ownership
+from .saver import Saver
+from .status import Status, write_status
+from .watch import Watch
+
+logger = logging.getLogger(__name__)
+
+SKIPPED = "skipped.jsonl"
+"""One line for each skipped step: its number and what was found."""
+
+_STATUS_SECONDS = 5.0  # between two writes of the status, which may be a network file
+
+
+class Signs(NamedTuple):
+    """What all processes know of a step before any of them ends it."""
+
+    loss: float
+    """Of the whole step."""
+    trouble: bool
+    """Something is not finite, on some process."""
+    signal: int
+    """That asked some process to stop; 0 for none."""
+
+
+def agree(loss: Tensor, findings: Findings, problem: bool = False) -> Signs:
+    """Sum up over all processes; ``problem`` is one of rank 0's, see :class:`Lifeline`.
+
+    Args:
+        loss: this process's part.
+        findings: what its passes gave.
+        problem: whether this process cannot go on.
+
+    Raises:
+        _ProblemError: on every process, where one cannot go on.
+    """
+    asked = interruption.requested()
+    flags = torch.tensor(
+        [asked == number for number in interruption.SIGNALS] + [problem],
+        dtype=torch.float64,
+        device=loss.device,
+    )
+    values = torch.stack([loss.detach().double(), findings.trouble(loss.device)])
+    total, trouble, *asked_by, problems = sum_over_ranks(torch.cat([values, flags])).tolist()
+    if problems:
+        raise _ProblemError
+    numbers = zip(interruption.SIGNALS, asked_by, strict=True)
+    return Signs(total, trouble > 0, next((int(number) for number, by in numbers if by), 0))
+
+
+class _ProblemError(Exception):
+    """Rank 0 cannot go on; what it is follows."""
+
+
+class Lifeline:
+    """One process's part in keeping a stage alive; a context around its training loop.
+
+    Args:
+        folder: of the stage.
+        recipe: gives how often what is done, and what is watched for.
+        stage: name of the stage, for checkpoints.
+        teachers: what the checkpoints' heads belong to.
+        world: this process's place.
+        steps: of the whole stage.
+        ownership: rank 0's claim on the folder.
+        resumed: the checkpoint that the run goes on from.
+        shards: fingerprint of the data.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        recipe: Recipe,
+        stage: str,
+        teachers: Mapping[str, TeacherSpec],
+        world: World,
+        steps: int,
+        ownership: Ownership | None,
+        resumed: Checkpoint | None = None,
+        shards: str = "",
+    ):
+        self._folder, self._recipe, self._world = folder, recipe, world
+        self._steps, self._ownership = steps, ownership
+        self._step = resumed.step if resumed else 0
+        self._stage, self._teachers, self._shards = stage, teachers, shards
+        self._saver = Saver(resumed.folder if resumed else None)
+        self._watch = Watch(recipe.watch)
+        self._heartbeat = Heartbeat(
+            recipe.watch.hang_seconds, world.rank, folder, self._on_hang, self._step
+        )
+        counts = resumed.counts if resumed else {}
+        self.skips = Skips(
+            recipe.watch.max_skipped,
+            counts.get("skipped_steps", 0),
+            counts.get("skipped_in_a_row", 0),
+        )
+        self._rate = self._seconds_left = 0.0
+        self._status_time = -math.inf
+        self._begin, self._saving = time.monotonic(), 0.0
+        self._stack = ExitStack()
+
+    def __enter__(self) -> "Lifeline":
+        self._begin = time.monotonic()
+        self._stack.enter_context(interruption.listening())
+        self._stack.enter_context(self._heartbeat)
+        if self._world.is_main:
+            checkpoints.clear_unfinished(self._folder / "checkpoints")
+        self._report("running")
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._saver.wait()
+        self._stack.close()
+        if error is None:
+            self._report("complete")
+        elif isinstance(error, (InterruptedRunError, KeyboardInterrupt)):
+            self._report("interrupted", str(error) or "stopped from the keyboard")
+        else:
+            reason = " ".join(str(error).split())
+            own = isinstance(error, RadioDistillError)
+            self._report("failed", reason if own else f"{type(error).__name__}: {reason}")
+
+    @property
+    def checkpoint_share(self) -> float:
+        """Share of the time that this process has waited for checkpoints."""
+        return self._saving / max(time.monotonic() - self._begin, 1e-9)
+
+    def agree(self, loss: Tensor, findings: Findings) -> Signs:
+        """Let all processes know of the step; see :func:`agree`.
+
+        Raises:
+            CheckpointError, TakenOverError: on every process, where rank 0 cannot write.
+        """
+        try:
+            return agree(loss, findings, problem=self._saver.error is not None)
+        except _ProblemError:
+            self._raise_problem()
+            raise
+
+    def skip(self, step: int, findings: Sequence[Finding]) -> None:
+        """Note that a step was skipped, counted from 1; every rank calls with its findings.
+
+        Raises:
+            DivergedError: on every rank, where it is one too many in a row.
+        """
+        found = from_ranks(list(findings))
+        self._saver.wait()
+        last_good = main_first(self._world, lambda: self._saver.newest)
+        if self._world.is_main:
+            logger.warning("step %d is skipped: %s", step, describe(found))
+            with (self._folder / SKIPPED).open("a", encoding="utf-8") as file:
+                row = {"step": step, "found": [item._asdict() for item in found]}
+                file.write(json.dumps(row) + "\n")
+        self.skips.skipped(step, found, last_good)
+
+    def end_step(self, done: int, signs: Signs) -> None:
+        """Note that ``done`` steps are done."""
+        self._step = done
+        self._heartbeat.beat(done)
+        if not self._world.is_main:
+            return
+        if not signs.trouble:
+            _warn(self._watch.loss(done, signs.loss))
+        if time.monotonic() - self._status_time >= _STATUS_SECONDS:
+            self._report("running")
+
+    def end_log(self, rate: float, seconds_left: float, data_wait_share: float) -> None:
+        """Note how fast it goes, once a log line."""
+        self._rate, self._seconds_left = rate, seconds_left
+        if self._world.is_main:
+            _warn(self._watch.rate(self._step, rate, data_wait_share))
+
+    def due(self, done: int, signs: Signs) -> bool:
+        """Return whether a checkpoint is to be saved after ``done`` steps.
+
+        Not while steps are skipped: whatever made numbers run away may be in the weights already,
+        and the checkpoint before is the one to go back to.
+        """
+        if signs.signal or done == self._steps:
+            return True
+        return done % self._recipe.log.save_every == 0 and not self.skips.in_a_row
+
+    def save(self, step: int, parts: Callable[[], Mapping[str, Mapping[str, Tensor]]]) -> None:
+        """Begin to write a checkpoint; every rank must call.
+
+        Args:
+            step: steps that are done.
+            parts: gathers the tensors of each file, on the host of rank 0; called on every rank.
+        """
+        begin = time.monotonic()
+        self._saver.wait()
+        tensors = parts()
+        counts = {"skipped_steps": self.skips.in_all, "skipped_in_a_row": self.skips.in_a_row}
+        if self._world.is_main and self._saver.error is None:
+            self._saver.start(lambda: self._write(step, tensors, counts))
+        self._saving += time.monotonic() - begin
+        self._heartbeat.beat(step)
+
+    def finish(self) -> Path:
+        """Wait for the last checkpoint and return it; every rank must call.
+
+        Raises:
+            CheckpointError, TakenOverError: on every rank, where rank 0 could not write.
+        """
+        begin = time.monotonic()
+        self._saver.wait()
+        self._saving += time.monotonic() - begin
+        self._raise_problem()
+        newest = main_first(self._world, lambda: self._saver.newest)
+        assert newest is not None, "nothing was saved"
+        return newest
+
+    def stop(self, number: int) -> None:
+        """Wait for the checkpoint of this step, and end the run; every rank must call."""
+        folder, name = self.finish(), signal.Signals(number).name
+        raise InterruptedRunError(
+            f"{self._folder.name}: asked to stop by {name} after step {self._step} of "
+            f"{self._steps}; saved {folder}, --resume goes on"
+        )
+
+    def _write(
+        self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], counts: Mapping[str, int]
+    ) -> Path:
+        log = self._recipe.log
+        return checkpoints.save(
+            self._folder / "checkpoints",
+            step,
+            tensors,
+            stage=self._stage,
+            recipe=self._recipe,
+            teachers=self._teachers,
+            keep_last=log.keep_last,
+            keep_every=log.keep_every,
+            shards=self._shards,
+            counts=counts,
+            may_write=self._check_ownership,
+        )
+
+    def _check_ownership(self) -> None:
+        if self._ownership is not None:
+            self._ownership.check()
+
+    def _raise_problem(self) -> None:
+        def check() -> None:
+            if self._saver.error is not None:
+                raise self._saver.error
+
+        main_first(self._world, check)
+
+    def _report(self, state: Any, reason: str = "") -> None:
+        """Write the status, unless another process has taken over, or the disk is full."""
+        if not self._world.is_main:
+            return
+        self._status_time = time.monotonic()
+        status = Status(
+            state=state,
+            step=self._step,
+            steps=self._steps,
+            images_per_second=self._rate,
+            seconds_left=self._seconds_left,
+            reason=reason,
+        )
+        try:
+            self._check_ownership()
+            write_status(self._folder, status)
+        except OSError as error:
+            logger.warning("cannot write the status of %s: %s", self._folder, error)
+        except RadioDistillError as error:
+            self._saver.error = self._saver.error or error
+
+    def _on_hang(self, step: int, reason: str) -> None:
+        del step
+        self._report("hung", reason)
+
+
+def _warn(line: str | None) -> None:
+    if line:
+        logger.warning("%s", line)
