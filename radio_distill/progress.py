@@ -64,15 +64,11 @@ class Progress:
         """Units a second since the start."""
         return (self._done - self._start) / max(self.seconds, 1e-9)
 
-    @property
-    def seconds_left(self) -> float:
-        """Seconds until the end at this rate."""
-        return (self._total - self._done) / self.rate if self.rate > 0 else 0.0
-
     def update(self, done: int, text: str = "", total: int | None = None) -> None:
         """Move to ``done``, with a few words on how it goes; ``total`` where it changed."""
         self._done = done
         self._total = self._total if total is None else total
+        left = (self._total - done) / self.rate if self.rate > 0 else 0.0
         if self._bar is not None:
             self._bar.update(
                 self._task,
@@ -80,10 +76,10 @@ class Progress:
                 total=self._total,
                 text=text,
                 rate=f"{self.rate:.1f} {self._unit}/s",
-                eta=clock(self.seconds_left),
+                eta=clock(left),
             )
         elif self._plain and time.monotonic() - self._last_line >= PLAIN_INTERVAL:
-            self._print(f"{text + '  ' if text else ''}ETA {clock(self.seconds_left)}")
+            self._print(f"{text + '  ' if text else ''}ETA {clock(left)}")
 
     def _print(self, text: str) -> None:
         self._last_line = time.monotonic()

@@ -8,9 +8,11 @@ grid. :mod:`radio_distill.alignment` brings student and teacher together.
 
 import math
 from collections.abc import Mapping, MutableMapping
+from contextlib import AbstractContextManager
 
 from .config import PartitionConfig, TeacherConfig, partition_sizes
 from .errors import ConfigError
+from .memory import naming
 from .mosaic import Mosaic, plan_mosaic
 from .protocols import Corrector, Normalizer, Teacher, Upsampler
 from .types import Features, Size, TeacherSpec
@@ -138,8 +140,9 @@ class TargetMaker:
         for name in partition.teachers:
             key = self._way_of_seeing(name, views, partition)
             if seen is None or views.are_shifted or key not in seen:
-                features = self._encode(name, views, partition)
-                spatial = self.normalizers[name].apply(features.spatial)
+                with self._naming(name, views):
+                    features = self._encode(name, views, partition)
+                    spatial = self.normalizers[name].apply(features.spatial)
                 targets[name] = Features(features.summary, spatial)
                 if seen is not None:
                     seen[key] = targets[name]
@@ -178,6 +181,15 @@ class TargetMaker:
     ) -> tuple[object, ...]:
         size = self.size(name, partition, views.size)
         return name, size, name in partition.upsample, name in partition.mosaic
+
+    def _naming(self, name: str, views: Views) -> AbstractContextManager[None]:
+        """Name a teacher whose targets do not fit into memory, where its encoder alone does."""
+        images, (height, width) = len(views.of_student()), views.size
+        return naming(
+            f"the targets of teacher {name!r}",
+            f"{height}x{width} px of the student, {images} images",
+            "lower engine.micro_batch, or the stage's upsampler.micro_batch",
+        )
 
     def _encode(self, name: str, views: Views, partition: PartitionConfig) -> Features:
         if name in partition.mosaic:

@@ -7,8 +7,10 @@ from pathlib import Path
 import torch
 
 from radio_distill.config import Recipe
-from radio_distill.data.loader import ShardBatches, open_sources
+from radio_distill.data.loader import ShardBatches
+from radio_distill.data.sources import open_sources
 from radio_distill.errors import ConfigError
+from radio_distill.memory import naming
 from radio_distill.models.distilled import build_student
 from radio_distill.models.ema import Ema
 from radio_distill.partitions import images_per_step
@@ -16,10 +18,10 @@ from radio_distill.protocols import Teacher
 from radio_distill.targets import TargetMaker, check_partition
 from radio_distill.train import checkpoint as checkpoints
 from radio_distill.train.checkpoint import Checkpoint
-from radio_distill.train.distributed import World, main_first
+from radio_distill.train.distributed import World, extend_timeouts, main_first
 from radio_distill.train.draws import Draws
 from radio_distill.train.engine import build_engine
-from radio_distill.train.loop import StageRun, stage_seed
+from radio_distill.train.loop import StageRun, stage_seed, zero_mend
 from radio_distill.train.restore import load_weights, normalizers_of
 from radio_distill.train.statistics import (
     build_normalizers,
@@ -83,8 +85,12 @@ def build_run(
             logger.info("%s starts from %s", stage, start.folder)
             carry_heads_over(model, normalizers_of(start), targets.normalizers)
     averages = config.ema_decay and (world.is_main or recipe.loss.mesa)
-    ema = Ema(model.to(device)) if averages else None
-    engine = build_engine(model, recipe.engine, config, world, device)
+    mend = "set ema_decay to 0, or take a smaller student"
+    with naming("the averaged student", "the start", mend):
+        ema = Ema(model.to(device)) if averages else None
+    with naming("the student and its optimizer", "the start", zero_mend(recipe)):
+        engine = build_engine(model, recipe.engine, config, world, device)
+    extend_timeouts(recipe.watch.hang_seconds)
     weights = TermWeights(recipe, work.partitions, dispersions, device)
     run = StageRun(
         recipe, stage, folder, world, engine, targets, source, work, draws, weights, ema, resumed

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from radio_distill.config import FitConfig, Recipe
 from radio_distill.data.loader import StepSlice
+from radio_distill.memory import lower, naming
 from radio_distill.progress import Progress
 from radio_distill.protocols import BatchSource, Teacher
 from radio_distill.registry import nearest
@@ -125,20 +126,19 @@ def fit(run: FitRun) -> None:
                 optimizer.step()
                 life.skips.passed()
             else:
-                life.skip(done, findings.found() or findings.gradient())
+                life.skip(done, findings.found() if signs.trouble else findings.gradient())
             optimizer.zero_grad()
             clock.stop(run.device)
             seen.update(done * images, f"loss {signs.loss:.4f}")
             life.end_step(done, signs)
             if every(done, log.every, total):
-                life.end_log(seen.rate, seen.seconds_left, 0.0)
                 values = {name: float(sum_over_ranks(value)) for name, value in terms.items()}
                 values |= {
                     "learning_rate": config.learning_rate * float(rates[step]),
                     "gradient_norm": norm,
                 }
-                values |= {"images_per_second": seen.rate, "teacher_share": clock.teacher_share}
-                sinks.write(done, values)
+                values["teacher_share"] = clock.teacher_share
+                sinks.write(done, values | life.end_log(done * images, 0.0))
             if every(done, config.pictures_every, total) and run.world.is_main:
                 _write_pictures(run, done, step_lessons[0].seen, sinks)
             if life.due(done, signs):
@@ -158,6 +158,7 @@ def open_lifeline(run: FitRun) -> Lifeline:
         {run.teacher.spec.name: run.teacher.spec},
         run.world,
         run.config.steps,
+        run.config.batch_size,
         run.ownership,
         run.resumed,
         run.source.fingerprint,
@@ -201,7 +202,10 @@ def accumulate(
         generator = torch.Generator().manual_seed(run.seed + step)
         for maps, keys in lesson.maps():
             findings.targets({run.teacher.spec.name: Features(None, maps)}, keys)
-        with _autocast(run):
+        images = len(lesson.keys)
+        mend = lower("engine.micro_batch", run.recipe.engine.micro_batch, images, "lower fit.size")
+        size = f"{run.size[0]}x{run.size[1]} px, {images} pictures, {run.config.views} views"
+        with naming(f"the fit of {run.config.upsampler}", size, mend), _autocast(run):
             loss, terms = run.consistency(lesson.seen, lesson.homographies, generator)
         means = {name: value.detach().mean() for name, value in terms.items()}
         findings.loss(loss, means, lesson.keys)

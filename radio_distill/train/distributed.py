@@ -93,8 +93,28 @@ def join(world: World, device: torch.device, hang_seconds: float = 0.0) -> None:
         "nccl" if device.type == "cuda" else "gloo",
         rank=world.rank,
         world_size=world.world_size,
-        timeout=timedelta(seconds=max(_LEAST_TIMEOUT, 2 * hang_seconds)),
+        timeout=_timeout(hang_seconds),
     )
+
+
+def extend_timeouts(hang_seconds: float) -> None:
+    """Give every process group the time-out of :func:`join`.
+
+    DeepSpeed makes groups of its own with torch's default, which is shorter for NCCL: it would end
+    a hanging run before the heartbeat has told where it hangs.
+    """
+    if not dist.is_initialized():
+        return
+    from torch.distributed import distributed_c10d as c10d
+
+    # Public from torch 2.15 on; the groups can be listed in private only.
+    set_timeout = getattr(c10d, "set_timeout", None) or c10d._set_pg_timeout
+    for group in list(c10d._world.pg_map):
+        set_timeout(_timeout(hang_seconds), group)
+
+
+def _timeout(hang_seconds: float) -> timedelta:
+    return timedelta(seconds=max(_LEAST_TIMEOUT, 2 * hang_seconds))
 
 
 def leave() -> None:

@@ -27,6 +27,7 @@ from torch import Tensor
 from .. import interruption
 from ..config import Recipe
 from ..errors import InterruptedRunError, RadioDistillError
+from ..memory import naming
 from ..types import TeacherSpec
 from . import checkpoint as checkpoints
 from .checkpoint import Checkpoint
@@ -96,6 +97,7 @@ class Lifeline:
         teachers: what the checkpoints' heads belong to.
         world: this process's place.
         steps: of the whole stage.
+        images_per_step: over all processes.
         ownership: rank 0's claim on the folder.
         resumed: the checkpoint that the run goes on from.
         shards: fingerprint of the data.
@@ -109,6 +111,7 @@ class Lifeline:
         teachers: Mapping[str, TeacherSpec],
         world: World,
         steps: int,
+        images_per_step: int,
         ownership: Ownership | None,
         resumed: Checkpoint | None = None,
         shards: str = "",
@@ -128,13 +131,15 @@ class Lifeline:
             counts.get("skipped_steps", 0),
             counts.get("skipped_in_a_row", 0),
         )
-        self._rate = self._seconds_left = 0.0
-        self._status_time = -math.inf
-        self._begin, self._saving = time.monotonic(), 0.0
+        self._images_per_step = images_per_step
+        self._rate, self._status_time = 0.0, -math.inf
+        self._saving = 0.0  # seconds that this process has waited for checkpoints
+        self._log_time, self._log_images = time.monotonic(), self._step * images_per_step
+        self._log_waited = self._log_saving = 0.0
         self._stack = ExitStack()
 
     def __enter__(self) -> "Lifeline":
-        self._begin = time.monotonic()
+        self._log_time = time.monotonic()
         self._stack.enter_context(interruption.listening())
         self._stack.enter_context(self._heartbeat)
         if self._world.is_main:
@@ -158,11 +163,6 @@ class Lifeline:
             reason = " ".join(str(error).split())
             own = isinstance(error, RadioDistillError)
             self._report("failed", reason if own else f"{type(error).__name__}: {reason}")
-
-    @property
-    def checkpoint_share(self) -> float:
-        """Share of the time that this process has waited for checkpoints."""
-        return self._saving / max(time.monotonic() - self._begin, 1e-9)
 
     def agree(self, loss: Tensor, findings: Findings) -> Signs:
         """Let all processes know of the step; see :func:`agree`.
@@ -203,11 +203,32 @@ class Lifeline:
         if time.monotonic() - self._status_time >= _STATUS_SECONDS:
             self._report("running")
 
-    def end_log(self, rate: float, seconds_left: float, data_wait_share: float) -> None:
-        """Note how fast it goes, once a log line."""
-        self._rate, self._seconds_left = rate, seconds_left
+    def end_log(self, images: int, waited: float) -> dict[str, float]:
+        """Measure how it went since the last log line; every rank must call.
+
+        Args:
+            images: of the stage, that are done.
+            waited: seconds that this process has waited for data so far.
+
+        Returns:
+            Rate and shares, for the log.
+        """
+        now = time.monotonic()
+        seconds = max(now - self._log_time, 1e-9)
+        shares = torch.tensor([waited - self._log_waited, self._saving - self._log_saving])
+        data, saving = (sum_over_ranks(shares) / (seconds * self._world.world_size)).tolist()
+        rate = (images - self._log_images) / seconds
+        self._log_time, self._log_waited = now, waited
+        self._log_saving, self._log_images = self._saving, images
+        self._rate = rate
         if self._world.is_main:
-            _warn(self._watch.rate(self._step, rate, data_wait_share))
+            _warn(self._watch.rate(self._step, rate, data))
+        return {
+            "images_per_second": rate,
+            "data_wait_share": data,
+            "checkpoint_wait_share": saving,
+            "skipped_steps": self.skips.in_all,
+        }
 
     def due(self, done: int, signs: Signs) -> bool:
         """Return whether a checkpoint is to be saved after ``done`` steps.
@@ -228,7 +249,8 @@ class Lifeline:
         """
         begin = time.monotonic()
         self._saver.wait()
-        tensors = parts()
+        with naming("the checkpoint", f"step {step}", "free memory on the host of rank 0"):
+            tensors = parts()
         counts = {"skipped_steps": self.skips.in_all, "skipped_in_a_row": self.skips.in_a_row}
         if self._world.is_main and self._saver.error is None:
             self._saver.start(lambda: self._write(step, tensors, counts))
@@ -291,12 +313,13 @@ class Lifeline:
         if not self._world.is_main:
             return
         self._status_time = time.monotonic()
+        left = (self._steps - self._step) * self._images_per_step
         status = Status(
             state=state,
             step=self._step,
             steps=self._steps,
             images_per_second=self._rate,
-            seconds_left=self._seconds_left,
+            seconds_left=left / self._rate if self._rate else 0.0,
             reason=reason,
         )
         try:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..config import Recipe, StageConfig
 from ..losses import KINDS, LossReport, distillation_loss
-from ..memory import naming
+from ..memory import lower, naming
 from ..models.distilled import Predictions
 from ..models.ema import Ema
 from ..models.reparametrize import begin_step
@@ -41,7 +41,7 @@ from .checkpoint import Checkpoint
 from .distributed import World, sum_over_ranks
 from .draws import Draws
 from .engine import on_host
-from .guard import Findings
+from .guard import Finding, Findings
 from .lifeline import Lifeline, Signs
 from .meter import Meter
 from .ownership import Ownership
@@ -113,6 +113,10 @@ class StepReport:
     notes: list[tuple[Pass, dict[str, Tensor], int]]
     """Terms of each pass, as means over a number of images."""
 
+    def found(self) -> list[Finding]:
+        """Return what this process knows of why the step cannot be taken."""
+        return self.findings.found() if self.signs.trouble else self.findings.gradient()
+
 
 def train(run: StageRun) -> Path:
     """Train a stage from ``run.start_step`` to its end; returns the last checkpoint's folder.
@@ -140,7 +144,7 @@ def train(run: StageRun) -> Path:
             waited += time.monotonic() - asked
             report = accumulate(run, step, step_batches, life.agree)
             step_rates = {group: float(values[step]) for group, values in rates.items()}
-            with naming("the update", f"step {step + 1}", "raise engine.zero_stage"):
+            with naming("the update", f"step {step + 1}", zero_mend(run.recipe)):
                 norm = run.engine.step(step_rates)
             done = step + 1
             if math.isfinite(norm) and not report.signs.trouble:
@@ -148,15 +152,12 @@ def train(run: StageRun) -> Path:
                 life.skips.passed()
             else:
                 run.weights.forget_step()
-                life.skip(done, report.findings.found() or report.findings.gradient())
+                life.skip(done, report.found())
             seen.update(done * images, f"loss {report.signs.loss:.4f}")
             life.end_step(done, report.signs)
             if every(done, log.every, total):
-                wait_share = waited / max(seen.seconds, 1e-9)
-                life.end_log(seen.rate, seen.seconds_left, wait_share)
-                values = _log_values(meter, step_rates, norm, seen, wait_share)
-                values |= _counts(run, life)
-                sinks.write(done, values)
+                values = _log_values(run, meter, step_rates, norm)
+                sinks.write(done, values | life.end_log(done * images, waited))
             if life.due(done, report.signs):
                 life.save(done, lambda: _tensors(run))
             if report.signs.signal and done < total:
@@ -173,6 +174,7 @@ def open_lifeline(run: StageRun) -> Lifeline:
         run.teachers,
         run.world,
         run.config.steps,
+        run.work.images_per_step,
         run.ownership,
         run.resumed,
         run.source.fingerprint,
@@ -208,7 +210,7 @@ def accumulate(
             if left == 0:
                 signs = agree(total, findings)
                 loss = loss * math.nan if signs.trouble else loss
-            with _student_part(item, micro, "the backward pass of the student"):
+            with _student_part(run, item, micro, "the backward pass of the student"):
                 run.engine.backward(loss, last=left == 0)
             notes.append((item, report.terms, micro.stop - micro.start))
     assert signs is not None, "a rank always has work, or keeps pace"
@@ -241,7 +243,7 @@ def _forward(
     views = run.draws.views(step, micro, item, pixels)
     targets = run.targets(views, partition, seen)
     findings.targets(targets, keys)
-    with _student_part(item, micro, "the forward pass of the student"):
+    with _student_part(run, item, micro, "the forward pass of the student"):
         predictions = run.engine.forward(
             views.of_student(),
             partition.teachers,
@@ -254,13 +256,21 @@ def _forward(
     return report
 
 
-def _student_part(item: Pass, micro: MicroBatch, part: str) -> AbstractContextManager[None]:
+def zero_mend(recipe: Recipe) -> str:
+    """Say what makes the student's weights, gradients and moments take less memory."""
+    return f"raise engine.zero_stage (now: {recipe.engine.zero_stage}), or take a smaller student"
+
+
+def _student_part(
+    run: StageRun, item: Pass, micro: MicroBatch, part: str
+) -> AbstractContextManager[None]:
     height, width = item.size
-    return naming(
-        part,
-        f"{height}x{width} px, {micro.stop - micro.start} images",
-        "lower engine.micro_batch, or set student.gradient_checkpointing to true",
-    )
+    images, recipe = micro.stop - micro.start, run.recipe
+    other = "set student.gradient_checkpointing to true"
+    if recipe.student.gradient_checkpointing:
+        other = "take a smaller student, or lower the sizes of the partitions"
+    mend = lower("engine.micro_batch", recipe.engine.micro_batch, images, other)
+    return naming(part, f"{height}x{width} px, {images} images", mend)
 
 
 def take_in(run: StageRun, report: StepReport, meter: Meter) -> None:
@@ -291,7 +301,9 @@ def _compare(
     if not config.mesa:
         return report
     assert run.ema is not None, "the averaged student teaches on every rank"
-    with torch.no_grad(), run.engine.autocast():
+    size = f"{views.size[0]}x{views.size[1]} px"
+    name = naming("the averaged student", size, "lower engine.micro_batch, or set loss.mesa to 0")
+    with name, torch.no_grad(), run.engine.autocast():
         _, average = run.ema.model.get_submodule("student")(views.of_student(AVERAGE))
     shift, cells = views.shift(AVERAGE), None
     if shift is not None:
@@ -332,21 +344,11 @@ def _term_names(run: StageRun) -> list[str]:
 
 
 def _log_values(
-    meter: Meter, rates: Mapping[str, float], norm: float, seen: Progress, wait_share: float
+    run: StageRun, meter: Meter, rates: Mapping[str, float], norm: float
 ) -> dict[str, float]:
     values = {f"loss/{name}": value for name, value in meter.means().items()}
     values |= {f"learning_rate/{group}": rate for group, rate in rates.items()}
     values["gradient_norm"] = norm
-    values["images_per_second"] = seen.rate
-    values["data_wait_share"] = wait_share
+    bad = torch.tensor([sum(run.source.bad.values())], device=run.engine.device)
+    values["bad_images"] = float(sum_over_ranks(bad))
     return values
-
-
-def _counts(run: StageRun, life: Lifeline) -> dict[str, float]:
-    """Count what went wrong so far, over all processes."""
-    bad = torch.tensor([sum(run.source.bad.values())], dtype=torch.float64)
-    return {
-        "checkpoint_wait_share": life.checkpoint_share,
-        "skipped_steps": life.skips.in_all,
-        "bad_images": float(sum_over_ranks(bad.to(run.engine.device))),
-    }

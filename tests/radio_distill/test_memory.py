@@ -37,7 +37,7 @@ def test_naming__tensor():
 
 
 def test_naming__array():
-    with pytest.raises(OutOfMemoryError, match="images: asked for 1.00 EiB; lower"), named():
+    with pytest.raises(OutOfMemoryError, match=r"images: asked for 1\.00 EiB; lower"), named():
         np.empty(TOO_MANY, np.uint8)
 
 
@@ -46,6 +46,7 @@ def test_naming__python():
         bytearray(TOO_MANY)
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs RLIMIT_AS")
 def test_naming__process_with_little_memory():
     # Pieces that each fit: the limit is met somewhere inside a layer.
     program = """
@@ -108,7 +109,7 @@ def test_naming__inside_backward(reentrant):
     def block(tokens):
         calls.append(tokens)
         with named():
-            return tokens * (2 if len(calls) == 1 else too_large())
+            return (tokens if len(calls) == 1 else too_large()) ** 2  # which saves its input
 
     tokens = checkpoint(block, torch.ones(2, requires_grad=True), use_reentrant=reentrant)
     with (
@@ -155,11 +156,9 @@ def test_is_out_of_memory__torchs_own():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_naming__says_what_the_gpu_holds():
     held = torch.ones(1 << 20, device="cuda")
-    with pytest.raises(
-        OutOfMemoryError, match=r"asked for .* TiB, .* were free, .* held"
-    ) as caught:
-        with named():
-            torch.empty(1 << 45, dtype=torch.uint8, device="cuda")
+    figures = r"asked for .* TiB, .* were free, this process held"
+    with pytest.raises(OutOfMemoryError, match=figures) as caught, named():
+        torch.empty(1 << 45, dtype=torch.uint8, device="cuda")
     assert "\n" not in str(caught.value)
     assert torch.cuda.max_memory_allocated() >= held.nbytes
 
