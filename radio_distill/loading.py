@@ -115,7 +115,9 @@ def _read_run(checkpoint: Checkpoint, heads: bool) -> Backbone:
         found = FoldedStudent(model, checkpoint)
     return Backbone(
         found.model.student,
-        replace(found.config, pretrained="", spectral_reparametrization=False),
+        replace(
+            found.config, pretrained="", pretrained_sha256="", spectral_reparametrization=False
+        ),
         checkpoint.teachers,
         dict(found.model.adaptors.items()) if heads else {},
         found.summary_slots,
@@ -133,6 +135,7 @@ def _read_export(folder: Path) -> Backbone:
         raise WeightsError(
             f"{folder}/radio_distill.json is not what an export writes: {error}"
         ) from error
+    config = replace(config, pretrained_sha256="")  # that of what its training started from
     student = Student(replace(config, pretrained=str(folder)), len(teachers))
     adaptors = {
         name: Adaptor(student.embed_dim, spec.channels, spec.summary_channels, config)

@@ -9,7 +9,9 @@ from typing import Any, NoReturn
 
 from radio_distill.config import assignments_of, describe
 from radio_distill.errors import ConfigError, RadioDistillError
+from radio_distill.redaction import install, redact
 from radio_distill.registry import nearest
+from radio_distill.trust import FLAG, FLAG_HELP, trusting_pickles
 
 
 class Parser(argparse.ArgumentParser):
@@ -81,12 +83,13 @@ def split_fields(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 def run_command(command: Callable[[], int | None]) -> int:
     """Run a command; an error of the user's becomes one line on stderr, and its exit status."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    install()
     for noisy in ("DeepSpeed", "timm", "torch", "PIL", "matplotlib", "onnx_ir", "onnxscript"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     try:
         return command() or 0
     except RadioDistillError as error:
-        print(f"radio-distill: {error}", file=sys.stderr)
+        print(f"radio-distill: {redact(str(error))}", file=sys.stderr)
         return error.exit_status
     except KeyboardInterrupt:
         print("radio-distill: stopped; --resume goes on from the last checkpoint", file=sys.stderr)
@@ -109,7 +112,13 @@ def run_module(module: ModuleType, argv: Sequence[str] | None, prog: str | None 
     module.add_arguments(parser)
     arguments, fields = parser.parse(argv, takes_fields)
     arguments.fields = fields
-    return int(module.run(arguments) or 0)
+    with trusting_pickles(getattr(arguments, "trust_checkpoint", False)):
+        return int(module.run(arguments) or 0)
+
+
+def add_trust_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the flag of commands that read weights of others."""
+    parser.add_argument(FLAG, action="store_true", help=FLAG_HELP)
 
 
 def run_script(module: ModuleType, argv: Sequence[str] | None = None) -> int:

@@ -25,8 +25,9 @@ from radio_distill.config import (
 from radio_distill.errors import CheckpointError, ConfigError
 from radio_distill.files import make_private, move_aside, replacing
 from radio_distill.registry import nearest
+from radio_distill.trust import trusting_pickles
 
-from .arguments import Parser, fields_help, run_command
+from .arguments import Parser, add_trust_argument, fields_help, run_command
 
 if TYPE_CHECKING:
     from radio_distill.train.checkpoint import Checkpoint
@@ -147,8 +148,9 @@ def add_stage_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--allow-changed-recipe",
         action="store_true",
-        help="resume although the recipe differs from the checkpoint's",
+        help="resume although the recipe or the shards differ from the checkpoint's",
     )
+    add_trust_argument(parser)
 
 
 def stage_main(stage: str, argv: Sequence[str] | None = None) -> int:
@@ -163,8 +165,9 @@ def stage_main(stage: str, argv: Sequence[str] | None = None) -> int:
 
     def command() -> None:
         arguments, fields = parser.parse(argv, takes_fields=True)
-        recipe = recipe_from(arguments, fields, stage)
-        train_stage(stage, recipe, arguments.resume, arguments.allow_changed_recipe)
+        with trusting_pickles(arguments.trust_checkpoint):
+            recipe = recipe_from(arguments, fields, stage)
+            train_stage(stage, recipe, arguments.resume, arguments.allow_changed_recipe)
 
     return run_command(command)
 

@@ -5,12 +5,14 @@
 
 The checkpoint does not say whose features it was fitted to: that is the teacher you name. FeatUp's
 files must be those of its folder ``no_norm``: the others live in features after a LayerNorm, from
-which there is no way back to the teacher's space. Nothing in a checkpoint is executed.
+which there is no way back to the teacher's space. A
+checkpoint that holds code is refused unless it is trusted.
 """
 
 import argparse
 from typing import TYPE_CHECKING
 
+from stages.arguments import add_trust_argument
 from stages.common import FITTED, fit_folder, load_recipe
 from stages.fit_upsampler import fit_recipe, input_size
 
@@ -24,6 +26,7 @@ TAKES_FIELDS = True
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
+    add_trust_argument(parser)
     add = parser.add_argument
     add("program", choices=("featup", "featsharp"), help="whose checkpoint it is")
     add("checkpoint", help="the file")

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from radio_distill.config import Recipe
 from radio_distill.progress import clock
+from stages.arguments import add_trust_argument
 from stages.common import changes_that_matter, load_recipe, stage_folder, train_stage
 from stages.evaluate import show
 from stages.report import report
@@ -27,6 +28,7 @@ UPSAMPLERS = ["bilinear", "tile", "s2", "featup", "featsharp"]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``radio-distill demo``."""
+    add_trust_argument(parser)
     parser.add_argument("--data", type=Path, metavar="DIR", help="folder of your own pictures")
     parser.add_argument("--upsamplers", nargs="+", default=UPSAMPLERS, metavar="NAME")
 

@@ -20,7 +20,7 @@ if __package__ in (None, ""):  # run as a file: put the checkout, and only it, f
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from radio_distill.config import EvaluationConfig, Recipe, build, dump, override
-from stages.arguments import run_script
+from stages.arguments import add_trust_argument, run_script
 
 if TYPE_CHECKING:
     from radio_distill.evals.mtl_gain import Metric
@@ -34,6 +34,7 @@ UNTRAINED = "untrained student"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``radio-distill eval``."""
+    add_trust_argument(parser)
     parser.add_argument(
         "checkpoints", nargs="+", type=Path, help="folders of stages or of single checkpoints"
     )

@@ -19,6 +19,7 @@ from radio_distill.errors import ConfigError, ExportError
 from radio_distill.export import FORMATS, format_named
 from radio_distill.files import move_aside, reason_of
 from radio_distill.registry import nearest
+from stages.arguments import add_trust_argument
 
 if TYPE_CHECKING:
     from radio_distill.export.folded import FoldedStudent
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
+    add_trust_argument(parser)
     formats = "; ".join(f"{name}: {text}" for name, text in FORMATS.items())
     add = parser.add_argument
     add("run", type=Path, help="folder of a run, a stage, or a single checkpoint")

@@ -23,7 +23,7 @@ if __package__ in (None, ""):  # run as a file: put the checkout, and only it, f
 from radio_distill.config import LossConfig, PartitionConfig, Recipe, StageConfig, check
 from radio_distill.errors import ConfigError
 from radio_distill.progress import Progress
-from stages.arguments import run_script
+from stages.arguments import add_trust_argument, run_script
 from stages.common import FITTED, checkpoint_to_resume, claim, fit_folder, load_recipe
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ PRESETS: dict[str, dict[str, object]] = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the script."""
+    add_trust_argument(parser)
     add = parser.add_argument
     add("--recipe", default="demo", help="name or file: teachers, pictures, fit (default: demo)")
     add("--teacher", metavar="NAME", help="a teacher of the recipe")

@@ -29,7 +29,7 @@ if __package__ in (None, ""):  # run as a file: put the checkout, and only it, f
 
 from radio_distill.errors import ConfigError
 from radio_distill.files import reason_of, replacing
-from stages.arguments import run_script
+from stages.arguments import add_trust_argument, run_script
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -75,6 +75,7 @@ class Curve:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``radio-distill mode-switching``."""
+    add_trust_argument(parser)
     parser.add_argument("runs", nargs="+", type=Path, help="folders of stages or checkpoints")
     parser.add_argument(
         "--sizes", nargs="+", type=int, metavar="PX", help="default: 0.5 to 3 x evaluation.size"

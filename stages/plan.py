@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from radio_distill.config import Recipe
 from radio_distill.errors import ConfigError, RadioDistillError
 from radio_distill.registry import nearest
+from stages.arguments import add_trust_argument
 from stages.common import load_recipe
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ TAKES_FIELDS = True
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``radio-distill plan``."""
+    add_trust_argument(parser)
     parser.add_argument("recipe", nargs="?", help="name or file (default: demo)")
     parser.add_argument(
         "--devices",
@@ -195,7 +197,8 @@ def _upsampler(models: Models, name: str) -> "Upsampler":
         return build_upsampler(config, used)
     except RadioDistillError as error:
         models.problems.append(f"stages.{name}.upsampler: {error} (above, `tile` stands for it)")
-        return build_upsampler(replace(config, name="tile", weights={}, options={}), used)
+        plain = replace(config, name="tile", weights={}, sha256={}, options={})
+        return build_upsampler(plain, used)
 
 
 @contextmanager

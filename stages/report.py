@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from radio_distill import __version__
 from radio_distill.errors import ConfigError, DataError
 from radio_distill.progress import Progress
+from stages.arguments import add_trust_argument
 from stages.evaluate import SCORES, label_of
 from stages.sweep import gain_of
 
@@ -33,6 +34,7 @@ SIZES = (224, 336, 448, 672)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``radio-distill report``."""
+    add_trust_argument(parser)
     parser.add_argument("folder", type=Path, help="run folder")
     parser.add_argument("--baseline", help="subject of the gain table (default: the first stage 3)")
     parser.add_argument("--output", type=Path, help="file (default: report.html in the run folder)")

@@ -68,13 +68,19 @@ def _check(source: str) -> int:
     print(
         f"{report.num_images} images in {report.num_shards} shards, "
         f"{report.num_bytes / 1e6:.1f} MB; {report.num_bad} bad images, "
-        f"{len(report.damaged)} damaged shards"
+        f"{report.left_out.total()} samples left out, {len(report.damaged)} damaged shards"
     )
     for sides in sorted(report.sizes, key=lambda name: int(name.rstrip("+").partition("-")[0])):
         print(f"  shortest side {sides} px: {report.sizes[sides]}")
     for line in report.damaged:
         print(f"damaged: {line}")
+    for kind, count in sorted(report.left_out.items()):
+        names = report.left_out_names[kind]
+        for name in names:
+            print(f"left out ({kind}): {name}")
+        if count > len(names):
+            print(f"left out ({kind}): {count - len(names)} more")
     for kind, lines in sorted(report.bad.items()):
         for line in lines:
             print(f"bad ({kind}): {line}")
-    return int(bool(report.damaged or report.num_bad))
+    return int(not report.is_clean)

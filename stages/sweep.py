@@ -17,7 +17,7 @@ if __package__ in (None, ""):  # run as a file: put the checkout, and only it, f
 
 from radio_distill.config import Recipe
 from radio_distill.errors import ConfigError
-from stages.arguments import run_script
+from stages.arguments import add_trust_argument, run_script
 from stages.common import load_recipe, train_stage
 from stages.evaluate import results_and_definitions, score_checkpoints
 
@@ -29,6 +29,7 @@ TAKES_FIELDS = True
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``radio-distill sweep``."""
+    add_trust_argument(parser)
     parser.add_argument("recipe", nargs="?", default="demo", help="name or file (default: demo)")
     parser.add_argument("--upsamplers", nargs="+", default=["bilinear", "tile", "s2"])
     parser.add_argument("--baseline", default="bilinear", help="what the others are compared with")

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from radio_distill.config import FitConfig, Recipe
 from radio_distill.errors import ConfigError
+from stages.arguments import add_trust_argument
 from stages.common import load_recipe
 from stages.fit_upsampler import fit_recipe, input_size
 from stages.upsampler_fits import TABLES, Request, Subject, command_of, find, fit_missing
@@ -29,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``radio-distill upsampler-report``."""
+    add_trust_argument(parser)
     add = parser.add_argument
     add("recipe", nargs="?", default="demo", help="name or file (default: demo)")
     add("--teacher", metavar="NAME", help="a teacher of the recipe")

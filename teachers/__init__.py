@@ -54,10 +54,11 @@ def build_teacher(name: str, config: TeacherConfig, device: Any = "cpu") -> "Fro
 
     try:
         preset = resolve(config)
-        tower = _random(preset) if preset.random and not config.weights else _loaded(preset, config)
+        is_random = preset.random and not config.weights
+        tower = _random(preset, config) if is_random else _loaded(preset, config)
     except (ConfigError, WeightsError) as error:
         raise type(error)(f"teachers.{name}: {error}") from error
-    spec = _spec(name, preset, "" if preset.random and not config.weights else fingerprint(tower))
+    spec = _spec(name, preset, "" if is_random else fingerprint(tower))
     return FrozenTeacher(tower, spec, config.dtype, config.micro_batch).to(device)
 
 
@@ -126,6 +127,7 @@ def resolve(config: TeacherConfig) -> Preset:
     if not (preset.model or preset.arguments or config.weights):
         raise ConfigError(f"options.model is missing: which model of {config.preset}?")
     if arguments or not preset.channels:
+        _check_local(config)  # since `complete` may read the weights
         return _measured(source.complete(preset, config.weights))
     return preset
 
@@ -151,9 +153,14 @@ def _measured(preset: Preset) -> Preset:
     )
 
 
-def _random(preset: Preset) -> "nn.Module":
+def _random(preset: Preset, config: TeacherConfig) -> "nn.Module":
     import torch
 
+    if config.sha256:
+        raise ConfigError(
+            f"sha256: preset {config.preset} has random weights and no file; drop the sum, or name "
+            "a file in `weights`"
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return _source(preset).build(preset)
@@ -161,15 +168,24 @@ def _random(preset: Preset) -> "nn.Module":
 
 def _loaded(preset: Preset, config: TeacherConfig) -> "nn.Module":
     from .packaged import packaged_weights
-    from .weights import check_sha256, local_path
+    from .weights import check_sha256, local_path, summed_files
 
     source = _source(preset)
     if config.weights:
-        path = local_path(config.weights)
-    else:
-        path = packaged_weights(preset.package) if preset.package else source.locate(preset)
-    check_sha256(path, config.sha256)
+        _check_local(config)
+        return source.load(preset, local_path(config.weights))
+    path = packaged_weights(preset.package) if preset.package else source.locate(preset)
+    if config.sha256:
+        check_sha256(summed_files(path), config.sha256, "sha256")
     return source.load(preset, path)
+
+
+def _check_local(config: TeacherConfig) -> None:
+    """Raise WeightsError where the weights that the recipe names have another sum than it says."""
+    from .weights import check_sha256, local_path, summed_files
+
+    if config.weights and config.sha256:
+        check_sha256(summed_files(local_path(config.weights)), config.sha256, "sha256")
 
 
 def _spec(name: str, preset: Preset, weights_hash: str) -> TeacherSpec:

@@ -4,7 +4,7 @@ Only open_clip's own vision transformer is read here. Where open_clip wraps a ti
 the timm source gives the same tower at any size; the text tower still comes from here.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from radio_distill.errors import ConfigError, WeightsError
+from radio_distill.files import reason_of
+from radio_distill.redaction import redact
 from radio_distill.registry import nearest
 
 from . import weights
@@ -134,11 +136,15 @@ def build_text_encoder(
         model, weights.read_state(path or locate(text_preset)), str(path or preset.text)
     )
     model.visual = None  # the image tower is the teacher's
+    # SigLIP's tokenizer is a file on the hub; without the word transformers would ask the terminal.
+    from_hub = "hf_tokenizer_name" in (open_clip.get_model_config(name) or {})["text_cfg"]
     try:
-        tokenize = open_clip.get_tokenizer(name)
-    except Exception as error:  # SigLIP's tokenizer is a file on the hub
+        tokenize = open_clip.get_tokenizer(
+            name, **({"trust_remote_code": False} if from_hub else {})
+        )
+    except Exception as error:
         raise WeightsError(
-            f"cannot fetch the tokenizer of {name}: {str(error).splitlines()[0]}"
+            f"cannot fetch the tokenizer of {name}: {redact(reason_of(error))}"
         ) from error
     return TextEncoder(model, tokenize, device)
 
@@ -158,10 +164,21 @@ def _model(preset: Preset) -> Any:
     import open_clip
 
     if "config" in preset.arguments:
-        return open_clip.CLIP(**preset.arguments["config"])
+        return open_clip.CLIP(**_checked(preset.arguments["config"]))
     name = _name_and_tag(preset.model)[0]
     # open_clip moves what it made to a device, and tensors on `meta` can only stay there.
     return open_clip.create_model(name, pretrained=None, device=torch.get_default_device())
+
+
+def _checked(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Refuse towers of other libraries, which open_clip fetches by name when it builds them."""
+    for tower, key in (("text_cfg", "hf_model_name"), ("vision_cfg", "timm_model_name")):
+        if key in config.get(tower, {}):
+            raise ConfigError(
+                f"options.config.{tower}.{key} names a model of another library; take it by its "
+                "own preset, timm or transformers"
+            )
+    return config
 
 
 def _name_and_tag(model: str) -> tuple[str, str]:

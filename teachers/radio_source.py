@@ -7,6 +7,8 @@ A torch.hub file, a folder of the hub, or a folder in transformers' layout, as
 from dataclasses import replace
 from pathlib import Path
 
+from torch import nn
+
 from radio_distill.errors import WeightsError
 from radio_distill.models.radio_layout import RadioCheckpoint, read_radio
 
@@ -31,7 +33,7 @@ def complete(preset: Preset, weights_path: str) -> Preset:
     return transformers_source.complete(preset, weights_path)
 
 
-def build(preset: Preset) -> TransformersTower:
+def build(preset: Preset) -> nn.Module:
     """Build RadioModel with random weights."""
     return transformers_source.build(preset)
 

@@ -9,6 +9,7 @@ model itself pools, by attention or mean; SAM's encoder has none.
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
+from inspect import signature
 from math import isqrt
 from pathlib import Path
 from typing import Any
@@ -122,7 +123,7 @@ def _create(preset: Preset, state: Mapping[str, Tensor] | None = None) -> nn.Mod
     import timm
 
     architecture = _architecture(preset.model)
-    options = {"num_classes": 0, **preset.arguments.get("create", {})}
+    options = {"num_classes": 0, **_checked(preset.arguments.get("create", {}))}
     if architecture.startswith("vit_") and "_radio_" in architecture:
         options = {"use_naflex": True, "pos_embed_grid_size": _radio_grid(state), **options}
     try:
@@ -133,6 +134,19 @@ def _create(preset: Preset, state: Mapping[str, Tensor] | None = None) -> nn.Mod
                 f"timm.create_model({architecture!r}, **{options}): {error}"
             ) from error
     return timm.create_model(architecture, **options)  # a network that takes any size as it is
+
+
+def _checked(options: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Refuse what makes timm fetch or unpickle weights, which a folder's config.json could ask."""
+    import timm
+
+    for name, parameter in signature(timm.create_model).parameters.items():
+        if name in options and parameter.kind is not parameter.VAR_KEYWORD:
+            raise ConfigError(
+                f"options.create, or model_args of config.json: {name} is not the architecture's; "
+                "remove it, and name weights in `weights`"
+            )
+    return options
 
 
 def _radio_grid(state: Mapping[str, Tensor] | None) -> tuple[int, int]:

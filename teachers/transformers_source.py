@@ -1,8 +1,9 @@
 """Vision towers of transformers: CLIP, SigLIP (1 and 2), DINOv2, DINOv3, SAM, SAM3, RADIO.
 
 A tower is built from its configuration and loaded from the tensors alone, so no code that rides
-with a checkpoint ever runs. Reads a folder with ``config.json`` and safetensors, or a hub's copy of
-one. SigLIP2's NaFlex checkpoints, which take patches in place of pixels, are left out.
+with a checkpoint runs; :mod:`teachers.remote_code` has the exception. Reads a folder with
+``config.json`` and safetensors, or a hub's copy of one. SigLIP2's NaFlex checkpoints, which take
+patches in place of pixels, are left out.
 """
 
 import inspect
@@ -18,12 +19,13 @@ from radio_distill.errors import ConfigError
 from radio_distill.progress import quiet_transformers
 from radio_distill.registry import nearest
 
-from . import weights
+from . import remote_code, weights
 from .presets import Preset
 
 ARGUMENTS = {
     "config": "the model's configuration, with its model_type; empty reads config.json",
     "prefix": "prefix of the tower's tensors inside the checkpoint of a larger model",
+    remote_code.OPTION: "true to run the Python files of a model that has its own; read them first",
 }
 
 
@@ -65,6 +67,9 @@ _WHOLE_MODELS = {
     "siglip": "siglip_vision_model",
     "sam": "sam_vision_model",
 }
+# What says how to compute, not what: it may name code to fetch, and changes no tensor's shape.
+_LEFT_OUT = ("model_type", "auto_map", "attn_implementation", "experts_implementation",
+             "quantization_config")  # fmt: skip
 _OTHER_TOWERS = (
     "text_model.",
     "text_projection.",
@@ -102,14 +107,14 @@ class TransformersTower(nn.Module):
 def complete(preset: Preset, weights_path: str) -> Preset:
     """Fill in configuration, size and normalisation from the model's folder."""
     if "config" not in preset.arguments:
-        folder = Path(weights_path).expanduser() if weights_path else _fetch(preset, "*.json")
-        arguments = {**preset.arguments, "config": weights.read_json(folder / "config.json")}
-        preset = replace(preset, arguments=arguments, **_normalisation(folder, preset))
-    config, family = _config(preset.arguments["config"])
+        preset = _described(preset, weights_path)
     if not (preset.mean and preset.std):
         raise ConfigError(
             "options.mean and options.std are missing: no preprocessor_config.json names them"
         )
+    if "code" in preset.arguments:
+        return remote_code.complete(preset)
+    config, family = _config(preset.arguments["config"])
     return replace(
         preset,
         native_size=preset.native_size or config.image_size,
@@ -118,8 +123,23 @@ def complete(preset: Preset, weights_path: str) -> Preset:
     )
 
 
-def build(preset: Preset) -> TransformersTower:
+def _described(preset: Preset, weights_path: str) -> Preset:
+    """Take over what a model's folder says; its code, where it has some, must be allowed."""
+    trusted = preset.arguments.get(remote_code.OPTION, False)
+    patterns = ("*.json", "*.py") if trusted is True else ("*.json",)
+    folder = Path(weights_path).expanduser() if weights_path else _fetch(preset, *patterns)
+    settings = weights.read_json(folder / "config.json")
+    arguments = {**preset.arguments, "config": settings}
+    if "auto_map" in settings and settings.get("model_type") not in {*FAMILIES, *_WHOLE_MODELS}:
+        remote_code.check_trusted(settings, weights_path or preset.model, trusted)
+        arguments["code"] = str(folder)
+    return replace(preset, arguments=arguments, **_normalisation(folder, preset))
+
+
+def build(preset: Preset) -> nn.Module:
     """Build the tower with random weights."""
+    if "code" in preset.arguments:
+        return remote_code.build(preset)
     config, family = _config(preset.arguments["config"])
     return TransformersTower(_class(family)(config), family)
 
@@ -129,14 +149,16 @@ def locate(preset: Preset) -> Path:
     return _fetch(preset, "*.json", "*.safetensors")
 
 
-def load(preset: Preset, path: Path) -> TransformersTower:
+def load(preset: Preset, path: Path) -> nn.Module:
     """Build the tower with the weights in ``path``, a model folder or one file of tensors."""
-    prefix = preset.arguments.get("prefix", "")
+    prefix, is_remote = preset.arguments.get("prefix", ""), "code" in preset.arguments
     state = {
         key.removeprefix(prefix): value
         for key, value in weights.read_state(path).items()
-        if key.startswith(prefix) and not key.startswith(_OTHER_TOWERS)
+        if key.startswith(prefix) and (is_remote or not key.startswith(_OTHER_TOWERS))
     }
+    if is_remote:
+        return remote_code.load_state(preset, state, str(path))
     return load_state(preset.arguments["config"], state, str(path))
 
 
@@ -173,7 +195,11 @@ def _config(settings: Mapping[str, Any]) -> tuple[Any, Family]:
         raise ConfigError(
             f"no image tower is known for model_type {kind!r} ({nearest(kind, list(FAMILIES))})"
         )
-    values = {key: value for key, value in settings.items() if key != "model_type"}
+    values = {
+        key: value
+        for key, value in settings.items()
+        if key not in _LEFT_OUT and not key.startswith("_")
+    }
     return AutoConfig.for_model(kind, **values), FAMILIES[kind]
 
 

@@ -1,7 +1,7 @@
-"""Weights: find the file, check it, read it without executing it, and load it without a gap.
+"""Weights: find the file, read it without executing it, and load it without a gap.
 
-Files are safetensors or pickles read with ``weights_only=True``. Nothing is loaded "as far as it
-fits": a key that is missing, left over or of another shape is an error that names it.
+Files are read by :mod:`radio_distill.models.weight_files`. Nothing is loaded "as far as it fits": a
+key that is missing, left over or of another shape is an error that names it.
 """
 
 import hashlib
@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from radio_distill.errors import WeightsError
 from radio_distill.models.weight_files import read_json as read_json
 from radio_distill.models.weight_files import read_state as read_state
+from radio_distill.models.weight_files import summed_files as summed_files
+from radio_distill.redaction import redact
+from radio_distill.trust import check_sha256 as check_sha256
 
 logger = logging.getLogger(__name__)
 
@@ -33,26 +36,11 @@ def from_hub(model: str, download: Callable[[], str]) -> Path:
     try:
         return Path(download())
     except Exception as error:  # every hub client has exceptions of its own
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = (redact(str(error)).strip().splitlines() or [type(error).__name__])[0]
         raise WeightsError(
             f"cannot fetch the weights of {model} ({reason}); put a local file or folder with "
             f"them into `weights`"
         ) from error
-
-
-def check_sha256(path: Path, expected: str) -> None:
-    """Raise WeightsError unless the file has this sha256; an empty ``expected`` checks nothing."""
-    if not expected:
-        return
-    if path.is_dir():
-        raise WeightsError(f"sha256 is that of one file, but {path} is a folder; drop `sha256`")
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    found = digest.hexdigest()
-    if found != expected.lower():
-        raise WeightsError(f"{path} has sha256 {found}, the recipe asks for {expected}")
 
 
 def load_strict(module: nn.Module, state: Mapping[str, Tensor], where: str) -> None:

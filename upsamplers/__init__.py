@@ -10,12 +10,14 @@ Importing this package does not import torch.
 
 from collections.abc import Mapping
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
 from radio_distill.config import UpsamplerConfig
 from radio_distill.errors import ConfigError
 from radio_distill.protocols import Teacher, Upsampler
 from radio_distill.registry import Registry, nearest
+from radio_distill.trust import check_sha256
 
 PROJECT = "radio-distill"
 
@@ -56,7 +58,7 @@ def build_upsampler(config: UpsamplerConfig, teachers: Mapping[str, Teacher]) ->
     Raises:
         ConfigError: an unknown name or option, a factor below 1, no file for a teacher, or files
             for an upsampler without parameters.
-        WeightsError: a file that was fitted for another teacher or factor.
+        WeightsError: a file that was fitted for another teacher or factor, or has another sum.
     """
     name = config.name
     kind = UPSAMPLERS.get(name)
@@ -72,6 +74,8 @@ def build_upsampler(config: UpsamplerConfig, teachers: Mapping[str, Teacher]) ->
         arguments["weights"] = _files(config, teachers)
     elif config.weights:
         raise ConfigError(f"upsampler {name!r} has no parameters; remove upsampler.weights")
+    elif config.sha256:
+        raise ConfigError(f"upsampler {name!r} has no file to check; remove upsampler.sha256")
     return kind(**arguments, **config.options)
 
 
@@ -85,6 +89,11 @@ def _files(config: UpsamplerConfig, teachers: Mapping[str, Teacher]) -> Mapping[
     """
     from .fitted import check_fitted_for, read_header, shipped
 
+    for name in config.sha256.keys() - teachers.keys():
+        raise ConfigError(
+            f"upsampler.sha256.{name}: no file of {name!r} is read here "
+            f"({nearest(name, list(teachers))}); remove it"
+        )
     files = {}
     for name, teacher in teachers.items():
         path = config.weights.get(name) or shipped(config.name, config.factor, teacher.spec)
@@ -94,6 +103,7 @@ def _files(config: UpsamplerConfig, teachers: Mapping[str, Teacher]) -> Mapping[
                 f"(stages/fit_upsampler.py --recipe RECIPE --teacher {name} --upsampler "
                 f"{config.name} --factor {config.factor}), or set upsampler.weights.{name}"
             )
+        check_sha256([Path(path)], config.sha256.get(name, ""), f"upsampler.sha256.{name}")
         check_fitted_for(read_header(path), config.name, teacher.spec, config.factor)
         files[name] = str(path)
     return files

@@ -6,14 +6,14 @@ program writes ``last.pth.tar``, with the tensors under ``model_state`` and the 
 under ``upsample_args``. What only fitting needs (downsampler, uncertainty, optimiser, FeatUp's copy
 of the teacher) stays behind.
 
-Nothing in a file is executed: one that holds more than tensors and plain values is refused. No real
-FeatSharp checkpoint could be tried. Of its spectral reparametrisation the formula is known, not all
-names: those of ``torch.nn.utils.parametrizations`` are understood, with ``scale`` or ``sn_scale``
-for the learned norm, and others are reported.
+A file that holds more than tensors and plain values is refused, or run where its origin is trusted
+(:mod:`radio_distill.trust`). No real FeatSharp checkpoint could be tried. Of its spectral
+reparametrisation the formula is known, not all names: those of ``torch.nn.utils.parametrizations``
+are understood, with ``scale`` or ``sn_scale`` for the learned norm, and others are reported.
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from radio_distill.errors import ConfigError, WeightsError
 from radio_distill.files import reason_of
+from radio_distill.trust import read_torch_file
 
 from .networks import build_network
 
@@ -147,33 +148,15 @@ def _rescaled(weight: Tensor, scaling: Mapping[str, Tensor]) -> Tensor:
 
 
 def _read(path: str | Path, *sections: str) -> dict[str, Any]:
-    """Read a checkpoint with these sections, and nothing but tensors and plain values in it."""
+    """Read a checkpoint that has these sections."""
     source = Path(path)
     if not source.is_file():
         raise WeightsError(f"no checkpoint at {source}")
-    try:
-        checkpoint = torch.load(source, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file fails in a dozen ways
-        needed = re.search(r"GLOBAL (\S+)", str(error))
-        if needed is not None:
-            raise WeightsError(_resave(source, needed[1], sections)) from error
-        raise WeightsError(
-            f"cannot read checkpoint {source}: {reason_of(error)[:200]}; download or save it again"
-        ) from error
+    checkpoint = read_torch_file(source)
     for section in sections:
         if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(section), Mapping):
             raise WeightsError(f"{source} is not a checkpoint of this program: it has no {section}")
     return checkpoint
-
-
-def _resave(source: Path, needed: str, sections: Iterable[str]) -> str:
-    kept = ", ".join(f'"{name}": dict(c["{name}"])' for name in sections)
-    target = source.with_name(f"{source.name}.tensors")
-    return (
-        f"{source} holds Python objects ({needed}), and nothing in a file is executed here; where "
-        "you trust it and have its packages, resave what is needed: python -c 'import torch; "
-        f'c = torch.load("{source}", weights_only=False); torch.save({{{kept}}}, "{target}")\''
-    )
 
 
 def _parts(state: Mapping[str, Any], path: str | Path) -> dict[str, dict[str, Tensor]]:

@@ -18,7 +18,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, ClassVar
 
 import torch
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 from radio_distill.errors import ConfigError, RadioDistillError, WeightsError
 from radio_distill.files import reason_of
 from radio_distill.protocols import Teacher
+from radio_distill.trust import check_sha256, read_torch_file
 from radio_distill.types import Features, Size
 from radio_distill.views import resize
 
@@ -53,6 +53,8 @@ class External:
     """Folder of a clone, whose code will run."""
     checkpoint: str = ""
     """File of weights; empty lets the repository's entry function find its own."""
+    checkpoint_sha256: str = ""
+    """Sum that the file must have; empty for any."""
     entry: str = ""
     """Which function of the clone's ``hubconf.py`` builds the network."""
     network: nn.Module = field(init=False, repr=False, compare=False)
@@ -61,6 +63,11 @@ class External:
     """Owner and name of the repository on GitHub."""
 
     def __post_init__(self) -> None:
+        if self.checkpoint_sha256 and not self.checkpoint:
+            raise ConfigError(
+                f"upsampler {self.name!r}: options.checkpoint_sha256 is given without "
+                "options.checkpoint, the file to check"
+            )
         network = self._load().eval().requires_grad_(False)
         object.__setattr__(self, "network", network)
 
@@ -131,7 +138,7 @@ class External:
 
     def _with_checkpoint(self, network: nn.Module) -> nn.Module:
         if self.checkpoint:
-            _fill(network, _read(self.checkpoint), self.checkpoint)
+            _fill(network, _read(self.checkpoint, self.checkpoint_sha256), self.checkpoint)
         return network
 
 
@@ -206,7 +213,7 @@ class Jafar(External):
                 f"upsampler 'jafar' has one file of weights for each encoder: name one from "
                 f"https://github.com/{self.source}/releases in upsampler.options.checkpoint"
             )
-        state = _read(self.checkpoint)
+        state = _read(self.checkpoint, self.checkpoint_sha256)
         first = state.get("key_features_encoder.0.weight")
         if first is None:
             raise WeightsError(f"{self.checkpoint} does not hold JAFAR's weights")
@@ -244,16 +251,11 @@ def _loaded(names: set[str]) -> dict[str, Any]:
     return {key: value for key, value in sys.modules.items() if key.partition(".")[0] in names}
 
 
-def _read(path: str) -> Mapping[str, Tensor]:
+def _read(path: str, sha256: str) -> Mapping[str, Tensor]:
     """Read a checkpoint's tensors, out of the wrappers that these projects use."""
-    try:
-        checkpoint = torch.load(Path(path).expanduser(), map_location="cpu", weights_only=True)
-    except UnpicklingError as error:
-        raise WeightsError(
-            f"{path} holds more than tensors; save its state dict alone in a new file"
-        ) from error
-    except Exception as error:  # a damaged file fails in a dozen ways
-        raise WeightsError(f"cannot read weights {path}: {reason_of(error)}") from error
+    file = Path(path).expanduser()
+    check_sha256([file], sha256, "upsampler.options.checkpoint_sha256")
+    checkpoint = read_torch_file(file)
     for wrapper in ("state_dict", "jafar"):
         if isinstance(checkpoint, dict) and wrapper in checkpoint:
             checkpoint = checkpoint[wrapper]

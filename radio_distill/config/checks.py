@@ -1,8 +1,10 @@
 """Fields that contradict each other, found before anything runs."""
 
+from dataclasses import asdict
 from math import gcd
 
 from ..errors import ConfigError
+from ..redaction import secrets_in
 from ..registry import nearest
 from .schema import (
     DataConfig,
@@ -16,12 +18,17 @@ from .schema import (
 def check(recipe: Recipe) -> None:
     """Raise ConfigError, one line a problem, where fields contradict each other."""
     problems = [
+        *_check_secrets(recipe),
         *_check_data(recipe.data),
         *_check_teachers(recipe),
         *_check_augmentation(recipe),
         *_check_fit(recipe),
         *_check_logs(recipe),
     ]
+    if recipe.student.pretrained_sha256 and not recipe.student.pretrained:
+        problems.append(
+            "student.pretrained_sha256: a sum without student.pretrained; name the file"
+        )
     if recipe.student.patch_size < 1:
         problems.append(f"student.patch_size: {recipe.student.patch_size} is not positive")
     else:
@@ -29,6 +36,14 @@ def check(recipe: Recipe) -> None:
             problems += _check_stage(recipe, name, stage)
     if problems:
         raise ConfigError("\n".join(problems))
+
+
+def _check_secrets(recipe: Recipe) -> list[str]:
+    return [
+        f"{field}: looks like a secret, and recipes are written into run folders; set it in the "
+        "environment instead, for instance as HF_TOKEN"
+        for field in secrets_in(asdict(recipe))
+    ]
 
 
 def _check_data(data: DataConfig) -> list[str]:

@@ -26,11 +26,12 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..errors import WeightsError
+from ..errors import ConfigError, WeightsError
 from ..registry import Registry
+from ..trust import check_sha256
 from .position import CroppedPositions
 from .radio_layout import holds_radio, radio_checkpoint
-from .weight_files import read_checkpoint, read_json, tensors_of
+from .weight_files import read_checkpoint, read_json, summed_files, tensors_of
 
 if TYPE_CHECKING:
     from .student import Student
@@ -59,26 +60,37 @@ class Start:
     std: Sequence[float] | None = None
 
 
-def read_start(pretrained: str, body: Any, architecture: str) -> Start:
+def read_start(pretrained: str, body: Any, architecture: str, sha256: str = "") -> Start:
     """Read what a recipe calls ``student.pretrained``.
 
     Args:
         pretrained: ``timm``, or the path of a file or folder.
         body: timm model of the architecture, with timm's weights for ``timm``.
         architecture: its name, for messages.
+        sha256: sum that :func:`summed_files` must have; empty for any.
 
     Raises:
-        WeightsError: where there is nothing, or another architecture.
+        ConfigError: a sum for ``timm``, whose file is not in our hands.
+        WeightsError: where there is nothing, another sum, or another architecture.
     """
-    start = Start(body.state_dict()) if pretrained == "timm" else _read(Path(pretrained))
+    if pretrained == "timm":
+        if sha256:
+            raise ConfigError(
+                "student.pretrained_sha256: timm reads a file of its own, which cannot be checked; "
+                "name a copy of it in student.pretrained, or drop the sum"
+            )
+        start = Start(body.state_dict())
+    else:
+        start = _read(Path(pretrained).expanduser(), sha256)
     check_start(start, body, pretrained, architecture)
     return start
 
 
-def _read(path: Path) -> Start:
-    path = path.expanduser()
+def _read(path: Path, sha256: str) -> Start:
     if not path.exists():
         raise WeightsError(f"no weights file {path}; correct student.pretrained")
+    if sha256:
+        check_sha256(summed_files(path), sha256, "student.pretrained_sha256")
     is_folder = path.is_dir()
     if is_folder and not (path / "config.json").is_file():
         return start_of(_READERS.get("run")(path, adaptors=()).student)
@@ -106,10 +118,8 @@ def _from_timm(
     if "embeds.proj.weight" not in state:
         return Start(state, mean=mean, std=std)
     named = {key.replace("embeds.", ""): value for key, value in state.items()}
-    patches, table = (
-        named.pop("proj.weight"),
-        named.pop("pos_embed"),
-    )  # [D, p * p * 3], [1, h, w, D]
+    patches = named.pop("proj.weight")  # [D, p * p * 3]
+    table = named.pop("pos_embed")  # [1, h, w, D]
     side = math.isqrt(patches.shape[1] // 3)
     weights = {
         **named,

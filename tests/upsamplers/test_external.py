@@ -1,6 +1,7 @@
 """Adapters to other projects' upsamplers, on stand-ins with the signatures of the real ones."""
 
 import sys
+from hashlib import sha256
 from textwrap import dedent
 
 import pytest
@@ -11,6 +12,7 @@ import upsamplers
 from radio_distill.config import TeacherConfig
 from radio_distill.errors import ConfigError, WeightsError
 from radio_distill.protocols import Upsampler
+from radio_distill.trust import trusting_pickles
 from radio_distill.types import TeacherSpec
 from teachers import build_teacher
 from teachers.base import FrozenTeacher
@@ -284,8 +286,38 @@ def test_checkpoint__damaged_foreign_or_not_tensors(anyup, jafar, tmp_path):
         AnyUp(2, repository=anyup, checkpoint=str(path))
     with pytest.raises(WeightsError, match="does not hold JAFAR's weights"):
         Jafar(2, repository=jafar, checkpoint=str(path))
-    torch.save({"jafar": {}, "cfg": WeightsError("code")}, path)
-    with pytest.raises(WeightsError, match="more than tensors; save its state dict alone"):
-        Jafar(2, repository=jafar, checkpoint=str(path))
     with pytest.raises(WeightsError, match=r"cannot read weights .*: No such file"):
         AnyUp(2, repository=anyup, checkpoint=str(tmp_path / "none.pth"))
+
+
+class Trap:
+    """Unpickles by creating a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_checkpoint__code_in_it_runs_only_where_it_is_trusted(anyup, tmp_path):
+    path, trap = tmp_path / "weights.pth", tmp_path / "ran"
+    torch.save({"state_dict": {"gain": torch.full((1,), 3.0)}, "cfg": Trap(trap)}, path)
+    with pytest.raises(WeightsError, match=r"weights\.pth: it wants to import io\.open"):
+        AnyUp(2, repository=anyup, checkpoint=str(path))
+    assert not trap.exists()
+    with trusting_pickles():
+        upsampler = AnyUp(2, repository=anyup, checkpoint=str(path))
+    assert trap.exists()
+    assert upsampler.network.gain.item() == 3
+
+
+def test_checkpoint_sha256__is_that_of_the_file(anyup, tmp_path):
+    path = tmp_path / "weights.pth"
+    torch.save({"gain": torch.full((1,), 3.0)}, path)
+    found = sha256(path.read_bytes()).hexdigest()
+    AnyUp(2, repository=anyup, checkpoint=str(path), checkpoint_sha256=found)
+    with pytest.raises(WeightsError, match=rf"checkpoint_sha256: .* has sha256 {found}"):
+        AnyUp(2, repository=anyup, checkpoint=str(path), checkpoint_sha256="0" * 64)
+    with pytest.raises(ConfigError, match="checkpoint_sha256 is given without"):
+        AnyUp(2, repository=anyup, checkpoint_sha256=found)

@@ -1,6 +1,7 @@
 """The file of a fitted upsampler is used on its own teacher or not at all."""
 
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -37,16 +38,18 @@ NETWORK = {"network.w": torch.arange(4.0)}
 
 @pytest.fixture
 def learned(monkeypatch, tmp_path):
-    registry = Registry("upsampler", {"learned": f"{__name__}:Learned"})
+    registry = Registry(
+        "upsampler", {"learned": f"{__name__}:Learned", "tile": "upsamplers.tile:Tile"}
+    )
     monkeypatch.setattr("upsamplers.UPSAMPLERS", registry)
     path = tmp_path / "deep" / "siglip.safetensors"
     fitted.write(path, NETWORK, HEADER)
     return path
 
 
-def build(path, spec):
+def build(path, spec, **values):
     weights = {"siglip": str(path)} if path else {}
-    config = UpsamplerConfig(name="learned", factor=3, weights=weights)
+    config = UpsamplerConfig(name="learned", factor=3, weights=weights, **values)
     return build_upsampler(config, {"siglip": SimpleNamespace(spec=spec)})
 
 
@@ -58,6 +61,24 @@ def test_write__read_header_gives_it_back_and_the_tensors_are_plain(learned):
 
 def test_build_upsampler__takes_the_file_of_its_teacher(learned):
     assert build(learned, SPEC).weights == {"siglip": str(learned)}
+
+
+def test_build_upsampler__takes_the_file_with_the_sum_that_the_recipe_says(learned):
+    found = sha256(learned.read_bytes()).hexdigest()
+    assert build(learned, SPEC, sha256={"siglip": found})
+    message = (
+        rf"^upsampler\.sha256\.siglip: \S+siglip\.safetensors has sha256 {found}, .*{'0' * 64}"
+    )
+    with pytest.raises(WeightsError, match=message):
+        build(learned, SPEC, sha256={"siglip": "0" * 64})
+
+
+def test_build_upsampler__a_sum_that_nothing_has_is_refused(learned):
+    with pytest.raises(ConfigError, match=r"upsampler\.sha256\.dino: no file of 'dino' is read"):
+        build(learned, SPEC, sha256={"dino": "0" * 64})
+    config = UpsamplerConfig(name="tile", factor=3, sha256={"siglip": "0" * 64})
+    with pytest.raises(ConfigError, match="'tile' has no file to check"):
+        build_upsampler(config, {"siglip": SimpleNamespace(spec=SPEC)})
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """Weights of timm models: what arrives, at other patch sizes and grids, and what is refused."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -10,8 +12,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from radio_distill.config import StudentConfig
-from radio_distill.errors import WeightsError
+from radio_distill.errors import ConfigError, WeightsError
+from radio_distill.models.pretrained import read_start
 from radio_distill.models.student import Student
+from radio_distill.trust import trusting_pickles
 
 MakeConfig = Callable[..., StudentConfig]
 ARCHITECTURE = "vit_tiny_patch16_224"
@@ -200,11 +204,55 @@ class Bomb:
         return open, (self.path, "w")
 
 
-def test_file__pickled_code_does_not_run(student_config: MakeConfig, tmp_path: Path) -> None:
-    torch.save({"blocks": Bomb(str(tmp_path / "ran"))}, tmp_path / "bomb.pth")
-    with pytest.raises(WeightsError, match="would run code when read"):
-        Student(student_config(pretrained=str(tmp_path / "bomb.pth")), num_summary_tokens=1)
+def test_file__code_in_it_runs_only_where_it_is_trusted(
+    student_config: MakeConfig, reference: torch.nn.Module, tmp_path: Path
+) -> None:
+    path = tmp_path / "bomb.pth"
+    torch.save({"model": reference.state_dict(), "cfg": Bomb(str(tmp_path / "ran"))}, path)
+    config = student_config(pretrained=str(path))
+    with pytest.raises(WeightsError, match=r"it wants to import io\.open, which would run code"):
+        Student(config, num_summary_tokens=1)
     assert not (tmp_path / "ran").exists()
+    with trusting_pickles():
+        Student(config, num_summary_tokens=1)
+    assert (tmp_path / "ran").exists()
+
+
+def test_student__starts_from_the_file_with_the_sum_that_the_recipe_says(
+    weights_file: Path, student_config: MakeConfig
+) -> None:
+    found = sha256(weights_file.read_bytes()).hexdigest()
+    config = student_config(pretrained=str(weights_file), pretrained_sha256=found)
+    Student(config, num_summary_tokens=1)
+    with pytest.raises(WeightsError, match=r"student\.pretrained_sha256: .* has sha256"):
+        Student(replace(config, pretrained_sha256="0" * 64), num_summary_tokens=1)
+
+
+def test_read_start__has_the_sum_that_the_recipe_says(
+    reference: torch.nn.Module, write_run: Callable[..., Path], tmp_path: Path
+) -> None:
+    file, folder, run = tmp_path / "w.pth", tmp_path / "folder", write_run()
+    torch.save(reference.state_dict(), file)
+    folder.mkdir()
+    save(reference.state_dict(), folder / "model.safetensors")
+    (folder / "config.json").write_text("{}")
+    meta = run / "stage1" / "checkpoints" / "step-00000007" / "meta.json"
+    body: torch.nn.Module = timm.create_model("test_vit", num_classes=0)
+    cases = [
+        (file, file, reference),
+        (folder, folder / "model.safetensors", reference),
+        (run, meta, body),
+    ]
+    for pretrained, summed, model in cases:
+        found = sha256(summed.read_bytes()).hexdigest()
+        assert read_start(str(pretrained), model, "x", found).weights
+        message = (
+            rf"^student\.pretrained_sha256: \S+{summed.name} has sha256 {found}, .* {'0' * 64}"
+        )
+        with pytest.raises(WeightsError, match=message):
+            read_start(str(pretrained), model, "x", "0" * 64)
+    with pytest.raises(ConfigError, match="timm reads a file of its own"):
+        read_start("timm", reference, ARCHITECTURE, "0" * 64)
 
 
 def test_file__that_is_no_state_dict(student_config: MakeConfig, tmp_path: Path) -> None:

@@ -1,0 +1,104 @@
+"""Weights that hold code are read with ``--trust-checkpoint`` alone, and secrets stay unwritten."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from radio_distill import trust
+from stages import cli
+from stages.arguments import Parser
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+RECIPE = """
+name: hostile
+output: {output}
+data: {{shards: [none]}}
+teachers:
+  a: {{preset: tiny_vit, weights: {weights}}}
+stages:
+  stage1: {{steps: 1, partitions: [{{name: low, size: 64, teachers: [a], batch_size: 2}}]}}
+engine: {{device: cpu}}
+"""
+
+
+class Bomb:
+    def __init__(self, marker: Path):
+        self.marker = marker
+
+    def __reduce__(self):
+        return (open, (str(self.marker), "w"))
+
+
+@pytest.fixture
+def hostile(tmp_path: Path) -> tuple[Path, Path]:
+    """A recipe whose teacher's weights hold code, and the file that the code would make."""
+    marker = tmp_path / "executed"
+    torch.save({"state_dict": {"w": torch.zeros(1)}, "more": Bomb(marker)}, tmp_path / "w.pth")
+    recipe = tmp_path / "hostile.yaml"
+    recipe.write_text(RECIPE.format(output=tmp_path / "runs", weights=tmp_path / "w.pth"))
+    return recipe, marker
+
+
+@pytest.mark.parametrize("command", ["train", "fit-upsampler"])
+def test_trust_checkpoint__is_needed(hostile, command, capsys):
+    recipe, marker = hostile
+    recipe_argument = ["--recipe", str(recipe)] if command == "fit-upsampler" else [str(recipe)]
+    assert cli.main([command, *recipe_argument]) == 2
+    assert not marker.exists()
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_trust_checkpoint__lets_the_code_run(hostile, capsys, caplog):
+    recipe, marker = hostile
+    assert cli.main(["train", str(recipe)]) == 2
+    error = capsys.readouterr().err
+    assert "would run code when read" in error
+    assert "--trust-checkpoint" in error
+    assert not marker.exists()
+    assert cli.main(["train", str(recipe), "--trust-checkpoint"]) == 2, "no shards, no weights"
+    assert marker.exists()
+    assert "running the code in" in caplog.text
+    assert not trust._trusted, "the trust ends with the command"
+
+
+def test_trust_checkpoint__every_command_that_reads_weights_has_it():
+    readers = {
+        "demo", "plan", "train", "eval", "sweep", "fit-upsampler", "convert-upsampler", "export",
+        "report", "upsampler-report", "mode-switching", "slurm",
+    }  # fmt: skip
+    for name, (module, _) in cli.COMMANDS.items():
+        parser = Parser(prog=name)
+        __import__(module, fromlist=["add_arguments"]).add_arguments(parser)
+        has = any(trust.FLAG in action.option_strings for action in parser._actions)
+        assert has == (name in readers), name
+
+
+def test_recipe__with_a_secret_is_refused(hostile, capsys):
+    recipe, _ = hostile
+    token = "hf_" + "aB3" * 12
+    assert cli.main(["train", str(recipe), "--teachers.a.options.token", token]) == 2
+    error = capsys.readouterr().err
+    assert "teachers.a.options.token: looks like a secret" in error
+    assert token not in error
+    assert not (recipe.parent / "runs").exists()
+
+
+def test_logs__have_no_token_of_the_environment(hostile):
+    """A token in a path: in the one-line error it is hidden."""
+    recipe, _ = hostile
+    token = "not-known-by-its-looks-0123"
+    done = subprocess.run(
+        [sys.executable, "-m", "stages.cli", "train", f"{recipe}-{token}.yaml"],
+        cwd=CHECKOUT,
+        env=os.environ | {"HF_TOKEN": token},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert token not in done.stderr + done.stdout
+    assert "***" in done.stderr
