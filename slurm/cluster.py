@@ -1,18 +1,23 @@
 """What a job asks of the cluster: a YAML file, and command-line flags over it.
 
-Only what most sites need has a field; everything else that sbatch knows goes into ``sbatch``.
+Only what most sites need has a field; everything else that sbatch and srun know goes into
+``sbatch`` and ``srun``. Examples to start from are in the folder ``clusters`` beside this file.
 """
 
 import argparse
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from radio_distill.config import build, describe, option, read_yaml
 from radio_distill.errors import ConfigError
+from radio_distill.redaction import secrets_in
 
-_LISTS = {"setup": "LINE", "sbatch": "KEY=VALUE"}
+Launcher = Literal["srun", "torchrun", "accelerate"]
+
+_LISTS = {"setup": "LINE", "srun": "ARGUMENT", "container_mounts": "FROM:TO"}
+_MAPPINGS = ("environment", "sbatch")
 _LOWEST = {
     "nodes": 1,
     "gpus_per_node": 0,
@@ -21,12 +26,15 @@ _LOWEST = {
     "time_minutes": 1,
     "signal_delay_s": 1,
     "max_requeues": 0,
+    "max_retries": 0,
+    "max_running": 1,
+    "master_port": 0,
 }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cluster:
-    """Resources of each stage's job."""
+    """Resources of each job, how its processes start, and how often it may come back."""
 
     partition: str = option("", "Slurm partition; empty for the site's default")
     account: str = option("", "account that is charged; empty for the user's default")
@@ -43,33 +51,77 @@ class Cluster:
     signal_delay_s: int = option(
         300, "how long before the time limit a job is told to save; at least two checkpoints", "s"
     )
-    max_requeues: int = option(30, "how often one job may reach its time limit", "times")
+    max_requeues: int = option(
+        30, "how often one job may save and queue again: time limits, preemptions", "times"
+    )
+    max_retries: int = option(3, "how often one job may crash and be tried again", "times")
+    exclude_crashed: bool = option(True, "keep off the node that a crash came from")
+    max_running: int = option(4, "tasks of a sweep that may run at the same time", "tasks")
+    launcher: Launcher = option(
+        "srun", "what starts a process for each GPU; the others start them inside one task a node"
+    )
+    master_address: str = option(
+        "", "where the processes of a job meet; empty for its first node", "host"
+    )
+    master_port: int = option(0, "port of that; 0 for one made of the job's number")
+    environment: dict[str, str] = option(dict, "environment variables of the processes")
     setup: tuple[str, ...] = option(tuple, "shell lines before the processes start, one each")
+    container_image: str = option("", "image that the processes run in, through pyxis and enroot")
+    container_mounts: tuple[str, ...] = option(tuple, "folders to mount into the container")
+    container_workdir: str = option("", "current folder inside the container")
+    python: str = option("", "interpreter of the processes; empty for the one that submits")
+    srun: tuple[str, ...] = option(tuple, "further arguments of srun, one each")
     sbatch: dict[str, Any] = option(dict, "further sbatch options, for instance reservation: name")
 
     @property
-    def tasks_per_node(self) -> int:
-        """Processes on each node."""
+    def processes_per_node(self) -> int:
+        """Processes on each node, one for each GPU."""
         return max(1, self.gpus_per_node)
 
+    @property
+    def tasks_per_node(self) -> int:
+        """Slurm's tasks on each node: the processes themselves, or one launcher of them."""
+        return self.processes_per_node if self.launcher == "srun" else 1
 
-def load_cluster(path: str | Path | None = None, flags: Mapping[str, Any] | None = None) -> Cluster:
-    """Read cluster settings; ``flags`` win over the file.
+
+def load_cluster(
+    path: str | Path | None = None,
+    flags: Mapping[str, Any] | None = None,
+    before: Mapping[str, Any] | None = None,
+) -> Cluster:
+    """Read cluster settings; ``flags`` win over the file, and that over those of ``before``.
 
     Raises:
         ConfigError: naming the field, for a file or a value that cannot be right.
     """
-    values = {**(read_yaml(path) if path else {}), **(flags or {})}
-    cluster = build(Cluster, values, "cluster")
+    values = {**(before or {}), **(read_yaml(path) if path else {}), **(flags or {})}
+    cluster: Cluster = build(Cluster, values, "cluster")
+    _check(cluster)
+    return cluster
+
+
+def _check(cluster: Cluster) -> None:
     for name, lowest in _LOWEST.items():
         if getattr(cluster, name) < lowest:
             raise ConfigError(f"cluster.{name}: {getattr(cluster, name)} is below {lowest}")
+    if cluster.master_port > 65535:
+        raise ConfigError(f"cluster.master_port: {cluster.master_port} is no port")
     if cluster.signal_delay_s >= 60 * cluster.time_minutes:
         raise ConfigError(
             f"cluster.signal_delay_s: {cluster.signal_delay_s} s is not below the time limit of "
             f"{cluster.time_minutes} min; a job would be told to save as it starts"
         )
-    return cluster
+    for name in ("container_mounts", "container_workdir"):
+        if getattr(cluster, name) and not cluster.container_image:
+            raise ConfigError(f"cluster.{name} is set without cluster.container_image; set both")
+    for name in secrets_in(asdict(cluster)):
+        raise ConfigError(
+            f"cluster.{name} looks like a secret, and scripts are printed and kept; leave it out, "
+            "and export it where you submit: jobs get those variables too"
+        )
+    for name in cluster.environment:
+        if not name.isidentifier():
+            raise ConfigError(f"cluster.environment: {name!r} is no name of a variable")
 
 
 def add_cluster_flags(parser: argparse.ArgumentParser) -> None:
@@ -79,8 +131,10 @@ def add_cluster_flags(parser: argparse.ArgumentParser) -> None:
         kind: dict[str, Any] = {"metavar": "NAME"}
         if default.isdigit():
             kind = {"metavar": "N", "type": int}
-        if name in _LISTS:
-            kind = {"metavar": _LISTS[name], "action": "append"}
+        elif default in ("True", "False"):
+            kind = {"action": argparse.BooleanOptionalAction}
+        elif name in _LISTS or name in _MAPPINGS:
+            kind = {"metavar": _LISTS.get(name, "KEY=VALUE"), "action": "append"}
         group.add_argument(
             *(["--time"] if name == "time_minutes" else []),
             f"--{name.replace('_', '-')}",
@@ -91,16 +145,21 @@ def add_cluster_flags(parser: argparse.ArgumentParser) -> None:
         )
 
 
-def cluster_from(arguments: argparse.Namespace, path: str | Path | None) -> Cluster:
+def cluster_from(
+    arguments: argparse.Namespace,
+    path: str | Path | None,
+    before: Mapping[str, Any] | None = None,
+) -> Cluster:
     """Return the settings of a file, overridden by the flags that were given."""
     flags = {
         name.removeprefix("cluster_"): value
         for name, value in vars(arguments).items()
         if name.startswith("cluster_")
     }
-    if "sbatch" in flags:
-        flags["sbatch"] = dict(map(_pair, flags["sbatch"]))
-    return load_cluster(path, flags)
+    for name in _MAPPINGS:
+        if name in flags:
+            flags[name] = dict(map(_pair, flags[name]))
+    return load_cluster(path, flags, before)
 
 
 def _pair(text: str) -> tuple[str, str | bool]:

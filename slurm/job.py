@@ -1,16 +1,28 @@
-"""What submitit pickles and runs in every process of a job: ``module:main`` with its arguments.
+"""What submitit pickles and runs as every task of a job: ``module:function`` with its arguments.
 
-The entry point is a string, so that a pickle holds no code and submitting imports no stage. A job
-that reaches its time limit, or that Slurm starts again, goes on with ``--resume``: everything else
-it needs is in the run folder.
+The target is a string, so that a pickle holds no code and submitting imports no stage. A job that
+Slurm starts again goes on with ``--resume``: everything else it needs is in the run folder.
+
+On Slurm a task watches over the processes that it starts: it outlives them, and notes those that
+die without a word. Whether the job queues again is decided after all tasks, by
+:mod:`slurm.aftermath`; submitit's own requeue is used where there is no Slurm.
 """
 
 import os
+import signal
+import subprocess
 from dataclasses import dataclass, replace
-from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from radio_distill.errors import RadioDistillError
+from radio_distill.interruption import listening
+
+from . import history, outcomes
+from .cluster import Launcher
+from .decision import INTERRUPTED
+from .launchers import AGENT_SIGNALS, launch_command, meeting_point, process_environment
+from .worker import call
 
 if TYPE_CHECKING:
     from submitit import JobEnvironment
@@ -19,53 +31,105 @@ if TYPE_CHECKING:
 RESUME = "--resume"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Job:
     """A call of ``target`` (``module:function``) with a list of arguments."""
 
     target: str
     arguments: tuple[str, ...] = ()
+    resumes: bool = True
+    """Whether the target takes ``--resume``."""
+    name: str = ""
+    """Of the job in its chain."""
+    folder: str = ""
+    """For outcomes and history."""
+    launcher: Launcher = "srun"
+    processes_per_node: int = 1
+    master_address: str = ""
+    master_port: int = 0
 
     def __call__(self) -> None:
-        """Run the target as one process of the job.
+        """Run the target in this task.
 
         Raises:
-            RadioDistillError: where it returns a status other than 0, so that jobs which wait for
-                this one do not start.
+            RadioDistillError: outside Slurm, where it returns a status other than 0.
+            SystemExit: on Slurm, with that status.
         """
         from submitit import JobEnvironment
 
-        # After a node failure Slurm restarts a job by itself, without calling `checkpoint`.
-        job = self.resumed() if int(os.environ.get("SLURM_RESTART_COUNT", "0")) else self
-        os.environ.update(process_environment(JobEnvironment()))
-        module, _, function = job.target.partition(":")
-        # SystemExit passes: it is how submitit's signal handler leaves a job that is requeued.
-        status = getattr(import_module(module), function)(list(job.arguments))
+        environment = JobEnvironment()
+        if environment.cluster == "slurm":
+            self._supervise(environment)
+        else:
+            self._run(environment)
+
+    def _run(self, environment: "JobEnvironment") -> None:
+        os.environ.update(process_environment(environment, port=self.master_port))
+        with listening():
+            status = call(self.target, self.arguments)
+        if status == INTERRUPTED and environment.global_rank == 0:
+            # Submitit's handler is in place again; it starts the job anew with `checkpoint()`.
+            os.kill(os.getpid(), signal.SIGUSR2)
         if status:
             raise RadioDistillError(f"{self.target} ended with status {status}; see its log")
 
+    def _supervise(self, environment: "JobEnvironment") -> None:
+        place = outcomes.Place.of(os.environ)
+        job = self
+        if place.restart:
+            job = self.resumed()
+            if environment.global_rank == 0:
+                note_lost_start(Path(self.folder), self.name, place)
+        for number in (signal.SIGUSR2, signal.SIGTERM):
+            # Ignored here and in a launcher; the processes that train listen for them anew.
+            signal.signal(number, signal.SIG_IGN)
+        meeting = meeting_point(environment, self.master_address, self.master_port)
+        command = launch_command(
+            self.launcher,
+            environment,
+            self.processes_per_node,
+            meeting,
+            [self.folder, job.target, *job.arguments],
+        )
+        variables = AGENT_SIGNALS
+        if self.launcher == "srun":
+            variables = process_environment(environment, *meeting)
+        status = subprocess.call(command, env={**os.environ, **variables})
+        if status:
+            self._note_silent(place, environment, status)
+            raise SystemExit(status if status > 0 else 128 - status)
+
+    def _note_silent(
+        self, place: outcomes.Place, environment: "JobEnvironment", status: int
+    ) -> None:
+        """Note the end of this task's processes that could not do so themselves."""
+        folder, ranks = Path(self.folder), {environment.global_rank}
+        if self.launcher != "srun":
+            first = environment.node * self.processes_per_node
+            ranks = set(range(first, first + self.processes_per_node))
+            status = -signal.SIGKILL  # all that the launcher tells is that something failed
+        for outcome in outcomes.read(folder, place):
+            if outcome.rank in ranks and outcome.status is None:
+                outcomes.end(folder, place, outcome, status)
+
     def checkpoint(self) -> "DelayedSubmission":
-        """Return what submitit is to requeue when the time limit is near."""
+        """Return what submitit is to start again outside Slurm."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self.resumed())
 
     def resumed(self) -> "Job":
-        """Return this job with ``--resume`` among its arguments, once."""
-        if RESUME in self.arguments:
+        """Return this job with ``--resume`` among its arguments, once, where it takes that."""
+        if not self.resumes or RESUME in self.arguments:
             return self
         return replace(self, arguments=(*self.arguments, RESUME))
 
 
-def process_environment(environment: "JobEnvironment") -> dict[str, str]:
-    """Return the variables by which torch.distributed finds the other processes of a job."""
-    single = environment.num_nodes == 1
-    number = int("".join(filter(str.isdigit, environment.job_id)) or 0)
-    return {
-        "RANK": str(environment.global_rank),
-        "WORLD_SIZE": str(environment.num_tasks),
-        "LOCAL_RANK": str(environment.local_rank),
-        "MASTER_ADDR": "127.0.0.1" if single else environment.hostnames[0],
-        # Two jobs on one node must differ; below the range that systems draw client ports from.
-        "MASTER_PORT": str(10_000 + number % 20_000),
-    }
+def note_lost_start(folder: Path, name: str, place: outcomes.Place) -> None:
+    """Note a start of a job whose batch script could not: its node was lost or it was killed."""
+    before = place.restart - 1
+    known = {(stop.job, stop.restart) for stop in history.read(folder)}
+    if (place.job, before) not in known:
+        reason = "Slurm had it queue again: its node was lost, or it was killed at once"
+        stop = history.Stop(name=name, job=place.job, restart=before, kind="left", reason=reason)
+        history.append(folder, stop)

@@ -60,13 +60,6 @@ def load_recipe(name: str, overrides: Sequence[str] = (), stage: str = "") -> Re
     return load(find_recipe(name), overrides, stage)
 
 
-def stage_folder(recipe: Recipe, stage: str) -> Path:
-    """Return the folder of a stage, named after its upsampler too where it uses one."""
-    config = stage_of(recipe, stage)
-    upsampled = any(partition.upsample for partition in config.partitions)
-    return recipe.folder / (f"{stage}-{config.upsampler.name}" if upsampled else stage)
-
-
 def fit_of(recipe: Recipe, teacher: str, upsampler: str, factor: int) -> FitConfig:
     """Return how a recipe fits an upsampler; its options are those of ``fit.upsampler`` alone."""
     options = recipe.fit.options if upsampler == recipe.fit.upsampler else {}
@@ -219,7 +212,7 @@ def train_stage(
 
     check_packages()
     config = stage_of(recipe, stage)
-    folder = stage_folder(recipe, stage)
+    folder = recipe.stage_folder(stage)
     world = world_from(os.environ)
     engine_name(recipe.engine, config, world.world_size)  # a combination that cannot be ends here
     if not world.is_main:
@@ -357,7 +350,7 @@ def start_checkpoint(recipe: Recipe, stage: str) -> "Checkpoint | None":
     start = stage_of(recipe, stage).start_from
     if not start:
         return None
-    path = stage_folder(recipe, start) if start in recipe.stages else Path(start)
+    path = recipe.stage_folder(start) if start in recipe.stages else Path(start)
     try:
         return checkpoints.find(path)
     except CheckpointError as error:

@@ -16,7 +16,7 @@ from pathlib import Path
 from radio_distill.config import Recipe
 from radio_distill.progress import clock
 from stages.arguments import add_trust_argument
-from stages.common import changes_that_matter, load_recipe, stage_folder, train_stage
+from stages.common import changes_that_matter, load_recipe, train_stage
 from stages.evaluate import show
 from stages.report import report
 from stages.sweep import show_gain, sweep, with_upsampler
@@ -82,6 +82,6 @@ def _train(stage: str, recipe: Recipe) -> None:
     """Train a stage, or go on with it; start it anew where the recipe was changed since."""
     from radio_distill.train.checkpoint import newest
 
-    earlier = newest(stage_folder(recipe, stage) / "checkpoints")
+    earlier = newest(recipe.stage_folder(stage) / "checkpoints")
     same = earlier is not None and not any(changes_that_matter(earlier.recipe, recipe, stage))
     train_stage(stage, recipe, resume=same)

@@ -420,6 +420,12 @@ class Recipe:
         """The run folder of this recipe: ``output/name``."""
         return Path(self.output) / self.name
 
+    def stage_folder(self, stage: str) -> Path:
+        """The folder of a stage, named after its upsampler too where it uses one."""
+        config = self.stages[stage]
+        upsampled = any(partition.upsample for partition in config.partitions)
+        return self.folder / (f"{stage}-{config.upsampler.name}" if upsampled else stage)
+
 
 def size_pair(size: int | tuple[int, int]) -> tuple[int, int]:
     """Return (height, width) of a size that may be given as one side."""

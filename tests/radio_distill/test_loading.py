@@ -96,6 +96,16 @@ def test_load__an_export_equals_the_run(write_run, tmp_path, architecture):
     assert same(model, whole, model.adaptor_names, tolerance=1e-5)
 
 
+def test_load__an_export_is_not_what_its_training_started_from(write_run, tmp_path):
+    from radio_distill.export.transformers import export
+
+    run = write_run(pretrained_sha256="ab" * 32)
+    export(folded(checkpoints.find(run / "stage1")), tmp_path / "export")
+    model, whole = radio_distill.load(tmp_path / "export"), radio_distill.load(run)
+    assert model.config == whole.config
+    assert model.config.pretrained_sha256 == ""
+
+
 def radio_model(**fields):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(1)

@@ -2,9 +2,12 @@
 
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
+
+from radio_distill.interruption import requested
 
 
 def main(argv: list[str]) -> int:
@@ -18,10 +21,12 @@ def main(argv: list[str]) -> int:
 
 
 def slow_start(argv: list[str]) -> int:
-    """Sleep for ever, unless asked to resume."""
+    """Go on until a signal asks to stop, unless asked to resume."""
     main(argv)
-    if "--resume" not in argv:
-        time.sleep(60)
+    while "--resume" not in argv:
+        time.sleep(0.05)
+        if requested():
+            return 75
     return 0
 
 
@@ -29,3 +34,25 @@ def failing(argv: list[str]) -> int:
     """Write down the call, then end with status 3."""
     main(argv)
     return 3
+
+
+def interrupted(argv: list[str]) -> int:
+    """Behave as a run that is told to stop."""
+    os.kill(os.getpid(), signal.SIGUSR2)
+    return 75 if requested() == signal.SIGUSR2 else 1
+
+
+def raising(argv: list[str]) -> int:
+    """Meet a bug of ours."""
+    raise ValueError("not\n  so")
+
+
+def leaving(argv: list[str]) -> int:
+    """End by an exception that is no error."""
+    sys.exit(4)
+
+
+def killed(argv: list[str]) -> int:
+    """Die without a word."""
+    os.kill(os.getpid(), signal.SIGKILL)
+    return 0

@@ -8,6 +8,8 @@ import pytest
 from radio_distill.errors import ConfigError
 from slurm.cluster import Cluster, add_cluster_flags, cluster_from, load_cluster
 
+EXAMPLES = Path(__file__).resolve().parents[2] / "slurm" / "clusters"
+
 
 def parse(*flags: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
@@ -42,6 +44,12 @@ def test_tasks_per_node__is_one_without_gpus():
     assert load_cluster(flags={"gpus_per_node": 0}).tasks_per_node == 1
 
 
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+def test_tasks_per_node__a_launcher_is_one_task(launcher):
+    cluster = load_cluster(flags={"gpus_per_node": 8, "launcher": launcher})
+    assert (cluster.tasks_per_node, cluster.processes_per_node) == (1, 8)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -49,6 +57,15 @@ def test_tasks_per_node__is_one_without_gpus():
         ("nodes: many", "cluster.nodes: 'many' is not a whole number"),
         ("nodes: 0", "cluster.nodes: 0 is below 1"),
         ("gpus_per_node: -1", "cluster.gpus_per_node: -1 is below 0"),
+        ("launcher: mpirun", "cluster.launcher: 'mpirun' is not one of srun, torchrun, accelerate"),
+        ("master_port: 70000", "cluster.master_port: 70000 is no port"),
+        ("max_retries: -1", "cluster.max_retries: -1 is below 0"),
+        ("max_running: 0", "cluster.max_running: 0 is below 1"),
+        ("exclude_crashed: 3", "cluster.exclude_crashed: 3 is not true or false"),
+        ("container_mounts: [a]", "container_mounts is set without cluster.container_image"),
+        ("environment: {A-B: c}", "cluster.environment: 'A-B' is no name of a variable"),
+        ("environment: {HF_TOKEN: hf_aaaaaaaaaaaaaaaaaaaaaaaa}", "HF_TOKEN looks like a secret"),
+        ("environment: [A]", "cluster.environment: expected a mapping"),
         ("time_minutes: 5", "cluster.signal_delay_s: 300 s is not below the time limit"),
         ("nodes: [", "is not valid YAML"),
         ("- a\n- b", "mapping"),
@@ -78,6 +95,29 @@ def test_cluster_from__flags_win_over_the_file(tmp_path):
     assert (cluster.gpus_per_node, cluster.time_minutes) == (8, 60)
     assert cluster.setup == ("module load a,b", "export C=1")
     assert cluster.sbatch == {"reservation": "x=y", "exclusive": True}
+
+
+def test_cluster_from__every_kind_of_flag():
+    flags = parse("--environment", "A=b=c", "--no-exclude-crashed", "--launcher", "torchrun")
+    cluster = cluster_from(flags, None)
+    assert cluster.environment == {"A": "b=c"}
+    assert cluster.exclude_crashed is False
+    assert cluster.launcher == "torchrun"
+
+
+def test_cluster_from__flags_win_over_the_file_and_that_over_the_settings_of_before(tmp_path):
+    path = write(tmp_path, "nodes: 2\nqos: file\n")
+    before = {"nodes": 1, "qos": "before", "account": "before"}
+    cluster = cluster_from(parse("--nodes", "3"), path, before)
+    assert (cluster.nodes, cluster.qos, cluster.account) == (3, "file", "before")
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_load_cluster__examples_are_valid_and_say_what_they_are_for(path):
+    cluster = load_cluster(path)
+    assert cluster.partition
+    assert cluster.signal_delay_s >= 60
+    assert path.read_text().startswith("# ")
 
 
 def test_cluster_from__no_flag_leaves_the_file_alone(tmp_path):

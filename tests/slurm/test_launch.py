@@ -1,207 +1,190 @@
-"""A chain runs in order, stops at a failure, and is what ``--dry-run`` said."""
+"""``radio-distill slurm``: submits once, and looks after what it submitted."""
 
-import os
 import shlex
-import stat
 import sys
 from pathlib import Path
 
 import pytest
-from submitit.helpers import DelayedSubmission
 
-from radio_distill.errors import ConfigError, RadioDistillError
-from slurm.cluster import Cluster
-from slurm.job import Job
-from slurm.launch import dry_run, main, submit_chain, submit_jobs
-
-STAGES = ["stage1", "stage2", "stage3"]
+from slurm import history
+from slurm.chain import read_chain
+from slurm.history import Stop
+from stages.cli import main as cli
 
 
-def recording(folder: Path, *functions: str) -> dict[str, Job]:
-    return {
-        stage: Job(f"recording_stage:{function}", (str(folder), stage))
-        for stage, function in zip(STAGES, functions, strict=True)
-    }
+def slurm(*arguments: str | Path) -> int:
+    return cli(["slurm", *map(str, arguments)])
 
 
 @pytest.fixture
-def login_node(tmp_path, monkeypatch) -> Path:
-    """A folder first on the path, with an sbatch that counts from 41 and keeps the scripts."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    (folder / "sbatch").write_text(
-        f"""#!/bin/sh
-        [ -e {folder}/full ] && [ -e {folder}/41.sh ] && echo "error: queue is full" >&2 && exit 1
-        number=$((41 + $(ls {folder} | grep -c sh$)))
-        cp "$1" {folder}/$number.sh
-        echo Submitted batch job $number
-        """
-    )
-    for name in ("sbatch", "srun"):
-        (folder / name).touch()
-        (folder / name).chmod(0o700)
-    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
-    return folder
+def run(tmp_path) -> Path:
+    return tmp_path / "runs" / "tiny"
 
 
-@pytest.mark.parametrize("executor", ["local", "debug"])
-def test_submit_jobs__stages_run_one_after_another(tmp_path, recorded, capsys, executor):
-    jobs = recording(tmp_path, "main", "main", "main")
-    ids = submit_jobs(jobs, Cluster(gpus_per_node=0), executor, tmp_path / "jobs")
-    calls = recorded()
-    assert [call["arguments"][0] for call in calls] == STAGES
-    assert [call["RANK"] for call in calls] == ["0"] * 3
-    assert len(set(ids)) == 3
-    assert capsys.readouterr().out.count(f"{executor} executor: waiting for") == 3
-    assert "RANK" not in os.environ
+def know(login_node: Path, job_id: str, state: str, **fields: str) -> None:
+    """Let the stand-in for scontrol know a job."""
+    items = {"JobId": job_id, "JobState": state, "Reason": "None", "Restarts": "0", **fields}
+    text = " ".join(f"{key}={value}" for key, value in items.items())
+    (login_node / f"job-{job_id}").write_text(text + "\n")
 
 
-def test_submit_jobs__nothing_starts_after_a_failure(tmp_path, recorded):
-    jobs = recording(tmp_path, "main", "failing", "main")
-    with pytest.raises(RadioDistillError, match=r"stage2 \(job .*_log\.err") as caught:
-        submit_jobs(jobs, Cluster(), "local", tmp_path / "jobs")
-    assert "\n" not in str(caught.value)
-    assert [call["arguments"][0] for call in recorded()] == ["stage1", "stage2"]
-
-
-def test_submit_jobs__two_nodes_are_too_many_for_one_machine(tmp_path):
-    with pytest.raises(ConfigError, match=r"stage1 could not be submitted: .*nodes=1"):
-        submit_jobs(
-            recording(tmp_path, *["main"] * 3), Cluster(nodes=2), "local", tmp_path / "jobs"
-        )
-
-
-def test_submit_chain__slurm_jobs_depend_on_each_other(tmp_path, recipe, login_node):
-    cluster = Cluster(partition="gpu", nodes=2, gpus_per_node=8)
-    ids = submit_chain(recipe, (), cluster, ["seed=3"])
-    assert ids == ["41", "42", "43"]
-    scripts = [(login_node / f"{number}.sh").read_text() for number in ids]
-    assert "--dependency" not in scripts[0]
-    assert "#SBATCH --dependency=afterok:41\n" in scripts[1]
-    assert "#SBATCH --dependency=afterok:42\n" in scripts[2]
-    folder = tmp_path / "runs" / "tiny" / "slurm"
-    pickled = DelayedSubmission.load(folder / "42_submitted.pkl")
-    assert pickled.function == Job("stages.stage2:main", ("--recipe", str(recipe), "--seed=3"))
-
-
-def test_submit_chain__its_scripts_are_those_of_the_dry_run(recipe, login_node):
-    cluster = Cluster(nodes=2, gpus_per_node=8, setup=("module load cuda",), sbatch={"wckey": "a"})
-    planned = dry_run(recipe, (), cluster)
-    submit_chain(recipe, (), cluster)
-    for number, text in zip((41, 42, 43), planned, strict=True):
-        script = text.split("\n", 1)[1]
-        for stage, known in (("STAGE1", "41"), ("STAGE2", "42")):
-            script = script.replace(f"{stage}_JOB_ID", known)
-        assert (login_node / f"{number}.sh").read_text() == script
-
-
-def test_submit_chain__job_files_are_private(tmp_path, recipe, login_node):
-    submit_chain(recipe, ["stage1"], Cluster(), folder=tmp_path / "jobs")
-    assert stat.S_IMODE((tmp_path / "jobs").stat().st_mode) == 0o700
-    (tmp_path / "jobs").chmod(0o755)
-    with pytest.raises(ConfigError, match="chmod 700"):
-        submit_chain(recipe, ["stage1"], Cluster(), folder=tmp_path / "jobs")
-
-
-def test_submit_chain__refusal_names_what_was_submitted(recipe, login_node):
-    (login_node / "full").touch()
-    with pytest.raises(ConfigError) as caught:
-        submit_chain(recipe, (), Cluster())
-    assert "stage2 could not be submitted" in str(caught.value)
-    assert "queue is full" in str(caught.value)
-    assert str(caught.value).endswith("already submitted: 41")
-    assert "\n" not in str(caught.value)
-
-
-def test_submit_chain__without_sbatch_is_one_line(tmp_path, recipe, monkeypatch):
+def test_dry_run__scripts_say_all_without_a_cluster(tmp_path, recipe, monkeypatch, capsys):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ConfigError, match="sbatch is not on the path"):
-        submit_chain(recipe, (), Cluster())
-    assert not (tmp_path / "runs").exists()
-
-
-@pytest.mark.parametrize(
-    ("stages", "overrides", "message"),
-    [
-        (["stage4"], [], "has no stage4"),
-        ([], ["sead=3"], "unknown field 'sead' (did you mean 'seed'?)"),
-        (["stage1"], ["stage.stepz=3"], "did you mean 'steps'?"),
-    ],
-)
-def test_submit_chain__bad_input_before_anything_is_submitted(
-    recipe, login_node, stages, overrides, message
-):
-    with pytest.raises(ConfigError) as caught:
-        submit_chain(recipe, stages, Cluster(), overrides)
-    assert message in str(caught.value)
-    assert not list(login_node.glob("*.sh"))
-
-
-def test_submit_chain__unknown_executor(recipe):
-    with pytest.raises(ConfigError, match="did you mean 'local'"):
-        submit_chain(recipe, (), Cluster(), executor="locl")
-
-
-def test_dry_run__scripts_say_all_without_a_cluster(tmp_path, recipe, monkeypatch):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    cluster = Cluster(partition="gpu", gpus_per_node=8, cpus_per_task=6, memory_gb=200)
-    first, second, third = dry_run(recipe, (), cluster, ["stages.stage2.steps=7"], resume=True)
-    assert f"stage1: stages.stage1:main --recipe {recipe} --stages.stage2.steps=7 --resume" in first
-    for line in ("partition=gpu", "gpus-per-node=8", "ntasks-per-node=8", "mem=200GB", "requeue"):
-        assert f"#SBATCH --{line}\n" in first
-    assert "#SBATCH --signal=USR2@300\n" in first
-    assert "dependency" not in first
-    assert "#SBATCH --dependency=afterok:STAGE1_JOB_ID\n" in second
-    assert "#SBATCH --dependency=afterok:STAGE2_JOB_ID\n" in third
-    assert "#SBATCH --kill-on-invalid-dep=yes\n" in third
-    command = next(line for line in first.splitlines() if line.startswith("srun"))
-    assert "--cpus-per-task=6" in command
-    assert f"{shlex.quote(sys.executable)} -u -m submitit.core._submit" in command
-    assert not (tmp_path / "runs").exists()
-
-
-def test_main__dry_run_takes_flags_file_and_overrides(tmp_path, recipe, capsys):
-    (tmp_path / "cluster.yaml").write_text("partition: slow\naccount: mine\n")
-    flags = ["--cluster", str(tmp_path / "cluster.yaml"), "--partition", "fast", "--nodes", "4"]
-    status = main([str(recipe), *flags, "--stages", "stage3", "--dry-run", "--stage.steps=9"])
+    flags = ["--partition", "gpu", "--gpus-per-node", "8", "--cpus-per-task", "6"]
+    assert slurm(recipe, *flags, "--dry-run", "--resume", "--stages.stage2.steps", "7") == 0
     text = capsys.readouterr().out
-    assert status == 0
+    call = f"stages.stage1:main --recipe {recipe} --stages.stage2.steps=7 --resume"
+    assert f"# ---- stage1: {call}\n" in text
+    assert text.count("#SBATCH --ntasks-per-node=8\n") == 3
+    assert text.count("#SBATCH --ntasks-per-node=1\n") == 2
+    assert "#SBATCH --dependency=afterok:EXPORT_JOB_ID\n" in text
+    assert f"{shlex.quote(sys.executable)} -u -m submitit.core._submit" in text
+    assert not (tmp_path / "runs").exists()
+
+
+def test_dry_run__takes_flags_file_and_overrides(tmp_path, recipe, capsys):
+    (tmp_path / "cluster.yaml").write_text("partition: slow\naccount: mine\n")
+    flags = ["--cluster", tmp_path / "cluster.yaml", "--partition", "fast", "--no-eval"]
+    assert slurm(recipe, *flags, "--stages", "stage3", "--dry-run", "--stage.steps=9") == 0
+    text = capsys.readouterr().out
     assert "#SBATCH --partition=fast\n" in text
     assert "#SBATCH --account=mine\n" in text
-    assert "#SBATCH --nodes=4\n" in text
     assert "--stage.steps=9" in text
+    assert "# ---- export" in text
+    assert "# ---- eval" not in text
     assert "stage1" not in text
 
 
-@pytest.mark.parametrize(
-    ("extra", "message"),
-    [
-        (["--partion", "x"], "unknown argument '--partion' (did you mean '--partition'?)"),
-        (["--partion=x"], "unknown field 'partion'"),
-        (["--cluster", "none.yaml"], "none.yaml"),
-        (["--stages", "stage9"], "has no stage9"),
-    ],
-)
-def test_main__bad_input_is_one_line(recipe, capsys, extra, message):
-    assert main([str(recipe), "--dry-run", *extra]) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.count("\n") == 1
-
-
-def test_main__recipe_by_name(tmp_path, capsys):
-    assert main(["demo", "--dry-run", "--output", str(tmp_path)]) == 0
+def test_dry_run__recipe_by_name(tmp_path, capsys):
+    assert slurm("demo", "--dry-run", "--output", tmp_path) == 0
     text = capsys.readouterr().out
     recipe = Path(__file__).resolve().parents[2] / "stages" / "recipes" / "demo.yaml"
     assert f"--recipe {shlex.quote(str(recipe))} --output={tmp_path}" in text
     assert f"#SBATCH --output={tmp_path / 'demo' / 'slurm'}/%j_0_log.out" in text
 
 
-def test_main__unknown_recipe_lists_the_nearest(capsys):
-    assert main(["demoo", "--dry-run"]) == 2
-    assert capsys.readouterr().err == "radio-distill: no recipe 'demoo' (did you mean 'demo'?)\n"
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--partion", "x"], "unknown argument '--partion' (did you mean '--partition'?)"),
+        (["--cluster", "none.yaml"], "none.yaml"),
+        (["--stages", "stage9"], "has no stage9"),
+        (["--launcher", "mpirun"], "'mpirun' is not one of srun, torchrun, accelerate"),
+    ],
+)
+def test_submit__bad_input_is_one_line_before_anything_is_submitted(
+    recipe, login_node, capsys, extra, message
+):
+    assert slurm(recipe, *extra) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not list(login_node.glob("*.sh"))
 
 
-def test_main__reports_the_chain(recipe, login_node, capsys):
-    assert main([str(recipe), "--partition", "gpu"]) == 0
-    assert capsys.readouterr().out == "jobs: 41 -> 42 -> 43\n"
+def test_submit__a_word_that_is_no_action(recipe, capsys):
+    assert slurm("statsu", recipe) == 2
+    assert "only status, cancel and resume take a run folder (did you mean 'status'?)" in (
+        capsys.readouterr().err
+    )
+    assert slurm("status") == 2
+    assert "radio-distill slurm status RUN" in capsys.readouterr().err
+
+
+def test_submit__reports_the_chain(recipe, run, login_node, capsys):
+    assert slurm(recipe, "--partition", "gpu") == 0
+    assert capsys.readouterr().out == (
+        "jobs: stage1 41 -> stage2 42 -> stage3 43 -> export 44 -> eval 45\n"
+        f"`radio-distill slurm status {run}` shows how they are doing\n"
+    )
+
+
+def test_submit__refuses_a_second_chain_while_the_first_is_alive(recipe, run, login_node, capsys):
+    assert slurm(recipe) == 0
+    know(login_node, "42", "PENDING")
+    capsys.readouterr()
+    assert slurm(recipe) == 2
+    error = capsys.readouterr().err
+    assert "jobs that are not over (stage2 42): wait for them, or cancel" in error
+    assert f"radio-distill slurm cancel {run}" in error
+    know(login_node, "42", "CANCELLED")
+    assert slurm(recipe) == 0
+
+
+def test_submit__runs_here_too(tmp_path, recipe, recorded, monkeypatch, capsys):
+    import recording_stage
+
+    monkeypatch.setitem(sys.modules, "stages.stage1", recording_stage)
+    monkeypatch.setattr(recording_stage, "main", lambda argv: 0)
+    flags = ["--executor", "debug", "--stages", "stage1", "--gpus-per-node", "0"]
+    assert slurm(recipe, *flags) == 0
+    assert "debug executor: waiting for stage1" in capsys.readouterr().out
+
+
+def test_status__of_a_run(recipe, run, login_node, capsys):
+    slurm(recipe)
+    know(login_node, "41", "RUNNING", NodeList="n1", Restarts="2")
+    know(login_node, "42", "PENDING", Reason="Dependency")
+    capsys.readouterr()
+    assert slurm("status", run) == 0
+    heading, first, second, *_ = capsys.readouterr().out.splitlines()
+    lines = [" ".join(line.split()) for line in (heading, first, second)]
+    assert lines == [
+        "job id Slurm step img/s ETA last sign restarts last stop",
+        "stage1 41 RUNNING on n1 2",
+        "stage2 42 PENDING waits for the job before 0",
+    ]
+
+
+def test_status__of_a_folder_without_a_chain(tmp_path, capsys):
+    assert slurm("status", tmp_path) == 2
+    assert "radio-distill slurm RECIPE" in capsys.readouterr().err
+
+
+def test_cancel__what_is_not_over_from_the_end(recipe, run, login_node, capsys):
+    slurm(recipe)
+    for job_id, state in (("41", "COMPLETED"), ("42", "RUNNING"), ("43", "PENDING")):
+        know(login_node, job_id, state)
+    assert slurm("cancel", run) == 0
+    assert "cancelled: stage2 42, stage3 43" in capsys.readouterr().out
+    assert (login_node / "calls").read_text().splitlines()[-1] == "scancel 43 42"
+    for job_id in ("42", "43"):
+        know(login_node, job_id, "CANCELLED")
+    assert slurm("cancel", run) == 0
+    assert "no job is left to cancel" in capsys.readouterr().out
+
+
+def test_resume__submits_what_is_not_complete(recipe, run, login_node, capsys):
+    slurm(recipe, "--partition", "gpu", "--nodes", "2")
+    stop = Stop(name="stage1", job="41", restart=0, kind="done", reason="complete")
+    history.append(run / "slurm", stop)
+    know(login_node, "42", "RUNNING")
+    assert slurm("resume", run) == 2
+    assert "jobs that are not over (stage2 42)" in capsys.readouterr().err
+    know(login_node, "42", "FAILED")
+    assert slurm("resume", run, "--nodes", "3") == 0
+    assert "jobs: stage1 41 -> stage2 46 -> stage3 47" in capsys.readouterr().out
+    text = (login_node / "46.sh").read_text()
+    assert "#SBATCH --partition=gpu\n" in text
+    assert "#SBATCH --nodes=3\n" in text
+    assert "--dependency" not in text
+    chain = read_chain(run / "slurm")
+    assert chain.cluster.nodes == 3
+    assert chain.links[1].tasks[0].arguments[-1] == "--resume"
+
+
+def test_resume__nothing_where_all_is_complete(recipe, run, login_node, capsys):
+    slurm(recipe, "--stages", "stage1")
+    stop = Stop(name="stage1", job="41", restart=0, kind="done", reason="complete")
+    history.append(run / "slurm", stop)
+    assert slurm("resume", run) == 0
+    assert "every job is complete" in capsys.readouterr().out
+    assert not (login_node / "42.sh").exists()
+
+
+def test_help__explains_it_all(capsys):
+    with pytest.raises(SystemExit):
+        slurm("--help")
+    text = capsys.readouterr().out
+    for word in ("status RUN", "cancel RUN", "resume RUN", "--upsamplers", "--launcher", "--sweep"):
+        assert word in text

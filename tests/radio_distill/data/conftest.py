@@ -1,7 +1,8 @@
 import io
 import tarfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,18 +37,32 @@ def encode() -> Callable[..., bytes]:
 
 
 @pytest.fixture
-def write_tar() -> Callable[[Path, Mapping[str, bytes]], Path]:
-    """Write members to a plain tar file."""
+def write_tar() -> Callable[..., Path]:
+    """Write members, by name or in pairs, to a plain tar file; instead of bytes, a header."""
 
-    def write(path: Path, members: Mapping[str, bytes]) -> Path:
-        with tarfile.open(path, "w") as tar:
-            for name, data in members.items():
-                info = tarfile.TarInfo(name)
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
+    def write(path: Path, members: Mapping[str, bytes] | Iterable[tuple[str, Any]]) -> Path:
+        pairs = members.items() if isinstance(members, Mapping) else members
+        with tarfile.open(path, "w", encoding="utf-8", errors="surrogateescape") as tar:
+            for name, data in pairs:
+                if isinstance(data, bytes):
+                    info = tarfile.TarInfo(name)
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+                else:
+                    tar.addfile(data)
         return path
 
     return write
+
+
+@pytest.fixture
+def captioned(tmp_path, encode, write_tar) -> Path:
+    """A shard of six pictures, each with a caption."""
+    members = {}
+    for number in range(6):
+        members[f"a{number}.png"] = encode(number)
+        members[f"a{number}.txt"] = b"caption %d" % number
+    return write_tar(tmp_path / "a.tar", members)
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@ import pytest
 
 from radio_distill.config import DataConfig
 from radio_distill.data.check import check_shards
+from radio_distill.data.index import index_path
 from radio_distill.data.shards import write_shards
 from radio_distill.errors import DataError
 
@@ -46,3 +47,27 @@ def test_check_shards__finds_nothing_in_real_photographs(real, tmp_path):
 def test_check_shards__no_shards(tmp_path):
     with pytest.raises(DataError, match="no shards found"):
         check_shards([str(tmp_path)], DataConfig(shards=()))
+
+
+def test_check_shards__lists_what_is_left_out(tmp_path, encode, write_tar):
+    good = encode(0)
+    hostile = [(f"../{i}.png", good) for i in range(12)]
+    write_tar(tmp_path / "a.tar", [("a.png", good), ("a.png", good), ("b.txt", b""), *hostile])
+    write_tar(tmp_path / "b.tar", {"a.png": good})
+    for _ in range(2):  # the second time from the stored indexes
+        report = check_shards([str(tmp_path)], DataConfig(shards=()))
+        assert report.left_out == {"duplicate": 1, "no_picture": 1, "unsafe_name": 12}
+        assert report.left_out_names["duplicate"] == ["a.tar:a.png"]
+        assert report.left_out_names["unsafe_name"][9] == "a.tar:../9.png"
+        assert (report.num_images, report.num_bad, report.damaged) == (2, 0, [])
+        assert not report.is_clean
+    assert check_shards([str(tmp_path / "b.tar")], DataConfig(shards=())).is_clean
+
+
+def test_check_shards__damaged_index_is_damage(tmp_path, encode, write_tar):
+    path = write_tar(tmp_path / "a.tar", {"a.png": encode(0)})
+    check_shards([str(path)], DataConfig(shards=()))
+    head = index_path(path).read_bytes().splitlines()[0]
+    index_path(path).write_bytes(head + b"\nrubbish\n")
+    (line,) = check_shards([str(path)], DataConfig(shards=())).damaged
+    assert "index.jsonl is damaged; delete it" in line

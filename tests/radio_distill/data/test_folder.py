@@ -1,3 +1,5 @@
+import os
+
 import numpy as np
 import pytest
 
@@ -54,6 +56,20 @@ def test_list_pictures__nothing_there(tmp_path):
         list_pictures(str(tmp_path))
     with pytest.raises(DataError, match="no shards found"):
         list_pictures(str(tmp_path / "missing"))
+
+
+def test_load_pictures__pipe_does_not_block(folder):
+    (folder / "c.png").unlink(missing_ok=True)
+    os.mkfifo(folder / "c.png")
+    with pytest.raises(DataError, match=r"picture c\.png: not a regular file"):
+        load_pictures(str(folder))[3]
+
+
+def test_list_pictures__unclean_shard_is_refused(tmp_path, encode, write_tar):
+    """Else two evaluations of one name would be of different pictures."""
+    path = write_tar(tmp_path / "a.tar", {"a.png": encode(0), "../b.png": encode(1)})
+    with pytest.raises(DataError, match=r"a\.tar is not clean: 1 unsafe_name \(\.\./b\.png\)"):
+        list_pictures(str(path))
 
 
 @pytest.fixture

@@ -1,12 +1,15 @@
 import os
 import pickle
+import shutil
+import time
 
 import pytest
 
+from radio_distill.data import reader as reader_module
 from radio_distill.data.images import BadImageError
-from radio_distill.data.index import open_shards
+from radio_distill.data.index import index_path, open_shards
+from radio_distill.data.patience import MAX_ABANDONED, DiskStalledError
 from radio_distill.data.reader import ShardReader
-from radio_distill.errors import DataError
 
 
 @pytest.fixture
@@ -14,8 +17,38 @@ def shards(shard_folder):
     return open_shards(sorted(shard_folder.glob("*.tar")))
 
 
+@pytest.fixture
+def wedge(monkeypatch):
+    """Makes reads block inside the kernel, until released; returns the blocked descriptors."""
+    ends, blocked, real = os.pipe(), [], os.pread
+
+    def pread(descriptor, size, offset):
+        if pread.wedged:
+            blocked.append(descriptor)
+            os.read(ends[0], 1)
+        return real(descriptor, size, offset)
+
+    pread.wedged = False
+    monkeypatch.setattr(reader_module.os, "pread", pread)
+
+    def set_wedged(wedged: bool) -> list[int]:
+        pread.wedged = wedged
+        return blocked
+
+    yield set_wedged
+    os.write(ends[1], bytes(100))
+
+
 def open_files() -> int:
     return len(os.listdir("/proc/self/fd"))
+
+
+def wait_until(condition) -> bool:
+    for _ in range(500):
+        if condition():
+            return True
+        time.sleep(0.01)
+    return False
 
 
 def test_image_bytes__are_the_original_ones(shards, encode):
@@ -24,6 +57,7 @@ def test_image_bytes__are_the_original_ones(shards, encode):
     for shard in (0, 4, 2, 0, 3, 4):
         sample = reader.sample(shard, 1)
         assert reader.key(shard, sample) == f"part-{shard}.tar:s{shard}_1.png"
+        assert reader.key(shard, 1) == f"part-{shard}.tar:#1"
         assert reader.image_bytes(shard, sample) == encode(10 * shard + 1)
         assert open_files() <= before + 2
     del reader
@@ -50,11 +84,114 @@ def test_image_bytes__flipped_bit_is_a_bad_image(shards):
     assert reader.image_bytes(1, reader.sample(1, 1))
 
 
+def assert_unreadable(action, reason):
+    with pytest.raises(BadImageError, match=reason) as error:
+        action()
+    assert error.value.kind == "unreadable"
+    assert "\n" not in str(error.value)
+
+
 def test_sample__shard_that_vanished_or_changed(shards):
     reader = ShardReader(shards)
     shards[0].path.unlink()
-    with pytest.raises(DataError, match=r"part-0\.tar: No such file"):
-        reader.sample(0, 0)
+    assert_unreadable(lambda: reader.sample(0, 0), r"part-0\.tar: No such file")
     shards[1].path.write_bytes(shards[1].path.read_bytes()[:1000])
-    with pytest.raises(DataError, match=r"part-1\.tar changed during the run"):
-        reader.sample(1, 0)
+    assert_unreadable(lambda: reader.sample(1, 0), r"part-1\.tar: changed during the run")
+    index_path(shards[2].path).unlink()
+    assert_unreadable(lambda: reader.sample(2, 0), r"part-2\.tar: No such file")
+    index_path(shards[3].path).write_bytes(b"junk\n" * 7)
+    assert_unreadable(lambda: reader.sample(3, 0), r"part-3.*damaged; delete it")
+    assert reader.sample(4, 0)
+
+
+def test_image_bytes__shard_that_is_cut_while_it_is_open(shards, encode):
+    reader = ShardReader(shards)
+    sample = reader.sample(2, 4)
+    os.truncate(shards[2].path, 3000)
+    assert_unreadable(lambda: reader.image_bytes(2, sample), "changed during the run")
+    before = open_files()
+    assert_unreadable(lambda: reader.sample(2, 0), "changed during the run")
+    assert open_files() == before
+
+
+def test_image_bytes__shard_that_is_replaced_while_it_is_open(shards, encode, tmp_path):
+    reader = ShardReader(shards)
+    sample = reader.sample(0, 1)
+    copy = shutil.copy(shards[0].path, tmp_path / "copy")
+    os.replace(copy, shards[0].path)
+    assert reader.image_bytes(0, sample) == encode(1)
+
+
+def test_image_bytes__error_that_passes_is_no_error(shards, encode, monkeypatch):
+    """As after a failover: the old handle is stale, and a new one works."""
+    reader = ShardReader(shards)
+    sample = reader.sample(0, 1)
+    stale = reader._open[0].file.fileno()
+    real = os.pread
+
+    def pread(descriptor, size, offset):
+        if descriptor == stale and not pread.failed:
+            pread.failed = True
+            raise OSError(116, os.strerror(116))
+        return real(descriptor, size, offset)
+
+    pread.failed = False
+    monkeypatch.setattr(reader_module.os, "pread", pread)
+    assert reader.image_bytes(0, sample) == encode(1)
+    assert pread.failed
+
+
+def test_image_bytes__disk_error_is_a_bad_image(shards, monkeypatch):
+    def pread(descriptor, size, offset):
+        raise OSError(5, os.strerror(5))
+
+    reader = ShardReader(shards)
+    sample = reader.sample(0, 1)
+    monkeypatch.setattr(reader_module.os, "pread", pread)
+    assert_unreadable(lambda: reader.image_bytes(0, sample), "Input/output error")
+
+
+def test_image_bytes__read_that_stalls_is_a_bad_image(shards, encode, wedge):
+    reader = ShardReader(shards, timeout=0.05)
+    sample = reader.sample(0, 1)
+    blocked = wedge(True)
+    with pytest.raises(BadImageError, match=r"part-0\.tar: no answer within 0\.05 s") as error:
+        reader.image_bytes(0, sample)
+    assert error.value.kind == "stalled"
+    wedge(False)
+    assert reader.image_bytes(0, sample) == encode(1)
+    assert reader._open[0].file.fileno() not in blocked, "the file is opened anew"
+    os.fstat(blocked[0])  # and the descriptor stays as it is, under the read
+
+
+def test_image_bytes__descriptor_of_a_stalled_read_is_closed_when_it_comes_back(
+    shards, monkeypatch
+):
+    ends, real = os.pipe(), os.pread
+
+    def pread(descriptor, size, offset):
+        os.read(ends[0], 1)
+        return real(descriptor, size, offset)
+
+    reader = ShardReader(shards, timeout=0.05)
+    sample = reader.sample(0, 1)
+    before = open_files()
+    monkeypatch.setattr(reader_module.os, "pread", pread)
+    with pytest.raises(BadImageError):
+        reader.image_bytes(0, sample)
+    assert open_files() == before
+    os.write(ends[1], b"x")
+    assert wait_until(lambda: open_files() == before - 1)
+    for end in ends:
+        os.close(end)
+
+
+def test_image_bytes__disk_that_does_not_answer_at_all_ends_the_run(shards, wedge):
+    reader = ShardReader(shards, timeout=0.02)
+    sample = reader.sample(0, 1)
+    wedge(True)
+    for _ in range(MAX_ABANDONED - 1):
+        with pytest.raises(BadImageError):
+            reader.image_bytes(0, sample)
+    with pytest.raises(DiskStalledError, match="does not answer"):
+        reader.image_bytes(0, sample)

@@ -1,3 +1,4 @@
+import os
 import shutil
 
 import pytest
@@ -118,6 +119,22 @@ def test_write_shards__an_interrupted_run_leaves_nothing(source, tmp_path):
     assert list((tmp_path / "out").iterdir()) == []
 
 
+def test_write_shards__names_that_are_no_text(tmp_path, encode):
+    folder = tmp_path / "source" / os.fsdecode(b"caf\xe9\n")
+    folder.mkdir(parents=True)
+    (folder / os.fsdecode(b"\xff\x1b.png")).write_bytes(encode(0))
+    (folder / os.fsdecode(b"\xfe.png")).write_bytes(b"junk")
+    os.mkfifo(folder / "pipe.png")
+    summary = write_shards(tmp_path / "source", tmp_path / "out", labels=True)
+    assert summary.num_images == 1
+    assert summary.bad == {
+        r"caf\udce9\n/\udcfe.png": "not a picture in a known format",
+        r"caf\udce9\n/pipe.png": "not a regular file",
+    }
+    assert (tmp_path / "out" / "classes.txt").read_text().splitlines() == [r"caf\udce9\n"]
+    assert [sample["__key__"] for sample in read_back(summary.shards)] == ["00000000-_"]
+
+
 def test_write_shards__cannot_write(source, tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(DataError, match="cannot write shards to"):
@@ -142,6 +159,12 @@ def test_find_shards__files_folders_and_patterns(shard_folder):
         *shards[:3],
     ]
     assert find_shards([str(shard_folder / "**" / "part-4.tar")]) == [shards[4]]
+
+
+def test_find_shards__each_comes_once(shard_folder, monkeypatch):
+    monkeypatch.chdir(shard_folder)
+    spellings = ["part-0.tar", str(shard_folder / "part-0.tar"), f"../{shard_folder.name}"]
+    assert len(find_shards(spellings)) == 5
 
 
 @pytest.mark.parametrize("pattern", ["nothing-*.tar", "nothing.tar", "empty"])

@@ -1,0 +1,182 @@
+"""Which jobs a recipe needs: its stages, then export and scores; or a sweep over the last stage.
+
+A sweep over teacher upsamplers ends with one job that scores all of them and prints the gain table.
+A sweep over a field only trains: each value has a run folder of its own.
+"""
+
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from radio_distill.config import Recipe, load
+from radio_distill.errors import ConfigError
+from radio_distill.registry import nearest
+from radio_distill.trust import FLAG
+
+from .chain import Link, Task
+from .job import RESUME
+
+_RECIPES = Path(__file__).resolve().parents[1] / "stages" / "recipes"
+_CLI = "stages.cli:main"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What is to be submitted."""
+
+    recipe: str | Path
+    """A recipe's file, or the name of one that comes with the project."""
+    stages: tuple[str, ...] = ()
+    """None for all of the recipe."""
+    overrides: tuple[str, ...] = ()
+    """Assignments ``field.name=value``."""
+    upsamplers: tuple[str, ...] = ()
+    """Of a sweep in the last stage."""
+    sweep: str = ""
+    """``FIELD=V1,V2,...``: a sweep over a field in the last stage."""
+    export: bool = True
+    evaluate: bool = True
+    resume: bool = False
+    trust: bool = False
+    """Whether the jobs may read weights that hold code."""
+
+
+def links_of(request: Request) -> tuple[Recipe, tuple[Link, ...]]:
+    """Check the recipe as every job will read it, and return it with its jobs.
+
+    Raises:
+        ConfigError: for a recipe, a stage or a sweep that cannot be right.
+    """
+    file = find_recipe(str(request.recipe))
+    recipe = load(file, [item for item in request.overrides if not item.startswith("stage.")])
+    stages = request.stages or tuple(recipe.stages)
+    for stage in stages:
+        if stage not in recipe.stages:
+            raise ConfigError(
+                f"recipe {recipe.name!r} has no {stage} ({nearest(stage, list(recipe.stages))})"
+            )
+    if request.upsamplers and request.sweep:
+        raise ConfigError("--upsamplers and --sweep are two sweeps; submit one after the other")
+    links = [_stage_link(file, stage, request) for stage in stages]
+    if request.upsamplers:
+        links[-1] = _upsampler_array(file, stages[-1], request)
+        links.append(_gain_link(file, stages[-1], request))
+    elif request.sweep:
+        links[-1] = _field_array(file, stages[-1], request)
+    elif stages[-1] == list(recipe.stages)[-1]:
+        links += _after_training(recipe, links[-1].tasks[0].stage_folder, request)
+    if request.trust:
+        links = [_with_flag(link, FLAG) for link in links]
+    return recipe, tuple(links)
+
+
+def _with_flag(link: Link, flag: str) -> Link:
+    tasks = (replace(task, arguments=(*task.arguments, flag)) for task in link.tasks)
+    return replace(link, tasks=tuple(tasks))
+
+
+def find_recipe(name: str) -> Path:
+    """Find a recipe as the stages do, of which nothing is imported here."""
+    shipped = {path.stem: path for path in _RECIPES.glob("*.yaml")}
+    if name in shipped or Path(name).is_file():
+        return shipped.get(name, Path(name)).absolute()
+    raise ConfigError(f"no recipe {name!r} ({nearest(name, list(shipped))})")
+
+
+def _stage_link(file: Path, stage: str, request: Request) -> Link:
+    task = _stage_task(file, stage, request)
+    return Link(name=stage, target=f"stages.{stage}:main", tasks=(task,))
+
+
+def _stage_task(
+    file: Path, stage: str, request: Request, label: str = "", extra: Sequence[str] = ()
+) -> Task:
+    overrides = [*request.overrides, *extra]
+    recipe = load(file, overrides, stage)
+    arguments = ["--recipe", str(file), *(f"--{item}" for item in overrides)]
+    return Task(
+        label=label,
+        arguments=(*arguments, *[RESUME] * request.resume),
+        stage_folder=str(recipe.stage_folder(stage).absolute()),
+    )
+
+
+def _upsampler_array(file: Path, stage: str, request: Request) -> Link:
+    if stage != "stage3":
+        raise ConfigError(f"--upsamplers is a sweep of stage3, but {stage} is the last stage named")
+    _no_doubles(request.upsamplers, "--upsamplers")
+    tasks = tuple(
+        _stage_task(file, stage, request, name, [f"stages.{stage}.upsampler.name={name}"])
+        for name in request.upsamplers
+    )
+    if len({task.stage_folder for task in tasks}) < len(tasks):
+        raise ConfigError(f"--upsamplers: no partition of {stage} upsamples a teacher")
+    return Link(name=stage, target=f"stages.{stage}:main", tasks=tasks)
+
+
+def _gain_link(file: Path, stage: str, request: Request) -> Link:
+    """Score and compare: `sweep` passes over the stages, which are complete by then."""
+    names = request.upsamplers
+    baseline = "bilinear" if "bilinear" in names else names[0]
+    arguments = ["sweep", str(file), "--upsamplers", *names, "--baseline", baseline]
+    for item in request.overrides:
+        field = f"stages.{stage}.{item[6:]}" if item.startswith("stage.") else item
+        arguments += ["--override", field]
+    task = Task(arguments=tuple(arguments))
+    return Link(name="gain", target=_CLI, tasks=(task,), is_stage=False)
+
+
+def _field_array(file: Path, stage: str, request: Request) -> Link:
+    """Train the stage once for each value of a field, each in a run folder of its own."""
+    field, equals, text = request.sweep.partition("=")
+    values = [value.strip() for value in text.split(",") if value.strip()]
+    if not equals or not values:
+        raise ConfigError(f"--sweep {request.sweep}: write it as FIELD=VALUE,VALUE,...")
+    _no_doubles(values, "--sweep")
+    base = load(file, request.overrides, stage)
+    start = base.stages[stage].start_from
+    extra = []
+    if start in base.stages:  # a run of another name would look for it in its own folder
+        extra = [f"stages.{stage}.start_from={base.stage_folder(start).absolute()}"]
+    tasks = []
+    for value in values:
+        label = re.sub(r"[^\w.+-]+", "_", f"{field.rpartition('.')[2]}-{value}")
+        changed = [f"{field}={value}", f"name={base.name}-{label}", *extra]
+        tasks.append(_stage_task(file, stage, request, label, changed))
+    return Link(name=stage, target=f"stages.{stage}:main", tasks=tuple(tasks))
+
+
+def _no_doubles(names: Sequence[str], flag: str) -> None:
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"{flag}: {name} is named twice")
+
+
+def _after_training(recipe: Recipe, last_folder: str, request: Request) -> list[Link]:
+    run = str(recipe.folder.absolute())
+    links = []
+    if request.export:
+        task = Task(arguments=("export", run, "--format", "transformers"))
+        links.append(Link(name="export", target=_CLI, tasks=(task,), is_stage=False))
+    if request.evaluate:
+        task = Task(arguments=("eval", last_folder))
+        links.append(Link(name="eval", target=_CLI, tasks=(task,), is_stage=False))
+    return links
+
+
+def to_resume(links: Sequence[Link], complete: Collection[str]) -> tuple[Link, ...]:
+    """Return jobs as they are submitted to go on: with ``--resume``, and without their old ids.
+
+    Those tasks whose ids are in ``complete`` stay as they are.
+    """
+
+    def changed(link: Link, task: Task) -> Task:
+        if task.job_id in complete:
+            return task
+        resume = (RESUME,) if link.is_stage and RESUME not in task.arguments else ()
+        return replace(task, arguments=(*task.arguments, *resume), job_id="")
+
+    return tuple(
+        replace(link, tasks=tuple(changed(link, task) for task in link.tasks)) for link in links
+    )

@@ -1,0 +1,173 @@
+"""How a chain is doing: a line for each job, from Slurm, the stages' files and the history."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from radio_distill.progress import clock
+from radio_distill.train.status import Status, read_status
+
+from . import commands, history
+from .chain import Chain, Link, Task
+from .history import Stop
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_ENDED = (
+    "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL",
+    "DEADLINE", "OUT_OF_MEMORY", "REVOKED",
+)  # fmt: skip
+_WAITS_FOR = {
+    "Dependency": "the job before",
+    "DependencyNeverSatisfied": "a job that failed",
+    "Resources": "free nodes",
+    "Priority": "jobs of higher priority",
+    "BeginTime": "its turn after a requeue",
+    "JobArrayTaskLimit": "other tasks of its array",
+    "JobHeldUser": "scontrol release: it is held",
+    "JobHeldAdmin": "an administrator: it is held",
+    "PartitionDown": "its partition, which is down",
+    "ReqNodeNotAvail": "nodes that are not available",
+    "Nodes": "nodes that are not available",
+    "PartitionTimeLimit": "nothing: its time limit is above the partition's",
+    "PartitionNodeLimit": "nothing: it asks for more nodes than the partition has",
+    "AssociationJobLimit": "the account's other jobs",
+    "QOSMaxJobsPerUserLimit": "the user's other jobs",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """What is known of one job, or of one task of an array."""
+
+    name: str
+    job_id: str
+    state: str
+    """Slurm's word, in capital letters; empty where Slurm has forgotten it."""
+    detail: str = ""
+    """Nodes it runs on, or what it waits for."""
+    restarts: int | None = None
+    status: Status | None = None
+    stop: Stop | None = None
+    """The newest one."""
+
+    @property
+    def alive(self) -> bool:
+        """Whether the job still waits, runs or is being ended."""
+        return bool(self.state) and self.state not in _ENDED
+
+    @property
+    def complete(self) -> bool:
+        """Whether all its processes ended well."""
+        return self.stop is not None and self.stop.kind == "done"
+
+
+def rows_of(folder: Path, chain: Chain) -> list[Row]:
+    """Ask Slurm and read the files; one row for each task.
+
+    Raises:
+        SlurmError: where Slurm does not answer.
+    """
+    stops = {stop.job: stop for stop in history.read(folder)}
+    return [row for link in chain.links for row in _rows_of_link(link, stops)]
+
+
+def _rows_of_link(link: Link, stops: Mapping[str, Stop]) -> list[Row]:
+    known = [job for job_id in link.job_ids if job_id for job in commands.show_job(job_id)]
+    return [_row(link, task, known, stops.get(task.job_id)) for task in link.tasks]
+
+
+def _row(link: Link, task: Task, known: Sequence[Mapping[str, str]], stop: Stop | None) -> Row:
+    job = next((job for job in known if _is(job, task.job_id)), {})
+    state = job.get("JobState", "")
+    if not state and task.job_id:
+        state = commands.accounted_state(task.job_id)
+    return Row(
+        name=f"{link.name} {task.label}".strip(),
+        job_id=task.job_id,
+        state=state,
+        detail=_detail(state, job),
+        restarts=int(job["Restarts"]) if "Restarts" in job else None,
+        status=read_status(Path(task.stage_folder)) if task.stage_folder else None,
+        stop=stop,
+    )
+
+
+def _is(job: Mapping[str, str], job_id: str) -> bool:
+    """Tell whether Slurm's record is of this task; one record may stand for several that wait."""
+    array, _, task = job_id.partition("_")
+    if not task:
+        return job["JobId"] == job_id
+    if job.get("ArrayJobId") != array:
+        return False
+    for part in job.get("ArrayTaskId", "").partition("%")[0].split(","):
+        first, _, last = part.partition("-")
+        if first.isdigit() and int(first) <= int(task) <= int(last or first):
+            return True
+    return False
+
+
+def _detail(state: str, job: Mapping[str, str]) -> str:
+    reason = job.get("Reason", "None")
+    if state == "PENDING" and reason != "None":
+        return f"waits for {_WAITS_FOR[reason]}" if reason in _WAITS_FOR else reason
+    if state == "RUNNING":
+        return f"on {job.get('NodeList', '')}"
+    return ""
+
+
+def table_of(rows: Sequence[Row], now: float | None = None) -> "Table":
+    """Make the table that ``slurm status`` shows."""
+    from rich.table import Table
+
+    now = time.time() if now is None else now
+    table = Table(box=None, pad_edge=False)
+    for name, justify in _COLUMNS:
+        table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    for row in rows:
+        table.add_row(*_cells(row, now))
+    return table
+
+
+_COLUMNS = (
+    ("job", "left"), ("id", "right"), ("Slurm", "left"), ("step", "right"), ("img/s", "right"),
+    ("ETA", "right"), ("last sign", "right"), ("restarts", "right"), ("last stop", "left"),
+)  # fmt: skip
+
+
+def _cells(row: Row, now: float) -> list[str]:
+    state = row.state or ("complete" if row.complete else "unknown to Slurm")
+    status = row.status
+    cells = [row.name, row.job_id, f"{state} {row.detail}".strip()]
+    if status is None:
+        cells += ["", "", "", ""]
+    else:
+        running = row.state == "RUNNING" and status.state == "running"
+        cells += [
+            f"{status.step} of {status.steps}",
+            f"{status.images_per_second:.1f}" if running else "",
+            clock(status.seconds_left) if running else "",
+            f"{clock(now - status.time)} ago",
+        ]
+    cells.append("" if row.restarts is None else str(row.restarts))
+    cells.append(_words(row.stop))
+    return cells
+
+
+def _words(stop: Stop | None) -> str:
+    if stop is None:
+        return ""
+    excluded = f"; keeps off {', '.join(stop.excluded)}" if stop.excluded else ""
+    return f"{stop.reason}{excluded}"
+
+
+def print_rows(rows: Sequence[Row]) -> None:
+    """Print the table; in full width where nobody looks at a terminal."""
+    from rich.console import Console
+
+    console = Console()
+    width = None if console.is_terminal else 240
+    Console(width=width, markup=False, highlight=False).print(table_of(rows))

@@ -1,0 +1,146 @@
+import json
+import logging
+import os
+import shutil
+
+import pytest
+
+from radio_distill.config import DataConfig
+from radio_distill.data.index import index_path
+from radio_distill.data.sources import open_sources
+from radio_distill.errors import DataError
+
+
+def config_of(*shards, **options):
+    return DataConfig(shards=tuple(map(str, shards)), workers=0, **options)
+
+
+@pytest.fixture
+def damaged(shard_folder):
+    """Five shards, of which one is cut."""
+    path = shard_folder / "part-2.tar"
+    path.write_bytes(path.read_bytes()[:6000])
+    return shard_folder
+
+
+def test_open_sources__refuses_damage_and_names_both_mends(damaged):
+    with pytest.raises(DataError) as error:
+        open_sources(config_of(damaged))
+    message = str(error.value)
+    assert "1 of 5 shards damaged" in message
+    assert "part-2.tar is not a whole, plain tar file" in message
+    assert "make it anew, or leave such shards out with data.max_bad_shards=0.2" in message
+    assert "\n" not in message
+    with pytest.raises(DataError, match="no shards found"):
+        open_sources(config_of(damaged / "no"))
+
+
+def test_open_sources__the_share_that_the_message_names_is_enough(shard_folder):
+    for name in ("part-1.tar", "part-4.tar"):
+        (shard_folder / name).write_bytes(b"junk")
+    (shard_folder / "part-0.tar").unlink()
+    (shard_folder / "part-2.tar").unlink()
+    with pytest.raises(DataError, match="2 of 3 shards damaged") as error:
+        open_sources(config_of(shard_folder, max_bad_shards=0.5))
+    share = float(str(error.value).split("max_bad_shards=")[1].split(" ")[0])
+    sources = open_sources(config_of(shard_folder, max_bad_shards=share))
+    assert [shard.path.name for shard in sources.shards] == ["part-3.tar"]
+
+
+def test_open_sources__within_the_budget_damaged_shards_are_left_out(damaged, caplog):
+    sources = open_sources(config_of(damaged, max_bad_shards=0.2))
+    assert [shard.num_samples for shard in sources.shards] == [3, 4, 6, 7]
+    (line,) = sources.damaged
+    assert "part-2.tar" in line
+    assert [record.levelno for record in caplog.records] == [logging.WARNING]
+    assert "part-2.tar" in caplog.text
+    whole = [damaged / f"part-{i}.tar" for i in (0, 1, 3, 4)]
+    assert sources.fingerprint == open_sources(config_of(*whole)).fingerprint
+
+
+def test_open_sources__a_source_needs_a_whole_shard(damaged):
+    patterns = damaged / "part-[0-1].tar", damaged / "part-2.tar"
+    config = config_of(*patterns, weights=(0.5, 0.5), max_bad_shards=1.0)
+    with pytest.raises(DataError, match=r"all shards of .*part-2\.tar are damaged; the first: "):
+        open_sources(config)
+    for path in damaged.glob("*.tar"):
+        path.write_bytes(b"")
+    with pytest.raises(DataError, match="all shards of"):
+        open_sources(config_of(damaged, max_bad_shards=1.0))
+
+
+@pytest.fixture
+def unclean(tmp_path, encode, write_tar):
+    """Two shards of ten samples, and of eight with two that must not be used."""
+    good = {f"a{i}.png": encode(i) for i in range(10)}
+    write_tar(tmp_path / "a.tar", good)
+    bad = [("../b.png", encode(0)), ("c.txt", b"")]
+    write_tar(tmp_path / "b.tar", [*list(good.items())[:8], *bad])
+    return tmp_path
+
+
+def test_open_sources__samples_left_out_have_a_budget(unclean, caplog):
+    sources = open_sources(config_of(unclean, max_bad_share=0.1))
+    assert sources.left_out == {"unsafe_name": 1, "no_picture": 1}
+    assert [shard.num_samples for shard in sources.shards] == [10, 8]
+    (record,) = caplog.records
+    assert record.getMessage().endswith(
+        "b.tar: left out 2 of 10 samples: 1 no_picture (c), 1 unsafe_name (../b.png)"
+    )
+    for _ in range(2):  # from the stored index too
+        with pytest.raises(
+            DataError, match=r"2 of 20 samples cannot be used.*unsafe_name \(\.\./b"
+        ):
+            open_sources(config_of(unclean, max_bad_share=0.09))
+
+
+def test_open_sources__many_unclean_shards_do_not_flood_the_log(
+    tmp_path, encode, write_tar, caplog
+):
+    for number in range(30):
+        write_tar(tmp_path / f"{number}.tar", {"a.png": encode(0), "../a.png": b""})
+    open_sources(config_of(tmp_path, max_bad_share=0.5))
+    assert len(caplog.records) == 21
+    assert "10 shards more" in caplog.records[-1].getMessage()
+
+
+def test_open_sources__names_that_are_no_text_reach_no_log(tmp_path, encode, write_tar, caplog):
+    folder = tmp_path / os.fsdecode(b"caf\xe9\x1b[2J")
+    folder.mkdir()
+    write_tar(folder / os.fsdecode(b"\xff.tar"), {"a.png": encode(0), "../b.png": b""})
+    write_tar(folder / "b.tar", {"a.png": encode(0)})
+    (folder / "b.tar").write_bytes(b"junk")
+    open_sources(config_of(folder, max_bad_share=0.5, max_bad_shards=0.5))
+    with pytest.raises(DataError) as error:
+        open_sources(config_of(folder))
+    for line in (*(record.getMessage() for record in caplog.records), str(error.value)):
+        assert line.isprintable()
+        assert json.dumps(line, ensure_ascii=False).encode()
+    assert r"\udcff.tar" in caplog.text
+
+
+def test_fingerprint__is_that_of_the_order(shard_folder, tmp_path, encode, write_tar):
+    def fingerprint(*patterns, **options):
+        return open_sources(config_of(*patterns, **options)).fingerprint
+
+    first = fingerprint(shard_folder)
+    for path in shard_folder.glob("*.tar"):
+        index_path(path).unlink()
+        os.utime(path, ns=(1, 1))
+    assert fingerprint(shard_folder) == first
+    shutil.copytree(
+        shard_folder, tmp_path / "elsewhere" / "deep", ignore=shutil.ignore_patterns("else*")
+    )
+    assert fingerprint(tmp_path / "elsewhere") == first
+    shutil.rmtree(tmp_path / "elsewhere")
+
+    low, high = shard_folder / "part-[0-3].tar", shard_folder / "part-4.tar"
+    assert fingerprint(low, high) == first
+    others = [
+        fingerprint(low),
+        fingerprint(high, low),  # another order of the shards
+        fingerprint(low, high, weights=(0.5, 0.5)),
+    ]
+    write_tar(shard_folder / "part-0.tar", {f"s0_{i}.png": encode(70 + i) for i in range(3)})
+    others.append(fingerprint(shard_folder))
+    assert len({first, *others}) == 5

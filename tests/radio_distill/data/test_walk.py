@@ -1,0 +1,358 @@
+import json
+import os
+import random
+import struct
+import tarfile
+import unicodedata
+import zlib
+
+import pytest
+import webdataset
+
+from radio_distill.data import walk
+from radio_distill.data.walk import LeftOut, describe, walk_shard
+from radio_distill.errors import DataError
+
+
+def test_walk_shard__places_and_sums_fit_the_file(captioned):
+    raw = captioned.read_bytes()
+    samples = walk_shard(captioned).samples
+    assert [sample.key for sample in samples] == [f"a{i}" for i in range(6)]
+    with tarfile.open(captioned) as tar:
+        for sample in samples:
+            assert sample.image_suffix == "png"
+            for suffix, member in sample.members.items():
+                content = tar.extractfile(f"{sample.key}.{suffix}").read()
+                assert raw[member.offset : member.offset + member.size] == content
+                assert member.crc32 == zlib.crc32(content)
+
+
+def test_walk_shard__groups_as_webdataset_does(tmp_path, encode, write_tar):
+    picture = encode(0)
+    names = [
+        "./d.x/a.JPG",
+        "./d.x/a.seg.png",
+        "b.jpeg",
+        "b.json",
+        "__meta__",
+        ".hidden.jpg",
+        "plain",
+    ]
+    path = write_tar(tmp_path / "a.tar", dict.fromkeys(names, picture))
+    theirs = [
+        (sample["__key__"], {name for name in sample if not name.startswith("__")})
+        for sample in webdataset.WebDataset(str(path), shardshuffle=False)
+    ]
+    ours = [(sample.key, set(sample.members)) for sample in walk_shard(path).samples]
+    assert ours == theirs == [("./d.x/a", {"jpg", "seg.png"}), ("b", {"jpeg", "json"})]
+
+
+def damage(raw: bytes, how: str) -> bytes:
+    header = 512 * next(i for i in range(1, 99) if raw[512 * i : 512 * i + 6] == b"a2.png")
+    return {
+        "header byte": raw[: header + 3] + b"\xff" + raw[header + 4 :],
+        "first header": b"\xff" + raw[1:],
+        "size field": raw[: header + 124] + b"77777777777" + raw[header + 135 :],
+        "lost block": raw[:header] + bytes(1536) + raw[header + 1536 :],
+        "cut at a member": raw[:header],
+        "cut in a header": raw[: header + 100],
+        "cut in data": raw[: header + 512 + 700],
+        "no end marker": raw.rstrip(b"\0")[: -(len(raw.rstrip(b"\0")) % 512)],
+        "half an end marker": raw.rstrip(b"\0") + bytes(-len(raw.rstrip(b"\0")) % 512 + 512),
+        "garbage behind": raw + b"x",
+        "empty": b"",
+        "text": b"<html>404 not found</html>" * 100,
+        "gzip": b"\x1f\x8b\x08\x00" + bytes(2000),
+    }[how]
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "header byte",
+        "first header",
+        "size field",
+        "lost block",
+        "cut at a member",
+        "cut in a header",
+        "cut in data",
+        "no end marker",
+        "half an end marker",
+        "garbage behind",
+        "empty",
+        "text",
+        "gzip",
+    ],
+)
+def test_walk_shard__refuses_damage_in_one_line(captioned, how):
+    captioned.write_bytes(damage(captioned.read_bytes(), how))
+    with pytest.raises(DataError, match=r"a\.tar") as error:
+        walk_shard(captioned)
+    assert "\n" not in str(error.value)
+
+
+def test_walk_shard__random_damage_is_refused_or_harmless(captioned):
+    raw, sound = captioned.read_bytes(), walk_shard(captioned).samples
+    chance = random.Random(0)
+    num_refused = 0
+    for _ in range(150):
+        broken = bytearray(raw[: chance.randrange(len(raw) + 1)] if chance.random() < 0.2 else raw)
+        for _ in range(chance.randrange(1, 4)):
+            if broken:
+                broken[chance.randrange(len(broken))] ^= 1 << chance.randrange(8)
+        captioned.write_bytes(broken)
+        try:
+            found = walk_shard(captioned).samples
+        except DataError:
+            num_refused += 1
+        else:  # only data or padding was hit
+            places = [{s: m[:2] for s, m in sample.members.items()} for sample in found]
+            assert places == [{s: m[:2] for s, m in sample.members.items()} for sample in sound]
+    assert num_refused > 20
+
+
+def header(name: str, **fields) -> tarfile.TarInfo:
+    """A member without content."""
+    info = tarfile.TarInfo(name)
+    for field, value in fields.items():
+        setattr(info, field, value)
+    return info
+
+
+def keys_of(contents) -> list[str]:
+    return [sample.key for sample in contents.samples]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "/etc/a.png",
+        "../a.png",
+        "b/../../a.png",
+        "a\n.png",
+        "a\x1b[2J.png",
+        "a\udcff.png",
+        "a\u202egnp.exe.png",  # written from right to left, it would read as another name
+        "a" * 2000 + ".png",
+    ],
+)
+def test_walk_shard__leaves_out_hostile_names(tmp_path, encode, write_tar, name):
+    good = encode(0)
+    path = write_tar(tmp_path / "a.tar", [("first.png", good), (name, good), ("last.png", good)])
+    contents = walk_shard(path)
+    assert keys_of(contents) == ["first", "last"]
+    assert contents.left_out.keys() == {"unsafe_name"}
+    (shown,) = contents.left_out["unsafe_name"].names
+    assert shown.isprintable()
+    assert len(shown) <= 100
+    describe(contents.left_out).encode("utf-8")  # no half of a surrogate pair
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        tarfile.SYMTYPE,
+        tarfile.LNKTYPE,
+        tarfile.FIFOTYPE,
+        tarfile.CHRTYPE,
+        tarfile.GNUTYPE_SPARSE,
+        b"Z",
+    ],
+)
+def test_walk_shard__leaves_out_all_but_plain_files(tmp_path, encode, write_tar, kind):
+    link = header("a.png", type=kind, linkname="/etc/passwd")
+    members = [("a.png", link), ("a.txt", b"of the link"), ("b.png", encode(0))]
+    contents = walk_shard(write_tar(tmp_path / "a.tar", members))
+    assert keys_of(contents) == ["b"]
+    assert contents.left_out == {"not_a_file": LeftOut(1, ("a.png",))}
+
+
+def test_walk_shard__link_that_claims_a_size(tmp_path, encode, write_tar):
+    """Readers pass over no data behind a link, whatever its header says."""
+    link = header("a.png", type=tarfile.LNKTYPE, linkname="b.png", size=700)
+    path = write_tar(tmp_path / "a.tar", {"b.png": encode(0), "c.png": encode(1)})
+    path.write_bytes(link.tobuf(tarfile.USTAR_FORMAT) + path.read_bytes())
+    assert keys_of(walk_shard(path)) == ["b", "c"]
+    path.write_bytes(link.tobuf(tarfile.USTAR_FORMAT) + bytes(1024))
+    with pytest.raises(DataError, match=r"that can be used \(1 not_a_file \(a\.png\)\)"):
+        walk_shard(path)
+
+
+def test_walk_shard__passes_over_folders(tmp_path, encode):
+    (tmp_path / "d.x").mkdir()
+    (tmp_path / "d.x" / "a.png").write_bytes(encode(0))
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        tar.add(tmp_path / "d.x", "d.x")
+    contents = walk_shard(tmp_path / "a.tar")
+    assert (keys_of(contents), contents.left_out) == (["d.x/a"], {})
+
+
+@pytest.mark.parametrize(
+    ("names", "num_left_out"),
+    [
+        (["a.png", "a.png"], 1),
+        (["a.png", "a.PNG", "b.png"], 1),
+        (["a.png", "b.png", "a.txt", "a.jpg"], 1),
+        (["a.png", "b.png", "a.png", "c.png", "a.png"], 2),
+        (["a.png", "b.png", "a.png", "b.png"], 2),
+        (["a.png", "b.png", "a.png", "b.txt"], 2),
+    ],
+)
+def test_walk_shard__keeps_the_first_of_two(tmp_path, encode, write_tar, names, num_left_out):
+    members = [(name, encode(number)) for number, name in enumerate(names)]
+    contents = walk_shard(write_tar(tmp_path / "a.tar", members))
+    assert keys_of(contents) == sorted({name[0] for name in names})
+    assert contents.left_out.keys() == {"duplicate"}
+    assert contents.left_out["duplicate"].num_samples == num_left_out
+    first = contents.samples[0].members
+    assert first.keys() == {"png"}
+    assert first["png"].crc32 == zlib.crc32(encode(0))
+
+
+def test_walk_shard__leaves_out_samples_without_picture(tmp_path, encode, write_tar):
+    members = {"a.png": encode(0), "b.txt": b"lost its picture", "b.json": b"{}", "c.cls": b"1"}
+    contents = walk_shard(write_tar(tmp_path / "a.tar", members))
+    assert keys_of(contents) == ["a"]
+    assert contents.left_out == {"no_picture": LeftOut(2, ("b", "c"))}
+    for nothing in ({}, {"a.txt": b"only text"}):
+        with pytest.raises(DataError, match="has no pictures"):
+            walk_shard(write_tar(tmp_path / "b.tar", nothing))
+
+
+def test_walk_shard__leaves_out_members_above_the_limit(tmp_path, encode, write_tar, monkeypatch):
+    small, large = encode(0), encode(1, size=(60, 60))
+    monkeypatch.setattr(walk, "MAX_MEMBER_BYTES", len(small))
+    members = {"a.png": large, "a.txt": b"of a", "b.png": small, "c.jpg": small, "c.png": large}
+    contents = walk_shard(write_tar(tmp_path / "a.tar", members))
+    assert [(sample.key, *sample.members) for sample in contents.samples] == [
+        ("b", "png"),
+        ("c", "jpg"),
+    ]
+    assert contents.left_out == {"too_large": LeftOut(2, ("a.png", "c.png"))}
+
+
+def test_walk_shard__counts_are_exact_and_names_are_few(tmp_path, encode, write_tar):
+    members = [("good.png", encode(0)), *((f"../{i}.png", b"x") for i in range(500))]
+    contents = walk_shard(write_tar(tmp_path / "a.tar", members))
+    assert contents.left_out["unsafe_name"].num_samples == 500
+    assert len(contents.left_out["unsafe_name"].names) == 10
+    assert describe(contents.left_out) == "500 unsafe_name (../0.png, ../1.png, ../2.png, …)"
+
+
+def test_walk_shard__unicode_names_are_used_as_they_are(tmp_path, encode, write_tar):
+    names = [unicodedata.normalize(form, "é") for form in ("NFC", "NFD")]
+    names += ["🦊", "חתול", "猫", "a b", "é/é"]
+    members = {f"{name}.png": encode(number) for number, name in enumerate(names)}
+    contents = walk_shard(write_tar(tmp_path / "a.tar", members))
+    assert keys_of(contents) == names
+    assert contents.left_out == {}
+    theirs = webdataset.WebDataset(str(tmp_path / "a.tar"), shardshuffle=False)
+    assert [(sample["__key__"], sample["png"]) for sample in theirs] == [
+        (name, encode(number)) for number, name in enumerate(names)
+    ]
+
+
+def pax(body: bytes) -> bytes:
+    """An extended header."""
+    info = header("x", type=tarfile.XHDTYPE, size=len(body))
+    return info.tobuf(tarfile.USTAR_FORMAT) + body + bytes(-len(body) % 512)
+
+
+def sized(field: bytes, **fields) -> bytes:
+    """A header with a size field of one's own."""
+    raw = bytearray(header("a.png", **fields).tobuf(tarfile.USTAR_FORMAT))
+    raw[124:136] = field
+    raw[148:156] = b" " * 8
+    raw[148:156] = b"%06o\0 " % sum(raw)
+    return bytes(raw)
+
+
+HOSTILE_HEADERS = {
+    "negative size": sized(b"\xff" * 11 + b"\x00"),
+    "size of minus one header": sized(struct.pack(">4sq", b"\xff" * 4, -512)),
+    "negative size by an extended header": pax(b"14 size=-1024\n") + sized(b"0" * 12),
+    "size of an exabyte": sized(struct.pack(">4sq", b"\x80\0\0\0", 1 << 60)),
+    "beyond every number": sized(b"\x80" + b"\xff" * 11),
+    "long name of a gigabyte": sized(b"10000000000\0", type=tarfile.GNUTYPE_LONGNAME),
+    "extended header of megabytes": pax(b"1" * (4 << 20)),
+    "extended header of nonsense": pax(b"99 path=\n" + bytes(range(256))),
+    "nothing but long names": b"".join(
+        header("x", type=tarfile.GNUTYPE_LONGNAME, size=2).tobuf(tarfile.GNU_FORMAT) + bytes(512)
+        for _ in range(3000)
+    ),
+    "sparse map of nonsense": pax(b"22 GNU.sparse.major=1\n22 GNU.sparse.minor=0\n")
+    + header("a.png", size=512).tobuf(tarfile.USTAR_FORMAT)
+    + b"9" * 512,
+}
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("kind", HOSTILE_HEADERS)
+def test_walk_shard__hostile_headers_neither_hang_nor_fill_memory(captioned, kind):
+    import resource
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    captioned.write_bytes(HOSTILE_HEADERS[kind] + captioned.read_bytes())
+    try:
+        contents = walk_shard(captioned)
+    except DataError as error:
+        assert str(error).isprintable()  # noqa: PT017
+    else:
+        assert set(keys_of(contents)) <= {"a", *(f"a{i}" for i in range(6))}
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + 100_000
+
+
+def test_walk_shard__names_do_not_depend_on_the_locale(tmp_path, encode, write_tar, monkeypatch):
+    path = write_tar(tmp_path / "a.tar", {"ü.png": encode(0)})
+    monkeypatch.setattr(tarfile, "ENCODING", "latin-1")
+    monkeypatch.setattr(tarfile.TarFile, "encoding", "latin-1")
+    assert keys_of(walk_shard(path)) == ["ü"]
+
+
+def test_walk_shard__refuses_what_is_no_file_without_waiting(tmp_path):
+    os.mkfifo(tmp_path / "pipe.tar")
+    with pytest.raises(DataError, match=r"pipe\.tar: not a regular file"):
+        walk_shard(tmp_path / "pipe.tar")
+    with pytest.raises(DataError, match="not a regular file"):
+        walk_shard(tmp_path)
+
+
+def test_walk_shard__shard_that_grows_meanwhile(captioned, monkeypatch):
+    measure = walk._measure
+
+    def measure_and_grow(file, info):
+        os.utime(captioned, ns=(5, 5))
+        return measure(file, info)
+
+    monkeypatch.setattr(walk, "_measure", measure_and_grow)
+    with pytest.raises(DataError, match="was written to while it was read"):
+        walk_shard(captioned)
+
+
+def test_walk_shard__sound_shards_of_webdatasets_writer(tmp_path, encode):
+    """Same keys and same bytes as webdataset itself reads."""
+    path = tmp_path / "a.tar"
+    with webdataset.TarWriter(str(path)) as writer:
+        for number in range(5):
+            writer.write(
+                {
+                    "__key__": f"folder/{number:03d}",
+                    "png": encode(number),
+                    "json": {"number": number},
+                    "seg.png": encode(100 + number),
+                }
+            )
+    raw = path.read_bytes()
+    ours = [
+        (
+            sample.key,
+            {s: raw[m.offset : m.offset + m.size] for s, m in sample.members.items()},
+        )
+        for sample in walk_shard(path).samples
+    ]
+    theirs = [
+        (sample["__key__"], {s: data for s, data in sample.items() if not s.startswith("__")})
+        for sample in webdataset.WebDataset(str(path), shardshuffle=False)
+    ]
+    assert ours == theirs
+    assert json.loads(ours[3][1]["json"]) == {"number": 3}
