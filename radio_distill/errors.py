@@ -12,6 +12,10 @@ class RadioDistillError(Exception):
     """Of the process that ends with it. A process that ends with 2 would fail again; one that ends
     with anything else but 0 may be started again."""
 
+    def __str__(self) -> str:
+        """Return one line for each argument: each is a problem."""
+        return "\n".join(map(str, self.args))
+
 
 class ConfigError(RadioDistillError):
     """A recipe, an override or an argument that cannot be right."""

@@ -35,6 +35,14 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def is_there(path: Path) -> bool:
+    """Return whether a path exists; one that cannot, for its name is too long, does not."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
+
+
 def make_private(folder: Path) -> None:
     """Make a folder, and its parents, that nobody but its user can look into.
 

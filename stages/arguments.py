@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -12,6 +13,8 @@ from radio_distill.errors import ConfigError, RadioDistillError
 from radio_distill.redaction import install, redact
 from radio_distill.registry import nearest
 from radio_distill.trust import FLAG, FLAG_HELP, trusting_pickles
+
+_LONGEST = 1500  # characters of an error; the mend stands at its end
 
 
 class Parser(argparse.ArgumentParser):
@@ -46,6 +49,7 @@ def _nearest_flag(flag: str, known: list[str]) -> str:
     same_ending = [name for name in known if name.rpartition(".")[2] == flag.lstrip("-")]
     if same_ending:
         return f"did you mean {same_ending[0]}?"
+    known = [name for name in known if name != flag]  # of another command's arguments
     return nearest(flag, known) if len(known) < 20 else nearest(flag, known).partition(",")[0]
 
 
@@ -87,13 +91,28 @@ def run_command(command: Callable[[], int | None]) -> int:
     for noisy in ("DeepSpeed", "timm", "torch", "PIL", "matplotlib", "onnx_ir", "onnxscript"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     try:
-        return command() or 0
+        status = command() or 0
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # whoever read the output, `head` for instance, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except RadioDistillError as error:
-        print(f"radio-distill: {redact(str(error))}", file=sys.stderr)
+        print("radio-distill:", "\n".join(map(_line, error.args)), file=sys.stderr)
         return error.exit_status
     except KeyboardInterrupt:
         print("radio-distill: stopped; --resume goes on from the last checkpoint", file=sys.stderr)
         return 130
+
+
+def _line(problem: object) -> str:
+    """Return one printable line of bounded length, whatever names a message repeats."""
+    text = redact(" ".join(str(problem).split()))
+    if len(text) > _LONGEST:
+        text = f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
+    )
 
 
 def run_module(module: ModuleType, argv: Sequence[str] | None, prog: str | None = None) -> int:

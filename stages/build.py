@@ -22,12 +22,18 @@ from radio_distill.train.distributed import World, extend_timeouts, main_first
 from radio_distill.train.draws import Draws
 from radio_distill.train.engine import build_engine
 from radio_distill.train.loop import StageRun, stage_seed, zero_mend
-from radio_distill.train.restore import load_weights, normalizers_of
+from radio_distill.train.restore import (
+    check_tensors,
+    load_weights,
+    normalizers_of,
+    restore_normalizers,
+)
 from radio_distill.train.statistics import (
     build_normalizers,
     carry_heads_over,
+    first_partition,
     fit_normalizers,
-    load_normalizers,
+    standard_moments,
 )
 from radio_distill.train.weights import TermWeights
 from radio_distill.train.work import Work
@@ -77,13 +83,21 @@ def build_run(
     if start is not None:
         checkpoints.check_teachers(start, specs)
         load_weights(model, start)
+    if resumed is not None:
+        check_tensors(resumed, model)
     dispersions: dict[str, float] = {}
     if resumed is None:
         cache = Path(recipe.normalizer.cache or recipe.folder / "statistics")
         dispersions = fit_normalizers(targets, recipe, stage, world, device, cache)
         if start is not None:
             logger.info("%s starts from %s", stage, start.folder)
-            carry_heads_over(model, normalizers_of(start), targets.normalizers)
+            before = normalizers_of(start)
+            for name in unseen_teachers(recipe, stage):
+                targets.normalizers[name].load_state(before[name].state())
+            carry_heads_over(model, before, targets.normalizers)
+        else:
+            for name in unseen_teachers(recipe, stage):
+                targets.normalizers[name].fit(standard_moments(specs[name].channels))
     averages = config.ema_decay and (world.is_main or recipe.loss.mesa)
     mend = "set ema_decay to 0, or take a smaller student"
     with naming("the averaged student", "the start", mend):
@@ -111,6 +125,15 @@ def check_shards(resumed: Checkpoint, fingerprint: str, allow_changed: bool) -> 
             "--allow-changed-recipe"
         )
     logger.warning("the shards changed since the checkpoint: images may be met again, or never")
+
+
+def unseen_teachers(recipe: Recipe, stage: str) -> list[str]:
+    """List the teachers that no partition of a stage shows (AM-RADIO's first has no SAM).
+
+    Their heads stay as they were, in the space that they had.
+    """
+    config = stage_of(recipe, stage)
+    return [name for name in recipe.teachers if first_partition(config, name) is None]
 
 
 def check_teachers(recipe: Recipe, stage: str) -> None:
@@ -143,7 +166,7 @@ def build_teachers(recipe: Recipe, device: torch.device) -> dict[str, Teacher]:
 
 def _restore(run: StageRun, resumed: Checkpoint) -> None:
     run.engine.load(resumed.tensors(checkpoints.STUDENT), resumed.tensors(checkpoints.OPTIMIZER))
-    load_normalizers(run.targets.normalizers, resumed.tensors(checkpoints.STATISTICS))
+    restore_normalizers(run.targets.normalizers, resumed)
     if run.ema is not None and resumed.has(checkpoints.EMA):
         run.ema.load_state_dict(resumed.tensors(checkpoints.EMA))
     if resumed.has(checkpoints.LOSS):

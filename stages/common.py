@@ -214,11 +214,11 @@ def train_stage(
     config = stage_of(recipe, stage)
     folder = recipe.stage_folder(stage)
     world = world_from(os.environ)
-    engine_name(recipe.engine, config, world.world_size)  # a combination that cannot be ends here
+    engine = engine_name(recipe.engine, config, world.world_size)  # what cannot be ends here
     if not world.is_main:
         logging.getLogger().setLevel(logging.WARNING)
     device = choose_device(recipe.engine.device, world)
-    join(world, device, recipe.watch.hang_seconds)
+    join(world, device, recipe.watch.hang_seconds, alone=engine == "deepspeed")
     try:
         checkpoint = None
         if resume:
@@ -243,6 +243,7 @@ _WITHOUT_EFFECT = (
     "log",
     "watch",
     "evaluation",
+    "data.shards",  # what they hold is compared by their fingerprint, wherever they lie
     "data.workers",
     "data.max_bad_share",
     "data.max_bad_shards",
@@ -291,7 +292,7 @@ def checkpoint_to_resume(
     from radio_distill.train import checkpoint as checkpoints
     from radio_distill.train.distributed import main_first
 
-    checkpoint = main_first(world, lambda: checkpoints.newest(folder / "checkpoints"))
+    checkpoint = main_first(world, lambda: checkpoints.newest(folder / "checkpoints", stage))
     if checkpoint is None:
         logging.info("nothing to resume in %s; starting anew", folder)
         return None
@@ -305,6 +306,12 @@ def checkpoint_to_resume(
         logging.warning("changed since the checkpoint: %s", line)
     for line in rounding:
         logging.info("changed since the checkpoint, sums may be rounded otherwise: %s", line)
+    if checkpoint.world_size != world.world_size:
+        logging.info(
+            "%d processes go on where %d were; sums may be rounded otherwise",
+            world.world_size,
+            checkpoint.world_size,
+        )
     for name, now in checkpoints.versions().items():
         before = checkpoint.versions.get(name, now)
         if before != now:

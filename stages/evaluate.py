@@ -80,7 +80,7 @@ def score_checkpoints(
 
     recipe = found[0].recipe
     device = choose_device(recipe.engine.device, World())
-    path = output or recipe.folder / SCORES
+    path = output or run_folder(found[0]) / SCORES
     known = build_teachers(recipe, device)
     for checkpoint in found:
         label = label_of(checkpoint)
@@ -98,6 +98,12 @@ def score_checkpoints(
             config = replace(evaluation, benchmarks=without_fidelity)
             write_scores(path, f"teacher {name}", score_teacher(teacher, config, device))
     return path
+
+
+def run_folder(checkpoint: "Checkpoint") -> Path:
+    """Return the folder that a run lies in now, whatever its recipe says."""
+    parents = checkpoint.folder.absolute().parents
+    return parents[2] if parents[0].name == "checkpoints" else parents[0]
 
 
 def label_of(checkpoint: "Checkpoint") -> str:

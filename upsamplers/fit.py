@@ -138,7 +138,9 @@ def fit(run: FitRun) -> None:
                     "gradient_norm": norm,
                 }
                 values["teacher_share"] = clock.teacher_share
-                sinks.write(done, values | life.end_log(done * images, 0.0))
+                values |= life.end_log(done * images, 0.0)
+                with life.writing("its metrics"):
+                    sinks.write(done, values)
             if every(done, config.pictures_every, total) and run.world.is_main:
                 _write_pictures(run, done, step_lessons[0].seen, sinks)
             if life.due(done, signs):

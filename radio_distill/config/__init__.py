@@ -13,6 +13,7 @@ from .reading import (
     dump,
     load,
     override,
+    parse_yaml,
     read_yaml,
 )
 from .schema import (
@@ -62,6 +63,7 @@ __all__ = [
     "load",
     "option",
     "override",
+    "parse_yaml",
     "partition_sizes",
     "read_yaml",
     "share_of",

@@ -1,5 +1,6 @@
 """Fields that contradict each other, found before anything runs."""
 
+import re
 from dataclasses import asdict
 from math import gcd
 
@@ -11,15 +12,20 @@ from .schema import (
     PartitionConfig,
     Recipe,
     StageConfig,
+    StudentConfig,
     partition_sizes,
 )
+
+_NAME = re.compile(r"\w[\w.+ -]{0,99}")
 
 
 def check(recipe: Recipe) -> None:
     """Raise ConfigError, one line a problem, where fields contradict each other."""
     problems = [
+        *_check_names(recipe),
         *_check_secrets(recipe),
         *_check_data(recipe.data),
+        *_check_student(recipe.student),
         *_check_teachers(recipe),
         *_check_augmentation(recipe),
         *_check_fit(recipe),
@@ -35,7 +41,40 @@ def check(recipe: Recipe) -> None:
         for name, stage in recipe.stages.items():
             problems += _check_stage(recipe, name, stage)
     if problems:
-        raise ConfigError("\n".join(problems))
+        raise ConfigError(*problems)
+
+
+def _check_names(recipe: Recipe) -> list[str]:
+    """Names become folders and log entries, and must be nothing else."""
+    names = {"name": recipe.name}
+    for stage, config in recipe.stages.items():
+        names[f"stages.{stage}"] = stage
+        names[f"stages.{stage}.upsampler.name"] = config.upsampler.name
+        for index, partition in enumerate(config.partitions):
+            names[f"stages.{stage}.partitions.{index}.name"] = partition.name
+    return [
+        f"{field}: {name!r} is not a name: letters, digits, and _ . + - behind them, at most 100"
+        for field, name in names.items()
+        if not _NAME.fullmatch(name)
+    ]
+
+
+def _check_student(student: StudentConfig) -> list[str]:
+    limits = {
+        "max_size": (1, 65_536),
+        "registers": (0, 1024),
+        "position_dropout": (0, 1),
+        "drop_path": (0, 1),
+        "window_size": (0, 65_536),
+        "global_blocks": (0, 1024),
+        "head_hidden": (1, 1 << 20),
+        "head_layers": (0, 1024),
+    }
+    return [
+        f"student.{name}: {getattr(student, name)} is not {least} to {most}"
+        for name, (least, most) in limits.items()
+        if not least <= getattr(student, name) <= most
+    ]
 
 
 def _check_secrets(recipe: Recipe) -> list[str]:
@@ -61,6 +100,8 @@ def _check_data(data: DataConfig) -> list[str]:
     for name, least in (("min_size", 1), ("max_pixels", 1), ("shuffle_shards", 1), ("workers", 0)):
         if getattr(data, name) < least:
             problems.append(f"data.{name}: {getattr(data, name)} is below {least}")
+    if data.workers > 1024:
+        problems.append(f"data.workers: {data.workers} processes are above 1024")
     for name in ("max_bad_share", "max_bad_shards"):
         if not 0 <= getattr(data, name) <= 1:
             problems.append(f"data.{name}: {getattr(data, name)} is not a share of 0 to 1")
@@ -77,7 +118,9 @@ def _check_teachers(recipe: Recipe) -> list[str]:
     problems = []
     for name, teacher in recipe.teachers.items():
         if not name.isidentifier():
-            problems.append(f"teachers.{name}: a teacher's name is letters, digits and underscores")
+            problems.append(
+                f"teachers.{name!r}: a teacher's name is letters, digits and underscores"
+            )
         if teacher.summary_weight < 0 or teacher.feature_weight < 0:
             problems.append(f"teachers.{name}: loss weights cannot be negative")
     return problems

@@ -14,10 +14,13 @@ from typing import Any, Literal, Union
 import yaml
 
 from ..errors import ConfigError
+from ..files import reason_of
 from ..registry import nearest
 from .checks import check
 from .describing import FIELD_NAMES
 from .schema import Recipe
+
+_MOST_VALUES, _MOST_DEPTH = 100_000, 50
 
 
 def load(path: str | Path, overrides: Sequence[str] = (), stage: str = "") -> Recipe:
@@ -39,15 +42,48 @@ def load(path: str | Path, overrides: Sequence[str] = (), stage: str = "") -> Re
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """Read a YAML mapping."""
     try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        data = parse_yaml(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"{path} is not valid YAML: {reason}") from error
+    except (ConfigError, ValueError) as error:  # ValueError: bytes that are no text
+        raise ConfigError(f"{path} is not valid YAML: {reason_of(error)}") from error
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: expected a mapping of fields, found {type(data).__name__}")
     return data
+
+
+def parse_yaml(text: str) -> Any:
+    """Parse YAML into plain values; references are unfolded, as far as a recipe can need it.
+
+    Raises:
+        ConfigError: no YAML, deeper or larger than any recipe, or a number that no field can hold.
+    """
+    try:
+        value = yaml.safe_load(text)
+        return _bounded(value, [_MOST_VALUES], 0)
+    except yaml.YAMLError as error:
+        raise ConfigError(reason_of(error)) from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # `!!int word`, 2024-99-99
+        raise ConfigError(f"a value that is none of its kind: {reason_of(error)}") from error
+    except RecursionError as error:
+        raise ConfigError("nested too deeply") from error
+
+
+def _bounded(value: Any, left: list[int], depth: int) -> Any:
+    """Return a copy; a few lines of references can stand for more than any memory holds."""
+    left[0] -= 1
+    if left[0] < 0 or depth > _MOST_DEPTH:
+        raise ConfigError(f"more than {_MOST_VALUES} values, or nested deeper than {_MOST_DEPTH}")
+    if isinstance(value, dict):
+        return {
+            _bounded(key, left, depth + 1): _bounded(item, left, depth + 1)
+            for key, item in value.items()
+        }
+    if isinstance(value, list):
+        return [_bounded(item, left, depth + 1) for item in value]
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise ConfigError("a whole number that needs more than 64 bits")
+    return value
 
 
 def assignments_of(path: str | Path) -> list[str]:
@@ -85,8 +121,8 @@ def override(
         if stage and keys[0] == "stage":
             keys[:1] = ["stages", stage]
         try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
+            value = parse_yaml(text)
+        except ConfigError:
             value = text
         _assign(result, keys, value, path)
     return result

@@ -27,6 +27,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..errors import ConfigError, WeightsError
+from ..files import is_there
 from ..registry import Registry
 from ..trust import check_sha256
 from .position import CroppedPositions
@@ -87,7 +88,7 @@ def read_start(pretrained: str, body: Any, architecture: str, sha256: str = "") 
 
 
 def _read(path: Path, sha256: str) -> Start:
-    if not path.exists():
+    if not is_there(path):
         raise WeightsError(f"no weights file {path}; correct student.pretrained")
     if sha256:
         check_sha256(summed_files(path), sha256, "student.pretrained_sha256")

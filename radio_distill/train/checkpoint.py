@@ -10,7 +10,7 @@
             statistics.safetensors   normalizers, one for each teacher: "<teacher>/<tensor>"
             loss.safetensors         dispersions and adapted weights, where the loss has them
             meta.json                step, recipe, teachers, shards, counts, versions, and sha256 of
-                                     the files above
+                                     the files above and of itself
 
 A checkpoint is written to a hidden folder, flushed to the disk, read back and compared with what
 was in memory, and renamed; only then are older ones deleted. A crash or a full disk leaves the
@@ -22,10 +22,12 @@ samples, the schedule, and what the generators of every rank draw in a step are 
 recipe and the step.
 """
 
+import hashlib
 import json
 import logging
 import os
 import platform
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -33,14 +35,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..config import Recipe, build, dump
+from ..config import Recipe, build, check, dump, parse_yaml
 from ..errors import CheckpointError, ConfigError, WeightsError
-from ..files import flush, reason_of, sha256_of
+from ..files import flush, is_there, reason_of, sha256_of
 from ..types import TeacherSpec
 from .tensor_file import verify, write_tensors
 
@@ -49,6 +50,11 @@ logger = logging.getLogger(__name__)
 META = "meta.json"
 STUDENT, EMA, OPTIMIZER, STATISTICS = "student", "ema", "optimizer", "statistics"
 LOSS = "loss"
+
+_SEAL = "seal"
+_NAME = re.compile(r"step-\d{8}")
+_MOST_CHANNELS = 1 << 20
+_MOST_META = 64 << 20  # bytes
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,8 @@ class Checkpoint:
     counts: dict[str, int] = field(default_factory=dict)
     """What the run has counted so far, for instance skipped steps."""
     versions: dict[str, str] = field(default_factory=dict)
+    world_size: int = 1
+    """Processes that it was trained on."""
 
     def has(self, part: str) -> bool:
         """Return whether it holds that file (``ema`` and ``loss`` are optional)."""
@@ -95,6 +103,7 @@ def save(
     keep_every: int = 0,
     shards: str = "",
     counts: Mapping[str, int] | None = None,
+    world_size: int = 1,
     may_write: Callable[[], None] = lambda: None,
 ) -> Path:
     """Write a checkpoint, then delete the oldest.
@@ -107,6 +116,7 @@ def save(
         keep_every: those of its multiples are kept too; 0 for none.
         shards: fingerprint of the data.
         counts: what the run has counted.
+        world_size: processes of the run.
         may_write: called before the checkpoint appears; raises where it must not.
 
     Raises:
@@ -128,9 +138,10 @@ def save(
             "shards": shards,
             "counts": dict(counts or {}),
             "versions": versions(),
+            "world_size": world_size,
             "sha256": sums,
         }
-        (temporary / META).write_text(json.dumps(meta, indent=1), encoding="utf-8")
+        (temporary / META).write_text(json.dumps(sealed(meta), indent=1), encoding="utf-8")
         flush(temporary / META)
         for name, expected in sums.items():
             verify(temporary / name, expected)
@@ -140,15 +151,23 @@ def save(
             shutil.rmtree(final)
         temporary.rename(final)
         flush(root)
+        _drop_old(root, step, keep_last, keep_every)
     except OSError as error:
+        may_write()  # a new owner of the folder deletes what an old one has begun
         raise CheckpointError(
             f"cannot write checkpoint {final}: {reason_of(error)}; former checkpoints are whole: "
             "make room, or choose another --output, and go on with --resume"
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    _drop_old(root, keep_last, keep_every)
     return final
+
+
+def sealed(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the content of ``meta.json`` with a sha256 over all of it."""
+    content = {name: value for name, value in meta.items() if name != _SEAL}
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
+    return {**content, _SEAL: digest.hexdigest()}
 
 
 def versions() -> dict[str, str]:
@@ -168,16 +187,22 @@ def clear_unfinished(root: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _drop_old(root: Path, keep_last: int, keep_every: int) -> None:
-    for folder in _folders(root)[keep_last:]:
-        step = int(folder.name.removeprefix("step-"))
-        if not keep_every or step % keep_every:
+def _drop_old(root: Path, step: int, keep_last: int, keep_every: int) -> None:
+    """Delete what is older than the newest up to ``step``; later ones are not this run's."""
+    upto = [folder for folder in _folders(root) if _step_of(folder) <= step]
+    for folder in upto[keep_last:]:
+        if not keep_every or _step_of(folder) % keep_every:
             shutil.rmtree(folder)
 
 
 def _folders(root: Path) -> list[Path]:
     """Checkpoint folders, newest first."""
-    return sorted(root.glob("step-" + "[0-9]" * 8), reverse=True)
+    found = root.glob("step-" + "[0-9]" * 8)
+    return sorted((path for path in found if path.is_dir()), reverse=True)
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
 
 
 def read(folder: Path) -> Checkpoint:
@@ -186,10 +211,11 @@ def read(folder: Path) -> Checkpoint:
     Raises:
         CheckpointError: where it is damaged or not a checkpoint.
     """
+    meta = _read_meta(folder)
     try:
-        meta = json.loads((folder / META).read_text(encoding="utf-8"))
         _verify_parts(folder, meta["sha256"])
-        recipe: Recipe = build(Recipe, yaml.safe_load(meta["recipe"]))
+        recipe: Recipe = build(Recipe, parse_yaml(meta["recipe"]))
+        check(recipe)
         return Checkpoint(
             folder,
             _whole_number(meta["step"]),
@@ -199,18 +225,35 @@ def read(folder: Path) -> Checkpoint:
             str(meta.get("shards", "")),
             {str(name): _whole_number(count) for name, count in meta.get("counts", {}).items()},
             {str(name): str(text) for name, text in meta.get("versions", {}).items()},
+            _whole_number(meta.get("world_size", 1)),
         )
     except CheckpointError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{folder} is not a whole checkpoint: {reason_of(error)}") from error
-    except (ConfigError, yaml.YAMLError) as error:
+    except ConfigError as error:
         reason = reason_of(error).partition("\n")[0]
         raise CheckpointError(f"{folder}: {META} holds no recipe: {reason}") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{folder} is not a whole checkpoint: {reason_of(error)}") from error
+
+
+def _read_meta(folder: Path) -> dict[str, Any]:
+    path = folder / META
+    try:
+        if not path.is_file() or path.stat().st_size > _MOST_META:  # a pipe would never end
+            raise ValueError("missing, or no file of a checkpoint")
+        meta = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(meta, dict) or meta != sealed(meta):
+            raise ValueError("its sha256 over itself differs")
+        if _NAME.fullmatch(folder.name) and meta["step"] != _step_of(folder):
+            raise ValueError(f"it is of step {meta['step']!r}")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        reason = reason_of(error)
+        raise CheckpointError(f"{folder} is not a whole checkpoint: {META}: {reason}") from error
+    return meta
 
 
 def _verify_parts(folder: Path, sums: Mapping[str, str]) -> None:
-    present = {path.name for path in folder.glob("*.safetensors")}
+    present = {path.name for path in folder.glob("*.safetensors") if path.is_file()}
     if not present or present != set(sums):
         raise CheckpointError(
             f"{folder} is not a whole checkpoint: it has the files {', '.join(sorted(present))}, "
@@ -222,27 +265,39 @@ def _verify_parts(folder: Path, sums: Mapping[str, str]) -> None:
 
 
 def _whole_number(value: object) -> int:
-    if not isinstance(value, int) or value < 0:
+    if not isinstance(value, int) or not 0 <= value < 2**63:
         raise ValueError(f"{value!r} is not a count")
     return value
 
 
 def specs_of(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, TeacherSpec]:
-    """Return the specs of teachers, by name, that were written as JSON."""
+    """Return the specs of teachers, by name, that were written as JSON.
+
+    Raises ValueError for sizes that no teacher has.
+    """
     specs = {}
     for name, row in rows.items():
         values: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value for key, value in row.items()
         }
-        specs[name] = TeacherSpec(**values)
+        spec = specs[name] = TeacherSpec(**values)
+        for size in (spec.channels, spec.summary_channels or 1, spec.patch_size):
+            if not isinstance(size, int) or not 0 < size <= _MOST_CHANNELS:
+                raise ValueError(f"teacher {name} has {size!r} channels or pixels")
     return specs
 
 
-def newest(root: Path) -> Checkpoint | None:
-    """Return the newest whole checkpoint under ``root``, saying which ones were passed over."""
+def newest(root: Path, stage: str = "") -> Checkpoint | None:
+    """Return the newest whole checkpoint under ``root``, saying which ones were passed over.
+
+    Where a stage is named, those of another are passed over too.
+    """
     for folder in _folders(root):
         try:
-            return read(folder)
+            checkpoint = read(folder)
+            if stage and checkpoint.stage != stage:
+                raise CheckpointError(f"{folder} is of {checkpoint.stage!r}, not of {stage}")
+            return checkpoint
         except CheckpointError as error:
             logger.warning("passed over: %s", error)
     return None
@@ -254,7 +309,7 @@ def find(path: Path) -> Checkpoint:
     Raises:
         CheckpointError: where there is none.
     """
-    if (path / META).exists():
+    if is_there(path / META):
         return read(path)
     checkpoint = newest(path / "checkpoints") or newest(path)
     if checkpoint is None:

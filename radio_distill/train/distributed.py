@@ -71,13 +71,19 @@ def choose_device(name: str, world: World) -> torch.device:
     return torch.device("cuda", world.local_rank)
 
 
-def join(world: World, device: torch.device, hang_seconds: float = 0.0) -> None:
-    """Join the process group of a run with several processes; does nothing for one.
+def join(
+    world: World, device: torch.device, hang_seconds: float = 0.0, alone: bool = False
+) -> None:
+    """Join the process group of a run with several processes; with ``alone``, of one too.
 
     Collectives time out later than ``hang_seconds``, so that the heartbeat, which says more, is
     first.
     """
-    if world.world_size == 1 or dist.is_initialized():
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if dist.is_initialized() or (world.world_size == 1 and not alone):
+        return
+    if world.world_size == 1:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         return
     os.environ.setdefault(
         "MASTER_PORT", str(20000 + int(os.environ.get("SLURM_JOB_ID", 0)) % 20000)
@@ -90,7 +96,7 @@ def join(world: World, device: torch.device, hang_seconds: float = 0.0) -> None:
             )
         os.environ["MASTER_ADDR"] = "127.0.0.1"
     dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
+        backend,
         rank=world.rank,
         world_size=world.world_size,
         timeout=_timeout(hang_seconds),

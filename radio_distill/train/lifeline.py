@@ -15,8 +15,8 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -26,7 +26,8 @@ from torch import Tensor
 
 from .. import interruption
 from ..config import Recipe
-from ..errors import InterruptedRunError, RadioDistillError
+from ..errors import CheckpointError, InterruptedRunError, RadioDistillError
+from ..files import reason_of
 from ..memory import naming
 from ..types import TeacherSpec
 from . import checkpoint as checkpoints
@@ -187,8 +188,11 @@ class Lifeline:
         last_good = main_first(self._world, lambda: self._saver.newest)
         if self._world.is_main:
             logger.warning("step %d is skipped: %s", step, describe(found))
-            with (self._folder / SKIPPED).open("a", encoding="utf-8") as file:
-                row = {"step": step, "found": [item._asdict() for item in found]}
+            row = {"step": step, "found": [item._asdict() for item in found]}
+            with (
+                self.writing(SKIPPED),
+                (self._folder / SKIPPED).open("a", encoding="utf-8") as file,
+            ):
                 file.write(json.dumps(row) + "\n")
         self.skips.skipped(step, found, last_good)
 
@@ -229,6 +233,17 @@ class Lifeline:
             "checkpoint_wait_share": saving,
             "skipped_steps": self.skips.in_all,
         }
+
+    @contextmanager
+    def writing(self, what: str) -> Iterator[None]:
+        """Let a log that cannot be written end the run on every process, at the next agreement."""
+        try:
+            yield
+        except OSError as error:
+            self._saver.error = self._saver.error or CheckpointError(
+                f"cannot write {self._folder / what}: {reason_of(error)}; make room, and go on "
+                "with --resume"
+            )
 
     def due(self, done: int, signs: Signs) -> bool:
         """Return whether a checkpoint is to be saved after ``done`` steps.
@@ -294,6 +309,7 @@ class Lifeline:
             keep_every=log.keep_every,
             shards=self._shards,
             counts=counts,
+            world_size=self._world.world_size,
             may_write=self._check_ownership,
         )
 

@@ -157,7 +157,9 @@ def train(run: StageRun) -> Path:
             life.end_step(done, report.signs)
             if every(done, log.every, total):
                 values = _log_values(run, meter, step_rates, norm)
-                sinks.write(done, values | life.end_log(done * images, waited))
+                values |= life.end_log(done * images, waited)
+                with life.writing("its metrics"):
+                    sinks.write(done, values)
             if life.due(done, report.signs):
                 life.save(done, lambda: _tensors(run))
             if report.signs.signal and done < total:

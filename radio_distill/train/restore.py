@@ -1,13 +1,15 @@
 """Students and normalizers out of checkpoints, without their teachers."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 
-from ..errors import WeightsError
+from ..errors import CheckpointError, WeightsError
+from ..files import reason_of
 from ..models.distilled import DistilledStudent, build_student
 from ..protocols import Normalizer
-from .checkpoint import STATISTICS, Checkpoint
+from .checkpoint import EMA, OPTIMIZER, STATISTICS, STUDENT, Checkpoint
 from .statistics import build_normalizers, load_normalizers
 
 
@@ -36,8 +38,57 @@ def load_weights(model: DistilledStudent, checkpoint: Checkpoint) -> None:
         ) from error
 
 
+def check_tensors(checkpoint: Checkpoint, model: DistilledStudent) -> None:
+    """Raise CheckpointError where a file of a checkpoint has not the tensors of this student.
+
+    Sums prove that files are as they were written, not that they were written for this.
+    """
+    weights = {name: value.shape for name, value in model.state_dict().items()}
+    moments = {name: value.shape for name, value in model.named_parameters()}
+    for part in (STUDENT, EMA):
+        if checkpoint.has(part):
+            found = {name: value.shape for name, value in checkpoint.tensors(part).items()}
+            _check_same(checkpoint, part, found, weights)
+    optimizer = checkpoint.tensors(OPTIMIZER)
+    step = optimizer.pop("step", None)
+    if step is None or step.shape != () or step.is_floating_point() or int(step) < 0:
+        raise CheckpointError(f"{checkpoint.folder}: {OPTIMIZER} does not say its step")
+    for name, value in optimizer.items():
+        moment, _, parameter = name.partition("/")
+        if not value.is_floating_point():
+            raise CheckpointError(f"{checkpoint.folder}: {OPTIMIZER} has a {moment} of integers")
+        _check_same(checkpoint, OPTIMIZER, {parameter: value.shape}, moments, whole=False)
+
+
+def _check_same(
+    checkpoint: Checkpoint,
+    part: str,
+    found: Mapping[str, torch.Size],
+    expected: Mapping[str, torch.Size],
+    whole: bool = True,
+) -> None:
+    wrong = [name for name, shape in found.items() if expected.get(name) != shape]
+    wrong += [name for name in expected if whole and name not in found]
+    if wrong:
+        raise CheckpointError(
+            f"{checkpoint.folder}: {part} has not the tensors of this student: {wrong[0]} and "
+            f"{len(wrong) - 1} more differ"
+        )
+
+
 def normalizers_of(checkpoint: Checkpoint) -> dict[str, Normalizer]:
     """Restore the normalizers that a checkpoint's heads were trained with."""
     normalizers = build_normalizers(checkpoint.recipe)
-    load_normalizers(normalizers, checkpoint.tensors(STATISTICS))
+    restore_normalizers(normalizers, checkpoint)
     return normalizers
+
+
+def restore_normalizers(normalizers: Mapping[str, Normalizer], checkpoint: Checkpoint) -> None:
+    """Load a checkpoint's statistics; raises CheckpointError where they are none of these."""
+    try:
+        load_normalizers(normalizers, checkpoint.tensors(STATISTICS))
+    except (KeyError, RuntimeError, ValueError, AssertionError) as error:
+        raise CheckpointError(
+            f"{checkpoint.folder}: {STATISTICS} has not the statistics of its teachers: "
+            f"{reason_of(error)}"
+        ) from error

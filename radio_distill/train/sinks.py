@@ -3,12 +3,14 @@
 import json
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
 import numpy as np
 
-from ..files import replacing
+from ..errors import ConfigError
+from ..files import reason_of, replacing
 from ..protocols import MetricSink
 
 
@@ -39,19 +41,23 @@ class JsonLines:
         """Write nothing: the file is for numbers."""
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Close the file; what a full disk did not take is lost."""
+        with suppress(OSError):
+            self._file.close()
 
 
 def read_json_lines(path: Path) -> list[dict[str, float]]:
-    """Read what :class:`JsonLines` wrote; a last line that was cut off is left out."""
-    rows = []
+    """Read what :class:`JsonLines` wrote, up to the first line that is none of its."""
+    rows: list[dict[str, float]] = []
     if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
                 break
+            if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+                break
+            rows.append(row)
     return rows
 
 
@@ -110,7 +116,13 @@ def open_sinks(folder: Path, tensorboard: bool, is_main: bool, resume_step: int 
     """Open the sinks of a stage's folder; processes other than the main one get none."""
     if not is_main:
         return Sinks(())
-    sinks: list[MetricSink] = [JsonLines(folder / "metrics.jsonl", resume_step)]
-    if tensorboard:
-        sinks.append(TensorBoard(folder / "tensorboard", resume_step))
+    try:
+        sinks: list[MetricSink] = [JsonLines(folder / "metrics.jsonl", resume_step)]
+        if tensorboard:
+            sinks.append(TensorBoard(folder / "tensorboard", resume_step))
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write logs in {folder}: {reason_of(error)}; make room, or move what is in "
+            "the way"
+        ) from error
     return Sinks(tuple(sinks))

@@ -19,7 +19,7 @@ from ..balance.cache import Statistics, load_statistics, save_statistics
 from ..balance.dispersion import SummaryMoments
 from ..balance.moments import Moments
 from ..balance.normalizers import LayerNorm
-from ..config import PartitionConfig, Recipe, StageConfig, partition_sizes, share_of
+from ..config import DataConfig, PartitionConfig, Recipe, StageConfig, partition_sizes, share_of
 from ..data.loader import ShardBatches, StepSlice
 from ..models.adaptors import Adaptor
 from ..models.distilled import DistilledStudent
@@ -78,6 +78,14 @@ def fit_normalizers(
             if statistics.dispersion is not None:
                 dispersions[name] = statistics.dispersion
     return dispersions
+
+
+def standard_moments(channels: int) -> Moments:
+    """Return moments of mean 0 and covariance 1, for a teacher that nothing is known of."""
+    axes = torch.eye(channels) * channels**0.5
+    moments = Moments(channels)
+    moments.update(torch.cat([axes, -axes], dim=1)[None, :, None])  # [1, C, 1, 2C]
+    return moments
 
 
 def first_partition(stage: StageConfig, teacher: str) -> PartitionConfig | None:
@@ -208,12 +216,19 @@ def _file_name(
         stream.source.fingerprint,
         stream.images,
         recipe.seed,
-        replace(recipe.data, workers=0, max_bad_share=0.0),  # neither changes an image
+        _without_effect(recipe.data),
         recipe.teachers[name].options,
     )
     digest = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
     height, width = max(sizes)
     return f"{name}-{height}x{width}-{digest}.safetensors"
+
+
+def _without_effect(data: DataConfig) -> DataConfig:
+    """Level the fields that change no image; the shards are in the fingerprint."""
+    return replace(
+        data, shards=(), workers=0, max_bad_share=0.0, max_bad_shards=0.0, read_timeout=1.0
+    )
 
 
 def normalizer_tensors(normalizers: Mapping[str, Normalizer]) -> dict[str, torch.Tensor]:
