@@ -1,5 +1,6 @@
 """Read every image of some shards once, and say what is wrong before a run meets it."""
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +11,7 @@ from ..config import DataConfig
 from ..errors import DataError
 from .images import BadImageError, decode_image
 from .index import open_shard
+from .names import printable
 from .reader import ShardReader
 from .shards import find_shards
 
@@ -26,6 +28,10 @@ class ShardReport:
     num_bytes: int = 0
     damaged: list[str] = field(default_factory=list)
     """One line for each shard that cannot be used at all; its images are in no count."""
+    left_out: Counter[str] = field(default_factory=Counter)
+    """Number of samples that training never uses, by kind; see :mod:`.walk`."""
+    left_out_names: dict[str, list[str]] = field(default_factory=dict)
+    """The first of them in each shard, ``shard:member``, by kind."""
     bad: dict[str, list[str]] = field(default_factory=dict)
     """``shard:member: reason`` of each image that training would replace, by kind."""
     sizes: Counter[str] = field(default_factory=Counter)
@@ -36,15 +42,22 @@ class ShardReport:
         """Images that training would replace."""
         return sum(map(len, self.bad.values()))
 
+    @property
+    def is_clean(self) -> bool:
+        """Whether training can use all there is."""
+        return not (self.damaged or self.left_out or self.bad)
+
     def add(self, other: "ShardReport") -> None:
         """Add what was found in other shards."""
         self.num_shards += other.num_shards
         self.num_images += other.num_images
         self.num_bytes += other.num_bytes
         self.damaged += other.damaged
+        self.left_out += other.left_out
         self.sizes += other.sizes
-        for kind, lines in other.bad.items():
-            self.bad.setdefault(kind, []).extend(lines)
+        for mine, theirs in ((self.left_out_names, other.left_out_names), (self.bad, other.bad)):
+            for kind, lines in theirs.items():
+                mine.setdefault(kind, []).extend(lines)
 
 
 def check_shards(
@@ -65,7 +78,8 @@ def check_shards(
     """
     paths = find_shards(patterns)
     report = ShardReport()
-    with ThreadPoolExecutor(max(1, config.workers)) as pool:
+    with warnings.catch_warnings(), ThreadPoolExecutor(max(1, config.workers)) as pool:
+        warnings.filterwarnings("ignore", module="PIL")  # what matters is reported
         results = pool.map(lambda path: _check_shard(path, config), paths)
         for done, result in enumerate(results, 1):
             report.add(result)
@@ -78,12 +92,15 @@ def _check_shard(path: Path, config: DataConfig) -> ShardReport:
     report = ShardReport(num_shards=1)
     try:
         shard = open_shard(path)
-        reader = ShardReader([shard])
+        reader = ShardReader([shard], timeout=config.read_timeout)
         report.num_bytes = shard.size
         for number in range(shard.num_samples):
             _check_image(reader, number, config, report)
     except DataError as error:
         return ShardReport(num_shards=1, damaged=[str(error)])
+    for kind, item in shard.left_out.items():
+        report.left_out[kind] = item.num_samples
+        report.left_out_names[kind] = [f"{printable(path.name)}:{name}" for name in item.names]
     return report
 
 

@@ -16,8 +16,10 @@ from ..errors import DataError
 from ..files import reason_of
 from .images import BadImageError, decode_image
 from .index import open_shards
+from .names import printable
 from .reader import ShardReader
-from .shards import find_pictures, find_shards
+from .shards import find_pictures, find_shards, read_picture
+from .walk import describe
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ def list_pictures(source: str) -> list[PictureRef]:
     if not folder.is_dir() or any(folder.rglob("*.tar")):
         return _in_shards(source)
     refs = [
-        PictureRef(path.relative_to(folder).as_posix(), path.read_bytes)
+        PictureRef(printable(path.relative_to(folder).as_posix()), partial(read_picture, path))
         for path in find_pictures(folder)
     ]
     if not refs:
@@ -104,6 +106,9 @@ def _in_shards(source: str) -> list[PictureRef]:
     reader = ShardReader(open_shards(find_shards([source])))
     refs = []
     for number, shard in enumerate(reader.shards):
+        if shard.left_out:
+            kinds = describe(shard.left_out)
+            raise DataError(f"shard {printable(shard.path)} is not clean: {kinds}; make it anew")
         for index in range(shard.num_samples):
             sample = reader.sample(number, index)
             read = partial(reader.image_bytes, number, sample)

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..config import DataConfig
 from ..errors import DataError
 from ..types import Size, ViewOrigin
+from .names import printable
 
 SUFFIX_OF_FORMAT = {
     "JPEG": "jpg",
@@ -41,6 +42,9 @@ _TRANSPOSE = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_JPEG_PIXELS_PER_BYTE = 512
+"""Huffman codes take a bit at least for each block of 8x8 pixels. What is missing at the end of a
+JPEG libjpeg makes up in grey, and no one is told."""
 _CROP_ATTEMPTS = 10  # as torchvision's RandomResizedCrop
 
 
@@ -48,7 +52,8 @@ class BadImageError(DataError):
     """One image that cannot be used; the run goes on without it.
 
     Args:
-        kind: ``undecodable``, ``too_small``, ``too_large`` or ``checksum``, under which it counts.
+        kind: under which it counts: ``undecodable``, ``too_small`` or ``too_large``, and of bytes
+            out of shards ``checksum``, ``unreadable`` or ``stalled``.
         reason: what is wrong, for the log.
     """
 
@@ -73,6 +78,9 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS, min_size: int = 1
         raise BadImageError("too_large", f"{width}x{height} pixels, more than {max_pixels}")
     if min(width, height) < min_size:
         raise BadImageError("too_small", f"{width}x{height}, shortest side below {min_size}")
+    if image.format in ("JPEG", "MPO") and width * height > _JPEG_PIXELS_PER_BYTE * len(data):
+        reason = f"header claims {width}x{height} pixels, more than {len(data)} bytes can hold"
+        raise BadImageError("undecodable", reason)
     try:
         image.load()
         return _to_rgb(_upright(image))
@@ -99,7 +107,7 @@ def _open(data: bytes) -> Image.Image:
 
 
 def _reason(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    return printable(" ".join(str(error).split())) or type(error).__name__
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -121,12 +129,12 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # convert would copy
 
 
 def _sixteen_bit_to_rgb(image: Image.Image) -> Image.Image:
     # Pillow's own conversion clips at 255 and gives a white picture.
-    grey = np.asarray(image).astype(np.int64).clip(0, 65535)
+    grey = np.asarray(image).astype(np.int32).clip(0, 65535)
     return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
 
 

@@ -8,16 +8,8 @@ A bad image is counted, logged and replaced by another of the same source, which
 position and attempt alone; dropping it instead would shift every later batch.
 """
 
-import atexit
-import hashlib
 import itertools
-import logging
-import math
-import signal
-import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -30,17 +22,15 @@ from ..config import DataConfig
 from ..errors import DataError
 from ..types import ImageBatch, Size, ViewOrigin
 from .images import BadImageError, decode_image, random_view, to_float
-from .index import Shard, open_shards
 from .position import SampleOrder, view_generator
 from .reader import ShardReader
-from .shards import find_shards
-
-logger = logging.getLogger(__name__)
+from .sources import open_sources
+from .tally import Bad, Tally
+from .workers import prepare_worker, running
 
 MAX_ATTEMPTS = 50
 """Images that are tried for one position; when all of them are bad, the data is."""
 _MAX_OPEN = 256
-_MIN_READS = 50  # before that, the share of bad images says nothing
 
 
 @dataclass(frozen=True)
@@ -61,16 +51,11 @@ def in_every_step(slices: Sequence[StepSlice]) -> Slices:
     return lambda step: slices
 
 
-class Bad(NamedTuple):
-    """One image that could not be used."""
-
-    key: str
-    kind: str
-    reason: str
-
-
 class ShardBatches:
     """Views out of tar shards; satisfies ``protocols.BatchSource``.
+
+    What is left out at the start is not part of the order, and stands in ``left_out`` and
+    ``damaged``; what turns out bad when it is read stands in ``bad``.
 
     Args:
         config: the shards, and what is done to their images.
@@ -79,53 +64,64 @@ class ShardBatches:
         slices: the images that this process makes in a step, one micro-batch each.
 
     Raises:
-        DataError: no shards, or a damaged one.
+        DataError: no shards, or more of them damaged, or of their samples unfit, than may be.
     """
 
     def __init__(self, config: DataConfig, *, seed: int, images_per_step: int, slices: Slices):
         self._config = config
         self._images_per_step = images_per_step
         self._slices = slices
-        sources = _open_sources(config)
-        self._shards = [shard for source in sources for shard in source]
+        self._sources = open_sources(config)
         self._order = SampleOrder(
-            [[shard.num_samples for shard in source] for source in sources],
+            [[shard.num_samples for shard in source] for source in self._sources.by_source],
             weights=config.weights,
             seed=seed,
             window=config.shuffle_shards,
         )
-        max_open = min(_MAX_OPEN, 2 * config.shuffle_shards * len(sources))
-        reader = ShardReader(self._shards, max_open)
+        max_open = min(_MAX_OPEN, 2 * config.shuffle_shards * len(self._sources.by_source))
+        reader = ShardReader(self._sources.shards, max_open, config.read_timeout)
         self._views = _Views(reader, self._order, config, seed)
-        self._num_reads = 0
-        self._bad: Counter[str] = Counter()
-        self._last_bad: Bad | None = None
+        self._tally = Tally(config.max_bad_share)
 
     @property
     def num_images(self) -> int:
-        """Images in all shards."""
+        """Images in all shards that are in use."""
         return self._order.num_samples
 
     @property
     def fingerprint(self) -> str:
-        """sha256 over names, sizes and contents of the shards, wherever they lie."""
-        facts = sorted(f"{shard.path.name} {shard.size} {shard.digest}" for shard in self._shards)
-        return hashlib.sha256("\n".join(facts).encode()).hexdigest()
+        """sha256 of all that the order depends on besides the recipe; see ``Sources``."""
+        return self._sources.fingerprint
+
+    @property
+    def num_reads(self) -> int:
+        """Images read for this process since it started, substitutes included."""
+        return self._tally.num_reads
 
     @property
     def bad(self) -> dict[str, int]:
-        """Bad images met so far, by kind."""
-        return dict(self._bad)
+        """Those of ``num_reads`` that were bad, by kind."""
+        return dict(self._tally.bad)
+
+    @property
+    def left_out(self) -> dict[str, int]:
+        """Samples of the shards in use that are no part of the order, by kind; see ``walk``."""
+        return self._sources.left_out
+
+    @property
+    def damaged(self) -> tuple[str, ...]:
+        """One line for each shard that is not in use."""
+        return self._sources.damaged
 
     def batches(self, start_step: int) -> Iterator[list[ImageBatch]]:
         """Yield for each step, from ``start_step`` on and without end, one batch a slice.
 
         Raises:
-            DataError: clearly more than ``max_bad_share`` of the images read are bad, a shard
-                cannot be read any more, or a worker died.
+            DataError: clearly more than ``max_bad_share`` of the images read are bad, the disk does
+                not answer any more, or a worker died.
         """
         try:
-            with _running(self._loader(start_step)) as stream:
+            with running(self._loader(start_step)) as stream:
                 for step in itertools.count(start_step):
                     yield [self._receive(next(stream)) for _ in self._slices(step)]
         except RuntimeError as error:
@@ -142,52 +138,19 @@ class ShardBatches:
             batch_size=None,  # a task is a whole micro-batch
             num_workers=self._config.workers,
             collate_fn=_as_is,
-            worker_init_fn=_prepare_worker,
+            worker_init_fn=prepare_worker,
             generator=torch.Generator(),  # else it draws from the global one
         )
 
     def _receive(self, batch: "_Batch | DataError") -> ImageBatch:
         if isinstance(batch, DataError):
             raise batch
-        self._count(batch)
+        self._tally.add(len(batch.keys), batch.bad)
         if batch.pixels is None:
-            raise DataError(f"{MAX_ATTEMPTS} images in a row are bad: {self._verdict()}")
-        if too_many_bad(self._bad.total(), self._num_reads, self._config.max_bad_share):
-            raise DataError(f"too many bad images: {self._verdict()}")
+            verdict = self._tally.verdict()
+            raise DataError(f"{MAX_ATTEMPTS} images in a row are bad: {verdict}")
+        self._tally.check()
         return ImageBatch(to_float(batch.pixels), batch.keys, batch.origins)
-
-    def _count(self, batch: "_Batch") -> None:
-        self._num_reads += len(batch.keys) + len(batch.bad)
-        for item in batch.bad:
-            logger.warning("bad image %s (%s): %s", *item)
-            self._bad[item.kind] += 1
-            self._last_bad = item
-
-    def _verdict(self) -> str:
-        assert self._last_bad is not None, "a verdict needs a bad image"
-        kinds = ", ".join(f"{count} {kind}" for kind, count in self._bad.most_common())
-        key, _, reason = self._last_bad
-        return (
-            f"{self._bad.total()} of {self._num_reads} read ({kinds}; data.max_bad_share is "
-            f"{self._config.max_bad_share:g}), the last was {key}: {reason}; list all of them with "
-            "`radio-distill shards --check`"
-        )
-
-
-def too_many_bad(num_bad: int, num_reads: int, max_share: float) -> bool:
-    """Tell whether the share of bad images is above the limit by more than chance explains.
-
-    Chance is four standard deviations of a Poisson count, so that a long run with a share below the
-    limit is not stopped by an unlucky start.
-    """
-    expected = max_share * num_reads
-    return num_reads >= _MIN_READS and num_bad > expected + 4 * math.sqrt(expected)
-
-
-def _open_sources(config: DataConfig) -> list[list[Shard]]:
-    if not config.weights:
-        return [open_shards(find_shards(config.shards))]
-    return [open_shards(find_shards([entry])) for entry in config.shards]
 
 
 class _Task(NamedTuple):
@@ -255,9 +218,10 @@ class _Views(Dataset[Any]):
         """Return key and picture of a position, or of its first good substitute."""
         place = self._order.at(position)
         for attempt in range(1, MAX_ATTEMPTS + 1):
-            sample = self._reader.sample(*place)
-            key = self._reader.key(place.shard, sample)
+            key = self._reader.key(*place)  # by number, as the index may not be readable
             try:
+                sample = self._reader.sample(*place)
+                key = self._reader.key(place.shard, sample)
                 return key, self._decode(self._reader.image_bytes(place.shard, sample))
             except BadImageError as error:
                 bad.append(Bad(key, error.kind, str(error)))
@@ -271,34 +235,3 @@ class _Views(Dataset[Any]):
 
 def _as_is(batch: Any) -> Any:
     return batch
-
-
-_SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
-"""Slurm sends them to every process of a job; a worker would run the handler of its parent, or die
-before the parent has saved."""
-
-
-def _prepare_worker(worker: int) -> None:
-    for number in _SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    warnings.filterwarnings("ignore", module="PIL")  # what matters is counted as a bad image
-
-
-@contextmanager
-def _running(loader: "DataLoader[Any]") -> Iterator[Iterator["_Batch | DataError"]]:
-    """Start the workers of a loader, and end them in any case.
-
-    As they ignore SIGTERM, multiprocessing would wait for them for ever at the end of the program.
-    """
-    # Workers inherit the mask, so that no signal can reach one while it starts.
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-    stream = iter(loader)
-    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-    end = getattr(stream, "_shutdown_workers", lambda: None)  # there are none with workers=0
-    atexit.register(end)
-    try:
-        yield stream
-    finally:
-        atexit.unregister(end)
-        with suppress(RuntimeError):  # torch tells again of a worker that died
-            end()

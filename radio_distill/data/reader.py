@@ -2,23 +2,44 @@
 
 Files are opened when first needed, in each process for itself, and the least recently used ones are
 closed, so that a run over 100 000 shards stays below the limit of open files.
+
+What fails is tried once more with the file opened anew, which is enough after a failover of a file
+server; what fails again, or is not answered in time, is a bad image, not the end of the run.
 """
 
 import os
 import zlib
 from collections import OrderedDict
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, BinaryIO, TypeVar
 
 from ..errors import DataError
 from ..files import reason_of
 from .images import BadImageError
 from .index import Member, Sample, Shard, parse_sample
+from .names import printable
+from .patience import DiskStalledError, NoAnswerError, Patience, open_regular
+
+READ_TIMEOUT = 60.0
+"""Seconds for one read, where no recipe says otherwise."""
+
+Value = TypeVar("Value")
 
 
-class _OpenShard(NamedTuple):
-    descriptor: int
-    lines: Sequence[bytes]
+class _OpenShard:
+    """An open file and its index; closed when nobody holds it, and so never under a read."""
+
+    def __init__(self, file: BinaryIO, lines: Sequence[bytes]):
+        self.file, self.lines = file, lines
+
+    def __del__(self) -> None:
+        self.file.close()
+
+    def read(self, member: Member) -> bytes:
+        data = os.pread(self.file.fileno(), member.size, member.offset)
+        if len(data) != member.size:
+            raise DataError(f"ends before byte {member.offset + member.size}")
+        return data
 
 
 class ShardReader:
@@ -27,63 +48,80 @@ class ShardReader:
     Args:
         shards: the shards that samples are numbered in.
         max_open: how many of them are open at a time.
+        timeout: seconds after which a read counts as stalled.
     """
 
-    def __init__(self, shards: Sequence[Shard], max_open: int = 64):
+    def __init__(self, shards: Sequence[Shard], max_open: int = 64, timeout: float = READ_TIMEOUT):
         self.shards = shards
         self._max_open = max_open
+        self._patience = Patience(timeout)
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": OrderedDict()}
 
-    def __del__(self) -> None:
-        for item in self._open.values():
-            os.close(item.descriptor)
-
     def sample(self, shard: int, number: int) -> Sample:
-        """Return what the index knows of sample ``number`` of shard ``shard``."""
-        return parse_sample(self._opened(shard).lines[number])
+        """Return what the index knows of sample ``number`` of shard ``shard``.
 
-    def key(self, shard: int, sample: Sample) -> str:
-        """Return ``shard:member`` of a sample's picture, for logs."""
-        return f"{self.shards[shard].path.name}:{sample.key}.{sample.image_suffix}"
+        Raises:
+            BadImageError: shard or index cannot be read (``unreadable``, ``stalled``).
+            DiskStalledError: the disk has left too many reads without an answer.
+        """
+        return self._twice(shard, lambda: parse_sample(self._opened(shard).lines[number]))
+
+    def key(self, shard: int, sample: Sample | int) -> str:
+        """Return ``shard:member`` of a sample's picture, for logs; of a number, ``shard:#3``."""
+        name = f"#{sample}" if isinstance(sample, int) else f"{sample.key}.{sample.image_suffix}"
+        return printable(f"{self.shards[shard].path.name}:{name}")
 
     def image_bytes(self, shard: int, sample: Sample) -> bytes:
         """Read the picture of a sample.
 
         Raises:
-            BadImageError: the bytes are not those that were indexed.
-            DataError: the shard cannot be read any more.
+            BadImageError: the bytes are not those that were indexed (``checksum``), or as
+                :meth:`sample`.
+            DiskStalledError: as :meth:`sample`.
         """
         assert sample.image_suffix, f"{sample.key}: the index admits no sample without picture"
-        return self._read(shard, sample.members[sample.image_suffix])
-
-    def _read(self, shard: int, member: Member) -> bytes:
-        try:
-            data = os.pread(self._opened(shard).descriptor, member.size, member.offset)
-        except OSError as error:
-            raise DataError(f"shard {self.shards[shard].path}: {reason_of(error)}") from error
-        if len(data) != member.size or zlib.crc32(data) != member.crc32:
+        member = sample.members[sample.image_suffix]
+        data = self._twice(shard, lambda: self._patience.run(self._opened(shard).read, member))
+        if zlib.crc32(data) != member.crc32:
             raise BadImageError("checksum", "content differs from the index")
         return data
 
+    def _twice(self, shard: int, action: Callable[[], Value]) -> Value:
+        """Do something with a shard; where it fails, once more with the file opened anew."""
+        try:
+            return self._once(shard, action)
+        except BadImageError as error:
+            if error.kind == "stalled":
+                raise
+        return self._once(shard, action)
+
+    def _once(self, shard: int, action: Callable[[], Value]) -> Value:
+        try:
+            return action()
+        except DiskStalledError:
+            raise
+        except (NoAnswerError, OSError, DataError) as error:
+            self._open.pop(shard, None)
+            kind = "stalled" if isinstance(error, NoAnswerError) else "unreadable"
+            reason = f"shard {printable(self.shards[shard].path)}: {reason_of(error)}"
+            raise BadImageError(kind, reason) from error
+
     def _opened(self, number: int) -> _OpenShard:
         if number not in self._open:
+            opened = self._patience.run(_open, self.shards[number])
             if len(self._open) >= self._max_open:
-                os.close(self._open.popitem(last=False)[1].descriptor)
-            self._open[number] = _open(self.shards[number])
+                self._open.popitem(last=False)
+            self._open[number] = opened
         self._open.move_to_end(number)
         return self._open[number]
 
 
 def _open(shard: Shard) -> _OpenShard:
-    lines = shard.lines()
-    try:
-        descriptor = os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise DataError(f"shard {shard.path}: {reason_of(error)}") from error
-    if os.fstat(descriptor).st_size != shard.size:
-        os.close(descriptor)
-        raise DataError(f"shard {shard.path} changed during the run; start again")
-    return _OpenShard(descriptor, lines)
+    opened = _OpenShard(open_regular(shard.path), ())
+    opened.lines = shard.lines()
+    if os.fstat(opened.file.fileno()).st_size != shard.size:
+        raise DataError("changed during the run")
+    return opened

@@ -18,7 +18,9 @@ from typing import Any
 from ..errors import ConfigError, DataError
 from ..files import flush, reason_of
 from .images import IMAGE_SUFFIXES, BadImageError, decode_image, image_suffix
-from .index import MAX_MEMBER_BYTES
+from .names import printable
+from .patience import open_regular
+from .walk import MAX_MEMBER_BYTES
 
 logger = logging.getLogger(__name__)
 
@@ -45,15 +47,16 @@ def find_shards(patterns: Sequence[str]) -> list[Path]:
     Raises:
         DataError: a pattern names no shard.
     """
-    found: dict[Path, None] = {}
+    found: dict[str, Path] = {}
     for pattern in patterns:
         paths = _matches(os.path.expanduser(pattern))
         if not paths:
             raise DataError(
                 f"no shards found for {pattern!r}; make them with `radio-distill shards SRC OUT`"
             )
-        found.update(dict.fromkeys(paths))
-    return list(found)
+        for path in paths:
+            found.setdefault(os.path.abspath(path), path)
+    return list(found.values())
 
 
 def _matches(pattern: str) -> list[Path]:
@@ -79,6 +82,18 @@ def find_pictures(folder: Path) -> list[Path]:
             if not name.startswith(".") and Path(name).suffix.lower() in suffixes
         ]
     return sorted(pictures)
+
+
+def read_picture(path: Path) -> bytes:
+    """Read a file of a folder; raises BadImageError where it is too large, or no file at all."""
+    try:
+        with open_regular(path) as file:
+            data = file.read(MAX_MEMBER_BYTES + 1)
+    except OSError as error:
+        raise BadImageError("unreadable", reason_of(error)) from error
+    if len(data) > MAX_MEMBER_BYTES:
+        raise BadImageError("too_large", f"more than {MAX_MEMBER_BYTES} bytes")
+    return data
 
 
 def write_shards(
@@ -139,13 +154,15 @@ class _Packer:
         self._source, self._pictures, self._progress = source, pictures, progress
         self.num_packed = 0
         self.bad: dict[str, str] = {}
+        self._classes: list[str] = []
         self.class_names: tuple[str, ...] = ()
         if labels:
             if loose := [picture for picture in pictures if picture.parent == source]:
                 raise DataError(
-                    f"{loose[0]} lies in no class folder; move it, or go without labels"
+                    f"{printable(loose[0])} lies in no class folder; move it, or go without labels"
                 )
-            self.class_names = tuple(sorted({picture.parent.name for picture in pictures}))
+            self._classes = sorted({picture.parent.name for picture in pictures})
+            self.class_names = tuple(map(printable, self._classes))
 
     def samples(self) -> Iterator[dict[str, Any]]:
         for done, picture in enumerate(self._pictures, 1):
@@ -153,14 +170,14 @@ class _Packer:
                 yield self._sample(picture)
                 self.num_packed += 1
             except BadImageError as error:
-                name = picture.relative_to(self._source).as_posix()
+                name = printable(picture.relative_to(self._source).as_posix())
                 logger.warning("left out %s: %s", name, error)
                 self.bad[name] = str(error)
             if self._progress is not None:
                 self._progress(done, len(self._pictures))
 
     def _sample(self, picture: Path) -> dict[str, Any]:
-        data = _read(picture)
+        data = read_picture(picture)
         decode_image(data)
         # Keys are ours: numbered, so that they are unique; ASCII without dots, so that every reader
         # splits them alike; with a trace of the old name, so that a person finds the file again.
@@ -170,19 +187,10 @@ class _Packer:
         for suffix in _COMPANIONS:
             companion = picture.with_suffix(f".{suffix}")
             if companion.is_file():
-                sample[suffix] = _read(companion)
-        if self.class_names:
-            sample["cls"] = str(self.class_names.index(picture.parent.name)).encode()
+                sample[suffix] = read_picture(companion)
+        if self._classes:
+            sample["cls"] = str(self._classes.index(picture.parent.name)).encode()
         return sample
-
-
-def _read(path: Path) -> bytes:
-    try:
-        if path.stat().st_size > MAX_MEMBER_BYTES:
-            raise BadImageError("too_large", f"{path.name} exceeds {MAX_MEMBER_BYTES} bytes")
-        return path.read_bytes()
-    except OSError as error:
-        raise BadImageError("undecodable", f"{path.name}: {reason_of(error)}") from error
 
 
 def _write(

@@ -189,16 +189,15 @@ def clear_unfinished(root: Path) -> None:
 
 def _drop_old(root: Path, step: int, keep_last: int, keep_every: int) -> None:
     """Delete what is older than the newest up to ``step``; later ones are not this run's."""
-    upto = [folder for folder in _folders(root) if _step_of(folder) <= step]
+    upto = [path for path in _named(root) if path.is_dir() and _step_of(path) <= step]
     for folder in upto[keep_last:]:
         if not keep_every or _step_of(folder) % keep_every:
             shutil.rmtree(folder)
 
 
-def _folders(root: Path) -> list[Path]:
-    """Checkpoint folders, newest first."""
-    found = root.glob("step-" + "[0-9]" * 8)
-    return sorted((path for path in found if path.is_dir()), reverse=True)
+def _named(root: Path) -> list[Path]:
+    """What is called as a checkpoint, newest first."""
+    return sorted(root.glob("step-" + "[0-9]" * 8), reverse=True)
 
 
 def _step_of(folder: Path) -> int:
@@ -292,7 +291,7 @@ def newest(root: Path, stage: str = "") -> Checkpoint | None:
 
     Where a stage is named, those of another are passed over too.
     """
-    for folder in _folders(root):
+    for folder in _named(root):
         try:
             checkpoint = read(folder)
             if stage and checkpoint.stage != stage:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from radio_distill.targets import TargetMaker
 from radio_distill.train.ownership import Ownership
 from radio_distill.train.status import read_status
-from stages import stage1
+from stages import stage1, stage2
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 FAULTY = Path(__file__).with_name("faulty_stage1.py")
@@ -260,6 +260,31 @@ def stage_loop():
     from radio_distill.train import loop
 
     return loop
+
+
+def test_unseen_teacher__of_a_first_stage_is_learned_by_the_next(recipe_file, capsys):
+    """As AM-RADIO's recipe: the first stage shows no SAM."""
+    recipe = ["--recipe", str(recipe_file), "--stage.freeze_body_steps", "0"]
+    only = ["--stages.stage1.partitions.low.teachers", "[vit, cnn]"]
+    assert stage1.main([*recipe, *only, "--stage.steps", "2"]) == 0
+    assert stage2.main([*recipe, *only, "--stage.steps", "2", "--stage.optimizer", "adamw"]) == 0
+    folder = folder_of(recipe_file)
+    before, after = (
+        tensors(folder.with_name(name), 2, "statistics") for name in ("stage1", "stage2")
+    )
+    assert torch.count_nonzero(before["sam/mean"]) == 0
+    assert torch.count_nonzero(after["sam/mean"]) > 0
+    # A stage that leaves a teacher out keeps its head, in the space that it had.
+    seen = ["--stages.stage2.partitions", "[{name: a, size: 64, teachers: [vit], batch_size: 2}]"]
+    more = ["--stage.steps", "1", "--stage.optimizer", "adamw", "--stage.weight_decay", "0"]
+    assert stage2.main([*recipe, *only, *seen, *more]) == 0
+    kept = tensors(folder.with_name("stage2"), 1, "statistics")
+    for name in ("sam/mean", "cnn/mean"):
+        assert torch.equal(kept[name], before[name])
+    started = tensors(folder, 2, "ema")
+    ended = tensors(folder.with_name("stage2"), 1, "student")
+    name = "adaptors.cnn.spatial.final.2.weight"
+    torch.testing.assert_close(ended[name], started[name])
 
 
 @pytest.mark.distributed

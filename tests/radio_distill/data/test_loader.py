@@ -227,7 +227,7 @@ def wedge(monkeypatch):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches__reads_that_stall_are_bad_images(shard_folder, wedge, workers):
-    config = config_of(shard_folder, workers=workers, read_timeout=0.05, max_bad_share=1.0)
+    config = config_of(shard_folder, workers=workers, read_timeout=0.15, max_bad_share=1.0)
     slices = in_every_step([StepSlice(0, 5, SIZE)])
     source = ShardBatches(config, seed=0, images_per_step=5, slices=slices)
     stream = source.batches(0)
@@ -243,7 +243,7 @@ def test_batches__disk_that_stalls_for_good_ends_in_one_line(
     shard_folder, tmp_path, wedge, workers
 ):
     path = str(tmp_path / "part-0.tar")
-    config = config_of(path, workers=workers, read_timeout=0.05, max_bad_share=1.0)
+    config = config_of(path, workers=workers, read_timeout=0.15, max_bad_share=1.0)
     slices = in_every_step([StepSlice(0, 2, SIZE)])
     source = ShardBatches(config, seed=0, images_per_step=2, slices=slices)
     with pytest.raises(DataError, match="the disk does not answer: 8 reads"):
@@ -253,7 +253,7 @@ def test_batches__disk_that_stalls_for_good_ends_in_one_line(
 
 def test_batches__workers_that_wait_for_a_disk_are_ended(shard_folder, tmp_path, wedge):
     path = str(tmp_path / "part-0.tar")
-    config = config_of(path, workers=3, read_timeout=600, max_bad_share=1.0)
+    config = config_of(path, workers=2, read_timeout=600, max_bad_share=1.0)
     slices = in_every_step([StepSlice(0, 2, SIZE)])
     source = ShardBatches(config, seed=0, images_per_step=2, slices=slices)
     previous = signal.signal(signal.SIGALRM, stop)
@@ -296,7 +296,7 @@ def test_batches__worker_that_dies_is_one_line(shard_folder, monkeypatch):
 
     def make_two_then_die(self, task):
         if task.start >= 4:
-            time.sleep(0.3)  # the training process waits by now
+            time.sleep(1.0)  # the training process waits by now
             os.kill(os.getpid(), signal.SIGKILL)
         return make(self, task)
 

@@ -183,7 +183,7 @@ def check(run: Run, patterns, parts: list[tuple[int, int, int]]) -> None:
 
 
 @settings(
-    max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(runs, segments)
 def test_order__any_run_any_interruption(shards, run, parts):
@@ -191,7 +191,7 @@ def test_order__any_run_any_interruption(shards, run, parts):
 
 
 @settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(runs, st.integers(1, 4))
 def test_order__interrupted_at_the_border_of_an_epoch(shards, run, ranks):

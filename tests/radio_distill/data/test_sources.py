@@ -29,7 +29,7 @@ def test_open_sources__refuses_damage_and_names_both_mends(damaged):
     message = str(error.value)
     assert "1 of 5 shards damaged" in message
     assert "part-2.tar is not a whole, plain tar file" in message
-    assert "make it anew, or leave such shards out with data.max_bad_shards=0.2" in message
+    assert "make it anew; or leave such shards out with data.max_bad_shards=0.2" in message
     assert "\n" not in message
     with pytest.raises(DataError, match="no shards found"):
         open_sources(config_of(damaged / "no"))

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import resource
 import signal
 
@@ -87,9 +88,11 @@ def test_newest__passes_over_a_damaged_one_and_says_why(tmp_path, damage, caplog
         ({"sha256": {}}, "names "),
         ({"sha256": {"../../x": "0"}}, "'../../x'"),
         ({"sha256": 3}, "not a whole checkpoint"),
-        ({"step": -1}, "-1 is not a count"),
-        ({"step": 1e300}, "is not a count"),
-        ({"step": "2"}, "is not a count"),
+        ({"step": -1}, "meta.json: it is of step -1"),
+        ({"step": 1e300}, "meta.json: it is of step 1e+300"),
+        ({"step": "2"}, "meta.json: it is of step '2'"),
+        ({"world_size": -1}, "-1 is not a count"),
+        ({"recipe": "&a [*a]"}, "holds no recipe"),
         ({"recipe": "a: [1"}, "holds no recipe"),
         ({"recipe": "!!python/object/apply:os.system [id]"}, "holds no recipe"),
         ({"recipe": "name: x"}, "holds no recipe"),
@@ -101,12 +104,57 @@ def test_newest__passes_over_a_damaged_one_and_says_why(tmp_path, damage, caplog
 def test_read__hostile_meta_is_one_line(tmp_path, change, reason):
     folder = write(tmp_path, 2)
     meta = json.loads((folder / "meta.json").read_text())
-    (folder / "meta.json").write_text(json.dumps({**meta, **change}))
+    (folder / "meta.json").write_text(json.dumps(checkpoints.sealed({**meta, **change})))
     with pytest.raises(CheckpointError) as caught:
         checkpoints.read(folder)
     assert reason in str(caught.value)
     assert "\n" not in str(caught.value)
     assert checkpoints.newest(tmp_path) is None
+
+
+def test_read__a_meta_whose_bytes_changed(tmp_path):
+    """Every flipped bit of the file is noticed, as it is in the weights."""
+    folder = write(tmp_path, 2)
+    whole = (folder / "meta.json").read_bytes()
+    for place in range(0, len(whole), 97):
+        data = bytearray(whole)
+        data[place] ^= 1
+        (folder / "meta.json").write_bytes(data)
+        if json.loads(whole) != _loaded(data):
+            with pytest.raises(CheckpointError, match=r"meta\.json"):
+                checkpoints.read(folder)
+
+
+def _loaded(data):
+    try:
+        return json.loads(data)
+    except ValueError:
+        return None
+
+
+@pytest.mark.parametrize("name", ["meta.json", "student.safetensors"])
+def test_read__a_pipe_in_the_place_of_a_file(tmp_path, name):
+    folder = write(tmp_path, 2)
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with pytest.raises(CheckpointError, match="not a whole checkpoint"):
+        checkpoints.read(folder)
+
+
+def test_newest__of_another_stage_is_passed_over(tmp_path, caplog):
+    write(tmp_path, 2)
+    assert checkpoints.newest(tmp_path, "stage1").step == 2
+    assert checkpoints.newest(tmp_path, "stage2") is None
+    assert "is of 'stage1', not of stage2" in caplog.text
+
+
+def test_save__what_is_no_checkpoint_or_a_later_one_costs_none(tmp_path):
+    (tmp_path / "step-00000099").mkdir()
+    (tmp_path / "step-00000098").write_text("a file")
+    write(tmp_path, 1, keep_last=1)
+    write(tmp_path, 2, keep_last=1)
+    assert checkpoints.newest(tmp_path).step == 2
+    assert not (tmp_path / "step-00000001").exists()
 
 
 def test_read__json_that_is_no_mapping(tmp_path):
@@ -211,7 +259,7 @@ def test_read__never_runs_code(tmp_path):
     meta = json.loads((folder / "meta.json").read_text())
     data = (folder / "student.safetensors").read_bytes()
     meta["sha256"]["student.safetensors"] = hashlib.sha256(data).hexdigest()
-    (folder / "meta.json").write_text(json.dumps(meta))
+    (folder / "meta.json").write_text(json.dumps(checkpoints.sealed(meta)))
     with pytest.raises(CheckpointError, match="damaged"):
         checkpoints.find(folder).student_tensors()
     assert not (tmp_path / "executed").exists()
