@@ -9,7 +9,7 @@ import torch
 from radio_distill.config import Recipe
 from radio_distill.data.loader import ShardBatches
 from radio_distill.data.sources import open_sources
-from radio_distill.errors import ConfigError
+from radio_distill.errors import ConfigError, DataError
 from radio_distill.memory import naming
 from radio_distill.models.distilled import build_student
 from radio_distill.models.ema import Ema
@@ -18,7 +18,7 @@ from radio_distill.protocols import Teacher
 from radio_distill.targets import TargetMaker, check_partition
 from radio_distill.train import checkpoint as checkpoints
 from radio_distill.train.checkpoint import Checkpoint
-from radio_distill.train.distributed import World, extend_timeouts, main_first
+from radio_distill.train.distributed import World, extend_timeouts, from_ranks, main_first
 from radio_distill.train.draws import Draws
 from radio_distill.train.engine import build_engine
 from radio_distill.train.loop import StageRun, stage_seed, zero_mend
@@ -70,6 +70,7 @@ def build_run(
     # The first to open shards writes their indexes; the others find them.
     main_first(world, lambda: open_sources(recipe.data))
     source = ShardBatches(recipe.data, seed=seed, images_per_step=images, slices=work.slices)
+    check_same_shards(source.fingerprint)
     if resumed is not None:
         check_shards(resumed, source.fingerprint, allow_changed)
     specs = {name: teacher.spec for name, teacher in targets.teachers.items()}
@@ -114,13 +115,24 @@ def build_run(
     return run
 
 
+def check_same_shards(fingerprint: str) -> None:
+    """Raise DataError on every process where not all of them found the same shards."""
+    found = from_ranks([fingerprint])
+    if len(set(found)) > 1:
+        other = next(rank for rank, value in enumerate(found) if value != found[0])
+        raise DataError(
+            f"data.shards: process {other} found other shards than process 0; let all nodes see the "
+            "same files, whole"
+        )
+
+
 def check_shards(resumed: Checkpoint, fingerprint: str, allow_changed: bool) -> None:
     """Raise ConfigError where the shards are not those that the checkpoint was trained on."""
     if resumed.shards in ("", fingerprint):
         return
     if not allow_changed:
         raise ConfigError(
-            f"data.shards: names or contents of the shards changed since {resumed.folder}, so the "
+            f"data.shards: contents or order of the shards changed since {resumed.folder}, so the "
             "order of the images would be another; put the shards back, or add "
             "--allow-changed-recipe"
         )

@@ -26,7 +26,7 @@ from .position import SampleOrder, view_generator
 from .reader import ShardReader
 from .sources import open_sources
 from .tally import Bad, Tally
-from .workers import prepare_worker, running
+from .workers import WorkerDiedError, prepare_worker, running
 
 MAX_ATTEMPTS = 50
 """Images that are tried for one position; when all of them are bad, the data is."""
@@ -127,7 +127,7 @@ class ShardBatches:
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
-            raise DataError(
+            raise WorkerDiedError(
                 "a decoding process died; if memory or /dev/shm is short, lower data.workers"
             ) from error
 

@@ -12,16 +12,27 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-_SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
-"""Slurm sends them to every process of a job; a worker would run the handler of its parent, or die
-before the parent has saved."""
+from ..errors import DataError
+from ..interruption import SIGNALS
+
 _GRACE = 2.0
 """Seconds that workers have to end by themselves; one that waits for a disk would take longer."""
 
 
+class WorkerDiedError(DataError):
+    """A process that was ended from outside, for instance because memory was short."""
+
+    exit_status = 1
+    """It may go well the next time."""
+
+
 def prepare_worker(worker: int) -> None:
-    """Make a new process ready to decode."""
-    for number in _SIGNALS:
+    """Make a new process ready to decode.
+
+    Slurm sends its signals to every process of a job; a worker would run the handler of its parent,
+    or die before the parent has saved.
+    """
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     warnings.filterwarnings("ignore", module="PIL")  # what matters is counted as a bad image
 
@@ -33,7 +44,7 @@ def running(loader: "DataLoader[Any]") -> Iterator[Iterator[Any]]:
     As they ignore SIGTERM, multiprocessing would wait for them for ever at the end of the program.
     """
     # Workers inherit the mask, so that no signal can reach one while it starts.
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     stream = iter(loader)
     signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     end = partial(_end, stream)

@@ -204,7 +204,7 @@ def test_resume__of_changed_shards_is_refused(recipe_file, pictures, tmp_path, c
     sorted(shards.glob("*.tar"))[0].unlink()
     assert stage1.main([*arguments, "--resume"]) == 2
     error = capsys.readouterr().err
-    assert "data.shards: names or contents of the shards changed since" in error
+    assert "data.shards: contents or order of the shards changed since" in error
     assert stage1.main([*arguments, "--resume", "--allow-changed-recipe"]) == 0
     assert "the shards changed since the checkpoint" in caplog.text
 

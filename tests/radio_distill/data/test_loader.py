@@ -3,6 +3,7 @@ import multiprocessing
 import os
 import random
 import signal
+import threading
 import subprocess
 import sys
 import time
@@ -256,14 +257,16 @@ def test_batches__workers_that_wait_for_a_disk_are_ended(shard_folder, tmp_path,
     config = config_of(path, workers=2, read_timeout=600, max_bad_share=1.0)
     slices = in_every_step([StepSlice(0, 2, SIZE)])
     source = ShardBatches(config, seed=0, images_per_step=2, slices=slices)
-    previous = signal.signal(signal.SIGALRM, stop)
+    previous = signal.signal(signal.SIGUSR1, stop)  # SIGALRM is the test run's own time-out
+    timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGUSR1))
     try:
-        signal.setitimer(signal.ITIMER_REAL, 0.5)
         before = time.monotonic()
         with pytest.raises(KeyboardInterrupt):
+            timer.start()
             next(source.batches(0))
     finally:
-        signal.signal(signal.SIGALRM, previous)
+        timer.join()
+        signal.signal(signal.SIGUSR1, previous)
     assert not multiprocessing.active_children()
     assert time.monotonic() - before < 60, "neither the time-out, nor torch's own for each worker"
 
