@@ -121,8 +121,8 @@ def check_same_shards(fingerprint: str) -> None:
     if len(set(found)) > 1:
         other = next(rank for rank, value in enumerate(found) if value != found[0])
         raise DataError(
-            f"data.shards: process {other} found other shards than process 0; let all nodes see the "
-            "same files, whole"
+            f"data.shards: process {other} found other shards than process 0; let all nodes "
+            "see the same files, whole"
         )
 
 

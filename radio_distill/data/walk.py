@@ -30,6 +30,7 @@ from .patience import open_regular
 
 MAX_MEMBER_BYTES = 256 << 20
 _BLOCK = 512
+_MOST_PADDING = 4 << 20  # bytes; tar's own default is 10 KiB
 _MAX_HEADER_BYTES = 16 << 10  # long names and extended headers; tarfile would read gigabytes
 _NAMES_KEPT = 10
 
@@ -205,12 +206,12 @@ def _measure(file: BinaryIO, info: tarfile.TarInfo) -> Member:
 
 
 def _check_end(file: BinaryIO, end: int) -> None:
-    """Two blocks of zeros end an archive, and nothing else may follow."""
+    """Two blocks of zeros end an archive, and only the padding of a tape's record may follow."""
     file.seek(end)
-    num_zeros = 0
-    while chunk := file.read(1 << 20):
-        if chunk.strip(b"\0"):
-            raise ValueError(f"damaged after byte {end}")
-        num_zeros += len(chunk)
-    if num_zeros < 2 * _BLOCK:
+    rest = file.read(_MOST_PADDING + 1)
+    if rest.strip(b"\0"):
+        raise ValueError(f"damaged after byte {end}")
+    if len(rest) > _MOST_PADDING:
+        raise ValueError(f"more than {_MOST_PADDING} bytes of zeros after byte {end}")
+    if len(rest) < 2 * _BLOCK:
         raise ValueError(f"no end marker after byte {end}, so it is cut off")

@@ -308,6 +308,8 @@ def find(path: Path) -> Checkpoint:
     Raises:
         CheckpointError: where there is none.
     """
+    if not is_there(path):
+        raise CheckpointError(f"no whole checkpoint in {path}, which is not there")
     if is_there(path / META):
         return read(path)
     checkpoint = newest(path / "checkpoints") or newest(path)

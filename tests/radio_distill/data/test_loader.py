@@ -3,9 +3,9 @@ import multiprocessing
 import os
 import random
 import signal
-import threading
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 
@@ -261,9 +261,10 @@ def test_batches__workers_that_wait_for_a_disk_are_ended(shard_folder, tmp_path,
     timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGUSR1))
     try:
         before = time.monotonic()
+        stream = source.batches(0)
+        timer.start()
         with pytest.raises(KeyboardInterrupt):
-            timer.start()
-            next(source.batches(0))
+            next(stream)
     finally:
         timer.join()
         signal.signal(signal.SIGUSR1, previous)
