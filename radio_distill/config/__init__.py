@@ -4,7 +4,7 @@
 between fields. Nothing here imports torch.
 """
 
-from .checks import check
+from .checks import check, check_student
 from .describing import describe
 from .reading import (
     assignments_of,
@@ -57,6 +57,7 @@ __all__ = [
     "assignments_of",
     "build",
     "check",
+    "check_student",
     "describe",
     "differences",
     "dump",

@@ -35,9 +35,7 @@ def check(recipe: Recipe) -> None:
         problems.append(
             "student.pretrained_sha256: a sum without student.pretrained; name the file"
         )
-    if recipe.student.patch_size < 1:
-        problems.append(f"student.patch_size: {recipe.student.patch_size} is not positive")
-    else:
+    if recipe.student.patch_size > 0:
         for name, stage in recipe.stages.items():
             problems += _check_stage(recipe, name, stage)
     if problems:
@@ -59,8 +57,15 @@ def _check_names(recipe: Recipe) -> list[str]:
     ]
 
 
+def check_student(student: StudentConfig) -> None:
+    """Raise ConfigError for a student that cannot be built; a checkpoint may hold any recipe."""
+    if problems := _check_student(student):
+        raise ConfigError(*problems)
+
+
 def _check_student(student: StudentConfig) -> list[str]:
     limits = {
+        "patch_size": (1, 1024),
         "max_size": (1, 65_536),
         "registers": (0, 1024),
         "position_dropout": (0, 1),

@@ -39,7 +39,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..config import Recipe, build, check, dump, parse_yaml
+from ..config import Recipe, build, check_student, dump, parse_yaml
 from ..errors import CheckpointError, ConfigError, WeightsError
 from ..files import flush, is_there, reason_of, sha256_of
 from ..types import TeacherSpec
@@ -214,7 +214,7 @@ def read(folder: Path) -> Checkpoint:
     try:
         _verify_parts(folder, meta["sha256"])
         recipe: Recipe = build(Recipe, parse_yaml(meta["recipe"]))
-        check(recipe)
+        check_student(recipe.student)
         return Checkpoint(
             folder,
             _whole_number(meta["step"]),

@@ -219,28 +219,27 @@ _counts: dict[str, Counter[str]] = {}
 @pytest.mark.parametrize(
     "family", [shard_cases, image_cases, recipe_cases, command_cases], ids=lambda f: f.__name__
 )
-def test_hostile__inputs(family, root, base, capsys):
-    run(family.__name__, list(family(base)), root, capsys)
+def test_hostile__inputs(family, root, base):
+    run(family.__name__, list(family(base)), root)
 
 
-def test_hostile__checkpoints(root, base, trained, capsys):
-    run("checkpoint_cases", list(checkpoint_cases(base, trained)), root, capsys)
+def test_hostile__checkpoints(root, base, trained):
+    run("checkpoint_cases", list(checkpoint_cases(base, trained)), root)
 
 
-def test_hostile__enough(base, tmp_path, capsys):
+def test_hostile__enough(base, tmp_path):
     """The last of this file: how many inputs there are, and how those that were tried ended."""
     families = [shard_cases(base), image_cases(base), recipe_cases(base), command_cases(base)]
     num_inputs = sum(len(list(family)) for family in [*families, checkpoint_cases(base, tmp_path)])
     kinds = sorted({kind for counts in _counts.values() for kind in counts})
-    with capsys.disabled():
-        print(f"\n\n{'hostile inputs':16}" + "".join(f"{kind:>15}" for kind in [*kinds, "all"]))
-        for family, counts in {**_counts, "all": sum(_counts.values(), Counter())}.items():
-            row = [*(counts[kind] for kind in kinds), counts.total()]
-            print(f"{family:16}" + "".join(f"{number:15}" for number in row))
+    print(f"{'hostile inputs':16}" + "".join(f"{kind:>15}" for kind in [*kinds, "all"]))
+    for family, counts in {**_counts, "all": sum(_counts.values(), Counter())}.items():
+        row = [*(counts[kind] for kind in kinds), counts.total()]
+        print(f"{family:16}" + "".join(f"{number:15}" for number in row))
     assert num_inputs >= NUM_INPUTS
 
 
-def run(family: str, cases: Sequence[Case], root: Path, capsys: pytest.CaptureFixture) -> None:
+def run(family: str, cases: Sequence[Case], root: Path) -> None:
     """Run a family's cases, count their outcomes, and name every failure."""
     root.mkdir(exist_ok=True)
     outcomes = sandbox.run_cases(root, cases)

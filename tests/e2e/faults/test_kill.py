@@ -101,7 +101,7 @@ def kill_in_a_write(run: Disturbed, kills_left: int) -> None:
 MOMENTS = [kill_at_any_time] * 10 + [kill_in_a_write] * 6 + [kill_before_a_step] * 4
 
 
-def test_kill__twenty_times_and_the_end_is_bit_for_bit_the_same(launcher, recipe_file, capsys):
+def test_kill__twenty_times_and_the_end_is_bit_for_bit_the_same(launcher, recipe_file):
     begun = time.monotonic()
     fields = {"stage__steps": STEPS, "log__keep_last": 3}
     RUNS.torchrun(*RUNS.arguments(recipe_file, "undisturbed", log__save_every=STEPS, **fields))
@@ -136,13 +136,12 @@ def test_kill__twenty_times_and_the_end_is_bit_for_bit_the_same(launcher, recipe
     RUNS.assert_same_end(undisturbed, run.folder, STEPS)
     assert not run.writing()
     assert in_writes, "no kill has hit the write of a checkpoint"
-    with capsys.disabled():
-        print(
-            f"\n{len(moments)} kills, {in_writes} of them in the write of a checkpoint; in "
-            f"{by_themselves} the other rank ended by itself; {len(moments)} resumes, {repeated} "
-            f"steps run again; every loss and every tensor of {STEPS} steps bit for bit; "
-            f"{time.monotonic() - begun:.0f} s"
-        )
+    print(
+        f"\n{len(moments)} kills, {in_writes} of them in the write of a checkpoint; in "
+        f"{by_themselves} the other rank ended by itself; {len(moments)} resumes, {repeated} "
+        f"steps run again; every loss and every tensor of {STEPS} steps bit for bit; "
+        f"{time.monotonic() - begun:.0f} s"
+    )
 
 
 def test_signal__the_run_saves_and_goes_on(launcher, recipe_file):

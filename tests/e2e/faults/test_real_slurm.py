@@ -1,197 +1,34 @@
 """Jobs on a real Slurm: whatever befalls them, they end with the numbers of an undisturbed chain.
 
-Every job has one node and two ranks under ZeRO-2. One teacher is a plug-in that sleeps for as long
-as a file says, so that there is time to disturb a run, and none is lost when it need not wait.
+Every job has one node and two ranks under ZeRO-2.
 """
 
-import hashlib
-import json
 import os
 import runpy
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
-CHECKOUT = Path(__file__).resolve().parents[3]
-BASE = runpy.run_path(str(Path(__file__).parents[1] / "conftest.py"))["RECIPE"]
-STEPS = {"stage1": 40, "stage2": 12, "stage3": 60}
-FOLDERS = {"stage1": "stage1", "stage2": "stage2", "stage3": "stage3-bilinear"}
+SLURM_RUN = runpy.run_path(str(Path(__file__).with_name("slurm_run.py")))
+Run, STEPS = SLURM_RUN["Run"], SLURM_RUN["STEPS"]
 PAUSE = 1.5
 """Seconds that a step takes while it is to be disturbed: stage 1 outlasts its time limit."""
-PATIENCE = 240.0
-"""Seconds until something must have happened; far more than it takes."""
 
 pytestmark = [pytest.mark.faults, pytest.mark.distributed, pytest.mark.timeout(900)]
-
-SLOW_TEACHER = """
-import os, time
-from dataclasses import replace
-from pathlib import Path
-from teachers import timm_source
-from teachers.presets import TINY
-from teachers.timm_source import ARGUMENTS, complete
-
-def rest(*_):
-    time.sleep(float(Path(os.environ["PAUSE"]).read_text()))
-
-def build(preset):
-    tower = timm_source.build(preset)
-    tower.register_forward_pre_hook(rest)
-    return tower
-
-PRESET = replace(TINY["tiny_vit"], source="slow_teacher")
-"""
-
-
-class Run:
-    """A run folder, the jobs that were submitted for it, and the pause of its steps."""
-
-    def __init__(self, slurm: Any, recipe: Path, name: str):
-        self.slurm, self.recipe, self.name = slurm, recipe, name
-        self.folder = recipe.parent / "runs" / name
-        self.pause_file = recipe.parent / f"{name}.pause"
-        self.pause(0)
-
-    def pause(self, seconds: float) -> None:
-        """Let each step from now on take so much longer."""
-        temporary = self.pause_file.with_suffix(".new")
-        temporary.write_text(str(seconds))
-        temporary.replace(self.pause_file)
-
-    def command(self, *arguments: object) -> str:
-        """Run ``radio-distill slurm`` as a user would; returns what it printed."""
-        done = subprocess.run(
-            [sys.executable, "-m", "stages.cli", "slurm", *map(str, arguments)],
-            cwd=self.recipe.parent,
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
-
-    def submit(self, *arguments: object, gpus: int = 2) -> None:
-        """Submit the recipe under this run's name."""
-        environment = {"PAUSE": self.pause_file, "OMP_NUM_THREADS": 1}
-        environment["PYTHONPATH"] = f"{self.recipe.parent}:{CHECKOUT}"
-        settings = [f"--environment={name}={value}" for name, value in environment.items()]
-        settings += [f"--gpus-per-node={gpus}", "--cpus-per-task=2", "--signal-delay-s=15"]
-        self.command(self.recipe, "--name", self.name, *settings, *arguments)
-
-    def shows(self, stage: str, text: str) -> bool:
-        """Tell whether ``radio-distill slurm status`` says something of a stage."""
-        rows: list[str] = []
-        for line in self.command("status", self.folder).splitlines():
-            if line.startswith(" "):  # the rest of a cell that was too long
-                rows[-1] += line
-            else:
-                rows.append(line)
-        row = next(row for row in rows if row.split()[0] == stage)
-        return "".join(text.split()) in "".join(row.split())
-
-    def job(self, stage: str) -> str:
-        """Return the id of a stage's job."""
-        links = json.loads((self.folder / "slurm" / "chain.json").read_text())["links"]
-        return next(link["tasks"][0]["job_id"] for link in links if link["name"] == stage)
-
-    def show(self, stage: str) -> dict[str, str]:
-        """Return what Slurm says of a stage's job."""
-        text = self.slurm.command("scontrol", "--oneliner", "show", "job", self.job(stage))
-        return dict(item.partition("=")[::2] for item in text.split())
-
-    def rows(self, stage: str) -> list[dict[str, float]]:
-        """Return the log lines of a stage: one for each step."""
-        path = self.folder / FOLDERS[stage] / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("}")]
-
-    def losses(self, stage: str) -> list[tuple[float, ...]]:
-        """Return step, gradient norm and every loss of each log line."""
-        names = [name for name in self.rows(stage)[0] if name.startswith("loss/")]
-        return [
-            tuple(row[n] for n in ("step", "gradient_norm", *names)) for row in self.rows(stage)
-        ]
-
-    def stops(self, stage: str) -> list[dict[str, Any]]:
-        """Return what became of each start of a stage's job, the oldest first."""
-        path = self.folder / "slurm" / "history.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        return [stop for stop in map(json.loads, lines) if stop["name"] == stage]
-
-    def sha256(self, stage: str) -> str:
-        """Return the checksum of the weights that a stage ended with."""
-        step = f"step-{STEPS[stage]:08d}"
-        path = self.folder / FOLDERS[stage] / "checkpoints" / step / "student.safetensors"
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-
-    def processes(self, stage: str, start: int) -> dict[int, int]:
-        """Return the process of each rank in a start of a stage's job, counted from 0."""
-        paths = (self.folder / "slurm" / "outcomes").glob(f"{self.job(stage)}-{start}-*.json")
-        outcomes = [json.loads(path.read_text()) for path in paths]
-        return {outcome["rank"]: outcome["process"] for outcome in outcomes}
-
-    def wait(self, condition: Callable[[], object], what: str) -> float:
-        """Wait, but not for ever; returns the seconds."""
-        try:
-            return self.slurm.wait_for(condition, PATIENCE, f"{self.name}: {what}")
-        except TimeoutError as error:
-            logs = sorted((self.folder / "slurm").glob("*_log.err"))
-            texts = [f"{path.name}:\n{path.read_text()[-1500:]}" for path in logs]
-            raise TimeoutError("\n".join([str(error), *texts])) from None
-
-    def wait_for_step(self, stage: str, step: int) -> float:
-        return self.wait(lambda: len(self.rows(stage)) >= step, f"step {step} of {stage}")
-
-    def wait_for_stops(self, stage: str, count: int) -> float:
-        return self.wait(lambda: len(self.stops(stage)) >= count, f"stop {count} of {stage}")
-
-    def wait_for_end(self, stage: str) -> float:
-        def over() -> bool:
-            return self.stops(stage)[-1:] != [] and self.stops(stage)[-1]["kind"] == "done"
-
-        return self.wait(over, f"the end of {stage}")
 
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Path:
-    """The tiny recipe with a slow teacher; a plug-in of that name lies beside the file."""
-    folder = tmp_path_factory.mktemp("real_slurm")
-    (folder / "slow_teacher.py").write_text(SLOW_TEACHER)
-    plugin = folder / "slow_teacher-0.dist-info"
-    plugin.mkdir()
-    (plugin / "METADATA").write_text("Metadata-Version: 2.1\nName: slow-teacher\nVersion: 0\n")
-    (plugin / "entry_points.txt").write_text(
-        "[radio_distill.teachers]\nslow_vit = slow_teacher:PRESET\n"
-    )
-    shutil.copytree(pictures / "shards", folder / "shards")
-    changed = {
-        "output": str(folder / "runs"),
-        "data": {**BASE["data"], "shards": [str(folder / "shards")]},
-        "teachers": {**BASE["teachers"], "vit": {"preset": "slow_vit", "input_size": "match"}},
-        "engine": {**BASE["engine"], "zero_stage": 2},
-        "log": {**BASE["log"], "save_every": 5, "keep_last": 3},
-        "evaluation": {**BASE["evaluation"], "pictures": str(pictures / "held_out")},
-    }
-    stages = {
-        name: {**BASE["stages"][name], "steps": steps, "optimizer": "adamw"}
-        for name, steps in STEPS.items()
-    }
-    path = folder / "tiny.yaml"
-    path.write_text(yaml.safe_dump({**BASE, **changed, "stages": stages}, sort_keys=False))
-    return path
+    return SLURM_RUN["write_recipe"](tmp_path_factory.mktemp("real_slurm"), pictures)
 
 
 @pytest.fixture(scope="module")
-def calm(slurm_cluster: Any, recipe: Path) -> Run:
+def calm(slurm_cluster: Any, recipe: Path) -> Any:
     """The chain that nobody disturbs; it may still run."""
     run = Run(slurm_cluster, recipe, "calm")
     run.submit("--time", 60, "--no-export", "--no-eval")
@@ -210,7 +47,7 @@ def say(capsys: pytest.CaptureFixture[str]) -> Callable[[str], None]:
     return printer
 
 
-def assert_equal(run: Run, calm: Run, stage: str) -> None:
+def assert_equal(run: Any, calm: Any, stage: str) -> None:
     """Compare weights, losses and gradient norms of a stage, bit for bit."""
     calm.wait_for_end(stage)
     assert [row["step"] for row in run.rows(stage)] == list(range(1, STEPS[stage] + 1))
@@ -237,12 +74,11 @@ def test_chain__time_limit_requeue_and_dead_node(slurm_cluster, recipe, calm, sa
     say(f"starts: {starts}; final student's sha256: {run.sha256('stage3')[:16]}, as undisturbed")
 
 
-def set_time_limit(run: Run, stage: str, minutes: int = 60) -> None:
+def set_time_limit(run: Any, stage: str, minutes: int = 60) -> None:
     run.slurm.command("scontrol", "update", f"JobId={run.job(stage)}", f"TimeLimit={minutes}")
 
 
-def _time_limit(run: Run, say: Callable[[str], None]) -> None:
-    run.wait_for_step("stage1", 1)
+def _time_limit(run: Any, say: Callable[[str], None]) -> None:
     run.wait_for_stops("stage1", 1)
     stop = run.stops("stage1")[0]
     assert stop["kind"] == "requeue"
@@ -257,14 +93,14 @@ def _time_limit(run: Run, say: Callable[[str], None]) -> None:
     assert run.show("stage1")["Restarts"] == "1"
 
 
-def _requeue(run: Run, say: Callable[[str], None]) -> None:
+def _requeue(run: Any, say: Callable[[str], None]) -> None:
     run.pause(PAUSE)
     run.wait_for_step("stage2", 3)
     seen = len(run.rows("stage2"))
     run.slurm.command("scontrol", "requeue", run.job("stage2"))
     run.wait(lambda: run.show("stage2")["JobState"] != "RUNNING", "stage2 to stop")
     run.pause(0)
-    run.wait(lambda: run.show("stage2")["JobState"] == "RUNNING", "stage2 to start again")
+    run.wait_for_stops("stage2", 1)
     stop = run.stops("stage2")[0]
     say(f"stage2: scontrol requeue at step {seen}; {stop['reason']}, saved at step {stop['step']}")
     assert stop["kind"] == "left"
@@ -272,7 +108,7 @@ def _requeue(run: Run, say: Callable[[str], None]) -> None:
     run.wait_for_end("stage2")
 
 
-def _dead_node(run: Run, say: Callable[[str], None]) -> None:
+def _dead_node(run: Any, say: Callable[[str], None]) -> None:
     run.pause(PAUSE)
     run.wait_for_step("stage3", 3)
     node, orphans = run.show("stage3")["NodeList"], run.processes("stage3", 0)
@@ -369,7 +205,7 @@ def test_sweep__never_more_than_its_cap_at_once(slurm_cluster, recipe, say):
 
     def over() -> bool:
         jobs = slurm_cluster.command("squeue", "-h", "-r", "-n", "stage1", "-o", "%t").split()
-        running.append(len([state for state in jobs if state != "PD"]))
+        running.append(jobs.count("R"))
         return not jobs
 
     seconds = run.wait(over, "the end of the sweep")

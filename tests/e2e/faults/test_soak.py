@@ -21,19 +21,16 @@ MAX_GROWTH = 20.0
 """Megabytes between step 500 and step 2,000; measured: 1."""
 
 
-def test_soak__memory_is_flat_and_every_fault_is_counted(recipe_file, capsys):
+def test_soak__memory_is_flat_and_every_fault_is_counted(recipe_file):
     shrink(recipe_file)
     reads = FaultyReads(share=0.01, seed=1)
     with reads.installed(), watching(STEPS // 4) as found:
         assert cli(["train", str(recipe_file)]) == 0
     statistics, training = found
     uses = training.uses
-    with capsys.disabled():
-        print(f"\n\nsoak: {sum(map(bool, reads.faults))} of {len(reads.faults)} reads failed")
-        for use in uses:
-            print(
-                f"  step {use.step}: {use.megabytes:.0f} MB, {use.seconds / use.step:.4f} s a step"
-            )
+    print(f"soak: {sum(map(bool, reads.faults))} of {len(reads.faults)} reads failed")
+    for use in uses:
+        print(f"  step {use.step}: {use.megabytes:.0f} MB, {use.seconds / use.step:.4f} s a step")
     assert [use.step for use in uses] == [500, 1000, 1500, 2000]
     assert uses[-1].megabytes - uses[0].megabytes < MAX_GROWTH
     assert uses[-1].descriptors <= uses[0].descriptors + 1  # a checkpoint may be under way
