@@ -25,7 +25,8 @@ test: .venv/.ready-test  ## run every test (WORKERS=2)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 faults: .venv/.ready-test  ## kill, damage and flood runs; 10 minutes (as root with Slurm's packages: a real Slurm too)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m faults -s -rs tests/e2e/faults $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m faults -n $(WORKERS) --dist loadfile -rPs \
+		--show-capture=stdout tests/e2e/faults $(ARGS)
 
 lint: .venv/.ready-dev  ## check style, format, types and the direction of imports
 	$(BIN)/ruff check .

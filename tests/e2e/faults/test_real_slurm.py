@@ -36,13 +36,12 @@ def calm(slurm_cluster: Any, recipe: Path) -> Any:
 
 
 @pytest.fixture
-def say(capsys: pytest.CaptureFixture[str]) -> Callable[[str], None]:
+def say() -> Callable[[str], None]:
     """Print a line that pytest does not capture, with the seconds since the test began."""
     start = time.monotonic()
 
     def printer(text: str) -> None:
-        with capsys.disabled():
-            print(f"\n  {time.monotonic() - start:4.0f} s  {text}", end="", flush=True)
+        print(f"  {time.monotonic() - start:4.0f} s  {text}")
 
     return printer
 
