@@ -134,6 +134,8 @@ def words_of(decision: Decision, stage_folder: str) -> str:
     said = status.reason if status and status.state in ("failed", "hung") else ""
     if decision.kind not in ("retry", "failed") or not said or said in decision.reason:
         return decision.reason
+    if ": killed by " in decision.reason:  # what the stage said is only that its peer was gone
+        return decision.reason
     return f"{decision.reason}: {said}"
 
 

@@ -169,5 +169,5 @@ def print_rows(rows: Sequence[Row]) -> None:
     from rich.console import Console
 
     console = Console()
-    width = None if console.is_terminal else 240
+    width = None if console.is_terminal else 10_000  # one line a job, for grep
     Console(width=width, markup=False, highlight=False).print(table_of(rows))

@@ -201,7 +201,6 @@ def train_stage(
     from radio_distill.train.distributed import (
         choose_device,
         join,
-        leave,
         main_first,
         world_from,
     )
@@ -219,23 +218,20 @@ def train_stage(
         logging.getLogger().setLevel(logging.WARNING)
     device = choose_device(recipe.engine.device, world)
     join(world, device, recipe.watch.hang_seconds, alone=engine == "deepspeed")
-    try:
-        checkpoint = None
-        if resume:
-            checkpoint = checkpoint_to_resume(world, folder, recipe, stage, allow_changed)
-        if checkpoint is not None and checkpoint.step >= config.steps:
-            logging.info("%s is complete: %s", folder.name, checkpoint.folder)
-            return checkpoint.folder
-        ownership = main_first(world, lambda: claim(folder, recipe, fresh=checkpoint is None))
-        from radio_distill.train.loop import train
+    checkpoint = None
+    if resume:
+        checkpoint = checkpoint_to_resume(world, folder, recipe, stage, allow_changed)
+    if checkpoint is not None and checkpoint.step >= config.steps:
+        logging.info("%s is complete: %s", folder.name, checkpoint.folder)
+        return checkpoint.folder
+    ownership = main_first(world, lambda: claim(folder, recipe, fresh=checkpoint is None))
+    from radio_distill.train.loop import train
 
-        run = build_run(stage, recipe, folder, world, device, checkpoint, allow_changed)
-        run.ownership = ownership
-        last = train(run)
-        logging.info("%s: %s", folder.name, last)
-        return last
-    finally:
-        leave()
+    run = build_run(stage, recipe, folder, world, device, checkpoint, allow_changed)
+    run.ownership = ownership
+    last = train(run)
+    logging.info("%s: %s", folder.name, last)
+    return last
 
 
 _WITHOUT_EFFECT = (

@@ -131,7 +131,6 @@ def fit_upsampler(
     from radio_distill.train.distributed import (
         choose_device,
         join,
-        leave,
         main_first,
         world_from,
     )
@@ -145,26 +144,23 @@ def fit_upsampler(
         logging.getLogger().setLevel(logging.WARNING)
     device = choose_device(recipe.engine.device, world)
     join(world, device, recipe.watch.hang_seconds)
-    try:
-        checkpoint = None
-        if resume:
-            checkpoint = checkpoint_to_resume(world, folder, recipe, STAGE, allow_changed)
-        from upsamplers.fit import fit
+    checkpoint = None
+    if resume:
+        checkpoint = checkpoint_to_resume(world, folder, recipe, STAGE, allow_changed)
+    from upsamplers.fit import fit
 
-        complete = checkpoint is not None and checkpoint.step >= config.steps
-        ownership = None
-        if not complete:
-            ownership = main_first(world, lambda: claim(folder, recipe, fresh=checkpoint is None))
-        made = build_fit(recipe, folder, world, device, checkpoint, allow_changed)
-        made.ownership = ownership
-        made.pool = made.pool if pool is None else pool
-        if made.start_step < config.steps:
-            fit(made)
-        if world.is_main:
-            write_result(made)
-        return folder / FITTED
-    finally:
-        leave()
+    complete = checkpoint is not None and checkpoint.step >= config.steps
+    ownership = None
+    if not complete:
+        ownership = main_first(world, lambda: claim(folder, recipe, fresh=checkpoint is None))
+    made = build_fit(recipe, folder, world, device, checkpoint, allow_changed)
+    made.ownership = ownership
+    made.pool = made.pool if pool is None else pool
+    if made.start_step < config.steps:
+        fit(made)
+    if world.is_main:
+        write_result(made)
+    return folder / FITTED
 
 
 def build_fit(

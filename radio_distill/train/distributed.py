@@ -5,6 +5,7 @@ of their environment variables is present says rank and world size. accelerate's
 is not used, since on CPU it counts one process where DeepSpeed has several.
 """
 
+import atexit
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -76,12 +77,16 @@ def join(
 ) -> None:
     """Join the process group of a run with several processes; with ``alone``, of one too.
 
+    The group lasts as long as the process, for DeepSpeed keeps groups that it once made: stages
+    that run one after another in a process share them.
+
     Collectives time out later than ``hang_seconds``, so that the heartbeat, which says more, is
     first.
     """
-    backend = "nccl" if device.type == "cuda" else "gloo"
     if dist.is_initialized() or (world.world_size == 1 and not alone):
         return
+    atexit.register(_leave)
+    backend = "nccl" if device.type == "cuda" else "gloo"
     if world.world_size == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         return
@@ -123,18 +128,20 @@ def _timeout(hang_seconds: float) -> timedelta:
     return timedelta(seconds=max(_LEAST_TIMEOUT, 2 * hang_seconds))
 
 
-def leave() -> None:
-    """Leave the process group, if there is one."""
+def _leave() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
-    """Return the sum of ``values`` over all processes, on each of them."""
-    if dist.is_initialized():
-        values = values.clone()
-        dist.all_reduce(values)
-    return values
+    """Return the sum of ``values`` over all processes, on each of them, where they lie."""
+    if not dist.is_initialized():
+        return values
+    # NCCL sums nothing that lies on the host.
+    device = torch.device("cuda") if dist.get_backend() == "nccl" else values.device
+    total = values.to(device, copy=True)
+    dist.all_reduce(total)
+    return total.to(values.device)
 
 
 def main_first(world: World, function: Callable[[], T]) -> T:

@@ -63,17 +63,17 @@ class Findings:
 
     def found(self) -> list[Finding]:
         """List what is wrong; a teacher's numbers are not blamed on the loss once more."""
-        findings, blamed = [], set[str]()
+        keys_of: dict[str, dict[str, None]] = {}
+        blamed = set[str]()
         for item in self._passes:
-            bad = [
-                key for key, good in zip(item.keys, item.finite.tolist(), strict=True) if not good
-            ]
+            finite = item.finite.tolist()
+            bad = [key for key, good in zip(item.keys, finite, strict=True) if not good]
             if item.cause == "loss":
                 bad = [key for key in bad if key not in blamed]
             if bad:
                 blamed |= set(bad)
-                findings.append(Finding(_cause(item), tuple(bad)))
-        return findings
+                keys_of.setdefault(_cause(item), {}).update(dict.fromkeys(bad))
+        return [Finding(cause, tuple(keys)) for cause, keys in keys_of.items()]
 
     def gradient(self) -> list[Finding]:
         """Name all images of the step: a gradient that is not finite may come from any of them."""

@@ -143,6 +143,20 @@ def test_resume__two_processes_bit_for_bit(recipe_file, zero_stage):
     assert steps == [1, 2, 3, 4, 5, 6]
 
 
+def test_train__two_stages_in_the_same_two_processes(recipe_file):
+    """DeepSpeed keeps the groups of the first stage, so the second must be given the same ones."""
+    command = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "stages.cli", "train", str(recipe_file), "--stages", "stage1", "stage2"]
+    steps = ["--stages.stage1.steps", "2", "--stages.stage2.steps", "2"]
+    fields = ["--engine.zero_stage", "2", "--stages.stage2.optimizer", "adamw"]
+    launch(*command, *steps, *fields)
+    runs = recipe_file.parent / "runs" / "tiny"
+    steps_done = [
+        int(tensors(runs / stage, 2, "optimizer")["step"]) for stage in ("stage1", "stage2")
+    ]
+    assert steps_done == [2, 2]
+
+
 def test_accelerate_launch__from_a_foreign_folder(recipe_file, tmp_path):
     script = str(CHECKOUT / "stages" / "stage1.py")
     launcher = "accelerate.commands.launch"
