@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 from radio_distill.config import assignments_of, describe
+from radio_distill.data.names import printable
 from radio_distill.errors import ConfigError, RadioDistillError
 from radio_distill.redaction import install, redact
 from radio_distill.registry import nearest
@@ -110,9 +111,7 @@ def _line(problem: object) -> str:
     text = redact(" ".join(str(problem).split()))
     if len(text) > _LONGEST:
         text = f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
-    return "".join(
-        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
-    )
+    return printable(text)
 
 
 def run_module(module: ModuleType, argv: Sequence[str] | None, prog: str | None = None) -> int:
