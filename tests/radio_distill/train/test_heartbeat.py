@@ -198,6 +198,7 @@ def test_heartbeat__forked_children_end_and_are_not_watched():
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.faults
 @pytest.mark.distributed
 def test_heartbeat__every_rank_writes_its_stacks(tmp_path):
     script = tmp_path / "ranks.py"
