@@ -26,7 +26,7 @@ test: .venv/.ready-test  ## run every test (WORKERS=2)
 
 faults: .venv/.ready-test  ## kill, damage and flood runs; 10 minutes (as root with Slurm's packages: a real Slurm too)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m faults -n $(WORKERS) --dist loadfile -rPs \
-		--show-capture=stdout tests $(ARGS)
+		--show-capture=stdout $(or $(ARGS),tests)
 
 lint: .venv/.ready-dev  ## check style, format, types and the direction of imports
 	$(BIN)/ruff check .
