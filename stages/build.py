@@ -8,7 +8,6 @@ import torch
 
 from radio_distill.config import Recipe
 from radio_distill.data.loader import ShardBatches
-from radio_distill.data.sources import open_sources
 from radio_distill.errors import ConfigError, DataError
 from radio_distill.memory import naming
 from radio_distill.models.distilled import build_student
@@ -18,7 +17,7 @@ from radio_distill.protocols import Teacher
 from radio_distill.targets import TargetMaker, check_partition
 from radio_distill.train import checkpoint as checkpoints
 from radio_distill.train.checkpoint import Checkpoint
-from radio_distill.train.distributed import World, extend_timeouts, from_ranks, main_first
+from radio_distill.train.distributed import World, extend_timeouts, from_ranks
 from radio_distill.train.draws import Draws
 from radio_distill.train.engine import build_engine
 from radio_distill.train.loop import StageRun, stage_seed, zero_mend
@@ -67,8 +66,6 @@ def build_run(
     draws = Draws(seed, recipe.augmentation, images, recipe.student.patch_size)
     targets = build_targets(recipe, stage, device)
     work = Work(recipe, stage, world, targets, draws)
-    # The first to open shards writes their indexes; the others find them.
-    main_first(world, lambda: open_sources(recipe.data))
     source = ShardBatches(recipe.data, seed=seed, images_per_step=images, slices=work.slices)
     check_same_shards(source.fingerprint)
     if resumed is not None:

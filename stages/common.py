@@ -14,13 +14,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from radio_distill.config import (
+    Facts,
     FitConfig,
     Recipe,
     StageConfig,
     UpsamplerConfig,
     differences,
     dump,
+    keep_resolved,
     load,
+    resolve,
 )
 from radio_distill.errors import CheckpointError, ConfigError
 from radio_distill.files import make_private, move_aside, replacing
@@ -224,6 +227,7 @@ def train_stage(
     if checkpoint is not None and checkpoint.step >= config.steps:
         logging.info("%s is complete: %s", folder.name, checkpoint.folder)
         return checkpoint.folder
+    recipe = resolve_at_start(recipe, stage, world, checkpoint)
     ownership = main_first(world, lambda: claim(folder, recipe, fresh=checkpoint is None))
     from radio_distill.train.loop import train
 
@@ -232,6 +236,33 @@ def train_stage(
     last = train(run)
     logging.info("%s: %s", folder.name, last)
     return last
+
+
+def resolve_at_start(
+    recipe: Recipe, stage: str, world: "World", checkpoint: "Checkpoint | None"
+) -> Recipe:
+    """Return the recipe with plain values for what is `auto`; opens the shards.
+
+    Args:
+        recipe: as a person wrote it.
+        stage: a stage of the recipe, or ``fit``.
+        world: this process's place; every process must call.
+        checkpoint: what the run goes on from.
+    """
+    from radio_distill.data.sources import open_sources
+    from radio_distill.partitions import images_per_step
+    from radio_distill.train.distributed import main_first
+
+    if stage in recipe.stages:
+        config = recipe.stages[stage]
+        shown = config.steps * images_per_step(config)
+    else:
+        fit = recipe.fit
+        shown = (fit.pool or fit.steps * fit.batch_size) * (1 + fit.views)
+    # The first to open shards writes their indexes; the others find them.
+    in_shards = main_first(world, lambda: open_sources(recipe.data).num_images)
+    facts = Facts(images_shown=shown, images_in_shards=in_shards)
+    return resolve(recipe, stage, facts, checkpoint.recipe if checkpoint else None)
 
 
 _WITHOUT_EFFECT = (
@@ -259,12 +290,14 @@ _ROUNDING = (
 def changes_that_matter(old: Recipe, new: Recipe, stage: str) -> tuple[list[str], list[str]]:
     """List the fields in which two recipes differ and that change a stage's numbers.
 
+    ``old`` is resolved; where ``new`` says `auto` it means what ``old`` says.
+
     Returns:
         Those that change what is computed, and those that only change how sums are rounded.
     """
     lines = [
         line
-        for line in differences(old, new)
+        for line in differences(old, keep_resolved(new, old))
         if not _within(line, _WITHOUT_EFFECT)
         and (not line.startswith("stages.") or line.startswith(f"stages.{stage}."))
     ]

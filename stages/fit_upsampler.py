@@ -24,7 +24,14 @@ from radio_distill.config import LossConfig, PartitionConfig, Recipe, StageConfi
 from radio_distill.errors import ConfigError
 from radio_distill.progress import Progress
 from stages.arguments import add_trust_argument, run_script
-from stages.common import FITTED, checkpoint_to_resume, claim, fit_folder, load_recipe
+from stages.common import (
+    FITTED,
+    checkpoint_to_resume,
+    claim,
+    fit_folder,
+    load_recipe,
+    resolve_at_start,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -147,6 +154,7 @@ def fit_upsampler(
     checkpoint = None
     if resume:
         checkpoint = checkpoint_to_resume(world, folder, recipe, STAGE, allow_changed)
+    recipe = resolve_at_start(recipe, STAGE, world, checkpoint)
     from upsamplers.fit import fit
 
     complete = checkpoint is not None and checkpoint.step >= config.steps

@@ -1,7 +1,7 @@
 """A run, as frozen dataclasses: ``load(yaml) -> override(argv) -> check() -> dump()``.
 
 :mod:`.schema` has the fields, :mod:`.reading` the way in and out, :mod:`.checks` what must hold
-between fields. Nothing here imports torch.
+between fields, :mod:`.resolve` what `auto` means. Nothing here imports torch.
 """
 
 from .checks import check, check_student
@@ -16,6 +16,7 @@ from .reading import (
     parse_yaml,
     read_yaml,
 )
+from .resolve import Facts, keep_resolved, resolve
 from .schema import (
     AugmentationConfig,
     DataConfig,
@@ -43,6 +44,7 @@ __all__ = [
     "DataConfig",
     "EngineConfig",
     "EvaluationConfig",
+    "Facts",
     "FitConfig",
     "LogConfig",
     "LossConfig",
@@ -61,12 +63,14 @@ __all__ = [
     "describe",
     "differences",
     "dump",
+    "keep_resolved",
     "load",
     "option",
     "override",
     "parse_yaml",
     "partition_sizes",
     "read_yaml",
+    "resolve",
     "share_of",
     "size_pair",
 ]

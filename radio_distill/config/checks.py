@@ -3,6 +3,7 @@
 import re
 from dataclasses import asdict
 from math import gcd
+from typing import Literal
 
 from ..errors import ConfigError
 from ..redaction import secrets_in
@@ -14,6 +15,7 @@ from .schema import (
     StageConfig,
     StudentConfig,
     partition_sizes,
+    share_of,
 )
 
 _NAME = re.compile(r"\w[\w.+ -]{0,99}")
@@ -27,6 +29,7 @@ def check(recipe: Recipe) -> None:
         *_check_data(recipe.data),
         *_check_student(recipe.student),
         *_check_teachers(recipe),
+        *_check_amount("normalizer.images", recipe.normalizer.images),
         *_check_augmentation(recipe),
         *_check_fit(recipe),
         *_check_logs(recipe),
@@ -214,9 +217,9 @@ def _check_stage(recipe: Recipe, name: str, stage: StageConfig) -> list[str]:
         if teacher not in recipe.teachers:
             known = nearest(teacher, list(recipe.teachers))
             problems.append(f"{path}.upsampler.weights: no teacher {teacher!r} ({known})")
-    for field_name in ("freeze_body_steps", "warmup_steps"):
-        if getattr(stage, field_name) < 0:
-            problems.append(f"{path}.{field_name}: {getattr(stage, field_name)} is negative")
+    if stage.warmup_steps < 0:
+        problems.append(f"{path}.warmup_steps: {stage.warmup_steps} is negative")
+    problems += _check_frozen(f"{path}.freeze_body_steps", stage)
     if recipe.loss.mesa and not stage.ema_decay:
         problems.append(
             f"{path}.ema_decay: loss.mesa compares with an averaged student, which 0 switches off; "
@@ -228,6 +231,26 @@ def _check_stage(recipe: Recipe, name: str, stage: StageConfig) -> list[str]:
         if partition.images_of:
             problems += _check_shared_images(where, partition, stage.partitions[:index])
     return problems
+
+
+def _check_frozen(path: str, stage: StageConfig) -> list[str]:
+    frozen = stage.freeze_body_steps
+    if problems := _check_amount(path, frozen):
+        return problems
+    if frozen != "auto" and 0 < stage.steps <= share_of(frozen, stage.steps):
+        return [
+            f"{path}: with {frozen} of {stage.steps} steps frozen the body would not learn at all; "
+            "set it to auto, to 0, or to a share such as 0.02"
+        ]
+    return []
+
+
+def _check_amount(path: str, amount: int | float | Literal["auto"]) -> list[str]:
+    """Check a number that may be given as a share below 1."""
+    if amount == "auto" or 0 <= amount < 1 or (amount >= 1 and float(amount).is_integer()):
+        return []
+    problem = "is negative" if amount < 0 else "is neither a whole number nor a share below 1"
+    return [f"{path}: {amount} {problem}"]
 
 
 def _check_shared_images(

@@ -98,9 +98,9 @@ class NormalizerConfig:
     """How teachers are brought to one scale."""
 
     name: str = option("phi_s", "name in `radio-distill list normalizers`")
-    images: int | float = option(
-        3_072_000,
-        "pictures that mean and covariance are estimated on, anew in every stage; a number below 1 is a share of the stage's pictures",
+    images: int | float | Literal["auto"] = option(
+        "auto",
+        "images that mean and covariance are estimated on, anew in every stage; a number below 1 is a share of the stage's images; auto: a tenth of them, 1,024 to 3,072,000, for a fit at most 100,000, and never more than there are",
         "images",
     )
     cache: str = option(
@@ -232,9 +232,9 @@ class StageConfig:
     weight_decay: float = option(0.02, "decoupled weight decay of matrices")
     betas: tuple[float, float] = option((0.9, 0.999), "moment decays of the optimizer", ours=True)
     gradient_clip: float = option(1.0, "largest norm of the gradient; 0 for no limit", ours=True)
-    freeze_body_steps: int | float = option(
-        5000,
-        "first steps in which only the heads learn; a number below 1 is a share of the steps",
+    freeze_body_steps: int | float | Literal["auto"] = option(
+        "auto",
+        "first steps in which only the heads learn; a number below 1 is a share of the steps; auto: 0 for a student without a start, else a sixtieth of the steps, at most 5,000",
         "steps",
     )
     ema_decay: float = option(0.0, "decay of the averaged student; 0 for none", ours=True)
@@ -242,7 +242,7 @@ class StageConfig:
 
     @property
     def frozen_steps(self) -> int:
-        """First steps in which only the heads learn."""
+        """First steps in which only the heads learn, of a stage that is resolved."""
         return share_of(self.freeze_body_steps, self.steps)
 
 
@@ -324,7 +324,9 @@ class EngineConfig:
     name: Literal["auto", "single", "deepspeed"] = option(
         "auto", "auto is deepspeed with several processes, single otherwise"
     )
-    zero_stage: Literal[0, 1, 2, 3] = option(1, "ZeRO stage of DeepSpeed", ours=True)
+    zero_stage: Literal["auto", 0, 1, 2, 3] = option(
+        "auto", "ZeRO stage of DeepSpeed; auto: 0 for a stage with lamb, else 1", ours=True
+    )
     precision: Literal["float32", "bfloat16"] = option(
         "bfloat16", "type of the student's matrix products; weights stay float32", ours=True
     )
@@ -432,8 +434,9 @@ def size_pair(size: int | tuple[int, int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else size
 
 
-def share_of(amount: int | float, whole: int) -> int:
-    """Return a number that may be given as a share below 1 of ``whole``."""
+def share_of(amount: int | float | Literal["auto"], whole: int) -> int:
+    """Return a number that may be given as a share below 1 of ``whole``, in a resolved recipe."""
+    assert amount != "auto", "the recipe is not resolved"
     return round(amount * whole) if 0 < amount < 1 else int(amount)
 
 

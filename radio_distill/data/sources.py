@@ -41,6 +41,11 @@ class Sources:
         return list(chain(*self.by_source))
 
     @property
+    def num_images(self) -> int:
+        """Images of all shards in use."""
+        return sum(shard.num_samples for shard in self.shards)
+
+    @property
     def left_out(self) -> dict[str, int]:
         """Samples of the shards in use that must not be used, by kind."""
         counts: Counter[str] = Counter()

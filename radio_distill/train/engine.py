@@ -59,7 +59,7 @@ def engine_name(config: EngineConfig, stage: StageConfig, world_size: int) -> st
                 "set it to auto"
             )
         return name
-    if stage.optimizer == "lamb" and config.zero_stage > 0:
+    if stage.optimizer == "lamb" and config.zero_stage in (1, 2, 3):
         raise ConfigError(
             "engine.zero_stage: lamb needs the norm of whole parameters, which ZeRO flattens and "
             "cuts up; set engine.zero_stage to 0, or the stage's optimizer to adamw"

@@ -24,7 +24,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from ..config import EngineConfig, Recipe, StageConfig, share_of
+from ..config import EngineConfig, Facts, Recipe, resolve, share_of
 from ..partitions import MicroBatch, Partition, images_per_step, partitions_of, share_out
 from ..types import Size
 from .costs import ModelCosts, PartitionCost, TeacherCost
@@ -134,7 +134,8 @@ def plan_stage(
         teacher_bytes: weights of all teachers, which every device holds.
         utilisation: share of the peak that is reached.
     """
-    recipe, stage = costs.recipe, costs.recipe.stages[name]
+    recipe = resolved(costs.recipe, name)
+    stage = recipe.stages[name]
     partitions = partitions_of(stage)
     measured = {item.name: costs.partition(name, item) for item in partitions}
     steps = [_deal(costs, partitions, sizes, devices) for sizes in _draws(partitions)]
@@ -162,8 +163,14 @@ def plan_stage(
         ),
         step_seconds=sum(waits) / len(waits),
         busy=sum(map(sum, seconds)) / devices / sum(waits),
-        statistics_seconds=_statistics_seconds(costs, stage, device) / devices / utilisation,
+        statistics_seconds=_statistics_seconds(costs, recipe, name, device) / devices / utilisation,
     )
+
+
+def resolved(recipe: Recipe, name: str) -> Recipe:
+    """Return the recipe as a stage will run it, but for the number of images in the shards."""
+    stage = recipe.stages[name]
+    return resolve(recipe, name, Facts(images_shown=stage.steps * images_per_step(stage)))
 
 
 def _draws(partitions: Sequence[Partition]) -> list[dict[str, Size]]:
@@ -199,6 +206,7 @@ def state_memory(parameters: int, zero_stage: int, devices: int) -> Memory:
 
 def _zero_stage(engine: EngineConfig, devices: int) -> int:
     """Return the ZeRO stage that will run: a single process has none unless it asks for it."""
+    assert engine.zero_stage != "auto", "the recipe is not resolved"
     return engine.zero_stage if devices > 1 or engine.name == "deepspeed" else 0
 
 
@@ -262,13 +270,13 @@ def _teachers(
     return every if shifted else list({teacher.sight: teacher for teacher in every}.values())
 
 
-def _statistics_seconds(costs: ModelCosts, stage: StageConfig, device: DeviceType) -> float:
+def _statistics_seconds(costs: ModelCosts, recipe: Recipe, name: str, device: DeviceType) -> float:
     """Return the time of one device at its peak; the float64 sums themselves are left out."""
-    recipe, seconds = costs.recipe, 0.0
+    stage, seconds = recipe.stages[name], 0.0
     images = share_of(recipe.normalizer.images, stage.steps * images_per_step(stage))
-    for name, config in recipe.teachers.items():
-        first = first_partition(stage, name)
+    for teacher, config in recipe.teachers.items():
+        first = first_partition(stage, teacher)
         if first is not None:
-            flops = costs.own_grid_flops(first, name)
+            flops = costs.own_grid_flops(first, teacher)
             seconds += images * flops / device.flops_per_second(config.dtype)
     return seconds

@@ -112,7 +112,7 @@ def test_override__leaves_its_input_alone():
         ("student.registers=many", "student.registers: 'many' is not a whole number"),
         ("student.registers=true", "student.registers: True is not a whole number"),
         ("stage.optimizer=sgd", "stages.stage1.optimizer: 'sgd' is not one of adamw, lamb"),
-        ("engine.zero_stage=4", "engine.zero_stage: 4 is not one of 0, 1, 2, 3"),
+        ("engine.zero_stage=4", "engine.zero_stage: 4 is not one of auto, 0, 1, 2, 3"),
         ("stages.stage1.partitions.lo.size=64", "no item 'lo' in the list (known: low, high)"),
         ("name.deeper=1", "name is a plain value and has no field 'deeper'"),
         ("stage.partitions.low.size=500", "500 is not a multiple of patch 16 (nearest 496)"),
@@ -232,6 +232,12 @@ SHARED = (
         (["stage.partitions.a.mosaic=[clip]"], "mosaic: 'clip' is not a teacher of this partition"),
         (["stage.partitions.a.mosaic=[dino]", "stage.partitions.a.upsample=[dino]"], "it cannot be both"),  # noqa: E501
         (["stage.freeze_body_steps=-1"], "freeze_body_steps: -1 is negative"),
+        (["stage.freeze_body_steps=1.5"], "1.5 is neither a whole number nor a share below 1"),
+        (["stage.freeze_body_steps=10"], "with 10 of 10 steps frozen the body would not learn"),
+        (["stage.freeze_body_steps=0.99"], "with 0.99 of 10 steps frozen the body would not"),
+        (["stage.freeze_body_steps=5000"], "with 5000 of 10 steps frozen the body would not"),
+        (["normalizer.images=.nan"], "normalizer.images: nan is neither a whole number nor"),
+        (["normalizer.images=.inf"], "normalizer.images: inf is neither a whole number nor"),
     ],
 )  # fmt: skip
 def test_recipe__parts_of_a_step_that_contradict_each_other(assignments, message):

@@ -100,7 +100,9 @@ def recipes(draw) -> Recipe:
             window_sizes=(2, 4),
             weight_noise=draw(st.sampled_from([0.0, 0.1])),
         ),
-        stages={"stage1": StageConfig(partitions=tuple(partitions), ema_decay=0.9)},
+        stages={
+            "stage1": StageConfig(partitions=tuple(partitions), ema_decay=0.9, freeze_body_steps=0)
+        },
         engine=EngineConfig(
             precision="float32", device="cpu", name="single", micro_batch=draw(st.integers(0, 3))
         ),
@@ -245,7 +247,8 @@ def test_gradient__another_step_has_another():
         augmentation=AugmentationConfig(shift=1),
         stages={
             "stage1": StageConfig(
-                partitions=(PartitionConfig(name="low", size=64, teachers=("vit",), batch_size=2),)
+                partitions=(PartitionConfig(name="low", size=64, teachers=("vit",), batch_size=2),),
+                freeze_body_steps=0,
             )
         },
         engine=EngineConfig(precision="float32", device="cpu", name="single"),
