@@ -86,6 +86,7 @@ def examine(folder: Path) -> list[Finding]:
         _packages,
         _torch,
         _torchvision,
+        _precision,
         *(lambda name=name: _installed(name) for name in LIBRARIES),
         _gloo,
         _nccl,
@@ -142,6 +143,25 @@ def _torchvision() -> Finding:
     except Exception as error:
         return Finding("torchvision", False, _line(error), mend)
     return Finding("torchvision", kept == [1], torchvision.__version__, mend)
+
+
+def _precision() -> Finding:
+    """Say what ``auto`` means for number types here; what is emulated is timed."""
+    try:
+        import torch
+
+        from radio_distill.precision import is_native, native_dtype, slowdown
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        if is_native("bfloat16", device):
+            detail = "bfloat16 is native"
+        else:
+            detail = f"bfloat16 is emulated, {slowdown('bfloat16', device):.1f} times the time"
+            detail += " of float32"
+        detail += f": auto is {native_dtype(device)}"
+    except Exception as error:
+        return Finding("precision", False, _line(error), "mend torch first")
+    return Finding("precision", True, detail)
 
 
 def _gloo() -> Finding:

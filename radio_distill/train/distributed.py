@@ -7,6 +7,8 @@ is not used, since on CPU it counts one process where DeepSpeed has several.
 
 import atexit
 import os
+import socket
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,9 +19,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import ConfigError, RadioDistillError
+from .rendezvous import FORGET, meet
 
 T = TypeVar("T")
 _LEAST_TIMEOUT = 1800.0  # seconds; torch's own default for gloo
+_ONE_EACH = "start at most one process for each GPU"
+
+_store: dist.Store | None = None
+"""Of the run's processes, once they have joined."""
+_turns = 0
+"""How often they have waited for rank 0."""
 
 
 @dataclass(frozen=True)
@@ -38,38 +47,71 @@ class World:
 def world_from(environment: Mapping[str, str]) -> World:
     """Read rank and world size from a launcher's environment variables.
 
-    Raises ConfigError where they contradict each other.
+    Raises ConfigError where they contradict each other, or are left over from another run.
     """
-    if "RANK" in environment or "WORLD_SIZE" in environment:
+    if "RANK" in environment and "WORLD_SIZE" in environment:
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    elif int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+    elif _number(environment, "SLURM_STEP_NUM_TASKS", 1) > 1:
         names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
     else:
-        return World()
-    defaults = ("0", "1", "0")
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     rank, world_size, local_rank = (
-        int(environment.get(name, default)) for name, default in zip(names, defaults, strict=True)
+        _number(environment, name, default) for name, default in zip(names, (0, 1, 0), strict=True)
     )
     if not 0 <= rank < world_size:
         raise ConfigError(
-            f"{names[0]}={rank} does not lie below {names[1]}={world_size}; check the launcher"
+            f"{names[0]}={rank} does not lie below {names[1]}={world_size}; check the launcher, or "
+            f"`{FORGET}` if they are left over from another run"
         )
+    if names[0] == "RANK" and world_size > 1:
+        for name in ("RANK", "MASTER_ADDR"):
+            if name not in environment:
+                raise ConfigError(
+                    f"WORLD_SIZE={world_size} is set and {name} is not, so no launcher started "
+                    f"this; `{FORGET}` for one process, or start {world_size} with `torchrun "
+                    f"--nproc-per-node {world_size}`"
+                )
     return World(rank, world_size, local_rank)
 
 
+def _number(environment: Mapping[str, str], name: str, default: int) -> int:
+    try:
+        return int(environment.get(name, default))
+    except ValueError:
+        raise ConfigError(
+            f"{name}={environment[name]} is no whole number; `unset {name}`, or mend the launcher"
+        ) from None
+
+
 def choose_device(name: str, world: World) -> torch.device:
-    """Return the device of this process; ``auto`` takes a GPU where there is one."""
+    """Return the device of this process; ``auto`` takes a GPU where there is one.
+
+    On a GPU, float32 is float32 from here on: cuDNN's convolutions no longer use TF32, which
+    rounds to 10 bits, as torch's matrix products do not either.
+    """
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise ConfigError("engine.device: cuda is asked for, but torch sees no GPU; set it to cpu")
-    if world.local_rank >= torch.cuda.device_count():
+    index = gpu_index(world, torch.cuda.device_count())
+    torch.cuda.set_device(index)
+    torch.backends.cudnn.allow_tf32 = False
+    return torch.device("cuda", index)
+
+
+def gpu_index(world: World, visible: int) -> int:
+    """Return which of the visible GPUs is this process's.
+
+    Where a process sees one, it is its own: Slurm shows each task its own with ``--gpus-per-task``
+    or ``--gpu-bind``. That no other process has it too is found out by :func:`join`.
+    """
+    if visible == 1:
+        return 0
+    if world.local_rank >= visible:
         raise ConfigError(
-            f"process {world.rank} wants GPU {world.local_rank} of {torch.cuda.device_count()}; "
-            "start at most one process for each GPU"
+            f"process {world.rank} wants GPU {world.local_rank} of {visible}; {_ONE_EACH}"
         )
-    torch.cuda.set_device(world.local_rank)
-    return torch.device("cuda", world.local_rank)
+    return world.local_rank
 
 
 def join(
@@ -82,10 +124,16 @@ def join(
 
     Collectives time out later than ``hang_seconds``, so that the heartbeat, which says more, is
     first.
+
+    Raises:
+        ConfigError: the other processes do not come, or two of them have one GPU.
     """
+    global _store
     if dist.is_initialized() or (world.world_size == 1 and not alone):
         return
     atexit.register(_leave)
+    # DeepSpeed insists on it, and takes the GPU of this number; srun does not set it.
+    os.environ["LOCAL_RANK"] = str(world.local_rank if device.index is None else device.index)
     backend = "nccl" if device.type == "cuda" else "gloo"
     if world.world_size == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
@@ -100,12 +148,27 @@ def join(
                 "MASTER_ADDR=$(scontrol show hostnames $SLURM_JOB_NODELIST | head -n 1)"
             )
         os.environ["MASTER_ADDR"] = "127.0.0.1"
+    _store = meet(world.rank, world.world_size, _timeout(hang_seconds))
+    if device.type == "cuda":
+        _check_own_gpu(_store, world, device)
     dist.init_process_group(
         backend,
+        store=_store,
         rank=world.rank,
         world_size=world.world_size,
         timeout=_timeout(hang_seconds),
     )
+
+
+def _check_own_gpu(store: dist.Store, world: World, device: torch.device) -> None:
+    """Raise ConfigError on every process where two have one GPU; NCCL would end with a stack."""
+    own = f"{socket.gethostname()} {torch.cuda.get_device_properties(device).uuid}"
+    store.set(f"gpu/{world.rank}", own)
+    rank_of: dict[bytes, int] = {}
+    for rank in range(world.world_size):
+        other = rank_of.setdefault(store.get(f"gpu/{rank}"), rank)
+        if other != rank:
+            raise ConfigError(f"processes {other} and {rank} have the same GPU; {_ONE_EACH}")
 
 
 def extend_timeouts(hang_seconds: float) -> None:
@@ -156,10 +219,28 @@ def main_first(world: World, function: Callable[[], T]) -> T:
             value = function()
         except RadioDistillError as caught:
             error = caught
+    _wait_for_main(world)
     value, error = from_main((value, error))
     if error is not None:
         raise error
     return cast(T, value)
+
+
+def _wait_for_main(world: World) -> None:
+    """Wait until rank 0 is here too, however long that takes.
+
+    A collective would time out: rank 0 may read every byte of the shards, which takes hours.
+    """
+    global _turns
+    if _store is None:
+        return
+    _turns += 1
+    turn, pause = f"main_first/{_turns}", 0.001
+    if world.is_main:
+        _store.set(turn, "done")
+    while not _store.check([turn]):
+        time.sleep(pause)
+        pause = min(2 * pause, 1.0)
 
 
 def from_main(value: T) -> T:

@@ -166,6 +166,28 @@ def test_accelerate_launch__from_a_foreign_folder(recipe_file, tmp_path):
     assert tensors(folder, 1, "student")
 
 
+@pytest.mark.faults
+def test_srun__a_stage_with_the_variables_of_slurm_alone(recipe_file):
+    """Plain srun sets neither LOCAL_RANK, which DeepSpeed insists on, nor MASTER_ADDR."""
+    script = str(CHECKOUT / "stages" / "stage1.py")
+    arguments = ["--recipe", str(recipe_file), "--stage.steps", "1", *ADAMW]
+    plain = {name: value for name, value in os.environ.items() if not name.endswith("RANK")}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, script, *arguments],
+            env=plain
+            | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": rank, "SLURM_LOCALID": rank}
+            | {"SLURM_JOB_ID": str(os.getpid()), "OMP_NUM_THREADS": "1"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in "01"
+    ]
+    said = [process.communicate(timeout=240)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    assert tensors(recipe_file.parent / "runs" / "tiny" / "stage1", 1, "student")
+
+
 def test_lamb__needs_whole_parameters(recipe_file):
     script = str(CHECKOUT / "stages" / "stage1.py")
     arguments = [
