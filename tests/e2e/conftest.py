@@ -27,7 +27,7 @@ RECIPE = {
         "stage1": {
             "steps": 6,
             "optimizer": "adamw",
-            "freeze_body_steps": 2,
+            "freeze_body_steps": 0.3,
             "ema_decay": 0.5,
             "partitions": [
                 {"name": "low", "size": 64, "teachers": ["vit", "cnn", "sam"], "batch_size": 6}
@@ -36,7 +36,7 @@ RECIPE = {
         "stage2": {
             "steps": 4,
             "start_from": "stage1",
-            "freeze_body_steps": 1,
+            "freeze_body_steps": 0.25,
             "partitions": [
                 {"name": "a", "size": 64, "teachers": ["vit", "cnn"], "batch_size": 5},
                 {"name": "b", "size": [64, 96], "teachers": ["sam"], "batch_size": 3, "weight": 2},
@@ -46,7 +46,7 @@ RECIPE = {
             "steps": 4,
             "start_from": "stage2",
             "optimizer": "adamw",
-            "freeze_body_steps": 1,
+            "freeze_body_steps": 0.25,
             "upsampler": {"name": "bilinear", "factor": 2},
             "partitions": [
                 {"name": "low", "size": 64, "teachers": ["vit", "cnn"], "batch_size": 4},
