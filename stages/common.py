@@ -19,8 +19,10 @@ from radio_distill.config import (
     Recipe,
     StageConfig,
     UpsamplerConfig,
+    check,
     differences,
     dump,
+    hints,
     keep_resolved,
     load,
     resolve,
@@ -243,6 +245,8 @@ def resolve_at_start(
 ) -> Recipe:
     """Return the recipe with plain values for what is `auto`; opens the shards.
 
+    What is hardly meant is logged.
+
     Args:
         recipe: as a person wrote it.
         stage: a stage of the recipe, or ``fit``.
@@ -251,7 +255,7 @@ def resolve_at_start(
     """
     from radio_distill.data.sources import open_sources
     from radio_distill.partitions import images_per_step
-    from radio_distill.train.distributed import main_first
+    from radio_distill.train.distributed import cores_of_process, main_first
 
     if stage in recipe.stages:
         config = recipe.stages[stage]
@@ -261,8 +265,14 @@ def resolve_at_start(
         shown = (fit.pool or fit.steps * fit.batch_size) * (1 + fit.views)
     # The first to open shards writes their indexes; the others find them.
     in_shards = main_first(world, lambda: open_sources(recipe.data).num_images)
-    facts = Facts(images_shown=shown, images_in_shards=in_shards)
-    return resolve(recipe, stage, facts, checkpoint.recipe if checkpoint else None)
+    facts = Facts(
+        images_shown=shown, images_in_shards=in_shards, cores=cores_of_process(os.environ)
+    )
+    recipe = resolve(recipe, stage, facts, checkpoint.recipe if checkpoint else None)
+    check(recipe)  # what a checkpoint said may not go with what is asked for now
+    for line in hints(recipe, stage, facts):
+        logging.warning("%s", line)
+    return recipe
 
 
 _WITHOUT_EFFECT = (

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from radio_distill.config import Recipe
+from radio_distill.config import Recipe, hints
 from radio_distill.errors import ConfigError, RadioDistillError
 from radio_distill.registry import nearest
 from stages.arguments import add_trust_argument
@@ -80,6 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _print_plan(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
+    from radio_distill.train.plan import facts_of, resolved
     from stages.missing import find_missing
     from stages.plan_tables import all_tables
 
@@ -97,6 +98,9 @@ def _print_plan(arguments: argparse.Namespace) -> int:
         f"and {device.float32:g} TFLOP/s (float32) of one {kind}; without decoding, "
         "communication and evaluation.\n"
     )
+    for name, stage in recipe.stages.items():
+        for line in hints(resolved(recipe, name), name, facts_of(stage)):
+            console.print(f"Note: {line}", markup=False, highlight=False, soft_wrap=True)
     missing = [*find_missing(recipe), *models.problems]
     console.print("Missing:" if missing else "Nothing is missing.", style="bold")
     for line in missing:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
+from radio_distill.config import share_of
 from stages.plan import Models
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ def all_tables(
         partition_table(plans),
         memory_table(plans, device),
         time_table(plans, price),
+        resolved_table(models, plans),
     ]
 
 
@@ -136,6 +138,27 @@ def time_table(plans: "Sequence[StagePlan]", price: float) -> Table:
             f"{plan.step_seconds:.3g}", f"{plan.busy:.0%}", *_hours([plan], price),
         )  # fmt: skip
     table.add_row("all", *[""] * 8, *_hours(plans, price), style="bold")
+    return table
+
+
+def resolved_table(models: Models, plans: "Sequence[StagePlan]") -> Table:
+    """Say what each stage makes of fields that are `auto`, and of shares."""
+    from radio_distill.train.plan import resolved
+
+    table = _table(
+        "Resolved; the shards may hold fewer images", "stage", "body frozen for",
+        "images of statistics", "ZeRO stage", "log every", "save every",
+    )  # fmt: skip
+    for plan in plans:
+        recipe = resolved(models.recipe, plan.name)
+        table.add_row(
+            plan.name,
+            f"{recipe.stages[plan.name].frozen_steps:,} of {plan.steps:,} steps",
+            f"{share_of(recipe.normalizer.images, plan.steps * plan.images):,}",
+            str(recipe.engine.zero_stage) if plan.devices > 1 else "-",
+            f"{recipe.log.every} steps",
+            f"{recipe.log.save_every} steps",
+        )
     return table
 
 

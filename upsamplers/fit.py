@@ -25,7 +25,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from radio_distill.config import FitConfig, Recipe
+from radio_distill.config import FitConfig, Recipe, plain
 from radio_distill.data.loader import StepSlice
 from radio_distill.memory import lower, naming
 from radio_distill.progress import Progress
@@ -104,7 +104,7 @@ def fit(run: FitRun) -> None:
     optimizer = torch.optim.NAdam(parameter_groups(modules, config))
     if run.resumed is not None:
         restore(modules, optimizer, run.resumed)
-    rates = cosine(total, 1.0, 0.0, config.warmup_steps)
+    rates = cosine(total, 1.0, 0.0, plain(config.warmup_steps))
     images = config.batch_size
     seen = Progress(
         run.folder.name, total * images, "img", run.start_step * images, run.world.is_main
@@ -131,7 +131,7 @@ def fit(run: FitRun) -> None:
             clock.stop(run.device)
             seen.update(done * images, f"loss {signs.loss:.4f}")
             life.end_step(done, signs)
-            if every(done, log.every, total):
+            if every(done, plain(log.every), total):
                 values = {name: float(sum_over_ranks(value)) for name, value in terms.items()}
                 values |= {
                     "learning_rate": config.learning_rate * float(rates[step]),

@@ -1,11 +1,13 @@
 """A run, as frozen dataclasses: ``load(yaml) -> override(argv) -> check() -> dump()``.
 
 :mod:`.schema` has the fields, :mod:`.reading` the way in and out, :mod:`.checks` what must hold
-between fields, :mod:`.resolve` what `auto` means. Nothing here imports torch.
+between fields, :mod:`.resolve` what `auto` means, :mod:`.hints` what is hardly meant. Nothing here
+imports torch.
 """
 
 from .checks import check, check_student
 from .describing import describe
+from .hints import hints
 from .reading import (
     assignments_of,
     build,
@@ -16,7 +18,7 @@ from .reading import (
     parse_yaml,
     read_yaml,
 )
-from .resolve import Facts, keep_resolved, resolve
+from .resolve import CHOSEN_ANEW, KEPT, Facts, keep_resolved, resolve
 from .schema import (
     AugmentationConfig,
     DataConfig,
@@ -35,11 +37,14 @@ from .schema import (
     WatchConfig,
     option,
     partition_sizes,
+    plain,
     share_of,
     size_pair,
 )
 
 __all__ = [
+    "CHOSEN_ANEW",
+    "KEPT",
     "AugmentationConfig",
     "DataConfig",
     "EngineConfig",
@@ -63,12 +68,14 @@ __all__ = [
     "describe",
     "differences",
     "dump",
+    "hints",
     "keep_resolved",
     "load",
     "option",
     "override",
     "parse_yaml",
     "partition_sizes",
+    "plain",
     "read_yaml",
     "resolve",
     "share_of",

@@ -106,9 +106,9 @@ def _check_data(data: DataConfig) -> list[str]:
     if not 0 < data.crop_ratio[0] <= data.crop_ratio[1]:
         problems.append(f"data.crop_ratio: {data.crop_ratio} is not 0 < low <= high")
     for name, least in (("min_size", 1), ("max_pixels", 1), ("shuffle_shards", 1), ("workers", 0)):
-        if getattr(data, name) < least:
-            problems.append(f"data.{name}: {getattr(data, name)} is below {least}")
-    if data.workers > 1024:
+        if (value := getattr(data, name)) != "auto" and value < least:
+            problems.append(f"data.{name}: {value} is below {least}")
+    if data.workers != "auto" and data.workers > 1024:
         problems.append(f"data.workers: {data.workers} processes are above 1024")
     for name in ("max_bad_share", "max_bad_shards"):
         if not 0 <= getattr(data, name) <= 1:
@@ -160,7 +160,7 @@ def _check_augmentation(recipe: Recipe) -> list[str]:
 def _check_fit(recipe: Recipe) -> list[str]:
     fit = recipe.fit
     problems = [
-        f"fit.{name}: {getattr(fit, name)} is below {least}"
+        f"fit.{name}: {value} is below {least}"
         for name, least in (
             ("factor", 1),
             ("steps", 1),
@@ -175,7 +175,7 @@ def _check_fit(recipe: Recipe) -> list[str]:
             ("total_variation", 0),
             ("crf", 0),
         )
-        if getattr(fit, name) < least
+        if (value := getattr(fit, name)) != "auto" and value < least
     ]
     if fit.pool % max(fit.batch_size, 1):
         problems.append(
@@ -196,7 +196,7 @@ def _check_logs(recipe: Recipe) -> list[str]:
         f"{section}.{name}: {value} is below {least}"
         for section, fields in lowest.items()
         for name, least in fields.items()
-        if (value := getattr(getattr(recipe, section), name)) < least
+        if (value := getattr(getattr(recipe, section), name)) != "auto" and value < least
     ]
 
 

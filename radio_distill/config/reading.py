@@ -26,6 +26,8 @@ _MOST_VALUES, _MOST_DEPTH = 100_000, 50
 def load(path: str | Path, overrides: Sequence[str] = (), stage: str = "") -> Recipe:
     """Read a recipe, apply ``a.b.c=value`` overrides, and check it.
 
+    One without a name is called after its file.
+
     Args:
         path: YAML file.
         overrides: assignments as :func:`override` takes them.
@@ -34,7 +36,8 @@ def load(path: str | Path, overrides: Sequence[str] = (), stage: str = "") -> Re
     Raises:
         ConfigError: one line a problem, with the field's full name.
     """
-    recipe = build(Recipe, override(read_yaml(path), overrides, stage))
+    fields = override(read_yaml(path), overrides, stage)
+    recipe = build(Recipe, {"name": Path(path).stem, **fields})
     check(recipe)
     return recipe
 

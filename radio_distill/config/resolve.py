@@ -5,19 +5,30 @@ everything after the start reads. A run that is resumed keeps what its checkpoin
 goes on with the same numbers whatever machine it is on; see :func:`keep_resolved`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, is_dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
-from .schema import EngineConfig, NormalizerConfig, Recipe, StageConfig
+from .schema import (
+    DataConfig,
+    EngineConfig,
+    FitConfig,
+    LogConfig,
+    NormalizerConfig,
+    Recipe,
+    StageConfig,
+)
 
 AUTO = "auto"
 
-KEPT = ("normalizer.images", "stages.*.freeze_body_steps")
-"""Fields whose `auto` keeps, in a run that is resumed, what it was resolved to before.
+KEPT = ("normalizer.images", "stages.*.freeze_body_steps", "fit.warmup_steps")
+"""Fields whose `auto` keeps, in a run that is resumed, what it was resolved to before."""
 
-Not among them: engine.zero_stage, which follows from the optimizer and changes no number but by
-rounding; engine.name and engine.device, which stay `auto` in a run folder, for each start chooses.
+CHOSEN_ANEW = ("data.workers", "engine.zero_stage", "log.every", "log.save_every")
+"""Fields whose `auto` is resolved anew at every start: they change no number, but by rounding.
+
+Neither here nor there are engine.name and engine.device, which stay `auto` in a run folder.
 """
 
 MOST_STATISTICS = 3_072_000
@@ -28,6 +39,11 @@ _LEAST_STATISTICS = 1024  # some 200,000 tokens: enough for a covariance of thou
 _STATISTICS_SHARE = 10  # a tenth of the images, without the student: a few hundredths of the time
 
 _FROZEN, _FROZEN_SHARE = 5000, 60  # PHI-S paper, Table 10: 5,000 of 300,000 steps
+_FIT_WARMUP, _FIT_WARMUP_SHARE = 100, 30  # FeatSharp, Table 11: 100 of 3,000 steps
+
+_LOG_EVERY, _LOG_SHARE = 50, 20  # a curve has at least 20 points
+_SAVE_EVERY, _SAVE_SHARE = 1000, 5  # at most a fifth of a stage is lost with its machine
+_MOST_WORKERS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +54,8 @@ class Facts:
     """Images that it shows, over all its steps and processes."""
     images_in_shards: int | None = None
     """Images of the data set; None where the shards are not looked at (`plan`)."""
+    cores: int = 2
+    """Cores that each process has to itself."""
 
 
 def resolve(recipe: Recipe, stage: str, facts: Facts, earlier: Recipe | None = None) -> Recipe:
@@ -50,16 +68,19 @@ def resolve(recipe: Recipe, stage: str, facts: Facts, earlier: Recipe | None = N
         earlier: the resolved recipe of the checkpoint that the run goes on from.
     """
     if earlier is not None:
-        recipe = keep_resolved(recipe, earlier)
-    stages = dict(recipe.stages)
-    if stage in stages:
-        stages[stage] = _resolve_stage(stages[stage], recipe)
-    return replace(
+        recipe = keep_resolved(recipe, earlier, KEPT)
+    config = recipe.stages.get(stage)
+    steps = recipe.fit.steps if config is None else config.steps
+    recipe = replace(
         recipe,
-        normalizer=_resolve_normalizer(recipe.normalizer, facts, fit=stage not in stages),
-        stages=stages,
-        engine=_resolve_engine(recipe.engine, stages.get(stage)),
+        data=_resolve_data(recipe.data, facts),
+        normalizer=_resolve_normalizer(recipe.normalizer, facts, fit=config is None),
+        engine=_resolve_engine(recipe.engine, config),
+        log=_resolve_log(recipe.log, steps),
     )
+    if config is None:
+        return replace(recipe, fit=_resolve_fit(recipe.fit))
+    return replace(recipe, stages={**recipe.stages, stage: _resolve_stage(config, recipe)})
 
 
 def _resolve_stage(stage: StageConfig, recipe: Recipe) -> StageConfig:
@@ -93,26 +114,49 @@ def _resolve_engine(engine: EngineConfig, stage: StageConfig | None) -> EngineCo
     return replace(engine, zero_stage=zero_stage)
 
 
-def keep_resolved(recipe: Recipe, earlier: Recipe) -> Recipe:
+def _resolve_fit(fit: FitConfig) -> FitConfig:
+    if fit.warmup_steps != AUTO:
+        return fit
+    return replace(fit, warmup_steps=min(_FIT_WARMUP, fit.steps // _FIT_WARMUP_SHARE))
+
+
+def _resolve_log(log: LogConfig, steps: int) -> LogConfig:
+    if log.every == AUTO:
+        log = replace(log, every=max(1, min(_LOG_EVERY, steps // _LOG_SHARE)))
+    if log.save_every == AUTO:
+        log = replace(log, save_every=max(1, min(_SAVE_EVERY, steps // _SAVE_SHARE)))
+    return log
+
+
+def _resolve_data(data: DataConfig, facts: Facts) -> DataConfig:
+    if data.workers != AUTO:
+        return data
+    return replace(data, workers=max(1, min(_MOST_WORKERS, facts.cores - 1)))
+
+
+def keep_resolved(
+    recipe: Recipe, earlier: Recipe, fields: Sequence[str] = (*KEPT, *CHOSEN_ANEW)
+) -> Recipe:
     """Return the recipe with what an earlier one says wherever it says `auto` itself.
 
-    Only fields of :data:`KEPT` are looked at; one that is `auto` in both stays so.
+    Only ``fields`` are looked at, where ``*`` stands for a name; what is `auto` in both stays so.
     """
-    kept: Recipe = _keep(recipe, earlier, "")
+    kept: Recipe = _keep(recipe, earlier, fields, "")
     return kept
 
 
-def _keep(value: Any, earlier: Any, path: str) -> Any:
-    if value == AUTO and any(fnmatchcase(path, field) for field in KEPT):
+def _keep(value: Any, earlier: Any, fields: Sequence[str], path: str) -> Any:
+    if value == AUTO and any(fnmatchcase(path, field) for field in fields):
         return value if earlier is None else earlier
+    prefix = f"{path}." if path else ""
     if isinstance(value, dict) and isinstance(earlier, dict):
-        return {key: _keep(item, earlier.get(key), f"{path}.{key}") for key, item in value.items()}
+        return {
+            key: _keep(item, earlier.get(key), fields, prefix + key) for key, item in value.items()
+        }
     if is_dataclass(value) and not isinstance(value, type) and type(value) is type(earlier):
-        names = value.__dataclass_fields__
-        prefix = f"{path}." if path else ""
         changes = {
-            name: _keep(getattr(value, name), getattr(earlier, name), prefix + name)
-            for name in names
+            name: _keep(getattr(value, name), getattr(earlier, name), fields, prefix + name)
+            for name in value.__dataclass_fields__
         }
         return replace(value, **changes)
     return value

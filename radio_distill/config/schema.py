@@ -168,7 +168,7 @@ class UpsamplerConfig:
     """How the teachers that a partition upsamples get a finer grid."""
 
     name: str = option("bilinear", "name in `radio-distill list upsamplers`")
-    factor: int = option(3, "how much finer than the teacher's own grid", "x")
+    factor: int = option(2, "how much finer than the teacher's own grid", "x")
     micro_batch: int = option(
         0, "teacher images in one call (tiles count); 0 for the teacher's own setting", "images"
     )
@@ -279,7 +279,11 @@ class FitConfig:
     rates: dict[str, float] = option(
         dict, "learning rates of parts of the network instead, by a part of their name: block: 1e-4"
     )
-    warmup_steps: int = option(100, "steps of linear warm-up; half a cosine follows", "steps")
+    warmup_steps: int | Literal["auto"] = option(
+        "auto",
+        "steps of linear warm-up; half a cosine follows; auto: a thirtieth of the steps, at most 100",
+        "steps",
+    )
     gradient_clip: float = option(5.0, "largest norm of the gradient; 0 for no limit", ours=True)
     uncertainty: bool = option(False, "learn how uncertain each cell is, and weigh by it")
     total_variation: float = option(0.0, "weight of the total variation of fine maps")
@@ -307,7 +311,12 @@ class DataConfig:
     shuffle_shards: int = option(
         16, "shards whose samples are shuffled together", "shards", ours=True
     )
-    workers: int = option(2, "decoding processes for each training process", "processes", ours=True)
+    workers: int | Literal["auto"] = option(
+        "auto",
+        "decoding processes for each training process; auto: its cores but one, 1 to 8",
+        "processes",
+        ours=True,
+    )
     max_bad_share: float = option(0.01, "share of bad images at which the run stops", ours=True)
     max_bad_shards: float = option(
         0.0, "share of the shards that may be damaged, and are then left out", ours=True
@@ -341,8 +350,12 @@ class EngineConfig:
 class LogConfig:
     """What is written, and how often."""
 
-    every: int = option(50, "steps between log lines", "steps")
-    save_every: int = option(1000, "steps between checkpoints", "steps")
+    every: int | Literal["auto"] = option(
+        "auto", "steps between log lines; auto: a twentieth of the steps, at most 50", "steps"
+    )
+    save_every: int | Literal["auto"] = option(
+        "auto", "steps between checkpoints; auto: a fifth of the steps, at most 1,000", "steps"
+    )
     keep_last: int = option(3, "newest checkpoints that are kept", "checkpoints")
     keep_every: int = option(
         0, "checkpoints at multiples of this are kept too; 0 for none", "steps", ours=True
@@ -356,7 +369,7 @@ class WatchConfig:
 
     max_skipped: int = option(
         10,
-        "steps in a row that may be skipped because a number is not finite; then the run stops",
+        "steps in a row that may be skipped because a number is not finite; then the run stops, and at the latest where every step of it would be skipped",
         "steps",
         ours=True,
     )
@@ -399,7 +412,9 @@ class EvaluationConfig:
 class Recipe:
     """Everything that decides a run."""
 
-    name: str = option(help="name of the recipe and of its run folder")
+    name: str = option(
+        help="name of the recipe and of its run folder; that of the file where it is left out"
+    )
     seed: int = option(0, "seed of every random draw")
     output: str = option("runs", "folder that run folders are made in")
     data: DataConfig = option(help="images")
@@ -438,6 +453,12 @@ def share_of(amount: int | float | Literal["auto"], whole: int) -> int:
     """Return a number that may be given as a share below 1 of ``whole``, in a resolved recipe."""
     assert amount != "auto", "the recipe is not resolved"
     return round(amount * whole) if 0 < amount < 1 else int(amount)
+
+
+def plain(value: int | Literal["auto"]) -> int:
+    """Return a value of a resolved recipe, which is `auto` nowhere that matters."""
+    assert value != "auto", "the recipe is not resolved"
+    return value
 
 
 def partition_sizes(partition: PartitionConfig) -> tuple[tuple[int, int], ...]:

@@ -64,21 +64,23 @@ def check_shards(
     patterns: Sequence[str],
     config: DataConfig,
     progress: Callable[[int, int], None] | None = None,
+    threads: int = 2,
 ) -> ShardReport:
-    """Decode every image under the limits of ``config``, with ``config.workers`` threads.
+    """Decode every image under the limits of ``config``.
 
     Shards without a fresh index get one on the way.
 
     Args:
         patterns: as ``data.shards``.
         progress: called with shards done and shards in all.
+        threads: that look at one shard each.
 
     Raises:
         DataError: no shards found. Damage is reported, not raised.
     """
     paths = find_shards(patterns)
     report = ShardReport()
-    with warnings.catch_warnings(), ThreadPoolExecutor(max(1, config.workers)) as pool:
+    with warnings.catch_warnings(), ThreadPoolExecutor(threads) as pool:
         warnings.filterwarnings("ignore", module="PIL")  # what matters is reported
         results = pool.map(lambda path: _check_shard(path, config), paths)
         for done, result in enumerate(results, 1):

@@ -18,7 +18,7 @@ from PIL.Image import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ..config import DataConfig
+from ..config import DataConfig, plain
 from ..errors import DataError
 from ..types import ImageBatch, Size, ViewOrigin
 from .images import BadImageError, decode_image, random_view, to_float
@@ -136,7 +136,7 @@ class ShardBatches:
             self._views,
             sampler=_Tasks(self._slices, self._images_per_step, start_step),
             batch_size=None,  # a task is a whole micro-batch
-            num_workers=self._config.workers,
+            num_workers=plain(self._config.workers),
             collate_fn=_as_is,
             worker_init_fn=prepare_worker,
             generator=torch.Generator(),  # else it draws from the global one

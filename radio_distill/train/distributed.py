@@ -83,6 +83,17 @@ def _number(environment: Mapping[str, str], name: str, default: int) -> int:
         ) from None
 
 
+def cores_of_process(environment: Mapping[str, str]) -> int:
+    """Return how many cores this process has to itself.
+
+    What the launcher has bound it to, or, where ``torchrun`` says how many processes share the
+    machine, its part of them; at least 1.
+    """
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux alone has it
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    return max(1, cores // _number(environment, "LOCAL_WORLD_SIZE", 1))
+
+
 def choose_device(name: str, world: World) -> torch.device:
     """Return the device of this process; ``auto`` takes a GPU where there is one.
 

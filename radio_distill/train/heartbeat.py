@@ -125,7 +125,8 @@ class Heartbeat:
             f"the last was {step}"
         )
         own = (self._watcher.ident, threading.get_ident())
-        text = f"{reason}; the stacks of its threads:\n{stacks(without=own)}"
+        mend = "where steps do take so long, raise watch.hang_seconds"
+        text = f"{reason}; {mend}; the stacks of its threads:\n{stacks(without=own)}"
         _write(_LOG, text)  # in one piece, so that those of several ranks do not mix
         try:
             if self._folder is not None:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from .. import interruption
-from ..config import Recipe
+from ..config import Recipe, plain
 from ..errors import CheckpointError, InterruptedRunError, RadioDistillError
 from ..files import reason_of
 from ..memory import naming
@@ -128,7 +128,7 @@ class Lifeline:
         )
         counts = resumed.counts if resumed else {}
         self.skips = Skips(
-            recipe.watch.max_skipped,
+            min(recipe.watch.max_skipped, steps - 1),  # a stage takes one step at least
             counts.get("skipped_steps", 0),
             counts.get("skipped_in_a_row", 0),
         )
@@ -253,7 +253,7 @@ class Lifeline:
         """
         if signs.signal or done == self._steps:
             return True
-        return done % self._recipe.log.save_every == 0 and not self.skips.in_a_row
+        return done % plain(self._recipe.log.save_every) == 0 and not self.skips.in_a_row
 
     def save(self, step: int, parts: Callable[[], Mapping[str, Mapping[str, Tensor]]]) -> None:
         """Begin to write a checkpoint; every rank must call.

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..config import Recipe, StageConfig
+from ..config import Recipe, StageConfig, plain
 from ..losses import KINDS, LossReport, distillation_loss
 from ..memory import lower, naming
 from ..models.distilled import Predictions
@@ -155,7 +155,7 @@ def train(run: StageRun) -> Path:
                 life.skip(done, report.found())
             seen.update(done * images, f"loss {report.signs.loss:.4f}")
             life.end_step(done, report.signs)
-            if every(done, log.every, total):
+            if every(done, plain(log.every), total):
                 values = _log_values(run, meter, step_rates, norm)
                 values |= life.end_log(done * images, waited)
                 with life.writing("its metrics"):

@@ -24,7 +24,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from ..config import EngineConfig, Facts, Recipe, resolve, share_of
+from ..config import EngineConfig, Facts, Recipe, StageConfig, resolve, share_of
 from ..partitions import MicroBatch, Partition, images_per_step, partitions_of, share_out
 from ..types import Size
 from .costs import ModelCosts, PartitionCost, TeacherCost
@@ -168,9 +168,13 @@ def plan_stage(
 
 
 def resolved(recipe: Recipe, name: str) -> Recipe:
-    """Return the recipe as a stage will run it, but for the number of images in the shards."""
-    stage = recipe.stages[name]
-    return resolve(recipe, name, Facts(images_shown=stage.steps * images_per_step(stage)))
+    """Return the recipe as a stage will run it, but for what the shards and the machine decide."""
+    return resolve(recipe, name, facts_of(recipe.stages[name]))
+
+
+def facts_of(stage: StageConfig) -> Facts:
+    """Return what is known of a stage before its shards are."""
+    return Facts(images_shown=stage.steps * images_per_step(stage))
 
 
 def _draws(partitions: Sequence[Partition]) -> list[dict[str, Size]]:

@@ -4,8 +4,22 @@ import dataclasses
 
 import pytest
 
-from radio_distill.config import Facts, Recipe, build, check, describe, dump, parse_yaml, resolve
-from radio_distill.config.resolve import KEPT, keep_resolved
+from radio_distill.config import (
+    Facts,
+    Recipe,
+    build,
+    check,
+    describe,
+    dump,
+    hints,
+    keep_resolved,
+    load,
+    parse_yaml,
+    resolve,
+)
+from radio_distill.config.resolve import CHOSEN_ANEW, KEPT
+from radio_distill.train.engine import engine_name
+from radio_distill.train.schedule import learning_rates
 
 SHORTEST = {
     "name": "short",
@@ -112,7 +126,81 @@ def test_keep_resolved__looks_at_auto_alone():
     assert keep_resolved(recipe_of(), other).stages["one"].freeze_body_steps == "auto"
 
 
-def test_kept__names_every_field_that_is_auto_but_those_that_each_start_chooses():
-    chosen = {"engine.name", "engine.device", "engine.zero_stage"}
+def test_every_field_that_is_auto_is_kept_or_chosen_anew_and_gets_a_value():
     automatic = {name for name, default, *_ in describe() if default == "auto"}
-    assert automatic - chosen == {name.replace("*", "NAME") for name in KEPT}
+    automatic -= {"engine.name", "engine.device"}
+    assert automatic == {name.replace("*", "NAME") for name in (*KEPT, *CHOSEN_ANEW)}
+    left = {"fit.warmup_steps"}  # a stage does not look at it
+    lines = dump(resolved(recipe_of())).splitlines()
+    assert sum(line.endswith(": auto") for line in lines) == 2 + len(left)
+    facts = Facts(images_shown=100)
+    assert resolve(recipe_of(), "fit", facts).fit.warmup_steps == 100
+
+
+@pytest.mark.parametrize(
+    ("steps", "every", "save_every"),
+    [(1, 1, 1), (20, 1, 4), (200, 10, 40), (5000, 50, 1000), (300_000, 50, 1000)],
+)
+def test_log__short_runs_have_a_curve_and_checkpoints_too(steps, every, save_every):
+    log = resolved(recipe_of(steps=steps)).log
+    assert (log.every, log.save_every) == (every, save_every)
+
+
+@pytest.mark.parametrize(("steps", "expected"), [(3000, 100), (9000, 100), (300, 10), (30, 1)])
+def test_fit_warmup__a_thirtieth(steps, expected):
+    recipe = build(Recipe, {**SHORTEST, "stages": {}, "fit": {"steps": steps}})
+    assert resolve(recipe, "fit", Facts(images_shown=steps)).fit.warmup_steps == expected
+
+
+@pytest.mark.parametrize(("cores", "expected"), [(1, 1), (2, 1), (5, 4), (64, 8)])
+def test_workers__one_core_is_left_to_training(cores, expected):
+    facts = Facts(images_shown=100, cores=cores)
+    assert resolve(recipe_of(), "one", facts).data.workers == expected
+
+
+@pytest.mark.parametrize("pretrained", ["", "timm"])
+@pytest.mark.parametrize("optimizer", ["adamw", "lamb"])
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("steps", [1, 2, 20, 300_000])
+def test_defaults__train_the_body_of_any_student_for_any_number_of_steps(
+    steps, world_size, optimizer, pretrained
+):
+    written = recipe_of({"pretrained": pretrained}, steps=steps, optimizer=optimizer)
+    check(written)
+    facts = Facts(images_shown=4 * steps, images_in_shards=100)
+    recipe = resolve(written, "one", facts)
+    check(recipe)
+    assert hints(recipe, "one", facts) == []
+    stage = recipe.stages["one"]
+    assert learning_rates(stage)["body"].max() > 0.9 * stage.learning_rate
+    assert 0 < recipe.normalizer.images <= min(4 * steps, 100)
+    assert engine_name(recipe.engine, stage, world_size) == ("single", "deepspeed")[world_size - 1]
+
+
+@pytest.mark.parametrize(
+    ("stage", "images", "hint"),
+    [
+        ({"steps": 20, "warmup_steps": 20}, 9, "the rate is still rising in the last of 20 steps"),
+        ({"steps": 20, "ema_decay": 0.999}, 9, "98% of the averaged student is still the start"),
+        ({"steps": 20, "freeze_body_steps": 19}, 9, "the body does not learn"),
+        ({"steps": 20}, 3, "a step takes 4 images, and data.shards holds 3"),
+    ],
+)
+def test_hints__say_what_is_hardly_meant(stage, images, hint):
+    facts = Facts(images_shown=80, images_in_shards=images)
+    (line,) = hints(resolve(recipe_of(**stage), "one", facts), "one", facts)
+    assert hint in line
+
+
+def test_hints__more_statistics_than_training():
+    recipe = build(Recipe, {**SHORTEST, "normalizer": {"images": 3_072_000}})
+    facts = Facts(images_shown=36)
+    (line,) = hints(resolve(recipe, "one", facts), "one", facts)
+    assert "statistics of 3,072,000 images for training that shows 36" in line
+
+
+def test_load__a_recipe_without_a_name_is_called_after_its_file(tmp_path):
+    path = tmp_path / "afternoon.yaml"
+    path.write_text(dump({key: value for key, value in SHORTEST.items() if key != "name"}))
+    assert load(path).name == "afternoon"
+    assert load(path, ["name=other"]).name == "other"
