@@ -10,7 +10,8 @@ cares), images ``[B, 3, H, W]`` RGB in [0, 1]; sizes and grids are ``(height, wi
 This module imports torch for annotations only, so that the command line answers without it.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -100,6 +101,8 @@ class Score:
     """How many pictures (or pairs) the value was measured on."""
     headline: bool = True
     """Whether it counts in the gain table; a benchmark's further numbers are reported only."""
+    details: Mapping[str, int | str] = field(default_factory=dict)
+    """What else must be known to compare it with another, for instance the number of classes."""
 
     @property
     def name(self) -> str:

@@ -24,6 +24,7 @@ from stages.arguments import add_trust_argument, run_script
 
 if TYPE_CHECKING:
     from radio_distill.evals.mtl_gain import Metric
+    from radio_distill.evals.tables import Table
     from radio_distill.train.checkpoint import Checkpoint
     from radio_distill.types import Score
 
@@ -133,13 +134,27 @@ def results_and_definitions(
     return results, definitions
 
 
+def tables_of(scores: "Mapping[str, Sequence[Score]]") -> "list[Table]":
+    """Lay out scores, a table for each group, and say under each what its numbers were taken of."""
+    from radio_distill.evals.mtl_gain import score_tables
+
+    notes: dict[str, dict[str, None]] = {}
+    for score in (score for rows in scores.values() for score in rows if score.details):
+        details = ", ".join(f"{name} {value}" for name, value in score.details.items())
+        line = f"{score.benchmark}: images {score.num_samples}, {details}"
+        notes.setdefault(score.group, {})[line] = None
+    return [
+        replace(table, notes=(*table.notes, *notes.get(table.title, ())))
+        for table in score_tables(*results_and_definitions(scores))
+    ]
+
+
 def show(path: Path) -> None:
     """Print the scores of a file, a table for each group."""
     from radio_distill.evals.harness import read_scores
-    from radio_distill.evals.mtl_gain import score_tables
     from radio_distill.evals.tables import print_tables
 
-    print_tables(score_tables(*results_and_definitions(read_scores(path))))
+    print_tables(tables_of(read_scores(path)))
     print(f"scores: {path}")
 
 

@@ -95,8 +95,7 @@ def _students(folder: Path) -> "list[Checkpoint]":
 
 def _tables(path: Path, students: Sequence[str], baseline: str | None) -> "list[Table]":
     from radio_distill.evals.harness import read_scores
-    from radio_distill.evals.mtl_gain import score_tables
-    from stages.evaluate import results_and_definitions
+    from stages.evaluate import tables_of
 
     scores = read_scores(path)
     scored = [name for name in students if name in scores]
@@ -105,7 +104,7 @@ def _tables(path: Path, students: Sequence[str], baseline: str | None) -> "list[
     if baseline is not None and baseline not in scored:
         raise ConfigError(f"--baseline {baseline} is not among {', '.join(scored)}")
     gain = gain_of(path, scored, baseline or scored[0])
-    return [gain.to_table(), *score_tables(*results_and_definitions(scores))]
+    return [gain.to_table(), *tables_of(scores)]
 
 
 def _curves(folder: Path) -> "list[Figure]":

@@ -6,14 +6,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
-import numpy as np
 import torch
 
 from radio_distill.config import FitConfig
 from radio_distill.errors import ConfigError, WeightsError
-from radio_distill.evals.harness import spread, to_pixels
-from radio_distill.evals.segmentation import find_pairs, labelled_classes, read_mask
+from radio_distill.evals.harness import to_pixels
+from radio_distill.evals.masks import SegmentationSet, open_set
 from radio_distill.progress import Progress
 from radio_distill.protocols import Normalizer
 from upsamplers import UPSAMPLERS
@@ -143,26 +143,29 @@ class Bench:
         """The scale of the first file; all were estimated on the same teacher."""
         return load_fitted(next(iter(self.files.values()))).model.normalizer
 
+    @property
+    def num_classes(self) -> int:
+        """Classes of the segmentation set."""
+        return len(self._segmentation.classes)
+
     @cached_property
     def _probe(self) -> LinearProbe:
         pictures = self._labelled("train", self.subject.size[0])
-        return fit_probe(self.subject.teacher, pictures, len(self._classes))
+        return fit_probe(self.subject.teacher, pictures, self.num_classes)
 
     @cached_property
-    def _classes(self) -> np.ndarray:
-        return labelled_classes([mask for _, mask in self._pairs("train")])
-
-    def _pairs(self, split: str) -> list[tuple[Path, Path]]:
+    def _segmentation(self) -> SegmentationSet:
         evaluation = self.subject.recipe.evaluation
-        return spread(find_pairs(evaluation.segmentation, split), evaluation.limit)
+        return open_set(evaluation.segmentation, evaluation.limit, evaluation.segmentation_ignore)
 
-    def _labelled(self, split: str, side: int) -> Labelled:
+    def _labelled(self, split: Literal["train", "val"], side: int) -> Labelled:
         """Load pictures with their classes, ``side`` pixels a side, in batches."""
-        pairs, device = self._pairs(split), self.subject.device
+        data, device = self._segmentation, self.subject.device
+        pairs = data.train if split == "train" else data.val
         return [
             (
-                torch.stack([to_pixels(picture, (side, side)) for picture, _ in part]).to(device),
-                torch.stack([read_mask(mask, side, self._classes) for _, mask in part]),
+                torch.stack([to_pixels(pair.image, (side, side)) for pair in part]).to(device),
+                torch.stack([data.mask(pair, side) for pair in part]),
             )
             for part in (pairs[at : at + BATCH] for at in range(0, len(pairs), BATCH))
         ]

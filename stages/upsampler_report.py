@@ -70,6 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
     recipe = fit_recipe(load_recipe(arguments.recipe, fields))
     subject, fits = _subject(recipe), request.fits(recipe)
     files, missing = _locate(subject, fits)
+    _check_masks(subject.recipe, request)
     _announce(subject, request, len(files), len(missing), arguments.fit)
     if missing and arguments.fit:
         fit_missing(subject, [fits[name] for name in missing], arguments.allow_changed_recipe)
@@ -116,6 +117,15 @@ def _locate(
         else:
             files[name] = path
     return files, missing
+
+
+def _check_masks(recipe: Recipe, request: Request) -> None:
+    """Read the segmentation set's masks before anything is fitted; raises DataError."""
+    from radio_distill.evals.masks import open_set
+
+    evaluation = recipe.evaluation
+    if 9 in request.tables and evaluation.segmentation:
+        open_set(evaluation.segmentation, evaluation.limit, evaluation.segmentation_ignore)
 
 
 def _announce(subject: Subject, request: Request, found: int, missing: int, fit: bool) -> None:

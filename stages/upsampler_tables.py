@@ -84,7 +84,8 @@ def _upsamplers(bench: Bench, factor: int, rows: Sequence[Row]) -> Table:
         measures.append("preservation")
         notes.append(
             "Preserved mIoU: a linear probe, trained on the teacher's own low-resolution maps of "
-            f"{bench.subject.recipe.evaluation.segmentation}, applied to upsampled ones in the "
+            f"{bench.subject.recipe.evaluation.segmentation} ({bench.num_classes} classes), "
+            "applied to upsampled ones in the "
             f"teacher's own space; on the teacher's own maps it has {known[0]:.1%}."
         )
     title = f"Upsamplers, {factor}x (FeatSharp, Table 9)"

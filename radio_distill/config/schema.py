@@ -402,6 +402,11 @@ class EvaluationConfig:
     )
     labels: str = option("", "folder with train/CLASS and val/CLASS, for knn")
     segmentation: str = option("", "folder of the segmentation set, for segmentation")
+    segmentation_ignore: int | tuple[int, ...] | Literal["unset"] = option(
+        "unset",
+        "numbers in its masks that are no class: 255 as in VOC, 0 as in ADE20K, [0, 255], or [] for none; unset: 0, and masks that show 255 are refused",
+        ours=True,
+    )
     size: int = option(224, "student input for summaries", "px")
     dense_size: int = option(448, "student input for dense benchmarks", "px")
     limit: int = option(0, "most pictures of each benchmark; 0 for all", "images")

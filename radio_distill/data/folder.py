@@ -4,6 +4,7 @@ Nothing is replaced here: a score is only comparable when everyone was asked the
 bad one stops the evaluation with its name.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,12 +15,17 @@ from PIL.Image import Image
 
 from ..errors import DataError
 from ..files import reason_of
-from .images import BadImageError, decode_image
+from .images import IMAGE_SUFFIXES, BadImageError, decode_image
 from .index import open_shards
 from .names import printable
 from .reader import ShardReader
 from .shards import find_pictures, find_shards, read_picture
 from .walk import describe
+
+logger = logging.getLogger(__name__)
+
+_SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation")}
+"""Names of the folders of a split, in lower case."""
 
 
 @dataclass(frozen=True)
@@ -119,34 +125,80 @@ def _in_shards(source: str) -> list[PictureRef]:
 def labelled_pictures(folder: str) -> LabelledPictures:
     """List ``folder/train/CLASS/*.jpg`` and ``folder/val/CLASS/*.jpg``, sorted.
 
-    A folder that holds exactly one such set, one level down, stands for it.
+    A folder that holds exactly one such set, one level down, stands for it. Hidden files and
+    folders are passed over, as are class folders without any picture, which are counted.
 
     Raises:
-        DataError: another layout, or a class of ``val`` that ``train`` lacks.
+        DataError: another layout, one class only, or pictures in ``val`` of a class that has none
+            in ``train``.
     """
     root = _find_splits(Path(folder).expanduser())
-    names = tuple(sorted(path.name for path in (root / "train").iterdir() if path.is_dir()))
-    for path in sorted((root / "val").iterdir()):
-        if path.is_dir() and path.name not in names:
-            raise DataError(f"{path} has no counterpart in {root / 'train'}")
-    train, val = (_in_classes(root / split, names) for split in ("train", "val"))
-    return LabelledPictures(train, val, names)
+    train, val = (_by_class(split_folder(root, split)) for split in ("train", "val"))
+    names = tuple(sorted(name for name, pictures in train.items() if pictures))
+    if unknown := [name for name in val if name not in names and (name not in train or val[name])]:
+        raise DataError(
+            f"{printable(str(split_folder(root, 'val') / unknown[0]))} has no counterpart with "
+            f"pictures in {printable(str(split_folder(root, 'train')))}, so no answer could be "
+            f"right; add the class there, or remove it ({len(unknown)} such classes)"
+        )
+    if empty := [name for name in train if name not in names]:
+        logger.warning(
+            "%s: class folders without pictures, passed over: %d (first: %s)",
+            printable(str(root)), len(empty), printable(empty[0]),
+        )  # fmt: skip
+    if len(names) == 1:
+        raise DataError(f"{root} has pictures of one class only ({names[0]}); add another")
+    return LabelledPictures(_numbered(train, names), _numbered(val, names), names)
 
 
-def _find_splits(folder: Path) -> Path:
-    candidates = [folder, *sorted(folder.glob("*/"))]
-    found = [path for path in candidates if (path / "train").is_dir() and (path / "val").is_dir()]
-    if found and (found[0] == folder or len(found) == 1):
+def split_folder(parent: Path, split: str) -> Path:
+    """Return the folder of a split, ``train`` or ``val``, by any of its usual names in any case.
+
+    Raises:
+        DataError: there is none, or there are several.
+    """
+    found = _split_folders(parent, split)
+    if len(found) == 1:
         return found[0]
+    names = ", ".join(path.name for path in found)
     raise DataError(
-        f"{folder} is no labelled set: expected train/CLASS/*.jpg and val/CLASS/*.jpg in it"
+        f"{parent} holds several folders for one split: {names}; keep one"
+        if found
+        else f"{parent} has no folder {split} ({' or '.join(_SPLITS[split][1:])} will do)"
     )
 
 
-def _in_classes(folder: Path, names: tuple[str, ...]) -> list[tuple[Path, int]]:
-    pictures = [
-        (path, label) for label, name in enumerate(names) for path in find_pictures(folder / name)
-    ]
-    if not pictures:
-        raise DataError(f"no pictures found in the class folders of {folder}")
-    return pictures
+def _split_folders(parent: Path, split: str) -> list[Path]:
+    named = (path for path in parent.glob("*") if path.name.lower() in _SPLITS[split])
+    return sorted(path for path in named if path.is_dir())
+
+
+def _find_splits(folder: Path) -> Path:
+    candidates = [folder, *sorted(folder.glob("[!.]*/"))]
+    found = [path for path in candidates if all(_split_folders(path, split) for split in _SPLITS)]
+    if found and (found[0] == folder or len(found) == 1):
+        return found[0]
+    there = ", ".join(path.name for path in sorted(folder.glob("[!.]*"))[:8]) or "nothing"
+    raise DataError(
+        f"{folder} is no labelled set: expected train/CLASS/*.jpg and val/CLASS/*.jpg in it (found: "
+        f"{printable(there)})"
+    )
+
+
+def _by_class(split: Path) -> dict[str, list[Path]]:
+    """Return the pictures of each class folder; those that lie in none are counted and said."""
+    entries = sorted(path for path in split.iterdir() if not path.name.startswith("."))
+    classes = {path.name: find_pictures(path) for path in entries if path.is_dir()}
+    if not any(classes.values()):
+        raise DataError(f"no pictures found in the class folders of {split}")
+    suffixes = {f".{suffix}" for suffix in IMAGE_SUFFIXES}
+    if loose := [path for path in entries if path.suffix.lower() in suffixes and path.is_file()]:
+        logger.warning(
+            "%s: pictures in no class folder, passed over: %d (first: %s)",
+            printable(str(split)), len(loose), printable(loose[0].name),
+        )  # fmt: skip
+    return classes
+
+
+def _numbered(classes: dict[str, list[Path]], names: tuple[str, ...]) -> list[tuple[Path, int]]:
+    return [(path, label) for label, name in enumerate(names) for path in classes.get(name, ())]

@@ -7,6 +7,7 @@ and teachers must see the same pixels, and the AM-RADIO recipe has none.
 
 import io
 import math
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -83,7 +84,7 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS, min_size: int = 1
         raise BadImageError("undecodable", reason)
     try:
         image.load()
-        return _to_rgb(_upright(image))
+        return _to_rgb(upright(image))
     except BadImageError:
         raise
     except Exception as error:  # decoders fail on hostile bytes with nearly any exception
@@ -95,9 +96,38 @@ def image_suffix(data: bytes) -> str:
     return SUFFIX_OF_FORMAT[_open(data).format or ""]
 
 
+class Shape(NamedTuple):
+    """Size of an image file, and how EXIF says it is to be turned."""
+
+    stored: tuple[int, int]
+    """(width, height) of the pixels in the file."""
+    orientation: int
+    """EXIF's, from 1 (as stored) to 8."""
+
+    @property
+    def turned(self) -> bool:
+        """Whether width and height change places."""
+        return self.orientation >= 5
+
+    @property
+    def upright(self) -> tuple[int, int]:
+        """(width, height) as :func:`decode_image` gives it."""
+        return (self.stored[1], self.stored[0]) if self.turned else self.stored
+
+
+def image_shape(file: BinaryIO) -> Shape:
+    """Read size and orientation out of a header; raises BadImageError for what is no image."""
+    image = _open_file(file)
+    return Shape(image.size, _orientation(image))
+
+
 def _open(data: bytes) -> Image.Image:
+    return _open_file(io.BytesIO(data))
+
+
+def _open_file(file: BinaryIO) -> Image.Image:
     try:
-        return Image.open(io.BytesIO(data), formats=_FORMATS)
+        return Image.open(file, formats=_FORMATS)
     except Image.DecompressionBombError as error:
         raise BadImageError("too_large", _reason(error)) from error
     except Image.UnidentifiedImageError as error:
@@ -110,14 +140,19 @@ def _reason(error: Exception) -> str:
     return printable(" ".join(str(error).split())) or type(error).__name__
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def upright(image: Image.Image) -> Image.Image:
+    """Turn an image as EXIF says."""
+    orientation = _orientation(image)
+    return image if orientation == 1 else image.transpose(_TRANSPOSE[orientation])
+
+
+def _orientation(image: Image.Image) -> int:
+    """Return EXIF's orientation; 1, as stored, where there is none that makes sense."""
     try:
         orientation = image.getexif().get(_ORIENTATION)
     except Exception:  # damaged EXIF is frequent on the web, and the pixels are fine
-        return image
-    if orientation not in _TRANSPOSE:
-        return image
-    return image.transpose(_TRANSPOSE[orientation])
+        return 1
+    return orientation if orientation in _TRANSPOSE else 1
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -5,8 +5,11 @@ neighbour votes with weight exp(similarity / 0.07), and the whole training split
 Left out: the sweep over k and temperature that some codes report the best of.
 """
 
+import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from heapq import heapify, heappop, heappush
 from pathlib import Path
 from typing import ClassVar
 
@@ -19,10 +22,18 @@ from ..errors import ConfigError
 from ..types import Score
 from .harness import Encoder, encode_pictures, spread
 
+logger = logging.getLogger(__name__)
+
+Labelled = tuple[Path, int]
+
 
 @dataclass(frozen=True, slots=True)
 class Knn:
-    """Top-1 accuracy over a folder with ``train/CLASS`` and ``val/CLASS``."""
+    """Accuracy over a folder with ``train/CLASS`` and ``val/CLASS``.
+
+    ``top1`` is the share of images that are right, so large classes decide it; ``macro_accuracy``
+    is the mean over classes of the share of each, in which a small class that is never found shows.
+    """
 
     folder: str
     size: int
@@ -44,12 +55,9 @@ class Knn:
         An encoder without a summary is judged by the mean of its spatial features.
         """
         train, val, names = labelled_pictures(self.folder)
-        train, val = spread(train, limit), spread(val, limit)
-        if len(train) < self.k:
-            raise ConfigError(
-                f"knn: the bank has {len(train)} pictures, fewer than k={self.k}; "
-                "raise evaluation.limit or lower evaluation.options.knn.k"
-            )
+        train, val = thin_out(train, val, limit)
+        self._check_bank(train, limit)
+        _say_what_is_seen(train, val, len(names))
         embeddings = self._embed(encoder, [path for path, _ in train + val], progress)
         labels = torch.tensor([label for _, label in train + val])
         votes = knn_votes(
@@ -60,9 +68,28 @@ class Knn:
             self.k,
             self.temperature,
         )
-        correct = votes.argmax(dim=1) == labels[len(train) :]
-        accuracy = 100 * correct.double().mean().item()
-        return [Score(self.name, "top1", accuracy, "%", True, "Classification", len(val))]
+        truth = labels[len(train) :]
+        correct = votes.argmax(dim=1) == truth
+        accuracy = {
+            "top1": correct.double().mean().item(),
+            "macro_accuracy": macro_accuracy(correct, truth),
+        }
+        details = {"classes": len(truth.unique())}
+        return [
+            Score(
+                self.name, metric, 100 * value, "%", True, "Classification", len(val),
+                headline=metric == "top1", details=details,
+            )
+            for metric, value in accuracy.items()
+        ]  # fmt: skip
+
+    def _check_bank(self, train: Sequence[Labelled], limit: int | None) -> None:
+        if len(train) < self.k:
+            raise ConfigError(
+                f"knn: the bank has {len(train)} pictures, fewer than k={self.k}; "
+                + ("raise --evaluation.limit, or " if limit else "add training images, or ")
+                + f"set --evaluation.options '{{knn: {{k: {max(1, len(train) // 2)}}}}}'"
+            )
 
     def _embed(
         self, encoder: Encoder, paths: Sequence[Path], progress: Callable[[int, int], None] | None
@@ -75,6 +102,69 @@ class Knn:
                 for summary, spatial in batches
             ]
         )  # [N, S]
+
+
+def thin_out(
+    train: Sequence[Labelled], val: Sequence[Labelled], limit: int | None
+) -> tuple[list[Labelled], list[Labelled]]:
+    """Take at most ``limit`` images of each split, of the same classes in both.
+
+    Every class keeps its share, and one image at least; with fewer images than classes, that many
+    classes are left.
+    """
+    if not limit:
+        return list(train), list(val)
+    classes = {label for _, label in train}
+    if limit < len(classes):
+        classes = set(spread(sorted({label for _, label in val}), limit))
+    if len(classes) < 2:
+        raise ConfigError(f"knn: evaluation.limit {limit} leaves one class; raise it")
+    return _share_out(train, classes, limit), _share_out(val, classes, limit)
+
+
+def _share_out(items: Sequence[Labelled], kept: set[int], limit: int) -> list[Labelled]:
+    groups: dict[int, list[Labelled]] = {}
+    for item in items:
+        if item[1] in kept:
+            groups.setdefault(item[1], []).append(item)
+    counts = dict.fromkeys(groups, 1)
+    # The next image goes to the class that is furthest below its share.
+    queue = [(1.5 / len(group), label) for label, group in groups.items() if len(group) > 1]
+    heapify(queue)
+    for _ in range(limit - len(groups)):
+        if not queue:
+            break
+        _, label = heappop(queue)
+        counts[label] += 1
+        if counts[label] < len(groups[label]):
+            heappush(queue, ((counts[label] + 0.5) / len(groups[label]), label))
+    return [item for label, group in groups.items() for item in spread(group, counts[label])]
+
+
+def _say_what_is_seen(train: Sequence[Labelled], val: Sequence[Labelled], num_classes: int) -> None:
+    """Log what the score will be of, so that a class that is lost is seen."""
+    bank = Counter(label for _, label in train)
+    shown = {label for _, label in val}
+    logger.info(
+        "knn: %d classes; %d training images, %d to %d a class; %d validation images of %d classes",
+        num_classes, len(train), min(bank.values()), max(bank.values()), len(val), len(shown),
+    )  # fmt: skip
+    if len(bank) < num_classes:
+        logger.warning(
+            "knn: evaluation.limit leaves %d of %d classes; the score is of an easier task",
+            len(bank), num_classes,
+        )  # fmt: skip
+
+
+def macro_accuracy(correct: Tensor, labels: Tensor) -> float:
+    """Return the mean over classes of the share of images that are right, in [0, 1].
+
+    Args:
+        correct: ``[Q]`` bool.
+        labels: ``[Q]`` class indices; a class that does not occur does not count.
+    """
+    shares = [correct[labels == label].double().mean() for label in labels.unique()]
+    return torch.stack(shares).mean().item()
 
 
 def knn_votes(

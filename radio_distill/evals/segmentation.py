@@ -12,19 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import DataError
 from ..types import Score, Size
-from .harness import Encoder, encode_pictures, spread
+from .harness import Encoder, encode_pictures
+from .masks import IGNORED, Ignore, find_pairs, labelled_classes, listed, open_set, read_mask
 
-IGNORED = -1
-Pair = tuple[Path, Path]
+__all__ = ["IGNORED", "Segmentation", "find_pairs", "labelled_classes", "read_mask"]
+
 Probe = Callable[[Tensor], Tensor]
 """``[B, C, h, w]`` to logits ``[B, K, h, w]``."""
 
@@ -33,12 +32,14 @@ Probe = Callable[[Tensor], Tensor]
 class Segmentation:
     """mIoU over a folder with ``images/{train,val}`` and ``masks/{train,val}`` of equal stems.
 
-    Masks are one-channel PNGs of class numbers, 0 where nothing is labelled. Classes are those of
-    the training masks; pixels of any other class are ignored, since no probe could know them.
+    Masks are one-channel PNGs of class numbers (see :mod:`.masks`); numbers of ``ignore`` are no
+    class. Classes are those of the training masks; pixels of any other class are passed over, with
+    a word, since no probe could know them.
     """
 
     folder: str
     size: int
+    ignore: Ignore = "unset"
     steps: int = 1000
     tokens_per_step: int = 4096
     learning_rate: float = 1e-3
@@ -47,7 +48,11 @@ class Segmentation:
     seed: int = 0
 
     name: ClassVar[str] = "segmentation"
-    sources: ClassVar[dict[str, str]] = {"folder": "segmentation", "size": "dense_size"}
+    sources: ClassVar[dict[str, str]] = {
+        "folder": "segmentation",
+        "size": "dense_size",
+        "ignore": "segmentation_ignore",
+    }
 
     def run(
         self,
@@ -56,22 +61,25 @@ class Segmentation:
         progress: Callable[[int, int], None] | None = None,
     ) -> list[Score]:
         """Train the probe on one split and score it on the other; ``limit`` thins out each."""
-        train = spread(find_pairs(self.folder, "train"), limit)
-        val = spread(find_pairs(self.folder, "val"), limit)
-        features = self._features(encoder, [image for image, _ in train + val], progress)
-        classes = labelled_classes([path for _, path in train])
-        masks = [read_mask(path, self.size, classes) for _, path in train + val]
+        data = open_set(self.folder, limit, self.ignore)
+        train, val, num_classes = data.train, data.val, len(data.classes)
+        masks = [data.mask(pair, self.size) for pair in train + val]
+        if not any((mask != IGNORED).any() for mask in masks[len(train) :]):
+            raise DataError("evaluation.segmentation: no validation mask shows a training class")
+        features = self._features(encoder, [pair.image for pair in train + val], progress)
 
-        tokens, shares = training_set(features[: len(train)], masks[: len(train)], len(classes))
+        tokens, shares = training_set(features[: len(train)], masks[: len(train)], num_classes)
         probe = self._fit(tokens, shares, encoder.device)
-        confusion = torch.zeros(len(classes), len(classes), dtype=torch.long)
+        confusion = torch.zeros(num_classes, num_classes, dtype=torch.long)
         for spatial, mask in zip(features[len(train) :], masks[len(train) :], strict=True):
             logits = F.interpolate(probe(spatial[None]), mask.shape, mode="bilinear")
-            confusion += confusion_matrix(logits[0].argmax(dim=0).cpu(), mask, len(classes))
-        if not confusion.any():
-            raise DataError("evaluation.segmentation: no validation mask shows a training class")
+            confusion += confusion_matrix(logits[0].argmax(dim=0).cpu(), mask, num_classes)
+        details: dict[str, int | str] = {
+            "classes": num_shown(confusion),
+            "ignored": listed(data.ignore),
+        }
         value = 100 * mean_iou(confusion)
-        return [Score(self.name, "miou", value, "%", True, "Dense", len(val))]
+        return [Score(self.name, "miou", value, "%", True, "Dense", len(val), details=details)]
 
     def _features(
         self, encoder: Encoder, paths: list[Path], progress: Callable[[int, int], None] | None
@@ -104,41 +112,6 @@ class Segmentation:
         weight = (linear.weight / std).detach()  # standardising is linear: fold it in
         bias = linear.bias.detach() - weight @ mean
         return lambda spatial: F.conv2d(spatial.to(weight), weight[:, :, None, None], bias)
-
-
-def find_pairs(folder: str, split: str) -> list[Pair]:
-    """List (picture, mask) of one split, sorted by name; raises DataError where one is missing."""
-    images = sorted(Path(folder, "images", split).glob("*"))
-    pairs = [(image, Path(folder, "masks", split, image.stem + ".png")) for image in images]
-    if not pairs:
-        raise DataError(f"evaluation.segmentation: no pictures in {Path(folder, 'images', split)}")
-    for image, mask in pairs:
-        if not mask.is_file():
-            raise DataError(f"evaluation.segmentation: {image} has no mask {mask}; add it")
-    return pairs
-
-
-def _mask(path: Path) -> np.ndarray:
-    numbers = np.array(Image.open(path))
-    if numbers.ndim != 2:
-        raise DataError(f"{path}: a mask has one channel of class numbers, not {numbers.shape[2]}")
-    return numbers
-
-
-def labelled_classes(paths: Sequence[Path]) -> np.ndarray:
-    """List the class numbers that masks show, sorted, without 0; raises DataError if none."""
-    numbers = np.unique(np.concatenate([np.unique(_mask(path)) for path in paths]))
-    if not numbers.any():
-        raise DataError("evaluation.segmentation: the training masks label nothing, all are 0")
-    return numbers[numbers != 0]
-
-
-def read_mask(path: Path, size: int, classes: np.ndarray) -> Tensor:
-    """Read a mask, cropped as pictures are: ``[size, size]``, index in ``classes`` or IGNORED."""
-    whole = Image.fromarray(_mask(path))
-    fitted = np.array(ImageOps.fit(whole, (size, size), Image.Resampling.NEAREST))
-    position = np.searchsorted(classes, fitted).clip(max=len(classes) - 1)
-    return torch.from_numpy(np.where(classes[position] == fitted, position, IGNORED))
 
 
 def training_set(
@@ -178,3 +151,8 @@ def mean_iou(confusion: Tensor) -> float:
     union = confusion.sum(dim=0) + confusion.sum(dim=1) - confusion.diagonal()
     present = confusion.sum(dim=1) > 0
     return (overlap[present] / union[present]).mean().item()
+
+
+def num_shown(confusion: Tensor) -> int:
+    """Return how many classes the targets show: those that :func:`mean_iou` is the mean of."""
+    return int((confusion.sum(dim=1) > 0).sum())

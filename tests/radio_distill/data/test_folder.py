@@ -105,6 +105,63 @@ def test_labelled_pictures__wrong_layout(classes):
         labelled_pictures(str(classes))
 
 
+@pytest.mark.parametrize(
+    ("train", "val"), [("Train", "Val"), ("TRAIN", "validation"), ("training", "Valid")]
+)
+def test_labelled_pictures__usual_names_of_splits(classes, train, val):
+    expected = labelled_pictures(str(classes)).class_names
+    (classes / "train").rename(classes / train)
+    (classes / "val").rename(classes / val)
+    found = labelled_pictures(str(classes))
+    assert found.class_names == expected
+    assert {path.parent.parent.name for path, _ in found.val} == {val}
+    (classes / "Training").mkdir()
+    with pytest.raises(DataError, match="several folders for one split"):
+        labelled_pictures(str(classes))
+
+
+def test_labelled_pictures__what_is_no_class_is_passed_over(classes, caplog):
+    expected = labelled_pictures(str(classes))
+    assert not caplog.records
+    for name in (".ipynb_checkpoints", ".Trash-0", "train/.ipynb_checkpoints", "val/.cache"):
+        (classes / name).mkdir()
+        (classes / name / "0.png").write_bytes(b"")
+    for name in (".DS_Store", "train/.DS_Store", "val/Thumbs.db", "train/dog/._0.png"):
+        (classes / name).write_bytes(b"")
+    assert labelled_pictures(str(classes)) == expected
+    assert not caplog.records
+    (classes / "train" / "yak").mkdir()
+    (classes / "val" / "yak").mkdir()
+    (classes / "train" / "loose.png").write_bytes(b"")
+    assert labelled_pictures(str(classes)) == expected
+    assert "without pictures, passed over: 1 (first: yak)" in caplog.text
+    assert "in no class folder, passed over: 1 (first: loose.png)" in caplog.text
+
+
+def test_labelled_pictures__a_class_that_cannot_be_right_is_refused(classes, encode):
+    (classes / "train" / "emu").mkdir()
+    (classes / "val" / "emu").mkdir()
+    (classes / "val" / "emu" / "0.png").write_bytes(encode(0))
+    with pytest.raises(DataError, match="val/emu has no counterpart with pictures"):
+        labelled_pictures(str(classes))
+
+
+def test_labelled_pictures__one_class_alone_is_refused(classes):
+    (classes / "train" / "cat" / "0.png").unlink()
+    with pytest.raises(DataError, match=r"one class only \(dog\)"):
+        labelled_pictures(str(classes))
+
+
+def test_labelled_pictures__numbers_as_names(tmp_path, encode):
+    for name in ("train/10", "train/9", "train/09", "val/9"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "0.png").write_bytes(encode(0))
+    train, val, names = labelled_pictures(str(tmp_path))
+    assert names == ("09", "10", "9")
+    assert [names[label] for _, label in train] == ["09", "10", "9"]
+    assert [names[label] for _, label in val] == ["9"]
+
+
 def test_labelled_pictures__real_set(real):
     train, val, names = labelled_pictures(str(real / "classification"))
     assert len(names) == 20

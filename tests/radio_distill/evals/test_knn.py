@@ -1,12 +1,16 @@
 import math
+import re
+from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from radio_distill.errors import ConfigError
-from radio_distill.evals.harness import Encoder
-from radio_distill.evals.knn import Knn, knn_votes
+from radio_distill.evals.harness import Encoder, spread
+from radio_distill.evals.knn import Knn, knn_votes, macro_accuracy, thin_out
 from radio_distill.types import Features
 
 
@@ -58,14 +62,19 @@ def colour_classes(tmp_path):
 
 
 def test_knn__separable_classes_are_all_right(colours, colour_classes):
-    (score,) = Knn(str(colour_classes), 16, k=3).run(colours(8))
-    assert (score.name, score.value, score.num_samples) == ("knn/top1", 100.0, 8)
+    scores = Knn(str(colour_classes), 16, k=3).run(colours(8))
+    assert [(score.name, score.value, score.num_samples) for score in scores] == [
+        ("knn/top1", 100.0, 8),
+        ("knn/macro_accuracy", 100.0, 8),
+    ]
+    assert [score.headline for score in scores] == [True, False]
+    assert all(score.details == {"classes": 4} for score in scores)
 
 
 def test_knn__blind_encoder_is_right_for_one_class_only(colour_classes):
     blind = Encoder("blind", lambda pixels: Features(None, torch.ones(len(pixels), 2, 1, 1)), 8)
-    (score,) = Knn(str(colour_classes), 16, k=12).run(blind)
-    assert score.value == 25.0
+    scores = Knn(str(colour_classes), 16, k=12).run(blind)
+    assert [score.value for score in scores] == [25.0, 25.0]
 
 
 def test_knn__without_a_summary_the_spatial_mean_decides(colours, colour_classes):
@@ -77,17 +86,81 @@ def test_knn__without_a_summary_the_spatial_mean_decides(colours, colour_classes
 
 
 def test_knn__limit_keeps_every_class(colours, colour_classes):
-    (score,) = Knn(str(colour_classes), 16, k=1).run(colours(8), limit=4)
-    assert (score.value, score.num_samples) == (100.0, 4)
+    top1, _ = Knn(str(colour_classes), 16, k=1).run(colours(8), limit=4)
+    assert (top1.value, top1.num_samples, top1.details) == (100.0, 4, {"classes": 4})
 
 
 def test_knn__bank_smaller_than_k_is_an_error(colours, colour_classes):
-    with pytest.raises(ConfigError, match="bank has 12 pictures, fewer than k=20"):
+    with pytest.raises(ConfigError, match="bank has 12 pictures, fewer than k=20; add") as caught:
         Knn(str(colour_classes), 16).run(colours(8))
+    option = re.search(r"--evaluation.options '(.*)'", str(caught.value)).group(1)
+    assert Knn(str(colour_classes), 16, **yaml.safe_load(option)["knn"]).run(colours(8))
+    with pytest.raises(ConfigError, match=r"raise --evaluation\.limit"):
+        Knn(str(colour_classes), 16).run(colours(8), limit=8)
+
+
+def _fill(folder, counts, colour_of):
+    for split, classes in counts.items():
+        for name, count in classes.items():
+            (folder / split / name).mkdir(parents=True)
+            for index in range(count):
+                shade = tuple(channel + index for channel in colour_of[name])
+                Image.new("RGB", (24, 24), shade).save(folder / split / name / f"{index}.png")
+
+
+def test_knn__a_class_that_is_never_found_shows_in_macro_accuracy(tmp_path):
+    """A blind encoder finds the large class alone: 18 of 20 images, one of two classes."""
+    colours = {"7": (10, 10, 10), "11": (200, 10, 10)}
+    _fill(tmp_path, {"train": {"7": 30, "11": 2}, "val": {"7": 18, "11": 2}}, colours)
+    blind = Encoder("blind", lambda pixels: Features(None, torch.ones(len(pixels), 2, 1, 1)), 8)
+    top1, macro = Knn(str(tmp_path), 16, k=32).run(blind)
+    assert (top1.value, macro.value) == (90.0, 50.0)
+
+
+def test_macro_accuracy__agrees_with_scikit_learn():
+    metrics = pytest.importorskip("sklearn.metrics")
+    generator = torch.Generator().manual_seed(3)
+    labels = torch.randint(0, 9, (200,), generator=generator).clamp_max(6)
+    answers = torch.where(torch.rand(200, generator=generator) < 0.4, labels, 1)
+    expected = metrics.balanced_accuracy_score(labels, answers)
+    assert macro_accuracy(answers == labels, labels) == pytest.approx(expected)
+
+
+def test_knn__limit_loses_no_small_class(colours, tmp_path):
+    colour_of = {"a": (200, 20, 20), "b": (20, 200, 20), "c": (20, 20, 200)}
+    _fill(
+        tmp_path, {"train": {"a": 40, "b": 2, "c": 5}, "val": {"a": 9, "b": 1, "c": 2}}, colour_of
+    )
+    top1, macro = Knn(str(tmp_path), 16, k=1).run(colours(8), limit=6)
+    assert (top1.num_samples, top1.details) == (6, {"classes": 3})
+    assert (top1.value, macro.value) == (100.0, 100.0)
+
+
+def test_thin_out__shares_follow_the_classes_and_both_splits_have_the_same():
+    train = [(Path(f"{label}-{index}"), label) for label in range(10) for index in range(30)]
+    val = [(Path(f"v{label}-{index}"), label) for label in range(10) for index in range(label + 1)]
+    bank, queries = thin_out(train, val, 50)
+    assert Counter(label for _, label in bank) == dict.fromkeys(range(10), 5)
+    assert bank == spread(train, 50)  # of equal classes the same as everywhere
+    counts = Counter(label for _, label in queries)
+    assert sum(counts.values()) == 50
+    assert all(abs(counts[label] - 50 / 55 * (label + 1)) <= 0.55 for label in range(10))
+    few, asked = thin_out(train, val, 4)
+    assert len({label for _, label in few}) == 4
+    assert {label for _, label in few} == {label for _, label in asked}
+    assert thin_out(train, val, 0) == (train, val)
+
+
+def test_knn__fewer_images_than_classes_is_said(colours, colour_classes, caplog):
+    top1, _ = Knn(str(colour_classes), 16, k=1).run(colours(8), limit=3)
+    assert top1.details == {"classes": 3}
+    assert "leaves 3 of 4 classes" in caplog.text
+    with pytest.raises(ConfigError, match="limit 1 leaves one class"):
+        Knn(str(colour_classes), 16, k=1).run(colours(8), limit=1)
 
 
 def test_knn__real_pictures_beat_chance_by_colour_alone(colours, real):
     folder = real / "classification" / "caltech101_20x60"
-    (score,) = Knn(str(folder), 32).run(Encoder("flat", lambda p: colours(16).encode(p), 16), 100)
+    score, _ = Knn(str(folder), 32).run(Encoder("flat", lambda p: colours(16).encode(p), 16), 100)
     assert score.num_samples == 100
     assert score.value > 2 * 100 / 20

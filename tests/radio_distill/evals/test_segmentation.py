@@ -10,7 +10,6 @@ from radio_distill.evals.segmentation import (
     Segmentation,
     class_shares,
     confusion_matrix,
-    find_pairs,
     labelled_classes,
     mean_iou,
     read_mask,
@@ -107,26 +106,10 @@ def test_segmentation__leaves_global_randomness_alone(colours, squares):
     assert torch.equal(before, torch.random.get_rng_state())
 
 
-def test_find_pairs__empty_folder(tmp_path):
-    with pytest.raises(DataError, match=r"evaluation\.segmentation: no pictures in"):
-        find_pairs(str(tmp_path), "train")
-
-
-def test_find_pairs__missing_mask_is_named(squares):
-    (squares / "masks" / "val" / "1.png").unlink()
-    with pytest.raises(DataError, match=r"1\.png has no mask"):
-        find_pairs(str(squares), "val")
-
-
 def test_labelled_classes__nothing_labelled(tmp_path):
     _write(tmp_path, "train", "0", np.zeros((8, 8), dtype=np.uint8))
     with pytest.raises(DataError, match="label nothing"):
         labelled_classes([tmp_path / "masks" / "train" / "0.png"])
-
-
-def test_labelled_classes__colour_mask_is_an_error(squares):
-    with pytest.raises(DataError, match="one channel of class numbers, not 3"):
-        labelled_classes([squares / "images" / "train" / "0.png"])
 
 
 def test_segmentation__real_pictures_beat_noise(colours, noise, real):
