@@ -116,7 +116,11 @@ def _read_run(checkpoint: Checkpoint, heads: bool) -> Backbone:
     return Backbone(
         found.model.student,
         replace(
-            found.config, pretrained="", pretrained_sha256="", spectral_reparametrization=False
+            found.config,
+            pretrained="",
+            pretrained_sha256="",
+            pretrained_grid=(),
+            spectral_reparametrization=False,
         ),
         checkpoint.teachers,
         dict(found.model.adaptors.items()) if heads else {},
@@ -135,7 +139,8 @@ def _read_export(folder: Path) -> Backbone:
         raise WeightsError(
             f"{folder}/radio_distill.json is not what an export writes: {error}"
         ) from error
-    config = replace(config, pretrained_sha256="")  # that of what its training started from
+    # Sum and grid are those of what its training started from.
+    config = replace(config, pretrained_sha256="", pretrained_grid=())
     student = Student(replace(config, pretrained=str(folder)), len(teachers))
     adaptors = {
         name: Adaptor(student.embed_dim, spec.channels, spec.summary_channels, config)

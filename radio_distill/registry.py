@@ -12,13 +12,25 @@ from typing import Any
 
 from .errors import ConfigError, UnknownNameError
 
+_LISTED = 600
+"""Most characters of names that a message lists."""
+
 
 def nearest(name: str, known: "list[str] | tuple[str, ...]") -> str:
-    """Return ``(did you mean 'x'?)`` or the list of what is known, for an error message."""
-    close = get_close_matches(name, list(known), n=1, cutoff=0.6)
+    """Return ``(did you mean 'x'?)`` or the list of what is known, for an error message.
+
+    Names that begin with the wrong one go before names that are spelt alike; a list that is too
+    long for a message is cut, with the number of all.
+    """
+    begun = sorted((item for item in known if name and item.startswith(name)), key=len)
+    close = begun[:3] or get_close_matches(name, list(known), n=1, cutoff=0.6)
     if close:
-        return f"did you mean {close[0]!r}?"
-    return "known: " + ", ".join(sorted(known))
+        return f"did you mean {' or '.join(map(repr, close))}?"
+    names = sorted(known)
+    line = ", ".join(names)
+    if len(line) <= _LISTED:
+        return f"known: {line}"
+    return f"known: {', '.join(names[:3])}, … {len(names)} in all"
 
 
 class Registry:

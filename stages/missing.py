@@ -10,7 +10,7 @@ from radio_distill.data.shards import find_shards
 from radio_distill.errors import DataError, WeightsError
 from stages.common import upsampler_of
 from teachers import resolve
-from teachers.weights import local_path
+from teachers.weights import FOLDER, HUB, local_path
 from upsamplers import is_fitted
 from upsamplers.fitted import SHIPPED
 
@@ -38,7 +38,9 @@ def _student(recipe: Recipe) -> Iterator[str]:
     if start == "timm":
         repository = timm.get_pretrained_cfg(recipe.student.architecture).hf_hub_id
         yield from (f"student.pretrained: {line}" for line in _hub(repository))
-    elif start and not Path(start).expanduser().exists():
+    elif start.startswith(HUB):
+        yield from (f"student.pretrained: {line}" for line in _hub(start.removeprefix(HUB)))
+    elif start and not Path(start.removeprefix(FOLDER)).expanduser().exists():
         yield f"student.pretrained: no weights file {start}"
 
 
@@ -55,7 +57,7 @@ def _teacher(config: TeacherConfig) -> Iterator[str]:
         yield from _package(preset.package)
     elif kind == "hub":
         yield from _hub(place.replace(",", " ").split()[0])
-    elif not preset.random:
+    elif kind != "folder" and not preset.random:
         yield f"no source of weights for {preset.model}; set `weights` to a local file"
 
 
@@ -95,6 +97,7 @@ def _hub(repository: str | None) -> Iterator[str]:
     if not repository:
         yield "no weights are published under this name; name a local file"
         return
+    repository = repository.partition("@")[0]
     folder = Path(HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}"
     if not any(folder.glob("snapshots/*/*")):
         yield (

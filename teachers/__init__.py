@@ -128,29 +128,22 @@ def resolve(config: TeacherConfig) -> Preset:
         raise ConfigError(f"options.model is missing: which model of {config.preset}?")
     if arguments or not preset.channels:
         _check_local(config)  # since `complete` may read the weights
-        return _measured(source.complete(preset, config.weights))
+        from .measuring import measured
+
+        if arguments:  # which the preset's own stride does not know of
+            preset = replace(preset, patch_size=0)
+        return measured(source.complete(preset, config.weights), source.build)
+    if preset.native_size % preset.patch_size:
+        near = max(round(preset.native_size / preset.patch_size), 1) * preset.patch_size
+        raise ConfigError(
+            f"options.native_size: {preset.native_size} is not a multiple of the patch "
+            f"{preset.patch_size} (nearest {near})"
+        )
     return preset
 
 
 def _source(preset: Preset) -> Any:
     return import_module(SOURCES.get(preset.source, preset.source))
-
-
-def _measured(preset: Preset) -> Preset:
-    """Fill in patch and channels from the shapes that the model gives on the meta device."""
-    import torch
-
-    with torch.device("meta"), torch.no_grad():
-        tower = _source(preset).build(preset).eval()
-        summary, spatial = tower(torch.zeros(1, 3, preset.native_size, preset.native_size))
-    patch_size = preset.native_size // spatial.shape[-1]
-    return replace(
-        preset,
-        patch_size=patch_size,
-        native_size=preset.native_size // patch_size * patch_size,
-        channels=spatial.shape[1],
-        summary_channels=None if summary is None else summary.shape[1],
-    )
 
 
 def _random(preset: Preset, config: TeacherConfig) -> "nn.Module":

@@ -83,8 +83,14 @@ class FrozenTeacher:
         # Off rather than absent: a teacher's numbers must not depend on the caller's autocast.
         with torch.autocast(self.device.type, self.dtype if reduced else None, enabled=reduced):
             summary, spatial = self.tower(normalised)
-        grid = self.spec.grid((pixels.shape[-2], pixels.shape[-1]))
-        assert spatial.shape[-2:] == grid, f"{self.spec.name}: {tuple(spatial.shape)} for {grid}"
+        height, width = pixels.shape[-2:]
+        grid = self.spec.grid((height, width))
+        if tuple(spatial.shape[-2:]) != grid:
+            raise ConfigError(
+                f"teacher {self.spec.name!r} gives {_times(spatial.shape[-2:])} cells for "
+                f"{height}x{width} pixels, not {_times(grid)} as its patch {self.spec.patch_size} "
+                f"says; show it {_times(self.spec.native_size)}"
+            )
         return Features(None if summary is None else summary.float(), spatial.float())
 
 

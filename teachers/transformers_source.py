@@ -214,11 +214,7 @@ def _class(family: Family) -> Any:
 
 
 def _fetch(preset: Preset, *patterns: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    return weights.from_hub(
-        preset.model, lambda: snapshot_download(preset.model, allow_patterns=list(patterns))
-    )
+    return weights.hub_folder(preset.model, *patterns)
 
 
 def _normalisation(folder: Path, preset: Preset) -> dict[str, Any]:

@@ -5,42 +5,34 @@ key that is missing, left over or of another shape is an error that names it.
 """
 
 import hashlib
-import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from radio_distill.errors import WeightsError
+from radio_distill.models.weight_files import FOLDER as FOLDER
+from radio_distill.models.weight_files import HUB as HUB
+from radio_distill.models.weight_files import from_hub as from_hub
+from radio_distill.models.weight_files import hub_folder as hub_folder
+from radio_distill.models.weight_files import hub_model as hub_model
+from radio_distill.models.weight_files import named_as as named_as
 from radio_distill.models.weight_files import read_json as read_json
 from radio_distill.models.weight_files import read_state as read_state
 from radio_distill.models.weight_files import summed_files as summed_files
-from radio_distill.redaction import redact
 from radio_distill.trust import check_sha256 as check_sha256
-
-logger = logging.getLogger(__name__)
 
 
 def local_path(weights: str) -> Path:
     """Return the file or folder that a recipe names; raises WeightsError where there is none."""
+    for word, option in ((HUB, "it"), (FOLDER, "its path alone here, or it")):
+        if weights.startswith(word):
+            raise WeightsError(f"weights: {weights} is no path; name {option} in options.model")
     path = Path(weights).expanduser()
     if not path.exists():
         raise WeightsError(f"no weights at {weights}; correct `weights` or leave it empty")
     return path
-
-
-def from_hub(model: str, download: Callable[[], str]) -> Path:
-    """Run ``download`` and return its path; any failure becomes one line with the mend."""
-    logger.info("fetching the weights of %s", model)
-    try:
-        return Path(download())
-    except Exception as error:  # every hub client has exceptions of its own
-        reason = (redact(str(error)).strip().splitlines() or [type(error).__name__])[0]
-        raise WeightsError(
-            f"cannot fetch the weights of {model} ({reason}); put a local file or folder with "
-            f"them into `weights`"
-        ) from error
 
 
 def load_strict(module: nn.Module, state: Mapping[str, Tensor], where: str) -> None:

@@ -38,6 +38,8 @@ def check(recipe: Recipe) -> None:
         problems.append(
             "student.pretrained_sha256: a sum without student.pretrained; name the file"
         )
+    if recipe.student.pretrained_grid and not recipe.student.pretrained:
+        problems.append("student.pretrained_grid: a grid without student.pretrained; name the file")
     if recipe.student.patch_size > 0:
         for name, stage in recipe.stages.items():
             problems += _check_stage(recipe, name, stage)
@@ -78,11 +80,15 @@ def _check_student(student: StudentConfig) -> list[str]:
         "head_hidden": (1, 1 << 20),
         "head_layers": (0, 1024),
     }
-    return [
+    problems = [
         f"student.{name}: {getattr(student, name)} is not {least} to {most}"
         for name, (least, most) in limits.items()
         if not least <= getattr(student, name) <= most
     ]
+    grid = student.pretrained_grid
+    if grid and (len(grid) != 2 or min(grid) < 1):
+        problems.append(f"student.pretrained_grid: {list(grid)} is not [ROWS, COLUMNS]")
+    return problems
 
 
 def _check_secrets(recipe: Recipe) -> list[str]:

@@ -61,7 +61,13 @@ class StudentConfig:
     )
     pretrained: str = option(
         "",
-        "start of the student: empty for random, `timm` for timm's weights, a timm file, a RADIO checkpoint or folder, or a run",
+        "start of the student: empty for random, `timm` for timm's weights, a timm file or folder, `hf-hub:OWNER/NAME`, a RADIO checkpoint or folder, or a run",
+    )
+    pretrained_grid: tuple[int, ...] = option(
+        tuple,
+        "rows and columns of the start's position table, where it is no square and no config.json says so",
+        "cells",
+        ours=True,
     )
     pretrained_sha256: str = option(
         "", "sha256 that the file of the start must have; empty for no check", ours=True

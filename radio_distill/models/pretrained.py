@@ -11,6 +11,8 @@ no place for (classifier, pooling, heads) is left behind; what the source lacks 
   student has it; both compute the same as before.
 * RADIO checkpoints, runs and timm folders bring the mean and std of the pictures; a bare timm file
   says none, so the architecture's own stay.
+* A table of positions is stretched to the student's square. Which grid it has follows from the
+  source's configuration, from ``student.pretrained_grid``, or from its being a square.
 
 The heads of a student are always new, also behind a run: their targets are normalised by statistics
 that a stage takes anew. ``start_from`` of a stage is what goes on with a run's heads.
@@ -18,11 +20,12 @@ that a stage takes anew. ``start_from`` of a stage is what goes on with a run's 
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -30,9 +33,19 @@ from ..errors import ConfigError, WeightsError
 from ..files import is_there
 from ..registry import Registry
 from ..trust import check_sha256
+from ..types import Size
 from .position import CroppedPositions
 from .radio_layout import holds_radio, radio_checkpoint
-from .weight_files import read_checkpoint, read_json, summed_files, tensors_of
+from .weight_files import (
+    FOLDER,
+    HUB,
+    hub_model,
+    named_as,
+    read_checkpoint,
+    read_json,
+    summed_files,
+    tensors_of,
+)
 
 if TYPE_CHECKING:
     from .student import Student
@@ -41,6 +54,7 @@ LEFT_BEHIND = ("norm.", "fc_norm.", "attn_pool.", "pre_logits.", "head.")
 TOKENS, PATCHES, POSITIONS = ("cls_token", "reg_token"), "patch_embed.proj.weight", "pos_embed"
 PATCH_BIAS = "patch_embed.proj.bias"
 _OPTIONAL = (*LEFT_BEHIND, *TOKENS, PATCH_BIAS)
+_DINO = {"register_tokens": "reg_token"}
 _SCALED = {".ls1.gamma": ".attn.proj.", ".ls2.gamma": ".mlp.fc2."}
 
 # The reader of runs belongs to training, above this layer, so it is known by its name alone.
@@ -59,16 +73,24 @@ class Start:
     """Attention heads, which no shape tells; None where the source does not say."""
     mean: Sequence[float] | None = None
     std: Sequence[float] | None = None
+    grid: Size | None = None
+    """Rows and columns of patches in ``pos_embed``; None where the source does not say."""
+    embeds_class: bool = True
+    """False where the source says that its tokens have no positions."""
 
 
-def read_start(pretrained: str, body: Any, architecture: str, sha256: str = "") -> Start:
+def read_start(
+    pretrained: str, body: Any, architecture: str, sha256: str = "", grid: Sequence[int] = ()
+) -> Start:
     """Read what a recipe calls ``student.pretrained``.
 
     Args:
-        pretrained: ``timm``, or the path of a file or folder.
+        pretrained: ``timm``, the path of a file or folder (also ``local-dir:PATH``), or
+            ``hf-hub:OWNER/NAME``.
         body: timm model of the architecture, with timm's weights for ``timm``.
         architecture: its name, for messages.
         sha256: sum that :func:`summed_files` must have; empty for any.
+        grid: rows and columns of the source's position table; empty to find them.
 
     Raises:
         ConfigError: a sum for ``timm``, whose file is not in our hands.
@@ -80,14 +102,22 @@ def read_start(pretrained: str, body: Any, architecture: str, sha256: str = "") 
                 "student.pretrained_sha256: timm reads a file of its own, which cannot be checked; "
                 "name a copy of it in student.pretrained, or drop the sum"
             )
-        start = Start(body.state_dict())
+        start = Start(body.state_dict(), grid=_body_grid(body))
+    elif pretrained.startswith(HUB):
+        start = _read(hub_model(pretrained, "student.pretrained"), body, sha256, tuple(grid))
     else:
-        start = _read(Path(pretrained).expanduser(), sha256)
+        path = Path(pretrained.removeprefix(FOLDER)).expanduser()
+        start = _read(path, body, sha256, tuple(grid))
     check_start(start, body, pretrained, architecture)
-    return start
+    return replace(start, grid=_grid_of(start, body, tuple(grid), pretrained))
 
 
-def _read(path: Path, sha256: str) -> Start:
+def _body_grid(body: Any) -> Size | None:
+    grid = getattr(body.patch_embed, "grid_size", None)
+    return None if grid is None else (grid[0], grid[1])
+
+
+def _read(path: Path, body: Any, sha256: str, grid: tuple[int, ...]) -> Start:
     if not is_there(path):
         raise WeightsError(f"no weights file {path}; correct student.pretrained")
     if sha256:
@@ -99,9 +129,9 @@ def _read(path: Path, sha256: str) -> Start:
     settings = read_json(path / "config.json") if is_folder else checkpoint
     state = tensors_of(checkpoint, path)
     if not holds_radio(state):
-        published = settings.get("pretrained_cfg", {}) if is_folder else {}
-        return _from_timm(state, published.get("mean"), published.get("std"))
-    radio = radio_checkpoint(settings, state, str(path))
+        state = named_as(state, body.state_dict(), str(path))
+        return _from_timm(state, settings if is_folder else {})
+    radio = radio_checkpoint(settings, state, str(path), grid)
     config = radio.config
     return Start(
         radio.timm_tensors(),
@@ -109,15 +139,31 @@ def _read(path: Path, sha256: str) -> Start:
         num_heads=config.get("num_attention_heads"),
         mean=config["norm_mean"],
         std=config["norm_std"],
+        grid=radio.grid,
     )
 
 
-def _from_timm(
-    state: dict[str, Tensor], mean: Sequence[float] | None, std: Sequence[float] | None
-) -> Start:
-    """Sort timm's tensors; those of its NaFlexViT (``embeds.*``) get the plain model's names."""
+def _from_timm(state: dict[str, Tensor], settings: Mapping[str, Any]) -> Start:
+    """Sort timm's tensors; those of its NaFlexViT (``embeds.*``) get the plain model's names.
+
+    DINOv2's own names of its tokens are read too.
+
+    Args:
+        state: the tensors.
+        settings: ``config.json`` of a timm folder; empty for a bare file.
+    """
+    published = settings.get("pretrained_cfg", settings)
+    mean, std = published.get("mean"), published.get("std")
     if "embeds.proj.weight" not in state:
-        return Start(state, mean=mean, std=std)
+        state = {_DINO.get(key, key): value for key, value in state.items() if key != "mask_token"}
+        arguments = settings.get("model_args") or {}
+        return Start(
+            state,
+            mean=mean,
+            std=std,
+            grid=_configured_grid(settings, state),
+            embeds_class=not arguments.get("no_embed_class", False),
+        )
     named = {key.replace("embeds.", ""): value for key, value in state.items()}
     patches = named.pop("proj.weight")  # [D, p * p * 3]
     table = named.pop("pos_embed")  # [1, h, w, D]
@@ -129,7 +175,19 @@ def _from_timm(
     }
     if "proj.bias" in weights:
         weights[PATCH_BIAS] = weights.pop("proj.bias")
-    return Start(weights, cropped=True, mean=mean, std=std)
+    grid = (table.shape[1], table.shape[2])
+    return Start(weights, cropped=True, mean=mean, std=std, grid=grid)
+
+
+def _configured_grid(settings: Mapping[str, Any], state: Mapping[str, Tensor]) -> Size | None:
+    """Return the patch grid of the image size that a timm folder's configuration names."""
+    size = (settings.get("model_args") or {}).get("img_size")
+    size = size or settings.get("pretrained_cfg", settings).get("input_size")
+    if not size or PATCHES not in state:
+        return None
+    height, width = (size, size) if isinstance(size, int) else size[-2:]
+    rows, columns = state[PATCHES].shape[-2:]
+    return height // rows, width // columns
 
 
 def start_of(student: "Student") -> Start:
@@ -150,7 +208,8 @@ def start_of(student: "Student") -> Start:
     }
     block: Any = student.blocks[0]
     mean, std = student.mean.flatten().tolist(), student.std.flatten().tolist()
-    return Start(weights, True, block.attn.num_heads, mean, std)
+    grid = (student.positions.table.shape[0], student.positions.table.shape[1])
+    return Start(weights, True, block.attn.num_heads, mean, std, grid)
 
 
 def check_start(start: Start, body: Any, source: str, name: str) -> None:
@@ -171,7 +230,7 @@ def check_start(start: Start, body: Any, source: str, name: str) -> None:
         if key in expected and _fixed_shape(key, value) != _fixed_shape(key, expected[key])
     ]
     if not problems:
-        problems = [*_grid_problems(start, body), *_head_problems(start, body)]
+        problems = _head_problems(start, body)
     if problems:
         more = f" (and {len(problems) - 1} more differences)" if len(problems) > 1 else ""
         raise WeightsError(f"{source} does not hold weights of {name}: {problems[0]}{more}")
@@ -194,15 +253,6 @@ def _fixed_shape(key: str, value: Tensor) -> list[int]:
     return [len(shape), shape[-1]] if key == POSITIONS else shape
 
 
-def _grid_problems(start: Start, body: Any) -> list[str]:
-    if POSITIONS not in start.weights:
-        return []
-    num_patches = start.weights[POSITIONS].shape[1] - _num_positioned(start, body)
-    if _is_square(num_patches):
-        return []
-    return [f"{POSITIONS} has {num_patches} patch positions, which is no square grid"]
-
-
 def _head_problems(start: Start, body: Any) -> list[str]:
     expected = body.blocks[0].attn.num_heads
     if start.num_heads in (None, expected):
@@ -210,29 +260,61 @@ def _head_problems(start: Start, body: Any) -> list[str]:
     return [f"its blocks have {start.num_heads} attention heads, expected {expected}"]
 
 
-def _num_positioned(start: Start, body: Any) -> int:
-    """Return how many rows of the position embedding belong to class and register tokens.
+def _grid_of(start: Start, body: Any, given: tuple[int, ...], source: str) -> Size | None:
+    """Return the rows and columns of a source's position table; None where it has no table.
 
-    The architecture's own number where the rest is a square; else none, as in timm's RADIO models.
+    Raises:
+        WeightsError: a given grid of another number of cells, or none that could be meant.
+    """
+    if POSITIONS not in start.weights or start.weights[POSITIONS].ndim != 3:
+        return None
+    num_rows = start.weights[POSITIONS].shape[1]
+    counts = [num_rows - tokens for tokens in _token_counts(start, body)]
+    if given:
+        rows, columns = given
+        if rows * columns not in (*counts, num_rows, num_rows - 1):
+            raise WeightsError(
+                f"student.pretrained_grid: {rows}x{columns} are {rows * columns} positions, and "
+                f"{source} has {counts[0]}"
+            )
+        return rows, columns
+    if start.grid is not None and start.grid[0] * start.grid[1] in counts:
+        return start.grid
+    for count in counts:
+        if math.isqrt(max(count, 0)) ** 2 == count > 0:
+            return math.isqrt(count), math.isqrt(count)
+    raise WeightsError(
+        f"{source}: {POSITIONS} has {counts[0]} patch positions, which is no square grid, and no "
+        "config.json says which; set student.pretrained_grid: [ROWS, COLUMNS]"
+    )
+
+
+def _token_counts(start: Start, body: Any) -> list[int]:
+    """Return how many rows of a table may be those of tokens, the likeliest first.
+
+    A file of registers may be of a model whose tokens have no positions (timm's RADIO models), or
+    only the class token (DINOv2's own files); without registers the architecture decides.
     """
     if start.cropped:
-        return 0
-    positioned = 0 if body.no_embed_class else int(body.num_prefix_tokens)
-    num_rows = start.weights[POSITIONS].shape[1]
-    return 0 if _is_square(num_rows) and not _is_square(num_rows - positioned) else positioned
+        return [0]
+    own = 0 if body.no_embed_class else int(body.num_prefix_tokens)
+    if "reg_token" in start.weights or not start.embeds_class:
+        return list(dict.fromkeys((own if start.embeds_class else 0, 0, 1)))
+    return [own]
 
 
-def _is_square(number: int) -> bool:
-    return math.isqrt(max(number, 0)) ** 2 == number
+def _num_positioned(start: Start) -> int:
+    """Return how many rows of the position embedding belong to class and register tokens."""
+    assert start.grid is not None, "read_start and start_of set it"
+    return start.weights[POSITIONS].shape[1] - start.grid[0] * start.grid[1]
 
 
 @torch.no_grad()
-def start_from(student: "Student", body: Any, start: Start) -> None:
+def start_from(student: "Student", start: Start) -> None:
     """Give a student weights that :func:`check_start` accepted.
 
     Args:
-        student: changed in place; its blocks are those of ``body``, not yet reparametrised.
-        body: timm model of the architecture, which knows which of its tokens have positions.
+        student: changed in place; its blocks are not yet reparametrised.
         start: the weights.
     """
     from timm.layers import resample_patch_embed
@@ -246,9 +328,10 @@ def start_from(student: "Student", body: Any, start: Start) -> None:
     size = [student.patch_size, student.patch_size]
     patches = resample_patch_embed(weights[PATCHES].float(), size)
     student.patch_embedding.weight.copy_(rearrange(patches, "d c y x -> d (c y x)"))
-    _place_tokens(student, start, _num_positioned(start, body) if POSITIONS in weights else 0)
+    num_positioned = _num_positioned(start) if POSITIONS in weights else 0
+    _place_tokens(student, start, num_positioned)
     if POSITIONS in weights:
-        _place_positions(student.positions, start, _num_positioned(start, body))
+        _place_positions(student.positions, start, num_positioned)
     if PATCH_BIAS in weights:
         student.positions.table.add_(weights[PATCH_BIAS])
     for buffer, values in ((student.mean, start.mean), (student.std, start.std)):
@@ -296,15 +379,22 @@ def _place_positions(positions: CroppedPositions, start: Start, num_positioned: 
 
     timm's positions belong to one size and are resampled with timm's bicubic filter; a table of
     cropped positions is resized as every forward pass does, so that a smaller one gives the same.
+    A table that is no square is stretched to one.
     """
     from timm.layers import resample_abs_pos_embed
 
     rows, side = start.weights[POSITIONS][:, num_positioned:].float(), positions.table.shape[0]
+    assert start.grid is not None, "a table has one"
     if start.cropped:
-        table = rearrange(rows[0], "(y x) d -> y x d", y=math.isqrt(rows.shape[1]))
-        source = CroppedPositions(table.shape[-1], len(table), dropout=0.0)
-        source.table.copy_(table)
+        table = rearrange(rows, "1 (y x) d -> 1 d y x", y=start.grid[0])
+        if start.grid[0] != start.grid[1]:
+            longer = max(start.grid)
+            table = F.interpolate(table, size=(longer, longer), mode="bilinear")
+        source = CroppedPositions(table.shape[1], table.shape[2], dropout=0.0)
+        source.table.copy_(rearrange(table, "1 d y x -> y x d"))
         positions.table.copy_(source((side, side))[0])
     else:
-        resampled = resample_abs_pos_embed(rows, [side, side], num_prefix_tokens=0)
+        resampled = resample_abs_pos_embed(
+            rows, [side, side], old_size=list(start.grid), num_prefix_tokens=0
+        )
         positions.table.copy_(rearrange(resampled, "1 (y x) d -> y x d", y=side))

@@ -9,7 +9,7 @@ left out, since their layout changed from version to version, and so are hierarc
 """
 
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isqrt
 from pathlib import Path
@@ -21,9 +21,11 @@ from torch import Tensor
 
 from ..config import StudentConfig
 from ..errors import WeightsError
+from ..types import Size
 from .weight_files import read_checkpoint, read_json, tensors_of
 
 _PATCHES = ("patch_generator.embedder.weight", "embeddings.patch_projection.weight")
+_POSITIONS = ("patch_generator.pos_embed", "embeddings.position_embedding")
 _PREFIXES = ("base_model.", "radio_model.model.", "radio_model.")
 _HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1152: 16, 1280: 16, 1536: 24}
 """Attention heads of each width that RADIO is published in; no tensor's shape tells them."""
@@ -75,6 +77,8 @@ class RadioCheckpoint:
     """RadioModel's configuration, with ``norm_mean`` and ``norm_std``."""
     tensors: dict[str, Tensor]
     """Tensors as ``RadioModel.from_pretrained`` takes them."""
+    grid: Size
+    """Rows and columns of its position table."""
 
     @property
     def has_final_norm(self) -> bool:
@@ -111,11 +115,17 @@ def read_radio(path: Path) -> RadioCheckpoint:
     """
     checkpoint = read_checkpoint(path)
     settings = read_json(path / "config.json") if path.is_dir() else checkpoint
-    return radio_checkpoint(settings, tensors_of(checkpoint, path), str(path))
+    radio = radio_checkpoint(settings, tensors_of(checkpoint, path), str(path))
+    if radio.grid[0] != radio.grid[1]:
+        raise WeightsError(
+            f"{path} has a position table of {radio.grid[0]}x{radio.grid[1]} cells; a RADIO model "
+            "is read with a square one only (but can be a student's start)"
+        )
+    return radio
 
 
 def radio_checkpoint(
-    settings: Mapping[str, Any], state: Mapping[str, Tensor], where: str
+    settings: Mapping[str, Any], state: Mapping[str, Tensor], where: str, grid: Sequence[int] = ()
 ) -> RadioCheckpoint:
     """Sort tensors and settings that were read from ``where``.
 
@@ -123,12 +133,15 @@ def radio_checkpoint(
         settings: ``config.json`` of a folder, or a torch.hub file's table.
         state: its tensors.
         where: file or folder, for messages.
+        grid: rows and columns of the position table; empty to take what the settings say, or a
+            square.
     """
     if not holds_radio(state):
         raise WeightsError(f"{where} is not a RADIO vision transformer, which is read here")
     if settings.get("model_type") == "radio":
         config = {**settings, **_normalisation(state, settings)}
-        return RadioCheckpoint(config, dict(state))
+        side = config.get("max_img_size", 0)
+        return RadioCheckpoint(config, dict(state), _grid(state, side, config, where, grid))
     arguments = settings.get("args", {})
     arguments = vars(arguments) if isinstance(arguments, Namespace) else dict(arguments)
     found = {_unwrapped(key): value for key, value in state.items()}
@@ -138,13 +151,47 @@ def radio_checkpoint(
         if key.startswith(("blocks.", "patch_generator.", "norm."))
     }
     config = _configuration(found, arguments, where)
+    cells = _grid(found, arguments.get("cpe_max_size", 0), config, where, grid)
+    config["max_img_size"] = max(cells) * config["patch_size"]
     tensors = {
         **body,
         "summary_idxs": torch.tensor(config["summary_idxs"]),
         "input_conditioner.norm_mean": torch.tensor(config["norm_mean"]).view(3, 1, 1),
         "input_conditioner.norm_std": torch.tensor(config["norm_std"]).view(3, 1, 1),
     }
-    return RadioCheckpoint(config, tensors)
+    return RadioCheckpoint(config, tensors, cells)
+
+
+def _grid(
+    state: Mapping[str, Tensor],
+    size: Any,
+    config: Mapping[str, Any],
+    where: str,
+    given: Sequence[int],
+) -> Size:
+    """Return the rows and columns of the position table.
+
+    Args:
+        state: tensors, under any of the layouts' names.
+        size: side, or height and width, of the largest image in pixels, as the settings say.
+        config: with ``patch_size``.
+        where: file or folder, for messages.
+        given: what the user says of the grid; empty for nothing.
+    """
+    tables = [value for key, value in state.items() if _unwrapped(key) in _POSITIONS]
+    if not tables:
+        raise WeightsError(f"{where} has no position table")
+    count, patch = tables[0].flatten(0, -2).shape[0], config["patch_size"]
+    pair = (size, size) if isinstance(size, int) else tuple(size)
+    said = (pair[0] // patch, pair[-1] // patch)
+    for rows, columns in (tuple(given),) if given else (said, (isqrt(count), isqrt(count))):
+        if rows * columns == count:
+            return rows, columns
+    raise WeightsError(
+        f"{where} has {count} positions, which is no square grid"
+        + (f", nor {given[0]}x{given[1]}" if given else ", and its settings name no other")
+        + "; as a student's start, set student.pretrained_grid: [ROWS, COLUMNS]"
+    )
 
 
 def student_config(checkpoint: RadioCheckpoint, where: str) -> StudentConfig:
@@ -215,7 +262,6 @@ def _configuration(
         "mlp_ratio": state["blocks.0.mlp.fc1.weight"].shape[0] / width,
         "patch_size": patch_size,
         "image_size": 224 // patch_size * patch_size,
-        "max_img_size": isqrt(state["patch_generator.pos_embed"].shape[1]) * patch_size,
         "num_cls_tokens": class_tokens,
         "num_registers": state["patch_generator.cls_token.token"].shape[0] - class_tokens,
         "summary_idxs": state["summary_idxs"].tolist() if "summary_idxs" in state else summaries,

@@ -71,9 +71,14 @@ class Student(nn.Module):
         reparametrize(self.blocks, config.spectral_reparametrization, weight_noise)
 
     def _load_pretrained(self, config: StudentConfig, body: Any) -> None:
-        sha256 = config.pretrained_sha256
-        start = read_start(config.pretrained, body, config.architecture, sha256)
-        start_from(self, body, start)
+        start = read_start(
+            config.pretrained,
+            body,
+            config.architecture,
+            config.pretrained_sha256,
+            config.pretrained_grid,
+        )
+        start_from(self, start)
 
     @property
     def size_step(self) -> int:

@@ -5,7 +5,6 @@ patches (summary, registers) attend in every window through a copy of their own,
 averaged afterwards.
 """
 
-from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from einops import rearrange, reduce, repeat
 from torch import Tensor, nn
 
 from ..errors import ConfigError, WeightsError
+from ..registry import nearest
 from ..types import Size
 
 
@@ -28,10 +28,9 @@ def create_body(architecture: str, pretrained: bool, drop_path: float) -> Any:
 
     known = timm.list_models(module=["vision_transformer", "deit"], exclude_filters="*distilled*")
     if architecture.partition(".")[0] not in known:
-        near = get_close_matches(architecture, known, n=1) or ["vit_base_patch16_224"]
         raise ConfigError(
             f"student.architecture: {architecture!r} is not a plain vision transformer of timm "
-            f"(nearest: {near[0]})"
+            f"({nearest(architecture, known)})"
         )
     try:
         body = timm.create_model(

@@ -9,6 +9,7 @@ import pytest
 import teachers
 from radio_distill.config import TeacherConfig
 from radio_distill.errors import UnknownNameError
+from teachers.measuring import measured
 from teachers.presets import FULL_SIZE, PACKAGED, PRESETS, TINY
 
 MEASURED = ("patch_size", "native_size", "channels", "summary_channels")
@@ -19,7 +20,7 @@ def test_presets__sizes_are_those_of_the_model(name):
     preset = PRESETS[name]
     blank = replace(preset, channels=0, summary_channels=None, patch_size=0)
     source = teachers._source(preset)
-    found = teachers._measured(source.complete(blank, ""))
+    found = measured(source.complete(blank, ""), source.build)
     assert [getattr(found, key) for key in MEASURED] == [getattr(preset, key) for key in MEASURED]
 
 
