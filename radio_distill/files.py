@@ -3,10 +3,13 @@
 import hashlib
 import itertools
 import os
+import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from .errors import ConfigError
 
 _CHUNK = 1 << 20
 
@@ -38,11 +41,79 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def is_there(path: Path) -> bool:
-    """Return whether a path exists; one that cannot, for its name is too long, does not."""
+    """Return whether a path exists; one that cannot, for its name is too long, does not.
+
+    Raises:
+        PermissionError: where a folder on the way may not be looked into.
+    """
     try:
         return path.exists()
+    except PermissionError:
+        raise
     except OSError:
         return False
+
+
+def check_readable(path: Path) -> None:
+    """Check that a file can be read, or a folder looked into, if it is there.
+
+    Patterns and walks pass over what they may not see in silence, as if it were not there.
+
+    Raises:
+        PermissionError: naming it.
+    """
+    try:
+        if path.is_dir():
+            os.stat(path / ".")
+            os.scandir(path).close()
+        elif path.is_file():
+            os.close(os.open(path, os.O_RDONLY))
+        else:
+            os.stat(path)
+    except PermissionError:
+        raise
+    except OSError:
+        return  # whoever opens it says why it cannot be
+
+
+def unreadable(error: PermissionError) -> str:
+    """Say in one line what may not be read, and what to do."""
+    return (
+        f"{error.filename} cannot be read: permission denied; ask its owner to open it to you "
+        "(chmod -R a+rX), or name another"
+    )
+
+
+def check_writable(folder: Path) -> None:
+    """Check that files can be made in a folder, which need not be there yet; leaves none.
+
+    Raises:
+        OSError: where they cannot; its reason says what is in the way.
+    """
+    place = folder.absolute()
+    while not os.path.lexists(place) and place != place.parent:
+        place = place.parent
+    if place.is_symlink() and not place.exists():
+        raise OSError(f"{place} is a link to {os.readlink(place)}, which is not there")
+    if not place.is_dir():
+        raise OSError(f"{place} is not a folder")
+    with tempfile.TemporaryFile(dir=place, buffering=0) as file:
+        file.write(bytes(4096))
+
+
+def check_output(path: Path, flag: str = "--output") -> None:
+    """Check that a file can be written, before the work that it is to hold is done.
+
+    Raises:
+        ConfigError: where it cannot; the mend is to choose another with ``flag``.
+    """
+    try:
+        check_writable(path.parent)
+        if path.is_dir():
+            raise OSError("it is a folder")
+    except OSError as error:
+        reason = reason_of(error)
+        raise ConfigError(f"cannot write {path}: {reason}; choose another with {flag}") from error
 
 
 def make_private(folder: Path) -> None:
@@ -68,8 +139,12 @@ def reason_of(error: BaseException) -> str:
     return getattr(error, "strerror", None) or " ".join(str(error).split())
 
 
+def free_name(path: Path) -> Path:
+    """Return the first name with a number behind it that nothing has: ``stage1.1``."""
+    names = (path.with_name(f"{path.name}.{number}") for number in itertools.count(1))
+    return next(name for name in names if not os.path.lexists(name))
+
+
 def move_aside(folder: Path) -> Path:
     """Give a folder the first free name with a number behind it; returns that."""
-    names = (folder.with_name(f"{folder.name}.{number}") for number in itertools.count(1))
-    aside = next(path for path in names if not path.exists())
-    return folder.rename(aside)
+    return folder.rename(free_name(folder))

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from radio_distill.errors import RadioDistillError
 from radio_distill.interruption import listening
+from radio_distill.train.ownership import FRESH
 
 from . import history, outcomes
 from .cluster import Launcher
@@ -94,6 +95,9 @@ class Job:
         variables = AGENT_SIGNALS
         if self.launcher == "srun":
             variables = process_environment(environment, *meeting)
+        if place.restart and self.resumes and RESUME not in self.arguments:
+            # It may have been ended before it had claimed the folder, in which an older run lies.
+            variables = {**variables, FRESH: "1"}
         status = subprocess.call(command, env={**os.environ, **variables})
         if status:
             self._note_silent(place, environment, status)

@@ -61,6 +61,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--folder", metavar="DIR", type=Path, help="job files and logs (default: RUN/slurm)")
     add("--output", metavar="DIR", help="folder for run folders (default: runs)")
     add("--resume", action="store_true", help="go on from the newest checkpoints")
+    add(
+        "--take-over",
+        action="store_true",
+        help="let stages take their folders from runs that are going on; those stop",
+    )
     add(FLAG, action="store_true", help=FLAG_HELP)
     add("--dry-run", action="store_true", help="only print the sbatch scripts")
     add_cluster_flags(parser)
@@ -94,6 +99,7 @@ def request_from(args: argparse.Namespace) -> Request:
         export=not args.no_export,
         evaluate=not args.no_eval,
         resume=args.resume,
+        take_over=args.take_over,
         trust=args.trust_checkpoint,
     )
 
@@ -160,7 +166,7 @@ def _resume(args: argparse.Namespace) -> int:
     require_slurm()
     _refuse_alive(folder, chain)
     complete = {row.job_id for row in status.rows_of(folder, chain) if row.complete}
-    links = to_resume(chain.links, complete)
+    links = to_resume(chain.links, complete, args.take_over)
     if all(task.job_id for link in links for task in link.tasks):
         print("every job is complete")
         return 0

@@ -19,6 +19,7 @@ from .job import RESUME
 
 _RECIPES = Path(__file__).resolve().parents[1] / "stages" / "recipes"
 _CLI = "stages.cli:main"
+TAKE_OVER = "--take-over"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +39,8 @@ class Request:
     export: bool = True
     evaluate: bool = True
     resume: bool = False
+    take_over: bool = False
+    """Whether the stages may take their folders from runs that are going on."""
     trust: bool = False
     """Whether the jobs may read weights that hold code."""
 
@@ -97,7 +100,7 @@ def _stage_task(
     arguments = ["--recipe", str(file), *(f"--{item}" for item in overrides)]
     return Task(
         label=label,
-        arguments=(*arguments, *[RESUME] * request.resume),
+        arguments=(*arguments, *[RESUME] * request.resume, *[TAKE_OVER] * request.take_over),
         stage_folder=str(recipe.stage_folder(stage).absolute()),
     )
 
@@ -165,17 +168,21 @@ def _after_training(recipe: Recipe, last_folder: str, request: Request) -> list[
     return links
 
 
-def to_resume(links: Sequence[Link], complete: Collection[str]) -> tuple[Link, ...]:
+def to_resume(
+    links: Sequence[Link], complete: Collection[str], take_over: bool = False
+) -> tuple[Link, ...]:
     """Return jobs as they are submitted to go on: with ``--resume``, and without their old ids.
 
-    Those tasks whose ids are in ``complete`` stay as they are.
+    Those tasks whose ids are in ``complete`` stay as they are. With ``take_over``, stages take
+    their folders from processes that are alive, for instance on a node that Slurm has lost.
     """
+    flags = (RESUME, TAKE_OVER) if take_over else (RESUME,)
 
     def changed(link: Link, task: Task) -> Task:
         if task.job_id in complete:
             return task
-        resume = (RESUME,) if link.is_stage and RESUME not in task.arguments else ()
-        return replace(task, arguments=(*task.arguments, *resume), job_id="")
+        more = [flag for flag in flags if link.is_stage and flag not in task.arguments]
+        return replace(task, arguments=(*task.arguments, *more), job_id="")
 
     return tuple(
         replace(link, tasks=tuple(changed(link, task) for task in link.tasks)) for link in links

@@ -1,9 +1,11 @@
 """Command lines: one-line errors, recipe fields as flags, and a face for every sub-command."""
 
 import argparse
+import errno
 import logging
 import os
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, NoReturn
@@ -11,6 +13,7 @@ from typing import Any, NoReturn
 from radio_distill.config import assignments_of, describe
 from radio_distill.data.names import printable
 from radio_distill.errors import ConfigError, RadioDistillError
+from radio_distill.files import reason_of
 from radio_distill.redaction import install, redact
 from radio_distill.registry import nearest
 from radio_distill.trust import FLAG, FLAG_HELP, trusting_pickles
@@ -101,9 +104,38 @@ def run_command(command: Callable[[], int | None]) -> int:
     except RadioDistillError as error:
         print("radio-distill:", "\n".join(map(_line, error.args)), file=sys.stderr)
         return error.exit_status
-    except KeyboardInterrupt:
-        print("radio-distill: stopped; --resume goes on from the last checkpoint", file=sys.stderr)
-        return 130
+    except OSError as error:
+        if error.errno not in _OF_THE_MACHINE or error.filename is None:
+            raise
+        print("radio-distill:", _line(_what_the_machine_refuses(error)), file=sys.stderr)
+        return RadioDistillError.exit_status
+    except KeyboardInterrupt as error:
+        print("radio-distill:", _line(error) or "stopped", file=sys.stderr)
+        return _end_at_once(130)
+
+
+_OF_THE_MACHINE = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ELOOP,
+    errno.ENAMETOOLONG,
+)  # fmt: skip
+"""What a file or its disk refuses anybody; all else that escapes is a bug of ours."""
+
+
+def _what_the_machine_refuses(error: OSError) -> str:
+    mend = "ask its owner for access (chmod -R a+rX to read it), or name another"
+    if error.errno not in (errno.EACCES, errno.EPERM):
+        mend = "name another, or make room"
+    return f"{error.filename}: {reason_of(error).lower()}; {mend}"
+
+
+def _end_at_once(status: int) -> int:
+    """Return the status; where threads still work on something, end without waiting for them."""
+    main = threading.main_thread()
+    if any(not thread.daemon for thread in threading.enumerate() if thread is not main):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
 
 
 def _line(problem: object) -> str:

@@ -1,14 +1,17 @@
 """The parts of a stage, built from its recipe; the slow imports of the stages live behind it."""
 
 import logging
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from radio_distill.config import Recipe
 from radio_distill.data.loader import ShardBatches
 from radio_distill.errors import ConfigError, DataError
+from radio_distill.files import make_private
 from radio_distill.memory import naming
 from radio_distill.models.distilled import build_student
 from radio_distill.models.ema import Ema
@@ -17,7 +20,7 @@ from radio_distill.protocols import Teacher
 from radio_distill.targets import TargetMaker, check_partition
 from radio_distill.train import checkpoint as checkpoints
 from radio_distill.train.checkpoint import Checkpoint
-from radio_distill.train.distributed import World, extend_timeouts, from_ranks
+from radio_distill.train.distributed import World, extend_timeouts, from_ranks, main_first
 from radio_distill.train.draws import Draws
 from radio_distill.train.engine import build_engine
 from radio_distill.train.loop import StageRun, stage_seed, zero_mend
@@ -56,7 +59,8 @@ def build_run(
     """Build everything that this process needs to train a stage.
 
     What is cheap to check is checked first: the checkpoint to start from, then images, then the
-    teachers; the statistics of the teachers, which take time, come last.
+    teachers, then the room for a checkpoint; the statistics of the teachers, which take time, come
+    last. Nothing in ``folder`` is touched.
     """
     config = stage_of(recipe, stage)
     start = resumed or start_checkpoint(recipe, stage)
@@ -83,8 +87,10 @@ def build_run(
         load_weights(model, start)
     if resumed is not None:
         check_tensors(resumed, model)
+    main_first(world, lambda: check_room(folder, model, bool(config.ema_decay)))
     dispersions: dict[str, float] = {}
     if resumed is None:
+        main_first(world, lambda: make_private(recipe.folder))
         cache = Path(recipe.normalizer.cache or recipe.folder / "statistics")
         dispersions = fit_normalizers(targets, recipe, stage, world, device, cache)
         if start is not None:
@@ -110,6 +116,21 @@ def build_run(
     if resumed is not None:
         _restore(run, resumed)
     return run
+
+
+def check_room(folder: Path, model: nn.Module, with_average: bool = False) -> None:
+    """Raise ConfigError where the disk of a folder has no room for one checkpoint of a model.
+
+    Weights, two moments and the average are counted, in float32.
+    """
+    needed = sum(map(torch.Tensor.numel, model.parameters())) * 4 * (3 + with_average)
+    place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise ConfigError(
+            f"{folder}: no space left on device for a checkpoint of {needed / 1e9:.3g} GB "
+            f"({free / 1e9:.3g} GB are free); make room, or choose another disk with --output"
+        )
 
 
 def check_same_shards(fingerprint: str) -> None:

@@ -4,10 +4,13 @@ The only code that knows teachers, upsamplers and the library at once.
 """
 
 import argparse
+import glob
 import logging
 import os
 import re
-from collections.abc import Mapping, Sequence
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from inspect import signature
 from pathlib import Path
@@ -28,7 +31,14 @@ from radio_distill.config import (
     resolve,
 )
 from radio_distill.errors import CheckpointError, ConfigError
-from radio_distill.files import make_private, move_aside, replacing
+from radio_distill.files import (
+    check_writable,
+    free_name,
+    make_private,
+    move_aside,
+    reason_of,
+    replacing,
+)
 from radio_distill.registry import nearest
 from radio_distill.trust import trusting_pickles
 
@@ -148,7 +158,17 @@ def add_stage_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="resume although the recipe or the shards differ from the checkpoint's",
     )
+    add_take_over_argument(parser)
     add_trust_argument(parser)
+
+
+def add_take_over_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the flag of what claims the folder of a stage or fit."""
+    parser.add_argument(
+        "--take-over",
+        action="store_true",
+        help="take the folder from a run that is going on in it; that one stops",
+    )
 
 
 def stage_main(stage: str, argv: Sequence[str] | None = None) -> int:
@@ -165,7 +185,13 @@ def stage_main(stage: str, argv: Sequence[str] | None = None) -> int:
         arguments, fields = parser.parse(argv, takes_fields=True)
         with trusting_pickles(arguments.trust_checkpoint):
             recipe = recipe_from(arguments, fields, stage)
-            train_stage(stage, recipe, arguments.resume, arguments.allow_changed_recipe)
+            train_stage(
+                stage,
+                recipe,
+                arguments.resume,
+                arguments.allow_changed_recipe,
+                arguments.take_over,
+            )
 
     return run_command(command)
 
@@ -197,11 +223,23 @@ def _check_upsamples(recipe: Recipe, stage: str) -> None:
 
 
 def train_stage(
-    stage: str, recipe: Recipe, resume: bool = False, allow_changed: bool = False
+    stage: str,
+    recipe: Recipe,
+    resume: bool = False,
+    allow_changed: bool = False,
+    take_over: bool = False,
 ) -> Path:
     """Build the parts of a stage and train it; returns the last checkpoint's folder.
 
-    With ``resume`` a stage that is complete returns at once.
+    Everything is checked and built before the folder is touched: an earlier run in it is moved
+    aside, and the folder claimed, just before the first step.
+
+    Args:
+        stage: of the recipe.
+        recipe: whose run folder is used.
+        resume: go on from the newest checkpoint; a stage that is complete returns at once.
+        allow_changed: resume although the recipe or the shards differ from the checkpoint's.
+        take_over: claim the folder although a living process owns it; that one stops.
     """
     from radio_distill.train.distributed import (
         choose_device,
@@ -229,13 +267,17 @@ def train_stage(
     if checkpoint is not None and checkpoint.step >= config.steps:
         logging.info("%s is complete: %s", folder.name, checkpoint.folder)
         return checkpoint.folder
-    recipe = resolve_at_start(recipe, stage, world, checkpoint)
-    ownership = main_first(world, lambda: claim(folder, recipe, fresh=checkpoint is None))
+    main_first(world, lambda: check_folder(folder, checkpoint, take_over))
     from radio_distill.train.loop import train
 
-    run = build_run(stage, recipe, folder, world, device, checkpoint, allow_changed)
-    run.ownership = ownership
-    last = train(run)
+    with saying_what_is_left(folder, begun=False):
+        recipe = resolve_at_start(recipe, stage, world, checkpoint)
+        run = build_run(stage, recipe, folder, world, device, checkpoint, allow_changed)
+        with (
+            owning(world, folder, recipe, checkpoint, take_over) as run.ownership,
+            saying_what_is_left(folder, begun=True),
+        ):
+            last = train(run)
     logging.info("%s: %s", folder.name, last)
     return last
 
@@ -326,12 +368,13 @@ def checkpoint_to_resume(
     """Return the newest whole checkpoint in ``folder``, the same on every process.
 
     Raises:
-        ConfigError: on every process, for a changed recipe.
+        ConfigError: on every process, for a changed recipe, and where an earlier run was moved
+            aside and this one has no checkpoint yet.
     """
     from radio_distill.train import checkpoint as checkpoints
     from radio_distill.train.distributed import main_first
 
-    checkpoint = main_first(world, lambda: checkpoints.newest(folder / "checkpoints", stage))
+    checkpoint = main_first(world, lambda: _newest_to_resume(folder, stage))
     if checkpoint is None:
         logging.info("nothing to resume in %s; starting anew", folder)
         return None
@@ -358,31 +401,163 @@ def checkpoint_to_resume(
     return checkpoint
 
 
-def claim(folder: Path, recipe: Recipe, fresh: bool) -> "Ownership":
-    """Make a stage's folder this process's own, and write the resolved recipe into it.
+def _newest_to_resume(folder: Path, stage: str) -> "Checkpoint | None":
+    from radio_distill.train import checkpoint as checkpoints
+    from radio_distill.train.ownership import FRESH, was_requeued
 
-    A fresh run never writes over an earlier one: that one's folder is moved aside first. Run
-    folders are private to their user.
+    checkpoint = checkpoints.newest(folder / "checkpoints", stage)
+    is_jobs_own = was_requeued(folder)
+    if checkpoint is not None and os.environ.get(FRESH) and not is_jobs_own:
+        logging.info("%s is of another run: this job was submitted to start anew", folder)
+        return None
+    if checkpoint is not None or is_jobs_own:
+        return checkpoint
+    aside = _aside_with_checkpoints(folder)
+    if aside is not None:
+        put_back = f"mv {shlex.quote(str(aside))} {shlex.quote(str(folder))}"
+        if folder.exists():
+            free = shlex.quote(str(free_name(folder)))
+            put_back = f"mv {shlex.quote(str(folder))} {free} && {put_back}"
+        raise ConfigError(
+            f"{folder} has no whole checkpoint to resume, but {aside} has: a start without "
+            f"--resume moved it aside; put it back with `{put_back}`, or start anew without that "
+            "flag"
+        )
+    return None
+
+
+def _aside_with_checkpoints(folder: Path) -> Path | None:
+    """Return the run that was moved aside last, of those with a checkpoint."""
+    found = {
+        int(path.parents[1].name.rpartition(".")[2]): path.parents[1]
+        for path in folder.parent.glob(f"{glob.escape(folder.name)}.*/checkpoints/step-*")
+        if path.parents[1].name.rpartition(".")[2].isdecimal()
+    }
+    return found[max(found)] if found else None
+
+
+def check_folder(folder: Path, resumed: "Checkpoint | None", take_over: bool) -> None:
+    """Check that a stage can be begun in ``folder``; nothing in it is changed.
 
     Raises:
-        ConfigError: where it cannot be written.
+        ConfigError: where it cannot be written, or a living process owns it.
+    """
+    from radio_distill.train.ownership import refuse_living
+
+    places = [folder, folder / "checkpoints"]
+    if resumed is None and _has_checkpoints(folder):
+        places.append(folder.parent)  # where the earlier run is moved aside
+    try:
+        for place in places:
+            check_writable(place)
+    except OSError as error:
+        raise _cannot_write(folder, error) from error
+    refuse_living(folder, take_over)
+
+
+@contextmanager
+def owning(
+    world: "World",
+    folder: Path,
+    recipe: Recipe,
+    resumed: "Checkpoint | None",
+    take_over: bool,
+) -> "Iterator[Ownership | None]":
+    """Claim a stage's folder for the block; every rank must call, and rank 0 gets the claim."""
+    from radio_distill.train.distributed import main_first
+
+    claims: list[Ownership] = []  # not for others: it has a thread
+    main_first(world, lambda: claims.append(claim(folder, recipe, resumed, take_over)))
+    try:
+        yield claims[0] if claims else None
+    finally:
+        for ownership in claims:
+            ownership.release()
+
+
+def claim(
+    folder: Path, recipe: Recipe, resumed: "Checkpoint | None", take_over: bool
+) -> "Ownership":
+    """Make a stage's folder this process's own, and write the resolved recipe into it.
+
+    A fresh run never writes over an earlier one: that one's folder is moved aside. Run folders are
+    private to their user.
+
+    Raises:
+        ConfigError: where it cannot be written, or another process owns it by now.
     """
     from radio_distill.train.ownership import Ownership
 
     try:
-        if fresh and any((folder / "checkpoints").glob("step-*")):
-            aside = move_aside(folder)
-            logging.info("moved the earlier run to %s (--resume would have gone on with it)", aside)
         make_private(recipe.folder)
         make_private(folder)
-        ownership = Ownership(folder)
-        with replacing(folder / "recipe.yaml") as temporary:
-            temporary.write_text(dump(recipe), encoding="utf-8")
+        ownership = Ownership.take(folder, take_over)
+        try:
+            if resumed is None and _has_checkpoints(folder):
+                ownership = _claim_anew(folder, ownership)
+            elif resumed is not None and not resumed.folder.is_dir():
+                raise ConfigError(f"{resumed.folder} was moved or deleted since it was read")
+            with replacing(folder / "recipe.yaml") as temporary:
+                temporary.write_text(dump(recipe), encoding="utf-8")
+        except BaseException:
+            ownership.release()
+            raise
     except OSError as error:
-        raise ConfigError(
-            f"cannot write to {folder}: {error.strerror}; choose another folder with --output"
-        ) from error
+        raise _cannot_write(folder, error) from error
     return ownership
+
+
+def _claim_anew(folder: Path, ownership: "Ownership") -> "Ownership":
+    """Move an earlier run aside, of whose folder this process is the owner; returns a new claim."""
+    aside = move_aside(folder)
+    ownership.move(aside)
+    ownership.release()
+    logging.info("moved the earlier run to %s (--resume would have gone on with it)", aside)
+    make_private(folder)
+    return type(ownership).take(folder)
+
+
+def _has_checkpoints(folder: Path) -> bool:
+    return any((folder / "checkpoints").glob("step-*"))
+
+
+def _cannot_write(folder: Path, error: OSError) -> ConfigError:
+    return ConfigError(
+        f"cannot write to {folder}: {reason_of(error)}; choose another folder with --output"
+    )
+
+
+@contextmanager
+def saying_what_is_left(folder: Path, begun: bool) -> Iterator[None]:
+    """Let Ctrl-C that ends a stage without saving say what is there, and what --resume would do.
+
+    ``begun`` tells whether the folder is this run's. Blocks may be nested; the inner one speaks.
+    """
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt(*error.args or [what_is_left(folder, begun)]) from error
+
+
+def what_is_left(folder: Path, begun: bool) -> str:
+    """Say what a stage that was aborted leaves behind, as the disk has it."""
+    from radio_distill.train.checkpoint import META
+
+    steps = sorted(path.parent.name for path in (folder / "checkpoints").glob(f"step-*/{META}"))
+    newest = folder / "checkpoints" / steps[-1] if steps else None
+    aside = _aside_with_checkpoints(folder)
+    if not begun:
+        said = f"{folder.name}: stopped before its first step; {folder} is as it was"
+        return f"{said}, and --resume would go on from {newest}" if newest else said
+    said = f"{folder.name}: aborted without saving"
+    if newest is not None:
+        return f"{said}; --resume goes on from {newest}"
+    if aside is None:
+        return f"{said}, and before its first checkpoint: --resume would start anew"
+    return (
+        f"{said}, and before its first checkpoint: start it anew without --resume "
+        f"(the run before is in {aside})"
+    )
 
 
 def start_checkpoint(recipe: Recipe, stage: str) -> "Checkpoint | None":

@@ -26,11 +26,14 @@ from radio_distill.progress import Progress
 from stages.arguments import add_trust_argument, run_script
 from stages.common import (
     FITTED,
+    add_take_over_argument,
+    check_folder,
     checkpoint_to_resume,
-    claim,
     fit_folder,
     load_recipe,
+    owning,
     resolve_at_start,
+    saying_what_is_left,
 )
 
 if TYPE_CHECKING:
@@ -74,12 +77,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="resume although the recipe differs from the checkpoint's",
     )
+    add_take_over_argument(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Fit, write the file, measure."""
     recipe = fit_recipe(load_recipe(arguments.recipe, _overrides(arguments)))
-    print(fit_upsampler(recipe, arguments.resume, arguments.allow_changed_recipe))
+    path = fit_upsampler(
+        recipe,
+        arguments.resume,
+        arguments.allow_changed_recipe,
+        take_over=arguments.take_over,
+    )
+    print(path)
     return 0
 
 
@@ -129,11 +139,18 @@ def fit_upsampler(
     resume: bool = False,
     allow_changed: bool = False,
     pool: "list[list[Lesson]] | None" = None,
+    take_over: bool = False,
 ) -> Path:
     """Fit what ``recipe.fit`` says; returns the file.
 
-    With ``resume`` a fit that is complete is not run again. A ``pool`` is ``FitRun.pool``, for fits
-    that share their encoded pictures.
+    The folder is claimed when everything is checked and built, just before the first step.
+
+    Args:
+        recipe: of :func:`fit_recipe`.
+        resume: go on from the newest checkpoint; a fit that is complete is not run again.
+        allow_changed: resume although the recipe or the shards differ from the checkpoint's.
+        pool: ``FitRun.pool``, for fits that share their encoded images.
+        take_over: claim the folder although a living process owns it; that one stops.
     """
     from radio_distill.train.distributed import (
         choose_device,
@@ -154,20 +171,21 @@ def fit_upsampler(
     checkpoint = None
     if resume:
         checkpoint = checkpoint_to_resume(world, folder, recipe, STAGE, allow_changed)
-    recipe = resolve_at_start(recipe, STAGE, world, checkpoint)
     from upsamplers.fit import fit
 
-    complete = checkpoint is not None and checkpoint.step >= config.steps
-    ownership = None
-    if not complete:
-        ownership = main_first(world, lambda: claim(folder, recipe, fresh=checkpoint is None))
-    made = build_fit(recipe, folder, world, device, checkpoint, allow_changed)
-    made.ownership = ownership
-    made.pool = made.pool if pool is None else pool
-    if made.start_step < config.steps:
-        fit(made)
-    if world.is_main:
-        write_result(made)
+    main_first(world, lambda: check_folder(folder, checkpoint, take_over))
+    with saying_what_is_left(folder, begun=False):
+        recipe = resolve_at_start(recipe, STAGE, world, checkpoint)
+        made = build_fit(recipe, folder, world, device, checkpoint, allow_changed)
+        made.pool = made.pool if pool is None else pool
+        with (
+            owning(world, folder, recipe, checkpoint, take_over) as made.ownership,
+            saying_what_is_left(folder, begun=True),
+        ):
+            if made.start_step < config.steps:
+                fit(made)
+            if world.is_main:
+                write_result(made)
     return folder / FITTED
 
 
@@ -179,12 +197,17 @@ def build_fit(
     resumed: "Checkpoint | None",
     allow_changed: bool = False,
 ) -> "FitRun":
-    """Build everything that this process needs; what is cheap to check comes first."""
+    """Build everything that this process needs; what is cheap to check comes first.
+
+    Nothing in ``folder`` is touched.
+    """
     import torch
 
     from radio_distill.data.folder import list_pictures
     from radio_distill.data.loader import ShardBatches, in_every_step
-    from stages.build import check_shards
+    from radio_distill.files import make_private
+    from radio_distill.train.distributed import main_first
+    from stages.build import check_room, check_shards
     from teachers import build_teacher
     from upsamplers.consistency import Consistency
     from upsamplers.fit import FitRun
@@ -209,6 +232,8 @@ def build_fit(
     )
     if resumed is not None:
         check_shards(resumed, source.fingerprint, allow_changed)
+    main_first(world, lambda: check_room(folder, network))
+    main_first(world, lambda: make_private(recipe.folder))
     normalizer = _normalizer(recipe, teacher, size, world, device)
     torch.manual_seed(recipe.seed + 1)  # statistics that are not in the cache have drawn numbers
     grid = spec.grid(size) if config.de_bias else None

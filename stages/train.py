@@ -23,6 +23,10 @@ def run(arguments: argparse.Namespace) -> int:
     recipe = recipe_from(arguments, arguments.fields)
     for stage in arguments.stages or recipe.stages:
         train_stage(
-            stage, recipe, resume=arguments.resume, allow_changed=arguments.allow_changed_recipe
+            stage,
+            recipe,
+            resume=arguments.resume,
+            allow_changed=arguments.allow_changed_recipe,
+            take_over=arguments.take_over,
         )
     return 0

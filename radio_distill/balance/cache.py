@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..files import reason_of, replacing
+from ..files import check_writable, reason_of, replacing
 from .moments import Moments
 
 logger = logging.getLogger(__name__)
@@ -41,10 +41,22 @@ def save_statistics(path: Path, statistics: Statistics) -> None:
         with replacing(path) as temporary:
             save_file(_tensors(statistics), temporary)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"cannot write statistics to {path}: {reason_of(error)}; "
-            "set normalizer.cache to a folder with room"
-        ) from error
+        raise _cannot_write(path, error) from error
+
+
+def check_can_save(folder: Path) -> None:
+    """Raise CheckpointError where no statistics can be written to a folder; leaves nothing."""
+    try:
+        check_writable(folder)
+    except OSError as error:
+        raise _cannot_write(folder, error) from error
+
+
+def _cannot_write(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"cannot write statistics to {path}: {reason_of(error)}; "
+        "set normalizer.cache to a folder of yours with room"
+    )
 
 
 def load_statistics(path: Path) -> Statistics | None:

@@ -41,7 +41,7 @@ from torch import Tensor
 
 from ..config import Recipe, build, check_student, dump, parse_yaml
 from ..errors import CheckpointError, ConfigError, WeightsError
-from ..files import flush, is_there, reason_of, sha256_of
+from ..files import check_readable, flush, is_there, reason_of, sha256_of, unreadable
 from ..types import TeacherSpec
 from .tensor_file import verify, write_tensors
 
@@ -55,6 +55,10 @@ _SEAL = "seal"
 _NAME = re.compile(r"step-\d{8}")
 _MOST_CHANNELS = 1 << 20
 _MOST_META = 64 << 20  # bytes
+
+
+class UnreadableError(CheckpointError):
+    """A checkpoint that may be whole, but may not be read: no reason to take another."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,7 @@ class Checkpoint:
     def tensors(self, part: str) -> dict[str, Tensor]:
         """Read one of its files; raises CheckpointError where it is damaged."""
         path = self.folder / f"{part}.safetensors"
+        refuse_unreadable(path)
         try:
             return load_file(path)
         except (OSError, SafetensorError) as error:
@@ -228,6 +233,8 @@ def read(folder: Path) -> Checkpoint:
         )
     except CheckpointError:
         raise
+    except PermissionError as error:
+        raise UnreadableError(unreadable(error)) from error
     except ConfigError as error:
         reason = reason_of(error).partition("\n")[0]
         raise CheckpointError(f"{folder}: {META} holds no recipe: {reason}") from error
@@ -245,6 +252,8 @@ def _read_meta(folder: Path) -> dict[str, Any]:
             raise ValueError("its sha256 over itself differs")
         if _NAME.fullmatch(folder.name) and meta["step"] != _step_of(folder):
             raise ValueError(f"it is of step {meta['step']!r}")
+    except PermissionError as error:
+        raise UnreadableError(unreadable(error)) from error
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         reason = reason_of(error)
         raise CheckpointError(f"{folder} is not a whole checkpoint: {META}: {reason}") from error
@@ -290,24 +299,39 @@ def newest(root: Path, stage: str = "") -> Checkpoint | None:
     """Return the newest whole checkpoint under ``root``, saying which ones were passed over.
 
     Where a stage is named, those of another are passed over too.
+
+    Raises:
+        UnreadableError: where one may not be read; it may be the newest.
     """
+    refuse_unreadable(root)
     for folder in _named(root):
         try:
             checkpoint = read(folder)
             if stage and checkpoint.stage != stage:
                 raise CheckpointError(f"{folder} is of {checkpoint.stage!r}, not of {stage}")
             return checkpoint
+        except UnreadableError:
+            raise
         except CheckpointError as error:
             logger.warning("passed over: %s", error)
     return None
+
+
+def refuse_unreadable(path: Path) -> None:
+    """Raise UnreadableError where a file or folder is there and may not be read."""
+    try:
+        check_readable(path)
+    except PermissionError as error:
+        raise UnreadableError(unreadable(error)) from error
 
 
 def find(path: Path) -> Checkpoint:
     """Open a checkpoint folder, or the newest of a stage's or a ``checkpoints`` folder.
 
     Raises:
-        CheckpointError: where there is none.
+        CheckpointError: where there is none, or where it may not be read.
     """
+    refuse_unreadable(path)
     if not is_there(path):
         raise CheckpointError(f"no whole checkpoint in {path}, which is not there")
     if is_there(path / META):

@@ -7,9 +7,12 @@ is not used, since on CPU it counts one process where DeepSpeed has several.
 
 import atexit
 import os
+import signal
 import socket
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar, cast
@@ -159,16 +162,35 @@ def join(
                 "MASTER_ADDR=$(scontrol show hostnames $SLURM_JOB_NODELIST | head -n 1)"
             )
         os.environ["MASTER_ADDR"] = "127.0.0.1"
-    _store = meet(world.rank, world.world_size, _timeout(hang_seconds))
-    if device.type == "cuda":
-        _check_own_gpu(_store, world, device)
-    dist.init_process_group(
-        backend,
-        store=_store,
-        rank=world.rank,
-        world_size=world.world_size,
-        timeout=_timeout(hang_seconds),
-    )
+    with _interruptible(world):
+        _store = meet(world.rank, world.world_size, _timeout(hang_seconds))
+        if device.type == "cuda":
+            _check_own_gpu(_store, world, device)
+        dist.init_process_group(
+            backend,
+            store=_store,
+            rank=world.rank,
+            world_size=world.world_size,
+            timeout=_timeout(hang_seconds),
+        )
+
+
+@contextmanager
+def _interruptible(world: World) -> Iterator[None]:
+    """Let Ctrl-C end a process that waits for others, which Python's own handler does not.
+
+    Rank 0 has it back behind the block, for it has something to say; the others keep it, until the
+    training loop listens.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        if world.is_main:
+            signal.signal(signal.SIGINT, before)
 
 
 def _check_own_gpu(store: dist.Store, world: World, device: torch.device) -> None:
@@ -224,11 +246,11 @@ def main_first(world: World, function: Callable[[], T]) -> T:
     A process that did not learn of the error would wait for rank 0 for ever.
     """
     value: T | None = None
-    error: RadioDistillError | None = None
+    error: RadioDistillError | OSError | None = None
     if world.is_main:
         try:
             value = function()
-        except RadioDistillError as caught:
+        except (RadioDistillError, OSError) as caught:
             error = caught
     _wait_for_main(world)
     value, error = from_main((value, error))

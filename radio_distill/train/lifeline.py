@@ -45,6 +45,8 @@ logger = logging.getLogger(__name__)
 SKIPPED = "skipped.jsonl"
 """One line for each skipped step: its number and what was found."""
 
+_ABORT_SECONDS = 1.0
+"""That an aborted run waits for a checkpoint which is nearly written."""
 _STATUS_SECONDS = 5.0  # between two writes of the status, which may be a network file
 
 
@@ -138,10 +140,14 @@ class Lifeline:
         self._log_time, self._log_images = time.monotonic(), self._step * images_per_step
         self._log_waited = self._log_saving = 0.0
         self._stack = ExitStack()
+        self._is_aborted = False
 
     def __enter__(self) -> "Lifeline":
         self._log_time = time.monotonic()
-        self._stack.enter_context(interruption.listening())
+        notice = f"{self._folder.name}: stopping after this step, with a checkpoint; Ctrl-C again "
+        notice += "stops at once, without one"
+        listening = interruption.listening(True, notice if self._world.is_main else "")
+        self._stack.enter_context(listening)
         self._stack.enter_context(self._heartbeat)
         if self._world.is_main:
             checkpoints.clear_unfinished(self._folder / "checkpoints")
@@ -154,12 +160,16 @@ class Lifeline:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._saver.wait()
+        self._is_aborted = isinstance(error, KeyboardInterrupt)
+        self._saver.wait(_ABORT_SECONDS if self._is_aborted else None)
         self._stack.close()
-        if error is None:
+        is_complete = isinstance(error, InterruptedRunError) and self._step == self._steps
+        if error is None or is_complete:
             self._report("complete")
-        elif isinstance(error, (InterruptedRunError, KeyboardInterrupt)):
-            self._report("interrupted", str(error) or "stopped from the keyboard")
+        elif isinstance(error, InterruptedRunError):
+            self._report("interrupted", str(error))
+        elif isinstance(error, KeyboardInterrupt):
+            self._report("interrupted", "aborted by Ctrl-C, without saving")
         else:
             reason = " ".join(str(error).split())
             own = isinstance(error, RadioDistillError)
@@ -277,7 +287,18 @@ class Lifeline:
 
         Raises:
             CheckpointError, TakenOverError: on every rank, where rank 0 could not write.
+            InterruptedRunError: on every rank, where Ctrl-C came with the last step: nothing that
+                follows the stage is to begin.
         """
+        newest, asked = self._wait(), interruption.requested() == signal.SIGINT
+        if main_first(self._world, lambda: asked) and self._step == self._steps:
+            raise InterruptedRunError(
+                f"{self._folder.name}: asked to stop by SIGINT after its last step; it is "
+                f"complete: {newest}"
+            )
+        return newest
+
+    def _wait(self) -> Path:
         begin = time.monotonic()
         self._saver.wait()
         self._saving += time.monotonic() - begin
@@ -288,7 +309,7 @@ class Lifeline:
 
     def stop(self, number: int) -> None:
         """Wait for the checkpoint of this step, and end the run; every rank must call."""
-        folder, name = self.finish(), signal.Signals(number).name
+        folder, name = self._wait(), signal.Signals(number).name
         raise InterruptedRunError(
             f"{self._folder.name}: asked to stop by {name} after step {self._step} of "
             f"{self._steps}; saved {folder}, --resume goes on"
@@ -310,8 +331,13 @@ class Lifeline:
             shards=self._shards,
             counts=counts,
             world_size=self._world.world_size,
-            may_write=self._check_ownership,
+            may_write=self._check_may_write,
         )
+
+    def _check_may_write(self) -> None:
+        if self._is_aborted:  # what is left has been told, or is about to be
+            raise CheckpointError(f"{self._folder.name} was aborted")
+        self._check_ownership()
 
     def _check_ownership(self) -> None:
         if self._ownership is not None:

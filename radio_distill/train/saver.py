@@ -26,14 +26,16 @@ class Saver:
     def start(self, write: Callable[[], Path]) -> None:
         """Write in the background; call :meth:`wait` first."""
         assert self._thread is None, "one checkpoint at a time"
-        # Not a daemon: a program that ends for another reason still finishes what it began.
-        self._thread = threading.Thread(target=self._run, args=(write,), name="checkpoint")
+        # A daemon, for who aborts a run does not wait; in all other ends the lifeline does.
+        self._thread = threading.Thread(
+            target=self._run, args=(write,), name="checkpoint", daemon=True
+        )
         self._thread.start()
 
-    def wait(self) -> None:
-        """Wait until nothing is under way."""
+    def wait(self, seconds: float | None = None) -> None:
+        """Wait until nothing is under way, or for so many seconds."""
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(seconds)
             self._thread = None
 
     def _run(self, write: Callable[[], Path]) -> None:

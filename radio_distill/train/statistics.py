@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..balance import NORMALIZERS
-from ..balance.cache import Statistics, load_statistics, save_statistics
+from ..balance.cache import Statistics, check_can_save, load_statistics, save_statistics
 from ..balance.dispersion import SummaryMoments
 from ..balance.moments import Moments
 from ..balance.normalizers import LayerNorm
@@ -29,7 +29,7 @@ from ..protocols import Normalizer
 from ..targets import TargetMaker
 from ..types import Size
 from ..views import Views
-from .distributed import World, from_main
+from .distributed import World, from_main, main_first
 from .draws import Draws
 from .guard import check_targets
 
@@ -119,6 +119,8 @@ def _statistics_of(
     found = {name: load_statistics(paths[name]) for name in kept} if world.is_main else {}
     known = {name: value for name, value in from_main(found).items() if value is not None}
     missing = [name for name in names if name not in known]
+    if set(missing) & set(kept):
+        main_first(world, lambda: check_can_save(cache))
     known |= _estimate(targets, missing, stream, recipe, device)
     for name in missing:
         if world.is_main and name in kept:

@@ -103,7 +103,7 @@ def test_skip__too_many_in_a_row_end_the_run(recipe_file, faults, capsys):
     assert "3rd in a row" in status.reason
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM, signal.SIGINT])
 def test_signal__saves_at_the_end_of_the_step_and_resumes_bit_for_bit(
     recipe_file, faults, capsys, number
 ):

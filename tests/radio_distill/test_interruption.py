@@ -12,10 +12,10 @@ from radio_distill.interruption import SIGNALS, listening, requested
 @pytest.mark.parametrize("number", SIGNALS)
 def test_listening__notes_the_first_signal_and_restores_the_handlers(number):
     before = {item: signal.getsignal(item) for item in SIGNALS}
-    with listening():
+    with listening(keyboard=True):
         assert requested() == 0
         os.kill(os.getpid(), number)
-        os.kill(os.getpid(), SIGNALS[1 - SIGNALS.index(number)])
+        os.kill(os.getpid(), next(item for item in SIGNALS if item != number))
         assert requested() == number
     assert requested() == 0
     assert {item: signal.getsignal(item) for item in SIGNALS} == before
@@ -28,6 +28,28 @@ def test_listening__what_an_outer_block_noted_is_known_to_an_inner_one():
             assert requested() == signal.SIGUSR2
         assert requested() == signal.SIGUSR2, "the outer block has not ended"
     assert requested() == 0
+
+
+def test_listening__ctrl_c_ends_at_once_what_does_not_ask_for_it():
+    with listening(), pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_listening__a_second_ctrl_c_aborts_and_the_first_says_so(capfd):
+    with listening(keyboard=True, notice="stopping after this step"):
+        os.kill(os.getpid(), signal.SIGINT)
+        assert capfd.readouterr().err == "stopping after this step\n"
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+        assert requested() == signal.SIGINT
+    assert requested() == 0
+
+
+def test_listening__ctrl_c_after_another_signal_is_a_first_one():
+    with listening(keyboard=True):
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert requested() == signal.SIGTERM
 
 
 def test_listening__a_thread_sets_no_handlers():

@@ -12,7 +12,14 @@ from radio_distill.interruption import requested
 
 def main(argv: list[str]) -> int:
     """Append one line for this process to ``calls.jsonl``."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    names = (
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+        "RADIO_DISTILL_FRESH",
+    )
     call = {"arguments": argv[1:], "time": time.time(), "torch": "torch" in sys.modules}
     call |= {name: os.environ.get(name) for name in names}
     with (Path(argv[0]) / "calls.jsonl").open("a") as file:

@@ -63,6 +63,20 @@ def test_job__resumes_when_slurm_restarted_it(tmp_path, recorded, slurm_task, re
 
 
 @pytest.mark.usefixtures("_signals")
+@pytest.mark.parametrize(
+    ("restarts", "arguments", "fresh"),
+    [("0", [], None), ("1", [], "1"), ("1", ["--resume"], None)],
+)
+def test_job__a_restarted_one_knows_whether_it_was_to_start_anew(
+    tmp_path, recorded, slurm_task, restarts, arguments, fresh
+):
+    slurm_task(SLURM_RESTART_COUNT=restarts)
+    arguments = (str(tmp_path), *arguments)
+    Job(target="recording_stage:main", arguments=arguments, folder=str(tmp_path))()
+    assert recorded()[0]["RADIO_DISTILL_FRESH"] == fresh
+
+
+@pytest.mark.usefixtures("_signals")
 def test_job__processes_on_slurm_know_their_place(tmp_path, recorded, slurm_task):
     slurm_task(SLURM_NTASKS="4", SLURM_PROCID="3", SLURM_LOCALID="1", SLURM_JOB_ID="4711")
     Job(

@@ -106,6 +106,13 @@ def test_links_of__resumes(recipe):
     assert [link.tasks[0].arguments[-1] == "--resume" for link in links] == [True] * 3 + [False] * 2
 
 
+def test_take_over__is_for_stages_and_named_once(recipe):
+    _, links = links_of(Request(recipe=recipe, take_over=True))
+    again = to_resume(links, set(), take_over=True)
+    assert [link.tasks[0].arguments[-2:] for link in again[:3]] == [("--take-over", "--resume")] * 3
+    assert not any("--take-over" in link.tasks[0].arguments for link in again[3:])
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

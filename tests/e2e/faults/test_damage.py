@@ -227,7 +227,8 @@ def test_two_runs_in_one_folder__the_first_stops(launcher, recipe_file):
     outputs = recipe_file.parent / "outputs"
     first = launcher.start("stage1", arguments, outputs=outputs / "first")
     wait_for(lambda: RUNS.last_row(folder)["step"] >= 2, first)
-    second = launcher.start("stage1", [*arguments, "--resume"], outputs=outputs / "second")
+    takes = [*arguments, "--resume", "--take-over"]
+    second = launcher.start("stage1", takes, outputs=outputs / "second")
     assert first.wait() == [76, 76], first.output()
     for rank in range(2):
         assert "Traceback" not in first.output(rank)
@@ -250,7 +251,7 @@ def test_two_runs_in_one_folder__a_stopped_one_wakes_up(launcher, recipe_file, i
     wait_for(lambda: RUNS.last_row(folder)["step"] >= 5, first)
     wait_for(lambda: bool(hidden(folder)) == in_a_write, first, pause=0.0005)
     first.send(signal.SIGSTOP, [0, 1])
-    finish(launcher, recipe_file, [*arguments, "--resume"])
+    finish(launcher, recipe_file, [*arguments, "--resume", "--take-over"])
     kept = {path: path.read_bytes() for path in folder.rglob("*.*") if path.is_file()}
     first.send(signal.SIGCONT, [0, 1])
     statuses = first.wait()
