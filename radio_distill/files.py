@@ -9,8 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .errors import ConfigError
-
 _CHUNK = 1 << 20
 
 
@@ -99,21 +97,6 @@ def check_writable(folder: Path) -> None:
         raise OSError(f"{place} is not a folder")
     with tempfile.TemporaryFile(dir=place, buffering=0) as file:
         file.write(bytes(4096))
-
-
-def check_output(path: Path, flag: str = "--output") -> None:
-    """Check that a file can be written, before the work that it is to hold is done.
-
-    Raises:
-        ConfigError: where it cannot; the mend is to choose another with ``flag``.
-    """
-    try:
-        check_writable(path.parent)
-        if path.is_dir():
-            raise OSError("it is a folder")
-    except OSError as error:
-        reason = reason_of(error)
-        raise ConfigError(f"cannot write {path}: {reason}; choose another with {flag}") from error
 
 
 def make_private(folder: Path) -> None:

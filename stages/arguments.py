@@ -7,13 +7,14 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
 from radio_distill.config import assignments_of, describe
 from radio_distill.data.names import printable
 from radio_distill.errors import ConfigError, RadioDistillError
-from radio_distill.files import reason_of
+from radio_distill.files import check_writable, reason_of
 from radio_distill.redaction import install, redact
 from radio_distill.registry import nearest
 from radio_distill.trust import FLAG, FLAG_HELP, trusting_pickles
@@ -174,6 +175,21 @@ def add_trust_argument(parser: argparse.ArgumentParser) -> None:
 def run_script(module: ModuleType, argv: Sequence[str] | None = None) -> int:
     """Run a command's module as a script of its own."""
     return run_command(lambda: run_module(module, argv))
+
+
+def check_output(path: Path, flag: str = "--output") -> None:
+    """Check that a file can be written, before the work that it is to hold is done.
+
+    Raises:
+        ConfigError: where it cannot; the mend is to choose another with ``flag``.
+    """
+    try:
+        check_writable(path.parent)
+        if path.is_dir():
+            raise OSError("it is a folder")
+    except OSError as error:
+        reason = reason_of(error)
+        raise ConfigError(f"cannot write {path}: {reason}; choose another with {flag}") from error
 
 
 def fields_help() -> str:

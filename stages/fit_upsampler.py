@@ -84,10 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Fit, write the file, measure."""
     recipe = fit_recipe(load_recipe(arguments.recipe, _overrides(arguments)))
     path = fit_upsampler(
-        recipe,
-        arguments.resume,
-        arguments.allow_changed_recipe,
-        take_over=arguments.take_over,
+        recipe, arguments.resume, arguments.allow_changed_recipe, arguments.take_over
     )
     print(path)
     return 0
@@ -138,8 +135,8 @@ def fit_upsampler(
     recipe: Recipe,
     resume: bool = False,
     allow_changed: bool = False,
-    pool: "list[list[Lesson]] | None" = None,
     take_over: bool = False,
+    pool: "list[list[Lesson]] | None" = None,
 ) -> Path:
     """Fit what ``recipe.fit`` says; returns the file.
 
@@ -149,8 +146,8 @@ def fit_upsampler(
         recipe: of :func:`fit_recipe`.
         resume: go on from the newest checkpoint; a fit that is complete is not run again.
         allow_changed: resume although the recipe or the shards differ from the checkpoint's.
-        pool: ``FitRun.pool``, for fits that share their encoded images.
         take_over: claim the folder although a living process owns it; that one stops.
+        pool: ``FitRun.pool``, for fits that share their encoded images.
     """
     from radio_distill.train.distributed import (
         choose_device,
