@@ -103,6 +103,12 @@ class Score:
     """Whether it counts in the gain table; a benchmark's further numbers are reported only."""
     details: Mapping[str, int | str] = field(default_factory=dict)
     """What else must be known to compare it with another, for instance the number of classes."""
+    trained_for: bool = False
+    """Whether students are trained for it (fidelity): then it is shown and does not count."""
+    pixels: str = ""
+    """Sizes that the encoder was given, ``HEIGHTxWIDTH``, as they came; empty where not known."""
+    against: str = ""
+    """Digest of the teacher that the encoder is compared with; empty where it is none."""
 
     @property
     def name(self) -> str:

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from radio_distill.evals.harness import Encoder
     from radio_distill.evals.tables import Table
     from radio_distill.train.checkpoint import Checkpoint
+    from radio_distill.types import Size
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +63,11 @@ class Curve:
     """The reference first."""
     is_teacher: bool
 
+    def size_near(self, side: int) -> "Size | None":
+        """Return the size that the encoder takes for a side; None where it is a patch away."""
+        size = self.encoder.nearest_size((side, side))
+        return size if max(abs(edge - side) for edge in size) < self.encoder.size_multiple else None
+
     @property
     def agreement(self) -> float:
         """Mean over the sizes but the reference, in %."""
@@ -76,7 +82,7 @@ class Curve:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``radio-distill mode-switching``."""
     add_trust_argument(parser)
-    parser.add_argument("runs", nargs="+", type=Path, help="folders of stages or checkpoints")
+    parser.add_argument("runs", nargs="+", type=Path, help="folders of runs, stages, checkpoints")
     parser.add_argument(
         "--sizes", nargs="+", type=int, metavar="PX", help="default: 0.5 to 3 x evaluation.size"
     )
@@ -98,10 +104,11 @@ def run(arguments: argparse.Namespace) -> int:
     """Measure, print the tables, write the files."""
     from radio_distill.data.folder import list_pictures
     from radio_distill.evals.harness import open_picture, spread
+    from radio_distill.evals.pictures import size_sheet
     from radio_distill.evals.tables import print_tables
-    from radio_distill.train.checkpoint import find
+    from radio_distill.loading import find_checkpoint
 
-    runs = _labelled([find(path) for path in arguments.runs], arguments.labels)
+    runs = _labelled([find_checkpoint(path) for path in arguments.runs], arguments.labels)
     first_run = next(iter(runs.values()))
     source = arguments.pictures or first_run.recipe.evaluation.pictures
     if not source:
@@ -114,7 +121,8 @@ def run(arguments: argparse.Namespace) -> int:
     teachers = _teachers(first_run) if arguments.teachers else []
     curves = measure(students, pictures, sizes) + measure(teachers, pictures, sizes, True)
     print_tables(tables(curves, sizes, len(pictures)))
-    sheet = photograph_sheet([*students, *teachers], open_picture(pictures[0]), sorted(sizes))
+    encoders = {encoder.name: encoder for encoder in [*students, *teachers]}
+    sheet = size_sheet(open_picture(pictures[0]), encoders, sorted(sizes), SIDE)
     folder = arguments.output or first_run.folder.resolve().parents[2] / "mode_switching"
     facts = {
         "runs": {label: str(found.folder) for label, found in runs.items()},
@@ -131,6 +139,11 @@ def _labelled(
 ) -> "dict[str, Checkpoint]":
     """Name runs as the figure calls them; raises ConfigError where names do not tell them apart."""
     names = labels or ["/".join(run.folder.resolve().parts[-4:-2]) for run in runs]
+    if not labels and len({run.step for run in runs}) > 1:
+        names = [
+            f"{name}/step-{run.step}" if names.count(name) > 1 else name
+            for name, run in zip(names, runs, strict=True)
+        ]
     if len(names) != len(runs):
         raise ConfigError(f"--labels: {len(names)} for {len(runs)} runs; give one for each run")
     if len(set(names)) < len(names):
@@ -165,7 +178,8 @@ def _sizes(
 ) -> list[int]:
     """Return the sides to measure, the reference first.
 
-    Given ones are taken as they are or refused; defaults move to what the first student takes.
+    Given ones are taken as they are or refused; defaults move to what the first student takes,
+    which is any multiple of its patch.
     """
     given = [side for side in (reference, *(sizes or [])) if side is not None]
     for side, student in itertools.product(given, students):
@@ -184,10 +198,9 @@ def _sizes(
 def _check_size(student: "Encoder", side: int) -> None:
     nearest = student.nearest_size((max(side, 1), max(side, 1)))[0]
     if side != nearest:
-        most = f" and at most {student.max_size}" if student.max_size else ""
         raise ConfigError(
             f"{student.name} cannot take {side} px: sizes are multiples of "
-            f"{student.size_multiple}{most} (nearest {nearest})"
+            f"{student.size_multiple} (nearest {nearest})"
         )
 
 
@@ -224,35 +237,21 @@ def tables(curves: Sequence[Curve], sizes: Sequence[int], num_pictures: int) -> 
     from radio_distill.evals.tables import Column, Table
 
     reference, *others = sizes
-    note = f"{num_pictures} pictures; an encoder that cannot take a size takes the nearest"
+    note = (
+        f"{num_pictures} pictures; an encoder whose patch does not divide a size takes the nearest "
+        "multiple, and has no value where it takes none within a patch"
+    )
     found = []
     for title, measure, total, kind, better in MEASURES:
         columns = [Column(f"{side} px", ".1f", better) for side in others]
         rows = []
         for curve in curves:
             values = {row.size: 100 * getattr(row, measure) for row in curve.rows}
-            cells = [values[curve.encoder.nearest_size((side, side))] for side in others]
+            cells = [values[taken] if taken else None for taken in map(curve.size_near, others)]
             rows.append((curve.encoder.name, *cells, getattr(curve, total)))
         columns = [Column("encoder"), *columns, Column(kind, ".1f", better)]
         found.append(Table(f"{title} {reference} px, %", tuple(columns), tuple(rows), (note,)))
     return found
-
-
-def photograph_sheet(
-    encoders: "Sequence[Encoder]", picture: "Image", sizes: Sequence[int]
-) -> "Image":
-    """Paint one picture's features at each size, a row an encoder, each row in one basis."""
-    from PIL import ImageOps
-
-    from radio_distill.evals.harness import to_pixels
-    from radio_distill.evals.pictures import feature_sheet
-
-    rows = {
-        encoder.name: [encoder(to_pixels(picture, (side, side))[None]).spatial[0] for side in sizes]
-        for encoder in encoders
-    }
-    square = ImageOps.fit(picture, (SIDE, SIDE))
-    return feature_sheet(square, rows, [f"{side} px" for side in sizes], SIDE)
 
 
 def draw(curves: Sequence[Curve], png: Path, svg: Path) -> None:

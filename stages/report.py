@@ -1,35 +1,37 @@
 """One self-contained HTML page of a run: gain table, scores, curves, feature pictures, recipe.
 
-    radio-distill report runs/demo --baseline stage3-bilinear
+    radio-distill report runs/demo --baseline bilinear
 
 The run must have been scored (`radio-distill eval`); its students and teachers are loaded again to
 paint what they see at several resolutions.
 """
 
 import argparse
+import logging
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from radio_distill import __version__
 from radio_distill.errors import ConfigError, DataError
+from radio_distill.evals.score_files import SCORES
+from radio_distill.evals.subjects import matches
 from radio_distill.progress import Progress
 from stages.arguments import add_trust_argument
-from stages.evaluate import SCORES, label_of
 from stages.sweep import gain_of
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-    from torch import Tensor
-
     from radio_distill.evals.harness import Encoder
+    from radio_distill.evals.mtl_gain import GainTable
     from radio_distill.evals.report import Figure
     from radio_distill.evals.tables import Table
     from radio_distill.train.checkpoint import Checkpoint
 
+logger = logging.getLogger(__name__)
+
 SIZES = (224, 336, 448, 672)
-"""Sides at which features are painted, in pixels; each encoder takes the nearest it can."""
+"""Sides at which features are painted, in pixels."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,20 +71,22 @@ def report(
     from radio_distill.evals.report import write_report
 
     students = _students(folder)
-    newest = students[-1]
+    newest = list(students.values())[-1]
+    gain, tables = _tables(folder / SCORES, students, baseline)
     return write_report(
         output or folder / "report.html",
         title=f"radio_distill: {newest.recipe.name}",
         summary=_summary(newest, students),
-        tables=_tables(folder / SCORES, [label_of(student) for student in students], baseline),
+        tables=[gain.to_table(), *tables],
+        beside=gain.beside,
         figures=_sheets(students, pictures, source or newest.recipe.evaluation.pictures),
         curves=_curves(folder),
         recipe_text=dump(newest.recipe),
     )
 
 
-def _students(folder: Path) -> "list[Checkpoint]":
-    """Open the newest checkpoint of each stage 3 of a run, or of its last stage."""
+def _students(folder: Path) -> "dict[str, Checkpoint]":
+    """Open the newest checkpoint of each stage 3 of a run, or of its last stage, by stage."""
     from radio_distill.train.checkpoint import find
 
     stages = sorted(path.parent for path in folder.glob("stage*/checkpoints"))
@@ -90,21 +94,37 @@ def _students(folder: Path) -> "list[Checkpoint]":
     last = [path for path in last if "." not in path.name]  # earlier runs, moved aside
     if not last:
         raise DataError(f"{folder} holds no stage; train one first: radio-distill train")
-    return [find(path) for path in last]
+    return {path.name: find(path) for path in last}
 
 
-def _tables(path: Path, students: Sequence[str], baseline: str | None) -> "list[Table]":
-    from radio_distill.evals.harness import read_scores
-    from stages.evaluate import tables_of
+def _tables(
+    path: Path, students: "Mapping[str, Checkpoint]", baseline: str | None
+) -> "tuple[GainTable, list[Table]]":
+    """Compare those students that were scored; and lay out all scores of the run."""
+    from radio_distill.evals.mtl_gain import score_tables
+    from radio_distill.evals.score_files import read_scores
+    from stages.subjects import student_subject
 
-    scores = read_scores(path)
-    scored = [name for name in students if name in scores]
+    scores = read_scores([path])
+    scored = {
+        name: student
+        for name, student in students.items()
+        if scores.label_of(student_subject(student)) is not None
+    }
+    missing = [name for name in students if name not in scored]
+    command = f"radio-distill eval {' '.join(str(path.parent / name) for name in missing)}"
     if not scored:
-        raise DataError(f"{path} has no scores of {', '.join(students)}; run radio-distill eval")
-    if baseline is not None and baseline not in scored:
+        steps = ", ".join(f"{name} at step {students[name].step}" for name in missing)
+        raise DataError(f"{path} has no scores of {steps}; run {command}")
+    if missing:
+        logger.warning("not scored, so not in the tables: %s; %s", ", ".join(missing), command)
+    chosen = [name for name in scored if baseline is None or matches(baseline, name)]
+    if not chosen:
         raise ConfigError(f"--baseline {baseline} is not among {', '.join(scored)}")
-    gain = gain_of(path, scored, baseline or scored[0])
-    return [gain.to_table(), *tables_of(scores)]
+    if baseline is not None and len(chosen) > 1:
+        raise ConfigError(f"--baseline {baseline} may be {' or '.join(chosen)}; name one")
+    gain = gain_of(path, [*scored.values()], scored[chosen[0]])
+    return gain, score_tables(scores.results, scores.definitions, scores.measured)
 
 
 def _curves(folder: Path) -> "list[Figure]":
@@ -117,10 +137,10 @@ def _curves(folder: Path) -> "list[Figure]":
     return training_curves({path.parent.name: read_json_lines(path) for path in logs})
 
 
-def _sheets(students: "Sequence[Checkpoint]", count: int, source: str) -> "list[Figure]":
+def _sheets(students: "Mapping[str, Checkpoint]", count: int, source: str) -> "list[Figure]":
     """Paint the features of held-out pictures, teachers above students, one column a size."""
     from radio_distill.data.folder import load_pictures
-    from radio_distill.evals.pictures import feature_sheet
+    from radio_distill.evals.pictures import size_sheet
     from radio_distill.evals.report import Figure
 
     encoders = _encoders(students)
@@ -128,43 +148,43 @@ def _sheets(students: "Sequence[Checkpoint]", count: int, source: str) -> "list[
     figures = []
     with Progress("pictures", len(pictures), unit="pictures") as bar:
         for number, (key, picture) in enumerate(pictures, 1):
-            rows = {name: _maps(encoder, picture) for name, encoder in encoders.items()}
-            sheet = feature_sheet(picture, rows, [f"{size} px" for size in SIZES])
+            sheet = size_sheet(picture, encoders, SIZES)
             caption = (
                 "Three principal components of the features as colours, one basis a row: equal "
-                "colours across a row mean equal features at every resolution."
+                "colours across a row mean equal features at every resolution. A column is the "
+                "size that encoders were given; an encoder that takes other sizes says which, and "
+                "its cell stays empty where it takes none near the column's. Students take any, "
+                "with their positions stretched above "
+                f"student.max_size ({_max_sizes(students)} px)."
             )
             figures.append(Figure(key, caption, sheet))
             bar.update(number)
     return figures
 
 
-def _encoders(students: "Sequence[Checkpoint]") -> "dict[str, Encoder]":
+def _max_sizes(students: "Mapping[str, Checkpoint]") -> str:
+    sizes = sorted({student.recipe.student.max_size for student in students.values()})
+    return " and ".join(map(str, sizes))
+
+
+def _encoders(students: "Mapping[str, Checkpoint]") -> "dict[str, Encoder]":
     from radio_distill.train.distributed import World, choose_device
     from radio_distill.train.restore import load_student
 
     from .scoring import student_encoder, teacher_encoders, untrained_student
 
-    recipe = students[-1].recipe
-    device = choose_device(recipe.engine.device, World())
-    encoders = {encoder.name: encoder for encoder in teacher_encoders(recipe, device)}
+    newest = list(students.values())[-1]
+    device = choose_device(newest.recipe.engine.device, World())
+    encoders = {encoder.name: encoder for encoder in teacher_encoders(newest.recipe, device)}
     encoders["untrained student"] = student_encoder(
-        untrained_student(students[-1], device), students[-1], device
+        untrained_student(newest, device), newest, device
     )
-    for student in students:
-        encoders[label_of(student)] = student_encoder(
-            load_student(student, device), student, device
-        )
+    for name, student in students.items():
+        encoders[name] = student_encoder(load_student(student, device), student, device)
     return encoders
 
 
-def _maps(encoder: "Encoder", picture: "Image") -> "list[Tensor]":
-    from radio_distill.evals.harness import to_pixels
-
-    return [encoder(to_pixels(picture, (size, size))[None]).spatial[0] for size in SIZES]
-
-
-def _summary(newest: "Checkpoint", students: "Sequence[Checkpoint]") -> list[tuple[str, str]]:
+def _summary(newest: "Checkpoint", students: "Mapping[str, Checkpoint]") -> list[tuple[str, str]]:
     import torch
 
     recipe = newest.recipe
@@ -181,7 +201,10 @@ def _summary(newest: "Checkpoint", students: "Sequence[Checkpoint]") -> list[tup
             ", ".join(f"{name} ({teacher.preset})" for name, teacher in recipe.teachers.items()),
         ),
         ("training", steps),
-        ("compared", ", ".join(label_of(student) for student in students)),
+        (
+            "compared",
+            ", ".join(f"{name} at step {student.step}" for name, student in students.items()),
+        ),
         (
             "machine",
             f"{device}, {torch.get_num_threads()} threads, Python {platform.python_version()}",

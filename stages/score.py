@@ -1,10 +1,13 @@
 """Gain table (Δm) of scores: how much better each model is than a baseline, over many metrics.
 
     radio-distill score runs/demo --baseline bilinear
+    radio-distill score runs/mine runs/other --baseline mine/stage3-tile --models tile featsharp
     radio-distill score mine.csv --definitions metrics.yaml --baseline old --format latex
     radio-distill score --paper featsharp
 
-docs/multi_task_gain.md explains the numbers and the files.
+A model is named by its label in the table, or by those parts of it that no other label has: the
+stage, the upsampler of a stage 3, the run. Only tasks that no student was trained for count in Δm;
+fidelity to the teachers is shown beside it. docs/multi_task_gain.md explains numbers and files.
 """
 
 import argparse
@@ -15,13 +18,12 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a file: put the checkout, and only it, first on the path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from radio_distill.errors import ConfigError, UnknownNameError
+from radio_distill.errors import ConfigError
 from radio_distill.evals.mtl_gain import multi_task_gain, score_tables
 from radio_distill.evals.published import comparison, load_paper
 from radio_distill.evals.score_files import read_definitions, read_scores
 from radio_distill.evals.tables import FORMATS, Table, print_tables, render
 from radio_distill.files import reason_of, replacing
-from radio_distill.registry import nearest
 from stages.arguments import run_command
 
 
@@ -79,19 +81,26 @@ def _tables(arguments: argparse.Namespace) -> list[Table]:
         raise ConfigError("name at least one file or folder of scores, and --baseline NAME")
     given = read_definitions(arguments.definitions) if arguments.definitions else {}
     scores = read_scores(arguments.results, settled=given)
-    definitions = scores.definitions | given
-    if not definitions:
+    if not scores.definitions | given:
         raise ConfigError("these scores do not say what their metrics are; add --definitions FILE")
-    results = scores.results
-    for model in arguments.models or ():
-        if model not in results:
-            raise UnknownNameError(f"no scores of model {model!r} ({nearest(model, [*results])})")
+    baseline = scores.named(arguments.baseline, "baseline")
     if arguments.models:
-        results = {model: results[model] for model in arguments.models}
+        named = [scores.named(model) for model in arguments.models]
+        scores = scores.only([*named, *([] if baseline in named else [baseline])])
+    definitions = scores.definitions | given
+    scores.check_alike()
     gains = multi_task_gain(
-        results, arguments.baseline, definitions, exclude_missing=arguments.exclude_missing
+        scores.results,
+        baseline,
+        definitions,
+        exclude_missing=arguments.exclude_missing,
+        may_lack=() if arguments.models else scores.teachers,
+        remarks=scores.remarks(),
     )
-    return [gains.to_table(), *(score_tables(results, definitions) if arguments.scores else [])]
+    raw = score_tables(scores.results, definitions, scores.measured) if arguments.scores else []
+    # Programs get one table, unless they ask for the scores, which have what is beside it.
+    beside = () if arguments.format in ("csv", "json") else gains.beside
+    return [gains.to_table(), *beside, *raw]
 
 
 def _write(path: Path, text: str) -> None:

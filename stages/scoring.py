@@ -15,7 +15,7 @@ from radio_distill.config import EvaluationConfig, PartitionConfig, Recipe
 from radio_distill.data.folder import load_pictures
 from radio_distill.errors import ConfigError
 from radio_distill.evals.fidelity import fidelity
-from radio_distill.evals.harness import Encoder, evaluate
+from radio_distill.evals.harness import Encoder, evaluate, size_text
 from radio_distill.models.distilled import DistilledStudent, build_student
 from radio_distill.progress import Progress
 from radio_distill.protocols import Teacher
@@ -27,6 +27,7 @@ from radio_distill.views import Views
 from upsamplers.interpolate import Bilinear
 
 from .build import build_teachers
+from .subjects import teacher_digest
 
 Report = Callable[[str, int, int], None]
 
@@ -36,7 +37,8 @@ def student_encoder(
 ) -> Encoder:
     """Present a student as an encoder.
 
-    Its summary is, side by side, the summary tokens of those teachers that have a summary.
+    Its summary is, side by side, the summary tokens of those teachers that have a summary. It takes
+    any size, as the loaded student does: above ``student.max_size`` its positions are stretched.
     """
     with_summary = [
         slot
@@ -51,7 +53,7 @@ def student_encoder(
 
     config = checkpoint.recipe.student
     multiple = config.patch_size * max(config.window_size, 1)
-    return Encoder("student", encode, multiple, device, config.max_size)
+    return Encoder("student", encode, multiple, device)
 
 
 def teacher_encoder(teacher: Teacher, device: torch.device) -> Encoder:
@@ -75,7 +77,7 @@ def untrained_student(checkpoint: Checkpoint, device: torch.device) -> Distilled
 
 
 def score_teacher(teacher: Teacher, config: EvaluationConfig, device: torch.device) -> list[Score]:
-    """Score a teacher on the benchmarks that ask one encoder."""
+    """Score a teacher on the benchmarks that ask one encoder; all but fidelity."""
     with _bars(teacher.spec.name) as report:
         return evaluate(teacher_encoder(teacher, device), config, report)
 
@@ -115,7 +117,7 @@ def _fidelity(
     targets = _targets_of(checkpoint, teachers)
     partition = PartitionConfig(name="evaluation", size=config.size, teachers=names, batch_size=1)
     pictures = [picture for _, picture in load_pictures(config.pictures, config.limit or None)]
-    return fidelity(
+    scores = fidelity(
         lambda pixels: model(pixels, names),
         lambda pixels: targets(Views(pixels, size), partition),
         pictures,
@@ -123,6 +125,11 @@ def _fidelity(
         device=device,
         progress=lambda done, total: report("fidelity", done, total),
     )
+    against = {name: teacher_digest(checkpoint, name) for name in names}
+    return [
+        replace(score, pixels=size_text(size), against=against[score.metric.partition("/")[2]])
+        for score in scores
+    ]
 
 
 def _targets_of(checkpoint: Checkpoint, teachers: dict[str, Teacher]) -> TargetMaker:

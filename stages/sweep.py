@@ -16,13 +16,14 @@ if __package__ in (None, ""):  # run as a file: put the checkout, and only it, f
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from radio_distill.config import Recipe
-from radio_distill.errors import ConfigError
+from radio_distill.errors import ConfigError, DataError
 from stages.arguments import add_trust_argument, run_script
 from stages.common import load_recipe, train_stage
-from stages.evaluate import results_and_definitions, score_checkpoints
+from stages.evaluate import score_checkpoints
 
 if TYPE_CHECKING:
     from radio_distill.evals.mtl_gain import GainTable
+    from radio_distill.train.checkpoint import Checkpoint
 
 TAKES_FIELDS = True
 
@@ -32,7 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_trust_argument(parser)
     parser.add_argument("recipe", nargs="?", default="demo", help="name or file (default: demo)")
     parser.add_argument("--upsamplers", nargs="+", default=["bilinear", "tile", "s2"])
-    parser.add_argument("--baseline", default="bilinear", help="what the others are compared with")
+    parser.add_argument(
+        "--baseline",
+        default="bilinear",
+        help="what the others are compared with: tile, stage3-tile",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -66,37 +71,57 @@ def sweep(
     from radio_distill.train.checkpoint import find
     from upsamplers import UPSAMPLERS
 
+    baseline = baseline.removeprefix("stage3-")
     if baseline not in upsamplers:
         raise ConfigError(
             f"--baseline {baseline} is not among --upsamplers {' '.join(upsamplers)}; add it"
         )
     for name in upsamplers:
         UPSAMPLERS.get(name)  # an unknown name ends here, before anything is trained
-    folders = [
-        train_stage("stage3", with_upsampler(recipe, name), resume=True) for name in upsamplers
-    ]
-    found = [find(folder) for folder in folders]
-    path = score_checkpoints(found, recipe.evaluation, references, references)
-    return gain_of(path, [f"stage3-{name}" for name in upsamplers], f"stage3-{baseline}"), path
+    found = {
+        name: find(train_stage("stage3", with_upsampler(recipe, name), resume=True))
+        for name in upsamplers
+    }
+    evaluations = [recipe.evaluation] * len(found)
+    (path,) = score_checkpoints([*found.values()], evaluations, references, references)
+    return gain_of(path, [*found.values()], found[baseline]), path
 
 
-def gain_of(path: Path, subjects: Sequence[str], baseline: str) -> "GainTable":
-    """Compare some subjects of a score file with one of them."""
-    from radio_distill.evals.harness import read_scores
+def gain_of(path: Path, students: "Sequence[Checkpoint]", baseline: "Checkpoint") -> "GainTable":
+    """Compare some checkpoints of a score file with one of them.
+
+    Raises:
+        DataError: the file has no scores of one of them.
+    """
     from radio_distill.evals.mtl_gain import multi_task_gain
+    from radio_distill.evals.score_files import read_scores
 
-    scores = read_scores(path)
-    chosen = {subject: scores[subject] for subject in subjects}
-    results, definitions = results_and_definitions(chosen)
-    return multi_task_gain(results, baseline, definitions)
+    from .subjects import student_subject
+
+    scores = read_scores([path])
+    labels = {}
+    for student in students:
+        label = scores.label_of(student_subject(student))
+        if label is None:
+            raise DataError(
+                f"{path} has no scores of {student.folder}; run radio-distill eval {student.folder}"
+            )
+        labels[student.folder] = label
+    chosen = scores.only(labels.values())
+    return multi_task_gain(
+        chosen.results,
+        labels[baseline.folder],
+        chosen.definitions,
+        remarks=chosen.remarks(),
+    )
 
 
 def show_gain(gain: "GainTable", folder: Path) -> None:
-    """Print the gain table, and write it in four formats into ``folder``."""
+    """Print the gain table and what does not count; write the first in four formats."""
     from radio_distill.evals.tables import print_tables
 
     table = gain.to_table()
-    print_tables([table])
+    print_tables(gain.to_tables())
     for suffix, text in {
         "md": table.to_markdown(),
         "csv": table.to_csv(),

@@ -125,6 +125,7 @@ class _Sums:
                 self.num_pictures,
                 # The others show the same error otherwise, or can be zero, which has no gain.
                 headline=metric == "fidelity",
+                trained_for=True,
             )
             for metric, (value, higher) in values.items()
         ]

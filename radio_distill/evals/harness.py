@@ -8,11 +8,9 @@ Left out: fine-tuning, and data sets that must be downloaded. Fidelity (``fideli
 question to one encoder but to a student's heads and its teachers, so whoever holds both asks it.
 """
 
-import dataclasses
-import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,8 +23,7 @@ from torch.nn import functional as F
 
 from ..config import EvaluationConfig, build
 from ..data.folder import PictureRef
-from ..errors import ConfigError, DataError
-from ..files import reason_of, replacing
+from ..errors import ConfigError
 from ..protocols import Benchmark
 from ..registry import Registry
 from ..types import Features, Score, Size
@@ -59,7 +56,8 @@ class Encoder:
     """Height and width must be multiples of this: the patch size, times a student's window."""
     device: torch.device | str = "cpu"
     max_size: int | None = None
-    """Longest side it takes, in pixels; None for any."""
+    """Longest side it takes, in pixels; None for any, as a student does: beyond the table of its
+    positions they are stretched, here as in :func:`radio_distill.load`."""
     fixed_size: Size | None = None
     """The only size it takes, if there is but one."""
 
@@ -152,49 +150,32 @@ def evaluate(
     """Score ``encoder`` on every benchmark of the recipe that asks an encoder alone.
 
     ``fidelity`` is the caller's (see the module's text). All benchmarks are made before the first
-    runs, so a missing folder costs no time. ``progress`` gets (benchmark, done, total).
+    runs, so a missing folder costs no time. ``progress`` gets (benchmark, done, total). Each score
+    says which sizes the encoder was given, which are not those asked for where it cannot take them.
     """
     names = [name for name in config.benchmarks if name != "fidelity"]
     benchmarks = [make(name, config) for name in names]
     scores = []
     for benchmark in benchmarks:
         report = partial(progress, benchmark.name) if progress else None
-        found = benchmark.run(encoder, config.limit or None, report)
+        sizes: dict[Size, None] = {}
+        found = benchmark.run(_noting(encoder, sizes), config.limit or None, report)
         if not found:
             logger.warning("%s: %s takes one size only, no score", benchmark.name, encoder.name)
-        scores += found
+        scores += [replace(score, pixels=", ".join(map(size_text, sizes))) for score in found]
     return scores
 
 
-def write_scores(path: str | Path, subject: str, scores: Sequence[Score]) -> None:
-    """Write the scores of ``subject`` as JSON lines, beside those of others already in the file.
+def _noting(encoder: Encoder, sizes: dict[Size, None]) -> Encoder:
+    """Return the encoder, which now puts down each size that it is given, once."""
 
-    Earlier scores of the same subject are replaced. The file is swapped in whole, so a reader never
-    sees half of it.
-    """
-    path = Path(path)
-    subjects = read_scores(path) if path.exists() else {}
-    subjects[subject] = list(scores)
-    lines = [
-        json.dumps({"subject": name} | dataclasses.asdict(score)) + "\n"
-        for name, group in subjects.items()
-        for score in group
-    ]
-    with replacing(path) as draft:
-        draft.write_text("".join(lines), encoding="utf-8")
+    def encode(pixels: Tensor) -> Features:
+        sizes[(pixels.shape[-2], pixels.shape[-1])] = None
+        return encoder.encode(pixels)
+
+    return replace(encoder, encode=encode)
 
 
-def read_scores(path: str | Path) -> dict[str, list[Score]]:
-    """Read ``{subject: scores}`` as :func:`write_scores` wrote them; raises DataError."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise DataError(f"{path}: cannot read scores ({reason_of(error)})") from error
-    subjects: dict[str, list[Score]] = {}
-    for number, line in enumerate(lines, start=1):
-        try:
-            values = json.loads(line)
-            subjects.setdefault(values.pop("subject"), []).append(Score(**values))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{path}, line {number}: not a score ({error})") from error
-    return subjects
+def size_text(size: Size) -> str:
+    """Write a size as ``HEIGHTxWIDTH``."""
+    return f"{size[0]}x{size[1]}"

@@ -7,7 +7,7 @@ has no meaning for a baseline at or below zero, so such a metric is refused, not
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
@@ -18,6 +18,12 @@ from .tables import Cell, Column, Estimate, Table
 DEFINITION = (
     "δ of a metric is 100·(M - B)/B, with the sign reversed where lower is better (M: its value, "
     "B: the baseline's); a group is the mean of its δ; Δm is the mean of the groups. All in %."
+)
+
+NOTHING_COUNTS = (
+    "No Δm: only tasks that no student was trained for count in it, and none was scored; name some "
+    "in evaluation.benchmarks (knn, segmentation, correspondence, agreement, stereo) and run "
+    "radio-distill eval."
 )
 
 Run = Mapping[str, float]
@@ -36,6 +42,33 @@ class Metric:
     unit: str = ""
     headline: bool = True
     """Whether it counts; several views of one measurement would weigh it several times."""
+    trained_for: bool = False
+    """Whether students are trained for it: then it is shown beside Δm, and does not count."""
+
+    @property
+    def counts(self) -> bool:
+        """Whether it is part of Δm."""
+        return self.headline and not self.trained_for
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """How a value came about: what must agree where values are compared."""
+
+    num_samples: int = 0
+    """Images or pairs; 0 where not known."""
+    pixels: str = ""
+    """Sizes that the encoder was given; empty where not known."""
+    against: str = ""
+    """Digest of the teacher that fidelity is to; empty where not known."""
+    details: str = ""
+    """What else its benchmark says, for instance the number of classes."""
+
+    @property
+    def of(self) -> str:
+        """What it was measured on, in words."""
+        images = f"images {self.num_samples}" if self.num_samples else ""
+        return ", ".join(filter(None, (images, self.details)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,22 +77,31 @@ class GainTable:
 
     baseline: str
     groups: dict[str, dict[str, Estimate]]
-    """``groups[model][group]``."""
+    """``groups[model][group]``; without those groups that a model lacks a metric of."""
     totals: dict[str, Estimate]
-    """Δm of each model."""
+    """Δm of each model that has all metrics."""
     num_metrics: dict[str, int]
     """How many metrics each group is the mean of."""
     num_results: dict[str, int]
     """How many results each model has."""
     excluded: tuple[str, ...] = ()
     """Metrics left out for every model, because some model lacks them."""
+    beside: tuple[Table, ...] = ()
+    """Scores of what students are trained for, which do not count."""
+    remarks: tuple[str, ...] = ()
+    """What else must be said."""
+
+    def to_tables(self) -> list[Table]:
+        """Return the gains, and behind them the scores that do not count."""
+        return [self.to_table(), *self.beside]
 
     def to_table(self, title: str = "Multi-task gain") -> Table:
         """Lay out one row a model and one column a group, Δm first, with the definition below."""
         names = ["Δm", *self.num_metrics]
         columns = [Column("Model"), *(Column(name, "+.2f", "higher") for name in names)]
         rows: list[tuple[Cell, ...]] = [
-            (model, total, *self.groups[model].values()) for model, total in self.totals.items()
+            (model, self.totals.get(model), *(gains.get(group) for group in self.num_metrics))
+            for model, gains in self.groups.items()
         ]
         return Table(title, tuple(columns), tuple(rows), self.notes())
 
@@ -67,6 +109,16 @@ class GainTable:
         """Say how the numbers came about, in lines to be printed under the table."""
         counts = ", ".join(f"{group} {count}" for group, count in self.num_metrics.items())
         notes = [DEFINITION, f"Baseline: {self.baseline}. Metrics in each group: {counts}."]
+        if not self.num_metrics:
+            notes = [f"Baseline: {self.baseline}. {NOTHING_COUNTS}"]
+        elif self.beside:
+            groups = ", ".join(
+                dict.fromkeys(table.title.partition(":")[0] for table in self.beside)
+            )
+            notes.append(f"{groups} does not count: students are trained for it.")
+        lacking = [model for model in self.groups if model not in self.totals]
+        if lacking and self.num_metrics:
+            notes.append(f"Without Δm, because a metric is lacking: {', '.join(lacking)}.")
         repeated = [f"{model} {n}" for model, n in self.num_results.items() if n > 1]
         if repeated:
             several = "Mean ± standard deviation over several results: "
@@ -74,7 +126,7 @@ class GainTable:
         if self.excluded:
             left_out = ", ".join(self.excluded)
             notes.append(f"Left out for every model, because some model lacks it: {left_out}.")
-        return tuple(notes)
+        return (*notes, *self.remarks)
 
 
 def relative_gain(value: float, baseline: float, higher_is_better: bool) -> float:
@@ -100,10 +152,13 @@ def multi_task_gain(
     definitions: Mapping[str, Metric],
     *,
     exclude_missing: bool = False,
+    may_lack: Collection[str] = (),
+    remarks: Sequence[str] = (),
 ) -> GainTable:
     """Compare every model with ``baseline`` on the metrics of ``definitions``.
 
-    With several results of a model, each is compared with the mean of the baseline's results.
+    With several results of a model, each is compared with the mean of the baseline's results. What
+    students are trained for does not count; where nothing else was scored no model has a Δm.
 
     Args:
         results: a result, or several, for each model.
@@ -111,6 +166,8 @@ def multi_task_gain(
         definitions: metric name to group and direction; the order of groups is kept.
         exclude_missing: leave a metric that some model lacks out for every model, and list it in
             the table's notes; by default it is an error.
+        may_lack: models that have no Δm, instead of an error, where they lack a metric.
+        remarks: further notes of the table.
 
     Raises:
         ConfigError: an unknown baseline or metric, a missing metric, or a baseline that is not
@@ -121,13 +178,18 @@ def multi_task_gain(
         raise UnknownNameError(
             f"no results of baseline {baseline!r} ({nearest(baseline, [*runs])})"
         )
-    excluded = _missing(runs, definitions, exclude_missing)
-    metrics = {
+    must_have = {model: runs[model] for model in runs if model not in may_lack or model == baseline}
+    _check_known(runs, definitions)
+    known = {name for repeats in must_have.values() for run in repeats for name in run}
+    counting = {
         name: metric
         for name, metric in definitions.items()
-        if metric.headline and name not in excluded
+        if metric.counts and (name in known or not may_lack)
     }
-    if not metrics:
+    excluded = _missing(must_have, counting, exclude_missing)
+    metrics = {name: metric for name, metric in counting.items() if name not in excluded}
+    trained = {name: metric for name, metric in definitions.items() if metric.trained_for}
+    if not metrics and not any(metric.headline for metric in trained.values()):
         raise ConfigError("no metric is left that every model has; compare fewer models")
     reference = {name: fmean(run[name] for run in runs[baseline]) for name in metrics}
     names = _group(metrics)
@@ -135,30 +197,102 @@ def multi_task_gain(
     totals = {}
     for model, repeats in runs.items():
         gains = [_group_gains(run, reference, metrics, names) for run in repeats]
-        groups[model] = {group: _estimate([gain[group] for gain in gains]) for group in names}
-        totals[model] = _estimate([fmean(gain.values()) for gain in gains])
+        whole = [group for group in names if all(group in gain for gain in gains)]
+        groups[model] = {group: _estimate([gain[group] for gain in gains]) for group in whole}
+        if whole and len(whole) == len(names):
+            totals[model] = _estimate([fmean(gain.values()) for gain in gains])
     num_metrics = {group: len(members) for group, members in names.items()}
     num_results = {model: len(repeats) for model, repeats in runs.items()}
-    return GainTable(baseline, groups, totals, num_metrics, num_results, tuple(excluded))
+    beside = score_tables(results, {n: metric for n, metric in trained.items() if metric.headline})
+    return GainTable(
+        baseline,
+        groups,
+        totals,
+        num_metrics,
+        num_results,
+        tuple(excluded),
+        tuple(beside),
+        tuple(remarks),
+    )
 
 
-def score_tables(results: Results, definitions: Mapping[str, Metric]) -> list[Table]:
-    """Lay out the scores themselves: a table for each group, a row for each model that has any."""
+def score_tables(
+    results: Results,
+    definitions: Mapping[str, Metric],
+    measured: Mapping[str, Mapping[str, Measured]] | None = None,
+) -> list[Table]:
+    """Lay out the scores themselves: a table for each group, a row for each model that has any.
+
+    A group whose metrics are ``benchmark/metric/OF`` (fidelity to each teacher) has a table for
+    each of those metrics, with a column for each OF.
+
+    Args:
+        results: a result, or several, for each model.
+        definitions: of the metrics that are shown.
+        measured: ``{model: {metric: how}}``, for notes.
+    """
     runs = _runs(results)
     tables = []
-    for group, names in _group(definitions).items():
+    for (group, kind), names in _tabled(definitions).items():
         rows = [
             (model, *(_score(repeats, name) for name in names))
             for model, repeats in runs.items()
             if any(name in run for run in repeats for name in names)
         ]
+        if not rows:
+            continue
+        shared = f"{kind}/" if kind else _shared_prefix(names)
         scores = zip(*(row[1:] for row in rows), strict=True)
         columns = [
-            _score_column(name, definitions[name], column)
+            _score_column(name, definitions[name], column, shared)
             for name, column in zip(names, scores, strict=True)
         ]
-        tables.append(Table(group, (Column("Model"), *columns), tuple(rows)))
+        notes = _notes([str(row[0]) for row in rows], names, measured or {})
+        title = _title(group, kind or shared.rstrip("/"))
+        tables.append(Table(title, (Column("Model"), *columns), tuple(rows), notes))
     return tables
+
+
+def _tabled(definitions: Mapping[str, Metric]) -> dict[tuple[str, str], list[str]]:
+    """Sort metrics into tables: by group and, where they are of several teachers, by measure."""
+    tables: dict[tuple[str, str], list[str]] = {}
+    for name, metric in definitions.items():
+        benchmark, _, measure = name.partition("/")
+        kind, slash, _ = measure.partition("/")
+        tables.setdefault((metric.group, f"{benchmark}/{kind}" if slash else ""), []).append(name)
+    return tables
+
+
+def _shared_prefix(names: Sequence[str]) -> str:
+    """Return ``benchmark/`` where all names begin with it."""
+    prefixes = {name.partition("/")[0] for name in names if "/" in name}
+    return f"{prefixes.pop()}/" if len(prefixes) == 1 and all("/" in name for name in names) else ""
+
+
+def _title(group: str, of: str) -> str:
+    """Say what all columns of a table share, each word of it once."""
+    words = [word for word in of.split("/") if word and word.lower() != group.lower()]
+    return f"{group}: {' '.join(words)}" if words else group
+
+
+def _notes(
+    models: Sequence[str], names: Sequence[str], measured: Mapping[str, Mapping[str, Measured]]
+) -> tuple[str, ...]:
+    """Say at which size each model was scored, and on what."""
+    sizes: dict[str, list[str]] = {}
+    what: dict[str, None] = {}
+    for model in models:
+        known = {name: how for name, how in measured.get(model, {}).items() if name in names}
+        for size in dict.fromkeys(how.pixels for how in known.values() if how.pixels):
+            sizes.setdefault(size, []).append(model)
+        for name, how in known.items():
+            if how.details:
+                what[f"{name.partition('/')[0]}: {how.of}"] = None
+    if not sizes:
+        return tuple(what)
+    alike = len(sizes) == 1 and [*sizes.values()] == [list(models)]
+    parts = [size if alike else f"{size} ({', '.join(of)})" for size, of in sizes.items()]
+    return (*what, f"Input in pixels: {'; '.join(parts)}.")
 
 
 def _runs(results: Results) -> dict[str, list[Run]]:
@@ -172,24 +306,24 @@ def _runs(results: Results) -> dict[str, list[Run]]:
     return runs
 
 
+def _check_known(runs: Mapping[str, list[Run]], definitions: Mapping[str, Metric]) -> None:
+    for model, repeats in runs.items():
+        for name in (name for run in repeats for name in run):
+            if name not in definitions:
+                known = nearest(name, [*definitions])
+                raise UnknownNameError(
+                    f"metric {name!r} of model {model!r} has no definition ({known})"
+                )
+
+
 def _missing(
     runs: Mapping[str, list[Run]], definitions: Mapping[str, Metric], exclude: bool
 ) -> list[str]:
-    """List the metrics that some model lacks, or raise; unknown metrics always raise."""
+    """List the metrics that some model lacks, or raise."""
     lacking: dict[str, str] = {}
     for model, repeats in runs.items():
         for run in repeats:
-            for name in run:
-                if name not in definitions:
-                    known = nearest(name, [*definitions])
-                    raise UnknownNameError(
-                        f"metric {name!r} of model {model!r} has no definition ({known})"
-                    )
-            lacking |= {
-                name: model
-                for name, metric in definitions.items()
-                if metric.headline and name not in run
-            }
+            lacking |= {name: model for name in definitions if name not in run}
     if lacking and not exclude:
         name, model = next(iter(lacking.items()))
         more = f" (and {len(lacking) - 1} more)" if len(lacking) > 1 else ""
@@ -213,13 +347,20 @@ def _group_gains(
     metrics: Mapping[str, Metric],
     groups: Mapping[str, list[str]],
 ) -> dict[str, float]:
+    """Return the gains of those groups that a result has all metrics of."""
     gains = {}
     for name, metric in metrics.items():
+        if name not in run:
+            continue
         try:
             gains[name] = relative_gain(run[name], reference[name], metric.higher_is_better)
         except ConfigError as error:
             raise ConfigError(f"metric {name!r}: {error}") from error
-    return {group: fmean(gains[name] for name in names) for group, names in groups.items()}
+    return {
+        group: fmean(gains[name] for name in names)
+        for group, names in groups.items()
+        if all(name in gains for name in names)
+    }
 
 
 def _estimate(values: Sequence[float]) -> Estimate:
@@ -231,10 +372,13 @@ def _score(repeats: Iterable[Run], name: str) -> Cell:
     return _estimate(values) if values else None
 
 
-def _score_column(name: str, metric: Metric, cells: Sequence[Cell]) -> Column:
+def _score_column(name: str, metric: Metric, cells: Sequence[Cell], shared: str) -> Column:
     """Write four significant digits of the largest value, the same decimals down the column."""
-    largest = max((abs(cell.mean) for cell in cells if isinstance(cell, Estimate)), default=0.0)
+    means = [abs(cell.mean) for cell in cells if isinstance(cell, Estimate)]
+    largest = max(filter(math.isfinite, means), default=0.0)
     digits = math.ceil(math.log10(largest)) if largest > 0 else 1
-    heading = f"{name} ({metric.unit})" if metric.unit not in ("", "1") else name
+    heading = name.removeprefix(shared)
+    if metric.unit not in ("", "1"):
+        heading = f"{heading} ({metric.unit})"
     spec = f".{min(max(4 - digits, 1), 8)}f"
     return Column(heading, spec, "higher" if metric.higher_is_better else "lower")

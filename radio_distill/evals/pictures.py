@@ -11,9 +11,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
+
+from ..types import Size
+from .harness import Encoder, size_text, to_pixels
 
 MARGIN = 8
 LABEL_HEIGHT = 24
@@ -83,25 +86,50 @@ def difference_picture(first: Tensor, second: Tensor, side: int = 224) -> Image.
     return _enlarge(Image.fromarray(np.ascontiguousarray(colours)), side)
 
 
-def feature_sheet(
-    picture: Image.Image,
-    rows: Mapping[str, Sequence[Tensor]],
-    columns: Sequence[str],
-    side: int = 224,
+def size_sheet(
+    picture: Image.Image, encoders: Mapping[str, Encoder], sides: Sequence[int], side: int = 224
 ) -> Image.Image:
-    """Draw a labelled sheet: the picture, then for each encoder its maps, in one basis a row.
+    """Draw a labelled sheet: the picture, then what each encoder sees in it at several sizes.
+
+    An encoder that cannot take a size is given the one that :meth:`Encoder.nearest_size` names. Its
+    row says which sizes it was given where they are not those of the columns, and none is painted
+    twice: the cell that it is farther from stays empty.
 
     Args:
-        picture: what was encoded, shown at the left of every row.
-        rows: ``{encoder: maps}``, each map ``[C, h, w]``; one map a column.
-        columns: what the maps of a row differ in, for instance ``224 px``.
-        side: longer side of each cell, in pixels.
+        picture: what is encoded, cropped to a square.
+        encoders: by name.
+        sides: sides of the square input, in pixels, one a column.
+        side: side of each cell, in pixels.
     """
-    drawn = [
-        [_enlarge(picture.convert("RGB"), side), *pca_pictures(maps, side)]
-        for maps in rows.values()
-    ]
-    return picture_grid(drawn, list(rows), ["picture", *columns], side)
+    empty = Image.new("RGB", (side, side), "white")
+    rows = {}
+    for name, encoder in encoders.items():
+        given = _given(encoder, sides)
+        sizes = list(given.values())
+        maps = [encoder(to_pixels(picture, size)[None]).spatial[0] for size in sizes]
+        painted = dict(zip(given, pca_pictures(maps, side), strict=True))
+        others = [size_text(size) for column, size in given.items() if size != (column, column)]
+        label = name if not others and len(given) == len(sides) else _sizes_label(name, sizes)
+        rows[label] = [painted.get(column, empty) for column in sides]
+    square = ImageOps.fit(picture.convert("RGB"), (side, side))
+    columns = ["picture", *(f"{column} px" for column in sides)]
+    return picture_grid([[square, *cells] for cells in rows.values()], list(rows), columns, side)
+
+
+def _given(encoder: Encoder, sides: Sequence[int]) -> dict[int, Size]:
+    """Return the size that an encoder is given in a column, each in its nearest column only."""
+    nearest = {side: encoder.nearest_size((side, side)) for side in sides}
+    return {
+        min(
+            (side for side, other in nearest.items() if other == size),
+            key=lambda side: abs(side - max(size)),
+        ): size
+        for size in dict.fromkeys(nearest.values())
+    }
+
+
+def _sizes_label(name: str, sizes: Sequence[Size]) -> str:
+    return f"{name}, at {', '.join(map(size_text, sizes))} px"
 
 
 def picture_grid(

@@ -50,6 +50,7 @@ def write_report(
     title: str,
     summary: Sequence[tuple[str, str]],
     tables: Sequence[Table],
+    beside: Sequence[Table] = (),
     figures: Sequence[Figure] = (),
     curves: Sequence[Figure] = (),
     recipe_text: str = "",
@@ -61,6 +62,7 @@ def write_report(
         title: heading of the page.
         summary: what was run (commands, machine, versions, time), as name and text.
         tables: the headline first, then the scores. All text is escaped.
+        beside: what is shown with the headline and is no part of it.
         figures: pictures of features.
         curves: small pictures set side by side, as :func:`training_curves` makes them.
         recipe_text: the resolved recipe.
@@ -69,7 +71,7 @@ def write_report(
         ConfigError: the file cannot be written, or a figure is neither PNG nor SVG.
     """
     sections = [
-        Section("result", "Result", "".join(table.to_html() for table in tables[:1])),
+        Section("result", "Result", "".join(t.to_html() for t in (*tables[:1], *beside))),
         Section("run", "What was run", definitions(summary)),
         Section("training", "Training", figures_html(curves, "panels")),
         Section("scores", "Scores", "".join(table.to_html() for table in tables[1:])),

@@ -7,7 +7,8 @@ import re
 from collections.abc import Iterable
 
 from ..config import Recipe, StageConfig, dump, partition_sizes
-from ..evals.score_files import SCORES, read_scores
+from ..evals.score_files import SCORES, ScoreSet, read_scores
+from ..evals.subjects import Subject
 from ..train.checkpoint import Checkpoint
 from ..types import Size, TeacherSpec
 from .folded import FoldedStudent
@@ -163,12 +164,12 @@ def _sizes(stage: StageConfig) -> list[Size]:
 def _scores(checkpoint: Checkpoint) -> str:
     """Return the table of the run's scores, or nothing where this student was not scored."""
     folder = checkpoint.folder.resolve()
-    run, label = folder.parents[2], folder.parents[1].name
-    newest = max(folder.parent.glob("step-*"), default=folder)  # what an evaluation takes
-    if not (run / SCORES).is_file() or newest != folder:
+    run = folder.parents[2]
+    if not (run / SCORES).is_file():
         return ""
     scores = read_scores([run / SCORES])
-    if label not in scores.results:
+    label = scores.label_of(_subject(checkpoint)) or _label_without_step(checkpoint, scores)
+    if label is None:
         return ""
     rows = ["| metric | value | unit | better |", "| --- | --- | --- | --- |"]
     for name, value in scores.results[label][-1].items():
@@ -176,6 +177,27 @@ def _scores(checkpoint: Checkpoint) -> str:
         better = "higher" if metric.higher_is_better else "lower"
         rows.append(f"| {name} | {value:.4g} | {metric.unit} | {better} |")
     return "\n".join(rows)
+
+
+def _subject(checkpoint: Checkpoint) -> Subject:
+    folder = checkpoint.folder.resolve()
+    return Subject(
+        folder=str(folder.parents[2]),
+        stage=folder.parents[1].name,
+        step=checkpoint.step,
+        weights=checkpoint.weights_sha256,
+    )
+
+
+def _label_without_step(checkpoint: Checkpoint, scores: ScoreSet) -> str | None:
+    """Return the label of scores that an earlier version wrote; those are of the newest step."""
+    folder = checkpoint.folder.resolve()
+    if folder != max(folder.parent.glob("step-*"), default=folder):
+        return None
+    for label, (first, *_) in scores.subjects.items():
+        if not first.is_known and first.stage == folder.parents[1].name:
+            return label
+    return None
 
 
 def _times(size: Size) -> str:

@@ -77,6 +77,8 @@ class Checkpoint:
     versions: dict[str, str] = field(default_factory=dict)
     world_size: int = 1
     """Processes that it was trained on."""
+    sha256: dict[str, str] = field(default_factory=dict)
+    """Checksum of each of its files."""
 
     def has(self, part: str) -> bool:
         """Return whether it holds that file (``ema`` and ``loss`` are optional)."""
@@ -94,6 +96,11 @@ class Checkpoint:
     def student_tensors(self) -> dict[str, Tensor]:
         """Weights to use: the averaged ones where there are any."""
         return self.tensors(EMA if self.has(EMA) else STUDENT)
+
+    @property
+    def weights_sha256(self) -> str:
+        """Checksum of the weights to use: it is equal for equal students, wherever they lie."""
+        return self.sha256[f"{EMA if self.has(EMA) else STUDENT}.safetensors"]
 
 
 def save(
@@ -230,6 +237,7 @@ def read(folder: Path) -> Checkpoint:
             {str(name): _whole_number(count) for name, count in meta.get("counts", {}).items()},
             {str(name): str(text) for name, text in meta.get("versions", {}).items()},
             _whole_number(meta.get("world_size", 1)),
+            dict(meta["sha256"]),
         )
     except CheckpointError:
         raise

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+import radio_distill
 from radio_distill.config import Recipe, build
 from radio_distill.data.folder import list_pictures
 from radio_distill.evals.agreement import across_sizes
@@ -143,11 +144,28 @@ def test_command__teachers_are_dashed_and_one_of_a_single_size_is_left_out(root,
     assert (tmp_path / "curves.svg").read_text().count("stroke-dasharray: 5") == 3
 
 
+def test_command__a_student_is_measured_above_its_max_size_as_it_is_loaded(root, tmp_path):
+    """128 px is as far as its table of positions goes; beyond, they are stretched."""
+    assert command(root, tmp_path, "--reference", "64", "--sizes", "128", "160", "192") == 0
+    points = curves_of(tmp_path)["one/stage1"]["sizes"]
+    assert [point["size"] for point in points] == [[side, side] for side in (64, 128, 160, 192)]
+    assert len({point["agreement"] for point in points}) == 4
+
+    found = checkpoints.find(root / "one" / "stage1")
+    encoder = student_encoder(load_student(found, CPU), found, CPU)
+    pixels = torch.rand(1, 3, 192, 160, generator=torch.Generator().manual_seed(0))
+    loaded = radio_distill.load(root / "one", adaptors=())
+    with torch.inference_mode():
+        expected = loaded(pixels)
+    torch.testing.assert_close(encoder(pixels).spatial, expected.features)
+    torch.testing.assert_close(encoder(pixels).summary, expected.summary)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--sizes", "40"], "one/stage1 cannot take 40 px: sizes are multiples of 16"),
-        (["--sizes", "160"], "multiples of 16 and at most 128 (nearest 128)"),
+        (["--sizes", "150"], "multiples of 16 (nearest 144)"),
         (["--sizes", "0"], "cannot take 0 px"),
         (["--reference", "-32"], "cannot take -32 px"),
         (["--sizes", "32"], "nothing to compare with the reference 32 px"),

@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 
 from radio_distill.errors import ConfigError, RadioDistillError
+from radio_distill.evals.score_files import write_scores
+from radio_distill.evals.subjects import Subject
+from radio_distill.types import Score
 from stages import cli, score
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -84,6 +87,68 @@ def test_main__scores_are_shown_on_demand(
     text = capsys.readouterr().out
     assert "top1 (%) ↑" in text
     assert "rmse ↓" in text
+
+
+def run_of(folder: Path, name: str, *stages: str, recipe: str = "r", seed: int = 0) -> Path:
+    """A run's scores: each stage's top-1 is 10 above the one's before; its teacher has no more."""
+    path = folder / name / "scores.jsonl"
+    for number, stage in enumerate(stages):
+        student = Subject(folder=str(path.parent), stage=stage, step=4, seed=seed, recipe=recipe,
+                          weights=f"{name} {stage}")  # fmt: skip
+        top1 = Score("knn", "top1", 50.0 + 10 * number, "%", True, "Classification", 9)
+        shift = Score("agreement", "mode_switch", 4.0, "%", False, "Agreement", 9)
+        fidelity = Score("fidelity", "fidelity/sam", 1.0 + number, "1", True, "Fidelity", 9,
+                         trained_for=True)  # fmt: skip
+        write_scores(path, student, [fidelity, top1, shift])
+    sam = Subject(folder=str(path.parent), weights="sam", reference="teacher sam")
+    write_scores(path, sam, [Score("knn", "top1", 75.0, "%", True, "Classification", 9)])
+    return path.parent
+
+
+def test_main__the_first_example_of_the_help(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The baseline by its upsampler alone; teachers, which have no fidelity, do not stop it."""
+    folder = run_of(tmp_path, "demo", "stage3-bilinear", "stage3-tile")
+    score.main([str(folder), "--baseline", "bilinear", "--format", "json"])
+    table = json.loads(capsys.readouterr().out)
+    assert {row["Model"]: (row["Δm"], row["Classification"]) for row in table["rows"]} == {
+        "stage3-bilinear": (0, 0),
+        "stage3-tile": (pytest.approx(10), pytest.approx(20)),
+        "teacher sam": (None, pytest.approx(50)),
+    }
+    assert "Fidelity" not in table["rows"][0]
+    score.main([str(folder), "--baseline", "bilinear"])
+    printed = capsys.readouterr().out
+    assert "Fidelity does not count" in printed
+    assert printed.index("Multi-task gain") < printed.index("\nFidelity\n")
+
+
+def test_main__runs_are_told_apart_and_seeds_are_averaged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, recipe, seed in (("mine", "r", 0), ("again", "r", 1), ("other", "another", 0)):
+        run_of(tmp_path, name, "stage3-bilinear", recipe=recipe, seed=seed)
+    score.main([str(tmp_path), "--baseline", "other/bilinear", "--format", "json"])
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    labels = [row["Model"] for row in rows]
+    assert sorted(labels) == ["again+mine/stage3-bilinear", "other/stage3-bilinear", "teacher sam"]
+    seeds = next(row for row in rows if row["Model"].startswith("again"))
+    assert seeds["Δm"] == {"mean": 0, "deviation": 0}
+    with pytest.raises(RadioDistillError, match=r"may be again\+mine/stage3-bilinear or other/"):
+        score.main([str(tmp_path), "--baseline", "bilinear"])
+
+
+def test_main__models_by_a_part_of_their_label(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = run_of(tmp_path, "demo", "stage2", "stage3-bilinear", "stage3-tile")
+    arguments = [str(folder), "--baseline", "bilinear", "--format", "csv", "--models", "tile"]
+    score.main(arguments)
+    rows = list(csv.reader(io.StringIO(capsys.readouterr().out)))
+    assert [row[0] for row in rows] == ["Model", "stage3-tile", "stage3-bilinear"]
+    with pytest.raises(ConfigError, match="'teacher sam' lacks metric"):
+        score.main([*arguments, "teacher sam"])
 
 
 def test_main__paper(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,3 @@
-import json
-import math
-
 import pytest
 import torch
 from hypothesis import given
@@ -15,22 +12,16 @@ from radio_distill.evals.harness import (
     evaluate,
     make,
     open_picture,
-    read_scores,
     spread,
     to_pixels,
-    write_scores,
 )
-from radio_distill.types import Features, Score
+from radio_distill.types import Features
 
 SIDES = st.integers(1, 3000)
 
 
 def _encoder(**fields) -> Encoder:
     return Encoder("x", lambda pixels: Features(None, pixels), **fields)
-
-
-def _score(value: float = 1.5, metric: str = "top1") -> Score:
-    return Score("knn", metric, value, "%", True, "Classification", 7)
 
 
 @given(st.tuples(SIDES, SIDES), st.integers(1, 64), st.one_of(st.none(), st.integers(64, 2000)))
@@ -141,6 +132,25 @@ def test_evaluate__checks_all_before_the_first_runs(colours, photographs):
     assert calls == []
 
 
+def test_evaluate__scores_say_the_sizes_that_the_encoder_was_given(colours, photographs):
+    config = EvaluationConfig(
+        benchmarks=("agreement", "correspondence"),
+        pictures=str(photographs),
+        size=32,
+        dense_size=100,
+    )
+
+    def sizes(encoder):
+        return {score.benchmark: score.pixels for score in evaluate(encoder, config)}
+
+    asked = {"agreement": "32x32, 48x48, 64x64, 96x96", "correspondence": "96x96"}
+    assert sizes(colours(8)) == asked | {"correspondence": "96x96"}
+    limited = Encoder("limited", colours(8).encode, 8, max_size=64)
+    assert sizes(limited) == {"agreement": "32x32, 48x48, 64x64", "correspondence": "64x64"}
+    fixed = Encoder("fixed", colours(8).encode, 8, fixed_size=(40, 40))
+    assert sizes(fixed) == {"correspondence": "40x40"}
+
+
 def test_evaluate__runs_what_is_named_and_reports_progress(colours, photographs):
     config = EvaluationConfig(
         benchmarks=("agreement", "correspondence"),
@@ -155,38 +165,3 @@ def test_evaluate__runs_what_is_named_and_reports_progress(colours, photographs)
     assert {score.num_samples for score in scores} == {2}
     assert ("correspondence", 2, 2) in calls
     assert scores == evaluate(colours(8), config)
-
-
-def test_write_scores__reads_back_equal_and_replaces_one_subject(tmp_path):
-    path = tmp_path / "new" / "scores.jsonl"
-    write_scores(path, "student", [_score(1.0)])
-    write_scores(path, "teacher", [_score(3.0), _score(math.inf, "fidelity/dino")])
-    write_scores(path, "student", [_score(2.0)])
-    assert read_scores(path) == {
-        "student": [_score(2.0)],
-        "teacher": [_score(3.0), _score(math.inf, "fidelity/dino")],
-    }
-    assert [item.name for item in path.parent.iterdir()] == ["scores.jsonl"]
-
-
-def test_write_scores__failure_leaves_the_earlier_file(tmp_path):
-    path = tmp_path / "scores.jsonl"
-    write_scores(path, "student", [_score()])
-    before = path.read_bytes()
-    with pytest.raises(TypeError):
-        write_scores(path, "student", [_score(torch.ones(()))])
-    assert path.read_bytes() == before
-
-
-@pytest.mark.parametrize("line", ["{", "[1]", '{"subject": "a"}', json.dumps({"value": 1})])
-def test_read_scores__bad_line_is_named(tmp_path, line):
-    path = tmp_path / "scores.jsonl"
-    write_scores(path, "student", [_score()])
-    path.write_text(path.read_text() + line + "\n")
-    with pytest.raises(DataError, match="line 2: not a score"):
-        read_scores(path)
-
-
-def test_read_scores__missing_file(tmp_path):
-    with pytest.raises(DataError, match="cannot read scores"):
-        read_scores(tmp_path / "scores.jsonl")

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from radio_distill.errors import ConfigError, UnknownNameError
 from radio_distill.evals.mtl_gain import (
     DEFINITION,
+    Measured,
     Metric,
     multi_task_gain,
     relative_gain,
@@ -191,3 +192,72 @@ def test_multi_task_gain__only_headlines_count():
     only = {"b": definitions["b"]}
     with pytest.raises(ConfigError, match="no metric is left"):
         multi_task_gain({"base": {"b": 1.0}}, "base", only)
+
+
+TRAINED = {
+    **UNEVEN,
+    "fidelity/fidelity/dino": Metric(group="Fidelity", higher_is_better=True, trained_for=True),
+    "fidelity/fidelity/clip": Metric(group="Fidelity", higher_is_better=True, trained_for=True),
+    "fidelity/mse/dino": Metric(
+        group="Fidelity", higher_is_better=False, trained_for=True, headline=False
+    ),
+}
+FIDELITY = {"fidelity/fidelity/dino": 1.2, "fidelity/fidelity/clip": 0.5, "fidelity/mse/dino": 9.0}
+
+
+def test_multi_task_gain__what_students_are_trained_for_stands_beside_it():
+    plain = multi_task_gain({"base": BASE, "better": BETTER}, "base", UNEVEN)
+    results = {"base": {**BASE, **FIDELITY}, "better": {**BETTER, "fidelity/fidelity/dino": 9.0}}
+    table = multi_task_gain(results, "base", TRAINED)
+    assert table.totals == plain.totals
+    assert table.groups == plain.groups
+    (beside,) = table.beside
+    assert [column.name for column in beside.columns] == ["Model", "dino", "clip"]
+    assert [row[1].mean for row in beside.rows] == [1.2, 9.0]
+    assert table.to_tables() == [table.to_table(), beside]
+    assert any("Fidelity does not count" in note for note in table.notes())
+
+
+def test_multi_task_gain__no_delta_of_what_students_are_trained_for_alone():
+    metrics = {name: metric for name, metric in TRAINED.items() if metric.trained_for}
+    table = multi_task_gain({"base": FIDELITY, "better": FIDELITY}, "base", metrics)
+    assert table.totals == {}
+    assert table.to_table().rows == (("base", None), ("better", None))
+    assert any("no student was trained for" in note for note in table.notes())
+    assert len(table.beside) == 1
+
+
+def test_multi_task_gain__a_teacher_may_lack_metrics():
+    teacher = {"knn/top1": 60.0, "seg/miou": 44.0, "only/it": 3.0}
+    metrics = UNEVEN | {"only/it": Metric(group="Dense", higher_is_better=True)}
+    results = {"base": BASE, "teacher dino": teacher}
+    table = multi_task_gain(results, "base", metrics, may_lack={"teacher dino"})
+    assert table.groups["teacher dino"]["Classification"].mean == pytest.approx(20)
+    assert "Dense" not in table.groups["teacher dino"]
+    assert "teacher dino" not in table.totals
+    assert table.num_metrics == {"Classification": 1, "Dense": 3}
+    assert table.to_table().rows[1] == ("teacher dino", None, (pytest.approx(20), None), None)
+    with pytest.raises(ConfigError, match="'teacher dino' lacks metric"):
+        multi_task_gain({"base": BASE, "teacher dino": {"knn/top1": 60.0}}, "base", UNEVEN)
+
+
+def test_score_tables__a_table_for_each_measure_of_several_teachers():
+    names = [f"fidelity/{kind}/t{n}" for kind in ("fidelity", "mse", "cosine") for n in range(4)]
+    metrics = dict.fromkeys(names, Metric(group="Fidelity", higher_is_better=True))
+    tables = score_tables({"a": dict.fromkeys(names, 1.0)}, metrics)
+    assert [table.title for table in tables] == ["Fidelity", "Fidelity: mse", "Fidelity: cosine"]
+    for table in tables:
+        assert [column.name for column in table.columns] == ["Model", "t0", "t1", "t2", "t3"]
+        assert table.split(60) == [table]
+
+
+def test_score_tables__say_the_sizes_of_the_input_and_what_it_was_of():
+    how = Measured(9, "64x64")
+    measured = {"base": dict.fromkeys(BASE, how), "sam": {"seg/miou": Measured(9, "1024x1024")}}
+    measured["base"]["knn/top1"] = Measured(9, "64x64", details="classes 3")
+    results = {"base": BASE, "sam": {"seg/miou": 41.5}, "old": {"seg/miou": 40.0}}
+    first, second = score_tables(results, UNEVEN, measured)
+    assert first.title == "Classification: knn"
+    assert first.notes == ("knn: images 9, classes 3", "Input in pixels: 64x64.")
+    assert second.notes == ("Input in pixels: 64x64 (base); 1024x1024 (sam).",)
+    assert score_tables(results, UNEVEN)[0].notes == ()

@@ -3,12 +3,15 @@ import pytest
 import torch
 from PIL import Image
 
+from radio_distill.evals.harness import Encoder
 from radio_distill.evals.pictures import (
+    LABEL_HEIGHT,
+    MARGIN,
     difference_picture,
-    feature_sheet,
     joint_pca,
     pca_pictures,
     picture_grid,
+    size_sheet,
 )
 
 
@@ -77,15 +80,33 @@ def test_difference_picture__black_where_equal_and_bright_where_not():
     assert picture[:, 4:].min() > 600
 
 
-def test_feature_sheet__has_a_cell_for_every_map():
-    picture = Image.new("RGB", (50, 40), "red")
-    sheet = feature_sheet(picture, {"student": _maps(), "dino": _maps(1)}, ["8", "16"], side=60)
-    pixels = np.array(sheet)
-    columns = pixels.shape[1] // 3
-    reds = (pixels == (255, 0, 0)).all(axis=2)
-    assert reds.sum() == 2 * 60 * 48
-    assert not reds[:, columns:].any()
-    assert sheet.width == 8 + 3 * 68
+def _cells(sheet, row, columns):
+    """Return whether each cell of a row shows anything."""
+    pixels, pitch = np.array(sheet), 60 + MARGIN
+    top = LABEL_HEIGHT + row * (60 + LABEL_HEIGHT + MARGIN) + LABEL_HEIGHT
+    starts = [MARGIN + column * pitch for column in range(columns)]
+    return [bool((pixels[top : top + 60, left : left + 60] < 255).any()) for left in starts]
+
+
+def test_size_sheet__an_encoder_is_painted_at_every_size_that_it_takes_and_no_size_twice(colours):
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 50, 3), np.uint8))
+    seen = []
+
+    def encode(pixels):
+        seen.append(tuple(pixels.shape[-2:]))
+        return colours(8).encode(pixels)
+
+    encoders = {
+        "any": Encoder("any", encode, 8),
+        "limited": Encoder("limited", encode, 8, max_size=64),
+        "fixed": Encoder("fixed", encode, 8, fixed_size=(96, 96)),
+    }
+    sheet = size_sheet(picture, encoders, [32, 64, 128], 60)
+    assert seen == [(32, 32), (64, 64), (128, 128), (32, 32), (64, 64), (96, 96)]
+    assert _cells(sheet, 0, 4) == [True, True, True, True]
+    assert _cells(sheet, 1, 4) == [True, True, True, False]
+    assert _cells(sheet, 2, 4).count(True) == 2
+    assert sheet.width == MARGIN + 4 * (60 + MARGIN)
 
 
 def test_picture_grid__draws_labels():

@@ -1,12 +1,13 @@
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
-from radio_distill.errors import ConfigError, DataError
-from radio_distill.evals.harness import write_scores
-from radio_distill.evals.mtl_gain import Metric
-from radio_distill.evals.score_files import read_definitions, read_scores
+from radio_distill.errors import ConfigError, DataError, UnknownNameError
+from radio_distill.evals.mtl_gain import Measured, Metric
+from radio_distill.evals.score_files import read_definitions, read_scores, write_scores
+from radio_distill.evals.subjects import Subject
 from radio_distill.types import Score
 
 LINE = {
@@ -21,28 +22,253 @@ def write_lines(path: Path, *lines: dict[str, object]) -> Path:
     return path
 
 
-def test_read_scores__what_the_harness_writes(tmp_path: Path) -> None:
-    path = tmp_path / "run" / "scores.jsonl"
-    path.parent.mkdir()
-    write_scores(path, "s2", [Score("knn", "top1", 61.5, "%", True, "Classification", 12)])
-    write_scores(path, "tile", [Score("depth", "rmse", 0.25, "m", False, "Dense", 3)])
+def subject(run: str = "runs/mine", stage: str = "stage1", **fields: object) -> Subject:
+    """A student; its weights are its own unless they are given."""
+    values = {"step": 40, "seed": 0, "recipe": "r", **fields}
+    values.setdefault("weights", f"{run} {stage} {values['step']} {values['seed']}")
+    return Subject(folder=f"/home/{run}", stage=stage, **values)  # type: ignore[arg-type]
+
+
+def teacher(run: str, weights: str = "w", name: str = "dino") -> Subject:
+    return Subject(folder=f"/home/{run}", weights=weights, reference=f"teacher {name}")
+
+
+def score(value: float, metric: str = "top1", **fields: object) -> Score:
+    return Score("knn", metric, value, "%", True, "Classification", 12, **fields)  # type: ignore[arg-type]
+
+
+def write(path: Path, *subjects: Subject, first: float = 1.0) -> Path:
+    """Write one score of each, ``first``, ``first + 1``, …"""
+    for number, item in enumerate(subjects):
+        write_scores(path, item, [score(first + number)])
+    return path
+
+
+def values(path: Path, *more: Path) -> dict[str, list[float]]:
+    results = read_scores([path, *more]).results
+    return {label: [run["knn/top1"] for run in runs] for label, runs in results.items()}
+
+
+def test_read_scores__what_was_written(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "run" / "scores.jsonl"
+    write_scores(path, subject(stage="stage3-s2"), [score(61.5, pixels="64x64")])
+    depth = Score("depth", "rmse", 0.25, "m", False, "Dense", 3, trained_for=True)
+    write_scores(path, subject(stage="stage3-tile"), [depth])
     scores = read_scores([tmp_path])
-    assert scores.results == {"s2": [{"knn/top1": 61.5}], "tile": [{"depth/rmse": 0.25}]}
+    assert scores.results == {
+        "stage3-s2": [{"knn/top1": 61.5}],
+        "stage3-tile": [{"depth/rmse": 0.25}],
+    }
     assert scores.definitions == {
         "knn/top1": Metric(group="Classification", higher_is_better=True, unit="%"),
-        "depth/rmse": Metric(group="Dense", higher_is_better=False, unit="m"),
+        "depth/rmse": Metric(group="Dense", higher_is_better=False, unit="m", trained_for=True),
     }
+    assert scores.measured["stage3-s2"] == {"knn/top1": Measured(12, "64x64")}
+    assert scores.subjects["stage3-s2"] == [subject(stage="stage3-s2")]
+    assert [item.name for item in path.parent.iterdir()] == ["scores.jsonl"]
 
 
-def test_read_scores__same_metric_again_is_another_result(tmp_path: Path) -> None:
-    first = write_lines(tmp_path / "a" / "scores.jsonl", LINE, {**LINE, "metric": "top5"})
-    other = {**LINE, "benchmark": "stereo", "metric": "recall"}
-    write_lines(tmp_path / "b" / "scores.jsonl", {**LINE, "value": 62.5}, {**LINE, "value": 60.0})
-    write_lines(tmp_path / "c" / "scores.jsonl", other)
-    runs = read_scores([tmp_path]).results["s2"]
-    assert [run["knn/top1"] for run in runs] == [61.5, 62.5, 60.0]
-    assert runs[0].keys() == {"knn/top1", "knn/top5", "stereo/recall"}
-    assert read_scores([first]).results == {"s2": [{"knn/top1": 61.5, "knn/top5": 61.5}]}
+def test_write_scores__a_line_says_run_stage_and_step(tmp_path: Path) -> None:
+    path = write(tmp_path / "two.jsonl", subject("a/mine", seed=3), subject("b/other", step=7))
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    chosen = ("subject", "run", "stage", "step", "seed", "value")
+    assert [tuple(line[name] for name in chosen) for line in lines] == [
+        ("mine/stage1", "mine", "stage1", 40, 3, 1.0),
+        ("other/stage1", "other", "stage1", 7, 0, 2.0),
+    ]
+
+
+def test_write_scores__replaces_the_same_model_and_what_was_trained_anew_in_its_place(
+    tmp_path: Path,
+) -> None:
+    path = write(tmp_path / "scores.jsonl", subject(), subject(step=60), teacher("runs/mine"))
+    assert values(path) == {"stage1/step-40": [1.0], "stage1/step-60": [2.0], "teacher dino": [3.0]}
+    write(path, subject(weights="trained anew"), first=5.0)
+    moved = Subject(**{**asdict(subject(step=60)), "folder": "/elsewhere/mine"})
+    write(path, moved, teacher("runs/other"), first=6.0)
+    assert sorted(values(path).values()) == [[5.0], [6.0], [7.0]]
+
+
+def test_read_scores__a_run_folder_that_was_moved_is_what_it_is_called_now(tmp_path: Path) -> None:
+    run = tmp_path / "mine"
+    here = Subject(folder=str(run), stage="stage1", step=4, weights="w", recipe="r")
+    write(run / "scores.jsonl", here)
+    other = write(tmp_path / "copied.jsonl", subject("other", recipe="another"))
+    assert set(values(run / "scores.jsonl", other)) == {"mine/stage1", "other/stage1"}
+    (tmp_path / "kept.jsonl").write_bytes((run / "scores.jsonl").read_bytes())
+    assert set(values(tmp_path / "kept.jsonl", other)) == {"mine/stage1", "other/stage1"}
+    run.rename(tmp_path / "best")
+    assert set(values(tmp_path / "best" / "scores.jsonl", other)) == {"best/stage1", "other/stage1"}
+
+
+def test_write_scores__failure_leaves_the_earlier_file(tmp_path: Path) -> None:
+    path = write(tmp_path / "scores.jsonl", subject())
+    before = path.read_bytes()
+    with pytest.raises(TypeError):
+        write_scores(path, subject(), [score(object())])  # type: ignore[arg-type]
+    assert path.read_bytes() == before
+    path.write_text("no score\n")
+    with pytest.raises(DataError, match="line 1: not JSON"):
+        write_scores(path, subject(), [score(1.0)])
+
+
+def test_read_scores__two_runs_of_unlike_recipes_are_two_models(tmp_path: Path) -> None:
+    mine, other = subject("mine"), subject("other", recipe="another")
+    together = write(tmp_path / "both.jsonl", mine, other)
+    apart = [write(tmp_path / f"{n}.jsonl", s, first=f) for n, s, f in
+             (("a", mine, 1.0), ("b", other, 2.0))]  # fmt: skip
+    expected = {"mine/stage1": [1.0], "other/stage1": [2.0]}
+    assert values(together) == values(*apart) == expected
+
+
+def test_read_scores__runs_of_one_name_are_called_by_their_place(tmp_path: Path) -> None:
+    path = write(tmp_path / "two.jsonl", subject("x/demo"), subject("y/demo", recipe="another"))
+    assert values(path) == {"x/demo/stage1": [1.0], "y/demo/stage1": [2.0]}
+
+
+def test_read_scores__seeds_are_one_model_only_where_all_else_is_the_same(tmp_path: Path) -> None:
+    seeds = [subject(f"seed{n}", seed=n) for n in range(3)]
+    path = write(tmp_path / "seeds.jsonl", *seeds)
+    scores = read_scores([path])
+    assert values(path) == {"stage1": [1.0, 2.0, 3.0]}
+    assert scores.notes == [
+        "Seeds of one recipe and stage: stage1 is seed0 with seed 0, seed1 with seed 1, seed2 with "
+        "seed 2."
+    ]
+    write(path, subject("other", recipe="another", seed=4), first=9.0)
+    assert values(path) == {"seed0+seed1+seed2/stage1": [1.0, 2.0, 3.0], "other/stage1": [9.0]}
+
+    unlike = {"step": {"step": 60}, "stage": {"stage": "stage2"}, "recipe": {"recipe": "another"},
+              "recipe not known": {"recipe": ""}, "seed twice": {"seed": 0}}  # fmt: skip
+    for what, fields in unlike.items():
+        other = subject("seed1", **{"seed": 1, "weights": what, **fields})
+        path = write(tmp_path / f"{what}.jsonl", subject("seed0"), other)
+        assert sorted(values(path).values()) == [[1.0], [2.0]], what
+        assert len(set(values(path))) == 2
+
+
+def test_read_scores__seeds_with_unlike_metrics_are_not_one_result(tmp_path: Path) -> None:
+    path = write(tmp_path / "seeds.jsonl", subject("a"))
+    write_scores(path, subject("b", seed=1), [score(2.0, "top5")])
+    assert read_scores([path]).results == {"stage1": [{"knn/top1": 1.0}, {"knn/top5": 2.0}]}
+
+
+def test_read_scores__checkpoints_of_one_stage_are_rows_of_their_own(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "steps.jsonl", subject(step=20), subject(step=40), subject(stage="stage2")
+    )
+    assert values(path) == {"stage1/step-20": [1.0], "stage1/step-40": [2.0], "stage2": [3.0]}
+
+
+def test_read_scores__one_model_in_two_files_is_one_result(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", subject())
+    again = write(tmp_path / "b.jsonl", subject())
+    assert values(path, again) == {"stage1": [1.0]}
+    write_scores(again, subject(), [score(3.0, "top5")])
+    assert read_scores([path, again]).results == {"stage1": [{"knn/top1": 1.0, "knn/top5": 3.0}]}
+    write(again, subject(), first=2.0)  # asked something else: neither seeds nor one result
+    assert sorted(values(path, again).values()) == [[1.0], [2.0]]
+    assert all("stage1" in label for label in values(path, again))
+
+
+def test_read_scores__teachers_are_called_by_their_run_only_where_they_differ(
+    tmp_path: Path,
+) -> None:
+    same = [write(tmp_path / f"{run}.jsonl", teacher(run)) for run in ("a", "b")]
+    assert values(*same) == {"teacher dino": [1.0]}
+    other = write(tmp_path / "c.jsonl", teacher("c", "other weights"), first=4.0)
+    assert values(*same, other) == {"a/teacher dino": [1.0], "c/teacher dino": [4.0]}
+    assert read_scores([*same, other]).teachers == {"a/teacher dino", "c/teacher dino"}
+
+
+def test_read_scores__given_names_are_kept(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "s.jsonl", subject(name="large crops"), subject("other", recipe="another")
+    )
+    assert values(path) == {"large crops": [1.0], "other/stage1": [2.0]}
+    twice = write(tmp_path / "t.jsonl", subject("other", name="large crops", recipe="another"))
+    assert len(values(path, twice)) == 3
+
+
+def test_named__the_parts_of_a_label_that_only_one_has(tmp_path: Path) -> None:
+    stages = [subject("mine", stage) for stage in ("stage2", "stage3-s2", "stage3-tile")]
+    path = write(tmp_path / "s.jsonl", *stages, subject("mine", "stage3-tile", step=60),
+                 subject("other", "stage3-s2", recipe="another"))  # fmt: skip
+    scores = read_scores([path])
+    found = {wanted: scores.named(wanted) for wanted in ("stage2", "mine/s2", "step-60", "other")}
+    assert found == {
+        "stage2": "mine/stage2", "mine/s2": "mine/stage3-s2",
+        "step-60": "mine/stage3-tile/step-60", "other": "other/stage3-s2",
+    }  # fmt: skip
+    with pytest.raises(UnknownNameError, match="'s2' may be mine/stage3-s2 or other/stage3-s2;"):
+        scores.named("s2", "baseline")
+    with pytest.raises(UnknownNameError, match=r"no scores of model 'tlie' \(did you mean"):
+        scores.named("tlie")
+
+
+def test_read_scores__files_from_before_are_told_apart_by_their_place(tmp_path: Path) -> None:
+    """Lines without run, stage and step: nothing says that these are seeds."""
+    one = write_lines(tmp_path / "a" / "scores.jsonl", LINE, {**LINE, "metric": "top5"})
+    other = write_lines(tmp_path / "b" / "scores.jsonl", {**LINE, "value": 62.5})
+    scores = read_scores([tmp_path])
+    assert scores.results == {
+        "a/s2": [{"knn/top1": 61.5, "knn/top5": 61.5}],
+        "b/s2": [{"knn/top1": 62.5}],
+    }
+    assert str(one) in scores.notes[0]
+    assert str(other) in scores.notes[0]
+    assert read_scores([one]).results == {"s2": [{"knn/top1": 61.5, "knn/top5": 61.5}]}
+    # a file of anyone's own may repeat a metric for several results
+    write_lines(other, LINE, {**LINE, "value": 60.0})
+    assert read_scores([other]).results == {"s2": [{"knn/top1": 61.5}, {"knn/top1": 60.0}]}
+
+
+def test_write_scores__lines_from_before_are_replaced_in_their_run_alone(tmp_path: Path) -> None:
+    run = tmp_path / "mine"
+    own = write_lines(run / "scores.jsonl", {**LINE, "subject": "stage1"}, LINE)
+    write_scores(own, Subject(folder=str(run), stage="stage1", step=4, weights="w"), [score(2.0)])
+    assert values(own) == {"s2": [61.5], "stage1": [2.0]}
+    shared = write_lines(tmp_path / "two.jsonl", {**LINE, "subject": "stage1"})
+    write(shared, subject())
+    assert values(shared) == {"two/stage1": [61.5], "mine/stage1": [1.0]}
+
+
+def test_read_scores__a_table_of_ones_own_adds_to_a_model_and_never_averages(
+    tmp_path: Path,
+) -> None:
+    path = write(tmp_path / "scores.jsonl", subject())
+    table = tmp_path / "mine.csv"
+    table.write_text("model,coco/map\nstage1,30\nother,31\n")
+    assert read_scores([path, table]).results["stage1"] == [{"knn/top1": 1.0, "coco/map": 30.0}]
+    table.write_text("model,knn/top1\nstage1,30\n")
+    with pytest.raises(DataError, match="'stage1' has knn/top1 already"):
+        read_scores([path, table])
+
+
+def test_check_alike__unlike_numbers_of_pictures_are_not_compared(tmp_path: Path) -> None:
+    path = write(tmp_path / "s.jsonl", subject("a"))
+    more = Score("knn", "top1", 2.0, "%", True, "Classification", 99)
+    write_scores(path, subject("b", recipe="another"), [more])
+    with pytest.raises(DataError, match="images 12 for a/stage1 and of images 99 for b/stage1"):
+        read_scores([path]).check_alike()
+    read_scores([path]).only(["a/stage1"]).check_alike()
+    for run, classes in (("a", 3), ("b", 4)):
+        write_scores(path, subject(run, recipe=run), [score(1.0, details={"classes": classes})])
+    with pytest.raises(DataError, match="images 12, classes 3 for a/stage1 and of images 12, cl"):
+        read_scores([path]).check_alike()
+
+
+def test_remarks__unlike_sizes_and_teachers_are_said(tmp_path: Path) -> None:
+    path = tmp_path / "s.jsonl"
+    for run, pixels, against in (("a", "64x64", "dino1"), ("b", "96x96", "dino2")):
+        fidelity = Score("fidelity", "fidelity/dino", 1.0, "1", True, "Fidelity", 4,
+                         trained_for=True, pixels="64x64", against=against)  # fmt: skip
+        write_scores(path, subject(run, recipe=run), [score(1.0, pixels=pixels), fidelity])
+    assert read_scores([path]).remarks() == (
+        "knn/top1 is at different sizes in pixels: 64x64 (a/stage1); 96x96 (b/stage1).",
+        "fidelity/fidelity/dino is to different teachers of that name: a/stage1 and b/stage1.",
+    )
+    assert read_scores([path]).only(["a/stage1"]).remarks() == ()
 
 
 def test_read_scores__yaml_json_and_csv_agree(tmp_path: Path) -> None:
@@ -70,6 +296,13 @@ def test_read_scores__incomplete_results_are_not_mixed(tmp_path: Path) -> None:
         ("s.jsonl", json.dumps({**LINE, "value": True}), "line 1: True is not a finite number"),
         ("s.jsonl", json.dumps({**LINE, "value": float("nan")}), "nan is not a finite number"),
         ("s.jsonl", json.dumps({"subject": "s2"}), "line 1: a score needs the field 'benchmark'"),
+        ("s.jsonl", json.dumps({**LINE, "weights": "w"}), "line 1: not a score: it names no run"),
+        (
+            "s.jsonl",
+            json.dumps({**LINE, "weights": "w", "step": "4"}),
+            "step '4' is not of the kind",
+        ),
+        ("s.jsonl", json.dumps({**LINE, "num_samples": "x"}), "line 1: num_samples is no number"),
         ("s.yaml", "a: {top1: 1}\na: {top1: 2}\n", "'a' stands twice"),
         ("s.yaml", "a: {top1: 1, top1: 2}\n", "'top1' stands twice"),
         ("s.yaml", "a: 3\n", "a should map metrics to values"),
@@ -108,7 +341,7 @@ def test_read_scores__contradicting_definitions(tmp_path: Path) -> None:
     write_lines(tmp_path / "b" / "scores.jsonl", {**LINE, "higher_is_better": False})
     with pytest.raises(DataError, match=r"'knn/top1' is .*False.*settle it with --definitions"):
         read_scores([tmp_path])
-    assert len(read_scores([tmp_path], settled=["knn/top1"]).results["s2"]) == 2
+    assert len(read_scores([tmp_path], settled=["knn/top1"]).results) == 2
 
 
 def test_read_definitions__order_and_fields(tmp_path: Path) -> None:

@@ -1,0 +1,133 @@
+"""What a score is of: the run, the stage and the step of a student, and a digest of its training.
+
+Two students are seeds of one model where these digests are equal and their seeds are not.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from radio_distill.config import Recipe
+from radio_distill.evals.subjects import TEACHER, UNTRAINED, Subject
+from radio_distill.export.model_card import stages_before
+from radio_distill.train.checkpoint import Checkpoint
+from radio_distill.types import TeacherSpec
+
+from .published import WITHOUT_EFFECT, fields_of, matches
+
+_LEFT_OUT = (
+    *WITHOUT_EFFECT,
+    "watch",
+    "data.shards",  # what they hold has a fingerprint
+    "data.max_bad_shards",
+    "data.read_timeout",
+)
+"""Fields in which seeds of one model may differ."""
+
+
+def run_folder(checkpoint: Checkpoint) -> Path:
+    """Return the folder that a run lies in now, whatever its recipe says."""
+    parents = checkpoint.folder.absolute().parents
+    return parents[2] if parents[0].name == "checkpoints" else parents[0]
+
+
+def student_subject(checkpoint: Checkpoint, name: str = "") -> Subject:
+    """Say whose scores those of a checkpoint's student are; ``name`` is a label of the user's."""
+    folder, recipe = checkpoint.folder.absolute(), checkpoint.recipe
+    inside = folder.parent.name == "checkpoints"
+    stage = folder.parents[1].name if inside else recipe.stage_folder(checkpoint.stage).name
+    return Subject(
+        folder=str(run_folder(checkpoint).resolve()),
+        stage=stage,
+        step=checkpoint.step,
+        seed=recipe.seed,
+        recipe=training_digest(checkpoint),
+        weights=checkpoint.weights_sha256,
+        name=name,
+    )
+
+
+def untrained_subject(checkpoint: Checkpoint) -> Subject:
+    """Say whose scores those of a checkpoint's untrained student are."""
+    recipe = checkpoint.recipe
+    body = {path: value for path, value in fields_of(recipe).items() if path[0] == "student"}
+    digest = _digest([_text(body), recipe.seed, _specs(checkpoint.teachers)])
+    return Subject(
+        folder=str(run_folder(checkpoint).resolve()),
+        seed=recipe.seed,
+        weights=digest,
+        reference=UNTRAINED,
+    )
+
+
+def teacher_subject(checkpoint: Checkpoint, teacher: str) -> Subject:
+    """Say whose scores those of a teacher of a checkpoint's recipe are."""
+    return Subject(
+        folder=str(run_folder(checkpoint).resolve()),
+        weights=teacher_digest(checkpoint, teacher),
+        reference=f"{TEACHER} {teacher}",
+    )
+
+
+def teacher_digest(checkpoint: Checkpoint, teacher: str) -> str:
+    """Return a digest of what a teacher says of a picture: its weights and how they are used."""
+    config, spec = checkpoint.recipe.teachers[teacher], checkpoint.teachers[teacher]
+    weights = spec.weights_hash or config.weights
+    return _digest([config.preset, weights, config.dtype, config.options, asdict(spec)])
+
+
+def training_digest(checkpoint: Checkpoint) -> str:
+    """Return a digest of the recipe of a student, of its teachers' weights and of its images.
+
+    Left out are the seed, names and places, what is logged and scored, how work is dealt to
+    processes, and stages that did not lead to this one.
+    """
+    recipe, stages = checkpoint.recipe, stages_before(checkpoint.recipe, checkpoint.stage)
+    left_out = [tuple(field.split(".")) for field in _LEFT_OUT]
+    fields = {
+        path: value
+        for path, value in fields_of(recipe).items()
+        if not any(matches(field, path[: len(field)]) for field in left_out)
+        and (path[0] != "stages" or path[1] in stages)
+    }
+    return _digest(
+        [
+            checkpoint.stage,
+            _text(fields),
+            _specs(checkpoint.teachers),
+            _places_without_checksum(recipe, checkpoint, stages),
+            checkpoint.shards or list(recipe.data.shards),
+        ]
+    )
+
+
+def _places_without_checksum(recipe: Recipe, checkpoint: Checkpoint, stages: list[str]) -> Any:
+    """Return files that nothing but their path tells apart."""
+    teachers = {
+        name: config.weights
+        for name, config in recipe.teachers.items()
+        if config.weights and not checkpoint.teachers[name].weights_hash
+    }
+    upsamplers = {
+        f"{stage}.{name}": path
+        for stage in stages
+        for name, path in recipe.stages[stage].upsampler.weights.items()
+        if name not in recipe.stages[stage].upsampler.sha256
+    }
+    return [teachers, upsamplers]
+
+
+def _specs(teachers: Mapping[str, TeacherSpec]) -> Any:
+    return {name: asdict(spec) for name, spec in teachers.items()}
+
+
+def _text(fields: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
+    return {".".join(path): value for path, value in fields.items()}
+
+
+def _digest(parts: list[Any]) -> str:
+    text = json.dumps(parts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
