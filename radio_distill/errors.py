@@ -21,6 +21,18 @@ class ConfigError(RadioDistillError):
     """A recipe, an override or an argument that cannot be right."""
 
 
+class ChangedError(ConfigError):
+    """A run is not made of what it would go on with; a command may have ways out of its own."""
+
+    def __init__(self, problem: str, way_out: str = "add --allow-changed-recipe"):
+        super().__init__(f"{problem}, or {way_out}")
+        self.problem, self.way_out = problem, way_out
+
+    def __reduce__(self) -> "tuple[type[ChangedError], tuple[str, str]]":
+        """Go from process to process whole."""
+        return type(self), (self.problem, self.way_out)
+
+
 class UnknownNameError(ConfigError):
     """A name that no registry knows; the message lists the nearest known names."""
 

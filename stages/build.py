@@ -10,7 +10,7 @@ from torch import nn
 
 from radio_distill.config import Recipe
 from radio_distill.data.loader import ShardBatches
-from radio_distill.errors import ConfigError, DataError
+from radio_distill.errors import ChangedError, ConfigError, DataError
 from radio_distill.files import make_private
 from radio_distill.memory import naming
 from radio_distill.models.distilled import build_student
@@ -42,7 +42,7 @@ from radio_distill.train.work import Work
 from teachers import build_teacher, teacher_spec
 from upsamplers import build_upsampler
 
-from .common import stage_of, start_checkpoint, upsampler_of
+from .common import Asked, stage_of, start_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +55,7 @@ def build_run(
     device: torch.device,
     resumed: Checkpoint | None,
     allow_changed: bool = False,
+    asked: Asked | None = None,
 ) -> StageRun:
     """Build everything that this process needs to train a stage.
 
@@ -63,7 +64,7 @@ def build_run(
     last. Nothing in ``folder`` is touched.
     """
     config = stage_of(recipe, stage)
-    start = resumed or start_checkpoint(recipe, stage)
+    start = resumed or start_checkpoint(recipe, stage, asked)
     check_teachers(recipe, stage)
     torch.manual_seed(recipe.seed)
     seed, images = stage_seed(recipe, stage), images_per_step(config)
@@ -145,14 +146,13 @@ def check_same_shards(fingerprint: str) -> None:
 
 
 def check_shards(resumed: Checkpoint, fingerprint: str, allow_changed: bool) -> None:
-    """Raise ConfigError where the shards are not those that the checkpoint was trained on."""
+    """Raise ChangedError where the shards are not those that the checkpoint was trained on."""
     if resumed.shards in ("", fingerprint):
         return
     if not allow_changed:
-        raise ConfigError(
+        raise ChangedError(
             f"data.shards: contents or order of the shards changed since {resumed.folder}, so the "
-            "order of the images would be another; put the shards back, or add "
-            "--allow-changed-recipe"
+            "order of the images would be another; put the shards back"
         )
     logger.warning("the shards changed since the checkpoint: images may be met again, or never")
 
@@ -183,7 +183,7 @@ def build_targets(recipe: Recipe, stage: str, device: torch.device) -> TargetMak
     return TargetMaker(
         teachers,
         recipe.teachers,
-        build_upsampler(upsampler_of(recipe, stage), upsampled),
+        build_upsampler(config.upsampler, upsampled),
         build_normalizers(recipe),
         recipe.student.patch_size,
     )

@@ -11,7 +11,8 @@ import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,6 @@ from radio_distill.config import (
     FitConfig,
     Recipe,
     StageConfig,
-    UpsamplerConfig,
     check,
     differences,
     dump,
@@ -30,7 +30,7 @@ from radio_distill.config import (
     load,
     resolve,
 )
-from radio_distill.errors import CheckpointError, ConfigError
+from radio_distill.errors import ChangedError, CheckpointError, ConfigError
 from radio_distill.files import (
     check_writable,
     free_name,
@@ -68,6 +68,29 @@ def find_recipe(name: str) -> Path:
     if name not in recipe_names():
         raise ConfigError(f"unknown recipe {name!r} ({nearest(name, recipe_names())})")
     return RECIPES / f"{name}.yaml"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """How a recipe was named on a command line, for the commands in messages."""
+
+    recipe: str
+    fields: tuple[str, ...] = ()
+    """As ``field.name=value``."""
+
+    def flags(self, *without: str) -> list[str]:
+        """Return the fields as arguments, but for those that begin with one of some texts."""
+        words = []
+        for field in self.fields:
+            if not field.startswith(without):
+                name, _, value = field.partition("=")
+                words += [f"--{name}", value]
+        return words
+
+    def train(self, stage: str) -> str:
+        """Return the command that trains a stage, as it can be pasted."""
+        words = ["radio-distill", "train", self.recipe, "--stages", stage, *self.flags()]
+        return shlex.join(words)
 
 
 def load_recipe(name: str, overrides: Sequence[str] = (), stage: str = "") -> Recipe:
@@ -119,22 +142,6 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, (list, tuple)) else value
 
 
-def upsampler_of(recipe: Recipe, stage: str) -> UpsamplerConfig:
-    """Return a stage's upsampler, with the files that this recipe has fitted for it."""
-    from upsamplers import is_fitted
-
-    config = stage_of(recipe, stage).upsampler
-    if not is_fitted(config.name):
-        return config  # a bilinear that was fitted is a baseline of the report, nothing to train on
-    found = {}
-    for name in recipe.teachers:
-        fitted = fit_of(recipe, name, config.name, config.factor)
-        path = fit_folder(recipe, fitted) / FITTED
-        if path.is_file():
-            found[name] = str(path)
-    return replace(config, weights=found | config.weights)
-
-
 def stage_of(recipe: Recipe, stage: str) -> StageConfig:
     """Return a stage's section of the recipe."""
     if stage not in recipe.stages:
@@ -184,19 +191,22 @@ def stage_main(stage: str, argv: Sequence[str] | None = None) -> int:
     def command() -> None:
         arguments, fields = parser.parse(argv, takes_fields=True)
         with trusting_pickles(arguments.trust_checkpoint):
-            recipe = recipe_from(arguments, fields, stage)
+            recipe, asked = recipe_from(arguments, fields, stage)
             train_stage(
                 stage,
                 recipe,
                 arguments.resume,
                 arguments.allow_changed_recipe,
                 arguments.take_over,
+                asked,
             )
 
     return run_command(command)
 
 
-def recipe_from(arguments: argparse.Namespace, fields: Sequence[str], stage: str = "") -> Recipe:
+def recipe_from(
+    arguments: argparse.Namespace, fields: Sequence[str], stage: str = ""
+) -> tuple[Recipe, Asked]:
     """Load the recipe that parsed arguments and further ``field.name=value`` describe."""
     overrides = list(fields)
     if arguments.teacher_upsampler:
@@ -210,7 +220,10 @@ def recipe_from(arguments: argparse.Namespace, fields: Sequence[str], stage: str
     recipe = load_recipe(arguments.recipe, overrides, stage)
     if arguments.teacher_upsampler:
         _check_upsamples(recipe, stage or "stage3")
-    return recipe
+    named = [
+        f"stages.{stage}{item[5:]}" if item.startswith("stage.") else item for item in overrides
+    ]
+    return recipe, Asked(arguments.recipe, tuple(named))
 
 
 def _check_upsamples(recipe: Recipe, stage: str) -> None:
@@ -228,6 +241,9 @@ def train_stage(
     resume: bool = False,
     allow_changed: bool = False,
     take_over: bool = False,
+    asked: Asked | None = None,
+    retrain: bool = False,
+    way_out: str = "",
 ) -> Path:
     """Build the parts of a stage and train it; returns the last checkpoint's folder.
 
@@ -236,11 +252,35 @@ def train_stage(
 
     Args:
         stage: of the recipe.
-        recipe: whose run folder is used.
+        recipe: as a person wrote it; its run folder is used.
         resume: go on from the newest checkpoint; a stage that is complete returns at once.
-        allow_changed: resume although the recipe or the shards differ from the checkpoint's.
+        allow_changed: go on although recipe, shards or upsampler are not the checkpoint's.
         take_over: claim the folder although a living process owns it; that one stops.
+        asked: how the recipe was named on the command line, for the commands in messages.
+        retrain: begin anew where there is nothing to go on with as asked; the earlier run is moved
+            aside.
+        way_out: what the caller's command offers in that case, where that is something of its own.
+
+    Raises:
+        ChangedError: in that case, without ``retrain``.
     """
+    try:
+        return _train_stage(stage, recipe, resume, allow_changed, take_over, asked)
+    except ChangedError as error:
+        if not retrain:
+            raise ChangedError(error.problem, way_out or error.way_out) from error
+        logging.warning("%s is trained anew: %s", recipe.stage_folder(stage), error.problem)
+    return _train_stage(stage, recipe, False, False, take_over, asked)
+
+
+def _train_stage(
+    stage: str,
+    recipe: Recipe,
+    resume: bool,
+    allow_changed: bool,
+    take_over: bool,
+    asked: Asked | None,
+) -> Path:
     from radio_distill.train.distributed import (
         choose_device,
         join,
@@ -251,6 +291,7 @@ def train_stage(
 
     from .build import build_run
     from .doctor import check_packages
+    from .upsampler_files import with_files
 
     check_packages()
     config = stage_of(recipe, stage)
@@ -261,18 +302,21 @@ def train_stage(
         logging.getLogger().setLevel(logging.WARNING)
     device = choose_device(recipe.engine.device, world)
     join(world, device, recipe.watch.hang_seconds, alone=engine == "deepspeed")
+    recipe, problems = with_files(recipe, stage, asked)
     checkpoint = None
     if resume:
         checkpoint = checkpoint_to_resume(world, folder, recipe, stage, allow_changed)
     if checkpoint is not None and checkpoint.step >= config.steps:
         logging.info("%s is complete: %s", folder.name, checkpoint.folder)
         return checkpoint.folder
+    if problems:
+        raise ConfigError(*problems)
     main_first(world, lambda: check_folder(folder, checkpoint, take_over))
     from radio_distill.train.loop import train
 
     with saying_what_is_left(folder, begun=False):
         recipe = resolve_at_start(recipe, stage, world, checkpoint)
-        run = build_run(stage, recipe, folder, world, device, checkpoint, allow_changed)
+        run = build_run(stage, recipe, folder, world, device, checkpoint, allow_changed, asked)
         with (
             owning(world, folder, recipe, checkpoint, take_over) as run.ownership,
             saying_what_is_left(folder, begun=True),
@@ -329,6 +373,8 @@ _WITHOUT_EFFECT = (
     "data.read_timeout",
     "normalizer.cache",
 )
+_WITHOUT_EFFECT_ON_STAGES = ("fit",)  # what was fitted is compared by its sum
+_WITHOUT_EFFECT_ON_FITS = ("stages", "student", "loss", "augmentation", "fit.pictures_every")
 _ROUNDING = (
     "engine.name",
     "engine.zero_stage",
@@ -336,21 +382,33 @@ _ROUNDING = (
     "engine.device",
     "engine.compile",
     "student.gradient_checkpointing",
+    "teachers.*.micro_batch",
+    "stages.*.upsampler.micro_batch",
 )
 
 
 def changes_that_matter(old: Recipe, new: Recipe, stage: str) -> tuple[list[str], list[str]]:
     """List the fields in which two recipes differ and that change a stage's numbers.
 
-    ``old`` is resolved; where ``new`` says `auto` it means what ``old`` says.
+    Args:
+        old: of a checkpoint, so resolved; where ``new`` says `auto` it means what ``old`` says.
+        new: with the files of its upsampler, see :func:`stages.upsampler_files.with_files`.
+        stage: a stage of both, or ``fit``.
 
     Returns:
         Those that change what is computed, and those that only change how sums are rounded.
     """
+    from .upsampler_files import same_files
+
+    is_fit = stage not in new.stages
+    ignored = (
+        *_WITHOUT_EFFECT,
+        *(_WITHOUT_EFFECT_ON_FITS if is_fit else _WITHOUT_EFFECT_ON_STAGES),
+    )
     lines = [
-        line
-        for line in differences(old, keep_resolved(new, old))
-        if not _within(line, _WITHOUT_EFFECT)
+        re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}\b", r"\1...", line)
+        for line in differences(old, same_files(old, keep_resolved(new, old), stage))
+        if not _within(line, ignored)
         and (not line.startswith("stages.") or line.startswith(f"stages.{stage}."))
     ]
     rounding = [line for line in lines if _within(line, _ROUNDING)]
@@ -358,8 +416,13 @@ def changes_that_matter(old: Recipe, new: Recipe, stage: str) -> tuple[list[str]
 
 
 def _within(line: str, fields: Sequence[str]) -> bool:
-    name = line.partition(":")[0]
-    return any(name == field or name.startswith(f"{field}.") for field in fields)
+    """Tell whether the field that a line is about is one of some, or within one."""
+    names = line.partition(":")[0].split(".")
+    return any(
+        all(fnmatchcase(name, part) for name, part in zip(names, field.split("."), strict=False))
+        for field in fields
+        if len(field.split(".")) <= len(names)
+    )
 
 
 def checkpoint_to_resume(
@@ -368,11 +431,13 @@ def checkpoint_to_resume(
     """Return the newest whole checkpoint in ``folder``, the same on every process.
 
     Raises:
-        ConfigError: on every process, for a changed recipe, and where an earlier run was moved
+        ChangedError: on every process, for a changed recipe, and where an earlier run was moved
             aside and this one has no checkpoint yet.
     """
     from radio_distill.train import checkpoint as checkpoints
     from radio_distill.train.distributed import main_first
+
+    from .upsampler_files import unknown_files
 
     checkpoint = main_first(world, lambda: _newest_to_resume(folder, stage))
     if checkpoint is None:
@@ -380,9 +445,16 @@ def checkpoint_to_resume(
         return None
     changed, rounding = changes_that_matter(checkpoint.recipe, recipe, stage)
     if changed and not allow_changed:
-        raise ConfigError(
-            f"the recipe differs from that of {checkpoint.folder} ({'; '.join(changed)}); "
-            "take the change back, or add --allow-changed-recipe"
+        raise ChangedError(
+            f"this is not what {checkpoint.folder} was made of ({'; '.join(changed)}); take the "
+            "change back"
+        )
+    for teacher in unknown_files(checkpoint, recipe, stage):
+        logging.warning(
+            "%s, of an earlier version, does not say which upsampler of teacher %r it was trained "
+            "with; whether it is today's cannot be told",
+            checkpoint.folder,
+            teacher,
         )
     for line in changed:
         logging.warning("changed since the checkpoint: %s", line)
@@ -418,10 +490,10 @@ def _newest_to_resume(folder: Path, stage: str) -> "Checkpoint | None":
         if folder.exists():
             free = shlex.quote(str(free_name(folder)))
             put_back = f"mv {shlex.quote(str(folder))} {free} && {put_back}"
-        raise ConfigError(
+        raise ChangedError(
             f"{folder} has no whole checkpoint to resume, but {aside} has: a start without "
-            f"--resume moved it aside; put it back with `{put_back}`, or start anew without that "
-            "flag"
+            f"--resume moved it aside; put it back with `{put_back}`",
+            "start anew without that flag",
         )
     return None
 
@@ -560,7 +632,7 @@ def what_is_left(folder: Path, begun: bool) -> str:
     )
 
 
-def start_checkpoint(recipe: Recipe, stage: str) -> "Checkpoint | None":
+def start_checkpoint(recipe: Recipe, stage: str, asked: Asked | None = None) -> "Checkpoint | None":
     """Open the checkpoint that a stage starts from, or return None for a new student.
 
     Raises:
@@ -577,6 +649,6 @@ def start_checkpoint(recipe: Recipe, stage: str) -> "Checkpoint | None":
     except CheckpointError as error:
         mend = f"set stages.{stage}.start_from"
         if start in recipe.stages:
-            mend = f"run it first: python stages/{start}.py --recipe {recipe.name}"
+            mend = f"run it first: {(asked or Asked(recipe.name)).train(start)}"
             mend += ", or `make demo`, which runs all stages" if recipe.name == "demo" else ""
         raise ConfigError(f"{stage} starts from {start}, but {error}; {mend}") from error

@@ -5,7 +5,8 @@
 
 Photographs -> shards -> stage 1 -> stage 2 -> stage 3 with each upsampler -> scores -> gain table
 -> report. Without --data, the photographs are those inside the scikit-image and scikit-learn
-packages. What is complete is not done again, so a demo that was stopped goes on where it was.
+packages. What is complete is not done again, so a demo that was stopped goes on where it was; what
+was made of another recipe or upsampler is moved aside and trained anew.
 """
 
 import argparse
@@ -16,10 +17,10 @@ from pathlib import Path
 from radio_distill.config import Recipe
 from radio_distill.progress import clock
 from stages.arguments import add_trust_argument
-from stages.common import changes_that_matter, load_recipe, train_stage
+from stages.common import Asked, load_recipe, train_stage
 from stages.evaluate import show
 from stages.report import report
-from stages.sweep import show_gain, sweep, with_upsampler
+from stages.sweep import show_gain, sweep
 
 TAKES_FIELDS = True
 UPSAMPLERS = ["bilinear", "tile", "s2", "featup", "featsharp"]
@@ -36,13 +37,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run the demo."""
     begin = time.monotonic()
-    recipe = load_recipe("demo", [*_place_of(arguments.data), *arguments.fields])
+    asked = Asked("demo", (*_place_of(arguments.data), *arguments.fields))
+    recipe = load_recipe(asked.recipe, asked.fields)
     prepare_pictures(recipe, arguments.data)
     for stage in ("stage1", "stage2"):
-        _train(stage, recipe)
-    for name in arguments.upsamplers:
-        _train("stage3", with_upsampler(recipe, name))
-    gain, scores = sweep(recipe, arguments.upsamplers, arguments.upsamplers[0], references=True)
+        train_stage(stage, recipe, resume=True, asked=asked, retrain=True)
+    upsamplers = arguments.upsamplers
+    gain, scores = sweep(
+        recipe, upsamplers, upsamplers[0], references=True, asked=asked, retrain=True
+    )
     show(scores)
     show_gain(gain, recipe.folder)
     page = report(recipe.folder, f"stage3-{arguments.upsamplers[0]}")
@@ -76,12 +79,3 @@ def prepare_pictures(recipe: Recipe, data: Path | None) -> None:
     # Several shards, so that what a real data set needs is used here too.
     write_shards(found.train, shards, images_per_shard=100)
     print(f"{found.num_train} pictures to train on, {found.num_held_out} held out: {shards.parent}")
-
-
-def _train(stage: str, recipe: Recipe) -> None:
-    """Train a stage, or go on with it; start it anew where the recipe was changed since."""
-    from radio_distill.train.checkpoint import newest
-
-    earlier = newest(recipe.stage_folder(stage) / "checkpoints")
-    same = earlier is not None and not any(changes_that_matter(earlier.recipe, recipe, stage))
-    train_stage(stage, recipe, resume=same)

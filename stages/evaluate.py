@@ -12,6 +12,7 @@ tables of them. A student is encoded at the size asked for, as `radio_distill.lo
 """
 
 import argparse
+import logging
 import os
 import shlex
 import sys
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from radio_distill.protocols import Teacher
     from radio_distill.train.checkpoint import Checkpoint
     from radio_distill.types import Score
+
+logger = logging.getLogger(__name__)
 
 TAKES_FIELDS = True
 
@@ -116,8 +119,11 @@ def score_checkpoints(
     from .build import build_teachers
     from .scoring import score_student, score_teacher, untrained_student
     from .subjects import run_folder, student_subject, teacher_subject, untrained_subject
+    from .upsampler_files import changed_since
 
     check_alike(found, evaluations)
+    for line in (line for checkpoint in found for line in changed_since(checkpoint)):
+        logger.warning("%s; what is scored is the student as it was trained", line)
     paths: list[Path] = []
     known: dict[str, Teacher] = {}
     recipe: Recipe | None = None

@@ -1,7 +1,8 @@
 """Fit an upsampler to one frozen teacher, and measure it on held-out pictures.
 
-    accelerate launch stages/fit_upsampler.py --recipe demo --teacher dino --upsampler featsharp
-    python stages/fit_upsampler.py --recipe mine --teacher siglip --factor 3 --preset long --resume
+    radio-distill fit-upsampler --recipe demo --teacher dino --upsampler featsharp
+    radio-distill fit-upsampler --recipe mine.yaml --teacher siglip --preset long --resume
+    torchrun --nproc-per-node 8 -m stages.cli fit-upsampler --recipe mine.yaml --teacher siglip
 
 Writes RUN/fit/TEACHER-UPSAMPLER-FACTORx/upsampler.safetensors, which stage 3 of the same recipe
 finds by itself. Options of the network that are not its defaults, and a fit without de-bias, are
@@ -111,7 +112,9 @@ def fit_recipe(recipe: Recipe) -> Recipe:
     """
     from radio_distill.balance import NORMALIZERS
     from radio_distill.balance.normalizers import LayerNorm
+    from upsamplers.networks import NETWORKS
 
+    NETWORKS.get(recipe.fit.upsampler)  # an unknown name ends here
     if issubclass(NORMALIZERS.get(recipe.normalizer.name), LayerNorm):
         raise ConfigError(
             f"normalizer.name: {recipe.normalizer.name} has no way back to the teacher's space, "
@@ -148,6 +151,9 @@ def fit_upsampler(
         allow_changed: resume although the recipe or the shards differ from the checkpoint's.
         take_over: claim the folder although a living process owns it; that one stops.
         pool: ``FitRun.pool``, for fits that share their encoded images.
+
+    Raises:
+        ChangedError: the fit to resume was made of something else, unless that is allowed.
     """
     from radio_distill.train.distributed import (
         choose_device,
@@ -168,6 +174,9 @@ def fit_upsampler(
     checkpoint = None
     if resume:
         checkpoint = checkpoint_to_resume(world, folder, recipe, STAGE, allow_changed)
+    if checkpoint is not None and checkpoint.step >= config.steps and _has_result(folder, recipe):
+        logging.info("%s is complete", folder.name)
+        return folder / FITTED
     from upsamplers.fit import fit
 
     main_first(world, lambda: check_folder(folder, checkpoint, take_over))
@@ -184,6 +193,17 @@ def fit_upsampler(
             if world.is_main:
                 write_result(made)
     return folder / FITTED
+
+
+def _has_result(folder: Path, recipe: Recipe) -> bool:
+    """Tell whether a fit's file is there, and measured where it can be.
+
+    It is not written again then, so that its sum stays that which students know.
+    """
+    from upsamplers.fitted import read_header
+
+    path = folder / FITTED
+    return path.is_file() and bool(read_header(path).measures or not recipe.evaluation.pictures)
 
 
 def build_fit(

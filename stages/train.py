@@ -20,13 +20,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Train the stages; with ``--resume``, those that are complete are passed over."""
-    recipe = recipe_from(arguments, arguments.fields)
-    for stage in arguments.stages or recipe.stages:
+    from stages.missing import check_stages
+
+    recipe, asked = recipe_from(arguments, arguments.fields)
+    stages = arguments.stages or list(recipe.stages)
+    check_stages(recipe, stages, asked, arguments.resume)
+    for stage in stages:
         train_stage(
             stage,
             recipe,
             resume=arguments.resume,
             allow_changed=arguments.allow_changed_recipe,
             take_over=arguments.take_over,
+            asked=asked,
         )
     return 0

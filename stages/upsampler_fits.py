@@ -5,13 +5,10 @@ FeatSharp (arXiv 2502.16025), appendix B: Table 7 de-bias, Table 8 inputs, Table
 ``radio-distill fit-upsampler`` gives it, so the two commands find each other's work.
 """
 
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
-
-import yaml
 
 from radio_distill.config import FitConfig, Recipe
 from radio_distill.errors import ConfigError
@@ -198,30 +195,6 @@ def _other_model(header: "FittedHeader", config: FitConfig) -> str:
 
 def _other_size(header: "FittedHeader", size: "Size") -> str:
     return "" if header.size == size else "at {}x{} px, not at {}x{}".format(*header.size, *size)
-
-
-def command_of(path: str, recipe: Recipe, config: FitConfig, fields: Sequence[str]) -> str:
-    """Write the command line that makes a fit.
-
-    Args:
-        path: the recipe's name or file.
-        recipe: what was read there, with ``fields``.
-        config: the fit.
-        fields: further fields of the recipe, as ``field.name=value``.
-    """
-    set_here = ("fit.teacher=", "fit.upsampler=", "fit.factor=", "fit.options", "fit.de_bias=")
-    given = [field for field in fields if not field.startswith(set_here)]
-    if recipe.fit.options or changed_options(config.upsampler, config.options):
-        options = yaml.safe_dump(config.options, default_flow_style=True, width=10**6).strip()
-        given.append(f"fit.options={options}")
-    if not (config.de_bias and recipe.fit.de_bias):
-        given.append(f"fit.de_bias={str(config.de_bias).lower()}")
-    words = ["radio-distill", "fit-upsampler", "--recipe", path, "--teacher", config.teacher]
-    words += ["--upsampler", config.upsampler, "--factor", str(config.factor)]
-    for field in given:
-        name, _, value = field.partition("=")
-        words += [f"--{name}", value]
-    return shlex.join(words)
 
 
 def fit_missing(subject: Subject, configs: Sequence[FitConfig], allow_changed: bool) -> None:

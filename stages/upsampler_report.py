@@ -18,9 +18,10 @@ from pathlib import Path
 from radio_distill.config import FitConfig, Recipe
 from radio_distill.errors import ConfigError
 from stages.arguments import add_trust_argument
-from stages.common import load_recipe
+from stages.common import Asked, load_recipe
 from stages.fit_upsampler import fit_recipe, input_size
-from stages.upsampler_fits import TABLES, Request, Subject, command_of, find, fit_missing
+from stages.upsampler_files import fit_command
+from stages.upsampler_fits import TABLES, Request, Subject, find, fit_missing
 
 TAKES_FIELDS = True
 DEFAULT = ("bilinear", "featup", "featsharp", "tile", "s2", "strided", "native")
@@ -77,7 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
         files, missing = _locate(subject, fits)
     commands = []
     for name, reason in missing.items():
-        command = command_of(arguments.recipe, recipe, fits[name], fields)
+        command = fit_command(Asked(arguments.recipe, tuple(fields)), recipe, fits[name])
         commands.append(f"{command}  # {reason}" if reason else command)
         logger.warning("missing: %s", commands[-1])
     if not files:

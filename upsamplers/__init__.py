@@ -10,7 +10,6 @@ Importing this package does not import torch.
 
 from collections.abc import Mapping
 from inspect import signature
-from pathlib import Path
 from typing import Any
 
 from radio_distill.config import UpsamplerConfig
@@ -60,6 +59,16 @@ def build_upsampler(config: UpsamplerConfig, teachers: Mapping[str, Teacher]) ->
             for an upsampler without parameters.
         WeightsError: a file that was fitted for another teacher or factor, or has another sum.
     """
+    check_config(config)
+    arguments: dict[str, Any] = {"factor": config.factor, "micro_batch": config.micro_batch}
+    if is_fitted(config.name):
+        arguments["weights"] = _files(config, teachers)
+    upsampler: Upsampler = UPSAMPLERS.get(config.name)(**arguments, **config.options)
+    return upsampler
+
+
+def check_config(config: UpsamplerConfig) -> None:
+    """Raise ConfigError for a section that cannot be right, whatever the teachers are."""
     name = config.name
     kind = UPSAMPLERS.get(name)
     if config.factor < 1:
@@ -69,14 +78,13 @@ def build_upsampler(config: UpsamplerConfig, teachers: Mapping[str, Teacher]) ->
         if key not in known:
             hint = nearest(key, known) if known else "it has none"
             raise ConfigError(f"upsampler {name!r} has no option {key!r} ({hint})")
-    arguments: dict[str, Any] = {"factor": config.factor, "micro_batch": config.micro_batch}
     if is_fitted(name):
-        arguments["weights"] = _files(config, teachers)
-    elif config.weights:
+        return
+    if config.weights:
         raise ConfigError(f"upsampler {name!r} has no parameters; remove upsampler.weights")
-    elif config.sha256:
-        raise ConfigError(f"upsampler {name!r} has no file to check; remove upsampler.sha256")
-    return kind(**arguments, **config.options)
+    for field in ("sha256", "sizes"):
+        if getattr(config, field):
+            raise ConfigError(f"upsampler {name!r} has no file to check; remove upsampler.{field}")
 
 
 _SET_BY_RECIPE = ("factor", "micro_batch", "weights")
@@ -87,7 +95,7 @@ def _files(config: UpsamplerConfig, teachers: Mapping[str, Teacher]) -> Mapping[
 
     The recipe's file goes before the one that comes with the project.
     """
-    from .fitted import check_fitted_for, read_header, shipped
+    from .fitted import check_fitted_for, check_size, path_of, read_header, shipped
 
     for name in config.sha256.keys() - teachers.keys():
         raise ConfigError(
@@ -96,14 +104,17 @@ def _files(config: UpsamplerConfig, teachers: Mapping[str, Teacher]) -> Mapping[
         )
     files = {}
     for name, teacher in teachers.items():
-        path = config.weights.get(name) or shipped(config.name, config.factor, teacher.spec)
+        named = config.weights.get(name)
+        path = path_of(named) if named else shipped(config.name, config.factor, teacher.spec)
         if path is None:
             raise ConfigError(
                 f"no {config.name} {config.factor}x is fitted to teacher {name!r}; fit one "
-                f"(stages/fit_upsampler.py --recipe RECIPE --teacher {name} --upsampler "
+                f"(radio-distill fit-upsampler --recipe RECIPE --teacher {name} --upsampler "
                 f"{config.name} --factor {config.factor}), or set upsampler.weights.{name}"
             )
-        check_sha256([Path(path)], config.sha256.get(name, ""), f"upsampler.sha256.{name}")
-        check_fitted_for(read_header(path), config.name, teacher.spec, config.factor)
+        check_sha256([path], config.sha256.get(name, ""), f"upsampler.sha256.{name}")
+        header = read_header(path)
+        check_fitted_for(header, config.name, teacher.spec, config.factor)
+        check_size(header, config.sizes.get(name), f"upsampler.sizes.{name}")
         files[name] = str(path)
     return files

@@ -25,12 +25,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from radio_distill.config import size_pair
 from radio_distill.errors import WeightsError
 from radio_distill.files import reason_of
 from radio_distill.types import Size, TeacherSpec
 
 SHIPPED = Path(__file__).parent / "weights"
 """Fitted upsamplers that come with the project, for the teachers that come inside packages."""
+
+SHIPPED_AS = "shipped:"
+"""Begins the name of one of these in a recipe, which so means the same on every machine."""
 
 _KEY = "radio_distill"
 
@@ -59,6 +63,13 @@ class FittedHeader:
     """The recipe's section ``fit``, and where the pictures came from, for people."""
     measures: dict[str, float] = field(default_factory=dict)
     """What was measured on held-out pictures, for people."""
+
+
+def path_of(name: str) -> Path:
+    """Return the file that a recipe names: a path, or ``shipped:`` and a file of the project's."""
+    if name.startswith(SHIPPED_AS):
+        return SHIPPED / name.removeprefix(SHIPPED_AS)
+    return Path(name).expanduser()
 
 
 def write(path: str | Path, tensors: Mapping[str, Tensor], header: FittedHeader) -> None:
@@ -141,6 +152,18 @@ def check_fitted_for(header: FittedHeader, upsampler: str, spec: TeacherSpec, fa
             f"channels, weights {header.weights_hash[:12] or 'random'}), asked for {spec.name!r} "
             f"({spec.channels} channels, weights {spec.weights_hash[:12] or 'random'})"
         )
+
+
+def check_size(header: FittedHeader, expected: int | Size | None, field: str) -> None:
+    """Raise WeightsError where a file was not fitted at the size that a recipe's field says."""
+    if expected is not None and header.size != size_pair(expected):
+        fitted, asked = (times(size) for size in (header.size, size_pair(expected)))
+        raise WeightsError(f"{field}: the file was fitted at {fitted} px, the recipe says {asked}")
+
+
+def times(size: Size) -> str:
+    """Write a size as people do: ``112x112``."""
+    return "x".join(map(str, size))
 
 
 def shipped(upsampler: str, factor: int, spec: TeacherSpec) -> Path | None:

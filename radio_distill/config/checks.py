@@ -219,10 +219,11 @@ def _check_stage(recipe: Recipe, name: str, stage: StageConfig) -> list[str]:
     names = [partition.name for partition in stage.partitions]
     for double in sorted({item for item in names if names.count(item) > 1}):
         problems.append(f"{path}.partitions: two partitions are called {double!r}")
-    for teacher in stage.upsampler.weights:
-        if teacher not in recipe.teachers:
-            known = nearest(teacher, list(recipe.teachers))
-            problems.append(f"{path}.upsampler.weights: no teacher {teacher!r} ({known})")
+    for field_name in ("weights", "sha256", "sizes"):
+        for teacher in getattr(stage.upsampler, field_name):
+            if teacher not in recipe.teachers:
+                known = nearest(teacher, list(recipe.teachers))
+                problems.append(f"{path}.upsampler.{field_name}: no teacher {teacher!r} ({known})")
     if stage.warmup_steps < 0:
         problems.append(f"{path}.warmup_steps: {stage.warmup_steps} is negative")
     problems += _check_frozen(f"{path}.freeze_body_steps", stage)

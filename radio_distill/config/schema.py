@@ -178,8 +178,18 @@ class UpsamplerConfig:
     micro_batch: int = option(
         0, "teacher images in one call (tiles count); 0 for the teacher's own setting", "images"
     )
-    weights: dict[str, str] = option(dict, "file of a fitted upsampler for each teacher name")
-    sha256: dict[str, str] = option(dict, "sha256 that the file of a teacher's must have")
+    weights: dict[str, str] = option(
+        dict,
+        "file of a fitted upsampler for each teacher name, `shipped:NAME` for one that comes with the project; a run writes down which it takes",
+    )
+    sha256: dict[str, str] = option(
+        dict, "sha256 that the file of a teacher's must have; a run writes down what it has"
+    )
+    sizes: dict[str, int | tuple[int, int]] = option(
+        dict,
+        "teacher's input, side or (height, width), that its file must have been fitted at; a run writes it down",
+        "px",
+    )
     options: dict[str, Any] = option(
         dict, "further arguments of the upsampler, for instance beta: 0.5 for s2"
     )

@@ -122,7 +122,7 @@ def test_stage2__says_what_to_run_first(recipe_file, capfd):
     assert run(stage2, recipe_file) == 2
     line = one_line(capfd)
     assert "stage2 starts from stage1" in line
-    assert "python stages/stage1.py" in line
+    assert f"radio-distill train {recipe_file} --stages stage1" in line
 
 
 def test_fresh_run__moves_the_earlier_one_aside(recipe_file):

@@ -8,7 +8,8 @@ import torch
 import yaml
 
 from stages import cli
-from stages.common import FITTED, load_recipe, upsampler_of
+from stages.common import FITTED, load_recipe
+from stages.upsampler_files import upsampler_of
 from teachers import build_teacher
 from upsamplers import build_upsampler
 from upsamplers.networks import Observation, build_network

@@ -17,7 +17,8 @@ from radio_distill.data.shards import write_shards
 from radio_distill.train.distributed import World
 from stages import fit_upsampler
 from stages.cli import main as cli
-from stages.common import FITTED, fit_folder, fit_name, fit_of, load_recipe, upsampler_of
+from stages.common import FITTED, fit_folder, fit_name, fit_of, load_recipe
+from stages.upsampler_files import upsampler_of
 from teachers import build_teacher
 from upsamplers import build_upsampler
 from upsamplers.fitted import hash_of, read_header, read_tensors

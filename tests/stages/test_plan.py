@@ -1,15 +1,20 @@
 """``radio-distill plan``, as a user calls it."""
 
 import argparse
+import shlex
 from pathlib import Path
 
 import pytest
+import torch
 
+from radio_distill.errors import ConfigError
 from radio_distill.train.plan import DEVICES
 from stages import plan
 from stages.cli import main
-from stages.common import load_recipe
-from stages.missing import find_missing
+from stages.common import Asked, load_recipe
+from stages.missing import check_stages, find_missing
+from upsamplers import fitted
+from upsamplers.fitted import FittedHeader
 
 RECIPE = """
 name: tiny
@@ -17,7 +22,7 @@ data: {shards: [nowhere/*.tar]}
 student: {architecture: test_vit, max_size: 128}
 teachers:
   clip: {preset: tiny_open_clip, dtype: bfloat16, micro_batch: 4}
-  sam: {preset: tiny_samvit, weights: nowhere/sam.pth}
+  sam: {preset: tiny_samvit, weights: nowhere/sam.pth, summary_weight: 0}
 stages:
   stage1:
     steps: 1000
@@ -89,33 +94,115 @@ def test_plan__costs_a_fitted_upsampler_itself_and_names_the_missing_fit(
     assert status == 0
     assert images_of(out, "clip", "18x18") == images
     assert "`tile` stands for it" not in out
-    command = f"stages/fit_upsampler.py --recipe tiny --teacher clip --upsampler {name} --factor 3"
-    assert f"stages.stage2: no {name} 3x is fitted to clip; run {command}" in out
+    command = (
+        f"radio-distill fit-upsampler --recipe tiny.yaml --teacher clip --upsampler {name} "
+        "--factor 3 --fit.size 48"
+    )
+    lacking = f"stages.stage2: no {name} 3x is fitted to teacher 'clip' at 48 px; run {command}"
+    assert f"{lacking}, or set stages.stage2.upsampler.weights.clip" in out
 
 
 def test_find_missing__the_fits_of_the_featsharp_recipe():
-    lines = [line for line in find_missing(load_recipe("featsharp_radio_l")) if "fitted" in line]
-    commands = [line.partition("; run ")[2] for line in lines]
-    assert commands == [
-        f"stages/fit_upsampler.py --recipe featsharp_radio_l --teacher {teacher} "
-        "--upsampler featsharp --factor 3"
-        for teacher in ("dfn_clip", "siglip")
+    found = find_missing(load_recipe("featsharp_radio_l"), Asked("featsharp_radio_l"))
+    needs = [(need.stage, need.teacher, need.sides) for need in found.unfitted.values()]
+    assert needs == [("stage3", "dfn_clip", [378]), ("stage3", "siglip", [378])]
+
+
+def write_fitted(path: Path, **changes: object) -> None:
+    """Write a file with a header alone, of `clip` unless told otherwise."""
+    values = {"upsampler": "featup", "teacher": "clip", "weights_hash": "", "channels": 32}
+    header = FittedHeader(**{**values, "factor": 3, "size": (48, 48), **changes})
+    fitted.write(path, {"bias": torch.zeros(1)}, header)
+
+
+FEATUP = ("stages.stage2.upsampler.name=featup", "stages.stage2.start_from=")
+OWN = Path("runs/tiny/fit/clip-featup-3x/upsampler.safetensors")
+
+
+def lines_of_stage2(recipe: str, *fields: str) -> list[str]:
+    fields = (*FEATUP, *fields)
+    found = find_missing(load_recipe(recipe, fields), Asked(recipe, fields))
+    return [line for line in (*found.missing, *found.unfitted) if line.startswith("stages.stage2")]
+
+
+def test_find_missing__a_fit_that_is_there_and_fits_is_not_missing(recipe):
+    assert len(lines_of_stage2(recipe)) == 1
+    write_fitted(OWN)
+    assert lines_of_stage2(recipe) == []
+    elsewhere = "stages.stage2.upsampler.weights.clip=mine.safetensors"
+    assert lines_of_stage2(recipe, elsewhere) == [
+        "stages.stage2.upsampler.weights.clip: nothing at mine.safetensors"
     ]
+    write_fitted(Path("mine.safetensors"))
+    assert lines_of_stage2(recipe, elsewhere) == []
 
 
-def test_find_missing__a_fit_that_is_there_or_named_is_not_missing(recipe, tmp_path):
-    def lines(*overrides: str) -> list[str]:
-        fields = ["stages.stage2.upsampler.name=featup", *overrides]
-        return [line for line in find_missing(load_recipe(recipe, fields)) if "stage2" in line]
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"size": (64, 64)}, "was fitted at 64x64 px, the partition shows it 48x48: set teacher_s"),
+        ({"factor": 2}, "fitted for factor 2, the recipe asks for 3"),
+        ({"upsampler": "featsharp"}, "is a fitted 'featsharp', the recipe asks for 'featup'"),
+        ({"weights_hash": "ab" * 32}, "upsampler for another teacher"),
+        ({"channels": 31}, "upsampler for another teacher"),
+    ],
+)
+def test_find_missing__a_fit_of_something_else_says_so(recipe, changes, message):
+    write_fitted(OWN, **changes)
+    (line,) = lines_of_stage2(recipe)
+    assert message in line
+    assert str(OWN) in line
+    assert "radio-distill fit-upsampler --recipe tiny.yaml --teacher clip" in line
 
-    weights = "stages.stage2.upsampler.weights.clip"
-    start = "stages.stage2.start_from"
-    assert [line.split(":")[0] for line in lines()] == ["stages.stage2", start]
-    assert f"{weights}: nothing at mine.safetensors" in lines(f"{weights}=mine.safetensors")
-    fitted = tmp_path / "runs" / "tiny" / "fit" / "clip-featup-3x" / "upsampler.safetensors"
-    fitted.parent.mkdir(parents=True)
-    fitted.touch()
-    assert [line.split(":")[0] for line in lines()] == [start]
+
+def test_find_missing__a_file_with_another_sum_or_none_at_all(recipe):
+    write_fitted(OWN)
+    (line,) = lines_of_stage2(recipe, f"stages.stage2.upsampler.sha256.clip={'0' * 64}")
+    assert "stages.stage2.upsampler.sha256.clip" in line
+    OWN.write_bytes(b"damaged")
+    assert "cannot read upsampler" in lines_of_stage2(recipe)[0]
+
+
+def test_find_missing__any_size_takes_any(recipe):
+    write_fitted(OWN, size=(64, 64))
+    assert lines_of_stage2(recipe, "stages.stage2.upsampler.options.any_size=true") == []
+
+
+def test_find_missing__one_fit_cannot_have_two_sizes(recipe):
+    (line,) = lines_of_stage2(
+        recipe,
+        "stages.stage2.partitions.high.size=0",
+        "stages.stage2.partitions.high.sizes=[96, 128]",
+        "teachers.clip.input_size=match",
+    )
+    assert "is shown at 48x48, 64x64 px" in line
+    (line,) = lines_of_stage2(
+        recipe,
+        "stages.stage1.upsampler={name: featup, factor: 3}",
+        "stages.stage1.partitions.low.upsample=[clip]",
+        "stages.stage1.partitions.low.teacher_sizes.clip=32",
+    )
+    assert "one fit has one size, and stage1 shows this teacher at 32 px" in line
+
+
+def test_find_missing__the_command_is_of_the_recipe_as_it_was_asked_for(recipe):
+    (line,) = lines_of_stage2(recipe, "name=other", "fit.steps=7", "fit.size=12")
+    words = shlex.split(line.partition("; run ")[2].partition(", or set")[0])
+    arguments, fields = words[:10], words[10:]
+    assert arguments == [
+        *("radio-distill", "fit-upsampler", "--recipe", "tiny.yaml", "--teacher", "clip"),
+        *("--upsampler", "featup", "--factor", "3"),
+    ]
+    assert fields == ["--fit.size", "48", "--name", "other", "--fit.steps", "7"]
+
+
+def test_find_missing__the_projects_own_of_another_size_is_said_to_be_that():
+    fields = ["stages.stage3.upsampler.name=featsharp", "stages.stage3.start_from="]
+    assert not find_missing(load_recipe("demo", fields)).unfitted
+    smaller = "stages.stage3.partitions.high.teacher_sizes.dino=56"
+    (line,) = find_missing(load_recipe("demo", [*fields, smaller])).unfitted
+    assert "no featsharp 2x is fitted to teacher 'dino' at 56 px" in line
+    assert "the one that comes with the project was fitted at 112x112 px" in line
 
 
 def test_plan__price_is_of_all_device_hours(recipe, capsys):
@@ -154,10 +241,54 @@ def test_plan__help_names_every_device():
 def test_find_missing__looks_into_the_cache_of_the_hub(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     recipe = load_recipe("am_radio", ["data.shards=[]"])
-    fields = [line.split(":")[0] for line in find_missing(recipe)]
+    found = find_missing(recipe)
+    fields = [line.split(":")[0] for line in found.notes]
     assert fields == [f"teachers.{name}" for name in recipe.teachers]
+    assert found.missing == []
 
     snapshot = tmp_path / "models--timm--samvit_huge_patch16.sa1b" / "snapshots" / "1"
     snapshot.mkdir(parents=True)
     (snapshot / "model.safetensors").touch()
-    assert [line.split(":")[0] for line in find_missing(recipe)] == fields[:-1]
+    assert [line.split(":")[0] for line in find_missing(recipe).notes] == fields[:-1]
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert [line.split(":")[0] for line in find_missing(recipe).missing] == fields[:-1]
+
+
+def test_find_missing__data_of_benchmarks_where_scores_are_wanted(recipe):
+    fields = ["evaluation.pictures=", "evaluation.benchmarks=[fidelity, knn]"]
+    made = load_recipe(recipe, fields)
+    assert not any("evaluation" in line for line in find_missing(made).missing)
+    lines = [line for line in find_missing(made, scores=True).missing if "evaluation" in line]
+    assert [line.split()[0] for line in lines] == ["evaluation.pictures:", "evaluation.labels"]
+
+
+def test_check_stages__a_later_stage_is_looked_at_before_the_first(recipe):
+    fields = [FEATUP[0], "stages.stage2.start_from=stage1"]
+    made, asked = load_recipe(recipe, fields), Asked(recipe, tuple(fields))
+    with pytest.raises(ConfigError, match="no featup 3x is fitted to teacher 'clip' at 48 px"):
+        check_stages(made, ["stage1", "stage2"], asked)
+    check_stages(made, ["stage1"], asked)
+    write_fitted(OWN)
+    check_stages(made, ["stage1", "stage2"], asked)
+    with pytest.raises(ConfigError) as caught:
+        check_stages(made, ["stage2"], asked)
+    assert "stages.stage2 starts from stage1, and there is no checkpoint" in str(caught.value)
+    assert "radio-distill train tiny.yaml --stages stage1 --stages.stage2" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        ("stages.stage2.upsampler.name=bilinaer", "stages.stage2.upsampler: unknown upsampler"),
+        ("stages.stage2.upsampler.options={beta: 1}", "has no option 'beta'"),
+        ("stages.stage2.upsampler.name=anyup", "upsampler 'anyup' is not part of this project"),
+        ("stages.stage2.partitions.high.teacher_sizes.clip=50", "50 is not a multiple of its"),
+        ("stages.stage2.start_from=nowhere", "stages.stage2.start_from: neither a stage"),
+    ],
+)
+def test_train__what_stage_2_would_stop_at_ends_it_before_stage_1(recipe, capsys, field, message):
+    assert main(["train", recipe, "--stages.stage2.start_from", "stage1", f"--{field}"]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not Path("runs").exists()

@@ -21,9 +21,10 @@ from radio_distill.errors import ConfigError
 from radio_distill.protocols import Teacher
 from stages import cli, fit_upsampler
 from stages.arguments import Parser
-from stages.common import FITTED, fit_folder, fit_name, fit_of, load_recipe, upsampler_of
+from stages.common import FITTED, Asked, fit_folder, fit_name, fit_of, load_recipe
 from stages.fit_upsampler import fit_recipe, input_size
-from stages.upsampler_fits import BLOCKS, INPUTS, Request, command_of, rows_of
+from stages.upsampler_files import fit_command, upsampler_of
+from stages.upsampler_fits import BLOCKS, INPUTS, Request, rows_of
 from teachers import build_teacher
 from upsamplers import fitted
 from upsamplers.consistency import Consistency
@@ -208,7 +209,7 @@ def test_report__lists_what_is_missing_with_its_command(
     lines = [text for text in caplog.messages if text.startswith("missing: ")]
     assert lines == [
         f"missing: radio-distill fit-upsampler --recipe {recipe_file} --teacher vit "
-        "--upsampler featup --factor 2"
+        "--upsampler featup --factor 2 --fit.size 32"
     ]
     assert "1 missing; 2 held-out pictures" in caplog.text
     page = (folder / "index.html").read_text()
@@ -342,10 +343,12 @@ def test_rows_of__the_tables_share_fits(recipe_file: Path) -> None:
 
 
 @pytest.mark.parametrize("fields", [[], ["fit.de_bias=false"], ["fit.options={window: 3}"]])
-def test_command_of__makes_exactly_that_fit(recipe_file: Path, fields: list[str]) -> None:
+def test_fit_command__makes_exactly_that_fit(recipe_file: Path, fields: list[str]) -> None:
     recipe = load(recipe_file, *fields)
     for config in Request(factors=(2, 4)).fits(recipe).values():
-        words = shlex.split(command_of(str(recipe_file), recipe, config, ["name=x", *fields]))
+        words = shlex.split(
+            fit_command(Asked(str(recipe_file), ("name=x", *fields)), recipe, config)
+        )
         parser = Parser()
         fit_upsampler.add_arguments(parser)
         arguments, arguments.fields = parser.parse(words[2:], takes_fields=True)
@@ -358,7 +361,9 @@ def test_upsampler_of__a_fitted_bilinear_leaves_the_stage_alone(recipe_file: Pat
     """What the report fits for its baseline is no file for the upsampler without parameters."""
     stage = {
         "upsampler": {"factor": 2},
-        "partitions": [{"name": "p", "size": 64, "teachers": ["vit"], "batch_size": 1}],
+        "partitions": [
+            {"name": "p", "size": 64, "teachers": ["vit"], "upsample": ["vit"], "batch_size": 1}
+        ],
     }
     data = yaml.safe_load(recipe_file.read_text()) | {"name": "stage", "stages": {"stage3": stage}}
     path = recipe_file.with_name("stage.yaml")

@@ -1,0 +1,116 @@
+"""A student remembers the file of the upsampler that it learned through, and notices another."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+from radio_distill.files import sha256_of
+from radio_distill.train.checkpoint import find, sealed
+from stages import fit_upsampler, stage3
+from stages.cli import main as cli
+
+HERE = ["--stages.stage3.start_from", "", "--stages.stage3.steps", "2"]
+FEATUP = ["--teacher-upsampler", "featup", *HERE]
+SWEEP = ["--upsamplers", "featup", "--baseline", "featup", *HERE]
+FIT = [
+    *("--teacher", "vit", "--upsampler", "featup", "--fit.size", "64", "--fit.steps", "1"),
+    *("--fit.batch_size", "2", "--fit.downsampler_kernel", "4"),
+]
+
+
+def run(stage, recipe_file: Path, *arguments: str) -> int:
+    return stage.main(["--recipe", str(recipe_file), *arguments])
+
+
+def one_line(capfd) -> str:
+    error = capfd.readouterr().err
+    assert "Traceback" not in error, error
+    return error.strip().splitlines()[-1]
+
+
+@pytest.fixture
+def trained(recipe_file: Path) -> Path:
+    """The run folder of a stage 3 that was trained through a fitted upsampler."""
+    assert run(fit_upsampler, recipe_file, *FIT) == 0
+    assert run(stage3, recipe_file, *FEATUP) == 0
+    return recipe_file.parent / "runs" / "tiny"
+
+
+def fitted_file(folder: Path) -> Path:
+    return folder / "fit" / "vit-featup-2x" / "upsampler.safetensors"
+
+
+def forget_the_file(checkpoint: Path) -> None:
+    """Make a checkpoint as earlier versions wrote it."""
+    path = checkpoint / "meta.json"
+    meta = json.loads(path.read_text())
+    recipe = yaml.safe_load(meta["recipe"])
+    for field in ("weights", "sha256", "sizes"):
+        recipe["stages"]["stage3"]["upsampler"].pop(field)
+    path.write_text(json.dumps(sealed({**meta, "recipe": yaml.safe_dump(recipe)})))
+
+
+def test_stage3__what_it_was_made_of(trained, recipe_file, capfd, caplog):
+    file, stage = fitted_file(trained), trained / "stage3-featup"
+    checkpoint = find(stage)
+    upsampler = checkpoint.recipe.stages["stage3"].upsampler
+    assert (upsampler.weights, upsampler.factor) == ({"vit": str(file)}, 2)
+    assert (upsampler.sha256, upsampler.sizes) == ({"vit": sha256_of(file)}, {"vit": 64})
+    written = yaml.safe_load((stage / "recipe.yaml").read_text())
+    assert written["stages"]["stage3"]["upsampler"]["sha256"] == {"vit": sha256_of(file)}
+
+    again = ["--fit.size", "32", "--fit.views", "9"]  # of the fit: no matter to a stage
+    assert run(stage3, recipe_file, *FEATUP, *again, "--resume") == 0
+
+    known = sha256_of(file)
+    assert run(fit_upsampler, recipe_file, *FIT, "--seed", "9") == 0
+    assert sha256_of(file) != known
+    before = load_file(checkpoint.folder / "student.safetensors")
+    capfd.readouterr()
+    assert run(stage3, recipe_file, *FEATUP, "--resume") == 2
+    line = one_line(capfd)
+    assert f"upsampler.sha256.vit: {known[:12]}... -> {sha256_of(file)[:12]}..." in line
+    assert "add --allow-changed-recipe" in line
+
+    assert cli(["sweep", str(recipe_file), *SWEEP]) == 2
+    captured = capfd.readouterr()
+    assert captured.out == "", "no table"
+    assert "add --retrain to train it anew" in captured.err.strip().splitlines()[-1]
+    assert cli(["eval", str(stage)]) == 0
+    assert "was trained with another featup of teacher 'vit'" in caplog.text
+
+    assert cli(["sweep", str(recipe_file), *SWEEP, "--retrain"]) == 0
+    assert find(stage).recipe.stages["stage3"].upsampler.sha256 == {"vit": sha256_of(file)}
+    aside = load_file(
+        trained / "stage3-featup.1" / "checkpoints" / checkpoint.folder.name / "student.safetensors"
+    )
+    assert all((before[name] == value).all() for name, value in aside.items())
+
+
+def test_stage3__the_file_is_not_needed_once_it_is_complete(trained, recipe_file, capfd):
+    fitted_file(trained).unlink()
+    assert run(stage3, recipe_file, *FEATUP, "--resume") == 0
+    assert cli(["eval", str(trained / "stage3-featup")]) == 0
+    capfd.readouterr()
+    assert run(stage3, recipe_file, *FEATUP) == 2
+    assert "no featup 2x is fitted to teacher 'vit' at 64 px" in one_line(capfd)
+
+
+def test_stage3__an_earlier_checkpoint_does_not_know_its_file(trained, recipe_file, caplog):
+    forget_the_file(find(trained / "stage3-featup").folder)
+    assert run(stage3, recipe_file, *FEATUP, "--resume") == 0
+    assert "does not say which upsampler of teacher 'vit' it was trained with" in caplog.text
+
+
+def test_fit__the_command_in_the_message_makes_what_is_missing(recipe_file, capfd):
+    import shlex
+
+    assert cli(["train", str(recipe_file), *FEATUP, "--stages", "stage3", "--name", "other"]) == 2
+    command = one_line(capfd).partition("; run ")[2].partition(", or set")[0]
+    words = shlex.split(command)
+    assert words[:2] == ["radio-distill", "fit-upsampler"]
+    assert cli([*words[1:], "--fit.steps", "1", *FIT[-4:]]) == 0
+    assert cli(["train", str(recipe_file), *FEATUP, "--stages", "stage3", "--name", "other"]) == 0
