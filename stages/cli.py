@@ -19,6 +19,7 @@ from stages.arguments import Parser, run_command, run_module
 
 COMMANDS = {
     "demo": ("stages.demo", "run the whole path on real photographs: train, score, report"),
+    "init": ("stages.init", "write a recipe to begin with"),
     "plan": ("stages.plan", "what a recipe costs, before anything runs"),
     "train": ("stages.train", "train stages of a recipe, one after another"),
     "eval": ("stages.evaluate", "score a student, or the teachers"),

@@ -60,14 +60,29 @@ def recipe_names() -> list[str]:
 
 
 def find_recipe(name: str) -> Path:
-    """Return the file of a recipe: a path, or the name of one that comes with the project."""
+    """Return a recipe's file: a path, a name of the project's, or NAME of a ``NAME.yaml`` here.
+
+    Raises:
+        ConfigError: there is none.
+    """
     if Path(name).suffix in (".yaml", ".yml") or os.sep in name:
         if not Path(name).is_file():
             raise ConfigError(f"no recipe file {name}")
         return Path(name)
-    if name not in recipe_names():
-        raise ConfigError(f"unknown recipe {name!r} ({nearest(name, recipe_names())})")
-    return RECIPES / f"{name}.yaml"
+    own = Path(f"{name}.yaml")
+    if name in recipe_names():
+        if own.is_file():
+            logging.warning(
+                "recipe %s is the project's own; for that in this folder: ./%s", name, own
+            )
+        return RECIPES / own
+    if not own.is_file():
+        known = [*recipe_names(), *(path.stem for path in Path().glob("*.yaml"))]
+        raise ConfigError(
+            f"unknown recipe {name!r} ({nearest(name, known)}), and no file {own}; "
+            "`radio-distill init NAME` writes one to begin with"
+        )
+    return own
 
 
 @dataclass(frozen=True)

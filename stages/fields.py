@@ -4,8 +4,11 @@ radio-distill fields stages.NAME
 """
 
 import argparse
+import sys
 
 from radio_distill.config import describe
+
+_UNBROKEN = 10_000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,5 +31,6 @@ def run(arguments: argparse.Namespace) -> int:
     table = Table("field", "default", "unit", "what it does", box=None, pad_edge=False)
     for name, default, unit, text in rows:
         table.add_row(f"--{name}", default, unit, text.replace("[", "\\["))
-    Console().print(table)
+    # Where nobody looks at it, a field is a line, whole, so that grep finds it.
+    Console(width=None if sys.stdout.isatty() else _UNBROKEN).print(table)
     return 0

@@ -21,6 +21,9 @@ from .describing import FIELD_NAMES
 from .schema import Recipe
 
 _MOST_VALUES, _MOST_DEPTH = 100_000, 50
+_NAMES_TEACHERS = ("teachers", "upsample", "mosaic")
+_BY_TEACHER = ("teacher_sizes", "weights", "sha256", "sizes")
+"""Fields of stages that hold the names of teachers, in lists and as keys."""
 
 
 def load(path: str | Path, overrides: Sequence[str] = (), stage: str = "") -> Recipe:
@@ -114,6 +117,7 @@ def override(
 
     Items of a list are named by position or by their ``name``
     (``stages.stage3.partitions.high.batch_size=8``); dashes count as underscores in field names.
+    A teacher, a stage or a partition is dropped by ``null``; a teacher wherever it is named.
     """
     result = _plain(data)
     for assignment in assignments:
@@ -128,7 +132,36 @@ def override(
         except ConfigError:
             value = text
         _assign(result, keys, value, path)
+        if value is None:
+            _drop(result, keys)
     return result
+
+
+def _drop(data: dict[str, Any], keys: list[str]) -> None:
+    """Take out what was set to null, where a recipe has any number of its kind."""
+    if len(keys) == 2 and keys[0] in ("teachers", "stages"):
+        del data[keys[0]][keys[1]]
+    if len(keys) == 4 and (keys[0], keys[2]) == ("stages", "partitions"):
+        stage = data["stages"][keys[1]]
+        stage["partitions"] = [item for item in stage["partitions"] if item is not None]
+    if len(keys) == 2 and keys[0] == "teachers":
+        _forget(data.get("stages"), keys[1])
+
+
+def _forget(node: Any, teacher: str) -> None:
+    """Take a teacher's name out of the lists and mappings of stages that hold teachers' names."""
+    if isinstance(node, list):
+        for item in node:
+            _forget(item, teacher)
+    if not isinstance(node, dict):
+        return
+    for field, value in node.items():
+        if field in _NAMES_TEACHERS and isinstance(value, list):
+            node[field] = [name for name in value if name != teacher]
+        elif field in _BY_TEACHER and isinstance(value, dict):
+            node[field] = {name: item for name, item in value.items() if name != teacher}
+        else:
+            _forget(value, teacher)
 
 
 def _assign(node: Any, keys: list[str], value: Any, path: str) -> None:

@@ -250,3 +250,27 @@ def test_recipe__parts_of_a_step_that_contradict_each_other(assignments, message
 def test_share_of__numbers_and_shares():
     assert [share_of(amount, 300) for amount in (0, 5000, 0.1, 1, 0.5)] == [0, 5000, 30, 1, 150]
     assert recipe("stage.freeze_body_steps=0.2").stages["stage1"].frozen_steps == 2
+
+
+def test_override__null_drops_a_teacher_everywhere(tmp_path):
+    path = tmp_path / "drop.yaml"
+    path.write_text("teachers: {clip: null}\n")
+    uses = ["stage.partitions.low.teacher_sizes={clip: 64, dino: 96}",
+            "stage.partitions.low.upsample=[clip, dino]"]  # fmt: skip
+    made = recipe(*uses, *assignments_of(path))
+    low, high = made.stages["stage1"].partitions
+    assert list(made.teachers) == ["dino"]
+    assert (low.teachers, high.teachers) == (("dino",), ("dino",))
+    assert (low.upsample, low.teacher_sizes) == (("dino",), {"dino": 96})
+    with pytest.raises(ConfigError, match="a partition needs at least one teacher"):
+        recipe("teachers.dino=null")
+
+
+def test_override__null_drops_a_partition_and_a_stage():
+    assert [p.name for p in recipe("stage.partitions.high=null").stages["stage1"].partitions] == [
+        "low"
+    ]
+    more = ["stages.stage2={start_from: stage1, partitions: []}", "stages.stage2=null"]
+    assert recipe(*more) == recipe()
+    with pytest.raises(ConfigError, match="no item 'hgih' in the list"):
+        recipe("stage.partitions.hgih=null")

@@ -1,0 +1,69 @@
+"""A recipe to begin with is one that loads, and is found by its name."""
+
+from pathlib import Path
+
+import pytest
+
+from radio_distill.config import describe
+from radio_distill.errors import ConfigError
+from stages import cli
+from stages.common import RECIPES, find_recipe, load_recipe
+
+
+def test_init__writes_a_recipe_that_is_found_by_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["init", "birds"]) == 0
+    assert "birds.yaml" in capsys.readouterr().out
+    recipe = load_recipe("birds")
+    assert (recipe.name, recipe.data.shards) == ("birds", ("data/birds",))
+    assert recipe == load_recipe("birds.yaml") == load_recipe("./birds.yaml")
+    partition = recipe.stages["stage1"].partitions[0]
+    assert set(partition.teachers) == set(recipe.teachers)
+
+    before = (tmp_path / "birds.yaml").read_bytes()
+    assert cli.main(["init", "birds"]) == 2
+    assert "birds.yaml is there; choose another name" in capsys.readouterr().err
+    assert (tmp_path / "birds.yaml").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("demo", "comes with the project"), ("../x", "no name for a recipe"), ("", "no name")],
+)
+def test_init__a_name_that_cannot_be(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["init", name]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_find_recipe__the_project_s_own_before_a_file_of_that_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo.yaml").write_text("name: other\n")
+    assert find_recipe("demo") == RECIPES / "demo.yaml"
+    assert "for that in this folder: ./demo.yaml" in caplog.text
+    (tmp_path / "flowers.yaml").write_text("name: flowers\n")
+    with pytest.raises(ConfigError, match=r"'flowes' \(did you mean 'flowers'\?\)"):
+        find_recipe("flowes")
+
+
+def test_fields__a_field_is_one_line_where_it_is_piped(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert cli.main(["fields", "student."]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 + len([row for row in describe() if row[0].startswith("student.")])
+    max_size = next(line for line in lines if "--student.max_size" in line)
+    assert "longest image side that the position table (CPE) spans" in max_size
