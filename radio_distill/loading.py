@@ -3,6 +3,7 @@
 :func:`load` and :func:`from_config` are ``radio_distill.load`` and ``radio_distill.from_config``.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from .models.reparametrize import fold
 from .models.student import Student
 from .models.weight_files import read_checkpoint, read_json
 from .train import checkpoint as checkpoints
-from .train.checkpoint import Checkpoint
+from .train.checkpoint import Checkpoint, UnreadableError
 from .train.restore import load_student
 
 
@@ -40,10 +41,11 @@ def load(
 
     Raises:
         WeightsError: where there is nothing, or weights of another model.
-        CheckpointError: where a folder is none of these.
+        CheckpointError: where a folder is none of these, or may not be read.
         UnknownNameError: where there is no adaptor of a name.
     """
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))  # pathlib's fails where there is no home
+    checkpoints.refuse_unreadable(path)
     if not path.exists():
         raise WeightsError(f"nothing at {path}: expected a run, a checkpoint or a model folder")
     if (path / "radio_distill.json").is_file():
@@ -86,10 +88,7 @@ def find_checkpoint(path: Path) -> Checkpoint:
     Raises:
         CheckpointError: where there is none, or a run has several last stages.
     """
-    # A folder `stage3.1` is an earlier run of stage3 that was moved aside.
-    stages = sorted(
-        folder.parent for folder in path.glob("*/checkpoints") if "." not in folder.parent.name
-    )
+    stages = checkpoints.stage_folders(path)
     if stages:
         last = stages[-1].name.partition("-")[0]
         rivals = [stage.name for stage in stages if stage.name.partition("-")[0] == last]
@@ -100,6 +99,8 @@ def find_checkpoint(path: Path) -> Checkpoint:
         path = stages[-1]
     try:
         return checkpoints.find(path)
+    except UnreadableError:
+        raise
     except CheckpointError as error:
         raise CheckpointError(
             f"{path} is no run, stage or checkpoint folder, nor a model folder: {error}"

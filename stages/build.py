@@ -1,6 +1,7 @@
 """The parts of a stage, built from its recipe; the slow imports of the stages live behind it."""
 
 import logging
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -125,8 +126,8 @@ def check_room(folder: Path, model: nn.Module, with_average: bool = False) -> No
     Weights, two moments and the average are counted, in float32.
     """
     needed = sum(map(torch.Tensor.numel, model.parameters())) * 4 * (3 + with_average)
-    place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(place).free
+    places = (folder.absolute(), *folder.absolute().parents)
+    free = shutil.disk_usage(next(path for path in places if os.path.exists(path))).free
     if free < needed:
         raise ConfigError(
             f"{folder}: no space left on device for a checkpoint of {needed / 1e9:.3g} GB "

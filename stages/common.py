@@ -652,6 +652,7 @@ def start_checkpoint(recipe: Recipe, stage: str, asked: Asked | None = None) -> 
 
     Raises:
         ConfigError: where the stage before has not been run, with the command that runs it.
+        CheckpointError: where its checkpoint may not be read.
     """
     from radio_distill.train import checkpoint as checkpoints
 
@@ -661,6 +662,8 @@ def start_checkpoint(recipe: Recipe, stage: str, asked: Asked | None = None) -> 
     path = recipe.stage_folder(start) if start in recipe.stages else Path(start)
     try:
         return checkpoints.find(path)
+    except checkpoints.UnreadableError:
+        raise
     except CheckpointError as error:
         mend = f"set stages.{stage}.start_from"
         if start in recipe.stages:

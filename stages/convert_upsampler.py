@@ -12,7 +12,7 @@ checkpoint that holds code is refused unless it is trusted.
 import argparse
 from typing import TYPE_CHECKING
 
-from stages.arguments import add_trust_argument
+from stages.arguments import add_trust_argument, check_output
 from stages.common import FITTED, fit_folder, load_recipe
 from stages.fit_upsampler import fit_recipe, input_size
 
@@ -48,14 +48,13 @@ def run(arguments: argparse.Namespace) -> int:
     named = [f"fit.teacher={arguments.teacher}"] if arguments.teacher else []
     recipe = fit_recipe(load_recipe(arguments.recipe, [*named, *arguments.fields]))
     made = getattr(convert, f"convert_{arguments.program}")(arguments.checkpoint)
+    config = replace(recipe.fit, upsampler=made.network_name, factor=made.factor)
+    path = arguments.output or fit_folder(recipe, replace(config, options=made.options)) / FITTED
+    check_output(path)
     name = recipe.fit.teacher
     teacher = build_teacher(name, recipe.teachers[name], torch.device("cpu"))
     header = header_of(made, teacher.spec, input_size(recipe, teacher))
     model = assemble(header, made.tensors, made.normalizer_state or {}, made.de_bias)
-    config = replace(
-        recipe.fit, upsampler=made.network_name, factor=made.factor, options=header.options
-    )
-    path = arguments.output or fit_folder(recipe, config) / FITTED
     save_model(path, model, header)
     print(path)
     return 0

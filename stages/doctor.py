@@ -9,7 +9,6 @@ import os
 import platform
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -17,6 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from radio_distill.errors import ConfigError, RadioDistillError
+from radio_distill.files import check_writable, reason_of
 
 PACKAGES = ("radio_distill", "upsamplers", "teachers", "stages", "slurm")
 LIBRARIES = (
@@ -211,13 +211,11 @@ def _installed(name: str, optional_mend: str = "") -> Finding:
 
 
 def _writable(folder: Path) -> Finding:
-    nearest = _existing(folder)
     try:
-        with tempfile.TemporaryFile(dir=nearest) as file:
-            file.write(b"written")
+        check_writable(folder)
     except OSError as error:
-        reason = error.strerror or str(error)
-        return Finding("run folder", False, f"{nearest}: {reason}", "choose another with --output")
+        reason = f"{folder.absolute()}: {reason_of(error)}"
+        return Finding("run folder", False, reason, "choose another with --output")
     return Finding("run folder", True, f"{folder.absolute()} can be written")
 
 
@@ -229,7 +227,8 @@ def _free_disk(folder: Path) -> Finding:
 
 def _existing(folder: Path) -> Path:
     """Return the folder, or the nearest parent that exists."""
-    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    places = (folder.absolute(), *folder.absolute().parents)
+    return next(path for path in places if os.path.exists(path))
 
 
 def _cores() -> int:

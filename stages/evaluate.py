@@ -29,7 +29,7 @@ from radio_distill.config import EvaluationConfig, Recipe, build, dump, override
 from radio_distill.errors import ConfigError
 from radio_distill.evals.score_files import SCORES
 from radio_distill.evals.subjects import UNTRAINED
-from stages.arguments import add_trust_argument, run_script
+from stages.arguments import add_trust_argument, check_output, run_script
 
 if TYPE_CHECKING:
     from radio_distill.protocols import Teacher
@@ -124,6 +124,8 @@ def score_checkpoints(
     check_alike(found, evaluations)
     for line in (line for checkpoint in found for line in changed_since(checkpoint)):
         logger.warning("%s; what is scored is the student as it was trained", line)
+    for checkpoint in found:
+        check_scores_file(output or run_folder(checkpoint) / SCORES)
     paths: list[Path] = []
     known: dict[str, Teacher] = {}
     recipe: Recipe | None = None
@@ -153,6 +155,19 @@ def score_checkpoints(
                 references[subject.weights] = score_teacher(teacher, evaluation, device)
             write_scores(paths[-1], subject, references[subject.weights])
     return list(dict.fromkeys(paths))
+
+
+def check_scores_file(path: Path) -> None:
+    """Check that scores can be added to a file, before anything is scored.
+
+    Raises:
+        ConfigError: it cannot be written.
+        DataError: it holds something else than scores.
+    """
+    from radio_distill.evals.score_files import check_can_add
+
+    check_output(path)
+    check_can_add(path)
 
 
 def check_alike(found: "Sequence[Checkpoint]", evaluations: Sequence[EvaluationConfig]) -> None:

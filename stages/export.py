@@ -10,7 +10,8 @@ the student before they are kept.
 
 import argparse
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +20,7 @@ from radio_distill.errors import ConfigError, ExportError
 from radio_distill.export import FORMATS, format_named
 from radio_distill.files import move_aside, reason_of
 from radio_distill.registry import nearest
-from stages.arguments import add_trust_argument
+from stages.arguments import add_trust_argument, check_output
 
 if TYPE_CHECKING:
     from radio_distill.export.folded import FoldedStudent
@@ -48,16 +49,18 @@ def run(arguments: argparse.Namespace) -> int:
     path = stage_of_run(arguments.run, arguments.stage) if arguments.stage else arguments.run
     checkpoint = find_checkpoint(path)
     logging.info("%s of %s", arguments.format, checkpoint.folder)
-    student = folded(checkpoint)
-    chosen.check(student)
     folder = arguments.output
     if folder is None:
         # A checkpoint's own folder is no place: it is deleted when newer ones come.
         inside = arguments.run in checkpoint.folder.parents
         place = arguments.run if inside else checkpoint.folder.parents[1]
         folder = place / "export" / arguments.format
-        make_room(folder)
-    print(export(student, folder))
+    check_output(folder / "model", "--output")
+    student = folded(checkpoint)
+    chosen.check(student)
+    with making_room(folder) if arguments.output is None else nullcontext():
+        path = export(student, folder)
+    print(path)
     return 0
 
 
@@ -80,7 +83,12 @@ def exporter(arguments: argparse.Namespace) -> "Callable[[FoldedStudent, Path], 
 
 def stage_of_run(folder: Path, stage: str) -> Path:
     """Return the folder of a run's stage; raises ConfigError where there is none of that name."""
+    from radio_distill.train.checkpoint import refuse_unreadable
+
+    refuse_unreadable(folder)
     names = [path.parent.name for path in folder.glob("*/checkpoints")]
+    if stage not in names:
+        refuse_unreadable(folder / stage / "checkpoints")
     if not names:
         raise ConfigError(f"--stage {stage}: {folder} is not the folder of a run")
     if stage not in names:
@@ -88,10 +96,19 @@ def stage_of_run(folder: Path, stage: str) -> Path:
     return folder / stage
 
 
-def make_room(folder: Path) -> None:
-    """Move an earlier export aside, so that nothing is written over it."""
-    if folder.exists():
-        try:
-            logging.info("moved the earlier export to %s", move_aside(folder))
-        except OSError as error:
-            raise ExportError(f"cannot move {folder} aside: {reason_of(error)}") from error
+@contextmanager
+def making_room(folder: Path) -> Iterator[None]:
+    """Move an earlier export aside, so that nothing is written over it; back where it fails."""
+    if not folder.exists():
+        yield
+        return
+    try:
+        aside = move_aside(folder)
+    except OSError as error:
+        raise ExportError(f"cannot move {folder} aside: {reason_of(error)}") from error
+    try:
+        yield
+    except BaseException:
+        aside.rename(folder)
+        raise
+    logging.info("moved the earlier export to %s", aside)

@@ -29,7 +29,7 @@ if __package__ in (None, ""):  # run as a file: put the checkout, and only it, f
 
 from radio_distill.errors import ConfigError
 from radio_distill.files import reason_of, replacing
-from stages.arguments import add_trust_argument, run_script
+from stages.arguments import add_trust_argument, check_output, run_script
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -115,6 +115,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError("the recipe's evaluation.pictures is empty; name some by --pictures")
     limit = first_run.recipe.evaluation.limit if arguments.limit is None else arguments.limit
     pictures = spread(list_pictures(source), limit)
+    folder = arguments.output or first_run.folder.resolve().parents[2] / "mode_switching"
+    check_output(folder / "curves.png")
     students = _students(runs)
     default = first_run.recipe.evaluation.size
     sizes = _sizes(students, default, arguments.reference, arguments.sizes)
@@ -123,7 +125,6 @@ def run(arguments: argparse.Namespace) -> int:
     print_tables(tables(curves, sizes, len(pictures)))
     encoders = {encoder.name: encoder for encoder in [*students, *teachers]}
     sheet = size_sheet(open_picture(pictures[0]), encoders, sorted(sizes), SIDE)
-    folder = arguments.output or first_run.folder.resolve().parents[2] / "mode_switching"
     facts = {
         "runs": {label: str(found.folder) for label, found in runs.items()},
         "pictures": source,

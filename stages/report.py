@@ -18,7 +18,7 @@ from radio_distill.errors import ConfigError, DataError
 from radio_distill.evals.score_files import SCORES
 from radio_distill.evals.subjects import matches
 from radio_distill.progress import Progress
-from stages.arguments import add_trust_argument
+from stages.arguments import add_trust_argument, check_output
 from stages.sweep import gain_of
 
 if TYPE_CHECKING:
@@ -70,11 +70,13 @@ def report(
     from radio_distill.config import dump
     from radio_distill.evals.report import write_report
 
+    output = output or folder / "report.html"
     students = _students(folder)
+    check_output(output)
     newest = list(students.values())[-1]
     gain, tables = _tables(folder / SCORES, students, baseline)
     return write_report(
-        output or folder / "report.html",
+        output,
         title=f"radio_distill: {newest.recipe.name}",
         summary=_summary(newest, students),
         tables=[gain.to_table(), *tables],
@@ -87,11 +89,10 @@ def report(
 
 def _students(folder: Path) -> "dict[str, Checkpoint]":
     """Open the newest checkpoint of each stage 3 of a run, or of its last stage, by stage."""
-    from radio_distill.train.checkpoint import find
+    from radio_distill.train.checkpoint import find, stage_folders
 
-    stages = sorted(path.parent for path in folder.glob("stage*/checkpoints"))
+    stages = stage_folders(folder)
     last = [path for path in stages if path.name.startswith("stage3")] or stages[-1:]
-    last = [path for path in last if "." not in path.name]  # earlier runs, moved aside
     if not last:
         raise DataError(f"{folder} holds no stage; train one first: radio-distill train")
     return {path.name: find(path) for path in last}

@@ -17,9 +17,9 @@ if __package__ in (None, ""):  # run as a file: put the checkout, and only it, f
 
 from radio_distill.config import Recipe
 from radio_distill.errors import ConfigError, DataError
-from stages.arguments import add_trust_argument, run_script
+from stages.arguments import add_trust_argument, check_output, run_script
 from stages.common import Asked, load_recipe, train_stage
-from stages.evaluate import score_checkpoints
+from stages.evaluate import SCORES, score_checkpoints
 
 if TYPE_CHECKING:
     from radio_distill.evals.mtl_gain import GainTable
@@ -101,6 +101,7 @@ def sweep(
         raise ConfigError(
             f"--baseline {baseline} is not among --upsamplers {' '.join(upsamplers)}; add it"
         )
+    check_output(recipe.folder / SCORES, "--override output=DIR")
     for name in upsamplers:
         UPSAMPLERS.get(name)  # an unknown name ends here, before anything is trained
     variants = {name: with_upsampler(recipe, name) for name in upsamplers}

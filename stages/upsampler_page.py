@@ -23,6 +23,7 @@ from radio_distill.evals.tables import Table, print_tables, render
 from radio_distill.files import reason_of, replacing
 from upsamplers.comparison import Cost
 
+from .arguments import check_output
 from .common import fit_name
 from .upsampler_fits import Request, Subject
 from .upsampler_measures import Bench, Scores
@@ -57,6 +58,7 @@ def report(
         missing: commands that would fit the others, for the page.
     """
     folder = subject.recipe.folder / "upsampler_report" / subject.teacher.spec.name
+    check_output(folder / "index.html")
     results = _measured(Bench(subject, files), request)
     bench = results.bench
     tables = tables_of(bench, request)

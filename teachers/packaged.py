@@ -32,15 +32,18 @@ def packaged_weights(requirement: str) -> Path:
             or the cache folder cannot be written.
     """
     target = cache_folder() / f"{requirement.replace('==', '-')}.safetensors"
-    if not target.exists():
+    if not os.path.exists(target):
         pattern, convert = _CONVERSIONS[requirement]
         _write(target, convert(_installed_file(requirement, pattern)), requirement)
     return target
 
 
 def cache_folder() -> Path:
-    """Return the folder that converted weights are kept in."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    """Return the folder that converted weights are kept in; raises WeightsError without a home."""
+    home = os.path.expanduser("~")
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(home, ".cache")
+    if not os.path.isabs(base):
+        raise WeightsError("no home folder is known to keep weights in; set XDG_CACHE_HOME to one")
     return Path(base) / "radio_distill"
 
 

@@ -5,6 +5,7 @@ key that is missing, left over or of another shape is an error that names it.
 """
 
 import hashlib
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -20,16 +21,22 @@ from radio_distill.models.weight_files import hub_model as hub_model
 from radio_distill.models.weight_files import named_as as named_as
 from radio_distill.models.weight_files import read_json as read_json
 from radio_distill.models.weight_files import read_state as read_state
+from radio_distill.models.weight_files import refuse_unreadable as refuse_unreadable
 from radio_distill.models.weight_files import summed_files as summed_files
 from radio_distill.trust import check_sha256 as check_sha256
 
 
 def local_path(weights: str) -> Path:
-    """Return the file or folder that a recipe names; raises WeightsError where there is none."""
+    """Return the file or folder that a recipe names.
+
+    Raises:
+        WeightsError: where there is none, or one that may not be read.
+    """
     for word, option in ((HUB, "it"), (FOLDER, "its path alone here, or it")):
         if weights.startswith(word):
             raise WeightsError(f"weights: {weights} is no path; name {option} in options.model")
-    path = Path(weights).expanduser()
+    path = Path(os.path.expanduser(weights))  # pathlib's fails where there is no home
+    refuse_unreadable(path)
     if not path.exists():
         raise WeightsError(f"no weights at {weights}; correct `weights` or leave it empty")
     return path

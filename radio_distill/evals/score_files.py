@@ -16,7 +16,9 @@ needs torch.
 import csv
 import io
 import json
+import logging
 import math
+import os
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -31,6 +33,8 @@ from ..registry import nearest
 from ..types import Score
 from .mtl_gain import Measured, Metric
 from .subjects import FIELDS, SCORES, Subject, labels, matches, seeds_of_one, subject_of_line
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,6 +227,13 @@ def write_scores(path: str | Path, subject: Subject, scores: Sequence[Score]) ->
         )
 
 
+def check_can_add(path: Path) -> None:
+    """Raise DataError where a file is there that scores cannot be added to."""
+    if path.exists():
+        for number, line in _json_lines(path):
+            _subject_of(line, path, f"{path}, line {number}")
+
+
 def _replaces(subject: Subject, former: Subject) -> bool:
     if not former.is_known:
         return (former.folder, former.title) == (subject.folder, subject.title)
@@ -272,12 +283,26 @@ class _StrictLoader(yaml.SafeLoader):
 def _files(paths: Iterable[str | Path]) -> Iterator[Path]:
     for path in map(Path, paths):
         if path.is_dir():
-            found = sorted(path.rglob(SCORES))
-            if not found:
-                raise DataError(f"{path}: no {SCORES} in this folder or below it")
-            yield from found
+            yield from _below(path)
         else:
             yield path
+
+
+def _below(folder: Path) -> list[Path]:
+    """List the files of scores below a folder; what may not be looked into is said."""
+    closed: list[OSError] = []
+    found = [
+        Path(parent, SCORES)
+        for parent, _, names in os.walk(folder, onerror=closed.append)
+        if SCORES in names
+    ]
+    if not found and closed:
+        raise DataError(f"{closed[0].filename} cannot be read: {reason_of(closed[0]).lower()}")
+    if not found:
+        raise DataError(f"{folder}: no {SCORES} in this folder or below it")
+    for error in closed:
+        logger.warning("passed over: %s cannot be read: %s", error.filename, reason_of(error))
+    return sorted(found)
 
 
 def _text(path: Path) -> str:

@@ -19,6 +19,7 @@ that a stage takes anew. ``start_from`` of a stage is what goes on with a run's 
 """
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -43,6 +44,7 @@ from .weight_files import (
     named_as,
     read_checkpoint,
     read_json,
+    refuse_unreadable,
     summed_files,
     tensors_of,
 )
@@ -106,7 +108,7 @@ def read_start(
     elif pretrained.startswith(HUB):
         start = _read(hub_model(pretrained, "student.pretrained"), body, sha256, tuple(grid))
     else:
-        path = Path(pretrained.removeprefix(FOLDER)).expanduser()
+        path = Path(os.path.expanduser(pretrained.removeprefix(FOLDER)))
         start = _read(path, body, sha256, tuple(grid))
     check_start(start, body, pretrained, architecture)
     return replace(start, grid=_grid_of(start, body, tuple(grid), pretrained))
@@ -118,6 +120,7 @@ def _body_grid(body: Any) -> Size | None:
 
 
 def _read(path: Path, body: Any, sha256: str, grid: tuple[int, ...]) -> Start:
+    refuse_unreadable(path)
     if not is_there(path):
         raise WeightsError(f"no weights file {path}; correct student.pretrained")
     if sha256:

@@ -350,6 +350,21 @@ def find(path: Path) -> Checkpoint:
     return checkpoint
 
 
+def stage_folders(run: Path) -> list[Path]:
+    """List the folders of a run's stages, sorted; earlier runs that were moved aside are not.
+
+    Raises:
+        UnreadableError: the run, or a stage of it, may not be looked into.
+    """
+    refuse_unreadable(run)
+    found = []
+    for folder in sorted(run.iterdir()) if run.is_dir() else ():
+        if folder.name.startswith("stage") and "." not in folder.name:
+            refuse_unreadable(folder)
+            found += [folder] if (folder / "checkpoints").is_dir() else []
+    return found
+
+
 def check_teachers(checkpoint: Checkpoint, teachers: Mapping[str, TeacherSpec]) -> None:
     """Raise WeightsError where a student's heads do not fit the recipe's teachers."""
     if set(teachers) == set(checkpoint.teachers) and list(teachers) != list(checkpoint.teachers):

@@ -1,5 +1,6 @@
 """A whole run in seconds: shards of generated pictures, tiny teachers, a tiny student."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -94,15 +95,37 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture
-def recipe_file(tmp_path: Path, pictures: Path) -> Path:
-    """The tiny recipe, with its run folder in this test's folder."""
+def write_recipe(folder: Path, pictures: Path) -> Path:
+    """Write the tiny recipe, with its run folder in ``folder``."""
     recipe = {
         **RECIPE,
-        "output": str(tmp_path / "runs"),
+        "output": str(folder / "runs"),
         "data": {**RECIPE["data"], "shards": [str(pictures / "shards")]},
         "evaluation": {**RECIPE["evaluation"], "pictures": str(pictures / "held_out")},
     }
-    path = tmp_path / "tiny.yaml"
+    path = folder / "tiny.yaml"
     path.write_text(yaml.safe_dump(recipe, sort_keys=False))
     return path
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path, pictures: Path) -> Path:
+    """The tiny recipe, with its run folder in this test's folder."""
+    return write_recipe(tmp_path, pictures)
+
+
+@pytest.fixture(scope="session")
+def _two_steps(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Path:
+    from stages import stage1
+
+    recipe = write_recipe(tmp_path_factory.mktemp("two_steps"), pictures)
+    fields = ["--stage.steps", "2", "--stage.freeze_body_steps", "0"]
+    assert stage1.main(["--recipe", str(recipe), *fields]) == 0
+    return recipe.parent / "runs"
+
+
+@pytest.fixture
+def two_steps(recipe_file: Path, _two_steps: Path) -> Path:
+    """The run folder of the recipe with a finished stage 1 of two steps."""
+    shutil.copytree(_two_steps, recipe_file.parent / "runs")
+    return recipe_file.parent / "runs" / "tiny"

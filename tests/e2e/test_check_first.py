@@ -66,8 +66,9 @@ CANNOT_START = [
 
 
 @pytest.mark.parametrize(("wrong", "expected"), CANNOT_START)
-def test_finished_run__is_left_alone_by_what_cannot_start(recipe_file, capfd, wrong, expected):
-    assert run(stage1, recipe_file, *SHORT) == 0
+def test_finished_run__is_left_alone_by_what_cannot_start(
+    recipe_file, two_steps, capfd, wrong, expected
+):
     arguments = wrong(recipe_file.parent)
     before = contents(run_folder(recipe_file))
     capfd.readouterr()
@@ -97,9 +98,8 @@ def test_stage2__whose_start_is_missing_leaves_no_folder(recipe_file, capfd):
 
 @pytest.mark.parametrize("free", [0, 2_000])
 def test_no_room_for_one_checkpoint__is_told_before_the_statistics(
-    recipe_file, capfd, monkeypatch, free
+    recipe_file, two_steps, capfd, monkeypatch, free
 ):
-    assert run(stage1, recipe_file, *SHORT) == 0
     before = contents(run_folder(recipe_file))
     shutil.rmtree(run_folder(recipe_file) / "statistics", ignore_errors=True)
     usage = shutil.disk_usage(recipe_file)
@@ -126,8 +126,7 @@ def test_folder_that_cannot_be__is_one_line(recipe_file, capfd, kind):
         assert "is not a folder" in line or "a link to /no/such/place, which is not there" in line
 
 
-def test_living_run__is_refused_to_unless_it_is_taken_over(recipe_file, capfd):
-    assert run(stage1, recipe_file, *SHORT) == 0
+def test_living_run__is_refused_to_unless_it_is_taken_over(recipe_file, two_steps, capfd):
     folder = run_folder(recipe_file) / "stage1"
     living = Ownership.take(folder)
     before = contents(run_folder(recipe_file))
@@ -166,8 +165,7 @@ def test_living_fit__is_refused_to_and_a_finished_one_is_left_alone(recipe_file,
 
 
 @pytest.mark.parametrize("empty", ["gone", "begun"])
-def test_resume__names_the_run_that_was_moved_aside(recipe_file, capfd, empty):
-    assert run(stage1, recipe_file, *SHORT) == 0
+def test_resume__names_the_run_that_was_moved_aside(recipe_file, two_steps, capfd, empty):
     folder = run_folder(recipe_file) / "stage1"
     folder.rename(folder.with_name("stage1.1"))
     shutil.copytree(folder.with_name("stage1.1"), folder.with_name("stage1.2"))
@@ -183,9 +181,10 @@ def test_resume__names_the_run_that_was_moved_aside(recipe_file, capfd, empty):
     assert (folder / "checkpoints" / "step-00000002").is_dir()
 
 
-def test_resume__a_requeued_job_goes_on_with_what_it_began_itself(recipe_file, monkeypatch, caplog):
+def test_resume__a_requeued_job_goes_on_with_what_it_began_itself(
+    recipe_file, two_steps, monkeypatch, caplog
+):
     """It was submitted to start anew; whatever else lies there is none of its."""
-    assert run(stage1, recipe_file, *SHORT) == 0
     folder = run_folder(recipe_file) / "stage1"
     monkeypatch.setenv("SLURM_JOB_ID", "41")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
