@@ -28,6 +28,7 @@ from radio_distill.config import (
     hints,
     keep_resolved,
     load,
+    place_indexes,
     resolve,
 )
 from radio_distill.errors import ChangedError, CheckpointError, ConfigError
@@ -364,6 +365,7 @@ def resolve_at_start(
     else:
         fit = recipe.fit
         shown = (fit.pool or fit.steps * fit.batch_size) * (1 + fit.views)
+    recipe = place_indexes(recipe)
     # The first to open shards writes their indexes; the others find them.
     in_shards = main_first(world, lambda: open_sources(recipe.data).num_images)
     facts = Facts(
@@ -382,6 +384,7 @@ _WITHOUT_EFFECT = (
     "watch",
     "evaluation",
     "data.shards",  # what they hold is compared by their fingerprint, wherever they lie
+    "data.index",
     "data.workers",
     "data.max_bad_share",
     "data.max_bad_shards",

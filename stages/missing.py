@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 
 from radio_distill.config import Recipe, TeacherConfig, UpsamplerConfig
-from radio_distill.data.shards import find_shards
+from radio_distill.data.find import find_shards
 from radio_distill.errors import ConfigError, DataError, RadioDistillError, WeightsError
 from stages.common import Asked, stage_of
 from stages.upsampler_files import Need, problems_of

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from radio_distill.data.shards import find_shards
+from radio_distill.data.find import find_shards
 from radio_distill.errors import DataError
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -18,7 +18,7 @@ from .reading import (
     parse_yaml,
     read_yaml,
 )
-from .resolve import CHOSEN_ANEW, KEPT, Facts, keep_resolved, resolve
+from .resolve import CHOSEN_ANEW, KEPT, Facts, keep_resolved, place_indexes, resolve
 from .schema import (
     AugmentationConfig,
     DataConfig,
@@ -75,6 +75,7 @@ __all__ = [
     "override",
     "parse_yaml",
     "partition_sizes",
+    "place_indexes",
     "plain",
     "read_yaml",
     "resolve",

@@ -114,6 +114,8 @@ def _check_data(data: DataConfig) -> list[str]:
     for name, least in (("min_size", 1), ("max_pixels", 1), ("shuffle_shards", 1), ("workers", 0)):
         if (value := getattr(data, name)) != "auto" and value < least:
             problems.append(f"data.{name}: {value} is below {least}")
+    if not data.index:
+        problems.append("data.index: no folder is named; give one, or auto")
     if data.workers != "auto" and data.workers > 1024:
         problems.append(f"data.workers: {data.workers} processes are above 1024")
     for name in ("max_bad_share", "max_bad_shards"):

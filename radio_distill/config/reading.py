@@ -4,6 +4,7 @@ One builder reads both, so both give the same messages.
 """
 
 import dataclasses
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -262,7 +263,8 @@ def _convert(kind: Any, value: Any, path: str) -> Any:
 
 def _convert_tuple(arguments: tuple[Any, ...], value: Any, path: str) -> tuple[Any, ...]:
     if isinstance(value, str) and arguments[0] is str:
-        value = [part.strip() for part in value.split(",")] if value else []
+        # Not at commas within braces, as in shard-{000,001}.tar.
+        value = [part.strip() for part in re.split(r",(?![^{}]*\})", value)] if value else []
     if not isinstance(value, (list, tuple)):
         raise ConfigError(f"{path}: expected a list, got {value!r}")
     if len(arguments) == 2 and arguments[1] is Ellipsis:

@@ -8,6 +8,7 @@ goes on with the same numbers whatever machine it is on; see :func:`keep_resolve
 from collections.abc import Sequence
 from dataclasses import dataclass, is_dataclass, replace
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any, Literal
 
 from .schema import (
@@ -25,7 +26,7 @@ AUTO = "auto"
 KEPT = ("normalizer.images", "stages.*.freeze_body_steps", "fit.warmup_steps")
 """Fields whose `auto` keeps, in a run that is resumed, what it was resolved to before."""
 
-CHOSEN_ANEW = ("data.workers", "engine.zero_stage", "log.every", "log.save_every")
+CHOSEN_ANEW = ("data.index", "data.workers", "engine.zero_stage", "log.every", "log.save_every")
 """Fields whose `auto` is resolved anew at every start: they change no number, but by rounding.
 
 Neither here nor there are engine.name and engine.device, which stay `auto` in a run folder.
@@ -69,6 +70,7 @@ def resolve(recipe: Recipe, stage: str, facts: Facts, earlier: Recipe | None = N
     """
     if earlier is not None:
         recipe = keep_resolved(recipe, earlier, KEPT)
+    recipe = place_indexes(recipe)
     config = recipe.stages.get(stage)
     steps = recipe.fit.steps if config is None else config.steps
     recipe = replace(
@@ -81,6 +83,17 @@ def resolve(recipe: Recipe, stage: str, facts: Facts, earlier: Recipe | None = N
     if config is None:
         return replace(recipe, fit=_resolve_fit(recipe.fit))
     return replace(recipe, stages={**recipe.stages, stage: _resolve_stage(config, recipe)})
+
+
+def place_indexes(recipe: Recipe) -> Recipe:
+    """Return the recipe with the folders that `data.index` stands for, before shards are opened.
+
+    The second one is that of all runs, which every process of a run sees.
+    """
+    if recipe.data.index != AUTO:
+        return recipe
+    folders = ("beside", str(Path(recipe.output) / "indexes"))
+    return replace(recipe, data=replace(recipe.data, index=folders))
 
 
 def _resolve_stage(stage: StageConfig, recipe: Recipe) -> StageConfig:

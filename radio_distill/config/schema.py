@@ -311,9 +311,16 @@ class FitConfig:
 class DataConfig:
     """Which images, and what is done to them."""
 
-    shards: tuple[str, ...] = option(help="tar shards, folders of shards, or patterns with * ")
+    shards: tuple[str, ...] = option(
+        help="tar shards, folders of shards, patterns with * or braces, or text files that list shards"
+    )
     weights: tuple[float, ...] = option(
         tuple, "share of each entry of `shards`; empty for all images alike"
+    )
+    index: Literal["auto"] | tuple[str, ...] = option(
+        "auto",
+        "folders that are tried in turn for the indexes of shards; `beside` is the shards' own folder; auto: beside, then OUTPUT/indexes",
+        ours=True,
     )
     crop_scale: tuple[float, float] = option(
         (0.5, 1.0), "share of the picture's area that a random crop covers", ours=True

@@ -9,11 +9,12 @@ from pathlib import Path
 
 from ..config import DataConfig
 from ..errors import DataError
-from .images import BadImageError, decode_image
-from .index import open_shard
+from .images import FIELD_OF_KIND, BadImageError, decode_image
+from .find import search_shards
+from .index import Shard, open_shard
 from .names import printable
 from .reader import ShardReader
-from .shards import find_shards
+from .sources import describe_notes, index_folders
 
 SIZE_STEPS = (64, 128, 256, 512, 1024, 2048, 4096)
 """Borders of the histogram of shortest sides, in pixels."""
@@ -32,6 +33,10 @@ class ShardReport:
     """Number of samples that training never uses, by kind; see :mod:`.walk`."""
     left_out_names: dict[str, list[str]] = field(default_factory=dict)
     """The first of them in each shard, ``shard:member``, by kind."""
+    empty: list[str] = field(default_factory=list)
+    """Names of shards without an image."""
+    notes: list[str] = field(default_factory=list)
+    """What is notable and no fault, one line each."""
     bad: dict[str, list[str]] = field(default_factory=dict)
     """``shard:member: reason`` of each image that training would replace, by kind."""
     sizes: Counter[str] = field(default_factory=Counter)
@@ -44,7 +49,7 @@ class ShardReport:
 
     @property
     def is_clean(self) -> bool:
-        """Whether training can use all there is."""
+        """Whether training can use all that is meant for it; an empty shard is no fault."""
         return not (self.damaged or self.left_out or self.bad)
 
     def add(self, other: "ShardReport") -> None:
@@ -53,6 +58,7 @@ class ShardReport:
         self.num_images += other.num_images
         self.num_bytes += other.num_bytes
         self.damaged += other.damaged
+        self.empty += other.empty
         self.left_out += other.left_out
         self.sizes += other.sizes
         for mine, theirs in ((self.left_out_names, other.left_out_names), (self.bad, other.bad)):
@@ -78,32 +84,42 @@ def check_shards(
     Raises:
         DataError: no shards found. Damage is reported, not raised.
     """
-    paths = find_shards(patterns)
-    report = ShardReport()
+    found = search_shards(patterns)
+    report, shards = ShardReport(), []
     with warnings.catch_warnings(), ThreadPoolExecutor(threads) as pool:
         warnings.filterwarnings("ignore", module="PIL")  # what matters is reported
-        results = pool.map(lambda path: _check_shard(path, config), paths)
-        for done, result in enumerate(results, 1):
+        results = pool.map(lambda path: _check_shard(path, config), found.paths)
+        for done, (shard, result) in enumerate(results, 1):
             report.add(result)
+            shards += [shard] if shard else []
             if progress is not None:
-                progress(done, len(paths))
+                progress(done, len(found.paths))
+    report.notes = [*found.notes, *describe_notes(shards)]
     return report
 
 
-def _check_shard(path: Path, config: DataConfig) -> ShardReport:
+def limits_of(kind: str, config: DataConfig) -> str:
+    """Return which field makes images of a kind bad, and what it is, or nothing."""
+    name = FIELD_OF_KIND.get(kind)
+    return f"{name} is {getattr(config, name.removeprefix('data.'))}" if name else ""
+
+
+def _check_shard(path: Path, config: DataConfig) -> tuple[Shard | None, ShardReport]:
     report = ShardReport(num_shards=1)
     try:
-        shard = open_shard(path)
+        shard = open_shard(path, index_folders(config))
         reader = ShardReader([shard], timeout=config.read_timeout)
         report.num_bytes = shard.size
         for number in range(shard.num_samples):
             _check_image(reader, number, config, report)
     except DataError as error:
-        return ShardReport(num_shards=1, damaged=[str(error)])
+        return None, ShardReport(num_shards=1, damaged=[str(error)])
+    if not shard.num_samples:
+        report.empty.append(printable(path))
     for kind, item in shard.left_out.items():
         report.left_out[kind] = item.num_samples
         report.left_out_names[kind] = [f"{printable(path.name)}:{name}" for name in item.names]
-    return report
+    return shard, report
 
 
 def _check_image(reader: ShardReader, number: int, config: DataConfig, report: ShardReport) -> None:

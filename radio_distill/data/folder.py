@@ -15,17 +15,19 @@ from PIL.Image import Image
 
 from ..errors import DataError
 from ..files import reason_of
-from .images import IMAGE_SUFFIXES, BadImageError, decode_image
+from .find import search_shards
+from .images import BadImageError, decode_image
 from .index import open_shards
-from .names import printable
+from .names import is_hidden, printable
 from .reader import ShardReader
-from .shards import find_pictures, find_shards, read_picture
+from .shards import read_picture
+from .sources import describe_notes
+from .tree import Tree, list_tree, say_once
 from .walk import describe
-
-logger = logging.getLogger(__name__)
 
 _SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation")}
 """Names of the folders of a split, in lower case."""
+_SIDE_FILES = (".txt", ".cls", ".json")  # lie beside pictures, and are no matter of evaluation
 
 
 @dataclass(frozen=True)
@@ -97,28 +99,52 @@ def list_pictures(source: str) -> list[PictureRef]:
         DataError: nothing is there, or a shard is damaged.
     """
     folder = Path(source).expanduser()
-    if not folder.is_dir() or any(folder.rglob("*.tar")):
+    if not folder.is_dir():
         return _in_shards(source)
-    refs = [
+    tree = list_tree(folder)
+    pictures = tree.images
+    if any(path.suffix.lower() == ".tar" for path in tree.files):
+        if pictures:
+            say_once(f"{printable(folder)}: {len(pictures)} images beside the shards are not used")
+        return _in_shards(source)
+    _say_rest(folder, tree, pictures)
+    if not pictures:
+        rest = tree.describe_rest([])
+        raise DataError(
+            f"no pictures and no shards found in {source}" + (f": only {rest}" if rest else "")
+        )
+    return [
         PictureRef(printable(path.relative_to(folder).as_posix()), partial(read_picture, path))
-        for path in find_pictures(folder)
+        for path in pictures
     ]
-    if not refs:
-        raise DataError(f"no pictures and no shards found in {source}")
-    return refs
+
+
+def _say_rest(folder: Path, tree: Tree, used: Sequence[Path]) -> None:
+    side_files = [path for path in tree.files if path.suffix.lower() in _SIDE_FILES]
+    if rest := tree.describe_rest([*used, *side_files]):
+        only_hidden = rest == f"{tree.num_hidden} hidden"
+        level = logging.INFO if only_hidden else logging.WARNING
+        say_once(f"{printable(folder)}: {len(used)} images; passed over: {rest}", level)
 
 
 def _in_shards(source: str) -> list[PictureRef]:
-    reader = ShardReader(open_shards(find_shards([source])))
+    found = search_shards([source])
+    reader = ShardReader(open_shards(found.paths))
+    for note in [*found.notes, *describe_notes(reader.shards)]:
+        say_once(note)
     refs = []
     for number, shard in enumerate(reader.shards):
         if shard.left_out:
             kinds = describe(shard.left_out)
             raise DataError(f"shard {printable(shard.path)} is not clean: {kinds}; make it anew")
+        if not shard.num_samples:
+            say_once(f"shard {printable(shard.path)} has no images")
         for index in range(shard.num_samples):
             sample = reader.sample(number, index)
             read = partial(reader.image_bytes, number, sample)
             refs.append(PictureRef(reader.key(number, sample), read))
+    if not refs:
+        raise DataError(f"no images in the shards of {source}")
     return refs
 
 
@@ -142,10 +168,10 @@ def labelled_pictures(folder: str) -> LabelledPictures:
             f"right; add the class there, or remove it ({len(unknown)} such classes)"
         )
     if empty := [name for name in train if name not in names]:
-        logger.warning(
-            "%s: class folders without pictures, passed over: %d (first: %s)",
-            printable(str(root)), len(empty), printable(empty[0]),
-        )  # fmt: skip
+        say_once(
+            f"{printable(root)}: class folders without pictures, passed over: {len(empty)} "
+            f"(first: {printable(empty[0])})"
+        )
     if len(names) == 1:
         raise DataError(f"{root} has pictures of one class only ({names[0]}); add another")
     return LabelledPictures(_numbered(train, names), _numbered(val, names), names)
@@ -169,12 +195,16 @@ def split_folder(parent: Path, split: str) -> Path:
 
 
 def _split_folders(parent: Path, split: str) -> list[Path]:
-    named = (path for path in parent.glob("*") if path.name.lower() in _SPLITS[split])
-    return sorted(path for path in named if path.is_dir())
+    return [path for path in _folders(parent) if path.name.lower() in _SPLITS[split]]
+
+
+def _folders(parent: Path) -> list[Path]:
+    shown = (path for path in parent.glob("*") if not is_hidden(path.name))
+    return sorted(path for path in shown if path.is_dir())
 
 
 def _find_splits(folder: Path) -> Path:
-    candidates = [folder, *sorted(folder.glob("[!.]*/"))]
+    candidates = [folder, *_folders(folder)]
     found = [path for path in candidates if all(_split_folders(path, split) for split in _SPLITS)]
     if found and (found[0] == folder or len(found) == 1):
         return found[0]
@@ -186,17 +216,23 @@ def _find_splits(folder: Path) -> Path:
 
 
 def _by_class(split: Path) -> dict[str, list[Path]]:
-    """Return the pictures of each class folder; those that lie in none are counted and said."""
-    entries = sorted(path for path in split.iterdir() if not path.name.startswith("."))
-    classes = {path.name: find_pictures(path) for path in entries if path.is_dir()}
+    """Return the pictures of each class folder; what else lies there is counted and said."""
+    tree = list_tree(split)
+    classes: dict[str, list[Path]] = {path.name: [] for path in _folders(split)}
+    loose = []
+    for path in tree.images:
+        if path.parent == split:
+            loose.append(path)
+        else:
+            classes[path.relative_to(split).parts[0]].append(path)
     if not any(classes.values()):
         raise DataError(f"no pictures found in the class folders of {split}")
-    suffixes = {f".{suffix}" for suffix in IMAGE_SUFFIXES}
-    if loose := [path for path in entries if path.suffix.lower() in suffixes and path.is_file()]:
-        logger.warning(
-            "%s: pictures in no class folder, passed over: %d (first: %s)",
-            printable(str(split)), len(loose), printable(loose[0].name),
-        )  # fmt: skip
+    if loose:
+        say_once(
+            f"{printable(split)}: pictures in no class folder, passed over: {len(loose)} "
+            f"(first: {printable(loose[0].name)})"
+        )
+    _say_rest(split, tree, tree.images)
     return classes
 
 

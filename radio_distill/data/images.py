@@ -1,12 +1,16 @@
 """From the bytes of one picture to a view of it: decode, crop, flip, resize.
 
-Only formats whose decoders are common and whose size stands in the header are read. Colour profiles
+Only formats whose decoders are common and whose size stands in the header are read; AVIF where
+Pillow was built with it, HEIC where pillow-heif is installed. Colour profiles
 are ignored, as the data pipelines of CLIP, SigLIP and DINO do. There is no colour jitter: student
 and teachers must see the same pixels, and the AM-RADIO recipe has none.
 """
 
 import io
 import math
+import struct
+from functools import cache
+from importlib.util import find_spec
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
@@ -28,11 +32,42 @@ SUFFIX_OF_FORMAT = {
     "GIF": "gif",
     "BMP": "bmp",
     "TIFF": "tif",
+    "AVIF": "avif",
+    "HEIF": "heic",
 }
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
-MAX_PIXELS = 100_000_000
+IMAGE_SUFFIXES = (
+    *("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"),
+    *("jfif", "jfi", "jif", "jpe", "pjpeg", "pjp", "apng", "avif", "heic", "heif", "hif"),
+)
+"""Of members of shards that are images, the first being preferred where two bear one name.
 
-_FORMATS = [name for name in SUFFIX_OF_FORMAT if name != "MPO"]  # JPEG opens MPO too
+They do not depend on what this machine can decode, for an index is used by others too.
+"""
+_HEIC_SUFFIXES = ("heic", "heif", "hif")
+_NEEDED = {
+    "avif": "Pillow with AVIF: pip install 'pillow>=11.3'",
+    **dict.fromkeys(_HEIC_SUFFIXES, "pillow-heif: pip install pillow-heif"),
+}
+MAX_PIXELS = 100_000_000
+FIELD_OF_KIND = {"too_small": "data.min_size", "too_large": "data.max_pixels"}
+"""The field whose limit an image of this kind of badness is beyond."""
+
+_LONGEST_MAGIC = 64  # bytes that tell formats apart
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # JPEG opens MPO too
+_NO_IMAGES = {  # what stands in place of images, by the first bytes
+    b"<!doctype": "an HTML page",
+    b"<html": "an HTML page",
+    b"<?xml": "an XML file",
+    b"<svg": "an SVG drawing",
+    b"%pdf": "a PDF file",
+    b"8bps": "a Photoshop file",
+    b"\xff\x0a": "a JPEG XL image",
+    b"\0\0\0\x0cjxl ": "a JPEG XL image",
+    b"\0\0\0\x0cjp": "a JPEG 2000 image",
+    b"pk\3\4": "a zip file",
+    b"\x1f\x8b": "a gzip file",
+    b"version https://git-lfs": "a pointer of Git LFS, whose file was not fetched",
+}
 _ORIENTATION = 0x0112  # tag of EXIF
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -68,10 +103,11 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS, min_size: int = 1
 
     EXIF orientation is applied, transparency is put on white, 16-bit grey is scaled, and of an
     animation the first frame is taken. Size is judged by the header, before any pixel is decoded.
+    Where ``max_pixels`` lets an image in that Pillow warns of, Pillow's limit is raised to it.
 
     Raises:
         BadImageError: not decodable or truncated; shortest side below ``min_size``; more than
-            ``max_pixels`` (Pillow's own limit of 179 million stays in force).
+            ``max_pixels``.
     """
     image = _open(data)
     width, height = image.size
@@ -82,6 +118,8 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS, min_size: int = 1
     if image.format in ("JPEG", "MPO") and width * height > _JPEG_PIXELS_PER_BYTE * len(data):
         reason = f"header claims {width}x{height} pixels, more than {len(data)} bytes can hold"
         raise BadImageError("undecodable", reason)
+    if Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS:
+        Image.MAX_IMAGE_PIXELS = max_pixels  # else each crop would warn, or fail
     try:
         image.load()
         return _to_rgb(upright(image))
@@ -94,6 +132,42 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS, min_size: int = 1
 def image_suffix(data: bytes) -> str:
     """Return the file suffix that fits the bytes of a picture, whatever its file was called."""
     return SUFFIX_OF_FORMAT[_open(data).format or ""]
+
+
+@cache
+def readable_suffixes() -> frozenset[str]:
+    """Return the suffixes of images that this installation decodes, in lower case."""
+    lacking: set[str] = set()
+    if "AVIF" not in _formats():
+        lacking.add("avif")
+    if "HEIF" not in _formats():
+        lacking.update(_HEIC_SUFFIXES)
+    return frozenset(IMAGE_SUFFIXES) - lacking
+
+
+def what_reads(suffix: str) -> str:
+    """Return the package that decodes images of a suffix, and how to get it; else nothing."""
+    return _NEEDED.get(suffix.lower().removeprefix("."), "")
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """Return the formats that are read: a list of what is allowed, not of what Pillow can."""
+    formats = list(_FORMATS)
+    Image.init()
+    if "AVIF" in Image.OPEN:  # also where Pillow has no decoder; then its open says so
+        from PIL import AvifImagePlugin
+
+        if AvifImagePlugin.SUPPORTED:
+            formats.append("AVIF")
+            # Else each image takes a thread a core, in each of the decoding processes.
+            AvifImagePlugin.DEFAULT_MAX_THREADS = AvifImagePlugin.DEFAULT_MAX_THREADS or 1
+    if find_spec("pillow_heif") is not None:
+        import pillow_heif  # type: ignore[import-not-found, unused-ignore]
+
+        pillow_heif.register_heif_opener()
+        formats.append("HEIF")
+    return tuple(formats)
 
 
 class Shape(NamedTuple):
@@ -126,14 +200,39 @@ def _open(data: bytes) -> Image.Image:
 
 
 def _open_file(file: BinaryIO) -> Image.Image:
-    try:
-        return Image.open(file, formats=_FORMATS)
-    except Image.DecompressionBombError as error:
-        raise BadImageError("too_large", _reason(error)) from error
-    except Image.UnidentifiedImageError as error:
-        raise BadImageError("undecodable", "not a picture in a known format") from error
-    except Exception as error:  # as above
-        raise BadImageError("undecodable", _reason(error)) from error
+    """Read the header of an image.
+
+    As ``Image.open`` does, without its warning and its limit: the caller judges the size.
+    """
+    failure: Exception | None = None
+    start = file.read(_LONGEST_MAGIC)
+    for name in _formats():
+        factory, accept = Image.OPEN[name]
+        try:
+            if accept is None or accept(start[:16]) is True:
+                file.seek(0)
+                return factory(file, "")
+        except (SyntaxError, IndexError, TypeError, struct.error):
+            continue  # not of this format
+        except Exception as error:  # decoders fail on hostile bytes with nearly any exception
+            failure = error
+    if failure is not None:
+        raise BadImageError("undecodable", _reason(failure)) from failure
+    raise BadImageError("undecodable", _what_it_is(start))
+
+
+def _what_it_is(data: bytes) -> str:
+    """Say of bytes in no known format what they are, where their beginning tells."""
+    if data[4:8] == b"ftyp":
+        suffix = "avif" if data[8:12] in (b"avif", b"avis") else "heic"
+        needed = "" if suffix in readable_suffixes() else _NEEDED[suffix]
+        if needed:
+            return f"not a picture in a known format; {suffix.upper()} needs {needed}"
+    start = data[:64].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    kind = next((text for magic, text in _NO_IMAGES.items() if start.startswith(magic)), "")
+    if not data.strip(b"\0"):
+        kind = "only zeros" if data else "empty"
+    return "not a picture in a known format" + (f", but {kind}" if kind else "")
 
 
 def _reason(error: Exception) -> str:

@@ -1,35 +1,46 @@
-"""What a tar shard holds, found out once and kept in a file beside it.
+"""What a tar shard holds, found out once and kept in a file.
 
 :mod:`.walk` checks a shard and lists its samples; the CRC of each member is noted, and checked
-whenever the member is read. ``NAME.tar.index.jsonl`` beside the shard has one head line, which is
-all that is read at the start of a run, and one line a sample. It is made on first use and again
-when size or time of the shard differ, or when the head is damaged. Several processes may make it at
-once: each writes a file of its own, and all of them write the same. Where the folder cannot be
-written, the index stays in memory.
+whenever the member is read. An index has one head line, which is all that is read at the start of a
+run, and one line a sample. It is made on first use and again when size or time of the shard differ,
+or when the head is damaged. Of a damaged shard the head says what is wrong, so that it is not read
+again either. Several processes may make an index at once: each writes a file of its own, and all of
+them write the same.
+
+An index lies in one of several folders, which are tried in turn: ``BESIDE`` the shard, as
+``NAME.tar.index.jsonl``, or anywhere, under a name that tells the shards of different folders
+apart. Where none can be written, the index stays in memory.
 """
 
 import hashlib
 import json
 import logging
 import os
+import time
 import zlib
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 from ..errors import DataError
 from ..files import reason_of, replacing
 from .names import printable
 from .patience import open_regular
-from .walk import MAX_MEMBER_BYTES, LeftOut, Member, Sample, walk_shard
+from .walk import MAX_MEMBER_BYTES, DamagedShardError, LeftOut, Member, Sample, walk_shard
 
 logger = logging.getLogger(__name__)
+Value = TypeVar("Value")
 
-_VERSION = 2
+BESIDE = "beside"
+"""In place of a folder for indexes: each beside its shard."""
+
+_VERSION = 3
 _MAX_HEAD_BYTES = 1 << 20
 _THREADS = 8  # hides the latency of a network file system
+_SECONDS_A_LINE = 60.0  # between lines that say how far a long reading is
 
 
 @dataclass(frozen=True)
@@ -44,6 +55,12 @@ class Shard:
     """sha256 of the sample lines, so of names, places and CRCs of all members."""
     left_out: Mapping[str, LeftOut] = field(default_factory=dict)
     """What the shard holds besides and must not be used, by kind; see :mod:`.walk`."""
+    notes: Mapping[str, LeftOut] = field(default_factory=dict)
+    """What is notable but no fault, by kind."""
+    damage: str = ""
+    """What is wrong with the whole shard; then it has no samples."""
+    index: Path | None = None
+    """Where the sample lines are stored."""
     kept: tuple[bytes, ...] = field(default=(), repr=False)
     """The sample lines, where they could not be stored."""
 
@@ -59,20 +76,21 @@ class Shard:
             OSError: the index cannot be read.
             DataError: it is not the one whose head was read.
         """
-        if self.kept:
+        if self.index is None:
             return self.kept
-        with open_regular(index_path(self.path)) as file:
+        with open_regular(self.index) as file:
             lines = file.read().splitlines()[1:]
         if len(lines) != self.num_samples or _digest(lines) != self.digest:
-            raise DataError(
-                f"{printable(index_path(self.path))} is damaged; delete it and start again"
-            )
+            raise DataError(f"{printable(self.index)} is damaged; delete it and start again")
         return lines
 
 
-def index_path(shard: Path) -> Path:
-    """Where the index of a shard is stored."""
-    return shard.with_name(shard.name + ".index.jsonl")
+def index_path(shard: Path, folder: str = BESIDE) -> Path:
+    """Where the index of a shard is stored in a folder."""
+    if folder == BESIDE:
+        return shard.with_name(shard.name + ".index.jsonl")
+    place = hashlib.sha256(os.fsencode(os.path.abspath(shard.parent))).hexdigest()[:16]
+    return Path(folder).expanduser() / f"{shard.name}.{place}.index.jsonl"
 
 
 def open_shards(paths: Sequence[Path]) -> list[Shard]:
@@ -85,26 +103,35 @@ def open_shards(paths: Sequence[Path]) -> list[Shard]:
     return shards
 
 
-def try_open_shards(paths: Sequence[Path]) -> list[Shard | DataError]:
-    """Open the indexes of many shards at once; in place of a damaged one stands its error."""
+def try_open_shards(
+    paths: Sequence[Path], folders: Sequence[str] = (BESIDE,)
+) -> list[Shard | DataError]:
+    """Open the indexes of many shards at once; in place of a damaged one stands its error.
+
+    Shards without an index are read whole; why, how far, and where the indexes go is logged.
+    """
     with ThreadPoolExecutor(_THREADS) as pool:
-        return list(pool.map(_try_open, paths))
+        results = list(pool.map(lambda path: _trying(_stored, path, folders), paths))
+        wanted = {place: item for place, item in enumerate(results) if isinstance(item, _Wanted)}
+        if wanted:
+            _say_why(list(wanted.values()))
+            made = pool.map(lambda item: _trying(_make, item, folders), wanted.values())
+            found = dict(zip(wanted, _with_progress(made, list(wanted.values())), strict=True))
+            _say_where(list(found.values()), folders)
+            results = [found.get(place, item) for place, item in enumerate(results)]
+    return [item for item in results if not isinstance(item, _Wanted)]
 
 
-def open_shard(path: Path) -> Shard:
+def open_shard(path: Path, folders: Sequence[str] = (BESIDE,)) -> Shard:
     """Read the stored index of a shard, or make it.
 
     Raises:
-        DataError: the shard cannot be read, is damaged, or has nothing that can be used.
+        DataError: the shard cannot be read, or is damaged.
     """
-    try:
-        status = path.stat()
-    except OSError as error:
-        raise DataError(f"shard {printable(path)}: {reason_of(error)}") from error
-    shard = _read_head(path)
-    if shard is None or (shard.size, shard.mtime_ns) != (status.st_size, status.st_mtime_ns):
-        shard = _make(path, status)
-    return shard
+    (result,) = try_open_shards([path], folders)
+    if isinstance(result, DataError):
+        raise result
+    return result
 
 
 def parse_sample(line: bytes) -> Sample:
@@ -120,48 +147,160 @@ def parse_sample(line: bytes) -> Sample:
     return sample
 
 
-def _try_open(path: Path) -> Shard | DataError:
+class _Wanted(NamedTuple):
+    """A shard whose index must be made."""
+
+    path: Path
+    status: os.stat_result
+    why: str
+
+
+def _trying(function: Callable[..., Value], *arguments: Any) -> Value | DataError:
     try:
-        return open_shard(path)
+        return function(*arguments)
     except DataError as error:
         return error
 
 
-def _make(path: Path, status: os.stat_result) -> Shard:
-    logger.info("indexing %s", printable(path))
-    contents = walk_shard(path)
-    lines = [json.dumps(sample, separators=(",", ":")).encode() for sample in contents.samples]
-    digest = _digest(lines)
-    shard = Shard(path, status.st_size, status.st_mtime_ns, len(lines), digest, contents.left_out)
+def _stored(path: Path, folders: Sequence[str]) -> Shard | _Wanted:
+    """Return what the first index says that fits the shard."""
     try:
-        with replacing(index_path(path)) as temporary:
-            temporary.write_bytes(b"\n".join([_head_line(shard), *lines]) + b"\n")
+        status = path.stat()
     except OSError as error:
-        logger.info("index of %s stays in memory: %s", printable(path), reason_of(error))
-        return replace(shard, kept=tuple(lines))
-    return shard
+        raise DataError(f"shard {printable(path)}: {reason_of(error)}") from error
+    reasons = []
+    for folder in dict.fromkeys([*folders, BESIDE]):
+        found = _read_head(path, index_path(path, folder))
+        if isinstance(found, str):
+            reasons.append(found)
+        elif (found.size, found.mtime_ns) != (status.st_size, status.st_mtime_ns):
+            reasons.append("whose index is of other contents")
+        elif found.damage:
+            raise DataError(
+                f"shard {printable(path)} {found.damage} (if it is mended and nothing but its "
+                f"bytes changed, delete {printable(found.index)})"
+            )
+        else:
+            return found
+    return _Wanted(path, status, next(filter(None, reasons), "without an index"))
+
+
+def _make(wanted: _Wanted, folders: Sequence[str]) -> Shard:
+    path, size, mtime_ns = wanted.path, wanted.status.st_size, wanted.status.st_mtime_ns
+    try:
+        contents = walk_shard(path)
+    except DamagedShardError as error:
+        if path.suffix.lower() == ".tar":  # else it may be anything, and gets no file of ours
+            _store(Shard(path, size, mtime_ns, 0, "", damage=error.reason), [], folders)
+        raise
+    lines = [json.dumps(sample, separators=(",", ":")).encode() for sample in contents.samples]
+    shard = Shard(
+        path, size, mtime_ns, len(lines), _digest(lines), contents.left_out, contents.notes
+    )
+    return _store(shard, lines, folders)
+
+
+def _store(shard: Shard, lines: list[bytes], folders: Sequence[str]) -> Shard:
+    """Write an index to the first folder that can be written."""
+    for folder in folders:
+        place = index_path(shard.path, folder)
+        try:
+            with replacing(place) as temporary:
+                temporary.write_bytes(b"\n".join([_head_line(shard), *lines]) + b"\n")
+        except OSError as error:
+            logger.debug("no index at %s: %s", printable(place), reason_of(error))
+        else:
+            return replace(shard, index=place)
+    return replace(shard, kept=tuple(lines))
+
+
+def _say_why(wanted: list[_Wanted]) -> None:
+    reasons = Counter(item.why for item in wanted).most_common()
+    size = sum(item.status.st_size for item in wanted)
+    logger.info(
+        "reading %d shards whole, once, to index them (%s): %s",
+        len(wanted),
+        _in_bytes(size),
+        ", ".join(f"{number} {why}" for why, number in reasons),
+    )
+
+
+def _with_progress(made: Iterable[Value], wanted: list[_Wanted]) -> Iterator[Value]:
+    said, done, size = time.monotonic(), 0, sum(item.status.st_size for item in wanted)
+    for number, (result, item) in enumerate(zip(made, wanted, strict=True), 1):
+        done += item.status.st_size
+        if time.monotonic() - said > _SECONDS_A_LINE and number < len(wanted):
+            said = time.monotonic()
+            logger.info(
+                "indexed %d of %d shards, %s of %s",
+                number,
+                len(wanted),
+                _in_bytes(done),
+                _in_bytes(size),
+            )
+        yield result
+
+
+def _say_where(made: Sequence[Any], folders: Sequence[str]) -> None:
+    """Say which indexes lie in another place than the first, and which nowhere."""
+    shards = [item for item in made if isinstance(item, Shard)]
+    elsewhere = [item for item in shards if item.index not in (None, _first(item, folders))]
+    nowhere = [item for item in shards if item.index is None]
+    if elsewhere:
+        first, place = elsewhere[0], elsewhere[0].index
+        assert place is not None, "it lies elsewhere"
+        logger.info(
+            "indexes of %d shards go to %s, for %s cannot be written; data.index names another "
+            "place",
+            len(elsewhere),
+            printable(place.parent),
+            printable(_first(first, folders).parent),
+        )
+    if nowhere:
+        logger.warning(
+            "indexes of %d shards stay in memory, for %s cannot be written, so every process and "
+            "every start reads these shards whole; name a folder for them with data.index",
+            len(nowhere),
+            printable(_first(nowhere[0], folders).parent),
+        )
+
+
+def _first(shard: Shard, folders: Sequence[str]) -> Path:
+    return index_path(shard.path, folders[0])
+
+
+def _in_bytes(number: float) -> str:
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if number < 1000:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:.3g} TB"
 
 
 def _head_line(shard: Shard) -> bytes:
     head = {"version": _VERSION, **asdict(shard)}
-    del head["path"], head["kept"]
+    del head["path"], head["kept"], head["index"]
     return json.dumps({**head, "crc32": _crc32(head)}).encode()
 
 
-def _read_head(path: Path) -> Shard | None:
-    """Return what is stored; None when it is missing, damaged, or of another version."""
+def _read_head(path: Path, place: Path) -> Shard | str:
+    """Return what is stored; else why that cannot be used, which is nothing where it is missing."""
     try:
-        with open_regular(index_path(path)) as file:
+        with open_regular(place) as file:
             head = json.loads(file.readline(_MAX_HEAD_BYTES))
-        if head.pop("crc32") != _crc32(head) or head.pop("version") != _VERSION:
-            return None
-        left_out = {
-            kind: LeftOut(count, tuple(names))
-            for kind, (count, names) in head.pop("left_out").items()
-        }
-        return Shard(path, **head, left_out=left_out)
+        if head.pop("crc32") != _crc32(head):
+            return "whose index is damaged"
+        if head.pop("version") != _VERSION:
+            return "whose index is of another version"
+        left_out, notes = (
+            {kind: LeftOut(number, tuple(names)) for kind, (number, names) in counts.items()}
+            for counts in (head.pop("left_out"), head.pop("notes"))
+        )
+        return Shard(path=path, index=place, left_out=left_out, notes=notes, **head)
+    except FileNotFoundError:
+        return ""
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        return None
+        return "whose index is damaged"
 
 
 def _crc32(head: dict[str, Any]) -> int:

@@ -1,12 +1,31 @@
 """Names of shards and of their members: which are used, and how any name is shown.
 
-A name out of a shard is never used as a path. What cannot be printed is left out all the same, for
-a name ends up in logs, where an escape sequence is read by a terminal and half a surrogate pair
-cannot be written at all.
+A name out of a shard is never used as a path, and is escaped wherever it is shown. Names that are
+made to deceive a reader or a terminal are left out all the same: those with control characters,
+separators of lines, or marks of writing direction. Everything else that people have is used: spaces
+of every kind, joined emoji, bytes of another encoding than UTF-8.
 """
+
+import re
 
 MAX_LENGTH = 1000
 _SHOWN_LENGTH = 100
+_UNSAFE = re.compile(
+    "["
+    "\x00-\x1f\x7f-\x9f"  # control characters
+    "\u2028\u2029"  # separators of lines and paragraphs
+    "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # marks of writing direction
+    "\ud800-\udc7f\udd00-\udfff"  # surrogates; the others stand for bytes that are not UTF-8
+    "]"
+)
+_MADE_BY_SYSTEMS = {
+    "__macosx",
+    "@eadir",
+    "$recycle.bin",
+    "system volume information",
+    "thumbs.db",
+    "desktop.ini",
+}
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -22,9 +41,19 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def is_safe(name: str) -> bool:
-    """Tell whether a member's name is relative, stays below its folder, and can be printed."""
+    """Tell whether a member's name is relative, stays below its folder, and deceives nobody."""
     rises = name.startswith("/") or ".." in name.split("/")
-    return not rises and name.isprintable() and len(name) <= MAX_LENGTH
+    return not rises and not _UNSAFE.search(name) and len(name) <= MAX_LENGTH
+
+
+def is_hidden(name: str) -> bool:
+    """Tell whether the name of a file or folder says that it is not for the eye.
+
+    That is a dot at its beginning (``.ipynb_checkpoints``, ``._a.jpg``), or a name that operating
+    systems give to files of their own (``Thumbs.db``, ``__MACOSX``).
+    """
+    dotted = name.startswith(".") and name not in (".", "..")
+    return dotted or name.lower() in _MADE_BY_SYSTEMS
 
 
 def printable(name: object) -> str:

@@ -1,30 +1,32 @@
-"""Find tar shards, and make them from a folder of pictures.
+"""Make tar shards from a folder of pictures.
 
 The shards are plain webdataset: members ``KEY.jpg``, ``KEY.txt``, ``KEY.cls`` side by side. The
 bytes of a picture stay as they are; nothing is encoded again.
 """
 
-import glob
-import logging
+import hashlib
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+from ..config import DataConfig
 from ..errors import ConfigError, DataError
 from ..files import flush, reason_of
-from .images import IMAGE_SUFFIXES, BadImageError, decode_image, image_suffix
+from .images import FIELD_OF_KIND, BadImageError, decode_image, image_suffix
 from .names import printable
 from .patience import open_regular
+from .tree import Tree, list_tree
 from .walk import MAX_MEMBER_BYTES
 
-logger = logging.getLogger(__name__)
-
 _COMPANIONS = ("txt", "cls", "json")  # kept where they lie beside a picture under its name
+_SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing", "dev")
+_SHOWN = 20
 
 
 @dataclass(frozen=True)
@@ -33,55 +35,25 @@ class ShardSummary:
 
     shards: tuple[Path, ...]
     num_images: int
-    bad: dict[str, str]
+    bad: Mapping[str, str]
     """Reason for each picture that was left out, by its path within the source."""
     class_names: tuple[str, ...]
     """What the numbers in ``.cls`` stand for; empty without labels."""
+    held_out: tuple[Path, ...] = ()
+    """Shards of the pictures that were held out."""
+    notes: tuple[str, ...] = ()
+    """What else there is to say, one line each."""
 
-
-def find_shards(patterns: Sequence[str]) -> list[Path]:
-    """List the shards that files, folders (searched for ``*.tar``) and patterns with ``*`` name.
-
-    Each shard comes once, in the order of the patterns, sorted within each.
-
-    Raises:
-        DataError: a pattern names no shard.
-    """
-    found: dict[str, Path] = {}
-    for pattern in patterns:
-        paths = _matches(os.path.expanduser(pattern))
-        if not paths:
-            raise DataError(
-                f"no shards found for {pattern!r}; make them with `radio-distill shards SRC OUT`"
-            )
-        for path in paths:
-            found.setdefault(os.path.abspath(path), path)
-    return list(found.values())
-
-
-def _matches(pattern: str) -> list[Path]:
-    path = Path(pattern)
-    if path.is_dir():
-        return sorted(path.rglob("*.tar"))
-    if path.is_file():
-        return [path]
-    return sorted(
-        item for match in glob.glob(pattern, recursive=True) if (item := Path(match)).is_file()
-    )
+    def describe(self) -> list[str]:
+        """Return lines for a person: what was made, passed over, and left out."""
+        bad = [f"left out {name}: {reason}" for name, reason in islice(self.bad.items(), _SHOWN)]
+        made = f"{self.num_images} pictures in {len(self.shards)} shards: {self.shards[0].parent}"
+        return [made, *self.notes, *bad]
 
 
 def find_pictures(folder: Path) -> list[Path]:
-    """List the picture files below a folder, sorted; hidden files and folders are passed over."""
-    suffixes = {f".{suffix}" for suffix in IMAGE_SUFFIXES}
-    pictures = []
-    for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        pictures += [
-            Path(parent, name)
-            for name in names
-            if not name.startswith(".") and Path(name).suffix.lower() in suffixes
-        ]
-    return sorted(pictures)
+    """List the picture files below a folder, sorted; see :mod:`.tree` for what is passed over."""
+    return list_tree(folder).images
 
 
 def read_picture(path: Path) -> bytes:
@@ -103,42 +75,135 @@ def write_shards(
     images_per_shard: int = 1000,
     prefix: str = "shard",
     labels: bool = False,
+    limits: DataConfig | None = None,
+    hold_out: float = 0.0,
     progress: Callable[[int, int], None] | None = None,
 ) -> ShardSummary:
     """Pack the pictures below ``source`` into shards; equal sources give equal bytes.
 
-    Files ``NAME.txt``, ``NAME.cls`` and ``NAME.json`` beside a picture go with it. Pictures that
-    cannot be decoded are left out, logged and listed. The shards appear in ``out`` when all of them
-    are written.
+    Text beside a picture goes with it: files of its name with the suffix ``.txt``, ``.cls`` or
+    ``.json`` in place of its own or behind it, in upper or lower case. Captions are written as
+    UTF-8. Pictures that training would not take are left out and listed. The shards appear in
+    ``out`` when all of them are written.
 
     Args:
-        labels: write the number of each picture's parent folder as ``.cls``, and the folder names
-            to ``classes.txt``, one a line.
+        labels: write the number of each picture's class folder as ``.cls``, and the folder names
+            to ``classes.txt``, one a line. The class folders are those of the first level at which
+            there are several; pictures may lie deeper.
+        limits: its ``min_size`` and ``max_pixels`` are those of training; by default the defaults.
+        hold_out: share of the pictures, chosen by the hash of their paths, that go to shards of
+            their own in ``OUT_held_out``.
         progress: called with pictures done and pictures in all.
 
     Raises:
-        DataError: no picture, ``out`` holds such shards already, or a file cannot be written.
-        ConfigError: ``images_per_shard`` is not positive.
+        DataError: no picture, ``out`` holds such shards already, a file cannot be written, or with
+            labels a source of several splits or with pictures outside of class folders.
+        ConfigError: ``images_per_shard`` is not positive, or ``hold_out`` no share.
     """
     source, out = Path(source), Path(out)
     if images_per_shard < 1:
         raise ConfigError(f"images_per_shard: {images_per_shard} is not positive")
-    pictures = find_pictures(source)
+    if not 0 <= hold_out < 1:
+        raise ConfigError(f"hold_out: {hold_out:g} is not a share of 0 to below 1")
+    tree = list_tree(source)
+    pictures = tree.images
     if not pictures:
-        raise DataError(f"no pictures found in {source} (known: {', '.join(IMAGE_SUFFIXES)})")
-    if list(out.glob(f"{prefix}-*.tar")):
-        raise DataError(f"{out} already holds {prefix}-*.tar; remove them or choose another folder")
-    packer = _Packer(source, pictures, labels, progress)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        names = _write(packer.samples(), out, images_per_shard, prefix, packer.class_names)
-    except OSError as error:
-        raise DataError(f"cannot write shards to {out}: {reason_of(error)}") from error
-    if not names:
-        raise DataError(f"none of the {len(pictures)} pictures in {source} can be decoded")
-    return ShardSummary(
-        tuple(out / name for name in names), packer.num_packed, packer.bad, packer.class_names
-    )
+        there = tree.describe_rest([])
+        raise DataError(
+            f"no pictures found in {printable(source)}" + (f": only {there}" if there else "")
+        )
+    held = _choose(pictures, source, hold_out)
+    places = [out, held_out_folder(out)] if held else [out]
+    for place in places:
+        if list(place.glob(f"{prefix}-*.tar")):
+            raise DataError(
+                f"{printable(place)} already holds {prefix}-*.tar; remove them or choose another "
+                "folder"
+            )
+    classes = _classes(pictures, source) if labels else {}
+    packer = _Packer(source, tree, classes, limits or DataConfig(shards=()), progress)
+    made = []
+    for place in places:
+        chosen = [picture for picture in pictures if (picture in held) == (place != out)]
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+            names = _write(
+                packer.samples(chosen), place, images_per_shard, prefix, packer.class_names
+            )
+        except OSError as error:
+            reason = reason_of(error)
+            raise DataError(f"cannot write shards to {printable(place)}: {reason}") from error
+        made.append((tuple(place / name for name in names), packer.num_packed))
+    if not made[0][0]:
+        raise DataError(
+            f"none of the {len(pictures)} pictures in {printable(source)} can be used; the first: "
+            f"{': '.join(next(iter(packer.bad.items())))}; {packer.verdict()}"
+        )
+    (shards, num_images), (others, num_others) = (*made, ((), 0))[:2]
+    notes = packer.notes(tree)
+    if held:
+        notes = [f"{num_others} pictures held out in {len(others)} shards: {places[1]}", *notes]
+    return ShardSummary(shards, num_images, packer.bad, packer.class_names, others, tuple(notes))
+
+
+def held_out_folder(out: Path) -> Path:
+    """Where the pictures go that are held out of the shards in ``out``."""
+    return out.with_name(f"{out.name}_held_out")
+
+
+def _choose(pictures: list[Path], source: Path, share: float) -> set[Path]:
+    """Choose a share of the pictures, at least one, by the hash of their paths."""
+    if not share:
+        return set()
+
+    def order(path: Path) -> bytes:
+        return hashlib.sha256(os.fsencode(path.relative_to(source).as_posix())).digest()
+
+    number = max(1, round(share * len(pictures)))
+    if number >= len(pictures):
+        raise ConfigError(
+            f"hold_out: {share:g} of {len(pictures)} pictures leaves none to train on"
+        )
+    return set(sorted(pictures, key=order)[:number])
+
+
+def _classes(pictures: list[Path], source: Path) -> dict[Path, str]:
+    """Return each picture's class: its folder at the first level that has several.
+
+    A single folder is gone into, so that the class is the folder below ``train``, and not what lies
+    deeper, such as ``images``.
+    """
+    root, folders = _first_level(pictures, source)
+    splits = _splits(folders)
+    if len(splits) > 1:
+        raise DataError(
+            f"{printable(root)} holds the splits {', '.join(splits)}, which are no classes; make "
+            f"shards of each: `radio-distill shards {printable(root / splits[0])} OUT --labels`"
+        )
+    passed = root.relative_to(source).parts
+    loose = [picture for picture in pictures if picture.parent == root]
+    if not loose:
+        return {picture: picture.relative_to(root).parts[0] for picture in pictures}
+    names = [name for name in passed if name.lower() not in _SPLITS]
+    if not passed or (folders and not names):
+        raise DataError(
+            f"{printable(loose[0])} lies in no class folder; move it, or go without labels"
+        )
+    return dict.fromkeys(pictures, names[0] if names else passed[0])  # one class alone
+
+
+def _first_level(pictures: list[Path], source: Path) -> tuple[Path, list[str]]:
+    """Go into single folders; return where pictures or several folders lie, and the folders."""
+    root = source
+    while True:
+        folders = sorted({p.relative_to(root).parts[0] for p in pictures if p.parent != root})
+        if len(folders) != 1 or any(picture.parent == root for picture in pictures):
+            return root, folders
+        root /= folders[0]
+
+
+def _splits(folders: Sequence[str]) -> list[str]:
+    return [printable(name) for name in folders if name.lower() in _SPLITS]
 
 
 class _Packer:
@@ -147,50 +212,143 @@ class _Packer:
     def __init__(
         self,
         source: Path,
-        pictures: list[Path],
-        labels: bool,
+        tree: Tree,
+        classes: dict[Path, str],
+        limits: DataConfig,
         progress: Callable[[int, int], None] | None,
     ):
-        self._source, self._pictures, self._progress = source, pictures, progress
+        self._source, self._classes, self._limits = source, classes, limits
+        self._pictures, self._progress = tree.images, progress
+        self._names = sorted(set(classes.values()))
+        self.class_names = tuple(map(printable, self._names))
+        self._side_files = _SideFiles(tree)
+        self._num_done = 0
         self.num_packed = 0
+        """Of the last call of ``samples``."""
         self.bad: dict[str, str] = {}
-        self._classes: list[str] = []
-        self.class_names: tuple[str, ...] = ()
-        if labels:
-            if loose := [picture for picture in pictures if picture.parent == source]:
-                raise DataError(
-                    f"{printable(loose[0])} lies in no class folder; move it, or go without labels"
-                )
-            self._classes = sorted({picture.parent.name for picture in pictures})
-            self.class_names = tuple(map(printable, self._classes))
+        self._kinds: Counter[str] = Counter()
+        self._class_sizes: Counter[str] = Counter()
 
-    def samples(self) -> Iterator[dict[str, Any]]:
-        for done, picture in enumerate(self._pictures, 1):
+    def samples(self, pictures: Sequence[Path]) -> Iterator[dict[str, Any]]:
+        """Yield a sample of each picture that can be used."""
+        self.num_packed = 0
+        for picture in pictures:
             try:
                 yield self._sample(picture)
                 self.num_packed += 1
             except BadImageError as error:
-                name = printable(picture.relative_to(self._source).as_posix())
-                logger.warning("left out %s: %s", name, error)
-                self.bad[name] = str(error)
+                self.bad[printable(picture.relative_to(self._source).as_posix())] = str(error)
+                self._kinds[error.kind] += 1
+            self._num_done += 1
             if self._progress is not None:
-                self._progress(done, len(self._pictures))
+                self._progress(self._num_done, len(self._pictures))
+
+    def notes(self, tree: Tree) -> list[str]:
+        """Return lines about classes, side files, and what is not in the shards."""
+        lines = []
+        root, folders = _first_level(self._pictures, self._source)
+        if len(splits := _splits(folders)) > 1:
+            names = " and ".join(splits)
+            lines.append(
+                f"{names} are packed together; `radio-distill shards {root / splits[0]} OUT` packs "
+                "one alone"
+            )
+        if self._classes:
+            lines.append(f"classes: {len(self._names)} ({_listed(self._class_sizes)})")
+        if self._side_files.counts:
+            lines.append(f"side files: {_listed(self._side_files.counts)}")
+        if rest := tree.describe_rest([*self._pictures, *self._side_files.used]):
+            lines.append(f"passed over: {rest}")
+        if self.bad:
+            lines.append(f"left out: {self.verdict()}")
+        return lines
+
+    def verdict(self) -> str:
+        """Return how many pictures are left out, of which kinds, and which limits take more."""
+        kinds = ", ".join(f"{number} {kind}" for kind, number in self._kinds.most_common())
+        words = f"{len(self.bad)} of {len(self._pictures)} pictures ({kinds})"
+        limits = [
+            f"--{field} (now {getattr(self._limits, field.removeprefix('data.'))})"
+            for kind, field in FIELD_OF_KIND.items()
+            if self._kinds[kind]
+        ]
+        return f"{words}; the limit, here and in training, is {' and '.join(limits)}" if limits else words
 
     def _sample(self, picture: Path) -> dict[str, Any]:
         data = read_picture(picture)
-        decode_image(data)
+        decode_image(data, min_size=self._limits.min_size, max_pixels=self._limits.max_pixels)
         # Keys are ours: numbered, so that they are unique; ASCII without dots, so that every reader
         # splits them alike; with a trace of the old name, so that a person finds the file again.
         stem = re.sub(r"[^A-Za-z0-9_-]+", "_", picture.stem)[:40]
         sample: dict[str, Any] = {"__key__": f"{self.num_packed:08d}-{stem}"}
         sample[image_suffix(data)] = data
-        for suffix in _COMPANIONS:
-            companion = picture.with_suffix(f".{suffix}")
-            if companion.is_file():
-                sample[suffix] = read_picture(companion)
+        sample |= self._side_files.of(picture, without="cls" if self._classes else "")
         if self._classes:
-            sample["cls"] = str(self._classes.index(picture.parent.name)).encode()
+            name = self._classes[picture]
+            self._class_sizes[printable(name)] += 1
+            sample["cls"] = str(self._names.index(name)).encode()
         return sample
+
+
+class _SideFiles:
+    """Captions, labels and the like that lie beside pictures."""
+
+    def __init__(self, tree: Tree):
+        self._owners = {
+            path.parent / name for path in tree.images for name in (path.stem, path.name)
+        }
+        self._files: dict[tuple[Path, str], list[Path]] = {}
+        for path in tree.files:
+            if path.suffix.lower().lstrip(".") in _COMPANIONS and path.is_file():
+                self._files.setdefault((path.parent, path.name.lower()), []).append(path)
+        self.used: set[Path] = set()
+        self.counts: Counter[str] = Counter()
+
+    def of(self, picture: Path, without: str) -> dict[str, bytes]:
+        """Read what lies beside a picture, by suffix; one suffix may be left out."""
+        found = {}
+        for suffix in _COMPANIONS:
+            path = None if suffix == without else self._find(picture, suffix)
+            if path is None:
+                continue
+            self.used.add(path)
+            try:
+                data = read_picture(path)
+            except BadImageError:
+                self.counts[f"unreadable .{suffix}"] += 1
+                continue
+            self.counts[f".{suffix}"] += 1
+            self.counts[f"empty .{suffix}"] += not data.strip()
+            found[suffix] = data
+            if suffix == "txt":
+                found[suffix] = _as_utf8(data)
+                self.counts[".txt encoded anew as UTF-8"] += found[suffix] != data
+        self.counts = +self.counts
+        return found
+
+    def _find(self, picture: Path, suffix: str) -> Path | None:
+        """Find a file of a picture's name; in another case only where no picture has that."""
+        for name in (f"{picture.stem}.{suffix}", f"{picture.name}.{suffix}"):
+            for path in self._files.get((picture.parent, name.lower()), ()):
+                stem = path.name[: -len(suffix) - 1]
+                if stem in name or path.parent / stem not in self._owners:
+                    return path
+        return None
+
+
+def _as_utf8(text: bytes) -> bytes:
+    """Return a text as UTF-8 without a mark, whatever it was written in."""
+    if text.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return text.decode("utf-16", errors="replace").encode()
+    try:
+        return text.decode("utf-8-sig").encode()
+    except UnicodeDecodeError:
+        return text.decode("latin-1").encode()
+
+
+def _listed(counts: Counter[str]) -> str:
+    words = [f"{number} {name}" for name, number in counts.most_common(_SHOWN)]
+    return ", ".join(words) + (", …" if len(counts) > _SHOWN else "")
 
 
 def _write(

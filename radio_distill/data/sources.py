@@ -1,7 +1,7 @@
 """The shards that a run reads, by source, and what is left out of them before it starts.
 
 A damaged shard, and a sample that must not be used, are told from the rest before the first step,
-so the order of a run is that of what is whole: they cost nothing later, and stand in no count of
+and so is a shard without any image, which is no fault. So the order of a run is that of what is whole: they cost nothing later, and stand in no count of
 bad images. Both have a budget, above which the run does not start.
 """
 
@@ -16,12 +16,11 @@ from itertools import chain
 
 from ..config import DataConfig
 from ..errors import DataError
-from .index import Shard, try_open_shards
+from .index import BESIDE, Shard, try_open_shards
 from .names import printable
-from .shards import find_shards
-from .walk import describe
-
-logger = logging.getLogger(__name__)
+from .find import search_shards
+from .tree import say_once
+from .walk import NOTES, LeftOut, describe
 
 _MAX_LOGGED = 20
 
@@ -34,6 +33,8 @@ class Sources:
     """One source for each weight, or one in all."""
     damaged: tuple[str, ...] = ()
     """One line for each shard that is left out."""
+    empty: tuple[Shard, ...] = ()
+    """Shards without an image that can be used."""
 
     @property
     def shards(self) -> list[Shard]:
@@ -49,7 +50,7 @@ class Sources:
     def left_out(self) -> dict[str, int]:
         """Samples of the shards in use that must not be used, by kind."""
         counts: Counter[str] = Counter()
-        for shard in self.shards:
+        for shard in [*self.shards, *self.empty]:
             counts.update({kind: item.num_samples for kind, item in shard.left_out.items()})
         return dict(counts)
 
@@ -74,24 +75,63 @@ def open_sources(config: DataConfig) -> Sources:
             source; more than ``max_bad_share`` of the samples must not be used.
     """
     entries = [[entry] for entry in config.shards] if config.weights else [config.shards]
-    by_source, damaged = [], []
+    by_source, damaged, empty = [], [], []
     for patterns in entries:
-        results = try_open_shards(find_shards(patterns))
+        found = search_shards(patterns)
+        for note in found.notes:
+            say_once(f"data.shards: {note}", logging.INFO)
+        results = try_open_shards(found.paths, index_folders(config))
         errors = [str(result) for result in results if isinstance(result, DataError)]
         _warn(f"damaged: {error}" for error in errors)
-        if len(errors) == len(results):
+        shards = [result for result in results if isinstance(result, Shard)]
+        if not any(shard.num_samples for shard in shards):
             names = printable(", ".join(patterns))
-            raise DataError(f"all shards of {names} are damaged; the first: {errors[0]}")
-        by_source.append(tuple(result for result in results if isinstance(result, Shard)))
+            raise DataError(_why_none(names, shards, errors))
+        by_source.append(tuple(shard for shard in shards if shard.num_samples))
+        empty += [shard for shard in shards if not shard.num_samples]
         damaged += errors
-    sources = Sources(tuple(by_source), tuple(damaged))
+    sources = Sources(tuple(by_source), tuple(damaged), tuple(empty))
     _check_damaged(sources, config.max_bad_shards)
-    _check_left_out(sources.shards, config.max_bad_share)
+    _check_left_out([*sources.shards, *empty], config.max_bad_share)
+    _warn(f"shard {printable(shard.path)} has no images" for shard in empty)
+    for line in describe_notes(sources.shards):
+        say_once(f"data.shards: {line}", logging.INFO)
     return sources
 
 
+def index_folders(config: DataConfig) -> Sequence[str]:
+    """Return the folders that `data.index` names, in the order in which they are tried."""
+    return (BESIDE,) if config.index == "auto" else config.index
+
+
+def describe_notes(shards: Iterable[Shard]) -> list[str]:
+    """Say what is notable about the members of shards and no fault, one line a kind."""
+    found: dict[str, list[LeftOut]] = {}
+    for shard in shards:
+        for kind, item in shard.notes.items():
+            found.setdefault(kind, []).append(item)
+    return [
+        f"{sum(item.num_samples for item in items)} members are {text} "
+        f"({items[0].names[0]}{', …' * (len(items) > 1 or items[0].num_samples > 1)})"
+        for kind, text in NOTES.items()
+        if (items := found.get(kind))
+    ]
+
+
+def _why_none(names: str, shards: Sequence[Shard], errors: Sequence[str]) -> str:
+    """Say why the shards of a source hold nothing that can be used."""
+    if not shards:
+        return f"all shards of {names} are damaged; the first: {errors[0]}"
+    first = next((shard for shard in shards if shard.left_out), None)
+    words = [f"{len(shards)} without images", *([f"{len(errors)} damaged"] if errors else [])]
+    if first is not None:
+        words.append(f"the first: {printable(first.path)}, left out {describe(first.left_out)}")
+    return f"no images in the shards of {names}: {'; '.join(words)}"
+
+
 def _check_damaged(sources: Sources, max_bad_shards: float) -> None:
-    num_damaged, num_shards = len(sources.damaged), len(sources.damaged) + len(sources.shards)
+    num_damaged = len(sources.damaged)
+    num_shards = num_damaged + len(sources.shards) + len(sources.empty)
     if num_damaged > max_bad_shards * num_shards:
         enough = math.ceil(100 * num_damaged / num_shards) / 100
         raise DataError(
@@ -121,7 +161,7 @@ def _check_left_out(shards: Sequence[Shard], max_bad_share: float) -> None:
 def _warn(lines: Iterable[str]) -> None:
     lines = list(lines)
     for line in lines[:_MAX_LOGGED]:
-        logger.warning("%s", line)
+        say_once(line)
     if len(lines) > _MAX_LOGGED:
         more = len(lines) - _MAX_LOGGED
-        logger.warning("and %d shards more; `radio-distill shards --check` lists them", more)
+        say_once(f"and {more} shards more; `radio-distill shards --check` lists them")

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from ..errors import DataError
+from .images import FIELD_OF_KIND
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +54,10 @@ class Tally:
     def verdict(self) -> str:
         """Return how many are bad, of which kinds, what the limit is, and how to find them."""
         assert self._last is not None, "a verdict needs a bad image"
-        kinds = ", ".join(f"{count} {kind}" for kind, count in self.bad.most_common())
+        kinds = ", ".join(
+            f"{count} {kind}" + (f" by {FIELD_OF_KIND[kind]}" if kind in FIELD_OF_KIND else "")
+            for kind, count in self.bad.most_common()
+        )
         return (
             f"{self.bad.total()} of {self.num_reads} read ({kinds}; data.max_bad_share is "
             f"{self._max_share:g}), the last was {self._last.key}: {self._last.reason}; list all "

@@ -177,6 +177,18 @@ def test_describe__explains_every_field():
     assert "teachers.NAME.weights" in names
 
 
+@pytest.mark.parametrize(
+    ("text", "entries"),
+    [
+        ("a.tar, b.tar", ("a.tar", "b.tar")),
+        ("s/{000,001}.tar,b.tar", ("s/{000,001}.tar", "b.tar")),
+        ("s/{000..127}.tar", ("s/{000..127}.tar",)),
+    ],
+)
+def test_override__lists_of_text_are_cut_at_commas_but_not_in_braces(text, entries):
+    assert recipe(f"data.shards={text}").data.shards == entries
+
+
 def test_assignments_of__a_file_of_changes(tmp_path):
     changes = tmp_path / "smaller.yaml"
     changes.write_text(

@@ -101,6 +101,13 @@ def test_zero_stage__goes_with_the_optimizer(engine, stage, expected):
     assert resolved(recipe_of(engine=engine, **stage)).engine.zero_stage == expected
 
 
+def test_data_index__beside_the_shards_else_where_all_runs_are():
+    assert resolved(recipe_of()).data.index == ("beside", "runs/indexes")
+    recipe = recipe_of()
+    mine = dataclasses.replace(recipe.data, index=("/scratch",))
+    assert resolved(dataclasses.replace(recipe, data=mine)).data.index == ("/scratch",)
+
+
 def test_resolve__what_is_written_reads_back_equal_and_stays():
     recipe = resolved(recipe_of())
     assert build(Recipe, parse_yaml(dump(recipe))) == recipe

@@ -55,3 +55,48 @@ def test_check__reports_all_that_training_would_not_use(tmp_path, picture, capfd
 def test_check__one_fault_is_enough(tmp_path, picture, capfd, name):
     write_shard(tmp_path / "a.tar", ("good.png", picture), (name, picture))
     assert check(tmp_path, capfd)[0] == 1
+
+
+def test_check__names_the_field_of_a_limit(tmp_path, picture, capfd):
+    write_shard(tmp_path / "a.tar", ("a.png", picture))
+    assert main(["shards", "--check", str(tmp_path), "--data.min_size", "41"]) == 1
+    assert "1 too_small: data.min_size is 41" in capfd.readouterr().out
+    assert main(["shards", "--check", str(tmp_path), "--data.max_pixels", "1599"]) == 1
+    assert "1 too_large: data.max_pixels is 1599" in capfd.readouterr().out
+
+
+def test_check__says_what_is_notable_and_no_fault(tmp_path, picture, capfd):
+    write_shard(tmp_path / "a.tar", ("a.png", picture), ("a.2.png", picture), ("._a.png", b""))
+    write_shard(tmp_path / "b.tar")
+    (tmp_path / "b.parquet").write_bytes(b"")
+    status, lines = check(tmp_path, capfd)
+    assert status == 0
+    assert lines[0].startswith("2 images in 2 shards")
+    assert f"no images: {tmp_path / 'b.tar'}" in lines
+    for text in (
+        "1 members are further images",
+        "1 members are passed over as hidden",
+        "1 .parquet",
+    ):
+        assert any(text in line for line in lines)
+
+
+def test_check__puts_indexes_where_it_is_told(tmp_path, picture):
+    write_shard(tmp_path / "a.tar", ("a.png", picture))
+    place = tmp_path / "indexes"
+    assert main(["shards", "--check", str(tmp_path / "a.tar"), "--data.index", str(place)]) == 0
+    assert len(list(place.iterdir())) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.tar", "indexes"]
+
+
+def test_shards__holds_out(tmp_path, picture, capfd):
+    (tmp_path / "in").mkdir()
+    for number in range(10):
+        (tmp_path / "in" / f"{number}.png").write_bytes(picture)
+    arguments = ["shards", str(tmp_path / "in"), str(tmp_path / "out"), "--hold-out", "0.2"]
+    assert main(arguments) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert lines[0] == f"8 pictures in 1 shards: {tmp_path / 'out'}"
+    assert lines[1] == f"2 pictures held out in 1 shards: {tmp_path / 'out_held_out'}"
+    assert f"--evaluation.pictures {tmp_path / 'out_held_out'}" in lines[-1]
+    assert main(["shards", str(tmp_path / "in"), str(tmp_path / "a"), "--hold-out", "2"]) == 2

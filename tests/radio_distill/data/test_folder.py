@@ -1,3 +1,4 @@
+import logging
 import os
 
 import numpy as np
@@ -168,3 +169,55 @@ def test_labelled_pictures__real_set(real):
     assert {label for _, label in train} == {label for _, label in val} == set(range(20))
     assert not {path for path, _ in train} & {path for path, _ in val}
     assert all(path.parent.name == names[label] for path, label in train + val)
+
+
+def test_list_pictures__links_are_followed_and_the_rest_is_said(folder, tmp_path, encode, caplog):
+    (tmp_path / "held").mkdir()
+    (tmp_path / "held" / "a").symlink_to(folder)
+    (folder / "back").symlink_to(tmp_path / "held")
+    (tmp_path / "held" / "x.jfif").write_bytes(encode(0, "JPEG"))
+    for name in ("x.nef", "y.nef", "x.txt", ".x.png"):
+        (tmp_path / "held" / name).write_bytes(b"")
+    keys = [ref.key for ref in list_pictures(str(tmp_path / "held"))]
+    assert keys == ["a/a/1.png", "a/b/10.png", "a/b/2.png", "a/c.png", "x.jfif"]
+    (record,) = caplog.records
+    assert "5 images; passed over: 2 .nef, 1 hidden, 1 links back" in record.getMessage()
+
+
+def test_list_pictures__images_beside_shards_are_said(folder, tmp_path, caplog):
+    write_shards(folder / "a", folder / "shards")
+    assert len(list_pictures(str(folder))) == 1
+    assert "4 images beside the shards are not used" in caplog.text
+
+
+def test_list_pictures__empty_shards(tmp_path, encode, write_tar):
+    write_tar(tmp_path / "a.tar", {})
+    with pytest.raises(DataError, match="no images in the shards"):
+        list_pictures(str(tmp_path))
+    write_tar(tmp_path / "b.tar", {"a.png": encode(0)})
+    assert len(list_pictures(str(tmp_path))) == 1
+
+
+def test_labelled_pictures__hidden_folders_are_no_classes(classes, encode, caplog):
+    caplog.set_level(logging.INFO)
+    for name in ("train/.ipynb_checkpoints/a", "val/.ipynb_checkpoints/a", "train/loose"):
+        path = classes / f"{name}.png"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(encode(0))
+    (classes / "train" / ".DS_Store").write_bytes(b"")
+    (classes / "train" / "emu").mkdir()
+    (classes / "train" / "dog" / "deep").mkdir()
+    (classes / "train" / "dog" / "deep" / "2.jpe").write_bytes(encode(0, "JPEG"))
+    train, val, names = labelled_pictures(str(classes))
+    assert names == ("cat", "dog")
+    assert ([label for _, label in train], [label for _, label in val]) == ([0, 1, 1, 1], [1])
+    assert "2 hidden" in caplog.text
+
+
+def test_labelled_pictures__linked_classes(classes, tmp_path):
+    for split in ("train", "val"):
+        (tmp_path / "linked" / split).mkdir(parents=True)
+        (tmp_path / "linked" / split / "dog").symlink_to(classes / "train" / "dog")
+        (tmp_path / "linked" / split / "cat").symlink_to(classes / "train" / "cat")
+    train, val, names = labelled_pictures(str(tmp_path / "linked"))
+    assert (len(train), len(val), names) == (3, 3, ("cat", "dog"))

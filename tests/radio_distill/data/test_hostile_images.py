@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from radio_distill.data.images import BadImageError, decode_image
+from radio_distill.data.images import BadImageError, decode_image, readable_suffixes
 
 pytestmark = [
     pytest.mark.timeout(60),
@@ -199,6 +199,32 @@ def test_decode_image__long_comment_of_a_gif():
     comment = b"!\xfe" + (b"\xff" + b"a" * 255) * 120_000 + b"\0"
     with pytest.raises(BadImageError):
         decode_image(head + comment + b";")
+
+
+def avif(size: tuple[int, int], claimed: tuple[int, int]) -> bytes:
+    """An AVIF of one colour whose header claims another size."""
+    buffer = io.BytesIO()
+    Image.new("RGB", size, "teal").save(buffer, "AVIF", speed=10)
+    data = bytearray(buffer.getvalue())
+    start = data.index(b"ispe") + 8
+    data[start : start + 8] = struct.pack(">II", *claimed)
+    return bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("size", "claimed", "expected", "most"),
+    [
+        ((64, 64), (12_000, 12_000), "too_large", 25),
+        ((64, 64), (1 << 31, 1 << 31), "undecodable", 25),
+        ((3000, 3000), (64, 64), "(64, 64)", 60),
+    ],
+)
+def test_decode_image__avif_that_lies(size, claimed, expected, most):
+    if "avif" not in readable_suffixes():
+        pytest.skip("Pillow without AVIF")
+    result, peak = decoded_in_child(avif(size, claimed))
+    assert result == expected
+    assert peak < most
 
 
 @pytest.mark.parametrize("size", [(9000, 9000), (65_000, 100), (2000, 2000)])

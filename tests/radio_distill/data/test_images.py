@@ -18,6 +18,7 @@ from radio_distill.data.images import (
     decode_image,
     image_suffix,
     random_view,
+    readable_suffixes,
     to_float,
 )
 from radio_distill.data.position import view_generator
@@ -173,6 +174,49 @@ def test_decode_image__damage_gives_a_picture_or_a_bad_image(data):
 @pytest.mark.parametrize(("kind", "suffix"), [("JPEG", "jpg"), ("PNG", "png"), ("WEBP", "webp")])
 def test_image_suffix__follows_the_bytes(encode, kind, suffix):
     assert image_suffix(encode(1, kind)) == suffix
+
+
+def test_decode_image__avif_where_pillow_can(encode):
+    if "avif" not in readable_suffixes():
+        pytest.skip("Pillow without AVIF")
+    data = encode(gradient(20, 30), "AVIF", quality=95)
+    np.testing.assert_allclose(pixels_of(decode_image(data)), pixels_of(gradient(20, 30)), atol=16)
+    assert image_suffix(data) == "avif"
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert decode_image(encode(gradient(20, 30), "AVIF", exif=exif)).size == (20, 30)
+
+
+def test_decode_image__heic_says_what_reads_it():
+    if "heic" in readable_suffixes():
+        pytest.skip("pillow-heif is installed")
+    with pytest.raises(BadImageError, match="HEIC needs pillow-heif: pip install pillow-heif"):
+        decode_image(b"\0\0\0\x18ftypheic" + bytes(900))
+
+
+@pytest.mark.parametrize(
+    ("data", "kind"),
+    [
+        (b"", "empty"),
+        (bytes(50), "only zeros"),
+        (b"\n<!DOCTYPE html><html>", "an HTML page"),
+        (b"\0\0\0\x0cJXL \r\n\x87\n", "a JPEG XL image"),
+    ],
+)
+def test_decode_image__says_what_is_no_picture(data, kind):
+    with pytest.raises(BadImageError, match=f"not a picture in a known format, but {kind}"):
+        decode_image(data)
+
+
+@pytest.mark.filterwarnings("error")
+def test_decode_image__the_limit_is_ours_alone(encode, monkeypatch):
+    """Neither Pillow's limit nor its warning comes before or after ours."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
+    large, data = gradient(40, 50), encode(gradient(40, 50))
+    with pytest.raises(BadImageError, match="50x40 pixels, more than 1999"):
+        decode_image(data, max_pixels=1999)
+    image = decode_image(data, max_pixels=2000)
+    np.testing.assert_array_equal(pixels_of(image.crop((0, 0, 50, 40))), pixels_of(large))
 
 
 def test_random_view__equals_torchvision_at_its_origin(real):

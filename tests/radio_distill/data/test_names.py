@@ -5,17 +5,24 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from radio_distill.data.names import is_safe, printable, shortened, split_name
+from radio_distill.data.names import is_hidden, is_safe, printable, shortened, split_name
 
 
-@pytest.mark.parametrize("name", ["a.png", "./a.png", "d.x/..a/b.png", "é.png", "🦊", "a b..png"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *["a.png", "./a.png", "d.x/..a/b.png", "é.png", "🦊", "a b..png"],
+        *["a\u202fb", "\u00a0", "🧑\u200d💻", "\udce9", "\U0001fae8", "a\\b"],
+    ],
+)
 def test_is_safe__plain_names(name):
     assert is_safe(name)
 
 
 @pytest.mark.parametrize(
     "name",
-    ["/a.png", "..", "../a", "a/../b", "a\0b", "a\rb", "a\x7f", "\u2028", "\ud800", "a" * 1001],
+    ["/a.png", "..", "../a", "a/../b", "a\0b", "a\rb", "a\x7f", "\u2028", "\ud800", "a" * 1001]
+    + ["\x85", "\u2029", "\u202e", "\u2066", "\u200f", "\u061c"],
 )
 def test_is_safe__hostile_names(name):
     assert not is_safe(name)
@@ -48,3 +55,9 @@ def test_split_name__as_webdataset_does(name):
         assert (key, suffix) == (theirs_key, theirs_suffix.lower())
     else:
         assert suffix == ""
+
+
+def test_is_hidden__files_that_systems_make():
+    hidden = [".ipynb_checkpoints", "._a.jpg", ".DS_Store", "Thumbs.db", "__MACOSX", "desktop.ini"]
+    assert all(map(is_hidden, hidden))
+    assert not any(map(is_hidden, [".", "..", "a.jpg", "a.", "thumbs", "macosx"]))

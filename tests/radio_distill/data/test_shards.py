@@ -6,7 +6,10 @@ import webdataset
 
 from radio_distill.data.images import decode_image
 from radio_distill.data.index import open_shards, parse_sample
-from radio_distill.data.shards import find_pictures, find_shards, write_shards
+from radio_distill.config import DataConfig
+from radio_distill.data.check import check_shards
+from radio_distill.data.find import find_shards
+from radio_distill.data.shards import find_pictures, write_shards
 from radio_distill.errors import ConfigError, DataError
 
 
@@ -69,7 +72,7 @@ def test_write_shards__equal_sources_give_equal_bytes(source, tmp_path):
     assert [shard.read_bytes() for shard in first] == [shard.read_bytes() for shard in second]
 
 
-def test_write_shards__bad_pictures_are_listed_and_left_out(source, tmp_path, encode, caplog):
+def test_write_shards__bad_pictures_are_listed_and_left_out(source, tmp_path, encode):
     (source / "cat" / "broken.jpg").write_bytes(encode(7, "JPEG")[:200])
     (source / "cat" / "empty.png").write_bytes(b"")
     (source / "cat" / "nowhere.png").symlink_to(tmp_path / "nothing")
@@ -79,7 +82,10 @@ def test_write_shards__bad_pictures_are_listed_and_left_out(source, tmp_path, en
     assert summary.bad.keys() == {"cat/broken.jpg", "cat/empty.png", "cat/nowhere.png"}
     assert summary.num_images == len(read_back(summary.shards)) == 4
     assert calls == [(done, 7) for done in range(1, 8)]
-    assert "left out cat/broken.jpg" in caplog.text
+    lines = "\n".join(summary.describe())
+    assert lines.startswith("4 pictures in 1 shards")
+    assert all(lines.count(f"left out {name}: ") == 1 for name in summary.bad)
+    assert "3 of 7 pictures (2 undecodable, 1 unreadable)" in lines
 
 
 def test_write_shards__real_photographs(real, tmp_path):
@@ -147,28 +153,112 @@ def test_write_shards__labels_need_class_folders(source, tmp_path, encode):
         write_shards(source, tmp_path / "out", labels=True)
 
 
-def test_find_shards__files_folders_and_patterns(shard_folder):
-    shards = [shard_folder / f"part-{i}.tar" for i in range(5)]
-    deeper = shard_folder / "deeper"
-    deeper.mkdir()
-    shutil.move(shards[4], deeper)
-    shards[4] = deeper / "part-4.tar"
-    assert find_shards([str(shard_folder)]) == sorted(shards)
-    assert find_shards([str(shards[3]), str(shard_folder / "part-[0-3].tar")]) == [
-        shards[3],
-        *shards[:3],
-    ]
-    assert find_shards([str(shard_folder / "**" / "part-4.tar")]) == [shards[4]]
+@pytest.mark.parametrize(("field", "value"), [("min_size", 50), ("max_pixels", 2000)])
+def test_write_shards__takes_what_training_takes(tmp_path, encode, field, value):
+    (tmp_path / "in").mkdir()
+    sides = {"min_size": [40, 60], "max_pixels": [60, 40]}[field]
+    for name, side in zip(["bad.png", "good.png"], sides, strict=True):
+        (tmp_path / "in" / name).write_bytes(encode(1, size=(side, side)))
+    limits = DataConfig(shards=(), **{field: value})
+    summary = write_shards(tmp_path / "in", tmp_path / "out", limits=limits)
+    assert (summary.num_images, list(summary.bad)) == (1, ["bad.png"])
+    assert f"data.{field} (now {value})" in "\n".join(summary.describe())
+    assert check_shards([str(tmp_path / "out")], limits).is_clean
+    (tmp_path / "in" / "good.png").unlink()
+    with pytest.raises(DataError, match=rf"none of the 1 pictures .*data\.{field}"):
+        write_shards(tmp_path / "in", tmp_path / "none", limits=limits)
 
 
-def test_find_shards__each_comes_once(shard_folder, monkeypatch):
-    monkeypatch.chdir(shard_folder)
-    spellings = ["part-0.tar", str(shard_folder / "part-0.tar"), f"../{shard_folder.name}"]
-    assert len(find_shards(spellings)) == 5
+def test_write_shards__what_is_passed_over_is_counted(source, tmp_path, encode):
+    (source / "cat" / "a.NEF").write_bytes(b"raw")
+    (source / "cat" / "b.nef").write_bytes(b"raw")
+    (source / "cat" / "saved.jfif").write_bytes(encode(3, "JPEG"))
+    (source / "cat" / "noname").write_bytes(encode(4, "JPEG"))
+    (source / "dog" / "up").symlink_to("..")
+    (source / "dog" / "gone").symlink_to("nothing")
+    (source / "Thumbs.db").write_bytes(b"")
+    summary = write_shards(source, tmp_path / "out")
+    assert summary.num_images == 5
+    (line,) = (line for line in summary.notes if line.startswith("passed over"))
+    for part in ("2 .nef", "1 without suffix", "1 .txt", "3 hidden", "1 links to nothing"):
+        assert part in line
+    assert "1 links back to a folder above" in line
 
 
-@pytest.mark.parametrize("pattern", ["nothing-*.tar", "nothing.tar", "empty"])
-def test_find_shards__none_found_says_what_to_run(tmp_path, pattern):
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match=r"no shards found for .*radio-distill shards SRC OUT"):
-        find_shards([str(tmp_path / pattern)])
+def test_write_shards__links_are_followed(source, tmp_path, encode):
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "cat").symlink_to(source / "cat")
+    (tmp_path / "linked" / "dog").symlink_to(source / "dog")
+    (tmp_path / "linked" / "cat2").symlink_to(source / "cat")
+    summary = write_shards(tmp_path / "linked", tmp_path / "out", labels=True)
+    assert (summary.num_images, summary.class_names) == (6, ("cat", "cat2", "dog"))
+
+
+def test_write_shards__captions_of_every_spelling(tmp_path, encode):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for number in range(6):
+        (folder / f"{number}.JPG").write_bytes(encode(number, "JPEG"))
+    captions = {
+        "0.txt": "café".encode("latin-1"),
+        "1.TXT": "café".encode(),
+        "2.jpg.txt": "café".encode("utf-16"),
+        "3.JPG.Json": b"{}",
+        "4.txt": b"",
+        "6.txt": b"of nothing",
+    }
+    for name, text in captions.items():
+        (folder / name).write_bytes(text)
+    summary = write_shards(folder, tmp_path / "out")
+    samples = read_back(summary.shards)
+    texts = [sample["txt"].decode() for sample in samples if "txt" in sample]
+    assert texts == ["café", "café", "café", ""]
+    assert samples[3]["json"] == b"{}"
+    (line,) = (line for line in summary.notes if line.startswith("side files"))
+    assert "4 .txt" in line
+    assert "2 .txt encoded anew" in line
+    assert "1 empty .txt" in line
+    assert "passed over: 1 .txt" in summary.notes
+
+
+@pytest.mark.parametrize(
+    ("names", "classes"),
+    [
+        (["train/n1/images/a", "train/n2/images/b"], ("n1", "n2")),
+        (["x/y/train/n1/a", "x/y/train/n2/b"], ("n1", "n2")),
+        (["animals/cat/a", "animals/dog/b", "cars/c"], ("animals", "cars")),
+        (["train/n1/images/a"], ("n1",)),
+    ],
+)
+def test_write_shards__class_is_the_folder_of_the_first_level(tmp_path, encode, names, classes):
+    for name in names:
+        path = tmp_path / "in" / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encode(1))
+    summary = write_shards(tmp_path / "in", tmp_path / "out", labels=True)
+    assert summary.class_names == classes
+    assert f"classes: {len(classes)}" in "\n".join(summary.notes)
+
+
+def test_write_shards__splits_are_no_classes(tmp_path, encode):
+    for name in ("train/cat/a", "train/dog/b", "val/cat/c"):
+        path = tmp_path / "in" / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encode(1))
+    with pytest.raises(DataError, match=r"splits train, val.*shards .*in/train OUT --labels"):
+        write_shards(tmp_path / "in", tmp_path / "out", labels=True)
+    summary = write_shards(tmp_path / "in", tmp_path / "out")
+    assert any("train and val are packed together" in line for line in summary.notes)
+
+
+def test_write_shards__holds_a_share_out(tmp_path, encode):
+    (tmp_path / "in").mkdir()
+    for number in range(20):
+        (tmp_path / "in" / f"{number:02}.png").write_bytes(encode(number))
+    summary = write_shards(tmp_path / "in", tmp_path / "out", hold_out=0.2)
+    assert summary.num_images == 16
+    assert summary.held_out == (tmp_path / "out_held_out" / "shard-000000.tar",)
+    trained, held = ({s["png"] for s in read_back(part)} for part in (summary.shards, summary.held_out))
+    assert (len(trained), len(held), trained & held) == (16, 4, set())
+    with pytest.raises(ConfigError, match="hold_out"):
+        write_shards(tmp_path / "in", tmp_path / "other", hold_out=1.0)

@@ -6,7 +6,9 @@ import shutil
 import pytest
 
 from radio_distill.config import DataConfig
+from radio_distill.data import index
 from radio_distill.data.index import index_path
+from radio_distill.data.reader import ShardReader
 from radio_distill.data.sources import open_sources
 from radio_distill.errors import DataError
 
@@ -85,7 +87,7 @@ def test_open_sources__samples_left_out_have_a_budget(unclean, caplog):
     assert [shard.num_samples for shard in sources.shards] == [10, 8]
     (record,) = caplog.records
     assert record.getMessage().endswith(
-        "b.tar: left out 2 of 10 samples: 1 no_picture (c), 1 unsafe_name (../b.png)"
+        "b.tar: left out 2 of 10 samples: 1 no_picture (c.txt), 1 unsafe_name (../b.png)"
     )
     for _ in range(2):  # from the stored index too
         with pytest.raises(
@@ -144,3 +146,83 @@ def test_fingerprint__is_that_of_the_order(shard_folder, tmp_path, encode, write
     write_tar(shard_folder / "part-0.tar", {f"s0_{i}.png": encode(70 + i) for i in range(3)})
     others.append(fingerprint(shard_folder))
     assert len({first, *others}) == 5
+
+
+def test_open_sources__empty_shards_are_no_fault_and_are_said(
+    shard_folder, write_tar, caplog, monkeypatch
+):
+    sound = open_sources(config_of(shard_folder))
+    write_tar(shard_folder / "failed.tar", {})
+    sources = open_sources(config_of(shard_folder))
+    assert sources.fingerprint == sound.fingerprint
+    assert [shard.path.name for shard in sources.empty] == ["failed.tar"]
+    assert "failed.tar has no images" in caplog.text
+    monkeypatch.setattr(index, "walk_shard", lambda path: pytest.fail("read again"))
+    open_sources(config_of(shard_folder))
+    with pytest.raises(DataError, match=r"no images in the shards of .*1 without images"):
+        open_sources(config_of(shard_folder / "failed.tar"))
+
+
+def test_open_sources__shards_of_which_nothing_can_be_used_count_as_left_out(
+    shard_folder, write_tar
+):
+    write_tar(shard_folder / "texts.tar", {f"{i}.txt": b"" for i in range(25)})
+    with pytest.raises(DataError, match=r"25 of 50 samples cannot be used.*no_picture"):
+        open_sources(config_of(shard_folder))
+    assert len(open_sources(config_of(shard_folder, max_bad_share=0.5)).shards) == 5
+
+
+def test_open_sources__says_what_is_notable(tmp_path, encode, write_tar, caplog):
+    caplog.set_level(logging.INFO)
+    write_tar(tmp_path / "a.tar", {"a.jpg": encode(0), "a.png": encode(1), "a.1.jpg": encode(2)})
+    assert open_sources(config_of(tmp_path)).num_images == 2
+    assert "1 members are further images of a sample" in caplog.text
+    assert "1 members are passed over as masks or second files of an image (a.png)" in caplog.text
+
+
+def test_open_sources__where_shards_cannot_have_indexes_beside_them(
+    shard_folder, tmp_path_factory, monkeypatch, caplog
+):
+    caplog.set_level(logging.INFO)
+    other = tmp_path_factory.mktemp("run") / "indexes"
+    walks = []
+    walk_shard = index.walk_shard
+    monkeypatch.setattr(index, "walk_shard", lambda path: (walks.append(path), walk_shard(path))[1])
+    for path in shard_folder.glob("*.tar"):
+        index_path(path).mkdir()  # in the way of every user, root too
+    config = config_of(shard_folder, index=("beside", str(other)))
+    first = open_sources(config)
+    assert len(walks) == 5
+    assert f"indexes of 5 shards go to {other}" in caplog.text
+    assert open_sources(config).fingerprint == first.fingerprint
+    assert len(walks) == 5, "read once"
+    assert len(list(other.iterdir())) == 5
+    reader = ShardReader(open_sources(config).shards)
+    assert reader.sample(4, 6).key == "s4_6"
+    open_sources(config_of(shard_folder))
+    assert len(walks) == 10
+    assert "indexes of 5 shards stay in memory" in caplog.text
+
+
+def test_open_sources__index_folder_holds_shards_of_one_name(
+    tmp_path, encode, write_tar
+):
+    for number in range(2):
+        (tmp_path / str(number)).mkdir()
+        write_tar(tmp_path / str(number) / "a.tar", {f"{number}.png": encode(number)})
+    folder = tmp_path / "indexes"
+    for _ in range(2):
+        sources = open_sources(config_of(tmp_path / "0", tmp_path / "1", index=(str(folder),)))
+        keys = [ShardReader(sources.shards).sample(number, 0).key for number in range(2)]
+        assert keys == ["0", "1"]
+    assert not list(tmp_path.glob("*/*.tar.index.jsonl"))
+
+
+def test_open_sources__damage_is_found_once(damaged, monkeypatch):
+    for _ in range(2):
+        with pytest.raises(DataError, match=r"part-2\.tar is not a whole, plain tar file"):
+            open_sources(config_of(damaged))
+        monkeypatch.setattr(index, "walk_shard", lambda path: pytest.fail("read again"))
+    monkeypatch.undo()
+    shutil.copy(damaged / "part-1.tar", damaged / "part-2.tar")
+    assert open_sources(config_of(damaged)).num_images == 24
