@@ -43,7 +43,8 @@ _FROZEN, _FROZEN_SHARE = 5000, 60  # PHI-S paper, Table 10: 5,000 of 300,000 ste
 _FIT_WARMUP, _FIT_WARMUP_SHARE = 100, 30  # FeatSharp, Table 11: 100 of 3,000 steps
 
 _LOG_EVERY, _LOG_SHARE = 50, 20  # a curve has at least 20 points
-_SAVE_EVERY, _SAVE_SHARE = 1000, 5  # at most a fifth of a stage is lost with its machine
+_SAVE_SHARE = 5  # at most a fifth of a stage is lost with its machine
+_LEAST_SAVE_EVERY, _MOST_SAVE_EVERY = 20, 1000  # a try of a few steps is not spent on writing
 _MOST_WORKERS = 8
 
 
@@ -137,7 +138,8 @@ def _resolve_log(log: LogConfig, steps: int) -> LogConfig:
     if log.every == AUTO:
         log = replace(log, every=max(1, min(_LOG_EVERY, steps // _LOG_SHARE)))
     if log.save_every == AUTO:
-        log = replace(log, save_every=max(1, min(_SAVE_EVERY, steps // _SAVE_SHARE)))
+        fifth = steps // _SAVE_SHARE
+        log = replace(log, save_every=max(_LEAST_SAVE_EVERY, min(_MOST_SAVE_EVERY, fifth)))
     return log
 
 

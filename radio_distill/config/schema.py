@@ -377,7 +377,7 @@ class LogConfig:
         "auto", "steps between log lines; auto: a twentieth of the steps, at most 50", "steps"
     )
     save_every: int | Literal["auto"] = option(
-        "auto", "steps between checkpoints; auto: a fifth of the steps, at most 1,000", "steps"
+        "auto", "steps between checkpoints; auto: a fifth of the steps, 20 to 1,000", "steps"
     )
     keep_last: int = option(3, "newest checkpoints that are kept", "checkpoints")
     keep_every: int = option(

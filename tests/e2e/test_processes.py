@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from radio_distill.config import load
 from stages import fit_upsampler, stage1, stage2
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -144,17 +145,21 @@ def test_resume__two_processes_bit_for_bit(recipe_file, zero_stage):
 
 
 def test_train__two_stages_in_the_same_two_processes(recipe_file):
-    """DeepSpeed keeps the groups of the first stage, so the second must be given the same ones."""
+    """DeepSpeed keeps the groups of the first stage, so the second must be given the same ones.
+
+    The first is AdamW under ZeRO 1, the second LAMB without ZeRO: the defaults of each.
+    """
     command = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "stages.cli", "train", str(recipe_file), "--stages", "stage1", "stage2"]
     steps = ["--stages.stage1.steps", "2", "--stages.stage2.steps", "2"]
-    fields = ["--engine.zero_stage", "2", "--stages.stage2.optimizer", "adamw"]
-    launch(*command, *steps, *fields)
+    launch(*command, *steps)
     runs = recipe_file.parent / "runs" / "tiny"
     steps_done = [
         int(tensors(runs / stage, 2, "optimizer")["step"]) for stage in ("stage1", "stage2")
     ]
     assert steps_done == [2, 2]
+    written = [load(runs / stage / "recipe.yaml") for stage in ("stage1", "stage2")]
+    assert [recipe.engine.zero_stage for recipe in written] == [1, 0]
 
 
 def test_accelerate_launch__from_a_foreign_folder(recipe_file, tmp_path):
@@ -197,6 +202,8 @@ def test_lamb__needs_whole_parameters(recipe_file):
         "lamb",
         "--engine.name",
         "deepspeed",
+        "--engine.zero_stage",
+        "1",
     ]
     environment = os.environ | {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     done = subprocess.run(

@@ -7,10 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
+from radio_distill.config import load
+from radio_distill.train.checkpoint import find
 from stages import fit_upsampler, stage1, stage2, stage3
 from stages.cli import main as cli
+from stages.common import changes_that_matter
 
 EVERYTHING = str(Path(__file__).with_name("everything.yaml"))
 
@@ -94,6 +98,33 @@ def test_stage1__the_frozen_body_does_not_move(recipe_file):
     faster = weights(recipe_file, "stage1", 2)
     for name, value in frozen.items():
         assert torch.equal(value, faster[name]) == name.startswith("student."), name
+
+
+def test_defaults__the_shortest_recipe_trains_body_and_heads(pictures, tmp_path):
+    """Shards, a teacher, a partition; the student is small, and nothing else is said."""
+    partition = {"name": "low", "size": 64, "teachers": ["vit"], "batch_size": 4}
+    recipe = {
+        "data": {"shards": [str(pictures / "shards")]},
+        "student": {"architecture": "test_vit"},
+        "teachers": {"vit": {"preset": "tiny_vit", "input_size": "match"}},
+        "stages": {"stage1": {"steps": 6, "partitions": [partition]}},
+    }
+    path = tmp_path / "shortest.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    assert run(stage1, path, "--output", str(tmp_path), "--log.save_every", "1") == 0
+    folder = tmp_path / "shortest" / "stage1"
+    rows = (folder / "metrics.jsonl").read_text().splitlines()
+    assert len(rows) == 6, "a short run has a curve"
+    first, last = (
+        load_file(folder / "checkpoints" / f"step-{step:08d}" / "student.safetensors")
+        for step in (4, 6)  # the newest three are kept
+    )
+    moved = {name.partition(".")[0] for name in first if not torch.equal(first[name], last[name])}
+    assert {"student", "adaptors"} <= moved
+    resolved = load(folder / "recipe.yaml")
+    assert 0 < resolved.normalizer.images <= 24, "no more than 6 steps of 4 images show"
+
+    assert changes_that_matter(find(folder).recipe, load(path), "stage1") == ([], [])
 
 
 def test_micro_batches__same_step_in_pieces(recipe_file):

@@ -146,7 +146,7 @@ def test_every_field_that_is_auto_is_kept_or_chosen_anew_and_gets_a_value():
 
 @pytest.mark.parametrize(
     ("steps", "every", "save_every"),
-    [(1, 1, 1), (20, 1, 4), (200, 10, 40), (5000, 50, 1000), (300_000, 50, 1000)],
+    [(1, 1, 20), (20, 1, 20), (200, 10, 40), (5000, 50, 1000), (300_000, 50, 1000)],
 )
 def test_log__short_runs_have_a_curve_and_checkpoints_too(steps, every, save_every):
     log = resolved(recipe_of(steps=steps)).log
