@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from radio_distill import trust
+from radio_distill.data.shards import write_shards
 from stages import cli
 from stages.arguments import Parser
 
@@ -16,7 +18,7 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 RECIPE = """
 name: hostile
 output: {output}
-data: {{shards: [none]}}
+data: {{shards: [{shards}]}}
 teachers:
   a: {{preset: tiny_vit, weights: {weights}}}
 stages:
@@ -38,8 +40,15 @@ def hostile(tmp_path: Path) -> tuple[Path, Path]:
     """A recipe whose teacher's weights hold code, and the file that the code would make."""
     marker = tmp_path / "executed"
     torch.save({"state_dict": {"w": torch.zeros(1)}, "more": Bomb(marker)}, tmp_path / "w.pth")
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (64, 64)).save(tmp_path / "images" / "black.png")
+    write_shards(tmp_path / "images", tmp_path / "shards")
     recipe = tmp_path / "hostile.yaml"
-    recipe.write_text(RECIPE.format(output=tmp_path / "runs", weights=tmp_path / "w.pth"))
+    recipe.write_text(
+        RECIPE.format(
+            output=tmp_path / "runs", weights=tmp_path / "w.pth", shards=tmp_path / "shards"
+        )
+    )
     return recipe, marker
 
 
@@ -59,7 +68,7 @@ def test_trust_checkpoint__lets_the_code_run(hostile, capsys, caplog):
     assert "would run code when read" in error
     assert "--trust-checkpoint" in error
     assert not marker.exists()
-    assert cli.main(["train", str(recipe), "--trust-checkpoint"]) == 2, "no shards, no weights"
+    assert cli.main(["train", str(recipe), "--trust-checkpoint"]) == 2, "no weights"
     assert marker.exists()
     assert "running the code in" in caplog.text
     assert not trust._trusted, "the trust ends with the command"
