@@ -11,6 +11,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Mapping
+from typing import Literal
 
 import torch
 from torch import nn
@@ -41,7 +42,7 @@ def is_native(dtype: str, device: str | torch.device) -> bool:
     return False
 
 
-def native_dtype(device: str | torch.device) -> str:
+def native_dtype(device: str | torch.device) -> Literal["float32", "bfloat16"]:
     """Return what ``auto`` means on a device: ``bfloat16`` where it is native, else ``float32``."""
     return "bfloat16" if is_native("bfloat16", device) else "float32"
 

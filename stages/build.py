@@ -184,7 +184,7 @@ def build_targets(recipe: Recipe, stage: str, device: torch.device) -> TargetMak
     return TargetMaker(
         teachers,
         recipe.teachers,
-        build_upsampler(config.upsampler, upsampled),
+        build_upsampler(config.upsampler, upsampled, recipe.engine.precision),
         build_normalizers(recipe),
         recipe.student.patch_size,
     )

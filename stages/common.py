@@ -24,6 +24,7 @@ from radio_distill.config import (
     StageConfig,
     check,
     differences,
+    dtypes_of,
     dump,
     hints,
     keep_resolved,
@@ -46,6 +47,8 @@ from radio_distill.trust import trusting_pickles
 from .arguments import Parser, add_trust_argument, fields_help, run_command
 
 if TYPE_CHECKING:
+    import torch
+
     from radio_distill.train.checkpoint import Checkpoint
     from radio_distill.train.distributed import World
     from radio_distill.train.ownership import Ownership
@@ -331,7 +334,7 @@ def _train_stage(
     from radio_distill.train.loop import train
 
     with saying_what_is_left(folder, begun=False):
-        recipe = resolve_at_start(recipe, stage, world, checkpoint)
+        recipe = resolve_at_start(recipe, stage, world, device, checkpoint)
         run = build_run(stage, recipe, folder, world, device, checkpoint, allow_changed, asked)
         with (
             owning(world, folder, recipe, checkpoint, take_over) as run.ownership,
@@ -343,7 +346,11 @@ def _train_stage(
 
 
 def resolve_at_start(
-    recipe: Recipe, stage: str, world: "World", checkpoint: "Checkpoint | None"
+    recipe: Recipe,
+    stage: str,
+    world: "World",
+    device: "torch.device",
+    checkpoint: "Checkpoint | None",
 ) -> Recipe:
     """Return the recipe with plain values for what is `auto`; opens the shards.
 
@@ -353,10 +360,12 @@ def resolve_at_start(
         recipe: as a person wrote it.
         stage: a stage of the recipe, or ``fit``.
         world: this process's place; every process must call.
+        device: where it computes.
         checkpoint: what the run goes on from.
     """
     from radio_distill.data.sources import open_sources
     from radio_distill.partitions import images_per_step
+    from radio_distill.precision import native_dtype
     from radio_distill.train.distributed import cores_of_process, main_first
 
     if stage in recipe.stages:
@@ -369,13 +378,26 @@ def resolve_at_start(
     # The first to open shards writes their indexes; the others find them.
     in_shards = main_first(world, lambda: open_sources(recipe.data).num_images)
     facts = Facts(
-        images_shown=shown, images_in_shards=in_shards, cores=cores_of_process(os.environ)
+        images_shown=shown,
+        native_dtype=native_dtype(device),
+        images_in_shards=in_shards,
+        cores=cores_of_process(os.environ),
     )
     recipe = resolve(recipe, stage, facts, checkpoint.recipe if checkpoint else None)
     check(recipe)  # what a checkpoint said may not go with what is asked for now
     for line in hints(recipe, stage, facts):
         logging.warning("%s", line)
+    if world.is_main:
+        warn_of_emulation(dtypes_of(recipe), device)
     return recipe
+
+
+def warn_of_emulation(dtypes: Mapping[str, str], device: "torch.device") -> None:
+    """Say in one line which fields ask for a number type that the device emulates, and its cost."""
+    from radio_distill.precision import emulation_warning
+
+    if line := emulation_warning(dtypes, device):
+        logging.warning("%s", line)
 
 
 _WITHOUT_EFFECT = (

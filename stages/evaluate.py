@@ -25,11 +25,12 @@ import yaml
 if __package__ in (None, ""):  # run as a file: put the checkout, and only it, first on the path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from radio_distill.config import EvaluationConfig, Recipe, build, dump, override
+from radio_distill.config import EvaluationConfig, Recipe, build, dtypes_of, dump, override
 from radio_distill.errors import ConfigError
 from radio_distill.evals.score_files import SCORES
 from radio_distill.evals.subjects import UNTRAINED
 from stages.arguments import add_trust_argument, check_output, run_script
+from stages.common import warn_of_emulation
 
 if TYPE_CHECKING:
     from radio_distill.protocols import Teacher
@@ -133,6 +134,9 @@ def score_checkpoints(
     for index, (checkpoint, evaluation) in enumerate(zip(found, evaluations, strict=True)):
         device = choose_device(checkpoint.recipe.engine.device, World())
         if recipe is None or recipe.teachers != checkpoint.recipe.teachers:
+            dtypes = dtypes_of(checkpoint.recipe)
+            del dtypes["engine.precision"]  # students are scored in float32, whatever they saw
+            warn_of_emulation(dtypes, device)
             known = build_teachers(checkpoint.recipe, device)
         recipe = checkpoint.recipe
         paths.append(output or run_folder(checkpoint) / SCORES)

@@ -181,7 +181,7 @@ def fit_upsampler(
 
     main_first(world, lambda: check_folder(folder, checkpoint, take_over))
     with saying_what_is_left(folder, begun=False):
-        recipe = resolve_at_start(recipe, STAGE, world, checkpoint)
+        recipe = resolve_at_start(recipe, STAGE, world, device, checkpoint)
         made = build_fit(recipe, folder, world, device, checkpoint, allow_changed)
         made.pool = made.pool if pool is None else pool
         with (
@@ -346,6 +346,7 @@ def _measure(made: "FitRun") -> dict[str, float]:
             made.size,
             factor,
             lambda done, _: progress.update(done),
+            made.recipe.engine.precision,
         )
     logging.info("%s", ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
     return {**values, "pictures": float(sum(map(len, batches)))}

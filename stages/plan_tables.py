@@ -147,7 +147,8 @@ def resolved_table(models: Models, plans: "Sequence[StagePlan]") -> Table:
 
     table = _table(
         "Resolved; the shards may hold fewer images", "stage", "body frozen for",
-        "images of statistics", "ZeRO stage", "log every", "save every",
+        "images of statistics", "precision", "ZeRO stage", "log every",
+        "save every",
     )  # fmt: skip
     for plan in plans:
         recipe = resolved(models.recipe, plan.name)
@@ -155,6 +156,7 @@ def resolved_table(models: Models, plans: "Sequence[StagePlan]") -> Table:
             plan.name,
             f"{recipe.stages[plan.name].frozen_steps:,} of {plan.steps:,} steps",
             f"{share_of(recipe.normalizer.images, plan.steps * plan.images):,}",
+            recipe.engine.precision,
             str(recipe.engine.zero_stage) if plan.devices > 1 else "-",
             f"{recipe.log.every} steps",
             f"{recipe.log.save_every} steps",

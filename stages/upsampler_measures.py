@@ -86,8 +86,9 @@ class Bench:
                     continue
                 with _bar(f"{name}: held-out pictures", len(batches)) as progress:
                     self.scores[name] = measure_upsampler(
-                        consistency, subject.teacher, batches, subject.size, factor, progress
-                    )
+                        consistency, subject.teacher, batches, subject.size, factor, progress,
+                        subject.recipe.engine.precision,
+                    )  # fmt: skip
             except (ConfigError, WeightsError) as error:
                 # A teacher that cannot be shown so much; a converted file, without a downsampler.
                 self._note(f"{name} is not measured: {error}")
@@ -106,7 +107,7 @@ class Bench:
             with _bar(f"{name}: segmentation", len(pictures)) as progress:
                 fine, low = preservation(
                     consistency.model, subject.teacher, self._probe, pictures, subject.size, factor,
-                    progress,
+                    progress, subject.recipe.engine.precision,
                 )  # fmt: skip
             self.scores[name] |= {"preservation": fine, "preservation_low": low}
 

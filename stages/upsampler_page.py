@@ -21,6 +21,7 @@ from radio_distill.evals.report import (
 )
 from radio_distill.evals.tables import Table, print_tables, render
 from radio_distill.files import reason_of, replacing
+from radio_distill.precision import resolved_dtype
 from upsamplers.comparison import Cost
 
 from .arguments import check_output
@@ -130,9 +131,10 @@ def _summary(bench: Bench, missing: Sequence[str]) -> list[tuple[str, str]]:
     subject = bench.subject
     recipe, spec = subject.recipe, subject.teacher.spec
     config = recipe.teachers[subject.name]
+    dtype = resolved_dtype(config.dtype, subject.device)
     cuda = subject.device.type == "cuda"
     lines = [
-        ("teacher", f"{subject.name} ({config.preset}, {config.dtype}), {spec.channels} channels"),
+        ("teacher", f"{subject.name} ({config.preset}, {dtype}), {spec.channels} channels"),
         ("input", f"{subject.size[0]}x{subject.size[1]} px, patch {spec.patch_size}"),
         ("held-out pictures", f"{bench.num_pictures} of {recipe.evaluation.pictures}"),
         ("not fitted", "\n".join(missing)),

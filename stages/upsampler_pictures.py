@@ -65,7 +65,10 @@ def _feature_columns(
     subject, changes = bench.subject, []
     shown: list[Tensor] = []
     for label, model in models.items():
-        maps = maps_of(model, subject.teacher, pixels[None], subject.size, factor)
+        maps = maps_of(
+            model, subject.teacher, pixels[None], subject.size, factor,
+            subject.recipe.engine.precision,
+        )  # fmt: skip
         if not shown:
             shown.append(model.normalizer.invert(maps.low)[0])
         shown.append(model.normalizer.invert(maps.fine)[0])

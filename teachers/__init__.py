@@ -45,10 +45,14 @@ _FIELDS = ("model", "native_size", "mean", "std", "max_size", "fixed_size", "lic
 def build_teacher(name: str, config: TeacherConfig, device: Any = "cpu") -> "FrozenTeacher":
     """Build the teacher that a recipe calls ``name``, with its weights, on ``device``.
 
+    A dtype that is still ``auto`` is the device's own.
+
     Raises:
         ConfigError: options that do not fit the preset or its source.
         WeightsError: weights that are missing, damaged, or belong to another model.
     """
+    from radio_distill.precision import resolved_dtype
+
     from .base import FrozenTeacher
     from .weights import fingerprint
 
@@ -59,7 +63,8 @@ def build_teacher(name: str, config: TeacherConfig, device: Any = "cpu") -> "Fro
     except (ConfigError, WeightsError) as error:
         raise type(error)(f"teachers.{name}: {error}") from error
     spec = _spec(name, preset, "" if is_random else fingerprint(tower))
-    return FrozenTeacher(tower, spec, config.dtype, config.micro_batch).to(device)
+    dtype = resolved_dtype(config.dtype, device)
+    return FrozenTeacher(tower, spec, dtype, config.micro_batch).to(device)
 
 
 def teacher_spec(name: str, config: TeacherConfig) -> TeacherSpec:

@@ -1,6 +1,6 @@
 """A run folder with random weights, for what reads runs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,29 @@ import torch
 LICENCES = {"clip": "mit", "sam": "apache-2.0", "dino": "dinov3-license"}
 CHANNELS = {"clip": (12, 5), "sam": (8, None), "dino": (4, 4)}
 """Teacher: (channels, summary channels)."""
+
+
+@pytest.fixture(autouse=True, scope="session")
+def float32_for_auto() -> Iterator[Callable[..., str]]:
+    """`auto` is float32 in tests, so that their numbers are the same on every processor.
+
+    Gives what it is otherwise; tests of `auto` itself ask for :func:`own_dtype`.
+    """
+    from radio_distill import precision
+
+    original = precision.native_dtype
+    precision.native_dtype = lambda device: "float32"
+    yield original
+    precision.native_dtype = original
+
+
+@pytest.fixture
+def own_dtype(
+    float32_for_auto: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., str]:
+    """`auto` is what the device computes natively, as everywhere but in tests."""
+    monkeypatch.setattr("radio_distill.precision.native_dtype", float32_for_auto)
+    return float32_for_auto
 
 
 @pytest.fixture

@@ -47,12 +47,16 @@ def is_fitted(name: str) -> bool:
     return name in UPSAMPLERS.names() and getattr(UPSAMPLERS.get(name), "fitted", False)
 
 
-def build_upsampler(config: UpsamplerConfig, teachers: Mapping[str, Teacher]) -> Upsampler:
+def build_upsampler(
+    config: UpsamplerConfig, teachers: Mapping[str, Teacher], precision: str = "auto"
+) -> Upsampler:
     """Build the upsampler of a stage.
 
     Args:
         config: name, factor, micro-batch, options, and files of a fitted upsampler.
         teachers: the teachers that it will be used on; a fitted upsampler's files must be theirs.
+        precision: of a fitted upsampler's matrix products where its options say nothing, as
+            ``engine.precision`` of a recipe.
 
     Raises:
         ConfigError: an unknown name or option, a factor below 1, no file for a teacher, or files
@@ -62,8 +66,8 @@ def build_upsampler(config: UpsamplerConfig, teachers: Mapping[str, Teacher]) ->
     check_config(config)
     arguments: dict[str, Any] = {"factor": config.factor, "micro_batch": config.micro_batch}
     if is_fitted(config.name):
-        arguments["weights"] = _files(config, teachers)
-    upsampler: Upsampler = UPSAMPLERS.get(config.name)(**arguments, **config.options)
+        arguments |= {"weights": _files(config, teachers), "precision": precision}
+    upsampler: Upsampler = UPSAMPLERS.get(config.name)(**(arguments | config.options))
     return upsampler
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from radio_distill.config import FitConfig
 from radio_distill.errors import WeightsError
+from radio_distill.precision import AUTO, autocast
 from radio_distill.protocols import Normalizer, Teacher, Upsampler
 from radio_distill.types import Features, Size
 
@@ -100,11 +101,19 @@ class Maps(NamedTuple):
 
 @torch.inference_mode()
 def maps_of(
-    model: UpsamplerModel, teacher: Teacher, pixels: Tensor, size: Size, factor: int
+    model: UpsamplerModel,
+    teacher: Teacher,
+    pixels: Tensor,
+    size: Size,
+    factor: int,
+    precision: str = AUTO,
 ) -> Maps:
-    """Upsample ``[B, 3, H, W]`` of ``factor`` times ``size`` pixels, as a stage would."""
+    """Upsample ``[B, 3, H, W]`` of ``factor`` times ``size`` pixels, as a stage would.
+
+    ``precision`` is that of the matrix products, as ``engine.precision`` of a recipe.
+    """
     seen = model.see(teacher, pixels, fine_grid(teacher, size, factor), factor)
-    with torch.autocast(pixels.device.type, torch.bfloat16):
+    with autocast(precision, pixels.device):
         fine = model(seen.observation).float()
     low = seen.observation.low
     return Maps(low, model.de_biased(low), fine)
@@ -130,6 +139,7 @@ def preservation(
     size: Size,
     factor: int,
     progress: Callable[[int, int], None] | None = None,
+    precision: str = AUTO,
 ) -> tuple[float, float]:
     """Return the probe's mIoU, in [0, 1], on upsampled maps and on the teacher's own.
 
@@ -137,7 +147,7 @@ def preservation(
     """
     fine, low = Preservation(probe), Preservation(probe)
     for number, (pixels, classes) in enumerate(pictures, 1):
-        maps = maps_of(model, teacher, pixels, size, factor)
+        maps = maps_of(model, teacher, pixels, size, factor, precision)
         fine.update(model.normalizer.invert(maps.fine).cpu(), classes)
         low.update(model.normalizer.invert(maps.low).cpu(), classes)
         if progress is not None:

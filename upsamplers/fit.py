@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from radio_distill.config import FitConfig, Recipe, plain
 from radio_distill.data.loader import StepSlice
 from radio_distill.memory import lower, naming
+from radio_distill.precision import autocast
 from radio_distill.progress import Progress
 from radio_distill.protocols import BatchSource, Teacher
 from radio_distill.registry import nearest
@@ -225,8 +226,7 @@ def restore(modules: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: Ch
 
 
 def _autocast(run: FitRun) -> torch.autocast:
-    reduced = run.recipe.engine.precision == "bfloat16"
-    return torch.autocast(run.device.type, torch.bfloat16, enabled=reduced)
+    return autocast(run.recipe.engine.precision, run.device)
 
 
 def _reduce_gradient(modules: nn.Module, clip: float) -> float:

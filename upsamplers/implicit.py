@@ -39,6 +39,7 @@ from torch import Tensor, nn
 from radio_distill.balance.affine import mean_variance
 from radio_distill.balance.moments import Moments
 from radio_distill.errors import ConfigError, DataError, DivergedError
+from radio_distill.precision import AUTO, autocast
 from radio_distill.progress import Progress
 from radio_distill.protocols import Teacher
 from radio_distill.types import Size
@@ -283,7 +284,7 @@ def _optimise(
     for step in range(steps):
         chosen = torch.from_numpy(draw.integers(len(targets), size=VIEWS_PER_STEP))
         chosen = chosen.to(targets.device)
-        with torch.autocast(targets.device.type, torch.bfloat16):
+        with autocast(AUTO, targets.device):
             loss = fit(points, targets[chosen].float(), homographies[chosen], valid[chosen])
         if not loss.isfinite():
             raise DivergedError(f"the implicit fit's loss is {loss.item()} at step {step + 1}")

@@ -15,6 +15,7 @@ from torch import Tensor
 from radio_distill.balance import NORMALIZERS
 from radio_distill.balance.phi_s import PhiS
 from radio_distill.errors import CheckpointError, ConfigError, WeightsError
+from radio_distill.precision import AUTO, autocast
 from radio_distill.protocols import Teacher
 from radio_distill.types import Features, Size, TeacherSpec
 
@@ -32,7 +33,8 @@ class Learned:
         micro_batch: teacher images in one call, tiles counted; 0 for the teacher's own setting.
         weights: file of the fitted upsampler, by teacher name.
         any_size: accept teacher inputs of another size than the fit's; the bias is resized.
-        precision: of the network's matrix products, bfloat16 or float32.
+        precision: of the network's matrix products, bfloat16 or float32; auto is bfloat16 where
+            the device has instructions for it.
 
     Raises:
         ConfigError: another precision.
@@ -48,16 +50,16 @@ class Learned:
         micro_batch: int = 0,
         weights: Mapping[str, str] | None = None,
         any_size: bool = False,
-        precision: str = "bfloat16",
+        precision: str = AUTO,
     ):
-        if precision not in ("bfloat16", "float32"):
+        if precision not in (AUTO, "bfloat16", "float32"):
             raise ConfigError(
-                f"upsampler option precision: {precision!r} is not bfloat16 or float32"
+                f"upsampler option precision: {precision!r} is not {AUTO}, bfloat16 or float32"
             )
         self.factor = factor
         self._micro_batch = micro_batch
         self._any_size = any_size
-        self._reduced = precision == "bfloat16"
+        self._precision = precision
         self._sizes: dict[str, Size] = {}
         self._models: dict[str, UpsamplerModel] = {}
         self._device = torch.device("cpu")
@@ -92,7 +94,7 @@ class Learned:
         name = teacher.spec.name
         self._check_size(name, tiling.low_resolution(teacher, grid, self.factor))
         model = self._model(name, pixels.device)
-        with torch.autocast(pixels.device.type, torch.bfloat16, enabled=self._reduced):
+        with autocast(self._precision, pixels.device):
             return model.upsample(teacher, pixels, grid, self.factor, self._micro_batch)
 
     def correct(self, name: str, spatial: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from radio_distill.precision import AUTO, autocast
 from radio_distill.protocols import Teacher
 from radio_distill.types import Size
 
@@ -32,6 +33,7 @@ def measure(
     size: Size,
     factor: int,
     progress: Callable[[int, int], None] | None = None,
+    precision: str = AUTO,
 ) -> dict[str, float]:
     """Return ``fidelity``, ``total_variation``, ``crf`` and ``mmd`` over all pictures.
 
@@ -44,6 +46,7 @@ def measure(
         size: the teacher's input in pixels.
         factor: how much finer the fine maps are.
         progress: called with (done, total).
+        precision: type of the matrix products, as ``engine.precision`` of a recipe.
     """
     consistency.eval()
     model, channels = consistency.model, teacher.spec.channels
@@ -61,7 +64,7 @@ def measure(
             factor,
             further=render(pixels, matrices, size),
         )
-        with torch.autocast(device.type, torch.bfloat16):
+        with autocast(precision, device):
             fine = model(seen.observation).float()
             views = rearrange(matrices, "(b v) i j -> b v i j", v=VIEWS_PER_PICTURE)
             coarse = consistency.reconstruct(fine, views).float()

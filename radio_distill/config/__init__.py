@@ -18,7 +18,16 @@ from .reading import (
     parse_yaml,
     read_yaml,
 )
-from .resolve import CHOSEN_ANEW, KEPT, Facts, keep_resolved, place_indexes, resolve
+from .resolve import (
+    CHOSEN_ANEW,
+    KEPT,
+    Facts,
+    dtypes_of,
+    keep_resolved,
+    place_indexes,
+    resolve,
+    resolve_dtypes,
+)
 from .schema import (
     AugmentationConfig,
     DataConfig,
@@ -67,6 +76,7 @@ __all__ = [
     "check_student",
     "describe",
     "differences",
+    "dtypes_of",
     "dump",
     "hints",
     "keep_resolved",
@@ -79,6 +89,7 @@ __all__ = [
     "plain",
     "read_yaml",
     "resolve",
+    "resolve_dtypes",
     "share_of",
     "size_pair",
 ]

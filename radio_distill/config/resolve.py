@@ -23,7 +23,13 @@ from .schema import (
 
 AUTO = "auto"
 
-KEPT = ("normalizer.images", "stages.*.freeze_body_steps", "fit.warmup_steps")
+KEPT = (
+    "normalizer.images",
+    "stages.*.freeze_body_steps",
+    "fit.warmup_steps",
+    "teachers.*.dtype",
+    "engine.precision",
+)
 """Fields whose `auto` keeps, in a run that is resumed, what it was resolved to before."""
 
 CHOSEN_ANEW = ("data.index", "data.workers", "engine.zero_stage", "log.every", "log.save_every")
@@ -54,6 +60,8 @@ class Facts:
 
     images_shown: int
     """Images that it shows, over all its steps and processes."""
+    native_dtype: Literal["float32", "bfloat16"] = "float32"
+    """The fastest type that the device computes natively, see :mod:`..precision`."""
     images_in_shards: int | None = None
     """Images of the data set; None where the shards are not looked at (`plan`)."""
     cores: int = 2
@@ -71,7 +79,7 @@ def resolve(recipe: Recipe, stage: str, facts: Facts, earlier: Recipe | None = N
     """
     if earlier is not None:
         recipe = keep_resolved(recipe, earlier, KEPT)
-    recipe = place_indexes(recipe)
+    recipe = resolve_dtypes(place_indexes(recipe), facts.native_dtype)
     config = recipe.stages.get(stage)
     steps = recipe.fit.steps if config is None else config.steps
     recipe = replace(
@@ -95,6 +103,24 @@ def place_indexes(recipe: Recipe) -> Recipe:
         return recipe
     folders = ("beside", str(Path(recipe.output) / "indexes"))
     return replace(recipe, data=replace(recipe.data, index=folders))
+
+
+def resolve_dtypes(recipe: Recipe, native: Literal["float32", "bfloat16"]) -> Recipe:
+    """Return the recipe with a device's native number type where it says `auto`."""
+    teachers = {
+        name: replace(config, dtype=native) if config.dtype == AUTO else config
+        for name, config in recipe.teachers.items()
+    }
+    engine = recipe.engine
+    if engine.precision == AUTO:
+        engine = replace(engine, precision=native)
+    return replace(recipe, teachers=teachers, engine=engine)
+
+
+def dtypes_of(recipe: Recipe) -> dict[str, str]:
+    """Return the number types of a recipe by the names of their fields."""
+    teachers = {f"teachers.{name}.dtype": item.dtype for name, item in recipe.teachers.items()}
+    return {"engine.precision": recipe.engine.precision, **teachers}
 
 
 def _resolve_stage(stage: StageConfig, recipe: Recipe) -> StageConfig:

@@ -39,8 +39,10 @@ class TeacherConfig:
         "side of the teacher's input: a number, its native size, or the size whose grid matches the student's",
         "px",
     )
-    dtype: Literal["float32", "bfloat16", "float16"] = option(
-        "float32", "type the frozen encoder computes in"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "auto",
+        "type the frozen encoder computes in; auto: bfloat16 where the device has instructions for it, else float32",
+        ours=True,
     )
     micro_batch: int = option(0, "images in one call of the encoder; 0 for all at once", "images")
     summary_weight: float = option(
@@ -359,8 +361,10 @@ class EngineConfig:
     zero_stage: Literal["auto", 0, 1, 2, 3] = option(
         "auto", "ZeRO stage of DeepSpeed; auto: 0 for a stage with lamb, else 1", ours=True
     )
-    precision: Literal["float32", "bfloat16"] = option(
-        "bfloat16", "type of the student's matrix products; weights stay float32", ours=True
+    precision: Literal["auto", "float32", "bfloat16"] = option(
+        "auto",
+        "type of the matrix products of students and upsamplers, whose weights stay float32; auto: bfloat16 where the device has instructions for it, else float32",
+        ours=True,
     )
     micro_batch: int = option(
         0, "largest number of images in one forward pass; 0 for a partition's whole share", "images"

@@ -21,6 +21,7 @@ from ..losses import KINDS, distillation_loss
 from ..models.distilled import DistilledStudent
 from ..models.position import NUM_DRAWS
 from ..partitions import Partition, Pass
+from ..precision import autocast
 from ..protocols import Normalizer, Teacher, Upsampler
 from ..types import Features, Size
 from .measure import count_flops, peak_memory
@@ -261,8 +262,7 @@ class ModelCosts:
     def _learn(self, item: Pass, images: int, targets: Mapping[str, Features]) -> None:
         """Run forward, losses and backward of one pass."""
         pixels = torch.empty(images, 3, *item.size)
-        reduced = self.recipe.engine.precision == "bfloat16"
-        with torch.autocast("cpu", torch.bfloat16, enabled=reduced):
+        with autocast(self.recipe.engine.precision, torch.device("cpu")):
             predictions = self._student(
                 pixels, item.partition.config.teachers, draws=torch.empty(images, NUM_DRAWS)
             )

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..config import EngineConfig, StageConfig
 from ..errors import ConfigError
 from ..models.distilled import DistilledStudent, Predictions, parameter_groups
+from ..precision import autocast
 from .distributed import World
 from .optim import build_optimizer, load_optimizer_tensors, optimizer_tensors, set_learning_rates
 
@@ -106,8 +107,7 @@ class _Forward:
 
     def autocast(self) -> torch.autocast:
         """Return the context in which a student computes in the recipe's precision."""
-        bfloat16 = self._precision == "bfloat16"
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16)
+        return autocast(self._precision, self.device)
 
 
 class SingleProcessEngine(_Forward):

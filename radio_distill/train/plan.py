@@ -23,6 +23,7 @@ import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from ..config import EngineConfig, Facts, Recipe, StageConfig, resolve, share_of
 from ..partitions import MicroBatch, Partition, images_per_step, partitions_of, share_out
@@ -50,6 +51,11 @@ class DeviceType:
     def flops_per_second(self, dtype: str) -> float:
         """Return the peak of matrix products in a type of number; float16 is as bfloat16."""
         return 1e12 * (self.float32 if dtype == "float32" else self.bfloat16)
+
+    @property
+    def native_dtype(self) -> Literal["float32", "bfloat16"]:
+        """What ``auto`` means on it."""
+        return "bfloat16" if self.bfloat16 > self.float32 else "float32"
 
 
 DEVICES = {

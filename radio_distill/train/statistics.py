@@ -220,6 +220,7 @@ def _file_name(
         recipe.seed,
         _without_effect(recipe.data),
         recipe.teachers[name].options,
+        recipe.teachers[name].dtype,
     )
     digest = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
     height, width = max(sizes)

@@ -19,9 +19,9 @@ RECIPE = {
         "head_hidden": 32,
     },
     "teachers": {
-        "vit": {"preset": "tiny_vit", "input_size": "match"},
-        "cnn": {"preset": "tiny_cnn"},
-        "sam": {"preset": "tiny_samvit", "summary_weight": 0},
+        "vit": {"preset": "tiny_vit", "input_size": "match", "dtype": "float32"},
+        "cnn": {"preset": "tiny_cnn", "dtype": "float32"},
+        "sam": {"preset": "tiny_samvit", "summary_weight": 0, "dtype": "float32"},
     },
     "normalizer": {"images": 24},
     "stages": {
@@ -62,7 +62,7 @@ RECIPE = {
             ],
         },
     },
-    "engine": {"precision": "float32", "device": "cpu"},
+    "engine": {"precision": "float32", "device": "auto"},
     "log": {"every": 1, "save_every": 2, "keep_last": 10, "tensorboard": False},
     "evaluation": {"size": 64, "dense_size": 128, "benchmarks": ["fidelity"], "limit": 4},
 }

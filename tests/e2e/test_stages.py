@@ -8,13 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from radio_distill.config import load
+from radio_distill.config import TeacherConfig, dtypes_of, load
 from radio_distill.train.checkpoint import find
+from radio_distill.train.distributed import World, choose_device
 from stages import fit_upsampler, stage1, stage2, stage3
 from stages.cli import main as cli
 from stages.common import changes_that_matter
+from teachers import build_teacher
 
 EVERYTHING = str(Path(__file__).with_name("everything.yaml"))
 
@@ -156,6 +158,30 @@ def test_stage2__says_what_to_run_first(recipe_file, capfd):
     assert f"radio-distill train {recipe_file} --stages stage1" in line
 
 
+def test_auto_precision__is_resolved_for_the_device_and_statistics_know_it(recipe_file, own_dtype):
+    """Statistics that a teacher gave in one number type are not taken for those of another."""
+    tower = build_teacher("vit", TeacherConfig(preset="tiny_vit")).tower
+    file = recipe_file.parent / "vit.safetensors"
+    save_file({name: value.clone() for name, value in tower.model.state_dict().items()}, file)
+    runs, native = recipe_file.parent / "runs" / "tiny", own_dtype(choose_device("auto", World()))
+    other = "float32" if native == "bfloat16" else "bfloat16"
+    arguments = ["--stage.steps", "1", "--stage.freeze_body_steps", "0"]
+    arguments += ["--teachers.vit.weights", str(file)]
+    arguments += ["--engine.precision", "auto", "--teachers.vit.dtype"]
+    assert run(stage1, recipe_file, *arguments, "auto") == 0
+    written = load(runs / "stage1" / "recipe.yaml")
+    assert dtypes_of(written) == dtypes_of(find(runs / "stage1").recipe)
+    assert dtypes_of(written) == {
+        "engine.precision": native,
+        "teachers.vit.dtype": native,
+        "teachers.cnn.dtype": "float32",
+        "teachers.sam.dtype": "float32",
+    }
+    for dtype, files in ((native, 1), (other, 2)):
+        assert run(stage1, recipe_file, *arguments, dtype) == 0
+        assert len(list((runs / "statistics").glob("vit-*"))) == files, dtype
+
+
 def test_fresh_run__moves_the_earlier_one_aside(recipe_file):
     assert run(stage1, recipe_file, "--stage.steps", "1") == 0
     first = weights(recipe_file, "stage1", 1)
@@ -189,7 +215,11 @@ def test_resume__a_changed_recipe_is_refused(recipe_file, capfd):
         (["--teacher-upsampler", "bilinaer"], "did you mean 'bilinear'?"),
         (["--teacher-upsampler", "tile"], "no partition of stage1 upsamples a teacher"),
         (["--teachers.vit.input_size", "50"], "50 is not a multiple of its patch 8 (nearest 48)"),
-        (["--engine.device", "cuda"], "torch sees no GPU"),
+        pytest.param(
+            ["--engine.device", "cuda"],
+            "torch sees no GPU",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU"),
+        ),
         (["--teachers.sam.summary_weight", "1"], "this teacher has no summary; set it to 0"),
         (
             ["--stage.partitions.low.mosaic", "[sam]", "--stage.partitions.low.size", "128"],

@@ -10,6 +10,7 @@ from radio_distill.config import (
     build,
     check,
     describe,
+    dtypes_of,
     dump,
     hints,
     keep_resolved,
@@ -106,6 +107,26 @@ def test_data_index__beside_the_shards_else_where_all_runs_are():
     recipe = recipe_of()
     mine = dataclasses.replace(recipe.data, index=("/scratch",))
     assert resolved(dataclasses.replace(recipe, data=mine)).data.index == ("/scratch",)
+
+
+@pytest.mark.parametrize("native", ["float32", "bfloat16"])
+def test_dtypes__auto_is_the_native_one_and_others_stay(native):
+    recipe = build(
+        Recipe,
+        {**SHORTEST, "teachers": {"t": {"preset": "p"}, "u": {"preset": "p", "dtype": "float16"}}},
+    )
+    made = resolve(recipe, "one", Facts(images_shown=100, native_dtype=native))
+    assert dtypes_of(made) == {
+        "engine.precision": native,
+        "teachers.t.dtype": native,
+        "teachers.u.dtype": "float16",
+    }
+
+
+def test_dtypes__a_run_that_goes_on_elsewhere_keeps_its_own():
+    begun = resolve(recipe_of(), "one", Facts(images_shown=100, native_dtype="bfloat16"))
+    again = resolve(recipe_of(), "one", Facts(images_shown=100, native_dtype="float32"), begun)
+    assert set(dtypes_of(again).values()) == {"bfloat16"}
 
 
 def test_resolve__what_is_written_reads_back_equal_and_stays():

@@ -325,6 +325,7 @@ def test_fit__more_processes_than_pictures(recipe_file, capfd, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     assert run(recipe_file) == 2
     assert "2 pictures cannot be shared out to 3 processes" in one_line(capfd)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from radio_distill.config import dtypes_of
 from radio_distill.errors import ConfigError
 from radio_distill.train.plan import DEVICES
 from stages import plan
@@ -60,6 +61,18 @@ def test_plan__prints_everything_and_writes_nothing(recipe, capsys, tmp_path):
     assert tiled[0] == "clip"
     assert tiled[tiled.index("18x18") + 1] == "10"  # nine tiles and the whole picture
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.yaml"]
+
+
+def test_plan__auto_is_the_number_type_of_the_device(recipe, own_dtype):
+    written = {"engine.precision": "auto", "teachers.clip.dtype": "bfloat16"}
+    loaded = load_recipe(recipe)
+    assert dtypes_of(loaded) == {**written, "teachers.sam.dtype": "auto"}
+    for native in ("float32", "bfloat16"):
+        planned = dtypes_of(plan.build_models(loaded, native).recipe)
+        assert planned["engine.precision"] == planned["teachers.sam.dtype"] == native
+        assert planned["teachers.clip.dtype"] == "bfloat16"
+    assert {plan._device(kind).native_dtype for kind in DEVICES if kind != "cpu"} == {"bfloat16"}
+    assert plan._device("cpu").native_dtype == own_dtype("cpu"), "as this processor has it"
 
 
 def test_plan__lists_what_is_missing(recipe, capsys):

@@ -225,8 +225,12 @@ def test_call__precision_is_an_option_and_changes_rounding_only(file_of, tiny):
         for name in ("bfloat16", "float32")
     )
     assert not torch.equal(reduced, full)
+    config = UpsamplerConfig(name="featsharp", factor=FACTOR, weights={"tiny_vit": str(path)})
+    for precision, expected in (("bfloat16", reduced), ("float32", full)):
+        made = build_upsampler(config, {"tiny_vit": teacher}, precision)
+        assert torch.equal(made(teacher, PIXELS, (12, 12)).spatial, expected), "as the recipe's"
     torch.testing.assert_close(reduced, full, atol=0.05 * float(full.abs().max()), rtol=0)
-    with pytest.raises(ConfigError, match="precision: 'half' is not bfloat16 or float32"):
+    with pytest.raises(ConfigError, match="precision: 'half' is not auto, bfloat16 or float32"):
         build(path, teacher, name="featsharp", precision="half")
 
 

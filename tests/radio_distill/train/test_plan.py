@@ -78,10 +78,10 @@ def make_recipe(**engine: object) -> Recipe:
         student=StudentConfig(
             architecture="test_vit", max_size=128, registers=3, head_hidden=HIDDEN
         ),
-        teachers={"patches": TeacherConfig(preset="none")},
+        teachers={"patches": TeacherConfig(preset="none", dtype="float32")},
         normalizer=NormalizerConfig(images=1000),
         stages={"stage1": stage},
-        engine=EngineConfig(**engine),
+        engine=EngineConfig(**({"precision": "bfloat16"} | engine)),
     )
 
 
