@@ -186,8 +186,7 @@ def load_state(
 
 
 def _config(settings: Mapping[str, Any]) -> tuple[Any, Family]:
-    from transformers import AutoConfig
-
+    transformers = _library()
     kind = settings.get("model_type", "")
     if kind in _WHOLE_MODELS:
         kind, settings = _WHOLE_MODELS[kind], {**settings.get("vision_config", {})}
@@ -200,12 +199,22 @@ def _config(settings: Mapping[str, Any]) -> tuple[Any, Family]:
         for key, value in settings.items()
         if key not in _LEFT_OUT and not key.startswith("_")
     }
-    return AutoConfig.for_model(kind, **values), FAMILIES[kind]
+    return transformers.AutoConfig.for_model(kind, **values), FAMILIES[kind]
+
+
+def _library() -> Any:
+    """Import transformers; raises ConfigError where it is missing."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise ConfigError(
+            "transformers is not installed; pip install 'radio-distill[hf]'"
+        ) from error
+    return transformers
 
 
 def _class(family: Family) -> Any:
-    import transformers
-
+    transformers = _library()
     if not hasattr(transformers, family.model):
         raise ConfigError(
             f"transformers {transformers.__version__} has no {family.model}; install a newer one"

@@ -1,6 +1,6 @@
 """A run folder with random weights, for what reads runs."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,35 @@ import torch
 LICENCES = {"clip": "mit", "sam": "apache-2.0", "dino": "dinov3-license"}
 CHANNELS = {"clip": (12, 5), "sam": (8, None), "dino": (4, 4)}
 """Teacher: (channels, summary channels)."""
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup() -> Generator[None, Any, Any]:
+    """Skip what needs the extra `hf` where it is not installed."""
+    return (yield from _skipping_without_transformers())
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Generator[None, Any, Any]:
+    """Skip what needs the extra `hf` where it is not installed."""
+    return (yield from _skipping_without_transformers())
+
+
+def _skipping_without_transformers() -> Generator[None, Any, Any]:
+    try:
+        return (yield)
+    except Exception as error:
+        if _has_transformers() or "transformers" not in f"{error} {error.__cause__}":
+            raise
+        pytest.skip(f"needs transformers: {error}")
+
+
+def _has_transformers() -> bool:
+    try:
+        import transformers  # noqa: F401
+    except ImportError:
+        return False
+    return True
 
 
 @pytest.fixture(autouse=True, scope="session")
