@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from radio_distill.config import Recipe, load
+from radio_distill.config.recipes import find_recipe
 from radio_distill.errors import ConfigError
 from radio_distill.registry import nearest
 from radio_distill.trust import FLAG
@@ -51,7 +52,7 @@ def links_of(request: Request) -> tuple[Recipe, tuple[Link, ...]]:
     Raises:
         ConfigError: for a recipe, a stage or a sweep that cannot be right.
     """
-    file = find_recipe(str(request.recipe))
+    file = find_recipe(str(request.recipe), _RECIPES).absolute()
     recipe = load(file, [item for item in request.overrides if not item.startswith("stage.")])
     stages = request.stages or tuple(recipe.stages)
     for stage in stages:
@@ -77,14 +78,6 @@ def links_of(request: Request) -> tuple[Recipe, tuple[Link, ...]]:
 def _with_flag(link: Link, flag: str) -> Link:
     tasks = (replace(task, arguments=(*task.arguments, flag)) for task in link.tasks)
     return replace(link, tasks=tuple(tasks))
-
-
-def find_recipe(name: str) -> Path:
-    """Find a recipe as the stages do, of which nothing is imported here."""
-    shipped = {path.stem: path for path in _RECIPES.glob("*.yaml")}
-    if name in shipped or Path(name).is_file():
-        return shipped.get(name, Path(name)).absolute()
-    raise ConfigError(f"no recipe {name!r} ({nearest(name, list(shipped))})")
 
 
 def _stage_link(file: Path, stage: str, request: Request) -> Link:

@@ -30,6 +30,7 @@ from radio_distill.config import (
     keep_resolved,
     load,
     place_indexes,
+    recipes,
     resolve,
 )
 from radio_distill.errors import ChangedError, CheckpointError, ConfigError
@@ -60,33 +61,12 @@ FITTED = "upsampler.safetensors"
 
 def recipe_names() -> list[str]:
     """Names of the recipes that come with the project."""
-    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+    return recipes.recipe_names(RECIPES)
 
 
 def find_recipe(name: str) -> Path:
-    """Return a recipe's file: a path, a name of the project's, or NAME of a ``NAME.yaml`` here.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    if Path(name).suffix in (".yaml", ".yml") or os.sep in name:
-        if not Path(name).is_file():
-            raise ConfigError(f"no recipe file {name}")
-        return Path(name)
-    own = Path(f"{name}.yaml")
-    if name in recipe_names():
-        if own.is_file():
-            logging.warning(
-                "recipe %s is the project's own; for that in this folder: ./%s", name, own
-            )
-        return RECIPES / own
-    if not own.is_file():
-        known = [*recipe_names(), *(path.stem for path in Path().glob("*.yaml"))]
-        raise ConfigError(
-            f"unknown recipe {name!r} ({nearest(name, known)}), and no file {own}; "
-            "`radio-distill init NAME` writes one to begin with"
-        )
-    return own
+    """Return a recipe's file: a path, a name of the project's, or NAME of a ``NAME.yaml`` here."""
+    return recipes.find_recipe(name, RECIPES)
 
 
 @dataclass(frozen=True)

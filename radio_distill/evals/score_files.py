@@ -32,7 +32,16 @@ from ..files import reason_of, replacing
 from ..registry import nearest
 from ..types import Score
 from .mtl_gain import Measured, Metric
-from .subjects import FIELDS, SCORES, Subject, labels, matches, seeds_of_one, subject_of_line
+from .subjects import (
+    FIELDS,
+    SCORES,
+    Subject,
+    full_label,
+    labels,
+    matches,
+    seeds_of_one,
+    subject_of_line,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -69,21 +78,35 @@ class ScoreSet:
             )
 
     def named(self, wanted: str, what: str = "model") -> str:
-        """Return the label that a user means: all of it, or parts that only one label has.
+        """Return the label that a user means: all of it, or parts that only one model has.
 
-        For instance ``runA/stage3-tile``, ``stage3-tile`` or ``tile``.
+        For instance ``runA/stage3-tile``, ``stage3-tile`` or ``tile``; run and step may be named
+        where the label has none, and a model of several seeds by any of its runs.
 
         Raises:
             UnknownNameError: none, or several.
         """
         if wanted in self.results:
             return wanted
-        found = [label for label in self.results if matches(wanted, label)]
+        found = [
+            label
+            for label in self.results
+            if any(matches(wanted, one) for one in (label, *map(full_label, self._of(label))))
+        ]
+        students = [label for label in found if not self._is_reference(label)]
+        if len(students) == 1:  # a run's name means its student, not its teachers
+            return students[0]
         if len(found) > 1:
             raise UnknownNameError(f"{what} {wanted!r} may be {' or '.join(found)}; name one")
         if not found:
             raise UnknownNameError(f"no scores of {what} {wanted!r} ({_known(wanted, self)})")
         return found[0]
+
+    def _is_reference(self, label: str) -> bool:
+        return any(one.reference for one in self.subjects.get(label, []))
+
+    def _of(self, label: str) -> list[Subject]:
+        return [one for one in self.subjects.get(label, []) if one.is_known]
 
     def label_of(self, subject: Subject) -> str | None:
         """Return the label of a checkpoint's scores; None where it has none."""

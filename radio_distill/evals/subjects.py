@@ -133,7 +133,7 @@ def labels(models: Sequence[Sequence[Subject]]) -> list[str]:
     there are different ones of a name.
     """
     runs = _run_names(item for model in models for item in model)
-    owners = ["+".join(dict.fromkeys(runs[item.folder] for item in model)) for model in models]
+    owners = [_owner(list(dict.fromkeys(runs[item.folder] for item in model))) for model in models]
     titles = [model[0].title for model in models]
     several_runs = len({o for o, m in zip(owners, models, strict=True) if m[0].stage}) > 1
     found = []
@@ -151,6 +151,17 @@ def labels(models: Sequence[Sequence[Subject]]) -> list[str]:
         step = f"step-{first.step}" if len(steps) > 1 and first.is_known else ""
         found.append("/".join(filter(None, (owner if with_run else "", title, step))))
     return found
+
+
+def _owner(runs: Sequence[str]) -> str:
+    """Name the runs of one model, a long list of seeds by its first."""
+    return "+".join(runs) if len(runs) <= 2 else f"{runs[0]}+{len(runs) - 1} more"
+
+
+def full_label(subject: Subject) -> str:
+    """Return a label that says run, stage and step, whether that is needed or not."""
+    parts = [subject.run, subject.title, f"step-{subject.step}" if subject.stage else ""]
+    return "/".join(filter(None, parts))
 
 
 def _run_names(subjects: Iterable[Subject]) -> dict[str, str]:

@@ -127,7 +127,7 @@ def test_take_over__is_for_stages_and_named_once(recipe):
         ({"upsamplers": ("tile", "tile")}, "--upsamplers: tile is named twice"),
         ({"upsamplers": ("tile", "s2")}, "no partition of stage3 upsamples a teacher"),
         ({"upsamplers": ("tile",), "stages": ("stage1",)}, "a sweep of stage3, but stage1"),
-        ({"recipe": "demoo"}, "no recipe 'demoo' (did you mean 'demo'?)"),
+        ({"recipe": "demoo"}, "unknown recipe 'demoo' (did you mean 'demo'?)"),
     ],
 )
 def test_links_of__bad_input_is_one_line(recipe, changes, message):

@@ -53,7 +53,7 @@ def test_find_recipe__the_project_s_own_before_a_file_of_that_name(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "demo.yaml").write_text("name: other\n")
     assert find_recipe("demo") == RECIPES / "demo.yaml"
-    assert "for that in this folder: ./demo.yaml" in caplog.text
+    assert "yours is ./demo.yaml" in caplog.text
     (tmp_path / "flowers.yaml").write_text("name: flowers\n")
     with pytest.raises(ConfigError, match=r"'flowes' \(did you mean 'flowers'\?\)"):
         find_recipe("flowes")

@@ -136,7 +136,7 @@ def test_read_scores__seeds_are_one_model_only_where_all_else_is_the_same(tmp_pa
         "seed 2."
     ]
     write(path, subject("other", recipe="another", seed=4), first=9.0)
-    assert values(path) == {"seed0+seed1+seed2/stage1": [1.0, 2.0, 3.0], "other/stage1": [9.0]}
+    assert values(path) == {"seed0+2 more/stage1": [1.0, 2.0, 3.0], "other/stage1": [9.0]}
 
     unlike = {"step": {"step": 60}, "stage": {"stage": "stage2"}, "recipe": {"recipe": "another"},
               "recipe not known": {"recipe": ""}, "seed twice": {"seed": 0}}  # fmt: skip
@@ -204,6 +204,14 @@ def test_named__the_parts_of_a_label_that_only_one_has(tmp_path: Path) -> None:
         scores.named("s2", "baseline")
     with pytest.raises(UnknownNameError, match=r"no scores of model 'tlie' \(did you mean"):
         scores.named("tlie")
+
+
+def test_named__run_and_step_where_the_label_has_none_and_a_seed_by_its_run(tmp_path: Path) -> None:
+    path = write(tmp_path / "s.jsonl", subject("seed0"), subject("seed1", seed=1), teacher("seed0"))
+    scores = read_scores([path])
+    for wanted in ("stage1", "seed0", "seed1/stage1", "seed0/stage1/step-40"):
+        assert scores.named(wanted) == "stage1"
+    assert scores.named("teacher dino") == "teacher dino"
 
 
 def test_read_scores__files_from_before_are_told_apart_by_their_place(tmp_path: Path) -> None:
