@@ -23,12 +23,20 @@ class Progress:
         unit: what is counted (``img``, ``steps``); the rate is in units a second.
         start: work that was done before, in a resumed run; it does not count for the rate.
         visible: False on all but one process.
+        images: of each unit, whose rate is shown too; 0 where units are no groups of images.
     """
 
     def __init__(
-        self, label: str, total: int, unit: str = "img", start: int = 0, visible: bool = True
+        self,
+        label: str,
+        total: int,
+        unit: str = "img",
+        start: int = 0,
+        visible: bool = True,
+        images: int = 0,
     ):
         self._label, self._total, self._unit, self._start = label, total, unit, start
+        self._images = images
         self._done = start
         self._begin = self._last_line = time.monotonic()
         self._terminal = visible and sys.stderr.isatty()
@@ -64,6 +72,18 @@ class Progress:
         """Units a second since the start."""
         return (self._done - self._start) / max(self.seconds, 1e-9)
 
+    @property
+    def speed(self) -> str:
+        """The rate for people; of what takes seconds, how many each."""
+        rate = self.rate
+        slow = 0 < rate < 1
+        text = f"{1 / rate:.1f} s/{self._one}" if slow else f"{rate:.1f} {self._unit}/s"
+        return f"{text}, {rate * self._images:.1f} img/s" if self._images else text
+
+    @property
+    def _one(self) -> str:
+        return self._unit.removesuffix("s") if self._unit != "batches" else "batch"
+
     def update(self, done: int, text: str = "", total: int | None = None) -> None:
         """Move to ``done``, with a few words on how it goes; ``total`` where it changed."""
         self._done = done
@@ -75,7 +95,7 @@ class Progress:
                 completed=done,
                 total=self._total,
                 text=text,
-                rate=f"{self.rate:.1f} {self._unit}/s",
+                rate=self.speed,
                 eta=clock(left),
             )
         elif self._plain and time.monotonic() - self._last_line >= PLAIN_INTERVAL:
@@ -84,8 +104,7 @@ class Progress:
     def _print(self, text: str) -> None:
         self._last_line = time.monotonic()
         print(
-            f"{self._label}  {self._done}/{self._total} {self._unit}  "
-            f"{self.rate:.1f} {self._unit}/s  {text}",
+            f"{self._label}  {self._done}/{self._total} {self._unit}  {self.speed}  {text}",
             file=sys.stderr,
             flush=True,
         )

@@ -107,9 +107,7 @@ def fit(run: FitRun) -> None:
         restore(modules, optimizer, run.resumed)
     rates = cosine(total, 1.0, 0.0, plain(config.warmup_steps))
     images = config.batch_size
-    seen = Progress(
-        run.folder.name, total * images, "img", run.start_step * images, run.world.is_main
-    )
+    seen = Progress(run.folder.name, total, "steps", run.start_step, run.world.is_main, images)
     sinks = open_sinks(run.folder, log.tensorboard, run.world.is_main, run.start_step)
     clock = Clock()
     steps = lessons(run, clock)
@@ -130,7 +128,7 @@ def fit(run: FitRun) -> None:
                 life.skip(done, findings.found() if signs.trouble else findings.gradient())
             optimizer.zero_grad()
             clock.stop(run.device)
-            seen.update(done * images, f"loss {signs.loss:.4f}")
+            seen.update(done, f"loss {signs.loss:.4f}")
             life.end_step(done, signs)
             if every(done, plain(log.every), total):
                 values = {name: float(sum_over_ranks(value)) for name, value in terms.items()}

@@ -114,7 +114,8 @@ def training_curves(
 
     Args:
         metrics: label (a stage) to its log records ``{"step": ..., name: value}``.
-        prefix: which names to draw; ``PREFIX[PARTITION/]TEACHER/KIND`` as the training loop logs.
+        prefix: which names to draw; ``PREFIX[PARTITION/]TEACHER/KIND`` as the training loop logs,
+            and ``PREFIXtotal``.
 
     Raises:
         ConfigError: no record has a name with that prefix.
@@ -143,7 +144,7 @@ def _panels(
     for label, records in metrics.items():
         names = dict.fromkeys(key for row in records for key in row if key.startswith(prefix))
         split = {name: _split(name.removeprefix(prefix)) for name in names}
-        several = len({partition for partition, _ in split.values()}) > 1
+        several = len({partition for partition, _ in split.values() if partition}) > 1
         for name, (partition, panel) in split.items():
             line = f"{label}, {partition}" if several and partition else label
             points = [(row["step"], row[name]) for row in records if name in row]

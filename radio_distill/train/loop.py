@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import torch
@@ -131,13 +132,11 @@ def train(run: StageRun) -> Path:
     images = run.work.images_per_step
     rates = learning_rates(config)
     meter = Meter(_term_names(run), run.engine.device)
-    seen = Progress(
-        run.folder.name, total * images, "img", run.start_step * images, run.world.is_main
-    )
+    seen = Progress(run.folder.name, total, "steps", run.start_step, run.world.is_main, images)
     sinks = open_sinks(run.folder, log.tensorboard, run.world.is_main, run.start_step)
     batches = run.source.batches(run.start_step)
     with open_lifeline(run) as life, seen, sinks:
-        waited = 0.0
+        waited, losses = 0.0, list[float]()
         for step in range(run.start_step, total):
             asked = time.monotonic()
             step_batches = next(batches)
@@ -149,14 +148,17 @@ def train(run: StageRun) -> Path:
             done = step + 1
             if math.isfinite(norm) and not report.signs.trouble:
                 take_in(run, report, meter)
+                losses.append(report.signs.loss)
                 life.skips.passed()
             else:
                 run.weights.forget_step()
                 life.skip(done, report.found())
-            seen.update(done * images, f"loss {report.signs.loss:.4f}")
+            seen.update(done, f"loss {report.signs.loss:.4f}")
             life.end_step(done, report.signs)
             if every(done, plain(log.every), total):
-                values = _log_values(run, meter, step_rates, norm)
+                values = {"loss/total": fmean(losses)} if losses else {}
+                losses.clear()
+                values |= _log_values(run, meter, step_rates, norm)
                 values |= life.end_log(done * images, waited)
                 with life.writing("its metrics"):
                     sinks.write(done, values)

@@ -3,6 +3,7 @@ is wrong in one line."""
 
 import json
 import shutil
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from radio_distill.config import TeacherConfig, dtypes_of, load
+from radio_distill.losses import KINDS
 from radio_distill.train.checkpoint import find
 from radio_distill.train.distributed import World, choose_device
 from stages import fit_upsampler, stage1, stage2, stage3
@@ -51,6 +53,19 @@ def test_stages__three_in_a_row(recipe_file):
     assert expected <= {name.removeprefix("loss/") for name in rows[0]}
     assert "loss/high/sam/summary" not in rows[0], "SAM has no summary"
     assert all(row["gradient_norm"] > 0 for row in rows)
+    for row in log(recipe_file, "stage2"):  # weights 1 and 2
+        first = sum(row[f"loss/a/{name}/{kind}"] for name, kind in product(("vit", "cnn"), KINDS))
+        total = first / 3 + row["loss/b/sam/features"] * 2 / 3
+        assert row["loss/total"] == pytest.approx(total, rel=1e-5)
+
+
+def test_stage1__logs_the_mean_of_the_steps_since_the_line_before(recipe_file):
+    fields = ("--stage.steps", "4", "--engine.micro_batch", "4")
+    assert run(stage1, recipe_file, *fields) == 0
+    each = [row["loss/total"] for row in log(recipe_file, "stage1")]
+    assert run(stage1, recipe_file, *fields, "--log.every", "2") == 0
+    pairs = [row["loss/total"] for row in log(recipe_file, "stage1")]
+    assert pairs == pytest.approx([(each[0] + each[1]) / 2, (each[2] + each[3]) / 2])
 
 
 def test_stage1__twenty_steps_are_ten_and_ten(recipe_file):

@@ -209,3 +209,10 @@ def test_training_curves__long_and_broken_logs() -> None:
 def test_training_curves__nothing_to_draw() -> None:
     with pytest.raises(ConfigError, match="no values named loss/… in the logs of stage1"):
         training_curves({"stage1": [{"step": 1, "gradient_norm": 2.0}]})
+
+
+def test_training_curves__the_total_is_a_panel_and_no_partition():
+    row = {"step": 1, "loss/total": 2.0, "loss/low/dino/features": 0.5}
+    total, features = training_curves({"stage1": [row, {**row, "step": 2}]})
+    assert (total.title, features.title) == ("total", "dino features")
+    assert b"stage1, low" not in features.image
