@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.progress import Progress as RichProgress
 
 PLAIN_INTERVAL = 15.0
@@ -115,6 +116,26 @@ def clock(seconds: float) -> str:
     minutes, rest = divmod(int(seconds + 0.5), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def duration(seconds: float) -> str:
+    """Write a time in the unit that people would take: ``32 s``, ``12 min``, ``1.2 h``."""
+    if seconds < 0.1:
+        return f"{1000 * seconds:.2g} ms"
+    for unit, size in (("h", 3600), ("min", 60), ("s", 1)):
+        if seconds >= size or unit == "s":
+            amount = seconds / size
+            break
+    decimals = 1 if amount < (100 if unit == "h" else 10) else 0
+    return f"{amount:,.{decimals}f} {unit}"
+
+
+def table_console() -> "Console":
+    """Return where tables are printed; in full width where no terminal is, so that grep works."""
+    from rich.console import Console
+
+    width = None if Console().is_terminal else 10_000
+    return Console(width=width, markup=False, highlight=False)
 
 
 def _rich_bar(unit: str) -> "RichProgress":

@@ -121,6 +121,17 @@ def _link(data: dict[str, Any]) -> Link:
     return Link(**{**data, "tasks": tasks})
 
 
+def was_submitted(run: Path) -> bool:
+    """Tell whether jobs of a run were handed to Slurm."""
+    return any((folder / CHAIN).exists() for folder in (run, run / "slurm"))
+
+
+def ran_here_in(run: Path) -> Path | None:
+    """Return the folder of a run's jobs that ``--executor local`` or ``debug`` ran, or None."""
+    folder = run / "slurm"
+    return folder if folder.is_dir() and not was_submitted(run) else None
+
+
 def find_chain(run: Path) -> tuple[Path, Chain]:
     """Return the folder and the chain of a run, given the run's folder or the chain's own.
 

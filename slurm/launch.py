@@ -24,7 +24,7 @@ from radio_distill.registry import nearest
 from radio_distill.trust import FLAG, FLAG_HELP
 
 from . import commands, status
-from .chain import Chain, find_chain, read_chain
+from .chain import Chain, find_chain, ran_here_in, read_chain, was_submitted
 from .cluster import add_cluster_flags, cluster_from
 from .links import Request, links_of, to_resume
 from .submit import require_slurm, run_here, scripts, submit
@@ -147,7 +147,18 @@ def _refuse_alive(folder: Path, chain: Chain) -> None:
 
 
 def _status(args: argparse.Namespace) -> int:
-    status.print_rows(status.rows_of(*find_chain(args.run)))
+    if was_submitted(args.run):
+        status.print_rows(status.rows_of(*find_chain(args.run)))
+        return 0
+    rows, ran_here = status.rows_here(args.run), ran_here_in(args.run)
+    if not rows and ran_here is None:
+        find_chain(args.run)  # raises
+    how = f"its jobs run on this machine, see {ran_here}" if ran_here else "nothing was submitted"
+    print(f"{args.run} has no jobs in Slurm ({how}); what its stages say:")
+    if rows:
+        status.print_rows(rows, "state")
+    else:
+        print("nothing yet: no stage has begun to train")
     return 0
 
 

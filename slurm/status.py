@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from radio_distill.progress import clock
+from radio_distill.progress import clock, table_console
 from radio_distill.train.status import Status, read_status
 
 from . import commands, history
@@ -75,6 +75,19 @@ def rows_of(folder: Path, chain: Chain) -> list[Row]:
     return [row for link in chain.links for row in _rows_of_link(link, stops)]
 
 
+def rows_here(run: Path) -> list[Row]:
+    """Return a row for each stage of a run that Slurm knows nothing of, from the stages' files."""
+    rows = []
+    for folder in sorted(run.glob("stage*")):
+        status = read_status(folder)
+        if status is not None and "." not in folder.name:  # else an earlier run, moved aside
+            rows.append(
+                Row(name=folder.name, job_id="", state=status.state, detail=status.reason,
+                    status=status)
+            )  # fmt: skip
+    return rows
+
+
 def _rows_of_link(link: Link, stops: Mapping[str, Stop]) -> list[Row]:
     known = [job for job_id in link.job_ids if job_id for job in commands.show_job(job_id)]
     return [_row(link, task, known, stops.get(task.job_id)) for task in link.tasks]
@@ -119,13 +132,14 @@ def _detail(state: str, job: Mapping[str, str]) -> str:
     return ""
 
 
-def table_of(rows: Sequence[Row], now: float | None = None) -> "Table":
-    """Make the table that ``slurm status`` shows."""
+def table_of(rows: Sequence[Row], now: float | None = None, source: str = "Slurm") -> "Table":
+    """Make the table that ``slurm status`` shows; ``source`` is who tells the state."""
     from rich.table import Table
 
     now = time.time() if now is None else now
     table = Table(box=None, pad_edge=False)
     for name, justify in _COLUMNS:
+        name = source if name == "Slurm" else name
         table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
     for row in rows:
         table.add_row(*_cells(row, now))
@@ -145,7 +159,7 @@ def _cells(row: Row, now: float) -> list[str]:
     if status is None:
         cells += ["", "", "", ""]
     else:
-        running = row.state == "RUNNING" and status.state == "running"
+        running = row.state in ("RUNNING", "running") and status.state == "running"
         cells += [
             f"{status.step} of {status.steps}",
             f"{status.images_per_second:.1f}" if running else "",
@@ -164,10 +178,6 @@ def _words(stop: Stop | None) -> str:
     return f"{stop.reason}{excluded}"
 
 
-def print_rows(rows: Sequence[Row]) -> None:
+def print_rows(rows: Sequence[Row], source: str = "Slurm") -> None:
     """Print the table; in full width where nobody looks at a terminal."""
-    from rich.console import Console
-
-    console = Console()
-    width = None if console.is_terminal else 10_000  # one line a job, for grep
-    Console(width=width, markup=False, highlight=False).print(table_of(rows))
+    table_console().print(table_of(rows, source=source))

@@ -4,6 +4,7 @@ import argparse
 import errno
 import logging
 import os
+import re
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -165,6 +166,35 @@ def run_module(module: ModuleType, argv: Sequence[str] | None, prog: str | None 
     arguments.fields = fields
     with trusting_pickles(getattr(arguments, "trust_checkpoint", False)):
         return int(module.run(arguments) or 0)
+
+
+def size_of(text: str) -> tuple[int, int]:
+    """Read ``64`` or ``64x96`` as (height, width), for argparse's ``type``."""
+    match = re.fullmatch(r"(-?\d+)(?: ?[xX\N{MULTIPLICATION SIGN}] ?(\d+))?", text.strip())
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size, such as 64 or 64x96, in px")
+    return int(match[1]), int(match[2] or match[1])
+
+
+def side_of(text: str) -> int:
+    """Read ``64`` or ``64x64`` as the side of a square, for argparse's ``type``."""
+    height, width = size_of(text)
+    if height != width:
+        raise argparse.ArgumentTypeError(f"{text!r}: only squares here; give one side, in px")
+    return height
+
+
+def joined_size(sizes: Sequence[tuple[int, int]], flag: str) -> tuple[int, int]:
+    """Return the one size that was given as ``64``, ``64x96`` or ``64 96`` with :func:`size_of`.
+
+    Raises:
+        ConfigError: it is none of these.
+    """
+    if len(sizes) == 1:
+        return sizes[0]
+    if len(sizes) == 2 and all(height == width for height, width in sizes):
+        return sizes[0][0], sizes[1][0]
+    raise ConfigError(f"{flag} takes one side, or height and width: {flag} 64 96, or {flag} 64x96")
 
 
 def add_trust_argument(parser: argparse.ArgumentParser) -> None:

@@ -20,7 +20,7 @@ from radio_distill.errors import ConfigError, ExportError
 from radio_distill.export import FORMATS, format_named
 from radio_distill.files import move_aside, reason_of
 from radio_distill.registry import nearest
-from stages.arguments import add_trust_argument, check_output
+from stages.arguments import add_trust_argument, check_output, joined_size, size_of
 
 if TYPE_CHECKING:
     from radio_distill.export.folded import FoldedStudent
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("run", type=Path, help="folder of a run, a stage, or a single checkpoint")
     add("--format", metavar="NAME", required=True, help=formats)
     add("--stage", metavar="NAME", help="stage of the run (default: the last one trained)")
-    add("--size", metavar="PX", type=int, nargs="+", help="timm: a plain ViT of this size only")
+    add("--size", metavar="PX", type=size_of, nargs="+", help="timm: a plain ViT of this size only")
     add("--adaptors", metavar="TEACHER", nargs="+", default=[], help="onnx: heads to export too")
     add("--output", metavar="DIR", type=Path, help="new folder (default: RUN/export/FORMAT)")
 
@@ -72,10 +72,7 @@ def exporter(arguments: argparse.Namespace) -> "Callable[[FoldedStudent, Path], 
             raise ConfigError(f"--{option} is for --format {its_format}; leave it out for {name}")
     export: Callable[[FoldedStudent, Path], Path] = module.export
     if arguments.size:
-        if len(arguments.size) > 2:
-            raise ConfigError("--size takes one side, or height and width")
-        size = (arguments.size[0], arguments.size[-1])
-        export = partial(module.export_plain, size=size)
+        export = partial(module.export_plain, size=joined_size(arguments.size, "--size"))
     if arguments.adaptors:
         export = partial(module.export, adaptors=arguments.adaptors)
     return export

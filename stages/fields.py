@@ -4,11 +4,8 @@ radio-distill fields stages.NAME
 """
 
 import argparse
-import sys
 
 from radio_distill.config import describe
-
-_UNBROKEN = 10_000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,12 +22,12 @@ def run(arguments: argparse.Namespace) -> int:
         for row in rows:
             print("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |")
         return 0
-    from rich.console import Console
     from rich.table import Table
+
+    from radio_distill.progress import table_console
 
     table = Table("field", "default", "unit", "what it does", box=None, pad_edge=False)
     for name, default, unit, text in rows:
-        table.add_row(f"--{name}", default, unit, text.replace("[", "\\["))
-    # Where nobody looks at it, a field is a line, whole, so that grep finds it.
-    Console(width=None if sys.stdout.isatty() else _UNBROKEN).print(table)
+        table.add_row(f"--{name}", default, unit, text)
+    table_console().print(table)
     return 0

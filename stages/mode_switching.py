@@ -29,7 +29,7 @@ if __package__ in (None, ""):  # run as a file: put the checkout, and only it, f
 
 from radio_distill.errors import ConfigError
 from radio_distill.files import reason_of, replacing
-from stages.arguments import add_trust_argument, check_output, run_script
+from stages.arguments import add_trust_argument, check_output, run_script, side_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -84,9 +84,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_trust_argument(parser)
     parser.add_argument("runs", nargs="+", type=Path, help="folders of runs, stages, checkpoints")
     parser.add_argument(
-        "--sizes", nargs="+", type=int, metavar="PX", help="default: 0.5 to 3 x evaluation.size"
+        "--sizes", nargs="+", type=side_of, metavar="PX", help="default: 0.5 to 3 x evaluation.size"
     )
-    parser.add_argument("--reference", type=int, metavar="PX", help="default: evaluation.size")
+    parser.add_argument("--reference", type=side_of, metavar="PX", help="default: evaluation.size")
     parser.add_argument("--pictures", help="folder or shards (default: evaluation.pictures)")
     parser.add_argument(
         "--limit", type=int, help="most pictures; 0 for all (default: evaluation.limit)"

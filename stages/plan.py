@@ -93,15 +93,19 @@ def _print_plan(arguments: argparse.Namespace) -> int:
     kind = arguments.device or "h100"
     device, counts = _device(kind), _counts(arguments.devices or [8], recipe)
     console = Console() if Console().is_terminal else Console(width=150)
-    with console.status("measuring the models on tensors without data"):
-        models = build_models(recipe, device.native_dtype)
+    models = build_models(recipe, device.native_dtype)
+    if not (arguments.devices and arguments.device):
+        console.print(_assumed(arguments, counts, kind), soft_wrap=True)
+    logging.info("measuring the models on tensors without data; large ones take minutes")
+    with console.status("measuring"):
         plans = plan_stages(models, counts, device, arguments.utilisation)
     for table in all_tables(models, plans, device, arguments.price):
         console.print(table)
     console.print(
         f"At an assumed {arguments.utilisation:.0%} of the {device.bfloat16:g} TFLOP/s (bfloat16) "
         f"and {device.float32:g} TFLOP/s (float32) of one {kind}; without decoding, "
-        "communication and evaluation.\n"
+        "communication and evaluation. Times hold the statistics of the teachers, which each stage "
+        "begins with.\n"
     )
     for name, stage in recipe.stages.items():
         for line in hints(resolved(recipe, name), name, facts_of(stage)):
@@ -121,6 +125,21 @@ def _print_plan(arguments: argparse.Namespace) -> int:
 def _print_lines(console: "Console", lines: Sequence[str]) -> None:
     for line in lines:
         console.print(f"- {line}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _assumed(arguments: argparse.Namespace, counts: Mapping[str, int], kind: str) -> str:
+    """Say what stands for the devices that nobody named, and what this machine has."""
+    import torch
+
+    parts = []
+    if not arguments.devices:
+        parts.append(f"{next(iter(counts.values()))} devices (--devices N)")
+    if not arguments.device:
+        parts.append(f"their kind, {kind} (--device TYPE)")
+    here = "no GPU (--devices 1 --device cpu)"
+    if torch.cuda.is_available():
+        here = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    return f"Assumed, since not named: {' and '.join(parts)}; this machine has {here}.\n"
 
 
 def _device(kind: str) -> "DeviceType":

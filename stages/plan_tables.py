@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from radio_distill.config import share_of
+from radio_distill.progress import duration
 from stages.plan import Models
 
 if TYPE_CHECKING:
@@ -127,7 +128,7 @@ def time_table(plans: "Sequence[StagePlan]", price: float) -> Table:
     """Say how long each stage takes."""
     table = _table(
         "Time", "stage", "devices", "steps", "images / step", "tokens / step", "student FLOP",
-        "teachers FLOP", "s / step", "devices busy", "hours", "device hours",
+        "teachers FLOP", "a step", "devices busy", "time", "device time",
         *(["price"] if price else []),
     )  # fmt: skip
     for plan in plans:
@@ -135,9 +136,9 @@ def time_table(plans: "Sequence[StagePlan]", price: float) -> Table:
             plan.name, str(plan.devices), f"{plan.steps:,}", f"{plan.images:,}",
             f"{plan.tokens:,.0f}",
             _flops(plan.student_flops), _flops(plan.teacher_flops),
-            f"{plan.step_seconds:.3g}", f"{plan.busy:.0%}", *_hours([plan], price),
+            duration(plan.step_seconds), f"{plan.busy:.0%}", *_times([plan], price),
         )  # fmt: skip
-    table.add_row("all", *[""] * 8, *_hours(plans, price), style="bold")
+    table.add_row("all", *[""] * 8, *_times(plans, price), style="bold")
     return table
 
 
@@ -164,14 +165,10 @@ def resolved_table(models: Models, plans: "Sequence[StagePlan]") -> Table:
     return table
 
 
-def _hours(plans: "Sequence[StagePlan]", price: float) -> list[str]:
+def _times(plans: "Sequence[StagePlan]", price: float) -> list[str]:
     device_hours = sum(plan.device_hours for plan in plans)
-    cells = [_number(sum(plan.hours for plan in plans)), _number(device_hours)]
+    cells = [duration(3600 * sum(plan.hours for plan in plans)), duration(3600 * device_hours)]
     return [*cells, f"{device_hours * price:,.2f}"] if price else cells
-
-
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _flops(value: float) -> str:

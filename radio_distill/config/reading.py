@@ -25,6 +25,9 @@ _MOST_VALUES, _MOST_DEPTH = 100_000, 50
 _NAMES_TEACHERS = ("teachers", "upsample", "mosaic")
 _BY_TEACHER = ("teacher_sizes", "weights", "sha256", "sizes")
 """Fields of stages that hold the names of teachers, in lists and as keys."""
+_SIZE_FIELD = re.compile(r"\.size$|\.sizes\.\d+$")
+_SIZE = re.compile(r"\d+ ?[xX\N{MULTIPLICATION SIGN}] ?\d+")
+"""A size as people write it, ``64x96``: height, then width."""
 
 
 def load(path: str | Path, overrides: Sequence[str] = (), stage: str = "") -> Recipe:
@@ -262,6 +265,8 @@ def _convert(kind: Any, value: Any, path: str) -> Any:
 
 
 def _convert_tuple(arguments: tuple[Any, ...], value: Any, path: str) -> tuple[Any, ...]:
+    if isinstance(value, str) and _SIZE_FIELD.search(path) and _SIZE.fullmatch(value):
+        value = [int(side) for side in re.split(r"\D+", value)]
     if isinstance(value, str) and arguments[0] is str:
         # Not at commas within braces, as in shard-{000,001}.tar.
         value = [part.strip() for part in re.split(r",(?![^{}]*\})", value)] if value else []

@@ -15,6 +15,7 @@ with no more than a line in its log. So LayerScale is written under transformers
 folder is read back and compared with the student before it gets its final name.
 """
 
+import logging
 import math
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -33,6 +34,8 @@ from .files import new_folder, write_json
 from .folded import FoldedStudent, preferred_size
 from .model_card import model_card
 from .parity import check_equal, probe_images
+
+logger = logging.getLogger(__name__)
 
 NAME = "transformers"
 TOLERANCE = 1e-4
@@ -98,7 +101,8 @@ def export(student: FoldedStudent, folder: Path) -> Path:
         write_json(draft / "radio_distill.json", description(student))
         card = model_card(student, _usage(student), library="transformers")
         (draft / "README.md").write_text(card, encoding="utf-8")
-        _verify(student, draft)
+        difference = _verify(student, draft)
+    logger.info("%s: largest difference in transformers %.1e", folder, difference)
     return folder
 
 
@@ -219,17 +223,22 @@ def _usage(student: FoldedStudent) -> str:
 
 
 @torch.no_grad()
-def _verify(student: FoldedStudent, folder: Path) -> None:
-    """Raise ExportError unless transformers reads the folder as the student that was written."""
+def _verify(student: FoldedStudent, folder: Path) -> float:
+    """Return the largest difference of what transformers reads from the student.
+
+    Raises:
+        ExportError: it is too large, or something that was written is not read.
+    """
     with quiet_transformers():
         model, report = _library().AutoModel.from_pretrained(folder, output_loading_info=True)
     gaps = [f"{kind.replace('_', ' ')}: {key}" for kind in _GAPS for key in sorted(report[kind])]
     if gaps:
         raise ExportError(f"{NAME} does not take all that was written ({gaps[0]}); report it")
-    body = student.model.student
+    body, differences = student.model.student, []
     for pixels in probe_images(body.patch_size, [(1, (2, 3))]):
         tokens, spatial = body(pixels)
         expected = {"features": rearrange(spatial, "b d h w -> b (h w) d")}
         if student.summary_slots:
             expected["summary"] = tokens[:, student.summary_slots].flatten(1)
-        check_equal(NAME, expected, model.eval()(pixels), TOLERANCE)
+        differences.append(check_equal(NAME, expected, model.eval()(pixels), TOLERANCE))
+    return max(differences)

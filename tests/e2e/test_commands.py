@@ -76,6 +76,20 @@ def test_list__every_kind(capfd):
     printed = capfd.readouterr().out
     for name in ("dfn_clip_h14_378", "tile", "phi_s", "knn", "fidelity", "radio_v2_5_l"):
         assert name in printed
+    assert "tiny_vit" not in printed
+    assert cli(["list", "teachers", "--all"]) == 0
+    assert "tiny_vit" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["upsamplers", "normalizers", "benchmarks", "recipes"])
+def test_list__each_name_is_described_on_its_line(kind, capfd):
+    assert cli(["list", kind]) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert len(lines) >= 5
+    for line in lines:
+        _, text = line.split(maxsplit=1)
+        assert len(text.split()) >= 2
+        assert not {":mod:", "``"} & set(line.split())
 
 
 @pytest.mark.parametrize(("command", "expected"), [("trian", "'train'"), ("plann", "'plan'")])

@@ -85,6 +85,8 @@ def test_dump__round_trip_of_any_value(values):
         ("stages.stage1.partitions.low.batch_size=4", lambda r: _low(r).batch_size, 4),
         ("stages.stage1.partitions.0.upsample=[dino]", lambda r: _low(r).upsample, ("dino",)),
         ("stages.stage1.partitions.low.upsample=dino,clip", lambda r: _low(r).upsample, ("dino", "clip")),  # noqa: E501
+        ("stages.stage1.partitions.low.size=64x96", lambda r: _low(r).size, (64, 96)),
+        ("stages.stage1.partitions.low={name: low, sizes: [64X96, 32], teachers: [dino, clip], batch_size: 8}", lambda r: _low(r).sizes, ((64, 96), 32)),  # noqa: E501
         ("teachers.dino.input_size=match", lambda r: r.teachers["dino"].input_size, "match"),
         ("teachers.dino.options.blocks=11", lambda r: r.teachers["dino"].options, {"blocks": 11}),
         ("student.pretrained=", lambda r: r.student.pretrained, ""),
@@ -115,6 +117,8 @@ def test_override__leaves_its_input_alone():
         ("engine.zero_stage=4", "engine.zero_stage: 4 is not one of auto, 0, 1, 2, 3"),
         ("stages.stage1.partitions.lo.size=64", "no item 'lo' in the list (known: low, high)"),
         ("name.deeper=1", "name is a plain value and has no field 'deeper'"),
+        ("stage.partitions.low.size=64x", "'64x' is not a whole number or a list"),
+        ("augmentation.window_sizes=6x32", "expected a list, got '6x32'"),
         ("stage.partitions.low.size=500", "500 is not a multiple of patch 16 (nearest 496)"),
         ("stage.partitions.low.size=1024", "1024 is above student.max_size 512"),
         ("student.window_size=5", "128 is not a multiple of patch 16 times window 5 (nearest 160)"),

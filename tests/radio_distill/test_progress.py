@@ -1,7 +1,7 @@
 import pytest
 
 from radio_distill import progress
-from radio_distill.progress import Progress
+from radio_distill.progress import Progress, duration
 
 
 class Clock:
@@ -42,3 +42,15 @@ def test_progress__plain_lines_count_what_the_recipe_counts(clock, capsys):
         bar.update(20, "loss 0.5")
     line = capsys.readouterr().err.splitlines()[0]
     assert line == "stage1  20/40 steps  2.0 s/step, 4.0 img/s  loss 0.5  ETA 0:40"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (4.24e-6, "0.0042 ms"), (0.0086, "8.6 ms"), (0.3, "0.3 s"), (9.94, "9.9 s"), (31.9, "32 s"),
+        (59.9, "60 s"), (60, "1.0 min"), (754, "13 min"), (3600, "1.0 h"), (4500, "1.2 h"),
+        (3600 * 99.5, "99.5 h"), (3600 * 14080, "14,080 h"),
+    ],
+)  # fmt: skip
+def test_duration(seconds, text):
+    assert duration(seconds) == text

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from radio_distill.train.status import Status, write_status
 from slurm import history
 from slurm.chain import read_chain
 from slurm.history import Stop
@@ -188,3 +189,40 @@ def test_help__explains_it_all(capsys):
     text = capsys.readouterr().out
     for word in ("status RUN", "cancel RUN", "resume RUN", "--upsamplers", "--launcher", "--sweep"):
         assert word in text
+
+
+def test_status__of_jobs_that_ran_on_this_machine(recipe, run, recorded, monkeypatch, capsys):
+    """There is no Slurm: what is known comes from the stages' own files."""
+    import recording_stage
+
+    monkeypatch.setitem(sys.modules, "stages.stage1", recording_stage)
+    monkeypatch.setattr(recording_stage, "main", lambda argv: 0)
+    flags = ["--executor", "debug", "--stages", "stage1", "--gpus-per-node", "0"]
+    assert slurm(recipe, *flags) == 0
+    for folder in ("stage1", "stage1.1", "stage2", "stage3-tile"):
+        (run / folder).mkdir(parents=True, exist_ok=True)
+    capsys.readouterr()
+    assert slurm("status", run) == 0
+    assert "no stage has begun to train" in capsys.readouterr().out
+    write_status(run / "stage1", Status(state="complete", step=6, steps=6))
+    write_status(run / "stage1.1", Status(state="failed", step=2, steps=6))
+    running = Status(state="running", step=3, steps=4, images_per_second=8.0, seconds_left=60)
+    write_status(run / "stage2", running)
+    failed = Status(state="failed", step=1, steps=4, reason="out of memory")
+    write_status(run / "stage3-tile", failed)
+    assert slurm("status", run) == 0
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"{run} has no jobs in Slurm (its jobs run on this machine")
+    lines = [" ".join(line.split()) for line in lines]
+    assert lines[0].split()[:3] == ["job", "id", "state"]
+    assert lines[1].startswith("stage1 complete 6 of 6")
+    assert lines[2].startswith("stage2 running 3 of 4 8.0 1:00")
+    assert lines[3].startswith("stage3-tile failed out of memory 1 of 4")
+    assert len(lines) == 4
+
+
+def test_status__of_a_run_that_was_only_trained(tmp_path, capsys):
+    (tmp_path / "stage1").mkdir()
+    write_status(tmp_path / "stage1", Status(state="complete", step=6, steps=6))
+    assert slurm("status", tmp_path) == 0
+    assert "(nothing was submitted)" in capsys.readouterr().out

@@ -129,11 +129,14 @@ def test_export__bad_arguments(
     assert "--adaptors is for --format onnx" in message
     message = refusal(capsys, run, "--format", "timm", "--size", "1", "2", "3")
     assert "--size takes one side, or height and width" in message
+    message = refusal(capsys, run, "--format", "timm", "--size", "64px")
+    assert "'64px' is no size, such as 64 or 64x96, in px" in message
 
 
-def test_export__a_plain_vit_of_one_size(run: Path) -> None:
+@pytest.mark.parametrize("size", [["64", "32"], ["64x32"]])
+def test_export__a_plain_vit_of_one_size(run: Path, size: list[str]) -> None:
     timm = pytest.importorskip("timm")
-    assert main(["export", str(run), "--format", "timm", "--size", "64", "32"]) == 0
+    assert main(["export", str(run), "--format", "timm", "--size", *size]) == 0
     model = timm.create_model(f"local-dir:{run / 'export' / 'timm'}", pretrained=True)
     assert model.patch_embed.grid_size == (4, 2)
 

@@ -124,7 +124,7 @@ def test_command__numbers_are_those_of_the_measure(root, tmp_path):
 
 def test_command__labels_pictures_and_the_place_of_the_results(root, tmp_path, capsys):
     folder = root / "blind" / "stage1"
-    arguments = ["--pictures", str(root / "pictures"), "--sizes", "48", "--labels", "low only"]
+    arguments = ["--pictures", str(root / "pictures"), "--sizes", "48x48", "--labels", "low only"]
     assert cli.main(["mode-switching", str(folder), *arguments]) == 0
     facts = json.loads((root / "blind" / "mode_switching" / "curves.json").read_text())
     assert list(facts["runs"]) == ["low only"]
@@ -167,6 +167,7 @@ def test_command__a_student_is_measured_above_its_max_size_as_it_is_loaded(root,
         (["--sizes", "40"], "one/stage1 cannot take 40 px: sizes are multiples of 16"),
         (["--sizes", "150"], "multiples of 16 (nearest 144)"),
         (["--sizes", "0"], "cannot take 0 px"),
+        (["--sizes", "48x64"], "only squares here; give one side"),
         (["--reference", "-32"], "cannot take -32 px"),
         (["--sizes", "32"], "nothing to compare with the reference 32 px"),
         (["--labels", "a", "b"], "--labels: 2 for 1 runs"),

@@ -219,12 +219,31 @@ def test_find_missing__the_projects_own_of_another_size_is_said_to_be_that():
 
 
 def test_plan__price_is_of_all_device_hours(recipe, capsys):
-    arguments = (recipe, "--devices", "4", "--device", "cpu", "--stages.stage1.steps=1000000")
+    arguments = (recipe, "--devices", "4", "--device", "cpu", "--stages.stage1.steps=100000000")
     _, out, _ = output_of(capsys, *arguments, "--price", "1")
     total = next(line.split() for line in out.splitlines() if line.startswith("all"))
-    hours, device_hours, price = (float(cell.replace(",", "")) for cell in total[1:])
+    units = {"min": 1 / 60, "h": 1}
+    hours, device_hours = (
+        float(amount.replace(",", "")) * units[unit] for amount, unit in (total[1:3], total[3:5])
+    )
     assert device_hours == pytest.approx(4 * hours, rel=0.02)
-    assert price == pytest.approx(device_hours, rel=0.02)
+    assert float(total[5].replace(",", "")) == pytest.approx(device_hours, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("given", "said", "unsaid"),
+    [
+        ((), ["8 devices (--devices N)", "their kind, h100 (--device TYPE)"], []),
+        (("--devices", "2"), ["their kind, h100"], ["devices (--devices"]),
+        (("--device", "cpu"), ["8 devices (--devices N)"], ["their kind"]),
+        (("--devices", "2", "--device", "cpu"), [], ["Assumed, since", "this machine has"]),
+    ],
+)
+def test_plan__says_what_it_assumes(recipe, capsys, given, said, unsaid):
+    _, out, _ = output_of(capsys, recipe, *given)
+    assert all(words in out for words in said)
+    assert not any(words in out for words in unsaid)
+    assert "Times hold the statistics of the teachers" in " ".join(out.split())
 
 
 @pytest.mark.parametrize(
