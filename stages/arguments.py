@@ -207,15 +207,15 @@ def run_script(module: ModuleType, argv: Sequence[str] | None = None) -> int:
     return run_command(lambda: run_module(module, argv))
 
 
-def check_output(path: Path, flag: str = "--output") -> None:
-    """Check that a file can be written, before the work that it is to hold is done.
+def check_output(path: Path, flag: str = "--output", is_folder: bool = False) -> None:
+    """Check that a file, or files in a folder, can be written before the work is done.
 
     Raises:
         ConfigError: where it cannot; the mend is to choose another with ``flag``.
     """
     try:
-        check_writable(path.parent)
-        if path.is_dir():
+        check_writable(path if is_folder else path.parent)
+        if path.is_dir() and not is_folder:
             raise OSError("it is a folder")
     except OSError as error:
         reason = reason_of(error)

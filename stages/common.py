@@ -536,12 +536,11 @@ def check_folder(folder: Path, resumed: "Checkpoint | None", take_over: bool) ->
     """
     from radio_distill.train.ownership import refuse_living
 
-    places = [folder, folder / "checkpoints"]
-    if resumed is None and _has_checkpoints(folder):
-        places.append(folder.parent)  # where the earlier run is moved aside
     try:
-        for place in places:
-            check_writable(place)
+        check_writable(folder)
+        check_writable(folder / "checkpoints")
+        if resumed is None and _has_checkpoints(folder):
+            check_writable(folder.parent)  # where the earlier run is moved aside
     except OSError as error:
         raise _cannot_write(folder, error) from error
     refuse_living(folder, take_over)

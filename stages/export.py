@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
         inside = arguments.run in checkpoint.folder.parents
         place = arguments.run if inside else checkpoint.folder.parents[1]
         folder = place / "export" / arguments.format
-    check_output(folder / "model", "--output")
+    check_output(folder, is_folder=True)
     student = folded(checkpoint)
     chosen.check(student)
     with making_room(folder) if arguments.output is None else nullcontext():

@@ -13,6 +13,7 @@ from pathlib import Path
 from radio_distill.config import Recipe, TeacherConfig, UpsamplerConfig
 from radio_distill.data.find import find_shards
 from radio_distill.errors import ConfigError, DataError, RadioDistillError, WeightsError
+from radio_distill.files import check_readable, unreadable
 from stages.common import Asked, stage_of
 from stages.upsampler_files import Need, problems_of
 from teachers import resolve
@@ -80,9 +81,14 @@ def check_stages(
 
 
 def is_complete(recipe: Recipe, stage: str) -> bool:
-    """Return whether a stage's last checkpoint is there."""
+    """Return whether a stage's last checkpoint is there; raises ConfigError where none may look."""
     step = f"step-{recipe.stages[stage].steps:08d}"
-    return (recipe.stage_folder(stage) / "checkpoints" / step).is_dir()
+    root = recipe.stage_folder(stage) / "checkpoints"
+    try:
+        check_readable(root)
+    except PermissionError as error:
+        raise ConfigError(unreadable(error)) from error
+    return (root / step).is_dir()
 
 
 def _stage_problems(
