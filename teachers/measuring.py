@@ -38,8 +38,10 @@ def measured(preset: Preset, build: Callable[[Preset], nn.Module]) -> Preset:
             whose map is not its input divided by a stride.
     """
     name = preset.model or preset.source
-    with torch.device("meta"), torch.no_grad():
+    with torch.device("meta"):
         tower = build(preset).eval()
+    # It runs outside of that context: what a model's code keeps for later calls would be empty.
+    with torch.no_grad():
         declared = preset.patch_size or getattr(tower, "stride", None)
         stride = declared or _measured_stride(tower, name, preset.native_size)
         side = preset.native_size // stride * stride
@@ -65,7 +67,7 @@ def _run(tower: nn.Module, name: str, size: Size) -> tuple[Tensor | None, Tensor
     """Return (summary, map) of one image; ConfigError where the model fails or gives no map."""
     shown = f"{size[0]}x{size[1]} px"
     try:
-        summary, spatial = tower(torch.zeros(1, 3, *size))
+        summary, spatial = tower(torch.zeros(1, 3, *size, device="meta"))
     except RadioDistillError:
         raise
     except Exception as error:  # models refuse a size in ways of their own

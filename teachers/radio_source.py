@@ -14,7 +14,6 @@ from radio_distill.models.radio_layout import RadioCheckpoint, read_radio
 
 from . import transformers_source
 from .presets import Preset
-from .transformers_source import TransformersTower
 
 ARGUMENTS: dict[str, str] = {}
 
@@ -43,7 +42,7 @@ def locate(preset: Preset) -> Path:
     return transformers_source.locate(preset)
 
 
-def load(preset: Preset, path: Path) -> TransformersTower:
+def load(preset: Preset, path: Path) -> nn.Module:
     """Build RadioModel with the weights of a checkpoint; its adaptor heads are left out."""
     checkpoint = _read(path)
     width = checkpoint.config["hidden_size"]
