@@ -73,10 +73,10 @@ def teacher_subject(checkpoint: Checkpoint, teacher: str) -> Subject:
 
 
 def teacher_digest(checkpoint: Checkpoint, teacher: str) -> str:
-    """Return a digest of what a teacher says of a picture: its weights and how they are used."""
+    """Return a digest of a teacher: its weights and how they are used, but for their precision."""
     config, spec = checkpoint.recipe.teachers[teacher], checkpoint.teachers[teacher]
     weights = spec.weights_hash or config.weights
-    return _digest([config.preset, weights, config.dtype, config.options, asdict(spec)])
+    return _digest([config.preset, weights, config.options, asdict(spec)])
 
 
 def training_digest(checkpoint: Checkpoint) -> str:
