@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 
@@ -95,23 +96,31 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def write_recipe(folder: Path, pictures: Path) -> Path:
-    """Write the tiny recipe, with its run folder in ``folder``."""
+@pytest.fixture
+def processes() -> int:
+    """How many processes of one run a test starts at once; modules with more say so."""
+    return 1
+
+
+def write_recipe(folder: Path, pictures: Path, processes: int = 1) -> Path:
+    """Write the tiny recipe, with its run folder in ``folder``; on GPUs where there are enough."""
     recipe = {
         **RECIPE,
         "output": str(folder / "runs"),
         "data": {**RECIPE["data"], "shards": [str(pictures / "shards")]},
         "evaluation": {**RECIPE["evaluation"], "pictures": str(pictures / "held_out")},
     }
+    if torch.cuda.is_available() and torch.cuda.device_count() < processes:
+        recipe["engine"] = {**RECIPE["engine"], "device": "cpu"}
     path = folder / "tiny.yaml"
     path.write_text(yaml.safe_dump(recipe, sort_keys=False))
     return path
 
 
 @pytest.fixture
-def recipe_file(tmp_path: Path, pictures: Path) -> Path:
+def recipe_file(tmp_path: Path, pictures: Path, processes: int) -> Path:
     """The tiny recipe, with its run folder in this test's folder."""
-    return write_recipe(tmp_path, pictures)
+    return write_recipe(tmp_path, pictures, processes)
 
 
 @pytest.fixture(scope="session")

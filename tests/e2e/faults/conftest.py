@@ -23,6 +23,12 @@ def _sibling(name: str) -> ModuleType:
     return module
 
 
+@pytest.fixture
+def processes() -> int:
+    """The most that a test of this folder starts of one run."""
+    return 2
+
+
 @pytest.fixture(scope="module")
 def slurm_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A running Slurm with the nodes n1 and n2, as a ``SlurmCluster``; SLURM_CONF points to it."""

@@ -57,7 +57,7 @@ def write_recipe(folder: Path, pictures: Path) -> Path:
         "output": str(folder / "runs"),
         "data": {**BASE["data"], "shards": [str(folder / "shards")]},
         "teachers": {**BASE["teachers"], "vit": {"preset": "slow_vit", "input_size": "match"}},
-        "engine": {**BASE["engine"], "zero_stage": 2},
+        "engine": {**BASE["engine"], "zero_stage": 2, "device": "cpu"},
         "log": {**BASE["log"], "save_every": 5, "keep_last": 3},
         "evaluation": {**BASE["evaluation"], "pictures": str(pictures / "held_out")},
         "stages": {
