@@ -16,6 +16,7 @@ Decoding pictures, and bringing those of a batch to one size, is left to the cal
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
@@ -29,6 +30,9 @@ from .types import Features, Size, TeacherSpec
 
 Format = Literal["NCHW", "NLC"]
 Fit = Literal["pad", "resize"]
+
+_SMALLEST, _LARGEST = -1.0, 2.0
+"""Pixels beyond are refused; filters overshoot [0, 1] by a tenth or two."""
 
 
 class BackboneOutput(NamedTuple):
@@ -179,14 +183,17 @@ class Backbone(nn.Module):
             raise ConfigError(f"pixels are {pixels.dtype}, expected floats in [0, 1]")
         if fit not in ("pad", "resize"):
             raise ConfigError(f"fit {fit!r} is neither 'pad' nor 'resize'")
+        _check_range(pixels)
         height, width = pixels.shape[-2:]
-        pixels = pixels.to(self.student.patch_embedding.weight.dtype)
+        dtype = self.student.patch_embedding.weight.dtype
         if fit == "resize":
             size = self.nearest_size(height, width)
             if size != (height, width):
-                pixels = F.interpolate(pixels, size, mode="bilinear", antialias=True)
-            return self.student(pixels)
-        tokens, spatial = self.student(self._padded(pixels))
+                # Antialiasing exists on a CPU in these two types alone.
+                exact = pixels if pixels.dtype == torch.float64 else pixels.float()
+                pixels = F.interpolate(exact, size, mode="bilinear", antialias=True)
+            return self.student(pixels.to(dtype))
+        tokens, spatial = self.student(self._padded(pixels.to(dtype)))
         rows, columns = -(-height // self.patch_size), -(-width // self.patch_size)
         return tokens, spatial[:, :, :rows, :columns]
 
@@ -199,6 +206,25 @@ class Backbone(nn.Module):
         canvas = self.student.mean.to(pixels).expand(batch, 3, rows, columns).clone()
         canvas[:, :, :height, :width] = pixels
         return canvas
+
+
+def _check_range(pixels: Tensor) -> None:
+    """Raise ConfigError for pixels that are clearly not RGB in [0, 1].
+
+    What a resampling filter overshoots is let through, and so is what cannot be looked at, since
+    the model is being compiled or has no data.
+    """
+    if torch.compiler.is_compiling() or pixels.is_meta:
+        return
+    least, most = (float(value) for value in torch.aminmax(pixels.detach()))
+    if most > _LARGEST:
+        raise ConfigError(
+            f"pixels reach {most:.4g}, expected floats in [0, 1]; divide those of 0 to 255 by 255"
+        )
+    if least < _SMALLEST:
+        raise ConfigError(
+            f"pixels reach down to {least:.4g}, expected floats in [0, 1], not normalised"
+        )
 
 
 def _formatted(spatial: Tensor, format: Format) -> Tensor:

@@ -4,10 +4,11 @@ A package writes one table of names. A user's own package adds to it through an 
 (``[project.entry-points."radio_distill.teachers"]``), without touching this project.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from importlib import import_module
 from importlib.metadata import entry_points
+from inspect import signature
 from typing import Any
 
 from .errors import ConfigError, UnknownNameError
@@ -31,6 +32,40 @@ def nearest(name: str, known: "list[str] | tuple[str, ...]") -> str:
     if len(line) <= _LISTED:
         return f"known: {line}"
     return f"known: {', '.join(names[:3])}, … {len(names)} in all"
+
+
+def check_takes(
+    what: str, target: Any, positional: Sequence[str] = (), keywords: Sequence[str] = ()
+) -> None:
+    """Raise ConfigError unless a component of the user's can be called as it will be.
+
+    Args:
+        what: the component, as the message begins: ``upsampler 'mine'``.
+        target: its class or function.
+        positional: names of what it gets by position.
+        keywords: names of what it gets by keyword.
+    """
+    call = ", ".join([*positional, *(f"{name}=…" for name in keywords)])
+    if not callable(target):
+        raise ConfigError(f"{what} is a {type(target).__name__}, and is to be called with ({call})")
+    try:
+        signature(target).bind(*positional, **dict.fromkeys(keywords))
+    except TypeError as error:
+        raise ConfigError(f"{what} is called with ({call}): {error}") from error
+    except ValueError:  # a builtin, whose arguments nobody knows
+        return
+
+
+def check_has(what: str, component: Any, names: Sequence[str]) -> None:
+    """Raise ConfigError naming the attributes that a component of the user's lacks."""
+    known = dir(component)  # a class has no __call__ there unless its instances have one
+    missing = [name for name in names if name not in known]
+    if missing:
+        raise ConfigError(f"{what} lacks {', '.join(missing)}; it needs {', '.join(names)}")
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
 
 
 class Registry:
@@ -72,7 +107,15 @@ class Registry:
                 f"unknown {self.kind} {name!r} ({nearest(name, list(self._entries))})"
             )
         module, _, attribute = self._entries[name].partition(":")
-        return getattr(import_module(module), attribute)
+        shown = f"{self.kind} {name!r} ({self._entries[name]})"
+        try:
+            found = import_module(module)
+        except Exception as error:  # a module of the user's may fail with any
+            raise ConfigError(f"{shown} cannot be imported: {_one_line(error)}") from error
+        try:
+            return getattr(found, attribute)
+        except AttributeError as error:
+            raise ConfigError(f"{shown}: {module} has no {attribute!r}") from error
 
     def _load_plugins(self) -> None:
         if self._plugins_loaded:

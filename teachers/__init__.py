@@ -8,13 +8,15 @@ teacher of one's own is a :class:`~teachers.presets.Preset` under the entry poin
 Importing this package imports no model library, nor torch.
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from radio_distill.config import TeacherConfig
 from radio_distill.errors import ConfigError, WeightsError
-from radio_distill.registry import Registry, nearest
+from radio_distill.files import reason_of
+from radio_distill.registry import Registry, check_has, check_takes, nearest
 from radio_distill.types import TeacherSpec
 
 from .presets import PRESETS, Preset
@@ -38,8 +40,47 @@ SOURCES = {
 }
 """Modules with ``complete``, ``build``, ``locate``, ``load`` and a table ``ARGUMENTS``."""
 
+_FUNCTIONS = {
+    "complete": ("preset", "weights"),
+    "build": ("preset",),
+    "locate": ("preset",),
+    "load": ("preset", "path"),
+}
+"""What a source's functions are called with."""
+
 _FIELDS = ("model", "native_size", "mean", "std", "max_size", "fixed_size", "licence", "text")
 """Preset fields that ``options`` may set."""
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_triple(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) == 3 and all(map(_is_number, value))
+
+
+_TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "model": ("a name", lambda value: isinstance(value, str)),
+    "native_size": ("a number of pixels, the side of a square", lambda v: _is_whole(v) and v > 0),
+    "max_size": ("a number of pixels", lambda v: _is_whole(v) and v > 0),
+    "mean": ("three numbers: [0.485, 0.456, 0.406]", _is_triple),
+    "std": ("three numbers above 0", lambda v: _is_triple(v) and min(v) > 0),
+    "fixed_size": ("true or false", lambda value: isinstance(value, bool)),
+    "licence": ("words", lambda value: isinstance(value, str)),
+    "text": ("the name of a model", lambda value: isinstance(value, str)),
+    "blocks": ("a whole number", _is_whole),
+    "stage": ("a whole number", _is_whole),
+    "config": ("a mapping", lambda value: isinstance(value, Mapping)),
+    "create": ("a mapping", lambda value: isinstance(value, Mapping)),
+    "prefix": ("the beginning of names", lambda value: isinstance(value, str)),
+    "adaptor": ("the name of a teacher", lambda value: isinstance(value, str)),
+}
+"""Options of the project's own sources: what each is, and whether a value can be that."""
 
 
 def build_teacher(name: str, config: TeacherConfig, device: Any = "cpu") -> "FrozenTeacher":
@@ -113,6 +154,10 @@ def build_text_encoder(
 def resolve(config: TeacherConfig) -> Preset:
     """Return the preset that a recipe asks for, with its options and every measure filled in."""
     named = TEACHERS.get(config.preset)
+    if not isinstance(named, Preset):
+        raise ConfigError(
+            f"preset {config.preset} is a {type(named).__name__}, not a teachers.presets.Preset"
+        )
     if "model" in config.options and named.model:
         raise ConfigError(
             f"preset {config.preset} is {named.model}; for another take preset: {named.source}"
@@ -124,9 +169,10 @@ def resolve(config: TeacherConfig) -> Preset:
             raise ConfigError(
                 f"preset {config.preset} has no option {key!r} ({nearest(key, known)})"
             )
+    _check_types(config)
     fields = {key: value for key, value in config.options.items() if key in _FIELDS}
     for key in fields.keys() & {"mean", "std"}:
-        fields[key] = tuple(fields[key])
+        fields[key] = tuple(float(value) for value in fields[key])
     arguments = {key: value for key, value in config.options.items() if key in source.ARGUMENTS}
     preset = replace(named, **fields, arguments={**named.arguments, **arguments})
     if not (preset.model or preset.arguments or config.weights):
@@ -137,18 +183,59 @@ def resolve(config: TeacherConfig) -> Preset:
 
         if arguments:  # which the preset's own stride does not know of
             preset = replace(preset, patch_size=0)
-        return measured(source.complete(preset, config.weights), source.build)
+        completed = source.complete(preset, config.weights)
+        if not isinstance(completed, Preset):
+            raise ConfigError(
+                f"source {preset.source!r}: complete returns a {type(completed).__name__}, not the "
+                "Preset with what it has filled in"
+            )
+        return _known(measured(completed, source.build))
     if preset.native_size % preset.patch_size:
         near = max(round(preset.native_size / preset.patch_size), 1) * preset.patch_size
         raise ConfigError(
             f"options.native_size: {preset.native_size} is not a multiple of the patch "
             f"{preset.patch_size} (nearest {near})"
         )
+    return _known(preset)
+
+
+def _known(preset: Preset) -> Preset:
+    """Raise ConfigError unless a preset says how its pixels are normalised."""
+    for field in ("mean", "std"):
+        if not getattr(preset, field):
+            raise ConfigError(
+                f"options.{field} is missing, for neither preset nor source names it; three "
+                "numbers, for pixels in [0, 1]"
+            )
     return preset
 
 
+def _check_types(config: TeacherConfig) -> None:
+    """Raise ConfigError, in one line, for an option of a type that cannot be meant."""
+    for key, value in config.options.items():
+        wanted, fits = _TYPES.get(key, ("", lambda _: True))
+        if not fits(value):
+            raise ConfigError(f"options.{key}: {value!r:.60} is not {wanted}")
+
+
 def _source(preset: Preset) -> Any:
-    return import_module(SOURCES.get(preset.source, preset.source))
+    name = SOURCES.get(preset.source, preset.source)
+    try:
+        source = import_module(name)
+    except Exception as error:  # a module of the user's may fail with any
+        reason = f"{type(error).__name__}: {reason_of(error)}"[:200]
+        raise ConfigError(f"source {name!r} cannot be imported: {reason}") from error
+    if preset.source not in SOURCES:
+        what = f"source {name!r}"
+        check_has(what, source, ("ARGUMENTS", *_FUNCTIONS))
+        if not isinstance(source.ARGUMENTS, Mapping):
+            raise ConfigError(
+                f"{what}: ARGUMENTS is a {type(source.ARGUMENTS).__name__}, not a mapping of its "
+                "options to what each is"
+            )
+        for function, takes in _FUNCTIONS.items():
+            check_takes(f"{what}: {function}", getattr(source, function), takes)
+    return source
 
 
 def _random(preset: Preset, config: TeacherConfig) -> "nn.Module":
@@ -187,8 +274,8 @@ def _check_local(config: TeacherConfig) -> None:
 
 
 def _spec(name: str, preset: Preset, weights_hash: str) -> TeacherSpec:
-    assert preset.mean, f"{name}: its mean is unknown"
-    assert preset.std, f"{name}: its std is unknown"
+    assert preset.mean, f"{name}: resolve knows its mean"
+    assert preset.std, f"{name}: resolve knows its std"
     return TeacherSpec(
         name=name,
         channels=preset.channels,

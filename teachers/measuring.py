@@ -38,6 +38,8 @@ def measured(preset: Preset, build: Callable[[Preset], nn.Module]) -> Preset:
             whose map is not its input divided by a stride.
     """
     name = preset.model or preset.source
+    if preset.native_size < 1:
+        raise ConfigError(f"{name}: its native size is unknown; set options.native_size")
     with torch.device("meta"):
         tower = build(preset).eval()
     # It runs outside of that context: what a model's code keeps for later calls would be empty.
@@ -67,12 +69,17 @@ def _run(tower: nn.Module, name: str, size: Size) -> tuple[Tensor | None, Tensor
     """Return (summary, map) of one image; ConfigError where the model fails or gives no map."""
     shown = f"{size[0]}x{size[1]} px"
     try:
-        summary, spatial = tower(torch.zeros(1, 3, *size, device="meta"))
+        output = tower(torch.zeros(1, 3, *size, device="meta"))
     except RadioDistillError:
         raise
     except Exception as error:  # models refuse a size in ways of their own
         reason = (reason_of(error) or type(error).__name__)[:150]
         raise ConfigError(f"{name} cannot take {shown}: {reason}") from error
+    if not isinstance(output, tuple) or len(output) != 2 or not isinstance(output[1], Tensor):
+        raise ConfigError(
+            f"{name} gives a {type(output).__name__}, not a tuple of a summary (or None) and a map"
+        )
+    summary, spatial = output
     if spatial.ndim != 4 or 0 in spatial.shape:
         raise ConfigError(
             f"{name} gives a map of shape {list(spatial.shape)} for {shown}, not [B, C, h, w]"

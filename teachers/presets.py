@@ -27,7 +27,8 @@ class Preset:
     """A teacher before its weights are read. Zero or empty fields are measured on the model."""
 
     source: str
-    """Key of ``teachers.SOURCES``, or a module of one's own with the same three functions."""
+    """Key of ``teachers.SOURCES``, or a module of one's own with the same four functions and
+    ``ARGUMENTS``."""
     model: str = ""
     """Name of the model in its library, with the tag of its weights."""
     patch_size: int = 0
@@ -120,10 +121,10 @@ FULL_SIZE = {
         # For planning; the checkpoint brings its own figures. The number of registers is assumed.
         arguments={"config": {"model_type": "radio", "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16,
                               "num_cls_tokens": 4, "num_registers": 4, "summary_idxs": [0, 1, 2]}}),
-    "vit_l16_supervised": Preset(  # the papers say "supervised ViT"; this checkpoint is our choice
-        source="timm", model="vit_large_patch16_384.augreg_in21k_ft_in1k", patch_size=16, native_size=384, channels=1024,
+    "vit_l16_supervised": Preset(  # FeatSharp, Figure 7: "ViT", 224 px at 1x; which checkpoint is our choice
+        source="timm", model="vit_large_patch16_224.augreg_in21k_ft_in1k", patch_size=16, native_size=224, channels=1024,
         summary_channels=1024, mean=HALF, std=HALF, summary="class token",
-        licence="apache-2.0", weights="hub: timm/vit_large_patch16_384.augreg_in21k_ft_in1k"),
+        licence="apache-2.0", weights="hub: timm/vit_large_patch16_224.augreg_in21k_ft_in1k"),
 }  # fmt: skip
 
 PACKAGED = {

@@ -19,6 +19,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from radio_distill.errors import ConfigError, WeightsError
+from radio_distill.files import reason_of
 from radio_distill.registry import nearest
 
 from . import weights
@@ -165,13 +166,15 @@ def _create(preset: Preset, state: Mapping[str, Tensor] | None = None) -> nn.Mod
     if architecture.startswith("vit_") and "_radio_" in architecture:
         options = {"use_naflex": True, "pos_embed_grid_size": _radio_grid(state), **options}
     try:
-        return timm.create_model(architecture, dynamic_img_size=True, **options)
-    except TypeError as error:
-        if "dynamic_img_size" not in str(error):
-            raise ConfigError(
-                f"timm.create_model({architecture!r}, **{options}): {error}"
-            ) from error
-    return timm.create_model(architecture, **options)  # a network that takes any size as it is
+        try:
+            return timm.create_model(architecture, dynamic_img_size=True, **options)
+        except TypeError as error:
+            if "dynamic_img_size" not in str(error):
+                raise
+        return timm.create_model(architecture, **options)  # it takes any size as it is, or one
+    except Exception as error:  # its models check their arguments in ways of their own
+        reason = (reason_of(error) or type(error).__name__)[:150]
+        raise ConfigError(f"timm.create_model({architecture!r}, **{options}): {reason}") from error
 
 
 def _checked(options: Mapping[str, Any]) -> Mapping[str, Any]:

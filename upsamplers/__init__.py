@@ -15,7 +15,7 @@ from typing import Any
 from radio_distill.config import UpsamplerConfig
 from radio_distill.errors import ConfigError
 from radio_distill.protocols import Teacher, Upsampler
-from radio_distill.registry import Registry, nearest
+from radio_distill.registry import Registry, check_has, check_takes, nearest
 from radio_distill.trust import check_sha256
 
 PROJECT = "radio-distill"
@@ -68,6 +68,7 @@ def build_upsampler(
     if is_fitted(config.name):
         arguments |= {"weights": _files(config, teachers), "precision": precision}
     upsampler: Upsampler = UPSAMPLERS.get(config.name)(**(arguments | config.options))
+    check_has(f"upsampler {config.name!r}", upsampler, ("factor", "cost", "__call__"))
     return upsampler
 
 
@@ -77,11 +78,15 @@ def check_config(config: UpsamplerConfig) -> None:
     kind = UPSAMPLERS.get(name)
     if config.factor < 1:
         raise ConfigError(f"upsampler.factor is {config.factor}; it must be at least 1")
+    given = ("factor", "micro_batch", *(("weights", "precision") if is_fitted(name) else ()))
+    check_has(f"upsampler {name!r}", kind, ("cost", "__call__"))
     known = [key for key in signature(kind).parameters if key not in _SET_BY_RECIPE]
     for key in config.options:
         if key not in known:
             hint = nearest(key, known) if known else "it has none"
             raise ConfigError(f"upsampler {name!r} has no option {key!r} ({hint})")
+    keywords = tuple(dict.fromkeys((*given, *config.options)))
+    check_takes(f"upsampler {name!r}", kind, keywords=keywords)
     if is_fitted(name):
         return
     if config.weights:

@@ -21,7 +21,7 @@ Shapes: u factor · k kernel_size · maps ``[B, C, h * u, w * u]`` -> ``[B, C, h
 """
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple, cast
 
 import torch
@@ -203,11 +203,14 @@ class AttentionDownsampler(nn.Module):
     Where the truth was known (a teacher of cell means, 2x, 400 steps), error of the fine map
     from bilinear's 0.22: 0.20 so, 0.46 with blur, 1.03 with a flat start and no blur.
 
+    ``featup`` in a recipe is this module as published, blur on and b flat.
+
     Args:
         channels: C.
         factor: u.
         kernel_size: least width of the windows, see :func:`centred_windows`.
         blur: whether a Gaussian of one pixel's standard deviation smooths the map first.
+        flat: whether ``b`` starts at zero, so that all pixels of a window count alike.
         dropout: share of windows that ignore saliency, and of channels that a map's saliency
             does not see, while training. (FeatUp draws the latter for every pixel.)
     """
@@ -221,6 +224,7 @@ class AttentionDownsampler(nn.Module):
         kernel_size: int = 7,
         blur: bool = False,
         dropout: float = 0.2,
+        flat: bool = False,
     ):
         super().__init__()
         self.windows = centred_windows(factor, kernel_size)
@@ -228,7 +232,8 @@ class AttentionDownsampler(nn.Module):
         # Named as in FeatUp's checkpoints, where it follows a dropout.
         self.attention_net = nn.Sequential(nn.Identity(), nn.Linear(channels, 1))
         self.w = nn.Parameter(torch.ones(2 * (self.windows.kernel_size,)))
-        self.b = nn.Parameter(_cell_logits(self.windows))
+        logits = _cell_logits(self.windows)
+        self.b = nn.Parameter(torch.zeros_like(logits) if flat else logits)
         kernel = _gaussian(variance=1.0) if blur else None
         self.register_buffer("blur_kernel", kernel, persistent=False)
 
@@ -320,6 +325,7 @@ class FeatSharpSimpleDownsampler(nn.Module):
 
 DOWNSAMPLERS: dict[str, Callable[[int, int, int], nn.Module]] = {
     "attention": AttentionDownsampler,
+    "featup": partial(AttentionDownsampler, blur=True, flat=True),
     "simple": lambda channels, factor, kernel_size: SimpleDownsampler(factor, kernel_size),
     "featsharp_attention": FeatSharpAttentionDownsampler,
     "featsharp_simple": lambda channels, factor, kernel_size: FeatSharpSimpleDownsampler(

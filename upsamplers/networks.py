@@ -13,7 +13,7 @@ from inspect import signature
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from radio_distill.errors import ConfigError
-from radio_distill.registry import Registry, nearest
+from radio_distill.registry import Registry, check_has, check_takes, nearest
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -50,9 +50,12 @@ def build_network(name: str, channels: int, factor: int, options: Mapping[str, A
     if factor < 1:
         raise ConfigError(f"upsampler.factor is {factor}; it must be at least 1")
     kind = NETWORKS.get(name)
+    check_takes(f"network {name!r}", kind, ("channels", "factor"))
     known = [key for key in signature(kind).parameters if key not in ("channels", "factor")]
     for key in options:
         if key not in known:
             hint = nearest(key, known) if known else "it has none"
             raise ConfigError(f"upsampler {name!r} has no option {key!r} ({hint})")
-    return cast("nn.Module", kind(channels, factor, **options))
+    network = kind(channels, factor, **options)
+    check_has(f"network {name!r}", network, ("tile_levels", "forward", "parameters"))
+    return cast("nn.Module", network)

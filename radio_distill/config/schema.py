@@ -289,8 +289,9 @@ class FitConfig:
         "featsharp",
         "how views differ: scale, shift and flip, or rotation and perspective too",
     )
-    downsampler: Literal["attention", "simple"] = option(
-        "attention", "how a fine map is compared with a view's coarse one"
+    downsampler: Literal["attention", "featup", "simple"] = option(
+        "attention",
+        "how a fine map is compared with a view's coarse one; featup is attention as FeatUp's program has it, with a blur and a flat start",
     )
     downsampler_kernel: int = option(7, "side of the downsampler's window, in fine cells", "cells")
     learning_rate: float = option(1e-4, "highest learning rate of NAdam")

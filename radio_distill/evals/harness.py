@@ -9,8 +9,8 @@ question to one encoder but to a student's heads and its teachers, so whoever ho
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,7 +25,7 @@ from ..config import EvaluationConfig, build
 from ..data.folder import PictureRef
 from ..errors import ConfigError
 from ..protocols import Benchmark
-from ..registry import Registry
+from ..registry import Registry, check_has, check_takes, nearest
 from ..types import Features, Score, Size
 
 logger = logging.getLogger(__name__)
@@ -130,6 +130,7 @@ def make(name: str, config: EvaluationConfig) -> Benchmark:
         ConfigError: the data it needs is not named, or an option is unknown.
     """
     kind = BENCHMARKS.get(name)
+    _check_benchmark(name, kind)
     values: dict[str, Any] = {own: getattr(config, field) for own, field in kind.sources.items()}
     values |= config.options.get(name, {})
     for own, field in kind.sources.items():
@@ -140,6 +141,30 @@ def make(name: str, config: EvaluationConfig) -> Benchmark:
             )
     benchmark: Benchmark = build(kind, values, f"evaluation.options.{name}")
     return benchmark
+
+
+def _check_benchmark(name: str, kind: Any) -> None:
+    """Raise ConfigError, in one line, for a class of the user's that is no benchmark."""
+    what = f"benchmark {name!r}"
+    check_has(what, kind, ("name", "sources", "run"))
+    sources = kind.sources
+    check_takes(f"{what}: run", kind.run, ("self", "encoder", "limit", "progress"))
+    if not is_dataclass(kind):
+        raise ConfigError(f"{what} is no dataclass; its fields are what a recipe can set")
+    own = {item.name for item in fields(kind)}
+    known = {item.name for item in fields(EvaluationConfig)}
+    if not isinstance(sources, Mapping):
+        raise ConfigError(
+            f"{what}: sources is a {type(sources).__name__}, not a mapping of its own fields to "
+            "those of `evaluation`, such as {'pictures': 'pictures'}"
+        )
+    for field, source in sources.items():
+        if field not in own or source not in known:
+            wrong, among = (field, own) if field not in own else (source, known)
+            raise ConfigError(
+                f"{what}: sources has {field!r}: {source!r}, and there is no field {wrong!r} "
+                f"({nearest(str(wrong), sorted(among))})"
+            )
 
 
 def evaluate(
@@ -160,6 +185,11 @@ def evaluate(
         report = partial(progress, benchmark.name) if progress else None
         sizes: dict[Size, None] = {}
         found = benchmark.run(_noting(encoder, sizes), config.limit or None, report)
+        if not isinstance(found, list) or not all(isinstance(item, Score) for item in found):
+            raise ConfigError(
+                f"benchmark {benchmark.name!r}: run returns {found!r:.80}, not a list of "
+                "radio_distill.types.Score"
+            )
         if not found:
             logger.warning("%s: %s takes one size only, no score", benchmark.name, encoder.name)
         scores += [replace(score, pixels=", ".join(map(size_text, sizes))) for score in found]

@@ -8,7 +8,8 @@
         README.md          model card
 
 ===================== ============================== ==========================================
-``pixels``            ``[batch, 3, height, width]``  RGB in [0, 1]; normalised inside
+``pixels``            ``[batch, 3, height, width]``  RGB in [0, 1]; normalised inside; sides are
+                                                     multiples of the metadata's ``size_step``
 ``summary``           ``[batch, S]``                 summary tokens, one behind the other, if any
 ``features``          ``[batch, D, rows, columns]``  feature map
 ``TEACHER_summary``   ``[batch, S']``                head's output, if asked for and if it has one
@@ -56,8 +57,9 @@ pixels = np.random.rand(1, 3, {height}, {width}).astype(np.float32)  # RGB in [0
 outputs = dict(zip({names}, session.run(None, {{"pixels": pixels}})))
 ```
 
-Batch, height and width are free. The file's metadata name the recipe, the teachers and their
-licences."""
+The batch is free, and so are height and width as multiples of {step} pixels; onnxruntime stops at
+another size with an error of its reshape, so resize or pad the image first. The file's metadata
+name the recipe, the teachers and their licences."""
 
 
 class _Graph(nn.Module):
@@ -176,7 +178,8 @@ def _metadata(student: FoldedStudent) -> dict[str, str]:
 
 def _usage(student: FoldedStudent, names: list[str]) -> str:
     height, width = preferred_size(student)
-    return _USAGE.format(height=height, width=width, names=json.dumps(names))
+    step = student.model.student.size_step
+    return _USAGE.format(height=height, width=width, names=json.dumps(names), step=step)
 
 
 @torch.no_grad()

@@ -159,6 +159,9 @@ def test_forward__runs_in_the_type_of_its_weights(model):
         ({"pixels": torch.rand(1, 1, 32, 32)}, r"shape \[1, 1, 32, 32\], expected \[B, 3, H, W\]"),
         ({"pixels": torch.rand(3, 32, 32)}, r"expected \[B, 3, H, W\]"),
         ({"pixels": torch.rand(1, 3, 0, 32)}, r"expected \[B, 3, H, W\]"),
+        ({"pixels": torch.rand(1, 3, 32, 32) * 255}, r"reach 25\d.*floats in \[0, 1\]; divide"),
+        ({"pixels": torch.randn(1, 3, 32, 32) * 2}, r"reach .*expected floats in \[0, 1\]"),
+        ({"pixels": torch.zeros(1, 3, 32, 32) - 2}, r"reach down to -2, .*not normalised"),
         ({"pixels": torch.zeros(1, 3, 32, 32, dtype=torch.uint8)}, r"uint8, expected floats in"),
         ({"format": "NHWC"}, "format 'NHWC' is neither"),
         ({"fit": "crop"}, "fit 'crop' is neither"),
@@ -181,3 +184,25 @@ def test_forward__an_unknown_adaptor_gets_the_nearest(model):
 def test_summarize__a_teacher_without_summary_is_refused(model):
     with pytest.raises(ConfigError, match=r"teacher 'sam' has no summary; ask for its features"):
         model.summarize(torch.rand(1, 3, 32, 32), "sam")
+
+
+@pytest.mark.parametrize("fit", ["pad", "resize"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_forward__in_half_precision_every_size_fits(model, fit, dtype):
+    """Also where the antialiased filter has no such type, as on a CPU."""
+    pixels = torch.rand(1, 3, 50, 75)
+    exact = model(pixels, fit=fit).features
+    half = make().to(dtype)
+    for image in (pixels, pixels.to(dtype)):
+        found = half(image, fit=fit).features
+        assert found.dtype == dtype
+        assert (found.float() - exact).norm() < 0.05 * exact.norm()
+
+
+@torch.no_grad()
+def test_forward__what_a_filter_overshoots_is_let_through(model):
+    pixels = torch.rand(1, 3, 40, 40).round()
+    larger = torch.nn.functional.interpolate(pixels, 64, mode="bicubic")
+    assert larger.max() > 1
+    assert model(larger).features.shape == (1, 64, 4, 4)

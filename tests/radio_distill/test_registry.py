@@ -3,7 +3,7 @@
 import pytest
 
 from radio_distill.errors import ConfigError, UnknownNameError
-from radio_distill.registry import Registry
+from radio_distill.registry import Registry, check_has, check_takes, nearest
 
 
 def test_get__imports_on_first_use():
@@ -20,6 +20,56 @@ def test_get__unknown_name_lists_the_nearest():
         registry.get("bilinaer")
     with pytest.raises(UnknownNameError, match="known: bilinear, tile"):
         registry.get("xyzzy")
+
+
+def test_get__what_cannot_be_imported_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "broken_module.py").write_text("1 / 0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    targets = {"absent": "no_such_module:x", "empty": "math:nothing", "broken": "broken_module:x"}
+    registry = Registry("thing", targets)
+    messages = {
+        "absent": r"thing 'absent' \(no_such_module:x\) cannot be imported: ModuleNotFoundError",
+        "empty": "math has no 'nothing'",
+        "broken": "cannot be imported: ZeroDivisionError: division by zero",
+    }
+    for name, message in messages.items():
+        with pytest.raises(ConfigError, match=message) as error:
+            registry.get(name)
+        assert "\n" not in str(error.value)
+
+
+def test_nearest__what_begins_so_goes_before_what_is_spelt_alike():
+    known = ["vit_base_patch16_224", "vit_tiny_patch16_224", "vit_tiny_patch16_384", "deit_tiny"]
+    assert nearest("vit_tiny", known).startswith("did you mean 'vit_tiny_patch16_224' or")
+    assert nearest("vit_tiny_patch16_244", known) == "did you mean 'vit_tiny_patch16_224'?"
+
+
+def test_nearest__a_long_list_is_cut_and_counted():
+    line = nearest("zzz", [f"model_{number:04}" for number in range(1000)])
+    assert len(line) < 120
+    assert "model_0000" in line
+    assert "1000 in all" in line
+    assert nearest("", ["a", "b"]) == "known: a, b"
+
+
+def test_check_takes__names_the_call_and_what_is_wrong():
+    def takes_two(low, high):
+        return low, high
+
+    check_takes("it", takes_two, ("low",), ("high",))
+    with pytest.raises(ConfigError, match=r"it is called with \(low, factor=…\): missing .*'high'"):
+        check_takes("it", takes_two, ("low",), ("factor",))
+    with pytest.raises(ConfigError, match="it is a int, and is to be called"):
+        check_takes("it", 3)
+
+
+def test_check_has__names_what_is_missing():
+    class Thing:
+        cost = 1
+
+    check_has("it", Thing, ("cost",))
+    with pytest.raises(ConfigError, match="it lacks __call__, run; it needs cost, __call__, run"):
+        check_has("it", Thing, ("cost", "__call__", "run"))
 
 
 def test_add__doubles_and_malformed_targets():

@@ -184,6 +184,19 @@ def test_text_encoder__a_teacher_without_text_says_so():
         ("tiny_vit", {"blocks": 3}, "not between 1 and 2"),
         ("tiny_cnn", {"blocks": 1}, "has `stage`"),
         ("tiny_clip", {"config": {"model_type": "radioo"}}, "did you mean .radio."),
+        ("timm", {"model": "no_such_network"}, "timm has no model 'no_such_network'"),
+        ("timm", {"model": "zz"}, r"known: .* in all"),
+        ("timm", {"model": "vit_tiny"}, "did you mean 'vit_tiny_patch16_224'"),
+        ("timm", {"model": "resnet18", "create": 3}, "options.create: 3 is not a mapping"),
+        ("timm", {"model": "resnet18", "create": {"depth": 3}}, r"timm.create_model.*depth"),
+        ("timm", {"model": "resnet18", "stage": 9}, "resnet18 cannot take"),
+        ("timm", {"model": "resnet18", "stage": "last"}, "'last' is not a whole number"),
+        ("timm", {"model": ["resnet18"]}, "is not a name"),
+        ("dinov2_l_reg", {"mean": 0.5}, "options.mean: 0.5 is not three numbers"),
+        ("dinov2_l_reg", {"std": [0.5, 0.5, 0]}, "options.std: .* is not three numbers above 0"),
+        ("dinov2_l_reg", {"native_size": "224"}, "'224' is not a number of pixels"),
+        ("dinov2_l_reg", {"fixed_size": 1}, "1 is not true or false"),
+        ("tiny_clip", {"config": "clip"}, "'clip' is not a mapping"),
     ],
 )  # fmt: skip
 def test_options__a_wrong_one_is_one_line_that_names_teacher_and_mend(preset, options, message):
@@ -191,3 +204,14 @@ def test_options__a_wrong_one_is_one_line_that_names_teacher_and_mend(preset, op
         build_teacher("mine", TeacherConfig(preset=preset, options=options))
     assert str(error.value).startswith("teachers.mine: ")
     assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 250
+
+
+@pytest.mark.parametrize("weights", ["model.safetensors", "model.pth"])
+def test_timm__weights_without_a_model_name_the_option(weights, tmp_path):
+    (tmp_path / weights).write_bytes(b"")
+    with pytest.raises(
+        ConfigError, match=r"options\.model is missing.*vit_base_patch16_224"
+    ) as error:
+        build_teacher("mine", TeacherConfig(preset="timm", weights=str(tmp_path / weights)))
+    assert len(str(error.value)) < 200

@@ -18,7 +18,7 @@ from upsamplers.downsamplers import (
     pool,
 )
 
-OURS = ["attention", "simple"]
+OURS = ["attention", "featup", "simple"]
 
 
 @pytest.fixture
@@ -216,6 +216,18 @@ def test_attention__is_featups_in_windows_of_one_cell(published, blur):
     torch.testing.assert_close(module(case["hr_feats"]), case["out_nodrop"])
     keep = case["keep_mask"].permute(0, 3, 1, 2)
     torch.testing.assert_close(module(case["hr_feats"], keep), case["out"])
+
+
+def test_featup__starts_as_the_published_program_does():
+    """A flat mean over windows of the blurred map, where saliency does not count."""
+    module = build_downsampler("featup", 3, 4, 4).eval()
+    maps = torch.rand(1, 3, 16, 16)
+    line = torch.softmax(-((torch.arange(5) - 2.0) ** 2) / 2, dim=0)
+    kernel = (line[:, None] * line).expand(3, 1, 5, 5)
+    blurred = F.conv2d(F.pad(maps, 4 * (2,), mode="reflect"), kernel, groups=3)
+    found = module(maps, keep=torch.zeros(1, 1, 4, 4))
+    torch.testing.assert_close(found, F.avg_pool2d(blurred, 4))
+    assert not torch.allclose(found, build_downsampler("attention", 3, 4, 4).eval()(maps))
 
 
 def test_simple__is_featups_in_windows_of_one_cell(published):
