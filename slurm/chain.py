@@ -39,12 +39,19 @@ class Link:
     """``module:function``."""
     tasks: tuple[Task, ...]
     is_stage: bool = True
-    """A stage runs on all nodes and takes ``--resume``; other jobs are one process."""
+    """A stage, or a fit, runs on all nodes and takes ``--resume``; other jobs are one process."""
+    most_processes: int = 0
+    """That have something to do, of a fit with few images in a step; 0 for any number."""
 
     def cluster(self, settings: Cluster) -> Cluster:
         """Return the resources of this job."""
         if self.is_stage:
-            return settings
+            a_node = settings.processes_per_node
+            if not 0 < self.most_processes < settings.nodes * a_node:
+                return settings
+            gpus = min(settings.gpus_per_node, self.most_processes)
+            nodes = max(1, self.most_processes // a_node)
+            return replace(settings, nodes=nodes, gpus_per_node=gpus)
         gpus = min(1, settings.gpus_per_node)
         return replace(settings, nodes=1, gpus_per_node=gpus, launcher="srun")
 

@@ -1,21 +1,12 @@
-"""Submit the stages of a recipe to Slurm as jobs that wait for each other, then export and scores.
+"""Submits the stages of a recipe as jobs that wait for each other, and looks after them.
 
-    radio-distill slurm am_radio --partition gpu --nodes 4 --gpus-per-node 8 --dry-run
-    radio-distill slurm am_radio --cluster my_cluster.yaml
-    radio-distill slurm demo --stages stage3 --upsamplers bilinear tile s2 --max-running 2
-    radio-distill slurm demo --stages stage3 --sweep stage.learning_rate=1e-3,3e-4
-
-    radio-distill slurm status RUN     how each job is doing, and why it stopped last
-    radio-distill slurm cancel RUN     end all jobs that are not over
-    radio-distill slurm resume RUN     submit what is not complete again
-
-RUN is the run folder. A job that is told to stop saves, queues again and goes on; one that crashed
-is tried again on other nodes. docs/slurm.md says what happens when. A recipe that is called
-`status`, `cancel` or `resume` must be named by its path.
+The arguments are those of ``radio-distill slurm`` (:mod:`stages.submission`, which knows recipes
+better than anything here may).
 """
 
 import argparse
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from radio_distill.config import Recipe
@@ -25,7 +16,7 @@ from radio_distill.trust import FLAG, FLAG_HELP
 
 from . import commands, status
 from .chain import Chain, find_chain, ran_here_in, read_chain, was_submitted
-from .cluster import add_cluster_flags, cluster_from
+from .cluster import Cluster, add_cluster_flags, cluster_from
 from .links import Request, links_of, to_resume
 from .submit import require_slurm, run_here, scripts, submit
 
@@ -71,7 +62,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_cluster_flags(parser)
 
 
-def run(args: argparse.Namespace) -> int:
+Prepare = Callable[[Request, Cluster], Request]
+"""Looks at a request before its jobs are submitted: adds fits, or raises ConfigError."""
+
+
+def run(args: argparse.Namespace, prepare: Prepare = lambda request, _: request) -> int:
     """Submit, or look after what was submitted; ``args.fields`` are ``field.name=value`` texts."""
     if args.recipe in ACTIONS:
         if args.run is None:
@@ -82,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
             f"{args.recipe!r} is followed by {str(args.run)!r}, but only status, cancel and resume "
             f"take a run folder ({nearest(args.recipe, list(ACTIONS))})"
         )
-    return _submit(args)
+    return _submit(args, prepare)
 
 
 def request_from(args: argparse.Namespace) -> Request:
@@ -104,21 +99,25 @@ def request_from(args: argparse.Namespace) -> Request:
     )
 
 
-def _submit(args: argparse.Namespace) -> int:
-    recipe, links = links_of(request_from(args))
+def _submit(args: argparse.Namespace, prepare: Prepare) -> int:
+    request = request_from(args)
+    recipe, links = links_of(request)
     chain = Chain(links=links, cluster=cluster_from(args, args.cluster))
     folder = _folder(args, recipe)
+    submits = args.executor == "slurm" and not args.dry_run
+    if submits:
+        require_slurm()
+        earlier = read_chain(folder)
+        if earlier is not None:
+            _refuse_alive(folder, earlier)
+    _, links = links_of(prepare(request, chain.cluster))
+    chain = replace(chain, links=links)
     if args.dry_run:
         print("\n\n".join(scripts(folder, chain)))
-        return 0
-    if args.executor != "slurm":
+    elif submits:
+        _report(folder, submit(folder, chain))
+    else:
         print("jobs: " + " -> ".join(run_here(folder, chain, args.executor)))
-        return 0
-    require_slurm()
-    earlier = read_chain(folder)
-    if earlier is not None:
-        _refuse_alive(folder, earlier)
-    _report(folder, submit(folder, chain))
     return 0
 
 

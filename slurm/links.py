@@ -1,5 +1,8 @@
 """Which jobs a recipe needs: its stages, then export and scores; or a sweep over the last stage.
 
+Upsamplers that are still to be fitted are jobs too, before the first stage that needs them. Which
+they are, the caller says: here nothing is known of teachers.
+
 A sweep over teacher upsamplers ends with one job that scores all of them and prints the gain table.
 A sweep over a field only trains: each value has a run folder of its own.
 """
@@ -24,6 +27,34 @@ TAKE_OVER = "--take-over"
 
 
 @dataclass(frozen=True, kw_only=True)
+class Fit:
+    """An upsampler that is to be fitted before a stage."""
+
+    before: str
+    """Name of the stage."""
+    label: str
+    arguments: tuple[str, ...]
+    """Of ``radio-distill fit-upsampler``, the recipe's included."""
+    folder: str
+    most_processes: int
+    """That share the images of its steps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """The recipe as the jobs of one stage read it; a sweep has several of its last stage."""
+
+    stage: str
+    label: str
+    """Of the task in a sweep."""
+    recipe: Recipe
+    overrides: tuple[str, ...]
+    """What made it of the file, as ``field.name=value``."""
+    before: tuple[str, ...]
+    """Stages of the chain that are trained before, and their folders."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Request:
     """What is to be submitted."""
 
@@ -44,6 +75,11 @@ class Request:
     """Whether the stages may take their folders from runs that are going on."""
     trust: bool = False
     """Whether the jobs may read weights that hold code."""
+    fits: tuple[Fit, ...] = ()
+    """What is to be fitted before stages."""
+    fitted: tuple[str, ...] = ()
+    """Assignments that name files of the run folder to the tasks of a sweep over a field, each of
+    which has a run folder of its own."""
 
 
 def links_of(request: Request) -> tuple[Recipe, tuple[Link, ...]]:
@@ -52,17 +88,12 @@ def links_of(request: Request) -> tuple[Recipe, tuple[Link, ...]]:
     Raises:
         ConfigError: for a recipe, a stage or a sweep that cannot be right.
     """
-    file = find_recipe(str(request.recipe), _RECIPES).absolute()
-    recipe = load(file, [item for item in request.overrides if not item.startswith("stage.")])
-    stages = request.stages or tuple(recipe.stages)
-    for stage in stages:
-        if stage not in recipe.stages:
-            raise ConfigError(
-                f"recipe {recipe.name!r} has no {stage} ({nearest(stage, list(recipe.stages))})"
-            )
-    if request.upsamplers and request.sweep:
-        raise ConfigError("--upsamplers and --sweep are two sweeps; submit one after the other")
-    links = [_stage_link(file, stage, request) for stage in stages]
+    file, recipe, stages = _asked(request)
+    links = [
+        link
+        for stage in stages
+        for link in (*_fit_links(stage, request), _stage_link(file, stage, request))
+    ]
     if request.upsamplers:
         links[-1] = _upsampler_array(file, stages[-1], request)
         links.append(_gain_link(file, stages[-1], request))
@@ -73,6 +104,67 @@ def links_of(request: Request) -> tuple[Recipe, tuple[Link, ...]]:
     if request.trust:
         links = [_with_flag(link, FLAG) for link in links]
     return recipe, tuple(links)
+
+
+def _asked(request: Request) -> tuple[Path, Recipe, tuple[str, ...]]:
+    """Return the recipe's file, the recipe, and the stages that are asked for."""
+    file = find_recipe(str(request.recipe), _RECIPES).absolute()
+    recipe = load(file, [item for item in request.overrides if not item.startswith("stage.")])
+    stages = request.stages or tuple(recipe.stages)
+    for stage in stages:
+        if stage not in recipe.stages:
+            raise ConfigError(
+                f"recipe {recipe.name!r} has no {stage} ({nearest(stage, list(recipe.stages))})"
+            )
+    if request.upsamplers and request.sweep:
+        raise ConfigError("--upsamplers and --sweep are two sweeps; submit one after the other")
+    return file, recipe, stages
+
+
+def variants_of(request: Request) -> list[Variant]:
+    """Return the recipe as each stage of a request reads it, in order; of a sweep, each task's."""
+    file, _, stages = _asked(request)
+    variants: list[Variant] = []
+    for stage in stages:
+        tasks: list[tuple[str, list[str]]] = [("", [])]
+        if stage == stages[-1] and request.upsamplers:
+            tasks = _upsampler_tasks(stage, request)
+        elif stage == stages[-1] and request.sweep:
+            tasks = _field_tasks(file, stage, request)
+        before = [item.stage for item in variants]
+        before += [str(item.recipe.stage_folder(item.stage).absolute()) for item in variants]
+        for label, extra in tasks:
+            overrides = [_absolute(item, stage) for item in (*request.overrides, *extra)]
+            variants.append(
+                Variant(
+                    stage=stage,
+                    label=label,
+                    recipe=load(file, overrides),
+                    overrides=tuple(overrides),
+                    before=tuple(before),
+                )
+            )
+    return variants
+
+
+def _absolute(override: str, stage: str) -> str:
+    """Return an override that means the same whatever stage reads it."""
+    return f"stages.{stage}.{override[6:]}" if override.startswith("stage.") else override
+
+
+def _fit_links(stage: str, request: Request) -> list[Link]:
+    """Return the job that fits what a stage needs; an array, where that is more than one thing."""
+    fits = [fit for fit in request.fits if fit.before == stage]
+    if not fits:
+        return []
+    flags = (*[RESUME] * request.resume, *[TAKE_OVER] * request.take_over)
+    tasks = tuple(
+        Task(label=fit.label, arguments=(*fit.arguments, *flags), stage_folder=fit.folder)
+        for fit in fits
+    )
+    most = min(fit.most_processes for fit in fits)
+    target = "stages.fit_upsampler:main"
+    return [Link(name=f"fit-{stage}", target=target, tasks=tasks, most_processes=most)]
 
 
 def _with_flag(link: Link, flag: str) -> Link:
@@ -99,16 +191,21 @@ def _stage_task(
 
 
 def _upsampler_array(file: Path, stage: str, request: Request) -> Link:
-    if stage != "stage3":
-        raise ConfigError(f"--upsamplers is a sweep of stage3, but {stage} is the last stage named")
-    _no_doubles(request.upsamplers, "--upsamplers")
     tasks = tuple(
-        _stage_task(file, stage, request, name, [f"stages.{stage}.upsampler.name={name}"])
-        for name in request.upsamplers
+        _stage_task(file, stage, request, name, extra)
+        for name, extra in _upsampler_tasks(stage, request)
     )
     if len({task.stage_folder for task in tasks}) < len(tasks):
         raise ConfigError(f"--upsamplers: no partition of {stage} upsamples a teacher")
     return Link(name=stage, target=f"stages.{stage}:main", tasks=tasks)
+
+
+def _upsampler_tasks(stage: str, request: Request) -> list[tuple[str, list[str]]]:
+    """Return each task of a sweep over upsamplers: its label, and what it changes."""
+    if stage != "stage3":
+        raise ConfigError(f"--upsamplers is a sweep of stage3, but {stage} is the last stage named")
+    _no_doubles(request.upsamplers, "--upsamplers")
+    return [(name, [f"stages.{stage}.upsampler.name={name}"]) for name in request.upsamplers]
 
 
 def _gain_link(file: Path, stage: str, request: Request) -> Link:
@@ -117,14 +214,22 @@ def _gain_link(file: Path, stage: str, request: Request) -> Link:
     baseline = "bilinear" if "bilinear" in names else names[0]
     arguments = ["sweep", str(file), "--upsamplers", *names, "--baseline", baseline]
     for item in request.overrides:
-        field = f"stages.{stage}.{item[6:]}" if item.startswith("stage.") else item
-        arguments += ["--override", field]
+        arguments += ["--override", _absolute(item, stage)]
     task = Task(arguments=tuple(arguments))
     return Link(name="gain", target=_CLI, tasks=(task,), is_stage=False)
 
 
 def _field_array(file: Path, stage: str, request: Request) -> Link:
     """Train the stage once for each value of a field, each in a run folder of its own."""
+    tasks = tuple(
+        _stage_task(file, stage, request, label, [*request.fitted, *extra])
+        for label, extra in _field_tasks(file, stage, request)
+    )
+    return Link(name=stage, target=f"stages.{stage}:main", tasks=tasks)
+
+
+def _field_tasks(file: Path, stage: str, request: Request) -> list[tuple[str, list[str]]]:
+    """Return each task of a sweep over a field: its label, and what it changes."""
     field, equals, text = request.sweep.partition("=")
     values = [value.strip() for value in text.split(",") if value.strip()]
     if not equals or not values:
@@ -138,9 +243,8 @@ def _field_array(file: Path, stage: str, request: Request) -> Link:
     tasks = []
     for value in values:
         label = re.sub(r"[^\w.+-]+", "_", f"{field.rpartition('.')[2]}-{value}")
-        changed = [f"{field}={value}", f"name={base.name}-{label}", *extra]
-        tasks.append(_stage_task(file, stage, request, label, changed))
-    return Link(name=stage, target=f"stages.{stage}:main", tasks=tuple(tasks))
+        tasks.append((label, [f"{field}={value}", f"name={base.name}-{label}", *extra]))
+    return tasks
 
 
 def _no_doubles(names: Sequence[str], flag: str) -> None:

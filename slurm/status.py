@@ -76,13 +76,15 @@ def rows_of(folder: Path, chain: Chain) -> list[Row]:
 
 
 def rows_here(run: Path) -> list[Row]:
-    """Return a row for each stage of a run that Slurm knows nothing of, from the stages' files."""
+    """Return a row for each stage and fit that Slurm knows nothing of, from their files."""
     rows = []
-    for folder in sorted(run.glob("stage*")):
+    for folder in [*sorted(run.glob("stage*")), *sorted(run.glob("fit/*"))]:
         status = read_status(folder)
-        if status is not None and "." not in folder.name:  # else an earlier run, moved aside
+        moved_aside = folder.suffix[1:].isdecimal()
+        if status is not None and not moved_aside:
+            name = folder.relative_to(run).as_posix()
             rows.append(
-                Row(name=folder.name, job_id="", state=status.state, detail=status.reason,
+                Row(name=name, job_id="", state=status.state, detail=status.reason,
                     status=status)
             )  # fmt: skip
     return rows

@@ -32,7 +32,7 @@ COMMANDS = {
     "upsampler-report": ("stages.upsampler_report", "one HTML page that compares upsamplers"),
     "mode-switching": ("stages.mode_switching", "what students see in one picture at many sizes"),
     "shards": ("stages.shards", "make shards of a folder of pictures, or check shards"),
-    "slurm": ("slurm.launch", "submit the stages of a recipe to Slurm"),
+    "slurm": ("stages.submission", "submit the stages of a recipe to Slurm"),
     "list": ("stages.listing", "names: teachers, upsamplers, normalizers, benchmarks, recipes"),
     "recipes": ("stages.recipes_table", "the published recipes beside the papers' figures"),
     "fields": ("stages.fields", "every field of a recipe, with unit and default"),

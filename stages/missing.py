@@ -37,6 +37,7 @@ def find_missing(
     asked: Asked | None = None,
     stages: Sequence[str] = (),
     scores: bool = False,
+    before: Sequence[str] = (),
 ) -> Findings:
     """Look up what a recipe needs.
 
@@ -45,13 +46,14 @@ def find_missing(
         asked: how it was named on the command line, for the commands in messages.
         stages: that are to be trained, in this order; none for all.
         scores: say too what its benchmarks need and the recipe does not name.
+        before: stages, or their folders, that are trained before these.
     """
     asked, stages = asked or Asked(recipe.name), stages or list(recipe.stages)
     found = Findings([*_shards(recipe)])
     _look(found, "student.pretrained", _student(recipe))
     for name, config in recipe.teachers.items():
         _look(found, f"teachers.{name}", _teacher(config))
-    for problem, need in _stage_problems(recipe, stages, asked):
+    for problem, need in _stage_problems(recipe, stages, asked, before):
         if need is None:
             found.missing.append(problem)
         else:
@@ -75,7 +77,7 @@ def check_stages(
     for stage in stages:
         stage_of(recipe, stage)  # an unknown name ends here
     left = [stage for stage in stages if not (resume and is_complete(recipe, stage))]
-    lines = [problem for problem, _ in _stage_problems(recipe, left, asked, stages)]
+    lines = [problem for problem, _ in _stage_problems(recipe, left, asked)]
     if lines:
         raise ConfigError(*lines)
 
@@ -92,16 +94,15 @@ def is_complete(recipe: Recipe, stage: str) -> bool:
 
 
 def _stage_problems(
-    recipe: Recipe, stages: Sequence[str], asked: Asked, trained: Sequence[str] = ()
+    recipe: Recipe, stages: Sequence[str], asked: Asked, before: Sequence[str] = ()
 ) -> Iterator[tuple[str, Need | None]]:
     """Say what stages lack: teachers that fit their partitions, a start, fitted upsamplers.
 
     Yields a line, and the upsampler where all that is to be done is to fit it.
     """
-    trained = trained or stages
-    for stage in stages:
-        before = trained[: trained.index(stage)]
-        for line in (*_partitions(recipe, stage), *_start(recipe, stage, before, asked)):
+    for number, stage in enumerate(stages):
+        ready = (*before, *stages[:number])
+        for line in (*_partitions(recipe, stage), *_start(recipe, stage, ready, asked)):
             yield line, None
         try:
             _check_upsampler(stage_of(recipe, stage).upsampler)

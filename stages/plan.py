@@ -5,6 +5,7 @@ radio-distill plan --compare
 """
 
 import argparse
+import itertools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -96,9 +97,7 @@ def _print_plan(arguments: argparse.Namespace) -> int:
     models = build_models(recipe, device.native_dtype)
     if not (arguments.devices and arguments.device):
         console.print(_assumed(arguments, counts, kind), soft_wrap=True)
-    logging.info("measuring the models on tensors without data; large ones take minutes")
-    with console.status("measuring"):
-        plans = plan_stages(models, counts, device, arguments.utilisation)
+    plans = plan_stages(models, counts, device, arguments.utilisation)
     for table in all_tables(models, plans, device, arguments.price):
         console.print(table)
     console.print(
@@ -245,7 +244,7 @@ def _upsampler(models: Models, name: str) -> "Upsampler":
         return build_upsampler(config, used)
     except RadioDistillError as error:
         models.problems.append(f"stages.{name}.upsampler: {error} (above, `tile` stands for it)")
-        plain = replace(config, name="tile", weights={}, sha256={}, options={})
+        plain = replace(config, name="tile", weights={}, sha256={}, sizes={}, options={})
         return build_upsampler(plain, used)
 
 
@@ -264,13 +263,41 @@ def measured(models: Models) -> "Iterator[ModelCosts]":
 
 
 def plan_stages(
-    models: Models, counts: Mapping[str, int], device: "DeviceType", utilisation: float
+    models: Models,
+    counts: Mapping[str, int],
+    device: "DeviceType",
+    utilisation: float = 0.35,
+    with_memory: bool = True,
 ) -> "list[StagePlan]":
-    """Plan every stage, each on its own number of devices."""
-    from radio_distill.train.plan import plan_stage
+    """Plan every stage, each on its own number of devices.
 
-    with measured(models) as costs:
-        return [
-            plan_stage(costs, name, count, device, models.all_teacher_bytes, utilisation)
-            for name, count in counts.items()
-        ]
+    Args:
+        models: of the recipe.
+        counts: devices of each stage.
+        device: their kind.
+        utilisation: share of the peak that is reached.
+        with_memory: measure memory too, which is most of the work.
+    """
+    from radio_distill.progress import Progress
+    from radio_distill.train.plan import measurements, plan_stage
+
+    stages = [models.recipe.stages[name] for name in counts]
+    total, done = sum(measurements(stage, with_memory) for stage in stages), itertools.count(1)
+    plans = []
+    with (
+        Progress("measuring models without data", total, "passes") as bar,
+        measured(models) as costs,
+    ):
+        for name, count in counts.items():
+            plan = plan_stage(
+                costs,
+                name,
+                count,
+                device,
+                models.all_teacher_bytes,
+                utilisation,
+                with_memory,
+                lambda: bar.update(next(done)),
+            )
+            plans.append(plan)
+    return plans

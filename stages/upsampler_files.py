@@ -165,7 +165,7 @@ def problems_of(
 
 
 def _problems(recipe: Recipe, need: Need, asked: Asked, check_weights: bool) -> Iterator[Problem]:
-    from upsamplers.fitted import SHIPPED_AS, path_of
+    from upsamplers.fitted import path_of
 
     config = stage_of(recipe, need.stage).upsampler
     where, teacher = f"stages.{need.stage}", need.teacher
@@ -192,7 +192,7 @@ def _problems(recipe: Recipe, need: Need, asked: Asked, check_weights: bool) -> 
     wrong = _mismatch(recipe, need, path, check_weights, any_size)
     if not wrong:
         return
-    if not named and file.startswith(SHIPPED_AS):
+    if not named and is_shipped(file):
         text = f"{lacking} at {need.sides[0]} px, and the one that comes with the project {wrong}"
         yield Problem(need, f"{text}; {mends}", is_unfitted=True)
     else:
@@ -257,7 +257,7 @@ def fit_command(asked: Asked, recipe: Recipe, config: FitConfig) -> str:
         config: the fit.
     """
     words = ["radio-distill", "fit-upsampler", "--recipe", asked.recipe]
-    return shlex.join([*words, *fit_words(recipe, config), *asked.flags(*_SET_BY_FIT)])
+    return shlex.join([*words, *fit_words(recipe, config), *asked.flags(*SET_BY_FIT)])
 
 
 def fit_words(recipe: Recipe, config: FitConfig) -> list[str]:
@@ -274,11 +274,18 @@ def fit_words(recipe: Recipe, config: FitConfig) -> list[str]:
     return words
 
 
-_SET_BY_FIT = (
+SET_BY_FIT = (
     "fit.teacher=", "fit.upsampler=", "fit.factor=", "fit.options", "fit.de_bias=", "fit.size=",
     "stages.",
 )  # fmt: skip
 """Fields of a command line that a fit's own arguments replace, or that it does not read."""
+
+
+def is_shipped(file: str) -> bool:
+    """Return whether a file, as a recipe names it, is one that comes with the project."""
+    from upsamplers.fitted import SHIPPED_AS
+
+    return file.startswith(SHIPPED_AS)
 
 
 def _locate(recipe: Recipe, need: Need) -> str:

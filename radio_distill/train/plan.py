@@ -21,7 +21,7 @@ for them), and the parameters that ZeRO 3 gathers for a moment.
 import itertools
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -129,6 +129,8 @@ def plan_stage(
     device: DeviceType,
     teacher_bytes: int,
     utilisation: float = UTILISATION,
+    with_memory: bool = True,
+    progress: Callable[[], None] = lambda: None,
 ) -> StagePlan:
     """Plan one stage.
 
@@ -139,11 +141,16 @@ def plan_stage(
         device: their kind.
         teacher_bytes: weights of all teachers, which every device holds.
         utilisation: share of the peak that is reached.
+        with_memory: measure what a step takes, which is most of the work; else it counts as 0.
+        progress: called as often as :func:`measurements` says.
     """
     recipe = resolved(costs.recipe, name)
     stage = recipe.stages[name]
     partitions = partitions_of(stage)
-    measured = {item.name: costs.partition(name, item) for item in partitions}
+    measured = {}
+    for item in partitions:
+        measured[item.name] = costs.partition(name, item)
+        progress()
     steps = [_deal(costs, partitions, sizes, devices) for sizes in _draws(partitions)]
     seconds = [
         [_seconds(work, measured, device, recipe) / utilisation for work in ranks]
@@ -152,6 +159,10 @@ def plan_stage(
     waits = [max(ranks) for ranks in seconds]
     sums = [(cost, cost.partition.batch_size) for cost in measured.values()]
     largest = _largest([micro for ranks in steps for work in ranks for micro in work])
+    step_memory = []
+    for micro in largest if with_memory else ():
+        step_memory.append(costs.step_memory(name, micro.passes, micro.stop - micro.start))
+        progress()
     return StagePlan(
         name=name,
         steps=stage.steps,
@@ -165,12 +176,18 @@ def plan_stage(
             state_memory(costs.parameters, _zero_stage(recipe.engine, devices), devices),
             average=4 * costs.parameters if stage.ema_decay else 0,
             teachers=teacher_bytes,
-            step=max(costs.step_memory(name, m.passes, m.stop - m.start) for m in largest),
+            step=max(step_memory, default=0),
         ),
         step_seconds=sum(waits) / len(waits),
         busy=sum(map(sum, seconds)) / devices / sum(waits),
         statistics_seconds=_statistics_seconds(costs, recipe, name, device) / devices / utilisation,
     )
+
+
+def measurements(stage: StageConfig, with_memory: bool = True) -> int:
+    """Return how many measurements planning a stage takes: its passes, and what shares images."""
+    groups = sum(not partition.images_of for partition in stage.partitions)
+    return len(stage.partitions) + (groups if with_memory else 0)
 
 
 def resolved(recipe: Recipe, name: str) -> Recipe:

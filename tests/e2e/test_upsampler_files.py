@@ -1,7 +1,9 @@
 """A student remembers the file of the upsampler that it learned through, and notices another."""
 
 import json
+import os
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import yaml
@@ -114,3 +116,14 @@ def test_fit__the_command_in_the_message_makes_what_is_missing(recipe_file, capf
     assert words[:2] == ["radio-distill", "fit-upsampler"]
     assert cli([*words[1:], "--fit.steps", "1", *FIT[-4:]]) == 0
     assert cli(["train", str(recipe_file), *FEATUP, "--stages", "stage3", "--name", "other"]) == 0
+
+
+def test_slurm__fits_and_then_trains(recipe_file):
+    """In this process: the jobs are the commands that they seem to be."""
+    fields = ["--stages.stage3.upsampler.name", "featup", *HERE, *FIT[6:]]
+    flags = ["--executor", "debug", "--gpus-per-node", "0", "--no-export", "--no-eval"]
+    with patch.dict(os.environ):
+        assert cli(["slurm", str(recipe_file), "--stages", "stage3", *flags, *fields]) == 0
+    run = recipe_file.parent / "runs" / "tiny"
+    upsampler = find(run / "stage3-featup").recipe.stages["stage3"].upsampler
+    assert upsampler.sha256 == {"vit": sha256_of(fitted_file(run))}

@@ -7,14 +7,16 @@ from pathlib import Path
 import pytest
 
 from radio_distill.train.status import Status, write_status
-from slurm import history
+from slurm import history, launch
 from slurm.chain import read_chain
 from slurm.history import Stop
+from stages.arguments import run_command, run_module
 from stages.cli import main as cli
 
 
 def slurm(*arguments: str | Path) -> int:
-    return cli(["slurm", *map(str, arguments)])
+    """Run the launcher alone; test_submission.py has what is looked at before."""
+    return run_command(lambda: run_module(launch, list(map(str, arguments)), "radio-distill slurm"))
 
 
 @pytest.fixture
@@ -185,7 +187,7 @@ def test_resume__nothing_where_all_is_complete(recipe, run, login_node, capsys):
 
 def test_help__explains_it_all(capsys):
     with pytest.raises(SystemExit):
-        slurm("--help")
+        cli(["slurm", "--help"])
     text = capsys.readouterr().out
     for word in ("status RUN", "cancel RUN", "resume RUN", "--upsamplers", "--launcher", "--sweep"):
         assert word in text
