@@ -30,7 +30,6 @@ from radio_distill.targets import TargetMaker
 from radio_distill.train.checkpoint import find
 from radio_distill.train.distributed import World, choose_device
 from radio_distill.train.restore import load_student, normalizers_of
-from radio_distill.views import Views
 from stages.arguments import run_script
 from stages.build import build_targets
 from stages.common import load_recipe, train_stage
@@ -104,9 +103,10 @@ def measure(folder: Path, recipe: Recipe, yardstick: TargetMaker, source: str) -
     size = size_pair(partition.size)
     scores = fidelity(
         in_teacher_space(lambda pixels: model(pixels, teachers), normalizers_of(checkpoint)),
-        lambda pixels: yardstick(Views(pixels, size), partition),
+        lambda views: yardstick(views, partition),
         [picture for _, picture in load_pictures(source, recipe.evaluation.limit)],
         size,
+        [yardstick.rendered_size(name, partition, size) for name in teachers],
         device=device,
     )
     values = {score.metric: score.value for score in scores}

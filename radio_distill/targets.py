@@ -16,7 +16,7 @@ from .memory import naming
 from .mosaic import Mosaic, plan_mosaic
 from .protocols import Corrector, Normalizer, Teacher, Upsampler
 from .types import Features, Size, TeacherSpec
-from .views import Views, resize
+from .views import Views
 
 Seen = MutableMapping[tuple[object, ...], Features]
 """Targets of images that several partitions show, by teacher and how it saw them."""
@@ -64,6 +64,25 @@ def input_size(
     cells = longest // spec.patch_size
     grid = [max(round(cells * length / max(view)), 1) for length in view]
     return _within(spec, (grid[0] * spec.patch_size, grid[1] * spec.patch_size), partition)
+
+
+def rendered_size(
+    config: TeacherConfig,
+    spec: TeacherSpec,
+    partition: PartitionConfig,
+    view: Size,
+    student_patch_size: int,
+    factor: int = 1,
+) -> Size:
+    """Return the size, in pixels, at which a teacher's images of a partition are rendered.
+
+    It is the :func:`input_size`; for an upsampled teacher ``factor`` times that, the most that an
+    upsampler looks at. So tiles and guidance are the photograph's own pixels, and a comparison of
+    upsamplers shows all of them the same.
+    """
+    height, width = input_size(config, spec, partition, view, student_patch_size)
+    scale = factor if spec.name in partition.upsample else 1
+    return height * scale, width * scale
 
 
 def _within(spec: TeacherSpec, size: Size, partition: PartitionConfig) -> Size:
@@ -152,7 +171,7 @@ class TargetMaker:
 
     def own_grid(self, name: str, views: Views, partition: PartitionConfig) -> Features:
         """Return a teacher's features as they are: its own grid and scale, no upsampler."""
-        pixels = resize(views.of_teacher(name), self.size(name, partition, views.size))
+        pixels = views.of_teacher(name, self.size(name, partition, views.size))
         if name not in partition.mosaic:
             return self.teachers[name].encode(pixels)
         mosaic = self.mosaic(name, partition, views.size)
@@ -166,6 +185,12 @@ class TargetMaker:
         return input_size(
             self._configs[name], teacher.spec, partition, view, self._student_patch_size
         )
+
+    def rendered_size(self, name: str, partition: PartitionConfig, view: Size) -> Size:
+        """Return the size at which a teacher's images are rendered; see :func:`rendered_size`."""
+        config, spec = self._configs[name], self.teachers[name].spec
+        patch_size, factor = self._student_patch_size, self._upsampler.factor
+        return rendered_size(config, spec, partition, view, patch_size, factor)
 
     def mosaic(self, name: str, partition: PartitionConfig, view: Size) -> Mosaic:
         """Return how the images of a partition lie on a teacher's canvas."""
@@ -184,7 +209,7 @@ class TargetMaker:
 
     def _naming(self, name: str, views: Views) -> AbstractContextManager[None]:
         """Name a teacher whose targets do not fit into memory, where its encoder alone does."""
-        images, (height, width) = len(views.of_student()), views.size
+        images, (height, width) = len(views), views.size
         return naming(
             f"the targets of teacher {name!r}",
             f"{height}x{width} px of the student, {images} images",
@@ -199,7 +224,8 @@ class TargetMaker:
         teacher, factor = self.teachers[name], self._upsampler.factor
         height, width = teacher.spec.grid(self.size(name, partition, views.size))
         grid = (height * factor, width * factor)
-        return self._upsampler(teacher, views.of_teacher(name), grid)
+        pixels = views.of_teacher(name, self.rendered_size(name, partition, views.size))
+        return self._upsampler(teacher, pixels, grid)
 
     def _corrected(self, name: str, features: Features) -> Features:
         """Take out a fitted upsampler's bias, so that both partitions teach the same.

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
 
 Size = tuple[int, int]
@@ -43,15 +45,30 @@ class ViewOrigin:
     flipped: bool = False
 
 
+class View(NamedTuple):
+    """One rendering of the images of a batch, straight from the photographs."""
+
+    size: Size
+    """In pixels."""
+    crop: str = ""
+    """Whose crop it is, where encoders have crops of their own; empty for the whole view."""
+
+
 @dataclass(frozen=True, slots=True)
 class ImageBatch:
-    """Images of one size, ready for every encoder (each normalises inside)."""
+    """Images, at each size that an encoder asks for (each encoder normalises inside)."""
 
-    pixels: "Tensor"
-    """``[B, 3, H, W]`` float RGB in [0, 1]."""
+    views: "Mapping[View, Tensor]"
+    """``[B, 3, H, W]`` float RGB in [0, 1] of each view."""
     keys: tuple[str, ...]
     """``shard:member`` of each image, for logs."""
     origins: tuple[ViewOrigin, ...] = ()
+
+    @property
+    def pixels(self) -> "Tensor":
+        """The only view."""
+        (pixels,) = self.views.values()
+        return pixels
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,18 +1,22 @@
-"""What student and teachers see of one picture: the same view, or crops shifted against each other.
+"""What student and teachers see of one image: the same crop of it, each at its own size.
+
+Every view is rendered straight from the photograph. Nothing is enlarged unless the photograph has
+fewer pixels, and no view is resized from another's: a second resampling takes detail away too, most
+where sizes are near each other (``python -m benchmarks.views`` has the figures).
 
 With shifts (C-RADIOv4, arXiv 2601.17237: shift-equivariant loss) every encoder gets a crop of its
 own, moved by whole patches of the student within a view that is larger by the range of the shifts.
-What a teacher adds to fixed places of its map then has no fixed place in the picture, and cannot be
+What a teacher adds to fixed places of its map then has no fixed place in the image, and cannot be
 learned. Losses are taken over the part that both crops show; :func:`follow` brings a map there.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .types import Size
+from .types import Size, View
 
 STUDENT, AVERAGE = "student", "average student"
 """Names of the encoders that are no teachers; a teacher's name is an identifier without blanks."""
@@ -27,27 +31,33 @@ def resize(pixels: Tensor, size: Size) -> Tensor:
 
 
 class Views:
-    """The views of a micro-batch's pictures.
+    """The views of a micro-batch's images in one partition.
 
     Args:
-        pixels: ``[B, 3, H, W]`` in [0, 1].
+        pixels: ``[B, 3, *size]`` in [0, 1] of each view.
         size: of the student's input, (height, width) in pixels.
-        offsets: where the crop of a named encoder begins, ``[B, 2]`` whole pixels down and right;
-            None where all see the same.
-        margin: pixels by which the view exceeds a crop on each axis.
+        offsets: where the crop of a named encoder begins, ``[B, 2]`` whole patches of the student
+            down and right; None where all see the same.
+        cells: patches of the student's input, down and right; asked for with ``offsets`` only.
+        partition: whose crops these are; asked for with ``offsets`` only.
     """
 
     def __init__(
         self,
-        pixels: Tensor,
+        pixels: Mapping[View, Tensor],
         size: Size,
         offsets: Callable[[str], Tensor] | None = None,
-        margin: int = 0,
+        cells: Size = (1, 1),
+        partition: str = "",
     ):
         self.size = size
         self._pixels = pixels
-        self._offsets = offsets if margin else None
-        self._margin = margin
+        self._offsets = offsets
+        self._cells = cells
+        self._partition = partition
+
+    def __len__(self) -> int:
+        return len(next(iter(self._pixels.values())))
 
     @property
     def are_shifted(self) -> bool:
@@ -56,37 +66,28 @@ class Views:
 
     def to(self, device: torch.device) -> "Views":
         """Return the same views on a device."""
-        return Views(self._pixels.to(device), self.size, self._offsets, self._margin)
+        pixels = {view: tensor.to(device) for view, tensor in self._pixels.items()}
+        return Views(pixels, self.size, self._offsets, self._cells, self._partition)
 
     def of_student(self, name: str = STUDENT) -> Tensor:
-        """Return the student's pixels ``[B, 3, *size]``."""
-        return resize(self._pixels, self.size) if self._offsets is None else self._crop(name)
+        """Return the student's pixels ``[B, 3, *self.size]``."""
+        return self.of_teacher(name, self.size)
 
-    def of_teacher(self, name: str) -> Tensor:
-        """Return a teacher's pixels, not yet resized to its input.
-
-        Without shifts that is the view as it was decoded, which may be larger than the student's:
-        then partitions that share their images show a teacher the same.
-        """
-        return self._pixels if self._offsets is None else self._crop(name)
+    def of_teacher(self, name: str, size: Size) -> Tensor:
+        """Return a teacher's pixels ``[B, 3, *size]``."""
+        return self._pixels[View(size, crop_of(self._partition, name) if self._offsets else "")]
 
     def shift(self, name: str) -> Tensor | None:
         """Return how far the student's crop lies behind an encoder's, ``[B, 2]`` in crop sides."""
         if self._offsets is None:
             return None
-        sides = torch.tensor(self.size, dtype=torch.float32)
+        sides = torch.tensor(self._cells, dtype=torch.float32)
         return (self._offsets(STUDENT) - self._offsets(name)) / sides
 
-    def _crop(self, name: str) -> Tensor:
-        assert self._offsets is not None
-        height, width = self.size
-        view = resize(self._pixels, (height + self._margin, width + self._margin))
-        corners = self._offsets(name).tolist()
-        crops = [
-            picture[:, top : top + height, left : left + width]
-            for picture, (top, left) in zip(view, corners, strict=True)
-        ]
-        return torch.stack(crops)
+
+def crop_of(partition: str, encoder: str) -> str:
+    """Name the crop that an encoder has of its own in a partition."""
+    return f"{partition}/{encoder}"
 
 
 def follow(features: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:

@@ -102,7 +102,7 @@ def _print_plan(arguments: argparse.Namespace) -> int:
         console.print(table)
     console.print(
         f"At an assumed {arguments.utilisation:.0%} of the {device.bfloat16:g} TFLOP/s (bfloat16) "
-        f"and {device.float32:g} TFLOP/s (float32) of one {kind}; without decoding, "
+        f"and {device.float32:g} TFLOP/s (float32) of one {kind}; without "
         "communication and evaluation. Times hold the statistics of the teachers, which each stage "
         "begins with.\n"
     )

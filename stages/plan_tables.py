@@ -87,6 +87,7 @@ def partition_table(plans: "Sequence[StagePlan]") -> Table:
     """Describe the partitions; where a size is drawn, by their means."""
     table = _table(
         "Partitions (shares of the work make good `ranks`)", "stage", "partition", "student",
+        "rendered at",
         "images / step", "tokens / picture", "student GFLOP", "teachers GFLOP", "share of work",
     )  # fmt: skip
     for plan in plans:
@@ -98,6 +99,7 @@ def partition_table(plans: "Sequence[StagePlan]") -> Table:
                 plan.name,
                 cost.partition.name,
                 ", ".join(map(_size, cost.partition.sizes)),
+                ", ".join(map(_size, cost.rendered)),
                 f"{images:,}",
                 f"{cost.tokens:,.0f}",
                 f"{cost.student_flops / 1e9:,.1f}",
@@ -128,7 +130,7 @@ def time_table(plans: "Sequence[StagePlan]", price: float) -> Table:
     """Say how long each stage takes."""
     table = _table(
         "Time", "stage", "devices", "steps", "images / step", "tokens / step", "student FLOP",
-        "teachers FLOP", "a step", "devices busy", "time", "device time",
+        "teachers FLOP", "a step", "devices busy", "decoding cores", "time", "device time",
         *(["price"] if price else []),
     )  # fmt: skip
     for plan in plans:
@@ -136,9 +138,10 @@ def time_table(plans: "Sequence[StagePlan]", price: float) -> Table:
             plan.name, str(plan.devices), f"{plan.steps:,}", f"{plan.images:,}",
             f"{plan.tokens:,.0f}",
             _flops(plan.student_flops), _flops(plan.teacher_flops),
-            duration(plan.step_seconds), f"{plan.busy:.0%}", *_times([plan], price),
+            duration(plan.step_seconds), f"{plan.busy:.0%}",
+            f"{plan.decoding_cores:.1f}", *_times([plan], price),
         )  # fmt: skip
-    table.add_row("all", *[""] * 8, *_times(plans, price), style="bold")
+    table.add_row("all", *[""] * 9, *_times(plans, price), style="bold")
     return table
 
 

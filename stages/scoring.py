@@ -23,7 +23,6 @@ from radio_distill.targets import TargetMaker
 from radio_distill.train.checkpoint import Checkpoint
 from radio_distill.train.restore import normalizers_of
 from radio_distill.types import Features, Score
-from radio_distill.views import Views
 from upsamplers.interpolate import Bilinear
 
 from .build import build_teachers
@@ -119,9 +118,10 @@ def _fidelity(
     pictures = [picture for _, picture in load_pictures(config.pictures, config.limit or None)]
     scores = fidelity(
         lambda pixels: model(pixels, names),
-        lambda pixels: targets(Views(pixels, size), partition),
+        lambda views: targets(views, partition),
         pictures,
         size,
+        [targets.size(name, partition, size) for name in names],
         device=device,
         progress=lambda done, total: report("fidelity", done, total),
     )

@@ -9,6 +9,7 @@ and teachers must see the same pixels, and the AM-RADIO recipe has none.
 import io
 import math
 import struct
+from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
 from typing import BinaryIO, NamedTuple
@@ -275,26 +276,57 @@ def _sixteen_bit_to_rgb(image: Image.Image) -> Image.Image:
 def random_view(
     image: Image.Image, size: Size, config: DataConfig, generator: np.random.Generator
 ) -> tuple[Tensor, ViewOrigin]:
-    """Cut a random resized crop, perhaps flipped, with antialiased bicubic resampling.
-
-    The crop covers ``crop_scale`` of the area; ``crop_ratio`` is its width to height in relation to
-    that of the view, so that a wide view distorts no more than a square one.
-
-    Returns:
-        Pixels ``[3, H, W]`` uint8, and where they come from.
-    """
-    flipped = generator.random() < config.flip
-    source = image.height, image.width
-    top, left, height, width = _random_box(source, size, config, generator)
-    origin = ViewOrigin(source, top, left, height, width, flipped)
-    return _cut(image, origin, size), origin
+    """Cut a :func:`random_origin` and render it at ``size`` pixels, ``[3, H, W]`` uint8."""
+    origin = random_origin(image, size, config, generator)
+    return render(cut(image, origin), size), origin
 
 
 def centre_view(image: Image.Image, size: Size) -> tuple[Tensor, ViewOrigin]:
-    """Cut the largest centred crop of the view's aspect ratio; see :func:`random_view`."""
+    """Render the largest centred crop of the aspect ratio of ``size``, ``[3, H, W]`` uint8."""
     source = image.height, image.width
     origin = ViewOrigin(source, *_centre_box(source, size))
-    return _cut(image, origin, size), origin
+    return render(cut(image, origin), size), origin
+
+
+def random_origin(
+    image: Image.Image, shape: Size, config: DataConfig, generator: np.random.Generator
+) -> ViewOrigin:
+    """Draw a crop, perhaps flipped.
+
+    It covers ``crop_scale`` of the area; ``crop_ratio`` is its width to height in relation to that
+    of ``shape``, so that a wide view distorts no more than a square one.
+    """
+    flipped = generator.random() < config.flip
+    source = image.height, image.width
+    return ViewOrigin(source, *_random_box(source, shape, config, generator), flipped)
+
+
+def cut(image: Image.Image, origin: ViewOrigin) -> Image.Image:
+    """Cut a view out of a photograph, at the photograph's own resolution."""
+    right, bottom = origin.left + origin.width, origin.top + origin.height
+    view = image.crop((origin.left, origin.top, right, bottom))
+    return view.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if origin.flipped else view
+
+
+def render(view: Image.Image, size: Size, crop: Sequence[float] | None = None) -> Tensor:
+    """Resize a view, or a part of it, with antialiased bicubic resampling.
+
+    Args:
+        view: at the photograph's own resolution.
+        size: (height, width) in pixels.
+        crop: (top, left, height, width) as shares of the view's height and width; None for all.
+
+    Returns:
+        Pixels ``[3, H, W]`` uint8.
+    """
+    box = None
+    if crop is not None:
+        top, left, height, width = crop
+        right, bottom = min(left + width, 1.0), min(top + height, 1.0)  # a rounding error above
+        across, down = view.width, view.height
+        box = (left * across, top * down, right * across, bottom * down)
+    rendered = view.resize((size[1], size[0]), Image.Resampling.BICUBIC, box)
+    return rearrange(torch.from_numpy(np.array(rendered)), "h w c -> c h w").contiguous()
 
 
 def to_float(pixels: Tensor) -> Tensor:
@@ -327,13 +359,3 @@ def _centre_box(source: Size, size: Size) -> tuple[int, int, int, int]:
     scale = min(source[0] / size[0], source[1] / size[1])
     height, width = (max(1, round(side * scale)) for side in size)
     return (source[0] - height) // 2, (source[1] - width) // 2, height, width
-
-
-def _cut(image: Image.Image, origin: ViewOrigin, size: Size) -> Tensor:
-    right, bottom = origin.left + origin.width, origin.top + origin.height
-    view = image.crop((origin.left, origin.top, right, bottom))
-    if origin.flipped:
-        view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    view = view.resize((size[1], size[0]), Image.Resampling.BICUBIC)
-    pixels = torch.from_numpy(np.array(view))
-    return rearrange(pixels, "h w c -> c h w").contiguous()  # [3, H, W]

@@ -9,10 +9,11 @@ position and attempt alone; dropping it instead would shift every later batch.
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from PIL.Image import Image
 from torch import Tensor
@@ -20,8 +21,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..config import DataConfig, plain
 from ..errors import DataError
-from ..types import ImageBatch, Size, ViewOrigin
-from .images import BadImageError, decode_image, random_view, to_float
+from ..types import ImageBatch, Size, View, ViewOrigin
+from .images import BadImageError, cut, decode_image, random_origin, render, to_float
 from .position import SampleOrder, view_generator
 from .reader import ShardReader
 from .sources import open_sources
@@ -35,11 +36,15 @@ _MAX_OPEN = 256
 
 @dataclass(frozen=True)
 class StepSlice:
-    """Images [start, stop) of each step's global batch, at one size in pixels."""
+    """Images [start, stop) of each step's global batch, and how they are rendered."""
 
     start: int
     stop: int
     size: Size
+    """Its aspect ratio is cropped out of the photographs, (height, width) in pixels."""
+    views: Mapping[View, np.ndarray | None] | None = None
+    """Where each view lies within that crop: shares of its height and width, ``[B, 4]`` of (top,
+    left, height, width); None for all of it. Without views, one of ``size`` pixels."""
 
 
 Slices = Callable[[int], Sequence[StepSlice]]
@@ -146,11 +151,12 @@ class ShardBatches:
         if isinstance(batch, DataError):
             raise batch
         self._tally.add(len(batch.keys), batch.bad)
-        if batch.pixels is None:
+        if batch.views is None:
             verdict = self._tally.verdict()
             raise DataError(f"{MAX_ATTEMPTS} images in a row are bad: {verdict}")
         self._tally.check()
-        return ImageBatch(to_float(batch.pixels), batch.keys, batch.origins)
+        views = {view: to_float(pixels) for view, pixels in batch.views.items()}
+        return ImageBatch(views, batch.keys, batch.origins)
 
 
 class _Task(NamedTuple):
@@ -159,12 +165,13 @@ class _Task(NamedTuple):
     start: int
     stop: int
     size: Size
+    views: Mapping[View, np.ndarray | None]
 
 
 class _Batch(NamedTuple):
     """One micro-batch on its way from a worker."""
 
-    pixels: Tensor | None
+    views: dict[View, Tensor] | None
     """uint8, a quarter of the bytes of float32; None when a position met only bad images."""
     keys: tuple[str, ...]
     origins: tuple[ViewOrigin, ...]
@@ -182,7 +189,8 @@ class _Tasks:
             first = step * self._images_per_step
             for item in self._slices(step):
                 assert 0 <= item.start < item.stop <= self._images_per_step, str(item)
-                yield _Task(first + item.start, first + item.stop, item.size)
+                views = item.views or {View(item.size): None}
+                yield _Task(first + item.start, first + item.stop, item.size, views)
 
 
 class _Views(Dataset[Any]):
@@ -198,7 +206,7 @@ class _Views(Dataset[Any]):
             return error
 
     def _batch(self, task: _Task) -> _Batch:
-        pixels: list[Tensor] = []
+        pixels: dict[View, list[Tensor]] = {view: [] for view in task.views}
         keys: list[str] = []
         origins: list[ViewOrigin] = []
         bad: list[Bad] = []
@@ -208,11 +216,15 @@ class _Views(Dataset[Any]):
                 return _Batch(None, tuple(keys), tuple(origins), tuple(bad))
             key, image = found
             generator = view_generator(self._seed, position)
-            view, origin = random_view(image, task.size, self._config, generator)
-            pixels.append(view)
+            origin = random_origin(image, task.size, self._config, generator)
+            whole = cut(image, origin)
+            for view, crops in task.views.items():
+                crop = None if crops is None else crops[position - task.start]
+                pixels[view].append(render(whole, view.size, crop))
             keys.append(key)
             origins.append(origin)
-        return _Batch(torch.stack(pixels), tuple(keys), tuple(origins), tuple(bad))
+        views = {view: torch.stack(rows) for view, rows in pixels.items()}
+        return _Batch(views, tuple(keys), tuple(origins), tuple(bad))
 
     def _find(self, position: int, bad: list[Bad]) -> tuple[str, Image] | None:
         """Return key and picture of a position, or of its first good substitute."""

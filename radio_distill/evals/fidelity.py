@@ -15,18 +15,21 @@ from torch.nn import functional as F
 
 from ..alignment import align
 from ..protocols import Normalizer
-from ..types import Features, Score, Size
-from .harness import Picture, to_pixels
+from ..types import Features, Score, Size, View
+from ..views import Views
+from .harness import Picture, open_picture, to_pixels
 
 Predict = Callable[[Tensor], dict[str, Features]]
+Targets = Callable[[Views], dict[str, Features]]
 
 
 @torch.inference_mode()
 def fidelity(
     predict: Predict,
-    targets: Predict,
+    targets: Targets,
     pictures: Sequence[Picture],
     size: Size,
+    teacher_sizes: Sequence[Size] = (),
     batch_size: int = 8,
     device: torch.device | str = "cpu",
     progress: Callable[[int, int], None] | None = None,
@@ -38,19 +41,26 @@ def fidelity(
 
     Args:
         predict: pixels ``[B, 3, H, W]`` on ``device`` to the student's ``{teacher: Features}``.
-        targets: pixels to the teachers' ``{teacher: Features}``, normalised alike.
+        targets: views to the teachers' ``{teacher: Features}``, normalised alike.
         pictures: held-out pictures.
         size: the student's input, in pixels.
+        teacher_sizes: what else ``targets`` looks at, of the same aspect ratio.
         batch_size: pictures a batch.
         device: where both callables want their pixels.
         progress: called with (done, total).
     """
     sums: dict[str, _Sums] = {}
     for start in range(0, len(pictures), batch_size):
-        batch = [to_pixels(picture, size) for picture in pictures[start : start + batch_size]]
-        pixels = torch.stack(batch).to(device)
-        predicted = predict(pixels)
-        for teacher, target in targets(pixels).items():
+        batch = [open_picture(picture) for picture in pictures[start : start + batch_size]]
+        views = Views(
+            {
+                View(side): torch.stack([to_pixels(image, side) for image in batch]).to(device)
+                for side in {size, *teacher_sizes}
+            },
+            size,
+        )
+        predicted = predict(views.of_student())
+        for teacher, target in targets(views).items():
             sums.setdefault(teacher, _Sums()).add(predicted[teacher], target)
         if progress is not None:
             progress(start + len(batch), len(pictures))

@@ -23,9 +23,13 @@ from ..models.position import NUM_DRAWS
 from ..partitions import Partition, Pass
 from ..precision import autocast
 from ..protocols import Normalizer, Teacher, Upsampler
+from ..targets import rendered_size
 from ..types import Features, Size
+from ..views import STUDENT
 from .measure import count_flops, peak_memory
 from .sights import Sight, sight_of
+
+_FLOAT = 4  # bytes
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,8 @@ class TeacherCost:
 class PassCost:
     """One partition at one size; operations are for one picture."""
 
+    rendered: Mapping[str, Size]
+    """Size of each encoder's view, in pixels."""
     tokens: int
     """Student tokens of one picture, summary tokens and registers included."""
     student_flops: int
@@ -63,6 +69,11 @@ class PartitionCost:
 
     partition: Partition
     passes: Mapping[Size, PassCost]
+
+    @property
+    def rendered(self) -> list[Size]:
+        """Sizes of all views, in pixels, the smallest first."""
+        return sorted({size for cost in self.passes.values() for size in cost.rendered.values()})
 
     @property
     def tokens(self) -> float:
@@ -154,9 +165,9 @@ class ModelCosts:
     def step_memory(self, stage: str, passes: Sequence[Pass], images: int) -> int:
         """Return the most bytes that a micro-batch takes beside weights, gradients and moments.
 
-        That is the targets of all passes over its images, and the larger of two: a teacher at work
-        on the images of one call, with its own map, of which the normalizer makes the target; the
-        student with its losses.
+        That is the views of its images, the targets of all passes over them, and the larger of two:
+        a teacher at work on the images of one call, with its own map, of which the normalizer makes
+        the target; the student with its losses.
         """
         key = (stage, images, *((item.partition.name, item.size) for item in passes))
         if key not in self._step_memory:
@@ -171,6 +182,7 @@ class ModelCosts:
         if self.recipe.loss.mesa:
             flops += self._forward_flops(size)
         return PassCost(
+            rendered=self._rendered(stage, config, size),
             tokens=grid[0] * grid[1] + body.num_prefix_tokens,
             student_flops=flops,
             teachers=tuple(self._teacher(stage, config, name, size) for name in config.teachers),
@@ -189,6 +201,21 @@ class ModelCosts:
             teacher, pixels = self.teachers[name], torch.empty(1, 3, *view)
             other += count_flops(lambda: upsampler(teacher, pixels, sight.grid)) - encode
         return TeacherCost(sight, calls, encode, other)
+
+    def _rendered(self, stage: str, partition: PartitionConfig, size: Size) -> dict[str, Size]:
+        recipe, factor = self.recipe, self._upsamplers[stage].factor
+        teachers = {
+            name: rendered_size(
+                recipe.teachers[name],
+                self.teachers[name].spec,
+                partition,
+                size,
+                recipe.student.patch_size,
+                factor,
+            )
+            for name in partition.teachers
+        }
+        return {STUDENT: size, **teachers}
 
     def _sight(
         self, partition: PartitionConfig, name: str, view: Size, stage: str | None = None
@@ -243,6 +270,12 @@ class ModelCosts:
     def _peak_of_step(self, stage: str, passes: Sequence[Pass], images: int) -> int:
         kept: dict[Sight, int] = {}
         peaks = []
+        views = {
+            view
+            for item in passes
+            for view in self._rendered(stage, item.partition.config, item.size).values()
+        }
+        pixels = _FLOAT * images * 3 * sum(map(math.prod, views))
         for item in passes:
             config = item.partition.config
             sights = [self._sight(config, name, item.size, stage) for name in config.teachers]
@@ -254,17 +287,17 @@ class ModelCosts:
                 for sight, count in calls.items()
             ]
             peaks.append(self._peak_of_learning(item, images, targets))
-        return sum(kept.values()) + max(peaks)
+        return pixels + sum(kept.values()) + max(peaks)
 
     def _peak_of_learning(self, item: Pass, images: int, targets: Mapping[str, Features]) -> int:
-        return peak_memory(lambda: self._learn(item, images, targets))
-
-    def _learn(self, item: Pass, images: int, targets: Mapping[str, Features]) -> None:
-        """Run forward, losses and backward of one pass."""
         pixels = torch.empty(images, 3, *item.size)
+        return peak_memory(lambda: self._learn(item, pixels, targets))
+
+    def _learn(self, item: Pass, pixels: Tensor, targets: Mapping[str, Features]) -> None:
+        """Run forward, losses and backward of one pass."""
         with autocast(self.recipe.engine.precision, torch.device("cpu")):
             predictions = self._student(
-                pixels, item.partition.config.teachers, draws=torch.empty(images, NUM_DRAWS)
+                pixels, item.partition.config.teachers, draws=torch.empty(len(pixels), NUM_DRAWS)
             )
         weights = {f"{name}/{kind}": 1.0 for name in targets for kind in KINDS}
         report = distillation_loss(predictions, targets, self.recipe.loss, weights)

@@ -5,7 +5,7 @@ tell each other which size, which window, or where a crop lies.
 """
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -14,8 +14,8 @@ from torch import Tensor
 from ..config import AugmentationConfig
 from ..models.position import NUM_DRAWS
 from ..partitions import MicroBatch, Partition, Pass
-from ..types import Size
-from ..views import Views
+from ..types import Size, View
+from ..views import Views, crop_of
 
 
 class Draws:
@@ -32,10 +32,11 @@ class Draws:
         self._seed, self._config = seed, config
         self._images, self._patch_size = images, patch_size
 
-    @property
-    def margin(self) -> int:
-        """Pixels by which a decoded view exceeds the student's input on each axis."""
-        return self._config.shift * self._patch_size
+    def shape(self, size: Size) -> Size:
+        """Return what is cropped out of a photograph, in the student's pixels: its input, and the
+        range of the shifts."""
+        margin = self._config.shift * self._patch_size
+        return size[0] + margin, size[1] + margin
 
     def sizes(self, step: int, partitions: Sequence[Partition]) -> dict[str, Size]:
         """Draw the student input of each partition, (height, width) in pixels."""
@@ -64,15 +65,62 @@ class Draws:
         sides = [side for side in range(low, high + 1) if height % side == width % side == 0]
         return int(generator.choice(sides)) if sides else 0
 
-    def views(self, step: int, micro: MicroBatch, item: Pass, pixels: Tensor) -> Views:
-        """Show the pixels ``[B, 3, H, W]`` of a micro-batch, each encoder's crop shifted."""
+    def renderings(
+        self, step: int, micro: MicroBatch, item: Pass, sizes: Mapping[str, Size]
+    ) -> dict[View, np.ndarray | None]:
+        """Say which views of a micro-batch's images its encoders need.
 
-        def offsets(encoder: str) -> Tensor:
+        Args:
+            step: counted from 0.
+            micro: the images.
+            item: the pass.
+            sizes: of each encoder's view, in pixels.
+
+        Returns:
+            For each view where it lies within what :meth:`shape` says is cropped, as shares of its
+            height and width: (top, left, height, width), ``[B, 4]``; None for all of it.
+        """
+        if not self._config.shift:
+            return {View(size): None for size in sizes.values()}
+        offsets, name = self._offsets(step, micro, item), item.partition.name
+        rows, columns = self._cells(item.size)
+        whole = np.array([rows, columns]) + self._config.shift  # in patches
+        inside = np.array([rows, columns]) / whole
+        return {
+            View(size, crop_of(name, encoder)): np.concatenate(
+                [offsets(encoder) / whole, np.broadcast_to(inside, (micro.stop - micro.start, 2))],
+                axis=1,
+            )
+            for encoder, size in sizes.items()
+        }
+
+    def views(
+        self, step: int, micro: MicroBatch, item: Pass, pixels: Mapping[View, Tensor]
+    ) -> Views:
+        """Show a micro-batch's renderings to the encoders of a pass, each its own crop."""
+        if not self._config.shift:
+            return Views(pixels, item.size)
+        offsets = self._offsets(step, micro, item)
+        return Views(
+            pixels,
+            item.size,
+            lambda encoder: torch.from_numpy(offsets(encoder)),
+            self._cells(item.size),
+            item.partition.name,
+        )
+
+    def _offsets(self, step: int, micro: MicroBatch, item: Pass) -> Callable[[str], np.ndarray]:
+        """Draw where the crop of a named encoder begins, ``[B, 2]`` whole patches."""
+
+        def offsets(encoder: str) -> np.ndarray:
             generator = self._of(step, f"shift/{item.partition.name}/{encoder}")
-            cells = generator.integers(self._config.shift + 1, size=(self._images, 2))
-            return torch.from_numpy(cells[micro.start : micro.stop] * self._patch_size)
+            patches = generator.integers(self._config.shift + 1, size=(self._images, 2))
+            return patches[micro.start : micro.stop]
 
-        return Views(pixels, item.size, offsets, self.margin)
+        return offsets
+
+    def _cells(self, size: Size) -> Size:
+        return size[0] // self._patch_size, size[1] // self._patch_size
 
     def noise(self, step: int) -> int:
         """Return a seed for noise on weights."""

@@ -35,7 +35,7 @@ from ..progress import Progress
 from ..protocols import BatchSource, Engine
 from ..targets import Seen, TargetMaker
 from ..terms import mesa
-from ..types import Features, ImageBatch, TeacherSpec
+from ..types import Features, ImageBatch, TeacherSpec, View
 from ..views import AVERAGE, Views, follow
 from . import checkpoint as checkpoints
 from .checkpoint import Checkpoint
@@ -204,7 +204,10 @@ def accumulate(
     findings, notes = Findings(), []
     total, signs = torch.zeros((), device=run.engine.device), None
     for micro, batch in zip(work, batches, strict=True):
-        pixels = batch.pixels.to(run.engine.device, non_blocking=True)  # [B, 3, H, W]
+        pixels = {
+            view: tensor.to(run.engine.device, non_blocking=True)  # [B, 3, H, W]
+            for view, tensor in batch.views.items()
+        }
         seen: Seen = {}
         for item in micro.passes:
             report = _forward(run, step, micro, item, pixels, seen, findings, batch.keys)
@@ -237,7 +240,7 @@ def _forward(
     step: int,
     micro: MicroBatch,
     item: Pass,
-    pixels: Tensor,
+    pixels: Mapping[View, Tensor],
     seen: Seen,
     findings: Findings,
     keys: Sequence[str],
@@ -251,7 +254,7 @@ def _forward(
         predictions = run.engine.forward(
             views.of_student(),
             partition.teachers,
-            draws=run.draws.positions(step, micro).to(pixels.device),
+            draws=run.draws.positions(step, micro).to(run.engine.device),
             freeze_body=step < run.config.frozen_steps,
             window_size=run.draws.window(step, item) or None,
         )

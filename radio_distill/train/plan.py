@@ -3,7 +3,8 @@
 The images of a step are dealt to devices as the trainer deals them, and a step takes as long as its
 busiest device; where sizes are drawn, the time is the mean over the draws. Time is operations /
 (peak * utilisation): the utilisation is an assumption, and every figure of time stands and falls
-with it. Left out: decoding, communication, evaluation, checkpoints.
+with it. Left out: communication, evaluation, checkpoints. Decoding runs beside the devices; what it
+asks of the processors, :attr:`StagePlan.decoding_cores`, is told apart from the time.
 
 Memory of one device, for P parameters of student and heads, W devices, ZeRO stage z:
 
@@ -36,6 +37,8 @@ UTILISATION = 0.35
 """Share of the peak that a step reaches. Assumed: transformers are trained at 0.3 to 0.5."""
 USABLE = 0.9
 """Share of a device's memory that tensors may fill. Assumed."""
+DECODE_SECONDS, RENDER_SECONDS = 6.0e-3, 14e-9
+"""Of one core, for a photograph of 640x427 px and for each pixel that is rendered of it."""
 MOST_DRAWS = 500
 """Draws of sizes that are looked at where there are more; each is as likely as the others."""
 
@@ -110,6 +113,8 @@ class StagePlan:
     """Of the busiest device, which the others wait for; the mean over the sizes that are drawn."""
     busy: float
     """Mean work of the devices over that of the busiest."""
+    decoding_cores: float
+    """Cores that the busiest device keeps busy with decoding, or it waits for its images."""
     statistics_seconds: float
     """What estimating the teachers' statistics takes before the first step."""
 
@@ -157,6 +162,10 @@ def plan_stage(
         for ranks in steps
     ]
     waits = [max(ranks) for ranks in seconds]
+
+    def decoding(work: Sequence[MicroBatch]) -> float:
+        return sum(_decoding_seconds(micro, measured) for micro in work)
+
     sums = [(cost, cost.partition.batch_size) for cost in measured.values()]
     largest = _largest([micro for ranks in steps for work in ranks for micro in work])
     step_memory = []
@@ -180,6 +189,7 @@ def plan_stage(
         ),
         step_seconds=sum(waits) / len(waits),
         busy=sum(map(sum, seconds)) / devices / sum(waits),
+        decoding_cores=sum(max(map(decoding, ranks)) for ranks in steps) / sum(waits),
         statistics_seconds=_statistics_seconds(costs, recipe, name, device) / devices / utilisation,
     )
 
@@ -270,6 +280,17 @@ def _seconds(
             seconds += flops / device.flops_per_second(dtype)
             seconds += images * teacher.other_flops / device.flops_per_second("float32")
     return seconds
+
+
+def _decoding_seconds(micro: MicroBatch, measured: Mapping[str, PartitionCost]) -> float:
+    """Return the time of one core for the views of a micro-batch, each size once."""
+    sizes = {
+        size
+        for item in micro.passes
+        for size in measured[item.partition.name].passes[item.size].rendered.values()
+    }
+    pixels = sum(math.prod(size) for size in sizes)
+    return (micro.stop - micro.start) * (DECODE_SECONDS + RENDER_SECONDS * pixels)
 
 
 def _teacher_flops(

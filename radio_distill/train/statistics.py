@@ -7,8 +7,9 @@ shows it, and are kept in a file for each teacher, size and set of images.
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
 import torch
@@ -27,7 +28,7 @@ from ..partitions import Partition, images_per_step
 from ..progress import Progress
 from ..protocols import Normalizer
 from ..targets import TargetMaker
-from ..types import Size
+from ..types import Size, View
 from ..views import Views
 from .distributed import World, from_main, main_first
 from .draws import Draws
@@ -112,7 +113,7 @@ def _statistics_of(
 ) -> dict[str, Statistics]:
     config = recipe.stages[stage]
     images = share_of(recipe.normalizer.images, config.steps * images_per_step(config))
-    stream = _Stream(recipe, partition, world, max(images, 1))
+    stream = _Stream(targets, names, recipe, partition, world, max(images, 1))
     paths = {name: cache / _file_name(targets, name, partition, stream, recipe) for name in names}
     # Random weights have no hash, so nothing tells two such teachers apart.
     kept = [name for name in names if targets.teachers[name].spec.weights_hash]
@@ -131,8 +132,17 @@ def _statistics_of(
 class _Stream:
     """Images of a partition, each batch at one of its sizes, whatever the number of processes."""
 
-    def __init__(self, recipe: Recipe, partition: PartitionConfig, world: World, images: int):
+    def __init__(
+        self,
+        targets: TargetMaker,
+        teachers: Sequence[str],
+        recipe: Recipe,
+        partition: PartitionConfig,
+        world: World,
+        images: int,
+    ):
         self.partition, self.images, self.world = partition, images, world
+        self._targets, self._teachers = targets, teachers
         self._sizes = (Partition(partition, 0, 1.0),)
         self._draws = Draws(recipe.seed, recipe.augmentation, BATCH, recipe.student.patch_size)
         self.source = ShardBatches(
@@ -148,7 +158,9 @@ class _Stream:
 
     def _slices(self, step: int) -> list[StepSlice]:
         start = self.world.rank * BATCH
-        return [StepSlice(start, start + BATCH, self._size(step))]
+        size = self._size(step)
+        inputs = [self._targets.size(name, self.partition, size) for name in self._teachers]
+        return [StepSlice(start, start + BATCH, size, {View(item): None for item in inputs})]
 
     def batches(self) -> Iterator[tuple[int, Views, tuple[str, ...]]]:
         """Yield this process's images: the index of the first, their views, their keys."""
@@ -162,7 +174,8 @@ class _Stream:
                 # The last step is cut, so that the images are the same on any number of processes.
                 used = min(max(self.images - first, 0), BATCH)
                 if used:
-                    yield first, Views(batch.pixels[:used], self._size(step)), batch.keys[:used]
+                    pixels = {view: tensor[:used] for view, tensor in batch.views.items()}
+                    yield first, Views(pixels, self._size(step)), batch.keys[:used]
                 progress.update(min((step + 1) * per_step, self.images))
 
 
@@ -204,7 +217,10 @@ def _file_name(
     stream: _Stream,
     recipe: Recipe,
 ) -> str:
-    """Name a cache file after everything that its numbers depend on."""
+    """Name a cache file after everything that its numbers depend on.
+
+    Of the student's input only the aspect ratio is: what is cropped out of the photographs.
+    """
     spec = targets.teachers[name].spec
     views = partition_sizes(partition)
     sizes = [targets.size(name, partition, view) for view in views]
@@ -212,7 +228,7 @@ def _file_name(
         spec.weights_hash,
         spec.channels,
         sizes,
-        views,
+        [Fraction(*view) for view in views],
         name in partition.mosaic,
         _asks_dispersion(targets, recipe, name),
         stream.source.fingerprint,

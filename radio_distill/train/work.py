@@ -3,11 +3,14 @@
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
+import numpy as np
+
 from ..config import Recipe
 from ..data.loader import StepSlice
-from ..partitions import MicroBatch, images_per_step, partitions_of, share_out
+from ..partitions import MicroBatch, Pass, images_per_step, partitions_of, share_out
 from ..targets import TargetMaker
-from ..types import Size
+from ..types import Size, View
+from ..views import AVERAGE, STUDENT
 from .distributed import World
 from .draws import Draws
 
@@ -31,6 +34,7 @@ class Work:
         self.images_per_step = images_per_step(config)
         self._world, self._targets, self._draws = world, targets, draws
         self._limit = recipe.engine.micro_batch
+        self._mesa = recipe.loss.mesa > 0
         self._share_out = lru_cache(maxsize=256)(self._of_sizes)
 
     def micro_batches(self, step: int) -> Sequence[MicroBatch]:
@@ -38,12 +42,23 @@ class Work:
         return self._share_out(tuple(self._draws.sizes(step, self.partitions).items()))
 
     def slices(self, step: int) -> list[StepSlice]:
-        """Return the images of each micro-batch, with room for the shifts of the crops."""
-        margin = self._draws.margin
-        return [
-            StepSlice(micro.start, micro.stop, (micro.size[0] + margin, micro.size[1] + margin))
-            for micro in self.micro_batches(step)
-        ]
+        """Return the images of each micro-batch, and the views that its encoders need of them."""
+        slices = []
+        for micro in self.micro_batches(step):
+            views: dict[View, np.ndarray | None] = {}
+            for item in micro.passes:
+                views |= self._draws.renderings(step, micro, item, self._sizes(item))
+            shape = self._draws.shape(micro.size)
+            slices.append(StepSlice(micro.start, micro.stop, shape, views))
+        return slices
+
+    def _sizes(self, item: Pass) -> dict[str, Size]:
+        """Return the size of each encoder's view, in pixels."""
+        partition = item.partition.config
+        sizes = {STUDENT: item.size} | ({AVERAGE: item.size} if self._mesa else {})
+        for name in partition.teachers:
+            sizes[name] = self._targets.rendered_size(name, partition, item.size)
+        return sizes
 
     def _of_sizes(self, sizes: tuple[tuple[str, Size], ...]) -> Sequence[MicroBatch]:
         known: Mapping[str, Size] = dict(sizes)

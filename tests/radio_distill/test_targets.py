@@ -76,6 +76,23 @@ def test_resize__stays_in_range_and_keeps_constants():
     assert resize(edge, (32, 32)) is edge
 
 
+class AnySize(dict):
+    """Views of one picture at whatever size is asked for."""
+
+    def __init__(self, pixels):
+        super().__init__()
+        self.pixels = pixels
+
+    def __missing__(self, view):
+        return self.setdefault(view, resize(self.pixels, view.size))
+
+
+def views_of(pixels, size):
+    views = Views(AnySize(pixels), size)
+    views.of_student()
+    return views
+
+
 @pytest.mark.parametrize("upsampler", ["bilinear", "tile"])
 def test_target_maker__grids_scale_and_upsampler(upsampler):
     configs = {"vit": TeacherConfig(preset="tiny_vit"), "sam": TeacherConfig(preset="tiny_samvit")}
@@ -92,7 +109,7 @@ def test_target_maker__grids_scale_and_upsampler(upsampler):
         name="high", size=128, teachers=("vit", "sam"), batch_size=2, upsample=("vit",)
     )
     pixels = torch.rand(2, 3, 128, 128)
-    views = Views(pixels, (128, 128))
+    views = views_of(pixels, (128, 128))
     made = targets(views, partition)
 
     low = teachers["vit"].spec.grid(teachers["vit"].spec.native_size)
@@ -100,7 +117,9 @@ def test_target_maker__grids_scale_and_upsampler(upsampler):
     assert made["sam"].summary is None
     plain = teachers["sam"].encode(resize(pixels, teachers["sam"].spec.native_size))
     torch.testing.assert_close(made["sam"].spatial, normalizers["sam"].apply(plain.spatial))
-    raw = up(teachers["vit"], pixels, (2 * low[0], 2 * low[1]))
+    size = targets.rendered_size("vit", partition, (128, 128))
+    assert size == tuple(2 * side for side in teachers["vit"].spec.native_size)
+    raw = up(teachers["vit"], resize(pixels, size), (2 * low[0], 2 * low[1]))
     torch.testing.assert_close(made["vit"].spatial, normalizers["vit"].apply(raw.spatial))
     own = targets.own_grid("vit", views, partition)
     assert own.spatial.shape[-2:] == low, "statistics are of the teacher's own grid"
@@ -134,8 +153,9 @@ def made_with(upsampler, upsample=()):
     partition = PartitionConfig(
         name="low", size=64, teachers=("vit", "cnn"), batch_size=2, upsample=upsample
     )
-    pixels = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    views = Views(pixels, (64, 64))
+    side = 2 * teachers["vit"].spec.native_size[0]
+    pixels = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+    views = views_of(pixels, (64, 64))
     own = {name: targets.own_grid(name, views, partition) for name in teachers}
     return targets(views, partition), own
 
@@ -202,12 +222,12 @@ def test_target_maker__partitions_of_the_same_images_ask_a_teacher_once(counted)
         upsample=("vit",),
     )
     seen = {}
-    first = targets(Views(pixels, (64, 64)), low, seen)
-    second = targets(Views(pixels, (128, 128)), high, seen)
+    first = targets(views_of(pixels, (64, 64)), low, seen)
+    second = targets(views_of(pixels, (128, 128)), high, seen)
     assert teachers["sam"].images == 3, "both see its canvas"
     assert torch.equal(first["sam"].spatial, second["sam"].spatial)
     assert teachers["vit"].images == 6, "one sees it upsampled, the other does not"
-    apart = targets(Views(pixels, (128, 128)), high)
+    apart = targets(views_of(pixels, (128, 128)), high)
     for name, features in apart.items():
         assert torch.equal(features.spatial, second[name].spatial)
 
@@ -220,7 +240,7 @@ def test_target_maker__mosaic_is_what_the_teacher_says_of_the_canvas(counted):
         name="low", size=(height, width), teachers=("sam",), batch_size=5, mosaic=("sam",)
     )
     pixels = torch.rand(5, 3, height, width)
-    made = targets(Views(pixels, (height, width)), partition)
+    made = targets(views_of(pixels, (height, width)), partition)
     assert teachers["sam"].images == 2, "four of the five on the first canvas"
     assert targets.images_together(partition, (height, width)) == 4
     canvas = torch.cat(

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from radio_distill.views import STUDENT, Views, follow
+from radio_distill.types import View
+from radio_distill.views import AVERAGE, STUDENT, Views, crop_of, follow
 
 PATCH = 8
 
@@ -17,8 +18,21 @@ def patch_means(pixels: torch.Tensor) -> torch.Tensor:
 
 
 def offsets_of(**cells):
-    table = {name: torch.tensor(rows) * PATCH for name, rows in cells.items()}
+    table = {name: torch.tensor(rows) for name, rows in cells.items()}
     return lambda name: table[name]
+
+
+def crops_of(pixels, size, offsets, names=("student", "dino")):
+    """Each encoder's crop, cut out at whole pixels."""
+    crops = {}
+    for name in names:
+        corners = (offsets(name) * PATCH).tolist()
+        rows = [
+            image[:, top : top + size[0], left : left + size[1]]
+            for image, (top, left) in zip(pixels, corners, strict=True)
+        ]
+        crops[View(size, crop_of("low", name))] = torch.stack(rows)
+    return crops
 
 
 @settings(max_examples=40, deadline=None)
@@ -34,8 +48,9 @@ def test_follow__a_map_that_moves_with_the_picture_meets_the_students(rows, colu
         student=[(top, left) for top, left, _, _ in cells],
         dino=[(top, left) for _, _, top, left in cells],
     )
-    views = Views(pixels, size, offsets, margin)
-    student, teacher = patch_means(views.of_student()), patch_means(views.of_teacher("dino"))
+    views = Views(crops_of(pixels, size, offsets), size, offsets, (rows, columns), "low")
+    student = patch_means(views.of_student())
+    teacher = patch_means(views.of_teacher("dino", size))
     moved, seen = follow(teacher, views.shift("dino"))
     for row, (top, left, other_top, other_left) in enumerate(cells):
         down, right = abs(top - other_top), abs(left - other_left)
@@ -64,19 +79,13 @@ def test_follow__gradcheck():
     assert torch.autograd.gradcheck(lambda item: follow(item, shift)[0], features)
 
 
-@pytest.mark.parametrize("margin", [0, PATCH])
-def test_views__without_shift_all_see_the_same(margin):
-    pixels = torch.rand(2, 3, 32 + margin, 32 + margin)
-    offsets = offsets_of(student=[(0, 0)] * 2, dino=[(0, 0)] * 2)
-    views = Views(pixels, (32, 32), offsets, margin)
-    assert views.are_shifted == bool(margin)
-    assert torch.equal(views.of_student(STUDENT), views.of_teacher("dino"))
-    assert views.of_student().shape == (2, 3, 32, 32)
-
-
-def test_views__a_larger_view_is_shown_to_teachers_as_it_is():
-    pixels = torch.rand(2, 3, 64, 64)
-    views = Views(pixels, (32, 32))
-    assert views.of_teacher("dino") is pixels
-    assert views.of_student().shape == (2, 3, 32, 32)
+def test_views__without_shift_all_see_the_same_at_their_own_size():
+    small, large = torch.rand(2, 3, 32, 32), torch.rand(2, 3, 48, 48)
+    views = Views({View((32, 32)): small, View((48, 48)): large}, (32, 32))
+    assert views.of_student(STUDENT) is small
+    assert views.of_student(AVERAGE) is small
+    assert views.of_teacher("dino", (48, 48)) is large
+    assert not views.are_shifted
     assert views.shift("dino") is None
+    with pytest.raises(KeyError):
+        views.of_teacher("dino", (64, 64))  # never another's view, resized

@@ -16,7 +16,7 @@ from radio_distill.data.loader import StepSlice
 from radio_distill.errors import ConfigError, DivergedError
 from radio_distill.train import checkpoint as checkpoints
 from radio_distill.train.distributed import World
-from radio_distill.types import Features, ImageBatch
+from radio_distill.types import Features, ImageBatch, View
 from upsamplers.consistency import Consistency
 from upsamplers.fit import MODULES, FitRun, accumulate, fit, parameter_groups
 from upsamplers.lessons import lessons, share_of, step_homographies
@@ -84,7 +84,7 @@ class Pictures:
     def batch(self, step, item):
         numbers = [step * self.batch_size + at for at in range(item.start, item.stop)]
         pixels = torch.stack([picture(number, item.size) for number in numbers])
-        return ImageBatch(pixels, tuple(map(str, numbers)))
+        return ImageBatch({View(item.size): pixels}, tuple(map(str, numbers)))
 
 
 @pytest.fixture(scope="session")

@@ -22,13 +22,17 @@ def _target(pixels):
     return {"dino": Features(spatial.mean(dim=(2, 3)), spatial), "sam": Features(None, 2 * spatial)}
 
 
+def _targets(views):
+    return _target(views.of_student())
+
+
 @pytest.fixture
 def pictures(gradient):
     return [gradient.rotate(90 * turn) for turn in range(3)]
 
 
 def _values(predict, pictures, **options):
-    scores = fidelity(predict, _target, pictures, (64, 64), **options)
+    scores = fidelity(predict, _targets, pictures, (64, 64), **options)
     return {score.metric: score.value for score in scores}
 
 
@@ -53,8 +57,8 @@ def test_fidelity__predicting_the_mean_gives_one(pictures):
     def constant(pixels):
         return {"dino": Features(None, mean.expand(len(pixels), -1, 8, 8))}
 
-    def targets(pixels):
-        return {"dino": Features(None, every.expand(len(pixels), -1, -1, -1))}
+    def targets(views):
+        return {"dino": Features(None, every.expand(len(views), -1, -1, -1))}
 
     scores = fidelity(constant, targets, pictures, (64, 64), batch_size=2)
     assert {score.metric: score.value for score in scores}["fidelity/dino"] == pytest.approx(1)
@@ -104,7 +108,7 @@ def test_fidelity__grids_are_aligned_to_the_smaller(pictures):
 
 
 def test_fidelity__scores_say_what_they_are(pictures):
-    scores = {score.metric: score for score in fidelity(_target, _target, pictures, (64, 64))}
+    scores = {score.metric: score for score in fidelity(_target, _targets, pictures, (64, 64))}
     assert "summary_cosine/sam" not in scores
     assert not scores["mse/sam"].higher_is_better
     assert scores["cosine/sam"].higher_is_better
@@ -132,7 +136,9 @@ def _in_teacher_space(normalizer, pictures, error=0.0):
         return {"dino": Features(summary, normalizer.apply(spatial) + error)}
 
     inverted = in_teacher_space(predict, {"dino": normalizer})
-    scores = fidelity(inverted, _four_channels, pictures, (64, 64))
+    scores = fidelity(
+        inverted, lambda views: _four_channels(views.of_student()), pictures, (64, 64)
+    )
     return {score.metric: score.value for score in scores}
 
 

@@ -2,12 +2,14 @@
 
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 
 from radio_distill.config import AugmentationConfig, PartitionConfig
 from radio_distill.partitions import MicroBatch, Partition, Pass
 from radio_distill.train.draws import Draws
+from radio_distill.types import View
 from radio_distill.views import AVERAGE, STUDENT
 
 
@@ -40,19 +42,40 @@ def test_window__tiles_the_grid_on_the_wanted_share_of_steps():
     assert {draws_of(window_share=1).window(step, prime) for step in range(20)} == {0}
 
 
-def test_views__an_image_has_the_same_crops_in_any_micro_batch():
-    partition, draws = partition_of(64), draws_of(shift=3)
-    item = Pass(partition, (64, 64), 1.0)
-    pixels = torch.rand(8, 3, 64 + draws.margin, 64 + draws.margin)
-    whole = draws.views(5, MicroBatch(0, 8, (item,)), item, pixels)
-    part = draws.views(5, MicroBatch(2, 5, (item,)), item, pixels[2:5])
-    for name in (STUDENT, AVERAGE):
-        assert torch.equal(whole.of_student(name)[2:5], part.of_student(name))
-    assert torch.equal(whole.of_teacher("dino")[2:5], part.of_teacher("dino"))
-    shifts = whole.shift("dino") * 64 / 16
+SIZES = {STUDENT: (64, 64), AVERAGE: (64, 64), "dino": (96, 96)}
+
+
+def test_renderings__an_image_has_the_same_crops_in_any_micro_batch():
+    item, draws = Pass(partition_of(64), (64, 64), 1.0), draws_of(shift=3)
+    whole = draws.renderings(5, MicroBatch(0, 8, (item,)), item, SIZES)
+    part = draws.renderings(5, MicroBatch(2, 5, (item,)), item, SIZES)
+    assert {view.crop: view.size for view in whole} == {f"low/{n}": s for n, s in SIZES.items()}
+    for view, crops in whole.items():
+        assert np.array_equal(crops[2:5], part[view])
+        assert (crops[:, :2] + crops[:, 2:] <= 1).all(), "within the view"
+    height, width = draws.shape((64, 64))
+    corners = whole[View((96, 96), "low/dino")][:, :2] * (height, width) / 16
+    assert np.allclose(corners, corners.round()), "whole patches of the student"
+
+
+def test_views__shifts_are_the_distances_of_the_crops():
+    item, draws = Pass(partition_of(64), (64, 64), 1.0), draws_of(shift=3)
+    micro = MicroBatch(0, 8, (item,))
+    crops = draws.renderings(5, micro, item, SIZES)
+    shown = draws.views(5, micro, item, {view: torch.rand(8, 3, *view.size) for view in crops})
+    shifts = shown.shift("dino") * 64 / 16
     assert torch.equal(shifts, shifts.round()), "whole patches"
     assert 1 <= shifts.abs().max() <= 3
-    assert not torch.equal(shifts, whole.shift(AVERAGE) * 64 / 16), "each has its own crop"
+    assert not torch.equal(shifts, shown.shift(AVERAGE) * 64 / 16), "each has its own crop"
+    student, dino = crops[View((64, 64), "low/student")], crops[View((96, 96), "low/dino")]
+    apart = (student - dino)[:, :2] * draws.shape((64, 64)) / 64
+    assert np.allclose(apart, shown.shift("dino").numpy(), atol=1e-6)
+
+
+def test_renderings__without_shift_each_size_once():
+    item = Pass(partition_of(64), (64, 64), 1.0)
+    views = draws_of().renderings(5, MicroBatch(0, 8, (item,)), item, SIZES)
+    assert views == {View((64, 64)): None, View((96, 96)): None}
 
 
 def test_positions__rows_belong_to_images():

@@ -4,11 +4,13 @@ import multiprocessing
 import random
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from radio_distill.config import (
     AugmentationConfig,
@@ -23,6 +25,7 @@ from radio_distill.config import (
     UpsamplerConfig,
     check,
 )
+from radio_distill.data.images import render, to_float
 from radio_distill.models.distilled import build_student
 from radio_distill.models.ema import Ema
 from radio_distill.partitions import images_per_step
@@ -37,7 +40,6 @@ from radio_distill.train.statistics import build_normalizers
 from radio_distill.train.weights import TermWeights
 from radio_distill.train.work import Work
 from radio_distill.types import ImageBatch
-from radio_distill.views import resize
 from teachers import build_teacher
 from upsamplers import build_upsampler
 
@@ -137,15 +139,18 @@ def build(recipe: Recipe, world: World) -> StageRun:
 
 
 def pictures(run: StageRun, step: int) -> list[ImageBatch]:
-    """The images of each micro-batch; an image looks the same wherever it is decoded."""
+    """The views of each micro-batch; an image looks the same wherever it is rendered."""
     batches = []
     for item in run.work.slices(step):
-        rows = [
-            torch.rand(1, 3, 24, 24, generator=torch.Generator().manual_seed(100 * step + index))
-            for index in range(item.start, item.stop)
-        ]
-        pixels = resize(torch.cat(rows), item.size)
-        batches.append(ImageBatch(pixels, tuple(map(str, range(item.start, item.stop)))))
+        pixels = {view: [] for view in item.views}
+        for index in range(item.start, item.stop):
+            noise = np.random.default_rng(100 * step + index).integers(0, 256, (24, 24, 3))
+            image = Image.fromarray(noise.astype(np.uint8))
+            for view, crops in item.views.items():
+                crop = None if crops is None else crops[index - item.start]
+                pixels[view].append(to_float(render(image, view.size, crop)))
+        views = {view: torch.stack(rows) for view, rows in pixels.items()}
+        batches.append(ImageBatch(views, tuple(map(str, range(item.start, item.stop)))))
     return batches
 
 
