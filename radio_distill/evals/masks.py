@@ -27,7 +27,7 @@ from ..data.folder import split_folder
 from ..data.images import BadImageError, Shape, image_shape, upright
 from ..data.names import printable
 from ..data.patience import open_regular
-from ..data.shards import find_pictures
+from ..data.tree import list_tree, say_once
 from ..errors import DataError
 from ..files import reason_of
 from .harness import spread
@@ -133,29 +133,27 @@ def find_pairs(folder: str, split: str) -> list[Pair]:
         DataError: another layout, or no image has a mask.
     """
     root = Path(folder).expanduser()
-    images = _named(root, "images", split)
-    masks = {name: path for name, path in _named(root, "masks", split).items() if _is_png(path)}
+    images, masks = _named(root, "images", split), _named(root, "masks", split)
     pairs = [Pair(image, masks[name]) for name, image in images.items() if name in masks]
     alone = [image for name, image in images.items() if name not in masks]
     left = [mask for name, mask in masks.items() if name not in images]
     if not pairs:
         raise DataError(
             f"evaluation.segmentation: no mask in {root / 'masks'} is called as an image of "
-            f"{split} in {root / 'images'} is: NAME.jpg has its mask in NAME.png"
-            + (f" (first image: {_first(alone)}" if alone else " (no image")
-            + (f"; first mask: {_first(left)})" if left else "; no .png)")
+            f"{split} in {root / 'images'} is: NAME.jpg has its mask in NAME.png "
+            f"(first image: {_first(alone)}; first mask: {_first(left)})"
         )
     for what, lack, paths in (("images", "mask", alone), ("masks", "image", left)):
         if paths:
-            logger.warning(
-                "segmentation: %d %s of %s without %s, passed over (first: %s)",
-                len(paths), what, split, lack, _first(paths),
-            )  # fmt: skip
+            say_once(
+                f"segmentation: {len(paths)} {what} of {split} without {lack}, passed over (first: "
+                f"{_first(paths)})"
+            )
     return pairs
 
 
 def _named(root: Path, kind: str, split: str) -> dict[Path, Path]:
-    """Return the picture files of a split by their path within it, without suffix."""
+    """Return the images or masks of a split by their path within it, without suffix."""
     if not (root / kind).is_dir():
         found = ", ".join(sorted(path.name for path in root.glob("[!.]*"))[:8]) or "nothing"
         raise DataError(
@@ -163,10 +161,25 @@ def _named(root: Path, kind: str, split: str) -> dict[Path, Path]:
             f"masks/train and masks/val in {root} (found: {printable(found)}); move or link yours"
         )
     parent = split_folder(root / kind, split)
-    paths = find_pictures(parent)
+    tree = list_tree(parent)
+    paths = [path for path in tree.images if kind == "images" or _is_png(path)]
     if not paths:
-        raise DataError(f"evaluation.segmentation: no pictures in {parent}")
-    return {path.relative_to(parent).with_suffix(""): path for path in paths}
+        raise DataError(
+            f"evaluation.segmentation: no {'.png' if kind == 'masks' else 'pictures'} in {parent}"
+        )
+    if rest := tree.describe_rest(paths):
+        level = logging.INFO if rest == f"{tree.num_hidden} hidden" else logging.WARNING
+        say_once(f"{printable(parent)}: {len(paths)} {kind}; passed over: {rest}", level)
+    named: dict[Path, Path] = {}
+    for path in paths:
+        name = path.relative_to(parent).with_suffix("")
+        if name in named:
+            raise DataError(
+                f"evaluation.segmentation: {printable(named[name])} and {printable(path)} differ "
+                "in their suffix only, and so have one partner; keep one"
+            )
+        named[name] = path
+    return named
 
 
 def _is_png(path: Path) -> bool:
@@ -174,7 +187,7 @@ def _is_png(path: Path) -> bool:
 
 
 def _first(paths: Sequence[Path]) -> str:
-    return printable(str(paths[0]))
+    return printable(paths[0])
 
 
 def check_sizes(pairs: Sequence[Pair]) -> None:
@@ -190,12 +203,11 @@ def check_sizes(pairs: Sequence[Pair]) -> None:
         raise DataError(f"evaluation.segmentation: {_difference(*wrong[0])}{more}")
     doubtful = [pair for pair, image, mask in shapes if _hides_a_turn(image, mask)]
     if doubtful:
-        logger.warning(
-            "segmentation: %d images are turned or mirrored by EXIF, their masks are not, and "
-            "sizes do not tell whether these were made for the upright image, as they must be "
-            "(first: %s)",
-            len(doubtful), _first([doubtful[0].image]),
-        )  # fmt: skip
+        say_once(
+            f"segmentation: {len(doubtful)} images are turned or mirrored by EXIF, their masks are "
+            "not, and sizes do not tell whether these were made for the upright image, as they "
+            f"must be (first: {_first([doubtful[0].image])})"
+        )
 
 
 def _shape(path: Path) -> Shape:

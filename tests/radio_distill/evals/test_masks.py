@@ -218,16 +218,40 @@ def test_open_set__turns_that_sizes_do_not_show_are_said(masks, caplog, orientat
     assert "1 images are turned or mirrored by EXIF, their masks are not" in caplog.text
 
 
-def test_find_pairs__hidden_and_foreign_files_are_passed_over(masks, caplog):
+def test_find_pairs__hidden_files_are_passed_over_and_foreign_ones_counted(masks, caplog):
     folder = masks()
     expected = find_pairs(str(folder), "val")
     for kind in ("images", "masks"):
-        for name in (".DS_Store", "._a.png", "Thumbs.db", "desktop.ini", "classes.txt"):
+        for name in (".DS_Store", "._a.png", "Thumbs.db", "desktop.ini"):
             (folder / kind / "val" / name).write_bytes(b"\0")
         (folder / kind / "val" / ".ipynb_checkpoints").mkdir()
         _image(folder / kind / "val" / ".ipynb_checkpoints" / "a-checkpoint.png")
     assert find_pairs(str(folder), "val") == expected
     assert not caplog.records
+    (folder / "images" / "val" / "c.heix").write_bytes(b"")
+    Image.fromarray(_stripes(1)).save(folder / "masks" / "val" / "a.jpg")
+    assert find_pairs(str(folder), "val") == expected
+    first, second = caplog.messages
+    assert "images/val: 2 images; passed over: 1 .heix" in first
+    assert "masks/val: 2 masks; passed over: 1 .jpg" in second
+
+
+def test_find_pairs__linked_folders_and_files(masks, tmp_path):
+    folder, linked = masks(), tmp_path / "linked"
+    for kind in ("images", "masks"):
+        (linked / kind / "val").mkdir(parents=True)
+        (linked / kind / "train").symlink_to(folder / kind / "train")
+        for path in (folder / kind / "val").iterdir():
+            (linked / kind / "val" / path.name).symlink_to(path)
+    data = open_set(str(linked))
+    assert (len(data.train), len(data.val)) == (2, 2)
+
+
+def test_find_pairs__two_images_of_one_mask(masks):
+    folder = masks()
+    _image(folder / "images" / "val" / "b.jpeg")
+    with pytest.raises(DataError, match=r"b\.jpe?g and .*b\.jpe?g differ in their suffix only"):
+        find_pairs(str(folder), "val")
 
 
 def test_find_pairs__what_has_no_partner_is_counted(masks, caplog):
