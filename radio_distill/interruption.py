@@ -39,7 +39,9 @@ def listening(keyboard: bool = False, notice: str = "") -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    numbers = SIGNALS if keyboard else (signal.SIGUSR2, signal.SIGTERM)
+    # A script's background job ignores Ctrl-C from its start, and is to go on doing so.
+    is_heard = keyboard and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
+    numbers = SIGNALS if is_heard else (signal.SIGUSR2, signal.SIGTERM)
     before = {number: signal.signal(number, _note) for number in numbers}
     _notices.append(notice)
     try:

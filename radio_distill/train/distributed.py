@@ -182,7 +182,8 @@ def _interruptible(world: World) -> Iterator[None]:
     Rank 0 has it back behind the block, for it has something to say; the others keep it, until the
     training loop listens.
     """
-    if threading.current_thread() is not threading.main_thread():
+    is_ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    if is_ignored or threading.current_thread() is not threading.main_thread():
         yield
         return
     before = signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -52,6 +52,17 @@ def test_listening__ctrl_c_after_another_signal_is_a_first_one():
         assert requested() == signal.SIGTERM
 
 
+def test_listening__a_background_job_that_ignores_ctrl_c_goes_on_doing_so():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with listening(keyboard=True):
+            os.kill(os.getpid(), signal.SIGINT)
+            assert requested() == 0
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_listening__a_thread_sets_no_handlers():
     before, found = signal.getsignal(signal.SIGUSR2), []
 

@@ -217,7 +217,7 @@ def start(launcher: Any, recipe_file: Path, fields: dict[str, Any], *more: str) 
 
 
 def test_two_runs_in_one_folder__the_first_stops(launcher, recipe_file):
-    """The first is nearly always in the write of a checkpoint when the second begins."""
+    """The first is nearly always in the write of a checkpoint when the second takes over."""
     fields = {"stage__steps": 30, "log__save_every": 1, "log__keep_last": 2}
     undisturbed = fields | {"log__save_every": 30}
     finish(launcher, recipe_file, RUNS.arguments(recipe_file, "undisturbed", **undisturbed))
@@ -227,8 +227,12 @@ def test_two_runs_in_one_folder__the_first_stops(launcher, recipe_file):
     outputs = recipe_file.parent / "outputs"
     first = launcher.start("stage1", arguments, outputs=outputs / "first")
     wait_for(lambda: RUNS.last_row(folder)["step"] >= 2, first)
+    owner = (folder / "owner.json").read_bytes()
+    first.send(signal.SIGSTOP, [0, 1])  # the second builds everything before it claims the folder
     takes = [*arguments, "--resume", "--take-over"]
     second = launcher.start("stage1", takes, outputs=outputs / "second")
+    wait_for(lambda: (folder / "owner.json").read_bytes() != owner, second)
+    first.send(signal.SIGCONT, [0, 1])
     assert first.wait() == [76, 76], first.output()
     for rank in range(2):
         assert "Traceback" not in first.output(rank)

@@ -145,7 +145,7 @@ def test_kill__twenty_times_and_the_end_is_bit_for_bit_the_same(launcher, recipe
 
 
 def test_signal__the_run_saves_and_goes_on(launcher, recipe_file):
-    """One rank hears of it, or all, as Slurm has it; three times in a row."""
+    """One rank hears of it, or all, as Slurm has it; four times in a row."""
     fields = {"stage__steps": 30, "log__save_every": 15}
     undisturbed = launcher.start(
         "stage1",
@@ -156,6 +156,7 @@ def test_signal__the_run_saves_and_goes_on(launcher, recipe_file):
 
     run = Disturbed(launcher, recipe_file, **fields)
     asked = [(signal.SIGTERM, [1]), (signal.SIGUSR2, [0, 1]), (signal.SIGTERM, [0])]
+    asked.append((signal.SIGINT, [0, 1]))
     for number, ranks in asked:
         run.start()
         run.wait_for(run.has_stepped)
