@@ -70,7 +70,7 @@ def check_readable(path: Path) -> None:
             os.stat(path)
     except PermissionError:
         raise
-    except OSError:
+    except (OSError, ValueError):  # ValueError: no file can have such a name
         return  # whoever opens it says why it cannot be
 
 

@@ -77,5 +77,7 @@ def prepare_pictures(recipe: Recipe, data: Path | None) -> None:
         return
     found = gather_demo_pictures(shards.parent, data)
     # Several shards, so that what a real data set needs is used here too.
-    write_shards(found.train, shards, images_per_shard=100)
+    made = write_shards(found.train, shards, images_per_shard=100)
+    for line in made.describe()[1:]:
+        print(line)
     print(f"{found.num_train} pictures to train on, {found.num_held_out} held out: {shards.parent}")

@@ -232,10 +232,16 @@ def _hub(repository: str | None) -> Iterator[tuple[str, bool]]:
 
 
 def _evaluation(recipe: Recipe) -> Iterator[str]:
-    for name in ("pictures", "labels", "segmentation"):
+    for name in ("labels", "segmentation"):
         path = getattr(recipe.evaluation, name)
         if path and not glob.glob(str(Path(path).expanduser())):
             yield f"evaluation.{name}: nothing at {path}"
+    pictures = recipe.evaluation.pictures
+    if pictures and not Path(pictures).expanduser().is_dir():
+        try:
+            find_shards([pictures])
+        except DataError as error:
+            yield f"evaluation.pictures: {error}"
 
 
 def _benchmarks(recipe: Recipe) -> Iterator[str]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from radio_distill.data.images import IMAGE_SUFFIXES
 from radio_distill.data.shards import find_pictures
+from radio_distill.data.tree import list_tree
 from radio_distill.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -154,7 +155,11 @@ def _check_apart(out: Path, data: Path) -> None:
 def _split(data: Path) -> dict[str, list[Path]]:
     if not data.is_dir():
         raise DataError(f"no folder {data}; DATA is a folder of pictures")
-    files = find_pictures(data)
+    tree = list_tree(data)
+    files = tree.images
+    captions = [file.with_suffix(".txt") for file in files]
+    if rest := tree.describe_rest([*files, *captions]):
+        print(f"passed over in {data}: {rest}")
     if len(files) < 2:
         raise DataError(
             f"{len(files)} pictures in {data}; at least 2 are needed, one to learn from and one to "

@@ -128,10 +128,8 @@ def open_shard(path: Path, folders: Sequence[str] = (BESIDE,)) -> Shard:
     Raises:
         DataError: the shard cannot be read, or is damaged.
     """
-    (result,) = try_open_shards([path], folders)
-    if isinstance(result, DataError):
-        raise result
-    return result
+    found = _stored(path, folders)
+    return _make(found, folders) if isinstance(found, _Wanted) else found
 
 
 def parse_sample(line: bytes) -> Sample:

@@ -136,8 +136,8 @@ def write_shards(
         made.append((tuple(place / name for name in names), packer.num_packed))
     if not made[0][0]:
         raise DataError(
-            f"none of the {len(pictures)} pictures in {printable(source)} can be used; the first: "
-            f"{': '.join(next(iter(packer.bad.items())))}; {packer.verdict()}"
+            f"no picture in {printable(source)} can be used: left out {packer.verdict()}; the "
+            f"first: {': '.join(next(iter(packer.bad.items())))}"
         )
     (shards, num_images), (others, num_others) = (*made, ((), 0))[:2]
     notes = packer.notes(tree)

@@ -253,7 +253,7 @@ def _read(path: Path, number: int = 0) -> Claim | None:
         return Claim(**{"number": number, **known})
     except OSError:
         return None
-    except (ValueError, TypeError, AttributeError):
+    except (ValueError, TypeError, AttributeError, RecursionError):
         return Claim(number=number, process=0, host="?") if number else None
 
 

@@ -144,7 +144,10 @@ def _audit(event: str, arguments: tuple[Any, ...]) -> None:
     elif event in _PATHS and (event != "open" or _writes(arguments[2])):
         for place, folder in _PATHS[event]:
             path = _real(arguments[place], arguments[folder] if folder is not None else -1)
-            if path and not path.startswith(_may_write):
+            # A folder that is opened to write is asked for a file without a name, which leaves
+            # nothing: so programs try whether they could write there.
+            asked = event == "open" and os.path.isdir(path)
+            if path and not asked and not path.startswith(_may_write):
                 _refuse(f"{event} {path:.200}")
 
 

@@ -187,6 +187,14 @@ def test_decode_image__avif_where_pillow_can(encode):
     assert decode_image(encode(gradient(20, 30), "AVIF", exif=exif)).size == (20, 30)
 
 
+def test_decode_image__heic_where_pillow_heif_is(encode):
+    pytest.importorskip("pillow_heif")
+    assert {"heic", "heif", "hif"} <= readable_suffixes()
+    data = encode(gradient(20, 30), "HEIF", quality=95)
+    np.testing.assert_allclose(pixels_of(decode_image(data)), pixels_of(gradient(20, 30)), atol=16)
+    assert image_suffix(data) == "heic"
+
+
 def test_decode_image__heic_says_what_reads_it():
     if "heic" in readable_suffixes():
         pytest.skip("pillow-heif is installed")

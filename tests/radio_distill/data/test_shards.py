@@ -101,7 +101,7 @@ def test_write_shards__nothing_to_write(tmp_path, source):
     with pytest.raises(DataError, match="no pictures found in"):
         write_shards(tmp_path / "void", tmp_path / "out")
     (tmp_path / "void" / "a.png").write_bytes(b"junk")
-    with pytest.raises(DataError, match="none of the 1 pictures"):
+    with pytest.raises(DataError, match="left out 1 of 1 pictures"):
         write_shards(tmp_path / "void", tmp_path / "out")
     with pytest.raises(ConfigError, match="images_per_shard"):
         write_shards(source, tmp_path / "out", images_per_shard=0)
@@ -165,7 +165,7 @@ def test_write_shards__takes_what_training_takes(tmp_path, encode, field, value)
     assert f"data.{field} (now {value})" in "\n".join(summary.describe())
     assert check_shards([str(tmp_path / "out")], limits).is_clean
     (tmp_path / "in" / "good.png").unlink()
-    with pytest.raises(DataError, match=rf"none of the 1 pictures .*data\.{field}"):
+    with pytest.raises(DataError, match=rf"left out 1 of 1 pictures .*data\.{field}"):
         write_shards(tmp_path / "in", tmp_path / "none", limits=limits)
 
 
