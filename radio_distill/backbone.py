@@ -76,6 +76,7 @@ class Backbone(nn.Module):
         self.adaptors = nn.ModuleDict(adaptors or {})
         self.summary_slots = list(summary_slots)
         self.native_size = native_size
+        self.takes_normalised = False  # by a caller that has taken mean and std out of the student
         self._slots = {name: slot for slot, name in enumerate(self.teachers)}
 
     @property
@@ -183,7 +184,8 @@ class Backbone(nn.Module):
             raise ConfigError(f"pixels are {pixels.dtype}, expected floats in [0, 1]")
         if fit not in ("pad", "resize"):
             raise ConfigError(f"fit {fit!r} is neither 'pad' nor 'resize'")
-        _check_range(pixels)
+        if not self.takes_normalised:
+            _check_range(pixels)
         height, width = pixels.shape[-2:]
         dtype = self.student.patch_embedding.weight.dtype
         if fit == "resize":

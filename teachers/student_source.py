@@ -32,6 +32,7 @@ class StudentTower(nn.Module):
         with torch.no_grad():  # pixels arrive normalised
             backbone.student.mean.zero_()
             backbone.student.std.fill_(1)
+        backbone.takes_normalised = True
 
     def forward(self, pixels: Tensor) -> tuple[Tensor | None, Tensor]:
         if self.adaptor:

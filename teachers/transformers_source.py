@@ -252,9 +252,10 @@ def load_state(settings: Mapping[str, Any], state: dict[str, Tensor], where: str
     config, family = _config(settings)
     with torch.device("meta"):
         kind = _new(config, family)
-    base = f"{type(kind).base_model_prefix}."
-    has_base = isinstance(family, GenericFamily) and any(key.startswith(base) for key in state)
-    state = weights.named_as(state, kind.state_dict(), where, base if has_base else "")
+    if family is not FAMILIES["radio"]:  # whose published layouts are renamed with their prefix
+        base = f"{type(kind).base_model_prefix}."
+        has_base = isinstance(family, GenericFamily) and any(key.startswith(base) for key in state)
+        state = weights.named_as(state, kind.state_dict(), where, base if has_base else "")
     if isinstance(family, GenericFamily):  # pools anew what it gives, and has no head
         state = {key: value for key, value in state.items() if not key.startswith("pooler.")}
     with quiet_transformers():

@@ -122,8 +122,7 @@ def named_as(
     Raises:
         WeightsError: a given prefix that no tensor has, or several models of one rank.
     """
-    given = prefix
-    prefix = given or _prefix_of(state, frozenset(wanted), where)
+    prefix = prefix or _prefix_of(state, frozenset(wanted), where)
     named = {
         key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)
     }

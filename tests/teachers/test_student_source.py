@@ -117,3 +117,12 @@ def test_student__bad_input_is_named(write_run, tmp_path):
         teacher(tmp_path / "absent")
     with pytest.raises(CheckpointError, match="is no run, stage or checkpoint folder"):
         teacher(tmp_path)
+
+
+def test_encode__normalised_pixels_are_not_taken_for_wrong_ones(write_run):
+    """White is 2.6 in the units of a student that was normalised with a small deviation."""
+    options = {"std": [0.1, 0.1, 0.1]}
+    config = TeacherConfig(preset="student", weights=str(write_run()), options=options)
+    teacher = build_teacher("former", config)
+    found = teacher.encode(torch.ones(1, 3, *teacher.spec.native_size))
+    assert torch.isfinite(found.spatial).all()
