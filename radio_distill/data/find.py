@@ -17,6 +17,7 @@ from pathlib import Path
 
 from ..errors import DataError
 from ..files import reason_of
+from .images import IMAGE_SUFFIXES
 from .names import printable, shortened
 from .tree import Tree, count_suffixes, list_tree
 
@@ -36,6 +37,7 @@ _UNPACK = {
     ".zst": "unzstd",
     ".tzst": "unzstd",
 }
+_TABLES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".feather", ".yaml", ".yml")
 _ARCHIVES = {".zip": "unzip", ".7z": "7z x", ".rar": "unrar x"}
 _MAKE_THEM = "make them with `radio-distill shards SRC OUT`"
 
@@ -116,6 +118,10 @@ def _in_file(path: Path, pattern: str, notes: list[str]) -> list[Path]:
         return _listed(path, pattern, notes)
     if suffix in _UNPACK or suffix in _ARCHIVES:
         raise _none(pattern, *_about_packed([path], path))
+    if suffix.lstrip(".") in IMAGE_SUFFIXES:
+        raise _none(pattern, "it is an image, not a tar of images", _MAKE_THEM)
+    if suffix in _TABLES:
+        raise _none(pattern, "it is no tar, and holds no images that could be read", _MAKE_THEM)
     return [path]
 
 

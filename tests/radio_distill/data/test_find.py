@@ -105,6 +105,9 @@ def test_find_shards__lists_of_shards(shard_folder, monkeypatch):
         ("a.tar.gz", r"compressed.*`gunzip -k .*a\.tar\.gz`"),
         ("a.tgz", "compressed.*gunzip"),
         ("a.zip", "unzip"),
+        ("*.tgz", "compressed.*gunzip"),
+        ("images/a.png", "an image, not a tar"),
+        ("a.parquet", "no tar"),
         ("packed", r"2 \.gz are compressed.*gunzip -k .*packed/\*gz"),
         ("images", "1 images and no .tar; make shards with `radio-distill shards .*images OUT`"),
         ("absent", "no such file or folder.*radio-distill shards SRC OUT"),
@@ -113,7 +116,7 @@ def test_find_shards__lists_of_shards(shard_folder, monkeypatch):
 )
 def test_find_shards__says_what_it_is_and_what_to_do(tmp_path, encode, monkeypatch, entry, reason):
     monkeypatch.chdir(tmp_path)
-    for name in ("a.tar.gz", "a.tgz", "a.zip", "packed/a.tar.gz", "packed/b.tar.gz"):
+    for name in ("a.tar.gz", "a.tgz", "a.zip", "a.parquet", "packed/a.tar.gz", "packed/b.tar.gz"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
     (tmp_path / "images").mkdir()

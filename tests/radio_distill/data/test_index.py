@@ -86,6 +86,14 @@ def test_shard__digest_depends_on_content_not_on_place(captioned, tmp_path):
     assert open_shard(copy).digest != open_shard(captioned).digest
 
 
+def test_shard__digest_of_a_sound_shard_stays_from_version_to_version(tmp_path, write_tar):
+    """Else runs begun with an earlier version could not be resumed; this one is of that."""
+    names = ["a.png", "a.txt", "a.seg.png", "b.jpg", "b.png", "b.json", "./c/d.webp", "./c/d.cls"]
+    path = write_tar(tmp_path / "a.tar", {name: name.encode() for name in names})
+    digest = "7b6960eb8decc68f7531907d4b650042a1f587fb4e7ff0fa9b16a058fce1a17e"
+    assert open_shard(path).digest == digest
+
+
 def test_open_shard__says_the_same_the_second_time(tmp_path, encode, write_tar, monkeypatch):
     members = [("a.png", encode(0)), ("../b.png", encode(1)), ("c.txt", b""), ("a.png", encode(2))]
     path = write_tar(tmp_path / "a.tar", members)
