@@ -14,7 +14,7 @@ from radio_distill.progress import table_console
 if TYPE_CHECKING:
     from radio_distill.registry import Registry
 
-KINDS = ("teachers", "upsamplers", "normalizers", "benchmarks", "recipes")
+KINDS = ("teachers", "sources", "upsamplers", "normalizers", "benchmarks", "recipes")
 _FOR_TESTS = "tiny_"
 """How the names of teachers begin that only tests are run with."""
 
@@ -33,6 +33,8 @@ def run(arguments: argparse.Namespace) -> int:
             print(f"{kind}:")
         if kind == "teachers":
             _print_teachers(arguments.all)
+        elif kind == "sources":
+            _print_sources()
         else:
             _print_descriptions(_descriptions(kind))
     return 0
@@ -92,6 +94,22 @@ def _print_descriptions(lines: dict[str, str]) -> None:
     for name, text in lines.items():
         table.add_row(name, text)
     table_console().print(table)
+
+
+def _print_sources() -> None:
+    """Print where teachers come from, and what ``teachers.NAME.options`` can say of each source."""
+    from importlib import import_module
+
+    from teachers import FIELDS, SOURCES
+
+    lines = {name: inspect.getdoc(import_module(place)) for name, place in SOURCES.items()}
+    _print_descriptions({name: first_sentence(text) for name, text in lines.items()})
+    print("options of any source:")
+    _print_descriptions(FIELDS)
+    for name, place in SOURCES.items():
+        if options := import_module(place).ARGUMENTS:
+            print(f"options of {name}:")
+            _print_descriptions(options)
 
 
 def _print_teachers(for_tests: bool) -> None:

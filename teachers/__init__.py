@@ -48,8 +48,17 @@ _FUNCTIONS = {
 }
 """What a source's functions are called with."""
 
-_FIELDS = ("model", "native_size", "mean", "std", "max_size", "fixed_size", "licence", "text")
-"""Preset fields that ``options`` may set."""
+FIELDS = {
+    "model": "the model's name in its library; timm also hf-hub:OWNER/NAME and local-dir:PATH",
+    "native_size": "side of the images it was trained at, in pixels",
+    "mean": "mean of each channel of pixels in [0, 1]: three numbers",
+    "std": "standard deviation of each channel of pixels in [0, 1]: three numbers",
+    "max_size": "longest side that it takes, in pixels",
+    "fixed_size": "true where it takes its native size alone",
+    "licence": "licence of the weights, for the model card of the student",
+    "text": "open_clip name of the text tower that shares its summary's space",
+}
+"""Preset fields that ``options`` may set, with any source: what each is."""
 
 
 def _is_number(value: Any) -> bool:
@@ -163,14 +172,14 @@ def resolve(config: TeacherConfig) -> Preset:
             f"preset {config.preset} is {named.model}; for another take preset: {named.source}"
         )
     source = _source(named)
-    known = [*_FIELDS, *source.ARGUMENTS]
+    known = [*FIELDS, *source.ARGUMENTS]
     for key in config.options:
         if key not in known:
             raise ConfigError(
                 f"preset {config.preset} has no option {key!r} ({nearest(key, known)})"
             )
     _check_types(config)
-    fields = {key: value for key, value in config.options.items() if key in _FIELDS}
+    fields = {key: value for key, value in config.options.items() if key in FIELDS}
     for key in fields.keys() & {"mean", "std"}:
         fields[key] = tuple(float(value) for value in fields[key])
     arguments = {key: value for key, value in config.options.items() if key in source.ARGUMENTS}

@@ -30,8 +30,8 @@ def measured(preset: Preset, build: Callable[[Preset], nn.Module]) -> Preset:
 
     Args:
         preset: completed by its source. A ``patch_size`` of its own is checked as the library's is.
-        build: makes the tower with random weights; its ``stride``, where it has one that is not
-            None, is what the library says.
+        build: makes the tower with random weights; its ``stated_stride``, if it has one and it is
+            not None, is what the library says.
 
     Raises:
         ConfigError: a model that cannot run at its native size, whose cells are not square, or
@@ -44,7 +44,7 @@ def measured(preset: Preset, build: Callable[[Preset], nn.Module]) -> Preset:
         tower = build(preset).eval()
     # It runs outside of that context: what a model's code keeps for later calls would be empty.
     with torch.no_grad():
-        declared = preset.patch_size or getattr(tower, "stride", None)
+        declared = preset.patch_size or getattr(tower, "stated_stride", None)
         stride = declared or _measured_stride(tower, name, preset.native_size)
         side = preset.native_size // stride * stride
         if not side:

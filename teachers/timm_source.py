@@ -40,7 +40,7 @@ _PLACE = "place"
 class TimmTower(nn.Module):
     """Normalised pixels ``[B, 3, H, W]`` to (summary or None, map ``[B, C, h, w]``)."""
 
-    stride: int | None
+    stated_stride: int | None
     """Pixels a side of one cell as timm states it; None where it does not."""
 
     def __init__(self, model: Any, blocks: int = 0, stage: int | None = None):
@@ -49,7 +49,7 @@ class TimmTower(nn.Module):
             _keep_blocks(model, blocks)
         self.model: Any = model
         self.stage = stage
-        self.stride = _stated_stride(model, -1 if stage is None else stage)
+        self.stated_stride = _stated_stride(model, -1 if stage is None else stage)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor | None, Tensor]:
         if self.stage is None:
@@ -74,15 +74,15 @@ class TimmTower(nn.Module):
         if final.ndim == 4:
             channels_last = getattr(self.model, "output_fmt", "NCHW") == "NHWC"
             return rearrange(final, "b h w c -> b c h w") if channels_last else final
-        if self.stride is None:
+        if self.stated_stride is None:
             raise ConfigError(f"timm says no stride of {kind}, whose tokens need one")
-        height, width = (side // self.stride for side in pixels.shape[-2:])
+        height, width = (side // self.stated_stride for side in pixels.shape[-2:])
         num_tokens = final.shape[1]
         prefix = getattr(self.model, "num_prefix_tokens", num_tokens - height * width)
         if not 0 <= prefix == num_tokens - height * width:
             raise ConfigError(
                 f"timm's {kind} gives {num_tokens} tokens, which are not {height}x{width} cells of "
-                f"{self.stride} px; try an inner map: options.stage: -1"
+                f"{self.stated_stride} px; try an inner map: options.stage: -1"
             )
         return rearrange(final[:, prefix:], "b (h w) c -> b c h w", h=height)
 

@@ -107,7 +107,7 @@ class TransformersTower(nn.Module):
             model.make_preprocessor_external()  # pixels arrive normalised
         self.model: Any = model
         self.family = family
-        self.stride = _side(model.config.patch_size)
+        self.stated_stride = _side(model.config.patch_size)
         parameters = inspect.signature(model.forward).parameters
         self._options = (
             {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in parameters else {}
@@ -119,7 +119,7 @@ class TransformersTower(nn.Module):
         if tokens.ndim == 4:  # SAM's neck speaks in maps already
             return self.family.summary(output), tokens
         patches = tokens[:, self.family.prefix_tokens(config) :]  # [B, N, C]
-        height = pixels.shape[-2] // self.stride
+        height = pixels.shape[-2] // self.stated_stride
         return self.family.summary(output), rearrange(patches, "b (h w) c -> b c h w", h=height)
 
 
@@ -141,7 +141,7 @@ class GenericTower(nn.Module):
     or of the patch doubled in every stage behind the first; class and registers are in front.
     """
 
-    stride = None
+    stated_stride = None
     """Unknown: what ``patch_size`` means differs from model to model, so it is measured."""
 
     def __init__(self, model: Any):

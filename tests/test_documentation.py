@@ -74,3 +74,40 @@ def test_parser__unknown_flags_name_the_nearest():
         "a.b=c",
     ]
     assert override({"seed": 0}, ["seed=3"]) == {"seed": 3}
+
+
+def test_teachers__the_page_has_every_option_and_source():
+    from teachers import FIELDS, SOURCES
+
+    page = (ROOT / "docs" / "teachers.md").read_text()
+    options = [key for place in SOURCES.values() for key in import_module(place).ARGUMENTS]
+    for name in [*FIELDS, *SOURCES, *options]:
+        assert f"`{name}`" in page, name
+
+
+def test_list__shows_every_option_of_every_source(capsys):
+    from teachers import FIELDS, SOURCES
+
+    assert cli(["list", "sources"]) == 0
+    shown = capsys.readouterr().out
+    for name, place in SOURCES.items():
+        assert name in shown
+        for option in import_module(place).ARGUMENTS:
+            assert option in shown
+    assert all(option in shown for option in FIELDS)
+
+
+def test_teachers__the_examples_are_recipes():
+    import yaml
+
+    from radio_distill.config import TeacherConfig, build
+    from teachers import FIELDS, SOURCES
+
+    page = (ROOT / "docs" / "teachers.md").read_text()
+    (block,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    teachers = yaml.safe_load(block)["teachers"]
+    assert len(teachers) > 5
+    for name, values in teachers.items():
+        config = build(TeacherConfig, values, f"teachers.{name}")
+        known = {*FIELDS, *import_module(SOURCES[config.preset]).ARGUMENTS}
+        assert set(config.options) <= known

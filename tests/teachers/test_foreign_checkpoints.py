@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from argparse import Namespace
 
 import pytest
@@ -259,3 +260,51 @@ def test_weights__a_name_in_place_of_a_path(tmp_path):
     config = TeacherConfig(preset="timm", weights="hf-hub:someone/tiny")
     with pytest.raises((WeightsError, ConfigError), match=r"options.model"):
         build_teacher("t", config)
+
+
+def test_hub__as_the_start_of_a_student(monkeypatch, tmp_path):
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=(64, 32))
+    snapshot = timm_folder(hub_cache(monkeypatch, tmp_path, "someone/start"), model,
+                           model_args={"img_size": [64, 32]})  # fmt: skip
+    tables = []
+    for place in ("hf-hub:someone/start", f"local-dir:{snapshot}", str(snapshot)):
+        config = StudentConfig(
+            architecture="vit_tiny_patch16_224", pretrained=place, max_size=64, registers=0
+        )
+        student = Student(config, 1)
+        assert torch.equal(student.blocks[3].attn.qkv.weight, model.blocks[3].attn.qkv.weight)
+        tables.append(student.positions.table)
+    assert torch.equal(tables[0], tables[1])
+    assert torch.equal(tables[0], tables[2])
+    config = StudentConfig(architecture="vit_tiny_patch16_224", pretrained="hf-hub:someone/else")
+    with pytest.raises(WeightsError, match=r"cannot fetch .* into student\.pretrained") as error:
+        Student(config, 1)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("chunked", [True, False])
+def test_dinov2__with_registers_as_the_start_of_a_student(chunked, tmp_path):
+    torch.manual_seed(0)
+    architecture = "vit_small_patch14_reg4_dinov2"
+    model = timm.create_model(architecture, num_classes=0, img_size=56)
+    state = dict(model.state_dict())
+    state["register_tokens"] = state.pop("reg_token")
+    row = torch.randn(1, 1, 384)  # of the class token, which timm adds to the token itself
+    state["pos_embed"] = torch.cat((row, state["pos_embed"]), dim=1)
+    state["mask_token"] = torch.zeros(1, 384)
+    if chunked:
+        first = re.compile(r"^blocks\.(\d+)\.")
+        state = {
+            first.sub(lambda m: f"blocks.{int(m[1]) // 3}.{m[1]}.", key): value
+            for key, value in state.items()
+        }
+    torch.save({"teacher": under("backbone.", state)}, tmp_path / "w.pth")
+    config = StudentConfig(architecture=architecture, pretrained=str(tmp_path / "w.pth"),
+                           patch_size=14, max_size=56, registers=4)  # fmt: skip
+    student = Student(config, 1)
+    torch.testing.assert_close(student.prefix_tokens[:1], model.cls_token[0] + row[0])
+    torch.testing.assert_close(student.prefix_tokens[1:], model.reg_token[0])
+    expected = model.pos_embed.view(4, 4, 384) + model.patch_embed.proj.bias
+    torch.testing.assert_close(student.positions.table, expected)
+    assert torch.equal(student.blocks[10].mlp.fc1.weight, model.blocks[10].mlp.fc1.weight)

@@ -122,7 +122,7 @@ class Tower(nn.Module):
 
     def __init__(self, step, stride=None, kernel=None, padding=0, channels=5):
         super().__init__()
-        self.stride = stride
+        self.stated_stride = stride
         self.convolution = nn.Conv2d(3, channels, kernel or step, step, padding)
 
     def forward(self, pixels):
