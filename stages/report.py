@@ -106,7 +106,7 @@ def _tables(
     from radio_distill.evals.score_files import read_scores
     from stages.subjects import student_subject
 
-    scores = read_scores([path])
+    scores = read_scores([path.parent])  # other seeds of a run may lie in folders of it
     scored = {
         name: student
         for name, student in students.items()
@@ -124,7 +124,7 @@ def _tables(
         raise ConfigError(f"--baseline {baseline} is not among {', '.join(scored)}")
     if baseline is not None and len(chosen) > 1:
         raise ConfigError(f"--baseline {baseline} may be {' or '.join(chosen)}; name one")
-    gain = gain_of(path, [*scored.values()], scored[chosen[0]])
+    gain = gain_of(path.parent, [*scored.values()], scored[chosen[0]], references=True)
     return gain, score_tables(scores.results, scores.definitions, scores.measured)
 
 

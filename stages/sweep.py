@@ -121,11 +121,22 @@ def sweep(
     return gain_of(path, [*found.values()], found[baseline]), path
 
 
-def gain_of(path: Path, students: "Sequence[Checkpoint]", baseline: "Checkpoint") -> "GainTable":
-    """Compare some checkpoints of a score file with one of them.
+def gain_of(
+    path: Path,
+    students: "Sequence[Checkpoint]",
+    baseline: "Checkpoint",
+    references: bool = False,
+) -> "GainTable":
+    """Compare some checkpoints with one of them, each together with its other seeds.
+
+    Args:
+        path: score file, or a folder of which all below it are read.
+        students: checkpoints that were scored.
+        baseline: one of them.
+        references: show untrained students and teachers too, where they were scored.
 
     Raises:
-        DataError: the file has no scores of one of them.
+        DataError: there are no scores of one of them.
     """
     from radio_distill.evals.mtl_gain import multi_task_gain
     from radio_distill.evals.score_files import read_scores
@@ -141,11 +152,13 @@ def gain_of(path: Path, students: "Sequence[Checkpoint]", baseline: "Checkpoint"
                 f"{path} has no scores of {student.folder}; run radio-distill eval {student.folder}"
             )
         labels[student.folder] = label
-    chosen = scores.only(labels.values())
+    shown = [label for label, of in scores.subjects.items() if of[0].reference and references]
+    chosen = scores.only([*labels.values(), *shown])
     return multi_task_gain(
         chosen.results,
         labels[baseline.folder],
         chosen.definitions,
+        may_lack=shown,
         remarks=chosen.remarks(),
     )
 
@@ -154,8 +167,13 @@ def show_gain(gain: "GainTable", folder: Path) -> None:
     """Print the gain table and what does not count; write the first in four formats."""
     from radio_distill.evals.tables import print_tables
 
-    table = gain.to_table()
     print_tables(gain.to_tables())
+    write_gain(gain, folder)
+
+
+def write_gain(gain: "GainTable", folder: Path) -> None:
+    """Write the gain table in four formats, and say where."""
+    table = gain.to_table()
     for suffix, text in {
         "md": table.to_markdown(),
         "csv": table.to_csv(),

@@ -210,6 +210,7 @@ def test_training_digest__is_of_what_decides_the_training_but_for_the_seed(tmp_p
         "seed": 7, "name": "other", "engine__micro_batch": 1, "log__every": 3,
         "stages__stage2__steps": 9, "evaluation__size": 64, "data__workers": 0,
         "normalizer__cache": "x", "fit__steps": 5, "watch__max_skipped": 3,
+        "data__index": ["elsewhere"],
     }  # fmt: skip
     unlike = {
         "stages__stage1__steps": 9, "student__drop_path": 0.1, "teachers__vit__preset": "tiny_cnn",

@@ -46,7 +46,7 @@ def test_published__names_the_papers(name):
 def test_fields_of__names_partitions_and_adds_up_images(demo):
     fields = fields_of(demo)
     assert fields["stages", "stage3", "partitions", "high", "teacher_sizes", "dino"] == 112
-    assert fields["stages", "stage3", "images_per_step"] == 8 + 4
+    assert fields["stages", "stage3", "images_per_step"] == 4 + 4
     assert fields["stages", "stage3", "partitions", "high", "mosaic"] == []
 
 

@@ -1,0 +1,82 @@
+"""What the demo says of its own table, and where the seeds of its last stage lie."""
+
+import re
+from dataclasses import replace
+
+import pytest
+
+from radio_distill.evals.mtl_gain import GainTable, Metric, multi_task_gain
+from stages import demo
+from stages.common import Asked, load_recipe
+
+METRICS = {
+    "stereo/recall": Metric(group="Correspondence", higher_is_better=True),
+    "agreement/cosine": Metric(group="Agreement", higher_is_better=True),
+    "fidelity/cosine/dino": Metric(group="Fidelity", higher_is_better=True, trained_for=True),
+}
+NOISE = 0.3
+"""In percent: by which the seeds of each model differ from their mean."""
+
+
+def gain_of(ahead: float, seeds: int = 2) -> GainTable:
+    """A baseline, and a model that is ahead by some percent on tasks and behind in fidelity."""
+
+    def runs(percent: float, fidelity: float) -> list[dict[str, float]]:
+        factors = [1 + (percent + sign * NOISE) / 100 for sign in (-1, 1)][:seeds]
+        return [
+            {"stereo/recall": 20 * x, "agreement/cosine": 80 * x, "fidelity/cosine/dino": fidelity}
+            for x in factors
+        ]
+
+    return multi_task_gain(
+        {"stage3-bilinear": runs(0, 0.951), "stage3-featsharp": runs(ahead, 0.926)},
+        "stage3-bilinear",
+        METRICS,
+    )
+
+
+@pytest.mark.parametrize(
+    ("ahead", "says"),
+    [
+        (0.5, "lies within"),
+        (-0.5, "lies within"),
+        (2.0, "its students are better here"),
+        (-2.0, "its students are worse here"),
+    ],
+)
+def test_verdict__follows_from_the_numbers(ahead, says):
+    """Two seeds 0.6 % apart have a deviation of 0.42 %; so has the difference of two means."""
+    line = demo.verdict(gain_of(ahead), "stage3-featsharp")
+    assert line.startswith(f"stage3-featsharp against stage3-bilinear: Δm {ahead:+.2f} ")
+    assert says in line
+    assert f"±{2 * NOISE * 2**0.5:.2f} that 2 seeds leave open" in line
+    assert ("0.926 against 0.951" in line) == (ahead == -2.0)
+    assert "\n" not in line
+
+
+def test_verdict__one_seed_ranks_nothing():
+    assert "ranks nothing" in demo.verdict(gain_of(5.0, seeds=1), "stage3-featsharp")
+
+
+def test_announcement__grows_with_the_students(monkeypatch):
+    monkeypatch.setattr(demo, "_work", lambda: demo._WORK)
+    monkeypatch.setattr(demo.os, "sched_getaffinity", lambda _: {0, 1})
+    minutes = [
+        int(re.search(r"about (\d+) minutes on 2 cores", demo.announcement(names, seeds))[1])
+        for names, seeds in ((["bilinear"], 1), (demo.UPSAMPLERS, demo.SEEDS))
+    ]
+    assert 0 < minutes[0] < minutes[1] <= 10
+
+
+def test_with_seed__others_lie_in_the_run_and_start_from_its_stage_2(tmp_path):
+    recipe = load_recipe("demo", [f"output={tmp_path}"])
+    checkpoints = recipe.folder / "stage2" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    asked = Asked("demo")
+    assert demo._with_seed(recipe, asked, 0) == (recipe, asked)
+    for _ in range(2):
+        other, other_asked = demo._with_seed(recipe, asked, 1)
+    assert other.folder.parent == recipe.folder
+    assert (other.stage_folder("stage2") / "checkpoints").resolve() == checkpoints.resolve()
+    assert other == replace(recipe, name=other.name, output=other.output, seed=recipe.seed + 1)
+    assert load_recipe(other_asked.recipe, other_asked.fields) == other
