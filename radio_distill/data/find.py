@@ -19,7 +19,7 @@ from ..errors import DataError
 from ..files import reason_of
 from .images import IMAGE_SUFFIXES
 from .names import printable, shortened
-from .tree import Tree, count_suffixes, list_tree
+from .tree import Tree, count_suffixes, list_tree, refuse_unreadable
 
 _MAX_EXPANDED = 1_000_000
 _MAX_LIST_BYTES = 64 << 20
@@ -83,6 +83,7 @@ def search_shards(patterns: Sequence[str]) -> FoundShards:
 
 def _shards_of(pattern: str, notes: list[str]) -> list[Path]:
     text = os.path.expanduser(pattern)
+    refuse_unreadable(_literal_part(text))
     if os.path.isdir(text):
         return _in_folder(Path(text), pattern, notes)
     if os.path.isfile(text):
@@ -100,6 +101,12 @@ def _shards_of(pattern: str, notes: list[str]) -> list[Path]:
     if not paths:
         raise _none(pattern, _about_nothing(text), _MAKE_THEM)
     return paths
+
+
+def _literal_part(text: str) -> Path:
+    """Return the entry, or the folder in which a pattern begins to match."""
+    literal = re.split(r"[*?\[{]", text)[0]
+    return Path(text if literal == text else os.path.dirname(literal) or ".")
 
 
 def _in_folder(folder: Path, pattern: str, notes: list[str]) -> list[Path]:

@@ -22,7 +22,7 @@ from .names import is_hidden, printable
 from .reader import ShardReader
 from .shards import read_picture
 from .sources import describe_notes
-from .tree import Tree, list_tree, say_once
+from .tree import Tree, list_tree, say_once, refuse_unreadable
 from .walk import describe
 
 _SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation")}
@@ -158,6 +158,7 @@ def labelled_pictures(folder: str) -> LabelledPictures:
         DataError: another layout, one class only, or pictures in ``val`` of a class that has none
             in ``train``.
     """
+    refuse_unreadable(Path(folder).expanduser())
     root = _find_splits(Path(folder).expanduser())
     train, val = (_by_class(split_folder(root, split)) for split in ("train", "val"))
     names = tuple(sorted(name for name, pictures in train.items() if pictures))

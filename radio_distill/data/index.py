@@ -110,7 +110,8 @@ def try_open_shards(
 
     Shards without an index are read whole; why, how far, and where the indexes go is logged.
     """
-    with ThreadPoolExecutor(_THREADS) as pool:
+    pool = ThreadPoolExecutor(_THREADS)
+    try:
         results = list(pool.map(lambda path: _trying(_stored, path, folders), paths))
         wanted = {place: item for place, item in enumerate(results) if isinstance(item, _Wanted)}
         if wanted:
@@ -119,6 +120,8 @@ def try_open_shards(
             found = dict(zip(wanted, _with_progress(made, list(wanted.values())), strict=True))
             _say_where(list(found.values()), folders)
             results = [found.get(place, item) for place, item in enumerate(results)]
+    finally:  # whoever presses Ctrl-C does not wait for terabytes
+        pool.shutdown(wait=False, cancel_futures=True)
     return [item for item in results if not isinstance(item, _Wanted)]
 
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
+from ..errors import DataError
+from ..files import check_readable, unreadable
 from .images import readable_suffixes, what_reads
 from .names import is_hidden, printable
 
@@ -57,8 +59,21 @@ class Tree:
         return ", ".join(filter(None, parts))
 
 
+def refuse_unreadable(path: Path) -> None:
+    """Raise DataError where a file or folder is there and may not be read."""
+    try:
+        check_readable(path)
+    except PermissionError as error:
+        raise DataError(unreadable(error)) from error
+
+
 def list_tree(folder: Path) -> Tree:
-    """List what lies below a folder; a folder that is not there is one that cannot be read."""
+    """List what lies below a folder; a folder that is not there is one that cannot be read.
+
+    Raises:
+        DataError: the folder itself may not be looked into.
+    """
+    refuse_unreadable(folder)
     tree = Tree()
     waiting: list[tuple[Path, frozenset[tuple[int, int]]]] = [(folder, frozenset())]
     while waiting:

@@ -167,6 +167,29 @@ def _fails(*paths: object) -> None:
     raise OSError(28, "No space left on device")
 
 
+def test_data__that_may_not_be_read_is_not_empty(two_steps, recipe_file, pictures, capfd):
+    train = ["train", str(recipe_file), "--stages", "stage1", "--data.shards"]
+    score = ["eval", str(two_steps / "stage1"), "--evaluation.pictures"]
+    commands = [
+        ("train", ["shards", "{}", str(two_steps / "out")]),
+        ("shards", ["shards", "--check", "{}"]),
+        ("shards", [*train, "[{}]"]),
+        ("shards", [*train, "[{}/*.tar]"]),
+        ("shards", [*train, "['{}/shard-{{000000..000003}}.tar']"]),
+        ("held_out", [*score, "{}"]),
+        ("held_out", ["score", "{}", "--baseline", "bilinear"]),
+    ]
+    for name, command in commands:
+        folder = two_steps / name
+        shutil.copytree(pictures / name, folder, dirs_exist_ok=True)
+        arguments = [item.format(folder) for item in command]
+        with closed(folder):
+            assert cli(arguments) == 2, arguments
+        line = one_line(capfd)
+        assert "cannot be read: permission denied" in line, line
+        assert name in line, line
+
+
 def test_shards_folder__that_cannot_be_written_trains(recipe_file, pictures, tmp_path):
     shards = tmp_path / "shards"
     shutil.copytree(pictures / "shards", shards)

@@ -1,7 +1,9 @@
 import json
 import multiprocessing
 import os
+import signal
 import tarfile
+import threading
 import time
 
 import pytest
@@ -163,6 +165,26 @@ def test_try_open_shards__errors_stand_in_their_place(shard_folder):
         False,
         False,
     ]
+
+
+def test_try_open_shards__ctrl_c_does_not_wait_for_what_is_being_read(shard_folder, monkeypatch):
+    """Were it to wait, this would never end: the read goes on when the command is over."""
+    over, num_begun = threading.Event(), []
+
+    def endless(path):
+        num_begun.append(path)
+        os.kill(os.getpid(), signal.SIGINT)
+        over.wait()
+        raise DataError("read to the end")
+
+    for path in shard_folder.glob("*.index.jsonl"):
+        path.unlink()
+    monkeypatch.setattr(index, "walk_shard", endless)
+    monkeypatch.setattr(index, "_THREADS", 1)
+    with pytest.raises(KeyboardInterrupt):
+        index.try_open_shards(sorted(shard_folder.glob("*.tar")))
+    over.set()
+    assert len(num_begun) == 1
 
 
 def open_at_once(paths, barrier, results):
