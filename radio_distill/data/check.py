@@ -9,8 +9,8 @@ from pathlib import Path
 
 from ..config import DataConfig
 from ..errors import DataError
-from .images import FIELD_OF_KIND, BadImageError, decode_image
 from .find import search_shards
+from .images import FIELD_OF_KIND, BadImageError, decode_image
 from .index import Shard, open_shard
 from .names import printable
 from .reader import ShardReader

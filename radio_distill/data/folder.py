@@ -22,7 +22,7 @@ from .names import is_hidden, printable
 from .reader import ShardReader
 from .shards import read_picture
 from .sources import describe_notes
-from .tree import Tree, list_tree, say_once, refuse_unreadable
+from .tree import Tree, list_tree, refuse_unreadable, say_once
 from .walk import describe
 
 _SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation")}
@@ -211,8 +211,8 @@ def _find_splits(folder: Path) -> Path:
         return found[0]
     there = ", ".join(path.name for path in sorted(folder.glob("[!.]*"))[:8]) or "nothing"
     raise DataError(
-        f"{folder} is no labelled set: expected train/CLASS/*.jpg and val/CLASS/*.jpg in it (found: "
-        f"{printable(there)})"
+        f"{folder} is no labelled set: expected train/CLASS/*.jpg and val/CLASS/*.jpg in it "
+        f"(found: {printable(there)})"
     )
 
 

@@ -10,7 +10,7 @@ import re
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -272,7 +272,11 @@ class _Packer:
             for kind, field in FIELD_OF_KIND.items()
             if self._kinds[kind]
         ]
-        return f"{words}; the limit, here and in training, is {' and '.join(limits)}" if limits else words
+        return (
+            f"{words}; the limit, here and in training, is {' and '.join(limits)}"
+            if limits
+            else words
+        )
 
     def _sample(self, picture: Path) -> dict[str, Any]:
         data = read_picture(picture)

@@ -1,8 +1,9 @@
 """The shards that a run reads, by source, and what is left out of them before it starts.
 
 A damaged shard, and a sample that must not be used, are told from the rest before the first step,
-and so is a shard without any image, which is no fault. So the order of a run is that of what is whole: they cost nothing later, and stand in no count of
-bad images. Both have a budget, above which the run does not start.
+and so is a shard without any image, which is no fault. So the order of a run is that of what is
+whole: they cost nothing later, and stand in no count of bad images. Both have a budget, above which
+the run does not start.
 """
 
 import hashlib
@@ -16,9 +17,9 @@ from itertools import chain
 
 from ..config import DataConfig
 from ..errors import DataError
+from .find import search_shards
 from .index import BESIDE, Shard, try_open_shards
 from .names import printable
-from .find import search_shards
 from .tree import say_once
 from .walk import NOTES, LeftOut, describe
 

@@ -1,14 +1,13 @@
 import os
-import shutil
 
 import pytest
 import webdataset
 
-from radio_distill.data.images import decode_image
-from radio_distill.data.index import open_shards, parse_sample
 from radio_distill.config import DataConfig
 from radio_distill.data.check import check_shards
 from radio_distill.data.find import find_shards
+from radio_distill.data.images import decode_image
+from radio_distill.data.index import open_shards, parse_sample
 from radio_distill.data.shards import find_pictures, write_shards
 from radio_distill.errors import ConfigError, DataError
 
@@ -258,7 +257,9 @@ def test_write_shards__holds_a_share_out(tmp_path, encode):
     summary = write_shards(tmp_path / "in", tmp_path / "out", hold_out=0.2)
     assert summary.num_images == 16
     assert summary.held_out == (tmp_path / "out_held_out" / "shard-000000.tar",)
-    trained, held = ({s["png"] for s in read_back(part)} for part in (summary.shards, summary.held_out))
+    trained, held = (
+        {s["png"] for s in read_back(part)} for part in (summary.shards, summary.held_out)
+    )
     assert (len(trained), len(held), trained & held) == (16, 4, set())
     with pytest.raises(ConfigError, match="hold_out"):
         write_shards(tmp_path / "in", tmp_path / "other", hold_out=1.0)

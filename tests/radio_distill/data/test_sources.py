@@ -204,9 +204,7 @@ def test_open_sources__where_shards_cannot_have_indexes_beside_them(
     assert "indexes of 5 shards stay in memory" in caplog.text
 
 
-def test_open_sources__index_folder_holds_shards_of_one_name(
-    tmp_path, encode, write_tar
-):
+def test_open_sources__index_folder_holds_shards_of_one_name(tmp_path, encode, write_tar):
     for number in range(2):
         (tmp_path / str(number)).mkdir()
         write_tar(tmp_path / str(number) / "a.tar", {f"{number}.png": encode(number)})
