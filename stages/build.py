@@ -3,6 +3,7 @@
 import logging
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from radio_distill.partitions import images_per_step
 from radio_distill.protocols import Teacher
 from radio_distill.targets import TargetMaker, check_partition
 from radio_distill.train import checkpoint as checkpoints
-from radio_distill.train.checkpoint import Checkpoint
+from radio_distill.train.checkpoint import Checkpoint, Origin
 from radio_distill.train.distributed import World, extend_timeouts, from_ranks, main_first
 from radio_distill.train.draws import Draws
 from radio_distill.train.engine import build_engine
@@ -40,10 +41,11 @@ from radio_distill.train.statistics import (
 )
 from radio_distill.train.weights import TermWeights
 from radio_distill.train.work import Work
+from radio_distill.types import TeacherSpec
 from teachers import build_teacher, teacher_spec
 from upsamplers import build_upsampler
 
-from .common import Asked, stage_of, start_checkpoint
+from .common import Asked, changes_that_matter, stage_of, start_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +79,8 @@ def build_run(
     if resumed is not None:
         check_shards(resumed, source.fingerprint, allow_changed)
     specs = {name: teacher.spec for name, teacher in targets.teachers.items()}
+    if resumed is not None:
+        check_same_teachers(resumed, specs, allow_changed)
     student = recipe.student if start is None else replace(recipe.student, pretrained="")
     model = build_student(
         student,
@@ -117,7 +121,30 @@ def build_run(
     )
     if resumed is not None:
         _restore(run, resumed)
+        run.origin = origin_of(resumed, recipe, specs, source.fingerprint)
+    elif start is not None:
+        run.origin = Origin(start.weights_sha256)
     return run
+
+
+def origin_of(
+    resumed: Checkpoint, recipe: Recipe, teachers: Mapping[str, TeacherSpec], shards: str
+) -> Origin:
+    """Return where a resumed student came from: what its checkpoint says, and what is changed now.
+
+    Args:
+        resumed: the checkpoint.
+        recipe: that the run goes on with, resolved.
+        teachers: with their weights.
+        shards: their fingerprint.
+    """
+    changed = [
+        *changes_that_matter(resumed.recipe, recipe, resumed.stage)[0],
+        *(["data.shards: their contents"] if resumed.shards not in ("", shards) else []),
+        *(f"teachers.{name}: its weights" for name in changed_teachers(resumed, teachers)),
+    ]
+    lines = tuple(f"after step {resumed.step}: {line}" for line in changed)
+    return replace(resumed.origin, changed=(*resumed.origin.changed, *lines))
 
 
 def check_room(folder: Path, model: nn.Module, with_average: bool = False) -> None:
@@ -156,6 +183,28 @@ def check_shards(resumed: Checkpoint, fingerprint: str, allow_changed: bool) -> 
             "order of the images would be another; put the shards back"
         )
     logger.warning("the shards changed since the checkpoint: images may be met again, or never")
+
+
+def changed_teachers(resumed: Checkpoint, teachers: Mapping[str, TeacherSpec]) -> list[str]:
+    """List the teachers that have other weights than those that a checkpoint was trained with."""
+    return [
+        name
+        for name, spec in teachers.items()
+        if name in resumed.teachers and resumed.teachers[name].weights_hash != spec.weights_hash
+    ]
+
+
+def check_same_teachers(
+    resumed: Checkpoint, teachers: Mapping[str, TeacherSpec], allow_changed: bool
+) -> None:
+    """Raise ChangedError where teachers have other weights than the checkpoint was trained with."""
+    for name in changed_teachers(resumed, teachers):
+        if not allow_changed:
+            raise ChangedError(
+                f"teachers.{name}: its weights are not those that {resumed.folder} was trained "
+                "with; put them back"
+            )
+        logger.warning("teacher %r has other weights than when the checkpoint was written", name)
 
 
 def unseen_teachers(recipe: Recipe, stage: str) -> list[str]:

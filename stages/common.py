@@ -464,9 +464,10 @@ def checkpoint_to_resume(
         logging.info("nothing to resume in %s; starting anew", folder)
         return None
     changed, rounding = changes_that_matter(checkpoint.recipe, recipe, stage)
+    changed += main_first(world, lambda: _changed_start(checkpoint, recipe, stage))
     if changed and not allow_changed:
         raise ChangedError(
-            f"this is not what {checkpoint.folder} was made of ({'; '.join(changed)}); take the "
+            f"the recipe differs from that of {checkpoint.folder} ({'; '.join(changed)}); take the "
             "change back"
         )
     for teacher in unknown_files(checkpoint, recipe, stage):
@@ -491,6 +492,21 @@ def checkpoint_to_resume(
         if before != now:
             logging.info("%s was %s when the checkpoint was written, and is %s", name, before, now)
     return checkpoint
+
+
+def _changed_start(checkpoint: "Checkpoint", recipe: Recipe, stage: str) -> list[str]:
+    """Say where the student that a stage started from was trained anew, or on, since."""
+    from radio_distill.train.checkpoint import student_checksum
+
+    start = recipe.stages[stage].start_from if stage in recipe.stages else ""
+    before = checkpoint.origin.start
+    if not (start and before):
+        return []
+    path = recipe.stage_folder(start) if start in recipe.stages else Path(start)
+    now = student_checksum(path)
+    if now in ("", before):
+        return []
+    return [f"stages.{stage}.start_from: the student of {path}: {before[:12]}... -> {now[:12]}..."]
 
 
 def _newest_to_resume(folder: Path, stage: str) -> "Checkpoint | None":

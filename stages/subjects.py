@@ -100,6 +100,7 @@ def training_digest(checkpoint: Checkpoint) -> str:
             _specs(checkpoint.teachers),
             _places_without_checksum(recipe, checkpoint, stages),
             checkpoint.shards or list(recipe.data.shards),
+            *checkpoint.origin.changed,
         ]
     )
 

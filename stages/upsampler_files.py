@@ -384,12 +384,16 @@ def unknown_files(checkpoint: "Checkpoint", recipe: Recipe, stage: str) -> list[
 
 
 def changed_since(checkpoint: "Checkpoint") -> list[str]:
-    """Say which files of upsamplers were exchanged since a checkpoint was trained with them."""
+    """Say how what a checkpoint was made of is not what its recipe would make it of today.
+
+    Files of its upsamplers that were exchanged, and what was changed on its way.
+    """
     from upsamplers.fitted import path_of
 
+    lines = [f"{checkpoint.folder} was changed {line}" for line in checkpoint.origin.changed]
     if checkpoint.stage not in checkpoint.recipe.stages:
-        return []
-    config, lines = checkpoint.recipe.stages[checkpoint.stage].upsampler, []
+        return lines
+    config = checkpoint.recipe.stages[checkpoint.stage].upsampler
     for name, known in config.sha256.items():
         path = path_of(config.weights.get(name, ""))
         if path.is_file() and sha256_of(path) != known:

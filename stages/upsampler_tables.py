@@ -55,7 +55,11 @@ def _de_bias(bench: Bench, rows: Mapping[int, Sequence[Row]]) -> Table:
         "De-bias: fidelity without and with (FeatSharp, Table 7)",
         tuple(columns),
         tuple((label, *values) for label, values in cells.items()),
-        (measured_on(bench), "The bias is taken off predictions again, so the target is the same."),
+        (
+            measured_on(bench),
+            "The bias is taken off predictions again, so the target is the same.",
+            *unequal_settings(bench, [row.config for same in rows.values() for row in same]),
+        ),
     )
 
 
@@ -101,7 +105,11 @@ def _modules(bench: Bench, rows: Mapping[int, Sequence[Row]]) -> Table:
         "Modules of FeatSharp: fidelity (FeatSharp, Table 10)",
         (Column("modules"), *(Column(f"{factor}x", ".3f", "higher") for factor in rows)),
         tuple((label, *values) for label, values in cells.items()),
-        (measured_on(bench), "The inputs are bilinear, which is the residual path, and tiles."),
+        (
+            measured_on(bench),
+            "The inputs are bilinear, which is the residual path, and tiles.",
+            *unequal_settings(bench, [row.config for same in rows.values() for row in same]),
+        ),
     )
 
 
@@ -117,7 +125,33 @@ def _measured(
         (label, *(_value(bench, config, measure) for measure in measures)) for label, config in rows
     ]
     columns = (Column(first), *(MEASURES[measure] for measure in measures))
-    return Table(title, columns, tuple(body), (measured_on(bench), *notes))
+    unequal = unequal_settings(bench, [row.config for row in rows])
+    return Table(title, columns, tuple(body), (measured_on(bench), *notes, *unequal))
+
+
+_OF_THE_MODEL = ("teacher", "upsampler", "factor", "options", "de_bias", "pictures_every", "size")
+"""Fields of a fit that the rows of a table say themselves, or that change no number."""
+
+
+def unequal_settings(bench: Bench, configs: Sequence[FitConfig]) -> list[str]:
+    """Say under a table where its fits were not made alike: a file that is there is not made anew.
+
+    Args:
+        bench: has the files.
+        configs: of the table's rows.
+    """
+    names = dict.fromkeys(map(fit_name, configs))
+    fits = {name: read_header(bench.files[name]).fit for name in names if name in bench.files}
+    fields = dict.fromkeys(field for fit in fits.values() for field in fit)
+    unequal = []
+    for field in fields:
+        values: dict[str, list[str]] = {}
+        for name, fit in fits.items():
+            values.setdefault(str(fit.get(field, "unknown")), []).append(name)
+        if field not in _OF_THE_MODEL and len(values) > 1:
+            told = (f"{value} in {', '.join(members)}" for value, members in values.items())
+            unequal.append(f"{field} {'; '.join(told)}")
+    return [f"These fits are not of one setting: {'. '.join(unequal)}."] if unequal else []
 
 
 def fits_table(bench: Bench) -> Table:

@@ -100,6 +100,8 @@ def list_pictures(source: str) -> list[PictureRef]:
     """
     folder = Path(source).expanduser()
     if not folder.is_dir():
+        if not folder.suffix and not folder.exists() and not set(source) & set("*?[{:|"):
+            raise DataError(f"no folder {source}, of images or of shards")
         return _in_shards(source)
     tree = list_tree(folder)
     pictures = tree.images

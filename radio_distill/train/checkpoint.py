@@ -62,6 +62,16 @@ class UnreadableError(CheckpointError):
 
 
 @dataclass(frozen=True)
+class Origin:
+    """Where a student came from, beside its recipe, its shards and its teachers."""
+
+    start: str = ""
+    """Checksum of the student that its stage started from; empty for a new one."""
+    changed: tuple[str, ...] = ()
+    """What was changed on the way because that was allowed, each with the step it was after."""
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint folder whose files were verified."""
 
@@ -79,6 +89,7 @@ class Checkpoint:
     """Processes that it was trained on."""
     sha256: dict[str, str] = field(default_factory=dict)
     """Checksum of each of its files."""
+    origin: Origin = field(default_factory=Origin)
 
     def has(self, part: str) -> bool:
         """Return whether it holds that file (``ema`` and ``loss`` are optional)."""
@@ -100,7 +111,7 @@ class Checkpoint:
     @property
     def weights_sha256(self) -> str:
         """Checksum of the weights to use: it is equal for equal students, wherever they lie."""
-        return self.sha256[f"{EMA if self.has(EMA) else STUDENT}.safetensors"]
+        return _weights_of(self.sha256)
 
 
 def save(
@@ -116,6 +127,7 @@ def save(
     shards: str = "",
     counts: Mapping[str, int] | None = None,
     world_size: int = 1,
+    origin: Origin | None = None,
     may_write: Callable[[], None] = lambda: None,
 ) -> Path:
     """Write a checkpoint, then delete the oldest.
@@ -129,6 +141,7 @@ def save(
         shards: fingerprint of the data.
         counts: what the run has counted.
         world_size: processes of the run.
+        origin: where the student came from.
         may_write: called before the checkpoint appears; raises where it must not.
 
     Raises:
@@ -151,6 +164,7 @@ def save(
             "counts": dict(counts or {}),
             "versions": versions(),
             "world_size": world_size,
+            "origin": asdict(origin or Origin()),
             "sha256": sums,
         }
         (temporary / META).write_text(json.dumps(sealed(meta), indent=1), encoding="utf-8")
@@ -238,6 +252,7 @@ def read(folder: Path) -> Checkpoint:
             {str(name): str(text) for name, text in meta.get("versions", {}).items()},
             _whole_number(meta.get("world_size", 1)),
             dict(meta["sha256"]),
+            _origin_of(meta.get("origin", {})),
         )
     except CheckpointError:
         raise
@@ -248,6 +263,28 @@ def read(folder: Path) -> Checkpoint:
         raise CheckpointError(f"{folder}: {META} holds no recipe: {reason}") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{folder} is not a whole checkpoint: {reason_of(error)}") from error
+
+
+def _origin_of(row: Mapping[str, Any]) -> Origin:
+    return Origin(str(row.get("start", "")), tuple(map(str, row.get("changed", ()))))
+
+
+def _weights_of(sums: Mapping[str, str]) -> str:
+    return sums.get(f"{EMA}.safetensors") or sums[f"{STUDENT}.safetensors"]
+
+
+def student_checksum(path: Path) -> str:
+    """Return ``weights_sha256`` of a stage's newest checkpoint, or of a checkpoint's folder.
+
+    As its ``meta.json`` has it: no file is verified. Empty where there is no checkpoint.
+    """
+    folders = [path] if is_there(path / META) else _named(path / "checkpoints") or _named(path)
+    for folder in folders:
+        try:
+            return _weights_of(_read_meta(folder)["sha256"])
+        except (CheckpointError, KeyError):
+            continue
+    return ""
 
 
 def _read_meta(folder: Path) -> dict[str, Any]:

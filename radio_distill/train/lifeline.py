@@ -31,7 +31,7 @@ from ..files import reason_of
 from ..memory import naming
 from ..types import TeacherSpec
 from . import checkpoint as checkpoints
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, Origin
 from .distributed import World, from_ranks, main_first, sum_over_ranks
 from .guard import Finding, Findings, Skips, describe
 from .heartbeat import Heartbeat
@@ -104,6 +104,7 @@ class Lifeline:
         ownership: rank 0's claim on the folder.
         resumed: the checkpoint that the run goes on from.
         shards: fingerprint of the data.
+        origin: where the student came from, for checkpoints.
     """
 
     def __init__(
@@ -118,7 +119,9 @@ class Lifeline:
         ownership: Ownership | None,
         resumed: Checkpoint | None = None,
         shards: str = "",
+        origin: Origin | None = None,
     ):
+        self._origin = origin
         self._folder, self._recipe, self._world = folder, recipe, world
         self._steps, self._ownership = steps, ownership
         self._step = resumed.step if resumed else 0
@@ -331,6 +334,7 @@ class Lifeline:
             shards=self._shards,
             counts=counts,
             world_size=self._world.world_size,
+            origin=self._origin,
             may_write=self._check_may_write,
         )
 

@@ -16,7 +16,7 @@ import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 
@@ -38,7 +38,7 @@ from ..terms import mesa
 from ..types import Features, ImageBatch, TeacherSpec, View
 from ..views import AVERAGE, Views, follow
 from . import checkpoint as checkpoints
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, Origin
 from .distributed import World, sum_over_ranks
 from .draws import Draws
 from .engine import on_host
@@ -78,6 +78,7 @@ class StageRun:
     """What the run goes on from."""
     ownership: Ownership | None = None
     """Rank 0's claim on the folder."""
+    origin: Origin = field(default_factory=Origin)
 
     @property
     def config(self) -> StageConfig:
@@ -182,6 +183,7 @@ def open_lifeline(run: StageRun) -> Lifeline:
         run.ownership,
         run.resumed,
         run.source.fingerprint,
+        run.origin,
     )
 
 

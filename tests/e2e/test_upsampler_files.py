@@ -2,17 +2,21 @@
 
 import json
 import os
+import shlex
+import shutil
 from pathlib import Path
 from unittest.mock import patch
 
 import pytest
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from radio_distill.files import sha256_of
 from radio_distill.train.checkpoint import find, sealed
-from stages import fit_upsampler, stage3
+from stages import fit_upsampler, stage1, stage2, stage3
 from stages.cli import main as cli
+from stages.common import load_recipe
+from teachers import build_teacher
 
 HERE = ["--stages.stage3.start_from", "", "--stages.stage3.steps", "2"]
 FEATUP = ["--teacher-upsampler", "featup", *HERE]
@@ -108,8 +112,6 @@ def test_stage3__an_earlier_checkpoint_does_not_know_its_file(trained, recipe_fi
 
 
 def test_fit__the_command_in_the_message_makes_what_is_missing(recipe_file, capfd):
-    import shlex
-
     assert cli(["train", str(recipe_file), *FEATUP, "--stages", "stage3", "--name", "other"]) == 2
     command = one_line(capfd).partition("; run ")[2].partition(", or set")[0]
     words = shlex.split(command)
@@ -127,3 +129,57 @@ def test_slurm__fits_and_then_trains(recipe_file):
     run = recipe_file.parent / "runs" / "tiny"
     upsampler = find(run / "stage3-featup").recipe.stages["stage3"].upsampler
     assert upsampler.sha256 == {"vit": sha256_of(fitted_file(run))}
+
+
+def test_stage2__knows_the_student_that_it_started_from(recipe_file, capfd):
+    """Another seed of stage 1 would make another student of stage 2."""
+    shorter = ["--stages.stage1.steps", "1", "--stages.stage2.steps", "2"]
+    assert run(stage1, recipe_file, *shorter) == 0
+    assert run(stage2, recipe_file, *shorter) == 0
+    runs = recipe_file.parent / "runs" / "tiny"
+    first = find(runs / "stage1").weights_sha256
+    assert find(runs / "stage2").origin.start == first
+    assert run(stage2, recipe_file, *shorter, "--resume") == 0
+
+    assert run(stage1, recipe_file, *shorter, "--stage.learning_rate", "0.01") == 0
+    again = find(runs / "stage1").weights_sha256
+    capfd.readouterr()
+    assert run(stage2, recipe_file, *shorter, "--resume") == 2
+    assert f"the student of {runs / 'stage1'}: {first[:12]}... -> {again[:12]}..." in one_line(
+        capfd
+    )
+
+    assert run(stage2, recipe_file, *shorter) == 0
+    assert find(runs / "stage2").origin.start == again
+
+
+def test_stage1__says_what_was_changed_on_its_way(recipe_file, caplog):
+    steps = ["--stage.steps", "4", "--stage.ema_decay", "0"]
+    assert run(stage1, recipe_file, *steps) == 0
+    folder = recipe_file.parent / "runs" / "tiny" / "stage1"
+    shutil.rmtree(folder / "checkpoints" / "step-00000004")
+    changed = ["--stage.weight_decay", "0.5", "--resume", "--allow-changed-recipe"]
+    assert run(stage1, recipe_file, *steps, *changed) == 0
+    line = "after step 2: stages.stage1.weight_decay: 0.02 -> 0.5"
+    assert find(folder).origin.changed == (line,)
+    assert cli(["eval", str(folder)]) == 0
+    assert f"was changed {line}" in caplog.text
+
+
+def test_stage1__a_teacher_with_other_weights_is_not_gone_on_with(recipe_file, tmp_path, capfd):
+    """Its file is where it was, under the name that it had."""
+    weights = tmp_path / "vit.safetensors"
+    config = load_recipe(str(recipe_file)).teachers["vit"]
+    state = build_teacher("vit", config).tower.state_dict()
+    save_file({name: value.contiguous() for name, value in state.items()}, weights)
+    arguments = ["--stage.steps", "4", "--stage.ema_decay", "0", "--teachers.vit.weights", weights]
+    arguments = list(map(str, arguments))
+    assert run(stage1, recipe_file, *arguments) == 0
+    folder = recipe_file.parent / "runs" / "tiny" / "stage1" / "checkpoints"
+    shutil.rmtree(folder / "step-00000004")
+    save_file({name: value.contiguous() * 1.5 for name, value in state.items()}, weights)
+    capfd.readouterr()
+    assert run(stage1, recipe_file, *arguments, "--resume") == 2
+    line = one_line(capfd)
+    assert "teachers.vit: its weights are not those that" in line
+    assert "add --allow-changed-recipe" in line

@@ -6,6 +6,7 @@ import re
 import shlex
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from stages.common import FITTED, Asked, fit_folder, fit_name, fit_of, load_reci
 from stages.fit_upsampler import fit_recipe, input_size
 from stages.upsampler_files import fit_command, upsampler_of
 from stages.upsampler_fits import BLOCKS, INPUTS, Request, rows_of
+from stages.upsampler_tables import unequal_settings
 from teachers import build_teacher
 from upsamplers import fitted
 from upsamplers.consistency import Consistency
@@ -377,6 +379,26 @@ def test_upsampler_of__a_fitted_bilinear_leaves_the_stage_alone(recipe_file: Pat
     stage["upsampler"]["name"] = "featup"
     path.write_text(yaml.safe_dump(data))
     assert list(upsampler_of(load_recipe(str(path)), "stage3").weights) == ["vit"]
+
+
+def test_unequal_settings__are_said_under_the_table(tmp_path: Path) -> None:
+    def bench(**steps: int) -> SimpleNamespace:
+        files = {}
+        for name, count in steps.items():
+            config = FitConfig(teacher="vit", upsampler=name, steps=count, size=32)
+            files[fit_name(config)] = path = tmp_path / f"{name}.safetensors"
+            fit = {**asdict(config), "seed": 0}
+            header = fitted.FittedHeader(name, "vit", "", 8, 2, (32, 32), fit=fit)
+            fitted.write(path, {"bias": torch.zeros(1)}, header)
+        return SimpleNamespace(files=files)
+
+    names = ("bilinear", "featup", "featsharp")
+    configs = [FitConfig(teacher="vit", upsampler=name) for name in names]
+    assert unequal_settings(bench(bilinear=30, featup=30, featsharp=30), configs) == []
+    assert unequal_settings(bench(bilinear=30, featup=600), configs) == [
+        "These fits are not of one setting: steps 30 in vit-bilinear-2x; 600 in vit-featup-2x."
+    ]
+    assert unequal_settings(bench(bilinear=30, featup=600), configs[:1]) == []
 
 
 def test_fit_recipe__needs_to_know_the_teacher(recipe_file: Path) -> None:

@@ -55,7 +55,7 @@ def test_load_pictures__bad_picture_is_named(folder):
 def test_list_pictures__nothing_there(tmp_path):
     with pytest.raises(DataError, match="no pictures and no shards"):
         list_pictures(str(tmp_path))
-    with pytest.raises(DataError, match="no shards found"):
+    with pytest.raises(DataError, match=r"no folder .*missing, of images or of shards"):
         list_pictures(str(tmp_path / "missing"))
 
 
