@@ -198,14 +198,21 @@ def resolve(config: TeacherConfig) -> Preset:
                 f"source {preset.source!r}: complete returns a {type(completed).__name__}, not the "
                 "Preset with what it has filled in"
             )
-        return _known(measured(completed, source.build))
-    if preset.native_size % preset.patch_size:
-        near = max(round(preset.native_size / preset.patch_size), 1) * preset.patch_size
-        raise ConfigError(
-            f"options.native_size: {preset.native_size} is not a multiple of the patch "
-            f"{preset.patch_size} (nearest {near})"
-        )
+        found = _known(measured(completed, source.build))
+        if "native_size" in config.options:
+            _check_multiple(config.options["native_size"], found.patch_size)
+        return found
+    _check_multiple(preset.native_size, preset.patch_size)
     return _known(preset)
+
+
+def _check_multiple(native_size: int, patch_size: int) -> None:
+    if native_size % patch_size:
+        near = max(round(native_size / patch_size), 1) * patch_size
+        raise ConfigError(
+            f"options.native_size: {native_size} is not a multiple of the patch {patch_size} "
+            f"(nearest {near})"
+        )
 
 
 def _known(preset: Preset) -> Preset:

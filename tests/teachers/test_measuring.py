@@ -57,7 +57,7 @@ def test_timm__the_stride_is_the_models_own(model):
 @pytest.mark.parametrize("model", ["test_resnet", "test_efficientnet", "test_convnext", "test_vit"])
 def test_encode__a_student_of_another_size_is_matched(model):
     """``input_size: match`` at sizes that are not native: the grids are equal, and it runs."""
-    config = timm_teacher(model, native_size=176 if "vit" not in model else 160)
+    config = timm_teacher(model, native_size=160)
     config.options.update(mean=HALF, std=HALF)
     spec = teacher_spec("t", config)
     from teachers import _source, resolve
@@ -187,5 +187,7 @@ def test_native_size__that_the_patch_does_not_divide_is_refused():
     config = TeacherConfig(preset="dinov2_l_reg", options={"native_size": 224 + 3})
     with pytest.raises(ConfigError, match=r"teachers\.t: options\.native_size: 227 .*nearest 224"):
         teacher_spec("t", config)
+    with pytest.raises(ConfigError, match=r"options\.native_size: 225 .*patch 32 \(nearest 224"):
+        teacher_spec("t", timm_teacher("test_resnet", native_size=225))
     config = TeacherConfig(preset="tiny_vit", options={"native_size": 64})
     assert build_teacher("t", config).spec.native_size == (64, 64)

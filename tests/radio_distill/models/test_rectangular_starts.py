@@ -84,8 +84,8 @@ def test_file__a_table_that_is_no_square_must_be_said(
     assert "\n" not in str(error.value)
     config = student_config(pretrained=str(file), pretrained_grid=(3, 5), max_size=64)
     torch.testing.assert_close(Student(config, 1).positions.table.data, expected(model, (3, 5), 4))
-    with pytest.raises(WeightsError, match=r"pretrained_grid: 4x4 are 16 positions, and .* has 15"):
-        Student(student_config(pretrained=str(file), pretrained_grid=(4, 4)), 1)
+    with pytest.raises(WeightsError, match=r"pretrained_grid: 5x5 are 25 positions, and .* has 15"):
+        Student(student_config(pretrained=str(file), pretrained_grid=(5, 5)), 1)
 
 
 def test_file__what_is_said_goes_before_a_square(
