@@ -108,13 +108,8 @@ def locate(preset: Preset) -> Path:
 def load(preset: Preset, path: Path) -> OpenClipTower:
     """Build the image tower with the weights at ``path``, of a whole CLIP or that tower."""
     visual = _visual(preset)
-    state = weights.read_state(path)
-    image = {
-        key.removeprefix("visual."): value
-        for key, value in state.items()
-        if key.startswith("visual.")
-    }
-    weights.load_strict(visual, image or state, str(path))
+    state = weights.named_as(weights.read_state(path), visual.state_dict(), str(path))
+    weights.load_strict(visual, state, str(path))
     return OpenClipTower(visual)
 
 
