@@ -147,8 +147,15 @@ def _prefix_of(state: Mapping[str, Tensor], wanted: frozenset[str], where: str) 
             name = ".".join(parts[depth:])
             if name in wanted or _CHUNKED.sub(r"blocks.\1.", name) in wanted:
                 counts["".join(f"{part}." for part in parts[:depth])] += 1
-    most = max(counts.values(), default=0)
-    equal = sorted(prefix for prefix, count in counts.items() if count == most)
+    # Layers of another model may be called alike. Older names of the same one may hardly agree, but
+    # there are as many.
+    models = {
+        prefix: count
+        for prefix, count in counts.items()
+        if 2 * count >= len(wanted) or sum(key.startswith(prefix) for key in state) >= len(wanted)
+    }
+    most = max(models.values(), default=0)
+    equal = sorted(prefix for prefix, count in models.items() if count == most)
     if not equal or "" in equal:
         return ""
     best = [prefix for prefix in equal if _rank(prefix) == min(map(_rank, equal))]
