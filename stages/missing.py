@@ -5,15 +5,16 @@ fitted upsampler must be compared with them (:func:`stages.upsampler_files.weigh
 """
 
 import glob
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 
 from radio_distill.config import Recipe, TeacherConfig, UpsamplerConfig
 from radio_distill.data.find import find_shards
-from radio_distill.errors import ConfigError, DataError, RadioDistillError, WeightsError
+from radio_distill.errors import ConfigError, DataError, RadioDistillError
 from radio_distill.files import check_readable, unreadable
+from radio_distill.types import TeacherSpec
 from stages.common import Asked, stage_of
 from stages.upsampler_files import Need, problems_of
 from teachers import resolve
@@ -59,6 +60,7 @@ def find_missing(
         else:
             found.unfitted[problem] = need
     found.missing += [*_evaluation(recipe), *(_benchmarks(recipe) if scores else ())]
+    found.missing = list(dict.fromkeys(found.missing))  # stages may lack the same teacher
     return found
 
 
@@ -79,7 +81,7 @@ def check_stages(
     left = [stage for stage in stages if not (resume and is_complete(recipe, stage))]
     lines = [problem for problem, _ in _stage_problems(recipe, left, asked)]
     if lines:
-        raise ConfigError(*lines)
+        raise ConfigError(*dict.fromkeys(lines))
 
 
 def is_complete(recipe: Recipe, stage: str) -> bool:
@@ -102,7 +104,13 @@ def _stage_problems(
     """
     for number, stage in enumerate(stages):
         ready = (*before, *stages[:number])
-        for line in (*_partitions(recipe, stage), *_start(recipe, stage, ready, asked)):
+        for line in _start(recipe, stage, ready, asked):
+            yield line, None
+        specs, broken = _specs(recipe, stage)
+        if broken:
+            yield from ((line, None) for line in broken)
+            continue
+        for line in _partitions(recipe, stage, specs):
             yield line, None
         try:
             _check_upsampler(stage_of(recipe, stage).upsampler)
@@ -112,6 +120,21 @@ def _stage_problems(
             continue
         for problem in problems:
             yield problem.text, problem.need if problem.is_unfitted else None
+
+
+def _specs(recipe: Recipe, stage: str) -> tuple[dict[str, TeacherSpec], list[str]]:
+    """Describe the teachers of a stage; returns those that can be, and why the others cannot."""
+    from teachers import teacher_spec
+
+    specs, broken = {}, []
+    for name in dict.fromkeys(
+        name for partition in stage_of(recipe, stage).partitions for name in partition.teachers
+    ):
+        try:
+            specs[name] = teacher_spec(name, recipe.teachers[name])
+        except RadioDistillError as error:
+            broken.append(str(error))
+    return specs, broken
 
 
 def _check_upsampler(config: UpsamplerConfig) -> None:
@@ -127,17 +150,13 @@ def _check_upsampler(config: UpsamplerConfig) -> None:
         build_upsampler(config, {})
 
 
-def _partitions(recipe: Recipe, stage: str) -> Iterator[str]:
-    """Say what teachers cannot give; what is wrong with a teacher itself is its own line."""
+def _partitions(recipe: Recipe, stage: str, specs: Mapping[str, TeacherSpec]) -> Iterator[str]:
+    """Say what teachers cannot give."""
     from radio_distill.targets import check_partition
-    from teachers import teacher_spec
 
     for partition in stage_of(recipe, stage).partitions:
         try:
-            specs = {name: teacher_spec(name, recipe.teachers[name]) for name in partition.teachers}
             check_partition(partition, recipe.teachers, specs, recipe.student.patch_size)
-        except WeightsError:
-            continue
         except RadioDistillError as error:
             yield f"stages.{stage}.partitions.{partition.name}: {error}"
 

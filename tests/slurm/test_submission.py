@@ -160,6 +160,14 @@ def test_submit__scores_that_are_left_out_need_nothing(recipe, login_node):
 
 
 @pytest.mark.usefixtures("free")
+def test_dry_run__a_teacher_that_many_stages_lack_is_one_line(recipe, capsys):
+    assert slurm(recipe, "--teachers.vit.preset", "tiny_vti", "--dry-run") == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if "missing here" in line]
+    assert len(lines) == 1
+    assert "teachers.vit: " in lines[0]
+
+
+@pytest.mark.usefixtures("free")
 def test_dry_run__says_what_is_missing_beside_the_scripts(recipe, capsys):
     assert slurm(recipe, "--data.shards", "[nowhere]", "--dry-run") == 0
     captured = capsys.readouterr()

@@ -9,11 +9,13 @@ import torch
 
 from radio_distill.config import dtypes_of
 from radio_distill.errors import ConfigError
+from radio_distill.files import sha256_of
 from radio_distill.train.plan import DEVICES
 from stages import plan
 from stages.cli import main
 from stages.common import Asked, load_recipe
 from stages.missing import check_stages, find_missing
+from stages.upsampler_files import with_files
 from upsamplers import fitted
 from upsamplers.fitted import FittedHeader
 
@@ -216,6 +218,20 @@ def test_find_missing__the_projects_own_of_another_size_is_said_to_be_that():
     (line,) = find_missing(load_recipe("demo", [*fields, smaller])).unfitted
     assert "no featsharp 2x is fitted to teacher 'dino' at 56 px" in line
     assert "the one that comes with the project was fitted at 112x112 px" in line
+
+
+def test_with_files__the_projects_own_are_written_down_by_a_name_that_travels():
+    recipe = load_recipe("demo", ["stages.stage3.upsampler.name=featsharp"])
+    made, problems = with_files(recipe, "stage3")
+    config = made.stages["stage3"].upsampler
+    assert problems == []
+    assert config.weights["dino"] == "shipped:vits14_packaged-featsharp-2x.safetensors"
+    own = fitted.SHIPPED / "vits14_packaged-featsharp-2x.safetensors"
+    assert config.sha256["dino"] == sha256_of(own)
+    assert config.sizes == {"dino": 112, "efficientnet": 128}
+    again, problems = with_files(made, "stage3")
+    assert (again, problems) == (made, []), "what was written down is a recipe like any other"
+    assert with_files(load_recipe("demo"), "stage3") == (load_recipe("demo"), [])
 
 
 def test_plan__price_is_of_all_device_hours(recipe, capsys):
