@@ -490,7 +490,9 @@ def checkpoint_to_resume(
     for name, now in checkpoints.versions().items():
         before = checkpoint.versions.get(name, now)
         if before != now:
-            logging.info("%s was %s when the checkpoint was written, and is %s", name, before, now)
+            level = logging.WARNING if name == "radio-distill" else logging.INFO
+            message = "%s was %s when the checkpoint was written, and is %s"
+            logging.log(level, message, name, before, now)
     return checkpoint
 
 

@@ -39,6 +39,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from .. import __version__
 from ..config import Recipe, build, check_student, dump, parse_yaml
 from ..errors import CheckpointError, ConfigError, WeightsError
 from ..files import check_readable, flush, is_there, reason_of, sha256_of, unreadable
@@ -198,8 +199,8 @@ def sealed(meta: Mapping[str, Any]) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Return the versions of what computes the numbers of a run."""
-    found = {"python": platform.python_version()}
-    for name in ("radio-distill", "torch", "numpy", "timm", "deepspeed", "pillow"):
+    found = {"radio-distill": __version__, "python": platform.python_version()}
+    for name in ("torch", "numpy", "timm", "deepspeed", "pillow"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
