@@ -35,7 +35,7 @@ def input_size(
     size whose grid equals the student's; so is that of an image in a mosaic. A number, or the
     native size, is the side of a square; for views that are not square it stands for their longer
     side, and the shorter side keeps the aspect ratio to the nearest whole patch. A teacher of fixed
-    size always sees that size, unless in a mosaic.
+    size sees that size, and no other may be asked for, unless in a mosaic.
 
     Args:
         config: the teacher's section of the recipe.
@@ -48,9 +48,14 @@ def input_size(
         ConfigError: where the patch does not divide a given side, or the teacher cannot take it.
     """
     in_mosaic = spec.name in partition.mosaic
-    if spec.fixed_size and not in_mosaic:
-        return spec.native_size
     wanted = partition.teacher_sizes.get(spec.name, "match" if in_mosaic else config.input_size)
+    if spec.fixed_size and not in_mosaic:
+        if wanted not in ("native", *spec.native_size):
+            raise ConfigError(
+                f"teacher {spec.name!r} takes {spec.native_size[0]}x{spec.native_size[1]} pixels "
+                f"only, not {wanted}; set its size to native, or show it in a mosaic"
+            )
+        return spec.native_size
     if wanted == "match":
         side = tuple(length // student_patch_size * spec.patch_size for length in view)
         return _within(spec, (side[0], side[1]), partition)

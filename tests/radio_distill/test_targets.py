@@ -53,7 +53,11 @@ def test_input_size__the_partition_goes_first_and_a_fixed_teacher_never_gives_wa
     partition = partition_of(512, teacher_sizes={"t": 448})
     assert seen_at(config, spec_of(), partition) == (448, 448)
     fixed = spec_of(fixed_size=True, native_size=(1022, 1022))
-    assert seen_at(config, fixed, partition) == (1022, 1022)
+    assert seen_at(TeacherConfig(preset="x"), fixed, partition_of(512)) == (1022, 1022)
+    assert seen_at(config, fixed, partition_of(512, teacher_sizes={"t": 1022})) == (1022, 1022)
+    for asked in (partition, partition_of(512)):
+        with pytest.raises(ConfigError, match="takes 1022x1022 pixels only, not"):
+            seen_at(config, fixed, asked)
 
 
 def test_input_size__what_cannot_be():
