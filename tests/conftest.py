@@ -1,11 +1,17 @@
 """A run folder with random weights, for what reads runs."""
 
+import signal
+import threading
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+# Where the tests run in the background of a shell, Ctrl-C is ignored, and so in what they start.
+if threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 LICENCES = {"clip": "mit", "sam": "apache-2.0", "dino": "dinov3-license"}
 CHANNELS = {"clip": (12, 5), "sam": (8, None), "dino": (4, 4)}

@@ -198,4 +198,4 @@ def test_command__bad_runs(root, tmp_path, capsys, runs, message):
 def test_command__output_that_cannot_be_written(root, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert command(root, tmp_path / "file", "--sizes", "48") == 2
-    assert "cannot write to" in capsys.readouterr().err
+    assert "cannot write" in capsys.readouterr().err

@@ -328,7 +328,10 @@ def test_share_of__more_processes_than_pictures():
         ({"total_variation": -0.1}, "fit.total_variation: -0.1 is below 0"),
         ({"crf": -0.1}, "fit.crf: -0.1 is below 0"),
         ({"teacher": "tiny_vti"}, "fit.teacher: no teacher 'tiny_vti' (did you mean 'tiny_vit'?)"),
-        ({"downsampler": "mean"}, "fit.downsampler: 'mean' is not one of attention, simple"),
+        (
+            {"downsampler": "mean"},
+            "fit.downsampler: 'mean' is not one of attention, featup, simple",
+        ),
         ({"view_range": "wild"}, "fit.view_range: 'wild' is not one of featup, featsharp"),
         ({"stpes": 3}, "did you mean 'steps'?"),
     ],

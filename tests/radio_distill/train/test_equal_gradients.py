@@ -45,9 +45,9 @@ from upsamplers import build_upsampler
 
 CPU = torch.device("cpu")
 TEACHERS = {
-    "vit": TeacherConfig(preset="tiny_vit", input_size="match"),
-    "cnn": TeacherConfig(preset="tiny_cnn"),
-    "sam": TeacherConfig(preset="tiny_samvit", summary_weight=0),
+    "vit": TeacherConfig(preset="tiny_vit", input_size="match", dtype="float32"),
+    "cnn": TeacherConfig(preset="tiny_cnn", dtype="float32"),
+    "sam": TeacherConfig(preset="tiny_samvit", summary_weight=0, dtype="float32"),
 }
 
 
@@ -237,9 +237,12 @@ def test_gradient__of_two_real_processes(two_processes, recipe):
     for pipe in two_processes:
         pipe.send(recipe)
     expected = gradient(recipe, World())
-    for pipe in two_processes:
+    answers = []
+    for pipe in two_processes:  # both are read before either is judged, or the next draw would hang
         assert pipe.poll(60), "a process gave no answer"
-        assert_equal([torch.from_numpy(part) for part in pipe.recv()], expected)
+        answers.append([torch.from_numpy(part) for part in pipe.recv()])
+    for answer in answers:
+        assert_equal(answer, expected)
 
 
 def test_gradient__another_step_has_another():
