@@ -42,9 +42,9 @@ SEEDS = 2
 _SECONDS, _SECONDS_A_STUDENT = 400.0, 60.0
 """CPU time of the demo: of all but stage 3, and of each of its students; measured where
 :func:`_work` takes :data:`_WORK`."""
-_WORK = 0.01
-_BUSY = 0.85
-"""Share of the cores that the demo keeps busy, of at most four. Measured on two."""
+_WORK = 0.008
+_BUSY = 0.75
+"""Share of the cores, of at most four, that do such work. Assumed."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
