@@ -83,7 +83,8 @@ def rendered_size(
 
     It is the :func:`input_size`; for an upsampled teacher ``factor`` times that, the most that an
     upsampler looks at. So tiles and guidance are the photograph's own pixels, and a comparison of
-    upsamplers shows all of them the same.
+    upsamplers shows all of them the same. The upsampler resizes the low-resolution input down from
+    it, as a fit does: the one view that is resampled twice.
     """
     height, width = input_size(config, spec, partition, view, student_patch_size)
     scale = factor if spec.name in partition.upsample else 1

@@ -2,7 +2,8 @@
 
 Every view is rendered straight from the photograph. Nothing is enlarged unless the photograph has
 fewer pixels, and no view is resized from another's: a second resampling takes detail away too, most
-where sizes are near each other (``python -m benchmarks.views`` has the figures).
+where sizes are near each other (``python -m benchmarks.views`` has the figures). Only an upsampler
+resizes its teacher's low-resolution input from the larger view that it looks at.
 
 With shifts (C-RADIOv4, arXiv 2601.17237: shift-equivariant loss) every encoder gets a crop of its
 own, moved by whole patches of the student within a view that is larger by the range of the shifts.

@@ -30,7 +30,9 @@ from radio_distill.partitions import Partition, Pass, partitions_of
 from radio_distill.train.costs import ModelCosts
 from radio_distill.train.measure import count_flops, fake_module, fake_tensors, peak_memory
 from radio_distill.train.plan import (
+    DECODE_SECONDS,
     GIB,
+    RENDER_SECONDS,
     DeviceType,
     Memory,
     StagePlan,
@@ -262,6 +264,18 @@ def test_plan_stage__adds_up_on_one_device():
     assert plan.memory.teachers == 77
     assert plan.memory.weights == 4 * costs.parameters  # one process has no ZeRO
     assert plan.hours == pytest.approx((100 * seconds + plan.statistics_seconds) / 3600)
+
+
+def test_plan_stage__counts_the_decoding_of_every_size_once():
+    recipe = make_recipe()
+    with fake_costs(recipe) as costs:
+        plan = plan_stage(costs, "stage1", 1, DEVICE, 0, utilisation=1)
+    low, high = plan.partitions
+    assert low.rendered == [(48, 48), (64, 64)]
+    assert high.rendered == [(128, 128), (144, 144)], "tiles: three times the teacher's size"
+    pixels = 6 * (48**2 + 64**2) + 2 * (128**2 + 144**2)
+    seconds = 8 * DECODE_SECONDS + RENDER_SECONDS * pixels
+    assert plan.decoding_cores == pytest.approx(seconds / plan.step_seconds)
 
 
 def test_plan_stage__waits_for_the_busiest_device():
