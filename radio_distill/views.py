@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .types import Size, View
 
-STUDENT, AVERAGE = "student", "average student"
+STUDENT, AVERAGE = "the student", "the average student"
 """Names of the encoders that are no teachers; a teacher's name is an identifier without blanks."""
 
 

@@ -17,12 +17,12 @@ def patch_means(pixels: torch.Tensor) -> torch.Tensor:
     return F.avg_pool2d(pixels, PATCH)
 
 
-def offsets_of(**cells):
+def offsets_of(cells):
     table = {name: torch.tensor(rows) for name, rows in cells.items()}
     return lambda name: table[name]
 
 
-def crops_of(pixels, size, offsets, names=("student", "dino")):
+def crops_of(pixels, size, offsets, names=(STUDENT, "dino")):
     """Each encoder's crop, cut out at whole pixels."""
     crops = {}
     for name in names:
@@ -45,8 +45,10 @@ def test_follow__a_map_that_moves_with_the_picture_meets_the_students(rows, colu
     size, margin = (rows * PATCH, columns * PATCH), 3 * PATCH
     pixels = torch.rand(len(cells), 3, size[0] + margin, size[1] + margin)
     offsets = offsets_of(
-        student=[(top, left) for top, left, _, _ in cells],
-        dino=[(top, left) for _, _, top, left in cells],
+        {
+            STUDENT: [(top, left) for top, left, _, _ in cells],
+            "dino": [(top, left) for _, _, top, left in cells],
+        }
     )
     views = Views(crops_of(pixels, size, offsets), size, offsets, (rows, columns), "low")
     student = patch_means(views.of_student())

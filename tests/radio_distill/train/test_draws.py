@@ -67,7 +67,7 @@ def test_views__shifts_are_the_distances_of_the_crops():
     assert torch.equal(shifts, shifts.round()), "whole patches"
     assert 1 <= shifts.abs().max() <= 3
     assert not torch.equal(shifts, shown.shift(AVERAGE) * 64 / 16), "each has its own crop"
-    student, dino = crops[View((64, 64), "low/student")], crops[View((96, 96), "low/dino")]
+    student, dino = crops[View((64, 64), f"low/{STUDENT}")], crops[View((96, 96), "low/dino")]
     apart = (student - dino)[:, :2] * draws.shape((64, 64)) / 64
     assert np.allclose(apart, shown.shift("dino").numpy(), atol=1e-6)
 
@@ -83,3 +83,8 @@ def test_positions__rows_belong_to_images():
     whole = draws_of().positions(4, MicroBatch(0, 8, (item,)))
     assert torch.equal(whole[3:6], draws_of().positions(4, MicroBatch(3, 6, (item,))))
     assert not torch.equal(whole, draws_of().positions(5, MicroBatch(0, 8, (item,))))
+
+
+def test_student__no_teacher_can_have_its_name():
+    assert not STUDENT.isidentifier()
+    assert not AVERAGE.isidentifier()
