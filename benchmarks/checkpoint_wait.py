@@ -26,10 +26,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from radio_distill.config import Recipe
-from radio_distill.evals.tables import Cell, Column, Table, print_tables
+from radio_distill.report.tables import Cell, Column, Table, print_tables
 from stages.arguments import run_script
+from stages.commands.demo import prepare_pictures
 from stages.common import load_recipe, train_stage
-from stages.demo import prepare_pictures
 
 TAKES_FIELDS = True
 STUDENTS = ("vit_tiny_patch16_224", "vit_small_patch16_224", "vit_base_patch16_224")

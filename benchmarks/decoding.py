@@ -20,8 +20,8 @@ import numpy as np
 
 from radio_distill.config import DataConfig
 from radio_distill.data.images import cut, decode_image, random_origin, render
-from radio_distill.data.position import view_generator
-from radio_distill.evals.tables import Column, Table, print_tables
+from radio_distill.data.order import view_generator
+from radio_distill.report.tables import Column, Table, print_tables
 from stages.arguments import run_script
 
 

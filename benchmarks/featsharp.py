@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from radio_distill.config import TeacherConfig
 from radio_distill.types import Features, TeacherSpec
 from teachers import build_teacher
-from upsamplers.featsharp import FeatSharpNetwork
 from upsamplers.learned import FeatSharp
-from upsamplers.local_attention import LocalSelfAttention
 from upsamplers.networks import Observation
+from upsamplers.networks.featsharp import FeatSharpNetwork
+from upsamplers.networks.local_attention import LocalSelfAttention
 
 FAKE = {"vit_h14": ("vit_huge_patch14_224", 378), "vit_s14": ("vit_small_patch14_dinov2", 224)}
 

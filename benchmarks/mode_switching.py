@@ -27,8 +27,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from stages.cli import main as radio_distill
+from stages.commands.demo import prepare_pictures
 from stages.common import load_recipe
-from stages.demo import prepare_pictures
 
 BOTH = ("dino", "efficientnet")
 SIZES = {"dino": 140, "efficientnet": 160}

@@ -23,17 +23,17 @@ from statistics import fmean, stdev
 
 from radio_distill.config import Recipe, size_pair
 from radio_distill.data.folder import load_pictures
+from radio_distill.distill.targets import TargetMaker
 from radio_distill.evals.fidelity import fidelity, in_teacher_space
-from radio_distill.evals.tables import Cell, Column, Estimate, Table, print_tables, render
-from radio_distill.files import replacing
-from radio_distill.targets import TargetMaker
+from radio_distill.report.tables import Cell, Column, Estimate, Table, print_tables, render
+from radio_distill.system.distributed import World, choose_device
+from radio_distill.system.files import replacing
 from radio_distill.train.checkpoint import find
-from radio_distill.train.distributed import World, choose_device
 from radio_distill.train.restore import load_student, normalizers_of
 from stages.arguments import run_script
 from stages.build import build_targets
+from stages.commands.demo import prepare_pictures
 from stages.common import load_recipe, train_stage
-from stages.demo import prepare_pictures
 
 TAKES_FIELDS = True
 STAGE = "stage1"

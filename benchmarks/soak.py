@@ -35,11 +35,11 @@ from typing import Any
 from unittest import mock
 
 from radio_distill.data.loader import ShardBatches
-from radio_distill.evals.tables import Column, Table, print_tables
+from radio_distill.report.tables import Column, Table, print_tables
 from radio_distill.types import ImageBatch
 from stages.arguments import run_script
+from stages.commands.demo import prepare_pictures
 from stages.common import load_recipe, train_stage
-from stages.demo import prepare_pictures
 
 TAKES_FIELDS = True
 FAULTS = {"unreadable": 4, "once": 2, "checksum": 4, "stalled": 0.5}

@@ -30,11 +30,11 @@ from radio_distill.data.folder import load_pictures
 from radio_distill.data.images import to_float
 from radio_distill.data.loader import ShardBatches, StepSlice, in_every_step
 from radio_distill.data.shards import write_shards
+from radio_distill.distill.views import resize
 from radio_distill.evals.harness import open_picture
-from radio_distill.evals.tables import Cell, Column, Table, print_tables
 from radio_distill.protocols import Teacher
+from radio_distill.report.tables import Cell, Column, Table, print_tables
 from radio_distill.types import ImageBatch, View
-from radio_distill.views import resize
 from stages.arguments import run_script
 from teachers import build_teacher
 

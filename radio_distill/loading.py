@@ -11,20 +11,20 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .backbone import Backbone
 from .config import Recipe, StudentConfig, build
 from .config import load as load_recipe
 from .errors import CheckpointError, WeightsError
 from .export.folded import FoldedStudent, folded
 from .export.transformers import preferred_size
-from .models.adaptors import Adaptor
-from .models.radio_layout import read_radio, student_config
-from .models.reparametrize import fold
+from .models.backbone import Backbone
+from .models.heads import Adaptor
+from .models.spectral import fold
 from .models.student import Student
-from .models.weight_files import read_checkpoint, read_json
 from .train import checkpoint as checkpoints
 from .train.checkpoint import Checkpoint, UnreadableError
 from .train.restore import load_student
+from .weights.files import read_checkpoint, read_json
+from .weights.radio import read_radio, student_config
 
 
 def load(

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from .balance.moments import Moments
     from .models.distilled import Predictions
+    from .normalize.moments import Moments
 
 
 @runtime_checkable

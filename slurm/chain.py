@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from radio_distill.errors import ConfigError
-from radio_distill.files import make_private, reason_of, replacing
+from radio_distill.system.files import make_private, reason_of, replacing
 
 from .cluster import Cluster, load_cluster
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from radio_distill.config import build, describe, option, read_yaml
 from radio_distill.errors import ConfigError
-from radio_distill.redaction import secrets_in
+from radio_distill.system.redaction import secrets_in
 
 Launcher = Literal["srun", "torchrun", "accelerate"]
 

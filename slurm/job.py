@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from radio_distill.errors import RadioDistillError
-from radio_distill.interruption import listening
+from radio_distill.system.signals import listening
 from radio_distill.train.ownership import FRESH
 
 from . import history, outcomes

@@ -1,6 +1,6 @@
 """Submits the stages of a recipe as jobs that wait for each other, and looks after them.
 
-The arguments are those of ``radio-distill slurm`` (:mod:`stages.submission`, which knows recipes
+The arguments are those of ``radio-distill slurm`` (:mod:`stages.commands.submission` knows recipes
 better than anything here may).
 """
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from radio_distill.config import Recipe
 from radio_distill.errors import ConfigError
 from radio_distill.registry import nearest
-from radio_distill.trust import FLAG, FLAG_HELP
+from radio_distill.system.trust import FLAG, FLAG_HELP
 
 from . import commands, status
 from .chain import Chain, find_chain, ran_here_in, read_chain, was_submitted

@@ -16,12 +16,11 @@ from radio_distill.config import Recipe, load
 from radio_distill.config.recipes import find_recipe
 from radio_distill.errors import ConfigError
 from radio_distill.registry import nearest
-from radio_distill.trust import FLAG
+from radio_distill.system.trust import FLAG
 
 from .chain import Link, Task
 from .job import RESUME
 
-_RECIPES = Path(__file__).resolve().parents[1] / "stages" / "recipes"
 _CLI = "stages.cli:main"
 TAKE_OVER = "--take-over"
 
@@ -108,7 +107,7 @@ def links_of(request: Request) -> tuple[Recipe, tuple[Link, ...]]:
 
 def _asked(request: Request) -> tuple[Path, Recipe, tuple[str, ...]]:
     """Return the recipe's file, the recipe, and the stages that are asked for."""
-    file = find_recipe(str(request.recipe), _RECIPES).absolute()
+    file = find_recipe(str(request.recipe)).absolute()
     recipe = load(file, [item for item in request.overrides if not item.startswith("stage.")])
     stages = request.stages or tuple(recipe.stages)
     for stage in stages:

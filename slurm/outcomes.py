@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from socket import gethostname
 
-from radio_distill.files import replacing
+from radio_distill.system.files import replacing
 
 FOLDER = "outcomes"
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from radio_distill.progress import clock, table_console
+from radio_distill.system.progress import clock, table_console
 from radio_distill.train.status import Status, read_status
 
 from . import commands, history

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from radio_distill.errors import ConfigError, RadioDistillError
-from radio_distill.files import reason_of
+from radio_distill.system.files import reason_of
 
 from .chain import Chain, Link, Task, private_folder, write_chain
 from .cluster import Cluster

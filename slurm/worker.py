@@ -14,10 +14,11 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
-from radio_distill.interruption import listening, requested
-from radio_distill.redaction import redact
-from slurm import outcomes
-from slurm.decision import INTERRUPTED, TAKEN_OVER
+from radio_distill.system.redaction import redact
+from radio_distill.system.signals import listening, requested
+
+from . import outcomes
+from .decision import INTERRUPTED, TAKEN_OVER
 
 QUIET = (0, INTERRUPTED, TAKEN_OVER)
 """Statuses with which a process ends as if all were well."""

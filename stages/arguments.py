@@ -15,10 +15,10 @@ from typing import Any, NoReturn
 from radio_distill.config import assignments_of, describe
 from radio_distill.data.names import printable
 from radio_distill.errors import ConfigError, RadioDistillError
-from radio_distill.files import check_writable, reason_of
-from radio_distill.redaction import install, redact
 from radio_distill.registry import nearest
-from radio_distill.trust import FLAG, FLAG_HELP, trusting_pickles
+from radio_distill.system.files import check_writable, reason_of
+from radio_distill.system.redaction import install, redact
+from radio_distill.system.trust import FLAG, FLAG_HELP, trusting_pickles
 
 _LONGEST = 1500  # characters of an error; the mend stands at its end
 

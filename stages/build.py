@@ -12,18 +12,27 @@ from torch import nn
 
 from radio_distill.config import Recipe
 from radio_distill.data.loader import ShardBatches
+from radio_distill.distill.loss_weights import TermWeights
+from radio_distill.distill.micro_batches import Work
+from radio_distill.distill.randomness import Draws
+from radio_distill.distill.statistics import (
+    build_normalizers,
+    carry_heads_over,
+    first_partition,
+    fit_normalizers,
+    standard_moments,
+)
+from radio_distill.distill.targets import TargetMaker, check_partition
 from radio_distill.errors import ChangedError, ConfigError, DataError
-from radio_distill.files import make_private
-from radio_distill.memory import naming
 from radio_distill.models.distilled import build_student
 from radio_distill.models.ema import Ema
-from radio_distill.partitions import images_per_step
 from radio_distill.protocols import Teacher
-from radio_distill.targets import TargetMaker, check_partition
+from radio_distill.stage import images_per_step
+from radio_distill.system.distributed import World, extend_timeouts, from_ranks, main_first
+from radio_distill.system.files import make_private
+from radio_distill.system.memory import naming
 from radio_distill.train import checkpoint as checkpoints
 from radio_distill.train.checkpoint import Checkpoint, Origin
-from radio_distill.train.distributed import World, extend_timeouts, from_ranks, main_first
-from radio_distill.train.draws import Draws
 from radio_distill.train.engine import build_engine
 from radio_distill.train.loop import StageRun, stage_seed, zero_mend
 from radio_distill.train.restore import (
@@ -32,15 +41,6 @@ from radio_distill.train.restore import (
     normalizers_of,
     restore_normalizers,
 )
-from radio_distill.train.statistics import (
-    build_normalizers,
-    carry_heads_over,
-    first_partition,
-    fit_normalizers,
-    standard_moments,
-)
-from radio_distill.train.weights import TermWeights
-from radio_distill.train.work import Work
 from radio_distill.types import TeacherSpec
 from teachers import build_teacher, teacher_spec
 from upsamplers import build_upsampler

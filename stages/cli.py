@@ -15,28 +15,50 @@ if __package__ in (None, ""):  # run as a file: put the checkout, and only it, f
 from radio_distill import __version__
 from radio_distill.errors import ConfigError
 from radio_distill.registry import nearest
-from stages.arguments import Parser, run_command, run_module
+
+from .arguments import Parser, run_command, run_module
 
 COMMANDS = {
-    "demo": ("stages.demo", "run the whole path on real photographs: train, score, report"),
-    "init": ("stages.init", "write a recipe to begin with"),
-    "plan": ("stages.plan", "what a recipe costs, before anything runs"),
-    "train": ("stages.train", "train stages of a recipe, one after another"),
-    "eval": ("stages.evaluate", "score a student, or the teachers"),
-    "sweep": ("stages.sweep", "stage 3 and scores for several upsamplers, and their gain table"),
+    "demo": (
+        "stages.commands.demo",
+        "run the whole path on real photographs: train, score, report",
+    ),
+    "init": ("stages.commands.init", "write a recipe to begin with"),
+    "plan": ("stages.commands.plan", "what a recipe costs, before anything runs"),
+    "train": ("stages.commands.train", "train stages of a recipe, one after another"),
+    "eval": ("stages.commands.evaluate", "score a student, or the teachers"),
+    "sweep": (
+        "stages.commands.sweep",
+        "stage 3 and scores for several upsamplers, and their gain table",
+    ),
     "fit-upsampler": ("stages.fit_upsampler", "fit an upsampler to a teacher, and measure it"),
-    "convert-upsampler": ("stages.convert_upsampler", "use FeatUp's or FeatSharp's checkpoint"),
-    "score": ("stages.score", "gain table (Δm) of scores"),
-    "export": ("stages.export", "write a student so that transformers, timm, ... load it"),
-    "report": ("stages.report", "one HTML page of a run"),
-    "upsampler-report": ("stages.upsampler_report", "one HTML page that compares upsamplers"),
-    "mode-switching": ("stages.mode_switching", "what students see in one picture at many sizes"),
-    "shards": ("stages.shards", "make shards of a folder of pictures, or check shards"),
-    "slurm": ("stages.submission", "submit the stages of a recipe to Slurm"),
-    "list": ("stages.listing", "names: teachers, upsamplers, normalizers, benchmarks, recipes"),
-    "recipes": ("stages.recipes_table", "the published recipes beside the papers' figures"),
-    "fields": ("stages.fields", "every field of a recipe, with unit and default"),
-    "doctor": ("stages.doctor", "check this machine and this installation"),
+    "convert-upsampler": (
+        "stages.commands.convert_upsampler",
+        "use FeatUp's or FeatSharp's checkpoint",
+    ),
+    "score": ("stages.commands.score", "gain table (Δm) of scores"),
+    "export": ("stages.commands.export", "write a student so that transformers, timm, ... load it"),
+    "report": ("stages.commands.report", "one HTML page of a run"),
+    "upsampler-report": (
+        "stages.commands.upsampler_report",
+        "one HTML page that compares upsamplers",
+    ),
+    "mode-switching": (
+        "stages.commands.mode_switching",
+        "what students see in one picture at many sizes",
+    ),
+    "shards": ("stages.commands.shards", "make shards of a folder of pictures, or check shards"),
+    "slurm": ("stages.commands.submission", "submit the stages of a recipe to Slurm"),
+    "list": (
+        "stages.commands.listing",
+        "names: teachers, upsamplers, normalizers, benchmarks, recipes",
+    ),
+    "recipes": (
+        "stages.commands.recipes_table",
+        "published recipes beside the papers' figures",
+    ),
+    "fields": ("stages.commands.fields", "every field of a recipe, with unit and default"),
+    "doctor": ("stages.commands.doctor", "check this machine and this installation"),
 }
 
 

@@ -30,11 +30,12 @@ from radio_distill.config import (
     keep_resolved,
     load,
     place_indexes,
-    recipes,
     resolve,
 )
+from radio_distill.config.recipes import find_recipe
 from radio_distill.errors import ChangedError, CheckpointError, ConfigError
-from radio_distill.files import (
+from radio_distill.registry import nearest
+from radio_distill.system.files import (
     check_writable,
     free_name,
     make_private,
@@ -42,31 +43,19 @@ from radio_distill.files import (
     reason_of,
     replacing,
 )
-from radio_distill.registry import nearest
-from radio_distill.trust import trusting_pickles
+from radio_distill.system.trust import trusting_pickles
 
 from .arguments import Parser, add_trust_argument, fields_help, run_command
 
 if TYPE_CHECKING:
     import torch
 
+    from radio_distill.system.distributed import World
     from radio_distill.train.checkpoint import Checkpoint
-    from radio_distill.train.distributed import World
     from radio_distill.train.ownership import Ownership
 
-RECIPES = Path(__file__).parent / "recipes"
 FITTED = "upsampler.safetensors"
 """Name of the file in the folder of a fit."""
-
-
-def recipe_names() -> list[str]:
-    """Names of the recipes that come with the project."""
-    return recipes.recipe_names(RECIPES)
-
-
-def find_recipe(name: str) -> Path:
-    """Return a recipe's file: a path, a name of the project's, or NAME of a ``NAME.yaml`` here."""
-    return recipes.find_recipe(name, RECIPES)
 
 
 @dataclass(frozen=True)
@@ -280,7 +269,7 @@ def _train_stage(
     take_over: bool,
     asked: Asked | None,
 ) -> Path:
-    from radio_distill.train.distributed import (
+    from radio_distill.system.distributed import (
         choose_device,
         join,
         main_first,
@@ -289,7 +278,7 @@ def _train_stage(
     from radio_distill.train.engine import engine_name
 
     from .build import build_run
-    from .doctor import check_packages
+    from .commands.doctor import check_packages
     from .upsampler_files import with_files
 
     check_packages()
@@ -344,9 +333,9 @@ def resolve_at_start(
         checkpoint: what the run goes on from.
     """
     from radio_distill.data.sources import open_sources
-    from radio_distill.partitions import images_per_step
-    from radio_distill.precision import native_dtype
-    from radio_distill.train.distributed import cores_of_process, main_first
+    from radio_distill.stage import images_per_step
+    from radio_distill.system.distributed import cores_of_process, main_first
+    from radio_distill.system.precision import native_dtype
 
     if stage in recipe.stages:
         config = recipe.stages[stage]
@@ -374,7 +363,7 @@ def resolve_at_start(
 
 def warn_of_emulation(dtypes: Mapping[str, str], device: "torch.device") -> None:
     """Say in one line which fields ask for a number type that the device emulates, and its cost."""
-    from radio_distill.precision import emulation_warning
+    from radio_distill.system.precision import emulation_warning
 
     if line := emulation_warning(dtypes, device):
         logging.warning("%s", line)
@@ -454,8 +443,8 @@ def checkpoint_to_resume(
         ChangedError: on every process, for a changed recipe, and where an earlier run was moved
             aside and this one has no checkpoint yet.
     """
+    from radio_distill.system.distributed import main_first
     from radio_distill.train import checkpoint as checkpoints
-    from radio_distill.train.distributed import main_first
 
     from .upsampler_files import unknown_files
 
@@ -573,7 +562,7 @@ def owning(
     take_over: bool,
 ) -> "Iterator[Ownership | None]":
     """Claim a stage's folder for the block; every rank must call, and rank 0 gets the claim."""
-    from radio_distill.train.distributed import main_first
+    from radio_distill.system.distributed import main_first
 
     claims: list[Ownership] = []  # not for others: it has a thread
     main_first(world, lambda: claims.append(claim(folder, recipe, resumed, take_over)))

@@ -23,9 +23,10 @@ if __package__ in (None, ""):  # run as a file: put the checkout, and only it, f
 
 from radio_distill.config import LossConfig, PartitionConfig, Recipe, StageConfig, check
 from radio_distill.errors import ConfigError
-from radio_distill.progress import Progress
-from stages.arguments import add_trust_argument, run_script
-from stages.common import (
+from radio_distill.system.progress import Progress
+
+from .arguments import add_trust_argument, run_script
+from .common import (
     FITTED,
     add_take_over_argument,
     check_folder,
@@ -41,11 +42,11 @@ if TYPE_CHECKING:
     import torch
 
     from radio_distill.protocols import Normalizer, Teacher
+    from radio_distill.system.distributed import World
     from radio_distill.train.checkpoint import Checkpoint
-    from radio_distill.train.distributed import World
     from radio_distill.types import Size
-    from upsamplers.fit import FitRun
-    from upsamplers.lessons import Lesson
+    from upsamplers.fit.lessons import Lesson
+    from upsamplers.fit.task import FitRun
 
 TAKES_FIELDS = True
 STAGE = "fit"
@@ -110,8 +111,8 @@ def fit_recipe(recipe: Recipe) -> Recipe:
     Raises ConfigError where the recipe has several teachers and ``fit.teacher`` names none, and for
     a normalizer without inverse.
     """
-    from radio_distill.balance import NORMALIZERS
-    from radio_distill.balance.normalizers import LayerNorm
+    from radio_distill.normalize import NORMALIZERS
+    from radio_distill.normalize.normalizers import LayerNorm
     from upsamplers.networks import NETWORKS
 
     NETWORKS.get(recipe.fit.upsampler)  # an unknown name ends here
@@ -155,13 +156,14 @@ def fit_upsampler(
     Raises:
         ChangedError: the fit to resume was made of something else, unless that is allowed.
     """
-    from radio_distill.train.distributed import (
+    from radio_distill.system.distributed import (
         choose_device,
         join,
         main_first,
         world_from,
     )
-    from stages.doctor import check_packages
+
+    from .commands.doctor import check_packages
 
     check_packages()
     config = recipe.fit
@@ -177,7 +179,7 @@ def fit_upsampler(
     if checkpoint is not None and checkpoint.step >= config.steps and _has_result(folder, recipe):
         logging.info("%s is complete", folder.name)
         return folder / FITTED
-    from upsamplers.fit import fit
+    from upsamplers.fit.task import fit
 
     main_first(world, lambda: check_folder(folder, checkpoint, take_over))
     with saying_what_is_left(folder, begun=False):
@@ -222,15 +224,16 @@ def build_fit(
 
     from radio_distill.data.folder import list_pictures
     from radio_distill.data.loader import ShardBatches, in_every_step
-    from radio_distill.files import make_private
-    from radio_distill.train.distributed import main_first
-    from stages.build import check_room, check_shards
+    from radio_distill.system.distributed import main_first
+    from radio_distill.system.files import make_private
     from teachers import build_teacher
-    from upsamplers.consistency import Consistency
-    from upsamplers.fit import FitRun
-    from upsamplers.lessons import share_of
+    from upsamplers.fit.consistency import Consistency
+    from upsamplers.fit.lessons import share_of
+    from upsamplers.fit.task import FitRun
     from upsamplers.model import UpsamplerModel
     from upsamplers.networks import build_network
+
+    from .build import check_room, check_shards
 
     config = recipe.fit
     if recipe.evaluation.pictures:
@@ -282,9 +285,9 @@ def _normalizer(
     recipe: Recipe, teacher: "Teacher", size: "Size", world: "World", device: "torch.device"
 ) -> "Normalizer":
     """Fit the recipe's normalizer to the teacher as the fit shows it."""
-    from radio_distill.targets import TargetMaker
-    from radio_distill.train.statistics import build_normalizers, fit_normalizers
-    from upsamplers.interpolate import Bilinear
+    from radio_distill.distill.statistics import build_normalizers, fit_normalizers
+    from radio_distill.distill.targets import TargetMaker
+    from upsamplers.methods.interpolate import Bilinear
 
     name = teacher.spec.name
     partition = PartitionConfig(
@@ -306,7 +309,7 @@ def _normalizer(
 def write_result(made: "FitRun") -> None:
     """Write the fitted file, with what was measured on the held-out pictures in its header."""
     from radio_distill.train import checkpoint as checkpoints
-    from upsamplers.fit import MODULES
+    from upsamplers.fit.task import MODULES
     from upsamplers.fitted import FittedHeader
     from upsamplers.learned import save_model
 

@@ -26,8 +26,9 @@ from radio_distill.config import (
     partition_sizes,
 )
 from radio_distill.errors import RadioDistillError
-from radio_distill.files import sha256_of
-from stages.common import FITTED, Asked, changed_options, fit_folder, fit_of, stage_of
+from radio_distill.system.files import sha256_of
+
+from .common import FITTED, Asked, changed_options, fit_folder, fit_of, stage_of
 
 if TYPE_CHECKING:
     from radio_distill.train.checkpoint import Checkpoint
@@ -80,7 +81,7 @@ def needs_of(recipe: Recipe, stage: str) -> list[Need]:
 
     Raises ConfigError or WeightsError for a teacher that cannot be described.
     """
-    from radio_distill.targets import input_size
+    from radio_distill.distill.targets import input_size
     from teachers import teacher_spec
     from upsamplers import is_fitted
 
@@ -202,7 +203,7 @@ def _problems(recipe: Recipe, need: Need, asked: Asked, check_weights: bool) -> 
 
 def _mismatch(recipe: Recipe, need: Need, path: Path, check_weights: bool, any_size: bool) -> str:
     """Say how a file is not what a stage needs; empty where it is."""
-    from radio_distill.trust import check_sha256
+    from radio_distill.system.trust import check_sha256
     from teachers import teacher_spec
     from upsamplers.fitted import check_fitted_for, check_size, read_header
 

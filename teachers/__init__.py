@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from radio_distill.config import TeacherConfig
 from radio_distill.errors import ConfigError, WeightsError
-from radio_distill.files import reason_of
 from radio_distill.registry import Registry, check_has, check_takes, nearest
+from radio_distill.system.files import reason_of
 from radio_distill.types import TeacherSpec
 
 from .presets import PRESETS, Preset
@@ -25,18 +25,18 @@ if TYPE_CHECKING:
     from torch import nn
 
     from .base import FrozenTeacher
-    from .open_clip_source import TextEncoder
+    from .sources.open_clip import TextEncoder
 
 PROJECT = "radio-distill"
 
 TEACHERS = Registry("teacher", {name: f"teachers.presets:{name}" for name in PRESETS})
 
 SOURCES = {
-    "timm": "teachers.timm_source",
-    "open_clip": "teachers.open_clip_source",
-    "transformers": "teachers.transformers_source",
-    "radio": "teachers.radio_source",
-    "student": "teachers.student_source",
+    "timm": "teachers.sources.timm",
+    "open_clip": "teachers.sources.open_clip",
+    "transformers": "teachers.sources.transformers",
+    "radio": "teachers.sources.radio",
+    "student": "teachers.sources.student",
 }
 """Modules with ``complete``, ``build``, ``locate``, ``load`` and a table ``ARGUMENTS``."""
 
@@ -101,7 +101,7 @@ def build_teacher(name: str, config: TeacherConfig, device: Any = "cpu") -> "Fro
         ConfigError: options that do not fit the preset or its source.
         WeightsError: weights that are missing, damaged, or belong to another model.
     """
-    from radio_distill.precision import resolved_dtype
+    from radio_distill.system.precision import resolved_dtype
 
     from .base import FrozenTeacher
     from .weights import fingerprint
@@ -149,7 +149,7 @@ def build_text_encoder(
         weights: open_clip file of the whole model; empty takes the teacher's own where that is
             one, else the hub's.
     """
-    from .open_clip_source import build_text_encoder
+    from .sources.open_clip import build_text_encoder
     from .weights import local_path
 
     try:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from radio_distill.errors import ConfigError
-from radio_distill.memory import lower, naming
+from radio_distill.system.memory import lower, naming
 from radio_distill.types import Features, Size, TeacherSpec
 
 Tower = Callable[[Tensor], tuple[Tensor | None, Tensor]]

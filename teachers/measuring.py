@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from radio_distill.errors import ConfigError, RadioDistillError
-from radio_distill.files import reason_of
+from radio_distill.system.files import reason_of
 from radio_distill.types import Size
 
 from .presets import Preset

@@ -17,7 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from radio_distill.errors import ConfigError
-from radio_distill.files import reason_of
+from radio_distill.system.files import reason_of
 
 from . import weights
 from .presets import Preset

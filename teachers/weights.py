@@ -1,6 +1,6 @@
 """Weights: find the file, read it without executing it, and load it without a gap.
 
-Files are read by :mod:`radio_distill.models.weight_files`. Nothing is loaded "as far as it fits": a
+Files are read by :mod:`radio_distill.weights.files`. Nothing is loaded "as far as it fits": a
 key that is missing, left over or of another shape is an error that names it.
 """
 
@@ -13,17 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from radio_distill.errors import WeightsError
-from radio_distill.models.weight_files import FOLDER as FOLDER
-from radio_distill.models.weight_files import HUB as HUB
-from radio_distill.models.weight_files import from_hub as from_hub
-from radio_distill.models.weight_files import hub_folder as hub_folder
-from radio_distill.models.weight_files import hub_model as hub_model
-from radio_distill.models.weight_files import named_as as named_as
-from radio_distill.models.weight_files import read_json as read_json
-from radio_distill.models.weight_files import read_state as read_state
-from radio_distill.models.weight_files import refuse_unreadable as refuse_unreadable
-from radio_distill.models.weight_files import summed_files as summed_files
-from radio_distill.trust import check_sha256 as check_sha256
+from radio_distill.system.trust import check_sha256 as check_sha256
+from radio_distill.weights.files import FOLDER as FOLDER
+from radio_distill.weights.files import HUB as HUB
+from radio_distill.weights.files import from_hub as from_hub
+from radio_distill.weights.files import hub_folder as hub_folder
+from radio_distill.weights.files import hub_model as hub_model
+from radio_distill.weights.files import named_as as named_as
+from radio_distill.weights.files import read_json as read_json
+from radio_distill.weights.files import read_state as read_state
+from radio_distill.weights.files import refuse_unreadable as refuse_unreadable
+from radio_distill.weights.files import summed_files as summed_files
 
 
 def local_path(weights: str) -> Path:

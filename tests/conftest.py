@@ -53,7 +53,7 @@ def float32_for_auto() -> Iterator[Callable[..., str]]:
 
     Gives what it is otherwise; tests of `auto` itself ask for :func:`own_dtype`.
     """
-    from radio_distill import precision
+    from radio_distill.system import precision
 
     original = precision.native_dtype
     precision.native_dtype = lambda device: "float32"
@@ -66,7 +66,7 @@ def own_dtype(
     float32_for_auto: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., str]:
     """`auto` is what the device computes natively, as everywhere but in tests."""
-    monkeypatch.setattr("radio_distill.precision.native_dtype", float32_for_auto)
+    monkeypatch.setattr("radio_distill.system.precision.native_dtype", float32_for_auto)
     return float32_for_auto
 
 
@@ -75,8 +75,8 @@ def random_statistics() -> Callable[..., dict[str, torch.Tensor]]:
     """Statistics of random features: of a recipe and its teachers' channels, by name."""
 
     def make(recipe: Any, channels: dict[str, int]) -> dict[str, torch.Tensor]:
-        from radio_distill.balance.moments import Moments
-        from radio_distill.train.statistics import build_normalizers, normalizer_tensors
+        from radio_distill.distill.statistics import build_normalizers, normalizer_tensors
+        from radio_distill.normalize.moments import Moments
 
         normalizers = build_normalizers(recipe)
         for name, normalizer in normalizers.items():

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from my_package.encoder import Encoder
 from radio_distill.config import EvaluationConfig, TeacherConfig, UpsamplerConfig
 from radio_distill.evals.harness import evaluate
-from stages.scoring import teacher_encoder
+from stages.commands.scoring import teacher_encoder
 from teachers import build_teacher
 from upsamplers import build_upsampler, is_fitted
 from upsamplers.learned import Learned

@@ -16,24 +16,24 @@ from radio_distill.config import UpsamplerConfig
 from radio_distill.errors import ConfigError
 from radio_distill.protocols import Teacher, Upsampler
 from radio_distill.registry import Registry, check_has, check_takes, nearest
-from radio_distill.trust import check_sha256
+from radio_distill.system.trust import check_sha256
 
 PROJECT = "radio-distill"
 
 UPSAMPLERS = Registry(
     "upsampler",
     {
-        "bilinear": "upsamplers.interpolate:Bilinear",
-        "bicubic": "upsamplers.interpolate:Bicubic",
-        "tile": "upsamplers.tile:Tile",
-        "s2": "upsamplers.s2:S2",
+        "bilinear": "upsamplers.methods.interpolate:Bilinear",
+        "bicubic": "upsamplers.methods.interpolate:Bicubic",
+        "tile": "upsamplers.methods.tile:Tile",
+        "s2": "upsamplers.methods.s2:S2",
         "featup": "upsamplers.learned:FeatUp",
         "featsharp": "upsamplers.learned:FeatSharp",
         "carafe": "upsamplers.learned:Carafe",
         "sapa": "upsamplers.learned:Sapa",
         "resize_conv": "upsamplers.learned:ResizeConv",
-        "native": "upsamplers.native:Native",
-        "strided": "upsamplers.strided:Strided",
+        "native": "upsamplers.methods.native:Native",
+        "strided": "upsamplers.methods.strided:Strided",
         "anyup": "upsamplers.external:AnyUp",
         "jafar": "upsamplers.external:Jafar",
         "loftup": "upsamplers.external:LoftUp",

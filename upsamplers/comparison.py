@@ -16,16 +16,16 @@ from torch import Tensor, nn
 
 from radio_distill.config import FitConfig
 from radio_distill.errors import WeightsError
-from radio_distill.precision import AUTO, autocast
 from radio_distill.protocols import Normalizer, Teacher, Upsampler
+from radio_distill.system.precision import AUTO, autocast
 from radio_distill.types import Features, Size
 
-from .consistency import Consistency
+from .fit.consistency import Consistency
+from .fit.lessons import fine_grid, now
 from .fitted import read_header, read_tensors
 from .learned import FeatSharp, FeatUp, load_model
-from .lessons import fine_grid, now
+from .methods.native import Native
 from .model import UpsamplerModel
-from .native import Native
 from .networks import Observation
 from .preservation import LinearProbe, Preservation
 

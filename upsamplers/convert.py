@@ -7,7 +7,7 @@ under ``upsample_args``. What only fitting needs (downsampler, uncertainty, opti
 of the teacher) stays behind.
 
 A file that holds more than tensors and plain values is refused, or run where its origin is trusted
-(:mod:`radio_distill.trust`). No real FeatSharp checkpoint could be tried. Of its spectral
+(:mod:`radio_distill.system.trust`). No real FeatSharp checkpoint could be tried. Of its spectral
 reparametrisation the formula is known, not all names: those of ``torch.nn.utils.parametrizations``
 are understood, with ``scale`` or ``sn_scale`` for the learned norm, and others are reported.
 """
@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from radio_distill.errors import ConfigError, WeightsError
-from radio_distill.files import reason_of
-from radio_distill.trust import read_torch_file
+from radio_distill.system.files import reason_of
+from radio_distill.system.trust import read_torch_file
 
 from .networks import build_network
 
@@ -49,7 +49,7 @@ class Converted:
     de_bias: Tensor | None = None
     """``[1, C, h, w]`` in the normalised space, where there is one."""
     normalizer_state: dict[str, Tensor] | None = None
-    """State of :class:`radio_distill.balance.phi_s.PhiS`; None where features go in as they are."""
+    """State of :class:`~radio_distill.normalize.phi_s.PhiS`; None: features go in as they are."""
 
 
 def convert_featup(path: str | Path) -> Converted:
@@ -81,7 +81,7 @@ def convert_featsharp(path: str | Path) -> Converted:
         WeightsError: a file that is missing, damaged, not finite, of another model or factor, or
             with keys or options that are not known.
     """
-    from .featsharp import from_released_state
+    from .networks.featsharp import from_released_state
 
     checkpoint = _read(path, "model_state", "upsample_args")
     parts = _parts(checkpoint["model_state"], path)
@@ -211,7 +211,7 @@ def _featsharp_options(
 
 
 def phi_s_state(state: Mapping[str, Tensor], path: str | Path) -> dict[str, Tensor] | None:
-    """Return FeatSharp's ``normalizer.*`` as :class:`radio_distill.balance.phi_s.PhiS` has it.
+    """Return FeatSharp's ``normalizer.*`` as :class:`radio_distill.normalize.phi_s.PhiS` has it.
 
     Both are ``scale * rotation (x - mean)``. None for an empty state; raises WeightsError for keys
     that are not known or missing, and for a matrix that is no rotation.

@@ -23,14 +23,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from radio_distill.distill.views import resize
 from radio_distill.errors import ConfigError, RadioDistillError, WeightsError
-from radio_distill.files import reason_of
 from radio_distill.protocols import Teacher
-from radio_distill.trust import check_sha256, read_torch_file
+from radio_distill.system.files import reason_of
+from radio_distill.system.trust import check_sha256, read_torch_file
 from radio_distill.types import Features, Size
-from radio_distill.views import resize
 
-from . import tiling
+from .methods import tiling
 
 log = logging.getLogger(__name__)
 

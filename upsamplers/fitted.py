@@ -27,7 +27,7 @@ from torch import Tensor
 
 from radio_distill.config import size_pair
 from radio_distill.errors import WeightsError
-from radio_distill.files import reason_of
+from radio_distill.system.files import reason_of
 from radio_distill.types import Size, TeacherSpec
 
 SHIPPED = Path(__file__).parent / "weights"

@@ -36,18 +36,18 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from radio_distill.balance.affine import mean_variance
-from radio_distill.balance.moments import Moments
+from radio_distill.distill.views import resize
 from radio_distill.errors import ConfigError, DataError, DivergedError
-from radio_distill.precision import AUTO, autocast
-from radio_distill.progress import Progress
+from radio_distill.normalize.affine import mean_variance
+from radio_distill.normalize.moments import Moments
 from radio_distill.protocols import Teacher
+from radio_distill.system.precision import AUTO, autocast
+from radio_distill.system.progress import Progress
 from radio_distill.types import Size
-from radio_distill.views import resize
 
-from .downsamplers import AttentionDownsampler
-from .losses import UncertaintyNet, masked_mse, total_variation
-from .views import ViewRange, draw_homographies, render, valid_mask, warp
+from .fit.downsamplers import AttentionDownsampler
+from .fit.losses import UncertaintyNet, masked_mse, total_variation
+from .fit.views import ViewRange, draw_homographies, render, valid_mask, warp
 
 logger = logging.getLogger(__name__)
 

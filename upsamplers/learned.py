@@ -12,15 +12,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from radio_distill.balance import NORMALIZERS
-from radio_distill.balance.phi_s import PhiS
 from radio_distill.errors import CheckpointError, ConfigError, WeightsError
-from radio_distill.precision import AUTO, autocast
+from radio_distill.normalize import NORMALIZERS
+from radio_distill.normalize.phi_s import PhiS
 from radio_distill.protocols import Teacher
+from radio_distill.system.precision import AUTO, autocast
 from radio_distill.types import Features, Size, TeacherSpec
 
-from . import tiling
 from .fitted import FittedHeader, hash_of, read_header, read_tensors, write
+from .methods import tiling
 from .model import UpsamplerModel
 from .networks import build_network
 
@@ -127,31 +127,31 @@ class Learned:
 
 
 class FeatUp(Learned):
-    """FeatUp's joint-bilateral stack (:mod:`upsamplers.featup`)."""
+    """FeatUp's joint-bilateral stack (:mod:`upsamplers.networks.featup`)."""
 
     network = "featup"
 
 
 class FeatSharp(Learned):
-    """Joint-bilateral upsampling refined by tiles (:mod:`upsamplers.featsharp`)."""
+    """Joint-bilateral upsampling refined by tiles (:mod:`upsamplers.networks.featsharp`)."""
 
     network = "featsharp"
 
 
 class Carafe(Learned):
-    """Content-aware reassembly (:mod:`upsamplers.carafe`)."""
+    """Content-aware reassembly (:mod:`upsamplers.networks.carafe`)."""
 
     network = "carafe"
 
 
 class Sapa(Learned):
-    """Similarity-aware point affinity (:mod:`upsamplers.sapa`)."""
+    """Similarity-aware point affinity (:mod:`upsamplers.networks.sapa`)."""
 
     network = "sapa"
 
 
 class ResizeConv(Learned):
-    """Bilinear interpolation and a convolution (:mod:`upsamplers.resize_conv`)."""
+    """Bilinear interpolation and a convolution (:mod:`upsamplers.networks.resize_conv`)."""
 
     network = "resize_conv"
 

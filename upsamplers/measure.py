@@ -12,14 +12,14 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from radio_distill.precision import AUTO, autocast
 from radio_distill.protocols import Teacher
+from radio_distill.system.precision import AUTO, autocast
 from radio_distill.types import Size
 
-from .consistency import Consistency
-from .lessons import fine_grid
+from .fit.consistency import Consistency
+from .fit.lessons import fine_grid
+from .fit.views import VIEWS, draw_homographies, render, valid_mask
 from .metrics import ConditionalRandomField, Fidelity, MeanDiscrepancy, TotalVariation
-from .views import VIEWS, draw_homographies, render, valid_mask
 
 VIEWS_PER_PICTURE = 5
 _SEED = 20_250_224

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from radio_distill.errors import DataError
 
-from .losses import conditional_random_field, variation_sums
+from .fit.losses import conditional_random_field, variation_sums
 
 
 def check_finite(values: Tensor, measure: str, name: str) -> None:

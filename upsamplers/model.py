@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from radio_distill.distill.views import resize
 from radio_distill.protocols import Normalizer, Teacher
 from radio_distill.types import Features, Size
-from radio_distill.views import resize
 
-from . import tiling
+from .methods import tiling
 from .networks import Observation
 
 

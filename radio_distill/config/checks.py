@@ -6,8 +6,8 @@ from math import gcd
 from typing import Literal
 
 from ..errors import ConfigError
-from ..redaction import secrets_in
 from ..registry import nearest
+from ..system.redaction import secrets_in
 from .schema import (
     DataConfig,
     PartitionConfig,

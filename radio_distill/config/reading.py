@@ -15,8 +15,8 @@ from typing import Any, Literal, Union
 import yaml
 
 from ..errors import ConfigError
-from ..files import reason_of
 from ..registry import nearest
+from ..system.files import reason_of
 from .checks import check
 from .describing import FIELD_NAMES
 from .schema import Recipe

@@ -16,7 +16,7 @@ from itertools import product
 from pathlib import Path
 
 from ..errors import DataError
-from ..files import reason_of
+from ..system.files import reason_of
 from .images import IMAGE_SUFFIXES
 from .names import printable, shortened
 from .tree import Tree, count_suffixes, list_tree, refuse_unreadable

@@ -14,16 +14,16 @@ from typing import NamedTuple, overload
 from PIL.Image import Image
 
 from ..errors import DataError
-from ..files import reason_of
+from ..system.files import reason_of
 from .find import search_shards
 from .images import BadImageError, decode_image
 from .index import open_shards
 from .names import is_hidden, printable
 from .reader import ShardReader
+from .scan import describe
 from .shards import read_picture
 from .sources import describe_notes
 from .tree import Tree, list_tree, refuse_unreadable, say_once
-from .walk import describe
 
 _SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation")}
 """Names of the folders of a split, in lower case."""

@@ -26,10 +26,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from ..errors import DataError
-from ..files import reason_of, replacing
+from ..system.files import reason_of, replacing
 from .names import printable
 from .patience import open_regular
-from .walk import MAX_MEMBER_BYTES, DamagedShardError, LeftOut, Member, Sample, walk_shard
+from .scan import MAX_MEMBER_BYTES, DamagedShardError, LeftOut, Member, Sample, walk_shard
 
 logger = logging.getLogger(__name__)
 Value = TypeVar("Value")

@@ -23,7 +23,7 @@ from ..config import DataConfig, plain
 from ..errors import DataError
 from ..types import ImageBatch, Size, View, ViewOrigin
 from .images import BadImageError, cut, decode_image, random_origin, render, to_float
-from .position import SampleOrder, view_generator
+from .order import SampleOrder, view_generator
 from .reader import ShardReader
 from .sources import open_sources
 from .tally import Bad, Tally

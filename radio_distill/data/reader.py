@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, BinaryIO, TypeVar
 
 from ..errors import DataError
-from ..files import reason_of
+from ..system.files import reason_of
 from .images import BadImageError
 from .index import Member, Sample, Shard, parse_sample
 from .names import printable

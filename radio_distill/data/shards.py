@@ -17,12 +17,12 @@ from typing import Any
 
 from ..config import DataConfig
 from ..errors import ConfigError, DataError
-from ..files import flush, reason_of
+from ..system.files import flush, reason_of
 from .images import FIELD_OF_KIND, BadImageError, decode_image, image_suffix
 from .names import printable
 from .patience import open_regular
+from .scan import MAX_MEMBER_BYTES
 from .tree import Tree, list_tree
-from .walk import MAX_MEMBER_BYTES
 
 _COMPANIONS = ("txt", "cls", "json")  # kept where they lie beside a picture under its name
 _SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing", "dev")

@@ -20,8 +20,8 @@ from ..errors import DataError
 from .find import search_shards
 from .index import BESIDE, Shard, try_open_shards
 from .names import printable
+from .scan import NOTES, LeftOut, describe
 from .tree import say_once
-from .walk import NOTES, LeftOut, describe
 
 _MAX_LOGGED = 20
 

@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 
 from ..errors import DataError
-from ..files import check_readable, unreadable
+from ..system.files import check_readable, unreadable
 from .images import readable_suffixes, what_reads
 from .names import is_hidden, printable
 

@@ -13,7 +13,7 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from ..errors import DataError
-from ..interruption import SIGNALS
+from ..system.signals import SIGNALS
 
 _GRACE = 2.0
 """Seconds that workers have to end by themselves; one that waits for a disk would take longer."""

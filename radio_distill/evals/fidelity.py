@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..alignment import align
+from ..distill.alignment import align
+from ..distill.views import Views
 from ..protocols import Normalizer
 from ..types import Features, Score, Size, View
-from ..views import Views
 from .harness import Picture, open_picture, to_pixels
 
 Predict = Callable[[Tensor], dict[str, Features]]

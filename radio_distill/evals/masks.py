@@ -29,7 +29,7 @@ from ..data.names import printable
 from ..data.patience import open_regular
 from ..data.tree import list_tree, say_once
 from ..errors import DataError
-from ..files import reason_of
+from ..system.files import reason_of
 from .harness import spread
 
 logger = logging.getLogger(__name__)

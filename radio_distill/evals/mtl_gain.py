@@ -13,7 +13,7 @@ from statistics import fmean, stdev
 
 from ..errors import ConfigError, UnknownNameError
 from ..registry import nearest
-from .tables import Cell, Column, Estimate, Table
+from ..report.tables import Cell, Column, Estimate, Table
 
 DEFINITION = (
     "δ of a metric is 100·(M - B)/B, with the sign reversed where lower is better (M: its value, "

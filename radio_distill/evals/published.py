@@ -11,9 +11,9 @@ from pathlib import Path
 from ..config import build
 from ..errors import UnknownNameError
 from ..registry import nearest
+from ..report.tables import Cell, Column, Table
 from .mtl_gain import GainTable, Metric, multi_task_gain
 from .score_files import read_yaml
-from .tables import Cell, Column, Table
 
 PAPERS = {"featsharp": Path(__file__).parent / "data" / "featsharp_tables.yaml"}
 

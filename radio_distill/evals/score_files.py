@@ -28,8 +28,8 @@ import yaml
 
 from ..config import build
 from ..errors import DataError, UnknownNameError
-from ..files import reason_of, replacing
 from ..registry import nearest
+from ..system.files import reason_of, replacing
 from ..types import Score
 from .mtl_gain import Measured, Metric
 from .subjects import (

@@ -11,7 +11,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from ..errors import ExportError
-from ..files import flush, reason_of
+from ..system.files import flush, reason_of
 
 
 @contextmanager

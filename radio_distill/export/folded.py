@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from ..config import StudentConfig, partition_sizes
-from ..models.adaptors import Adaptor
 from ..models.distilled import DistilledStudent
-from ..models.reparametrize import fold as fold_matrices
+from ..models.heads import Adaptor
+from ..models.spectral import fold as fold_matrices
 from ..protocols import Normalizer
 from ..train.checkpoint import Checkpoint
 from ..train.restore import load_student, normalizers_of

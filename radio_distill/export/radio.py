@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ExportError
-from ..files import reason_of
-from ..models.adaptors import Adaptor
+from ..models.heads import Adaptor
+from ..system.files import reason_of
 from .blocks import BlockShape, block_shape, body_tensors
 from .files import new_folder
 from .folded import FoldedStudent

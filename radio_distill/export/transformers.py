@@ -28,7 +28,7 @@ from torch import Tensor
 
 from .. import __version__
 from ..errors import ExportError
-from ..progress import quiet_transformers
+from ..system.progress import quiet_transformers
 from .blocks import BlockShape, block_shape, body_tensors
 from .files import new_folder, write_json
 from .folded import FoldedStudent, preferred_size

@@ -10,14 +10,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..balance.weighting import Uncertainty
 from ..config import StudentConfig
+from ..distill.weighting import Uncertainty
 from ..errors import ConfigError, UnknownNameError
 from ..registry import nearest
 from ..types import Features, TeacherSpec
-from .adaptors import Adaptor
 from .gradients import join_gradients, zero_gradient
-from .reparametrize import ReparametrizedLinear
+from .heads import Adaptor
+from .spectral import ReparametrizedLinear
 from .student import Student
 
 

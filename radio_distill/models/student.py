@@ -16,9 +16,9 @@ from torch.utils.checkpoint import checkpoint
 from ..config import StudentConfig
 from ..errors import ConfigError
 from ..types import Size
+from ..weights.pretrained import read_start, start_from
 from .position import NUM_DRAWS, CroppedPositions
-from .pretrained import read_start, start_from
-from .reparametrize import reparametrize
+from .spectral import reparametrize
 from .vit import attend_in_windows, create_body, from_windows, spread_global_blocks, to_windows
 
 

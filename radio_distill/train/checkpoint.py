@@ -42,7 +42,7 @@ from torch import Tensor
 from .. import __version__
 from ..config import Recipe, build, check_student, dump, parse_yaml
 from ..errors import CheckpointError, ConfigError, WeightsError
-from ..files import check_readable, flush, is_there, reason_of, sha256_of, unreadable
+from ..system.files import check_readable, flush, is_there, reason_of, sha256_of, unreadable
 from ..types import TeacherSpec
 from .tensor_file import verify, write_tensors
 

@@ -35,7 +35,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 
 from ..errors import HUNG_STATUS
-from ..files import reason_of
+from ..system.files import reason_of
 
 _LOG = 2
 """File descriptor of stderr; whoever has replaced ``sys.stderr`` may be part of the hang."""

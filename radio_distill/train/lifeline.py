@@ -24,15 +24,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import interruption
 from ..config import Recipe, plain
 from ..errors import CheckpointError, InterruptedRunError, RadioDistillError
-from ..files import reason_of
-from ..memory import naming
+from ..system import signals as interruption
+from ..system.distributed import World, from_ranks, main_first, sum_over_ranks
+from ..system.files import reason_of
+from ..system.memory import naming
 from ..types import TeacherSpec
 from . import checkpoint as checkpoints
 from .checkpoint import Checkpoint, Origin
-from .distributed import World, from_ranks, main_first, sum_over_ranks
 from .guard import Finding, Findings, Skips, describe
 from .heartbeat import Heartbeat
 from .ownership import Ownership

@@ -25,22 +25,25 @@ import torch
 from torch import Tensor
 
 from ..config import Recipe, StageConfig, plain
-from ..losses import KINDS, LossReport, distillation_loss
-from ..memory import lower, naming
+from ..distill.loss_weights import TermWeights
+from ..distill.losses import KINDS, LossReport, distillation_loss
+from ..distill.micro_batches import Work
+from ..distill.randomness import Draws
+from ..distill.statistics import normalizer_tensors
+from ..distill.targets import Seen, TargetMaker
+from ..distill.terms import mesa
+from ..distill.views import AVERAGE, Views, follow
 from ..models.distilled import Predictions
 from ..models.ema import Ema
-from ..models.reparametrize import begin_step
-from ..partitions import MicroBatch, Pass
-from ..progress import Progress
+from ..models.spectral import begin_step
 from ..protocols import BatchSource, Engine
-from ..targets import Seen, TargetMaker
-from ..terms import mesa
+from ..stage import MicroBatch, Pass
+from ..system.distributed import World, sum_over_ranks
+from ..system.memory import lower, naming
+from ..system.progress import Progress
 from ..types import Features, ImageBatch, TeacherSpec, View
-from ..views import AVERAGE, Views, follow
 from . import checkpoint as checkpoints
 from .checkpoint import Checkpoint, Origin
-from .distributed import World, sum_over_ranks
-from .draws import Draws
 from .engine import on_host
 from .guard import Finding, Findings
 from .lifeline import Lifeline, Signs
@@ -48,9 +51,6 @@ from .meter import Meter
 from .ownership import Ownership
 from .schedule import every, learning_rates
 from .sinks import open_sinks
-from .statistics import normalizer_tensors
-from .weights import TermWeights
-from .work import Work
 
 MESA = "mesa"
 """Name of the term that compares with the averaged student; no teacher can be called that."""

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from .distributed import sum_over_ranks
+from ..system.distributed import sum_over_ranks
 
 
 class Meter:

@@ -30,7 +30,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ..errors import ConfigError, TakenOverError
-from ..files import replacing
+from ..system.files import replacing
 
 logger = logging.getLogger(__name__)
 

@@ -5,12 +5,12 @@ from dataclasses import replace
 
 import torch
 
+from ..distill.statistics import build_normalizers, load_normalizers
 from ..errors import CheckpointError, WeightsError
-from ..files import reason_of
 from ..models.distilled import DistilledStudent, build_student
 from ..protocols import Normalizer
+from ..system.files import reason_of
 from .checkpoint import EMA, OPTIMIZER, STATISTICS, STUDENT, Checkpoint
-from .statistics import build_normalizers, load_normalizers
 
 
 def load_student(checkpoint: Checkpoint, device: torch.device) -> DistilledStudent:

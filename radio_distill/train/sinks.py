@@ -10,8 +10,8 @@ from types import TracebackType
 import numpy as np
 
 from ..errors import ConfigError
-from ..files import reason_of, replacing
 from ..protocols import MetricSink
+from ..system.files import reason_of, replacing
 
 
 class JsonLines:

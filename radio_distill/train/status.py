@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from ..files import replacing
+from ..system.files import replacing
 
 STATUS = "status.json"
 

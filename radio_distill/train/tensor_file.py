@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..files import sha256_of
+from ..system.files import sha256_of
 
 _CHUNK = 16 << 20
 _NAMES = {  # in the order that safetensors gives them

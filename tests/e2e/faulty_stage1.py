@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from radio_distill.targets import TargetMaker  # noqa: E402
+from radio_distill.distill.targets import TargetMaker  # noqa: E402
 from stages import stage1  # noqa: E402
 
 rank, steps = sys.argv[1], {int(step) for step in sys.argv[2].split(",")}

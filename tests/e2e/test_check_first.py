@@ -207,7 +207,7 @@ def test_resume__a_requeued_job_goes_on_with_what_it_began_itself(
 @pytest.fixture
 def press(monkeypatch):
     """Press Ctrl-C a number of times when targets are asked for the ``call``-th time."""
-    from radio_distill.targets import TargetMaker
+    from radio_distill.distill.targets import TargetMaker
 
     def install(method: str, call: int, times: int) -> None:
         make, calls = getattr(TargetMaker, method), []
@@ -287,7 +287,7 @@ def test_ctrl_c__before_the_first_step_ends_and_touches_nothing(recipe_file, pre
 
 
 def test_ctrl_c__in_a_fit_saves_and_goes_on(recipe_file, capfd, monkeypatch):
-    from upsamplers.consistency import Consistency
+    from upsamplers.fit.consistency import Consistency
 
     forward, calls = Consistency.forward, []
 

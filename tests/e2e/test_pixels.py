@@ -13,7 +13,7 @@ from PIL import Image
 
 from radio_distill.config import Facts, resolve
 from radio_distill.data.images import decode_image
-from radio_distill.train.distributed import World
+from radio_distill.system.distributed import World
 from radio_distill.train.lifeline import agree
 from radio_distill.train.loop import accumulate
 from stages.build import build_run

@@ -125,10 +125,10 @@ def test_output__is_probed_before_the_work(two_steps, capfd, monkeypatch):
     def unreachable(*arguments, **settings):
         raise AssertionError("the work was begun")
 
-    monkeypatch.setattr("stages.scoring.score_student", unreachable)
+    monkeypatch.setattr("stages.commands.scoring.score_student", unreachable)
     monkeypatch.setattr("radio_distill.export.folded.folded", unreachable)
-    monkeypatch.setattr("stages.mode_switching.measure", unreachable)
-    monkeypatch.setattr("stages.report._sheets", unreachable)
+    monkeypatch.setattr("stages.commands.mode_switching.measure", unreachable)
+    monkeypatch.setattr("stages.commands.report._sheets", unreachable)
     stage = str(two_steps / "stage1")
     commands = [
         (["eval", stage], two_steps / "scores.jsonl"),
@@ -228,8 +228,8 @@ def test_recipe_and_override__that_may_not_be_read(recipe_file, tmp_path, capfd)
 
 def test_statistics__that_cannot_be_kept_are_not_estimated(tmp_path):
     """Those that others have kept can be read all the same."""
-    from radio_distill.balance import cache
-    from radio_distill.balance.moments import Moments
+    from radio_distill.normalize import cache
+    from radio_distill.normalize.moments import Moments
 
     moments = Moments(2)
     moments.update(torch.ones(1, 2, 1, 3))

@@ -12,9 +12,9 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from radio_distill.config import TeacherConfig, dtypes_of, load
-from radio_distill.losses import KINDS
+from radio_distill.distill.losses import KINDS
+from radio_distill.system.distributed import World, choose_device
 from radio_distill.train.checkpoint import find
-from radio_distill.train.distributed import World, choose_device
 from stages import fit_upsampler, stage1, stage2, stage3
 from stages.cli import main as cli
 from stages.common import changes_that_matter

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file, save_file
 
-from radio_distill.files import sha256_of
+from radio_distill.system.files import sha256_of
 from radio_distill.train.checkpoint import find, sealed
 from stages import fit_upsampler, stage1, stage2, stage3
 from stages.cli import main as cli

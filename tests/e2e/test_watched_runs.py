@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from radio_distill.targets import TargetMaker
+from radio_distill.distill.targets import TargetMaker
 from radio_distill.train.ownership import Ownership
 from radio_distill.train.status import read_status
 from stages import stage1, stage2

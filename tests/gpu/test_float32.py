@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from radio_distill.config import TeacherConfig
-from radio_distill.train.distributed import World, choose_device
+from radio_distill.system.distributed import World, choose_device
 from teachers import build_teacher
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

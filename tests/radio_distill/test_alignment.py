@@ -4,8 +4,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from radio_distill.alignment import RULES, align, common_grid, resample
 from radio_distill.config import LossConfig, build
+from radio_distill.distill.alignment import RULES, align, common_grid, resample
 from radio_distill.errors import ConfigError, UnknownNameError
 
 grids = st.tuples(st.integers(1, 9), st.integers(1, 9))

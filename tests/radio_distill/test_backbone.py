@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from radio_distill import from_config
-from radio_distill.backbone import Backbone
 from radio_distill.config import StudentConfig
 from radio_distill.errors import ConfigError, UnknownNameError
+from radio_distill.models.backbone import Backbone
 from radio_distill.models.distilled import build_student
 from radio_distill.types import TeacherSpec
 

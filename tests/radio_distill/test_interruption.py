@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from radio_distill.interruption import SIGNALS, listening, requested
+from radio_distill.system.signals import SIGNALS, listening, requested
 
 
 @pytest.mark.parametrize("number", SIGNALS)

@@ -202,7 +202,7 @@ def test_load__an_export_that_was_tampered_with(write_run, tmp_path):
         radio_distill.load(folder)
 
 
-DEMO = Path(__file__).resolve().parents[2] / "stages" / "recipes" / "demo.yaml"
+DEMO = Path(__file__).resolve().parents[2] / "radio_distill/config/recipes/demo.yaml"
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from radio_distill.errors import ConfigError, OutOfMemoryError
-from radio_distill.memory import is_out_of_memory, lower, naming
+from radio_distill.system.memory import is_out_of_memory, lower, naming
 
 ROOT = Path(__file__).resolve().parents[2]
 TOO_MANY = 1 << 60
@@ -52,7 +52,7 @@ def test_naming__process_with_little_memory():
     program = """
     import resource, torch
     from radio_distill.errors import OutOfMemoryError
-    from radio_distill.memory import naming
+    from radio_distill.system.memory import naming
 
     layer = torch.nn.Linear(1024, 1024)
     layer(torch.ones(1, 1024)).sum().backward()  # what is only made once is there

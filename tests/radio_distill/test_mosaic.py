@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from radio_distill.config import TeacherConfig
+from radio_distill.distill.mosaic import plan_mosaic
 from radio_distill.errors import ConfigError
-from radio_distill.mosaic import plan_mosaic
 from radio_distill.types import TeacherSpec
 from teachers import build_teacher
 from teachers.base import FrozenTeacher

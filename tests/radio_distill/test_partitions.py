@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from radio_distill.config import PartitionConfig, StageConfig
-from radio_distill.partitions import (
+from radio_distill.stage import (
     images_per_step,
     partitions_of,
     share_out,

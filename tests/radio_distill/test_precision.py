@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from radio_distill import precision
-from radio_distill.precision import (
+from radio_distill.system import precision
+from radio_distill.system.precision import (
     autocast,
     emulation_warning,
     is_native,
@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 WITHOUT_BFLOAT16 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
 IMITATED = """
 import json, torch
-from radio_distill.precision import *
+from radio_distill.system.precision import *
 fields = {"engine.precision": "bfloat16", "teachers.a.dtype": "float16", "teachers.b.dtype": "auto"}
 with autocast("auto", torch.device("cpu")):
     product = torch.ones(2, 2) @ torch.ones(2, 2)

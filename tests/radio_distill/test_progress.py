@@ -1,7 +1,7 @@
 import pytest
 
-from radio_distill import progress
-from radio_distill.progress import Progress, duration
+from radio_distill.system import progress
+from radio_distill.system.progress import Progress, duration
 
 
 class Clock:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from radio_distill.redaction import redact, secrets_in
+from radio_distill.system.redaction import redact, secrets_in
 
 ROOT = Path(__file__).resolve().parents[2]
 HF = "hf_" + "AbCdEfGhIjKlMnOpQrStUvWxYz12345678"
@@ -65,7 +65,7 @@ def test_redact__variables_that_only_sound_like_secrets(monkeypatch, tmp_path):
 
 
 def test_redact__leaves_what_the_project_writes():
-    names = ["*.md", "docs/*.md", "stages/recipes/*.yaml"]
+    names = ["*.md", "docs/*.md", "radio_distill/config/recipes/*.yaml"]
     names += [f"{name}/**/*.py" for name in ("radio_distill", "teachers", "upsamplers", "stages")]
     for path in {path for name in names for path in ROOT.glob(name)}:
         text = path.read_text(encoding="utf-8")
@@ -167,7 +167,7 @@ def test_install__nothing_that_a_process_says_holds_a_secret():
 def test_import__changes_nothing():
     """In a process of its own: another test may have installed it in this one."""
     code = (
-        "import logging, warnings, radio_distill.redaction; "
+        "import logging, warnings, radio_distill.system.redaction; "
         "assert logging.getLogRecordFactory() is logging.LogRecord; "
         "assert warnings.formatwarning.__module__ == 'warnings'"
     )

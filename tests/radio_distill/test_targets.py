@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from radio_distill.balance import NORMALIZERS
-from radio_distill.balance.moments import Moments
 from radio_distill.config import PartitionConfig, TeacherConfig, UpsamplerConfig, size_pair
+from radio_distill.distill.targets import TargetMaker, check_partition, input_size
+from radio_distill.distill.views import Views, resize
 from radio_distill.errors import ConfigError
+from radio_distill.normalize import NORMALIZERS
+from radio_distill.normalize.moments import Moments
 from radio_distill.protocols import Corrector
-from radio_distill.targets import TargetMaker, check_partition, input_size
 from radio_distill.types import TeacherSpec
-from radio_distill.views import Views, resize
 from teachers import build_teacher
 from upsamplers import build_upsampler
 

@@ -13,8 +13,8 @@ import torch
 
 import radio_distill
 from radio_distill.errors import CheckpointError, WeightsError
-from radio_distill.models.weight_files import files_of, read_checkpoint, summed_files
-from radio_distill.trust import check_sha256, read_torch_file, trusting_pickles
+from radio_distill.system.trust import check_sha256, read_torch_file, trusting_pickles
+from radio_distill.weights.files import files_of, read_checkpoint, summed_files
 
 
 class Trap:

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from radio_distill.distill.views import AVERAGE, STUDENT, Views, crop_of, follow
 from radio_distill.types import View
-from radio_distill.views import AVERAGE, STUDENT, Views, crop_of, follow
 
 PATCH = 8
 

@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from radio_distill.interruption import requested
+from radio_distill.system.signals import requested
 
 
 def main(argv: list[str]) -> int:

@@ -61,7 +61,7 @@ def test_dry_run__takes_flags_file_and_overrides(tmp_path, recipe, capsys):
 def test_dry_run__recipe_by_name(tmp_path, capsys):
     assert slurm("demo", "--dry-run", "--output", tmp_path) == 0
     text = capsys.readouterr().out
-    recipe = Path(__file__).resolve().parents[2] / "stages" / "recipes" / "demo.yaml"
+    recipe = Path(__file__).resolve().parents[2] / "radio_distill/config/recipes/demo.yaml"
     assert f"--recipe {shlex.quote(str(recipe))} --output={tmp_path}" in text
     assert f"#SBATCH --output={tmp_path / 'demo' / 'slurm'}/%j_0_log.out" in text
 

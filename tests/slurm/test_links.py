@@ -74,7 +74,8 @@ def test_links_of__upsamplers_are_an_array_and_then_their_gains(tmp_path, upsamp
 
 
 def test_links_of__the_gains_parse_as_the_command_that_they_are(upsampled, monkeypatch):
-    from stages import cli, sweep
+    from stages import cli
+    from stages.commands import sweep
 
     _, links = links_of(
         Request(recipe=upsampled, upsamplers=("tile", "s2"), overrides=("output=o", "seed=4"))

@@ -58,7 +58,7 @@ def run(tmp_path: Path) -> Path:
 @pytest.fixture
 def free(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out what takes longest: measuring models for the cost."""
-    monkeypatch.setattr("stages.submission.cost_of", lambda *_: "cost: nothing")
+    monkeypatch.setattr("stages.commands.submission.cost_of", lambda *_: "cost: nothing")
 
 
 def slurm(*arguments: object) -> int:
@@ -179,7 +179,7 @@ def test_dry_run__says_what_is_missing_beside_the_scripts(recipe, capsys):
 def test_dry_run__a_teacher_that_cannot_be_measured_costs_what_is_not_known(
     recipe, monkeypatch, capsys
 ):
-    monkeypatch.setattr("teachers.timm_source.build", lambda preset: 1 / 0)
+    monkeypatch.setattr("teachers.sources.timm.build", lambda preset: 1 / 0)
     assert slurm(recipe, "--dry-run") == 0
     assert "cost: not known (ZeroDivisionError" in capsys.readouterr().err
 

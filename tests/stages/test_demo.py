@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from radio_distill.evals.mtl_gain import GainTable, Metric, multi_task_gain
-from stages import demo
+from stages.commands import demo
 from stages.common import Asked, load_recipe
 
 METRICS = {

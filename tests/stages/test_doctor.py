@@ -9,10 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from stages import doctor
+from stages.commands import doctor
 
-HERE = Path(doctor.__file__).resolve().parents[1]
-GUARD = "from stages.doctor import check_packages as c\ntry: c()\nexcept Exception as e: print(e)"
+HERE = Path(doctor.__file__).resolve().parents[2]
+GUARD = (
+    "from stages.commands.doctor import check_packages as c\n"
+    "try: c()\nexcept Exception as e: print(e)"
+)
 
 
 def guard(cwd: Path, *paths: Path) -> str:

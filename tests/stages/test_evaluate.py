@@ -16,8 +16,8 @@ from radio_distill.models.distilled import build_student
 from radio_distill.train import checkpoint as checkpoints
 from radio_distill.train.checkpoint import Checkpoint
 from stages import cli
-from stages.evaluate import evaluation_with
-from stages.subjects import student_subject, teacher_digest, training_digest
+from stages.commands.evaluate import evaluation_with
+from stages.commands.subjects import student_subject, teacher_digest, training_digest
 from teachers import build_teacher
 
 CPU = torch.device("cpu")

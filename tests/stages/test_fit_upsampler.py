@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from radio_distill.config import FitConfig, UpsamplerConfig
 from radio_distill.data.shards import write_shards
-from radio_distill.train.distributed import World
+from radio_distill.system.distributed import World
 from stages import fit_upsampler
 from stages.cli import main as cli
 from stages.common import FITTED, fit_folder, fit_name, fit_of, load_recipe
@@ -322,7 +322,7 @@ def test_fit__where_nothing_can_be_written(recipe_file, capfd, tmp_path):
 
 
 def test_fit__more_processes_than_pictures(recipe_file, capfd, monkeypatch):
-    monkeypatch.setattr("radio_distill.train.distributed.join", lambda *_: None)
+    monkeypatch.setattr("radio_distill.system.distributed.join", lambda *_: None)
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")

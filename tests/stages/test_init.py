@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 
 from radio_distill.config import describe
+from radio_distill.config.recipes import RECIPES, find_recipe
 from radio_distill.errors import ConfigError
 from stages import cli
-from stages.common import RECIPES, find_recipe, load_recipe
+from stages.common import load_recipe
 
 
 def test_init__writes_a_recipe_that_is_found_by_its_name(

@@ -13,13 +13,13 @@ import radio_distill
 from radio_distill.config import Recipe, build
 from radio_distill.data.folder import list_pictures
 from radio_distill.evals.agreement import across_sizes
-from radio_distill.evals.pictures import LABEL_HEIGHT, MARGIN
 from radio_distill.models.distilled import build_student
+from radio_distill.report.pictures import LABEL_HEIGHT, MARGIN
 from radio_distill.train import checkpoint as checkpoints
 from radio_distill.train.restore import load_student
 from stages import cli
-from stages.mode_switching import SIDE
-from stages.scoring import student_encoder
+from stages.commands.mode_switching import SIDE
+from stages.commands.scoring import student_encoder
 from teachers import build_teacher
 
 CPU = torch.device("cpu")

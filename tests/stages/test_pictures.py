@@ -9,7 +9,7 @@ from PIL import Image
 
 from radio_distill.data.shards import find_pictures
 from radio_distill.errors import ConfigError, DataError
-from stages.pictures import (
+from stages.commands.pictures import (
     HELD_OUT,
     TRAIN,
     DemoPictures,

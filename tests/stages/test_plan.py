@@ -9,12 +9,12 @@ import torch
 
 from radio_distill.config import dtypes_of
 from radio_distill.errors import ConfigError
-from radio_distill.files import sha256_of
-from radio_distill.train.plan import DEVICES
-from stages import plan
+from radio_distill.plan.time import DEVICES
+from radio_distill.system.files import sha256_of
 from stages.cli import main
+from stages.commands import plan
+from stages.commands.missing import check_stages, find_missing
 from stages.common import Asked, load_recipe
-from stages.missing import check_stages, find_missing
 from stages.upsampler_files import with_files
 from upsamplers import fitted
 from upsamplers.fitted import FittedHeader

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from stages.cli import main
+from stages.commands.plan_comparison import COUNTS, KINDS, cells, compare, without_mosaics
+from stages.commands.published import published
 from stages.common import load_recipe
-from stages.plan_comparison import COUNTS, KINDS, cells, compare, without_mosaics
-from stages.published import published
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "plans.md"
 RECIPE = """

@@ -6,9 +6,18 @@ from pathlib import Path
 import pytest
 
 from radio_distill.config import Recipe
+from radio_distill.config.recipes import recipe_names
 from stages.cli import main
-from stages.common import load_recipe, recipe_names
-from stages.published import Published, Row, fields_of, matches, merge_equal, published, rows_of
+from stages.commands.published import (
+    Published,
+    Row,
+    fields_of,
+    matches,
+    merge_equal,
+    published,
+    rows_of,
+)
+from stages.common import load_recipe
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "recipes.md"
 

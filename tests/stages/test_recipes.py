@@ -5,12 +5,13 @@
 
 import pytest
 
-from radio_distill.balance import NORMALIZERS
 from radio_distill.config import Recipe, build, check, dump, partition_sizes
+from radio_distill.config.recipes import recipe_names
 from radio_distill.evals.harness import BENCHMARKS
 from radio_distill.models.vit import create_body
-from radio_distill.train.sights import Sight, sight_of
-from stages.common import load_recipe, recipe_names
+from radio_distill.normalize import NORMALIZERS
+from radio_distill.plan.sights import Sight, sight_of
+from stages.common import load_recipe
 from teachers import TEACHERS, teacher_spec
 from upsamplers import UPSAMPLERS
 

@@ -11,7 +11,8 @@ from radio_distill.errors import ConfigError, RadioDistillError
 from radio_distill.evals.score_files import write_scores
 from radio_distill.evals.subjects import Subject
 from radio_distill.types import Score
-from stages import cli, score
+from stages import cli
+from stages.commands import score
 
 ROOT = Path(__file__).resolve().parents[2]
 METRICS = """\

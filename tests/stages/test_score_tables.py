@@ -7,7 +7,7 @@ from radio_distill.evals.mtl_gain import score_tables
 from radio_distill.evals.score_files import read_scores, write_scores
 from radio_distill.evals.subjects import Subject
 from radio_distill.types import Score
-from stages.evaluate import show
+from stages.commands.evaluate import show
 
 TOP1 = Score("knn", "top1", 61.5, "%", True, "Classification", 12, details={"classes": 7})
 MIOU = Score("segmentation", "miou", 40.0, "%", True, "Dense", 5, details={"ignored": "0, 255"})

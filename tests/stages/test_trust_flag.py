@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from radio_distill import trust
 from radio_distill.data.shards import write_shards
+from radio_distill.system import trust
 from stages import cli
 from stages.arguments import Parser
 

@@ -15,21 +15,21 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-from radio_distill.balance.phi_s import PhiS
 from radio_distill.config import FitConfig, Recipe
 from radio_distill.data.shards import write_shards
 from radio_distill.errors import ConfigError
+from radio_distill.normalize.phi_s import PhiS
 from radio_distill.protocols import Teacher
 from stages import cli, fit_upsampler
 from stages.arguments import Parser
+from stages.commands.upsampler_fits import BLOCKS, INPUTS, Request, rows_of
+from stages.commands.upsampler_tables import unequal_settings
 from stages.common import FITTED, Asked, fit_folder, fit_name, fit_of, load_recipe
 from stages.fit_upsampler import fit_recipe, input_size
 from stages.upsampler_files import fit_command, upsampler_of
-from stages.upsampler_fits import BLOCKS, INPUTS, Request, rows_of
-from stages.upsampler_tables import unequal_settings
 from teachers import build_teacher
 from upsamplers import fitted
-from upsamplers.consistency import Consistency
+from upsamplers.fit.consistency import Consistency
 from upsamplers.learned import save_model
 from upsamplers.model import UpsamplerModel
 from upsamplers.networks import build_network

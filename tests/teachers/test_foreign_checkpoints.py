@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from radio_distill.config import StudentConfig, TeacherConfig
 from radio_distill.errors import ConfigError, WeightsError
 from radio_distill.models.student import Student
-from radio_distill.models.weight_files import named_as, read_state
-from radio_distill.trust import trusting_pickles
+from radio_distill.system.trust import trusting_pickles
+from radio_distill.weights.files import named_as, read_state
 from teachers import build_teacher
 
 SMALL = {"img_size": 48, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from radio_distill.config import PartitionConfig, TeacherConfig
+from radio_distill.distill.targets import input_size
 from radio_distill.errors import ConfigError
-from radio_distill.targets import input_size
 from teachers import build_teacher, teacher_spec
 from teachers.measuring import measured
 from teachers.presets import Preset

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from radio_distill.config import TeacherConfig
 from radio_distill.errors import WeightsError
-from radio_distill.models.radio_layout import read_radio
+from radio_distill.weights.radio import read_radio
 from teachers import build_teacher
 
 WIDTH, PATCH, TABLE = 192, 16, 8

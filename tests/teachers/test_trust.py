@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from radio_distill.config import TeacherConfig
 from radio_distill.errors import ConfigError, WeightsError
-from radio_distill.trust import trusting_pickles
+from radio_distill.system.trust import trusting_pickles
 from teachers import build_teacher, resolve, teacher_spec
 from teachers.presets import PRESETS
 
@@ -123,7 +123,7 @@ def test_sha256__of_a_student_is_that_of_its_checkpoint(write_run):
 def test_sha256__of_what_a_hub_gave(tmp_path, monkeypatch):
     path = tmp_path / "model.safetensors"
     save_file(state_of("tiny_vit"), path)
-    monkeypatch.setattr("teachers.timm_source.locate", lambda preset: path)
+    monkeypatch.setattr("teachers.sources.timm.locate", lambda preset: path)
     options = {"model": "test_vit", "native_size": 160, **HALF}
     with pytest.raises(WeightsError, match=r"model\.safetensors has sha256"):
         build("timm", options=options, sha256="0" * 64)

@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from radio_distill.balance.hadamard import hadamard
-from radio_distill.balance.phi_s import PhiS
 from radio_distill.config import TeacherConfig
+from radio_distill.normalize.hadamard import hadamard
+from radio_distill.normalize.phi_s import PhiS
 from teachers import build_teacher
 from teachers.base import FrozenTeacher
 from upsamplers.networks import Observation

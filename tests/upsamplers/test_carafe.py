@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from radio_distill.errors import ConfigError
-from upsamplers.carafe import CarafeNetwork, bilinear_logits, neighbourhoods, reassemble
 from upsamplers.networks import Observation, build_network
+from upsamplers.networks.carafe import CarafeNetwork, bilinear_logits, neighbourhoods, reassemble
 
 SIZES = [(5, 7), (1, 3), (8, 2)]
 

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from radio_distill.balance.phi_s import PhiS
 from radio_distill.config import FitConfig
 from radio_distill.errors import ConfigError, WeightsError
+from radio_distill.normalize.phi_s import PhiS
 from radio_distill.types import Features, TeacherSpec
 from upsamplers.comparison import (
     costs,
@@ -20,15 +20,15 @@ from upsamplers.comparison import (
     preservation,
     without_parameters,
 )
-from upsamplers.consistency import Consistency
+from upsamplers.fit.consistency import Consistency
 from upsamplers.fitted import FittedHeader
-from upsamplers.interpolate import Bilinear, Interpolation
 from upsamplers.learned import save_model
 from upsamplers.measure import measure
+from upsamplers.methods.interpolate import Bilinear, Interpolation
+from upsamplers.methods.native import Native
+from upsamplers.methods.strided import Strided
+from upsamplers.methods.tile import Tile
 from upsamplers.model import UpsamplerModel
-from upsamplers.native import Native
-from upsamplers.strided import Strided
-from upsamplers.tile import Tile
 
 CHANNELS, PATCH, SIZE, FACTOR = 6, 4, (24, 32), 2
 CPU = torch.device("cpu")

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from radio_distill.errors import ConfigError, UnknownNameError
-from upsamplers import downsamplers
-from upsamplers.downsamplers import (
+from upsamplers.fit import downsamplers
+from upsamplers.fit.downsamplers import (
     DOWNSAMPLERS,
     AttentionDownsampler,
     FeatSharpAttentionDownsampler,

@@ -12,7 +12,7 @@ import upsamplers
 from radio_distill.config import TeacherConfig
 from radio_distill.errors import ConfigError, WeightsError
 from radio_distill.protocols import Upsampler
-from radio_distill.trust import trusting_pickles
+from radio_distill.system.trust import trusting_pickles
 from radio_distill.types import TeacherSpec
 from teachers import build_teacher
 from teachers.base import FrozenTeacher

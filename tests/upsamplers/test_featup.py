@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from radio_distill.errors import ConfigError
-from upsamplers.featup import FeatUpNetwork
 from upsamplers.networks import NETWORKS, Observation, build_network
+from upsamplers.networks.featup import FeatUpNetwork
 
 
 def test_network__is_in_the_table_and_needs_no_tiles():

@@ -9,17 +9,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from radio_distill.balance import NORMALIZERS
-from radio_distill.balance.moments import Moments
 from radio_distill.config import FitConfig, Recipe, build, check
 from radio_distill.data.loader import StepSlice
 from radio_distill.errors import ConfigError, DivergedError
+from radio_distill.normalize import NORMALIZERS
+from radio_distill.normalize.moments import Moments
+from radio_distill.system.distributed import World
 from radio_distill.train import checkpoint as checkpoints
-from radio_distill.train.distributed import World
 from radio_distill.types import Features, ImageBatch, View
-from upsamplers.consistency import Consistency
-from upsamplers.fit import MODULES, FitRun, accumulate, fit, parameter_groups
-from upsamplers.lessons import lessons, share_of, step_homographies
+from upsamplers.fit.consistency import Consistency
+from upsamplers.fit.lessons import lessons, share_of, step_homographies
+from upsamplers.fit.task import MODULES, FitRun, accumulate, fit, parameter_groups
 from upsamplers.model import Seen, UpsamplerModel
 from upsamplers.networks import Observation, build_network
 

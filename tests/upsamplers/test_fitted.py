@@ -46,7 +46,7 @@ NETWORK = {"network.w": torch.arange(4.0)}
 @pytest.fixture
 def learned(monkeypatch, tmp_path):
     registry = Registry(
-        "upsampler", {"learned": f"{__name__}:Learned", "tile": "upsamplers.tile:Tile"}
+        "upsampler", {"learned": f"{__name__}:Learned", "tile": "upsamplers.methods.tile:Tile"}
     )
     monkeypatch.setattr("upsamplers.UPSAMPLERS", registry)
     path = tmp_path / "deep" / "siglip.safetensors"

@@ -9,9 +9,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from radio_distill.balance.normalizers import Identity
 from radio_distill.config import UpsamplerConfig
 from radio_distill.errors import ConfigError, WeightsError
+from radio_distill.normalize.normalizers import Identity
 from radio_distill.protocols import Corrector, Upsampler
 from upsamplers import build_upsampler, fitted
 from upsamplers.fitted import FittedHeader, read_header

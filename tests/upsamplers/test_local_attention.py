@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from radio_distill.errors import ConfigError
-from upsamplers.local_attention import LocalSelfAttention, alibi_slopes, local_attention
+from upsamplers.networks.local_attention import LocalSelfAttention, alibi_slopes, local_attention
 
 GRIDS = [(6, 6), (5, 17), (1, 3), (9, 20), (13, 7)]
 

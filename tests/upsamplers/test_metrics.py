@@ -8,12 +8,12 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from radio_distill.balance.moments import Moments
-from radio_distill.balance.phi_s import PhiS
 from radio_distill.errors import DataError
 from radio_distill.evals import fidelity as student
+from radio_distill.normalize.moments import Moments
+from radio_distill.normalize.phi_s import PhiS
 from radio_distill.types import Features
-from upsamplers.losses import conditional_random_field, total_variation
+from upsamplers.fit.losses import conditional_random_field, total_variation
 from upsamplers.metrics import (
     ConditionalRandomField,
     Fidelity,

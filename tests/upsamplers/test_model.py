@@ -5,13 +5,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from radio_distill.balance.normalizers import Identity
 from radio_distill.config import UpsamplerConfig
+from radio_distill.normalize.normalizers import Identity
 from upsamplers import build_upsampler
-from upsamplers.interpolate import Interpolation
+from upsamplers.methods.interpolate import Interpolation
+from upsamplers.methods.tiling import cut, stitch
 from upsamplers.model import UpsamplerModel
 from upsamplers.networks import Observation
-from upsamplers.tiling import cut, stitch
 
 CHANNELS, GRID = 8, (3, 5)
 

@@ -8,7 +8,7 @@ from radio_distill.config import TeacherConfig
 from radio_distill.errors import ConfigError
 from radio_distill.types import Features, TeacherSpec
 from teachers import build_teacher
-from upsamplers.native import Native
+from upsamplers.methods.native import Native
 
 
 def tiny(name):

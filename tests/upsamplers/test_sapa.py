@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from radio_distill.errors import ConfigError
 from upsamplers.networks import Observation, build_network
-from upsamplers.sapa import SapaNetwork
+from upsamplers.networks.sapa import SapaNetwork
 
 
 def test_sapa__is_the_softmax_of_similarities():

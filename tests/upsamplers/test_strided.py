@@ -8,7 +8,7 @@ from radio_distill.config import TeacherConfig
 from radio_distill.errors import ConfigError
 from radio_distill.types import Features, TeacherSpec
 from teachers import build_teacher
-from upsamplers.strided import Strided, offsets, shift
+from upsamplers.methods.strided import Strided, offsets, shift
 
 
 class Average:

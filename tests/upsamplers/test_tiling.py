@@ -10,7 +10,7 @@ from radio_distill.config import UpsamplerConfig
 from radio_distill.errors import ConfigError, UnknownNameError
 from radio_distill.types import Features, TeacherSpec
 from upsamplers import build_upsampler
-from upsamplers.tiling import cut, resize, stitch
+from upsamplers.methods.tiling import cut, resize, stitch
 
 PATCH = 4
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from upsamplers.losses import (
+from upsamplers.fit.losses import (
     UncertaintyNet,
     conditional_random_field,
     masked_mse,

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from radio_distill.errors import ConfigError
-from upsamplers.views import VIEWS, ViewRange, draw_homographies, render, valid_mask, warp
+from upsamplers.fit.views import VIEWS, ViewRange, draw_homographies, render, valid_mask, warp
 
 sides = st.integers(3, 23)
 

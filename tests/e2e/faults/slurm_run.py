@@ -29,7 +29,7 @@ from dataclasses import replace
 from pathlib import Path
 from teachers import timm_source
 from teachers.presets import TINY
-from teachers.timm_source import ARGUMENTS, complete, load, locate
+from teachers.sources.timm import ARGUMENTS, complete, load, locate
 
 def rest(*_):
     time.sleep(float(Path(os.environ["PAUSE"]).read_text()))

@@ -21,7 +21,7 @@ from radio_distill.data.images import (
     readable_suffixes,
     to_float,
 )
-from radio_distill.data.position import view_generator
+from radio_distill.data.order import view_generator
 
 CONFIG = DataConfig(shards=())
 

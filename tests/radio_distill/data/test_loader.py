@@ -18,7 +18,7 @@ from radio_distill.data import loader, reader
 from radio_distill.data.images import decode_image, random_view, to_float
 from radio_distill.data.index import index_path
 from radio_distill.data.loader import ShardBatches, StepSlice, in_every_step
-from radio_distill.data.position import SampleOrder, view_generator
+from radio_distill.data.order import SampleOrder, view_generator
 from radio_distill.errors import DataError
 
 SIZE = (16, 24)

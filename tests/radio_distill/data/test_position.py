@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from radio_distill.data.position import (
+from radio_distill.data.order import (
     Location,
     SampleOrder,
     random_stream,

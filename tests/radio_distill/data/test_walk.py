@@ -10,8 +10,8 @@ import zlib
 import pytest
 import webdataset
 
-from radio_distill.data import walk
-from radio_distill.data.walk import LeftOut, describe, walk_shard
+from radio_distill.data import scan as walk
+from radio_distill.data.scan import LeftOut, describe, walk_shard
 from radio_distill.errors import DataError
 
 

@@ -4,16 +4,16 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from radio_distill.balance.moments import Moments
-from radio_distill.balance.normalizers import (
+from radio_distill.errors import ConfigError
+from radio_distill.evals.fidelity import fidelity, in_teacher_space
+from radio_distill.normalize.moments import Moments
+from radio_distill.normalize.normalizers import (
     GlobalStandardise,
     Identity,
     LayerNorm,
     PerChannelStandardise,
 )
-from radio_distill.balance.phi_s import PhiS
-from radio_distill.errors import ConfigError
-from radio_distill.evals.fidelity import fidelity, in_teacher_space
+from radio_distill.normalize.phi_s import PhiS
 from radio_distill.types import Features
 
 

@@ -4,7 +4,7 @@ import torch
 from PIL import Image
 
 from radio_distill.evals.harness import Encoder
-from radio_distill.evals.pictures import (
+from radio_distill.report.pictures import (
     LABEL_HEIGHT,
     MARGIN,
     difference_picture,

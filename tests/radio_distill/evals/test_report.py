@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from radio_distill.errors import ConfigError
-from radio_distill.evals.report import MAX_POINTS, Figure, training_curves, write_report
-from radio_distill.evals.tables import Column, Table
+from radio_distill.report.page import MAX_POINTS, Figure, training_curves, write_report
+from radio_distill.report.tables import Column, Table
 
 VOID = {"meta", "img", "br", "link"}
 HOSTILE = "<script>alert(1)</script> & \"quoted\" 'text'"

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from radio_distill.errors import ConfigError
-from radio_distill.evals.tables import Column, Estimate, Table, print_tables, render
+from radio_distill.report.tables import Column, Estimate, Table, print_tables, render
 
 TABLE = Table(
     "Scores",

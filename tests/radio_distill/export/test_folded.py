@@ -8,7 +8,7 @@ from torch import nn
 
 from radio_distill.errors import ConfigError
 from radio_distill.export.folded import folded
-from radio_distill.models.reparametrize import ReparametrizedLinear
+from radio_distill.models.spectral import ReparametrizedLinear
 from radio_distill.train.checkpoint import Checkpoint
 from radio_distill.train.restore import load_student, normalizers_of
 

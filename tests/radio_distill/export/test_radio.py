@@ -13,7 +13,7 @@ from radio_distill.config import StudentConfig, TeacherConfig
 from radio_distill.errors import ExportError
 from radio_distill.export import radio as format_
 from radio_distill.export.folded import FoldedStudent
-from radio_distill.models.adaptors import Adaptor
+from radio_distill.models.heads import Adaptor
 from teachers import build_teacher
 
 MakeStudent = Callable[..., FoldedStudent]

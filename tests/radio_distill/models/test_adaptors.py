@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from radio_distill.config import StudentConfig
-from radio_distill.models.adaptors import Adaptor, MLPHead
+from radio_distill.models.heads import Adaptor, MLPHead
 
 
 @pytest.mark.parametrize("num_layers", [0, 2])

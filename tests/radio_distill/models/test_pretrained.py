@@ -13,9 +13,9 @@ from torch import Tensor
 
 from radio_distill.config import StudentConfig
 from radio_distill.errors import ConfigError, WeightsError
-from radio_distill.models.pretrained import read_start
 from radio_distill.models.student import Student
-from radio_distill.trust import trusting_pickles
+from radio_distill.system.trust import trusting_pickles
+from radio_distill.weights.pretrained import read_start
 
 MakeConfig = Callable[..., StudentConfig]
 ARCHITECTURE = "vit_tiny_patch16_224"

@@ -14,8 +14,8 @@ from timm.layers import resample_abs_pos_embed
 
 from radio_distill.config import Recipe, StudentConfig, build, check
 from radio_distill.errors import ConfigError, WeightsError
-from radio_distill.models.radio_layout import read_radio
 from radio_distill.models.student import Student
+from radio_distill.weights.radio import read_radio
 
 MakeConfig = Callable[..., StudentConfig]
 

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from radio_distill.errors import ConfigError
 from radio_distill.models.ema import Ema
-from radio_distill.models.reparametrize import (
+from radio_distill.models.spectral import (
     ReparametrizedLinear,
     begin_step,
     fold,

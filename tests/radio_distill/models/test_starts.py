@@ -156,7 +156,7 @@ def test_timm_radio__is_a_start_of_timm_s_own_architecture():
         body = timm.create_model("vit_base_patch16_radio_v3", num_classes=0)
     from timm.data import resolve_model_data_config
 
-    from radio_distill.models.pretrained import Start, check_start
+    from radio_distill.weights.pretrained import Start, check_start
 
     check_start(Start(body.state_dict()), body, "it", "vit_base_patch16_radio_v3")
     assert resolve_model_data_config(body)["mean"] == timm.data.OPENAI_CLIP_MEAN

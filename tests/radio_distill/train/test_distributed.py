@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from radio_distill.errors import ConfigError
-from radio_distill.train import rendezvous
-from radio_distill.train.distributed import World, choose_device, gpu_index, world_from
-from radio_distill.train.rendezvous import meet
+from radio_distill.system import rendezvous
+from radio_distill.system.distributed import World, choose_device, gpu_index, world_from
+from radio_distill.system.rendezvous import meet
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from radio_distill.config import AugmentationConfig, PartitionConfig
-from radio_distill.partitions import MicroBatch, Partition, Pass
-from radio_distill.train.draws import Draws
+from radio_distill.distill.randomness import Draws
+from radio_distill.distill.views import AVERAGE, STUDENT
+from radio_distill.stage import MicroBatch, Partition, Pass
 from radio_distill.types import View
-from radio_distill.views import AVERAGE, STUDENT
 
 
 def partition_of(*sizes) -> Partition:

@@ -26,19 +26,19 @@ from radio_distill.config import (
     check,
 )
 from radio_distill.data.images import render, to_float
+from radio_distill.distill.loss_weights import TermWeights
+from radio_distill.distill.micro_batches import Work
+from radio_distill.distill.randomness import Draws
+from radio_distill.distill.statistics import build_normalizers
+from radio_distill.distill.targets import TargetMaker
 from radio_distill.models.distilled import build_student
 from radio_distill.models.ema import Ema
-from radio_distill.partitions import images_per_step
-from radio_distill.targets import TargetMaker
-from radio_distill.train.distributed import World
-from radio_distill.train.draws import Draws
+from radio_distill.stage import images_per_step
+from radio_distill.system.distributed import World
 from radio_distill.train.engine import build_engine
 from radio_distill.train.lifeline import agree
 from radio_distill.train.loop import StageRun, accumulate, stage_seed, take_in
 from radio_distill.train.meter import Meter
-from radio_distill.train.statistics import build_normalizers
-from radio_distill.train.weights import TermWeights
-from radio_distill.train.work import Work
 from radio_distill.types import ImageBatch
 from teachers import build_teacher
 from upsamplers import build_upsampler

@@ -23,13 +23,13 @@ from radio_distill.config import (
     TeacherConfig,
     UpsamplerConfig,
 )
-from radio_distill.losses import distillation_loss
+from radio_distill.distill.losses import distillation_loss
 from radio_distill.models.distilled import build_student
 from radio_distill.models.position import NUM_DRAWS
-from radio_distill.partitions import Partition, Pass, partitions_of
-from radio_distill.train.costs import ModelCosts
-from radio_distill.train.measure import count_flops, fake_module, fake_tensors, peak_memory
-from radio_distill.train.plan import (
+from radio_distill.plan.cost import ModelCosts
+from radio_distill.plan.measure import count_flops, fake_module, fake_tensors, peak_memory
+from radio_distill.plan.sights import Sight
+from radio_distill.plan.time import (
     DECODE_SECONDS,
     GIB,
     RENDER_SECONDS,
@@ -39,7 +39,7 @@ from radio_distill.train.plan import (
     plan_stage,
     state_memory,
 )
-from radio_distill.train.sights import Sight
+from radio_distill.stage import Partition, Pass, partitions_of
 from radio_distill.types import Features, TeacherSpec
 from upsamplers import build_upsampler
 

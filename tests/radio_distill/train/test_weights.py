@@ -11,8 +11,8 @@ from radio_distill.config import (
     StageConfig,
     TeacherConfig,
 )
-from radio_distill.partitions import partitions_of
-from radio_distill.train.weights import TermWeights
+from radio_distill.distill.loss_weights import TermWeights
+from radio_distill.stage import partitions_of
 
 CPU = torch.device("cpu")
 

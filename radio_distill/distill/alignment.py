@@ -1,0 +1,79 @@
+"""Feature grids of different size: at which grid student and teacher are compared.
+
+The student's head runs at the student's own grid and its output is resampled here, never the other
+way round: a head does not commute with interpolation, and resampling first changes the gradient.
+
+Recipes differ. AM-RADIO (arXiv 2312.06709, section 3.4) compares at the larger grid; the PHI-S
+recipe (arXiv 2410.01680, A.7) shrinks the teacher and RADIOv2.5's high-resolution stage the student
+(FeatSharp, arXiv 2502.16025, appendix C), which together is the smaller grid; FeatSharp's baseline
+enlarges the teacher (section 4.5). All of these are bilinear. Here that means
+``align_corners=False`` and, on an axis that shrinks, a filter as wide as what a new cell covers
+(antialiased): without it, a shrink by more than 2 leaves cells unread. The papers do not say.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import ConfigError, UnknownNameError
+from ..registry import nearest
+from ..types import Size
+
+RULES = ("student_down", "teacher_down", "teacher_up", "smaller", "larger")
+
+
+def align(prediction: Tensor, target: Tensor, rule: str) -> tuple[Tensor, Tensor]:
+    """Bring a student's ``[B, C, h, w]`` and a teacher's ``[B, C, h', w']`` to one grid.
+
+    Errors are those of :func:`common_grid`, which says what each rule does.
+    """
+    student, teacher = prediction.shape[-2:], target.shape[-2:]
+    grid = common_grid((student[0], student[1]), (teacher[0], teacher[1]), rule)
+    return resample(prediction, grid), resample(target, grid)
+
+
+def common_grid(student: Size, teacher: Size, rule: str) -> Size:
+    """Return the grid at which a student and a teacher of these grids are compared.
+
+    ``smaller`` and ``larger`` decide each axis by itself, so they suit any two grids; where one
+    map is higher and the other wider, both are resampled. The other rules promise which map is
+    resampled and in which direction: ``student_down`` compares at the teacher's grid,
+    ``teacher_down`` and ``teacher_up`` at the student's. Equal grids suit every rule.
+
+    Raises:
+        ConfigError: where a directional rule would have to go the other way on an axis.
+        UnknownNameError: for a rule that does not exist.
+    """
+    if rule not in RULES:
+        raise UnknownNameError(f"unknown alignment {rule!r} ({nearest(rule, RULES)})")
+    smaller = (min(student[0], teacher[0]), min(student[1], teacher[1]))
+    larger = (max(student[0], teacher[0]), max(student[1], teacher[1]))
+    if rule in ("smaller", "larger"):
+        return smaller if rule == "smaller" else larger
+    moved, direction = rule.split("_")
+    grid = teacher if moved == "student" else student
+    if grid != (smaller if direction == "down" else larger):
+        fallback = "smaller" if direction == "down" else "larger"
+        raise ConfigError(
+            f"loss.alignment: {rule} cannot compare a student grid of {student[0]}x{student[1]} "
+            f"with a teacher grid of {teacher[0]}x{teacher[1]}; use {fallback}, which suits any two"
+        )
+    return grid
+
+
+def resample(features: Tensor, grid: Size) -> Tensor:
+    """Resample ``[B, C, h, w]`` to ``[B, C, *grid]``, bilinearly, in float32 or float64."""
+    height, width = features.shape[-2:]
+    if (height, width) == grid:
+        return features
+    features = features.to(torch.promote_types(features.dtype, torch.float32))
+    if grid[1] == 1:
+        # torch's CPU kernel (seen in 2.15) reads wrong rows where one column remains: keep two.
+        features = _interpolate(features, (height, 1)).expand(-1, -1, -1, 2)
+        return _interpolate(features, (grid[0], 2))[..., :1]
+    return _interpolate(features, grid)
+
+
+def _interpolate(features: Tensor, grid: Size) -> Tensor:
+    shrinks = grid[0] < features.shape[-2] or grid[1] < features.shape[-1]
+    return F.interpolate(features, grid, mode="bilinear", align_corners=False, antialias=shrinks)

@@ -1,0 +1,103 @@
+"""The weight of each term of the loss, in each step.
+
+A term's weight is the teacher's of the recipe; over the part of the step that shows the teacher
+(``loss.rebalance``), so that a teacher of few images counts as one of all; over the dispersion of
+its summaries (``loss.summary: angle``); times what adapts (``loss.weighting``).
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ..config import Recipe
+from ..stage import Partition, teacher_shares
+from ..system.distributed import sum_over_ranks
+from .losses import FEATURES, KINDS, SUMMARY
+from .weighting import AdaLoss
+
+_DISPERSION = "dispersion/"
+
+
+class TermWeights:
+    """Weights of terms named ``teacher/summary`` and ``teacher/features``.
+
+    Args:
+        recipe: the teachers and the loss section.
+        partitions: of the stage.
+        dispersions: of the teachers' summaries; empty for another loss than the angle.
+        device: where a step's sums live.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        partitions: Sequence[Partition],
+        dispersions: Mapping[str, float],
+        device: torch.device,
+    ):
+        self._recipe, self._shares = recipe, teacher_shares(partitions)
+        adapts = recipe.loss.weighting == "adaloss"
+        self._ada = AdaLoss(recipe.loss.adaloss_momentum) if adapts else None
+        self._dispersions = dict(dispersions)
+        self._fixed = self._without_adapting(dispersions)
+        self._terms = [f"{name}/{kind}" for name in recipe.teachers for kind in KINDS]
+        self._sums = torch.zeros(2, len(self._terms), dtype=torch.float64, device=device)
+
+    def now(self) -> dict[str, float]:
+        """Return the weights of this step."""
+        if self._ada is None:
+            return self._fixed
+        return {term: weight * self._ada.weight(term) for term, weight in self._fixed.items()}
+
+    def add(self, terms: Mapping[str, Tensor], images: int) -> None:
+        """Take in the means of terms over some images of this step."""
+        if self._ada is not None:
+            for term, value in terms.items():
+                index = self._terms.index(term)
+                self._sums[0, index] += value.double() * images
+                self._sums[1, index] += images
+
+    def end_step(self) -> None:
+        """Adapt to the step's means over all processes; every rank must call."""
+        if self._ada is None:
+            return
+        totals, images = sum_over_ranks(self._sums).tolist()
+        self._sums.zero_()
+        means = zip(self._terms, totals, images, strict=True)
+        self._ada.update({term: total / count for term, total, count in means if count})
+
+    def forget_step(self) -> None:
+        """Drop what was taken in of a step that is skipped."""
+        self._sums.zero_()
+
+    def state(self) -> dict[str, Tensor]:
+        """Return dispersions, and what has been adapted to, as named tensors."""
+        state = {
+            f"{_DISPERSION}{name}": torch.tensor(value, dtype=torch.float64)
+            for name, value in self._dispersions.items()
+        }
+        return state if self._ada is None else {**state, **self._ada.state()}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Restore what :meth:`state` returned."""
+        self._dispersions = {
+            name.removeprefix(_DISPERSION): float(value)
+            for name, value in state.items()
+            if name.startswith(_DISPERSION)
+        }
+        self._fixed = self._without_adapting(self._dispersions)
+        if self._ada is not None:
+            rest = {name: item for name, item in state.items() if not name.startswith(_DISPERSION)}
+            self._ada.load_state(rest)
+
+    def _without_adapting(self, dispersions: Mapping[str, float]) -> dict[str, float]:
+        weights = {}
+        for name, teacher in self._recipe.teachers.items():
+            share = self._shares.get(name, 1.0) if self._recipe.loss.rebalance else 1.0
+            # AdaLoss divides by a term's size itself.
+            dispersion = 1.0 if self._ada else dispersions.get(name, 1.0)
+            summary = teacher.summary_weight / dispersion
+            weights[f"{name}/{SUMMARY}"] = summary / share
+            weights[f"{name}/{FEATURES}"] = teacher.feature_weight / share
+        return weights

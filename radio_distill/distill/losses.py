@@ -1,0 +1,92 @@
+"""The weighted sum of what a student is asked for, over teachers and kinds of features.
+
+Each term compares one teacher's summary or features with what the student's head predicts, after
+:mod:`.alignment` has brought both maps to one grid. Images stay apart until the end,
+so that micro-batches of unequal size can be weighted exactly. :mod:`.terms` has the losses.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..config import LossConfig
+from ..errors import ConfigError
+from ..types import Features
+from .alignment import align
+from .terms import feature_loss, summary_loss
+from .views import follow
+from .weighting import uncertain
+
+SUMMARY, FEATURES = "summary", "features"
+KINDS = (SUMMARY, FEATURES)
+"""A term is called ``teacher/kind``."""
+
+
+class LossReport(NamedTuple):
+    """The loss of a batch, and what it is made of."""
+
+    total: Tensor
+    """``[B]``: of each image, the weighted sum over terms."""
+    terms: dict[str, Tensor]
+    """Unweighted mean of each term over the batch, detached, as ``teacher/kind``."""
+
+
+def distillation_loss(
+    predictions: Mapping[str, Features],
+    targets: Mapping[str, Features],
+    config: LossConfig,
+    weights: Mapping[str, float],
+    shifts: Mapping[str, Tensor | None] | None = None,
+    log_variances: Mapping[str, Tensor] | None = None,
+) -> LossReport:
+    """Compare a student with all its teachers.
+
+    The total is the sum over terms of weight times loss. It is not divided by the number of
+    teachers, so adding one does not weaken the others, as in the PHI-S recipe. A target without
+    summary has no summary term, and a term of weight 0 is not computed.
+
+    Args:
+        predictions: of the student, by teacher.
+        targets: of the teachers.
+        config: which losses.
+        weights: by term.
+        shifts: how far the student's crop lies behind a teacher's (:func:`.views.follow`); the
+            features are then compared where both crops show the picture.
+        log_variances: learned ones of each term, where weights are learned.
+
+    Raises:
+        ConfigError: where all weights are 0, or the alignment rule does not suit the grids.
+    """
+    assert predictions.keys() == targets.keys(), f"{set(predictions) ^ set(targets)} unmatched"
+    losses: dict[str, Tensor] = {}  # [B]
+    for name, target in targets.items():
+        prediction = predictions[name]
+        if weights[f"{name}/{SUMMARY}"] and target.summary is not None:
+            assert prediction.summary is not None, f"no summary predicted for teacher {name}"
+            loss = summary_loss(config.summary)(prediction.summary, target.summary)
+            losses[f"{name}/{SUMMARY}"] = loss
+        if weights[f"{name}/{FEATURES}"]:
+            shift = None if shifts is None else shifts[name]
+            losses[f"{name}/{FEATURES}"] = _compare_maps(prediction, target, config, shift)
+    if not losses:
+        raise ConfigError(
+            f"teachers {', '.join(targets)}: every loss weight is 0, nothing to learn; "
+            "set a summary_weight or feature_weight, or leave them out of the partition"
+        )
+    terms = {name: loss.detach().mean() for name, loss in losses.items()}
+    if log_variances is not None:
+        losses = {name: uncertain(loss, log_variances[name]) for name, loss in losses.items()}
+    total = torch.stack([weights[name] * loss for name, loss in losses.items()]).sum(0)
+    return LossReport(total, terms)
+
+
+def _compare_maps(
+    prediction: Features, target: Features, config: LossConfig, shift: Tensor | None
+) -> Tensor:
+    predicted, wanted = align(prediction.spatial, target.spatial, config.alignment)
+    cells = None
+    if shift is not None:
+        wanted, cells = follow(wanted, shift)
+    return feature_loss(config.feature)(predicted, wanted, cells)

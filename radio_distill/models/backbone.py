@@ -1,0 +1,233 @@
+"""A student as its users meet it: features and summary of pictures of any size.
+
+::
+
+    import radio_distill
+
+    model = radio_distill.load("runs/demo")
+    output = model(pixels, adaptors=("dino",))  # pixels [B, 3, H, W] in [0, 1]
+    output.summary, output.features              # [B, S], [B, D, h, w]
+    output.adaptors["dino"].spatial              # [B, C, h, w], in the teacher's own space
+
+Decoding pictures, and bringing those of a batch to one size, is left to the caller;
+:mod:`.loading` has where backbones come from.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from ..config import StudentConfig
+from ..errors import ConfigError, UnknownNameError
+from ..registry import nearest
+from ..types import Features, Size, TeacherSpec
+from .heads import Adaptor
+from .student import Student
+
+Format = Literal["NCHW", "NLC"]
+Fit = Literal["pad", "resize"]
+
+_SMALLEST, _LARGEST = -1.0, 2.0
+"""Pixels beyond are refused; filters overshoot [0, 1] by a tenth or two."""
+
+
+class BackboneOutput(NamedTuple):
+    """What a backbone says of a batch of pictures."""
+
+    summary: Tensor
+    """``[B, S]``: the summary tokens of the teachers that have a summary, side by side."""
+    features: Tensor
+    """``[B, D, h, w]``, or ``[B, h * w, D]`` for NLC."""
+    adaptors: dict[str, Features]
+    """By teacher, in its own space; ``spatial`` in the format of ``features``."""
+
+
+class Backbone(nn.Module):
+    """A student with some of its heads, for any size of picture.
+
+    Gradients flow, for fine-tuning; a loaded one is in evaluation mode.
+
+    Args:
+        student: the body, whose matrices are plain (folded).
+        config: what it was built from.
+        teachers: all teachers, in the order of their summary tokens; empty where not known.
+        adaptors: heads of some of them, in the teachers' own space.
+        summary_slots: which summary tokens make up the summary.
+        native_size: longest side that it was trained at, in pixels; None for an untrained one.
+    """
+
+    def __init__(
+        self,
+        student: Student,
+        config: StudentConfig,
+        teachers: Mapping[str, TeacherSpec] | None = None,
+        adaptors: Mapping[str, nn.Module] | None = None,
+        summary_slots: Sequence[int] = (0,),
+        native_size: int | None = None,
+    ):
+        super().__init__()
+        self.student = student
+        self.config = config
+        self.teachers = dict(teachers or {})
+        self.adaptors = nn.ModuleDict(adaptors or {})
+        self.summary_slots = list(summary_slots)
+        self.native_size = native_size
+        self.takes_normalised = False  # by a caller that has taken mean and std out of the student
+        self._slots = {name: slot for slot, name in enumerate(self.teachers)}
+
+    @property
+    def patch_size(self) -> int:
+        """Pixels a side of one cell of the features."""
+        return self.student.patch_size
+
+    @property
+    def embed_dim(self) -> int:
+        """Channels D of the features."""
+        return self.student.embed_dim
+
+    @property
+    def summary_dim(self) -> int:
+        """Channels S of the summary."""
+        return len(self.summary_slots) * self.embed_dim
+
+    @property
+    def max_size(self) -> int:
+        """Longest side that the table of positions spans, in pixels; beyond, it is stretched."""
+        return len(self.student.positions.table) * self.patch_size
+
+    @property
+    def adaptor_names(self) -> tuple[str, ...]:
+        """Teachers whose heads are here."""
+        return tuple(self.adaptors)
+
+    def nearest_size(self, height: int, width: int) -> Size:
+        """Return the size nearest to a picture's that is taken as it is."""
+        step = self.student.size_step
+        return max(round(height / step), 1) * step, max(round(width / step), 1) * step
+
+    def forward(
+        self,
+        pixels: Tensor,
+        adaptors: Sequence[str] = (),
+        format: Format = "NCHW",
+        fit: Fit = "pad",
+    ) -> BackboneOutput:
+        """Encode pictures of any one size.
+
+        Args:
+            pixels: ``[B, 3, H, W]`` float RGB in [0, 1].
+            adaptors: teachers whose features are asked for too.
+            format: of all maps, ``[B, D, h, w]`` or ``[B, h * w, D]``.
+            fit: how a size that the patch does not divide becomes one. ``pad`` adds the mean colour
+                below and to the right, and returns the cells that show picture: each cell is
+                ``patch_size`` pixels of the picture as it came, so a map can be laid over it.
+                ``resize`` scales to :meth:`nearest_size`: no cell shows padding, and none is
+                exactly ``patch_size`` pixels.
+
+        Raises:
+            ConfigError: where pixels, a name or an option is not one of these.
+        """
+        names = self._checked(adaptors)
+        if format not in ("NCHW", "NLC"):
+            raise ConfigError(f"format {format!r} is neither 'NCHW' nor 'NLC'")
+        tokens, spatial = self._encode(pixels, fit)  # [B, T, D], [B, D, h, w]
+        outputs = {}
+        for name in names:
+            summary, features = self._adaptor(name)(tokens[:, self._slots[name]], spatial)
+            outputs[name] = Features(summary, _formatted(features, format))
+        summary = tokens[:, self.summary_slots].flatten(1)
+        return BackboneOutput(summary, _formatted(spatial, format), outputs)
+
+    def summarize(self, pixels: Tensor, adaptor: str, fit: Fit = "pad") -> Tensor:
+        """Encode pictures into one teacher's summary alone, ``[B, S]``, without its feature map.
+
+        Raises:
+            ConfigError: where that teacher has no summary, besides the reasons of :meth:`forward`.
+        """
+        (name,) = self._checked((adaptor,))
+        head = self._adaptor(name).summary
+        if head is None:
+            raise ConfigError(
+                f"teacher {name!r} has no summary; ask for its features: adaptors=({name!r},)"
+            )
+        tokens, _ = self._encode(pixels, fit)
+        summary: Tensor = head(tokens[:, self._slots[name]])
+        return summary
+
+    def keep(self, adaptors: Sequence[str]) -> None:
+        """Drop the heads of all teachers but these; raises UnknownNameError."""
+        names = self._checked(adaptors)
+        self.adaptors = nn.ModuleDict({name: self.adaptors[name] for name in names})
+
+    def _checked(self, adaptors: Sequence[str]) -> tuple[str, ...]:
+        names = (adaptors,) if isinstance(adaptors, str) else tuple(adaptors)
+        for name in names:
+            if name not in self.adaptors:
+                known = nearest(name, self.adaptor_names) if self.adaptors else "it has none"
+                raise UnknownNameError(f"no adaptor {name!r} in this backbone ({known})")
+        return names
+
+    def _adaptor(self, name: str) -> Adaptor:
+        adaptor = self.adaptors[name]
+        assert isinstance(adaptor, Adaptor)
+        return adaptor
+
+    def _encode(self, pixels: Tensor, fit: Fit) -> tuple[Tensor, Tensor]:
+        """Return all summary tokens ``[B, T, D]``, and the cells that show picture."""
+        if pixels.ndim != 4 or pixels.shape[1] != 3 or 0 in pixels.shape:
+            raise ConfigError(f"pixels have shape {list(pixels.shape)}, expected [B, 3, H, W]")
+        if not pixels.is_floating_point():
+            raise ConfigError(f"pixels are {pixels.dtype}, expected floats in [0, 1]")
+        if fit not in ("pad", "resize"):
+            raise ConfigError(f"fit {fit!r} is neither 'pad' nor 'resize'")
+        if not self.takes_normalised:
+            _check_range(pixels)
+        height, width = pixels.shape[-2:]
+        dtype = self.student.patch_embedding.weight.dtype
+        if fit == "resize":
+            size = self.nearest_size(height, width)
+            if size != (height, width):
+                # Antialiasing exists on a CPU in these two types alone.
+                exact = pixels if pixels.dtype == torch.float64 else pixels.float()
+                pixels = F.interpolate(exact, size, mode="bilinear", antialias=True)
+            return self.student(pixels.to(dtype))
+        tokens, spatial = self.student(self._padded(pixels.to(dtype)))
+        rows, columns = -(-height // self.patch_size), -(-width // self.patch_size)
+        return tokens, spatial[:, :, :rows, :columns]
+
+    def _padded(self, pixels: Tensor) -> Tensor:
+        batch, _, height, width = pixels.shape
+        step = self.student.size_step
+        rows, columns = -(-height // step) * step, -(-width // step) * step
+        if (rows, columns) == (height, width):
+            return pixels
+        canvas = self.student.mean.to(pixels).expand(batch, 3, rows, columns).clone()
+        canvas[:, :, :height, :width] = pixels
+        return canvas
+
+
+def _check_range(pixels: Tensor) -> None:
+    """Raise ConfigError for pixels that are clearly not RGB in [0, 1].
+
+    What a resampling filter overshoots is let through, and so is what cannot be looked at, since
+    the model is being compiled or has no data.
+    """
+    if torch.compiler.is_compiling() or pixels.is_meta:
+        return
+    least, most = (float(value) for value in torch.aminmax(pixels.detach()))
+    if most > _LARGEST:
+        raise ConfigError(
+            f"pixels reach {most:.4g}, expected floats in [0, 1]; divide those of 0 to 255 by 255"
+        )
+    if least < _SMALLEST:
+        raise ConfigError(
+            f"pixels reach down to {least:.4g}, expected floats in [0, 1], not normalised"
+        )
+
+
+def _formatted(spatial: Tensor, format: Format) -> Tensor:
+    return rearrange(spatial, "b d h w -> b (h w) d") if format == "NLC" else spatial

@@ -1,0 +1,167 @@
+"""Pictures of features for people: principal components as colours, and where two maps differ.
+
+All maps of one encoder, whatever their resolution, share one basis, so that equal colours mean
+equal features from one resolution to the next; a basis for each would hide a mode switch. Each map
+weighs alike, whatever its number of cells. Saving is the caller's.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from einops import rearrange
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..evals.harness import Encoder, size_text, to_pixels
+from ..types import Size
+
+MARGIN = 8
+LABEL_HEIGHT = 24
+
+
+@dataclass(frozen=True, slots=True)
+class ColourBasis:
+    """Three directions in feature space, and the range that colours span along each."""
+
+    mean: Tensor
+    """``[C]``."""
+    components: Tensor
+    """``[C, 3]``, largest variance first."""
+    low: Tensor
+    """``[3]``, shown as 0."""
+    high: Tensor
+    """``[3]``, shown as 255."""
+
+    def paint(self, spatial: Tensor) -> np.ndarray:
+        """Return ``[C, h, w]`` as ``[h, w, 3]`` uint8."""
+        values = (_tokens(spatial) - self.mean) @ self.components
+        share = ((values - self.low) / (self.high - self.low).clamp_min(1e-12)).clamp(0, 1)
+        colours = (share * 255).round().byte().numpy()
+        return rearrange(colours, "(h w) c -> h w c", h=spatial.shape[1])
+
+
+def joint_pca(maps: Sequence[Tensor], clip: float = 0.02) -> ColourBasis:
+    """Fit one basis to several ``[C, h, w]``.
+
+    Colours span from the ``clip`` to the ``1 - clip`` quantile, so that a few outlying tokens do
+    not flatten the picture. A component's sign makes its entry of largest magnitude positive: the
+    same features always give the same colours.
+    """
+    tokens = [_tokens(item) for item in maps]
+    mean = torch.stack([item.mean(dim=0) for item in tokens]).mean(dim=0)
+    covariance = sum((item - mean).T @ (item - mean) / len(item) for item in tokens)
+    assert isinstance(covariance, Tensor), "joint_pca needs at least one map"
+    components = torch.linalg.eigh(covariance).eigenvectors[:, -3:].flip(1)  # [C, 3]
+    if components.shape[1] < 3:
+        components = F.pad(components, (0, 3 - components.shape[1]))
+    peak = components.gather(0, components.abs().argmax(dim=0, keepdim=True))
+    components = components * torch.where(peak < 0, -1.0, 1.0)
+    quantiles = [
+        torch.quantile((item - mean) @ components, torch.tensor([clip, 1 - clip]).double(), dim=0)
+        for item in tokens
+    ]
+    low, high = torch.stack(quantiles).mean(dim=0)
+    return ColourBasis(mean, components, low, high)
+
+
+def pca_pictures(maps: Sequence[Tensor], side: int = 224) -> list[Image.Image]:
+    """Paint several ``[C, h, w]`` of one encoder in one basis, ``side`` pixels on the long side."""
+    basis = joint_pca(maps)
+    return [_enlarge(Image.fromarray(basis.paint(item)), side) for item in maps]
+
+
+def difference_picture(first: Tensor, second: Tensor, side: int = 224) -> Image.Image:
+    """Show 1 - cosine of two ``[C, h, w]`` on the finer grid: black for 0, white for 1 or more."""
+    from matplotlib import colormaps
+
+    grid = [max(sides) for sides in zip(first.shape[1:], second.shape[1:], strict=True)]
+    first, second = (
+        F.interpolate(item[None].float().cpu(), grid, mode="bilinear") for item in (first, second)
+    )
+    distance = (1 - F.cosine_similarity(first, second, dim=1)[0]).clamp(0, 1)  # [h, w]
+    colours = colormaps["magma"](distance.numpy(), bytes=True)[..., :3]
+    return _enlarge(Image.fromarray(np.ascontiguousarray(colours)), side)
+
+
+def size_sheet(
+    picture: Image.Image, encoders: Mapping[str, Encoder], sides: Sequence[int], side: int = 224
+) -> Image.Image:
+    """Draw a labelled sheet: the picture, then what each encoder sees in it at several sizes.
+
+    An encoder that cannot take a size is given the one that :meth:`Encoder.nearest_size` names. Its
+    row says which sizes it was given where they are not those of the columns, and none is painted
+    twice: the cell that it is farther from stays empty.
+
+    Args:
+        picture: what is encoded, cropped to a square.
+        encoders: by name.
+        sides: sides of the square input, in pixels, one a column.
+        side: side of each cell, in pixels.
+    """
+    empty = Image.new("RGB", (side, side), "white")
+    rows = {}
+    for name, encoder in encoders.items():
+        given = _given(encoder, sides)
+        sizes = list(given.values())
+        maps = [encoder(to_pixels(picture, size)[None]).spatial[0] for size in sizes]
+        painted = dict(zip(given, pca_pictures(maps, side), strict=True))
+        others = [size_text(size) for column, size in given.items() if size != (column, column)]
+        label = name if not others and len(given) == len(sides) else _sizes_label(name, sizes)
+        rows[label] = [painted.get(column, empty) for column in sides]
+    square = ImageOps.fit(picture.convert("RGB"), (side, side))
+    columns = ["picture", *(f"{column} px" for column in sides)]
+    return picture_grid([[square, *cells] for cells in rows.values()], list(rows), columns, side)
+
+
+def _given(encoder: Encoder, sides: Sequence[int]) -> dict[int, Size]:
+    """Return the size that an encoder is given in a column, each in its nearest column only."""
+    nearest = {side: encoder.nearest_size((side, side)) for side in sides}
+    return {
+        min(
+            (side for side, other in nearest.items() if other == size),
+            key=lambda side: abs(side - max(size)),
+        ): size
+        for size in dict.fromkeys(nearest.values())
+    }
+
+
+def _sizes_label(name: str, sizes: Sequence[Size]) -> str:
+    return f"{name}, at {', '.join(map(size_text, sizes))} px"
+
+
+def picture_grid(
+    pictures: Sequence[Sequence[Image.Image]],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    side: int = 224,
+) -> Image.Image:
+    """Lay pictures out in a table with a label above each column and above each row."""
+    pitch_x, pitch_y = side + MARGIN, side + LABEL_HEIGHT + MARGIN
+    size = (MARGIN + len(columns) * pitch_x, LABEL_HEIGHT + len(rows) * pitch_y + MARGIN)
+    sheet = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(size=14)
+    for index, label in enumerate(columns):
+        draw.text((MARGIN + index * pitch_x, 4), label, "black", font)
+    for row, (label, line) in enumerate(zip(rows, pictures, strict=True)):
+        assert len(line) == len(columns), f"row {label!r} has {len(line)} pictures for {columns}"
+        top = LABEL_HEIGHT + row * pitch_y
+        draw.text((MARGIN, top + 4), label, "black", font)
+        for column, item in enumerate(line):
+            sheet.paste(item, (MARGIN + column * pitch_x, top + LABEL_HEIGHT))
+    return sheet
+
+
+def _tokens(spatial: Tensor) -> Tensor:
+    return rearrange(spatial.detach().double().cpu(), "c h w -> (h w) c")
+
+
+def _enlarge(picture: Image.Image, side: int) -> Image.Image:
+    """Scale so that the longer side measures ``side``; cells stay visible as squares."""
+    scale = side / max(picture.size)
+    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+    smooth = scale < 1
+    return picture.resize(size, Image.Resampling.BICUBIC if smooth else Image.Resampling.NEAREST)

@@ -1,0 +1,403 @@
+"""Starts a student from the weights of another vision transformer, at any patch size and grid.
+
+Another may be timm's own, a timm file or folder (NaFlexViT too), a RADIO checkpoint in any known
+layout, an exported student, or a run. All are brought under timm's names first. What a student has
+no place for (classifier, pooling, heads) is left behind; what the source lacks stays new:
+
+* Summary tokens are taken over in order as far as both have them; further ones start as the first.
+  Registers are taken over in order too; further ones stay random.
+* timm's patch embedding has a bias and the student's has none: it moves into the position table.
+* LayerScale goes into the matrix before it where the student has none, and is 1 where only the
+  student has it; both compute the same as before.
+* RADIO checkpoints, runs and timm folders bring the mean and std of the pictures; a bare timm file
+  says none, so the architecture's own stay.
+* A table of positions is stretched to the student's square. Which grid it has follows from the
+  source's configuration, from ``student.pretrained_grid``, or from its being a square.
+
+The heads of a student are always new, also behind a run: their targets are normalised by statistics
+that a stage takes anew. ``start_from`` of a stage is what goes on with a run's heads.
+"""
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from ..errors import ConfigError, WeightsError
+from ..models.position import CroppedPositions
+from ..registry import Registry
+from ..system.files import is_there
+from ..system.trust import check_sha256
+from ..types import Size
+from .files import (
+    FOLDER,
+    HUB,
+    hub_model,
+    named_as,
+    read_checkpoint,
+    read_json,
+    refuse_unreadable,
+    summed_files,
+    tensors_of,
+)
+from .radio import holds_radio, radio_checkpoint
+
+if TYPE_CHECKING:
+    from ..models.student import Student
+
+LEFT_BEHIND = ("norm.", "fc_norm.", "attn_pool.", "pre_logits.", "head.")
+TOKENS, PATCHES, POSITIONS = ("cls_token", "reg_token"), "patch_embed.proj.weight", "pos_embed"
+PATCH_BIAS = "patch_embed.proj.bias"
+_OPTIONAL = (*LEFT_BEHIND, *TOKENS, PATCH_BIAS)
+_DINO = {"register_tokens": "reg_token"}
+_SCALED = {".ls1.gamma": ".attn.proj.", ".ls2.gamma": ".mlp.fc2."}
+
+# The reader of runs belongs to training, above this layer, so it is known by its name alone.
+_READERS = Registry("start", {"run": "radio_distill.loading:load"})
+
+
+@dataclass(frozen=True)
+class Start:
+    """Weights under the names of timm's vision transformers."""
+
+    weights: Mapping[str, Tensor]
+    """``cls_token`` may be several tokens, ``[1, T, D]``."""
+    cropped: bool = False
+    """Whether ``pos_embed`` is a table of cropped positions, patches alone."""
+    num_heads: int | None = None
+    """Attention heads, which no shape tells; None where the source does not say."""
+    mean: Sequence[float] | None = None
+    std: Sequence[float] | None = None
+    grid: Size | None = None
+    """Rows and columns of patches in ``pos_embed``; None where the source does not say."""
+    embeds_class: bool = True
+    """False where the source says that its tokens have no positions."""
+
+
+def read_start(
+    pretrained: str, body: Any, architecture: str, sha256: str = "", grid: Sequence[int] = ()
+) -> Start:
+    """Read what a recipe calls ``student.pretrained``.
+
+    Args:
+        pretrained: ``timm``, the path of a file or folder (also ``local-dir:PATH``), or
+            ``hf-hub:OWNER/NAME``.
+        body: timm model of the architecture, with timm's weights for ``timm``.
+        architecture: its name, for messages.
+        sha256: sum that :func:`summed_files` must have; empty for any.
+        grid: rows and columns of the source's position table; empty to find them.
+
+    Raises:
+        ConfigError: a sum for ``timm``, whose file is not in our hands.
+        WeightsError: where there is nothing, another sum, or another architecture.
+    """
+    if pretrained == "timm":
+        if sha256:
+            raise ConfigError(
+                "student.pretrained_sha256: timm reads a file of its own, which cannot be checked; "
+                "name a copy of it in student.pretrained, or drop the sum"
+            )
+        start = Start(body.state_dict(), grid=_body_grid(body))
+    elif pretrained.startswith(HUB):
+        start = _read(hub_model(pretrained, "student.pretrained"), body, sha256, tuple(grid))
+    else:
+        path = Path(os.path.expanduser(pretrained.removeprefix(FOLDER)))
+        start = _read(path, body, sha256, tuple(grid))
+    check_start(start, body, pretrained, architecture)
+    return replace(start, grid=_grid_of(start, body, tuple(grid), pretrained))
+
+
+def _body_grid(body: Any) -> Size | None:
+    grid = getattr(body.patch_embed, "grid_size", None)
+    return None if grid is None else (grid[0], grid[1])
+
+
+def _read(path: Path, body: Any, sha256: str, grid: tuple[int, ...]) -> Start:
+    refuse_unreadable(path)
+    if not is_there(path):
+        raise WeightsError(f"no weights file {path}; correct student.pretrained")
+    if sha256:
+        check_sha256(summed_files(path), sha256, "student.pretrained_sha256")
+    is_folder = path.is_dir()
+    if is_folder and not (path / "config.json").is_file():
+        return start_of(_READERS.get("run")(path, adaptors=()).student)
+    checkpoint = read_checkpoint(path)
+    settings = read_json(path / "config.json") if is_folder else checkpoint
+    state = tensors_of(checkpoint, path)
+    if not holds_radio(state):
+        state = named_as(state, body.state_dict(), str(path))
+        return _from_timm(state, settings if is_folder else {})
+    radio = radio_checkpoint(settings, state, str(path), grid)
+    config = radio.config
+    return Start(
+        radio.timm_tensors(),
+        cropped=True,
+        num_heads=config.get("num_attention_heads"),
+        mean=config["norm_mean"],
+        std=config["norm_std"],
+        grid=radio.grid,
+    )
+
+
+def _from_timm(state: dict[str, Tensor], settings: Mapping[str, Any]) -> Start:
+    """Sort timm's tensors; those of its NaFlexViT (``embeds.*``) get the plain model's names.
+
+    DINOv2's own names of its tokens are read too.
+
+    Args:
+        state: the tensors.
+        settings: ``config.json`` of a timm folder; empty for a bare file.
+    """
+    published = settings.get("pretrained_cfg", settings)
+    mean, std = published.get("mean"), published.get("std")
+    if "embeds.proj.weight" not in state:
+        state = {_DINO.get(key, key): value for key, value in state.items() if key != "mask_token"}
+        arguments = settings.get("model_args") or {}
+        return Start(
+            state,
+            mean=mean,
+            std=std,
+            grid=_configured_grid(settings, state),
+            embeds_class=not arguments.get("no_embed_class", False),
+        )
+    named = {key.replace("embeds.", ""): value for key, value in state.items()}
+    patches = named.pop("proj.weight")  # [D, p * p * 3]
+    table = named.pop("pos_embed")  # [1, h, w, D]
+    side = math.isqrt(patches.shape[1] // 3)
+    weights = {
+        **named,
+        PATCHES: rearrange(patches, "d (y x c) -> d c y x", y=side, x=side),
+        POSITIONS: rearrange(table, "1 h w d -> 1 (h w) d"),
+    }
+    if "proj.bias" in weights:
+        weights[PATCH_BIAS] = weights.pop("proj.bias")
+    grid = (table.shape[1], table.shape[2])
+    return Start(weights, cropped=True, mean=mean, std=std, grid=grid)
+
+
+def _configured_grid(settings: Mapping[str, Any], state: Mapping[str, Tensor]) -> Size | None:
+    """Return the patch grid of the image size that a timm folder's configuration names."""
+    size = (settings.get("model_args") or {}).get("img_size")
+    size = size or settings.get("pretrained_cfg", settings).get("input_size")
+    if not size or PATCHES not in state:
+        return None
+    height, width = (size, size) if isinstance(size, int) else size[-2:]
+    rows, columns = state[PATCHES].shape[-2:]
+    return height // rows, width // columns
+
+
+def start_of(student: "Student") -> Start:
+    """Return a student's weights, whose matrices must be plain (folded)."""
+    side, num_summary = student.patch_size, student.num_summary_tokens
+    patches = student.patch_embedding.weight
+    own = {
+        f"{name}.{key}": value
+        for name in ("blocks", "norm_pre", "norm")
+        for key, value in student.get_submodule(name).state_dict().items()
+    }
+    weights = {
+        **own,
+        PATCHES: rearrange(patches, "d (c y x) -> d c y x", y=side, x=side),
+        POSITIONS: rearrange(student.positions.table, "y x d -> 1 (y x) d"),
+        "cls_token": student.prefix_tokens[None, :num_summary],
+        "reg_token": student.prefix_tokens[None, num_summary:],
+    }
+    block: Any = student.blocks[0]
+    mean, std = student.mean.flatten().tolist(), student.std.flatten().tolist()
+    grid = (student.positions.table.shape[0], student.positions.table.shape[1])
+    return Start(weights, True, block.attn.num_heads, mean, std, grid)
+
+
+def check_start(start: Start, body: Any, source: str, name: str) -> None:
+    """Raise WeightsError, naming the first difference, where weights are another architecture's.
+
+    Args:
+        start: to check; patch size, grid, tokens and LayerScale are free.
+        body: timm model of the architecture.
+        source: where the weights are from, for the message.
+        name: the architecture, for the message.
+    """
+    expected, found = _fixed(body.state_dict()), _fixed(start.weights)
+    problems = [f"{key} is missing" for key in expected if key not in found]
+    problems += [f"{key} is unexpected" for key in found if key not in expected]
+    problems += [
+        f"{key} has shape {list(value.shape)}, expected {list(expected[key].shape)}"
+        for key, value in found.items()
+        if key in expected and _fixed_shape(key, value) != _fixed_shape(key, expected[key])
+    ]
+    if not problems:
+        problems = _head_problems(start, body)
+    if problems:
+        more = f" (and {len(problems) - 1} more differences)" if len(problems) > 1 else ""
+        raise WeightsError(f"{source} does not hold weights of {name}: {problems[0]}{more}")
+
+
+def _fixed(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors that the architecture alone decides."""
+    return {
+        key: value
+        for key, value in weights.items()
+        if not key.startswith(_OPTIONAL) and not key.endswith(tuple(_SCALED))
+    }
+
+
+def _fixed_shape(key: str, value: Tensor) -> list[int]:
+    """Return the part of the shape that the architecture alone decides."""
+    shape = list(value.shape)
+    if key == PATCHES:
+        return [len(shape), *shape[:2]]
+    return [len(shape), shape[-1]] if key == POSITIONS else shape
+
+
+def _head_problems(start: Start, body: Any) -> list[str]:
+    expected = body.blocks[0].attn.num_heads
+    if start.num_heads in (None, expected):
+        return []
+    return [f"its blocks have {start.num_heads} attention heads, expected {expected}"]
+
+
+def _grid_of(start: Start, body: Any, given: tuple[int, ...], source: str) -> Size | None:
+    """Return the rows and columns of a source's position table; None where it has no table.
+
+    Raises:
+        WeightsError: a given grid of another number of cells, or none that could be meant.
+    """
+    if POSITIONS not in start.weights or start.weights[POSITIONS].ndim != 3:
+        return None
+    num_rows = start.weights[POSITIONS].shape[1]
+    counts = [num_rows - tokens for tokens in _token_counts(start, body)]
+    if given:
+        rows, columns = given
+        if rows * columns not in (*counts, num_rows, num_rows - 1):
+            raise WeightsError(
+                f"student.pretrained_grid: {rows}x{columns} are {rows * columns} positions, and "
+                f"{source} has {counts[0]}"
+            )
+        return rows, columns
+    if start.grid is not None and start.grid[0] * start.grid[1] in counts:
+        return start.grid
+    for count in counts:
+        if math.isqrt(max(count, 0)) ** 2 == count > 0:
+            return math.isqrt(count), math.isqrt(count)
+    raise WeightsError(
+        f"{source}: {POSITIONS} has {counts[0]} patch positions, which is no square grid, and no "
+        "config.json says which; set student.pretrained_grid: [ROWS, COLUMNS]"
+    )
+
+
+def _token_counts(start: Start, body: Any) -> list[int]:
+    """Return how many rows of a table may be those of tokens, the likeliest first.
+
+    A file of registers may be of a model whose tokens have no positions (timm's RADIO models), or
+    only the class token (DINOv2's own files); without registers the architecture decides.
+    """
+    if start.cropped:
+        return [0]
+    own = 0 if body.no_embed_class else int(body.num_prefix_tokens)
+    if "reg_token" in start.weights or not start.embeds_class:
+        return list(dict.fromkeys((own if start.embeds_class else 0, 0, 1)))
+    return [own]
+
+
+def _num_positioned(start: Start) -> int:
+    """Return how many rows of the position embedding belong to class and register tokens."""
+    assert start.grid is not None, "read_start and start_of set it"
+    return start.weights[POSITIONS].shape[1] - start.grid[0] * start.grid[1]
+
+
+@torch.no_grad()
+def start_from(student: "Student", start: Start) -> None:
+    """Give a student weights that :func:`check_start` accepted.
+
+    Args:
+        student: changed in place; its blocks are not yet reparametrised.
+        start: the weights.
+    """
+    from timm.layers import resample_patch_embed
+
+    weights = start.weights
+    student.blocks.load_state_dict(_fit_layer_scale(_below("blocks.", weights), student.blocks))
+    student.norm_pre.load_state_dict(_below("norm_pre.", weights))
+    norm = _below("norm.", weights)
+    if norm and not isinstance(student.norm, nn.Identity):
+        student.norm.load_state_dict(norm)
+    size = [student.patch_size, student.patch_size]
+    patches = resample_patch_embed(weights[PATCHES].float(), size)
+    student.patch_embedding.weight.copy_(rearrange(patches, "d c y x -> d (c y x)"))
+    num_positioned = _num_positioned(start) if POSITIONS in weights else 0
+    _place_tokens(student, start, num_positioned)
+    if POSITIONS in weights:
+        _place_positions(student.positions, start, num_positioned)
+    if PATCH_BIAS in weights:
+        student.positions.table.add_(weights[PATCH_BIAS])
+    for buffer, values in ((student.mean, start.mean), (student.std, start.std)):
+        if values is not None:
+            buffer.copy_(torch.tensor(values).view(3, 1, 1))
+
+
+def _below(prefix: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+
+
+def _fit_layer_scale(weights: Mapping[str, Tensor], blocks: nn.Module) -> dict[str, Tensor]:
+    """Fold LayerScale into the matrix before it where ``blocks`` have none; add ones where due."""
+    expected = blocks.state_dict()
+    fitted = dict(weights)
+    for key in [key for key in weights if key not in expected]:
+        scale = next(end for end in _SCALED if key.endswith(end))
+        gamma, layer = fitted.pop(key).float(), key.removesuffix(scale) + _SCALED[scale]
+        fitted[f"{layer}weight"] = fitted[f"{layer}weight"].float() * gamma[:, None]
+        if f"{layer}bias" in fitted:
+            fitted[f"{layer}bias"] = fitted[f"{layer}bias"].float() * gamma
+    ones = {key: torch.ones_like(value) for key, value in expected.items() if key not in fitted}
+    return fitted | ones
+
+
+def _place_tokens(student: "Student", start: Start, num_positioned: int) -> None:
+    weights, num_summary = start.weights, student.num_summary_tokens
+    parts = [weights[key][0].float() for key in TOKENS if key in weights]
+    if not parts:
+        return
+    tokens = torch.cat(parts)  # [P, D]
+    tokens[:num_positioned] += weights[POSITIONS][0, :num_positioned] if num_positioned else 0
+    num_class = weights["cls_token"].shape[1] if "cls_token" in weights else 0
+    summaries, registers = tokens[:num_class], tokens[num_class:]
+    if num_class:
+        student.prefix_tokens[:num_summary] = summaries[0]
+        taken = min(num_class, num_summary)
+        student.prefix_tokens[:taken] = summaries[:taken]
+    taken = min(len(registers), student.num_prefix_tokens - num_summary)
+    student.prefix_tokens[num_summary : num_summary + taken] = registers[:taken]
+
+
+def _place_positions(positions: CroppedPositions, start: Start, num_positioned: int) -> None:
+    """Resample ``[1, N, D]`` to the table's ``[side, side, D]``, pixel centres aligned.
+
+    timm's positions belong to one size and are resampled with timm's bicubic filter; a table of
+    cropped positions is resized as every forward pass does, so that a smaller one gives the same.
+    A table that is no square is stretched to one.
+    """
+    from timm.layers import resample_abs_pos_embed
+
+    rows, side = start.weights[POSITIONS][:, num_positioned:].float(), positions.table.shape[0]
+    assert start.grid is not None, "a table has one"
+    if start.cropped:
+        table = rearrange(rows, "1 (y x) d -> 1 d y x", y=start.grid[0])
+        if start.grid[0] != start.grid[1]:
+            longer = max(start.grid)
+            table = F.interpolate(table, size=(longer, longer), mode="bilinear")
+        source = CroppedPositions(table.shape[1], table.shape[2], dropout=0.0)
+        source.table.copy_(rearrange(table, "1 d y x -> y x d"))
+        positions.table.copy_(source((side, side))[0])
+    else:
+        resampled = resample_abs_pos_embed(
+            rows, [side, side], old_size=list(start.grid), num_prefix_tokens=0
+        )
+        positions.table.copy_(rearrange(resampled, "1 (y x) d -> y x d", y=side))

@@ -1,0 +1,228 @@
+"""Run the whole path on real photographs with real pretrained teachers, on a laptop.
+
+    radio-distill demo
+    radio-distill demo --data ~/Pictures
+
+Photographs -> shards -> stage 1 -> stage 2 -> stage 3 with each upsampler and seed -> scores ->
+report -> gain table. Without --data, the photographs are those inside the scikit-image and
+scikit-learn packages. The seeds share stages 1 and 2. What is complete is not done again, so a demo
+that was stopped goes on where it was; what was made of another recipe or upsampler is moved aside
+and trained anew.
+"""
+
+import argparse
+import hashlib
+import math
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING
+
+from radio_distill.config import Recipe
+from radio_distill.errors import ConfigError
+from radio_distill.system.files import make_private
+from radio_distill.system.progress import clock
+
+from ..arguments import add_trust_argument
+from ..common import Asked, load_recipe, train_stage
+from .evaluate import show
+from .report import report
+from .sweep import gain_of, sweep, with_upsampler, write_gain
+
+if TYPE_CHECKING:
+    from radio_distill.evals.mtl_gain import GainTable
+
+TAKES_FIELDS = True
+UPSAMPLERS = ["bilinear", "tile", "featsharp"]
+"""The first is what the others are compared with."""
+SEEDS = 2
+
+_SECONDS, _SECONDS_A_STUDENT = 400.0, 60.0
+"""CPU time of the demo: of all but stage 3, and of each of its students; measured where
+:func:`_work` takes :data:`_WORK`."""
+_WORK = 0.008
+_BUSY = 0.75
+"""Share of the cores, of at most four, that do such work. Assumed."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``radio-distill demo``."""
+    add_trust_argument(parser)
+    parser.add_argument("--data", type=Path, metavar="DIR", help="folder of your own pictures")
+    parser.add_argument(
+        "--upsamplers",
+        nargs="+",
+        default=UPSAMPLERS,
+        metavar="NAME",
+        help="the first is what the others are compared with (default: %(default)s; s2 and featup "
+        "are there too)",
+    )
+    parser.add_argument(
+        "--seeds", type=int, default=SEEDS, metavar="N", help="of stage 3 (default: %(default)s)"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the demo."""
+    from radio_distill.report.tables import print_tables
+    from radio_distill.train.checkpoint import find
+
+    begin, upsamplers = time.monotonic(), arguments.upsamplers
+    if arguments.seeds < 1:
+        raise ConfigError(f"--seeds {arguments.seeds}: at least one is needed")
+    asked = Asked("demo", (*_place_of(arguments.data), *arguments.fields))
+    recipe = load_recipe(asked.recipe, asked.fields)
+    print(announcement(upsamplers, arguments.seeds))
+    prepare_pictures(recipe, arguments.data)
+    for stage in ("stage1", "stage2"):
+        train_stage(stage, recipe, resume=True, asked=asked, retrain=True)
+    for number in range(arguments.seeds):
+        own, own_asked = _with_seed(recipe, asked, number)
+        first = number == 0
+        sweep(own, upsamplers, upsamplers[0], references=first, asked=own_asked, retrain=True)
+    students = [
+        find(with_upsampler(recipe, name).stage_folder("stage3"))
+        for name in dict.fromkeys(upsamplers)
+    ]
+    gain = gain_of(recipe.folder, students, students[0], references=True)
+    page = report(recipe.folder, f"stage3-{upsamplers[0]}")
+    show(recipe.folder)
+    write_gain(gain, recipe.folder)
+    print(f"report: {page.resolve()}\n")
+    print_tables([*gain.beside, gain.to_table("Δm over tasks that no student was trained for")])
+    for name in upsamplers[1:]:
+        print(verdict(gain, f"stage3-{name}"))
+    spent = os.times()
+    processor = spent.user + spent.system + spent.children_user + spent.children_system
+    print(f"whole demo: {clock(time.monotonic() - begin)}, {clock(processor)} of processor time")
+    return 0
+
+
+def announcement(upsamplers: Sequence[str], seeds: int) -> str:
+    """Say how long all of it will take here, from a short measurement."""
+    import torch
+
+    students = len(upsamplers) * seeds
+    what = f"three stages, the third {students} times: {len(upsamplers)} upsamplers, {seeds} seeds"
+    if torch.cuda.is_available():
+        return f"the whole demo: {what}; a few minutes on a GPU"
+    cores = min(len(os.sched_getaffinity(0)), 4)
+    seconds = (_SECONDS + students * _SECONDS_A_STUDENT) * _work() / _WORK
+    minutes = max(math.ceil(seconds / cores / _BUSY / 60), 1)
+    return (
+        f"the whole demo: {what}; about {minutes} minutes on {cores} cores like these, less for "
+        "what is complete already"
+    )
+
+
+def _work() -> float:
+    """Return the CPU time of a piece of work like the demo's on one core: an MLP of a ViT-S."""
+    import torch
+    from torch import nn
+
+    from radio_distill.system.precision import AUTO, autocast
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    layers = nn.Sequential(nn.Linear(384, 1536), nn.GELU(), nn.Linear(1536, 384))
+    tokens = torch.randn(256, 384)
+
+    def timed() -> float:
+        start = time.process_time()
+        with torch.inference_mode(), autocast(AUTO, torch.device("cpu")):
+            layers(tokens)
+        return time.process_time() - start
+
+    timed()  # the first call chooses and compiles kernels
+    seconds = min(timed() for _ in range(5))
+    torch.set_num_threads(threads)
+    return seconds
+
+
+def verdict(gain: "GainTable", model: str) -> str:
+    """Say in one line what a model's row of the gain table does and does not mean.
+
+    Two models differ where their Δm do by more than two standard errors of the difference; the
+    standard deviation between seeds is taken as the same for all models.
+    """
+    difference, seeds = gain.totals[model].mean, gain.num_results[model]
+    row = f"{model} against {gain.baseline}: Δm {difference:+.2f}"
+    deviations = [total.deviation for total in gain.totals.values() if total.deviation is not None]
+    if not deviations:
+        return f"{row} of one seed, whose noise is not known, ranks nothing; take --seeds 2"
+    margin = 2 * math.sqrt(fmean(value**2 for value in deviations) * 2 / seeds)
+    unknown = f"±{margin:.2f} that {seeds} seeds leave open"
+    if abs(difference) <= margin:
+        return (
+            f"{row} lies within the {unknown}: it says that this upsampler made no difference that "
+            "so short a run can show, not which one is better"
+        )
+    if difference > 0:
+        return (
+            f"{row} is more than the {unknown}: its students are better here, on a few photographs "
+            "after a short stage 3; it does not say that they would be after a long one"
+        )
+    own, other = _fidelity(gain, model), _fidelity(gain, gain.baseline)
+    return (
+        f"{row} is more than the {unknown}: its students are worse here, after a short stage 3; it "
+        "does not say that its maps are, for they are targets that stages 1 and 2 did not teach "
+        f"(fidelity to the teachers as they are: {own:.3f} against {other:.3f})"
+    )
+
+
+def _fidelity(gain: "GainTable", model: str) -> float:
+    """Return the mean of what is shown beside Δm of a model."""
+    from radio_distill.report.tables import Estimate
+
+    rows = [row for table in gain.beside for row in table.rows if row[0] == model]
+    return fmean(cell.mean for row in rows for cell in row if isinstance(cell, Estimate))
+
+
+def _with_seed(recipe: Recipe, asked: Asked, number: int) -> tuple[Recipe, Asked]:
+    """Return the recipe of one seed of stage 3; the first is the recipe's own.
+
+    Others lie in folders of the run, and start from its stage 2.
+    """
+    if number == 0:
+        return recipe, asked
+    seed = recipe.seed + number
+    own = replace(recipe, name=f"seed-{seed}", output=str(recipe.folder), seed=seed)
+    make_private(own.folder)
+    start = own.stage_folder("stage2")
+    if not start.is_symlink():
+        start.symlink_to(Path("..") / start.name)
+    fields = (f"name={own.name}", f"output={own.output}", f"seed={seed}")
+    return own, Asked(asked.recipe, (*asked.fields, *fields))
+
+
+def _place_of(data: Path | None) -> list[str]:
+    """Return the recipe fields that give the user's own pictures a place of their own."""
+    if data is None:
+        return []
+    source = data.expanduser().resolve()
+    name = f"demo-{source.name}-{hashlib.sha256(str(source).encode()).hexdigest()[:6]}"
+    return [
+        f"name={name}",
+        f"data.shards=[data/{name}/shards]",
+        f"evaluation.pictures=data/{name}/held_out",
+    ]
+
+
+def prepare_pictures(recipe: Recipe, data: Path | None) -> None:
+    """Make the demo's shards and held-out pictures, unless they are there."""
+    from radio_distill.data.shards import write_shards
+
+    from .pictures import gather_demo_pictures
+
+    shards = Path(recipe.data.shards[0])
+    if any(shards.glob("*.tar")):
+        return
+    found = gather_demo_pictures(shards.parent, data)
+    # Several shards, so that what a real data set needs is used here too.
+    made = write_shards(found.train, shards, images_per_shard=100)
+    for line in made.describe()[1:]:
+        print(line)
+    print(f"{found.num_train} pictures to train on, {found.num_held_out} held out: {shards.parent}")

@@ -1,0 +1,112 @@
+"""Write a trained student so that other libraries load it.
+
+    radio-distill export runs/demo --format transformers
+    radio-distill export runs/demo --stage stage3-tile --format onnx --output student
+
+Everything that only training needs is folded away, so that each head predicts in its teacher's own
+space. All formats but radio, whose reader is not ours to install, are read back and compared with
+the student before they are kept.
+"""
+
+import argparse
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from radio_distill.errors import ConfigError, ExportError
+from radio_distill.export import FORMATS, format_named
+from radio_distill.registry import nearest
+from radio_distill.system.files import move_aside, reason_of
+
+from ..arguments import add_trust_argument, check_output, joined_size, size_of
+
+if TYPE_CHECKING:
+    from radio_distill.export.folded import FoldedStudent
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    add_trust_argument(parser)
+    formats = "; ".join(f"{name}: {text}" for name, text in FORMATS.items())
+    add = parser.add_argument
+    add("run", type=Path, help="folder of a run, a stage, or a single checkpoint")
+    add("--format", metavar="NAME", required=True, help=formats)
+    add("--stage", metavar="NAME", help="stage of the run (default: the last one trained)")
+    add("--size", metavar="PX", type=size_of, nargs="+", help="timm: a plain ViT of this size only")
+    add("--adaptors", metavar="TEACHER", nargs="+", default=[], help="onnx: heads to export too")
+    add("--output", metavar="DIR", type=Path, help="new folder (default: RUN/export/FORMAT)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Export; prints what was written."""
+    from radio_distill.export.folded import folded
+    from radio_distill.loading import find_checkpoint
+
+    chosen = format_named(arguments.format)
+    export = exporter(arguments)
+    path = stage_of_run(arguments.run, arguments.stage) if arguments.stage else arguments.run
+    checkpoint = find_checkpoint(path)
+    logging.info("%s of %s", arguments.format, checkpoint.folder)
+    folder = arguments.output
+    if folder is None:
+        # A checkpoint's own folder is no place: it is deleted when newer ones come.
+        inside = arguments.run in checkpoint.folder.parents
+        place = arguments.run if inside else checkpoint.folder.parents[1]
+        folder = place / "export" / arguments.format
+    check_output(folder, is_folder=True)
+    student = folded(checkpoint)
+    chosen.check(student)
+    with making_room(folder) if arguments.output is None else nullcontext():
+        path = export(student, folder)
+    print(path)
+    return 0
+
+
+def exporter(arguments: argparse.Namespace) -> "Callable[[FoldedStudent, Path], Path]":
+    """Return the format's function; raises ConfigError for an option of another format."""
+    name, module = arguments.format, format_named(arguments.format)
+    for option, its_format in (("size", "timm"), ("adaptors", "onnx")):
+        if getattr(arguments, option) and name != its_format:
+            raise ConfigError(f"--{option} is for --format {its_format}; leave it out for {name}")
+    export: Callable[[FoldedStudent, Path], Path] = module.export
+    if arguments.size:
+        export = partial(module.export_plain, size=joined_size(arguments.size, "--size"))
+    if arguments.adaptors:
+        export = partial(module.export, adaptors=arguments.adaptors)
+    return export
+
+
+def stage_of_run(folder: Path, stage: str) -> Path:
+    """Return the folder of a run's stage; raises ConfigError where there is none of that name."""
+    from radio_distill.train.checkpoint import refuse_unreadable
+
+    refuse_unreadable(folder)
+    names = [path.parent.name for path in folder.glob("*/checkpoints")]
+    if stage not in names:
+        refuse_unreadable(folder / stage / "checkpoints")
+    if not names:
+        raise ConfigError(f"--stage {stage}: {folder} is not the folder of a run")
+    if stage not in names:
+        raise ConfigError(f"--stage {stage}: {folder} has no such stage ({nearest(stage, names)})")
+    return folder / stage
+
+
+@contextmanager
+def making_room(folder: Path) -> Iterator[None]:
+    """Move an earlier export aside, so that nothing is written over it; back where it fails."""
+    if not folder.exists():
+        yield
+        return
+    try:
+        aside = move_aside(folder)
+    except OSError as error:
+        raise ExportError(f"cannot move {folder} aside: {reason_of(error)}") from error
+    try:
+        yield
+    except BaseException:
+        aside.rename(folder)
+        raise
+    logging.info("moved the earlier export to %s", aside)

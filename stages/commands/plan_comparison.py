@@ -1,0 +1,215 @@
+"""``radio-distill plan --compare``: recipes on several numbers and kinds of devices."""
+
+import argparse
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from radio_distill.config import Recipe
+from radio_distill.errors import ConfigError
+
+from ..common import load_recipe
+from .plan import build_models, measured, plan_stages
+from .published import published
+from .recipes_table import markdown
+
+if TYPE_CHECKING:
+    from radio_distill.plan.time import StagePlan
+
+COUNTS = (8, 64, 128)
+KINDS = ("a100-80", "h100", "h200")
+COLUMNS = ("recipe", "devices", "GiB / device", "fits", *(
+    f"{kind}: {what}" for kind in KINDS for what in ("s / step", "device hours")
+))  # fmt: skip
+
+PHI_S = "phi_s_b"
+PHI_S_RUN = {"stage1": (32, 40), "stage2": (64, 64), "stage3": (128, 68)}
+"""Number of A100 and hours of each stage of PHI-S's ViT-B (arXiv 2410.01680, A.7)."""
+PHI_S_COLUMNS = (
+    "stage", "A100", "published", "estimate", "of it waiting", "one picture a canvas",
+    "implied utilisation", "implied, one picture a canvas",
+)  # fmt: skip
+
+INTRODUCTION = """\
+# What the recipes cost
+
+Estimates. `radio-distill plan --compare --markdown` prints this page (a quarter of an hour on two
+busy cores; no GPU, no weights), `radio-distill plan RECIPE` the parts of each figure. Models are
+measured on tensors without data. Time is operations / (peak · {utilisation:.0%}): the utilisation
+is assumed, and every hour below stands and falls with it. Left out are decoding, communication,
+evaluation, and the windows that students attend in at times. Figures of several stages are parted
+by a slash; a device's memory must leave a tenth free to fit.
+
+Device hours grow with the number of devices where work cannot be divided further: partitions of 32
+pictures, and mosaics, whose canvases stay whole (81 pictures of 128 px on one of SAM3's).
+"""
+PHI_S_TEXT = """\
+
+## Against a published run
+
+PHI-S prints devices and hours of its ViT-B: {published:,} A100 hours (arXiv 2410.01680, A.7). Below
+are those of `{recipe}` on as many A100-80, in device hours at {utilisation:.0%}. `waiting` is for
+the busiest device. `one picture a canvas` shows SAM its pictures as the paper describes stages 1
+and 2, not in mosaics, and leaves waiting out. The last columns are the utilisation at which the
+estimate, without waiting, would be the published figure.
+"""
+PHI_S_REASONS = """\
+
+**The published total is {factor:.1f} times the estimate**, and the distance is unevenly spread.
+What may stand behind it, none of it printed in the paper:
+
+* Left out of the estimate, and growing from stage to stage: decoding larger pictures, communication
+  among 64 and 128 devices, checkpoints and evaluation.
+* The assumed utilisation. Small batches (in stage 3, nine pictures a device) reach less than large
+  ones.
+* Waiting. Here devices are dealt to partitions by work; four partitions with a quarter of the
+  devices each would wait for DINOv2's.
+* Precision. Frozen teachers compute in bfloat16 here; in TF32 the peak of an A100 is half of that.
+* SAM. One picture a canvas would need a utilisation in stage 1 far above that of the other stages,
+  so that stage was probably not run so.
+"""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A recipe on one number of devices."""
+
+    recipe: str
+    devices: int
+    plans: "Mapping[str, Sequence[StagePlan]]"
+    """Of its stages, by kind of device."""
+
+
+def print_comparison(arguments: argparse.Namespace) -> int:
+    """Print what ``plan --compare`` is asked for."""
+    if arguments.devices or arguments.device or arguments.price:
+        raise ConfigError(
+            "--compare: names its own devices, as in --compare 8 64; leave out --devices, --device "
+            "and --price"
+        )
+    counts = arguments.compare or COUNTS
+    if min(counts) < 1:
+        raise ConfigError(f"--compare: {min(counts)} is not a number of devices")
+    names = [arguments.recipe] if arguments.recipe else list(published())
+    recipes = [load_recipe(name, arguments.fields) for name in names]
+    if arguments.markdown:
+        for line in page(recipes, counts, arguments.utilisation):
+            print(line, flush=True)
+        return 0
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*COLUMNS, box=None, pad_edge=False)
+    console = Console() if Console().is_terminal else Console(width=160)
+    with console.status("measuring the models on tensors without data"):
+        for item in compare(recipes, counts, arguments.utilisation):
+            table.add_row(*cells(item))
+    console.print(table)
+    console.print(f"At an assumed {arguments.utilisation:.0%} of the peak.")
+    return 0
+
+
+def compare(
+    recipes: Iterable[Recipe], counts: Sequence[int], utilisation: float
+) -> Iterator[Comparison]:
+    """Plan recipes on every number and every kind of devices."""
+    from radio_distill.plan.time import DEVICES, plan_stage
+
+    for recipe in recipes:
+        models = build_models(recipe)
+        with measured(models) as costs:
+            for count in counts:
+                plans = {
+                    kind: [
+                        plan_stage(
+                            costs,
+                            stage,
+                            count,
+                            DEVICES[kind],
+                            models.all_teacher_bytes,
+                            utilisation,
+                        )
+                        for stage in recipe.stages
+                    ]
+                    for kind in KINDS
+                }
+                yield Comparison(recipe.name, count, plans)
+
+
+def cells(item: Comparison) -> list[str]:
+    """Return the row of a recipe on one number of devices."""
+    from radio_distill.plan.time import DEVICES
+
+    fits = [
+        kind
+        for kind, plans in item.plans.items()
+        if all(plan.memory.fits(DEVICES[kind]) for plan in plans)
+    ]
+    memory = (f"{plan.memory.total / 2**30:.0f}" for plan in item.plans[KINDS[0]])
+    row = [item.recipe, str(item.devices), " / ".join(memory)]
+    row.append("all" if len(fits) == len(item.plans) else ", ".join(fits) or "none")
+    for plans in item.plans.values():
+        row.append(" / ".join(f"{plan.step_seconds:.2g}" for plan in plans))
+        row.append(f"{sum(plan.device_hours for plan in plans):,.0f}")
+    return row
+
+
+def page(recipes: Sequence[Recipe], counts: Sequence[int], utilisation: float) -> Iterator[str]:
+    """Yield the lines of the page on what recipes cost."""
+    yield INTRODUCTION.format(utilisation=utilisation)
+    yield from markdown(COLUMNS, map(cells, compare(recipes, counts, utilisation)))
+    if any(recipe.name == PHI_S for recipe in recipes):
+        yield from _against_phi_s(utilisation)
+
+
+def _against_phi_s(utilisation: float) -> Iterator[str]:
+    """Compare the estimate for PHI-S's ViT-B with its published hours, stage by stage."""
+    recipe = load_recipe(PHI_S)
+    mosaics, single = (
+        _phi_s_plans(recipe, utilisation),
+        _phi_s_plans(without_mosaics(recipe), utilisation),
+    )
+    figures = [
+        (
+            devices * hours,
+            plan.device_hours,
+            (1 - plan.busy) * plan.device_hours,
+            alone.busy * alone.device_hours,
+        )
+        for (devices, hours), plan, alone in zip(PHI_S_RUN.values(), mosaics, single, strict=True)
+    ]
+    total = tuple(map(sum, zip(*figures, strict=True)))
+    labels = [(stage, str(devices)) for stage, (devices, _) in PHI_S_RUN.items()]
+    yield PHI_S_TEXT.format(recipe=PHI_S, utilisation=utilisation, published=total[0])
+    yield from markdown(
+        PHI_S_COLUMNS,
+        [
+            [*label, *_phi_s_cells(hours, utilisation)]
+            for label, hours in zip([*labels, ("all", "")], [*figures, total], strict=True)
+        ],
+    )
+    yield PHI_S_REASONS.format(factor=total[0] / total[1]).rstrip()
+
+
+def _phi_s_cells(hours: Sequence[float], utilisation: float) -> list[str]:
+    printed, estimate, waiting, single = hours
+    shares = (utilisation * work / printed for work in (estimate - waiting, single))
+    return [*(f"{figure:,.0f}" for figure in hours), *(f"{share:.0%}" for share in shares)]
+
+
+def _phi_s_plans(recipe: Recipe, utilisation: float) -> "list[StagePlan]":
+    from radio_distill.plan.time import DEVICES
+
+    counts = {stage: devices for stage, (devices, _) in PHI_S_RUN.items()}
+    return plan_stages(build_models(recipe), counts, DEVICES["a100-80"], utilisation)
+
+
+def without_mosaics(recipe: Recipe) -> Recipe:
+    """Return a recipe whose fixed-size teachers see one picture at a time."""
+    stages = {
+        name: replace(
+            stage, partitions=tuple(replace(item, mosaic=()) for item in stage.partitions)
+        )
+        for name, stage in recipe.stages.items()
+    }
+    return replace(recipe, stages=stages)

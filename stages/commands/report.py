@@ -1,0 +1,216 @@
+"""One self-contained HTML page of a run: gain table, scores, curves, feature pictures, recipe.
+
+    radio-distill report runs/demo --baseline bilinear
+
+The run must have been scored (`radio-distill eval`); its students and teachers are loaded again to
+paint what they see at several resolutions.
+"""
+
+import argparse
+import logging
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from radio_distill import __version__
+from radio_distill.errors import ConfigError, DataError
+from radio_distill.evals.score_files import SCORES
+from radio_distill.evals.subjects import matches
+from radio_distill.system.progress import Progress
+
+from ..arguments import add_trust_argument, check_output
+from .sweep import gain_of
+
+if TYPE_CHECKING:
+    from radio_distill.evals.harness import Encoder
+    from radio_distill.evals.mtl_gain import GainTable
+    from radio_distill.report.page import Figure
+    from radio_distill.report.tables import Table
+    from radio_distill.train.checkpoint import Checkpoint
+
+logger = logging.getLogger(__name__)
+
+SIZES = (224, 336, 448, 672)
+"""Sides at which features are painted, in pixels."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``radio-distill report``."""
+    add_trust_argument(parser)
+    parser.add_argument("folder", type=Path, help="run folder")
+    parser.add_argument("--baseline", help="subject of the gain table (default: the first stage 3)")
+    parser.add_argument("--output", type=Path, help="file (default: report.html in the run folder)")
+    parser.add_argument("--pictures", type=int, default=3, help="pictures to paint (default: 3)")
+    parser.add_argument(
+        "--source", metavar="DIR", help="where from (default: the recipe's evaluation.pictures)"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Write the page."""
+    path = report(
+        arguments.folder,
+        arguments.baseline,
+        arguments.output,
+        arguments.pictures,
+        arguments.source,
+    )
+    print(f"report: {path}")
+    return 0
+
+
+def report(
+    folder: Path,
+    baseline: str | None = None,
+    output: Path | None = None,
+    pictures: int = 3,
+    source: str | None = None,
+) -> Path:
+    """Write the page of a run folder; returns its path."""
+    from radio_distill.config import dump
+    from radio_distill.report.page import write_report
+
+    output = output or folder / "report.html"
+    students = _students(folder)
+    check_output(output)
+    newest = list(students.values())[-1]
+    gain, tables = _tables(folder / SCORES, students, baseline)
+    return write_report(
+        output,
+        title=f"radio_distill: {newest.recipe.name}",
+        summary=_summary(newest, students),
+        tables=[gain.to_table(), *tables],
+        beside=gain.beside,
+        figures=_sheets(students, pictures, source or newest.recipe.evaluation.pictures),
+        curves=_curves(folder),
+        recipe_text=dump(newest.recipe),
+    )
+
+
+def _students(folder: Path) -> "dict[str, Checkpoint]":
+    """Open the newest checkpoint of each stage 3 of a run, or of its last stage, by stage."""
+    from radio_distill.train.checkpoint import find, stage_folders
+
+    stages = stage_folders(folder)
+    last = [path for path in stages if path.name.startswith("stage3")] or stages[-1:]
+    if not last:
+        raise DataError(f"{folder} holds no stage; train one first: radio-distill train")
+    return {path.name: find(path) for path in last}
+
+
+def _tables(
+    path: Path, students: "Mapping[str, Checkpoint]", baseline: str | None
+) -> "tuple[GainTable, list[Table]]":
+    """Compare those students that were scored; and lay out all scores of the run."""
+    from radio_distill.evals.mtl_gain import score_tables
+    from radio_distill.evals.score_files import read_scores
+
+    from .subjects import student_subject
+
+    scores = read_scores([path.parent])  # other seeds of a run may lie in folders of it
+    scored = {
+        name: student
+        for name, student in students.items()
+        if scores.label_of(student_subject(student)) is not None
+    }
+    missing = [name for name in students if name not in scored]
+    command = f"radio-distill eval {' '.join(str(path.parent / name) for name in missing)}"
+    if not scored:
+        steps = ", ".join(f"{name} at step {students[name].step}" for name in missing)
+        raise DataError(f"{path} has no scores of {steps}; run {command}")
+    if missing:
+        logger.warning("not scored, so not in the tables: %s; %s", ", ".join(missing), command)
+    chosen = [name for name in scored if baseline is None or matches(baseline, name)]
+    if not chosen:
+        raise ConfigError(f"--baseline {baseline} is not among {', '.join(scored)}")
+    if baseline is not None and len(chosen) > 1:
+        raise ConfigError(f"--baseline {baseline} may be {' or '.join(chosen)}; name one")
+    gain = gain_of(path.parent, [*scored.values()], scored[chosen[0]], references=True)
+    return gain, score_tables(scores.results, scores.definitions, scores.measured)
+
+
+def _curves(folder: Path) -> "list[Figure]":
+    from radio_distill.report.page import training_curves
+    from radio_distill.train.sinks import read_json_lines
+
+    logs = sorted(
+        path for path in folder.glob("stage*/metrics.jsonl") if "." not in path.parent.name
+    )
+    return training_curves({path.parent.name: read_json_lines(path) for path in logs})
+
+
+def _sheets(students: "Mapping[str, Checkpoint]", count: int, source: str) -> "list[Figure]":
+    """Paint the features of held-out pictures, teachers above students, one column a size."""
+    from radio_distill.data.folder import load_pictures
+    from radio_distill.report.page import Figure
+    from radio_distill.report.pictures import size_sheet
+
+    encoders = _encoders(students)
+    pictures = load_pictures(source, count)
+    figures = []
+    with Progress("pictures", len(pictures), unit="pictures") as bar:
+        for number, (key, picture) in enumerate(pictures, 1):
+            sheet = size_sheet(picture, encoders, SIZES)
+            caption = (
+                "Three principal components of the features as colours, one basis a row: equal "
+                "colours across a row mean equal features at every resolution. A column is the "
+                "size that encoders were given; an encoder that takes other sizes says which, and "
+                "its cell stays empty where it takes none near the column's. Students take any, "
+                "with their positions stretched above "
+                f"student.max_size ({_max_sizes(students)} px)."
+            )
+            figures.append(Figure(key, caption, sheet))
+            bar.update(number)
+    return figures
+
+
+def _max_sizes(students: "Mapping[str, Checkpoint]") -> str:
+    sizes = sorted({student.recipe.student.max_size for student in students.values()})
+    return " and ".join(map(str, sizes))
+
+
+def _encoders(students: "Mapping[str, Checkpoint]") -> "dict[str, Encoder]":
+    from radio_distill.system.distributed import World, choose_device
+    from radio_distill.train.restore import load_student
+
+    from .scoring import student_encoder, teacher_encoders, untrained_student
+
+    newest = list(students.values())[-1]
+    device = choose_device(newest.recipe.engine.device, World())
+    encoders = {encoder.name: encoder for encoder in teacher_encoders(newest.recipe, device)}
+    encoders["untrained student"] = student_encoder(
+        untrained_student(newest, device), newest, device
+    )
+    for name, student in students.items():
+        encoders[name] = student_encoder(load_student(student, device), student, device)
+    return encoders
+
+
+def _summary(newest: "Checkpoint", students: "Mapping[str, Checkpoint]") -> list[tuple[str, str]]:
+    import torch
+
+    recipe = newest.recipe
+    steps = ", ".join(
+        f"{name} {stage.steps} steps of {sum(p.batch_size for p in stage.partitions)} images"
+        for name, stage in recipe.stages.items()
+    )
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+    return [
+        ("recipe", recipe.name),
+        ("student", f"{recipe.student.architecture}, patch {recipe.student.patch_size}"),
+        (
+            "teachers",
+            ", ".join(f"{name} ({teacher.preset})" for name, teacher in recipe.teachers.items()),
+        ),
+        ("training", steps),
+        (
+            "compared",
+            ", ".join(f"{name} at step {student.step}" for name, student in students.items()),
+        ),
+        (
+            "machine",
+            f"{device}, {torch.get_num_threads()} threads, Python {platform.python_version()}",
+        ),
+        ("versions", f"radio_distill {__version__}, torch {torch.__version__}"),
+    ]

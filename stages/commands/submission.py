@@ -1,0 +1,226 @@
+"""Submit the stages of a recipe to Slurm as jobs that wait for each other, then export and scores.
+
+    radio-distill slurm am_radio --partition gpu --nodes 4 --gpus-per-node 8 --dry-run
+    radio-distill slurm am_radio --cluster my_cluster.yaml
+    radio-distill slurm demo --stages stage3 --upsamplers bilinear tile s2 --max-running 2
+    radio-distill slurm demo --stages stage3 --sweep stage.learning_rate=1e-3,3e-4
+
+    radio-distill slurm status RUN     how each job is doing, and why it stopped last
+    radio-distill slurm cancel RUN     end all jobs that are not over
+    radio-distill slurm resume RUN     submit what is not complete again
+
+RUN is the run folder. A job that is told to stop saves, queues again and goes on; one that crashed
+is tried again on other nodes. docs/slurm.md says what happens when. A recipe that is called
+`status`, `cancel` or `resume` must be named by its path.
+
+Before anything is submitted it is made sure that the recipe can run: shards, weights, fitted
+upsamplers, what scores need. Upsamplers that are not fitted yet are fitted by jobs of their own.
+"""
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+from radio_distill.config.recipes import find_recipe
+from radio_distill.errors import ConfigError
+from radio_distill.system.files import reason_of
+from radio_distill.system.progress import duration
+from slurm import launch
+from slurm.cluster import Cluster
+from slurm.links import Fit, Request, Variant, variants_of
+
+from ..common import FITTED, Asked, fit_name
+from ..upsampler_files import (
+    SET_BY_FIT,
+    Need,
+    fit_words,
+    is_shipped,
+    needs_of,
+    upsampler_of,
+)
+
+TAKES_FIELDS = True
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``radio-distill slurm``."""
+    launch.add_arguments(parser)
+    parser.add_argument(
+        "--skip-check",
+        action="store_true",
+        help="submit although something is missing here that only the jobs' nodes have",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Check and submit, or look after what was submitted."""
+    refuses = not (arguments.skip_check or arguments.dry_run)
+    return launch.run(arguments, partial(prepare, refuses=refuses))
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What is known of a request before it is submitted."""
+
+    missing: tuple[str, ...]
+    notes: tuple[str, ...]
+    fits: tuple[Fit, ...]
+    fitted: tuple[str, ...]
+
+
+def prepare(request: Request, cluster: Cluster, refuses: bool) -> Request:
+    """Look up what the jobs of a request need, say what they cost, and add the fits before them.
+
+    Args:
+        request: what is to be submitted.
+        cluster: what each job asks for.
+        refuses: whether to raise ConfigError for what is missing, instead of only naming it.
+    """
+    variants = variants_of(request)
+    found = look_up(request, variants)
+    if found.missing and refuses:
+        raise ConfigError(
+            *found.missing,
+            "nothing is submitted; --no-eval leaves the scores out, and --skip-check submits where "
+            "only the jobs' nodes have what is missing",
+        )
+    for line in found.missing:
+        _say(f"missing here: {line}")
+    for line in found.notes:
+        _say(line)
+    for stage in dict.fromkeys(fit.before for fit in found.fits):
+        labels = [fit.label for fit in found.fits if fit.before == stage]
+        _say(f"fitted before {stage}: {', '.join(labels)}")
+    _say(cost_of(request, variants, cluster))
+    return replace(request, fits=found.fits, fitted=found.fitted)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def look_up(request: Request, variants: Sequence[Variant]) -> Prepared:
+    """Look up what the variants of a recipe need."""
+    from .missing import find_missing
+
+    shared = _shared_by_sweep(request, variants)
+    missing: dict[str, None] = {}
+    notes: dict[str, None] = {}
+    fits: dict[str, Fit] = {}
+    for variant in (*variants, *([shared] if shared else [])):
+        is_last = variant.stage == variants[-1].stage
+        found = find_missing(
+            variant.recipe,
+            Asked(str(request.recipe), variant.overrides),
+            [variant.stage],
+            scores=is_last and _is_scored(request),
+            before=variant.before,
+        )
+        missing |= dict.fromkeys(found.missing)
+        notes |= dict.fromkeys(found.notes)
+        if shared is None or not is_last or variant is shared:
+            for need in found.unfitted.values():
+                made = _fit(request, variant, need)
+                fits.setdefault(made.folder, made)
+    fitted = _assignments(shared) if shared else ()
+    return Prepared(tuple(missing), tuple(notes), tuple(fits.values()), fitted)
+
+
+def _is_scored(request: Request) -> bool:
+    return bool(request.upsamplers) or (request.evaluate and not request.sweep)
+
+
+def _shared_by_sweep(request: Request, variants: Sequence[Variant]) -> Variant | None:
+    """Return the recipe whose fitted upsamplers serve every value of a sweep over a field.
+
+    None where there is no such sweep, or where it changes what is fitted.
+    """
+    if not request.sweep:
+        return None
+    base = variants_of(replace(request, sweep=""))[-1]
+    fits = [
+        [(need, need.fit(item.recipe)) for need in needs_of(item.recipe, item.stage)]
+        for item in (base, *(item for item in variants if item.stage == base.stage))
+    ]
+    return base if fits[0] and all(other == fits[0] for other in fits[1:]) else None
+
+
+def _assignments(base: Variant) -> tuple[str, ...]:
+    """Return what names the files of a run folder, or of its fits to come, to other run folders."""
+    named = base.recipe.stages[base.stage].upsampler.weights
+    found = upsampler_of(base.recipe, base.stage).weights
+    return tuple(
+        f"stages.{base.stage}.upsampler.weights.{need.teacher}="
+        f"{(need.folder(base.recipe) / FITTED).absolute()}"
+        for need in needs_of(base.recipe, base.stage)
+        if need.teacher not in named and not is_shipped(found.get(need.teacher, ""))
+    )
+
+
+def _fit(request: Request, variant: Variant, need: Need) -> Fit:
+    recipe, config = variant.recipe, need.fit(variant.recipe)
+    asked = Asked(str(find_recipe(str(request.recipe)).absolute()), variant.overrides)
+    words = ["--recipe", asked.recipe, *fit_words(recipe, config), *asked.flags(*SET_BY_FIT)]
+    return Fit(
+        before=variant.stage,
+        label=fit_name(config),
+        arguments=tuple(words),
+        folder=str(need.folder(recipe).absolute()),
+        most_processes=config.batch_size,
+    )
+
+
+def cost_of(request: Request, variants: Sequence[Variant], cluster: Cluster) -> str:
+    """Say in a line what the stages of a request cost, as ``radio-distill plan`` reckons."""
+    devices = cluster.nodes * cluster.processes_per_node
+    kind = "h100" if cluster.gpus_per_node else "cpu"
+    try:
+        hours = hours_of(variants, devices, kind, one_for_all=bool(request.sweep))
+    except Exception as error:  # a teacher of one's own may not run on tensors without data
+        return f"cost: not known ({type(error).__name__}: {reason_of(error)})"
+    stages = ", ".join(f"{name} {duration(3600 * value)}" for name, value in hours.items())
+    total = duration(3600 * devices * sum(hours.values()))
+    plan = shlex.join(["radio-distill", "plan", str(request.recipe)])
+    where = f"{devices} device{'s' * (devices > 1)}"
+    return (
+        f"cost: {stages} on {where}, which makes {total} of one; a {kind} at 35% of its peak is "
+        "assumed, and fits and scores are left out "
+        f"(`{plan} --devices {devices} --device TYPE` has the parts)"
+    )
+
+
+def hours_of(
+    variants: Sequence[Variant], devices: int, kind: str, one_for_all: bool
+) -> dict[str, float]:
+    """Return the hours of each stage, of a sweep's of each task, by their names.
+
+    Args:
+        variants: of the recipe.
+        devices: how many each job has.
+        kind: of device.
+        one_for_all: take the hours of the first task of a sweep for each of them.
+    """
+    from radio_distill.plan.time import DEVICES
+
+    from .plan import build_models, plan_stages
+
+    names = [f"{item.stage} {item.label}".strip() for item in variants]
+    first = {item.stage: name for item, name in reversed(list(zip(variants, names, strict=True)))}
+    measured = {
+        name: item.recipe.stages[item.stage]
+        for item, name in zip(variants, names, strict=True)
+        if not one_for_all or name == first[item.stage]
+    }
+    recipe = replace(variants[-1].recipe, stages=measured)
+    counts = dict.fromkeys(measured, devices)
+    device = DEVICES[kind]
+    models = build_models(recipe, device.native_dtype)
+    plans = plan_stages(models, counts, device, with_memory=False)
+    hours = {plan.name: plan.hours for plan in plans}
+    return {
+        name: hours[first[item.stage] if one_for_all else name]
+        for item, name in zip(variants, names, strict=True)
+    }

@@ -1,0 +1,61 @@
+"""What fitted upsamplers learn: networks with one face, so that one loop fits them all.
+
+A network works in the teacher's normalised space (PHI-S) and knows neither teacher nor file. What
+it is shown is an :class:`Observation`; :mod:`upsamplers.model` makes it, adds the de-bias, and goes
+back to the teacher's own space. A network is an ``nn.Module`` built as
+``Network(channels, factor, **options)``.
+
+Importing this module does not import torch.
+"""
+
+from collections.abc import Mapping
+from inspect import signature
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+from radio_distill.errors import ConfigError
+from radio_distill.registry import Registry, check_has, check_takes, nearest
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+class Observation(NamedTuple):
+    """A batch of pictures as a network sees them; h, w are the teacher's own grid."""
+
+    guidance: "Tensor"
+    """``[B, 3, H, W]`` RGB in [0, 1], of ``factor`` times the pixels of the teacher's input."""
+    low: "Tensor"
+    """``[B, C, h, w]`` features of the whole picture, normalised and de-biased."""
+    tiles: "Mapping[int, Tensor]" = {}  # noqa: RUF012 - never written to
+    """``{level: [B, C, h * level, w * level]}``: stitched features of level x level tiles."""
+
+
+NETWORKS = Registry(
+    "network",
+    {
+        "bilinear": "upsamplers.methods.interpolate:Interpolation",
+        "featup": "upsamplers.networks.featup:FeatUpNetwork",
+        "featsharp": "upsamplers.networks.featsharp:FeatSharpNetwork",
+        "carafe": "upsamplers.networks.carafe:CarafeNetwork",
+        "sapa": "upsamplers.networks.sapa:SapaNetwork",
+        "resize_conv": "upsamplers.networks.resize_conv:ResizeConvNetwork",
+    },
+)
+"""A network has ``tile_levels: tuple[int, ...]``, the levels of tiles that it needs, and
+``forward(observation) -> [B, C, h * factor, w * factor]``."""
+
+
+def build_network(name: str, channels: int, factor: int, options: Mapping[str, Any]) -> "nn.Module":
+    """Build a network with random weights; raises ConfigError for an option it does not have."""
+    if factor < 1:
+        raise ConfigError(f"upsampler.factor is {factor}; it must be at least 1")
+    kind = NETWORKS.get(name)
+    check_takes(f"network {name!r}", kind, ("channels", "factor"))
+    known = [key for key in signature(kind).parameters if key not in ("channels", "factor")]
+    for key in options:
+        if key not in known:
+            hint = nearest(key, known) if known else "it has none"
+            raise ConfigError(f"upsampler {name!r} has no option {key!r} ({hint})")
+    network = kind(channels, factor, **options)
+    check_has(f"network {name!r}", network, ("tile_levels", "forward", "parameters"))
+    return cast("nn.Module", network)

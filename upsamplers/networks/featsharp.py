@@ -1,0 +1,392 @@
+"""FeatSharp: joint-bilateral upsampling and tiles, fused by one local transformer block.
+
+::
+
+    low ──► JBU with the picture ──┐
+                                   ├─► concat [B, h, w, 2C] ──► attention ──► SwiGLU ──► first C
+    tiles, stitched ───────────────┘        the first input is the residual path
+
+FeatSharp (arXiv 2502.16025), section 3.3 and appendix B.2. The released code differs from the
+paper; each difference is an option, and ``PRESETS`` holds both. Its shipped configurations moreover
+take JAFAR's map for the JBU's and drop the LayerNorm (``layer_norm=False``). Left out: rotary
+embeddings, the conditioning transformer, and the spectral reparametrisation of the released
+training, which is folded into the weights when such a checkpoint is loaded.
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from radio_distill.errors import ConfigError, WeightsError
+from radio_distill.registry import nearest
+from radio_distill.types import Size
+
+from ..joint_bilateral.layer import JointBilateralStack, prime_factors
+from ..methods.interpolate import enlarge
+from . import Observation
+from .local_attention import LocalSelfAttention, check
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {
+        "window": 5,  # Table 10; "3 or 5 appear to be optimal", Figure 13
+        "alibi": False,  # no position term is named
+        "tile_position": False,
+        "layer_scale": 0.0,  # none is named; the no-op at the start comes from zero weights
+        "mlp_ratio": 4.0,  # not stated: SwiGLU's usual two thirds of 4C
+        "pad_heads": False,
+        "aliased_guidance": False,  # the picture is averaged down to the grid
+    },
+    "released": {
+        "window": 7,
+        "alibi": True,  # half of the heads by row distance, half by column distance
+        "tile_position": True,  # one learned vector for each place in the mosaic
+        "layer_scale": 1e-6,
+        "mlp_ratio": 8.0,
+        "pad_heads": True,  # queries and keys, but not values, are padded to a power of two
+        "aliased_guidance": True,  # bilinear to the patch grid: four pixels of each patch count
+    },
+}
+"""What None means for each option. Everything else is the same in both."""
+
+INPUTS = ("bilinear", "featup", "tiles")
+BLOCKS = ("linear", "attention", "mlp", "both")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What a level is made of; :class:`FeatSharpNetwork` explains and checks."""
+
+    inputs: tuple[str, ...]
+    block: str
+    window: int
+    alibi: bool
+    tile_position: bool
+    layer_norm: bool
+    layer_scale: float
+    mlp_ratio: float
+    pad_heads: bool
+    aliased_guidance: bool
+    attention: str
+
+    def __post_init__(self) -> None:
+        check(self.window, self.attention)
+        for name in self.inputs:
+            if name not in INPUTS:
+                raise ConfigError(f"featsharp has no input {name!r} ({nearest(name, INPUTS)})")
+        if not self.inputs or len(set(self.inputs)) < len(self.inputs):
+            raise ConfigError(
+                f"featsharp's inputs are {list(self.inputs)}; name one to three different ones of "
+                f"{', '.join(INPUTS)}"
+            )
+        if self.block not in BLOCKS:
+            raise ConfigError(
+                f"featsharp has no block {self.block!r} ({nearest(self.block, BLOCKS)})"
+            )
+        if self.mlp_ratio <= 0 or self.layer_scale < 0:
+            raise ConfigError("featsharp's mlp_ratio must be above 0, and layer_scale at least 0")
+
+
+class FeatSharpNetwork(nn.Module):
+    """FeatSharp as an upsampling network; an untrained one returns its first input.
+
+    Args:
+        channels: C.
+        factor: at least 2.
+        preset: "paper" or "released": the values of the options that are None.
+        inputs: of bilinear, featup and tiles, one to three; the first is the residual path (Table
+            8).
+        block: linear, attention, mlp or both (Table 10).
+        window: cells that attention sees, odd, 1 to 11 (Figure 13).
+        alibi: let attention fall off with distance.
+        tile_position: add a learned vector to each tile.
+        layer_norm: normalise before attention and before the MLP.
+        layer_scale: start of the learned scale of both branches; 0 for no such scale, and zero
+            weights at the end of the branches.
+        mlp_ratio: two thirds of this times C, rounded up to a multiple of 8, is SwiGLU's width.
+        pad_heads: pad queries and keys to a power of two.
+        aliased_guidance: shrink the picture to the fine grid by four pixels a cell.
+        progressive: one level for each prime factor, with its own tiles (section 3.5); otherwise
+            one level with the finest tiles.
+        attention: implementation of :func:`.local_attention.local_attention`.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        factor: int,
+        preset: str = "paper",
+        inputs: Sequence[str] = ("featup", "tiles"),
+        block: str = "both",
+        window: int | None = None,
+        alibi: bool | None = None,
+        tile_position: bool | None = None,
+        layer_norm: bool = True,
+        layer_scale: float | None = None,
+        mlp_ratio: float | None = None,
+        pad_heads: bool | None = None,
+        aliased_guidance: bool | None = None,
+        progressive: bool = False,
+        attention: str = "auto",
+    ):
+        super().__init__()
+        if preset not in PRESETS:
+            raise ConfigError(
+                f"featsharp has no preset {preset!r} ({nearest(preset, list(PRESETS))})"
+            )
+        if factor < 2:
+            raise ConfigError(f"featsharp's factor is {factor}; it must be at least 2")
+        given: dict[str, Any] = {
+            "window": window,
+            "alibi": alibi,
+            "tile_position": tile_position,
+            "layer_scale": layer_scale,
+            "mlp_ratio": mlp_ratio,
+            "pad_heads": pad_heads,
+            "aliased_guidance": aliased_guidance,
+        }
+        chosen = {k: PRESETS[preset][k] if value is None else value for k, value in given.items()}
+        options = Options(
+            inputs=tuple(inputs), block=block, layer_norm=layer_norm, attention=attention, **chosen
+        )
+        steps = prime_factors(factor) if progressive else (factor,)
+        scales = [math.prod(steps[: index + 1]) for index in range(len(steps))]
+        self.levels = nn.ModuleList(
+            Level(channels, step, scale, options) for step, scale in zip(steps, scales, strict=True)
+        )
+        self.tile_levels = tuple(scales) if "tiles" in options.inputs else ()
+
+    def forward(self, observation: Observation) -> Tensor:
+        """Return ``[B, C, h * factor, w * factor]``."""
+        fine = observation.low
+        for level in self.levels:
+            fine = level(fine, observation.guidance, observation.tiles)
+        return fine
+
+
+class Level(nn.Module):
+    """One upsampling step: its inputs at the fine grid, and the block that fuses them.
+
+    Args:
+        channels: C.
+        factor: how much finer than what it is given.
+        scale: how much finer than the teacher's own grid, which is the level of its tiles.
+        options: see :class:`FeatSharpNetwork`.
+    """
+
+    tile_position: nn.Parameter | None
+
+    def __init__(self, channels: int, factor: int, scale: int, options: Options):
+        super().__init__()
+        self.factor, self.scale = factor, scale
+        self.inputs, self.aliased_guidance = options.inputs, options.aliased_guidance
+        if "featup" in self.inputs:
+            self.jbu = JointBilateralStack(channels, factor, variant="featsharp")
+        has_position = options.tile_position and "tiles" in self.inputs
+        position = nn.Parameter(torch.zeros(1, channels, scale, scale)) if has_position else None
+        self.register_parameter("tile_position", position)
+        self.block = Block(channels, options)
+
+    def forward(self, low: Tensor, guidance: Tensor, tiles: Mapping[int, Tensor]) -> Tensor:
+        """Return ``[B, C, h * factor, w * factor]`` for ``[B, C, h, w]``."""
+        grid = (low.shape[-2] * self.factor, low.shape[-1] * self.factor)
+        maps = []
+        for name in self.inputs:
+            if name == "featup":
+                maps.append(self.jbu(low, self.guided(guidance, grid)))
+            elif name == "tiles":
+                maps.append(self.placed(tiles, grid))
+            else:
+                maps.append(enlarge(low, grid))
+        # Under autocast the block reads rounded maps; the residual path does not lose a digit.
+        tokens = torch.cat([_rounded(each) for each in maps], dim=1)
+        change: Tensor = self.block(rearrange(tokens, "b c h w -> b h w c"))
+        return maps[0] + rearrange(change, "b h w c -> b c h w")
+
+    def guided(self, guidance: Tensor, grid: Size) -> Tensor:
+        """Return the picture as the joint-bilateral stack is shown it."""
+        if not self.aliased_guidance:
+            return guidance
+        return F.interpolate(guidance, grid, mode="bilinear", align_corners=False)
+
+    def placed(self, tiles: Mapping[int, Tensor], grid: Size) -> Tensor:
+        """Return the mosaic ``[B, C, *grid]``, each tile with the vector of its place."""
+        mosaic = tiles.get(self.scale)
+        if mosaic is None or tuple(mosaic.shape[-2:]) != grid:
+            found = "none" if mosaic is None else "x".join(map(str, mosaic.shape[-2:]))
+            raise ConfigError(
+                f"featsharp needs tiles of level {self.scale} on the grid {grid[0]}x{grid[1]}, it "
+                f"has {found}; encode {self.scale}x{self.scale} tiles of the same picture"
+            )
+        if self.tile_position is None:
+            return mosaic
+        height, width = grid[0] // self.scale, grid[1] // self.scale
+        position = self.tile_position.repeat_interleave(height, -2).repeat_interleave(width, -1)
+        return mosaic + position
+
+
+def _rounded(features: Tensor) -> Tensor:
+    device = features.device.type
+    if not torch.is_autocast_enabled(device):
+        return features
+    return features.to(torch.get_autocast_dtype(device))
+
+
+class Block(nn.Module):
+    """What local attention and SwiGLU on ``[B, h, w, n * C]`` add to the first C channels.
+
+    The MLP reads all the channels and writes the C that are kept; so does attention where no MLP
+    follows.
+    """
+
+    attention: "Branch | None"
+    mlp: "Branch | None"
+
+    def __init__(self, channels: int, options: Options):
+        super().__init__()
+        width = channels * len(options.inputs)
+        self.channels = channels
+        self.attention = self.mlp = None
+        if options.block in ("attention", "both"):
+            out = width if options.block == "both" else channels
+            body = LocalSelfAttention(
+                width, out, options.window, options.alibi, options.pad_heads, options.attention
+            )
+            self.attention = Branch(width, body, out, options)
+        if options.block == "linear":
+            self.mlp = Branch(width, nn.Linear(width, channels), channels, options)
+        elif options.block != "attention":
+            hidden = -(-int(options.mlp_ratio * channels * 2 / 3) // 8) * 8
+            self.mlp = Branch(width, SwiGLU(width, hidden, channels), channels, options)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return ``[B, h, w, C]``."""
+        if self.attention is None:
+            assert self.mlp is not None, "a block has at least one branch"
+            return self.mlp(tokens)
+        attended: Tensor = self.attention(tokens)
+        if self.mlp is None:
+            return attended
+        return attended[..., : self.channels] + self.mlp(tokens + attended)
+
+
+class Branch(nn.Module):
+    """What one half of the block adds: LayerNorm, body, learned scale."""
+
+    scale: nn.Parameter | None
+
+    def __init__(self, width: int, body: nn.Module, out: int, options: Options):
+        super().__init__()
+        self.norm = nn.LayerNorm(width) if options.layer_norm else nn.Identity()
+        self.body = body
+        scale = (
+            nn.Parameter(torch.full((out,), options.layer_scale)) if options.layer_scale else None
+        )
+        self.register_parameter("scale", scale)
+        if scale is None:
+            last = [module for module in body.modules() if isinstance(module, nn.Linear)][-1]
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return the change ``[B, h, w, out]``."""
+        change = self.body(self.norm(tokens))
+        return change if self.scale is None else change * self.scale
+
+
+class SwiGLU(nn.Module):
+    """``w3(silu(a) * b)`` with a, b the halves of ``w12(x)``."""
+
+    def __init__(self, width: int, hidden: int, out: int):
+        super().__init__()
+        self.w12 = nn.Linear(width, 2 * hidden)
+        self.w3 = nn.Linear(hidden, out)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return ``[..., out]``."""
+        gate, value = self.w12(tokens).chunk(2, dim=-1)
+        out: Tensor = self.w3(F.silu(gate) * value)
+        return out
+
+
+def from_released_state(
+    state: Mapping[str, Tensor], window: int = 7, inputs: Sequence[str] = ()
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Translate the tensors of a released FeatSharp upsampler, spectral scales already folded in.
+
+    Args:
+        state: ``ups.<N>.*`` of a whole upsampler, or the names of one level.
+        window: of its attention; no tensor tells.
+        inputs: in their order; by default the joint-bilateral map, or the bilinear one where there
+            is none, and the tiles.
+
+    Returns:
+        Arguments of :class:`FeatSharpNetwork`, and what to load into it. The scalars
+        ``range_alpha`` and ``spatial_alpha`` are dropped: the kernel's normalisation cancels them.
+
+    Raises:
+        WeightsError: a tensor that no level of FeatSharp has, or one too few.
+    """
+    ours = {
+        _our_name(name): _without_padded_values(name, tensor)
+        for name, tensor in state.items()
+        if not name.endswith(("range_alpha", "spatial_alpha"))
+    }
+    last = max((int(name.split(".")[1]) for name in ours), default=0)
+    try:
+        factor = ours[f"levels.{last}.tile_position"].shape[-1]
+        channels, hidden = ours["levels.0.block.mlp.body.w3.weight"].shape
+    except KeyError as error:
+        raise WeightsError(f"not a released FeatSharp upsampler: it lacks {error}") from error
+    both = "levels.0.block.attention.body.qkv.weight" in ours
+    first = "featup" if "levels.0.jbu.levels.0.range_temp" in ours else "bilinear"
+    arguments = {
+        "channels": channels,
+        "factor": factor,
+        "preset": "released",
+        "inputs": tuple(inputs) or (first, "tiles"),
+        "block": "both" if both else "mlp",
+        "window": window,
+        "layer_norm": "levels.0.block.mlp.norm.weight" in ours,
+        "layer_scale": None if both else 0.0,
+        "mlp_ratio": hidden * 1.5 / channels,
+        "progressive": last > 0,
+    }
+    return arguments, ours
+
+
+_RELEASED_NAMES = {
+    "tile_pos": "tile_position",
+    "jbu.ups.": "jbu.levels.",
+    "block.norm1.": "block.attention.norm.",
+    "block.attn.": "block.attention.body.",
+    "block.ls1.gamma": "block.attention.scale",
+    "block.norm2.": "block.mlp.norm.",
+    "block.mlp.": "block.mlp.body.",
+    "block.ls2.gamma": "block.mlp.scale",
+    "block.norm.": "block.mlp.norm.",  # these two where there is no attention
+    "block.inner.": "block.mlp.body.",
+}
+
+
+def _our_name(name: str) -> str:
+    level, rest = re.fullmatch(r"(?:ups\.(\d+)\.)?(.*)", name).groups("0")  # type: ignore[union-attr]
+    for theirs, ours in _RELEASED_NAMES.items():
+        if rest.startswith(theirs):
+            return f"levels.{level}.{ours}{rest.removeprefix(theirs)}"
+    raise WeightsError(f"not a released FeatSharp upsampler: it has a tensor {name!r}")
+
+
+def _without_padded_values(name: str, tensor: Tensor) -> Tensor:
+    """Cut rows off ``qkv``: the released code pads the values too, and discards the padding."""
+    if not name.endswith("qkv.weight"):
+        return tensor
+    query, key, value = rearrange(tensor, "(qkv heads d) c -> qkv heads d c", qkv=3, heads=16)
+    head = tensor.shape[1] // 16
+    return torch.cat([part.flatten(0, 1) for part in (query, key, value[:, :head])])
