@@ -28,7 +28,7 @@ from typing import NamedTuple
 from radio_distill.config import Recipe
 from radio_distill.report.tables import Cell, Column, Table, print_tables
 from stages.arguments import run_script
-from stages.commands.demo import prepare_pictures
+from stages.commands.demo import prepare_images
 from stages.common import load_recipe, train_stage
 
 TAKES_FIELDS = True
@@ -121,7 +121,7 @@ def _recipe(arguments: argparse.Namespace, student: str, every: int, steps: int)
     ]
     recipe = load_recipe(arguments.recipe, [*fields, *arguments.fields])
     if recipe.data.shards == load_recipe("demo").data.shards:
-        prepare_pictures(recipe, None)
+        prepare_images(recipe, None)
     return recipe
 
 

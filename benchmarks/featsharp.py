@@ -1,6 +1,6 @@
 """What FeatSharp costs beside the teacher's own forwards, side by side in one run.
 
-The whole upsampler runs as in a stage: the picture is cut, the teacher encodes it and its tiles,
+The whole upsampler runs as in a stage: the image is cut, the teacher encodes it and its tiles,
 PHI-S, de-bias, network and the way back follow. Time inside ``teacher.encode`` is the teacher's,
 time inside the network is the network's (JBU and block), what is left is the rest. Medians over
 interleaved repeats, in bf16 autocast and without gradient. On one thread time is CPU time of the
@@ -148,7 +148,7 @@ def count(fake: str, factor: int) -> None:
     name, size = FAKE[fake]
     with torch.device("meta"):
         teacher = timm.create_model(name, img_size=size, num_classes=0).eval()
-        picture = torch.empty(1 + factor**2, 3, size, size)
+        image = torch.empty(1 + factor**2, 3, size, size)
     channels, cells = teacher.num_features, size // 14
     low = torch.zeros(1, channels, cells, cells)
     fine = torch.zeros(1, channels, cells * factor, cells * factor)
@@ -156,7 +156,7 @@ def count(fake: str, factor: int) -> None:
     network = FeatSharpNetwork(channels, factor)
     totals = []
     for run in (
-        lambda: teacher(picture),
+        lambda: teacher(image),
         lambda: network(Observation(guidance, low, {factor: fine})),
     ):
         with torch.no_grad(), FlopCounterMode(display=False) as counter:

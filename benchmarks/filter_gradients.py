@@ -2,8 +2,8 @@
 
     python -m benchmarks.filter_gradients demo --teacher dino --fit.factor 2
 
-Both fits see the same pictures and views in the same order; :mod:`benchmarks.published_backward`
-says what the published backward computes. Prints the measures of both on ``evaluation.pictures``.
+Both fits see the same images and views in the same order; :mod:`benchmarks.published_backward`
+says what the published backward computes. Prints the measures of both on ``evaluation.images``.
 """
 
 import sys

@@ -222,7 +222,7 @@ def leaves(given: Inputs, function: Callable[[Inputs, str], Tensor], how: str) -
 
 
 def check(case: Case) -> None:
-    """Raise where Triton and the folded form differ, on the case's first picture."""
+    """Raise where Triton and the folded form differ, on the case's first image."""
     given = inputs(case._replace(batch=1))
     results = []
     for how in ("triton", "folded"):

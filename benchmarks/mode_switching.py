@@ -8,10 +8,10 @@ many steps and images:
                 AM-RADIO's arrangement, in which RADIOv2.5 found the defect
     both        half at 160 px and half at 320 px, each shown to both teachers: its cure
 
-The teachers see every picture at the size that matches 160 px, upsampled for the larger student:
-what there is to say of a picture does not depend on its resolution. `radio-distill mode-switching`
+The teachers see every image at the size that matches 160 px, upsampled for the larger student:
+what there is to say of a image does not depend on its resolution. `radio-distill mode-switching`
 then compares the three with the student that they start from and with the teachers. Equal budget
-means equally many pictures: an image of 320 px costs the student about four times one of 160.
+means equally many images: an image of 320 px costs the student about four times one of 160.
 
     python -m benchmarks.mode_switching [--steps 400]
 
@@ -27,7 +27,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from stages.cli import main as radio_distill
-from stages.commands.demo import prepare_pictures
+from stages.commands.demo import prepare_images
 from stages.common import load_recipe
 
 BOTH = ("dino", "efficientnet")
@@ -86,7 +86,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=400, help="of stage 3 (default: 400)")
     parser.add_argument("--output", default="runs/mode_switching", metavar="DIR")
     arguments, fields = parser.parse_known_args()
-    prepare_pictures(load_recipe("demo"), None)
+    prepare_images(load_recipe("demo"), None)
     for line in commands(arguments.output, arguments.steps, fields):
         print("radio-distill", shlex.join(line), flush=True)
         status = radio_distill(line)

@@ -3,11 +3,11 @@
 Pretrained teachers that come inside Python packages see photographs in three ways: in a full
 mosaic, alone at the same place of an otherwise empty canvas, and plain, without a canvas. Printed
 is the RMS of the difference of two maps over the RMS of the second about the mean of each channel.
-Equal maps give 0, maps of unrelated pictures about 1.4. "Rim" and "inside" split the cells of a
+Equal maps give 0, maps of unrelated images about 1.4. "Rim" and "inside" split the cells of a
 view into the outermost ring and the rest. Two columns are yardsticks: the plain map against that of
-the mirrored view, mirrored back, and against that of another picture.
+the mirrored view, mirrored back, and against that of another image.
 
-    python -m benchmarks.mosaic [--pictures FOLDER] [--view 224] [--threads 1]
+    python -m benchmarks.mosaic [--images FOLDER] [--view 224] [--threads 1]
 
 A mosaic equals the view alone only where no layer mixes cells of two views: for a patch embedding,
 or attention in windows of which none touches two views; the tests of ``distill.mosaic`` build
@@ -28,10 +28,10 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from radio_distill.config import TeacherConfig
-from radio_distill.data.shards import find_pictures
+from radio_distill.data.shards import find_images
 from radio_distill.distill.mosaic import Mosaic, plan_mosaic
 from radio_distill.protocols import Teacher
-from stages.commands.pictures import photograph
+from stages.commands.demo_images import photograph
 from teachers import build_teacher
 
 TEACHERS = ("vits14_packaged", "efficientnet_lite0_packaged")
@@ -43,23 +43,23 @@ PHOTOGRAPHS = (
 SIDES = (2, 3)
 """Views a side of the mosaics."""
 MOSAICS = 3
-"""Of each size; the pictures change places between them."""
+"""Of each size; the images change places between them."""
 
 
 def read_views(folder: Path | None, number: int, side: int) -> Tensor:
-    """Return ``[number, 3, side, side]`` in [0, 1]: the middle squares of pictures."""
+    """Return ``[number, 3, side, side]`` in [0, 1]: the middle squares of images."""
     if folder is None:
-        pictures = [photograph(name) for name in PHOTOGRAPHS[:number]]
+        photographs = [photograph(name) for name in PHOTOGRAPHS[:number]]
     else:
-        pictures = [Image.open(path).convert("RGB") for path in find_pictures(folder)[:number]]
-    if len(pictures) < number:
-        raise SystemExit(f"{folder} holds {len(pictures)} pictures; {number} are needed")
-    return torch.stack([_pixels(ImageOps.fit(picture, (side, side))) for picture in pictures])
+        photographs = [Image.open(path).convert("RGB") for path in find_images(folder)[:number]]
+    if len(photographs) < number:
+        raise SystemExit(f"{folder} holds {len(photographs)} images; {number} are needed")
+    return torch.stack([_pixels(ImageOps.fit(image, (side, side))) for image in photographs])
 
 
-def _pixels(picture: Image.Image) -> Tensor:
-    values = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8) / 255
-    return rearrange(values, "(h w c) -> c h w", h=picture.height, c=3)
+def _pixels(image: Image.Image) -> Tensor:
+    values = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8) / 255
+    return rearrange(values, "(h w c) -> c h w", h=image.height, c=3)
 
 
 def in_mosaic(teacher: Teacher, mosaic: Mosaic, views: Tensor) -> Tensor:
@@ -89,12 +89,12 @@ def difference(features: Tensor, reference: Tensor, cells: Tensor | None = None)
     return float(change.norm() / centred.norm())
 
 
-def measure(teacher: Teacher, pictures: Tensor, side: int) -> dict[str, float]:
+def measure(teacher: Teacher, photographs: Tensor, side: int) -> dict[str, float]:
     """Compare mosaic, alone and plain for ``side`` views a side."""
-    height, width = pictures.shape[-2:]
+    height, width = photographs.shape[-2:]
     canvas, patch = (side * height, side * width), teacher.spec.patch_size
     mosaic = plan_mosaic(teacher.spec.name, canvas, (height, width), patch)
-    groups = [pictures.roll(-2 * turn, 0)[: mosaic.images] for turn in range(MOSAICS)]
+    groups = [photographs.roll(-2 * turn, 0)[: mosaic.images] for turn in range(MOSAICS)]
     views = torch.cat(groups)
     mixed = torch.cat([in_mosaic(teacher, mosaic, group) for group in groups])
     single = torch.cat([alone(teacher, mosaic, group) for group in groups])
@@ -117,15 +117,15 @@ def main() -> None:
     from rich.table import Table
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
-    parser.add_argument("--pictures", type=Path, help="folder; default: scikit-image's photographs")
+    parser.add_argument("--images", type=Path, help="folder; default: scikit-image's photographs")
     parser.add_argument("--view", type=int, default=224, help="side of a view in pixels")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    pictures = read_views(arguments.pictures, max(SIDES) ** 2, arguments.view)
+    photographs = read_views(arguments.images, max(SIDES) ** 2, arguments.view)
     for name in TEACHERS:
         teacher = build_teacher(name, TeacherConfig(preset=name))
-        rows = {f"{side}x{side}": measure(teacher, pictures, side) for side in SIDES}
+        rows = {f"{side}x{side}": measure(teacher, photographs, side) for side in SIDES}
         columns = next(iter(rows.values()))
         table = Table("views", *columns, title=name, title_justify="left", box=None)
         for views, row in rows.items():

@@ -22,7 +22,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 from radio_distill.config import Recipe, size_pair
-from radio_distill.data.folder import load_pictures
+from radio_distill.data.folder import load_images
 from radio_distill.distill.targets import TargetMaker
 from radio_distill.evals.fidelity import fidelity, in_teacher_space
 from radio_distill.report.tables import Cell, Column, Estimate, Table, print_tables, render
@@ -32,7 +32,7 @@ from radio_distill.train.checkpoint import find
 from radio_distill.train.restore import load_student, normalizers_of
 from stages.arguments import run_script
 from stages.build import build_targets
-from stages.commands.demo import prepare_pictures
+from stages.commands.demo import prepare_images
 from stages.common import load_recipe, train_stage
 
 TAKES_FIELDS = True
@@ -56,8 +56,8 @@ def run(arguments: argparse.Namespace) -> int:
     fields = [*arguments.fields, *steps, f"output={arguments.output}"]
     recipe = load_recipe(arguments.recipe, fields)
     if recipe.data.shards == load_recipe("demo").data.shards:
-        prepare_pictures(recipe, None)
-    sources = {"held out": recipe.evaluation.pictures, "learned from": recipe.data.shards[0]}
+        prepare_images(recipe, None)
+    sources = {"held out": recipe.evaluation.images, "learned from": recipe.data.shards[0]}
     yardstick = _yardstick(recipe)
     results: dict[str, dict[str, list[Values]]] = {name: {} for name in sources}
     for seed in arguments.seeds:
@@ -67,9 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
             for label, source in sources.items():
                 found = measure(folder, variant, yardstick, source)
                 results[label].setdefault(name, []).append(found)
-    tables = [
-        _table(f"Pictures {label}", recipe, _ranked(found)) for label, found in results.items()
-    ]
+    tables = [_table(f"Images {label}", recipe, _ranked(found)) for label, found in results.items()]
     print_tables(tables)
     facts = {"recipe": recipe.name, "steps": recipe.stages[STAGE].steps, "seeds": arguments.seeds}
     _write(arguments.output / "normalizers.md", render(tables, "markdown"))
@@ -104,7 +102,7 @@ def measure(folder: Path, recipe: Recipe, yardstick: TargetMaker, source: str) -
     scores = fidelity(
         in_teacher_space(lambda pixels: model(pixels, teachers), normalizers_of(checkpoint)),
         lambda views: yardstick(views, partition),
-        [picture for _, picture in load_pictures(source, recipe.evaluation.limit)],
+        [image for _, image in load_images(source, recipe.evaluation.limit)],
         size,
         [yardstick.rendered_size(name, partition, size) for name in teachers],
         device=device,

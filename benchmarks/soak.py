@@ -1,10 +1,10 @@
 """A stage whose disk fails now and then: does memory stay flat, and is every fault accounted for?
 
-A share of the reads of pictures, drawn from a seed, goes wrong where the program meets the system,
+A share of the reads of images, drawn from a seed, goes wrong where the program meets the system,
 in ``os.pread``:
 
     unreadable   an error of the disk, or fewer bytes than asked for, on every try
-    once         an error of the disk, but not when the read is tried again: costs no picture
+    once         an error of the disk, but not when the read is tried again: costs no image
     checksum     one bit of a byte is another one
     stalled      no answer within data.read_timeout
 
@@ -14,7 +14,7 @@ fail stands beside what the run has counted.
     python -m benchmarks.soak [demo] [--stage stage1] [--steps 2000] [--share 0.01]
 
 The run folder is OUTPUT/soak; every field of the recipe can be set, as in ``radio-distill train``.
-Pictures are read by the training process itself, or the faults of workers could not be counted.
+Images are read by the training process itself, or the faults of workers could not be counted.
 The status is 1 where what was counted is not what was made to fail. Left out are faults of writing,
 which end a run (see ``tests/e2e/faults``).
 """
@@ -38,7 +38,7 @@ from radio_distill.data.loader import ShardBatches
 from radio_distill.report.tables import Column, Table, print_tables
 from radio_distill.types import ImageBatch
 from stages.arguments import run_script
-from stages.commands.demo import prepare_pictures
+from stages.commands.demo import prepare_images
 from stages.common import load_recipe, train_stage
 
 TAKES_FIELDS = True
@@ -177,7 +177,7 @@ def run(arguments: argparse.Namespace) -> int:
     ]
     recipe = load_recipe(arguments.recipe, fields)
     if recipe.data.shards == load_recipe("demo").data.shards:
-        prepare_pictures(recipe, None)
+        prepare_images(recipe, None)
     reads = FaultyReads(arguments.share, recipe.seed)
     with reads.installed(), watching(max(1, steps // 4)) as found:
         train_stage(stage, recipe)

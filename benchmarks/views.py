@@ -26,12 +26,12 @@ from PIL import Image
 from torch import Tensor
 
 from radio_distill.config import DataConfig, TeacherConfig
-from radio_distill.data.folder import load_pictures
+from radio_distill.data.folder import load_images
 from radio_distill.data.images import to_float
 from radio_distill.data.loader import ShardBatches, StepSlice, in_every_step
 from radio_distill.data.shards import write_shards
 from radio_distill.distill.views import resize
-from radio_distill.evals.harness import open_picture
+from radio_distill.evals.harness import open_image
 from radio_distill.protocols import Teacher
 from radio_distill.report.tables import Cell, Column, Table, print_tables
 from radio_distill.types import ImageBatch, View
@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print one table."""
-    every = [open_picture(picture) for _, picture in load_pictures(arguments.photographs, None)]
+    every = [open_image(photo) for _, photo in load_images(arguments.photographs, None)]
     images = [image for image in every if min(image.size) >= LEAST][: arguments.limit]
     teachers = [
         build_teacher(preset, TeacherConfig(preset=preset, dtype="float32"))

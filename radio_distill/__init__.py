@@ -1,4 +1,4 @@
-"""Train RADIO-style agglomerative vision backbones from your own teachers and pictures.
+"""Train RADIO-style agglomerative vision backbones from your own teachers and images.
 
 ``radio_distill.load(path)`` and ``radio_distill.from_config(config)`` give a backbone to use.
 """

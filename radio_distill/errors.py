@@ -1,6 +1,6 @@
 """The errors a user can meet.
 
-Each message is one line: what is wrong with which thing, and the mend.
+Each message is one line: what is wrong with which thing, and the hint.
 Anything else that escapes is a bug of ours and keeps its stack trace.
 """
 

@@ -58,7 +58,7 @@ class Upsampler(Protocol):
         ...
 
     def cost(self, grid: Size) -> int:
-        """Return how many teacher images one picture needs at this grid."""
+        """Return how many teacher images one image needs at this grid."""
         ...
 
 
@@ -162,7 +162,7 @@ class Benchmark(Protocol):
         limit: int | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> list[Score]:
-        """Measure an encoder on at most ``limit`` pictures; ``progress`` gets (done, total)."""
+        """Measure an encoder on at most ``limit`` images; ``progress`` gets (done, total)."""
         ...
 
 
@@ -186,8 +186,8 @@ class MetricSink(Protocol):
 
     def write(self, step: int, values: Mapping[str, float]) -> None: ...
 
-    def write_picture(self, step: int, name: str, picture: "np.ndarray") -> None:
-        """Take a picture ``[h, w, 3]`` uint8, or leave it."""
+    def write_image(self, step: int, name: str, image: "np.ndarray") -> None:
+        """Take a image ``[h, w, 3]`` uint8, or leave it."""
         ...
 
     def close(self) -> None: ...

@@ -1,8 +1,8 @@
 """Who sees what: which process runs which images of a step, and with what weight.
 
 A step's loss is ``sum_p share_p * mean over the images of p (loss)``, with
-``share_p = weight_p / sum(weights)``. That definition knows nothing of processes. :func:`share_out`
-turns it into work for each rank so that the gradient, summed over ranks, is always the same:
+``share_p = weight_p / sum(weights)``. That definition knows nothing of processes.
+:func:`assign_micro_batches` turns it into work for each rank so that the gradient, summed over ranks, is always the same:
 
 * with at least as many ranks as partitions, each partition has ranks of its own (PHI-S paper,
   App. A.7: "partitions"), shared out by cost;
@@ -108,7 +108,7 @@ def teacher_shares(partitions: Sequence[Partition]) -> dict[str, float]:
     return shares
 
 
-def share_out(
+def assign_micro_batches(
     partitions: Sequence[Partition],
     sizes: Mapping[str, Size],
     world_size: int,

@@ -34,7 +34,7 @@ class Features(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ViewOrigin:
-    """Where one view was cut from its source picture: crop first, then flip, then resize."""
+    """Where one view was cut from its source image: crop first, then flip, then resize."""
 
     source_size: Size
     """Height and width of the decoded source, in pixels."""
@@ -115,7 +115,7 @@ class Score:
     group: str
     """The column of the gain table that this metric belongs to."""
     num_samples: int
-    """How many pictures (or pairs) the value was measured on."""
+    """How many images (or pairs) the value was measured on."""
     headline: bool = True
     """Whether it counts in the gain table; a benchmark's further numbers are reported only."""
     details: Mapping[str, int | str] = field(default_factory=dict)

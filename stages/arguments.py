@@ -20,7 +20,7 @@ from radio_distill.system.files import check_writable, reason_of
 from radio_distill.system.redaction import install, redact
 from radio_distill.system.trust import FLAG, FLAG_HELP, trusting_pickles
 
-_LONGEST = 1500  # characters of an error; the mend stands at its end
+_LONGEST = 1500  # characters of an error; the hint stands at its end
 
 
 class Parser(argparse.ArgumentParser):
@@ -124,10 +124,10 @@ _OF_THE_MACHINE = (
 
 
 def _what_the_machine_refuses(error: OSError) -> str:
-    mend = "ask its owner for access (chmod -R a+rX to read it), or name another"
+    hint = "ask its owner for access (chmod -R a+rX to read it), or name another"
     if error.errno not in (errno.EACCES, errno.EPERM):
-        mend = "name another, or make room"
-    return f"{error.filename}: {reason_of(error).lower()}; {mend}"
+        hint = "name another, or make room"
+    return f"{error.filename}: {reason_of(error).lower()}; {hint}"
 
 
 def _end_at_once(status: int) -> int:
@@ -211,7 +211,7 @@ def check_output(path: Path, flag: str = "--output", is_folder: bool = False) ->
     """Check that a file, or files in a folder, can be written before the work is done.
 
     Raises:
-        ConfigError: where it cannot; the mend is to choose another with ``flag``.
+        ConfigError: where it cannot; the hint is to choose another with ``flag``.
     """
     try:
         check_writable(path if is_folder else path.parent)

@@ -14,12 +14,12 @@ from radio_distill.config import Recipe
 from radio_distill.data.loader import ShardBatches
 from radio_distill.distill.loss_weights import TermWeights
 from radio_distill.distill.micro_batches import Work
-from radio_distill.distill.randomness import Draws
+from radio_distill.distill.randomness import StepRandomness
 from radio_distill.distill.statistics import (
     build_normalizers,
-    carry_heads_over,
     first_partition,
     fit_normalizers,
+    refold_heads,
     standard_moments,
 )
 from radio_distill.distill.targets import TargetMaker, check_partition
@@ -28,13 +28,13 @@ from radio_distill.models.distilled import build_student
 from radio_distill.models.ema import Ema
 from radio_distill.protocols import Teacher
 from radio_distill.stage import images_per_step
-from radio_distill.system.distributed import World, extend_timeouts, from_ranks, main_first
+from radio_distill.system.distributed import World, all_gather_object, extend_timeouts, run_on_main
 from radio_distill.system.files import make_private
-from radio_distill.system.memory import naming
+from radio_distill.system.memory import explain_oom
 from radio_distill.train import checkpoint as checkpoints
 from radio_distill.train.checkpoint import Checkpoint, Origin
 from radio_distill.train.engine import build_engine
-from radio_distill.train.loop import StageRun, stage_seed, zero_mend
+from radio_distill.train.loop import StageRun, stage_seed, zero_hint
 from radio_distill.train.restore import (
     check_tensors,
     load_weights,
@@ -71,7 +71,7 @@ def build_run(
     check_teachers(recipe, stage)
     torch.manual_seed(recipe.seed)
     seed, images = stage_seed(recipe, stage), images_per_step(config)
-    draws = Draws(seed, recipe.augmentation, images, recipe.student.patch_size)
+    draws = StepRandomness(seed, recipe.augmentation, images, recipe.student.patch_size)
     targets = build_targets(recipe, stage, device)
     work = Work(recipe, stage, world, targets, draws)
     source = ShardBatches(recipe.data, seed=seed, images_per_step=images, slices=work.slices)
@@ -93,10 +93,10 @@ def build_run(
         load_weights(model, start)
     if resumed is not None:
         check_tensors(resumed, model)
-    main_first(world, lambda: check_room(folder, model, bool(config.ema_decay)))
+    run_on_main(world, lambda: check_room(folder, model, bool(config.ema_decay)))
     dispersions: dict[str, float] = {}
     if resumed is None:
-        main_first(world, lambda: make_private(recipe.folder))
+        run_on_main(world, lambda: make_private(recipe.folder))
         cache = Path(recipe.normalizer.cache or recipe.folder / "statistics")
         dispersions = fit_normalizers(targets, recipe, stage, world, device, cache)
         if start is not None:
@@ -104,15 +104,15 @@ def build_run(
             before = normalizers_of(start)
             for name in unseen_teachers(recipe, stage):
                 targets.normalizers[name].load_state(before[name].state())
-            carry_heads_over(model, before, targets.normalizers)
+            refold_heads(model, before, targets.normalizers)
         else:
             for name in unseen_teachers(recipe, stage):
                 targets.normalizers[name].fit(standard_moments(specs[name].channels))
     averages = config.ema_decay and (world.is_main or recipe.loss.mesa)
-    mend = "set ema_decay to 0, or take a smaller student"
-    with naming("the averaged student", "the start", mend):
+    hint = "set ema_decay to 0, or take a smaller student"
+    with explain_oom("the averaged student", "the start", hint):
         ema = Ema(model.to(device)) if averages else None
-    with naming("the student and its optimizer", "the start", zero_mend(recipe)):
+    with explain_oom("the student and its optimizer", "the start", zero_hint(recipe)):
         engine = build_engine(model, recipe.engine, config, world, device)
     extend_timeouts(recipe.watch.hang_seconds)
     weights = TermWeights(recipe, work.partitions, dispersions, device)
@@ -164,7 +164,7 @@ def check_room(folder: Path, model: nn.Module, with_average: bool = False) -> No
 
 def check_same_shards(fingerprint: str) -> None:
     """Raise DataError on every process where not all of them found the same shards."""
-    found = from_ranks([fingerprint])
+    found = all_gather_object([fingerprint])
     if len(set(found)) > 1:
         other = next(rank for rank, value in enumerate(found) if value != found[0])
         raise DataError(

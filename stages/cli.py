@@ -45,9 +45,9 @@ COMMANDS = {
     ),
     "mode-switching": (
         "stages.commands.mode_switching",
-        "what students see in one picture at many sizes",
+        "what students see in one image at many sizes",
     ),
-    "shards": ("stages.commands.shards", "make shards of a folder of pictures, or check shards"),
+    "shards": ("stages.commands.shards", "make shards of a folder of images, or check shards"),
     "slurm": ("stages.commands.submission", "submit the stages of a recipe to Slurm"),
     "list": (
         "stages.commands.listing",
@@ -69,7 +69,7 @@ def build_parser() -> Parser:
     parser = Parser(
         prog="radio-distill",
         description="Train RADIO-style agglomerative vision backbones from your own teachers and "
-        "pictures.",
+        "images.",
         epilog=f"commands:\n{listing}\n\n`radio-distill COMMAND --help` explains each.",
         usage="radio-distill [--version] COMMAND ...",
     )

@@ -272,7 +272,7 @@ def _train_stage(
     from radio_distill.system.distributed import (
         choose_device,
         join,
-        main_first,
+        run_on_main,
         world_from,
     )
     from radio_distill.train.engine import engine_name
@@ -299,7 +299,7 @@ def _train_stage(
         return checkpoint.folder
     if problems:
         raise ConfigError(*problems)
-    main_first(world, lambda: check_folder(folder, checkpoint, take_over))
+    run_on_main(world, lambda: check_folder(folder, checkpoint, take_over))
     from radio_distill.train.loop import train
 
     with saying_what_is_left(folder, begun=False):
@@ -334,7 +334,7 @@ def resolve_at_start(
     """
     from radio_distill.data.sources import open_sources
     from radio_distill.stage import images_per_step
-    from radio_distill.system.distributed import cores_of_process, main_first
+    from radio_distill.system.distributed import cores_of_process, run_on_main
     from radio_distill.system.precision import native_dtype
 
     if stage in recipe.stages:
@@ -345,7 +345,7 @@ def resolve_at_start(
         shown = (fit.pool or fit.steps * fit.batch_size) * (1 + fit.views)
     recipe = place_indexes(recipe)
     # The first to open shards writes their indexes; the others find them.
-    in_shards = main_first(world, lambda: open_sources(recipe.data).num_images)
+    in_shards = run_on_main(world, lambda: open_sources(recipe.data).num_images)
     facts = Facts(
         images_shown=shown,
         native_dtype=native_dtype(device),
@@ -383,7 +383,7 @@ _WITHOUT_EFFECT = (
     "normalizer.cache",
 )
 _WITHOUT_EFFECT_ON_STAGES = ("fit",)  # what was fitted is compared by its sum
-_WITHOUT_EFFECT_ON_FITS = ("stages", "student", "loss", "augmentation", "fit.pictures_every")
+_WITHOUT_EFFECT_ON_FITS = ("stages", "student", "loss", "augmentation", "fit.images_every")
 _ROUNDING = (
     "engine.name",
     "engine.zero_stage",
@@ -443,17 +443,17 @@ def checkpoint_to_resume(
         ChangedError: on every process, for a changed recipe, and where an earlier run was moved
             aside and this one has no checkpoint yet.
     """
-    from radio_distill.system.distributed import main_first
+    from radio_distill.system.distributed import run_on_main
     from radio_distill.train import checkpoint as checkpoints
 
     from .upsampler_files import unknown_files
 
-    checkpoint = main_first(world, lambda: _newest_to_resume(folder, stage))
+    checkpoint = run_on_main(world, lambda: _newest_to_resume(folder, stage))
     if checkpoint is None:
         logging.info("nothing to resume in %s; starting anew", folder)
         return None
     changed, rounding = changes_that_matter(checkpoint.recipe, recipe, stage)
-    changed += main_first(world, lambda: _changed_start(checkpoint, recipe, stage))
+    changed += run_on_main(world, lambda: _changed_start(checkpoint, recipe, stage))
     if changed and not allow_changed:
         raise ChangedError(
             f"the recipe differs from that of {checkpoint.folder} ({'; '.join(changed)}); take the "
@@ -562,10 +562,10 @@ def owning(
     take_over: bool,
 ) -> "Iterator[Ownership | None]":
     """Claim a stage's folder for the block; every rank must call, and rank 0 gets the claim."""
-    from radio_distill.system.distributed import main_first
+    from radio_distill.system.distributed import run_on_main
 
     claims: list[Ownership] = []  # not for others: it has a thread
-    main_first(world, lambda: claims.append(claim(folder, recipe, resumed, take_over)))
+    run_on_main(world, lambda: claims.append(claim(folder, recipe, resumed, take_over)))
     try:
         yield claims[0] if claims else None
     finally:
@@ -676,8 +676,8 @@ def start_checkpoint(recipe: Recipe, stage: str, asked: Asked | None = None) -> 
     except checkpoints.UnreadableError:
         raise
     except CheckpointError as error:
-        mend = f"set stages.{stage}.start_from"
+        hint = f"set stages.{stage}.start_from"
         if start in recipe.stages:
-            mend = f"run it first: {(asked or Asked(recipe.name)).train(start)}"
-            mend += ", or `make demo`, which runs all stages" if recipe.name == "demo" else ""
-        raise ConfigError(f"{stage} starts from {start}, but {error}; {mend}") from error
+            hint = f"run it first: {(asked or Asked(recipe.name)).train(start)}"
+            hint += ", or `make demo`, which runs all stages" if recipe.name == "demo" else ""
+        raise ConfigError(f"{stage} starts from {start}, but {error}; {hint}") from error

@@ -1,4 +1,4 @@
-"""Fit an upsampler to one frozen teacher, and measure it on held-out pictures.
+"""Fit an upsampler to one frozen teacher, and measure it on held-out images.
 
     radio-distill fit-upsampler --recipe demo --teacher dino --upsampler featsharp
     radio-distill fit-upsampler --recipe mine.yaml --teacher siglip --preset long --resume
@@ -67,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the script."""
     add_trust_argument(parser)
     add = parser.add_argument
-    add("--recipe", default="demo", help="name or file: teachers, pictures, fit (default: demo)")
+    add("--recipe", default="demo", help="name or file: teachers, images, fit (default: demo)")
     add("--teacher", metavar="NAME", help="a teacher of the recipe")
     add("--upsampler", metavar="NAME", help="network to fit (default: featsharp)")
     add("--factor", type=int, help="how much finer (default: 2)")
@@ -159,7 +159,7 @@ def fit_upsampler(
     from radio_distill.system.distributed import (
         choose_device,
         join,
-        main_first,
+        run_on_main,
         world_from,
     )
 
@@ -181,7 +181,7 @@ def fit_upsampler(
         return folder / FITTED
     from upsamplers.fit.task import fit
 
-    main_first(world, lambda: check_folder(folder, checkpoint, take_over))
+    run_on_main(world, lambda: check_folder(folder, checkpoint, take_over))
     with saying_what_is_left(folder, begun=False):
         recipe = resolve_at_start(recipe, STAGE, world, device, checkpoint)
         made = build_fit(recipe, folder, world, device, checkpoint, allow_changed)
@@ -205,7 +205,7 @@ def _has_result(folder: Path, recipe: Recipe) -> bool:
     from upsamplers.fitted import read_header
 
     path = folder / FITTED
-    return path.is_file() and bool(read_header(path).measures or not recipe.evaluation.pictures)
+    return path.is_file() and bool(read_header(path).measures or not recipe.evaluation.images)
 
 
 def build_fit(
@@ -222,9 +222,9 @@ def build_fit(
     """
     import torch
 
-    from radio_distill.data.folder import list_pictures
+    from radio_distill.data.folder import list_images
     from radio_distill.data.loader import ShardBatches, in_every_step
-    from radio_distill.system.distributed import main_first
+    from radio_distill.system.distributed import run_on_main
     from radio_distill.system.files import make_private
     from teachers import build_teacher
     from upsamplers.fit.consistency import Consistency
@@ -236,8 +236,8 @@ def build_fit(
     from .build import check_room, check_shards
 
     config = recipe.fit
-    if recipe.evaluation.pictures:
-        list_pictures(recipe.evaluation.pictures)  # none there: known before the fit, not after
+    if recipe.evaluation.images:
+        list_images(recipe.evaluation.images)  # none there: known before the fit, not after
     torch.manual_seed(recipe.seed)
     teacher = build_teacher(config.teacher, recipe.teachers[config.teacher], device)
     spec, size = teacher.spec, input_size(recipe, teacher)
@@ -252,8 +252,8 @@ def build_fit(
     )
     if resumed is not None:
         check_shards(resumed, source.fingerprint, allow_changed)
-    main_first(world, lambda: check_room(folder, network))
-    main_first(world, lambda: make_private(recipe.folder))
+    run_on_main(world, lambda: check_room(folder, network))
+    run_on_main(world, lambda: make_private(recipe.folder))
     normalizer = _normalizer(recipe, teacher, size, world, device)
     torch.manual_seed(recipe.seed + 1)  # statistics that are not in the cache have drawn numbers
     grid = spec.grid(size) if config.de_bias else None
@@ -307,7 +307,7 @@ def _normalizer(
 
 
 def write_result(made: "FitRun") -> None:
-    """Write the fitted file, with what was measured on the held-out pictures in its header."""
+    """Write the fitted file, with what was measured on the held-out images in its header."""
     from radio_distill.train import checkpoint as checkpoints
     from upsamplers.fit.task import MODULES
     from upsamplers.fitted import FittedHeader
@@ -333,15 +333,15 @@ def write_result(made: "FitRun") -> None:
 
 
 def _measure(made: "FitRun") -> dict[str, float]:
-    """Measure the fitted upsampler on the recipe's held-out pictures, where it names some."""
+    """Measure the fitted upsampler on the recipe's held-out images, where it names some."""
     from upsamplers.measure import measure
 
     evaluation, factor = made.recipe.evaluation, made.config.factor
-    if not evaluation.pictures:
-        logging.info("evaluation.pictures names no held-out pictures: nothing is measured")
+    if not evaluation.images:
+        logging.info("evaluation.images names no held-out images: nothing is measured")
         return {}
-    batches = held_out(evaluation.pictures, made.size, factor, evaluation.limit)
-    with Progress(f"{made.folder.name}: held-out pictures", len(batches)) as progress:
+    batches = held_out(evaluation.images, made.size, factor, evaluation.limit)
+    with Progress(f"{made.folder.name}: held-out images", len(batches)) as progress:
         values = measure(
             made.consistency,
             made.teacher,
@@ -352,19 +352,19 @@ def _measure(made: "FitRun") -> dict[str, float]:
             made.recipe.engine.precision,
         )
     logging.info("%s", ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
-    return {**values, "pictures": float(sum(map(len, batches)))}
+    return {**values, "images": float(sum(map(len, batches)))}
 
 
 def held_out(source: str, size: "Size", factor: int, limit: int = 0) -> "list[torch.Tensor]":
-    """Load held-out pictures in batches of 8, ``factor`` times ``size`` pixels."""
+    """Load held-out images in batches of 8, ``factor`` times ``size`` pixels."""
     import torch
 
-    from radio_distill.data.folder import load_pictures
+    from radio_distill.data.folder import load_images
     from radio_distill.evals.harness import to_pixels
 
     fine = (size[0] * factor, size[1] * factor)
-    pictures = [to_pixels(picture, fine) for _, picture in load_pictures(source, limit or None)]
-    return list(torch.stack(pictures).split(8))
+    images = [to_pixels(image, fine) for _, image in load_images(source, limit or None)]
+    return list(torch.stack(images).split(8))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

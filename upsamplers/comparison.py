@@ -35,7 +35,7 @@ _ENOUGH = 20.0
 """Seconds of timed calls after which no further one is made."""
 
 Labelled = Sequence[tuple[Tensor, Tensor]]
-"""Pictures ``[B, 3, H, W]`` with classes ``[B, H, W]``."""
+"""Images ``[B, 3, H, W]`` with classes ``[B, H, W]``."""
 
 
 def load_fitted(path: str | Path) -> Consistency:
@@ -89,7 +89,7 @@ def without_parameters(
 
 
 class Maps(NamedTuple):
-    """What is looked at of some pictures, in the normalised space."""
+    """What is looked at of some images, in the normalised space."""
 
     low: Tensor
     """``[B, C, h, w]``: the teacher's, as it is."""
@@ -119,23 +119,23 @@ def maps_of(
     return Maps(low, model.de_biased(low), fine)
 
 
-def fit_probe(teacher: Teacher, pictures: Labelled, num_classes: int) -> LinearProbe:
+def fit_probe(teacher: Teacher, images: Labelled, num_classes: int) -> LinearProbe:
     """Train the probe that :func:`preservation` applies, on the teacher's own maps.
 
     Args:
         teacher: the teacher.
-        pictures: of the teacher's input size.
+        images: of the teacher's input size.
         num_classes: K.
     """
-    maps = torch.cat([teacher.encode(pixels).spatial.cpu() for pixels, _ in pictures])
-    return LinearProbe(num_classes).fit(maps, torch.cat([classes for _, classes in pictures]))
+    maps = torch.cat([teacher.encode(pixels).spatial.cpu() for pixels, _ in images])
+    return LinearProbe(num_classes).fit(maps, torch.cat([classes for _, classes in images]))
 
 
 def preservation(
     model: UpsamplerModel,
     teacher: Teacher,
     probe: LinearProbe,
-    pictures: Labelled,
+    images: Labelled,
     size: Size,
     factor: int,
     progress: Callable[[int, int], None] | None = None,
@@ -146,12 +146,12 @@ def preservation(
     All are in the teacher's own space, so that one probe serves all upsamplers.
     """
     fine, low = Preservation(probe), Preservation(probe)
-    for number, (pixels, classes) in enumerate(pictures, 1):
+    for number, (pixels, classes) in enumerate(images, 1):
         maps = maps_of(model, teacher, pixels, size, factor, precision)
         fine.update(model.normalizer.invert(maps.fine).cpu(), classes)
         low.update(model.normalizer.invert(maps.low).cpu(), classes)
         if progress is not None:
-            progress(number, len(pictures))
+            progress(number, len(images))
     return fine.compute()["miou"], low.compute()["miou"]
 
 
@@ -168,7 +168,7 @@ def native_error(
 ) -> dict[str, float]:
     """Return each upsampler's mean squared error from the teacher at ``factor`` times ``size``.
 
-    In the normalised space, over channels, cells and pictures. Raises ConfigError where the teacher
+    In the normalised space, over channels, cells and images. Raises ConfigError where the teacher
     cannot be shown so many pixels.
     """
     grid, native = fine_grid(teacher, size, factor), Native(factor)
@@ -181,12 +181,12 @@ def native_error(
             totals[name] += (fine - target).square().mean(dim=(1, 2, 3)).sum().item()
         if progress is not None:
             progress(number, len(batches))
-    pictures = sum(map(len, batches))
-    return {name: total / pictures for name, total in totals.items()}
+    images = sum(map(len, batches))
+    return {name: total / images for name, total in totals.items()}
 
 
 class Cost(NamedTuple):
-    """What one picture costs, alone in its batch."""
+    """What one image costs, alone in its batch."""
 
     name: str
     factor: int

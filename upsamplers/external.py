@@ -1,12 +1,12 @@
 """Upsamplers of others, from the copy that the user has: AnyUp, JAFAR, LoftUp and NAF.
 
-Each is a network that is handed a picture and a low-resolution map. Nothing of theirs is in this
+Each is a network that is handed a image and a low-resolution map. Nothing of theirs is in this
 project and nothing is fetched: the user clones the repository and names the folder in
 ``upsampler.options.repository``. **That runs the code in that folder**, as an import does; name
 only one that you trust. Their own entry functions may fetch their weights on first use, unless
 ``upsampler.options.checkpoint`` names a file of them.
 
-All four take pictures normalised by ImageNet's mean and deviation and are run one picture at a
+All four take images normalised by ImageNet's mean and deviation and are run one image at a
 time, in float32: they need much memory, and LoftUp scales colours by what else is in the batch.
 """
 
@@ -39,7 +39,7 @@ _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class External:
-    """Encode the whole picture, then let another project's network make the map finer.
+    """Encode the whole image, then let another project's network make the map finer.
 
     Raises:
         ConfigError: its code is not there, or does not load.
@@ -82,14 +82,14 @@ class External:
         guidance = guidance.to(low.spatial.device, torch.float32)
         self.network.to(low.spatial.device)
         maps = [
-            self._finer(picture[None], spatial[None], grid)
-            for picture, spatial in zip(guidance, low.spatial, strict=True)
+            self._finer(image[None], spatial[None], grid)
+            for image, spatial in zip(guidance, low.spatial, strict=True)
         ]
         fine = torch.cat(maps).to(low.spatial.dtype)
         return Features(low.summary, fine.contiguous(memory_format=torch.channels_last))
 
     def cost(self, grid: Size) -> int:
-        """Return 1: the whole picture."""
+        """Return 1: the whole image."""
         return 1
 
     def _finer(self, guidance: Tensor, spatial: Tensor, grid: Size) -> Tensor:
@@ -107,7 +107,7 @@ class External:
         return fine
 
     def _run(self, guidance: Tensor, spatial: Tensor, grid: Size) -> Tensor:
-        """Call the network: picture ``[1, 3, H, W]`` in [0, 1], map ``[1, C, h, w]``."""
+        """Call the network: image ``[1, 3, H, W]`` in [0, 1], map ``[1, C, h, w]``."""
         return self.network(_normalised(guidance), spatial, grid)
 
     def _load(self) -> nn.Module:
@@ -172,7 +172,7 @@ class AnyUp(External):
 
 @dataclass(frozen=True)
 class Naf(External):
-    """NAF (arXiv 2511.18452): neighbourhood attention from the picture; needs ``natten``."""
+    """NAF (arXiv 2511.18452): neighbourhood attention from the image; needs ``natten``."""
 
     entry: str = "naf"
     name: ClassVar[str] = "naf"
@@ -184,7 +184,7 @@ class LoftUp(External):
     """LoftUp (arXiv 2504.14032), fitted for one encoder, which ``entry`` names.
 
     Its maps are not in the teacher's own space: a probe that was trained on low-resolution features
-    reads them badly (AnyUp, arXiv 2510.12764). Compare pictures with it; do not distil from it.
+    reads them badly (AnyUp, arXiv 2510.12764). Compare images with it; do not distil from it.
     """
 
     entry: str = "loftup_dinov2s"
@@ -196,7 +196,7 @@ class LoftUp(External):
         log.warning("upsampler 'loftup' leaves the teacher's feature space; do not distil from it")
 
     def _run(self, guidance: Tensor, spatial: Tensor, grid: Size) -> Tensor:
-        # The picture decides the size of its result.
+        # The image decides the size of its result.
         return self.network(spatial, _normalised(resize(guidance, grid)))
 
 

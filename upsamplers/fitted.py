@@ -60,9 +60,9 @@ class FittedHeader:
     statistics_hash: str = ""
     """sha256 over the normalizer's tensors, see :func:`hash_of`."""
     fit: dict[str, Any] = field(default_factory=dict)
-    """The recipe's section ``fit``, and where the pictures came from, for people."""
+    """The recipe's section ``fit``, and where the images came from, for people."""
     measures: dict[str, float] = field(default_factory=dict)
-    """What was measured on held-out pictures, for people."""
+    """What was measured on held-out images, for people."""
 
 
 def path_of(name: str) -> Path:

@@ -1,9 +1,9 @@
-"""Implicit FeatUp: a small network, fitted to one picture, that gives its features at any point.
+"""Implicit FeatUp: a small network, fitted to one image, that gives its features at any point.
 
 FeatUp (arXiv 2403.10516, section 3.2 and Table 7). The network sees where a point is and which
 colour it has, and is right where every random view of its map, downsampled, is what the teacher
-says of that view. It takes thousands of steps a picture: the paper's ceiling of quality, for
-pictures and comparison, not for the training loop.
+says of that view. It takes thousands of steps a image: the paper's ceiling of quality, for
+images and comparison, not for the training loop.
 
 Where the released code differs from the paper, this is the paper's:
 
@@ -23,7 +23,7 @@ show: at any other resolution than the fitted one they drew a grid over the feat
 of position end where two fitted points make a period, those of colour at 15 of 255 levels a period,
 which lost no fidelity. Three more things are this project's: features are brought to unit variance
 by one number, so that the weight of the TV means the same for every teacher; cells beyond the
-picture's edge do not count; and the map may be fitted at fewer points than one a pixel.
+image's edge do not count; and the map may be fitted at fewer points than one a pixel.
 """
 
 import logging
@@ -98,9 +98,9 @@ class Compression:
 
 @dataclass(frozen=True)
 class ImplicitFeatures:
-    """The features of one picture at every resolution."""
+    """The features of one image at every resolution."""
 
-    picture: Tensor
+    image: Tensor
     """``[1, 3, H, W]`` RGB in [0, 1]."""
     network: nn.Module
     """``[N, 300]`` (:func:`fourier_features`) to ``[N, K]``."""
@@ -113,14 +113,14 @@ class ImplicitFeatures:
     @torch.no_grad()
     def render(self, grid: Size) -> Tensor:
         """Return ``[C, *grid]`` in the teacher's own space, at the centres of the grid's cells."""
-        points = fourier_features(self.picture, grid, self.fitted).split(_POINTS_PER_CALL)
+        points = fourier_features(self.image, grid, self.fitted).split(_POINTS_PER_CALL)
         tokens = torch.cat([self.compression.expand(self.network(part)) for part in points])
         return rearrange(tokens, "(h w) c -> c h w", h=grid[0])
 
     @torch.no_grad()
     def see(self, homographies: Tensor) -> Tensor:
-        """Predict the teacher's maps ``[V, C, h, w]`` of views ``[V, 3, 3]`` of the picture."""
-        points = fourier_features(self.picture, self.fitted, self.fitted)
+        """Predict the teacher's maps ``[V, C, h, w]`` of views ``[V, 3, 3]`` of the image."""
+        points = fourier_features(self.image, self.fitted, self.fitted)
         maps = pooled_views(self.network(points), self.downsampler, homographies, self.fitted)
         tokens = self.compression.expand(rearrange(maps, "v k h w -> (v h w) k"))
         return rearrange(tokens, "(v h w) c -> v c h w", v=len(maps), h=maps.shape[2])
@@ -128,7 +128,7 @@ class ImplicitFeatures:
 
 def fit_implicit(
     teacher: Teacher,
-    picture: Tensor,
+    image: Tensor,
     size: Size,
     factor: int | None = None,
     steps: int = 2000,
@@ -136,62 +136,60 @@ def fit_implicit(
     seed: int = 0,
     progress: bool = True,
 ) -> ImplicitFeatures:
-    """Fit an implicit map to one picture, on the device that the teacher answers on.
+    """Fit an implicit map to one image, on the device that the teacher answers on.
 
     Every view is encoded once, beforehand, and kept in 128 half-precision numbers a cell: 200 MB
     for 3000 views of 16 x 16 cells. Of these, each step compares 10.
 
     Args:
         teacher: the frozen encoder.
-        picture: ``[3, H, W]`` or ``[1, 3, H, W]`` RGB in [0, 1], of any size, brought to ``size``.
+        image: ``[3, H, W]`` or ``[1, 3, H, W]`` RGB in [0, 1], of any size, brought to ``size``.
         size: what the teacher is shown, (height, width) in pixels.
         factor: points a side of a cell in the fitted map; None for the patch size, one a pixel.
         steps: updates.
-        views: how many random views of the picture to encode.
+        views: how many random views of the image to encode.
         seed: of views, first weights and dropout.
         progress: show progress bars.
 
     Raises:
         ConfigError: an argument that cannot be, or a size that the teacher cannot take.
-        DataError: a picture or features that are not finite.
+        DataError: a image or features that are not finite.
         DivergedError: a loss that is not finite.
     """
     factor = teacher.spec.patch_size if factor is None else factor
-    picture = _checked(picture, factor=factor, steps=steps, views=views)
+    image = _checked(image, factor=factor, steps=steps, views=views)
     draw = np.random.Generator(np.random.Philox(key=[seed, 0]))
     homographies = draw_homographies(views, VIEW_RANGE, draw, size[1] / size[0])
-    targets, compression = encode_views(teacher, picture, homographies, size, progress)
-    picture, homographies = picture.to(targets.device), homographies.to(targets.device)
+    targets, compression = encode_views(teacher, image, homographies, size, progress)
+    image, homographies = image.to(targets.device), homographies.to(targets.device)
     devices = [targets.device] if targets.is_cuda else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         fit = _Fit(targets.shape[1], factor).to(targets.device)
         with Progress("fit implicit map", steps, "steps", visible=progress) as bar:
-            _optimise(fit, picture, targets, homographies, steps, draw, bar.update)
+            _optimise(fit, image, targets, homographies, steps, draw, bar.update)
     height, width = targets.shape[-2:]
     fitted = (height * factor, width * factor)
-    return ImplicitFeatures(
-        picture, fit.network.eval(), fit.downsampler.eval(), compression, fitted
-    )
+    return ImplicitFeatures(image, fit.network.eval(), fit.downsampler.eval(), compression, fitted)
 
 
-def fourier_features(picture: Tensor, grid: Size, fitted: Size) -> Tensor:
+def fourier_features(image: Tensor, grid: Size, fitted: Size) -> Tensor:
     """Return what the network knows of the points of a grid: ``[h * w, 5 * 30 * 2]``, row by row.
 
     Sines and cosines (eq. 7) of row and column, with edges at -1 and 1, and of colour, each
-    channel's range in the picture brought to -1..1. Frequencies rise in equal ratios to what the
+    channel's range in the image brought to -1..1. Frequencies rise in equal ratios to what the
     points of the ``fitted`` grid can show, and for colours to e^4.
 
     Args:
-        picture: ``[1, 3, H, W]``.
+        image: ``[1, 3, H, W]``.
         grid: where to look.
         fitted: the grid that a map was, or will be, fitted at.
     """
-    channels = rearrange(picture, "1 c h w -> c 1 (h w)")
+    channels = rearrange(image, "1 c h w -> c 1 (h w)")
     low, high = channels.amin(-1, keepdim=True), channels.amax(-1, keepdim=True)
-    colours = rearrange(resize(picture, grid), "1 c h w -> c h w")
+    colours = rearrange(resize(image, grid), "1 c h w -> c h w")
     colours = 2 * (colours - low) / (high - low).clamp_min(1 / 255) - 1
-    axes = [(2 * torch.arange(num, device=picture.device) + 1) / num - 1 for num in grid]
+    axes = [(2 * torch.arange(num, device=image.device) + 1) / num - 1 for num in grid]
     places = torch.stack(torch.meshgrid(*axes, indexing="ij"))
     values = rearrange(torch.cat([places, colours]), "c h w -> (h w) c 1")
     highest = torch.tensor([*(math.pi * num / 2 for num in fitted), *3 * (math.exp(4),)])
@@ -202,7 +200,7 @@ def fourier_features(picture: Tensor, grid: Size, fitted: Size) -> Tensor:
 
 
 def encode_views(
-    teacher: Teacher, picture: Tensor, homographies: Tensor, size: Size, progress: bool = False
+    teacher: Teacher, image: Tensor, homographies: Tensor, size: Size, progress: bool = False
 ) -> tuple[Tensor, Compression]:
     """Encode views of ``[1, 3, H, W]``, 64 a call: ``[V, K, h, w]`` half-precision, compressed.
 
@@ -212,7 +210,7 @@ def encode_views(
     compression = None
     with Progress("encode views", len(homographies), "img", visible=progress) as bar:
         for part in homographies.split(_VIEWS_PER_CALL):
-            spatial = teacher.encode(render(picture, part.to(picture.device), size)).spatial
+            spatial = teacher.encode(render(image, part.to(image.device), size)).spatial
             if not spatial.isfinite().all():
                 raise DataError(
                     "the teacher's features of a view are not finite; compute the teacher in "
@@ -269,7 +267,7 @@ class _Fit(nn.Module):
 
 def _optimise(
     fit: _Fit,
-    picture: Tensor,
+    image: Tensor,
     targets: Tensor,
     homographies: Tensor,
     steps: int,
@@ -279,7 +277,7 @@ def _optimise(
     grid = (targets.shape[-2], targets.shape[-1])
     valid = valid_mask(homographies, grid)  # [V, h, w]
     size = (grid[0] * fit.factor, grid[1] * fit.factor)
-    points = fourier_features(picture, size, size)
+    points = fourier_features(image, size, size)
     optimizer = torch.optim.NAdam(fit.parameters(), lr=LEARNING_RATE)
     for step in range(steps):
         chosen = torch.from_numpy(draw.integers(len(targets), size=VIEWS_PER_STEP))
@@ -294,15 +292,15 @@ def _optimise(
         report(step + 1, f"loss {loss.item():.4f}")
 
 
-def _checked(picture: Tensor, **numbers: int) -> Tensor:
-    """Return the picture as ``[1, 3, H, W]``; raises for what cannot be fitted."""
-    if picture.ndim == 3:
-        picture = picture[None]
-    if picture.ndim != 4 or picture.shape[:2] != (1, 3):
-        raise ConfigError(f"an implicit map is of one picture [3, H, W], not {[*picture.shape]}")
-    if not picture.isfinite().all():
-        raise DataError("the picture holds values that are not finite; read it again")
+def _checked(image: Tensor, **numbers: int) -> Tensor:
+    """Return the image as ``[1, 3, H, W]``; raises for what cannot be fitted."""
+    if image.ndim == 3:
+        image = image[None]
+    if image.ndim != 4 or image.shape[:2] != (1, 3):
+        raise ConfigError(f"an implicit map is of one image [3, H, W], not {[*image.shape]}")
+    if not image.isfinite().all():
+        raise DataError("the image holds values that are not finite; read it again")
     for name, value in numbers.items():
         if value < 1:
             raise ConfigError(f"{name} of an implicit fit is {value}; it must be at least 1")
-    return picture
+    return image

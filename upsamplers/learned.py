@@ -104,7 +104,7 @@ class Learned:
         return self._model(name, spatial.device).correct(spatial)
 
     def cost(self, grid: Size) -> int:
-        """Return the teacher images of one picture: the whole, and the tiles that are looked at."""
+        """Return the teacher images of one image: the whole, and the tiles that are looked at."""
         levels = {level for model in self._models.values() for level in model.tile_levels}
         return 1 + sum(level**2 for level in levels if level > 1)
 

@@ -1,6 +1,6 @@
-"""Measures a fitted upsampler on held-out pictures: fidelity, and how its fine maps look.
+"""Measures a fitted upsampler on held-out images: fidelity, and how its fine maps look.
 
-Every upsampler is shown the same views of the same pictures, whatever it was fitted with. What is
+Every upsampler is shown the same views of the same images, whatever it was fitted with. What is
 reconstructed is the teacher's features as they are: a de-bias is taken off the prediction again, so
 that it earns its place by predicting better and not by making the target easier.
 """
@@ -35,14 +35,14 @@ def measure(
     progress: Callable[[int, int], None] | None = None,
     precision: str = AUTO,
 ) -> dict[str, float]:
-    """Return ``fidelity``, ``total_variation``, ``crf`` and ``mmd`` over all pictures.
+    """Return ``fidelity``, ``total_variation``, ``crf`` and ``mmd`` over all images.
 
     All are taken in the normalised space (FeatSharp, arXiv 2502.16025, eq. 7 and appendix B.2).
 
     Args:
         consistency: the model and the downsampler it was fitted with.
         teacher: the teacher.
-        batches: pictures ``[B, 3, H, W]`` of ``factor`` times ``size`` pixels.
+        batches: images ``[B, 3, H, W]`` of ``factor`` times ``size`` pixels.
         size: the teacher's input in pixels.
         factor: how much finer the fine maps are.
         progress: called with (done, total).
@@ -83,6 +83,6 @@ def measure(
     }
 
 
-def _homographies(number: int, pictures: int) -> Tensor:
+def _homographies(number: int, images: int) -> Tensor:
     generator = np.random.Generator(np.random.Philox(key=[_SEED, number]))
-    return draw_homographies(pictures * VIEWS_PER_PICTURE, VIEWS["featsharp"], generator)
+    return draw_homographies(images * VIEWS_PER_PICTURE, VIEWS["featsharp"], generator)

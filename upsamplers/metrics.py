@@ -1,7 +1,7 @@
 """How good an upsampler is: measures of FeatSharp's tables, over a whole held-out set.
 
 Each measure is fed batch by batch, adds up over processes, and is a ratio of sums: a mean of the
-batches' ratios would hang on single flat pictures. They are FeatSharp's (arXiv 2502.16025, section
+batches' ratios would hang on single flat images. They are FeatSharp's (arXiv 2502.16025, section
 4.1 and appendix B.2): fidelity, total variation, the conditional random field, and the maximum mean
 discrepancy, here between all pairs, as the paper has it. What a probe makes of upsampled maps is
 :mod:`upsamplers.preservation`.
@@ -117,13 +117,13 @@ class TotalVariation(Sums):
 
 
 class ConditionalRandomField(Sums):
-    """Mean over pictures of the CRF of Tables 8 and 9 (:func:`~.losses.conditional_random_field`).
+    """Mean over images of the CRF of Tables 8 and 9 (:func:`~.losses.conditional_random_field`).
 
-    Every picture of one size is measured at the same pixels, so that upsamplers are compared on the
+    Every image of one size is measured at the same pixels, so that upsamplers are compared on the
     same pairs, and in any order.
 
     Args:
-        points: pixels that are drawn of each picture.
+        points: pixels that are drawn of each image.
         seed: of the draw.
         device: where the sums live.
     """
@@ -134,13 +134,13 @@ class ConditionalRandomField(Sums):
 
     @torch.no_grad()
     def update(self, maps: Tensor, guidance: Tensor) -> None:
-        """Add normalised maps ``[B, C, H, W]`` of pictures ``[B, 3, *, *]`` RGB in [0, 1].
+        """Add normalised maps ``[B, C, H, W]`` of images ``[B, 3, *, *]`` RGB in [0, 1].
 
         Raises:
             DataError: a value is not finite.
         """
         check_finite(maps, "conditional random field", "the upsampled map")
-        check_finite(guidance, "conditional random field", "the picture")
+        check_finite(guidance, "conditional random field", "the image")
         generator = torch.Generator().manual_seed(self.seed)
         values = conditional_random_field(
             maps, guidance, points=self.points, generator=generator
@@ -148,10 +148,10 @@ class ConditionalRandomField(Sums):
         self.sums += torch.stack([values.sum(), torch.full_like(values[0], len(values))])
 
     def compute(self) -> float:
-        """Return the mean; raises DataError without pictures."""
+        """Return the mean; raises DataError without images."""
         total, count = self.sums.tolist()
         if not count:
-            raise DataError("conditional random field: no picture was measured")
+            raise DataError("conditional random field: no image was measured")
         return total / count
 
 

@@ -4,7 +4,7 @@
 
     teacher's maps ──► PHI-S ──► + bias ──► network ──► PHI-S back ──► fine map, teacher's space
 
-The bias is one learned map at the teacher's own grid, added to the map of the whole picture and to
+The bias is one learned map at the teacher's own grid, added to the map of the whole image and to
 that of every tile: what the encoder adds to each position whatever it sees (FeatSharp, arXiv
 2502.16025, section 3.4). It works for any network, for it comes before it.
 """
@@ -29,7 +29,7 @@ class Seen(NamedTuple):
     summary: Tensor | None
     observation: Observation
     further: Tensor
-    """``[N, C, h, w]`` of the further pictures that were encoded along."""
+    """``[N, C, h, w]`` of the further images that were encoded along."""
 
 
 class UpsamplerModel(nn.Module):
@@ -73,7 +73,7 @@ class UpsamplerModel(nn.Module):
         encoded = tiling.encode_with_tiles(
             teacher, pixels, grid, factor, self.tile_levels, micro_batch, further
         )
-        guidance = encoded.pictures.get(factor)
+        guidance = encoded.images.get(factor)
         if guidance is None:
             height, width = tiling.low_resolution(teacher, grid, factor)
             guidance = resize(pixels, (height * factor, width * factor))

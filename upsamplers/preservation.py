@@ -3,7 +3,7 @@
 A student that learns upsampled features should end up with the teacher's; so the probe is trained
 on the low-resolution map and only applied to the upsampled one, the "feature-space preservation"
 of AnyUp (arXiv 2510.12764). Upsamplers that are good under a probe of their own can fail here.
-Applied to its own training pictures the probe shows a shift of features most sharply, but then it
+Applied to its own training images the probe shows a shift of features most sharply, but then it
 also counts against a finer map what the teacher did not see at low resolution.
 """
 
@@ -37,11 +37,11 @@ class LinearProbe:
         """Train on low-resolution maps.
 
         Args:
-            features: ``[B, C, h, w]``, all pictures of the training set.
+            features: ``[B, C, h, w]``, all images of the training set.
             labels: ``[B, H, W]``, classes from 0 to K - 1, or ``IGNORED`` (-1).
 
         Raises:
-            DataError: features that are not finite, or labels of other pictures or classes.
+            DataError: features that are not finite, or labels of other images or classes.
         """
         check_finite(features, "preservation", "the teacher's map")
         _check_labels(features, labels, self.num_classes)
@@ -101,10 +101,10 @@ class Preservation(Sums):
 
     @torch.no_grad()
     def update(self, features: Tensor, labels: Tensor) -> None:
-        """Add maps ``[B, C, *, *]`` of pictures with ``labels`` ``[B, H, W]``, as in training.
+        """Add maps ``[B, C, *, *]`` of images with ``labels`` ``[B, H, W]``, as in training.
 
         Raises:
-            DataError: features that are not finite, or labels of other pictures or classes.
+            DataError: features that are not finite, or labels of other images or classes.
         """
         check_finite(features, "preservation", "the map")
         _check_labels(features, labels, self.probe.num_classes)
@@ -129,7 +129,7 @@ class Preservation(Sums):
 
 def _check_labels(features: Tensor, labels: Tensor, num_classes: int) -> None:
     if len(features) != len(labels):
-        raise DataError(f"preservation: {len(features)} maps but {len(labels)} label pictures")
+        raise DataError(f"preservation: {len(features)} maps but {len(labels)} label images")
     least, most = labels.min().item(), labels.max().item()
     if least < IGNORED or most >= num_classes:
         raise DataError(

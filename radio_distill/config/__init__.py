@@ -17,6 +17,7 @@ from .reading import (
     override,
     parse_yaml,
     read_yaml,
+    with_new_names,
 )
 from .resolve import (
     CHOSEN_ANEW,
@@ -92,4 +93,5 @@ __all__ = [
     "resolve_dtypes",
     "share_of",
     "size_pair",
+    "with_new_names",
 ]

@@ -199,6 +199,25 @@ def _assign(node: Any, keys: list[str], value: Any, path: str) -> None:
             )
 
 
+RENAMED = {
+    "evaluation.pictures": "evaluation.images",
+    "fit.pictures_every": "fit.images_every",
+}
+"""Fields that were called otherwise before version 0.2.0."""
+
+
+def with_new_names(data: Any) -> Any:
+    """Return the plain data of an earlier version's recipe with today's names of its fields."""
+    if not isinstance(data, Mapping):
+        return data
+    data = {key: dict(item) if isinstance(item, Mapping) else item for key, item in data.items()}
+    for old, new in RENAMED.items():
+        (section, before), after = old.split("."), new.partition(".")[2]
+        if isinstance(data.get(section), dict) and before in data[section]:
+            data[section][after] = data[section].pop(before)
+    return data
+
+
 def build(cls: type, data: Any, path: str = "") -> Any:
     """Make a dataclass of plain data; unknown, missing and ill-typed fields are ConfigErrors."""
     where = path or "recipe"
@@ -208,6 +227,8 @@ def build(cls: type, data: Any, path: str = "") -> Any:
     hints = typing.get_type_hints(cls)
     values = {}
     for key, value in data.items():
+        if new := RENAMED.get(_join(path, key)):
+            raise ConfigError(f"{_join(path, key)} is called {new} now; rename it")
         if key not in fields:
             raise ConfigError(
                 f"unknown field {_join(path, key)!r} ({nearest(str(key), list(fields))})"

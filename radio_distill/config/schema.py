@@ -277,11 +277,11 @@ class FitConfig:
     size: int = option(0, "side of the teacher's input; 0 for its native size", "px")
     de_bias: bool = option(True, "learn what the teacher adds to each position, and take it out")
     steps: int = option(3000, "optimizer steps", "steps")
-    batch_size: int = option(32, "pictures of one step, over all processes", "images")
-    views: int = option(5, "random views of each picture that must be met", "views")
+    batch_size: int = option(32, "images of one step, over all processes", "images")
+    views: int = option(5, "random views of each image that must be met", "views")
     pool: int = option(
         0,
-        "pictures whose views are drawn and encoded once, kept in memory, and met again; 0 for new ones in every step",
+        "images whose views are drawn and encoded once, kept in memory, and met again; 0 for new ones in every step",
         "images",
         ours=True,
     )
@@ -307,7 +307,7 @@ class FitConfig:
     uncertainty: bool = option(False, "learn how uncertain each cell is, and weigh by it")
     total_variation: float = option(0.0, "weight of the total variation of fine maps")
     crf: float = option(0.0, "weight of the conditional random field loss (FeatUp: 0.001)")
-    pictures_every: int = option(500, "steps between pictures of fine maps", "steps", ours=True)
+    images_every: int = option(500, "steps between images of fine maps", "steps", ours=True)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -326,14 +326,14 @@ class DataConfig:
         ours=True,
     )
     crop_scale: tuple[float, float] = option(
-        (0.5, 1.0), "share of the picture's area that a random crop covers", ours=True
+        (0.5, 1.0), "share of the image's area that a random crop covers", ours=True
     )
     crop_ratio: tuple[float, float] = option(
         (0.75, 1.3333333333333333), "aspect ratio of a random crop", ours=True
     )
     flip: float = option(0.5, "probability of a horizontal flip", ours=True)
-    min_size: int = option(32, "shortest side that a picture must have", "px", ours=True)
-    max_pixels: int = option(100_000_000, "largest picture that is decoded", "px", ours=True)
+    min_size: int = option(32, "shortest side that a image must have", "px", ours=True)
+    max_pixels: int = option(100_000_000, "largest image that is decoded", "px", ours=True)
     shuffle_shards: int = option(
         16, "shards whose samples are shuffled together", "shards", ours=True
     )
@@ -425,8 +425,8 @@ class EvaluationConfig:
     benchmarks: tuple[str, ...] = option(
         ("fidelity", "correspondence", "agreement"), "names in `radio-distill list benchmarks`"
     )
-    pictures: str = option(
-        "", "shards or folder of held-out pictures, for fidelity, agreement and correspondence"
+    images: str = option(
+        "", "shards or folder of held-out images, for fidelity, agreement and correspondence"
     )
     labels: str = option("", "folder with train/CLASS and val/CLASS, for knn")
     segmentation: str = option("", "folder of the segmentation set, for segmentation")
@@ -437,7 +437,7 @@ class EvaluationConfig:
     )
     size: int = option(224, "student input for summaries", "px")
     dense_size: int = option(448, "student input for dense benchmarks", "px")
-    limit: int = option(0, "most pictures of each benchmark; 0 for all", "images")
+    limit: int = option(0, "most images of each benchmark; 0 for all", "images")
     options: dict[str, Any] = option(dict, "arguments of single benchmarks, by benchmark name")
 
 

@@ -288,5 +288,5 @@ def _about_packed(packed: list[Path], place: Path) -> tuple[str, str]:
     )
 
 
-def _none(pattern: str, reason: str, mend: str = "") -> DataError:
-    return DataError(f"no shards found for {pattern!r}: {reason}" + (f"; {mend}" if mend else ""))
+def _none(pattern: str, reason: str, hint: str = "") -> DataError:
+    return DataError(f"no shards found for {pattern!r}: {reason}" + (f"; {hint}" if hint else ""))

@@ -1,6 +1,6 @@
-"""Held-out pictures for evaluation, in one fixed order, from a folder or from shards.
+"""Held-out images for evaluation, in one fixed order, from a folder or from shards.
 
-Nothing is replaced here: a score is only comparable when everyone was asked the same pictures, so a
+Nothing is replaced here: a score is only comparable when everyone was asked the same images, so a
 bad one stops the evaluation with its name.
 """
 
@@ -21,37 +21,37 @@ from .index import open_shards
 from .names import is_hidden, printable
 from .reader import ShardReader
 from .scan import describe
-from .shards import read_picture
+from .shards import read_image
 from .sources import describe_notes
 from .tree import Tree, list_tree, refuse_unreadable, say_once
 
 _SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation")}
 """Names of the folders of a split, in lower case."""
-_SIDE_FILES = (".txt", ".cls", ".json")  # lie beside pictures, and are no matter of evaluation
+_SIDE_FILES = (".txt", ".cls", ".json")  # lie beside images, and are no matter of evaluation
 
 
 @dataclass(frozen=True)
-class PictureRef:
-    """A picture that is not read yet."""
+class ImageRef:
+    """A image that is not read yet."""
 
     key: str
     """Path within the folder, or ``shard:member``."""
     read: Callable[[], bytes]
 
     def load(self) -> Image:
-        """Decode the picture to RGB; raises DataError with its key."""
+        """Decode the image to RGB; raises DataError with its key."""
         try:
             return decode_image(self.read())
         except OSError as error:
-            raise DataError(f"picture {self.key}: {reason_of(error)}") from error
+            raise DataError(f"image {self.key}: {reason_of(error)}") from error
         except BadImageError as error:
-            raise DataError(f"picture {self.key}: {error}; replace or remove it") from error
+            raise DataError(f"image {self.key}: {error}; replace or remove it") from error
 
 
-class Pictures(Sequence[tuple[str, Image]]):
-    """(key, picture) pairs, decoded anew at each access, so that they need no memory."""
+class Images(Sequence[tuple[str, Image]]):
+    """(key, image) pairs, decoded anew at each access, so that they need no memory."""
 
-    def __init__(self, refs: Sequence[PictureRef]):
+    def __init__(self, refs: Sequence[ImageRef]):
         self._refs = refs
 
     def __len__(self) -> int:
@@ -61,38 +61,38 @@ class Pictures(Sequence[tuple[str, Image]]):
     def __getitem__(self, index: int) -> tuple[str, Image]: ...
 
     @overload
-    def __getitem__(self, index: slice) -> "Pictures": ...
+    def __getitem__(self, index: slice) -> "Images": ...
 
-    def __getitem__(self, index: int | slice) -> "tuple[str, Image] | Pictures":
+    def __getitem__(self, index: int | slice) -> "tuple[str, Image] | Images":
         if isinstance(index, slice):
-            return Pictures(self._refs[index])
+            return Images(self._refs[index])
         return self._refs[index].key, self._refs[index].load()
 
 
-class LabelledPictures(NamedTuple):
-    """Pictures of two splits, each with the number of its class."""
+class LabelledImages(NamedTuple):
+    """Images of two splits, each with the number of its class."""
 
     train: list[tuple[Path, int]]
     val: list[tuple[Path, int]]
     class_names: tuple[str, ...]
 
 
-def load_pictures(source: str, limit: int | None = None) -> Pictures:
-    """Give access to the pictures of a folder or of shards; see :func:`list_pictures`.
+def load_images(source: str, limit: int | None = None) -> Images:
+    """Give access to the images of a folder or of shards; see :func:`list_images`.
 
     With a ``limit``, that many are taken at even distances, so that no class of a sorted folder is
     left out; 0 or None takes all.
     """
-    refs = list_pictures(source)
+    refs = list_images(source)
     if limit and limit < len(refs):
         refs = [refs[index * len(refs) // limit] for index in range(limit)]
-    return Pictures(refs)
+    return Images(refs)
 
 
-def list_pictures(source: str) -> list[PictureRef]:
-    """List the pictures of a folder, sorted, or of shards, in their order.
+def list_images(source: str) -> list[ImageRef]:
+    """List the images of a folder, sorted, or of shards, in their order.
 
-    ``source`` is a folder of pictures, or whatever ``data.shards`` takes; a folder with shards in
+    ``source`` is a folder of images, or whatever ``data.shards`` takes; a folder with shards in
     it counts as shards.
 
     Raises:
@@ -104,20 +104,20 @@ def list_pictures(source: str) -> list[PictureRef]:
             raise DataError(f"no folder {source}, of images or of shards")
         return _in_shards(source)
     tree = list_tree(folder)
-    pictures = tree.images
+    paths = tree.images
     if any(path.suffix.lower() == ".tar" for path in tree.files):
-        if pictures:
-            say_once(f"{printable(folder)}: {len(pictures)} images beside the shards are not used")
+        if paths:
+            say_once(f"{printable(folder)}: {len(paths)} images beside the shards are not used")
         return _in_shards(source)
-    _say_rest(folder, tree, pictures)
-    if not pictures:
+    _say_rest(folder, tree, paths)
+    if not paths:
         rest = tree.describe_rest([])
         raise DataError(
-            f"no pictures and no shards found in {source}" + (f": only {rest}" if rest else "")
+            f"no images and no shards found in {source}" + (f": only {rest}" if rest else "")
         )
     return [
-        PictureRef(printable(path.relative_to(folder).as_posix()), partial(read_picture, path))
-        for path in pictures
+        ImageRef(printable(path.relative_to(folder).as_posix()), partial(read_image, path))
+        for path in paths
     ]
 
 
@@ -129,7 +129,7 @@ def _say_rest(folder: Path, tree: Tree, used: Sequence[Path]) -> None:
         say_once(f"{printable(folder)}: {len(used)} images; passed over: {rest}", level)
 
 
-def _in_shards(source: str) -> list[PictureRef]:
+def _in_shards(source: str) -> list[ImageRef]:
     found = search_shards([source])
     reader = ShardReader(open_shards(found.paths))
     for note in [*found.notes, *describe_notes(reader.shards)]:
@@ -144,40 +144,40 @@ def _in_shards(source: str) -> list[PictureRef]:
         for index in range(shard.num_samples):
             sample = reader.sample(number, index)
             read = partial(reader.image_bytes, number, sample)
-            refs.append(PictureRef(reader.key(number, sample), read))
+            refs.append(ImageRef(reader.key(number, sample), read))
     if not refs:
         raise DataError(f"no images in the shards of {source}")
     return refs
 
 
-def labelled_pictures(folder: str) -> LabelledPictures:
+def labelled_images(folder: str) -> LabelledImages:
     """List ``folder/train/CLASS/*.jpg`` and ``folder/val/CLASS/*.jpg``, sorted.
 
     A folder that holds exactly one such set, one level down, stands for it. Hidden files and
-    folders are passed over, as are class folders without any picture, which are counted.
+    folders are passed over, as are class folders without any image, which are counted.
 
     Raises:
-        DataError: another layout, one class only, or pictures in ``val`` of a class that has none
+        DataError: another layout, one class only, or images in ``val`` of a class that has none
             in ``train``.
     """
     refuse_unreadable(Path(folder).expanduser())
     root = _find_splits(Path(folder).expanduser())
     train, val = (_by_class(split_folder(root, split)) for split in ("train", "val"))
-    names = tuple(sorted(name for name, pictures in train.items() if pictures))
+    names = tuple(sorted(name for name, paths in train.items() if paths))
     if unknown := [name for name in val if name not in names and (name not in train or val[name])]:
         raise DataError(
             f"{printable(str(split_folder(root, 'val') / unknown[0]))} has no counterpart with "
-            f"pictures in {printable(str(split_folder(root, 'train')))}, so no answer could be "
+            f"images in {printable(str(split_folder(root, 'train')))}, so no answer could be "
             f"right; add the class there, or remove it ({len(unknown)} such classes)"
         )
     if empty := [name for name in train if name not in names]:
         say_once(
-            f"{printable(root)}: class folders without pictures, passed over: {len(empty)} "
+            f"{printable(root)}: class folders without images, passed over: {len(empty)} "
             f"(first: {printable(empty[0])})"
         )
     if len(names) == 1:
-        raise DataError(f"{root} has pictures of one class only ({names[0]}); add another")
-    return LabelledPictures(_numbered(train, names), _numbered(val, names), names)
+        raise DataError(f"{root} has images of one class only ({names[0]}); add another")
+    return LabelledImages(_numbered(train, names), _numbered(val, names), names)
 
 
 def split_folder(parent: Path, split: str) -> Path:
@@ -219,7 +219,7 @@ def _find_splits(folder: Path) -> Path:
 
 
 def _by_class(split: Path) -> dict[str, list[Path]]:
-    """Return the pictures of each class folder; what else lies there is counted and said."""
+    """Return the images of each class folder; what else lies there is counted and said."""
     tree = list_tree(split)
     classes: dict[str, list[Path]] = {path.name: [] for path in _folders(split)}
     loose = []
@@ -229,10 +229,10 @@ def _by_class(split: Path) -> dict[str, list[Path]]:
         else:
             classes[path.relative_to(split).parts[0]].append(path)
     if not any(classes.values()):
-        raise DataError(f"no pictures found in the class folders of {split}")
+        raise DataError(f"no images found in the class folders of {split}")
     if loose:
         say_once(
-            f"{printable(split)}: pictures in no class folder, passed over: {len(loose)} "
+            f"{printable(split)}: images in no class folder, passed over: {len(loose)} "
             f"(first: {printable(loose[0].name)})"
         )
     _say_rest(split, tree, tree.images)

@@ -1,4 +1,4 @@
-"""From the bytes of one picture to a view of it: decode, crop, flip, resize.
+"""From the bytes of one image to a view of it: decode, crop, flip, resize.
 
 Only formats whose decoders are common and whose size stands in the header are read; AVIF where
 Pillow was built with it, HEIC where pillow-heif is installed. Colour profiles
@@ -27,7 +27,7 @@ from .names import printable
 
 SUFFIX_OF_FORMAT = {
     "JPEG": "jpg",
-    "MPO": "jpg",  # a JPEG with further pictures behind it, from cameras
+    "MPO": "jpg",  # a JPEG with further images behind it, from cameras
     "PNG": "png",
     "WEBP": "webp",
     "GIF": "gif",
@@ -100,7 +100,7 @@ class BadImageError(DataError):
 
 
 def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS, min_size: int = 1) -> Image.Image:
-    """Decode a picture to upright 8-bit RGB.
+    """Decode a image to upright 8-bit RGB.
 
     EXIF orientation is applied, transparency is put on white, 16-bit grey is scaled, and of an
     animation the first frame is taken. Size is judged by the header, before any pixel is decoded.
@@ -131,7 +131,7 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS, min_size: int = 1
 
 
 def image_suffix(data: bytes) -> str:
-    """Return the file suffix that fits the bytes of a picture, whatever its file was called."""
+    """Return the file suffix that fits the bytes of a image, whatever its file was called."""
     return SUFFIX_OF_FORMAT[_open(data).format or ""]
 
 
@@ -228,12 +228,12 @@ def _what_it_is(data: bytes) -> str:
         suffix = "avif" if data[8:12] in (b"avif", b"avis") else "heic"
         needed = "" if suffix in readable_suffixes() else _NEEDED[suffix]
         if needed:
-            return f"not a picture in a known format; {suffix.upper()} needs {needed}"
+            return f"not a image in a known format; {suffix.upper()} needs {needed}"
     start = data[:64].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     kind = next((text for magic, text in _NO_IMAGES.items() if start.startswith(magic)), "")
     if not data.strip(b"\0"):
         kind = "only zeros" if data else "empty"
-    return "not a picture in a known format" + (f", but {kind}" if kind else "")
+    return "not a image in a known format" + (f", but {kind}" if kind else "")
 
 
 def _reason(error: Exception) -> str:
@@ -268,7 +268,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _sixteen_bit_to_rgb(image: Image.Image) -> Image.Image:
-    # Pillow's own conversion clips at 255 and gives a white picture.
+    # Pillow's own conversion clips at 255 and gives a white image.
     grey = np.asarray(image).astype(np.int32).clip(0, 65535)
     return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
 

@@ -142,7 +142,7 @@ def parse_sample(line: bytes) -> Sample:
         sample = Sample(key, {suffix: Member(*place) for suffix, place in members.items()})
         whole = all(0 <= member.size <= MAX_MEMBER_BYTES for member in sample.members.values())
         if sample.image_suffix is None or not whole:
-            raise ValueError("no picture, or one of impossible size")
+            raise ValueError("no image, or one of impossible size")
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"line of an index is damaged ({reason_of(error)}); delete it") from error
     return sample

@@ -227,7 +227,7 @@ class _Views(Dataset[Any]):
         return _Batch(views, tuple(keys), tuple(origins), tuple(bad))
 
     def _find(self, position: int, bad: list[Bad]) -> tuple[str, Image] | None:
-        """Return key and picture of a position, or of its first good substitute."""
+        """Return key and image of a position, or of its first good substitute."""
         place = self._order.at(position)
         for attempt in range(1, MAX_ATTEMPTS + 1):
             key = self._reader.key(*place)  # by number, as the index may not be readable

@@ -43,7 +43,7 @@ def open_regular(path: Path) -> BinaryIO:
     return os.fdopen(descriptor, "rb")
 
 
-class Patience:
+class ReadTimeout:
     """Runs calls that may never come back.
 
     Args:
@@ -56,8 +56,8 @@ class Patience:
         self._helper: _Helper | None = None
         self._abandoned: list[threading.Thread] = []
 
-    def __reduce__(self) -> tuple[type["Patience"], tuple[float]]:
-        return Patience, (self._seconds,)
+    def __reduce__(self) -> tuple[type["ReadTimeout"], tuple[float]]:
+        return ReadTimeout, (self._seconds,)
 
     def __del__(self) -> None:
         if self._helper is not None:
@@ -95,7 +95,7 @@ class Patience:
         if len(self._abandoned) >= MAX_ABANDONED:
             raise DiskStalledError(
                 f"the disk does not answer: {len(self._abandoned)} reads have taken more than "
-                f"{self._seconds:g} s; mend the disk or raise data.read_timeout, and start again"
+                f"{self._seconds:g} s; fix the disk or raise data.read_timeout, and start again"
             )
 
 

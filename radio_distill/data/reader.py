@@ -18,7 +18,7 @@ from ..system.files import reason_of
 from .images import BadImageError
 from .index import Member, Sample, Shard, parse_sample
 from .names import printable
-from .patience import DiskStalledError, NoAnswerError, Patience, open_regular
+from .patience import DiskStalledError, NoAnswerError, ReadTimeout, open_regular
 
 READ_TIMEOUT = 60.0
 """Seconds for one read, where no recipe says otherwise."""
@@ -54,7 +54,7 @@ class ShardReader:
     def __init__(self, shards: Sequence[Shard], max_open: int = 64, timeout: float = READ_TIMEOUT):
         self.shards = shards
         self._max_open = max_open
-        self._patience = Patience(timeout)
+        self._patience = ReadTimeout(timeout)
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -70,19 +70,19 @@ class ShardReader:
         return self._twice(shard, lambda: parse_sample(self._opened(shard).lines[number]))
 
     def key(self, shard: int, sample: Sample | int) -> str:
-        """Return ``shard:member`` of a sample's picture, for logs; of a number, ``shard:#3``."""
+        """Return ``shard:member`` of a sample's image, for logs; of a number, ``shard:#3``."""
         name = f"#{sample}" if isinstance(sample, int) else f"{sample.key}.{sample.image_suffix}"
         return printable(f"{self.shards[shard].path.name}:{name}")
 
     def image_bytes(self, shard: int, sample: Sample) -> bytes:
-        """Read the picture of a sample.
+        """Read the image of a sample.
 
         Raises:
             BadImageError: the bytes are not those that were indexed (``checksum``), or as
                 :meth:`sample`.
             DiskStalledError: as :meth:`sample`.
         """
-        assert sample.image_suffix, f"{sample.key}: the index admits no sample without picture"
+        assert sample.image_suffix, f"{sample.key}: the index admits no sample without image"
         member = sample.members[sample.image_suffix]
         data = self._twice(shard, lambda: self._patience.run(self._opened(shard).read, member))
         if zlib.crc32(data) != member.crc32:

@@ -9,7 +9,7 @@ single members may still be unfit; they are left out, and counted by kind:
 ``not_a_file``    a link to what is not in the shard, a device, a sparse file
 ``too_large``     above ``MAX_MEMBER_BYTES``
 ``duplicate``     of a member that came before; the first one stays
-``no_picture``    a sample of other members only
+``no_image``    a sample of other members only
 
 Members in a row of one sample and one kind count once, so that the counts are samples.
 
@@ -131,8 +131,8 @@ def walk_shard(path: Path) -> Contents:
         raise DataError(f"{shard}: {reason_of(error)}") from error
     except Exception as error:  # tarfile fails on hostile bytes with nearly any exception
         reason = printable(reason_of(error)) or type(error).__name__
-        mend = "" if isinstance(error, _OtherFormatError) else "; make it anew"
-        reason = f"is not a whole, plain tar file: {reason}{mend}"
+        hint = "" if isinstance(error, _OtherFormatError) else "; make it anew"
+        reason = f"is not a whole, plain tar file: {reason}{hint}"
         raise DamagedShardError(shard, reason) from error
     if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
         raise DataError(f"{shard} was written to while it was read; start again when it is whole")
@@ -255,7 +255,7 @@ class _Found:
             if samples and posixpath.dirname(key) not in folders:
                 self._notes.add("side_file", name)
             else:
-                self._leave_out("no_picture", key, name)
+                self._leave_out("no_image", key, name)
         return Contents(samples, self._left_out.result(), self._notes.result())
 
     def _add_link(self, key: str, suffix: str, info: tarfile.TarInfo) -> None:

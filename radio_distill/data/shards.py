@@ -1,7 +1,7 @@
-"""Make tar shards from a folder of pictures.
+"""Make tar shards from a folder of images.
 
 The shards are plain webdataset: members ``KEY.jpg``, ``KEY.txt``, ``KEY.cls`` side by side. The
-bytes of a picture stay as they are; nothing is encoded again.
+bytes of a image stay as they are; nothing is encoded again.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from .patience import open_regular
 from .scan import MAX_MEMBER_BYTES
 from .tree import Tree, list_tree
 
-_COMPANIONS = ("txt", "cls", "json")  # kept where they lie beside a picture under its name
+_COMPANIONS = ("txt", "cls", "json")  # kept where they lie beside a image under its name
 _SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing", "dev")
 _SHOWN = 20
 
@@ -36,27 +36,27 @@ class ShardSummary:
     shards: tuple[Path, ...]
     num_images: int
     bad: Mapping[str, str]
-    """Reason for each picture that was left out, by its path within the source."""
+    """Reason for each image that was left out, by its path within the source."""
     class_names: tuple[str, ...]
     """What the numbers in ``.cls`` stand for; empty without labels."""
     held_out: tuple[Path, ...] = ()
-    """Shards of the pictures that were held out."""
+    """Shards of the images that were held out."""
     notes: tuple[str, ...] = ()
     """What else there is to say, one line each."""
 
     def describe(self) -> list[str]:
         """Return lines for a person: what was made, passed over, and left out."""
         bad = [f"left out {name}: {reason}" for name, reason in islice(self.bad.items(), _SHOWN)]
-        made = f"{self.num_images} pictures in {len(self.shards)} shards: {self.shards[0].parent}"
+        made = f"{self.num_images} images in {len(self.shards)} shards: {self.shards[0].parent}"
         return [made, *self.notes, *bad]
 
 
-def find_pictures(folder: Path) -> list[Path]:
-    """List the picture files below a folder, sorted; see :mod:`.tree` for what is passed over."""
+def find_images(folder: Path) -> list[Path]:
+    """List the image files below a folder, sorted; see :mod:`.tree` for what is passed over."""
     return list_tree(folder).images
 
 
-def read_picture(path: Path) -> bytes:
+def read_image(path: Path) -> bytes:
     """Read a file of a folder; raises BadImageError where it is too large, or no file at all."""
     try:
         with open_regular(path) as file:
@@ -79,25 +79,25 @@ def write_shards(
     hold_out: float = 0.0,
     progress: Callable[[int, int], None] | None = None,
 ) -> ShardSummary:
-    """Pack the pictures below ``source`` into shards; equal sources give equal bytes.
+    """Pack the images below ``source`` into shards; equal sources give equal bytes.
 
-    Text beside a picture goes with it: files of its name with the suffix ``.txt``, ``.cls`` or
+    Text beside a image goes with it: files of its name with the suffix ``.txt``, ``.cls`` or
     ``.json`` in place of its own or behind it, in upper or lower case. Captions are written as
-    UTF-8. Pictures that training would not take are left out and listed. The shards appear in
+    UTF-8. Images that training would not take are left out and listed. The shards appear in
     ``out`` when all of them are written.
 
     Args:
-        labels: write the number of each picture's class folder as ``.cls``, and the folder names
+        labels: write the number of each image's class folder as ``.cls``, and the folder names
             to ``classes.txt``, one a line. The class folders are those of the first level at which
-            there are several; pictures may lie deeper.
+            there are several; images may lie deeper.
         limits: its ``min_size`` and ``max_pixels`` are those of training; by default the defaults.
-        hold_out: share of the pictures, chosen by the hash of their paths, that go to shards of
+        hold_out: share of the images, chosen by the hash of their paths, that go to shards of
             their own in ``OUT_held_out``.
-        progress: called with pictures done and pictures in all.
+        progress: called with images done and images in all.
 
     Raises:
-        DataError: no picture, ``out`` holds such shards already, a file cannot be written, or with
-            labels a source of several splits or with pictures outside of class folders.
+        DataError: no image, ``out`` holds such shards already, a file cannot be written, or with
+            labels a source of several splits or with images outside of class folders.
         ConfigError: ``images_per_shard`` is not positive, or ``hold_out`` no share.
     """
     source, out = Path(source), Path(out)
@@ -106,13 +106,13 @@ def write_shards(
     if not 0 <= hold_out < 1:
         raise ConfigError(f"hold_out: {hold_out:g} is not a share of 0 to below 1")
     tree = list_tree(source)
-    pictures = tree.images
-    if not pictures:
+    paths = tree.images
+    if not paths:
         there = tree.describe_rest([])
         raise DataError(
-            f"no pictures found in {printable(source)}" + (f": only {there}" if there else "")
+            f"no images found in {printable(source)}" + (f": only {there}" if there else "")
         )
-    held = _choose(pictures, source, hold_out)
+    held = _choose(paths, source, hold_out)
     places = [out, held_out_folder(out)] if held else [out]
     for place in places:
         if list(place.glob(f"{prefix}-*.tar")):
@@ -120,11 +120,11 @@ def write_shards(
                 f"{printable(place)} already holds {prefix}-*.tar; remove them or choose another "
                 "folder"
             )
-    classes = _classes(pictures, source) if labels else {}
+    classes = _classes(paths, source) if labels else {}
     packer = _Packer(source, tree, classes, limits or DataConfig(shards=()), progress)
     made = []
     for place in places:
-        chosen = [picture for picture in pictures if (picture in held) == (place != out)]
+        chosen = [image for image in paths if (image in held) == (place != out)]
         try:
             place.mkdir(parents=True, exist_ok=True)
             names = _write(
@@ -136,44 +136,42 @@ def write_shards(
         made.append((tuple(place / name for name in names), packer.num_packed))
     if not made[0][0]:
         raise DataError(
-            f"no picture in {printable(source)} can be used: left out {packer.verdict()}; the "
+            f"no image in {printable(source)} can be used: left out {packer.verdict()}; the "
             f"first: {': '.join(next(iter(packer.bad.items())))}"
         )
     (shards, num_images), (others, num_others) = (*made, ((), 0))[:2]
     notes = packer.notes(tree)
     if held:
-        notes = [f"{num_others} pictures held out in {len(others)} shards: {places[1]}", *notes]
+        notes = [f"{num_others} images held out in {len(others)} shards: {places[1]}", *notes]
     return ShardSummary(shards, num_images, packer.bad, packer.class_names, others, tuple(notes))
 
 
 def held_out_folder(out: Path) -> Path:
-    """Where the pictures go that are held out of the shards in ``out``."""
+    """Where the images go that are held out of the shards in ``out``."""
     return out.with_name(f"{out.name}_held_out")
 
 
-def _choose(pictures: list[Path], source: Path, share: float) -> set[Path]:
-    """Choose a share of the pictures, at least one, by the hash of their paths."""
+def _choose(paths: list[Path], source: Path, share: float) -> set[Path]:
+    """Choose a share of the images, at least one, by the hash of their paths."""
     if not share:
         return set()
 
     def order(path: Path) -> bytes:
         return hashlib.sha256(os.fsencode(path.relative_to(source).as_posix())).digest()
 
-    number = max(1, round(share * len(pictures)))
-    if number >= len(pictures):
-        raise ConfigError(
-            f"hold_out: {share:g} of {len(pictures)} pictures leaves none to train on"
-        )
-    return set(sorted(pictures, key=order)[:number])
+    number = max(1, round(share * len(paths)))
+    if number >= len(paths):
+        raise ConfigError(f"hold_out: {share:g} of {len(paths)} images leaves none to train on")
+    return set(sorted(paths, key=order)[:number])
 
 
-def _classes(pictures: list[Path], source: Path) -> dict[Path, str]:
-    """Return each picture's class: its folder at the first level that has several.
+def _classes(paths: list[Path], source: Path) -> dict[Path, str]:
+    """Return each image's class: its folder at the first level that has several.
 
     A single folder is gone into, so that the class is the folder below ``train``, and not what lies
     deeper, such as ``images``.
     """
-    root, folders = _first_level(pictures, source)
+    root, folders = _first_level(paths, source)
     splits = _splits(folders)
     if len(splits) > 1:
         raise DataError(
@@ -181,23 +179,23 @@ def _classes(pictures: list[Path], source: Path) -> dict[Path, str]:
             f"shards of each: `radio-distill shards {printable(root / splits[0])} OUT --labels`"
         )
     passed = root.relative_to(source).parts
-    loose = [picture for picture in pictures if picture.parent == root]
+    loose = [image for image in paths if image.parent == root]
     if not loose:
-        return {picture: picture.relative_to(root).parts[0] for picture in pictures}
+        return {image: image.relative_to(root).parts[0] for image in paths}
     names = [name for name in passed if name.lower() not in _SPLITS]
     if not passed or (folders and not names):
         raise DataError(
             f"{printable(loose[0])} lies in no class folder; move it, or go without labels"
         )
-    return dict.fromkeys(pictures, names[0] if names else passed[0])  # one class alone
+    return dict.fromkeys(paths, names[0] if names else passed[0])  # one class alone
 
 
-def _first_level(pictures: list[Path], source: Path) -> tuple[Path, list[str]]:
-    """Go into single folders; return where pictures or several folders lie, and the folders."""
+def _first_level(paths: list[Path], source: Path) -> tuple[Path, list[str]]:
+    """Go into single folders; return where images or several folders lie, and the folders."""
     root = source
     while True:
-        folders = sorted({p.relative_to(root).parts[0] for p in pictures if p.parent != root})
-        if len(folders) != 1 or any(picture.parent == root for picture in pictures):
+        folders = sorted({p.relative_to(root).parts[0] for p in paths if p.parent != root})
+        if len(folders) != 1 or any(image.parent == root for image in paths):
             return root, folders
         root /= folders[0]
 
@@ -207,7 +205,7 @@ def _splits(folders: Sequence[str]) -> list[str]:
 
 
 class _Packer:
-    """Turns picture files into webdataset samples, and counts."""
+    """Turns image files into webdataset samples, and counts."""
 
     def __init__(
         self,
@@ -218,7 +216,7 @@ class _Packer:
         progress: Callable[[int, int], None] | None,
     ):
         self._source, self._classes, self._limits = source, classes, limits
-        self._pictures, self._progress = tree.images, progress
+        self._images, self._progress = tree.images, progress
         self._names = sorted(set(classes.values()))
         self.class_names = tuple(map(printable, self._names))
         self._side_files = _SideFiles(tree)
@@ -229,24 +227,24 @@ class _Packer:
         self._kinds: Counter[str] = Counter()
         self._class_sizes: Counter[str] = Counter()
 
-    def samples(self, pictures: Sequence[Path]) -> Iterator[dict[str, Any]]:
-        """Yield a sample of each picture that can be used."""
+    def samples(self, paths: Sequence[Path]) -> Iterator[dict[str, Any]]:
+        """Yield a sample of each image that can be used."""
         self.num_packed = 0
-        for picture in pictures:
+        for image in paths:
             try:
-                yield self._sample(picture)
+                yield self._sample(image)
                 self.num_packed += 1
             except BadImageError as error:
-                self.bad[printable(picture.relative_to(self._source).as_posix())] = str(error)
+                self.bad[printable(image.relative_to(self._source).as_posix())] = str(error)
                 self._kinds[error.kind] += 1
             self._num_done += 1
             if self._progress is not None:
-                self._progress(self._num_done, len(self._pictures))
+                self._progress(self._num_done, len(self._images))
 
     def notes(self, tree: Tree) -> list[str]:
         """Return lines about classes, side files, and what is not in the shards."""
         lines = []
-        root, folders = _first_level(self._pictures, self._source)
+        root, folders = _first_level(self._images, self._source)
         if len(splits := _splits(folders)) > 1:
             names = " and ".join(splits)
             lines.append(
@@ -257,16 +255,16 @@ class _Packer:
             lines.append(f"classes: {len(self._names)} ({_listed(self._class_sizes)})")
         if self._side_files.counts:
             lines.append(f"side files: {_listed(self._side_files.counts)}")
-        if rest := tree.describe_rest([*self._pictures, *self._side_files.used]):
+        if rest := tree.describe_rest([*self._images, *self._side_files.used]):
             lines.append(f"passed over: {rest}")
         if self.bad:
             lines.append(f"left out: {self.verdict()}")
         return lines
 
     def verdict(self) -> str:
-        """Return how many pictures are left out, of which kinds, and which limits take more."""
+        """Return how many images are left out, of which kinds, and which limits take more."""
         kinds = ", ".join(f"{number} {kind}" for kind, number in self._kinds.most_common())
-        words = f"{len(self.bad)} of {len(self._pictures)} pictures ({kinds})"
+        words = f"{len(self.bad)} of {len(self._images)} images ({kinds})"
         limits = [
             f"--{field} (now {getattr(self._limits, field.removeprefix('data.'))})"
             for kind, field in FIELD_OF_KIND.items()
@@ -278,24 +276,24 @@ class _Packer:
             else words
         )
 
-    def _sample(self, picture: Path) -> dict[str, Any]:
-        data = read_picture(picture)
+    def _sample(self, image: Path) -> dict[str, Any]:
+        data = read_image(image)
         decode_image(data, min_size=self._limits.min_size, max_pixels=self._limits.max_pixels)
         # Keys are ours: numbered, so that they are unique; ASCII without dots, so that every reader
         # splits them alike; with a trace of the old name, so that a person finds the file again.
-        stem = re.sub(r"[^A-Za-z0-9_-]+", "_", picture.stem)[:40]
+        stem = re.sub(r"[^A-Za-z0-9_-]+", "_", image.stem)[:40]
         sample: dict[str, Any] = {"__key__": f"{self.num_packed:08d}-{stem}"}
         sample[image_suffix(data)] = data
-        sample |= self._side_files.of(picture, without="cls" if self._classes else "")
+        sample |= self._side_files.of(image, without="cls" if self._classes else "")
         if self._classes:
-            name = self._classes[picture]
+            name = self._classes[image]
             self._class_sizes[printable(name)] += 1
             sample["cls"] = str(self._names.index(name)).encode()
         return sample
 
 
 class _SideFiles:
-    """Captions, labels and the like that lie beside pictures."""
+    """Captions, labels and the like that lie beside images."""
 
     def __init__(self, tree: Tree):
         self._owners = {
@@ -308,16 +306,16 @@ class _SideFiles:
         self.used: set[Path] = set()
         self.counts: Counter[str] = Counter()
 
-    def of(self, picture: Path, without: str) -> dict[str, bytes]:
-        """Read what lies beside a picture, by suffix; one suffix may be left out."""
+    def of(self, image: Path, without: str) -> dict[str, bytes]:
+        """Read what lies beside a image, by suffix; one suffix may be left out."""
         found = {}
         for suffix in _COMPANIONS:
-            path = None if suffix == without else self._find(picture, suffix)
+            path = None if suffix == without else self._find(image, suffix)
             if path is None:
                 continue
             self.used.add(path)
             try:
-                data = read_picture(path)
+                data = read_image(path)
             except BadImageError:
                 self.counts[f"unreadable .{suffix}"] += 1
                 continue
@@ -330,10 +328,10 @@ class _SideFiles:
         self.counts = +self.counts
         return found
 
-    def _find(self, picture: Path, suffix: str) -> Path | None:
-        """Find a file of a picture's name; in another case only where no picture has that."""
-        for name in (f"{picture.stem}.{suffix}", f"{picture.name}.{suffix}"):
-            for path in self._files.get((picture.parent, name.lower()), ()):
+    def _find(self, image: Path, suffix: str) -> Path | None:
+        """Find a file of a image's name; in another case only where no image has that."""
+        for name in (f"{image.stem}.{suffix}", f"{image.name}.{suffix}"):
+            for path in self._files.get((image.parent, name.lower()), ()):
                 stem = path.name[: -len(suffix) - 1]
                 if stem in name or path.parent / stem not in self._owners:
                     return path

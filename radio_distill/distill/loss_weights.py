@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..config import Recipe
 from ..stage import Partition, teacher_shares
-from ..system.distributed import sum_over_ranks
+from ..system.distributed import all_reduce_sum
 from .losses import FEATURES, KINDS, SUMMARY
 from .weighting import AdaLoss
 
@@ -62,7 +62,7 @@ class TermWeights:
         """Adapt to the step's means over all processes; every rank must call."""
         if self._ada is None:
             return
-        totals, images = sum_over_ranks(self._sums).tolist()
+        totals, images = all_reduce_sum(self._sums).tolist()
         self._sums.zero_()
         means = zip(self._terms, totals, images, strict=True)
         self._ada.update({term: total / count for term, total, count in means if count})

@@ -53,7 +53,7 @@ def distillation_loss(
         config: which losses.
         weights: by term.
         shifts: how far the student's crop lies behind a teacher's (:func:`.views.follow`); the
-            features are then compared where both crops show the picture.
+            features are then compared where both crops show the image.
         log_variances: learned ones of each term, where weights are learned.
 
     Raises:

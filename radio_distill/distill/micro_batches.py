@@ -7,10 +7,10 @@ import numpy as np
 
 from ..config import Recipe
 from ..data.loader import StepSlice
-from ..stage import MicroBatch, Pass, images_per_step, partitions_of, share_out
+from ..stage import MicroBatch, Pass, assign_micro_batches, images_per_step, partitions_of
 from ..system.distributed import World
 from ..types import Size, View
-from .randomness import Draws
+from .randomness import StepRandomness
 from .targets import TargetMaker
 from .views import AVERAGE, STUDENT
 
@@ -27,7 +27,7 @@ class Work:
     """
 
     def __init__(
-        self, recipe: Recipe, stage: str, world: World, targets: TargetMaker, draws: Draws
+        self, recipe: Recipe, stage: str, world: World, targets: TargetMaker, draws: StepRandomness
     ):
         config = recipe.stages[stage]
         self.partitions = partitions_of(config)
@@ -66,5 +66,7 @@ class Work:
             item.name: self._targets.images_together(item.config, known[item.name])
             for item in self.partitions
         }
-        ranks = share_out(self.partitions, known, self._world.world_size, self._limit, together)
+        ranks = assign_micro_batches(
+            self.partitions, known, self._world.world_size, self._limit, together
+        )
         return ranks[self._world.rank]

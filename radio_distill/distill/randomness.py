@@ -18,7 +18,7 @@ from ..types import Size, View
 from .views import Views, crop_of
 
 
-class Draws:
+class StepRandomness:
     """The draws of a stage.
 
     Args:

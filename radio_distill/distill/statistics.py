@@ -26,11 +26,11 @@ from ..normalize.moments import Moments
 from ..normalize.normalizers import LayerNorm
 from ..protocols import Normalizer
 from ..stage import Partition, images_per_step
-from ..system.distributed import World, from_main, main_first
+from ..system.distributed import World, broadcast_object, run_on_main
 from ..system.progress import Progress
 from ..train.guard import check_targets
 from ..types import Size, View
-from .randomness import Draws
+from .randomness import StepRandomness
 from .targets import TargetMaker
 from .views import Views
 
@@ -118,10 +118,10 @@ def _statistics_of(
     # Random weights have no hash, so nothing tells two such teachers apart.
     kept = [name for name in names if targets.teachers[name].spec.weights_hash]
     found = {name: load_statistics(paths[name]) for name in kept} if world.is_main else {}
-    known = {name: value for name, value in from_main(found).items() if value is not None}
+    known = {name: value for name, value in broadcast_object(found).items() if value is not None}
     missing = [name for name in names if name not in known]
     if set(missing) & set(kept):
-        main_first(world, lambda: check_can_save(cache))
+        run_on_main(world, lambda: check_can_save(cache))
     known |= _estimate(targets, missing, stream, recipe, device)
     for name in missing:
         if world.is_main and name in kept:
@@ -144,7 +144,9 @@ class _Stream:
         self.partition, self.images, self.world = partition, images, world
         self._targets, self._teachers = targets, teachers
         self._sizes = (Partition(partition, 0, 1.0),)
-        self._draws = Draws(recipe.seed, recipe.augmentation, BATCH, recipe.student.patch_size)
+        self._draws = StepRandomness(
+            recipe.seed, recipe.augmentation, BATCH, recipe.student.patch_size
+        )
         self.source = ShardBatches(
             recipe.data,
             seed=recipe.seed,
@@ -273,7 +275,7 @@ def load_normalizers(
         normalizer.load_state(state)
 
 
-def carry_heads_over(
+def refold_heads(
     model: DistilledStudent, before: Mapping[str, Normalizer], now: Mapping[str, Normalizer]
 ) -> None:
     """Make heads that were trained under earlier statistics predict the same under new ones.

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager
 from ..config import PartitionConfig, TeacherConfig, partition_sizes
 from ..errors import ConfigError
 from ..protocols import Corrector, Normalizer, Teacher, Upsampler
-from ..system.memory import naming
+from ..system.memory import explain_oom
 from ..types import Features, Size, TeacherSpec
 from .mosaic import Mosaic, plan_mosaic
 from .views import Views
@@ -216,7 +216,7 @@ class TargetMaker:
     def _naming(self, name: str, views: Views) -> AbstractContextManager[None]:
         """Name a teacher whose targets do not fit into memory, where its encoder alone does."""
         images, (height, width) = len(views), views.size
-        return naming(
+        return explain_oom(
             f"the targets of teacher {name!r}",
             f"{height}x{width} px of the student, {images} images",
             "lower engine.micro_batch, or the stage's upsampler.micro_batch",

@@ -1,15 +1,15 @@
-"""Does an encoder say the same of one picture at every resolution?
+"""Does an encoder say the same of one image at every resolution?
 
-Each picture is encoded at several sizes, the maps are brought to the grid of the smallest, and
+Each image is encoded at several sizes, the maps are brought to the grid of the smallest, and
 compared position by position. Two numbers come of it:
 
 agreement
     Mean cosine with the reference size, in %, after the mean of the reference features over *all*
-    pictures is taken off: features of a trained encoder share a large constant part, with which any
+    images is taken off: features of a trained encoder share a large constant part, with which any
     two positions, related or not, look alike.
 mode switch
     How far that mean itself moves from the reference size to another, squared, over the variance of
-    the reference features, in %; the largest over the sizes. A shift common to all pictures is what
+    the reference features, in %; the largest over the sizes. A shift common to all images is what
     RADIOv2.5 (arXiv 2412.07679) calls mode switching.
 """
 
@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..data.folder import list_pictures
+from ..data.folder import list_images
 from ..types import Score, Size
-from .harness import Encoder, Picture, encode_pictures, spread
+from .harness import AnyImage, Encoder, encode_images, spread
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,13 +41,13 @@ class SizeAgreement:
 class Agreement:
     """Agreement of features across resolutions; the first of ``scales`` is the reference."""
 
-    pictures: str
+    images: str
     size: int
     scales: tuple[float, ...] = (1.0, 1.5, 2.0, 3.0)
     batch_size: int = 4
 
     name: ClassVar[str] = "agreement"
-    sources: ClassVar[dict[str, str]] = {"pictures": "pictures", "size": "size"}
+    sources: ClassVar[dict[str, str]] = {"images": "images", "size": "size"}
 
     def run(
         self,
@@ -56,39 +56,39 @@ class Agreement:
         progress: Callable[[int, int], None] | None = None,
     ) -> list[Score]:
         """Score ``encoder``; one that takes a single size gets no score."""
-        pictures = spread(list_pictures(self.pictures), limit)
+        images = spread(list_images(self.images), limit)
         sides = [round(self.size * scale) for scale in self.scales]
-        rows = across_sizes(encoder, pictures, sides, self.batch_size, progress)[1:]
+        rows = across_sizes(encoder, images, sides, self.batch_size, progress)[1:]
         if not rows:
             return []
         agreement = 100 * sum(row.cosine for row in rows) / len(rows)
         switch = 100 * max(row.shift for row in rows)
         return [
-            Score(self.name, "cosine", agreement, "%", True, "Agreement", len(pictures)),
-            Score(self.name, "mode_switch", switch, "%", False, "Agreement", len(pictures), False),
+            Score(self.name, "cosine", agreement, "%", True, "Agreement", len(images)),
+            Score(self.name, "mode_switch", switch, "%", False, "Agreement", len(images), False),
         ]
 
 
 def across_sizes(
     encoder: Encoder,
-    pictures: Sequence[Picture],
+    images: Sequence[AnyImage],
     sides: Sequence[int],
     batch_size: int = 4,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[SizeAgreement]:
     """Compare the features at each distinct size the encoder takes with those at the first.
 
-    Pictures are square crops of ``sides`` pixels. The first row is the reference itself.
+    Images are square crops of ``sides`` pixels. The first row is the reference itself.
     """
     sizes = list(dict.fromkeys(encoder.nearest_size((side, side)) for side in sides))
-    total = len(sizes) * len(pictures)
+    total = len(sizes) * len(images)
 
     def maps(index: int) -> list[Tensor]:
         def report(done: int, _: int) -> None:
             if progress is not None:
-                progress(index * len(pictures) + done, total)
+                progress(index * len(images) + done, total)
 
-        batches = encode_pictures(encoder, pictures, sizes[index], batch_size, report)
+        batches = encode_images(encoder, images, sizes[index], batch_size, report)
         return [batch.spatial.cpu() for batch in batches]  # each [B, C, h, w]
 
     reference = maps(0)
@@ -98,14 +98,14 @@ def across_sizes(
     for index in range(1, len(sizes)):
         other = maps(index)
         cosine = torch.stack([_cosine(*pair, mean) for pair in zip(other, reference, strict=True)])
-        weight = torch.tensor([len(batch) for batch in other]) / len(pictures)
+        weight = torch.tensor([len(batch) for batch in other]) / len(images)
         shift = (_mean(other) - mean).square().sum() / variance
         rows.append(SizeAgreement(sizes[index], (cosine * weight).sum().item(), shift.item()))
     return rows
 
 
 def _mean(batches: Sequence[Tensor]) -> Tensor:
-    """Mean over pictures and positions, ``[C]``."""
+    """Mean over images and positions, ``[C]``."""
     return torch.cat([batch.double().mean(dim=(2, 3)) for batch in batches]).mean(dim=0).float()
 
 

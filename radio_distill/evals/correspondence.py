@@ -1,10 +1,10 @@
 """Can one point be found again in another view by its feature alone?
 
-Two benchmarks whose truth is geometry, not labels: pictures warped by known homographies, and
+Two benchmarks whose truth is geometry, not labels: images warped by known homographies, and
 scikit-image's stereo pair with its measured disparity (Middlebury 2014, "Motorcycle").
 Reported as Probe3D does (El Banani et al., 2024): recall, the share of points whose nearest
 neighbour by cosine lies within a threshold of the true place. Features are sampled bilinearly at
-points of the *picture*, not at grid cells, so encoders of different patch size answer the same
+points of the *image*, not at grid cells, so encoders of different patch size answer the same
 questions.
 
 Left out: Probe3D's ratio test, which keeps the surest matches of each encoder and so asks each one
@@ -23,19 +23,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..config import size_pair
-from ..data.folder import load_pictures
+from ..data.folder import load_images
 from ..errors import ConfigError
 from ..types import Score, Size
 from .harness import Encoder, to_pixels
 
-GREY = 0.5  # what a warped view shows beyond its picture
+GREY = 0.5  # what a warped view shows beyond its image
 
 
 @dataclass(frozen=True, slots=True)
 class Correspondence:
-    """Recall between a picture and its warp by a random, seeded homography."""
+    """Recall between a image and its warp by a random, seeded homography."""
 
-    pictures: str
+    images: str
     size: int
     rotation: float = 30.0
     """Largest rotation, in degrees either way."""
@@ -54,7 +54,7 @@ class Correspondence:
     seed: int = 0
 
     name: ClassVar[str] = "correspondence"
-    sources: ClassVar[dict[str, str]] = {"pictures": "pictures", "size": "dense_size"}
+    sources: ClassVar[dict[str, str]] = {"images": "images", "size": "dense_size"}
 
     def run(
         self,
@@ -62,18 +62,18 @@ class Correspondence:
         limit: int | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> list[Score]:
-        """Match every picture with its warp; all points of all pictures count alike."""
+        """Match every image with its warp; all points of all images count alike."""
         size = size_pair(self.size)
-        pictures = load_pictures(self.pictures, limit)
+        images = load_images(self.images, limit)
         generator = torch.Generator().manual_seed(self.seed)
         errors = []
-        for index, (_, picture) in enumerate(pictures):
+        for index, (_, image) in enumerate(images):
             matrix = random_homography(size, self.rotation, self.zoom, self.perspective, generator)
-            errors.append(self._errors(encoder, to_pixels(picture, size), matrix))
+            errors.append(self._errors(encoder, to_pixels(image, size), matrix))
             if progress is not None:
-                progress(index + 1, len(pictures))
+                progress(index + 1, len(images))
         return recalls(
-            self.name, torch.cat(errors), size, self.thresholds, self.shares, len(pictures)
+            self.name, torch.cat(errors), size, self.thresholds, self.shares, len(images)
         )
 
     def _errors(self, encoder: Encoder, pixels: Tensor, matrix: Tensor) -> Tensor:
@@ -141,7 +141,7 @@ def stereo_pair() -> tuple[Tensor, Tensor, Tensor]:
         from skimage.data import stereo_motorcycle
     except ImportError as error:
         raise ConfigError(
-            "benchmark 'stereo' reads its pictures from scikit-image; "
+            "benchmark 'stereo' reads its images from scikit-image; "
             "pip install scikit-image, or take it out of evaluation.benchmarks"
         ) from error
     left, right, disparity = stereo_motorcycle()
@@ -251,12 +251,12 @@ def grid_points(size: Size, stride: int) -> Tensor:
 
 
 def inside(points: Tensor, size: Size) -> Tensor:
-    """Say which points ``[N, 2]`` lie on a picture of ``size``."""
+    """Say which points ``[N, 2]`` lie on a image of ``size``."""
     return ((points >= 0) & (points <= torch.tensor([size[1], size[0]]))).all(dim=1)
 
 
 def sample(maps: Tensor, points: Tensor, size: Size) -> Tensor:
-    """Interpolate ``[C, h, w]`` at points of a picture of ``size``; ``[N, C]``."""
+    """Interpolate ``[C, h, w]`` at points of a image of ``size``; ``[N, C]``."""
     position = points / torch.tensor([size[1], size[0]]) * 2 - 1
     grid = position[None, None].to(maps)
     values = F.grid_sample(maps[None], grid, padding_mode="border", align_corners=False)

@@ -1,10 +1,10 @@
-"""How closely a student's heads reproduce their teachers on held-out pictures.
+"""How closely a student's heads reproduce their teachers on held-out images.
 
 Both sides are in the teacher's normalised space, so one number is comparable from teacher to
 teacher; students of different normalizers are compared :func:`in_teacher_space`. Fidelity is
 FeatSharp's (arXiv 2502.16025, eq. 7): MSE(Y, mean of Y) / MSE(X, Y), 1 for a student that only
-knows the mean. It is a ratio of sums over all pictures, not a mean of ratios of batches, which a
-flat picture would ruin.
+knows the mean. It is a ratio of sums over all images, not a mean of ratios of batches, which a
+flat image would ruin.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +17,7 @@ from ..distill.alignment import align
 from ..distill.views import Views
 from ..protocols import Normalizer
 from ..types import Features, Score, Size, View
-from .harness import Picture, open_picture, to_pixels
+from .harness import AnyImage, open_image, to_pixels
 
 Predict = Callable[[Tensor], dict[str, Features]]
 Targets = Callable[[Views], dict[str, Features]]
@@ -27,7 +27,7 @@ Targets = Callable[[Views], dict[str, Features]]
 def fidelity(
     predict: Predict,
     targets: Targets,
-    pictures: Sequence[Picture],
+    images: Sequence[AnyImage],
     size: Size,
     teacher_sizes: Sequence[Size] = (),
     batch_size: int = 8,
@@ -42,16 +42,16 @@ def fidelity(
     Args:
         predict: pixels ``[B, 3, H, W]`` on ``device`` to the student's ``{teacher: Features}``.
         targets: views to the teachers' ``{teacher: Features}``, normalised alike.
-        pictures: held-out pictures.
+        images: held-out images.
         size: the student's input, in pixels.
         teacher_sizes: what else ``targets`` looks at, of the same aspect ratio.
-        batch_size: pictures a batch.
+        batch_size: images a batch.
         device: where both callables want their pixels.
         progress: called with (done, total).
     """
     sums: dict[str, _Sums] = {}
-    for start in range(0, len(pictures), batch_size):
-        batch = [open_picture(picture) for picture in pictures[start : start + batch_size]]
+    for start in range(0, len(images), batch_size):
+        batch = [open_image(image) for image in images[start : start + batch_size]]
         views = Views(
             {
                 View(side): torch.stack([to_pixels(image, side) for image in batch]).to(device)
@@ -63,7 +63,7 @@ def fidelity(
         for teacher, target in targets(views).items():
             sums.setdefault(teacher, _Sums()).add(predicted[teacher], target)
         if progress is not None:
-            progress(start + len(batch), len(pictures))
+            progress(start + len(batch), len(images))
     return [score for teacher, total in sums.items() for score in total.scores(teacher)]
 
 
@@ -87,10 +87,10 @@ def in_teacher_space(predict: Predict, normalizers: Mapping[str, Normalizer]) ->
 
 
 class _Sums:
-    """Sums over all pictures for one teacher, in double precision."""
+    """Sums over all images for one teacher, in double precision."""
 
     def __init__(self) -> None:
-        self.num_pictures = 0
+        self.num_images = 0
         self.num_positions = 0
         self.squared_error = 0.0
         self.cosine = 0.0
@@ -101,7 +101,7 @@ class _Sums:
     def add(self, predicted: Features, target: Features) -> None:
         x, y = align(predicted.spatial, target.spatial, "smaller")
         x, y = x.double(), y.double()  # [B, C, h, w]
-        self.num_pictures += len(y)
+        self.num_images += len(y)
         self.num_positions += y.numel() // y.shape[1]
         self.squared_error += (x - y).square().sum().item()
         self.cosine += F.cosine_similarity(x, y, dim=1).sum().item()
@@ -123,7 +123,7 @@ class _Sums:
             "cosine": (self.cosine / self.num_positions, True),
         }
         if self.summary_cosine is not None:
-            values["summary_cosine"] = (self.summary_cosine / self.num_pictures, True)
+            values["summary_cosine"] = (self.summary_cosine / self.num_images, True)
         return [
             Score(
                 "fidelity",
@@ -132,7 +132,7 @@ class _Sums:
                 "1",
                 higher,
                 "Fidelity",
-                self.num_pictures,
+                self.num_images,
                 # The others show the same error otherwise, or can be zero, which has no gain.
                 headline=metric == "fidelity",
                 trained_for=True,

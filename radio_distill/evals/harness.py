@@ -1,6 +1,6 @@
 """One harness for every encoder: a student, a teacher, or a teacher behind an upsampler.
 
-A benchmark asks for pictures at *its* size; :meth:`Encoder.nearest_size` says which size the
+A benchmark asks for images at *its* size; :meth:`Encoder.nearest_size` says which size the
 encoder takes instead, and positions and label maps stay in the benchmark's own pixels, so that
 encoders of different patch size are measured with one ruler. Every draw has a seeded generator.
 
@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..config import EvaluationConfig, build
-from ..data.folder import PictureRef
+from ..data.folder import ImageRef
 from ..errors import ConfigError
 from ..protocols import Benchmark
 from ..registry import Registry, check_has, check_takes, nearest
@@ -41,7 +41,7 @@ BENCHMARKS = Registry(
     },
 )
 
-Picture = Image.Image | Path | PictureRef
+AnyImage = Image.Image | Path | ImageRef
 Item = TypeVar("Item")
 
 
@@ -84,35 +84,35 @@ class Encoder:
         return Features(None if summary is None else summary.float(), spatial.float())
 
 
-def open_picture(picture: Picture) -> Image.Image:
-    """Return an upright RGB picture, read now unless it is one; raises DataError with its name."""
-    if isinstance(picture, Image.Image):
-        return picture.convert("RGB")
-    if isinstance(picture, Path):
-        picture = PictureRef(str(picture), picture.read_bytes)
-    return picture.load()
+def open_image(image: AnyImage) -> Image.Image:
+    """Return an upright RGB image, read now unless it is one; raises DataError with its name."""
+    if isinstance(image, Image.Image):
+        return image.convert("RGB")
+    if isinstance(image, Path):
+        image = ImageRef(str(image), image.read_bytes)
+    return image.load()
 
 
-def to_pixels(picture: Picture, size: Size) -> Tensor:
+def to_pixels(image: AnyImage, size: Size) -> Tensor:
     """Resize to cover ``size``, crop the centre; ``[3, H, W]`` in [0, 1]."""
     height, width = size
-    fitted = ImageOps.fit(open_picture(picture), (width, height), Image.Resampling.BICUBIC)
+    fitted = ImageOps.fit(open_image(image), (width, height), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).float() / 255
 
 
-def encode_pictures(
+def encode_images(
     encoder: Encoder,
-    pictures: Sequence[Picture],
+    images: Sequence[AnyImage],
     size: Size,
     batch_size: int = 16,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[Features]:
-    """Yield the features of ``pictures``, a batch at a time, each cropped to ``size``."""
-    for start in range(0, len(pictures), batch_size):
-        batch = [to_pixels(picture, size) for picture in pictures[start : start + batch_size]]
+    """Yield the features of ``images``, a batch at a time, each cropped to ``size``."""
+    for start in range(0, len(images), batch_size):
+        batch = [to_pixels(image, size) for image in images[start : start + batch_size]]
         yield encoder(torch.stack(batch))
         if progress is not None:
-            progress(start + len(batch), len(pictures))
+            progress(start + len(batch), len(images))
 
 
 def spread(items: Sequence[Item], limit: int | None) -> list[Item]:
@@ -156,7 +156,7 @@ def _check_benchmark(name: str, kind: Any) -> None:
     if not isinstance(sources, Mapping):
         raise ConfigError(
             f"{what}: sources is a {type(sources).__name__}, not a mapping of its own fields to "
-            "those of `evaluation`, such as {'pictures': 'pictures'}"
+            "those of `evaluation`, such as {'images': 'images'}"
         )
     for field, source in sources.items():
         if field not in own or source not in known:

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..data.folder import labelled_pictures
+from ..data.folder import labelled_images
 from ..errors import ConfigError
 from ..types import Score
-from .harness import Encoder, encode_pictures, spread
+from .harness import Encoder, encode_images, spread
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class Knn:
 
         An encoder without a summary is judged by the mean of its spatial features.
         """
-        train, val, names = labelled_pictures(self.folder)
+        train, val, names = labelled_images(self.folder)
         train, val = thin_out(train, val, limit)
         self._check_bank(train, limit)
         _say_what_is_seen(train, val, len(names))
@@ -86,7 +86,7 @@ class Knn:
     def _check_bank(self, train: Sequence[Labelled], limit: int | None) -> None:
         if len(train) < self.k:
             raise ConfigError(
-                f"knn: the bank has {len(train)} pictures, fewer than k={self.k}; "
+                f"knn: the bank has {len(train)} images, fewer than k={self.k}; "
                 + ("raise --evaluation.limit, or " if limit else "add training images, or ")
                 + f"set --evaluation.options '{{knn: {{k: {max(1, len(train) // 2)}}}}}'"
             )
@@ -95,7 +95,7 @@ class Knn:
         self, encoder: Encoder, paths: Sequence[Path], progress: Callable[[int, int], None] | None
     ) -> Tensor:
         size = (self.size, self.size)
-        batches = encode_pictures(encoder, paths, size, self.batch_size, progress)
+        batches = encode_images(encoder, paths, size, self.batch_size, progress)
         return torch.cat(
             [
                 (spatial.mean(dim=(2, 3)) if summary is None else summary).cpu()

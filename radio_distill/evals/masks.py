@@ -165,7 +165,7 @@ def _named(root: Path, kind: str, split: str) -> dict[Path, Path]:
     paths = [path for path in tree.images if kind == "images" or _is_png(path)]
     if not paths:
         raise DataError(
-            f"evaluation.segmentation: no {'.png' if kind == 'masks' else 'pictures'} in {parent}"
+            f"evaluation.segmentation: no {'.png' if kind == 'masks' else 'images'} in {parent}"
         )
     if rest := tree.describe_rest(paths):
         level = logging.INFO if rest == f"{tree.num_hidden} hidden" else logging.WARNING

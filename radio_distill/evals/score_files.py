@@ -137,7 +137,7 @@ class ScoreSet:
         return found
 
     def check_alike(self) -> None:
-        """Raise DataError where a metric that counts is of other pictures for some model."""
+        """Raise DataError where a metric that counts is of other images for some model."""
         for name, metric in self.definitions.items():
             found = self._by(name, lambda how: how.of)
             if metric.counts and len(found) > 1:

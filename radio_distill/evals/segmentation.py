@@ -3,7 +3,7 @@
 Features are standardised by the training set (batch normalisation whose batch is the whole set) and
 a linear layer is trained with AdamW for a fixed number of steps, as in the mmseg recipes of DINOv2
 and RADIO but without their augmentation, since features are encoded once and kept on the CPU in
-half precision, ``2 * N * C * h * w`` bytes. So the probe is for sets of hundreds of pictures; for
+half precision, ``2 * N * C * h * w`` bytes. So the probe is for sets of hundreds of images; for
 all of ADE20K take mmseg.
 """
 
@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from ..errors import DataError
 from ..types import Score, Size
-from .harness import Encoder, encode_pictures
+from .harness import Encoder, encode_images
 from .masks import IGNORED, Ignore, find_pairs, labelled_classes, listed, open_set, read_mask
 
 __all__ = ["IGNORED", "Segmentation", "find_pairs", "labelled_classes", "read_mask"]
@@ -85,7 +85,7 @@ class Segmentation:
         self, encoder: Encoder, paths: list[Path], progress: Callable[[int, int], None] | None
     ) -> list[Tensor]:
         size = (self.size, self.size)
-        batches = encode_pictures(encoder, paths, size, self.batch_size, progress)
+        batches = encode_images(encoder, paths, size, self.batch_size, progress)
         return [spatial.half().cpu() for batch in batches for spatial in batch.spatial]
 
     def _fit(self, tokens: Tensor, shares: Tensor, device: torch.device | str) -> Probe:

@@ -5,7 +5,7 @@
     FOLDER/
         config.json                RadioConfig
         model.safetensors          body, under the names of the published RADIO models
-        preprocessor_config.json   pictures to [0, 1]; normalisation is inside the model
+        preprocessor_config.json   images to [0, 1]; normalisation is inside the model
         adaptors.safetensors       heads, "<teacher>.summary.fc1.weight" …, in the teachers' space
         radio_distill.json         what the heads are, for radio_distill.load
         README.md                  model card

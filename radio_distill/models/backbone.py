@@ -1,4 +1,4 @@
-"""A student as its users meet it: features and summary of pictures of any size.
+"""A student as its users meet it: features and summary of images of any size.
 
 ::
 
@@ -9,7 +9,7 @@
     output.summary, output.features              # [B, S], [B, D, h, w]
     output.adaptors["dino"].spatial              # [B, C, h, w], in the teacher's own space
 
-Decoding pictures, and bringing those of a batch to one size, is left to the caller;
+Decoding images, and bringing those of a batch to one size, is left to the caller;
 :mod:`.loading` has where backbones come from.
 """
 
@@ -36,7 +36,7 @@ _SMALLEST, _LARGEST = -1.0, 2.0
 
 
 class BackboneOutput(NamedTuple):
-    """What a backbone says of a batch of pictures."""
+    """What a backbone says of a batch of images."""
 
     summary: Tensor
     """``[B, S]``: the summary tokens of the teachers that have a summary, side by side."""
@@ -47,7 +47,7 @@ class BackboneOutput(NamedTuple):
 
 
 class Backbone(nn.Module):
-    """A student with some of its heads, for any size of picture.
+    """A student with some of its heads, for any size of image.
 
     Gradients flow, for fine-tuning; a loaded one is in evaluation mode.
 
@@ -105,7 +105,7 @@ class Backbone(nn.Module):
         return tuple(self.adaptors)
 
     def nearest_size(self, height: int, width: int) -> Size:
-        """Return the size nearest to a picture's that is taken as it is."""
+        """Return the size nearest to a image's that is taken as it is."""
         step = self.student.size_step
         return max(round(height / step), 1) * step, max(round(width / step), 1) * step
 
@@ -116,15 +116,15 @@ class Backbone(nn.Module):
         format: Format = "NCHW",
         fit: Fit = "pad",
     ) -> BackboneOutput:
-        """Encode pictures of any one size.
+        """Encode images of any one size.
 
         Args:
             pixels: ``[B, 3, H, W]`` float RGB in [0, 1].
             adaptors: teachers whose features are asked for too.
             format: of all maps, ``[B, D, h, w]`` or ``[B, h * w, D]``.
             fit: how a size that the patch does not divide becomes one. ``pad`` adds the mean colour
-                below and to the right, and returns the cells that show picture: each cell is
-                ``patch_size`` pixels of the picture as it came, so a map can be laid over it.
+                below and to the right, and returns the cells that show image: each cell is
+                ``patch_size`` pixels of the image as it came, so a map can be laid over it.
                 ``resize`` scales to :meth:`nearest_size`: no cell shows padding, and none is
                 exactly ``patch_size`` pixels.
 
@@ -143,7 +143,7 @@ class Backbone(nn.Module):
         return BackboneOutput(summary, _formatted(spatial, format), outputs)
 
     def summarize(self, pixels: Tensor, adaptor: str, fit: Fit = "pad") -> Tensor:
-        """Encode pictures into one teacher's summary alone, ``[B, S]``, without its feature map.
+        """Encode images into one teacher's summary alone, ``[B, S]``, without its feature map.
 
         Raises:
             ConfigError: where that teacher has no summary, besides the reasons of :meth:`forward`.
@@ -177,7 +177,7 @@ class Backbone(nn.Module):
         return adaptor
 
     def _encode(self, pixels: Tensor, fit: Fit) -> tuple[Tensor, Tensor]:
-        """Return all summary tokens ``[B, T, D]``, and the cells that show picture."""
+        """Return all summary tokens ``[B, T, D]``, and the cells that show image."""
         if pixels.ndim != 4 or pixels.shape[1] != 3 or 0 in pixels.shape:
             raise ConfigError(f"pixels have shape {list(pixels.shape)}, expected [B, 3, H, W]")
         if not pixels.is_floating_point():

@@ -46,7 +46,7 @@ class CroppedPositions(nn.Module):
         table = rearrange(self.table, "y x d -> 1 d y x")
         if draws is None:
             return rearrange(_resize(table, grid), "1 d h w -> 1 h w d")
-        # The crops are laid out below each other in one picture, because a table that is expanded
+        # The crops are laid out below each other in one image, because a table that is expanded
         # over the batch would get a gradient of the batch's size.
         points = rearrange(crop_points(grid, draws), "b h w xy -> 1 (b h) w xy")
         positions = F.grid_sample(table, points, mode="bilinear", align_corners=True)

@@ -6,7 +6,7 @@ is ``W * (softplus(s) + 0.05) / sigma_max(W)``, with a scale ``s`` for each of t
 ``s``, not on ``W``, whose size has no effect. One power iteration a step tracks ``sigma_max``.
 
 DAMP multiplies each weight by its own draw from N(1, std^2) in training, so that a student does
-well on pictures that differ from those it saw (Trinh et al. 2024, arXiv 2406.16540). The gradient
+well on images that differ from those it saw (Trinh et al. 2024, arXiv 2406.16540). The gradient
 is that of the paper's loss ``E[L(W * xi)]``, so it has the factor ``xi``, which the authors' code
 leaves out. They draw anew for each part of a batch; here a step has one draw, so that its numbers
 do not depend on how many processes or micro-batches share it. Biases and norms keep still.

@@ -1,4 +1,4 @@
-"""What the models of a recipe cost: operations for one picture, memory for a micro-batch.
+"""What the models of a recipe cost: operations for one image, memory for a micro-batch.
 
 The models run on fake tensors (:mod:`.measure`), each part once: stages and partitions share most
 of what is measured. The student's memory includes that of its losses.
@@ -38,26 +38,26 @@ class TeacherCost:
 
     sight: Sight
     calls: int
-    """Teacher images for one picture: 1, or what the upsampler needs."""
+    """Teacher images for one image: 1, or what the upsampler needs."""
     encode_flops: int
-    """Of all calls for one picture, or of one canvas; in the teacher's dtype."""
+    """Of all calls for one image, or of one canvas; in the teacher's dtype."""
     other_flops: int
-    """Of upsampler and normalizer for one picture, in float32."""
+    """Of upsampler and normalizer for one image, in float32."""
 
     @property
     def flops(self) -> float:
-        """Operations for one picture, on full canvases."""
-        return self.encode_flops / self.sight.pictures + self.other_flops
+        """Operations for one image, on full canvases."""
+        return self.encode_flops / self.sight.images + self.other_flops
 
 
 @dataclass(frozen=True)
 class PassCost:
-    """One partition at one size; operations are for one picture."""
+    """One partition at one size; operations are for one image."""
 
     rendered: Mapping[str, Size]
     """Size of each encoder's view, in pixels."""
     tokens: int
-    """Student tokens of one picture, summary tokens and registers included."""
+    """Student tokens of one image, summary tokens and registers included."""
     student_flops: int
     """Forward, backward and recomputation; with MESA, the averaged student's forward too."""
     teachers: tuple[TeacherCost, ...]
@@ -65,7 +65,7 @@ class PassCost:
 
 @dataclass(frozen=True)
 class PartitionCost:
-    """One partition; its figures are means over the sizes that a step may draw, for one picture."""
+    """One partition; its figures are means over the sizes that a step may draw, for one image."""
 
     partition: Partition
     passes: Mapping[Size, PassCost]
@@ -144,7 +144,7 @@ class ModelCosts:
         return sum(parameter.numel() for parameter in self._student.parameters())
 
     def partition(self, stage: str, partition: Partition) -> PartitionCost:
-        """Measure one picture of a partition at each of its sizes."""
+        """Measure one image of a partition at each of its sizes."""
         key = stage, partition.name
         if key not in self._partitions:
             passes = {size: self._pass(stage, partition, size) for size in partition.sizes}
@@ -154,12 +154,12 @@ class ModelCosts:
     def images_together(self, partition: Partition, size: Size) -> int:
         """Return how many images must stay together, because they share canvases."""
         sights = [self._sight(partition.config, name, size) for name in partition.config.teachers]
-        return math.lcm(*(sight.pictures for sight in sights))
+        return math.lcm(*(sight.images for sight in sights))
 
     def own_grid_flops(self, partition: PartitionConfig, name: str) -> float:
-        """Return a teacher's operations for one picture of a partition, without upsampler."""
+        """Return a teacher's operations for one image of a partition, without upsampler."""
         sights = [self._sight(partition, name, view) for view in partition_sizes(partition)]
-        flops = [self.encode_flops(name, sight.size) / sight.pictures for sight in sights]
+        flops = [self.encode_flops(name, sight.size) / sight.images for sight in sights]
         return sum(flops) / len(flops)
 
     def step_memory(self, stage: str, passes: Sequence[Pass], images: int) -> int:

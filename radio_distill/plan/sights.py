@@ -1,4 +1,4 @@
-"""How a teacher sees the pictures of a partition: at what size, and how many at a time."""
+"""How a teacher sees the images of a partition: at what size, and how many at a time."""
 
 import math
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from ..types import Size, TeacherSpec
 
 @dataclass(frozen=True)
 class Sight:
-    """What one teacher sees of a picture at one size of the student's.
+    """What one teacher sees of a image at one size of the student's.
 
     Where partitions share their images, equal sights give equal targets.
     """
@@ -19,13 +19,13 @@ class Sight:
     size: Size
     """Of its input, in pixels; in a mosaic that of the canvas."""
     grid: Size
-    """Of one picture's target, in cells."""
-    pictures: int
-    """Pictures on one input: 1, or those of a mosaic."""
+    """Of one image's target, in cells."""
+    images: int
+    """Images on one input: 1, or those of a mosaic."""
 
     def inputs(self, images: int) -> int:
-        """Return how many inputs show some pictures."""
-        return math.ceil(images / self.pictures)
+        """Return how many inputs show some images."""
+        return math.ceil(images / self.images)
 
 
 def sight_of(
@@ -36,7 +36,7 @@ def sight_of(
     Args:
         recipe: the recipe.
         spec: the teacher's.
-        partition: who shows the pictures.
+        partition: who shows the images.
         view: student input, (height, width) in pixels.
         factor: of the upsampler, for the teachers that it upsamples.
     """

@@ -28,7 +28,7 @@ from typing import Literal
 
 from ..config import EngineConfig, Facts, Recipe, StageConfig, resolve, share_of
 from ..distill.statistics import first_partition
-from ..stage import MicroBatch, Partition, images_per_step, partitions_of, share_out
+from ..stage import MicroBatch, Partition, assign_micro_batches, images_per_step, partitions_of
 from ..types import Size
 from .cost import ModelCosts, PartitionCost, TeacherCost
 
@@ -229,7 +229,9 @@ def _deal(
 ) -> list[list[MicroBatch]]:
     """Deal the images of one step to devices, as the trainer does."""
     together = {item.name: costs.images_together(item, sizes[item.name]) for item in partitions}
-    return share_out(partitions, sizes, devices, costs.recipe.engine.micro_batch, together)
+    return assign_micro_batches(
+        partitions, sizes, devices, costs.recipe.engine.micro_batch, together
+    )
 
 
 def state_memory(parameters: int, zero_stage: int, devices: int) -> Memory:

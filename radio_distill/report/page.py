@@ -1,7 +1,7 @@
-"""One HTML page that tells a run: gains, scores, training curves, pictures, recipe.
+"""One HTML page that tells a run: gains, scores, training curves, images, recipe.
 
 A page is sections of tables, figures and definitions (:func:`write_page`); :func:`write_report` is
-that of a run. It is one file and loads nothing: style is inline, pictures are base64. It follows
+that of a run. It is one file and loads nothing: style is inline, images are base64. It follows
 the reader's light or dark setting, fits a phone, and prints on white. There is no script in it.
 """
 
@@ -36,7 +36,7 @@ _DARK = (
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """A picture with a title and a caption."""
+    """A image with a title and a caption."""
 
     title: str
     caption: str
@@ -63,8 +63,8 @@ def write_report(
         summary: what was run (commands, machine, versions, time), as name and text.
         tables: the headline first, then the scores. All text is escaped.
         beside: what is shown with the headline and is no part of it.
-        figures: pictures of features.
-        curves: small pictures set side by side, as :func:`training_curves` makes them.
+        figures: images of features.
+        curves: small images set side by side, as :func:`training_curves` makes them.
         recipe_text: the resolved recipe.
 
     Raises:
@@ -270,7 +270,7 @@ def _figure(figure: Figure) -> str:
 
 
 def _data_address(figure: Figure) -> str:
-    """Put a picture into an address. An SVG stays an image: nothing in it can run or load."""
+    """Put a image into an address. An SVG stays an image: nothing in it can run or load."""
     content = figure.image
     if not isinstance(content, bytes):
         buffer = io.BytesIO()

@@ -52,7 +52,7 @@ class Column:
     format: str = ""
     """Format specification of the numbers, for instance ``.2f``; a leading ``+`` marks a change."""
     better: Literal["higher", "lower"] | None = None
-    """Draws an arrow in the heading and marks the best value; None for neither."""
+    """StepRandomness an arrow in the heading and marks the best value; None for neither."""
 
     @property
     def heading(self) -> str:

@@ -82,7 +82,7 @@ def _number(environment: Mapping[str, str], name: str, default: int) -> int:
         return int(environment.get(name, default))
     except ValueError:
         raise ConfigError(
-            f"{name}={environment[name]} is no whole number; `unset {name}`, or mend the launcher"
+            f"{name}={environment[name]} is no whole number; `unset {name}`, or fix the launcher"
         ) from None
 
 
@@ -230,7 +230,7 @@ def _leave() -> None:
         dist.destroy_process_group()
 
 
-def sum_over_ranks(values: Tensor) -> Tensor:
+def all_reduce_sum(values: Tensor) -> Tensor:
     """Return the sum of ``values`` over all processes, on each of them, where they lie."""
     if not dist.is_initialized():
         return values
@@ -241,7 +241,7 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return total.to(values.device)
 
 
-def main_first(world: World, function: Callable[[], T]) -> T:
+def run_on_main(world: World, function: Callable[[], T]) -> T:
     """Call a function on rank 0 alone; every process returns its value, or raises its error.
 
     A process that did not learn of the error would wait for rank 0 for ever.
@@ -254,7 +254,7 @@ def main_first(world: World, function: Callable[[], T]) -> T:
         except (RadioDistillError, OSError) as caught:
             error = caught
     _wait_for_main(world)
-    value, error = from_main((value, error))
+    value, error = broadcast_object((value, error))
     if error is not None:
         raise error
     return cast(T, value)
@@ -269,7 +269,7 @@ def _wait_for_main(world: World) -> None:
     if _store is None:
         return
     _turns += 1
-    turn, pause = f"main_first/{_turns}", 0.001
+    turn, pause = f"run_on_main/{_turns}", 0.001
     if world.is_main:
         _store.set(turn, "done")
     while not _store.check([turn]):
@@ -277,7 +277,7 @@ def _wait_for_main(world: World) -> None:
         pause = min(2 * pause, 1.0)
 
 
-def from_main(value: T) -> T:
+def broadcast_object(value: T) -> T:
     """Return rank 0's value of a small picklable object, on every process."""
     if not dist.is_initialized():
         return value
@@ -286,7 +286,7 @@ def from_main(value: T) -> T:
     return box[0]
 
 
-def from_ranks(values: list[T]) -> list[T]:
+def all_gather_object(values: list[T]) -> list[T]:
     """Return the lists of all processes as one, in the order of ranks, on every process."""
     if not dist.is_initialized():
         return values

@@ -25,13 +25,13 @@ _ASKED = re.compile(r"allocate (\d[\d.]*) ([KMGTPE]iB|bytes)")
 
 
 @contextmanager
-def naming(part: str, what: str, mend: str) -> Iterator[None]:
+def explain_oom(part: str, what: str, hint: str) -> Iterator[None]:
     """Turn running out of memory inside the block into one line; the innermost block names it.
 
     Args:
         part: what was running: ``teacher 'sam'``.
         what: on how much: ``1024x1024 px, 8 images``.
-        mend: the setting that lowers it; see :func:`lower`.
+        hint: the setting that lowers it; see :func:`lower`.
 
     Raises:
         OutOfMemoryError: the line, with what torch tells of the sizes.
@@ -42,18 +42,18 @@ def naming(part: str, what: str, mend: str) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         figures = ", ".join(filter(None, (_asked(str(error)), _in_use())))
-        line = f"out of memory in {part} at {what}{': ' if figures else ''}{figures}; {mend}"
+        line = f"out of memory in {part} at {what}{': ' if figures else ''}{figures}; {hint}"
         raise OutOfMemoryError(line) from error
 
 
 def lower(setting: str, limit: int, images: int, otherwise: str) -> str:
-    """Return the mend for a part that takes images in calls of at most ``limit``.
+    """Return the hint for a part that takes images in calls of at most ``limit``.
 
     Args:
         setting: the field of the recipe that sets the limit.
         limit: its value; 0 for all at once.
         images: that were in the call.
-        otherwise: the mend where there was one image, and no fewer can be.
+        otherwise: the hint where there was one image, and no fewer can be.
     """
     if images <= 1:
         return otherwise

@@ -40,7 +40,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from .. import __version__
-from ..config import Recipe, build, check_student, dump, parse_yaml
+from ..config import Recipe, build, check_student, dump, parse_yaml, with_new_names
 from ..errors import CheckpointError, ConfigError, WeightsError
 from ..system.files import check_readable, flush, is_there, reason_of, sha256_of, unreadable
 from ..types import TeacherSpec
@@ -240,7 +240,7 @@ def read(folder: Path) -> Checkpoint:
     meta = _read_meta(folder)
     try:
         _verify_parts(folder, meta["sha256"])
-        recipe: Recipe = build(Recipe, parse_yaml(meta["recipe"]))
+        recipe: Recipe = build(Recipe, with_new_names(parse_yaml(meta["recipe"])))
         check_student(recipe.student)
         return Checkpoint(
             folder,

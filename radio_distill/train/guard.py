@@ -2,7 +2,7 @@
 
 DeepSpeed's own check differs between ZeRO stages (with float32 and stage 0 there is none), so every
 pass is looked at here, before the update, and all processes agree on what they found. Such a step
-is skipped: its images are used up, the weights stay. One bad picture in a million, or one overflow
+is skipped: its images are used up, the weights stay. One bad image in a million, or one overflow
 of a teacher in half precision, must not end a run of days; what comes again and again must.
 """
 
@@ -130,7 +130,7 @@ class Skips:
                 where += f", the {_ordinal(self.in_a_row)} in a row,"
             raise DivergedError(
                 f"{where} is not finite: {describe(findings)}; {_last(last_good)}; "
-                f"{_mend(findings)}"
+                f"{_hint(findings)}"
             )
 
 
@@ -163,7 +163,7 @@ def _last(last_good: Path | None) -> str:
     return f"the last good checkpoint is {last_good}"
 
 
-def _mend(findings: Sequence[Finding]) -> str:
+def _hint(findings: Sequence[Finding]) -> str:
     teachers = [cause.split()[1] for cause, _ in findings if cause.startswith("teacher")]
     if teachers:
         return f"check the weights of {teachers[0]}, or set teachers.{teachers[0]}.dtype to float32"

@@ -125,8 +125,8 @@ class Heartbeat:
             f"the last was {step}"
         )
         own = (self._watcher.ident, threading.get_ident())
-        mend = "where steps do take so long, raise watch.hang_seconds"
-        text = f"{reason}; {mend}; the stacks of its threads:\n{stacks(without=own)}"
+        hint = "where steps do take so long, raise watch.hang_seconds"
+        text = f"{reason}; {hint}; the stacks of its threads:\n{stacks(without=own)}"
         _write(_LOG, text)  # in one piece, so that those of several ranks do not mix
         try:
             if self._folder is not None:

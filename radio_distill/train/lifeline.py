@@ -27,9 +27,9 @@ from torch import Tensor
 from ..config import Recipe, plain
 from ..errors import CheckpointError, InterruptedRunError, RadioDistillError
 from ..system import signals as interruption
-from ..system.distributed import World, from_ranks, main_first, sum_over_ranks
+from ..system.distributed import World, all_gather_object, all_reduce_sum, run_on_main
 from ..system.files import reason_of
-from ..system.memory import naming
+from ..system.memory import explain_oom
 from ..types import TeacherSpec
 from . import checkpoint as checkpoints
 from .checkpoint import Checkpoint, Origin
@@ -79,7 +79,7 @@ def agree(loss: Tensor, findings: Findings, problem: bool = False) -> Signs:
         device=loss.device,
     )
     values = torch.stack([loss.detach().double(), findings.trouble(loss.device)])
-    total, trouble, *asked_by, problems = sum_over_ranks(torch.cat([values, flags])).tolist()
+    total, trouble, *asked_by, problems = all_reduce_sum(torch.cat([values, flags])).tolist()
     if problems:
         raise _ProblemError
     numbers = zip(interruption.SIGNALS, asked_by, strict=True)
@@ -196,9 +196,9 @@ class Lifeline:
         Raises:
             DivergedError: on every rank, where it is one too many in a row.
         """
-        found = from_ranks(list(findings))
+        found = all_gather_object(list(findings))
         self._saver.wait()
-        last_good = main_first(self._world, lambda: self._saver.newest)
+        last_good = run_on_main(self._world, lambda: self._saver.newest)
         if self._world.is_main:
             logger.warning("step %d is skipped: %s", step, describe(found))
             row = {"step": step, "found": [item._asdict() for item in found]}
@@ -233,7 +233,7 @@ class Lifeline:
         now = time.monotonic()
         seconds = max(now - self._log_time, 1e-9)
         shares = torch.tensor([waited - self._log_waited, self._saving - self._log_saving])
-        data, saving = (sum_over_ranks(shares) / (seconds * self._world.world_size)).tolist()
+        data, saving = (all_reduce_sum(shares) / (seconds * self._world.world_size)).tolist()
         rate = (images - self._log_images) / seconds
         self._log_time, self._log_waited = now, waited
         self._log_saving, self._log_images = self._saving, images
@@ -277,7 +277,7 @@ class Lifeline:
         """
         begin = time.monotonic()
         self._saver.wait()
-        with naming("the checkpoint", f"step {step}", "free memory on the host of rank 0"):
+        with explain_oom("the checkpoint", f"step {step}", "free memory on the host of rank 0"):
             tensors = parts()
         counts = {"skipped_steps": self.skips.in_all, "skipped_in_a_row": self.skips.in_a_row}
         if self._world.is_main and self._saver.error is None:
@@ -294,7 +294,7 @@ class Lifeline:
                 follows the stage is to begin.
         """
         newest, asked = self._wait(), interruption.requested() == signal.SIGINT
-        if main_first(self._world, lambda: asked) and self._step == self._steps:
+        if run_on_main(self._world, lambda: asked) and self._step == self._steps:
             raise InterruptedRunError(
                 f"{self._folder.name}: asked to stop by SIGINT after its last step; it is "
                 f"complete: {newest}"
@@ -306,7 +306,7 @@ class Lifeline:
         self._saver.wait()
         self._saving += time.monotonic() - begin
         self._raise_problem()
-        newest = main_first(self._world, lambda: self._saver.newest)
+        newest = run_on_main(self._world, lambda: self._saver.newest)
         assert newest is not None, "nothing was saved"
         return newest
 
@@ -352,7 +352,7 @@ class Lifeline:
             if self._saver.error is not None:
                 raise self._saver.error
 
-        main_first(self._world, check)
+        run_on_main(self._world, check)
 
     def _report(self, state: Any, reason: str = "") -> None:
         """Write the status, unless another process has taken over, or the disk is full."""

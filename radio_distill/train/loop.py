@@ -28,7 +28,7 @@ from ..config import Recipe, StageConfig, plain
 from ..distill.loss_weights import TermWeights
 from ..distill.losses import KINDS, LossReport, distillation_loss
 from ..distill.micro_batches import Work
-from ..distill.randomness import Draws
+from ..distill.randomness import StepRandomness
 from ..distill.statistics import normalizer_tensors
 from ..distill.targets import Seen, TargetMaker
 from ..distill.terms import mesa
@@ -38,8 +38,8 @@ from ..models.ema import Ema
 from ..models.spectral import begin_step
 from ..protocols import BatchSource, Engine
 from ..stage import MicroBatch, Pass
-from ..system.distributed import World, sum_over_ranks
-from ..system.memory import lower, naming
+from ..system.distributed import World, all_reduce_sum
+from ..system.memory import explain_oom, lower
 from ..system.progress import Progress
 from ..types import Features, ImageBatch, TeacherSpec, View
 from . import checkpoint as checkpoints
@@ -70,7 +70,7 @@ class StageRun:
     source: BatchSource
     work: Work
     """This rank's micro-batches of each step."""
-    draws: Draws
+    draws: StepRandomness
     weights: TermWeights
     ema: Ema | None = None
     """On rank 0, and on every rank where the averaged student teaches."""
@@ -144,7 +144,7 @@ def train(run: StageRun) -> Path:
             waited += time.monotonic() - asked
             report = accumulate(run, step, step_batches, life.agree)
             step_rates = {group: float(values[step]) for group, values in rates.items()}
-            with naming("the update", f"step {step + 1}", zero_mend(run.recipe)):
+            with explain_oom("the update", f"step {step + 1}", zero_hint(run.recipe)):
                 norm = run.engine.step(step_rates)
             done = step + 1
             if math.isfinite(norm) and not report.signs.trouble:
@@ -265,7 +265,7 @@ def _forward(
     return report
 
 
-def zero_mend(recipe: Recipe) -> str:
+def zero_hint(recipe: Recipe) -> str:
     """Say what makes the student's weights, gradients and moments take less memory."""
     return f"raise engine.zero_stage (now: {recipe.engine.zero_stage}), or take a smaller student"
 
@@ -278,8 +278,8 @@ def _student_part(
     other = "set student.gradient_checkpointing to true"
     if recipe.student.gradient_checkpointing:
         other = "take a smaller student, or lower the sizes of the partitions"
-    mend = lower("engine.micro_batch", recipe.engine.micro_batch, images, other)
-    return naming(part, f"{height}x{width} px, {images} images", mend)
+    hint = lower("engine.micro_batch", recipe.engine.micro_batch, images, other)
+    return explain_oom(part, f"{height}x{width} px, {images} images", hint)
 
 
 def take_in(run: StageRun, report: StepReport, meter: Meter) -> None:
@@ -311,7 +311,9 @@ def _compare(
         return report
     assert run.ema is not None, "the averaged student teaches on every rank"
     size = f"{views.size[0]}x{views.size[1]} px"
-    name = naming("the averaged student", size, "lower engine.micro_batch, or set loss.mesa to 0")
+    name = explain_oom(
+        "the averaged student", size, "lower engine.micro_batch, or set loss.mesa to 0"
+    )
     with name, torch.no_grad(), run.engine.autocast():
         _, average = run.ema.model.get_submodule("student")(views.of_student(AVERAGE))
     shift, cells = views.shift(AVERAGE), None
@@ -359,5 +361,5 @@ def _log_values(
     values |= {f"learning_rate/{group}": rate for group, rate in rates.items()}
     values["gradient_norm"] = norm
     bad = torch.tensor([sum(run.source.bad.values())], device=run.engine.device)
-    values["bad_images"] = float(sum_over_ranks(bad))
+    values["bad_images"] = float(all_reduce_sum(bad))
     return values

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ..system.distributed import sum_over_ranks
+from ..system.distributed import all_reduce_sum
 
 
 class Meter:
@@ -29,7 +29,7 @@ class Meter:
 
     def means(self) -> dict[str, float]:
         """Return the means over all ranks since the last call, and start anew."""
-        totals, weights = sum_over_ranks(self._sums).tolist()
+        totals, weights = all_reduce_sum(self._sums).tolist()
         self._sums.zero_()
         return {
             name: total / weight

@@ -37,7 +37,7 @@ class JsonLines:
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
 
-    def write_picture(self, step: int, name: str, picture: np.ndarray) -> None:
+    def write_image(self, step: int, name: str, image: np.ndarray) -> None:
         """Write nothing: the file is for numbers."""
 
     def close(self) -> None:
@@ -74,9 +74,9 @@ class TensorBoard:
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
-    def write_picture(self, step: int, name: str, picture: np.ndarray) -> None:
+    def write_image(self, step: int, name: str, image: np.ndarray) -> None:
         """Add ``[h, w, 3]`` uint8."""
-        self._writer.add_image(name, picture, step, dataformats="HWC")
+        self._writer.add_image(name, image, step, dataformats="HWC")
 
     def close(self) -> None:
         """Flush and close."""
@@ -106,10 +106,10 @@ class Sinks:
         for sink in self._sinks:
             sink.write(step, values)
 
-    def write_picture(self, step: int, name: str, picture: np.ndarray) -> None:
+    def write_image(self, step: int, name: str, image: np.ndarray) -> None:
         """Write to each sink."""
         for sink in self._sinks:
-            sink.write_picture(step, name, picture)
+            sink.write_image(step, name, image)
 
 
 def open_sinks(folder: Path, tensorboard: bool, is_main: bool, resume_step: int = 0) -> Sinks:

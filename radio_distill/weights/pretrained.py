@@ -9,7 +9,7 @@ no place for (classifier, pooling, heads) is left behind; what the source lacks 
 * timm's patch embedding has a bias and the student's has none: it moves into the position table.
 * LayerScale goes into the matrix before it where the student has none, and is 1 where only the
   student has it; both compute the same as before.
-* RADIO checkpoints, runs and timm folders bring the mean and std of the pictures; a bare timm file
+* RADIO checkpoints, runs and timm folders bring the mean and std of the images; a bare timm file
   says none, so the architecture's own stay.
 * A table of positions is stretched to the student's square. Which grid it has follows from the
   source's configuration, from ``student.pretrained_grid``, or from its being a square.

@@ -1,7 +1,7 @@
 """Run the whole path on real photographs with real pretrained teachers, on a laptop.
 
     radio-distill demo
-    radio-distill demo --data ~/Pictures
+    radio-distill demo --data ~/Images
 
 Photographs -> shards -> stage 1 -> stage 2 -> stage 3 with each upsampler and seed -> scores ->
 report -> gain table. Without --data, the photographs are those inside the scikit-image and
@@ -51,7 +51,7 @@ _BUSY = 0.75
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``radio-distill demo``."""
     add_trust_argument(parser)
-    parser.add_argument("--data", type=Path, metavar="DIR", help="folder of your own pictures")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="folder of your own images")
     parser.add_argument(
         "--upsamplers",
         nargs="+",
@@ -76,7 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
     asked = Asked("demo", (*_place_of(arguments.data), *arguments.fields))
     recipe = load_recipe(asked.recipe, asked.fields)
     print(announcement(upsamplers, arguments.seeds))
-    prepare_pictures(recipe, arguments.data)
+    prepare_images(recipe, arguments.data)
     for stage in ("stage1", "stage2"):
         train_stage(stage, recipe, resume=True, asked=asked, retrain=True)
     for number in range(arguments.seeds):
@@ -199,7 +199,7 @@ def _with_seed(recipe: Recipe, asked: Asked, number: int) -> tuple[Recipe, Asked
 
 
 def _place_of(data: Path | None) -> list[str]:
-    """Return the recipe fields that give the user's own pictures a place of their own."""
+    """Return the recipe fields that give the user's own images a place of their own."""
     if data is None:
         return []
     source = data.expanduser().resolve()
@@ -207,22 +207,22 @@ def _place_of(data: Path | None) -> list[str]:
     return [
         f"name={name}",
         f"data.shards=[data/{name}/shards]",
-        f"evaluation.pictures=data/{name}/held_out",
+        f"evaluation.images=data/{name}/held_out",
     ]
 
 
-def prepare_pictures(recipe: Recipe, data: Path | None) -> None:
-    """Make the demo's shards and held-out pictures, unless they are there."""
+def prepare_images(recipe: Recipe, data: Path | None) -> None:
+    """Make the demo's shards and held-out images, unless they are there."""
     from radio_distill.data.shards import write_shards
 
-    from .pictures import gather_demo_pictures
+    from .demo_images import gather_demo_images
 
     shards = Path(recipe.data.shards[0])
     if any(shards.glob("*.tar")):
         return
-    found = gather_demo_pictures(shards.parent, data)
+    found = gather_demo_images(shards.parent, data)
     # Several shards, so that what a real data set needs is used here too.
     made = write_shards(found.train, shards, images_per_shard=100)
     for line in made.describe()[1:]:
         print(line)
-    print(f"{found.num_train} pictures to train on, {found.num_held_out} held out: {shards.parent}")
+    print(f"{found.num_train} images to train on, {found.num_held_out} held out: {shards.parent}")

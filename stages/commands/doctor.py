@@ -47,7 +47,7 @@ class Finding:
     name: str
     ok: bool
     detail: str
-    mend: str = ""
+    hint: str = ""
     optional: bool = False
     """True where most runs do without it."""
 
@@ -59,7 +59,7 @@ def check_packages() -> None:
     to find out.
 
     Raises:
-        ConfigError: naming the package that is another project's, and the commands that mend it.
+        ConfigError: naming the package that is another project's, and the commands that hint it.
     """
     home = Path(__file__).resolve().parents[2]
     for name in PACKAGES:
@@ -93,7 +93,7 @@ def examine(folder: Path) -> list[Finding]:
         _triton,
         lambda: _writable(folder),
         lambda: _free_disk(folder),
-        *(lambda name=name, mend=mend: _installed(name, mend) for name, mend in DEMO.items()),
+        *(lambda name=name, hint=hint: _installed(name, hint) for name, hint in DEMO.items()),
     ]
     return [check() for check in checks]
 
@@ -107,8 +107,8 @@ def _packages() -> Finding:
     try:
         check_packages()
     except RadioDistillError as error:
-        wrong, _, mend = str(error).partition("; ")
-        return Finding("our packages", False, wrong, mend)
+        wrong, _, hint = str(error).partition("; ")
+        return Finding("our packages", False, wrong, hint)
     return Finding("our packages", True, str(Path(__file__).resolve().parents[2]))
 
 
@@ -121,8 +121,8 @@ def _torch() -> Finding:
         )
     if not torch.cuda.is_available():
         if shutil.which("nvidia-smi"):
-            mend = "install a CUDA build of torch that is no newer than the driver"
-            return Finding("torch", False, f"{torch.__version__} sees no GPU here", mend)
+            hint = "install a CUDA build of torch that is no newer than the driver"
+            return Finding("torch", False, f"{torch.__version__} sees no GPU here", hint)
         return Finding("torch", True, f"{torch.__version__}, no GPU: {_cores()} CPU cores")
     gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     names = ", ".join(f"{gpu.name} {gpu.total_memory / 2**30:.0f} GiB" for gpu in gpus)
@@ -130,7 +130,7 @@ def _torch() -> Finding:
 
 
 def _torchvision() -> Finding:
-    mend = (
+    hint = (
         "torch and torchvision come from different builds; take both from one place: "
         "pip install --force-reinstall torch torchvision"
     )
@@ -141,8 +141,8 @@ def _torchvision() -> Finding:
         boxes = torch.tensor([[0.0, 0.0, 2.0, 2.0], [0.0, 0.0, 2.0, 2.1]])
         kept = torchvision.ops.nms(boxes, torch.tensor([0.5, 1.0]), 0.5).tolist()
     except Exception as error:
-        return Finding("torchvision", False, _line(error), mend)
-    return Finding("torchvision", kept == [1], torchvision.__version__, mend)
+        return Finding("torchvision", False, _line(error), hint)
+    return Finding("torchvision", kept == [1], torchvision.__version__, hint)
 
 
 def _precision() -> Finding:
@@ -160,13 +160,13 @@ def _precision() -> Finding:
             detail += " of float32"
         detail += f": auto is {native_dtype(device)}"
     except Exception as error:
-        return Finding("precision", False, _line(error), "mend torch first")
+        return Finding("precision", False, _line(error), "hint torch first")
     return Finding("precision", True, detail)
 
 
 def _gloo() -> Finding:
     """Sum one number over one process: fails where the host's own name does not resolve."""
-    mend = "add this host's name to /etc/hosts, or set GLOO_SOCKET_IFNAME to a network interface"
+    hint = "add this host's name to /etc/hosts, or set GLOO_SOCKET_IFNAME to a network interface"
     try:
         import torch
         import torch.distributed as dist
@@ -179,7 +179,7 @@ def _gloo() -> Finding:
         finally:
             dist.destroy_process_group()
     except Exception as error:
-        return Finding("gloo", False, _line(error), mend)
+        return Finding("gloo", False, _line(error), hint)
     return Finding("gloo", True, "an all-reduce works")
 
 
@@ -187,18 +187,18 @@ def _nccl() -> Finding:
     try:
         import torch
     except Exception as error:
-        return Finding("nccl", False, _line(error), "mend torch first")
+        return Finding("nccl", False, _line(error), "hint torch first")
     if not torch.distributed.is_nccl_available():
-        mend = "install a CUDA build of torch; several GPUs cannot work together without NCCL"
+        hint = "install a CUDA build of torch; several GPUs cannot work together without NCCL"
         needed = torch.cuda.is_available()
-        return Finding("nccl", False, "not in this torch", mend, optional=not needed)
+        return Finding("nccl", False, "not in this torch", hint, optional=not needed)
     number = ".".join(map(str, torch.cuda.nccl.version()))
     return Finding("nccl", True, number if torch.cuda.is_available() else f"{number}, no GPU")
 
 
 def _triton() -> Finding:
     finding = _installed("triton", "pip install triton; without it the eager kernels are used")
-    return Finding(finding.name, finding.ok, finding.detail, finding.mend, optional=True)
+    return Finding(finding.name, finding.ok, finding.detail, finding.hint, optional=True)
 
 
 def _installed(name: str, optional_mend: str = "") -> Finding:
@@ -206,8 +206,8 @@ def _installed(name: str, optional_mend: str = "") -> Finding:
     try:
         return Finding(name, True, version(name))
     except PackageNotFoundError:
-        mend = optional_mend or f"pip install {name}"
-        return Finding(name, False, "not installed", mend, optional=bool(optional_mend))
+        hint = optional_mend or f"pip install {name}"
+        return Finding(name, False, "not installed", hint, optional=bool(optional_mend))
 
 
 def _writable(folder: Path) -> Finding:
@@ -221,8 +221,8 @@ def _writable(folder: Path) -> Finding:
 
 def _free_disk(folder: Path) -> Finding:
     free = shutil.disk_usage(_existing(folder)).free / 1e9
-    mend = f"free some space, or choose another disk with --output; {_LEAST_FREE_GB} GB are wanted"
-    return Finding("free disk", free >= _LEAST_FREE_GB, f"{free:.0f} GB", mend)
+    hint = f"free some space, or choose another disk with --output; {_LEAST_FREE_GB} GB are wanted"
+    return Finding("free disk", free >= _LEAST_FREE_GB, f"{free:.0f} GB", hint)
 
 
 def _existing(folder: Path) -> Path:
@@ -255,13 +255,13 @@ def run(args: argparse.Namespace) -> int:
     for finding in findings:
         mark = "✓" if finding.ok else "-" if finding.optional else "✗"
         style = {"✓": "green", "-": "yellow", "✗": "bold red"}[mark]
-        seen = finding.detail if finding.ok else f"{finding.detail}\n→ {finding.mend}"
+        seen = finding.detail if finding.ok else f"{finding.detail}\n→ {finding.hint}"
         table.add_row(Text(mark, style), Text(finding.name, no_wrap=True), Text(seen))
     console = Console()
     console.print(table)
     broken = [finding.name for finding in findings if not finding.ok and not finding.optional]
     if broken:
-        console.print(Text(f"✗ to mend: {', '.join(broken)}", "bold red"))
+        console.print(Text(f"✗ to hint: {', '.join(broken)}", "bold red"))
     else:
         console.print(Text("✓ ready", "green"))
     return 1 if broken else 0

@@ -219,7 +219,7 @@ def _asked(evaluation: EvaluationConfig) -> dict[str, Any]:
     return asked
 
 
-_FIDELITY_READS = {"pictures": "pictures", "size": "size"}
+_FIDELITY_READS = {"images": "images", "size": "size"}
 
 
 def _yaml(value: Any) -> str:

@@ -1,7 +1,7 @@
 """Write a recipe to begin with: one stage, one teacher, and a word on each line.
 
 radio-distill init mine
-radio-distill shards ~/Pictures data/mine
+radio-distill shards ~/Images data/mine
 radio-distill plan mine
 radio-distill train mine
 """

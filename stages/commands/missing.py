@@ -24,7 +24,7 @@ from ..upsampler_files import Need, problems_of
 
 @dataclass
 class Findings:
-    """What a recipe lacks, a line for each thing: its field, what is not there, the mend."""
+    """What a recipe lacks, a line for each thing: its field, what is not there, the hint."""
 
     missing: list[str] = field(default_factory=list)
     """What its stages, or their scores, would stop at."""
@@ -256,12 +256,12 @@ def _evaluation(recipe: Recipe) -> Iterator[str]:
         path = getattr(recipe.evaluation, name)
         if path and not glob.glob(str(Path(path).expanduser())):
             yield f"evaluation.{name}: nothing at {path}"
-    pictures = recipe.evaluation.pictures
-    if pictures and not Path(pictures).expanduser().is_dir():
+    images = recipe.evaluation.images
+    if images and not Path(images).expanduser().is_dir():
         try:
-            find_shards([pictures])
+            find_shards([images])
         except DataError as error:
-            yield f"evaluation.pictures: {error}"
+            yield f"evaluation.images: {error}"
 
 
 def _benchmarks(recipe: Recipe) -> Iterator[str]:
@@ -269,9 +269,9 @@ def _benchmarks(recipe: Recipe) -> Iterator[str]:
 
     config = recipe.evaluation
     for name in config.benchmarks:
-        if name == "fidelity" and not config.pictures:
+        if name == "fidelity" and not config.images:
             yield (
-                "evaluation.pictures: fidelity needs held-out pictures; name a folder or shards, "
+                "evaluation.images: fidelity needs held-out images; name a folder or shards, "
                 "or drop fidelity from evaluation.benchmarks"
             )
         if name == "fidelity":

@@ -1,14 +1,14 @@
-"""Compare what students see in one picture at different resolutions.
+"""Compare what students see in one image at different resolutions.
 
     radio-distill mode-switching runs/low/stage3 runs/both/stage3-bilinear --labels 'only low' both
 
 A student that was trained at one resolution speaks another language at others: it switches modes
 (RADIOv2.5, arXiv 2412.07679, section 3). Two curves over the size show it, of the backbone's
-features and over all pictures (see radio_distill/evals/agreement.py): agreement with the
+features and over all images (see radio_distill/evals/agreement.py): agreement with the
 reference size, and the shift of the mean feature from there. Written to RUN/mode_switching:
 
     curves.png, curves.svg      both, a line a student, teachers dashed
-    photograph.png              one picture's features at each size, one PCA basis a student
+    photograph.png              one image's features at each size, one PCA basis a student
     curves.json                 the numbers
 
 What heads predict is left out: it was seen to move with the size as the body's features do.
@@ -32,7 +32,7 @@ from ..arguments import add_trust_argument, check_output, run_script, side_of
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from radio_distill.data.folder import PictureRef
+    from radio_distill.data.folder import ImageRef
     from radio_distill.evals.agreement import SizeAgreement
     from radio_distill.evals.harness import Encoder
     from radio_distill.report.tables import Table
@@ -49,7 +49,7 @@ MEASURES: tuple[tuple[str, str, str, str, "Literal['higher', 'lower']"], ...] = 
 )
 """Title, value of a :class:`SizeAgreement`, of a :class:`Curve`, what that is, which is better."""
 SIDE = 160
-"""Of one picture on the sheet, in pixels."""
+"""Of one image on the sheet, in pixels."""
 
 
 @dataclass(frozen=True)
@@ -85,9 +85,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--sizes", nargs="+", type=side_of, metavar="PX", help="default: 0.5 to 3 x evaluation.size"
     )
     parser.add_argument("--reference", type=side_of, metavar="PX", help="default: evaluation.size")
-    parser.add_argument("--pictures", help="folder or shards (default: evaluation.pictures)")
+    parser.add_argument("--images", help="folder or shards (default: evaluation.images)")
     parser.add_argument(
-        "--limit", type=int, help="most pictures; 0 for all (default: evaluation.limit)"
+        "--limit", type=int, help="most images; 0 for all (default: evaluation.limit)"
     )
     parser.add_argument("--labels", nargs="+", help="names of the runs (default: RUN/STAGE)")
     parser.add_argument(
@@ -100,33 +100,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure, print the tables, write the files."""
-    from radio_distill.data.folder import list_pictures
-    from radio_distill.evals.harness import open_picture, spread
+    from radio_distill.data.folder import list_images
+    from radio_distill.evals.harness import open_image, spread
     from radio_distill.loading import find_checkpoint
-    from radio_distill.report.pictures import size_sheet
+    from radio_distill.report.feature_images import size_sheet
     from radio_distill.report.tables import print_tables
 
     runs = _labelled([find_checkpoint(path) for path in arguments.runs], arguments.labels)
     first_run = next(iter(runs.values()))
-    source = arguments.pictures or first_run.recipe.evaluation.pictures
+    source = arguments.images or first_run.recipe.evaluation.images
     if not source:
-        raise ConfigError("the recipe's evaluation.pictures is empty; name some by --pictures")
+        raise ConfigError("the recipe's evaluation.images is empty; name some by --images")
     limit = first_run.recipe.evaluation.limit if arguments.limit is None else arguments.limit
-    pictures = spread(list_pictures(source), limit)
+    images = spread(list_images(source), limit)
     folder = arguments.output or first_run.folder.resolve().parents[2] / "mode_switching"
     check_output(folder / "curves.png")
     students = _students(runs)
     default = first_run.recipe.evaluation.size
     sizes = _sizes(students, default, arguments.reference, arguments.sizes)
     teachers = _teachers(first_run) if arguments.teachers else []
-    curves = measure(students, pictures, sizes) + measure(teachers, pictures, sizes, True)
-    print_tables(tables(curves, sizes, len(pictures)))
+    curves = measure(students, images, sizes) + measure(teachers, images, sizes, True)
+    print_tables(tables(curves, sizes, len(images)))
     encoders = {encoder.name: encoder for encoder in [*students, *teachers]}
-    sheet = size_sheet(open_picture(pictures[0]), encoders, sorted(sizes), SIDE)
+    sheet = size_sheet(open_image(images[0]), encoders, sorted(sizes), SIDE)
     facts = {
         "runs": {label: str(found.folder) for label, found in runs.items()},
-        "pictures": source,
-        "num_pictures": len(pictures),
+        "images": source,
+        "num_images": len(images),
     }
     _write(folder, curves, sheet, facts)
     print(f"figure, photograph and numbers: {folder}")
@@ -205,7 +205,7 @@ def _check_size(student: "Encoder", side: int) -> None:
 
 def measure(
     encoders: "Sequence[Encoder]",
-    pictures: "Sequence[PictureRef]",
+    images: "Sequence[ImageRef]",
     sizes: Sequence[int],
     are_teachers: bool = False,
 ) -> list[Curve]:
@@ -218,12 +218,12 @@ def measure(
 
     curves = []
     for encoder in encoders:
-        with Progress(encoder.name, len(sizes) * len(pictures)) as bar:
+        with Progress(encoder.name, len(sizes) * len(images)) as bar:
 
             def update(done: int, total: int, bar: Progress = bar) -> None:
                 bar.update(done, total=total)
 
-            rows = across_sizes(encoder, pictures, sizes, progress=update)
+            rows = across_sizes(encoder, images, sizes, progress=update)
         if len(rows) > 1:
             curves.append(Curve(encoder, rows, are_teachers))
         else:
@@ -231,13 +231,13 @@ def measure(
     return curves
 
 
-def tables(curves: Sequence[Curve], sizes: Sequence[int], num_pictures: int) -> "list[Table]":
+def tables(curves: Sequence[Curve], sizes: Sequence[int], num_images: int) -> "list[Table]":
     """Make a table of each measure: rows are encoders, columns sizes but the first."""
     from radio_distill.report.tables import Column, Table
 
     reference, *others = sizes
     note = (
-        f"{num_pictures} pictures; an encoder whose patch does not divide a size takes the nearest "
+        f"{num_images} images; an encoder whose patch does not divide a size takes the nearest "
         "multiple, and has no value where it takes none within a patch"
     )
     found = []

@@ -26,8 +26,8 @@ PHI_S = "phi_s_b"
 PHI_S_RUN = {"stage1": (32, 40), "stage2": (64, 64), "stage3": (128, 68)}
 """Number of A100 and hours of each stage of PHI-S's ViT-B (arXiv 2410.01680, A.7)."""
 PHI_S_COLUMNS = (
-    "stage", "A100", "published", "estimate", "of it waiting", "one picture a canvas",
-    "implied utilisation", "implied, one picture a canvas",
+    "stage", "A100", "published", "estimate", "of it waiting", "one image a canvas",
+    "implied utilisation", "implied, one image a canvas",
 )  # fmt: skip
 
 INTRODUCTION = """\
@@ -41,7 +41,7 @@ evaluation, and the windows that students attend in at times. Figures of several
 by a slash; a device's memory must leave a tenth free to fit.
 
 Device hours grow with the number of devices where work cannot be divided further: partitions of 32
-pictures, and mosaics, whose canvases stay whole (81 pictures of 128 px on one of SAM3's).
+images, and mosaics, whose canvases stay whole (81 images of 128 px on one of SAM3's).
 """
 PHI_S_TEXT = """\
 
@@ -49,7 +49,7 @@ PHI_S_TEXT = """\
 
 PHI-S prints devices and hours of its ViT-B: {published:,} A100 hours (arXiv 2410.01680, A.7). Below
 are those of `{recipe}` on as many A100-80, in device hours at {utilisation:.0%}. `waiting` is for
-the busiest device. `one picture a canvas` shows SAM its pictures as the paper describes stages 1
+the busiest device. `one image a canvas` shows SAM its images as the paper describes stages 1
 and 2, not in mosaics, and leaves waiting out. The last columns are the utilisation at which the
 estimate, without waiting, would be the published figure.
 """
@@ -58,14 +58,14 @@ PHI_S_REASONS = """\
 **The published total is {factor:.1f} times the estimate**, and the distance is unevenly spread.
 What may stand behind it, none of it printed in the paper:
 
-* Left out of the estimate, and growing from stage to stage: decoding larger pictures, communication
+* Left out of the estimate, and growing from stage to stage: decoding larger images, communication
   among 64 and 128 devices, checkpoints and evaluation.
-* The assumed utilisation. Small batches (in stage 3, nine pictures a device) reach less than large
+* The assumed utilisation. Small batches (in stage 3, nine images a device) reach less than large
   ones.
 * Waiting. Here devices are dealt to partitions by work; four partitions with a quarter of the
   devices each would wait for DINOv2's.
 * Precision. Frozen teachers compute in bfloat16 here; in TF32 the peak of an A100 is half of that.
-* SAM. One picture a canvas would need a utilisation in stage 1 far above that of the other stages,
+* SAM. One image a canvas would need a utilisation in stage 1 far above that of the other stages,
   so that stage was probably not run so.
 """
 
@@ -205,7 +205,7 @@ def _phi_s_plans(recipe: Recipe, utilisation: float) -> "list[StagePlan]":
 
 
 def without_mosaics(recipe: Recipe) -> Recipe:
-    """Return a recipe whose fixed-size teachers see one picture at a time."""
+    """Return a recipe whose fixed-size teachers see one image at a time."""
     stages = {
         name: replace(
             stage, partitions=tuple(replace(item, mosaic=()) for item in stage.partitions)

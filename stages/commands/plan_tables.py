@@ -63,13 +63,13 @@ def teacher_table(models: Models, plans: "Sequence[StagePlan]") -> Table:
     """Describe the teachers: a row for each way in which one is used."""
     table = _table(
         "Teachers", "name", "preset", "parameters", "GiB", "input", "target grid",
-        "images / picture", "GFLOP / picture", "licence",
+        "images / image", "GFLOP / image", "licence",
     )  # fmt: skip
     costs = [cost for plan in plans for item in plan.partitions for cost in item.teachers]
     for cost in dict.fromkeys(
         cost for name in models.teachers for cost in costs if cost.sight.teacher == name
     ):
-        name, pictures = cost.sight.teacher, cost.sight.pictures
+        name, images = cost.sight.teacher, cost.sight.images
         table.add_row(
             name,
             models.recipe.teachers[name].preset,
@@ -77,7 +77,7 @@ def teacher_table(models: Models, plans: "Sequence[StagePlan]") -> Table:
             f"{models.teacher_bytes(name) / 2**30:.1f}",
             _size(cost.sight.size),
             _size(cost.sight.grid),
-            str(cost.calls) if pictures == 1 else f"1/{pictures}",
+            str(cost.calls) if images == 1 else f"1/{images}",
             f"{cost.flops / 1e9:,.1f}",
             models.teachers[name].spec.licence,
         )
@@ -89,7 +89,7 @@ def partition_table(plans: "Sequence[StagePlan]") -> Table:
     table = _table(
         "Partitions (shares of the work make good `ranks`)", "stage", "partition", "student",
         "rendered at",
-        "images / step", "tokens / picture", "student GFLOP", "teachers GFLOP", "share of work",
+        "images / step", "tokens / image", "student GFLOP", "teachers GFLOP", "share of work",
     )  # fmt: skip
     for plan in plans:
         total = plan.student_flops + plan.teacher_flops

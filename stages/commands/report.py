@@ -1,4 +1,4 @@
-"""One self-contained HTML page of a run: gain table, scores, curves, feature pictures, recipe.
+"""One self-contained HTML page of a run: gain table, scores, curves, feature images, recipe.
 
     radio-distill report runs/demo --baseline bilinear
 
@@ -41,9 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, help="run folder")
     parser.add_argument("--baseline", help="subject of the gain table (default: the first stage 3)")
     parser.add_argument("--output", type=Path, help="file (default: report.html in the run folder)")
-    parser.add_argument("--pictures", type=int, default=3, help="pictures to paint (default: 3)")
+    parser.add_argument("--num-images", type=int, default=3, help="images to paint (default: 3)")
     parser.add_argument(
-        "--source", metavar="DIR", help="where from (default: the recipe's evaluation.pictures)"
+        "--images", metavar="DIR", help="where from (default: the recipe's evaluation.images)"
     )
 
 
@@ -53,8 +53,8 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.folder,
         arguments.baseline,
         arguments.output,
-        arguments.pictures,
-        arguments.source,
+        arguments.num_images,
+        arguments.images,
     )
     print(f"report: {path}")
     return 0
@@ -64,7 +64,7 @@ def report(
     folder: Path,
     baseline: str | None = None,
     output: Path | None = None,
-    pictures: int = 3,
+    images: int = 3,
     source: str | None = None,
 ) -> Path:
     """Write the page of a run folder; returns its path."""
@@ -82,7 +82,7 @@ def report(
         summary=_summary(newest, students),
         tables=[gain.to_table(), *tables],
         beside=gain.beside,
-        figures=_sheets(students, pictures, source or newest.recipe.evaluation.pictures),
+        figures=_sheets(students, images, source or newest.recipe.evaluation.images),
         curves=_curves(folder),
         recipe_text=dump(newest.recipe),
     )
@@ -141,17 +141,17 @@ def _curves(folder: Path) -> "list[Figure]":
 
 
 def _sheets(students: "Mapping[str, Checkpoint]", count: int, source: str) -> "list[Figure]":
-    """Paint the features of held-out pictures, teachers above students, one column a size."""
-    from radio_distill.data.folder import load_pictures
+    """Paint the features of held-out images, teachers above students, one column a size."""
+    from radio_distill.data.folder import load_images
+    from radio_distill.report.feature_images import size_sheet
     from radio_distill.report.page import Figure
-    from radio_distill.report.pictures import size_sheet
 
     encoders = _encoders(students)
-    pictures = load_pictures(source, count)
+    images = load_images(source, count)
     figures = []
-    with Progress("pictures", len(pictures), unit="pictures") as bar:
-        for number, (key, picture) in enumerate(pictures, 1):
-            sheet = size_sheet(picture, encoders, SIZES)
+    with Progress("images", len(images), unit="images") as bar:
+        for number, (key, image) in enumerate(images, 1):
+            sheet = size_sheet(image, encoders, SIZES)
             caption = (
                 "Three principal components of the features as colours, one basis a row: equal "
                 "colours across a row mean equal features at every resolution. A column is the "

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from radio_distill.config import EvaluationConfig, PartitionConfig, Recipe
-from radio_distill.data.folder import load_pictures
+from radio_distill.data.folder import load_images
 from radio_distill.distill.targets import TargetMaker
 from radio_distill.errors import ConfigError
 from radio_distill.evals.fidelity import fidelity
@@ -106,20 +106,20 @@ def _fidelity(
     device: torch.device,
     report: Report,
 ) -> list[Score]:
-    """Compare the heads with the teachers on held-out pictures, in the student's target space."""
-    if not config.pictures:
+    """Compare the heads with the teachers on held-out images, in the student's target space."""
+    if not config.images:
         raise ConfigError(
-            "evaluation.pictures: fidelity needs held-out pictures; name a folder or shards, or "
+            "evaluation.images: fidelity needs held-out images; name a folder or shards, or "
             "drop fidelity from evaluation.benchmarks"
         )
     names, size = tuple(checkpoint.recipe.teachers), (config.size, config.size)
     targets = _targets_of(checkpoint, teachers)
     partition = PartitionConfig(name="evaluation", size=config.size, teachers=names, batch_size=1)
-    pictures = [picture for _, picture in load_pictures(config.pictures, config.limit or None)]
+    images = [image for _, image in load_images(config.images, config.limit or None)]
     scores = fidelity(
         lambda pixels: model(pixels, names),
         lambda views: targets(views, partition),
-        pictures,
+        images,
         size,
         [targets.size(name, partition, size) for name in names],
         device=device,

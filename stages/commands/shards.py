@@ -1,10 +1,10 @@
-"""Make shards of a folder of pictures, or check shards.
+"""Make shards of a folder of images, or check shards.
 
-    radio-distill shards pictures/ data/pictures
-    radio-distill shards --check data/pictures
+    radio-distill shards images/ data/images
+    radio-distill shards --check data/images
 
-Every picture becomes one sample of a webdataset tar, its bytes unchanged. A text file of the same
-name beside a picture is kept as its caption, and with --labels the name of its class folder as its
+Every image becomes one sample of a webdataset tar, its bytes unchanged. A text file of the same
+name beside a image is kept as its caption, and with --labels the name of its class folder as its
 label. What is passed over or left out is counted and said.
 """
 
@@ -18,9 +18,7 @@ from radio_distill.system.progress import Progress
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``radio-distill shards``."""
-    parser.add_argument(
-        "source", help="folder of pictures; with --check: shards, folder or pattern"
-    )
+    parser.add_argument("source", help="folder of images; with --check: shards, folder or pattern")
     parser.add_argument("out", nargs="?", type=Path, help="folder for the shards")
     parser.add_argument("--images-per-shard", type=int, default=1000, metavar="N")
     parser.add_argument(
@@ -31,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=0.0,
         metavar="SHARE",
-        help="pack a share of the pictures into OUT_held_out, for evaluation.pictures",
+        help="pack a share of the images into OUT_held_out, for evaluation.images",
     )
     defaults = DataConfig(shards=())
     parser.add_argument(
@@ -40,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=defaults.min_size,
         metavar="PX",
         dest="min_size",
-        help=f"shortest side that a picture must have (default {defaults.min_size})",
+        help=f"shortest side that a image must have (default {defaults.min_size})",
     )
     parser.add_argument(
         "--data.max_pixels",
@@ -48,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=defaults.max_pixels,
         metavar="N",
         dest="max_pixels",
-        help=f"largest picture that is taken (default {defaults.max_pixels})",
+        help=f"largest image that is taken (default {defaults.max_pixels})",
     )
     parser.add_argument(
         "--data.index",
@@ -97,7 +95,7 @@ def _write(arguments: argparse.Namespace, limits: DataConfig) -> int:
     if summary.held_out:
         print(
             f"train with --data.shards '[{arguments.out}]' "
-            f"--evaluation.pictures {held_out_folder(arguments.out)}"
+            f"--evaluation.images {held_out_folder(arguments.out)}"
         )
     return 0
 

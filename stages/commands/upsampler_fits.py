@@ -118,7 +118,7 @@ class Request:
     factors: tuple[int, ...] = (2, 4)
     upsamplers: tuple[str, ...] = ("bilinear", "featup", "featsharp")
     """Of Tables 7 and 9."""
-    pictures: int = 4
+    images: int = 4
     """Photographs that are painted."""
     throughput: bool = True
 
@@ -126,8 +126,8 @@ class Request:
         """Raise ConfigError for a number or an upsampler that cannot be."""
         from upsamplers.networks import NETWORKS
 
-        if self.pictures < 1:
-            raise ConfigError(f"--pictures {self.pictures}: paint at least 1")
+        if self.images < 1:
+            raise ConfigError(f"--num-images {self.images}: paint at least 1")
         for factor in self.factors:
             if factor < 2:
                 raise ConfigError(f"--factors {factor}: an upsampler's factor is at least 2")
@@ -199,7 +199,7 @@ def _other_size(header: "FittedHeader", size: "Size") -> str:
 
 
 def fit_missing(subject: Subject, configs: Sequence[FitConfig], allow_changed: bool) -> None:
-    """Fit one after the other; those of one factor share the pool of encoded pictures.
+    """Fit one after the other; those of one factor share the pool of encoded images.
 
     One that was stopped goes on. Those with most tiles come first: the first fit fills the pool.
     """

@@ -1,4 +1,4 @@
-"""What the report of upsamplers measures on held-out pictures, a progress bar for each part."""
+"""What the report of upsamplers measures on held-out images, a progress bar for each part."""
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -55,7 +55,7 @@ class Bench:
     Table 9 ``preservation`` and ``preservation_low``."""
     notes: list[str] = field(default_factory=list)
     """A line for each thing that could not be measured, and why."""
-    num_pictures: int = 0
+    num_images: int = 0
 
     def load(self, config: FitConfig) -> Consistency | None:
         """Load an upsampler onto the device; None, once with a note, where it is not there."""
@@ -77,14 +77,14 @@ class Bench:
     def measure(self, factor: int, configs: Sequence[FitConfig]) -> None:
         """Measure upsamplers of one factor, each once."""
         subject, evaluation = self.subject, self.subject.recipe.evaluation
-        batches = held_out(evaluation.pictures, subject.size, factor, evaluation.limit)
-        self.num_pictures = sum(map(len, batches))
+        batches = held_out(evaluation.images, subject.size, factor, evaluation.limit)
+        self.num_images = sum(map(len, batches))
         for name, config in {fit_name(config): config for config in configs}.items():
             try:
                 consistency = self.load(config)
                 if consistency is None or name in self.scores:
                     continue
-                with _bar(f"{name}: held-out pictures", len(batches)) as progress:
+                with _bar(f"{name}: held-out images", len(batches)) as progress:
                     self.scores[name] = measure_upsampler(
                         consistency, subject.teacher, batches, subject.size, factor, progress,
                         subject.recipe.engine.precision,
@@ -98,15 +98,15 @@ class Bench:
         if not self.subject.recipe.evaluation.segmentation:
             return
         subject = self.subject
-        pictures = self._labelled("val", subject.size[0] * factor)
+        images = self._labelled("val", subject.size[0] * factor)
         for config in configs:
             name = fit_name(config)
             consistency = self.load(config) if name in self.scores else None
             if consistency is None:
                 continue
-            with _bar(f"{name}: segmentation", len(pictures)) as progress:
+            with _bar(f"{name}: segmentation", len(images)) as progress:
                 fine, low = preservation(
-                    consistency.model, subject.teacher, self._probe, pictures, subject.size, factor,
+                    consistency.model, subject.teacher, self._probe, images, subject.size, factor,
                     progress, subject.recipe.engine.precision,
                 )  # fmt: skip
             self.scores[name] |= {"preservation": fine, "preservation_low": low}
@@ -116,7 +116,7 @@ class Bench:
         subject, evaluation = self.subject, self.subject.recipe.evaluation
         found: dict[int, Scores] = {}
         for level in levels:
-            batches = held_out(evaluation.pictures, subject.size, level, evaluation.limit)
+            batches = held_out(evaluation.images, subject.size, level, evaluation.limit)
             with _bar(f"tiles of level {level}", len(batches)) as progress:
                 try:
                     found[level] = native_error(
@@ -151,8 +151,8 @@ class Bench:
 
     @cached_property
     def _probe(self) -> LinearProbe:
-        pictures = self._labelled("train", self.subject.size[0])
-        return fit_probe(self.subject.teacher, pictures, self.num_classes)
+        images = self._labelled("train", self.subject.size[0])
+        return fit_probe(self.subject.teacher, images, self.num_classes)
 
     @cached_property
     def _segmentation(self) -> SegmentationSet:
@@ -160,7 +160,7 @@ class Bench:
         return open_set(evaluation.segmentation, evaluation.limit, evaluation.segmentation_ignore)
 
     def _labelled(self, split: Literal["train", "val"], side: int) -> Labelled:
-        """Load pictures with their classes, ``side`` pixels a side, in batches."""
+        """Load images with their classes, ``side`` pixels a side, in batches."""
         data, device = self._segmentation, self.subject.device
         pairs = data.train if split == "train" else data.val
         return [

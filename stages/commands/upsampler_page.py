@@ -27,8 +27,8 @@ from upsamplers.comparison import Cost
 from ..arguments import check_output
 from ..common import fit_name
 from .upsampler_fits import Request, Subject
+from .upsampler_images import bias_figures, cost_charts, feature_figures, tile_chart, tile_figure
 from .upsampler_measures import Bench, Scores
-from .upsampler_pictures import bias_figures, cost_charts, feature_figures, tile_chart, tile_figure
 from .upsampler_tables import cost_table, fits_table, tables_of, tile_table
 
 LEVELS = (2, 3, 4)
@@ -70,7 +70,7 @@ def report(
         Section("scores", "Upsamplers compared", _html(tables)),
         Section("run", "What was compared", definitions(_summary(bench, missing))),
         Section("fits", "Fits", fits_table(bench).to_html()),
-        *_pictures(results, request, tiles),
+        *_images(results, request, tiles),
         Section("throughput", "Throughput", _throughput(results.costs, timing)),
         Section("recipe", "Recipe", settings(dump(subject.recipe))),
     ]
@@ -93,9 +93,9 @@ def _measured(bench: Bench, request: Request) -> Results:
     return Results(bench, errors, costs)
 
 
-def _pictures(results: Results, request: Request, tiles: Sequence[Table]) -> list[Section]:
+def _images(results: Results, request: Request, tiles: Sequence[Table]) -> list[Section]:
     """Paint the upsamplers of Table 9 that were measured, their biases, and tiles."""
-    bench, count = results.bench, request.pictures
+    bench, count = results.bench, request.images
     rows = {
         factor: [row for row in same if fit_name(row.config) in bench.scores]
         for factor, same in request.rows(9, bench.subject.recipe).items()
@@ -136,7 +136,7 @@ def _summary(bench: Bench, missing: Sequence[str]) -> list[tuple[str, str]]:
     lines = [
         ("teacher", f"{subject.name} ({config.preset}, {dtype}), {spec.channels} channels"),
         ("input", f"{subject.size[0]}x{subject.size[1]} px, patch {spec.patch_size}"),
-        ("held-out pictures", f"{bench.num_pictures} of {recipe.evaluation.pictures}"),
+        ("held-out images", f"{bench.num_images} of {recipe.evaluation.images}"),
         ("not fitted", "\n".join(missing)),
         ("not measured", "\n".join(bench.notes)),
         (
@@ -162,7 +162,7 @@ def _scores(results: Results, request: Request, missing: Sequence[str]) -> dict[
         "teacher": bench.subject.name,
         "weights_hash": bench.subject.teacher.spec.weights_hash,
         "size": list(bench.subject.size),
-        "pictures": {"source": recipe.evaluation.pictures, "number": bench.num_pictures},
+        "images": {"source": recipe.evaluation.images, "number": bench.num_images},
         "upsamplers": {
             name: _described(config, bench.files.get(name)) | bench.scores[name]
             for name, config in configs.items()

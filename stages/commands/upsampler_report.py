@@ -1,12 +1,12 @@
-"""Compare the upsamplers of one teacher: FeatSharp's Tables 7 to 10, pictures, throughput, a page.
+"""Compare the upsamplers of one teacher: FeatSharp's Tables 7 to 10, images, throughput, a page.
 
     radio-distill upsampler-report demo --teacher dino
     radio-distill upsampler-report mine --teacher siglip --factors 2 --tables 7 9 --fit
 
 Fitted upsamplers are those of the recipe's run folder, else those that come with the project. What
 is missing is listed with the command that fits it, or fitted here with --fit, where all fits of a
-factor share the encoded pictures if the recipe has a pool (--fit.pool 1024). They are measured on
-the recipe's held-out pictures (evaluation.pictures). Writes index.html, tables.md and scores.json
+factor share the encoded images if the recipe has a pool (--fit.pool 1024). They are measured on
+the recipe's held-out images (evaluation.images). Writes index.html, tables.md and scores.json
 to RUN/upsampler_report/TEACHER.
 """
 
@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="with --fit, go on although the recipe differs from a checkpoint's",
     )
-    add("--pictures", type=int, default=4, help="photographs to paint (default: 4)")
+    add("--num-images", type=int, default=4, help="photographs to paint (default: 4)")
     add("--no-throughput", action="store_true", help="leave the timing out")
     add("--output", metavar="DIR", help="folder for run folders (default: runs)")
 
@@ -64,7 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
         tuple(sorted(set(arguments.tables))),
         tuple(sorted(set(arguments.factors))),
         tuple(dict.fromkeys(arguments.upsamplers)),
-        arguments.pictures,
+        arguments.num_images,
         not arguments.no_throughput,
     )
     given = {"fit.teacher": arguments.teacher, "output": arguments.output}
@@ -97,10 +97,9 @@ def _subject(recipe: Recipe) -> Subject:
     from radio_distill.system.distributed import World, choose_device
     from teachers import build_teacher
 
-    if not recipe.evaluation.pictures:
+    if not recipe.evaluation.images:
         raise ConfigError(
-            "evaluation.pictures: upsamplers are compared on held-out pictures; name a folder or "
-            "shards"
+            "evaluation.images: upsamplers are compared on held-out images; name a folder or shards"
         )
     name, device = recipe.fit.teacher, choose_device(recipe.engine.device, World())
     teacher = build_teacher(name, recipe.teachers[name], device)
@@ -131,17 +130,17 @@ def _check_masks(recipe: Recipe, request: Request) -> None:
 
 
 def _announce(subject: Subject, request: Request, found: int, missing: int, fit: bool) -> None:
-    from radio_distill.data.folder import load_pictures
+    from radio_distill.data.folder import load_images
 
     config, evaluation = subject.recipe.fit, subject.recipe.evaluation
-    pictures = len(load_pictures(evaluation.pictures, evaluation.limit or None))
-    plan = f"{missing} to fit, {config.steps} steps of {config.batch_size} pictures each"
+    images = len(load_images(evaluation.images, evaluation.limit or None))
+    plan = f"{missing} to fit, {config.steps} steps of {config.batch_size} images each"
     logger.info(
-        "teacher %s at %s px, factors %s: %d fitted upsamplers found, %s; %d held-out pictures",
+        "teacher %s at %s px, factors %s: %d fitted upsamplers found, %s; %d held-out images",
         subject.name,
         "x".join(map(str, subject.size)),
         ", ".join(map(str, request.factors)),
         found,
         plan if fit and missing else f"{missing} missing",
-        pictures,
+        images,
     )

@@ -1,4 +1,4 @@
-"""Tables 7 to 10 of FeatSharp (arXiv 2502.16025, appendix B), of one's own teacher and pictures."""
+"""Tables 7 to 10 of FeatSharp (arXiv 2502.16025, appendix B), of one's own teacher and images."""
 
 from collections.abc import Mapping, Sequence
 
@@ -129,7 +129,7 @@ def _measured(
     return Table(title, columns, tuple(body), (measured_on(bench), *notes, *unequal))
 
 
-_OF_THE_MODEL = ("teacher", "upsampler", "factor", "options", "de_bias", "pictures_every", "size")
+_OF_THE_MODEL = ("teacher", "upsampler", "factor", "options", "de_bias", "images_every", "size")
 """Fields of a fit that the rows of a table say themselves, or that change no number."""
 
 
@@ -181,7 +181,7 @@ def tile_table(bench: Bench, errors: Mapping[int, Scores]) -> Table:
         "Error of tiles from the teacher at the full resolution (FeatSharp, Figure 15)",
         (
             Column("tiles"),
-            Column("picture, px"),
+            Column("image, px"),
             Column("MSE of tiles", ".4f"),
             Column("MSE of bilinear", ".4f"),
         ),
@@ -189,7 +189,7 @@ def tile_table(bench: Bench, errors: Mapping[int, Scores]) -> Table:
         (
             measured_on(bench, views=False),
             "In that space a feature's variance is 1. Bilinear interpolates the teacher's map of "
-            "the whole picture at the low resolution.",
+            "the whole image at the low resolution.",
         ),
     )
 
@@ -202,7 +202,7 @@ def cost_table(bench: Bench, costs: Sequence[Cost]) -> Table:
             Column("method"),
             Column("factor"),
             Column("tokens"),
-            Column("ms a picture", ".1f"),
+            Column("ms a image", ".1f"),
             Column("µs a token", ".2f"),
         ),
         tuple(
@@ -216,7 +216,7 @@ def cost_table(bench: Bench, costs: Sequence[Cost]) -> Table:
             for item in costs
         ),
         (
-            f"Teacher {bench.subject.name}, low resolution {_size(bench)} px, one picture at a "
+            f"Teacher {bench.subject.name}, low resolution {_size(bench)} px, one image at a "
             "time, medians. The teacher is shown the full resolution; featup and featsharp make a "
             "map of that grid, the teacher's forwards included.",
         ),
@@ -228,8 +228,8 @@ def measured_on(bench: Bench, views: bool = True) -> str:
     subject = bench.subject
     name = "PHI-S" if subject.recipe.normalizer.name == "phi_s" else subject.recipe.normalizer.name
     return (
-        f"Teacher {subject.name} at {_size(bench)} px; {bench.num_pictures} held-out pictures of "
-        f"{subject.recipe.evaluation.pictures}"
+        f"Teacher {subject.name} at {_size(bench)} px; {bench.num_images} held-out images of "
+        f"{subject.recipe.evaluation.images}"
         + (f", {VIEWS_PER_PICTURE} random views each" if views else "")
         + f"; in the space normalised by {name}."
     )

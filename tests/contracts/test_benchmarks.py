@@ -35,7 +35,7 @@ def config(tmp_path_factory) -> EvaluationConfig:
             pixels = random.integers(0, 256, (40, 48, 3), dtype=np.uint8)
             mask = random.integers(0, 3, (40, 48), dtype=np.uint8)
             for folder, array in (
-                (f"pictures_{split}", pixels),
+                (f"images_{split}", pixels),
                 (f"labels/{split}/class_{index % 2}", pixels),
                 (f"segmentation/images/{split}", pixels),
                 (f"segmentation/masks/{split}", mask),
@@ -43,7 +43,7 @@ def config(tmp_path_factory) -> EvaluationConfig:
                 (root / folder).mkdir(parents=True, exist_ok=True)
                 Image.fromarray(array).save(root / folder / f"{index}.png")
     return EvaluationConfig(
-        pictures=str(root / "pictures_val"),
+        images=str(root / "images_val"),
         labels=str(root / "labels"),
         segmentation=str(root / "segmentation"),
         size=16,

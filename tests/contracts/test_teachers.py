@@ -36,7 +36,7 @@ def centre(teacher, pixels, row, column):
     checks = torch.arange(patch) // 2 % 2
     changed[:, :, rows, columns] = (checks[:, None] ^ checks[None]).float()
     difference = teacher.encode(changed).spatial - teacher.encode(pixels).spatial
-    index = int(difference.norm(dim=1).mean(0).argmax())  # over the pictures
+    index = int(difference.norm(dim=1).mean(0).argmax())  # over the images
     return divmod(index, difference.shape[-1])
 
 

@@ -70,7 +70,7 @@ def tolerance(name):
 
 @pytest.mark.parametrize("teacher", ["tiny_vit", "tiny_dinov2", "tiny_cnn"])
 @pytest.mark.parametrize("name", NAMES)
-def test_upsampler__gives_exactly_the_grid_from_any_picture(build, name, teacher):
+def test_upsampler__gives_exactly_the_grid_from_any_image(build, name, teacher):
     teacher = tiny(teacher)
     upsampler = build(name, 3, teacher)
     assert isinstance(upsampler, Upsampler)
@@ -92,7 +92,7 @@ def test_upsampler__without_parameters_at_factor_one_is_the_teacher(build, name)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_upsampler__summary_is_that_of_the_whole_picture(build, name):
+def test_upsampler__summary_is_that_of_the_whole_image(build, name):
     teacher, pixels = tiny("tiny_vit"), torch.rand(2, 3, 48, 48)
     small = torch.nn.functional.interpolate(pixels, (24, 24), mode="bicubic", antialias=True)
     small = small.clamp(0, 1)
@@ -101,7 +101,7 @@ def test_upsampler__summary_is_that_of_the_whole_picture(build, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_upsampler__pictures_do_not_mix_and_micro_batches_change_nothing(build, name):
+def test_upsampler__images_do_not_mix_and_micro_batches_change_nothing(build, name):
     teacher, pixels = tiny("tiny_vit"), torch.rand(3, 3, 64, 64)
     whole = build(name, 2, teacher)(teacher, pixels, (8, 8))
     parts = build(name, 2, teacher, micro_batch=4)(teacher, pixels, (8, 8))
@@ -118,11 +118,11 @@ def test_upsampler__an_object_moves_by_its_cells(build, name):
     grey = torch.full((1, 3, 64, 96), 0.5)
     blank = upsampler(teacher, grey, (8, 12)).spatial
     for row, column in ((0, 0), (4, 8), (6, 2)):
-        picture = grey.clone()
+        image = grey.clone()
         rows, columns = slice(8 * row, 8 * row + 16), slice(8 * column, 8 * column + 16)
         stripes = (torch.arange(16) // 4 % 2).float()
-        picture[:, :, rows, columns] = stripes[:, None]
-        change = (upsampler(teacher, picture, (8, 12)).spatial - blank).norm(dim=1)[0]
+        image[:, :, rows, columns] = stripes[:, None]
+        change = (upsampler(teacher, image, (8, 12)).spatial - blank).norm(dim=1)[0]
         change = torch.where(change > change.max() / 2, change, 0)  # attention reaches everywhere
         found = [
             float((change.sum(1 - axis) * torch.arange(change.shape[axis])).sum() / change.sum())
@@ -132,7 +132,7 @@ def test_upsampler__an_object_moves_by_its_cells(build, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_upsampler__a_constant_picture_gives_a_constant_map_of_a_local_teacher(build, name):
+def test_upsampler__a_constant_image_gives_a_constant_map_of_a_local_teacher(build, name):
     def average(pixels):
         return pixels.mean((2, 3)), torch.nn.functional.avg_pool2d(pixels, 8)
 

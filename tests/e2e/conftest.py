@@ -1,4 +1,4 @@
-"""A whole run in seconds: shards of generated pictures, tiny teachers, a tiny student."""
+"""A whole run in seconds: shards of generated images, tiny teachers, a tiny student."""
 
 import shutil
 from pathlib import Path
@@ -69,29 +69,27 @@ RECIPE = {
 }
 
 
-def write_pictures(folder: Path, count: int, seed: int) -> None:
+def write_images(folder: Path, count: int, seed: int) -> None:
     """Write smooth colour gradients with a bright square, each different."""
     generator = np.random.default_rng(seed)
     folder.mkdir(parents=True)
     for index in range(count):
         height, width = generator.integers(70, 140, 2)
         coarse = generator.integers(0, 255, (4, 5, 3), dtype=np.uint8)
-        picture = np.array(
-            Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
-        )
+        image = np.array(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
         top, left = generator.integers(0, 40, 2)
-        picture[top : top + 20, left : left + 20] = generator.integers(0, 255, 3)
-        Image.fromarray(picture).save(folder / f"{index:03}.png")
+        image[top : top + 20, left : left + 20] = generator.integers(0, 255, 3)
+        Image.fromarray(image).save(folder / f"{index:03}.png")
 
 
 @pytest.fixture(scope="session")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with ``shards`` and ``held_out``."""
     from radio_distill.data.shards import write_shards
 
-    root = tmp_path_factory.mktemp("pictures")
-    write_pictures(root / "train", 30, seed=0)
-    write_pictures(root / "held_out", 4, seed=1)
+    root = tmp_path_factory.mktemp("images")
+    write_images(root / "train", 30, seed=0)
+    write_images(root / "held_out", 4, seed=1)
     write_shards(root / "train", root / "shards", images_per_shard=8)
     return root
 
@@ -102,13 +100,13 @@ def processes() -> int:
     return 1
 
 
-def write_recipe(folder: Path, pictures: Path, processes: int = 1) -> Path:
+def write_recipe(folder: Path, images: Path, processes: int = 1) -> Path:
     """Write the tiny recipe, with its run folder in ``folder``; on GPUs where there are enough."""
     recipe = {
         **RECIPE,
         "output": str(folder / "runs"),
-        "data": {**RECIPE["data"], "shards": [str(pictures / "shards")]},
-        "evaluation": {**RECIPE["evaluation"], "pictures": str(pictures / "held_out")},
+        "data": {**RECIPE["data"], "shards": [str(images / "shards")]},
+        "evaluation": {**RECIPE["evaluation"], "images": str(images / "held_out")},
     }
     if torch.cuda.is_available() and torch.cuda.device_count() < processes:
         recipe["engine"] = {**RECIPE["engine"], "device": "cpu"}
@@ -118,16 +116,16 @@ def write_recipe(folder: Path, pictures: Path, processes: int = 1) -> Path:
 
 
 @pytest.fixture
-def recipe_file(tmp_path: Path, pictures: Path, processes: int) -> Path:
+def recipe_file(tmp_path: Path, images: Path, processes: int) -> Path:
     """The tiny recipe, with its run folder in this test's folder."""
-    return write_recipe(tmp_path, pictures, processes)
+    return write_recipe(tmp_path, images, processes)
 
 
 @pytest.fixture(scope="session")
-def _two_steps(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Path:
+def _two_steps(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Path:
     from stages import stage1
 
-    recipe = write_recipe(tmp_path_factory.mktemp("two_steps"), pictures)
+    recipe = write_recipe(tmp_path_factory.mktemp("two_steps"), images)
     fields = ["--stage.steps", "2", "--stage.freeze_body_steps", "0"]
     assert stage1.main(["--recipe", str(recipe), *fields]) == 0
     return recipe.parent / "runs"

@@ -14,7 +14,7 @@ from stages import fit_upsampler, stage1, stage2, stage3
 
 SHORT = ["--stage.steps", "2", "--stage.freeze_body_steps", "0"]
 FIT = ["--teacher", "vit", "--upsampler", "featup", "--fit.steps", "2", "--fit.batch_size", "2"]
-FIT += ["--fit.downsampler_kernel", "4", "--fit.pictures_every", "0"]
+FIT += ["--fit.downsampler_kernel", "4", "--fit.images_every", "0"]
 
 
 def run(stage, recipe_file: Path, *arguments: str) -> int:
@@ -150,7 +150,7 @@ def test_living_fit__is_refused_to_and_a_finished_one_is_left_alone(recipe_file,
     assert run(fit_upsampler, recipe_file, *FIT) == 0
     folder = run_folder(recipe_file) / "fit" / "vit-featup-2x"
     before = contents(folder)
-    for wrong in (["--data.shards", "[/no/such]"], ["--evaluation.pictures", "/no/such"]):
+    for wrong in (["--data.shards", "[/no/such]"], ["--evaluation.images", "/no/such"]):
         assert run(fit_upsampler, recipe_file, *FIT, *wrong) == 2
         assert "/no/such" in one_line(capfd)
         assert contents(folder) == before

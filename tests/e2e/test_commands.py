@@ -31,7 +31,7 @@ def test_sweep__trains_scores_compares_and_goes_on_where_it_was(trained, capfd):
     assert cli(sweep) == 0
     assert checkpoint.stat().st_mtime_ns == written
 
-    assert cli(["report", str(folder), "--pictures", "1"]) == 0
+    assert cli(["report", str(folder), "--images", "1"]) == 0
     page = (folder / "report.html").read_text()
     assert "stage3-tile" in page
     assert "http://" not in page.replace("http://www.w3.org", "")
@@ -50,15 +50,15 @@ def test_report__of_nothing_says_what_to_do(tmp_path, capfd):
     assert "train one first" in capfd.readouterr().err
 
 
-def test_shards__write_then_check(tmp_path, pictures, capfd):
-    (tmp_path / "pictures").mkdir()
-    for source in sorted((pictures / "train").glob("*.png"))[:3]:
-        (tmp_path / "pictures" / source.name).write_bytes(source.read_bytes())
-    (tmp_path / "pictures" / "broken.jpg").write_bytes(b"no picture")
+def test_shards__write_then_check(tmp_path, images, capfd):
+    (tmp_path / "images").mkdir()
+    for source in sorted((images / "train").glob("*.png"))[:3]:
+        (tmp_path / "images" / source.name).write_bytes(source.read_bytes())
+    (tmp_path / "images" / "broken.jpg").write_bytes(b"no image")
     out = tmp_path / "shards"
-    assert cli(["shards", str(tmp_path / "pictures"), str(out)]) == 0
+    assert cli(["shards", str(tmp_path / "images"), str(out)]) == 0
     printed = capfd.readouterr().out
-    assert "3 pictures in 1 shards" in printed
+    assert "3 images in 1 shards" in printed
     assert "left out broken.jpg" in printed
     assert cli(["shards", "--check", str(out)]) == 0
     assert "3 images in 1 shards" in capfd.readouterr().out

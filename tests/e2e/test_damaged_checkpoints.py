@@ -257,8 +257,8 @@ def test_resume__refuses_what_changes_the_mathematics(trained, caplog, capfd, fi
     assert newest(root_of(trained)).step == STEPS
 
 
-def test_resume__refuses_changed_shards(trained, pictures, tmp_path, caplog, capfd):
-    write_shards(pictures / "train", tmp_path / "shards", images_per_shard=7)
+def test_resume__refuses_changed_shards(trained, images, tmp_path, caplog, capfd):
+    write_shards(images / "train", tmp_path / "shards", images_per_shard=7)
     changed = ["--resume", "--data.shards", f"[{tmp_path / 'shards'}]"]
     assert run(trained, *changed) == 2
     assert "data.shards" in capfd.readouterr().err.splitlines()[-1]
@@ -266,10 +266,10 @@ def test_resume__refuses_changed_shards(trained, pictures, tmp_path, caplog, cap
     assert "the shards changed since the checkpoint" in caplog.text
 
 
-def test_resume__refuses_other_contents_of_the_same_shards(trained, pictures, caplog, capfd):
+def test_resume__refuses_other_contents_of_the_same_shards(trained, images, caplog, capfd):
     """The recipe is the same; only the fingerprint of what lies there tells."""
     mine = trained.parent / "mine"
-    shutil.copytree(pictures / "shards", mine)
+    shutil.copytree(images / "shards", mine)
     here = ["--data.shards", f"[{mine}]"]
     assert run(trained, *here) == 0
     shutil.rmtree(root_of(trained) / f"step-{STEPS:08d}")
@@ -282,10 +282,10 @@ def test_resume__refuses_other_contents_of_the_same_shards(trained, pictures, ca
     assert "the shards changed since the checkpoint" in caplog.text
 
 
-def test_resume__shards_that_moved_are_the_same_shards(trained, pictures):
+def test_resume__shards_that_moved_are_the_same_shards(trained, images):
     """A path is not what an image is: the order is a function of names and contents."""
     moved = trained.parent / "moved"
-    shutil.copytree(pictures / "shards", moved)
+    shutil.copytree(images / "shards", moved)
     arguments = ["--resume", "--data.shards", f"[{moved}]", "--allow-changed-recipe"]
     assert run(trained, *arguments) == 0
     assert_same_end(trained)

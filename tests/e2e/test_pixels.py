@@ -111,7 +111,7 @@ def test_step__an_upsampled_teacher_sees_the_photographs_own_pixels(recipe_file,
     fields = ["stages.stage1.upsampler.name=tile", "stages.stage1.upsampler.factor=2"]
     (batch,), seen = step_of(recipe_file, tmp_path, partition, *fields)
     images = photographs(recipe_file)
-    (encoded,) = seen["vit"]  # the whole pictures, then four tiles of each
+    (encoded,) = seen["vit"]  # the whole images, then four tiles of each
     tiles = encoded[len(batch.keys) :].unflatten(0, (-1, 4))
     for row, found in enumerate(tiles):
         whole = rendered(view_of(batch, row, images), 96)

@@ -113,7 +113,7 @@ def test_gradient__one_partition_shared_by_two_processes(recipe_file):
 
 @pytest.mark.parametrize("launcher", ["torch.distributed.run", "accelerate.commands.launch"])
 def test_gradient__of_a_fit_on_one_process_and_on_two(recipe_file, launcher):
-    """Three pictures on two processes; the simple downsampler drops no cells at random."""
+    """Three images on two processes; the simple downsampler drops no cells at random."""
     folder = recipe_file.parent / "runs" / "tiny" / "fit" / "vit-featsharp-2x"
     arguments = ["--recipe", str(recipe_file), "--teacher", "vit", "--upsampler", "featsharp"]
     arguments += ["--fit.steps", "1", "--fit.batch_size", "3", "--fit.downsampler", "simple"]
@@ -223,7 +223,7 @@ def test_lamb__needs_whole_parameters(recipe_file):
     assert "Traceback" not in done.stderr
 
 
-def test_featsharp_radio_l__three_stages_on_two_processes_under_zero_2(pictures, tmp_path):
+def test_featsharp_radio_l__three_stages_on_two_processes_under_zero_2(images, tmp_path):
     pytest.importorskip("transformers")  # two of the teachers
     arguments = [
         "--recipe",
@@ -231,7 +231,7 @@ def test_featsharp_radio_l__three_stages_on_two_processes_under_zero_2(pictures,
         "--override",
         str(Path(__file__).with_name("tiny_featsharp_radio_l.yaml")),
     ]
-    fields = [f"data.shards=[{pictures / 'shards'}]", f"output={tmp_path}"]
+    fields = [f"data.shards=[{images / 'shards'}]", f"output={tmp_path}"]
     if torch.cuda.is_available() and torch.cuda.device_count() < 2:
         fields.append("engine.device=cpu")
     arguments += [item for field in fields for item in ("--override", field)]

@@ -167,9 +167,9 @@ def _fails(*paths: object) -> None:
     raise OSError(28, "No space left on device")
 
 
-def test_data__that_may_not_be_read_is_not_empty(two_steps, recipe_file, pictures, capfd):
+def test_data__that_may_not_be_read_is_not_empty(two_steps, recipe_file, images, capfd):
     train = ["train", str(recipe_file), "--stages", "stage1", "--data.shards"]
-    score = ["eval", str(two_steps / "stage1"), "--evaluation.pictures"]
+    score = ["eval", str(two_steps / "stage1"), "--evaluation.images"]
     commands = [
         ("train", ["shards", "{}", str(two_steps / "out")]),
         ("shards", ["shards", "--check", "{}"]),
@@ -181,7 +181,7 @@ def test_data__that_may_not_be_read_is_not_empty(two_steps, recipe_file, picture
     ]
     for name, command in commands:
         folder = two_steps / name
-        shutil.copytree(pictures / name, folder, dirs_exist_ok=True)
+        shutil.copytree(images / name, folder, dirs_exist_ok=True)
         arguments = [item.format(folder) for item in command]
         with closed(folder):
             assert cli(arguments) == 2, arguments
@@ -190,9 +190,9 @@ def test_data__that_may_not_be_read_is_not_empty(two_steps, recipe_file, picture
         assert name in line, line
 
 
-def test_shards_folder__that_cannot_be_written_trains(recipe_file, pictures, tmp_path):
+def test_shards_folder__that_cannot_be_written_trains(recipe_file, images, tmp_path):
     shards = tmp_path / "shards"
-    shutil.copytree(pictures / "shards", shards)
+    shutil.copytree(images / "shards", shards)
     for index in shards.glob("*.jsonl"):
         index.unlink()
     fields = ["--data.shards", f"[{shards}]"]
@@ -247,7 +247,7 @@ def test_doctor__tells_and_goes_on(tmp_path, capfd, monkeypatch):
         assert cli(["doctor", "--output", str(private / "runs" / "mine")]) == 1
     printed = capfd.readouterr()
     assert "Permission denied" in " ".join(printed.out.split())
-    assert "to mend: run folder" in " ".join(printed.out.split())
+    assert "to hint: run folder" in " ".join(printed.out.split())
     assert "Traceback" not in printed.err
 
 

@@ -117,11 +117,11 @@ def test_stage1__the_frozen_body_does_not_move(recipe_file):
         assert torch.equal(value, faster[name]) == name.startswith("student."), name
 
 
-def test_defaults__the_shortest_recipe_trains_body_and_heads(pictures, tmp_path):
+def test_defaults__the_shortest_recipe_trains_body_and_heads(images, tmp_path):
     """Shards, a teacher, a partition; the student is small, and nothing else is said."""
     partition = {"name": "low", "size": 64, "teachers": ["vit"], "batch_size": 4}
     recipe = {
-        "data": {"shards": [str(pictures / "shards")]},
+        "data": {"shards": [str(images / "shards")]},
         "student": {"architecture": "test_vit"},
         "teachers": {"vit": {"preset": "tiny_vit", "input_size": "match"}},
         "stages": {"stage1": {"steps": 6, "partitions": [partition]}},
@@ -284,8 +284,8 @@ def test_stage1__no_write_permission(recipe_file, capfd, tmp_path):
     assert "cannot write to" in one_line(capfd)
 
 
-def test_stage1__corrupt_shard(recipe_file, capfd, tmp_path, pictures):
-    source = next((pictures / "shards").glob("*.tar")).read_bytes()
+def test_stage1__corrupt_shard(recipe_file, capfd, tmp_path, images):
+    source = next((images / "shards").glob("*.tar")).read_bytes()
     (tmp_path / "cut").mkdir()
     (tmp_path / "cut" / "cut.tar").write_bytes(source[: len(source) // 2])
     assert run(stage1, recipe_file, "--data.shards", f"[{tmp_path}/cut]") == 2

@@ -194,9 +194,9 @@ def test_run_folder__is_private(recipe_file):
         assert stat.S_IMODE(path.stat().st_mode) == 0o700, path
 
 
-def test_resume__of_changed_shards_is_refused(recipe_file, pictures, tmp_path, capsys, caplog):
+def test_resume__of_changed_shards_is_refused(recipe_file, images, tmp_path, capsys, caplog):
     shards = tmp_path / "shards"
-    shutil.copytree(pictures / "shards", shards)
+    shutil.copytree(images / "shards", shards)
     arguments = ["--recipe", str(recipe_file), "--data.shards", f"[{shards}]"]
     assert stage1.main(arguments) == 0
     folder = folder_of(recipe_file)

@@ -75,7 +75,7 @@ def test_forward__nlc_is_the_same_row_by_row(model):
 
 @settings(max_examples=20, deadline=None)
 @given(height=st.integers(1, 70), width=st.integers(1, 70), window=st.sampled_from([0, 2]))
-def test_forward__any_size_gives_the_cells_that_show_picture(height, width, window):
+def test_forward__any_size_gives_the_cells_that_show_image(height, width, window):
     model = with_windows(window)
     pixels = torch.rand(1, 3, height, width)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Recipes: loading, overriding, checking, dumping; every message is one line with the mend."""
+"""Recipes: loading, overriding, checking, dumping; every message is one line with the hint."""
 
 import dataclasses
 

@@ -259,7 +259,7 @@ def test_distillation_loss__gradient_reaches_every_prediction_and_no_target(pair
     assert sam_summary is None
 
 
-def test_distillation_loss__shifted_crops_are_compared_where_both_show_the_picture(pair):
+def test_distillation_loss__shifted_crops_are_compared_where_both_show_the_image(pair):
     """The student's crop lies one cell below and two to the left of the teacher's."""
     predictions, targets = ({"sam": item["sam"]} for item in pair)
     shifts = {"sam": torch.tensor([[1 / 4, -2 / 6]]).expand(3, 2)}

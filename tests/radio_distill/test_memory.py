@@ -11,7 +11,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from radio_distill.errors import ConfigError, OutOfMemoryError
-from radio_distill.system.memory import is_out_of_memory, lower, naming
+from radio_distill.system.memory import explain_oom, is_out_of_memory, lower
 
 ROOT = Path(__file__).resolve().parents[2]
 TOO_MANY = 1 << 60
@@ -22,8 +22,8 @@ def too_large() -> torch.Tensor:
     return torch.empty(TOO_MANY, dtype=torch.uint8)
 
 
-def named() -> naming:
-    return naming("teacher 'sam'", "1024x1024 px, 8 images", "lower teachers.sam.micro_batch")
+def named() -> explain_oom:
+    return explain_oom("teacher 'sam'", "1024x1024 px, 8 images", "lower teachers.sam.micro_batch")
 
 
 def test_naming__tensor():
@@ -52,7 +52,7 @@ def test_naming__process_with_little_memory():
     program = """
     import resource, torch
     from radio_distill.errors import OutOfMemoryError
-    from radio_distill.system.memory import naming
+    from radio_distill.system.memory import explain_oom
 
     layer = torch.nn.Linear(1024, 1024)
     layer(torch.ones(1, 1024)).sum().backward()  # what is only made once is there
@@ -60,7 +60,7 @@ def test_naming__process_with_little_memory():
     resource.setrlimit(resource.RLIMIT_AS, (used + 64 * 2**20,) * 2)
     images = torch.ones(2000, 1024)
     try:
-        with naming("student", "2000 images", "lower engine.micro_batch"):
+        with explain_oom("student", "2000 images", "lower engine.micro_batch"):
             kept = [images]
             while True:
                 kept.append(layer(kept[-1]))
@@ -79,8 +79,8 @@ def test_naming__process_with_little_memory():
 def test_naming__innermost_names_it():
     with (
         pytest.raises(OutOfMemoryError, match="in the upsampler at"),
-        naming("step", "8 images", "lower engine.micro_batch"),
-        naming("the upsampler", "grid 64x64", "lower upsampler.factor"),
+        explain_oom("step", "8 images", "lower engine.micro_batch"),
+        explain_oom("the upsampler", "grid 64x64", "lower upsampler.factor"),
     ):
         too_large()
 
@@ -114,7 +114,7 @@ def test_naming__inside_backward(reentrant):
     tokens = checkpoint(block, torch.ones(2, requires_grad=True), use_reentrant=reentrant)
     with (
         pytest.raises(OutOfMemoryError, match="in teacher 'sam'"),
-        naming("step", "8 images", "lower engine.micro_batch"),
+        explain_oom("step", "8 images", "lower engine.micro_batch"),
     ):
         tokens.sum().backward()
     assert len(calls) == 2

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from radio_distill.config import PartitionConfig, StageConfig
 from radio_distill.stage import (
+    assign_micro_batches,
     images_per_step,
     partitions_of,
-    share_out,
     teacher_shares,
 )
 
@@ -56,7 +56,9 @@ def test_share_out__each_image_once_with_its_weight(values, world_size, limit, u
         twin = replace(stage.partitions[0], name="twin", size=256, images_of="p0", weight=2.0)
         stage = replace(stage, partitions=(*stage.partitions, twin))
     partitions = partitions_of(stage)
-    ranks = share_out(partitions, largest_sizes(partitions), world_size, limit, {"p0": unit})
+    ranks = assign_micro_batches(
+        partitions, largest_sizes(partitions), world_size, limit, {"p0": unit}
+    )
 
     assert len({passes_of(work) for work in ranks}) == 1, "ranks must keep pace"
     seen = {partition.name: Counter() for partition in partitions}
@@ -86,7 +88,7 @@ def passes_of(work) -> int:
 def names_of(stage, world_size) -> list[str]:
     """The partition that each rank works on first."""
     partitions = partitions_of(stage)
-    ranks = share_out(partitions, largest_sizes(partitions), world_size)
+    ranks = assign_micro_batches(partitions, largest_sizes(partitions), world_size)
     return [work[0].passes[0].partition.name for work in ranks]
 
 
@@ -100,7 +102,7 @@ def test_partitions_of__shares_sum_to_one(values):
 @given(st.lists(PARTITION, min_size=2, max_size=4), st.integers(0, 5))
 def test_share_out__enough_ranks_means_ranks_of_their_own(values, extra):
     partitions = partitions_of(stage_of(values))
-    ranks = share_out(partitions, largest_sizes(partitions), len(partitions) + extra)
+    ranks = assign_micro_batches(partitions, largest_sizes(partitions), len(partitions) + extra)
     for work in ranks:
         passes = [item for micro in work for item in micro.passes if item.image_weight]
         assert len({item.partition.name for item in passes}) <= 1
@@ -123,7 +125,7 @@ def test_share_out__partitions_of_the_same_images_stay_on_one_rank():
     stage = stage_of([{"batch_size": 4, "size": 64}, {"batch_size": 4, "size": 64}])
     twin = replace(stage.partitions[0], name="twin", size=128, images_of="p0")
     partitions = partitions_of(replace(stage, partitions=(*stage.partitions, twin)))
-    ranks = share_out(partitions, largest_sizes(partitions), 2)
+    ranks = assign_micro_batches(partitions, largest_sizes(partitions), 2)
     shared = [micro for work in ranks for micro in work if len(micro.passes) == 2]
     assert [(micro.start, micro.stop, micro.size) for micro in shared] == [(0, 4, (128, 128))]
     assert images_per_step(replace(stage, partitions=(*stage.partitions, twin))) == 8

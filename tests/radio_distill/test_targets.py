@@ -81,7 +81,7 @@ def test_resize__stays_in_range_and_keeps_constants():
 
 
 class AnySize(dict):
-    """Views of one picture at whatever size is asked for."""
+    """Views of one image at whatever size is asked for."""
 
     def __init__(self, pixels):
         super().__init__()

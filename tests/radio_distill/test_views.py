@@ -13,7 +13,7 @@ PATCH = 8
 
 
 def patch_means(pixels: torch.Tensor) -> torch.Tensor:
-    """An encoder that sees one patch at a time, so that its map moves with the picture."""
+    """An encoder that sees one patch at a time, so that its map moves with the image."""
     return F.avg_pool2d(pixels, PATCH)
 
 
@@ -41,7 +41,7 @@ def crops_of(pixels, size, offsets, names=(STUDENT, "dino")):
     st.integers(2, 6),
     st.lists(st.tuples(*[st.integers(0, 3)] * 4), min_size=1, max_size=3),
 )
-def test_follow__a_map_that_moves_with_the_picture_meets_the_students(rows, columns, cells):
+def test_follow__a_map_that_moves_with_the_image_meets_the_students(rows, columns, cells):
     size, margin = (rows * PATCH, columns * PATCH), 3 * PATCH
     pixels = torch.rand(len(cells), 3, size[0] + margin, size[1] + margin)
     offsets = offsets_of(

@@ -36,7 +36,7 @@ stages:
         teacher_sizes: {{vit: 32}}
         batch_size: 2
 fit: {{batch_size: 4}}
-evaluation: {{benchmarks: [fidelity], pictures: {folder}/shards}}
+evaluation: {{benchmarks: [fidelity], images: {folder}/shards}}
 """
 
 
@@ -124,7 +124,7 @@ def test_submit__what_is_fitted_is_not_fitted_again(recipe, run, login_node, cap
     [
         (["--data.shards", "[nowhere]"], "no shards found for 'nowhere'"),
         (["--teachers.vit.weights", "nowhere.pth"], "teachers.vit: no weights at nowhere.pth"),
-        (["--evaluation.pictures", ""], "fidelity needs held-out pictures"),
+        (["--evaluation.images", ""], "fidelity needs held-out images"),
         (["--stages", "stage3"], "stages.stage3 starts from stage1, and there is no checkpoint"),
         (["--stages.stage3.partitions.high.teacher_sizes.vit", "33"], "33 is not a multiple"),
         (["--stages.stage3.upsampler.options", "{radius: 1}"], "has no option 'radius'"),
@@ -156,7 +156,7 @@ def test_submit__what_only_the_nodes_have(recipe, login_node, capsys):
 
 @pytest.mark.usefixtures("free")
 def test_submit__scores_that_are_left_out_need_nothing(recipe, login_node):
-    assert slurm(recipe, "--evaluation.pictures", "", "--no-eval") == 0
+    assert slurm(recipe, "--evaluation.images", "", "--no-eval") == 0
 
 
 @pytest.mark.usefixtures("free")

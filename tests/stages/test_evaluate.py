@@ -44,8 +44,8 @@ RECIPE = {
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pictures")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("images")
     generator = np.random.default_rng(0)
     for index in range(2):
         coarse = Image.fromarray(generator.integers(0, 256, (4, 5, 3), dtype=np.uint8))
@@ -87,8 +87,8 @@ def lines(path: Path) -> list[dict]:
 
 
 @pytest.fixture
-def asked(pictures: Path) -> list[str]:
-    return ["--evaluation.pictures", str(pictures)]
+def asked(images: Path) -> list[str]:
+    return ["--evaluation.images", str(images)]
 
 
 def test_eval__two_runs_keep_apart_in_one_file_and_in_their_own(tmp_path, asked, capsys):

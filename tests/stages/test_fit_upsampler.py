@@ -40,7 +40,7 @@ RECIPE = {
         "views": 2,
         "warmup_steps": 1,
         "downsampler_kernel": 4,
-        "pictures_every": 0,
+        "images_every": 0,
     },
     "stages": {
         "stage3": {
@@ -61,32 +61,32 @@ RECIPE = {
 }
 
 
-def write_pictures(folder: Path, count: int, seed: int) -> None:
+def write_images(folder: Path, count: int, seed: int) -> None:
     generator = np.random.default_rng(seed)
     folder.mkdir(parents=True)
     for index in range(count):
         coarse = Image.fromarray(generator.integers(0, 255, (5, 6, 3), dtype=np.uint8))
-        picture = np.array(coarse.resize((110, 100), Image.Resampling.BICUBIC))
+        image = np.array(coarse.resize((110, 100), Image.Resampling.BICUBIC))
         top, left = generator.integers(0, 60, 2)
-        picture[top : top + 30 : 2, left : left + 30] = generator.integers(0, 255, 3)
-        Image.fromarray(picture).save(folder / f"{index}.png")
+        image[top : top + 30 : 2, left : left + 30] = generator.integers(0, 255, 3)
+        Image.fromarray(image).save(folder / f"{index}.png")
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("pictures")
-    write_pictures(root / "train", 10, seed=0)
-    write_pictures(root / "held_out", 3, seed=1)
+def images(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("images")
+    write_images(root / "train", 10, seed=0)
+    write_images(root / "held_out", 3, seed=1)
     write_shards(root / "train", root / "shards", images_per_shard=5)
     return root
 
 
 @pytest.fixture
-def recipe_file(tmp_path: Path, pictures: Path) -> str:
+def recipe_file(tmp_path: Path, images: Path) -> str:
     recipe = {
         **RECIPE,
         "output": str(tmp_path / "runs"),
-        "data": {**RECIPE["data"], "shards": [str(pictures / "shards")]},
+        "data": {**RECIPE["data"], "shards": [str(images / "shards")]},
     }
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
@@ -149,23 +149,23 @@ def test_arguments__the_only_teacher_needs_no_name(recipe_file, monkeypatch):
 
 
 @pytest.mark.parametrize("upsampler", ["featup", "featsharp"])
-def test_fit__writes_what_stage_3_of_the_recipe_takes(recipe_file, pictures, capfd, upsampler):
-    held_out = str(pictures / "held_out")
-    arguments = ["--upsampler", upsampler, "--evaluation.pictures", held_out]
-    assert run(recipe_file, *arguments, "--fit.pictures_every", "4") == 0
+def test_fit__writes_what_stage_3_of_the_recipe_takes(recipe_file, images, capfd, upsampler):
+    held_out = str(images / "held_out")
+    arguments = ["--upsampler", upsampler, "--evaluation.images", held_out]
+    assert run(recipe_file, *arguments, "--fit.images_every", "4") == 0
     folder = folder_of(recipe_file, f"vit-{upsampler}-2x")
     path = folder / FITTED
     assert capfd.readouterr().out.strip() == str(path)
-    assert (folder / "pictures" / "step-00000004.png").is_file()
+    assert (folder / "images" / "step-00000004.png").is_file()
 
     header = read_header(path)
     assert (header.upsampler, header.teacher, header.factor) == (upsampler, "vit", 2)
     assert (header.channels, header.size, header.normalizer) == (32, (48, 48), "phi_s")
     assert header.fit["steps"] == 4
     assert header.fit["seed"] == 3
-    assert header.fit["shards"] == [str(pictures / "shards")]
-    assert header.measures.keys() == {"fidelity", "total_variation", "crf", "mmd", "pictures"}
-    assert header.measures["pictures"] == 3
+    assert header.fit["shards"] == [str(images / "shards")]
+    assert header.measures.keys() == {"fidelity", "total_variation", "crf", "mmd", "images"}
+    assert header.measures["images"] == 3
     assert header.measures["fidelity"] > 0
     parts = read_tensors(path)
     assert parts.keys() == {"network", "bias", "normalizer", "downsampler"}
@@ -243,14 +243,14 @@ def test_resume__a_complete_fit_is_not_run_again_and_half_of_one_ends_the_same(r
 
 
 def test_resume__a_changed_recipe_is_refused_and_one_that_looks_elsewhere_is_not(
-    recipe_file, pictures, capfd
+    recipe_file, images, capfd
 ):
     assert run(recipe_file, "--fit.steps", "2") == 0
     assert run(recipe_file, "--fit.steps", "2", "--resume", "--fit.learning_rate", "0.1") == 2
     assert "fit.learning_rate: 0.0001 -> 0.1" in one_line(capfd)
-    measured = ["--evaluation.pictures", str(pictures / "held_out"), "--log.every", "9"]
+    measured = ["--evaluation.images", str(images / "held_out"), "--log.every", "9"]
     assert run(recipe_file, "--fit.steps", "2", "--resume", *measured) == 0
-    assert read_header(folder_of(recipe_file) / FITTED).measures["pictures"] == 3
+    assert read_header(folder_of(recipe_file) / FITTED).measures["images"] == 3
 
 
 def test_fit__again_moves_the_earlier_one_aside(recipe_file):
@@ -301,8 +301,8 @@ def test_build_fit__starts_the_same_whether_statistics_are_estimated_or_kept(rec
         (["--fit.stpes", "3"], "unknown field 'fit.stpes' (did you mean 'steps'?)"),
         (["--normalizer.name", "layer_norm"], "layer_norm has no way back to the teacher's space"),
         (["--normalizer.name", "phi-s"], "unknown normalizer 'phi-s' (did you mean 'phi_s'?)"),
-        (["--evaluation.pictures", "nowhere"], "no folder nowhere, of images or of shards"),
-        (["--upsampler", "typo", "--evaluation.pictures", "nowhere"], "unknown network 'typo'"),
+        (["--evaluation.images", "nowhere"], "no folder nowhere, of images or of shards"),
+        (["--upsampler", "typo", "--evaluation.images", "nowhere"], "unknown network 'typo'"),
         (["--data.shards", "[nowhere]"], "no shards found for 'nowhere'"),
         (["--engine.device", "cuda"], "torch sees no GPU"),
         (["--teachers.vit.weights", "absent.safetensors"], "absent.safetensors"),
@@ -321,14 +321,14 @@ def test_fit__where_nothing_can_be_written(recipe_file, capfd, tmp_path):
     assert "cannot write to" in one_line(capfd)
 
 
-def test_fit__more_processes_than_pictures(recipe_file, capfd, monkeypatch):
+def test_fit__more_processes_than_images(recipe_file, capfd, monkeypatch):
     monkeypatch.setattr("radio_distill.system.distributed.join", lambda *_: None)
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     assert run(recipe_file) == 2
-    assert "2 pictures cannot be shared out to 3 processes" in one_line(capfd)
+    assert "2 images cannot be shared out to 3 processes" in one_line(capfd)
 
 
 def test_cli__has_it_as_a_command_too(recipe_file):

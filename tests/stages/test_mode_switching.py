@@ -11,10 +11,10 @@ from PIL import Image
 
 import radio_distill
 from radio_distill.config import Recipe, build
-from radio_distill.data.folder import list_pictures
+from radio_distill.data.folder import list_images
 from radio_distill.evals.agreement import across_sizes
 from radio_distill.models.distilled import build_student
-from radio_distill.report.pictures import LABEL_HEIGHT, MARGIN
+from radio_distill.report.feature_images import LABEL_HEIGHT, MARGIN
 from radio_distill.train import checkpoint as checkpoints
 from radio_distill.train.restore import load_student
 from stages import cli
@@ -38,15 +38,15 @@ RECIPE = {
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pictures, and the runs ``one`` and ``two`` of students that differ in their weights."""
+    """Images, and the runs ``one`` and ``two`` of students that differ in their weights."""
     root = tmp_path_factory.mktemp("switching")
-    (root / "pictures").mkdir()
+    (root / "images").mkdir()
     generator = np.random.default_rng(0)
     for index in range(3):
         coarse = Image.fromarray(generator.integers(0, 256, (4, 5, 3), dtype=np.uint8))
-        coarse.resize((90, 70), Image.Resampling.BICUBIC).save(root / "pictures" / f"{index}.png")
+        coarse.resize((90, 70), Image.Resampling.BICUBIC).save(root / "images" / f"{index}.png")
     for seed, name in enumerate(("one", "two")):
-        write_student(root, name, seed, {"size": 32, "pictures": str(root / "pictures")})
+        write_student(root, name, seed, {"size": 32, "images": str(root / "images")})
     write_student(root, "blind", 0, {"size": 32})
     return root
 
@@ -112,8 +112,8 @@ def test_command__numbers_are_those_of_the_measure(root, tmp_path):
     curve = curves_of(tmp_path)["one/stage1"]
     found = checkpoints.find(root / "one" / "stage1")
     encoder = student_encoder(load_student(found, CPU), found, CPU)
-    pictures = list_pictures(str(root / "pictures"))[:2]
-    expected = across_sizes(encoder, pictures, [64, 32, 96])
+    images = list_images(str(root / "images"))[:2]
+    expected = across_sizes(encoder, images, [64, 32, 96])
     assert curve["sizes"] == [
         {"size": list(row.size), "agreement": 100 * row.cosine, "mode_switch": 100 * row.shift}
         for row in (expected[1], expected[0], expected[2])
@@ -122,14 +122,14 @@ def test_command__numbers_are_those_of_the_measure(root, tmp_path):
     assert curve["mode_switch"] == pytest.approx(100 * max(row.shift for row in expected))
 
 
-def test_command__labels_pictures_and_the_place_of_the_results(root, tmp_path, capsys):
+def test_command__labels_images_and_the_place_of_the_results(root, tmp_path, capsys):
     folder = root / "blind" / "stage1"
-    arguments = ["--pictures", str(root / "pictures"), "--sizes", "48x48", "--labels", "low only"]
+    arguments = ["--images", str(root / "images"), "--sizes", "48x48", "--labels", "low only"]
     assert cli.main(["mode-switching", str(folder), *arguments]) == 0
     facts = json.loads((root / "blind" / "mode_switching" / "curves.json").read_text())
     assert list(facts["runs"]) == ["low only"]
     assert facts["runs"]["low only"].endswith("blind/stage1/checkpoints/step-00000001")
-    assert facts["num_pictures"] == 3
+    assert facts["num_images"] == 3
 
 
 def test_command__teachers_are_dashed_and_one_of_a_single_size_is_left_out(root, tmp_path, caplog):
@@ -171,7 +171,7 @@ def test_command__a_student_is_measured_above_its_max_size_as_it_is_loaded(root,
         (["--reference", "-32"], "cannot take -32 px"),
         (["--sizes", "32"], "nothing to compare with the reference 32 px"),
         (["--labels", "a", "b"], "--labels: 2 for 1 runs"),
-        (["--pictures", "nowhere"], "nowhere"),
+        (["--images", "nowhere"], "nowhere"),
     ],
 )
 def test_command__bad_argument(root, tmp_path, capsys, arguments, message):
@@ -187,7 +187,7 @@ def test_command__bad_argument(root, tmp_path, capsys, arguments, message):
     [
         (("absent",), "no whole checkpoint in"),
         (("one", "one"), "two runs are called alike (one/stage1, one/stage1)"),
-        (("blind",), "evaluation.pictures is empty"),
+        (("blind",), "evaluation.images is empty"),
     ],
 )
 def test_command__bad_runs(root, tmp_path, capsys, runs, message):

@@ -37,7 +37,7 @@ stages:
     upsampler: {name: tile, factor: 3}
     partitions:
       - {name: high, size: 128, teachers: [clip, sam], upsample: [clip], batch_size: 4}
-evaluation: {pictures: nowhere/pictures}
+evaluation: {images: nowhere/images}
 """
 
 
@@ -61,7 +61,7 @@ def test_plan__prints_everything_and_writes_nothing(recipe, capsys, tmp_path):
         assert word in out
     tiled = next(line.split() for line in out.splitlines() if "18x18" in line)
     assert tiled[0] == "clip"
-    assert tiled[tiled.index("18x18") + 1] == "10"  # nine tiles and the whole picture
+    assert tiled[tiled.index("18x18") + 1] == "10"  # nine tiles and the whole image
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.yaml"]
 
 
@@ -84,7 +84,7 @@ def test_plan__lists_what_is_missing(recipe, capsys):
         "- data.shards",
         "- teachers.sam",
         "- stages.stage2.start_from",
-        "- evaluation.pictures",
+        "- evaluation.images",
     ]
     assert all("nowhere" in line for line in missing)
 
@@ -303,11 +303,11 @@ def test_find_missing__looks_into_the_cache_of_the_hub(tmp_path, monkeypatch):
 
 
 def test_find_missing__data_of_benchmarks_where_scores_are_wanted(recipe):
-    fields = ["evaluation.pictures=", "evaluation.benchmarks=[fidelity, knn]"]
+    fields = ["evaluation.images=", "evaluation.benchmarks=[fidelity, knn]"]
     made = load_recipe(recipe, fields)
     assert not any("evaluation" in line for line in find_missing(made).missing)
     lines = [line for line in find_missing(made, scores=True).missing if "evaluation" in line]
-    assert [line.split()[0] for line in lines] == ["evaluation.pictures:", "evaluation.labels"]
+    assert [line.split()[0] for line in lines] == ["evaluation.images:", "evaluation.labels"]
 
 
 def test_check_stages__a_later_stage_is_looked_at_before_the_first(recipe):

@@ -73,17 +73,17 @@ def test_compare__answers_bad_arguments_in_one_line(recipe, capsys, arguments, m
     assert len(captured.err.strip().splitlines()) == 1
 
 
-def test_without_mosaics__shows_one_picture_at_a_time(recipe):
+def test_without_mosaics__shows_one_image_at_a_time(recipe):
     together = load_recipe(recipe)
     alone = without_mosaics(together)
     assert alone.teachers == together.teachers
     (first,), (second,) = (
         next(compare([item], [1], 1)).plans["h100"] for item in (together, alone)
     )
-    # 64 x 64 pixels hold 16 pictures of 16 pixels and 4 of 32
+    # 64 x 64 pixels hold 16 images of 16 pixels and 4 of 32
     encode = second.partitions[0].teachers[0].encode_flops
-    pictures = [cost.sight.pictures for cost in first.partitions[0].teachers]
-    assert pictures == [16, 4]
+    images = [cost.sight.images for cost in first.partitions[0].teachers]
+    assert images == [16, 4]
     assert {cost.encode_flops for cost in first.partitions[0].teachers} == {encode}
 
 

@@ -160,7 +160,7 @@ def test_c_radio_recipes__what_the_teachers_see(name):
     assert siglip == Sight("siglip2", (384, 384), (72, 72), 1)  # 1152 px at patch 16
     assert dino == Sight("dinov3", (1152, 1152), (72, 72), 1)
     assert sam == Sight("sam3", (1008, 1008), (72, 72), 1)
-    assert [seen["high", size][2].pictures for size in (512, 768, 1024)] == [4, 1, 1]
+    assert [seen["high", size][2].images for size in (512, 768, 1024)] == [4, 1, 1]
 
 
 @pytest.mark.parametrize("name", C_RADIO)

@@ -8,7 +8,7 @@ from stages.cli import main
 
 
 @pytest.fixture
-def picture():
+def image():
     buffer = io.BytesIO()
     Image.new("RGB", (40, 40), "teal").save(buffer, "PNG")
     return buffer.getvalue()
@@ -28,17 +28,17 @@ def check(folder, capfd):
     return status, capfd.readouterr().out.splitlines()
 
 
-def test_check__sound_shards(tmp_path, picture, capfd):
-    write_shard(tmp_path / "a.tar", ("a.png", picture), ("b.png", picture))
+def test_check__sound_shards(tmp_path, image, capfd):
+    write_shard(tmp_path / "a.tar", ("a.png", image), ("b.png", image))
     status, (first, *_) = check(tmp_path, capfd)
     assert status == 0
     assert first.endswith("0 bad images, 0 samples left out, 0 damaged shards")
 
 
-def test_check__reports_all_that_training_would_not_use(tmp_path, picture, capfd):
-    hostile = [(f"../{number}.png", picture) for number in range(12)]
-    write_shard(tmp_path / "a.tar", ("a.png", picture), ("a.png", picture), *hostile)
-    write_shard(tmp_path / "b.tar", ("a.png", picture), ("b.png", picture[:60]))
+def test_check__reports_all_that_training_would_not_use(tmp_path, image, capfd):
+    hostile = [(f"../{number}.png", image) for number in range(12)]
+    write_shard(tmp_path / "a.tar", ("a.png", image), ("a.png", image), *hostile)
+    write_shard(tmp_path / "b.tar", ("a.png", image), ("b.png", image[:60]))
     (tmp_path / "c.tar").write_bytes(b"junk")
     for _ in range(2):
         status, lines = check(tmp_path, capfd)
@@ -52,21 +52,21 @@ def test_check__reports_all_that_training_would_not_use(tmp_path, picture, capfd
 
 
 @pytest.mark.parametrize("name", ["a.txt", "../a.png"])
-def test_check__one_fault_is_enough(tmp_path, picture, capfd, name):
-    write_shard(tmp_path / "a.tar", ("good.png", picture), (name, picture))
+def test_check__one_fault_is_enough(tmp_path, image, capfd, name):
+    write_shard(tmp_path / "a.tar", ("good.png", image), (name, image))
     assert check(tmp_path, capfd)[0] == 1
 
 
-def test_check__names_the_field_of_a_limit(tmp_path, picture, capfd):
-    write_shard(tmp_path / "a.tar", ("a.png", picture))
+def test_check__names_the_field_of_a_limit(tmp_path, image, capfd):
+    write_shard(tmp_path / "a.tar", ("a.png", image))
     assert main(["shards", "--check", str(tmp_path), "--data.min_size", "41"]) == 1
     assert "1 too_small: data.min_size is 41" in capfd.readouterr().out
     assert main(["shards", "--check", str(tmp_path), "--data.max_pixels", "1599"]) == 1
     assert "1 too_large: data.max_pixels is 1599" in capfd.readouterr().out
 
 
-def test_check__says_what_is_notable_and_no_fault(tmp_path, picture, capfd):
-    write_shard(tmp_path / "a.tar", ("a.png", picture), ("a.2.png", picture), ("._a.png", b""))
+def test_check__says_what_is_notable_and_no_fault(tmp_path, image, capfd):
+    write_shard(tmp_path / "a.tar", ("a.png", image), ("a.2.png", image), ("._a.png", b""))
     write_shard(tmp_path / "b.tar")
     (tmp_path / "b.parquet").write_bytes(b"")
     status, lines = check(tmp_path, capfd)
@@ -81,22 +81,22 @@ def test_check__says_what_is_notable_and_no_fault(tmp_path, picture, capfd):
         assert any(text in line for line in lines)
 
 
-def test_check__puts_indexes_where_it_is_told(tmp_path, picture):
-    write_shard(tmp_path / "a.tar", ("a.png", picture))
+def test_check__puts_indexes_where_it_is_told(tmp_path, image):
+    write_shard(tmp_path / "a.tar", ("a.png", image))
     place = tmp_path / "indexes"
     assert main(["shards", "--check", str(tmp_path / "a.tar"), "--data.index", str(place)]) == 0
     assert len(list(place.iterdir())) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.tar", "indexes"]
 
 
-def test_shards__holds_out(tmp_path, picture, capfd):
+def test_shards__holds_out(tmp_path, image, capfd):
     (tmp_path / "in").mkdir()
     for number in range(10):
-        (tmp_path / "in" / f"{number}.png").write_bytes(picture)
+        (tmp_path / "in" / f"{number}.png").write_bytes(image)
     arguments = ["shards", str(tmp_path / "in"), str(tmp_path / "out"), "--hold-out", "0.2"]
     assert main(arguments) == 0
     lines = capfd.readouterr().out.splitlines()
-    assert lines[0] == f"8 pictures in 1 shards: {tmp_path / 'out'}"
-    assert lines[1] == f"2 pictures held out in 1 shards: {tmp_path / 'out_held_out'}"
-    assert f"--evaluation.pictures {tmp_path / 'out_held_out'}" in lines[-1]
+    assert lines[0] == f"8 images in 1 shards: {tmp_path / 'out'}"
+    assert lines[1] == f"2 images held out in 1 shards: {tmp_path / 'out_held_out'}"
+    assert f"--evaluation.images {tmp_path / 'out_held_out'}" in lines[-1]
     assert main(["shards", str(tmp_path / "in"), str(tmp_path / "a"), "--hold-out", "2"]) == 2

@@ -49,34 +49,34 @@ FITTED_HERE = ("vit-bilinear-2x", "vit-featsharp-2x", "vit-featsharp-2x-inputs_t
 SECTIONS = ["scores", "run", "fits", "features", "biases", "tiles", "throughput", "recipe"]
 
 
-def write_pictures(folder: Path, count: int, seed: int) -> None:
+def write_images(folder: Path, count: int, seed: int) -> None:
     """Write smooth colour gradients with a bright square, each different."""
     generator = np.random.default_rng(seed)
     folder.mkdir(parents=True)
     for index in range(count):
         coarse = generator.integers(0, 255, (4, 5, 3), dtype=np.uint8)
-        picture = np.array(Image.fromarray(coarse).resize((90, 80), Image.Resampling.BICUBIC))
-        picture[10:30, 20:40] = generator.integers(0, 255, 3)
-        Image.fromarray(picture).save(folder / f"{index:03}.png")
+        image = np.array(Image.fromarray(coarse).resize((90, 80), Image.Resampling.BICUBIC))
+        image[10:30, 20:40] = generator.integers(0, 255, 3)
+        Image.fromarray(image).save(folder / f"{index:03}.png")
 
 
 @pytest.fixture(scope="module")
 def recipe_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A recipe with shards, held-out pictures and a segmentation set of two classes."""
+    """A recipe with shards, held-out images and a segmentation set of two classes."""
     root = tmp_path_factory.mktemp("report")
-    write_pictures(root / "train", 8, seed=0)
-    write_pictures(root / "held_out", 2, seed=1)
+    write_images(root / "train", 8, seed=0)
+    write_images(root / "held_out", 2, seed=1)
     write_shards(root / "train", root / "shards", images_per_shard=8)
     mask = np.repeat(np.array([[1, 2]], dtype=np.uint8), 80, axis=0).repeat(45, axis=1)
     for seed, split in enumerate(("train", "val"), 2):
-        write_pictures(root / "seg" / "images" / split, 2, seed)
+        write_images(root / "seg" / "images" / split, 2, seed)
         (root / "seg" / "masks" / split).mkdir(parents=True)
         for index in range(2):
             Image.fromarray(mask).save(root / "seg" / "masks" / split / f"{index:03}.png")
     recipe = RECIPE | {
         "output": str(root / "runs"),
         "data": {"workers": 0, "shards": [str(root / "shards")]},
-        "evaluation": {"pictures": str(root / "held_out"), "segmentation": str(root / "seg")},
+        "evaluation": {"images": str(root / "held_out"), "segmentation": str(root / "seg")},
     }
     path = root / "tiny.yaml"
     path.write_text(yaml.safe_dump(recipe))
@@ -123,7 +123,7 @@ def folder(recipe_file: Path) -> Path:
             place(recipe, config, teacher)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("upsamplers.comparison.REPEATS", 1)
-        assert command(recipe_file, "--factors", "2", "--pictures", "2", "--fit") == 0
+        assert command(recipe_file, "--factors", "2", "--images", "2", "--fit") == 0
     return recipe_file.parent / "runs" / "tiny" / "upsampler_report" / "vit"
 
 
@@ -139,7 +139,7 @@ def test_report__the_page_has_every_section_and_loads_nothing(folder: Path) -> N
     page = (folder / "index.html").read_text()
     assert re.findall(r'<section id="(\w+)">', page) == SECTIONS
     assert page.count("data:image/png") == 4  # features, differences, biases, tiles
-    assert page.count("data:image/svg") == 3  # error of tiles, time a token, time a picture
+    assert page.count("data:image/svg") == 3  # error of tiles, time a token, time a image
     assert not re.findall(r'(?:src|href)="(?!data:|#)', page)
     assert sorted(item.name for item in folder.iterdir()) == [
         "index.html", "scores.json", "tables.md",
@@ -176,10 +176,8 @@ def test_report__its_measures_are_those_of_the_fit(folder: Path) -> None:
     """Bilinear has nothing that saving rounds, so its file gives the very numbers of the fit."""
     scores = json.loads((folder / "scores.json").read_text())["upsamplers"]["vit-bilinear-2x"]
     measured = fitted.read_header(scores["file"]).measures
-    assert {name: scores[name] for name in measured if name != "pictures"} == {
-        name: pytest.approx(value, rel=1e-6)
-        for name, value in measured.items()
-        if name != "pictures"
+    assert {name: scores[name] for name in measured if name != "images"} == {
+        name: pytest.approx(value, rel=1e-6) for name, value in measured.items() if name != "images"
     }
 
 
@@ -204,7 +202,7 @@ def test_report__lists_what_is_missing_with_its_command(
     moved = folder.parents[1] / "fit" / "vit-featup-2x"
     moved.rename(moved.with_name("elsewhere"))
     try:
-        arguments = ("--factors", "2", "--tables", "7", "9", "--no-throughput", "--pictures", "1")
+        arguments = ("--factors", "2", "--tables", "7", "9", "--no-throughput", "--images", "1")
         assert command(recipe_file, *arguments, "--upsamplers", "bilinear", "featup", "tile") == 0
     finally:
         moved.with_name("elsewhere").rename(moved)
@@ -213,7 +211,7 @@ def test_report__lists_what_is_missing_with_its_command(
         f"missing: radio-distill fit-upsampler --recipe {recipe_file} --teacher vit "
         "--upsampler featup --factor 2 --fit.size 32"
     ]
-    assert "1 missing; 2 held-out pictures" in caplog.text
+    assert "1 missing; 2 held-out images" in caplog.text
     page = (folder / "index.html").read_text()
     assert html.escape(lines[0].removeprefix("missing: ")) in page
     assert 'id="throughput"' not in page
@@ -239,8 +237,8 @@ def test_report__nothing_fitted_ends_with_one_line(
     [
         (["--factors", "1"], "--factors 1: an upsampler's factor is at least 2"),
         (["--upsamplers", "featupp"], "did you mean 'featup'?"),
-        (["--pictures", "0"], "--pictures 0"),
-        (["--evaluation.pictures", ""], "evaluation.pictures"),
+        (["--images", "0"], "--images 0"),
+        (["--evaluation.images", ""], "evaluation.images"),
         (["--fit.size", "33"], "cannot see 33 px (nearest 32)"),
     ],
 )
@@ -278,7 +276,7 @@ def test_find__the_projects_own_serves_at_its_size(
 ) -> None:
     arguments = ("--name", "other", "--factors", "2", "--tables", "9", "--upsamplers", "bilinear")
     monkeypatch.setattr(fitted, "SHIPPED", folder.parents[1] / "fit" / "vit-bilinear-2x")
-    assert command(recipe_file, *arguments, "--no-throughput", "--pictures", "1") == 0
+    assert command(recipe_file, *arguments, "--no-throughput", "--images", "1") == 0
     caplog.clear()
     assert command(recipe_file, *arguments, "--fit.size", "48") == 2
     assert "  # the project's own was fitted at 32x32 px, not at 48x48" in caplog.text
@@ -296,7 +294,7 @@ def test_report__goes_on_without_a_file_that_has_no_downsampler(
         target = fit_folder(recipe, fit_of(recipe, "vit", name, 2)) / FITTED
         fitted.write(target, kept, header)
     arguments = ("--factors", "2", "--tables", "9", "--upsamplers", "bilinear", "featup")
-    words = (*arguments, "--no-throughput", "--pictures", "1")
+    words = (*arguments, "--no-throughput", "--images", "1")
     assert command(recipe_file, "--name", "converted", *words) == 0
     assert "vit-featup-2x is not measured" in caplog.text
     text = (recipe.folder / "upsampler_report" / "vit" / "tables.md").read_text()

@@ -36,10 +36,10 @@ def cache_folder(tmp_path_factory):
 
 
 @cache
-def pictures(part, size):
-    """Pixels [N, 3, size, size] and labels: 4 pictures of each of 8 classes."""
+def photographs(part, size):
+    """Pixels [N, 3, size, size] and labels: 4 images of each of 8 classes."""
     if not PICTURES.is_dir():
-        pytest.skip("needs the labelled pictures beside the checkout")
+        pytest.skip("needs the labelled photographs beside the checkout")
     from PIL import Image
     from torchvision.transforms.functional import to_tensor
 
@@ -54,8 +54,8 @@ def pictures(part, size):
 
 
 def one_nearest_neighbour(teacher, size):
-    """Share of the held-out pictures whose nearest training picture is of their class."""
-    (train, train_labels), (val, val_labels) = pictures("train", size), pictures("val", size)
+    """Share of the held-out images whose nearest training image is of their class."""
+    (train, train_labels), (val, val_labels) = photographs("train", size), photographs("val", size)
     bank, queries = (normalize(teacher.encode(pixels).summary, dim=1) for pixels in (train, val))
     return (train_labels[(queries @ bank.T).argmax(1)] == val_labels).float().mean().item()
 

@@ -34,7 +34,7 @@ def golden() -> Callable[[str], dict[str, torch.Tensor]]:
 
 @pytest.fixture(scope="session")
 def observation() -> Callable[..., Observation]:
-    """Make what a network is shown: a random picture and a random map of ``size`` cells."""
+    """Make what a network is shown: a random image and a random map of ``size`` cells."""
 
     def make(
         channels: int, factor: int, size: tuple[int, int] = (5, 7), batch: int = 2

@@ -35,7 +35,7 @@ CPU = torch.device("cpu")
 
 
 class Means:
-    """Each cell is a linear map of the mean colour of its patch, and of that of the picture."""
+    """Each cell is a linear map of the mean colour of its patch, and of that of the image."""
 
     def __init__(self, context: float = 0.0, **limits: object):
         self.spec = TeacherSpec(
@@ -119,15 +119,15 @@ def test_maps_of__the_base_is_the_de_biased_low_map(batches: list[Tensor]) -> No
 
 
 def test_native_error__is_the_context_that_tiles_lose(batches: list[Tensor]) -> None:
-    """Of a teacher that adds the mean colour, a tile lacks the whole picture's and has its own."""
+    """Of a teacher that adds the mean colour, a tile lacks the whole image's and has its own."""
     weight, scale = 0.5, 3.0
     teacher, norm = Means(weight), normalizer(scale)
     upsamplers = {"native": Native(FACTOR), "tiles": Tile(FACTOR)}
     errors = native_error(teacher, norm, upsamplers, batches, SIZE, FACTOR, CPU)
     assert errors["native"] == 0
-    pictures = torch.cat(batches)
-    own = F.adaptive_avg_pool2d(pictures, FACTOR)  # each tile's mean colour
-    lost = weight * (own - pictures.mean(dim=(2, 3), keepdim=True))
+    images = torch.cat(batches)
+    own = F.adaptive_avg_pool2d(images, FACTOR)  # each tile's mean colour
+    lost = weight * (own - images.mean(dim=(2, 3), keepdim=True))
     change = torch.einsum("kc,bchw->bkhw", teacher._mixing, lost) * scale
     assert errors["tiles"] == pytest.approx(change.square().mean().item(), rel=1e-4)
     context_free = native_error(Means(), norm, upsamplers, batches, SIZE, FACTOR, CPU)
@@ -140,7 +140,7 @@ def test_native_error__a_teacher_that_cannot_says_so(batches: list[Tensor]) -> N
 
 
 def stripes(width: int, scale: int) -> tuple[Tensor, Tensor]:
-    """Return a picture of ``scale`` times SIZE in vertical stripes of two colours, and classes."""
+    """Return a image of ``scale`` times SIZE in vertical stripes of two colours, and classes."""
     labels = (torch.arange(SIZE[1] * scale) // width % 2).expand(1, SIZE[0] * scale, -1)
     colours = torch.tensor([[1.0, 0.1, 0.2], [0.2, 0.3, 0.9]])
     return colours[labels].movedim(-1, 1), labels
@@ -152,8 +152,8 @@ def test_preservation__what_only_the_finer_map_shows_counts_and_a_shift_counts_a
     probe = fit_probe(teacher, [stripes(PATCH * 2, 1)], 2)
     fine_stripes, wide_stripes = [stripes(PATCH, FACTOR)], [stripes(PATCH * 4, FACTOR)]
 
-    def score(made: Consistency, pictures: list[tuple[Tensor, Tensor]]) -> tuple[float, float]:
-        return preservation(made.model, teacher, probe, pictures, SIZE, FACTOR)
+    def score(made: Consistency, images: list[tuple[Tensor, Tensor]]) -> tuple[float, float]:
+        return preservation(made.model, teacher, probe, images, SIZE, FACTOR)
 
     native, low = score(without_parameters(Native(FACTOR), teacher, made), fine_stripes)
     assert native == 1

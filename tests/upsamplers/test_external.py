@@ -251,7 +251,7 @@ def test_loftup__loads_beside_our_own_package_of_its_name(loftup, teacher, caplo
     assert features.spatial.shape == (1, 32, 10, 6)
 
 
-def test_loftup__pictures_do_not_mix(loftup, teacher):
+def test_loftup__images_do_not_mix(loftup, teacher):
     upsampler, pixels = LoftUp(2, repository=loftup), torch.rand(2, 3, 32, 32)
     pixels[0] *= 0.2
     both = upsampler(teacher, pixels, (4, 4)).spatial

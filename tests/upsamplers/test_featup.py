@@ -17,13 +17,13 @@ def test_network__is_in_the_table_and_needs_no_tiles():
     assert out.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_network__sees_the_picture_scaled():
+def test_network__sees_the_image_scaled():
     network = FeatUpNetwork(4, 2).eval()
-    picture, low = torch.rand(1, 3, 24, 24), torch.randn(1, 4, 4, 4)
+    image, low = torch.rand(1, 3, 24, 24), torch.randn(1, 4, 4, 4)
     mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
     std = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
-    expected = network.stack(low, (picture - mean) / std)
-    torch.testing.assert_close(network(Observation(picture, low)), expected)
+    expected = network.stack(low, (image - mean) / std)
+    torch.testing.assert_close(network(Observation(image, low)), expected)
     assert set(network.state_dict()) == {f"stack.{name}" for name in network.stack.state_dict()}
 
 

@@ -33,7 +33,7 @@ FIT = {
     "warmup_steps": 2,
     "learning_rate": 0.003,
     "downsampler_kernel": 4,
-    "pictures_every": 0,
+    "images_every": 0,
 }
 
 
@@ -54,7 +54,7 @@ def recipe_of(**values) -> Recipe:
     return made
 
 
-def picture(number: int, size) -> torch.Tensor:
+def image(number: int, size) -> torch.Tensor:
     """Soft colours with two rectangles of stripes: a function of the number alone."""
     generator = np.random.default_rng(number)
     coarse = torch.from_numpy(generator.random((1, 3, 4, 4), dtype=np.float32))
@@ -66,8 +66,8 @@ def picture(number: int, size) -> torch.Tensor:
     return made
 
 
-class Pictures:
-    """Generated pictures in the order of steps; notes which steps were asked for."""
+class Images:
+    """Generated images in the order of steps; notes which steps were asked for."""
 
     def __init__(self, slices, batch_size):
         self.slices, self.batch_size = slices, batch_size
@@ -83,15 +83,15 @@ class Pictures:
 
     def batch(self, step, item):
         numbers = [step * self.batch_size + at for at in range(item.start, item.stop)]
-        pixels = torch.stack([picture(number, item.size) for number in numbers])
+        pixels = torch.stack([image(number, item.size) for number in numbers])
         return ImageBatch({View(item.size): pixels}, tuple(map(str, numbers)))
 
 
 @pytest.fixture(scope="session")
 def normalizer(tiny):
-    """PHI-S of the tiny teacher on such pictures."""
+    """PHI-S of the tiny teacher on such images."""
     moments = Moments(CHANNELS)
-    pixels = torch.stack([picture(1000 + number, SIZE) for number in range(16)])
+    pixels = torch.stack([image(1000 + number, SIZE) for number in range(16)])
     moments.update(tiny("tiny_vit").encode(pixels).spatial)
     return NORMALIZERS.get("phi_s")().fit(moments)
 
@@ -117,7 +117,7 @@ def run_of(tmp_path, tiny, normalizer):
             teacher or tiny("tiny_vit"),
             Consistency(model, config, CHANNELS),
             SIZE,
-            Pictures(slices, config.batch_size),
+            Images(slices, config.batch_size),
             slices,
         )
 
@@ -185,10 +185,10 @@ def test_fit__resumed_at_half_ends_bit_for_bit_the_same(run_of, pool, downsample
             assert torch.equal(value, found[name]), f"{part}/{name}"
 
 
-def test_fit__pictures_are_written_where_asked(run_of):
-    run = run_of("featsharp", steps=2, pictures_every=1)
+def test_fit__images_are_written_where_asked(run_of):
+    run = run_of("featsharp", steps=2, images_every=1)
     fit(run)
-    names = sorted(path.name for path in (run.folder / "pictures").iterdir())
+    names = sorted(path.name for path in (run.folder / "images").iterdir())
     assert names == ["step-00000001.png", "step-00000002.png"]
 
 
@@ -246,7 +246,7 @@ def test_lessons__from_a_later_step_on_are_the_same(run_of, pool):
     assert torch.equal(found[0].seen.further, expected[0].seen.further)
 
 
-def test_lessons__encode_picture_tiles_and_views_in_one_call(run_of, spy):
+def test_lessons__encode_image_tiles_and_views_in_one_call(run_of, spy):
     teacher = spy("tiny_vit")
     lessons_of(run_of("featsharp", teacher=teacher), 2)
     assert teacher.calls == [3 * (1 + 4 + 2)] * 2
@@ -289,7 +289,7 @@ def test_accumulate__processes_and_passes_add_up_to_one(run_of, world_size):
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])
 @pytest.mark.parametrize("micro_batch", [0, 1, 2])
-def test_share_of__every_picture_once_in_passes_of_the_micro_batch(world_size, micro_batch):
+def test_share_of__every_image_once_in_passes_of_the_micro_batch(world_size, micro_batch):
     config = FitConfig(batch_size=5)
     shares = [
         share_of(config, World(r, world_size), micro_batch, (8, 8)) for r in range(world_size)
@@ -304,8 +304,8 @@ def test_share_of__every_picture_once_in_passes_of_the_micro_batch(world_size, m
     assert shares[0][0].size == (8, 8)
 
 
-def test_share_of__more_processes_than_pictures():
-    message = "fit.batch_size: 2 pictures cannot be shared out to 3 processes"
+def test_share_of__more_processes_than_images():
+    message = "fit.batch_size: 2 images cannot be shared out to 3 processes"
     with pytest.raises(ConfigError, match=message):
         share_of(FitConfig(batch_size=2), World(0, 3), 0, (8, 8))
     assert share_of(FitConfig(batch_size=3), World(2, 3), 0, (8, 8)) == [StepSlice(2, 3, (8, 8))]
@@ -396,7 +396,7 @@ def test_consistency__each_weight_changes_the_gradient_of_the_network(run_of, va
     assert float((weighted - plain).norm() / plain.norm()) > 1e-3
 
 
-def test_consistency__of_views_that_see_nothing_of_the_picture_is_zero(run_of):
+def test_consistency__of_views_that_see_nothing_of_the_image_is_zero(run_of):
     """Not NaN: a mean over no cell."""
     seen, drawn = observed()
     far = drawn.clone()
@@ -405,8 +405,8 @@ def test_consistency__of_views_that_see_nothing_of_the_picture_is_zero(run_of):
     assert torch.equal(loss, torch.zeros(2))
 
 
-def test_consistency__of_the_teacher_s_own_map_and_the_whole_picture(run_of):
-    """Views that are the picture itself, a map that is constant: nothing is left to learn."""
+def test_consistency__of_the_teacher_s_own_map_and_the_whole_image(run_of):
+    """Views that are the image itself, a map that is constant: nothing is left to learn."""
     modules = run_of("bilinear", downsampler="simple").consistency
     low = torch.randn(2, CHANNELS, 1, 1).expand(-1, -1, 6, 6)
     drawn = torch.eye(3).expand(2, 3, 3, 3)
@@ -435,7 +435,7 @@ def test_parameter_groups__an_unknown_part_is_warned_of_with_the_nearest(run_of,
 
 
 class Broken:
-    """A teacher that gives NaN for the picture, or for its views alone."""
+    """A teacher that gives NaN for the image, or for its views alone."""
 
     def __init__(self, teacher, views_alone):
         self.teacher, self.spec, self.views_alone = teacher, teacher.spec, views_alone

@@ -37,45 +37,45 @@ def colours(pixels, patch):
 
 
 def squares(height, width):
-    """A picture of flat rectangles, not aligned with the cells."""
+    """A image of flat rectangles, not aligned with the cells."""
     draw = np.random.default_rng(3)
-    picture = torch.full((3, height, width), 0.5)
+    image = torch.full((3, height, width), 0.5)
     for _ in range(12):
         top, left = draw.integers(0, height - 9), draw.integers(0, width - 9)
         colour = torch.from_numpy(draw.random((3, 1, 1))).float()
-        picture[:, top : top + draw.integers(5, 17), left : left + draw.integers(5, 17)] = colour
-    return picture
+        image[:, top : top + draw.integers(5, 17), left : left + draw.integers(5, 17)] = colour
+    return image
 
 
-def fit(picture, size=(48, 32), teacher=None, **changes):
+def fit(image, size=(48, 32), teacher=None, **changes):
     settings = {"factor": 4, "steps": 120, "views": 80, "progress": False, **changes}
-    return fit_implicit(teacher or MeanColour(), picture, size, **settings)
+    return fit_implicit(teacher or MeanColour(), image, size, **settings)
 
 
 @pytest.fixture(scope="module")
-def picture():
+def image():
     return squares(48, 32)
 
 
 @pytest.fixture(scope="module")
-def fitted(picture):
-    return fit(picture)
+def fitted(image):
+    return fit(image)
 
 
-def test_render__is_nearer_to_the_true_fine_features_than_bilinear_is(picture, fitted):
-    true = colours(picture[None], PATCH // 4)[0]  # [C, 24, 16]
-    low = colours(picture[None], PATCH)
+def test_render__is_nearer_to_the_true_fine_features_than_bilinear_is(image, fitted):
+    true = colours(image[None], PATCH // 4)[0]  # [C, 24, 16]
+    low = colours(image[None], PATCH)
     bilinear = F.interpolate(low, (24, 16), mode="bilinear")[0]
     error = (fitted.render((24, 16)) - true).square().mean()
     assert error < 0.75 * (bilinear - true).square().mean()
 
 
-def test_see__predicts_views_that_were_not_fitted_better_than_pooled_bilinear(picture, fitted):
+def test_see__predicts_views_that_were_not_fitted_better_than_pooled_bilinear(image, fitted):
     draw = np.random.Generator(np.random.Philox(key=[99, 1]))
     views = draw_homographies(16, implicit.VIEW_RANGE, draw, 32 / 48)
-    target = MeanColour().encode(render(picture[None], views, (48, 32))).spatial
+    target = MeanColour().encode(render(image[None], views, (48, 32))).spatial
     valid = valid_mask(views, (6, 4))
-    smooth = F.interpolate(colours(picture[None], PATCH), (48, 32), mode="bilinear")
+    smooth = F.interpolate(colours(image[None], PATCH), (48, 32), mode="bilinear")
     scores = []
     for prediction in (fitted.see(views), F.avg_pool2d(render(smooth, views, (48, 32)), PATCH)):
         fidelity = Fidelity(CHANNELS)
@@ -96,18 +96,18 @@ def test_render__in_parts_is_the_same(fitted, monkeypatch):
     torch.testing.assert_close(fitted.render((9, 10)), whole)
 
 
-def test_fit_implicit__seed_decides_and_the_callers_randomness_stays(picture):
+def test_fit_implicit__seed_decides_and_the_callers_randomness_stays(image):
     torch.manual_seed(5)
     expected = torch.rand(1)
     torch.manual_seed(5)
-    first = fit(picture, steps=3, views=12).render((12, 8))
+    first = fit(image, steps=3, views=12).render((12, 8))
     assert torch.equal(torch.rand(1), expected)
-    assert torch.equal(fit(picture[None], steps=3, views=12).render((12, 8)), first)
-    assert not torch.equal(fit(picture, steps=3, views=12, seed=1).render((12, 8)), first)
+    assert torch.equal(fit(image[None], steps=3, views=12).render((12, 8)), first)
+    assert not torch.equal(fit(image, steps=3, views=12, seed=1).render((12, 8)), first)
 
 
-def test_fit_implicit__one_point_a_pixel_without_a_factor(picture):
-    assert fit(picture, factor=None, steps=1, views=2).fitted == (48, 32)
+def test_fit_implicit__one_point_a_pixel_without_a_factor(image):
+    assert fit(image, factor=None, steps=1, views=2).fitted == (48, 32)
 
 
 def test_fourier_features__coinciding_points_agree_between_grids():
@@ -118,8 +118,8 @@ def test_fourier_features__coinciding_points_agree_between_grids():
 
 
 def test_fourier_features__the_fastest_wave_of_position_turns_over_between_fitted_points():
-    picture = torch.rand(1, 3, 8, 12)
-    features = fourier_features(picture, (8, 12), (8, 12)).unflatten(0, (8, 12))
+    image = torch.rand(1, 3, 8, 12)
+    features = fourier_features(image, (8, 12), (8, 12)).unflatten(0, (8, 12))
     for axis, column in ((0, 29), (1, 59)):
         wave = torch.stack([features[..., column], features[..., 150 + column]]).movedim(
             axis + 1, 1
@@ -127,10 +127,10 @@ def test_fourier_features__the_fastest_wave_of_position_turns_over_between_fitte
         torch.testing.assert_close(wave[:, 1:], -wave[:, :-1], atol=1e-4, rtol=0)
 
 
-def test_fourier_features__colours_count_by_the_range_of_the_picture():
-    picture = torch.rand(1, 3, 8, 8)
-    same = fourier_features(0.2 + 0.5 * picture, (8, 8), (8, 8))
-    torch.testing.assert_close(same, fourier_features(picture, (8, 8), (8, 8)), atol=1e-3, rtol=0)
+def test_fourier_features__colours_count_by_the_range_of_the_image():
+    image = torch.rand(1, 3, 8, 8)
+    same = fourier_features(0.2 + 0.5 * image, (8, 8), (8, 8))
+    torch.testing.assert_close(same, fourier_features(image, (8, 8), (8, 8)), atol=1e-3, rtol=0)
 
 
 def test_compression__of_few_channels_loses_nothing_and_has_unit_variance():
@@ -155,9 +155,9 @@ def test_compression__keeps_the_largest_of_many_components():
 @pytest.mark.parametrize(
     ("change", "kind", "message"),
     [
-        ({"picture": torch.rand(2, 3, 16, 16)}, ConfigError, r"one picture .* not \[2, 3, 16,"),
-        ({"picture": torch.rand(1, 16, 16)}, ConfigError, "one picture"),
-        ({"picture": torch.full((3, 16, 16), math.nan)}, DataError, "picture holds values"),
+        ({"image": torch.rand(2, 3, 16, 16)}, ConfigError, r"one image .* not \[2, 3, 16,"),
+        ({"image": torch.rand(1, 16, 16)}, ConfigError, "one image"),
+        ({"image": torch.full((3, 16, 16), math.nan)}, DataError, "image holds values"),
         ({"steps": 0}, ConfigError, "steps of an implicit fit is 0"),
         ({"views": 0}, ConfigError, "views of an implicit fit is 0"),
         ({"factor": 0}, ConfigError, "factor of an implicit fit is 0"),
@@ -167,7 +167,7 @@ def test_compression__keeps_the_largest_of_many_components():
     ],
 )  # fmt: skip
 def test_fit_implicit__bad_input_in_one_line(change, kind, message):
-    arguments = {"picture": torch.rand(3, 16, 16), "size": (16, 16), "steps": 1, "views": 2}
+    arguments = {"image": torch.rand(3, 16, 16), "size": (16, 16), "steps": 1, "views": 2}
     with pytest.raises(kind, match=message) as error:
         fit(**{**arguments, **change})
     assert "\n" not in str(error.value)

@@ -290,7 +290,7 @@ def test_call__odd_grids_of_the_teacher(file_of, tiny, name, grid):
 def test_call__a_map_smaller_than_the_filter_s_window_is_one_line(file_of, tiny, name):
     teacher = tiny("tiny_vit")
     upsampler = build(file_of(name, factor=3), teacher, name, 3, any_size=True)
-    with pytest.raises(ConfigError, match=r"3x3 is smaller than the window.*larger pictures"):
+    with pytest.raises(ConfigError, match=r"3x3 is smaller than the window.*larger images"):
         upsampler(teacher, PIXELS, (3, 3))
 
 

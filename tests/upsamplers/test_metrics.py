@@ -107,7 +107,7 @@ def test_total_variation__parity_featsharp(golden) -> None:
     assert measure.compute() == pytest.approx(published["raw"].item(), rel=1e-6)
 
 
-def test_total_variation__of_equal_pictures_is_the_mean_loss() -> None:
+def test_total_variation__of_equal_images_is_the_mean_loss() -> None:
     maps = normal(3, 4, 6, 7)
     measure = TotalVariation()
     measure.update(maps)
@@ -124,14 +124,14 @@ def test_total_variation__a_single_row_has_no_vertical_neighbours() -> None:
         measure.compute()
 
 
-def test_conditional_random_field__is_the_mean_over_pictures_in_any_order() -> None:
-    maps, pictures = normal(3, 4, 20, 20), uniform(3, 3, 40, 40)
+def test_conditional_random_field__is_the_mean_over_images_in_any_order() -> None:
+    maps, images = normal(3, 4, 20, 20), uniform(3, 3, 40, 40)
     forward, backward = ConditionalRandomField(100), ConditionalRandomField(100)
-    forward.update(maps, pictures)
+    forward.update(maps, images)
     for index in (2, 0, 1):
-        backward.update(maps[index : index + 1], pictures[index : index + 1])
+        backward.update(maps[index : index + 1], images[index : index + 1])
     generator = torch.Generator().manual_seed(0)
-    expected = conditional_random_field(maps, pictures, points=100, generator=generator).mean()
+    expected = conditional_random_field(maps, images, points=100, generator=generator).mean()
     assert forward.compute() == pytest.approx(expected.item(), rel=1e-6)
     assert backward.compute() == pytest.approx(expected.item(), rel=1e-6)
 
@@ -218,13 +218,13 @@ def test_mean_discrepancy__flat_or_missing_features() -> None:
 
 
 def fed(part: slice) -> list[Sums | MeanDiscrepancy]:
-    """Return every measure, having seen part of six pictures."""
+    """Return every measure, having seen part of six images."""
     low, target = normal(6, 4, 3, 5)[part], normal(6, 4, 3, 5, seed=1)[part]
-    high, pictures = normal(6, 4, 6, 10, seed=2)[part], uniform(6, 3, 12, 20)[part]
+    high, images = normal(6, 4, 6, 10, seed=2)[part], uniform(6, 3, 12, 20)[part]
     measures = Fidelity(4), TotalVariation(), ConditionalRandomField(), MeanDiscrepancy(4)
     measures[0].update(low, target)
     measures[1].update(high)
-    measures[2].update(high, pictures)
+    measures[2].update(high, images)
     measures[3].update(low, high)
     return list(measures)
 
@@ -261,7 +261,7 @@ def test_all_reduce__gives_every_process_the_values_of_the_whole(tmp_path: Path)
 def test_update__says_which_input_is_not_finite(bad: float) -> None:
     good, wrong = normal(1, 4, 3, 5), normal(1, 4, 3, 5)
     wrong[0, 1, 0, 0] = bad
-    picture = uniform(1, 3, 6, 10)
+    image = uniform(1, 3, 6, 10)
     with pytest.raises(DataError, match="fidelity: 1 of 60 values of the prediction"):
         Fidelity(4).update(wrong, good)
     with pytest.raises(DataError, match="fidelity: 1 of 60 values of the target"):
@@ -269,7 +269,7 @@ def test_update__says_which_input_is_not_finite(bad: float) -> None:
     with pytest.raises(DataError, match=r"total variation: .* of the upsampled map"):
         TotalVariation().update(wrong)
     with pytest.raises(DataError, match=r"random field: .* of the upsampled map"):
-        ConditionalRandomField().update(wrong, picture)
+        ConditionalRandomField().update(wrong, image)
     with pytest.raises(DataError, match=r"discrepancy: .* of the teacher's map"):
         MeanDiscrepancy(4).update(wrong, good)
     with pytest.raises(DataError, match=r"discrepancy: .* of the upsampled map"):

@@ -114,7 +114,7 @@ def test_see__encodes_each_image_once_and_all_together(spy, phi_s, levels, image
     assert seen.summary.shape == (batch, 32)
 
 
-def test_see__is_the_normalised_teacher_of_picture_tiles_and_views(tiny, phi_s):
+def test_see__is_the_normalised_teacher_of_image_tiles_and_views(tiny, phi_s):
     teacher, scale = tiny("tiny_vit"), phi_s(32)
     model = model_of(Recorder(2), scale, 32)
     pixels, views = torch.rand(2, 3, 48, 32), torch.rand(4, 3, 24, 16)

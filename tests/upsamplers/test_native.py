@@ -41,14 +41,14 @@ def test_native__is_the_teacher_at_factor_times_the_pixels(name):
     assert summary.shape == (2, teacher.spec.summary_channels)
 
 
-def test_native__summary_is_that_of_the_small_picture():
+def test_native__summary_is_that_of_the_small_image():
     teacher = tiny("tiny_vit")
     small = torch.rand(1, 3, 24, 16)
     features = Native(2)(teacher, small, (6, 4))
     torch.testing.assert_close(features.summary, teacher.encode(small).summary)
 
 
-def test_native__counts_a_large_picture_as_so_many_small_ones():
+def test_native__counts_a_large_image_as_so_many_small_ones():
     teacher = Average()
     Native(2, micro_batch=8)(teacher, torch.rand(5, 3, 32, 32), (8, 8))
     assert teacher.calls == [(5, 16), (2, 32), (2, 32), (1, 32)]
@@ -56,7 +56,7 @@ def test_native__counts_a_large_picture_as_so_many_small_ones():
     assert Native(1).cost((8, 8)) == 1
 
 
-def test_native__a_micro_batch_below_one_large_picture_takes_one_at_a_time():
+def test_native__a_micro_batch_below_one_large_image_takes_one_at_a_time():
     teacher = Average()
     Native(3, micro_batch=4)(teacher, torch.rand(2, 3, 24, 24), (6, 6))
     assert teacher.calls == [(2, 8), (1, 24), (1, 24)]

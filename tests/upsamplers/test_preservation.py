@@ -24,7 +24,7 @@ COCO = (
 GRID, SIZE, CLASSES = 8, 32, 3
 
 
-def pictures(num: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+def images(num: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Return fine maps ``[B, 6, SIZE, SIZE]``, linear in the class, and their labels."""
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.randn(num, CLASSES, 5, 5, generator=generator)
@@ -46,12 +46,12 @@ def lowered(fine: Tensor) -> Tensor:
 
 @pytest.fixture(scope="module")
 def probe() -> LinearProbe:
-    fine, labels = pictures(12)
+    fine, labels = images(12)
     return LinearProbe(CLASSES).fit(lowered(fine), labels)
 
 
 def test_preservation__finer_maps_of_the_same_space_score_higher(probe: LinearProbe) -> None:
-    fine, labels = pictures(6, seed=1)
+    fine, labels = images(6, seed=1)
     low = score(probe, lowered(fine), labels)
     assert 0.7 < low["accuracy"] < 0.97
     truth = score(probe, fine, labels)
@@ -62,7 +62,7 @@ def test_preservation__finer_maps_of_the_same_space_score_higher(probe: LinearPr
 
 
 def test_preservation__sharp_maps_of_another_space_score_low(probe: LinearProbe) -> None:
-    fine, labels = pictures(6, seed=1)
+    fine, labels = images(6, seed=1)
     assert score(probe, -fine, labels)["miou"] < 0.5 * score(probe, lowered(fine), labels)["miou"]
 
 
@@ -79,7 +79,7 @@ def test_preservation__cells_and_pixels_are_counted_by_hand() -> None:
 
 
 def test_preservation__merged_parts_are_the_whole(probe: LinearProbe) -> None:
-    fine, labels = pictures(4, seed=2)
+    fine, labels = images(4, seed=2)
     first, second = Preservation(probe), Preservation(probe)
     first.update(lowered(fine[:1]), labels[:1])
     second.update(lowered(fine[1:]), labels[1:])
@@ -88,7 +88,7 @@ def test_preservation__merged_parts_are_the_whole(probe: LinearProbe) -> None:
 
 
 def test_linear_probe__is_the_minimum_and_the_same_every_time(probe: LinearProbe) -> None:
-    fine, labels = pictures(12)
+    fine, labels = images(12)
     again = LinearProbe(CLASSES).fit(lowered(fine), labels)
     assert torch.equal(again.weight, probe.weight)
     tokens, shares = segmentation.training_set(list(lowered(fine)), list(labels), CLASSES)
@@ -106,13 +106,13 @@ def test_linear_probe__is_the_minimum_and_the_same_every_time(probe: LinearProbe
 
 def test_linear_probe__in_inference_mode(probe: LinearProbe) -> None:
     with torch.inference_mode():
-        fine, labels = pictures(12)
+        fine, labels = images(12)
         inside = LinearProbe(CLASSES).fit(lowered(fine), labels)
     torch.testing.assert_close(inside.weight, probe.weight)
 
 
 def test_linear_probe__ignores_unlabelled_cells() -> None:
-    fine, labels = pictures(4)
+    fine, labels = images(4)
     features = lowered(fine)
     hidden = labels.clone()
     hidden[2:] = -1
@@ -123,13 +123,13 @@ def test_linear_probe__ignores_unlabelled_cells() -> None:
 
 
 def test_linear_probe__bad_input(probe: LinearProbe) -> None:
-    fine, labels = pictures(2)
+    fine, labels = images(2)
     low = lowered(fine)
     with pytest.raises(DataError, match="labels from 0 to 7; they must be classes from 0 to 2"):
         LinearProbe(CLASSES).fit(low, labels.where(labels != 2, 7))
     with pytest.raises(DataError, match="all ignored"):
         LinearProbe(CLASSES).fit(low, torch.full_like(labels, -1))
-    with pytest.raises(DataError, match="1 maps but 2 label pictures"):
+    with pytest.raises(DataError, match="1 maps but 2 label images"):
         LinearProbe(CLASSES).fit(low[:1], labels)
     low[0, 0, 0, 0] = torch.nan
     with pytest.raises(DataError, match="preservation: 1 of 768 values of the teacher's map"):

@@ -45,7 +45,7 @@ def test_sapa__starts_near_bilinear(observation, factor, size):
     assert (fine - expected).square().mean().sqrt() < 0.05
 
 
-def test_sapa__learns_an_edge_of_the_picture_that_the_low_map_lacks():
+def test_sapa__learns_an_edge_of_the_image_that_the_low_map_lacks():
     """Two colours meet inside a cell: fitted, the map changes there, not at the cell's border."""
     torch.manual_seed(0)
     factor, low = 4, torch.zeros(1, 2, 4, 8)

@@ -78,7 +78,7 @@ def test_shift__whole_pixels_are_copied_and_the_edge_repeated(offset):
 
 
 def test_shift__by_parts_is_undone_by_the_way_back():
-    """A smooth picture survives there and back, away from the border."""
+    """A smooth image survives there and back, away from the border."""
     x = torch.linspace(0, 6.28, 64, dtype=torch.float64)
     pixels = (x.sin()[:, None] * x.cos()).expand(1, 1, -1, -1)
     moved = shift(shift(pixels, 1.3, dim=2), -1.3, dim=2)
@@ -95,7 +95,7 @@ def test_strided__real_encoders(name):
         pixels, teacher.spec.native_size, mode="bicubic", antialias=True
     ).clamp(0, 1)
     expected = teacher.encode(low)
-    # The copy in the middle is the picture as it is.
+    # The copy in the middle is the image as it is.
     torch.testing.assert_close(spatial[:, :, 1::3, 1::3], expected.spatial, rtol=1e-4, atol=1e-4)
     if expected.summary is None:
         assert summary is None
@@ -107,9 +107,9 @@ def test_strided__an_object_changes_the_cells_around_it_alone():
     """One patch of a ViT: its 2x2 fine cells, and those half a patch away on each side."""
     teacher = build_teacher("tiny_vit", TeacherConfig(preset="tiny_vit"))
     grey = torch.full((1, 3, 32, 48), 0.5)
-    picture = grey.clone()
-    picture[:, :, 16:24, 8:16] = (torch.arange(8) // 2 % 2).float()[:, None]
-    difference = Strided(2)(teacher, torch.cat([picture, grey]), (8, 12)).spatial
+    image = grey.clone()
+    image[:, :, 16:24, 8:16] = (torch.arange(8) // 2 % 2).float()[:, None]
+    difference = Strided(2)(teacher, torch.cat([image, grey]), (8, 12)).spatial
     change = (difference[0] - difference[1]).norm(dim=0)  # [8, 12]
     expected = torch.zeros(8, 12, dtype=torch.bool)
     expected[3:7, 1:5] = True
@@ -123,7 +123,7 @@ def test_strided__cost_is_the_images_it_encodes():
         assert teacher.num_images == 2 * Strided(factor).cost((2 * factor, 3 * factor))
 
 
-def test_strided__a_bad_picture_does_not_touch_its_neighbours():
+def test_strided__a_bad_image_does_not_touch_its_neighbours():
     pixels = torch.rand(2, 3, 16, 16)
     pixels[0, 0, 3, 3] = torch.nan
     fine = Strided(2)(Average(8), pixels, (4, 4)).spatial

@@ -47,7 +47,7 @@ def test_stitch__is_the_way_back_of_cut(factor, batch, rows, columns):
     assert torch.equal(stitch(tiles, factor), pixels)
 
 
-def test_cut__goes_row_by_row_within_each_picture():
+def test_cut__goes_row_by_row_within_each_image():
     pixels = torch.arange(32.0).view(2, 1, 4, 4)
     tiles = cut(pixels, 2)
     assert torch.equal(tiles[1, 0], pixels[0, 0, :2, 2:])
@@ -61,14 +61,14 @@ def test_resize__leaves_its_own_size_alone_and_keeps_the_mean():
 
 
 @pytest.mark.parametrize("factor", [1, 2, 3])
-def test_tile__of_an_equivariant_encoder_equals_it_on_the_big_picture(factor):
+def test_tile__of_an_equivariant_encoder_equals_it_on_the_big_image(factor):
     encoder, grid = LocalEncoder(), (2 * factor, 5 * factor)
     pixels = torch.rand(2, 3, grid[0] * PATCH, grid[1] * PATCH)
     found = build("tile", factor)(encoder, pixels, grid)
     torch.testing.assert_close(found.spatial, encoder.encode(pixels).spatial)
 
 
-def test_bilinear__is_torch_s_own_interpolation_of_the_small_picture():
+def test_bilinear__is_torch_s_own_interpolation_of_the_small_image():
     encoder, pixels = LocalEncoder(), torch.rand(2, 3, 32, 48)
     small = F.interpolate(pixels, (16, 24), mode="bicubic", antialias=True).clamp(0, 1)
     for mode in ("bilinear", "bicubic"):

@@ -205,7 +205,7 @@ def test_pair_energy__featsharp_is_the_mean_of_all_pairs() -> None:
 
 
 @pytest.mark.parametrize("variant", ["featup", "featsharp"])
-def test_conditional_random_field__prefers_edges_where_the_picture_has_them(variant: str) -> None:
+def test_conditional_random_field__prefers_edges_where_the_image_has_them(variant: str) -> None:
     guidance = torch.zeros(1, 3, 16, 24)
     guidance[..., 12:] = 1.0
     aligned = 2 * guidance[:, :1].repeat(1, 5, 1, 1) - 1

@@ -50,20 +50,20 @@ def test_warp__is_registered_whatever_the_sizes_of_map_and_view(h, w, rows, colu
 
 
 def test_render__is_registered_with_the_features_of_the_same_view():
-    """A patch's mean of a smooth picture, and the same view of the map of such means."""
+    """A patch's mean of a smooth image, and the same view of the map of such means."""
     x, y = coordinates(224, 336)[0]
-    picture = torch.stack([torch.sin(2 * x + y), torch.cos(3 * y - x), x * y])[None]
-    features = F.avg_pool2d(picture, 7)  # [1, 3, 32, 48]
+    image = torch.stack([torch.sin(2 * x + y), torch.cos(3 * y - x), x * y])[None]
+    features = F.avg_pool2d(image, 7)  # [1, 3, 32, 48]
     homographies = draw(8, VIEWS["featsharp"], aspect=1.5)
-    from_picture = F.avg_pool2d(render(picture, homographies, (112, 168)), 14)
+    from_image = F.avg_pool2d(render(image, homographies, (112, 168)), 14)
     from_features = F.avg_pool2d(warp(features, homographies, (32, 48)), 4)
-    valid = valid_mask(homographies, (8, 12))[:, None].expand_as(from_picture)
+    valid = valid_mask(homographies, (8, 12))[:, None].expand_as(from_image)
     assert valid.float().mean() > 0.5
-    difference = (from_picture - from_features)[valid].abs().max()
+    difference = (from_image - from_features)[valid].abs().max()
     assert difference < 5e-3  # a misregistration of 1 / 32 of a cell would be 0.01
     shrunk = torch.diag(torch.tensor([47 / 48, 31 / 32, 1.0]))
     worse = F.avg_pool2d(warp(features, shrunk @ homographies, (32, 48)), 4)
-    assert (from_picture - worse)[valid].abs().max() > 5 * difference
+    assert (from_image - worse)[valid].abs().max() > 5 * difference
 
 
 @pytest.mark.parametrize("size", [(5, 9), (7, 4), (1, 3)])
@@ -74,12 +74,12 @@ def test_warp__of_the_whole_map_or_its_mirror_image_is_exact(size):
     torch.testing.assert_close(warp(maps, mirror, size), maps.flip(-1))
 
 
-def test_warp__moves_features_by_one_cell_when_pictures_move_by_one_patch():
-    pictures = torch.rand(1, 3, 24, 40)
+def test_warp__moves_features_by_one_cell_when_images_move_by_one_patch():
+    images = torch.rand(1, 3, 24, 40)
     shift = matrix([1, 0, 2 / 5], [0, 1, 0], [0, 0, 1])
-    moved = render(pictures, shift, (24, 40))
-    torch.testing.assert_close(moved[..., :32], pictures[..., 8:])
-    features = F.avg_pool2d(pictures, 8)
+    moved = render(images, shift, (24, 40))
+    torch.testing.assert_close(moved[..., :32], images[..., 8:])
+    features = F.avg_pool2d(images, 8)
     torch.testing.assert_close(
         warp(features, shift, (3, 5))[..., :4], F.avg_pool2d(moved, 8)[..., :4]
     )
@@ -114,10 +114,10 @@ def test_warp__refuses_views_that_do_not_divide_among_the_maps():
 
 
 @pytest.mark.parametrize("ratio", [1, 2, 4, 8])
-def test_render__of_the_whole_picture_is_its_average_pooling(ratio):
-    pictures = torch.rand(2, 3, 6 * ratio, 5 * ratio)
-    views = render(pictures, torch.eye(3).expand(2, 3, 3), (6, 5))
-    torch.testing.assert_close(views, F.avg_pool2d(pictures, ratio))
+def test_render__of_the_whole_image_is_its_average_pooling(ratio):
+    images = torch.rand(2, 3, 6 * ratio, 5 * ratio)
+    views = render(images, torch.eye(3).expand(2, 3, 3), (6, 5))
+    torch.testing.assert_close(views, F.avg_pool2d(images, ratio))
 
 
 def test_render__suppresses_what_the_view_is_too_coarse_to_show():
@@ -128,7 +128,7 @@ def test_render__suppresses_what_the_view_is_too_coarse_to_show():
     assert rendered < sampled / 3
 
 
-def test_valid_mask__whole_picture_and_shift_by_one_cell():
+def test_valid_mask__whole_image_and_shift_by_one_cell():
     assert valid_mask(torch.eye(3)[None], (3, 5)).all()
     mask = valid_mask(matrix([1, 0, 2 / 5], [0, 1, 0], [0, 0, 1]), (3, 5))
     assert mask[..., :4].all()
@@ -136,7 +136,7 @@ def test_valid_mask__whole_picture_and_shift_by_one_cell():
 
 
 @pytest.mark.parametrize("name", sorted(VIEWS))
-def test_valid_mask__has_the_cells_none_of_whose_area_is_beyond_the_picture(name):
+def test_valid_mask__has_the_cells_none_of_whose_area_is_beyond_the_image(name):
     homographies = draw(20, VIEWS[name], seed=5)
     inside = (project(homographies, coordinates(6 * 40, 4 * 40)).abs() < 1).all(dim=1).float()
     whole = F.avg_pool2d(inside[:, None], 40)[:, 0] == 1
@@ -167,7 +167,7 @@ def test_draw_homographies__featup_views_are_upright_and_reach_20_of_224_pixels_
     )
 
 
-def test_draw_homographies__rotations_keep_angles_on_oblong_pictures():
+def test_draw_homographies__rotations_keep_angles_on_oblong_images():
     views = draw(50, ViewRange(rotation=30), aspect=1.5)
     pixels = torch.diag(torch.tensor([1.5, 1.0]))
     turns = pixels @ views[:, :2, :2] @ pixels.inverse()
@@ -214,12 +214,12 @@ def test_warp__is_featsharps_after_conversion_from_centres_to_edges(golden):
 
 
 @pytest.mark.parametrize("case", [0, 1])
-def test_warp__is_featups_jitter_inside_the_picture(golden, case):
+def test_warp__is_featups_jitter_inside_the_image(golden, case):
     case = golden(f"featup_jitter_{case}")
     height, width = case["img"].shape[-2:]
     zoom, flip = case["zoom"], 1 - 2 * case["flip"]
 
-    def axis(first, pixels, mirror):  # pixels of the padded, zoomed picture -> edges
+    def axis(first, pixels, mirror):  # pixels of the padded, zoomed image -> edges
         centre = (first + pixels / 2) / zoom - 4
         return mirror / zoom, centre * 2 / pixels - 1
 

@@ -35,7 +35,7 @@ def test_file__is_what_its_name_and_the_card_say(path):
     for cell, name in zip(cells[2:], names, strict=True):
         digits = len(cell.partition(".")[2])
         assert float(cell) == round(header.measures[name], digits), name
-    assert "CC BY" in header.fit["pictures"]
+    assert "CC BY" in header.fit["images"]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

@@ -1,7 +1,7 @@
 """What a fit asks for: fine maps whose views are what the teacher says of those views.
 
 A fine map is right where each view of it, made as coarse as the teacher, is what the teacher says
-of that view of the picture (FeatUp, arXiv 2403.10516, section 3; FeatSharp, arXiv 2502.16025,
+of that view of the image (FeatUp, arXiv 2403.10516, section 3; FeatSharp, arXiv 2502.16025,
 section 3.1).
 """
 
@@ -40,10 +40,10 @@ class Consistency(nn.Module):
     def forward(
         self, seen: Seen, homographies: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss of each picture ``[B]`` and the terms it consists of, each ``[B]``.
+        """Return the loss of each image ``[B]`` and the terms it consists of, each ``[B]``.
 
         Args:
-            seen: the pictures, with the views as its further pictures, in the order of
+            seen: the images, with the views as its further images, in the order of
                 ``homographies``.
             homographies: ``[B, V, 3, 3]``, see :mod:`upsamplers.fit.views`.
             generator: of the pixels that the conditional random field looks at.

@@ -59,7 +59,7 @@ class Windows(NamedTuple):
         if self.kernel_size > min(height, width):
             raise ConfigError(
                 f"downsampler windows of {self.kernel_size} pixels are larger than the map of "
-                f"{height}x{width}; take a smaller kernel_size or larger pictures"
+                f"{height}x{width}; take a smaller kernel_size or larger images"
             )
         return height // self.factor, width // self.factor
 

@@ -1,6 +1,6 @@
-"""What a fit learns from in each step: pictures and views, and what the teacher says of them.
+"""What a fit learns from in each step: images and views, and what the teacher says of them.
 
-Whole pictures, tiles and views of a pass are encoded in one batch. Pictures and views of a step are
+Whole images, tiles and views of a pass are encoded in one batch. Images and views of a step are
 a function of seed and step alone: they depend neither on the number of processes nor on where a run
 was interrupted.
 """
@@ -33,16 +33,16 @@ if TYPE_CHECKING:
 
 
 class Lesson(NamedTuple):
-    """Pictures of one pass as the teacher sees them, and the views of them that must be met."""
+    """Images of one pass as the teacher sees them, and the views of them that must be met."""
 
     seen: Seen
     homographies: Tensor
     """``[B, V, 3, 3]``."""
     keys: tuple[str, ...]
-    """Names of the pictures."""
+    """Names of the images."""
 
     def maps(self) -> Iterator[tuple[Tensor, list[str]]]:
-        """Yield everything that the teacher said, with the name of each map's picture."""
+        """Yield everything that the teacher said, with the name of each map's image."""
         observation = self.seen.observation
         for maps in (observation.low, *observation.tiles.values(), self.seen.further):
             each = len(maps) // len(self.keys)
@@ -109,7 +109,7 @@ def _encoded(run: "FitRun", step: int, batches: Sequence[ImageBatch], clock: Clo
 
 
 def _lesson(run: "FitRun", step: int, item: StepSlice, batch: ImageBatch) -> Lesson:
-    """Encode pictures, their tiles and their views in one batch."""
+    """Encode images, their tiles and their views in one batch."""
     pixels = batch.pixels.to(run.device, non_blocking=True)  # [B, 3, H, W]
     drawn = step_homographies(run.seed, step, run.config)[item.start : item.stop].to(run.device)
     views = render(pixels, drawn.flatten(0, 1), run.size)  # [(B V), 3, H', W']
@@ -152,13 +152,13 @@ def fine_grid(teacher: Teacher, size: Size, factor: int) -> Size:
 
 
 def share_of(config: FitConfig, world: World, micro_batch: int, size: Size) -> list[StepSlice]:
-    """Return which pictures of a step this process works on, a slice for each pass.
+    """Return which images of a step this process works on, a slice for each pass.
 
-    Raises ConfigError where there are more processes than pictures.
+    Raises ConfigError where there are more processes than images.
     """
     if world.world_size > config.batch_size:
         raise ConfigError(
-            f"fit.batch_size: {config.batch_size} pictures cannot be shared out to "
+            f"fit.batch_size: {config.batch_size} images cannot be shared out to "
             f"{world.world_size} processes; raise it or start fewer"
         )
     first = world.rank * config.batch_size // world.world_size

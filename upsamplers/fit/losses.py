@@ -3,7 +3,7 @@
 The main loss is the squared error between a view of the upsampled map, brought back to the
 teacher's grid, and the teacher's features of that view (FeatUp, arXiv 2403.10516, eq. 1). Total
 variation and the conditional random field are priors on the fine map itself; FeatSharp (arXiv
-2502.16025, appendix B.2) only reports them. Every loss keeps the pictures apart, ``[B]``, and is
+2502.16025, appendix B.2) only reports them. Every loss keeps the images apart, ``[B]``, and is
 computed in float32 (float64 stays), also under autocast. FeatUp's entropy of the downsampler's
 kernel is left out: no preset gives it weight.
 """
@@ -134,7 +134,7 @@ def conditional_random_field(
 ) -> Tensor:
     """Return how much features differ where nearby pixels look alike: ``[B]``.
 
-    Pairs of ``points`` pixels, the same in all pictures, stand for all pairs; a map of no more
+    Pairs of ``points`` pixels, the same in all images, stand for all pairs; a map of no more
     pixels than that is taken whole. See :func:`pair_energy` for the two forms.
 
     Args:
@@ -196,7 +196,7 @@ def project(features: Tensor, dims: int, generator: torch.Generator | None = Non
     """Project ``[B, C, h, w]`` on random orthonormal directions: ``[B, min(dims, C), h, w]``.
 
     Projected differences keep their mean square over channels, in expectation. (FeatUp's 30
-    directions are of length 1 but not orthogonal, and others in each picture.)
+    directions are of length 1 but not orthogonal, and others in each image.)
     """
     device = "cpu" if generator is None else generator.device
     shape = (features.shape[1], min(dims, features.shape[1]))

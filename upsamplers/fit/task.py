@@ -2,14 +2,14 @@
 
 ::
 
-    picture ─┬─► teacher (whole, tiles) ─► model ─► fine map ─► warp ─► downsample ─┐
+    image ─┬─► teacher (whole, tiles) ─► model ─► fine map ─► warp ─► downsample ─┐
              │                                                                     ├─► loss
              └─► render views ────────────► teacher ─► PHI-S, + bias ──────────────┘
 
 A fine map is right where each view of it, made as coarse as the teacher, is what the teacher says
-of that view of the picture (FeatUp, arXiv 2403.10516, section 3; FeatSharp, arXiv 2502.16025,
+of that view of the image (FeatUp, arXiv 2403.10516, section 3; FeatSharp, arXiv 2502.16025,
 section 3.1). Whole, tiles and views of a step are encoded in one batch. Every draw is a function of
-seed and step, so an interrupted fit goes on with the same numbers, and the pictures and views of a
+seed and step, so an interrupted fit goes on with the same numbers, and the images and views of a
 step do not depend on the number of processes.
 """
 
@@ -29,8 +29,8 @@ from radio_distill.config import FitConfig, Recipe, plain
 from radio_distill.data.loader import StepSlice
 from radio_distill.protocols import BatchSource, Teacher
 from radio_distill.registry import nearest
-from radio_distill.system.distributed import World, sum_over_ranks
-from radio_distill.system.memory import lower, naming
+from radio_distill.system.distributed import World, all_reduce_sum
+from radio_distill.system.memory import explain_oom, lower
 from radio_distill.system.precision import autocast
 from radio_distill.system.progress import Progress
 from radio_distill.train import checkpoint as checkpoints
@@ -67,9 +67,9 @@ class FitRun:
     size: Size
     """The teacher's input, in pixels."""
     source: BatchSource
-    """This process's pictures, ``factor`` times that size."""
+    """This process's images, ``factor`` times that size."""
     slices: Sequence[StepSlice]
-    """Which pictures of a step they are."""
+    """Which images of a step they are."""
     resumed: Checkpoint | None = None
     """What the fit goes on from."""
     ownership: Ownership | None = None
@@ -131,7 +131,7 @@ def fit(run: FitRun) -> None:
             seen.update(done, f"loss {signs.loss:.4f}")
             life.end_step(done, signs)
             if every(done, plain(log.every), total):
-                values = {name: float(sum_over_ranks(value)) for name, value in terms.items()}
+                values = {name: float(all_reduce_sum(value)) for name, value in terms.items()}
                 values |= {
                     "learning_rate": config.learning_rate * float(rates[step]),
                     "gradient_norm": norm,
@@ -140,8 +140,8 @@ def fit(run: FitRun) -> None:
                 values |= life.end_log(done * images, 0.0)
                 with life.writing("its metrics"):
                     sinks.write(done, values)
-            if every(done, config.pictures_every, total) and run.world.is_main:
-                _write_pictures(run, done, step_lessons[0].seen, sinks)
+            if every(done, config.images_every, total) and run.world.is_main:
+                _write_images(run, done, step_lessons[0].seen, sinks)
             if life.due(done, signs):
                 life.save(done, lambda: _tensors(modules, optimizer))
             if signs.signal and done < total:
@@ -193,7 +193,7 @@ def accumulate(
     """Run forward and backward on this process's part of a step.
 
     Returns this process's part of the step's loss and of its terms, which add up over processes,
-    and which pictures gave numbers that are not finite.
+    and which images gave numbers that are not finite.
     """
     # Dropout of the networks and of the downsampler draws from the global generator.
     torch.manual_seed(run.seed * 7919 + step * 131 + run.world.rank)
@@ -204,9 +204,9 @@ def accumulate(
         for maps, keys in lesson.maps():
             findings.targets({run.teacher.spec.name: Features(None, maps)}, keys)
         images = len(lesson.keys)
-        mend = lower("engine.micro_batch", run.recipe.engine.micro_batch, images, "lower fit.size")
-        size = f"{run.size[0]}x{run.size[1]} px, {images} pictures, {run.config.views} views"
-        with naming(f"the fit of {run.config.upsampler}", size, mend), _autocast(run):
+        hint = lower("engine.micro_batch", run.recipe.engine.micro_batch, images, "lower fit.size")
+        size = f"{run.size[0]}x{run.size[1]} px, {images} images, {run.config.views} views"
+        with explain_oom(f"the fit of {run.config.upsampler}", size, hint), _autocast(run):
             loss, terms = run.consistency(lesson.seen, lesson.homographies, generator)
         means = {name: value.detach().mean() for name, value in terms.items()}
         findings.loss(loss, means, lesson.keys)
@@ -231,7 +231,7 @@ def _reduce_gradient(modules: nn.Module, clip: float) -> float:
     """Sum gradients over processes and clip them; returns the norm before clipping."""
     gradients = [item.grad for item in modules.parameters() if item.grad is not None]
     for gradient in gradients:
-        gradient.copy_(sum_over_ranks(gradient))
+        gradient.copy_(all_reduce_sum(gradient))
     limit = clip or float("inf")
     return float(nn.utils.clip_grad_norm_(modules.parameters(), limit))
 
@@ -244,11 +244,11 @@ def _tensors(modules: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, 
 
 
 @torch.no_grad()
-def _write_pictures(run: FitRun, step: int, seen: Seen, sinks: Sinks) -> None:
-    """Show pictures, coarse and fine maps side by side, in TensorBoard and as a file."""
+def _write_images(run: FitRun, step: int, seen: Seen, sinks: Sinks) -> None:
+    """Show images, coarse and fine maps side by side, in TensorBoard and as a file."""
     from PIL import Image
 
-    from radio_distill.report.pictures import pca_pictures, picture_grid
+    from radio_distill.report.feature_images import image_grid, pca_images
 
     model = run.consistency.model.eval()
     with _autocast(run):
@@ -257,11 +257,11 @@ def _write_pictures(run: FitRun, step: int, seen: Seen, sinks: Sinks) -> None:
     low = model.de_biased(seen.observation.low)
     photographs = rearrange((seen.observation.guidance * 255).byte().cpu(), "b c h w -> b h w c")
     rows = [
-        [Image.fromarray(picture.numpy()).resize((224, 224)), *pca_pictures(maps)]
-        for picture, *maps in zip(photographs[:4], low, fine, strict=False)
+        [Image.fromarray(image.numpy()).resize((224, 224)), *pca_images(maps)]
+        for image, *maps in zip(photographs[:4], low, fine, strict=False)
     ]
-    sheet = picture_grid(rows, [""] * len(rows), ["picture", "teacher", "upsampled"])
-    sinks.write_picture(step, "features", np.asarray(sheet))
-    folder = run.folder / "pictures"
+    sheet = image_grid(rows, [""] * len(rows), ["image", "teacher", "upsampled"])
+    sinks.write_image(step, "features", np.asarray(sheet))
+    folder = run.folder / "images"
     folder.mkdir(exist_ok=True)
     sheet.save(folder / f"step-{step:08d}.png")

@@ -1,18 +1,18 @@
-"""Random views of a picture, and of its features: what fitting by multi-view consistency compares.
+"""Random views of a image, and of its features: what fitting by multi-view consistency compares.
 
-An upsampler is fitted by showing a teacher other views of a picture and asking that the upsampled
+An upsampler is fitted by showing a teacher other views of a image and asking that the upsampled
 features, seen in the same view and downsampled, be what the teacher answers (FeatUp, arXiv
 2403.10516, section 3). Each view is one homography, from points of the view to points of the
-picture. Points are (x, y) with the *edges* of the picture at -1 and 1, so one matrix serves the
-picture, its feature map and the map upsampled by any factor, whatever their sizes: nothing is
+image. Points are (x, y) with the *edges* of the image at -1 and 1, so one matrix serves the
+image, its feature map and the map upsampled by any factor, whatever their sizes: nothing is
 misregistered. (On cell centres, ``align_corners=True``, translations would shrink by
 ``(W - 1) / W`` between maps of different width.)
 
-Outside the picture a view shows the picture's mirror image, to the teacher less strange than black;
+Outside the image a view shows the image's mirror image, to the teacher less strange than black;
 :func:`valid_mask` says which cells of a view have none of it.
 
 Left out: FeatSharp's tracking of polygons; a cell is valid or it is not. And the four free corners
-of a general perspective: two numbers tilt the picture, the other degrees of freedom are those of
+of a general perspective: two numbers tilt the image, the other degrees of freedom are those of
 scale, rotation and shift but for a shear of a few percent.
 """
 
@@ -31,14 +31,14 @@ from radio_distill.types import Size
 
 @dataclass(frozen=True)
 class ViewRange:
-    """How far random views may go; the defaults are the picture itself. Raises ConfigError."""
+    """How far random views may go; the defaults are the image itself. Raises ConfigError."""
 
     scale: tuple[float, float] = (1.0, 1.0)
     """Least and largest magnification, drawn log-uniformly; at 2, half of each side is seen."""
     scale_chance: float = 1.0
     """Share of the views that are scaled at all."""
     shift: float = 0.0
-    """How far an upright view may reach beyond each edge, in sides of the picture."""
+    """How far an upright view may reach beyond each edge, in sides of the image."""
     flip: float = 0.0
     """Share of the views that are mirrored left to right."""
     rotation: float = 0.0
@@ -63,7 +63,7 @@ VIEWS = {
     "featup": ViewRange(scale=(1.0, 2.0), scale_chance=0.5, shift=20 / 224, flip=0.5),
     # FeatSharp (arXiv 2502.16025), Table 11, names the kinds; the strengths are those of its
     # released code, but for flip (it never flips) and shift (a crop in whole patches; FeatUp's
-    # here). What it does to a picture and all its views alike is left to the data.
+    # here). What it does to a image and all its views alike is left to the data.
     "featsharp": ViewRange(
         scale=(0.95, 1 / 0.95), shift=20 / 224, flip=0.5, rotation=5.0, perspective=0.05
     ),
@@ -74,7 +74,7 @@ VIEWS = {
 def draw_homographies(
     num: int, ranges: ViewRange, generator: np.random.Generator, aspect: float = 1.0
 ) -> Tensor:
-    """Draw ``[num, 3, 3]`` fp32 homographies, from points of a view to points of the picture.
+    """Draw ``[num, 3, 3]`` fp32 homographies, from points of a view to points of the image.
 
     Each takes eight uniform numbers of ``generator`` and nothing else, so the first n of a longer
     draw are those of a shorter one, and with Philox a view is a function of seed and position.
@@ -83,7 +83,7 @@ def draw_homographies(
         num: how many, one a view.
         ranges: how far they go.
         generator: where chance comes from.
-        aspect: width over height of pictures and views in pixels, for rotations without shear.
+        aspect: width over height of images and views in pixels, for rotations without shear.
     """
     chance, zoom, x, y, flip, angle, tilt_x, tilt_y = generator.random((num, 8)).T
     low, high = np.log(ranges.scale)
@@ -106,7 +106,7 @@ def warp(maps: Tensor, homographies: Tensor, size: Size, mode: str = "bilinear")
     """Sample views ``[B * V, C, *size]`` of maps ``[B, C, H, W]``, at the centres of their cells.
 
     For features: differentiable in ``maps``, and without a copy of a map for each of its views.
-    For pictures, which may be much finer than their views, use :func:`render`. Samples in fp32
+    For images, which may be much finer than their views, use :func:`render`. Samples in fp32
     under autocast too, and raises ConfigError where views and maps do not go together.
 
     Args:
@@ -129,28 +129,28 @@ def warp(maps: Tensor, homographies: Tensor, size: Size, mode: str = "bilinear")
     return rearrange(views, "n h w c -> n c h w")
 
 
-def render(pictures: Tensor, homographies: Tensor, size: Size) -> Tensor:
-    """Render views ``[B * V, C, *size]`` of pictures ``[B, C, H, W]``, coarser ones antialiased.
+def render(images: Tensor, homographies: Tensor, size: Size) -> Tensor:
+    """Render views ``[B * V, C, *size]`` of images ``[B, C, H, W]``, coarser ones antialiased.
 
-    A view coarser than its picture is sampled finer than asked, then averaged: at least twice a
-    side, and no more than two pixels of the picture apart. The whole picture at 1/2 or 1/4 is
+    A view coarser than its image is sampled finer than asked, then averaged: at least twice a
+    side, and no more than two pixels of the image apart. The whole image at 1/2 or 1/4 is
     exactly its average pooling; random views of photographs at 1/2 to 1/4 came within 1.3 / 255 rms
     of the mean over each pixel's area (sampled once: 3 to 7), at a quarter of its price.
 
     Args:
-        pictures: ``[B, C, H, W]``.
-        homographies: ``[B * V, 3, 3]``, the V views of a picture one after the other.
+        images: ``[B, C, H, W]``.
+        homographies: ``[B * V, 3, 3]``, the V views of a image one after the other.
         size: height and width of each view, in pixels.
     """
-    height, width = pictures.shape[-2:]
+    height, width = images.shape[-2:]
     ratio = max(height / size[0], width / size[1])
     finer = max(2, math.ceil(ratio / 2)) if ratio > 1 else 1
-    views = warp(pictures, homographies, (size[0] * finer, size[1] * finer))
+    views = warp(images, homographies, (size[0] * finer, size[1] * finer))
     return views if finer == 1 else F.avg_pool2d(views, finer)
 
 
 def valid_mask(homographies: Tensor, size: Size) -> Tensor:
-    """Return bool ``[N, *size]``: the cells of a view that lie inside the picture whole."""
+    """Return bool ``[N, *size]``: the cells of a view that lie inside the image whole."""
     points = _points(homographies, _edges(size[0]), _edges(size[1]))
     corners = (points.abs().amax(-1) <= 1 + 1e-5).float()  # [N, h + 1, w + 1]; fp32 rounds at 1e-6
     return F.avg_pool2d(corners[:, None], 2, stride=1)[:, 0] == 1

@@ -125,7 +125,7 @@ def _check_window(tensor: Tensor, radius: int) -> None:
     if min(tensor.shape[-2:]) <= radius:
         raise ConfigError(
             f"joint-bilateral target {_by(tensor)} is smaller than the window: radius {radius} "
-            f"needs {radius + 1} pixels a side; use larger pictures or a smaller radius"
+            f"needs {radius + 1} pixels a side; use larger images or a smaller radius"
         )
 
 

@@ -114,7 +114,7 @@ class JointBilateralStack(nn.Module):
     def forward(self, low: Tensor, guidance: Tensor) -> Tensor:
         """Upsample ``low [B, C, h, w]`` to ``[B, C, h * factor, w * factor]``.
 
-        ``guidance [B, 3, *, *]`` shows the same picture in at least as many pixels as the output
+        ``guidance [B, 3, *, *]`` shows the same image in at least as many pixels as the output
         has cells; it is averaged over areas, hence without aliasing. Raises ConfigError where it
         is smaller, or where a level is smaller than its window.
         """
@@ -142,7 +142,7 @@ class JointBilateralStack(nn.Module):
                 raise ConfigError(
                     f"joint-bilateral level {number} (times {factor}) needs guidance of at least "
                     f"{height}x{width} pixels, it has {given_height}x{given_width}; "
-                    "enlarge the picture or lower the factor"
+                    "enlarge the image or lower the factor"
                 )
             yield height, width
 

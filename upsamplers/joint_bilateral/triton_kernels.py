@@ -128,7 +128,7 @@ def _folding(low: Tensor, kernel: Tensor, base: str) -> Folding:
 
 
 def _check_size(planes: int, map_: Tensor) -> None:
-    """Raise where the weights of one picture cannot be counted in 32 bits, as the kernels do."""
+    """Raise where the weights of one image cannot be counted in 32 bits, as the kernels do."""
     height, width = map_.shape[-2:]
     if max(planes, map_.shape[1]) * height * width >= 2**31:
         raise ConfigError(

@@ -19,7 +19,7 @@ from . import tiling
 
 @dataclass(frozen=True)
 class Native:
-    """Encode the whole picture twice: small for its summary, large for the map."""
+    """Encode the whole image twice: small for its summary, large for the map."""
 
     factor: int
     micro_batch: int = 0
@@ -39,7 +39,7 @@ class Native:
         return Features(low.summary, fine.spatial)
 
     def cost(self, grid: Size) -> int:
-        """Return ``1 + factor ** 2``: the large picture has the pixels of so many small ones.
+        """Return ``1 + factor ** 2``: the large image has the pixels of so many small ones.
 
         Attention makes it dearer than that; it grows with the square of the pixels.
         """

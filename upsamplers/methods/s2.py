@@ -1,4 +1,4 @@
-"""S2: the mean of what the whole picture says and what its tiles say.
+"""S2: the mean of what the whole image says and what its tiles say.
 
 ``beta * bilinear(low) + (1 - beta) * tiles``, after "When do we not need larger vision models?"
 (S2, arXiv 2403.13043), in the form that FeatSharp (arXiv 2502.16025, section 4.5) compares with:
@@ -20,7 +20,7 @@ from .interpolate import enlarge
 
 @dataclass(frozen=True)
 class S2:
-    """Mix the interpolated map of the whole picture with the stitched map of its tiles."""
+    """Mix the interpolated map of the whole image with the stitched map of its tiles."""
 
     factor: int
     micro_batch: int = 0
@@ -41,5 +41,5 @@ class S2:
         return Features(low.summary, mixed.contiguous(memory_format=torch.channels_last))
 
     def cost(self, grid: Size) -> int:
-        """Return ``1 + factor ** 2``: the whole picture and the tiles."""
+        """Return ``1 + factor ** 2``: the whole image and the tiles."""
         return 1 if self.factor == 1 else 1 + self.factor**2

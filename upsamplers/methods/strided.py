@@ -1,7 +1,7 @@
-"""Strided: dense features of a teacher by showing it the picture at ``factor ** 2`` shifts.
+"""Strided: dense features of a teacher by showing it the image at ``factor ** 2`` shifts.
 
 Amir et al. (arXiv 2112.05814) let a ViT's patches overlap by a smaller stride. From outside the
-teacher the same cells come from shifting the picture instead and interleaving the maps: each fine
+teacher the same cells come from shifting the image instead and interleaving the maps: each fine
 cell is taken from the copy that has a patch centred on it. It differs in that a patch attends to
 those of its own copy only, and that position embeddings stay as they were trained.
 """
@@ -22,7 +22,7 @@ from . import tiling
 
 @dataclass(frozen=True)
 class Strided:
-    """Encode the whole picture for its summary and the shifted copies for the map."""
+    """Encode the whole image for its summary and the shifted copies for the map."""
 
     factor: int
     micro_batch: int = 0
@@ -49,7 +49,7 @@ class Strided:
         return Features(low_summary, fine.contiguous(memory_format=torch.channels_last))
 
     def cost(self, grid: Size) -> int:
-        """Return ``1 + factor ** 2``: the picture (for its summary) and its shifted copies."""
+        """Return ``1 + factor ** 2``: the image (for its summary) and its shifted copies."""
         return 1 if self.factor == 1 else 1 + self.factor**2
 
 
@@ -63,7 +63,7 @@ def offsets(patch_size: int, factor: int) -> list[float]:
 
 
 def shift(pixels: Tensor, offset: float, dim: int) -> Tensor:
-    """Move the picture back by ``offset`` pixels along ``dim``: pixel n shows ``n + offset``.
+    """Move the image back by ``offset`` pixels along ``dim``: pixel n shows ``n + offset``.
 
     Parts of a pixel are interpolated with the Catmull-Rom spline (Keys 1981, a = -1/2), which
     leaves a linear ramp a ramp; whole pixels are copied. The edge is repeated.

@@ -1,8 +1,8 @@
 """Tiling: each of ``factor x factor`` tiles is encoded alone at the teacher's own size.
 
-Tiles show detail that the whole picture hides from a low-resolution teacher, and lose the context:
+Tiles show detail that the whole image hides from a low-resolution teacher, and lose the context:
 features jump at tile borders (FeatSharp, arXiv 2502.16025, Figures 4 and 5 and appendix). The
-summary is that of the whole picture, as everywhere.
+summary is that of the whole image, as everywhere.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from . import tiling
 
 @dataclass(frozen=True)
 class Tile:
-    """Encode the whole picture for its summary and the tiles for the map."""
+    """Encode the whole image for its summary and the tiles for the map."""
 
     factor: int
     micro_batch: int = 0
@@ -34,5 +34,5 @@ class Tile:
         )
 
     def cost(self, grid: Size) -> int:
-        """Return ``1 + factor ** 2``: the whole picture (for its summary) and the tiles."""
+        """Return ``1 + factor ** 2``: the whole image (for its summary) and the tiles."""
         return 1 if self.factor == 1 else 1 + self.factor**2

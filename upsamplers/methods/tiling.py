@@ -1,7 +1,7 @@
 """What tiling methods share: resize, cut into tiles, encode everything at once, stitch.
 
-The picture is first brought to the pixels of the fine grid, then cut; so each tile has exactly the
-teacher's low-resolution input size, whatever the picture measured (FeatSharp, arXiv 2502.16025,
+The image is first brought to the pixels of the fine grid, then cut; so each tile has exactly the
+teacher's low-resolution input size, whatever the image measured (FeatSharp, arXiv 2502.16025,
 Figure 4). Tiles have neither overlap nor margin, as in the paper.
 """
 
@@ -33,7 +33,7 @@ def low_resolution(teacher: Teacher, grid: Size, factor: int) -> Size:
 
 
 def cut(pixels: Tensor, factor: int) -> Tensor:
-    """Cut ``[B, 3, H, W]`` into ``factor * factor`` tiles a picture, row by row."""
+    """Cut ``[B, 3, H, W]`` into ``factor * factor`` tiles a image, row by row."""
     return rearrange(pixels, "b c (zy h) (zx w) -> (b zy zx) c h w", zy=factor, zx=factor)
 
 
@@ -59,20 +59,20 @@ def encode(teacher: Teacher, pixels: Tensor, grid: Size, micro_batch: int) -> Fe
 def encode_low(
     teacher: Teacher, pixels: Tensor, grid: Size, factor: int, micro_batch: int
 ) -> Features:
-    """Encode the whole picture at the low-resolution size: spatial ``[B, C, *(grid / factor)]``."""
+    """Encode the whole image at the low-resolution size: spatial ``[B, C, *(grid / factor)]``."""
     return encode(teacher, resize(pixels, low_resolution(teacher, grid, factor)), grid, micro_batch)
 
 
 class Encoded(NamedTuple):
-    """What the teacher says of the whole picture, of its tiles, and of further pictures."""
+    """What the teacher says of the whole image, of its tiles, and of further images."""
 
     low: Features
-    """Of the whole picture: spatial ``[B, C, h, w]``."""
+    """Of the whole image: spatial ``[B, C, h, w]``."""
     tiles: dict[int, Tensor]
     """``{level: [B, C, h * level, w * level]}``, stitched."""
     further: Tensor
-    """``[N, C, h, w]`` maps of the further pictures."""
-    pictures: dict[int, Tensor]
+    """``[N, C, h, w]`` maps of the further images."""
+    images: dict[int, Tensor]
     """``{level: [B, 3, *, *]}``: what was cut, ``level`` times the teacher's input size."""
 
 
@@ -85,25 +85,25 @@ def encode_with_tiles(
     micro_batch: int,
     further: Tensor | None = None,
 ) -> Encoded:
-    """Encode the whole picture, its tiles, and further pictures of the same size, together.
+    """Encode the whole image, its tiles, and further images of the same size, together.
 
     Args:
         teacher: the encoder.
         pixels: ``[B, 3, H, W]`` of any size.
         grid: the fine grid, ``factor`` times the teacher's.
         factor: how much finer.
-        levels: for each, the picture is cut into ``level * level`` tiles. Level 1 is the whole.
+        levels: for each, the image is cut into ``level * level`` tiles. Level 1 is the whole.
         micro_batch: see :func:`encode`. All images have one size, so they share these calls.
         further: ``[N, 3, H', W']`` at the low-resolution size.
     """
     size = low_resolution(teacher, grid, factor)
     cut_levels = [level for level in levels if level > 1]
     fine = {level: resize(pixels, (size[0] * level, size[1] * level)) for level in cut_levels}
-    pictures = [resize(pixels, size)]  # [B, 3, H', W']
-    pictures += [cut(picture, level) for level, picture in fine.items()]
-    pictures.append(pixels[:0, :, :1, :1].expand(0, 3, *size) if further is None else further)
-    summary, spatial = encode(teacher, torch.cat(pictures), grid, micro_batch)
-    low, *maps, rest = spatial.split([len(item) for item in pictures])
+    images = [resize(pixels, size)]  # [B, 3, H', W']
+    images += [cut(image, level) for level, image in fine.items()]
+    images.append(pixels[:0, :, :1, :1].expand(0, 3, *size) if further is None else further)
+    summary, spatial = encode(teacher, torch.cat(images), grid, micro_batch)
+    low, *maps, rest = spatial.split([len(item) for item in images])
     tiles = {level: stitch(item, level) for level, item in zip(cut_levels, maps, strict=True)}
     if 1 in levels:
         tiles[1] = low

@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 
 class Observation(NamedTuple):
-    """A batch of pictures as a network sees them; h, w are the teacher's own grid."""
+    """A batch of images as a network sees them; h, w are the teacher's own grid."""
 
     guidance: "Tensor"
     """``[B, 3, H, W]`` RGB in [0, 1], of ``factor`` times the pixels of the teacher's input."""
     low: "Tensor"
-    """``[B, C, h, w]`` features of the whole picture, normalised and de-biased."""
+    """``[B, C, h, w]`` features of the whole image, normalised and de-biased."""
     tiles: "Mapping[int, Tensor]" = {}  # noqa: RUF012 - never written to
     """``{level: [B, C, h * level, w * level]}``: stitched features of level x level tiles."""
 

@@ -1,7 +1,7 @@
 """CARAFE: content-aware reassembly of features (arXiv 1905.02188).
 
 Each cell's content predicts, for each of its ``factor * factor`` fine cells, how to mix the
-neighbourhood of low-resolution cells around it. The picture is not looked at. Ours differs in two
+neighbourhood of low-resolution cells around it. The image is not looked at. Ours differs in two
 things: the edge is repeated rather than filled with zeros, so that a constant map stays constant to
 its border, and the prediction starts at bilinear interpolation rather than at a box blur.
 """

@@ -2,7 +2,7 @@
 
 ::
 
-    low ──► JBU with the picture ──┐
+    low ──► JBU with the image ──┐
                                    ├─► concat [B, h, w, 2C] ──► attention ──► SwiGLU ──► first C
     tiles, stitched ───────────────┘        the first input is the residual path
 
@@ -41,7 +41,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "layer_scale": 0.0,  # none is named; the no-op at the start comes from zero weights
         "mlp_ratio": 4.0,  # not stated: SwiGLU's usual two thirds of 4C
         "pad_heads": False,
-        "aliased_guidance": False,  # the picture is averaged down to the grid
+        "aliased_guidance": False,  # the image is averaged down to the grid
     },
     "released": {
         "window": 7,
@@ -111,7 +111,7 @@ class FeatSharpNetwork(nn.Module):
             weights at the end of the branches.
         mlp_ratio: two thirds of this times C, rounded up to a multiple of 8, is SwiGLU's width.
         pad_heads: pad queries and keys to a power of two.
-        aliased_guidance: shrink the picture to the fine grid by four pixels a cell.
+        aliased_guidance: shrink the image to the fine grid by four pixels a cell.
         progressive: one level for each prime factor, with its own tiles (section 3.5); otherwise
             one level with the finest tiles.
         attention: implementation of :func:`.local_attention.local_attention`.
@@ -210,7 +210,7 @@ class Level(nn.Module):
         return maps[0] + rearrange(change, "b h w c -> b c h w")
 
     def guided(self, guidance: Tensor, grid: Size) -> Tensor:
-        """Return the picture as the joint-bilateral stack is shown it."""
+        """Return the image as the joint-bilateral stack is shown it."""
         if not self.aliased_guidance:
             return guidance
         return F.interpolate(guidance, grid, mode="bilinear", align_corners=False)
@@ -222,7 +222,7 @@ class Level(nn.Module):
             found = "none" if mosaic is None else "x".join(map(str, mosaic.shape[-2:]))
             raise ConfigError(
                 f"featsharp needs tiles of level {self.scale} on the grid {grid[0]}x{grid[1]}, it "
-                f"has {found}; encode {self.scale}x{self.scale} tiles of the same picture"
+                f"has {found}; encode {self.scale}x{self.scale} tiles of the same image"
             )
         if self.tile_position is None:
             return mosaic

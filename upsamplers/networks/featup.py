@@ -1,4 +1,4 @@
-"""FeatUp: joint-bilateral upsampling under the picture, no encoder calls beside the first.
+"""FeatUp: joint-bilateral upsampling under the image, no encoder calls beside the first.
 
 The stack of :mod:`upsamplers.joint_bilateral` as a network that the fitting loop knows (FeatUp,
 arXiv 2403.10516, section 3.1). The implicit form is in :mod:`upsamplers.implicit`.
@@ -17,7 +17,7 @@ _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class FeatUpNetwork(nn.Module):
-    """Upsample the low-resolution map under the picture, scaled to zero mean and unit variance.
+    """Upsample the low-resolution map under the image, scaled to zero mean and unit variance.
 
     Args:
         channels: of the features.

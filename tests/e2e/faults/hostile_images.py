@@ -1,4 +1,4 @@
-"""Pictures that are broken, bombs, or no pictures at all, from a seed."""
+"""Images that are broken, bombs, or no images at all, from a seed."""
 
 import io
 import struct
@@ -12,8 +12,8 @@ from PIL import Image, PngImagePlugin
 SIDE = 48
 
 
-def pictures(draw: Random) -> Iterator[tuple[str, str, bytes]]:
-    """Yield a description, a file name, and the bytes of a picture."""
+def images(draw: Random) -> Iterator[tuple[str, str, bytes]]:
+    """Yield a description, a file name, and the bytes of a image."""
     wholes = list(_every_mode())
     for mode, suffix, data in wholes:
         yield f"{mode} {suffix}", f"a.{suffix}", data
@@ -27,11 +27,11 @@ def pictures(draw: Random) -> Iterator[tuple[str, str, bytes]]:
     for name in ("a\nINJECTED.png", "-rf.png", "\u202egnp.png", "a" * 250 + ".png", "..png",
                  "\udcff.png", "\x1b[31mINJECTED.png", "a.b.c.png", " .png",
                  "%s%n.png"):  # fmt: skip
-        yield f"called {name[:20]!r}", name, wholes[0][2] if "INJ" not in name else b"no picture"
+        yield f"called {name[:20]!r}", name, wholes[0][2] if "INJ" not in name else b"no image"
 
 
 def saved(image: Image.Image, form: str, **options) -> bytes:
-    """Return a picture in a format."""
+    """Return a image in a format."""
     file = io.BytesIO()
     image.save(file, form, **options)
     return file.getvalue()
@@ -163,7 +163,7 @@ def _animations() -> Iterator[tuple[str, bytes]]:
 
 
 def _impostors() -> Iterator[tuple[str, bytes]]:
-    """Yield what is no picture, or a picture and something else."""
+    """Yield what is no image, or a image and something else."""
     good = saved(Image.new("RGB", (SIDE, SIDE)), "PNG")
     archive = io.BytesIO()
     with zipfile.ZipFile(archive, "w") as file:
@@ -171,7 +171,7 @@ def _impostors() -> Iterator[tuple[str, bytes]]:
     script = b"<svg xmlns='http://www.w3.org/2000/svg' onload='alert(1)'/>"
     entity = b"<!DOCTYPE x [<!ENTITY a SYSTEM 'file:///etc/passwd'>]><svg>&a;</svg>"
     yield from {
-        "nothing": b"", "one byte": b"\xff", "zeros": bytes(10**6), "text": b"no picture\n" * 100,
+        "nothing": b"", "one byte": b"\xff", "zeros": bytes(10**6), "text": b"no image\n" * 100,
         "SVG": script, "SVG with an entity": entity, "HTML": b"<html><img src=x></html>",
         "PDF": b"%PDF-1.4\n1 0 obj<</Type/Catalog>>endobj\ntrailer<</Root 1 0 R>>",
         "PostScript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 50 50\n(evil) run",

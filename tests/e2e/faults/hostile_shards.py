@@ -37,14 +37,14 @@ class Payload:
         return os.system, ("touch pickle_was_run",)
 
 
-def picture() -> bytes:
+def image() -> bytes:
     """Return a small PNG."""
     file = io.BytesIO()
     Image.linear_gradient("L").resize((48, 40)).convert("RGB").save(file, "PNG")
     return file.getvalue()
 
 
-PNG = picture()
+PNG = image()
 PICKLE = pickle.dumps(Payload())
 
 
@@ -153,7 +153,7 @@ def _crafted() -> Iterator[tuple[str, bytes]]:
     )
     yield "pickle inside", member(b"a.png", PICKLE) + member(b"a.pyd", PICKLE) + rest
     yield "pickle beside", member(b"a.pyd", PICKLE) + a + END
-    yield "no pictures", member(b"a.txt", b"x") + END
+    yield "no images", member(b"a.txt", b"x") + END
     yield "zero bytes", member(b"a.png", b"") + rest
     yield "50,000 members", _many(50_000)
     yield "size of the last beyond the end", header(b"a.png", 10**6) + PNG
@@ -185,7 +185,7 @@ def _crafted() -> Iterator[tuple[str, bytes]]:
 
 
 def _many(count: int) -> bytes:
-    """Return a shard of ``count`` pictures without content."""
+    """Return a shard of ``count`` images without content."""
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w") as tar:
         for number in range(count):

@@ -43,7 +43,7 @@ PRESET = replace(TINY["tiny_vit"], source="slow_teacher")
 """
 
 
-def write_recipe(folder: Path, pictures: Path) -> Path:
+def write_recipe(folder: Path, images: Path) -> Path:
     """Write the tiny recipe of three stages, with its shards and the slow teacher beside it."""
     (folder / "slow_teacher.py").write_text(SLOW_TEACHER)
     plugin = folder / "slow_teacher-0.dist-info"
@@ -52,14 +52,14 @@ def write_recipe(folder: Path, pictures: Path) -> Path:
     (plugin / "entry_points.txt").write_text(
         "[radio_distill.teachers]\nslow_vit = slow_teacher:PRESET\n"
     )
-    shutil.copytree(pictures / "shards", folder / "shards")
+    shutil.copytree(images / "shards", folder / "shards")
     changed = {
         "output": str(folder / "runs"),
         "data": {**BASE["data"], "shards": [str(folder / "shards")]},
         "teachers": {**BASE["teachers"], "vit": {"preset": "slow_vit", "input_size": "match"}},
         "engine": {**BASE["engine"], "zero_stage": 2, "device": "cpu"},
         "log": {**BASE["log"], "save_every": 5, "keep_last": 3},
-        "evaluation": {**BASE["evaluation"], "pictures": str(pictures / "held_out")},
+        "evaluation": {**BASE["evaluation"], "images": str(images / "held_out")},
         "stages": {
             name: {**BASE["stages"][name], "steps": steps, "optimizer": "adamw"}
             for name, steps in STEPS.items()

@@ -60,22 +60,22 @@ fit: {teacher: vit, upsampler: bilinear, steps: 1, batch_size: 2, views: 1}
 engine: {precision: float32, device: auto}
 log: {every: 1, save_every: 1, keep_last: 10, tensorboard: false}
 evaluation:
-  {pictures: PICTURES/held_out, size: 64, dense_size: 64, benchmarks: [fidelity], limit: 1}
+  {images: PICTURES/held_out, size: 64, dense_size: 64, benchmarks: [fidelity], limit: 1}
 """
 
 
 @pytest.fixture(scope="session")
-def base(pictures: Path) -> dict:
+def base(images: Path) -> dict:
     """A recipe of one step; ``RUN_FOLDER`` is that of the case which is run."""
-    return yaml.safe_load(RECIPE.replace("PICTURES", str(pictures)))
+    return yaml.safe_load(RECIPE.replace("PICTURES", str(images)))
 
 
 @pytest.fixture(scope="session")
-def root(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Path:
+def root(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Path:
     """The place of the sandbox; the shards beside it are indexed, so that nothing is written."""
     from radio_distill.data.index import open_shards
 
-    open_shards(sorted((pictures / "shards").glob("*.tar")))
+    open_shards(sorted((images / "shards").glob("*.tar")))
     return tmp_path_factory.mktemp("hostile") / "root"
 
 
@@ -113,9 +113,9 @@ def _train_on_shard(write: Callable[[Path], None], base: dict, folder: Path) -> 
 
 
 def image_cases(base: dict) -> Iterator[Case]:
-    """Pack each picture, or check a shard with it; train on every tenth."""
-    for number, (name, file_name, data) in enumerate(images.pictures(Random(SEED))):
-        pack = partial(_pack_picture, file_name, data)
+    """Pack each image, or check a shard with it; train on every tenth."""
+    for number, (name, file_name, data) in enumerate(images.images(Random(SEED))):
+        pack = partial(_pack_image, file_name, data)
         yield Case(f"pack {name}", pack, ("out",)) if number % 2 else _checked(name, data)
         if number % 10 == 0:
             write = partial(_write_tar, data)
@@ -130,7 +130,7 @@ def _write_tar(data: bytes, folder: Path) -> None:
     (folder / "a.tar").write_bytes(shards.member(b"a.png", data) + shards.END)
 
 
-def _pack_picture(file_name: str, data: bytes, folder: Path) -> Sequence[str]:
+def _pack_image(file_name: str, data: bytes, folder: Path) -> Sequence[str]:
     (folder / "in").mkdir()
     (folder / "in" / file_name).write_bytes(data)
     (folder / "in" / "good.png").write_bytes(shards.PNG)

@@ -23,8 +23,8 @@ pytestmark = [pytest.mark.faults, pytest.mark.distributed, pytest.mark.timeout(9
 
 
 @pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Path:
-    return SLURM_RUN["write_recipe"](tmp_path_factory.mktemp("real_slurm"), pictures)
+def recipe(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Path:
+    return SLURM_RUN["write_recipe"](tmp_path_factory.mktemp("real_slurm"), images)
 
 
 @pytest.fixture(scope="module")

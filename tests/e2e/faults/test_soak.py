@@ -52,7 +52,7 @@ def test_soak__memory_is_flat_and_every_fault_is_counted(recipe_file):
     for position, (key, undisturbed_key) in enumerate(zip(training.keys, expected, strict=True)):
         assert key == undisturbed_key or position in replaced, position
     changed = sum(a != b for a, b in zip(training.keys, expected, strict=True))
-    assert changed > len(replaced) / 2, "a substitute is another picture, but for chance"
+    assert changed > len(replaced) / 2, "a substitute is another image, but for chance"
 
 
 def shrink(recipe_file: Path) -> None:
@@ -69,9 +69,9 @@ def shrink(recipe_file: Path) -> None:
 
 
 def replaced_positions(faults: list[str | None], images_before: int) -> set[int]:
-    """Return the positions in the order whose own picture could not be read.
+    """Return the positions in the order whose own image could not be read.
 
-    A read that fails makes the loader read another picture for the same position.
+    A read that fails makes the loader read another image for the same position.
     """
     position, replaced = -images_before, set()
     for fault in faults:

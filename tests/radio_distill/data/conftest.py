@@ -21,7 +21,7 @@ def real() -> Path:
 
 @pytest.fixture
 def encode() -> Callable[..., bytes]:
-    """Encode an image; a whole number stands for a noise picture with that seed."""
+    """Encode an image; a whole number stands for a noise image with that seed."""
 
     def encode_image(
         image: Image.Image | int, kind: str = "PNG", size: tuple[int, int] = (40, 48), **options
@@ -57,7 +57,7 @@ def write_tar() -> Callable[..., Path]:
 
 @pytest.fixture
 def captioned(tmp_path, encode, write_tar) -> Path:
-    """A shard of six pictures, each with a caption."""
+    """A shard of six images, each with a caption."""
     members = {}
     for number in range(6):
         members[f"a{number}.png"] = encode(number)
@@ -67,7 +67,7 @@ def captioned(tmp_path, encode, write_tar) -> Path:
 
 @pytest.fixture
 def shard_folder(tmp_path, encode, write_tar) -> Path:
-    """Five shards of 3, 4, 5, 6 and 7 different pictures."""
+    """Five shards of 3, 4, 5, 6 and 7 different images."""
     for shard in range(5):
         members = {f"s{shard}_{i}.png": encode(10 * shard + i) for i in range(3 + shard)}
         write_tar(tmp_path / f"part-{shard}.tar", members)

@@ -8,12 +8,12 @@ from radio_distill.errors import DataError
 
 
 def test_check_shards__lists_all_that_is_wrong(tmp_path, encode, write_tar):
-    picture = encode(0, size=(70, 300))
+    image = encode(0, size=(70, 300))
     write_tar(
         tmp_path / "a.tar",
         {
-            "good.png": picture,
-            "cut.png": picture[:5000],
+            "good.png": image,
+            "cut.png": image[:5000],
             "small.png": encode(1, size=(10, 90)),
             "large.png": encode(1, size=(200, 200)),
         },
@@ -56,7 +56,7 @@ def test_check_shards__lists_what_is_left_out(tmp_path, encode, write_tar):
     write_tar(tmp_path / "b.tar", {"a.png": good})
     for _ in range(2):  # the second time from the stored indexes
         report = check_shards([str(tmp_path)], DataConfig(shards=()))
-        assert report.left_out == {"duplicate": 1, "no_picture": 1, "unsafe_name": 12}
+        assert report.left_out == {"duplicate": 1, "no_image": 1, "unsafe_name": 12}
         assert report.left_out_names["duplicate"] == ["a.tar:a.png"]
         assert report.left_out_names["unsafe_name"][9] == "a.tar:../9.png"
         assert (report.num_images, report.num_bad, report.damaged) == (2, 0, [])

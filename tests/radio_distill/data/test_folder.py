@@ -4,7 +4,7 @@ import os
 import numpy as np
 import pytest
 
-from radio_distill.data.folder import labelled_pictures, list_pictures, load_pictures
+from radio_distill.data.folder import labelled_images, list_images, load_images
 from radio_distill.data.shards import write_shards
 from radio_distill.errors import DataError
 
@@ -12,65 +12,65 @@ from radio_distill.errors import DataError
 @pytest.fixture
 def folder(tmp_path, encode):
     for name in ("b/2.png", "b/10.png", "a/1.png", "c.png"):
-        path = tmp_path / "pictures" / name
+        path = tmp_path / "images" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(encode(len(name)))
-    return tmp_path / "pictures"
+    return tmp_path / "images"
 
 
-def test_load_pictures__folder_is_sorted_and_lazy(folder, encode):
-    pictures = load_pictures(str(folder))
-    assert [key for key, _ in pictures] == ["a/1.png", "b/10.png", "b/2.png", "c.png"]
-    assert len(pictures) == 4
+def test_load_images__folder_is_sorted_and_lazy(folder, encode):
+    images = load_images(str(folder))
+    assert [key for key, _ in images] == ["a/1.png", "b/10.png", "b/2.png", "c.png"]
+    assert len(images) == 4
     (folder / "a" / "1.png").write_bytes(encode(0, size=(9, 7)))
-    assert pictures[0][1].size == (7, 9)
-    assert [key for key, _ in pictures[2:]] == ["b/2.png", "c.png"]
+    assert images[0][1].size == (7, 9)
+    assert [key for key, _ in images[2:]] == ["b/2.png", "c.png"]
 
 
-def test_load_pictures__shards_hold_the_same(folder, tmp_path):
+def test_load_images__shards_hold_the_same(folder, tmp_path):
     write_shards(folder, tmp_path / "out", images_per_shard=3)
-    plain, packed = load_pictures(str(folder)), load_pictures(str(tmp_path / "out"))
+    plain, packed = load_images(str(folder)), load_images(str(tmp_path / "out"))
     assert len(packed) == 4
     assert packed[3][0] == "shard-000001.tar:00000003-c.png"
     for (_, one), (_, other) in zip(plain, packed, strict=True):
         np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
 
 
-def test_load_pictures__limit_spreads_over_all(folder):
-    assert [key for key, _ in load_pictures(str(folder), 2)] == ["a/1.png", "b/2.png"]
+def test_load_images__limit_spreads_over_all(folder):
+    assert [key for key, _ in load_images(str(folder), 2)] == ["a/1.png", "b/2.png"]
     for limit in (None, 0, 4, 99):
-        assert len(load_pictures(str(folder), limit)) == 4
+        assert len(load_images(str(folder), limit)) == 4
 
 
-def test_load_pictures__bad_picture_is_named(folder):
+def test_load_images__bad_image_is_named(folder):
     (folder / "c.png").write_bytes(b"junk")
-    with pytest.raises(DataError, match=r"picture c\.png: not a picture"):
-        load_pictures(str(folder))[3]
+    with pytest.raises(DataError, match=r"image c\.png: not a image"):
+        load_images(str(folder))[3]
     (folder / "c.png").unlink()
     (folder / "c.png").symlink_to("nowhere")
-    with pytest.raises(DataError, match=r"picture c\.png: No such file"):
-        load_pictures(str(folder))[3]
+    with pytest.raises(DataError, match=r"image c\.png: No such file"):
+        load_images(str(folder))[3]
 
 
-def test_list_pictures__nothing_there(tmp_path):
-    with pytest.raises(DataError, match="no pictures and no shards"):
-        list_pictures(str(tmp_path))
+def test_list_images__nothing_there(tmp_path):
+    with pytest.raises(DataError, match="no images and no shards"):
+        list_images(str(tmp_path))
     with pytest.raises(DataError, match=r"no folder .*missing, of images or of shards"):
-        list_pictures(str(tmp_path / "missing"))
+        list_images(str(tmp_path / "missing"))
 
 
-def test_load_pictures__pipe_does_not_block(folder):
+def test_load_images__pipe_does_not_block(folder):
     (folder / "c.png").unlink(missing_ok=True)
     os.mkfifo(folder / "c.png")
-    with pytest.raises(DataError, match=r"picture c\.png: not a regular file"):
-        load_pictures(str(folder))[3]
+    with pytest.raises(DataError, match=r"image c\.png: not a regular file"):
+        load_images(str(folder))[3]
 
 
-def test_list_pictures__unclean_shard_is_refused(tmp_path, encode, write_tar):
-    """Else two evaluations of one name would be of different pictures."""
+def test_list_images__unclean_shard_is_refused(tmp_path, encode, write_tar):
+    """Else two evaluations of one name would be of different images."""
     path = write_tar(tmp_path / "a.tar", {"a.png": encode(0), "../b.png": encode(1)})
     with pytest.raises(DataError, match=r"a\.tar is not clean: 1 unsafe_name \(\.\./b\.png\)"):
-        list_pictures(str(path))
+        list_images(str(path))
 
 
 @pytest.fixture
@@ -83,8 +83,8 @@ def classes(tmp_path, encode):
 
 
 @pytest.mark.parametrize("level", ["set", "."])
-def test_labelled_pictures__numbers_classes_by_name(classes, level):
-    train, val, names = labelled_pictures(str(classes.parent / level))
+def test_labelled_images__numbers_classes_by_name(classes, level):
+    train, val, names = labelled_images(str(classes.parent / level))
     assert names == ("cat", "dog")
     assert [(path.parent.name, path.stem, label) for path, label in train] == [
         ("cat", "0", 0),
@@ -94,111 +94,111 @@ def test_labelled_pictures__numbers_classes_by_name(classes, level):
     assert val == [(classes / "val" / "dog" / "5.png", 1)]
 
 
-def test_labelled_pictures__wrong_layout(classes):
+def test_labelled_images__wrong_layout(classes):
     (classes / "val" / "emu").mkdir()
     with pytest.raises(DataError, match=r"val/emu has no counterpart"):
-        labelled_pictures(str(classes))
+        labelled_images(str(classes))
     with pytest.raises(DataError, match="expected train/CLASS"):
-        labelled_pictures(str(classes / "train"))
+        labelled_images(str(classes / "train"))
     (classes / "val" / "emu").rmdir()
     (classes / "val" / "dog" / "5.png").unlink()
-    with pytest.raises(DataError, match="no pictures found in the class folders"):
-        labelled_pictures(str(classes))
+    with pytest.raises(DataError, match="no images found in the class folders"):
+        labelled_images(str(classes))
 
 
 @pytest.mark.parametrize(
     ("train", "val"), [("Train", "Val"), ("TRAIN", "validation"), ("training", "Valid")]
 )
-def test_labelled_pictures__usual_names_of_splits(classes, train, val):
-    expected = labelled_pictures(str(classes)).class_names
+def test_labelled_images__usual_names_of_splits(classes, train, val):
+    expected = labelled_images(str(classes)).class_names
     (classes / "train").rename(classes / train)
     (classes / "val").rename(classes / val)
-    found = labelled_pictures(str(classes))
+    found = labelled_images(str(classes))
     assert found.class_names == expected
     assert {path.parent.parent.name for path, _ in found.val} == {val}
     (classes / "Training").mkdir()
     with pytest.raises(DataError, match="several folders for one split"):
-        labelled_pictures(str(classes))
+        labelled_images(str(classes))
 
 
-def test_labelled_pictures__what_is_no_class_is_passed_over(classes, caplog):
-    expected = labelled_pictures(str(classes))
+def test_labelled_images__what_is_no_class_is_passed_over(classes, caplog):
+    expected = labelled_images(str(classes))
     assert not caplog.records
     for name in (".ipynb_checkpoints", ".Trash-0", "train/.ipynb_checkpoints", "val/.cache"):
         (classes / name).mkdir()
         (classes / name / "0.png").write_bytes(b"")
     for name in (".DS_Store", "train/.DS_Store", "val/Thumbs.db", "train/dog/._0.png"):
         (classes / name).write_bytes(b"")
-    assert labelled_pictures(str(classes)) == expected
+    assert labelled_images(str(classes)) == expected
     assert not caplog.records
     (classes / "train" / "yak").mkdir()
     (classes / "val" / "yak").mkdir()
     (classes / "train" / "loose.png").write_bytes(b"")
-    assert labelled_pictures(str(classes)) == expected
-    assert "without pictures, passed over: 1 (first: yak)" in caplog.text
+    assert labelled_images(str(classes)) == expected
+    assert "without images, passed over: 1 (first: yak)" in caplog.text
     assert "in no class folder, passed over: 1 (first: loose.png)" in caplog.text
 
 
-def test_labelled_pictures__a_class_that_cannot_be_right_is_refused(classes, encode):
+def test_labelled_images__a_class_that_cannot_be_right_is_refused(classes, encode):
     (classes / "train" / "emu").mkdir()
     (classes / "val" / "emu").mkdir()
     (classes / "val" / "emu" / "0.png").write_bytes(encode(0))
-    with pytest.raises(DataError, match="val/emu has no counterpart with pictures"):
-        labelled_pictures(str(classes))
+    with pytest.raises(DataError, match="val/emu has no counterpart with images"):
+        labelled_images(str(classes))
 
 
-def test_labelled_pictures__one_class_alone_is_refused(classes):
+def test_labelled_images__one_class_alone_is_refused(classes):
     (classes / "train" / "cat" / "0.png").unlink()
     with pytest.raises(DataError, match=r"one class only \(dog\)"):
-        labelled_pictures(str(classes))
+        labelled_images(str(classes))
 
 
-def test_labelled_pictures__numbers_as_names(tmp_path, encode):
+def test_labelled_images__numbers_as_names(tmp_path, encode):
     for name in ("train/10", "train/9", "train/09", "val/9"):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "0.png").write_bytes(encode(0))
-    train, val, names = labelled_pictures(str(tmp_path))
+    train, val, names = labelled_images(str(tmp_path))
     assert names == ("09", "10", "9")
     assert [names[label] for _, label in train] == ["09", "10", "9"]
     assert [names[label] for _, label in val] == ["9"]
 
 
-def test_labelled_pictures__real_set(real):
-    train, val, names = labelled_pictures(str(real / "classification"))
+def test_labelled_images__real_set(real):
+    train, val, names = labelled_images(str(real / "classification"))
     assert len(names) == 20
     assert {label for _, label in train} == {label for _, label in val} == set(range(20))
     assert not {path for path, _ in train} & {path for path, _ in val}
     assert all(path.parent.name == names[label] for path, label in train + val)
 
 
-def test_list_pictures__links_are_followed_and_the_rest_is_said(folder, tmp_path, encode, caplog):
+def test_list_images__links_are_followed_and_the_rest_is_said(folder, tmp_path, encode, caplog):
     (tmp_path / "held").mkdir()
     (tmp_path / "held" / "a").symlink_to(folder)
     (folder / "back").symlink_to(tmp_path / "held")
     (tmp_path / "held" / "x.jfif").write_bytes(encode(0, "JPEG"))
     for name in ("x.nef", "y.nef", "x.txt", ".x.png"):
         (tmp_path / "held" / name).write_bytes(b"")
-    keys = [ref.key for ref in list_pictures(str(tmp_path / "held"))]
+    keys = [ref.key for ref in list_images(str(tmp_path / "held"))]
     assert keys == ["a/a/1.png", "a/b/10.png", "a/b/2.png", "a/c.png", "x.jfif"]
     (record,) = caplog.records
     assert "5 images; passed over: 2 .nef, 1 hidden, 1 links back" in record.getMessage()
 
 
-def test_list_pictures__images_beside_shards_are_said(folder, tmp_path, caplog):
+def test_list_images__images_beside_shards_are_said(folder, tmp_path, caplog):
     write_shards(folder / "a", folder / "shards")
-    assert len(list_pictures(str(folder))) == 1
+    assert len(list_images(str(folder))) == 1
     assert "4 images beside the shards are not used" in caplog.text
 
 
-def test_list_pictures__empty_shards(tmp_path, encode, write_tar):
+def test_list_images__empty_shards(tmp_path, encode, write_tar):
     write_tar(tmp_path / "a.tar", {})
     with pytest.raises(DataError, match="no images in the shards"):
-        list_pictures(str(tmp_path))
+        list_images(str(tmp_path))
     write_tar(tmp_path / "b.tar", {"a.png": encode(0)})
-    assert len(list_pictures(str(tmp_path))) == 1
+    assert len(list_images(str(tmp_path))) == 1
 
 
-def test_labelled_pictures__hidden_folders_are_no_classes(classes, encode, caplog):
+def test_labelled_images__hidden_folders_are_no_classes(classes, encode, caplog):
     caplog.set_level(logging.INFO)
     for name in ("train/.ipynb_checkpoints/a", "val/.ipynb_checkpoints/a", "train/loose"):
         path = classes / f"{name}.png"
@@ -208,16 +208,16 @@ def test_labelled_pictures__hidden_folders_are_no_classes(classes, encode, caplo
     (classes / "train" / "emu").mkdir()
     (classes / "train" / "dog" / "deep").mkdir()
     (classes / "train" / "dog" / "deep" / "2.jpe").write_bytes(encode(0, "JPEG"))
-    train, val, names = labelled_pictures(str(classes))
+    train, val, names = labelled_images(str(classes))
     assert names == ("cat", "dog")
     assert ([label for _, label in train], [label for _, label in val]) == ([0, 1, 1, 1], [1])
     assert "2 hidden" in caplog.text
 
 
-def test_labelled_pictures__linked_classes(classes, tmp_path):
+def test_labelled_images__linked_classes(classes, tmp_path):
     for split in ("train", "val"):
         (tmp_path / "linked" / split).mkdir(parents=True)
         (tmp_path / "linked" / split / "dog").symlink_to(classes / "train" / "dog")
         (tmp_path / "linked" / split / "cat").symlink_to(classes / "train" / "cat")
-    train, val, names = labelled_pictures(str(tmp_path / "linked"))
+    train, val, names = labelled_images(str(tmp_path / "linked"))
     assert (len(train), len(val), names) == (3, 3, ("cat", "dog"))

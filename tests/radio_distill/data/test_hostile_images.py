@@ -1,4 +1,4 @@
-"""Pictures that lie: what they cost, and what becomes of them."""
+"""Images that lie: what they cost, and what becomes of them."""
 
 import io
 import os
@@ -88,7 +88,7 @@ def claiming(height: int, width: int) -> bytes:
         pytest.param(claiming(65_500, 65_500), id="JPEG"),
     ],
 )
-def test_decode_image__huge_picture_costs_nothing(data):
+def test_decode_image__huge_image_costs_nothing(data):
     assert 3000 < len(data) < 11_000
     result, peak = decoded_in_child(data)
     assert result == "too_large"
@@ -253,7 +253,7 @@ def test_decode_image__jpeg_of_two_headers():
 
 
 def test_decode_image__emptiest_honest_jpeg_is_taken():
-    """The bound on pixels in a byte is no obstacle to a picture of one colour."""
+    """The bound on pixels in a byte is no obstacle to a image of one colour."""
     for options in ({}, {"progressive": True}, {"optimize": True}, {"quality": 1}):
         for mode in ("L", "RGB"):
             buffer = io.BytesIO()
@@ -310,7 +310,7 @@ def test_decode_image__rotated_by_exif(kind):
     np.testing.assert_array_equal(np.asarray(upright), np.rot90(stored, -1))
 
 
-def test_decode_image__animation_with_a_hidden_first_picture():
+def test_decode_image__animation_with_a_hidden_first_image():
     frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue", "lime")]
     buffer = io.BytesIO()
     frames[0].save(buffer, "PNG", save_all=True, append_images=frames[1:], default_image=True)
@@ -325,7 +325,7 @@ def archive() -> bytes:
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP"])
-def test_decode_image__polyglot_is_the_picture_it_begins_with(kind):
+def test_decode_image__polyglot_is_the_image_it_begins_with(kind):
     data = noise(kind)
     with_archive = decode_image(data + archive())
     np.testing.assert_array_equal(np.asarray(with_archive), np.asarray(decode_image(data)))
@@ -347,7 +347,7 @@ def test_decode_image__polyglot_is_the_picture_it_begins_with(kind):
     ],
 )
 def test_decode_image__other_formats_are_not_even_tried(data):
-    with pytest.raises(BadImageError, match="not a picture in a known format"):
+    with pytest.raises(BadImageError, match="not a image in a known format"):
         decode_image(data)
 
 

@@ -144,8 +144,8 @@ def test_decode_image__truncated(encode, kind):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("data", [b"", b"no picture", b"%PDF-1.4", b"\xff\xd8\xff"])
-def test_decode_image__no_picture(data):
+@pytest.mark.parametrize("data", [b"", b"no image", b"%PDF-1.4", b"\xff\xd8\xff"])
+def test_decode_image__no_image(data):
     with pytest.raises(BadImageError):
         decode_image(data)
 
@@ -156,7 +156,7 @@ def test_decode_image__floating_point_is_refused(encode):
 
 
 @given(st.data())
-def test_decode_image__damage_gives_a_picture_or_a_bad_image(data):
+def test_decode_image__damage_gives_a_image_or_a_bad_image(data):
     buffer = io.BytesIO()
     gradient(24, 24).save(
         buffer, data.draw(st.sampled_from(["JPEG", "PNG", "WEBP", "GIF", "TIFF"]))
@@ -211,8 +211,8 @@ def test_decode_image__heic_says_what_reads_it():
         (b"\0\0\0\x0cJXL \r\n\x87\n", "a JPEG XL image"),
     ],
 )
-def test_decode_image__says_what_is_no_picture(data, kind):
-    with pytest.raises(BadImageError, match=f"not a picture in a known format, but {kind}"):
+def test_decode_image__says_what_is_no_image(data, kind):
+    with pytest.raises(BadImageError, match=f"not a image in a known format, but {kind}"):
         decode_image(data)
 
 

@@ -105,7 +105,7 @@ def test_open_shard__says_the_same_the_second_time(tmp_path, encode, write_tar, 
     assert first.num_samples == 1
     assert {kind: item.num_samples for kind, item in first.left_out.items()} == {
         "unsafe_name": 1,
-        "no_picture": 1,
+        "no_image": 1,
         "duplicate": 1,
     }
     assert first.num_left_out == 3

@@ -132,7 +132,7 @@ def test_batches__weights_share_out_the_images(shard_folder, tmp_path):
 
 @pytest.fixture
 def spoiled(tmp_path, encode, write_tar):
-    """200 pictures, of which four are bad, each in its own way."""
+    """200 images, of which four are bad, each in its own way."""
     members = {f"good{i:03d}.png": encode(i) for i in range(196)}
     members |= {
         "cut.jpg": encode(1, "JPEG")[:300],

@@ -81,7 +81,7 @@ def shards(tmp_path_factory):
 
     root = tmp_path_factory.mktemp("order")
 
-    def picture(*key: int) -> bytes:
+    def image(*key: int) -> bytes:
         buffer = BytesIO()
         noise = np.random.default_rng(key).integers(0, 256, (9, 11, 3), dtype=np.uint8)
         Image.fromarray(noise).save(buffer, "PNG")
@@ -93,7 +93,7 @@ def shards(tmp_path_factory):
             with TarWriter(str(path)) as writer:
                 for sample in range(count):
                     key = f"{source}_{number}_{sample}"
-                    writer.write({"__key__": key, "png": picture(source, number, sample)})
+                    writer.write({"__key__": key, "png": image(source, number, sample)})
         return str(path)
 
     def patterns(run: Run) -> tuple[str, ...]:

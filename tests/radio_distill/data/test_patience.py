@@ -13,7 +13,7 @@ from radio_distill.data.patience import (
     MAX_ABANDONED,
     DiskStalledError,
     NoAnswerError,
-    Patience,
+    ReadTimeout,
     open_regular,
 )
 
@@ -43,7 +43,7 @@ def wait_until(condition) -> bool:
 
 
 def test_run__gives_what_the_call_gives():
-    patience = Patience(10)
+    patience = ReadTimeout(10)
     assert patience.run(divmod, 17, 5) == (3, 2)
     with pytest.raises(ZeroDivisionError):
         patience.run(divmod, 17, 0)
@@ -51,7 +51,7 @@ def test_run__gives_what_the_call_gives():
 
 
 def test_run__calls_share_one_thread_which_ends_with_its_owner(num_threads):
-    patience = Patience(10)
+    patience = ReadTimeout(10)
     assert len({patience.run(threading.get_ident) for _ in range(20)}) == 1
     assert num_threads() == 1
     del patience
@@ -59,7 +59,7 @@ def test_run__calls_share_one_thread_which_ends_with_its_owner(num_threads):
 
 
 def test_run__leaves_a_call_without_answer_behind(pipe, num_threads):
-    patience = Patience(0.4)
+    patience = ReadTimeout(0.4)
     with pytest.raises(NoAnswerError, match=r"no answer within 0\.4 s"):
         patience.run(os.read, pipe[0], 9)
     assert patience.run(len, "abc") == 3, "the answer is that of its own call"
@@ -69,7 +69,7 @@ def test_run__leaves_a_call_without_answer_behind(pipe, num_threads):
 
 
 def test_run__ends_when_too_many_are_out(pipe):
-    patience = Patience(0.02)
+    patience = ReadTimeout(0.02)
     for _ in range(MAX_ABANDONED - 1):
         with pytest.raises(NoAnswerError):
             patience.run(os.read, pipe[0], 1)
@@ -80,7 +80,7 @@ def test_run__ends_when_too_many_are_out(pipe):
 
 
 def test_run__disk_that_answers_again_is_forgiven(pipe, num_threads):
-    patience = Patience(0.02)
+    patience = ReadTimeout(0.02)
     for _ in range(2 * MAX_ABANDONED):
         with pytest.raises(NoAnswerError):
             patience.run(os.read, pipe[0], 1)
@@ -89,7 +89,7 @@ def test_run__disk_that_answers_again_is_forgiven(pipe, num_threads):
 
 
 def test_run__works_after_a_fork_and_after_pickling(pipe):
-    patience = Patience(0.4)
+    patience = ReadTimeout(0.4)
     with pytest.raises(NoAnswerError):
         patience.run(os.read, pipe[0], 1)
     patience.run(len, "")
@@ -103,7 +103,7 @@ def test_run__works_after_a_fork_and_after_pickling(pipe):
 
 
 def test_run__interrupted_call_gives_its_answer_to_nobody():
-    patience = Patience(10)
+    patience = ReadTimeout(10)
     patience.run(len, "")
 
     def interrupt(number, frame):
@@ -122,11 +122,11 @@ def test_run__interrupted_call_gives_its_answer_to_nobody():
 def test_run__program_ends_with_a_call_still_out():
     program = """
 import os
-from radio_distill.data.patience import NoAnswerError, Patience
+from radio_distill.data.patience import NoAnswerError, ReadTimeout
 ends = os.pipe()
 try:
-    Patience(0.4).run(os.pread, os.open("/dev/null", os.O_RDONLY), 1, 0)
-    Patience(0.4).run(os.read, ends[0], 1)
+    ReadTimeout(0.4).run(os.pread, os.open("/dev/null", os.O_RDONLY), 1, 0)
+    ReadTimeout(0.4).run(os.read, ends[0], 1)
 except NoAnswerError:
     raise SystemExit(7)
 """

@@ -8,13 +8,13 @@ from radio_distill.data.check import check_shards
 from radio_distill.data.find import find_shards
 from radio_distill.data.images import decode_image
 from radio_distill.data.index import open_shards, parse_sample
-from radio_distill.data.shards import find_pictures, write_shards
+from radio_distill.data.shards import find_images, write_shards
 from radio_distill.errors import ConfigError, DataError
 
 
 @pytest.fixture
 def source(tmp_path, encode):
-    """Two class folders, with companions, strange names, and things that are no pictures."""
+    """Two class folders, with companions, strange names, and things that are no images."""
     folder = tmp_path / "source"
     for name, data in {
         "cat/tabby.v1.jpg": encode(0, "JPEG"),
@@ -23,7 +23,7 @@ def source(tmp_path, encode):
         "dog/rex.JPEG": encode(2, "JPEG"),
         "dog/rex.json": b'{"url": "x"}',
         "dog/really_a_png.jpg": encode(3),
-        "dog/notes.txt": b"no picture beside it",
+        "dog/notes.txt": b"no image beside it",
         ".hidden/secret.png": encode(5),
         "dog/._rex.jpg": b"resource fork",
     }.items():
@@ -71,7 +71,7 @@ def test_write_shards__equal_sources_give_equal_bytes(source, tmp_path):
     assert [shard.read_bytes() for shard in first] == [shard.read_bytes() for shard in second]
 
 
-def test_write_shards__bad_pictures_are_listed_and_left_out(source, tmp_path, encode):
+def test_write_shards__bad_images_are_listed_and_left_out(source, tmp_path, encode):
     (source / "cat" / "broken.jpg").write_bytes(encode(7, "JPEG")[:200])
     (source / "cat" / "empty.png").write_bytes(b"")
     (source / "cat" / "nowhere.png").symlink_to(tmp_path / "nothing")
@@ -82,14 +82,14 @@ def test_write_shards__bad_pictures_are_listed_and_left_out(source, tmp_path, en
     assert summary.num_images == len(read_back(summary.shards)) == 4
     assert calls == [(done, 7) for done in range(1, 8)]
     lines = "\n".join(summary.describe())
-    assert lines.startswith("4 pictures in 1 shards")
+    assert lines.startswith("4 images in 1 shards")
     assert all(lines.count(f"left out {name}: ") == 1 for name in summary.bad)
-    assert "3 of 7 pictures (2 undecodable, 1 unreadable)" in lines
+    assert "3 of 7 images (2 undecodable, 1 unreadable)" in lines
 
 
 def test_write_shards__real_photographs(real, tmp_path):
     folder = real / "classification" / "caltech101_20x60" / "val" / "ketch"
-    originals = [path.read_bytes() for path in find_pictures(folder)]
+    originals = [path.read_bytes() for path in find_images(folder)]
     summary = write_shards(folder, tmp_path / "out", images_per_shard=7)
     assert [sample["jpg"] for sample in read_back(summary.shards)] == originals
     assert decode_image(originals[0]).mode == "RGB"
@@ -97,10 +97,10 @@ def test_write_shards__real_photographs(real, tmp_path):
 
 def test_write_shards__nothing_to_write(tmp_path, source):
     (tmp_path / "void").mkdir()
-    with pytest.raises(DataError, match="no pictures found in"):
+    with pytest.raises(DataError, match="no images found in"):
         write_shards(tmp_path / "void", tmp_path / "out")
     (tmp_path / "void" / "a.png").write_bytes(b"junk")
-    with pytest.raises(DataError, match="left out 1 of 1 pictures"):
+    with pytest.raises(DataError, match="left out 1 of 1 images"):
         write_shards(tmp_path / "void", tmp_path / "out")
     with pytest.raises(ConfigError, match="images_per_shard"):
         write_shards(source, tmp_path / "out", images_per_shard=0)
@@ -133,7 +133,7 @@ def test_write_shards__names_that_are_no_text(tmp_path, encode):
     summary = write_shards(tmp_path / "source", tmp_path / "out", labels=True)
     assert summary.num_images == 1
     assert summary.bad == {
-        r"caf\udce9\n/\udcfe.png": "not a picture in a known format",
+        r"caf\udce9\n/\udcfe.png": "not a image in a known format",
         r"caf\udce9\n/pipe.png": "not a regular file",
     }
     assert (tmp_path / "out" / "classes.txt").read_text().splitlines() == [r"caf\udce9\n"]
@@ -164,7 +164,7 @@ def test_write_shards__takes_what_training_takes(tmp_path, encode, field, value)
     assert f"data.{field} (now {value})" in "\n".join(summary.describe())
     assert check_shards([str(tmp_path / "out")], limits).is_clean
     (tmp_path / "in" / "good.png").unlink()
-    with pytest.raises(DataError, match=rf"left out 1 of 1 pictures .*data\.{field}"):
+    with pytest.raises(DataError, match=rf"left out 1 of 1 images .*data\.{field}"):
         write_shards(tmp_path / "in", tmp_path / "none", limits=limits)
 
 

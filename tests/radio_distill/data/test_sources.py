@@ -83,11 +83,11 @@ def unclean(tmp_path, encode, write_tar):
 
 def test_open_sources__samples_left_out_have_a_budget(unclean, caplog):
     sources = open_sources(config_of(unclean, max_bad_share=0.1))
-    assert sources.left_out == {"unsafe_name": 1, "no_picture": 1}
+    assert sources.left_out == {"unsafe_name": 1, "no_image": 1}
     assert [shard.num_samples for shard in sources.shards] == [10, 8]
     (record,) = caplog.records
     assert record.getMessage().endswith(
-        "b.tar: left out 2 of 10 samples: 1 no_picture (c.txt), 1 unsafe_name (../b.png)"
+        "b.tar: left out 2 of 10 samples: 1 no_image (c.txt), 1 unsafe_name (../b.png)"
     )
     for _ in range(2):  # from the stored index too
         with pytest.raises(
@@ -167,7 +167,7 @@ def test_open_sources__shards_of_which_nothing_can_be_used_count_as_left_out(
     shard_folder, write_tar
 ):
     write_tar(shard_folder / "texts.tar", {f"{i}.txt": b"" for i in range(25)})
-    with pytest.raises(DataError, match=r"25 of 50 samples cannot be used.*no_picture"):
+    with pytest.raises(DataError, match=r"25 of 50 samples cannot be used.*no_image"):
         open_sources(config_of(shard_folder))
     assert len(open_sources(config_of(shard_folder, max_bad_share=0.5)).shards) == 5
 

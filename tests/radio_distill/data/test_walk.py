@@ -29,7 +29,7 @@ def test_walk_shard__places_and_sums_fit_the_file(captioned):
 
 
 def test_walk_shard__groups_as_webdataset_does(tmp_path, encode, write_tar):
-    picture = encode(0)
+    image = encode(0)
     names = [
         "./d.x/a.JPG",
         "./d.x/a.seg.png",
@@ -39,7 +39,7 @@ def test_walk_shard__groups_as_webdataset_does(tmp_path, encode, write_tar):
         ".hidden.jpg",
         "plain",
     ]
-    path = write_tar(tmp_path / "a.tar", dict.fromkeys(names, picture))
+    path = write_tar(tmp_path / "a.tar", dict.fromkeys(names, image))
     theirs = [
         (sample["__key__"], {name for name in sample if not name.startswith("__")})
         for sample in webdataset.WebDataset(str(path), shardshuffle=False)
@@ -210,17 +210,17 @@ def test_walk_shard__keeps_the_first_of_two(tmp_path, encode, write_tar, names, 
     assert first["png"].crc32 == zlib.crc32(encode(0))
 
 
-def test_walk_shard__leaves_out_samples_without_picture(tmp_path, encode, write_tar):
-    members = {"a.png": encode(0), "b.txt": b"lost its picture", "b.json": b"{}", "c.cls": b"1"}
+def test_walk_shard__leaves_out_samples_without_image(tmp_path, encode, write_tar):
+    members = {"a.png": encode(0), "b.txt": b"lost its image", "b.json": b"{}", "c.cls": b"1"}
     contents = walk_shard(write_tar(tmp_path / "a.tar", members))
     assert keys_of(contents) == ["a"]
-    assert contents.left_out == {"no_picture": LeftOut(2, ("b.txt", "c.cls"))}
+    assert contents.left_out == {"no_image": LeftOut(2, ("b.txt", "c.cls"))}
 
 
 def test_walk_shard__whole_shard_without_images_is_empty(tmp_path, write_tar):
     assert walk_shard(write_tar(tmp_path / "a.tar", {})) == ([], {}, {})
     contents = walk_shard(write_tar(tmp_path / "a.tar", {"a.txt": b"only text"}))
-    assert contents == ([], {"no_picture": LeftOut(1, ("a.txt",))}, {})
+    assert contents == ([], {"no_image": LeftOut(1, ("a.txt",))}, {})
 
 
 def images_of(contents) -> list[str]:

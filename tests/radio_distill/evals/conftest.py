@@ -1,4 +1,4 @@
-"""Encoders whose answers are known, and small folders of pictures."""
+"""Encoders whose answers are known, and small folders of images."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ def _colours(patch_size: int) -> Encoder:
 
 
 def _noise(patch_size: int, seed: int = 0, channels: int = 16) -> Encoder:
-    """Features that have nothing to do with the picture."""
+    """Features that have nothing to do with the image."""
     generator = torch.Generator().manual_seed(seed)
 
     def encode(pixels: Tensor) -> Features:
@@ -47,7 +47,7 @@ def noise():
 
 @pytest.fixture
 def gradient() -> Image.Image:
-    """A picture whose colour names the position: red runs with x, green with y."""
+    """A image whose colour names the position: red runs with x, green with y."""
     ramp = torch.linspace(0, 255, 256).round().byte()
     pixels = torch.stack([ramp.expand(256, 256), ramp[:, None].expand(256, 256)], dim=2)
     return Image.fromarray(F.pad(pixels, (0, 1), value=64).numpy())
@@ -55,7 +55,7 @@ def gradient() -> Image.Image:
 
 @pytest.fixture
 def photographs(tmp_path: Path) -> Path:
-    """A folder with three smooth random pictures."""
+    """A folder with three smooth random images."""
     folder = tmp_path / "photographs"
     folder.mkdir()
     random = np.random.default_rng(0)
@@ -70,5 +70,5 @@ def real() -> Path:
     """Photographs and labels kept beside the checkout, where there are any."""
     folder = Path(__file__).resolve().parents[3].parent / "shared" / "data" / "real"
     if not folder.is_dir():
-        pytest.skip("no real pictures beside the checkout")
+        pytest.skip("no real images beside the checkout")
     return folder

@@ -27,24 +27,24 @@ def _targets(views):
 
 
 @pytest.fixture
-def pictures(gradient):
+def images(gradient):
     return [gradient.rotate(90 * turn) for turn in range(3)]
 
 
-def _values(predict, pictures, **options):
-    scores = fidelity(predict, _targets, pictures, (64, 64), **options)
+def _values(predict, images, **options):
+    scores = fidelity(predict, _targets, images, (64, 64), **options)
     return {score.metric: score.value for score in scores}
 
 
-def test_fidelity__perfect_prediction(pictures):
-    values = _values(_target, pictures)
+def test_fidelity__perfect_prediction(images):
+    values = _values(_target, images)
     assert values["fidelity/dino"] == math.inf
     assert values["mse/dino"] == 0
     assert values["cosine/dino"] == pytest.approx(1)
     assert values["summary_cosine/dino"] == pytest.approx(1)
 
 
-def test_fidelity__predicting_the_mean_gives_one(pictures):
+def test_fidelity__predicting_the_mean_gives_one(images):
     every = torch.cat(
         [
             _target(torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)))[
@@ -60,23 +60,23 @@ def test_fidelity__predicting_the_mean_gives_one(pictures):
     def targets(views):
         return {"dino": Features(None, every.expand(len(views), -1, -1, -1))}
 
-    scores = fidelity(constant, targets, pictures, (64, 64), batch_size=2)
+    scores = fidelity(constant, targets, images, (64, 64), batch_size=2)
     assert {score.metric: score.value for score in scores}["fidelity/dino"] == pytest.approx(1)
 
 
-def test_fidelity__known_error_and_batches_do_not_matter(pictures):
+def test_fidelity__known_error_and_batches_do_not_matter(images):
     def off_by_a_tenth(pixels):
         return {name: Features(s, x + 0.1) for name, (s, x) in _target(pixels).items()}
 
-    values = _values(off_by_a_tenth, pictures, batch_size=3)
+    values = _values(off_by_a_tenth, images, batch_size=3)
     assert values["mse/dino"] == pytest.approx(0.01, rel=1e-5)
     assert values["mse/sam"] == pytest.approx(0.01, rel=1e-5)
     # twice the feature is four times the variance over the same error
     assert values["fidelity/sam"] == pytest.approx(4 * values["fidelity/dino"], rel=1e-5)
-    assert _values(off_by_a_tenth, pictures, batch_size=1) == pytest.approx(values)
+    assert _values(off_by_a_tenth, images, batch_size=1) == pytest.approx(values)
 
 
-def test_fidelity__is_a_ratio_of_sums(pictures):
+def test_fidelity__is_a_ratio_of_sums(images):
     """Against the formula on everything at once: MSE(Y, mean of Y) / MSE(X, Y)."""
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(3, 3, 8, 8, generator=generator)
@@ -92,23 +92,23 @@ def test_fidelity__is_a_ratio_of_sums(pictures):
             for name, scale in (("dino", 1), ("sam", 2))
         }
 
-    found = _values(noisy, pictures, batch_size=2)
+    found = _values(noisy, images, batch_size=2)
     target = torch.cat(kept).double()
     spread = (target - target.mean(dim=(0, 2, 3), keepdim=True)).square().mean()
     expected = spread / noise.double().square().mean()
     assert found["fidelity/dino"] == pytest.approx(expected.item(), rel=1e-6)
 
 
-def test_fidelity__grids_are_aligned_to_the_smaller(pictures):
+def test_fidelity__grids_are_aligned_to_the_smaller(images):
     def fine(pixels):
         spatial = F.avg_pool2d(pixels, 8).repeat_interleave(2, 2).repeat_interleave(2, 3)
         return {"dino": Features(None, spatial), "sam": Features(None, 2 * spatial)}
 
-    assert _values(fine, pictures)["fidelity/dino"] > 500
+    assert _values(fine, images)["fidelity/dino"] > 500
 
 
-def test_fidelity__scores_say_what_they_are(pictures):
-    scores = {score.metric: score for score in fidelity(_target, _targets, pictures, (64, 64))}
+def test_fidelity__scores_say_what_they_are(images):
+    scores = {score.metric: score for score in fidelity(_target, _targets, images, (64, 64))}
     assert "summary_cosine/sam" not in scores
     assert not scores["mse/sam"].higher_is_better
     assert scores["cosine/sam"].higher_is_better
@@ -130,42 +130,40 @@ def _fitted(kind):
     return kind().fit(moments)
 
 
-def _in_teacher_space(normalizer, pictures, error=0.0):
+def _in_teacher_space(normalizer, images, error=0.0):
     def predict(pixels):
         summary, spatial = _four_channels(pixels)["dino"]
         return {"dino": Features(summary, normalizer.apply(spatial) + error)}
 
     inverted = in_teacher_space(predict, {"dino": normalizer})
-    scores = fidelity(
-        inverted, lambda views: _four_channels(views.of_student()), pictures, (64, 64)
-    )
+    scores = fidelity(inverted, lambda views: _four_channels(views.of_student()), images, (64, 64))
     return {score.metric: score.value for score in scores}
 
 
 @pytest.mark.parametrize("kind", [Identity, GlobalStandardise, PerChannelStandardise, PhiS])
-def test_in_teacher_space__a_perfect_prediction_has_no_error(kind, pictures):
-    values = _in_teacher_space(_fitted(kind), pictures)
+def test_in_teacher_space__a_perfect_prediction_has_no_error(kind, images):
+    values = _in_teacher_space(_fitted(kind), images)
     assert values["mse/dino"] < 1e-9
     assert values["summary_cosine/dino"] == pytest.approx(1)
 
 
 @pytest.mark.parametrize("kind", [GlobalStandardise, PhiS])
-def test_in_teacher_space__one_scale_multiplies_the_error_by_the_variance(kind, pictures):
+def test_in_teacher_space__one_scale_multiplies_the_error_by_the_variance(kind, images):
     """An error of 0.1 in the normalised space is 0.1 standard deviations of the teacher."""
     normalizer = _fitted(kind)
     variance = normalizer.state()["scale"].item() ** -2
     assert variance == pytest.approx((1 + 4 + 16 + 25) / 4, rel=0.1)
-    values = _in_teacher_space(normalizer, pictures, error=0.1)
+    values = _in_teacher_space(normalizer, images, error=0.1)
     assert values["mse/dino"] == pytest.approx(0.01 * variance, rel=1e-4)
 
 
-def test_in_teacher_space__each_channel_has_its_own_scale(pictures):
+def test_in_teacher_space__each_channel_has_its_own_scale(images):
     normalizer = _fitted(PerChannelStandardise)
     variances = normalizer.state()["scale"] ** -2
-    values = _in_teacher_space(normalizer, pictures, error=0.1)
+    values = _in_teacher_space(normalizer, images, error=0.1)
     assert values["mse/dino"] == pytest.approx(0.01 * variances.mean().item(), rel=1e-4)
 
 
-def test_in_teacher_space__a_normalizer_without_inverse(pictures):
+def test_in_teacher_space__a_normalizer_without_inverse(images):
     with pytest.raises(ConfigError, match="layer_norm cannot be inverted"):
-        _in_teacher_space(_fitted(LayerNorm), pictures)
+        _in_teacher_space(_fitted(LayerNorm), images)

@@ -8,10 +8,10 @@ from radio_distill.config import EvaluationConfig
 from radio_distill.errors import ConfigError, DataError, UnknownNameError
 from radio_distill.evals.harness import (
     Encoder,
-    encode_pictures,
+    encode_images,
     evaluate,
     make,
-    open_picture,
+    open_image,
     spread,
     to_pixels,
 )
@@ -56,39 +56,37 @@ def test_encoder__resizes_what_it_does_not_take():
 
 
 def test_to_pixels__covers_and_crops_the_centre():
-    picture = Image.new("RGB", (300, 100), "black")
-    picture.paste("red", (100, 0, 200, 100))
-    pixels = to_pixels(picture, (50, 50))
+    image = Image.new("RGB", (300, 100), "black")
+    image.paste("red", (100, 0, 200, 100))
+    pixels = to_pixels(image, (50, 50))
     assert pixels.shape == (3, 50, 50)
     assert pixels[0, :, 2:-2].min() == 1
     assert pixels[1:, :, 2:-2].max() == 0
 
 
-def test_open_picture__turns_upright(tmp_path):
-    picture = Image.new("RGB", (20, 10))
-    exif = picture.getexif()
+def test_open_image__turns_upright(tmp_path):
+    image = Image.new("RGB", (20, 10))
+    exif = image.getexif()
     exif[0x0112] = 6  # camera held on its side
-    picture.save(tmp_path / "a.jpg", exif=exif)
-    assert open_picture(tmp_path / "a.jpg").size == (10, 20)
+    image.save(tmp_path / "a.jpg", exif=exif)
+    assert open_image(tmp_path / "a.jpg").size == (10, 20)
 
 
-def test_open_picture__broken_file_is_named(tmp_path):
-    (tmp_path / "a.jpg").write_bytes(b"not a picture")
+def test_open_image__broken_file_is_named(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(b"not a image")
     with pytest.raises(DataError, match=r"a\.jpg: .*replace or remove it"):
-        open_picture(tmp_path / "a.jpg")
+        open_image(tmp_path / "a.jpg")
 
 
-def test_encode_pictures__batches_do_not_change_features(colours, gradient):
-    pictures = [gradient, gradient.rotate(90), gradient.rotate(180)]
+def test_encode_images__batches_do_not_change_features(colours, gradient):
+    images = [gradient, gradient.rotate(90), gradient.rotate(180)]
     calls = []
-    one = torch.cat(
-        [f.spatial for f in encode_pictures(colours(8), pictures, (64, 64), batch_size=3)]
-    )
+    one = torch.cat([f.spatial for f in encode_images(colours(8), images, (64, 64), batch_size=3)])
     many = torch.cat(
         [
             f.spatial
-            for f in encode_pictures(
-                colours(8), pictures, (64, 64), 2, lambda *done: calls.append(done)
+            for f in encode_images(
+                colours(8), images, (64, 64), 2, lambda *done: calls.append(done)
             )
         ]
     )
@@ -125,7 +123,7 @@ def test_evaluate__unknown_benchmark_names_the_nearest(colours):
 
 
 def test_evaluate__checks_all_before_the_first_runs(colours, photographs):
-    config = EvaluationConfig(benchmarks=("agreement", "knn"), pictures=str(photographs))
+    config = EvaluationConfig(benchmarks=("agreement", "knn"), images=str(photographs))
     calls = []
     with pytest.raises(ConfigError, match=r"evaluation\.labels"):
         evaluate(colours(8), config, lambda *call: calls.append(call))
@@ -135,7 +133,7 @@ def test_evaluate__checks_all_before_the_first_runs(colours, photographs):
 def test_evaluate__scores_say_the_sizes_that_the_encoder_was_given(colours, photographs):
     config = EvaluationConfig(
         benchmarks=("agreement", "correspondence"),
-        pictures=str(photographs),
+        images=str(photographs),
         size=32,
         dense_size=100,
     )
@@ -154,7 +152,7 @@ def test_evaluate__scores_say_the_sizes_that_the_encoder_was_given(colours, phot
 def test_evaluate__runs_what_is_named_and_reports_progress(colours, photographs):
     config = EvaluationConfig(
         benchmarks=("agreement", "correspondence"),
-        pictures=str(photographs),
+        images=str(photographs),
         size=32,
         dense_size=64,
         limit=2,

@@ -48,7 +48,7 @@ def test_knn_votes__agrees_with_scikit_learn():
 
 @pytest.fixture
 def colour_classes(tmp_path):
-    """Four classes of one colour each; three bank and two validation pictures a class."""
+    """Four classes of one colour each; three bank and two validation images a class."""
     for split, count in (("train", 3), ("val", 2)):
         for label, colour in enumerate(
             [(200, 20, 20), (20, 200, 20), (20, 20, 200), (200, 200, 20)]
@@ -91,7 +91,7 @@ def test_knn__limit_keeps_every_class(colours, colour_classes):
 
 
 def test_knn__bank_smaller_than_k_is_an_error(colours, colour_classes):
-    with pytest.raises(ConfigError, match="bank has 12 pictures, fewer than k=20; add") as caught:
+    with pytest.raises(ConfigError, match="bank has 12 images, fewer than k=20; add") as caught:
         Knn(str(colour_classes), 16).run(colours(8))
     option = re.search(r"--evaluation.options '(.*)'", str(caught.value)).group(1)
     assert Knn(str(colour_classes), 16, **yaml.safe_load(option)["knn"]).run(colours(8))
@@ -159,7 +159,7 @@ def test_knn__fewer_images_than_classes_is_said(colours, colour_classes, caplog)
         Knn(str(colour_classes), 16, k=1).run(colours(8), limit=1)
 
 
-def test_knn__real_pictures_beat_chance_by_colour_alone(colours, real):
+def test_knn__real_images_beat_chance_by_colour_alone(colours, real):
     folder = real / "classification" / "caltech101_20x60"
     score, _ = Knn(str(folder), 32).run(Encoder("flat", lambda p: colours(16).encode(p), 16), 100)
     assert score.num_samples == 100

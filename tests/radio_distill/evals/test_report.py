@@ -54,7 +54,7 @@ def table(title: str) -> Table:
     return Table(title, (Column("Model"), Column("Δm", "+.2f", "higher")), (("a", 1.0), ("b", 0.0)))
 
 
-def picture() -> Image.Image:
+def image() -> Image.Image:
     pixels = np.random.default_rng(0).integers(0, 255, (6, 9, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
 
@@ -72,7 +72,7 @@ def full_report(path: Path) -> Page:
         title="demo",
         summary=[("Command", "radio-distill demo"), ("Machine", "2 cores")],
         tables=[table("Headline"), table("Scores of a group")],
-        figures=[Figure("A sheet", "Equal colours are equal features.", picture())],
+        figures=[Figure("A sheet", "Equal colours are equal features.", image())],
         curves=training_curves({"stage1": records(), "stage2": records(0.5)}),
         recipe_text="name: demo\nseed: 0\n",
     )
@@ -106,11 +106,11 @@ def test_write_report__loads_nothing(tmp_path: Path) -> None:
     assert "@media print" in style
 
 
-def test_write_report__pictures_survive(tmp_path: Path) -> None:
+def test_write_report__images_survive(tmp_path: Path) -> None:
     page = full_report(tmp_path / "report.html")
     sources = [a["src"] or "" for tag, a in page.tags if tag == "img"]
     png = base64.b64decode(sources[-1].removeprefix("data:image/png;base64,"))
-    np.testing.assert_array_equal(np.array(Image.open(io.BytesIO(png))), np.array(picture()))
+    np.testing.assert_array_equal(np.array(Image.open(io.BytesIO(png))), np.array(image()))
     assert all(a.get("alt") for tag, a in page.tags if tag == "img")
     svg = base64.b64decode(sources[0].removeprefix("data:image/svg+xml;base64,"))
     assert ElementTree.fromstring(svg).tag == "{http://www.w3.org/2000/svg}svg"
@@ -123,7 +123,7 @@ def test_write_report__all_text_is_escaped(tmp_path: Path) -> None:
         title=HOSTILE,
         summary=[(HOSTILE, HOSTILE)],
         tables=[hostile_table, hostile_table],
-        figures=[Figure(HOSTILE, HOSTILE, picture())],
+        figures=[Figure(HOSTILE, HOSTILE, image())],
         curves=training_curves({HOSTILE: records()}),
         recipe_text=HOSTILE,
     )

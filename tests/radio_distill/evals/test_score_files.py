@@ -253,7 +253,7 @@ def test_read_scores__a_table_of_ones_own_adds_to_a_model_and_never_averages(
         read_scores([path, table])
 
 
-def test_check_alike__unlike_numbers_of_pictures_are_not_compared(tmp_path: Path) -> None:
+def test_check_alike__unlike_numbers_of_images_are_not_compared(tmp_path: Path) -> None:
     path = write(tmp_path / "s.jsonl", subject("a"))
     more = Score("knn", "top1", 2.0, "%", True, "Classification", 99)
     write_scores(path, subject("b", recipe="another"), [more])

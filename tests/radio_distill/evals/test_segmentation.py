@@ -19,10 +19,10 @@ COLOURS = {3: (220, 30, 30), 7: (30, 220, 30), 200: (30, 30, 220)}
 
 
 def _write(folder, split, name, mask):
-    picture = np.zeros((*mask.shape, 3), dtype=np.uint8)
+    image = np.zeros((*mask.shape, 3), dtype=np.uint8)
     for number, colour in COLOURS.items():
-        picture[mask == number] = colour
-    for kind, array, ending in (("images", picture, "png"), ("masks", mask, "png")):
+        image[mask == number] = colour
+    for kind, array, ending in (("images", image, "png"), ("masks", mask, "png")):
         target = folder / kind / split
         target.mkdir(parents=True, exist_ok=True)
         Image.fromarray(array).save(target / f"{name}.{ending}")
@@ -30,7 +30,7 @@ def _write(folder, split, name, mask):
 
 @pytest.fixture
 def squares(tmp_path):
-    """Pictures of coloured 8 px squares with their classes as masks, some unlabelled."""
+    """Images of coloured 8 px squares with their classes as masks, some unlabelled."""
     random = np.random.default_rng(0)
     for split in ("train", "val"):
         for index in range(3):
@@ -112,10 +112,10 @@ def test_labelled_classes__nothing_labelled(tmp_path):
         labelled_classes([tmp_path / "masks" / "train" / "0.png"])
 
 
-def test_segmentation__real_pictures_beat_noise(colours, noise, real):
+def test_segmentation__real_images_beat_noise(colours, noise, real):
     folder = str(real / "segmentation" / "coco")
     benchmark = Segmentation(folder, 64, steps=300, tokens_per_step=512, learning_rate=1e-2)
-    # All pictures: with a few of them there are too few cells for either to learn anything.
+    # All images: with a few of them there are too few cells for either to learn anything.
     by_colour, by_noise = (benchmark.run(encoder(8))[0] for encoder in (colours, noise))
     assert by_colour.num_samples == 27
     assert by_colour.value > 1.3 * by_noise.value > 0

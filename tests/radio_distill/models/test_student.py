@@ -84,9 +84,9 @@ def test_forward__moving_an_object_moves_its_features(
     """No summary or register token may shift the map by a cell."""
     student = make_student(registers=registers).eval()
     empty = torch.full((1, 3, 64, 96), 0.5)
-    picture, (row, column) = empty.clone(), cell
-    picture[:, :, row * 16 : row * 16 + 16, column * 16 : column * 16 + 16] = torch.rand(3, 16, 16)
-    change = (student(picture)[1] - student(empty)[1]).norm(dim=1)[0]  # [h, w]
+    image, (row, column) = empty.clone(), cell
+    image[:, :, row * 16 : row * 16 + 16, column * 16 : column * 16 + 16] = torch.rand(3, 16, 16)
+    change = (student(image)[1] - student(empty)[1]).norm(dim=1)[0]  # [h, w]
     assert divmod(int(change.argmax()), change.shape[1]) == cell
 
 

@@ -141,7 +141,7 @@ from radio_distill.train import distributed
 distributed._LEAST_TIMEOUT = 1.0
 world = distributed.world_from(os.environ)
 distributed.join(world, torch.device("cpu"))
-value = distributed.main_first(world, lambda: time.sleep(3) or 7)
+value = distributed.run_on_main(world, lambda: time.sleep(3) or 7)
 print("local", os.environ["LOCAL_RANK"], "value", value)
 """
 

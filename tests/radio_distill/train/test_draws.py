@@ -1,4 +1,4 @@
-"""Draws are functions of seed and step, and stay within what the recipe allows."""
+"""StepRandomness are functions of seed and step, and stay within what the recipe allows."""
 
 from collections import Counter
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from radio_distill.config import AugmentationConfig, PartitionConfig
-from radio_distill.distill.randomness import Draws
+from radio_distill.distill.randomness import StepRandomness
 from radio_distill.distill.views import AVERAGE, STUDENT
 from radio_distill.stage import MicroBatch, Partition, Pass
 from radio_distill.types import View
@@ -18,8 +18,8 @@ def partition_of(*sizes) -> Partition:
     return Partition(config, 0, 1.0)
 
 
-def draws_of(seed=1, images=8, **augmentation) -> Draws:
-    return Draws(seed, AugmentationConfig(**augmentation), images, 16)
+def draws_of(seed=1, images=8, **augmentation) -> StepRandomness:
+    return StepRandomness(seed, AugmentationConfig(**augmentation), images, 16)
 
 
 def test_sizes__every_size_is_drawn_alike_and_in_the_same_order_again():

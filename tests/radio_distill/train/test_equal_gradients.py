@@ -28,7 +28,7 @@ from radio_distill.config import (
 from radio_distill.data.images import render, to_float
 from radio_distill.distill.loss_weights import TermWeights
 from radio_distill.distill.micro_batches import Work
-from radio_distill.distill.randomness import Draws
+from radio_distill.distill.randomness import StepRandomness
 from radio_distill.distill.statistics import build_normalizers
 from radio_distill.distill.targets import TargetMaker
 from radio_distill.models.distilled import build_student
@@ -127,7 +127,9 @@ def build(recipe: Recipe, world: World) -> StageRun:
         learned_weights=recipe.loss.weighting == "uncertainty",
         weight_noise=recipe.augmentation.weight_noise,
     )
-    draws = Draws(stage_seed(recipe, "stage1"), recipe.augmentation, images_per_step(stage), 16)
+    draws = StepRandomness(
+        stage_seed(recipe, "stage1"), recipe.augmentation, images_per_step(stage), 16
+    )
     work = Work(recipe, "stage1", world, targets, draws)
     weights = TermWeights(recipe, work.partitions, {"vit": 0.5, "cnn": 2.0}, CPU)
     engine = build_engine(model, recipe.engine, stage, World(), CPU)
@@ -138,7 +140,7 @@ def build(recipe: Recipe, world: World) -> StageRun:
     return StageRun(recipe, "stage1", None, world, engine, targets, None, work, draws, weights, ema)  # type: ignore[arg-type]
 
 
-def pictures(run: StageRun, step: int) -> list[ImageBatch]:
+def images(run: StageRun, step: int) -> list[ImageBatch]:
     """The views of each micro-batch; an image looks the same wherever it is rendered."""
     batches = []
     for item in run.work.slices(step):
@@ -161,7 +163,7 @@ def gradient(recipe: Recipe, world: World, steps: int = 2) -> tuple[torch.Tensor
     meter.add = lambda values, weight: None
     gradients, losses = [], []
     for step in range(steps):
-        report = accumulate(run, step, pictures(run, step), agree)
+        report = accumulate(run, step, images(run, step), agree)
         assert not report.signs.trouble
         take_in(run, report, meter)
         gradients.append(torch.cat([p.grad.flatten() for p in run.engine.model.parameters()]))
@@ -264,4 +266,4 @@ def test_gradient__another_step_has_another():
     first, second = gradient(recipe, World())[0]
     assert float((first - second).abs().max()) > 1e-3
     other = gradient(replace(recipe, seed=random.Random(0).randrange(1, 99)), World())[0]
-    assert float((first - other[0]).abs().max()) > 1e-4, "other crops of the same pictures"
+    assert float((first - other[0]).abs().max()) > 1e-4, "other crops of the same images"

@@ -46,15 +46,15 @@ def test_open_sinks__tensorboard_holds_the_same_numbers(tmp_path):
     assert [row["loss"] for row in read_json_lines(tmp_path / "metrics.jsonl")] == [0.25, 0.125]
 
 
-def test_open_sinks__tensorboard_holds_pictures_and_the_log_of_numbers_none(tmp_path):
+def test_open_sinks__tensorboard_holds_images_and_the_log_of_numbers_none(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    picture = np.random.default_rng(0).integers(0, 255, (5, 7, 3), dtype=np.uint8)
+    image = np.random.default_rng(0).integers(0, 255, (5, 7, 3), dtype=np.uint8)
     with open_sinks(tmp_path, tensorboard=True, is_main=True) as sinks:
-        sinks.write_picture(3, "features", picture)
+        sinks.write_image(3, "features", image)
     (event,) = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Images("features")
     assert event.step == 3
-    assert np.array_equal(Image.open(io.BytesIO(event.encoded_image_string)), picture)
+    assert np.array_equal(Image.open(io.BytesIO(event.encoded_image_string)), image)
     assert read_json_lines(tmp_path / "metrics.jsonl") == []
 
 

@@ -322,7 +322,7 @@ def test_partition__in_a_mosaic_shares_the_canvas():
     assert cost.sight == Sight("patches", (48, 48), (2, 2), 9)
     assert cost.encode_flops == encode_flops(36)
     assert plan.teacher_flops == pytest.approx(12 * (encode_flops(36) / 9 + rotate_flops(4)))
-    # twelve pictures take two canvases, the second partly empty
+    # twelve images take two canvases, the second partly empty
     teachers = (2 * encode_flops(36) + 12 * rotate_flops(4)) / 0.5e12
     assert plan.step_seconds == pytest.approx(plan.student_flops / 2e12 + teachers)
     assert plan.statistics_seconds == pytest.approx(1000 * encode_flops(36) / 9 / 0.5e12)

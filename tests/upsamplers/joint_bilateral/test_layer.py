@@ -43,7 +43,7 @@ def check_level(expected, variant, how, close):
 
 
 def test_stack__is_featup(golden, close):
-    # The picture is smaller than the last level: the published stack repeats its pixels there,
+    # The image is smaller than the last level: the published stack repeats its pixels there,
     # ours would refuse. So the levels run one by one.
     expected = golden("featup_jbu_stack_16x")
     stack = JointBilateralStack(8, 16).eval()

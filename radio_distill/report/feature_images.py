@@ -1,4 +1,4 @@
-"""Pictures of features for people: principal components as colours, and where two maps differ.
+"""Images of features for people: principal components as colours, and where two maps differ.
 
 All maps of one encoder, whatever their resolution, share one basis, so that equal colours mean
 equal features from one resolution to the next; a basis for each would hide a mode switch. Each map
@@ -47,7 +47,7 @@ def joint_pca(maps: Sequence[Tensor], clip: float = 0.02) -> ColourBasis:
     """Fit one basis to several ``[C, h, w]``.
 
     Colours span from the ``clip`` to the ``1 - clip`` quantile, so that a few outlying tokens do
-    not flatten the picture. A component's sign makes its entry of largest magnitude positive: the
+    not flatten the image. A component's sign makes its entry of largest magnitude positive: the
     same features always give the same colours.
     """
     tokens = [_tokens(item) for item in maps]
@@ -67,13 +67,13 @@ def joint_pca(maps: Sequence[Tensor], clip: float = 0.02) -> ColourBasis:
     return ColourBasis(mean, components, low, high)
 
 
-def pca_pictures(maps: Sequence[Tensor], side: int = 224) -> list[Image.Image]:
+def pca_images(maps: Sequence[Tensor], side: int = 224) -> list[Image.Image]:
     """Paint several ``[C, h, w]`` of one encoder in one basis, ``side`` pixels on the long side."""
     basis = joint_pca(maps)
     return [_enlarge(Image.fromarray(basis.paint(item)), side) for item in maps]
 
 
-def difference_picture(first: Tensor, second: Tensor, side: int = 224) -> Image.Image:
+def difference_image(first: Tensor, second: Tensor, side: int = 224) -> Image.Image:
     """Show 1 - cosine of two ``[C, h, w]`` on the finer grid: black for 0, white for 1 or more."""
     from matplotlib import colormaps
 
@@ -87,16 +87,16 @@ def difference_picture(first: Tensor, second: Tensor, side: int = 224) -> Image.
 
 
 def size_sheet(
-    picture: Image.Image, encoders: Mapping[str, Encoder], sides: Sequence[int], side: int = 224
+    image: Image.Image, encoders: Mapping[str, Encoder], sides: Sequence[int], side: int = 224
 ) -> Image.Image:
-    """Draw a labelled sheet: the picture, then what each encoder sees in it at several sizes.
+    """Draw a labelled sheet: the image, then what each encoder sees in it at several sizes.
 
     An encoder that cannot take a size is given the one that :meth:`Encoder.nearest_size` names. Its
     row says which sizes it was given where they are not those of the columns, and none is painted
     twice: the cell that it is farther from stays empty.
 
     Args:
-        picture: what is encoded, cropped to a square.
+        image: what is encoded, cropped to a square.
         encoders: by name.
         sides: sides of the square input, in pixels, one a column.
         side: side of each cell, in pixels.
@@ -106,14 +106,14 @@ def size_sheet(
     for name, encoder in encoders.items():
         given = _given(encoder, sides)
         sizes = list(given.values())
-        maps = [encoder(to_pixels(picture, size)[None]).spatial[0] for size in sizes]
-        painted = dict(zip(given, pca_pictures(maps, side), strict=True))
+        maps = [encoder(to_pixels(image, size)[None]).spatial[0] for size in sizes]
+        painted = dict(zip(given, pca_images(maps, side), strict=True))
         others = [size_text(size) for column, size in given.items() if size != (column, column)]
         label = name if not others and len(given) == len(sides) else _sizes_label(name, sizes)
         rows[label] = [painted.get(column, empty) for column in sides]
-    square = ImageOps.fit(picture.convert("RGB"), (side, side))
-    columns = ["picture", *(f"{column} px" for column in sides)]
-    return picture_grid([[square, *cells] for cells in rows.values()], list(rows), columns, side)
+    square = ImageOps.fit(image.convert("RGB"), (side, side))
+    columns = ["image", *(f"{column} px" for column in sides)]
+    return image_grid([[square, *cells] for cells in rows.values()], list(rows), columns, side)
 
 
 def _given(encoder: Encoder, sides: Sequence[int]) -> dict[int, Size]:
@@ -132,13 +132,13 @@ def _sizes_label(name: str, sizes: Sequence[Size]) -> str:
     return f"{name}, at {', '.join(map(size_text, sizes))} px"
 
 
-def picture_grid(
-    pictures: Sequence[Sequence[Image.Image]],
+def image_grid(
+    images: Sequence[Sequence[Image.Image]],
     rows: Sequence[str],
     columns: Sequence[str],
     side: int = 224,
 ) -> Image.Image:
-    """Lay pictures out in a table with a label above each column and above each row."""
+    """Lay images out in a table with a label above each column and above each row."""
     pitch_x, pitch_y = side + MARGIN, side + LABEL_HEIGHT + MARGIN
     size = (MARGIN + len(columns) * pitch_x, LABEL_HEIGHT + len(rows) * pitch_y + MARGIN)
     sheet = Image.new("RGB", size, "white")
@@ -146,8 +146,8 @@ def picture_grid(
     font = ImageFont.load_default(size=14)
     for index, label in enumerate(columns):
         draw.text((MARGIN + index * pitch_x, 4), label, "black", font)
-    for row, (label, line) in enumerate(zip(rows, pictures, strict=True)):
-        assert len(line) == len(columns), f"row {label!r} has {len(line)} pictures for {columns}"
+    for row, (label, line) in enumerate(zip(rows, images, strict=True)):
+        assert len(line) == len(columns), f"row {label!r} has {len(line)} images for {columns}"
         top = LABEL_HEIGHT + row * pitch_y
         draw.text((MARGIN, top + 4), label, "black", font)
         for column, item in enumerate(line):
@@ -159,9 +159,9 @@ def _tokens(spatial: Tensor) -> Tensor:
     return rearrange(spatial.detach().double().cpu(), "c h w -> (h w) c")
 
 
-def _enlarge(picture: Image.Image, side: int) -> Image.Image:
+def _enlarge(image: Image.Image, side: int) -> Image.Image:
     """Scale so that the longer side measures ``side``; cells stay visible as squares."""
-    scale = side / max(picture.size)
-    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+    scale = side / max(image.size)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     smooth = scale < 1
-    return picture.resize(size, Image.Resampling.BICUBIC if smooth else Image.Resampling.NEAREST)
+    return image.resize(size, Image.Resampling.BICUBIC if smooth else Image.Resampling.NEAREST)

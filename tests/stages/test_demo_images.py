@@ -1,4 +1,4 @@
-"""The demo's pictures are real, disjoint, and the same every time."""
+"""The demo's images are real, disjoint, and the same every time."""
 
 import hashlib
 from pathlib import Path
@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from radio_distill.data.shards import find_pictures
+from radio_distill.data.shards import find_images
 from radio_distill.errors import ConfigError, DataError
-from stages.commands.pictures import (
+from stages.commands.demo_images import (
     HELD_OUT,
     TRAIN,
-    DemoPictures,
-    gather_demo_pictures,
+    DemoImages,
+    gather_demo_images,
     photograph,
 )
 
@@ -21,7 +21,7 @@ from stages.commands.pictures import (
 def digest(folder: Path) -> dict[str, str]:
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in find_pictures(folder)
+        for path in find_images(folder)
     }
 
 
@@ -33,8 +33,8 @@ def save(path: Path, seed: int = 0, size: tuple[int, int] = (24, 16)) -> Path:
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory) -> DemoPictures:
-    return gather_demo_pictures(tmp_path_factory.mktemp("pictures"))
+def demo(tmp_path_factory) -> DemoImages:
+    return gather_demo_images(tmp_path_factory.mktemp("images"))
 
 
 def test_photograph__every_listed_one_is_in_the_packages():
@@ -50,10 +50,10 @@ def test_photograph__missing_one_says_what_to_install():
 
 
 def test_gather__counts_and_sizes(demo):
-    assert demo.num_train == sum(TRAIN.values()) == len(list(find_pictures(demo.train)))
-    assert demo.num_held_out == sum(HELD_OUT.values()) == len(list(find_pictures(demo.held_out)))
+    assert demo.num_train == sum(TRAIN.values()) == len(list(find_images(demo.train)))
+    assert demo.num_held_out == sum(HELD_OUT.values()) == len(list(find_images(demo.held_out)))
     sizes = set()
-    for path in [*find_pictures(demo.train), *find_pictures(demo.held_out)]:
+    for path in [*find_images(demo.train), *find_images(demo.held_out)]:
         with Image.open(path) as image:
             assert (image.mode, image.format) == ("RGB", "JPEG")
             assert 190 <= min(image.size) <= max(image.size) <= 640
@@ -63,14 +63,14 @@ def test_gather__counts_and_sizes(demo):
 
 def test_gather__held_out_photographs_are_never_learnt_from(demo):
     assert not set(TRAIN) & set(HELD_OUT)
-    sources = {path.stem.split("_", 1)[1] for path in find_pictures(demo.held_out)}
+    sources = {path.stem.split("_", 1)[1] for path in find_images(demo.held_out)}
     assert sources == {Path(name).stem for name in HELD_OUT}
-    assert not sources & {path.stem.split("_", 1)[1] for path in find_pictures(demo.train)}
+    assert not sources & {path.stem.split("_", 1)[1] for path in find_images(demo.train)}
     assert not set(digest(demo.train).values()) & set(digest(demo.held_out).values())
 
 
 def test_gather__first_files_show_different_photographs(demo):
-    first = [path.stem.split("_", 1)[1] for path in find_pictures(demo.train)][: len(TRAIN)]
+    first = [path.stem.split("_", 1)[1] for path in find_images(demo.train)][: len(TRAIN)]
     assert len(set(first)) == len(TRAIN)
 
 
@@ -90,34 +90,34 @@ def test_gather__crops_are_cut_from_their_photograph(demo):
 def test_gather__same_again(demo, tmp_path):
     (tmp_path / "train").mkdir()
     save(tmp_path / "train" / "left_over.png")
-    again = gather_demo_pictures(tmp_path)
+    again = gather_demo_images(tmp_path)
     assert digest(again.train) == digest(demo.train)
     assert digest(again.held_out) == digest(demo.held_out)
 
 
-def test_gather__own_pictures_with_captions_and_folders(tmp_path):
-    data = tmp_path / "my pictures"
+def test_gather__own_images_with_captions_and_folders(tmp_path):
+    data = tmp_path / "my images"
     for index in range(25):
-        picture = save(data / f"class {index % 2}" / f"{index}.png", seed=index)
-        picture.with_suffix(".txt").write_text(f"caption {index}")
-    (data / "notes.md").write_text("no picture")
-    result = gather_demo_pictures(tmp_path / "out", data)
+        image = save(data / f"class {index % 2}" / f"{index}.png", seed=index)
+        image.with_suffix(".txt").write_text(f"caption {index}")
+    (data / "notes.md").write_text("no image")
+    result = gather_demo_images(tmp_path / "out", data)
     assert (result.num_train, result.num_held_out) == (22, 3)
     union = {**digest(result.train), **digest(result.held_out)}
     assert union == digest(data)
     for folder in (result.train, result.held_out):
-        for path in find_pictures(folder):
+        for path in find_images(folder):
             assert path.with_suffix(".txt").read_text() == f"caption {path.stem}"
 
 
-def test_gather__own_pictures_are_held_out_by_path_not_by_order(tmp_path):
+def test_gather__own_images_are_held_out_by_path_not_by_order(tmp_path):
     first, second = tmp_path / "a", tmp_path / "b"
     for index in range(20):
         save(first / f"{index}.png", seed=index)
     for index in reversed(range(20)):
         save(second / f"{index}.png", seed=index)
     held_out = [
-        sorted(digest(gather_demo_pictures(tmp_path / name, data).held_out))
+        sorted(digest(gather_demo_images(tmp_path / name, data).held_out))
         for name, data in (("out_a", first), ("out_b", second))
     ]
     assert held_out[0] == held_out[1]
@@ -125,28 +125,28 @@ def test_gather__own_pictures_are_held_out_by_path_not_by_order(tmp_path):
 
 
 @pytest.mark.parametrize("count", [0, 1])
-def test_gather__too_few_own_pictures(tmp_path, count):
+def test_gather__too_few_own_images(tmp_path, count):
     (tmp_path / "data").mkdir()
     for index in range(count):
         save(tmp_path / "data" / f"{index}.png")
-    with pytest.raises(DataError, match=f"{count} pictures in .*at least 2"):
-        gather_demo_pictures(tmp_path / "out", tmp_path / "data")
+    with pytest.raises(DataError, match=f"{count} images in .*at least 2"):
+        gather_demo_images(tmp_path / "out", tmp_path / "data")
 
 
 def test_gather__no_such_folder(tmp_path):
     with pytest.raises(DataError, match="no folder"):
-        gather_demo_pictures(tmp_path / "out", tmp_path / "nowhere")
+        gather_demo_images(tmp_path / "out", tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize(("out", "data"), [("a/out", "a"), ("a", "a/b"), ("a", "a")])
 def test_gather__never_eats_its_own_output(tmp_path, out, data):
-    picture = save(tmp_path / data / "train" / "1.png")
-    with pytest.raises(ConfigError, match="move the pictures apart"):
-        gather_demo_pictures(tmp_path / out, tmp_path / data)
-    assert picture.is_file()
+    image = save(tmp_path / data / "train" / "1.png")
+    with pytest.raises(ConfigError, match="move the images apart"):
+        gather_demo_images(tmp_path / out, tmp_path / data)
+    assert image.is_file()
 
 
 def test_gather__folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="cannot write pictures to"):
-        gather_demo_pictures(tmp_path / "file")
+    with pytest.raises(ConfigError, match="cannot write images to"):
+        gather_demo_images(tmp_path / "file")

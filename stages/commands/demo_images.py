@@ -1,8 +1,8 @@
 """The photographs of the demo: those inside the scikit-image and scikit-learn packages, in crops.
 
-Held-out pictures are whole photographs that no training crop is cut from: the cat, the cup and both
+Held-out images are whole photographs that no training crop is cut from: the cat, the cup and both
 views of the motorcycle, which the correspondence benchmark uses too. Grey photographs count as
-pictures; drawings, masks, colour charts and anything that would have to be downloaded do not.
+images; drawings, masks, colour charts and anything that would have to be downloaded do not.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from radio_distill.data.images import IMAGE_SUFFIXES
-from radio_distill.data.shards import find_pictures
+from radio_distill.data.shards import find_images
 from radio_distill.data.tree import list_tree
 from radio_distill.errors import ConfigError, DataError
 
@@ -48,8 +48,8 @@ _LEAST_CONTRAST = 14.0  # standard deviation of grey levels; below lies empty sk
 
 
 @dataclass(frozen=True)
-class DemoPictures:
-    """Two folders of pictures, none of which shows what the other shows."""
+class DemoImages:
+    """Two folders of images, none of which shows what the other shows."""
 
     train: Path
     held_out: Path
@@ -57,35 +57,35 @@ class DemoPictures:
     num_held_out: int
 
 
-def gather_demo_pictures(out: Path, data: Path | None = None) -> DemoPictures:
-    """Fill ``out/train`` and ``out/held_out``; the same pictures at every call.
+def gather_demo_images(out: Path, data: Path | None = None) -> DemoImages:
+    """Fill ``out/train`` and ``out/held_out``; the same images at every call.
 
     What an earlier call left there is replaced. Without ``data``, crops of the packages'
-    photographs are written as JPEG. With it, its pictures are linked, with the captions beside
+    photographs are written as JPEG. With it, its images are linked, with the captions beside
     them, in the same sub-folders; every tenth is held out, by the hash of its path.
 
     Raises:
         ConfigError: where ``out`` cannot be written or a package is missing.
-        DataError: where ``data`` holds fewer than two pictures.
+        DataError: where ``data`` holds fewer than two images.
     """
     if data is not None:
         _check_apart(out, data)
-    pictures = None if data is None else _split(data)
+    images = None if data is None else _split(data)
     folders = {name: out / name for name in ("train", "held_out")}
     try:
         for folder in folders.values():
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
-        if data is None or pictures is None:
+        if data is None or images is None:
             for name, crops in (("train", TRAIN), ("held_out", HELD_OUT)):
                 _write_crops(folders[name], crops)
         else:
-            for name, files in pictures.items():
+            for name, files in images.items():
                 _link(files, data, folders[name])
     except OSError as error:
-        raise ConfigError(f"cannot write pictures to {out}: {error.strerror or error}") from error
-    train, held_out = (len(find_pictures(folder)) for folder in folders.values())
-    return DemoPictures(folders["train"], folders["held_out"], train, held_out)
+        raise ConfigError(f"cannot write images to {out}: {error.strerror or error}") from error
+    train, held_out = (len(find_images(folder)) for folder in folders.values())
+    return DemoImages(folders["train"], folders["held_out"], train, held_out)
 
 
 def photograph(name: str) -> "Image":
@@ -122,13 +122,13 @@ def _write_crops(folder: Path, crops: dict[str, int]) -> None:
     for name, number in crops.items():
         image, draw = photograph(name), random.Random(name)
         for index in range(number):
-            # Number first: the first N files show as many pictures as they can.
+            # Number first: the first N files show as many images as they can.
             path = folder / f"{index:02}_{Path(name).stem}.jpg"
             _crop(image, draw).save(path, quality=95, subsampling=0)
 
 
 def _crop(image: "Image", draw: random.Random) -> "Image":
-    """Cut a random window: 1/6 of the picture to all of it, log-uniform; aspect 3:4 to 4:3."""
+    """Cut a random window: 1/6 of the image to all of it, log-uniform; aspect 3:4 to 4:3."""
     from PIL import Image, ImageStat
 
     width, height = image.size
@@ -149,12 +149,12 @@ def _crop(image: "Image", draw: random.Random) -> "Image":
 def _check_apart(out: Path, data: Path) -> None:
     inner, outer = out.resolve(), data.resolve()
     if inner.is_relative_to(outer) or outer.is_relative_to(inner):
-        raise ConfigError(f"{data} and the run's {out} lie in each other; move the pictures apart")
+        raise ConfigError(f"{data} and the run's {out} lie in each other; move the images apart")
 
 
 def _split(data: Path) -> dict[str, list[Path]]:
     if not data.is_dir():
-        raise DataError(f"no folder {data}; DATA is a folder of pictures")
+        raise DataError(f"no folder {data}; DATA is a folder of images")
     tree = list_tree(data)
     files = tree.images
     captions = [file.with_suffix(".txt") for file in files]
@@ -162,7 +162,7 @@ def _split(data: Path) -> dict[str, list[Path]]:
         print(f"passed over in {data}: {rest}")
     if len(files) < 2:
         raise DataError(
-            f"{len(files)} pictures in {data}; at least 2 are needed, one to learn from and one to "
+            f"{len(files)} images in {data}; at least 2 are needed, one to learn from and one to "
             f"hold out ({', '.join(IMAGE_SUFFIXES)})"
         )
     files.sort(key=lambda path: hashlib.sha256(path.relative_to(data).as_posix().encode()).digest())

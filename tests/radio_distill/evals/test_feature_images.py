@@ -4,13 +4,13 @@ import torch
 from PIL import Image
 
 from radio_distill.evals.harness import Encoder
-from radio_distill.report.pictures import (
+from radio_distill.report.feature_images import (
     LABEL_HEIGHT,
     MARGIN,
-    difference_picture,
+    difference_image,
+    image_grid,
     joint_pca,
-    pca_pictures,
-    picture_grid,
+    pca_images,
     size_sheet,
 )
 
@@ -45,39 +45,39 @@ def test_joint_pca__every_map_weighs_alike():
     )
 
 
-def test_pca_pictures__equal_features_have_equal_colours_across_resolutions():
+def test_pca_images__equal_features_have_equal_colours_across_resolutions():
     (coarse,) = _maps(grids=((6, 6),))
     fine = coarse.repeat_interleave(2, 1).repeat_interleave(2, 2)
-    first, second = pca_pictures([coarse, fine], side=60)
+    first, second = pca_images([coarse, fine], side=60)
     assert np.array_equal(np.array(first), np.array(second))
 
 
-def test_pca_pictures__are_deterministic_and_keep_the_shape():
-    first, second = (pca_pictures(_maps(), side=80) for _ in range(2))
-    assert [picture.size for picture in first] == [(80, 64), (80, 64)]
+def test_pca_images__are_deterministic_and_keep_the_shape():
+    first, second = (pca_images(_maps(), side=80) for _ in range(2))
+    assert [image.size for image in first] == [(80, 64), (80, 64)]
     assert all(np.array_equal(np.array(a), np.array(b)) for a, b in zip(first, second, strict=True))
     assert np.array(first[1]).std() > 30
 
 
-def test_pca_pictures__an_outlier_does_not_flatten_the_rest():
+def test_pca_images__an_outlier_does_not_flatten_the_rest():
     (spatial,) = _maps(grids=((16, 16),))
     spatial[:, 0, 0] = 1e4
-    assert np.array(pca_pictures([spatial], side=16)[0])[4:, 4:].std() > 30
+    assert np.array(pca_images([spatial], side=16)[0])[4:, 4:].std() > 30
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3])
-def test_pca_pictures__few_channels(channels):
-    (picture,) = pca_pictures(_maps(channels=channels, grids=((4, 4),)), side=8)
-    assert np.array(picture).shape == (8, 8, 3)
+def test_pca_images__few_channels(channels):
+    (image,) = pca_images(_maps(channels=channels, grids=((4, 4),)), side=8)
+    assert np.array(image).shape == (8, 8, 3)
 
 
-def test_difference_picture__black_where_equal_and_bright_where_not():
+def test_difference_image__black_where_equal_and_bright_where_not():
     (spatial,) = _maps(grids=((8, 8),))
     other = spatial.clone()
     other[:, :, 4:] *= -1
-    picture = np.array(difference_picture(spatial, 3 * other, side=8)).sum(axis=2)
-    assert picture[:, :4].max() < 10
-    assert picture[:, 4:].min() > 600
+    image = np.array(difference_image(spatial, 3 * other, side=8)).sum(axis=2)
+    assert image[:, :4].max() < 10
+    assert image[:, 4:].min() > 600
 
 
 def _cells(sheet, row, columns):
@@ -89,7 +89,7 @@ def _cells(sheet, row, columns):
 
 
 def test_size_sheet__an_encoder_is_painted_at_every_size_that_it_takes_and_no_size_twice(colours):
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 50, 3), np.uint8))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 50, 3), np.uint8))
     seen = []
 
     def encode(pixels):
@@ -101,7 +101,7 @@ def test_size_sheet__an_encoder_is_painted_at_every_size_that_it_takes_and_no_si
         "limited": Encoder("limited", encode, 8, max_size=64),
         "fixed": Encoder("fixed", encode, 8, fixed_size=(96, 96)),
     }
-    sheet = size_sheet(picture, encoders, [32, 64, 128], 60)
+    sheet = size_sheet(image, encoders, [32, 64, 128], 60)
     assert seen == [(32, 32), (64, 64), (128, 128), (32, 32), (64, 64), (96, 96)]
     assert _cells(sheet, 0, 4) == [True, True, True, True]
     assert _cells(sheet, 1, 4) == [True, True, True, False]
@@ -109,8 +109,8 @@ def test_size_sheet__an_encoder_is_painted_at_every_size_that_it_takes_and_no_si
     assert sheet.width == MARGIN + 4 * (60 + MARGIN)
 
 
-def test_picture_grid__draws_labels():
+def test_image_grid__draws_labels():
     cell = [[Image.new("RGB", (20, 20), "white")]]
-    blank, labelled = (picture_grid(cell, [text], [text], 60) for text in ("", "dino"))
+    blank, labelled = (image_grid(cell, [text], [text], 60) for text in ("", "dino"))
     assert (np.array(blank) == 255).all()
     assert (np.array(labelled) < 128).any()

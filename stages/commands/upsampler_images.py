@@ -1,4 +1,4 @@
-"""Pictures of the report of upsamplers: features, differences, biases, tiles, and two charts.
+"""Images of the report of upsamplers: features, differences, biases, tiles, and two charts.
 
 A column is a photograph: all its maps are painted in one basis, so equal colours below each other
 mean equal features.
@@ -11,10 +11,10 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from radio_distill.data.folder import load_pictures
+from radio_distill.data.folder import load_images
 from radio_distill.evals.harness import to_pixels
+from radio_distill.report.feature_images import difference_image, image_grid, pca_images
 from radio_distill.report.page import Figure, line_chart
-from radio_distill.report.pictures import difference_picture, pca_pictures, picture_grid
 from radio_distill.system.progress import Progress
 from upsamplers.comparison import Cost, maps_of
 from upsamplers.fit.lessons import fine_grid
@@ -26,7 +26,7 @@ from .upsampler_fits import Row
 from .upsampler_measures import Bench, Scores
 
 SIDE = 224
-"""Of one picture on a sheet, in pixels."""
+"""Of one image on a sheet, in pixels."""
 
 
 def feature_figures(bench: Bench, factor: int, rows: Sequence[Row], count: int) -> list[Figure]:
@@ -35,7 +35,7 @@ def feature_figures(bench: Bench, factor: int, rows: Sequence[Row], count: int) 
     if not models:
         return []
     photographs, columns = _photographs(bench, factor, count), []
-    with Progress(f"pictures, {factor}x", len(photographs), "pictures") as bar:
+    with Progress(f"images, {factor}x", len(photographs), "images") as bar:
         for number, pixels in enumerate(photographs.values(), 1):
             columns.append(_feature_columns(bench, factor, models, pixels))
             bar.update(number)
@@ -73,9 +73,9 @@ def _feature_columns(
             shown.append(model.normalizer.invert(maps.low)[0])
         shown.append(model.normalizer.invert(maps.fine)[0])
         if label != "bilinear":
-            changes.append(difference_picture(maps.fine[0], maps.base[0], SIDE))
+            changes.append(difference_image(maps.fine[0], maps.base[0], SIDE))
     photograph = _photograph(pixels)
-    return [photograph, *pca_pictures(shown, SIDE)], [photograph, *changes]
+    return [photograph, *pca_images(shown, SIDE)], [photograph, *changes]
 
 
 def bias_figures(bench: Bench, rows: Mapping[int, Sequence[Row]]) -> list[Figure]:
@@ -90,10 +90,10 @@ def bias_figures(bench: Bench, rows: Mapping[int, Sequence[Row]]) -> list[Figure
                 sizes.append(f"{label} {factor}x {bias.square().mean().sqrt():.3f}")
     if not painted:
         return []
-    pictures = dict(zip(painted, pca_pictures(list(painted.values()), SIDE), strict=True))
+    images = dict(zip(painted, pca_images(list(painted.values()), SIDE), strict=True))
     labels = list(dict.fromkeys(label for label, _ in painted))
     blank = Image.new("RGB", (SIDE, SIDE), "white")
-    columns = [[pictures.get((label, factor), blank) for label in labels] for factor in rows]
+    columns = [[images.get((label, factor), blank) for label in labels] for factor in rows]
     return [
         Figure(
             "Learned biases (FeatSharp, Figure 11)",
@@ -115,8 +115,8 @@ def tile_figure(bench: Bench, level: int, count: int) -> Figure:
             kind(level)(subject.teacher, pixels[None], grid).spatial for kind in (Native, Tile)
         )
         first, second = (bench.normalizer.apply(item)[0] for item in (whole, tiles))
-        painted = pca_pictures([whole[0], tiles[0]], SIDE)
-        columns.append([_photograph(pixels), *painted, difference_picture(first, second, SIDE)])
+        painted = pca_images([whole[0], tiles[0]], SIDE)
+        columns.append([_photograph(pixels), *painted, difference_image(first, second, SIDE)])
     return Figure(
         f"{level} x {level} tiles against the teacher at the full resolution "
         "(FeatSharp, Figure 16)",
@@ -136,7 +136,7 @@ def tile_chart(errors: Mapping[int, Scores]) -> Figure:
 
 
 def cost_charts(costs: Sequence[Cost]) -> list[Figure]:
-    """Draw Figure 14: time for a token and for a picture, against the factor."""
+    """Draw Figure 14: time for a token and for a image, against the factor."""
     names = dict.fromkeys(item.name for item in costs)
 
     def lines(value: Callable[[Cost], float]) -> dict[str, list[tuple[float, float]]]:
@@ -146,19 +146,19 @@ def cost_charts(costs: Sequence[Cost]) -> list[Figure]:
         }
 
     token = lines(lambda item: 1e6 * item.seconds / item.tokens)
-    picture = lines(lambda item: 1e3 * item.seconds)
+    image = lines(lambda item: 1e3 * item.seconds)
     return [
         Figure("Time a token", "", line_chart(token, "factor", "µs")),
-        Figure("Time a picture", "", line_chart(picture, "factor", "ms")),
+        Figure("Time a image", "", line_chart(image, "factor", "ms")),
     ]
 
 
 def _photographs(bench: Bench, factor: int, count: int) -> dict[str, Tensor]:
-    """Load held-out pictures ``[3, H, W]`` of ``factor`` times the teacher's input, by name."""
+    """Load held-out images ``[3, H, W]`` of ``factor`` times the teacher's input, by name."""
     height, width = bench.subject.size
     return {
-        key: to_pixels(picture, (height * factor, width * factor)).to(bench.subject.device)
-        for key, picture in load_pictures(bench.subject.recipe.evaluation.pictures, count)
+        key: to_pixels(image, (height * factor, width * factor)).to(bench.subject.device)
+        for key, image in load_images(bench.subject.recipe.evaluation.images, count)
     }
 
 
@@ -171,4 +171,4 @@ def _sheet(
     columns: Sequence[Sequence[Image.Image]], rows: Sequence[str], heads: Sequence[str]
 ) -> Image.Image:
     lines = [list(line) for line in zip(*columns, strict=True)]
-    return picture_grid(lines, rows, heads, SIDE)
+    return image_grid(lines, rows, heads, SIDE)
