@@ -2,7 +2,8 @@
 
 A step's loss is ``sum_p share_p * mean over the images of p (loss)``, with
 ``share_p = weight_p / sum(weights)``. That definition knows nothing of processes.
-:func:`assign_micro_batches` turns it into work for each rank so that the gradient, summed over ranks, is always the same:
+:func:`assign_micro_batches` turns it into work for each rank so that the gradient, summed over
+ranks, is always the same:
 
 * with at least as many ranks as partitions, each partition has ranks of its own (PHI-S paper,
   App. A.7: "partitions"), shared out by cost;
