@@ -181,7 +181,7 @@ def _stage_task(
 ) -> Task:
     overrides = [*request.overrides, *extra]
     recipe = load(file, overrides, stage)
-    arguments = ["--recipe", str(file), *(f"--{item}" for item in overrides)]
+    arguments = [str(file), *(f"--{item}" for item in overrides)]
     return Task(
         label=label,
         arguments=(*arguments, *[RESUME] * request.resume, *[TAKE_OVER] * request.take_over),

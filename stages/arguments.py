@@ -42,13 +42,20 @@ class Parser(argparse.ArgumentParser):
         """Return the parsed arguments and the recipe fields as ``field.name=value``."""
         plain = list(sys.argv[1:] if argv is None else argv)
         plain, fields = split_fields(plain) if takes_fields else (plain, [])
-        arguments, unknown = self.parse_known_args(plain)
+        arguments, unknown = self.parse_known_intermixed_args(plain)
         if unknown:
             flag = unknown[0].partition("=")[0]
             known = [name for action in self._actions for name in action.option_strings]
             known += [f"--{row[0]}" for row in describe()] if takes_fields else []
             raise ConfigError(f"unknown argument {flag!r} ({_nearest_flag(flag, known)})")
+        if named := vars(arguments).pop(_RECIPE_FLAG, None):
+            if arguments.recipe not in (self.get_default("recipe"), named):
+                raise ConfigError(f"two recipes, {arguments.recipe!r} and --recipe {named!r}")
+            arguments.recipe = named
         return arguments, fields
+
+
+_RECIPE_FLAG = "recipe_flag"
 
 
 def _nearest_flag(flag: str, known: list[str]) -> str:
@@ -152,14 +159,14 @@ def run_module(module: ModuleType, argv: Sequence[str] | None, prog: str | None 
     """Parse the arguments of a command's module and run it.
 
     The module has ``add_arguments(parser)`` and ``run(arguments) -> int``. Where it takes recipe
-    fields, its ``TAKES_FIELDS`` is true, ``--help`` explains them, and they arrive in
-    ``arguments.fields`` as ``field.name=value``.
+    fields, its ``TAKES_FIELDS`` is true, and they arrive in ``arguments.fields`` as
+    ``field.name=value``.
     """
     takes_fields = getattr(module, "TAKES_FIELDS", False)
     parser = Parser(
         prog=prog,
         description=module.__doc__,
-        epilog=fields_help() if takes_fields else None,
+        epilog=FIELDS_HELP if takes_fields else None,
     )
     module.add_arguments(parser)
     arguments, fields = parser.parse(argv, takes_fields)
@@ -197,6 +204,60 @@ def joined_size(sizes: Sequence[tuple[int, int]], flag: str) -> tuple[int, int]:
     raise ConfigError(f"{flag} takes one side, or height and width: {flag} 64 96, or {flag} 64x96")
 
 
+FIELDS_HELP = """\
+Every field of the recipe can be set: --FIELD VALUE, for instance --stages.stage1.steps 100;
+--override FILE sets those of a YAML file. `radio-distill fields` lists them."""
+
+
+def add_recipe_argument(parser: argparse.ArgumentParser, default: str | None = "demo") -> None:
+    """Add the recipe, everywhere a positional argument; ``--recipe RECIPE`` says the same."""
+    parser.add_argument(
+        "recipe", nargs="?", default=default, help="name or file of a recipe (default: demo)"
+    )
+    parser.add_argument("--recipe", dest=_RECIPE_FLAG, help=argparse.SUPPRESS)
+
+
+def add_run_folder_argument(parser: argparse.ArgumentParser) -> None:
+    """Add ``--output`` of the commands that make run folders."""
+    parser.add_argument("--output", metavar="DIR", help="folder for run folders (default: runs)")
+
+
+def add_training_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what every command takes that trains something of a recipe: stages and fits."""
+    add_recipe_argument(parser)
+    add_run_folder_argument(parser)
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+    parser.add_argument(
+        "--allow-changed-recipe",
+        action="store_true",
+        help="resume although the recipe or the shards differ from the checkpoint's",
+    )
+    parser.add_argument(
+        "--take-over",
+        action="store_true",
+        help="take the folder from a run that is going on in it; that one stops",
+    )
+    add_trust_argument(parser)
+
+
+def add_images_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the images that a command looks at."""
+    parser.add_argument(
+        "--images", metavar="DIR", help="folder or shards (default: the recipe's evaluation.images)"
+    )
+
+
+def add_num_images_argument(parser: argparse.ArgumentParser, default: int) -> None:
+    """Add how many of the images a command shows."""
+    parser.add_argument(
+        "--num-images",
+        type=int,
+        default=default,
+        metavar="N",
+        help="images to show (default: %(default)s)",
+    )
+
+
 def add_trust_argument(parser: argparse.ArgumentParser) -> None:
     """Add the flag of commands that read weights of others."""
     parser.add_argument(FLAG, action="store_true", help=FLAG_HELP)
@@ -220,15 +281,3 @@ def check_output(path: Path, flag: str = "--output", is_folder: bool = False) ->
     except OSError as error:
         reason = reason_of(error)
         raise ConfigError(f"cannot write {path}: {reason}; choose another with {flag}") from error
-
-
-def fields_help() -> str:
-    """Explain every field of a recipe, for the end of ``--help``."""
-    lines = [
-        "every field of the recipe can be set, as --FIELD VALUE; --override FILE sets those of a "
-        "YAML file:"
-    ]
-    for name, default, unit, text in describe():
-        lines.append(f"  --{name}")
-        lines.append(f"        {text} (default: {default}{' ' + unit if unit else ''})")
-    return "\n".join(lines)

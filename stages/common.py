@@ -45,7 +45,7 @@ from radio_distill.system.files import (
 )
 from radio_distill.system.trust import trusting_pickles
 
-from .arguments import Parser, add_trust_argument, fields_help, run_command
+from .arguments import FIELDS_HELP, Parser, add_training_arguments, run_command
 
 if TYPE_CHECKING:
     import torch
@@ -141,28 +141,9 @@ def stage_of(recipe: Recipe, stage: str) -> StageConfig:
 
 def add_stage_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what a stage script and ``radio-distill train`` take."""
+    add_training_arguments(parser)
     parser.add_argument(
         "--teacher-upsampler", metavar="NAME", help="upsampler of the upsampled teachers"
-    )
-    parser.add_argument("--output", metavar="DIR", help="folder for run folders (default: runs)")
-    parser.add_argument(
-        "--resume", action="store_true", help="go on from the stage's newest checkpoint"
-    )
-    parser.add_argument(
-        "--allow-changed-recipe",
-        action="store_true",
-        help="resume although the recipe or the shards differ from the checkpoint's",
-    )
-    add_take_over_argument(parser)
-    add_trust_argument(parser)
-
-
-def add_take_over_argument(parser: argparse.ArgumentParser) -> None:
-    """Add the flag of what claims the folder of a stage or fit."""
-    parser.add_argument(
-        "--take-over",
-        action="store_true",
-        help="take the folder from a run that is going on in it; that one stops",
     )
 
 
@@ -171,9 +152,8 @@ def stage_main(stage: str, argv: Sequence[str] | None = None) -> int:
     parser = Parser(
         prog=f"stages/{stage}.py",
         description=f"Train {stage} of a recipe.",
-        epilog=fields_help() + "\n\nIn FIELD, `stage` stands for this stage: --stage.steps 100.",
+        epilog=f"{FIELDS_HELP}\nIn FIELD, `stage` stands for this stage: --stage.steps 100.",
     )
-    parser.add_argument("--recipe", default="demo", help="name or file (default: demo)")
     add_stage_arguments(parser)
 
     def command() -> None:

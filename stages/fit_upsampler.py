@@ -1,8 +1,8 @@
 """Fit an upsampler to one frozen teacher, and measure it on held-out images.
 
-    radio-distill fit-upsampler --recipe demo --teacher dino --upsampler featsharp
-    radio-distill fit-upsampler --recipe mine.yaml --teacher siglip --preset long --resume
-    torchrun --nproc-per-node 8 -m stages.cli fit-upsampler --recipe mine.yaml --teacher siglip
+    radio-distill fit-upsampler demo --teacher dino --upsampler featsharp
+    radio-distill fit-upsampler mine.yaml --teacher siglip --preset long --resume
+    torchrun --nproc-per-node 8 -m stages.cli fit-upsampler mine.yaml --teacher siglip
 
 Writes RUN/fit/TEACHER-UPSAMPLER-FACTORx/upsampler.safetensors, which stage 3 of the same recipe
 finds by itself. Options of the network that are not its defaults, and a fit without de-bias, are
@@ -25,10 +25,9 @@ from radio_distill.config import LossConfig, PartitionConfig, Recipe, StageConfi
 from radio_distill.errors import ConfigError
 from radio_distill.system.progress import Progress
 
-from .arguments import add_trust_argument, run_script
+from .arguments import add_training_arguments, run_script
 from .common import (
     FITTED,
-    add_take_over_argument,
     check_folder,
     checkpoint_to_resume,
     fit_folder,
@@ -65,21 +64,12 @@ PRESETS: dict[str, dict[str, object]] = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the script."""
-    add_trust_argument(parser)
+    add_training_arguments(parser)
     add = parser.add_argument
-    add("--recipe", default="demo", help="name or file: teachers, images, fit (default: demo)")
     add("--teacher", metavar="NAME", help="a teacher of the recipe")
     add("--upsampler", metavar="NAME", help="network to fit (default: featsharp)")
     add("--factor", type=int, help="how much finer (default: 2)")
     add("--preset", choices=sorted(PRESETS), help="settings of FeatSharp's table 11")
-    add("--output", metavar="DIR", help="folder for run folders (default: runs)")
-    add("--resume", action="store_true", help="go on from the newest checkpoint")
-    add(
-        "--allow-changed-recipe",
-        action="store_true",
-        help="resume although the recipe differs from the checkpoint's",
-    )
-    add_take_over_argument(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -1,6 +1,6 @@
 """Train stage 1: a new student at low resolution.
 
-accelerate launch stages/stage1.py --recipe demo
+accelerate launch stages/stage1.py demo
 """
 
 import sys

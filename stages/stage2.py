@@ -1,6 +1,6 @@
 """Train stage 2: the student of stage 1 at its working resolution.
 
-accelerate launch stages/stage2.py --recipe demo
+accelerate launch stages/stage2.py demo
 """
 
 import sys

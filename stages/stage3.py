@@ -1,6 +1,6 @@
 """Train stage 3: low- and high-resolution partitions, with upsampled teachers.
 
-accelerate launch stages/stage3.py --teacher-upsampler tile --recipe demo
+accelerate launch stages/stage3.py demo --teacher-upsampler tile
 """
 
 import sys

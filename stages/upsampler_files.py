@@ -257,7 +257,7 @@ def fit_command(asked: Asked, recipe: Recipe, config: FitConfig) -> str:
         recipe: what was read there.
         config: the fit.
     """
-    words = ["radio-distill", "fit-upsampler", "--recipe", asked.recipe]
+    words = ["radio-distill", "fit-upsampler", asked.recipe]
     return shlex.join([*words, *fit_words(recipe, config), *asked.flags(*SET_BY_FIT)])
 
 

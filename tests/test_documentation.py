@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from radio_distill.config import describe, override
-from radio_distill.errors import ConfigError
+from radio_distill.config import describe
 from stages.arguments import Parser
 from stages.cli import COMMANDS
 from stages.cli import main as cli
@@ -58,22 +57,6 @@ def test_links__lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
         if "://" not in target:
             assert (page.parent / target).exists(), target
-
-
-def test_parser__unknown_flags_name_the_nearest():
-    parser = Parser(prog="x")
-    parser.add_argument("--resume", action="store_true")
-    with pytest.raises(ConfigError, match=r"unknown argument '--resmue' \(did you mean '--resume'"):
-        parser.parse(["--resmue"], takes_fields=True)
-    with pytest.raises(ConfigError, match=r"did you mean --stages\.NAME\.steps\?"):
-        parser.parse(["--steps", "3"], takes_fields=True)
-    with pytest.raises(ConfigError, match="--seed needs a value"):
-        parser.parse(["--seed"], takes_fields=True)
-    assert parser.parse(["--seed", "3", "--resume", "--a.b=c"], takes_fields=True)[1] == [
-        "seed=3",
-        "a.b=c",
-    ]
-    assert override({"seed": 0}, ["seed=3"]) == {"seed": 3}
 
 
 def test_teachers__the_page_has_every_option_and_source():

@@ -118,7 +118,7 @@ def _files(config: UpsamplerConfig, teachers: Mapping[str, Teacher]) -> Mapping[
         if path is None:
             raise ConfigError(
                 f"no {config.name} {config.factor}x is fitted to teacher {name!r}; fit one "
-                f"(radio-distill fit-upsampler --recipe RECIPE --teacher {name} --upsampler "
+                f"(radio-distill fit-upsampler RECIPE --teacher {name} --upsampler "
                 f"{config.name} --factor {config.factor}), or set upsampler.weights.{name}"
             )
         check_sha256([path], config.sha256.get(name, ""), f"upsampler.sha256.{name}")

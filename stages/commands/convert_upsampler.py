@@ -1,7 +1,7 @@
 """Make a fitted upsampler of a checkpoint of FeatUp's or FeatSharp's own program.
 
     radio-distill convert-upsampler featup dinov2_jbu_stack_cocostuff.ckpt --teacher dino
-    radio-distill convert-upsampler featsharp last.pth.tar --recipe mine --teacher siglip
+    radio-distill convert-upsampler featsharp last.pth.tar mine --teacher siglip
 
 The checkpoint does not say whose features it was fitted to: that is the teacher you name. FeatUp's
 files must be those of its folder ``no_norm``: the others live in features after a LayerNorm, from
@@ -12,7 +12,7 @@ checkpoint that holds code is refused unless it is trusted.
 import argparse
 from typing import TYPE_CHECKING
 
-from ..arguments import add_trust_argument, check_output
+from ..arguments import add_recipe_argument, add_trust_argument, check_output
 from ..common import FITTED, fit_folder, load_recipe
 from ..fit_upsampler import fit_recipe, input_size
 
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("program", choices=("featup", "featsharp"), help="whose checkpoint it is")
     add("checkpoint", help="the file")
-    add("--recipe", default="demo", help="name or file that has the teacher (default: demo)")
+    add_recipe_argument(parser)
     add("--teacher", metavar="NAME", help="the teacher that it was fitted to")
     add("--output", metavar="FILE", help="(default: where stage 3 of the recipe looks for it)")
 

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from radio_distill.errors import ConfigError
 from radio_distill.system.files import reason_of, replacing
 
-from ..arguments import add_trust_argument, check_output, run_script, side_of
+from ..arguments import add_images_argument, add_trust_argument, check_output, run_script, side_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -85,7 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--sizes", nargs="+", type=side_of, metavar="PX", help="default: 0.5 to 3 x evaluation.size"
     )
     parser.add_argument("--reference", type=side_of, metavar="PX", help="default: evaluation.size")
-    parser.add_argument("--images", help="folder or shards (default: evaluation.images)")
+    add_images_argument(parser)
     parser.add_argument(
         "--limit", type=int, help="most images; 0 for all (default: evaluation.limit)"
     )

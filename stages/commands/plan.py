@@ -16,7 +16,7 @@ from radio_distill.config import Recipe, hints, resolve_dtypes
 from radio_distill.errors import ConfigError, RadioDistillError
 from radio_distill.registry import nearest
 
-from ..arguments import add_trust_argument
+from ..arguments import add_recipe_argument, add_trust_argument
 from ..common import Asked, load_recipe
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ EMULATION = 5
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``radio-distill plan``."""
     add_trust_argument(parser)
-    parser.add_argument("recipe", nargs="?", help="name or file (default: demo)")
+    add_recipe_argument(parser, default=None)
     parser.add_argument(
         "--devices",
         type=int,

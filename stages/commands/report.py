@@ -19,7 +19,12 @@ from radio_distill.evals.score_files import SCORES
 from radio_distill.evals.subjects import matches
 from radio_distill.system.progress import Progress
 
-from ..arguments import add_trust_argument, check_output
+from ..arguments import (
+    add_images_argument,
+    add_num_images_argument,
+    add_trust_argument,
+    check_output,
+)
 from .sweep import gain_of
 
 if TYPE_CHECKING:
@@ -41,10 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, help="run folder")
     parser.add_argument("--baseline", help="subject of the gain table (default: the first stage 3)")
     parser.add_argument("--output", type=Path, help="file (default: report.html in the run folder)")
-    parser.add_argument("--num-images", type=int, default=3, help="images to paint (default: 3)")
-    parser.add_argument(
-        "--images", metavar="DIR", help="where from (default: the recipe's evaluation.images)"
-    )
+    add_num_images_argument(parser, 3)
+    add_images_argument(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -163,7 +163,7 @@ def _assignments(base: Variant) -> tuple[str, ...]:
 def _fit(request: Request, variant: Variant, need: Need) -> Fit:
     recipe, config = variant.recipe, need.fit(variant.recipe)
     asked = Asked(str(find_recipe(str(request.recipe)).absolute()), variant.overrides)
-    words = ["--recipe", asked.recipe, *fit_words(recipe, config), *asked.flags(*SET_BY_FIT)]
+    words = [asked.recipe, *fit_words(recipe, config), *asked.flags(*SET_BY_FIT)]
     return Fit(
         before=variant.stage,
         label=fit_name(config),

@@ -15,7 +15,13 @@ from typing import TYPE_CHECKING
 from radio_distill.config import Recipe
 from radio_distill.errors import ConfigError, DataError
 
-from ..arguments import add_trust_argument, check_output, run_script
+from ..arguments import (
+    add_recipe_argument,
+    add_run_folder_argument,
+    add_trust_argument,
+    check_output,
+    run_script,
+)
 from ..common import Asked, load_recipe, train_stage
 from .evaluate import SCORES, score_checkpoints
 
@@ -29,14 +35,14 @@ TAKES_FIELDS = True
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``radio-distill sweep``."""
     add_trust_argument(parser)
-    parser.add_argument("recipe", nargs="?", default="demo", help="name or file (default: demo)")
+    add_recipe_argument(parser)
     parser.add_argument("--upsamplers", nargs="+", default=["bilinear", "tile", "s2"])
     parser.add_argument(
         "--baseline",
         default="bilinear",
         help="what the others are compared with: tile, stage3-tile",
     )
-    parser.add_argument("--output", metavar="DIR", help="folder for run folders (default: runs)")
+    add_run_folder_argument(parser)
     parser.add_argument(
         "--retrain",
         action="store_true",

@@ -13,9 +13,8 @@ TAKES_FIELDS = True
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``radio-distill train``."""
-    parser.add_argument("recipe", nargs="?", default="demo", help="name or file (default: demo)")
-    parser.add_argument("--stages", nargs="+", metavar="STAGE", help="default: all of the recipe")
     add_stage_arguments(parser)
+    parser.add_argument("--stages", nargs="+", metavar="STAGE", help="default: all of the recipe")
 
 
 def run(arguments: argparse.Namespace) -> int:

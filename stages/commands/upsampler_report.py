@@ -18,7 +18,12 @@ from pathlib import Path
 from radio_distill.config import FitConfig, Recipe
 from radio_distill.errors import ConfigError
 
-from ..arguments import add_trust_argument
+from ..arguments import (
+    add_num_images_argument,
+    add_recipe_argument,
+    add_run_folder_argument,
+    add_trust_argument,
+)
 from ..common import Asked, load_recipe
 from ..fit_upsampler import fit_recipe, input_size
 from ..upsampler_files import fit_command
@@ -34,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``radio-distill upsampler-report``."""
     add_trust_argument(parser)
     add = parser.add_argument
-    add("recipe", nargs="?", default="demo", help="name or file (default: demo)")
+    add_recipe_argument(parser)
     add("--teacher", metavar="NAME", help="a teacher of the recipe")
     add("--factors", nargs="+", type=int, default=[2, 4], help="(default: 2 4)")
     add(
@@ -53,9 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="with --fit, go on although the recipe differs from a checkpoint's",
     )
-    add("--num-images", type=int, default=4, help="photographs to paint (default: 4)")
+    add_num_images_argument(parser, 4)
     add("--no-throughput", action="store_true", help="leave the timing out")
-    add("--output", metavar="DIR", help="folder for run folders (default: runs)")
+    add_run_folder_argument(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -127,7 +127,7 @@ def _two_steps(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Path:
 
     recipe = write_recipe(tmp_path_factory.mktemp("two_steps"), images)
     fields = ["--stage.steps", "2", "--stage.freeze_body_steps", "0"]
-    assert stage1.main(["--recipe", str(recipe), *fields]) == 0
+    assert stage1.main([str(recipe), *fields]) == 0
     return recipe.parent / "runs"
 
 

@@ -18,7 +18,7 @@ FIT += ["--fit.downsampler_kernel", "4", "--fit.images_every", "0"]
 
 
 def run(stage, recipe_file: Path, *arguments: str) -> int:
-    return stage.main(["--recipe", str(recipe_file), *arguments])
+    return stage.main([str(recipe_file), *arguments])
 
 
 def run_folder(recipe_file: Path) -> Path:

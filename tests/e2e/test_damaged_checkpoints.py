@@ -25,7 +25,7 @@ Damage = Callable[[Path], None]
 
 
 def run(recipe_file: Path, *arguments: str) -> int:
-    return stage1.main(["--recipe", str(recipe_file), *arguments])
+    return stage1.main([str(recipe_file), *arguments])
 
 
 def root_of(recipe_file: Path, stage: str = "stage1") -> Path:
@@ -197,7 +197,7 @@ def test_resume__what_is_not_whole_pushes_nothing_out(trained, make, keep_last):
 def test_resume__passes_over_another_stages_checkpoint(trained, caplog):
     """It is whole, newer, and of a student that fits; but not what this stage has learned."""
     arguments = ["--stage.steps", "5", "--log.save_every", "5", "--stage.freeze_body_steps", "0"]
-    assert stage2.main(["--recipe", str(trained), *arguments]) == 0
+    assert stage2.main([str(trained), *arguments]) == 0
     foreign = root_of(trained) / "step-00000005"
     shutil.copytree(root_of(trained, "stage2") / foreign.name, foreign)
     assert run(trained, "--resume") == 0

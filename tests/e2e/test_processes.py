@@ -69,7 +69,7 @@ def assert_gradients_equal(one: dict[str, torch.Tensor], other: dict[str, torch.
 def test_gradient__two_partitions_on_one_process_and_on_two(recipe_file, zero_stage):
     """One process runs both partitions as micro-batches; two have a partition each."""
     runs = recipe_file.parent / "runs" / "tiny"
-    recipe = ["--recipe", str(recipe_file)]
+    recipe = [str(recipe_file)]
     assert stage1.main([*recipe, "--stage.steps", "1"]) == 0
     assert stage2.main([*recipe, "--stage.steps", "1", *ADAMW]) == 0
     expected = tensors(runs / "stage2", 1, "optimizer")
@@ -90,7 +90,7 @@ def test_gradient__of_everything_that_a_step_can_have(recipe_file, zero_stage):
     steps = ["--stage.steps", "2", "--stage.freeze_body_steps", "0"]
     if zero_stage == 3:  # it cuts up the weights that would be averaged
         steps += ["--stage.ema_decay", "0", "--loss.mesa", "0"]
-    arguments = ["--recipe", str(recipe_file), *everything, *steps]
+    arguments = [str(recipe_file), *everything, *steps]
     assert stage1.main(arguments) == 0
     parts = ("optimizer", "loss")
     expected = {part: tensors(folder, 2, part) for part in parts}
@@ -103,7 +103,7 @@ def test_gradient__of_everything_that_a_step_can_have(recipe_file, zero_stage):
 def test_gradient__one_partition_shared_by_two_processes(recipe_file):
     """Five images on two processes, in micro-batches of two: 2+0 and 2+1, one rank keeping pace."""
     runs = recipe_file.parent / "runs" / "tiny"
-    arguments = ["--recipe", str(recipe_file), "--stage.steps", "1", *ADAMW]
+    arguments = [str(recipe_file), "--stage.steps", "1", *ADAMW]
     arguments += ["--stage.partitions.low.batch_size", "5"]
     assert stage1.main(arguments) == 0
     expected = tensors(runs / "stage1", 1, "optimizer")
@@ -115,7 +115,7 @@ def test_gradient__one_partition_shared_by_two_processes(recipe_file):
 def test_gradient__of_a_fit_on_one_process_and_on_two(recipe_file, launcher):
     """Three images on two processes; the simple downsampler drops no cells at random."""
     folder = recipe_file.parent / "runs" / "tiny" / "fit" / "vit-featsharp-2x"
-    arguments = ["--recipe", str(recipe_file), "--teacher", "vit", "--upsampler", "featsharp"]
+    arguments = [str(recipe_file), "--teacher", "vit", "--upsampler", "featsharp"]
     arguments += ["--fit.steps", "1", "--fit.batch_size", "3", "--fit.downsampler", "simple"]
     arguments += ["--fit.downsampler_kernel", "4", "--fit.crf", "0.1", "--fit.uncertainty", "true"]
     assert fit_upsampler.main(arguments) == 0
@@ -133,7 +133,7 @@ def test_gradient__of_a_fit_on_one_process_and_on_two(recipe_file, launcher):
 @pytest.mark.parametrize("zero_stage", [1, 3])
 def test_resume__two_processes_bit_for_bit(recipe_file, zero_stage):
     folder = recipe_file.parent / "runs" / "tiny" / "stage1"
-    arguments = ["--recipe", str(recipe_file), *ADAMW, "--engine.zero_stage", str(zero_stage)]
+    arguments = [str(recipe_file), *ADAMW, "--engine.zero_stage", str(zero_stage)]
     torchrun("stage1", *arguments)
     expected = {part: tensors(folder, 6, part) for part in ("student", "optimizer")}
     for step in (4, 6):
@@ -170,7 +170,7 @@ def test_train__two_stages_in_the_same_two_processes(recipe_file):
 def test_accelerate_launch__from_a_foreign_folder(recipe_file, tmp_path):
     script = str(CHECKOUT / "stages" / "stage1.py")
     launcher = "accelerate.commands.launch"
-    arguments = ["--recipe", str(recipe_file), "--stage.steps", "1"]
+    arguments = [str(recipe_file), "--stage.steps", "1"]
     launch(launcher, "--cpu", script, *arguments, cwd=tmp_path)
     folder = recipe_file.parent / "runs" / "tiny" / "stage1"
     assert tensors(folder, 1, "student")
@@ -180,7 +180,7 @@ def test_accelerate_launch__from_a_foreign_folder(recipe_file, tmp_path):
 def test_srun__a_stage_with_the_variables_of_slurm_alone(recipe_file):
     """Plain srun sets neither LOCAL_RANK, which DeepSpeed insists on, nor MASTER_ADDR."""
     script = str(CHECKOUT / "stages" / "stage1.py")
-    arguments = ["--recipe", str(recipe_file), "--stage.steps", "1", *ADAMW]
+    arguments = [str(recipe_file), "--stage.steps", "1", *ADAMW]
     plain = {name: value for name, value in os.environ.items() if not name.endswith("RANK")}
     processes = [
         subprocess.Popen(
@@ -201,7 +201,6 @@ def test_srun__a_stage_with_the_variables_of_slurm_alone(recipe_file):
 def test_lamb__needs_whole_parameters(recipe_file):
     script = str(CHECKOUT / "stages" / "stage1.py")
     arguments = [
-        "--recipe",
         str(recipe_file),
         "--stage.optimizer",
         "lamb",
@@ -226,7 +225,6 @@ def test_lamb__needs_whole_parameters(recipe_file):
 def test_featsharp_radio_l__three_stages_on_two_processes_under_zero_2(images, tmp_path):
     pytest.importorskip("transformers")  # two of the teachers
     arguments = [
-        "--recipe",
         "featsharp_radio_l",
         "--override",
         str(Path(__file__).with_name("tiny_featsharp_radio_l.yaml")),

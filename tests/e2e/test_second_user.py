@@ -107,7 +107,7 @@ def test_folder_of_another_user__is_not_written_and_not_changed(two_steps, recip
     # Whoever may write into the run folder alone may neither go on nor move the run aside.
     for folder, more in (("stage1", []), ("stage1", longer), ("", [])):
         with closed(two_steps / folder, 0o500):
-            assert stage1.main(["--recipe", str(recipe_file), *SHORT, *more]) == 2
+            assert stage1.main([str(recipe_file), *SHORT, *more]) == 2
         assert f"cannot write to {two_steps}/stage1: Permission denied" in one_line(capfd)
         assert listing(two_steps) == before
 
@@ -115,7 +115,7 @@ def test_folder_of_another_user__is_not_written_and_not_changed(two_steps, recip
 def test_fit__into_a_folder_of_another_user(two_steps, recipe_file, capfd):
     fit = ["--teacher", "vit", "--upsampler", "featup", "--fit.steps", "1"]
     with closed(two_steps, 0o500):
-        assert fit_upsampler.main(["--recipe", str(recipe_file), *fit]) == 2
+        assert fit_upsampler.main([str(recipe_file), *fit]) == 2
     assert f"cannot write to {two_steps}/fit/vit-featup-2x: Permission denied" in one_line(capfd)
 
 
@@ -197,7 +197,7 @@ def test_shards_folder__that_cannot_be_written_trains(recipe_file, images, tmp_p
         index.unlink()
     fields = ["--data.shards", f"[{shards}]"]
     with closed(shards, 0o500):
-        assert stage1.main(["--recipe", str(recipe_file), *SHORT, *fields]) == 0
+        assert stage1.main([str(recipe_file), *SHORT, *fields]) == 0
     assert not list(shards.glob("*.jsonl"))
 
 
@@ -206,7 +206,7 @@ def test_weights__that_may_not_be_read(recipe_file, tmp_path, capfd):
     file.write_bytes(b"")
     for field in ("teachers.cnn.weights", "student.pretrained"):
         with closed(file):
-            assert stage1.main(["--recipe", str(recipe_file), f"--{field}", str(file)]) == 2
+            assert stage1.main([str(recipe_file), f"--{field}", str(file)]) == 2
         assert f"{file} cannot be read: permission denied" in one_line(capfd)
 
 
@@ -216,8 +216,8 @@ def test_recipe_and_override__that_may_not_be_read(recipe_file, tmp_path, capfd)
     override.write_text("seed: 4\n")
     for place in (override, override.parent):
         for arguments in (
-            ["--recipe", str(recipe_file), "--override", str(override)],
-            ["--recipe", str(override)],
+            [str(recipe_file), "--override", str(override)],
+            [str(override)],
         ):
             with closed(place):
                 assert stage1.main(arguments) == 2

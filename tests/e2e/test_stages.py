@@ -24,7 +24,7 @@ EVERYTHING = str(Path(__file__).with_name("everything.yaml"))
 
 
 def run(stage, recipe_file: Path, *arguments: str) -> int:
-    return stage.main(["--recipe", str(recipe_file), *arguments])
+    return stage.main([str(recipe_file), *arguments])
 
 
 def weights(recipe_file: Path, stage: str, step: int, part: str = "student"):
@@ -246,7 +246,6 @@ def test_resume__a_changed_recipe_is_refused(recipe_file, capfd):
         (["--override", "absent.yaml"], "cannot read absent.yaml"),
         (["--normalizer.name", "phi-s"], "unknown normalizer 'phi-s' (did you mean 'phi_s'?)"),
         (["--student.architecture", "resnet18"], "student.architecture"),
-        (["--recipe", "dmeo"], "unknown recipe 'dmeo' (did you mean 'demo'?)"),
         (["--stages.stage9.steps", "3"], "stages.stage9"),
     ],
 )

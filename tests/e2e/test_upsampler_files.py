@@ -28,7 +28,7 @@ FIT = [
 
 
 def run(stage, recipe_file: Path, *arguments: str) -> int:
-    return stage.main(["--recipe", str(recipe_file), *arguments])
+    return stage.main([str(recipe_file), *arguments])
 
 
 def one_line(capfd) -> str:

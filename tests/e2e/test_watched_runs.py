@@ -70,7 +70,7 @@ def spoil(steps):
 def test_skip__a_step_leaves_weights_moments_and_average_alone(recipe_file, faults):
     faults(spoil({3}))
     every = ["--log.save_every", "1", "--stage.steps", "3", "--stage.freeze_body_steps", "0"]
-    assert stage1.main(["--recipe", str(recipe_file), *every]) == 0
+    assert stage1.main([str(recipe_file), *every]) == 0
     folder = folder_of(recipe_file)
     for part in ("student", "optimizer", "ema"):
         assert_equal(tensors(folder, 2, part), tensors(folder, 3, part))
@@ -88,7 +88,7 @@ def test_skip__a_step_leaves_weights_moments_and_average_alone(recipe_file, faul
 def test_skip__too_many_in_a_row_end_the_run(recipe_file, faults, capsys):
     faults(spoil({3, 4, 5, 6}))
     fields = ["--log.save_every", "1", "--watch.max_skipped", "2"]
-    assert stage1.main(["--recipe", str(recipe_file), *fields]) == 2
+    assert stage1.main([str(recipe_file), *fields]) == 2
     error = capsys.readouterr().err
     assert "step 5, the 3rd in a row, is not finite: teacher vit for " in error
     assert "step-00000002" in error, "the last good checkpoint"
@@ -108,7 +108,7 @@ def test_signal__saves_at_the_end_of_the_step_and_resumes_bit_for_bit(
     recipe_file, faults, capsys, number
 ):
     folder = folder_of(recipe_file)
-    assert stage1.main(["--recipe", str(recipe_file)]) == 0
+    assert stage1.main([str(recipe_file)]) == 0
     expected = {part: tensors(folder, 6, part) for part in ("student", "optimizer", "ema")}
     losses = rows(folder)
 
@@ -121,7 +121,7 @@ def test_signal__saves_at_the_end_of_the_step_and_resumes_bit_for_bit(
 
     faults(ask)
     before = signal.getsignal(number)
-    assert stage1.main(["--recipe", str(recipe_file)]) == 75
+    assert stage1.main([str(recipe_file)]) == 75
     assert signal.getsignal(number) is before
     error = capsys.readouterr().err
     assert f"asked to stop by {number.name} after step 3 of 6; saved" in error
@@ -131,7 +131,7 @@ def test_signal__saves_at_the_end_of_the_step_and_resumes_bit_for_bit(
         "step-00000002",
         "step-00000003",
     ]
-    assert stage1.main(["--recipe", str(recipe_file), "--resume"]) == 0
+    assert stage1.main([str(recipe_file), "--resume"]) == 0
     for part, values in expected.items():
         assert_equal(values, tensors(folder, 6, part))
     without_time = [
@@ -153,7 +153,7 @@ def test_taken_over__the_earlier_process_stops_and_writes_no_more(recipe_file, f
             Ownership(folder)
 
     faults(take_over)
-    assert stage1.main(["--recipe", str(recipe_file)]) == 76
+    assert stage1.main([str(recipe_file)]) == 76
     error = capsys.readouterr().err
     assert "was taken over by process" in error
     assert "Traceback" not in error
@@ -179,7 +179,7 @@ def test_draws__do_not_depend_on_what_was_drawn_before(recipe_file, faults):
         drawn.append([])
         if spoiled:
             random.random(), np.random.rand(3), torch.rand(5)
-        assert stage1.main(["--recipe", str(recipe_file), "--student.drop_path", "0.5"]) == 0
+        assert stage1.main([str(recipe_file), "--student.drop_path", "0.5"]) == 0
         if not spoiled:
             expected = tensors(folder, 6, "student")
     assert_equal(expected, tensors(folder, 6, "student"))
@@ -188,7 +188,7 @@ def test_draws__do_not_depend_on_what_was_drawn_before(recipe_file, faults):
 
 
 def test_run_folder__is_private(recipe_file):
-    assert stage1.main(["--recipe", str(recipe_file), "--stage.steps", "1"]) == 0
+    assert stage1.main([str(recipe_file), "--stage.steps", "1"]) == 0
     folder = folder_of(recipe_file)
     for path in (folder, folder.parent):
         assert stat.S_IMODE(path.stat().st_mode) == 0o700, path
@@ -197,7 +197,7 @@ def test_run_folder__is_private(recipe_file):
 def test_resume__of_changed_shards_is_refused(recipe_file, images, tmp_path, capsys, caplog):
     shards = tmp_path / "shards"
     shutil.copytree(images / "shards", shards)
-    arguments = ["--recipe", str(recipe_file), "--data.shards", f"[{shards}]"]
+    arguments = [str(recipe_file), "--data.shards", f"[{shards}]"]
     assert stage1.main(arguments) == 0
     folder = folder_of(recipe_file)
     shutil.rmtree(folder / "checkpoints" / "step-00000006")
@@ -211,7 +211,7 @@ def test_resume__of_changed_shards_is_refused(recipe_file, images, tmp_path, cap
 
 def test_resume__what_changes_only_rounding_is_told_and_allowed(recipe_file, capsys, caplog):
     caplog.set_level("INFO")
-    arguments = ["--recipe", str(recipe_file)]
+    arguments = [str(recipe_file)]
     assert stage1.main(arguments) == 0
     folder = folder_of(recipe_file)
     shutil.rmtree(folder / "checkpoints" / "step-00000006")
@@ -249,7 +249,7 @@ def test_saving__is_not_waited_for(recipe_file, monkeypatch):
         return accumulate(*arguments, **settings)
 
     monkeypatch.setattr(stage_loop(), "accumulate", watched)
-    assert stage1.main(["--recipe", str(recipe_file)]) == 0
+    assert stage1.main([str(recipe_file)]) == 0
     assert any(overlapped), "a step ran while a checkpoint was written"
     folder = folder_of(recipe_file)
     names = sorted(path.name for path in (folder / "checkpoints").iterdir())
@@ -264,7 +264,7 @@ def stage_loop():
 
 def test_unseen_teacher__of_a_first_stage_is_learned_by_the_next(recipe_file, capsys):
     """As AM-RADIO's recipe: the first stage shows no SAM."""
-    recipe = ["--recipe", str(recipe_file), "--stage.freeze_body_steps", "0"]
+    recipe = [str(recipe_file), "--stage.freeze_body_steps", "0"]
     only = ["--stages.stage1.partitions.low.teachers", "[vit, cnn]"]
     assert stage1.main([*recipe, *only, "--stage.steps", "2"]) == 0
     assert stage2.main([*recipe, *only, "--stage.steps", "2", "--stage.optimizer", "adamw"]) == 0
@@ -292,7 +292,7 @@ def test_unseen_teacher__of_a_first_stage_is_learned_by_the_next(recipe_file, ca
 @pytest.mark.parametrize("zero_stage", [0, 2, 3])
 def test_skip__on_one_of_two_processes_is_a_skip_on_both(recipe_file, zero_stage):
     """After it, one process and two have the same gradient of the next step."""
-    fields = ["--recipe", str(recipe_file), "--stage.steps", "2", "--log.save_every", "1"]
+    fields = [str(recipe_file), "--stage.steps", "2", "--log.save_every", "1"]
     fields += ["--stage.freeze_body_steps", "0", "--stage.ema_decay", "0"]
     folder = folder_of(recipe_file)
     results = []

@@ -122,9 +122,9 @@ def test_note_lost_start__once_and_only_where_nothing_is_known(tmp_path):
 
 
 def test_checkpoint__adds_resume_once():
-    first = Job(target="a:main", arguments=("--recipe", "r.yaml")).checkpoint()
+    first = Job(target="a:main", arguments=("r.yaml",)).checkpoint()
     second = first.function.checkpoint()
-    assert first.function.arguments == ("--recipe", "r.yaml", "--resume")
+    assert first.function.arguments == ("r.yaml", "--resume")
     assert second.function == first.function
     assert not first.args
     assert not first.kwargs
@@ -136,7 +136,7 @@ def test_resumed__leaves_a_target_alone_that_does_not_take_it():
 
 
 def test_job__pickle_holds_names_only():
-    job = Job(target="stages.stage1:main", arguments=("--recipe", "r.yaml"))
+    job = Job(target="stages.stage1:main", arguments=("r.yaml",))
     assert pickle.loads(pickle.dumps(job)) == job
     code = (
         "import slurm.job, slurm.launch, slurm.aftermath, slurm.worker, sys; "

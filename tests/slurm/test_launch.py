@@ -36,7 +36,7 @@ def test_dry_run__scripts_say_all_without_a_cluster(tmp_path, recipe, monkeypatc
     flags = ["--partition", "gpu", "--gpus-per-node", "8", "--cpus-per-task", "6"]
     assert slurm(recipe, *flags, "--dry-run", "--resume", "--stages.stage2.steps", "7") == 0
     text = capsys.readouterr().out
-    call = f"stages.stage1:main --recipe {recipe} --stages.stage2.steps=7 --resume"
+    call = f"stages.stage1:main {recipe} --stages.stage2.steps=7 --resume"
     assert f"# ---- stage1: {call}\n" in text
     assert text.count("#SBATCH --ntasks-per-node=8\n") == 3
     assert text.count("#SBATCH --ntasks-per-node=1\n") == 2
@@ -62,7 +62,7 @@ def test_dry_run__recipe_by_name(tmp_path, capsys):
     assert slurm("demo", "--dry-run", "--output", tmp_path) == 0
     text = capsys.readouterr().out
     recipe = Path(__file__).resolve().parents[2] / "radio_distill/config/recipes/demo.yaml"
-    assert f"--recipe {shlex.quote(str(recipe))} --output={tmp_path}" in text
+    assert f"{shlex.quote(str(recipe))} --output={tmp_path}" in text
     assert f"#SBATCH --output={tmp_path / 'demo' / 'slurm'}/%j_0_log.out" in text
 
 

@@ -34,7 +34,7 @@ def test_links_of__stages_then_export_and_scores(tmp_path, recipe):
     assert names(links) == ["stage1", "stage2", "stage3", "export", "eval"]
     stage2, export, evaluation = links[1], links[3], links[4]
     assert stage2.target == "stages.stage2:main"
-    assert stage2.tasks[0].arguments == ("--recipe", str(recipe), "--seed=3")
+    assert stage2.tasks[0].arguments == (str(recipe), "--seed=3")
     assert stage2.tasks[0].stage_folder == str(run / "stage2")
     assert export.target == evaluation.target == "stages.cli:main"
     assert export.tasks[0].arguments == ("export", str(run), "--format", "transformers")
@@ -97,7 +97,7 @@ def test_links_of__a_field_is_swept_in_run_folders_of_their_own(tmp_path, recipe
         runs / "tiny-steps-5" / "stage3",
         runs / "tiny-steps-7" / "stage3",
     ]
-    overrides = [item[2:] for item in stage3.tasks[1].arguments[2:]]
+    overrides = [item[2:] for item in stage3.tasks[1].arguments[1:]]
     changed = load(recipe, overrides, "stage3").stages["stage3"]
     assert (changed.steps, changed.start_from) == (7, str(runs / "tiny" / "stage2"))
 

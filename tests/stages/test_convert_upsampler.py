@@ -49,7 +49,7 @@ def checkpoint(path: Path, channels: int) -> torch.nn.Module:
 def test_convert__gives_a_file_that_stage_3_finds_with_the_same_maps(recipe_file, tmp_path, capsys):
     teacher = build_teacher("vit", load_recipe(str(recipe_file)).teachers["vit"], "cpu")
     network = checkpoint(tmp_path / "vit.ckpt", teacher.spec.channels)
-    words = ["convert-upsampler", "featup", str(tmp_path / "vit.ckpt"), "--recipe"]
+    words = ["convert-upsampler", "featup", str(tmp_path / "vit.ckpt")]
     assert cli.main([*words, str(recipe_file), "--teacher", "vit"]) == 0
     written = Path(capsys.readouterr().out.strip())
     assert written == tmp_path / "runs" / "tiny" / "fit" / "vit-featup-16x" / FITTED
@@ -71,7 +71,7 @@ def test_convert__gives_a_file_that_stage_3_finds_with_the_same_maps(recipe_file
 
 def test_convert__another_teacher_is_one_line(recipe_file, tmp_path, capsys):
     checkpoint(tmp_path / "vit.ckpt", 16)
-    words = ["convert-upsampler", "featup", str(tmp_path / "vit.ckpt"), "--recipe"]
+    words = ["convert-upsampler", "featup", str(tmp_path / "vit.ckpt")]
     assert cli.main([*words, str(recipe_file)]) == 2
     error = capsys.readouterr().err
     assert "the checkpoint upsamples 16 channels, teacher 'vit' has" in error

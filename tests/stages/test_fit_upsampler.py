@@ -94,7 +94,7 @@ def recipe_file(tmp_path: Path, images: Path) -> str:
 
 
 def run(recipe_file: str, *arguments: str, teacher: str = "vit") -> int:
-    return fit_upsampler.main(["--recipe", recipe_file, "--teacher", teacher, *arguments])
+    return fit_upsampler.main([recipe_file, "--teacher", teacher, *arguments])
 
 
 def folder_of(recipe_file: str, name: str = "vit-featup-2x") -> Path:
@@ -144,7 +144,7 @@ def test_arguments__the_only_teacher_needs_no_name(recipe_file, monkeypatch):
     recipe = yaml.safe_load(Path(recipe_file).read_text())
     del recipe["teachers"]["sam"]
     Path(recipe_file).write_text(yaml.safe_dump(recipe))
-    assert fit_upsampler.main(["--recipe", recipe_file]) == 0
+    assert fit_upsampler.main([recipe_file]) == 0
     assert recipes[0].fit.teacher == "vit"
 
 
@@ -288,7 +288,6 @@ def test_build_fit__starts_the_same_whether_statistics_are_estimated_or_kept(rec
         (["--upsampler", "tile"], "unknown network 'tile'"),
         (["--preset", "lnog"], "invalid choice: 'lnog'"),
         (["--presett", "long"], "did you mean '--preset'?"),
-        (["--recipe", "dmeo"], "unknown recipe 'dmeo' (did you mean 'demo'?)"),
         (["--factor", "0"], "fit.factor: 0 is below 1"),
         (["--factor", "1", "--upsampler", "featsharp"], "featsharp's factor is 1"),
         (["--factor", "two"], "invalid int value: 'two'"),
@@ -332,6 +331,6 @@ def test_fit__more_processes_than_images(recipe_file, capfd, monkeypatch):
 
 
 def test_cli__has_it_as_a_command_too(recipe_file):
-    arguments = ["--recipe", recipe_file, "--teacher", "vit", "--fit.steps", "1"]
+    arguments = [recipe_file, "--teacher", "vit", "--fit.steps", "1"]
     assert cli(["fit-upsampler", *arguments]) == 0
     assert (folder_of(recipe_file) / FITTED).is_file()

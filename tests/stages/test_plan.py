@@ -110,7 +110,7 @@ def test_plan__costs_a_fitted_upsampler_itself_and_names_the_missing_fit(
     assert images_of(out, "clip", "18x18") == images
     assert "`tile` stands for it" not in out
     command = (
-        f"radio-distill fit-upsampler --recipe tiny.yaml --teacher clip --upsampler {name} "
+        f"radio-distill fit-upsampler tiny.yaml --teacher clip --upsampler {name} "
         "--factor 3 --fit.size 48"
     )
     lacking = f"stages.stage2: no {name} 3x is fitted to teacher 'clip' at 48 px; run {command}"
@@ -167,7 +167,7 @@ def test_find_missing__a_fit_of_something_else_says_so(recipe, changes, message)
     (line,) = lines_of_stage2(recipe)
     assert message in line
     assert str(OWN) in line
-    assert "radio-distill fit-upsampler --recipe tiny.yaml --teacher clip" in line
+    assert "radio-distill fit-upsampler tiny.yaml --teacher clip" in line
 
 
 def test_find_missing__a_file_with_another_sum_or_none_at_all(recipe):
@@ -203,9 +203,9 @@ def test_find_missing__one_fit_cannot_have_two_sizes(recipe):
 def test_find_missing__the_command_is_of_the_recipe_as_it_was_asked_for(recipe):
     (line,) = lines_of_stage2(recipe, "name=other", "fit.steps=7", "fit.size=12")
     words = shlex.split(line.partition("; run ")[2].partition(", or set")[0])
-    arguments, fields = words[:10], words[10:]
+    arguments, fields = words[:9], words[9:]
     assert arguments == [
-        *("radio-distill", "fit-upsampler", "--recipe", "tiny.yaml", "--teacher", "clip"),
+        *("radio-distill", "fit-upsampler", "tiny.yaml", "--teacher", "clip"),
         *("--upsampler", "featup", "--factor", "3"),
     ]
     assert fields == ["--fit.size", "48", "--name", "other", "--fit.steps", "7"]

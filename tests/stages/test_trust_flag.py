@@ -55,8 +55,7 @@ def hostile(tmp_path: Path) -> tuple[Path, Path]:
 @pytest.mark.parametrize("command", ["train", "fit-upsampler"])
 def test_trust_checkpoint__is_needed(hostile, command, capsys):
     recipe, marker = hostile
-    recipe_argument = ["--recipe", str(recipe)] if command == "fit-upsampler" else [str(recipe)]
-    assert cli.main([command, *recipe_argument]) == 2
+    assert cli.main([command, str(recipe)]) == 2
     assert not marker.exists()
     assert "Traceback" not in capsys.readouterr().err
 

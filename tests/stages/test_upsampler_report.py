@@ -123,7 +123,7 @@ def folder(recipe_file: Path) -> Path:
             place(recipe, config, teacher)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("upsamplers.comparison.REPEATS", 1)
-        assert command(recipe_file, "--factors", "2", "--images", "2", "--fit") == 0
+        assert command(recipe_file, "--factors", "2", "--num-images", "2", "--fit") == 0
     return recipe_file.parent / "runs" / "tiny" / "upsampler_report" / "vit"
 
 
@@ -202,13 +202,13 @@ def test_report__lists_what_is_missing_with_its_command(
     moved = folder.parents[1] / "fit" / "vit-featup-2x"
     moved.rename(moved.with_name("elsewhere"))
     try:
-        arguments = ("--factors", "2", "--tables", "7", "9", "--no-throughput", "--images", "1")
+        arguments = ("--factors", "2", "--tables", "7", "9", "--no-throughput", "--num-images", "1")
         assert command(recipe_file, *arguments, "--upsamplers", "bilinear", "featup", "tile") == 0
     finally:
         moved.with_name("elsewhere").rename(moved)
     lines = [text for text in caplog.messages if text.startswith("missing: ")]
     assert lines == [
-        f"missing: radio-distill fit-upsampler --recipe {recipe_file} --teacher vit "
+        f"missing: radio-distill fit-upsampler {recipe_file} --teacher vit "
         "--upsampler featup --factor 2 --fit.size 32"
     ]
     assert "1 missing; 2 held-out images" in caplog.text
@@ -237,7 +237,7 @@ def test_report__nothing_fitted_ends_with_one_line(
     [
         (["--factors", "1"], "--factors 1: an upsampler's factor is at least 2"),
         (["--upsamplers", "featupp"], "did you mean 'featup'?"),
-        (["--images", "0"], "--images 0"),
+        (["--num-images", "0"], "--num-images 0"),
         (["--evaluation.images", ""], "evaluation.images"),
         (["--fit.size", "33"], "cannot see 33 px (nearest 32)"),
     ],
@@ -276,7 +276,7 @@ def test_find__the_projects_own_serves_at_its_size(
 ) -> None:
     arguments = ("--name", "other", "--factors", "2", "--tables", "9", "--upsamplers", "bilinear")
     monkeypatch.setattr(fitted, "SHIPPED", folder.parents[1] / "fit" / "vit-bilinear-2x")
-    assert command(recipe_file, *arguments, "--no-throughput", "--images", "1") == 0
+    assert command(recipe_file, *arguments, "--no-throughput", "--num-images", "1") == 0
     caplog.clear()
     assert command(recipe_file, *arguments, "--fit.size", "48") == 2
     assert "  # the project's own was fitted at 32x32 px, not at 48x48" in caplog.text
@@ -294,7 +294,7 @@ def test_report__goes_on_without_a_file_that_has_no_downsampler(
         target = fit_folder(recipe, fit_of(recipe, "vit", name, 2)) / FITTED
         fitted.write(target, kept, header)
     arguments = ("--factors", "2", "--tables", "9", "--upsamplers", "bilinear", "featup")
-    words = (*arguments, "--no-throughput", "--images", "1")
+    words = (*arguments, "--no-throughput", "--num-images", "1")
     assert command(recipe_file, "--name", "converted", *words) == 0
     assert "vit-featup-2x is not measured" in caplog.text
     text = (recipe.folder / "upsampler_report" / "vit" / "tables.md").read_text()

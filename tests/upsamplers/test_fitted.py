@@ -107,7 +107,7 @@ def test_build_upsampler__without_a_file_names_the_field(learned):
     """And the command that makes one."""
     message = (
         r"no learned 3x is fitted to teacher 'siglip'; fit one \(radio-distill fit-upsampler "
-        r"--recipe RECIPE --teacher siglip --upsampler learned --factor 3\), "
+        r"RECIPE --teacher siglip --upsampler learned --factor 3\), "
         r"or set upsampler\.weights\.siglip"
     )
     with pytest.raises(ConfigError, match=message):

@@ -196,7 +196,7 @@ def test_build_upsampler__the_file_of_another_teacher_factor_or_kind(file_of, ti
 @pytest.mark.parametrize("kind", KINDS)
 def test_build_upsampler__nothing_fitted_names_the_command(tiny, monkeypatch, tmp_path, kind):
     monkeypatch.setattr(fitted, "SHIPPED", tmp_path)
-    command = f"--recipe RECIPE --teacher tiny_vit --upsampler {kind} --factor 3"
+    command = f"RECIPE --teacher tiny_vit --upsampler {kind} --factor 3"
     with pytest.raises(ConfigError, match=command) as error:
         build_upsampler(UpsamplerConfig(name=kind, factor=3), {"tiny_vit": tiny("tiny_vit")})
     assert "\n" not in str(error.value)

@@ -27,7 +27,7 @@ def arguments(recipe_file: Path, output: str | Path, **fields: object) -> list[s
         **fields,
     }
     flags = [("--" + name.replace("__", "."), str(value)) for name, value in values.items()]
-    return ["--recipe", str(recipe_file), *(item for flag in flags for item in flag)]
+    return [str(recipe_file), *(item for flag in flags for item in flag)]
 
 
 def stage_folder(recipe_file: Path, output: str | Path) -> Path:

@@ -1,0 +1,82 @@
+"""One grammar of the command line: the recipe is positional, and a flag means one thing."""
+
+import subprocess
+import sys
+from importlib import import_module
+
+import pytest
+
+from radio_distill.config import describe
+from radio_distill.errors import ConfigError
+from stages import fit_upsampler, stage1, stage3
+from stages.arguments import Parser
+from stages.cli import COMMANDS
+
+WITH_RECIPE = ("train", "plan", "sweep", "fit-upsampler", "upsampler-report")
+
+
+def parser_of(command: str) -> Parser:
+    parser = Parser(prog=command)
+    import_module(COMMANDS[command][0]).add_arguments(parser)
+    return parser
+
+
+@pytest.mark.parametrize("command", WITH_RECIPE)
+@pytest.mark.parametrize("words", [["mine"], ["--recipe", "mine"], ["--seed=3", "mine"]])
+def test_recipe__is_positional_and_a_flag_says_the_same(command, words):
+    assert parser_of(command).parse(words, takes_fields=True)[0].recipe == "mine"
+
+
+def test_recipe__comes_behind_other_positional_arguments():
+    words = ["featsharp", "last.pth.tar", "--teacher", "siglip", "mine"]
+    assert parser_of("convert-upsampler").parse(words, takes_fields=True)[0].recipe == "mine"
+
+
+def test_recipe__may_be_named_once_only():
+    with pytest.raises(ConfigError, match="two recipes, 'mine' and --recipe 'yours'"):
+        parser_of("train").parse(["mine", "--recipe", "yours"], takes_fields=True)
+
+
+@pytest.mark.parametrize("module", [stage1, stage3, fit_upsampler])
+def test_recipe__an_unknown_one_names_the_nearest(module, capsys):
+    assert module.main(["dmeo", "--resume"]) == 2
+    assert "unknown recipe 'dmeo' (did you mean 'demo'?)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help__of_every_command_needs_no_torch_and_is_short(command):
+    code = f"""
+import sys
+from stages.cli import main
+try:
+    main([{command!r}, "--help"])
+except SystemExit:
+    pass
+print(sorted({{"torch", "timm", "transformers", "open_clip", "deepspeed"}} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    *text, heavy = done.stdout.splitlines()
+    assert heavy == "[]", done.stderr
+    assert 3 < len(text) < 150
+
+
+def test_parser__unknown_flags_name_the_nearest():
+    parser = Parser(prog="x")
+    parser.add_argument("--resume", action="store_true")
+    with pytest.raises(ConfigError, match=r"unknown argument '--resmue' \(did you mean '--resume'"):
+        parser.parse(["--resmue"], takes_fields=True)
+    with pytest.raises(ConfigError, match=r"did you mean --stages\.NAME\.steps\?"):
+        parser.parse(["--steps", "3"], takes_fields=True)
+    with pytest.raises(ConfigError, match="--seed needs a value"):
+        parser.parse(["--seed"], takes_fields=True)
+    assert parser.parse(["--seed", "3", "--resume", "--a.b=c"], takes_fields=True)[1] == [
+        "seed=3",
+        "a.b=c",
+    ]
+
+
+def test_fields__their_names_are_no_flags_of_a_command():
+    names = {row[0] for row in describe()}
+    for command in COMMANDS:
+        flags = {flag for action in parser_of(command)._actions for flag in action.option_strings}
+        assert not flags & {f"--{name}" for name in names if "." in name} or command == "shards"
