@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from radio_distill.config import TeacherConfig
 from radio_distill.types import Features, TeacherSpec
 from teachers import build_teacher
-from upsamplers.learned import FeatSharp
+from upsamplers.fitted import FeatSharp
 from upsamplers.networks import Observation
 from upsamplers.networks.featsharp import FeatSharpNetwork
 from upsamplers.networks.local_attention import LocalSelfAttention

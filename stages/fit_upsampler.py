@@ -220,7 +220,7 @@ def build_fit(
     from upsamplers.fit.consistency import Consistency
     from upsamplers.fit.lessons import share_of
     from upsamplers.fit.task import FitRun
-    from upsamplers.model import UpsamplerModel
+    from upsamplers.fitted import UpsamplerModel
     from upsamplers.networks import build_network
 
     from .build import check_room, check_shards
@@ -300,8 +300,7 @@ def write_result(made: "FitRun") -> None:
     """Write the fitted file, with what was measured on the held-out images in its header."""
     from radio_distill.train import checkpoint as checkpoints
     from upsamplers.fit.task import MODULES
-    from upsamplers.fitted import FittedHeader
-    from upsamplers.learned import save_model
+    from upsamplers.fitted import FittedHeader, save_model
 
     recipe, spec, config = made.recipe, made.teacher.spec, made.config
     newest = checkpoints.find(made.folder)

@@ -22,7 +22,7 @@ from radio_distill.evals.harness import evaluate
 from stages.commands.scoring import teacher_encoder
 from teachers import build_teacher
 from upsamplers import build_upsampler, is_fitted
-from upsamplers.learned import Learned
+from upsamplers.fitted import FittedUpsampler
 from upsamplers.networks import Observation, build_network
 from upsamplers import UPSAMPLERS
 

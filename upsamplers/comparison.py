@@ -22,10 +22,8 @@ from radio_distill.types import Features, Size
 
 from .fit.consistency import Consistency
 from .fit.lessons import fine_grid, now
-from .fitted import read_header, read_tensors
-from .learned import FeatSharp, FeatUp, load_model
+from .fitted import FeatSharp, FeatUp, UpsamplerModel, load_model, read_header, read_tensors
 from .methods.native import Native
-from .model import UpsamplerModel
 from .networks import Observation
 from .preservation import LinearProbe, Preservation
 
@@ -112,7 +110,7 @@ def maps_of(
 
     ``precision`` is that of the matrix products, as ``engine.precision`` of a recipe.
     """
-    seen = model.see(teacher, pixels, fine_grid(teacher, size, factor), factor)
+    seen = model.encode(teacher, pixels, fine_grid(teacher, size, factor), factor)
     with autocast(precision, pixels.device):
         fine = model(seen.observation).float()
     low = seen.observation.low

@@ -1,47 +1,275 @@
-"""The file of a fitted upsampler: tensors, and a header that says what it may be used for.
+"""Fitted upsamplers: their model, their file, and the upsamplers that recipes name.
 
-One ``.safetensors``; its metadata carry the header under the key ``radio_distill`` as JSON, so that
-reading it touches no tensor::
+::
 
-    network.*       the network (upsamplers.networks), matrices in bfloat16
-    bias            [1, C, h, w] the de-bias, where there is one
-    normalizer.*    statistics of the teacher (PHI-S) that the network lives in, float32
-    downsampler.*   what fine maps were compared through in the fit; used by measures alone
+    teacher's maps ──► PHI-S ──► + bias ──► network ──► PHI-S back ──► fine map, teacher's space
 
-An upsampler learns one teacher's features at one size; used on another it would return plausible
+A model is a network (:mod:`upsamplers.networks`), the normalizer in whose space it works, and a
+bias: one learned map at the teacher's own grid, which takes away what the encoder adds to each
+position whatever it sees (FeatSharp, arXiv 2502.16025, section 3.4). The bias comes before the
+network, so it works for any.
+
+A file is one ``.safetensors``, whose metadata carry a header under the key ``radio_distill`` as
+JSON, so that reading the header touches no tensor::
+
+    network.*       the network, matrices in bfloat16
+    bias            [1, C, h, w], where there is one
+    normalizer.*    statistics of the teacher, float32
+    downsampler.*   what fine maps were compared through in the fit; read by measures alone
+
+An upsampler learns one teacher's features at one size; on another it would return plausible
 nonsense, so the header names the teacher and its weights.
 """
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
+import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
-from torch import Tensor
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from radio_distill.config import size_pair
-from radio_distill.errors import WeightsError
-from radio_distill.system.files import reason_of
-from radio_distill.types import Size, TeacherSpec
+from radio_distill.distill.views import resize
+from radio_distill.errors import CheckpointError, ConfigError, WeightsError
+from radio_distill.normalize import NORMALIZERS
+from radio_distill.normalize.phi_s import PhiS
+from radio_distill.protocols import Normalizer, Teacher
+from radio_distill.system.files import reason_of, replacing
+from radio_distill.system.precision import AUTO, autocast
+from radio_distill.types import Features, Size, TeacherSpec
+
+from .methods import tiling
+from .networks import Observation, build_network
 
 SHIPPED = Path(__file__).parent / "weights"
 """Fitted upsamplers that come with the project, for the teachers that come inside packages."""
-
 SHIPPED_AS = "shipped:"
 """Begins the name of one of these in a recipe, which so means the same on every machine."""
-
 _KEY = "radio_distill"
+_RENAMED = {"pictures": "images", "pictures_every": "images_every"}  # in earlier headers
+
+
+class TeacherOutput(NamedTuple):
+    """A teacher's output for a batch of images, normalised and not yet de-biased."""
+
+    summary: Tensor | None
+    observation: Observation
+    further: Tensor
+    """``[N, C, h, w]`` of the further images that were encoded along."""
+
+
+class UpsamplerModel(nn.Module):
+    """A network with its teacher's normalizer and bias.
+
+    Args:
+        network: see :mod:`upsamplers.networks`.
+        normalizer: a fitted one.
+        channels: C.
+        grid: the teacher's own grid (h, w) that the bias is learned at; None for no bias.
+    """
+
+    bias: nn.Parameter | None
+    """``[1, C, h, w]``, in the normalised space."""
+
+    def __init__(
+        self, network: nn.Module, normalizer: Normalizer, channels: int, grid: Size | None
+    ):
+        super().__init__()
+        self.network = network
+        self.normalizer = normalizer
+        bias = None if grid is None else nn.Parameter(torch.zeros(1, channels, *grid))
+        self.register_parameter("bias", bias)
+
+    @property
+    def tile_levels(self) -> tuple[int, ...]:
+        """Levels of tiles that the network needs."""
+        return tuple(self.network.tile_levels)  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def encode(
+        self,
+        teacher: Teacher,
+        pixels: Tensor,
+        grid: Size,
+        factor: int,
+        micro_batch: int = 0,
+        further: Tensor | None = None,
+    ) -> TeacherOutput:
+        """Encode ``[B, 3, H, W]`` for the fine ``grid``; see :func:`.tiling.encode_with_tiles`."""
+        encoded = tiling.encode_with_tiles(
+            teacher, pixels, grid, factor, self.tile_levels, micro_batch, further
+        )
+        guidance = encoded.images.get(factor)
+        if guidance is None:
+            height, width = tiling.low_resolution(teacher, grid, factor)
+            guidance = resize(pixels, (height * factor, width * factor))
+        normalise = self.normalizer.apply
+        tiles = {level: normalise(maps) for level, maps in encoded.tiles.items()}
+        observation = Observation(guidance, normalise(encoded.low.spatial), tiles)
+        further_maps = normalise(encoded.further) if len(encoded.further) else encoded.further
+        return TeacherOutput(encoded.low.summary, observation, further_maps)
+
+    def forward(self, observation: Observation) -> Tensor:
+        """De-bias, then upsample: ``[B, C, h * factor, w * factor]`` in the normalised space."""
+        tiles = {level: self.de_biased(maps, level) for level, maps in observation.tiles.items()}
+        de_biased = Observation(observation.guidance, self.de_biased(observation.low), tiles)
+        fine: Tensor = self.network(de_biased)
+        return fine
+
+    def de_biased(self, maps: Tensor, level: int = 1) -> Tensor:
+        """Add the bias to normalised maps of ``level x level`` tiles, resized where they differ."""
+        if self.bias is None:
+            return maps
+        bias = _resized(self.bias, (maps.shape[-2] // level, maps.shape[-1] // level))
+        return maps + bias.repeat(1, 1, level, level)
+
+    @torch.no_grad()
+    def correct(self, spatial: Tensor) -> Tensor:
+        """De-bias maps ``[B, C, h, w]`` in the teacher's own space, at any grid.
+
+        FeatSharp, appendix C: the bias belongs to the teacher, so a partition that sees the teacher
+        at its own grid is better off without it too.
+        """
+        if self.bias is None:
+            return spatial
+        origin = self.normalizer.invert(torch.zeros_like(self.bias))
+        own = self.normalizer.invert(self.bias) - origin
+        return spatial + _resized(own, (spatial.shape[-2], spatial.shape[-1])).to(spatial)
+
+    @torch.no_grad()
+    def upsample(
+        self, teacher: Teacher, pixels: Tensor, grid: Size, factor: int, micro_batch: int = 0
+    ) -> Features:
+        """Return features in the teacher's own space with spatial ``[B, C, *grid]``."""
+        output = self.encode(teacher, pixels, grid, factor, micro_batch)
+        spatial = self.normalizer.invert(self(output.observation))
+        return Features(output.summary, spatial.contiguous(memory_format=torch.channels_last))
+
+
+def _resized(bias: Tensor, grid: Size) -> Tensor:
+    same = tuple(bias.shape[-2:]) == grid
+    return bias if same else F.interpolate(bias, grid, mode="bilinear", align_corners=False)
+
+
+class FittedUpsampler:
+    """Upsample each teacher with the network that was fitted to it; a subclass names the network.
+
+    Args:
+        factor: how much finer than the teacher's own grid.
+        micro_batch: teacher images in one call, tiles counted; 0 for the teacher's own setting.
+        weights: file of the fitted upsampler, by teacher name.
+        any_size: accept teacher inputs of another size than the fit's; the bias is resized.
+        precision: of the network's matrix products, bfloat16 or float32; auto is bfloat16 where
+            the device has instructions for it.
+
+    Raises:
+        ConfigError: another precision.
+        WeightsError: a file that cannot be read, or does not hold what its header says.
+    """
+
+    fitted: ClassVar[bool] = True
+    network: ClassVar[str]
+
+    def __init__(
+        self,
+        factor: int,
+        micro_batch: int = 0,
+        weights: Mapping[str, str] | None = None,
+        any_size: bool = False,
+        precision: str = AUTO,
+    ):
+        if precision not in (AUTO, "bfloat16", "float32"):
+            known = f"{AUTO}, bfloat16 or float32"
+            raise ConfigError(f"upsampler option precision: {precision!r} is not {known}")
+        self.factor = factor
+        self._micro_batch, self._any_size, self._precision = micro_batch, any_size, precision
+        self._device = torch.device("cpu")
+        files = (weights or {}).items()
+        self._models = {name: load_model(path).eval() for name, path in files}
+        self._sizes = {name: read_header(path).size for name, path in files}
+
+    @classmethod
+    def untrained(cls, factor: int, specs: Mapping[str, TeacherSpec]) -> "FittedUpsampler":
+        """Build one with random weights, which costs what a fitted one does."""
+        upsampler = cls(factor, any_size=True)
+        for name, spec in specs.items():
+            channels = spec.channels
+            identity = {"scale": torch.ones(()), "rotation": torch.eye(channels)}
+            normalizer = PhiS().load_state({"mean": torch.zeros(channels), **identity})
+            network = build_network(cls.network, channels, factor, {})
+            model = UpsamplerModel(network, normalizer, channels, spec.grid(spec.native_size))
+            upsampler._models[name] = model.eval()
+        return upsampler
+
+    def __call__(self, teacher: Teacher, pixels: Tensor, grid: Size) -> Features:
+        """Return features with spatial ``[B, C, *grid]`` in the teacher's own space.
+
+        Raises:
+            ConfigError: a grid that cannot be, or a teacher input of another size than the fit's.
+        """
+        name = teacher.spec.name
+        self._check_size(name, tiling.low_resolution(teacher, grid, self.factor))
+        model = self._model(name, pixels.device)
+        with autocast(self._precision, pixels.device):
+            return model.upsample(teacher, pixels, grid, self.factor, self._micro_batch)
+
+    def correct(self, name: str, spatial: Tensor) -> Tensor:
+        """De-bias a teacher's map ``[B, C, h, w]`` at its own grid; others stay as they are."""
+        if name not in self._models:
+            return spatial
+        return self._model(name, spatial.device).correct(spatial)
+
+    def cost(self, grid: Size) -> int:
+        """Return the teacher images of one image: the whole, and the tiles that it needs."""
+        levels = {level for model in self._models.values() for level in model.tile_levels}
+        return 1 + sum(level**2 for level in levels if level > 1)
+
+    def _model(self, name: str, device: torch.device) -> UpsamplerModel:
+        if device != self._device:
+            for model in self._models.values():
+                model.to(device)
+            self._device = device
+        return self._models[name]
+
+    def _check_size(self, name: str, size: Size) -> None:
+        """Views that are not square keep their longer side, as the recipe's input sizes do."""
+        if not self._any_size and max(size) != max(self._sizes[name]):
+            raise ConfigError(
+                f"the {self.network} of teacher {name!r} was fitted at {times(self._sizes[name])} "
+                f"px, the partition shows it {times(size)}; set teacher_sizes.{name} of the "
+                "partition, fit one at that size, or set upsampler.options.any_size"
+            )
+
+
+class FeatUp(FittedUpsampler):
+    network = "featup"
+
+
+class FeatSharp(FittedUpsampler):
+    network = "featsharp"
+
+
+class Carafe(FittedUpsampler):
+    network = "carafe"
+
+
+class Sapa(FittedUpsampler):
+    network = "sapa"
+
+
+class ResizeConv(FittedUpsampler):
+    network = "resize_conv"
 
 
 @dataclass(frozen=True)
 class FittedHeader:
-    """What a fitted upsampler is, and for which teacher."""
+    """Header of a file: what was fitted, and for which teacher."""
 
     upsampler: str
     """Its name in the registry."""
@@ -52,7 +280,7 @@ class FittedHeader:
     channels: int
     factor: int
     size: Size
-    """The teacher's input that it was fitted at, (height, width) in pixels."""
+    """The teacher's input at the fit, (height, width) in pixels."""
     options: dict[str, Any] = field(default_factory=dict)
     """Arguments that build the network again."""
     normalizer: str = "phi_s"
@@ -65,27 +293,67 @@ class FittedHeader:
     """What was measured on held-out images, for people."""
 
 
-def path_of(name: str) -> Path:
-    """Return the file that a recipe names: a path, or ``shipped:`` and a file of the project's."""
-    if name.startswith(SHIPPED_AS):
-        return SHIPPED / name.removeprefix(SHIPPED_AS)
-    return Path(name).expanduser()
+def load_model(path: str | Path) -> UpsamplerModel:
+    """Build the model of a fitted file; raises WeightsError where it does not fit together."""
+    header, parts = read_header(path), read_tensors(path)
+    network, normalizer = parts.get("network", {}), parts.get("normalizer", {})
+    try:
+        return assemble(header, network, normalizer, parts.get("bias", {}).get(""))
+    except (ConfigError, CheckpointError, RuntimeError, TypeError, IndexError) as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise WeightsError(
+            f"upsampler {path} does not hold what its header says: {reason}"
+        ) from error
+
+
+def assemble(
+    header: FittedHeader,
+    network_state: Mapping[str, Tensor],
+    normalizer_state: Mapping[str, Tensor],
+    bias: Tensor | None,
+) -> UpsamplerModel:
+    """Build the model that a header describes, of the states of its parts and its bias, if any.
+
+    Raises:
+        ConfigError: an unknown network, or an option that it does not have.
+        CheckpointError: statistics of another normalizer.
+        RuntimeError: tensors of another shape.
+    """
+    network = build_network(header.upsampler, header.channels, header.factor, header.options)
+    network.load_state_dict(network_state)
+    normalizer = NORMALIZERS.get(header.normalizer)().load_state(normalizer_state)
+    grid = None if bias is None else (bias.shape[-2], bias.shape[-1])
+    model = UpsamplerModel(network, normalizer, header.channels, grid)
+    if bias is not None:
+        model.load_state_dict({"bias": bias}, strict=False)
+    return model
+
+
+def save_model(
+    path: str | Path,
+    model: UpsamplerModel,
+    header: FittedHeader,
+    downsampler: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write a model, its matrices in bfloat16; raises WeightsError where it cannot."""
+    statistics = {name: value.float() for name, value in model.normalizer.state().items()}
+    tensors = {f"normalizer.{name}": value for name, value in statistics.items()}
+    for name, value in model.network.state_dict().items():
+        tensors[f"network.{name}"] = value.bfloat16() if value.ndim > 1 else value
+    tensors |= {f"downsampler.{name}": value for name, value in (downsampler or {}).items()}
+    if model.bias is not None:
+        tensors["bias"] = model.bias
+    write(path, tensors, replace(header, statistics_hash=hash_of(statistics)))
 
 
 def write(path: str | Path, tensors: Mapping[str, Tensor], header: FittedHeader) -> None:
-    """Write a fitted upsampler, whole or not at all; raises WeightsError where it cannot."""
-    from safetensors.torch import save_file
-
-    target = Path(path)
-    whole = {name: value.detach().contiguous() for name, value in tensors.items()}
+    """Write tensors and header, whole or not at all; raises WeightsError where it cannot."""
+    contiguous = {name: value.detach().contiguous() for name, value in tensors.items()}
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            part = Path(folder) / target.name
-            save_file(whole, part, {_KEY: json.dumps(asdict(header))})
-            os.replace(part, target)
+        with replacing(Path(path)) as draft:
+            save_file(contiguous, draft, {_KEY: json.dumps(asdict(header))})
     except (OSError, SafetensorError) as error:
-        raise WeightsError(f"cannot write upsampler {target}: {error}") from error
+        raise WeightsError(f"cannot write upsampler {path}: {error}") from error
 
 
 def read_header(path: str | Path) -> FittedHeader:
@@ -93,10 +361,13 @@ def read_header(path: str | Path) -> FittedHeader:
     try:
         with safe_open(path, framework="pt") as file:
             values = json.loads((file.metadata() or {})[_KEY])
+        for part in ("fit", "measures"):
+            told = values.get(part, {})
+            values[part] = {_RENAMED.get(key, key): value for key, value in told.items()}
         return FittedHeader(**{**values, "size": tuple(values["size"])})
     except (OSError, SafetensorError) as error:
         raise WeightsError(f"cannot read upsampler {path}: {error}") from error
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise WeightsError(f"{path} is not a fitted upsampler: its header is missing") from error
 
 
@@ -104,8 +375,7 @@ def read_tensors(path: str | Path) -> dict[str, dict[str, Tensor]]:
     """Read the tensors by part: ``{"network": {name: tensor}, "normalizer": ..., ...}``.
 
     Raises:
-        WeightsError: the file is damaged, holds a number that is not finite, or statistics that are
-            not those it was fitted with.
+        WeightsError: the file is damaged, with values that are not finite or other statistics.
     """
     try:
         tensors = load_file(path)
@@ -119,10 +389,8 @@ def read_tensors(path: str | Path) -> dict[str, dict[str, Tensor]]:
         parts.setdefault(part, {})[name] = value
     expected = read_header(path).statistics_hash
     if expected and hash_of(parts.get("normalizer", {})) != expected:
-        raise WeightsError(
-            f"upsampler {path} holds other PHI-S statistics than it was fitted with; take the "
-            "file as the fit wrote it, or fit again"
-        )
+        told = "other PHI-S statistics than it was fitted with; fit it again"
+        raise WeightsError(f"upsampler {path} holds {told}")
     return parts
 
 
@@ -133,6 +401,23 @@ def hash_of(tensors: Mapping[str, Tensor]) -> str:
         digest.update(name.encode())
         digest.update(tensors[name].float().contiguous().cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def path_of(name: str) -> Path:
+    """Return the file that a recipe names: a path, or ``shipped:`` and a file of the project's."""
+    if name.startswith(SHIPPED_AS):
+        return SHIPPED / name.removeprefix(SHIPPED_AS)
+    return Path(name).expanduser()
+
+
+def shipped(upsampler: str, factor: int, spec: TeacherSpec) -> Path | None:
+    """Return the file that comes with the project for this upsampler and teacher, if one does."""
+    wanted = (upsampler, factor, spec.weights_hash, spec.channels)
+    for path in sorted(SHIPPED.glob("*.safetensors")):
+        header = read_header(path)
+        if (header.upsampler, header.factor, header.weights_hash, header.channels) == wanted:
+            return path
+    return None
 
 
 def check_fitted_for(header: FittedHeader, upsampler: str, spec: TeacherSpec, factor: int) -> None:
@@ -157,20 +442,10 @@ def check_fitted_for(header: FittedHeader, upsampler: str, spec: TeacherSpec, fa
 def check_size(header: FittedHeader, expected: int | Size | None, field: str) -> None:
     """Raise WeightsError where a file was not fitted at the size that a recipe's field says."""
     if expected is not None and header.size != size_pair(expected):
-        fitted, asked = (times(size) for size in (header.size, size_pair(expected)))
-        raise WeightsError(f"{field}: the file was fitted at {fitted} px, the recipe says {asked}")
+        asked = times(size_pair(expected))
+        raise WeightsError(f"{field}: it was fitted at {times(header.size)} px, not at {asked}")
 
 
 def times(size: Size) -> str:
     """Write a size as people do: ``112x112``."""
     return "x".join(map(str, size))
-
-
-def shipped(upsampler: str, factor: int, spec: TeacherSpec) -> Path | None:
-    """Return the file that comes with the project for this upsampler and teacher, if one does."""
-    for path in sorted(SHIPPED.glob("*.safetensors")):
-        header = read_header(path)
-        same = (header.upsampler, header.factor, header.weights_hash, header.channels)
-        if same == (upsampler, factor, spec.weights_hash, spec.channels):
-            return path
-    return None

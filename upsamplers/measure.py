@@ -57,7 +57,7 @@ def measure(
     for number, batch in enumerate(batches):
         pixels = batch.to(device)
         matrices = _homographies(number, len(pixels)).to(device)  # [(B V), 3, 3]
-        seen = model.see(
+        seen = model.encode(
             teacher,
             pixels,
             fine_grid(teacher, size, factor),

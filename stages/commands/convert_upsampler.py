@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from teachers import build_teacher
     from upsamplers import convert
-    from upsamplers.learned import assemble, save_model
+    from upsamplers.fitted import assemble, save_model
 
     named = [f"fit.teacher={arguments.teacher}"] if arguments.teacher else []
     recipe = fit_recipe(load_recipe(arguments.recipe, [*named, *arguments.fields]))

@@ -18,9 +18,9 @@ from radio_distill.report.page import Figure, line_chart
 from radio_distill.system.progress import Progress
 from upsamplers.comparison import Cost, maps_of
 from upsamplers.fit.lessons import fine_grid
+from upsamplers.fitted import UpsamplerModel
 from upsamplers.methods.native import Native
 from upsamplers.methods.tile import Tile
-from upsamplers.model import UpsamplerModel
 
 from .upsampler_fits import Row
 from .upsampler_measures import Bench, Scores

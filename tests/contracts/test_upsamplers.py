@@ -15,9 +15,7 @@ from radio_distill.types import TeacherSpec
 from teachers import build_teacher
 from teachers.base import FrozenTeacher
 from upsamplers import UPSAMPLERS, build_upsampler, is_fitted
-from upsamplers.fitted import FittedHeader
-from upsamplers.learned import save_model
-from upsamplers.model import UpsamplerModel
+from upsamplers.fitted import FittedHeader, UpsamplerModel, save_model
 from upsamplers.networks import build_network
 
 EXTERNAL = {"anyup", "jafar", "loftup", "naf"}

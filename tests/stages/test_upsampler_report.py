@@ -30,8 +30,7 @@ from stages.upsampler_files import fit_command, upsampler_of
 from teachers import build_teacher
 from upsamplers import fitted
 from upsamplers.fit.consistency import Consistency
-from upsamplers.learned import save_model
-from upsamplers.model import UpsamplerModel
+from upsamplers.fitted import UpsamplerModel, save_model
 from upsamplers.networks import build_network
 
 RECIPE = {

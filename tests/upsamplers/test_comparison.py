@@ -21,14 +21,12 @@ from upsamplers.comparison import (
     without_parameters,
 )
 from upsamplers.fit.consistency import Consistency
-from upsamplers.fitted import FittedHeader
-from upsamplers.learned import save_model
+from upsamplers.fitted import FittedHeader, UpsamplerModel, save_model
 from upsamplers.measure import measure
 from upsamplers.methods.interpolate import Bilinear, Interpolation
 from upsamplers.methods.native import Native
 from upsamplers.methods.strided import Strided
 from upsamplers.methods.tile import Tile
-from upsamplers.model import UpsamplerModel
 
 CHANNELS, PATCH, SIZE, FACTOR = 6, 4, (24, 32), 2
 CPU = torch.device("cpu")

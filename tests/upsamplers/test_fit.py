@@ -20,7 +20,7 @@ from radio_distill.types import Features, ImageBatch, View
 from upsamplers.fit.consistency import Consistency
 from upsamplers.fit.lessons import lessons, share_of, step_homographies
 from upsamplers.fit.task import MODULES, FitRun, accumulate, fit, parameter_groups
-from upsamplers.model import Seen, UpsamplerModel
+from upsamplers.fitted import TeacherOutput, UpsamplerModel
 from upsamplers.networks import Observation, build_network
 
 SIZE, FACTOR, CHANNELS = (48, 48), 2, 32
@@ -353,7 +353,7 @@ def observed(batch=2, views=2):
     guidance = torch.rand(batch, 3, 96, 96, generator=generator)
     further = normal(batch * views, CHANNELS, 6, 6)
     drawn = step_homographies(0, 0, FitConfig(batch_size=batch, views=views))
-    return Seen(None, Observation(guidance, low, {2: tiles}), further), drawn
+    return TeacherOutput(None, Observation(guidance, low, {2: tiles}), further), drawn
 
 
 @pytest.mark.parametrize("upsampler", ["featup", "featsharp", "carafe", "sapa", "resize_conv"])
@@ -410,7 +410,9 @@ def test_consistency__of_the_teacher_s_own_map_and_the_whole_image(run_of):
     modules = run_of("bilinear", downsampler="simple").consistency
     low = torch.randn(2, CHANNELS, 1, 1).expand(-1, -1, 6, 6)
     drawn = torch.eye(3).expand(2, 3, 3, 3)
-    seen = Seen(None, Observation(torch.rand(2, 3, 96, 96), low, {}), low.repeat_interleave(3, 0))
+    seen = TeacherOutput(
+        None, Observation(torch.rand(2, 3, 96, 96), low, {}), low.repeat_interleave(3, 0)
+    )
     loss, _ = modules(seen, drawn, torch.Generator())
     torch.testing.assert_close(loss, torch.zeros(2), atol=1e-10, rtol=0)
 

@@ -24,7 +24,7 @@ HEADER = fitted.FittedHeader(
 
 
 @dataclass(frozen=True)
-class Learned:
+class OwnFitted:
     """A fitted upsampler, as far as building it goes."""
 
     factor: int
@@ -46,7 +46,8 @@ NETWORK = {"network.w": torch.arange(4.0)}
 @pytest.fixture
 def learned(monkeypatch, tmp_path):
     registry = Registry(
-        "upsampler", {"learned": f"{__name__}:Learned", "tile": "upsamplers.methods.tile:Tile"}
+        "upsampler",
+        {"learned": f"{__name__}:OwnFitted", "tile": "upsamplers.methods.tile:Tile"},
     )
     monkeypatch.setattr("upsamplers.UPSAMPLERS", registry)
     path = tmp_path / "deep" / "siglip.safetensors"

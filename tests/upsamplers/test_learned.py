@@ -14,9 +14,7 @@ from radio_distill.errors import ConfigError, WeightsError
 from radio_distill.normalize.normalizers import Identity
 from radio_distill.protocols import Corrector, Upsampler
 from upsamplers import build_upsampler, fitted
-from upsamplers.fitted import FittedHeader, read_header
-from upsamplers.learned import load_model, save_model
-from upsamplers.model import UpsamplerModel
+from upsamplers.fitted import FittedHeader, UpsamplerModel, load_model, read_header, save_model
 from upsamplers.networks import NETWORKS, Observation, build_network
 
 CHANNELS, GRID, FACTOR = 32, (3, 4), 2

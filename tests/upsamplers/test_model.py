@@ -8,9 +8,9 @@ from torch import nn
 from radio_distill.config import UpsamplerConfig
 from radio_distill.normalize.normalizers import Identity
 from upsamplers import build_upsampler
+from upsamplers.fitted import UpsamplerModel
 from upsamplers.methods.interpolate import Interpolation
 from upsamplers.methods.tiling import cut, stitch
-from upsamplers.model import UpsamplerModel
 from upsamplers.networks import Observation
 
 CHANNELS, GRID = 8, (3, 5)
@@ -105,7 +105,7 @@ def test_see__encodes_each_image_once_and_all_together(spy, phi_s, levels, image
     teacher, batch = spy("tiny_vit"), 2
     model = model_of(Recorder(*levels), phi_s(32), 32)
     further = torch.rand(batch * views, 3, 24, 16) if views else None
-    seen = model.see(teacher, torch.rand(batch, 3, 50, 70), (12, 8), 4, further=further)
+    seen = model.encode(teacher, torch.rand(batch, 3, 50, 70), (12, 8), 4, further=further)
     assert teacher.calls == [batch * (images + views)]
     assert seen.observation.low.shape == (batch, 32, 3, 2)
     assert seen.observation.guidance.shape == (batch, 3, 96, 64)
@@ -118,7 +118,7 @@ def test_see__is_the_normalised_teacher_of_image_tiles_and_views(tiny, phi_s):
     teacher, scale = tiny("tiny_vit"), phi_s(32)
     model = model_of(Recorder(2), scale, 32)
     pixels, views = torch.rand(2, 3, 48, 32), torch.rand(4, 3, 24, 16)
-    seen = model.see(teacher, pixels, (6, 4), 2, further=views)
+    seen = model.encode(teacher, pixels, (6, 4), 2, further=views)
     tiles = stitch(teacher.encode(cut(pixels, 2)).spatial, 2)
     torch.testing.assert_close(seen.observation.tiles[2], scale.apply(tiles), rtol=1e-4, atol=1e-4)
     expected = scale.apply(teacher.encode(views).spatial)
@@ -131,9 +131,9 @@ def test_see__is_the_normalised_teacher_of_image_tiles_and_views(tiny, phi_s):
 def test_see__fills_as_few_calls_as_the_micro_batch_allows(spy, phi_s):
     teacher, model = spy("tiny_vit"), model_of(Recorder(2), phi_s(32), 32)
     pixels, views = torch.rand(2, 3, 48, 32), torch.rand(2, 3, 24, 16)
-    parts = model.see(teacher, pixels, (6, 4), 2, micro_batch=5, further=views)
+    parts = model.encode(teacher, pixels, (6, 4), 2, micro_batch=5, further=views)
     assert teacher.calls == [5, 5, 2]
-    whole = model.see(teacher, pixels, (6, 4), 2, further=views)
+    whole = model.encode(teacher, pixels, (6, 4), 2, further=views)
     torch.testing.assert_close(parts.further, whole.further, rtol=1e-4, atol=1e-4)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from radio_distill.config import FitConfig
 
-from ..model import Seen, UpsamplerModel
+from ..fitted import TeacherOutput, UpsamplerModel
 from .downsamplers import build_downsampler
 from .losses import UncertaintyNet, conditional_random_field, masked_mse, project, total_variation
 from .views import valid_mask, warp
@@ -38,7 +38,7 @@ class Consistency(nn.Module):
         self._config = config
 
     def forward(
-        self, seen: Seen, homographies: Tensor, generator: torch.Generator
+        self, seen: TeacherOutput, homographies: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of each image ``[B]`` and the terms it consists of, each ``[B]``.
 

@@ -24,7 +24,7 @@ from radio_distill.system.distributed import World
 from radio_distill.train.guard import check_targets
 from radio_distill.types import Features, ImageBatch, Size
 
-from ..model import Seen
+from ..fitted import TeacherOutput
 from ..networks import Observation
 from .views import VIEWS, draw_homographies, render
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 class Lesson(NamedTuple):
     """Images of one pass as the teacher sees them, and the views of them that must be met."""
 
-    seen: Seen
+    seen: TeacherOutput
     homographies: Tensor
     """``[B, V, 3, 3]``."""
     keys: tuple[str, ...]
@@ -114,7 +114,7 @@ def _lesson(run: "FitRun", step: int, item: StepSlice, batch: ImageBatch) -> Les
     drawn = step_homographies(run.seed, step, run.config)[item.start : item.stop].to(run.device)
     views = render(pixels, drawn.flatten(0, 1), run.size)  # [(B V), 3, H', W']
     grid = fine_grid(run.teacher, run.size, run.config.factor)
-    seen = run.consistency.model.see(run.teacher, pixels, grid, run.config.factor, further=views)
+    seen = run.consistency.model.encode(run.teacher, pixels, grid, run.config.factor, further=views)
     return Lesson(seen, drawn, batch.keys)
 
 
@@ -141,7 +141,7 @@ def _converted(lesson: Lesson, dtype: torch.dtype) -> Lesson:
     observation = Observation(
         guidance.to(dtype), low.to(dtype), {level: maps.to(dtype) for level, maps in tiles.items()}
     )
-    seen = Seen(lesson.seen.summary, observation, lesson.seen.further.to(dtype))
+    seen = TeacherOutput(lesson.seen.summary, observation, lesson.seen.further.to(dtype))
     return lesson._replace(seen=seen)
 
 

@@ -44,7 +44,7 @@ from radio_distill.train.schedule import cosine, every
 from radio_distill.train.sinks import Sinks, open_sinks
 from radio_distill.types import Features, Size
 
-from ..model import Seen
+from ..fitted import TeacherOutput
 from .consistency import Consistency
 from .lessons import Clock, Lesson, lessons
 
@@ -244,7 +244,7 @@ def _tensors(modules: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, 
 
 
 @torch.no_grad()
-def _write_images(run: FitRun, step: int, seen: Seen, sinks: Sinks) -> None:
+def _write_images(run: FitRun, step: int, seen: TeacherOutput, sinks: Sinks) -> None:
     """Show images, coarse and fine maps side by side, in TensorBoard and as a file."""
     from PIL import Image
 

@@ -1,8 +1,8 @@
 """What fitted upsamplers learn: networks with one face, so that one loop fits them all.
 
 A network works in the teacher's normalised space (PHI-S) and knows neither teacher nor file. What
-it is shown is an :class:`Observation`; :mod:`upsamplers.model` makes it, adds the de-bias, and goes
-back to the teacher's own space. A network is an ``nn.Module`` built as
+it is shown is an :class:`Observation`; :mod:`upsamplers.fitted` makes it, adds the de-bias, and
+goes back to the teacher's own space. A network is an ``nn.Module`` built as
 ``Network(channels, factor, **options)``.
 
 Importing this module does not import torch.
