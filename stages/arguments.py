@@ -13,10 +13,9 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 from radio_distill.config import assignments_of, describe
-from radio_distill.data.names import printable
 from radio_distill.errors import ConfigError, RadioDistillError
 from radio_distill.registry import nearest
-from radio_distill.system.files import check_writable, reason_of
+from radio_distill.system.files import check_writable, printable, reason_of
 from radio_distill.system.redaction import install, redact
 from radio_distill.system.trust import FLAG, FLAG_HELP, trusting_pickles
 

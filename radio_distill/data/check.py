@@ -9,12 +9,12 @@ from pathlib import Path
 
 from ..config import DataConfig
 from ..errors import DataError
-from .find import search_shards
+from ..system.files import printable
+from .find import find_shards
 from .images import FIELD_OF_KIND, BadImageError, decode_image
-from .index import Shard, open_shard
-from .names import printable
-from .reader import ShardReader
 from .sources import describe_notes, index_folders
+from .tar_index import Shard, open_shard
+from .tar_reader import ShardReader
 
 SIZE_STEPS = (64, 128, 256, 512, 1024, 2048, 4096)
 """Borders of the histogram of shortest sides, in pixels."""
@@ -30,7 +30,7 @@ class ShardReport:
     damaged: list[str] = field(default_factory=list)
     """One line for each shard that cannot be used at all; its images are in no count."""
     left_out: Counter[str] = field(default_factory=Counter)
-    """Number of samples that training never uses, by kind; see :mod:`.walk`."""
+    """Number of samples that training never uses, by kind; see :mod:`.tar_scan`."""
     left_out_names: dict[str, list[str]] = field(default_factory=dict)
     """The first of them in each shard, ``shard:member``, by kind."""
     empty: list[str] = field(default_factory=list)
@@ -84,7 +84,7 @@ def check_shards(
     Raises:
         DataError: no shards found. Damage is reported, not raised.
     """
-    found = search_shards(patterns)
+    found = find_shards(patterns)
     report, shards = ShardReport(), []
     with warnings.catch_warnings(), ThreadPoolExecutor(threads) as pool:
         warnings.filterwarnings("ignore", module="PIL")  # what matters is reported

@@ -1,235 +1,319 @@
-"""From what `data.shards` says to tar files on a disk.
+"""What lies below folders, and which shards the entries of `data.shards` name.
 
-An entry is a file, a folder that is searched for ``*.tar``, a pattern with ``*``, ``?``, ``[]`` or
-braces (``{000000..000127}``, ``{a,b}``), several of these joined by ``::``, or a text file that
-names one a line. What exists under the very name that is written is taken for that, whatever signs
-are in it. Addresses and commands are refused: shards are read in any order, so they must be files.
+One rule holds for images, shards, held-out and labelled sets: links are followed, but not back to a
+folder that one comes from; hidden files and folders are passed over; what is passed over, leads
+nowhere or cannot be read is counted, so that it can be said.
+
+An entry of `data.shards` is a file, a folder that is searched for ``*.tar``, a pattern with ``*``,
+``?``, ``[]`` or braces (``{000000..000127}``, ``{a,b}``), several of these joined by ``::``, or a
+text file that names one a line. What exists under the very name that is written is taken for that,
+whatever signs are in it. Addresses and commands are refused: shards are read in any order, so they
+must be files.
 """
 
 import glob
+import logging
 import os
 import re
 import shlex
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import product
+from functools import cache
+from itertools import islice
 from pathlib import Path
 
-from ..errors import DataError
-from ..system.files import reason_of
-from .images import IMAGE_SUFFIXES
-from .names import printable, shortened
-from .tree import Tree, count_suffixes, list_tree, refuse_unreadable
+from braceexpand import braceexpand
 
+from ..errors import DataError
+from ..system.files import check_readable, printable, reason_of, shortened, unreadable
+from .images import IMAGE_SUFFIXES, readable_suffixes, what_reads
+
+logger = logging.getLogger(__name__)
+
+_SUFFIXES_SHOWN = 8
+_MADE_BY_SYSTEMS = {
+    *("__macosx", "@eadir", "$recycle.bin", "system volume information"),
+    *("thumbs.db", "desktop.ini"),
+}
 _MAX_EXPANDED = 1_000_000
 _MAX_LIST_BYTES = 64 << 20
 _ADDRESS = re.compile(r"(?i)\s*\||\w[\w+.-]*://|(pipe|s3a?|gs|gcs|hdfs|hf|https?|ftp|ssh|file):")
-_BRACES = re.compile(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.(\d+))?\}|\{([^{}]*,[^{}]*)\}")
+_RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)")
 _LISTS = (".txt", ".lst", ".list")
 _UNPACK = {
-    ".gz": "gunzip -k",
-    ".tgz": "gunzip -k",
-    ".bz2": "bunzip2 -k",
-    ".tbz2": "bunzip2 -k",
-    ".tbz": "bunzip2 -k",
-    ".xz": "unxz -k",
-    ".txz": "unxz -k",
-    ".zst": "unzstd",
-    ".tzst": "unzstd",
+    **dict.fromkeys((".gz", ".tgz"), "gunzip -k"),
+    **dict.fromkeys((".bz2", ".tbz2", ".tbz"), "bunzip2 -k"),
+    **dict.fromkeys((".xz", ".txz"), "unxz -k"),
+    **dict.fromkeys((".zst", ".tzst"), "unzstd"),
 }
-_TABLES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".feather", ".yaml", ".yml")
 _ARCHIVES = {".zip": "unzip", ".7z": "7z x", ".rar": "unrar x"}
+_TABLES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".feather", ".yaml", ".yml")
 _MAKE_THEM = "make them with `radio-distill shards SRC OUT`"
+
+
+def is_hidden(name: str) -> bool:
+    """Tell whether the name of a file or folder says that it is not for the eye.
+
+    That is a dot at its beginning (``.ipynb_checkpoints``, ``._a.jpg``), or a name that operating
+    systems give to files of their own (``Thumbs.db``, ``__MACOSX``).
+    """
+    dotted = name.startswith(".") and name not in (".", "..")
+    return dotted or name.lower() in _MADE_BY_SYSTEMS
+
+
+@dataclass
+class Tree:
+    """The files below a folder."""
+
+    files: list[Path] = field(default_factory=list)
+    """All but hidden ones, sorted; also links that lead nowhere, and what is no plain file."""
+    num_hidden: int = 0
+    """Hidden files, and hidden folders, which are not looked into."""
+    loops: list[Path] = field(default_factory=list)
+    """Links back to a folder above them."""
+    unreadable: list[Path] = field(default_factory=list)
+    """Folders that cannot be listed."""
+
+    @property
+    def images(self) -> list[Path]:
+        """Files whose suffix says that they are images, and that this installation decodes."""
+        return [path for path in self.files if _suffix(path).lstrip(".") in readable_suffixes()]
+
+    def describe_rest(self, used: Collection[Path]) -> str:
+        """Return in words what is passed over where ``used`` are the files in use, or nothing."""
+        rest = sorted(set(self.files) - set(used))
+        broken = [path for path in rest if path.is_symlink() and not os.path.exists(path)]
+        parts = [_count_suffixes(set(rest) - set(broken))]
+        parts += [f"{self.num_hidden} hidden"] if self.num_hidden else []
+        parts += [
+            f"{len(paths)} {what} ({printable(paths[0])})"
+            for paths, what in (
+                (broken, "links to nothing"),
+                (self.loops, "links back to a folder above"),
+                (self.unreadable, "folders that cannot be read"),
+            )
+            if paths
+        ]
+        return ", ".join(filter(None, parts))
+
+
+def list_tree(folder: Path) -> Tree:
+    """List what lies below a folder; a folder that is not there is one that cannot be read.
+
+    Raises:
+        DataError: the folder itself may not be looked into.
+    """
+    refuse_unreadable(folder)
+    tree = Tree()
+    waiting: list[tuple[Path, frozenset[tuple[int, int]]]] = [(folder, frozenset())]
+    while waiting:
+        here, above = waiting.pop()
+        try:
+            status = here.stat()
+            entries = list(os.scandir(here))
+        except OSError:
+            tree.unreadable.append(here)
+            continue
+        place = status.st_dev, status.st_ino
+        if place in above:
+            tree.loops.append(here)
+            continue
+        for entry in entries:
+            if is_hidden(entry.name):
+                tree.num_hidden += 1
+            elif os.path.isdir(entry.path):
+                waiting.append((here / entry.name, above | {place}))
+            else:
+                tree.files.append(here / entry.name)
+    tree.files.sort()
+    return tree
+
+
+def refuse_unreadable(path: Path) -> None:
+    """Raise DataError where a file or folder is there and may not be read."""
+    try:
+        check_readable(path)
+    except PermissionError as error:
+        raise DataError(unreadable(error)) from error
+
+
+@cache
+def say_once(line: str, level: int = logging.WARNING) -> None:
+    """Log a line, once in a process, for folders and shards are looked at again and again."""
+    logger.log(level, "%s", line)
 
 
 @dataclass
 class FoundShards:
     """What the entries of `data.shards` name."""
 
-    paths: list[Path] = field(default_factory=list)
+    paths: list[Path]
     """Each shard once, in the order of the entries, sorted within each."""
-    notes: list[str] = field(default_factory=list)
+    notes: list[str]
     """What was passed over on the way, one line each."""
 
 
-def find_shards(patterns: Sequence[str]) -> list[Path]:
-    """List the shards that entries name; see :func:`search_shards`."""
-    return search_shards(patterns).paths
-
-
-def search_shards(patterns: Sequence[str]) -> FoundShards:
+def find_shards(patterns: Sequence[str]) -> FoundShards:
     """List the shards that entries name, each once, and what is passed over.
 
     Raises:
         DataError: an entry names no shard, or what is none; one line with what it is.
     """
-    found = FoundShards()
+    notes: list[str] = []
+    paths = [path for pattern in patterns for path in _shards_of(pattern, notes)]
     by_place: dict[str, Path] = {}
-    num_again = 0
-    for pattern in patterns:
-        paths = _shards_of(pattern, found.notes)
-        for path in paths:
-            place = os.path.realpath(path)
-            num_again += place in by_place
-            by_place.setdefault(place, path)
-    found.paths = list(by_place.values())
-    if num_again:
-        found.notes.append(
+    for path in paths:
+        by_place.setdefault(os.path.realpath(path), path)
+    if num_again := len(paths) - len(by_place):
+        notes.append(
             f"{num_again} shards are named more than once and used once; data.weights gives a "
             "source a larger share"
         )
-    return found
+    return FoundShards(list(by_place.values()), notes)
 
 
 def _shards_of(pattern: str, notes: list[str]) -> list[Path]:
     text = os.path.expanduser(pattern)
-    refuse_unreadable(_literal_part(text))
+    literal = re.split(r"[*?\[{]", text)[0]  # up to the folder in which a pattern begins to match
+    refuse_unreadable(Path(text if literal == text else os.path.dirname(literal) or "."))
     if os.path.isdir(text):
         return _in_folder(Path(text), pattern, notes)
     if os.path.isfile(text):
-        return _in_file(Path(text), pattern, notes)
+        return _in_file(Path(text), pattern)
     if os.path.lexists(text):
         return [Path(text)]  # a pipe, a link to nothing: whoever reads it says so
     if _ADDRESS.match(text):
-        raise _none(pattern, _about_address(text))
+        raise _no_shards(pattern, _about_address(text))
     if "::" in text:
         return [path for part in text.split("::") if part for path in _shards_of(part, notes)]
     names = _expanded(text, pattern)
-    if len(names) > 1:
-        return _of_braces(names, pattern, notes)
-    paths = _matching(text, pattern, notes)
-    if not paths:
-        raise _none(pattern, _about_nothing(text), _MAKE_THEM)
-    return paths
+    by_name = [_named(name, pattern, notes) for name in names]
+    missing = [name for name, paths in zip(names, by_name, strict=True) if not paths]
+    if missing and len(names) > 1:
+        raise _no_shards(
+            pattern,
+            f"{len(missing)} of the {len(names)} that the braces name are not there, the first "
+            f"{shortened(missing[0])!r}",
+            "name the folder or a pattern with * to take what is there",
+        )
+    if missing:
+        raise _no_shards(pattern, _about_nothing(text), _MAKE_THEM)
+    return [path for paths in by_name for path in paths]
 
 
-def _literal_part(text: str) -> Path:
-    """Return the entry, or the folder in which a pattern begins to match."""
-    literal = re.split(r"[*?\[{]", text)[0]
-    return Path(text if literal == text else os.path.dirname(literal) or ".")
+def _expanded(text: str, pattern: str) -> list[str]:
+    """Expand braces as a shell does."""
+    try:
+        count = sum(abs(int(end) - int(start)) for start, end in _RANGE.findall(text))
+        if count <= _MAX_EXPANDED:  # else ranges alone would fill the memory
+            names = list(islice(braceexpand(text, escape=False), _MAX_EXPANDED + 1))
+            count = len(names)
+    except (ValueError, RecursionError):  # braces that do not close are signs like others
+        return [text]
+    if count > _MAX_EXPANDED:
+        raise _no_shards(pattern, f"its braces name more than {_MAX_EXPANDED:,} shards")
+    return names
+
+
+def _named(name: str, pattern: str, notes: list[str]) -> list[Path]:
+    """Return the shards of one name, whose braces are expanded."""
+    if os.path.isdir(name):
+        return _in_folder(Path(name), pattern, notes)
+    if os.path.isfile(name):
+        return _in_file(Path(name), pattern)
+    return _matching(name, pattern, notes) if glob.has_magic(name) else []
+
+
+def _matching(text: str, pattern: str, notes: list[str]) -> list[Path]:
+    """Match a pattern; the folders that it begins with and that exist are no pattern."""
+    base = next((str(path) for path in Path(text).parents if os.path.isdir(path)), ".")
+    literal = "" if base == "." else os.path.join(base, "")
+    escaped = glob.escape(literal) + text[len(literal) :] if text.startswith(literal) else text
+    for place in dict.fromkeys((escaped, text)):
+        matches = [Path(match) for match in glob.glob(place, recursive=True)]
+        files = [path for path in matches if path.is_symlink() or os.path.isfile(path)]
+        others = [path for path in files if not _is_tar(path) and not _is_ours(path)]
+        shards = list(filter(_is_tar, files))
+        if shards and others:
+            notes.append(f"passed over of {pattern}: {_count_suffixes(others)}")
+        if shards or others:
+            return sorted(path for file in shards or others for path in _in_file(file, pattern))
+        if folders := sorted(filter(Path.is_dir, matches)):
+            return [path for folder in folders for path in _in_folder(folder, pattern, notes)]
+    return []
 
 
 def _in_folder(folder: Path, pattern: str, notes: list[str]) -> list[Path]:
     tree = list_tree(folder)
-    shards = [path for path in tree.files if _is_tar(path)]
+    shards = list(filter(_is_tar, tree.files))
     if not shards:
-        raise _none(pattern, *_about_folder(folder, tree))
+        raise _no_shards(pattern, *_about_folder(folder, tree))
     if rest := tree.describe_rest([*shards, *filter(_is_ours, tree.files)]):
         notes.append(f"passed over beside {len(shards)} shards in {printable(folder)}: {rest}")
     return shards
 
 
-def _in_file(path: Path, pattern: str, notes: list[str]) -> list[Path]:
-    suffix = path.suffix.lower()
+def _in_file(path: Path, pattern: str) -> list[Path]:
+    suffix = _suffix(path)
     if suffix in _LISTS:
-        return _listed(path, pattern, notes)
+        return _listed(path, pattern)
     if suffix in _UNPACK or suffix in _ARCHIVES:
-        raise _none(pattern, *_about_packed([path], path))
+        raise _no_shards(pattern, *_about_packed([path], path))
     if suffix.lstrip(".") in IMAGE_SUFFIXES:
-        raise _none(pattern, "it is an image, not a tar of images", _MAKE_THEM)
+        raise _no_shards(pattern, "it is an image, not a tar of images", _MAKE_THEM)
     if suffix in _TABLES:
-        raise _none(pattern, "it is no tar, and holds no images that could be read", _MAKE_THEM)
+        reason = "it is no tar, and holds no images that could be read"
+        raise _no_shards(pattern, reason, _MAKE_THEM)
     return [path]
 
 
-def _listed(file: Path, pattern: str, notes: list[str]) -> list[Path]:
+def _listed(file: Path, pattern: str) -> list[Path]:
     """Read a list of shards, one a line, found from here or from the folder of the list."""
     try:
         with file.open("rb") as stream:
             lines = stream.read(_MAX_LIST_BYTES).decode("utf-8-sig").splitlines()
     except OSError as error:
-        raise _none(pattern, reason_of(error)) from error
+        raise _no_shards(pattern, reason_of(error)) from error
     except UnicodeDecodeError as error:
-        raise _none(pattern, "it is no text, so no list of shards") from error
-    entries = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+        raise _no_shards(pattern, "it is no text, so no list of shards") from error
     paths: list[Path] = []
-    for entry in entries:
-        places = [os.path.expanduser(entry), os.path.join(file.parent, entry)]
+    for line in map(str.strip, lines):
+        if not line or line.startswith("#"):
+            continue
+        places = [os.path.expanduser(line), os.path.join(file.parent, line)]
         place = next(filter(os.path.isfile, places), None)
         if place is None or os.path.realpath(place) == os.path.realpath(file):
-            raise _none(pattern, f"it lists {shortened(entry)!r}, which is no file")
-        if Path(place).suffix.lower() in _LISTS:
-            raise _none(pattern, f"it lists {shortened(entry)!r}, which is a list too; join them")
-        paths += _in_file(Path(place), pattern, notes)
+            raise _no_shards(pattern, f"it lists {shortened(line)!r}, which is no file")
+        if _suffix(Path(place)) in _LISTS:
+            raise _no_shards(
+                pattern, f"it lists {shortened(line)!r}, which is a list too; join them"
+            )
+        paths += _in_file(Path(place), pattern)
     if not paths:
-        raise _none(pattern, "the list is empty")
+        raise _no_shards(pattern, "the list is empty")
     return paths
 
 
-def _of_braces(names: list[str], pattern: str, notes: list[str]) -> list[Path]:
-    paths, lacking = [], []
-    for name in names:
-        if os.path.exists(name) or not glob.has_magic(name):
-            found = [Path(name)] if os.path.isfile(name) else []
-        else:
-            found = _matching(name, pattern, notes)
-        if os.path.isdir(name):
-            found = _in_folder(Path(name), pattern, notes)
-        paths += found
-        lacking += [] if found else [name]
-    if lacking:
-        raise _none(
-            pattern,
-            f"{len(lacking)} of the {len(names)} that the braces name are not there, the first "
-            f"{shortened(lacking[0])!r}",
-            "name the folder or a pattern with * to take what is there",
-        )
-    return paths
+def _count_suffixes(paths: Iterable[Path]) -> str:
+    """Return how many files there are of each suffix, in words."""
+    counts = Counter(map(_suffix, sorted(paths))).most_common()
+    words = [
+        f"{number} {printable(suffix) or 'without suffix'}"
+        + (f" (which need {package})" if (package := what_reads(suffix)) else "")
+        for suffix, number in counts[:_SUFFIXES_SHOWN]
+    ]
+    if others := sum(number for _, number in counts[_SUFFIXES_SHOWN:]):
+        words.append(f"{others} others")
+    return ", ".join(words)
 
 
-def _matching(text: str, pattern: str, notes: list[str]) -> list[Path]:
-    """Match a pattern; the folders that it begins with and that exist are no pattern."""
-    base = next((str(p) for p in Path(text).parents if os.path.isdir(p)), ".")
-    literal = "" if base == "." else os.path.join(base, "")
-    rest = text[len(literal) :] if text.startswith(literal) else text
-    places = [glob.escape(literal) + rest if text.startswith(literal) else text, text]
-    for place in dict.fromkeys(places):
-        matches = [Path(match) for match in glob.glob(place, recursive=True)]
-        files = [path for path in matches if os.path.isfile(path) or path.is_symlink()]
-        shards = list(filter(_is_tar, files)) or [path for path in files if not _is_ours(path)]
-        passed_over = [path for path in files if path not in set(shards) and not _is_ours(path)]
-        if passed_over:
-            notes.append(f"passed over of {pattern}: {count_suffixes(passed_over)}")
-        if shards:
-            return sorted(path for shard in shards for path in _in_file(shard, pattern, notes))
-        found = [_in_folder(path, pattern, notes) for path in sorted(matches) if path.is_dir()]
-        if found:
-            return [path for paths in found for path in paths]
-    return []
-
-
-def _expanded(text: str, pattern: str) -> list[str]:
-    """Expand braces as a shell does; names with leading zeros keep their width."""
-    pieces: list[list[str]] = []
-    number, end = 1, 0
-    for match in _BRACES.finditer(text):
-        options = list(_options(match))
-        number *= len(options)
-        if number > _MAX_EXPANDED:
-            break
-        pieces += [[text[end : match.start()]], options]
-        end = match.end()
-    if number > _MAX_EXPANDED:
-        raise _none(pattern, f"its braces name more than {_MAX_EXPANDED:,} shards")
-    return ["".join(parts) for parts in product(*pieces, [text[end:]])]
-
-
-def _options(match: "re.Match[str]") -> Iterator[str]:
-    first, last, step, words = match.groups()
-    if words is not None:
-        yield from words.split(",")
-        return
-    start, stop, width = int(first), int(last), 0
-    if any(len(item.lstrip("-")) > 1 and item.lstrip("-")[0] == "0" for item in (first, last)):
-        width = max(len(first), len(last))
-    stride = max(1, int(step or 1))
-    numbers = range(start, stop + 1, stride) if start <= stop else range(start, stop - 1, -stride)
-    for number in numbers[: _MAX_EXPANDED + 1]:
-        yield f"{number:0{width}d}"
+def _suffix(path: Path) -> str:
+    return path.suffix.lower()
 
 
 def _is_tar(path: Path) -> bool:
-    return path.suffix.lower() == ".tar"
+    return _suffix(path) == ".tar"
 
 
 def _is_ours(path: Path) -> bool:
@@ -254,15 +338,16 @@ def _about_nothing(text: str) -> str:
         return "no file matches"
     try:
         os.stat(text)
+    except FileNotFoundError:
+        pass
     except (OSError, ValueError) as error:
-        if not isinstance(error, FileNotFoundError):
-            return reason_of(error)
+        return reason_of(error)
     where = "" if os.path.isabs(text) else f" in {printable(os.getcwd())}"
     return f"there is no such file or folder{where}"
 
 
 def _about_folder(folder: Path, tree: Tree) -> tuple[str, str]:
-    packed = [path for path in tree.files if path.suffix.lower() in {*_UNPACK, *_ARCHIVES}]
+    packed = [path for path in tree.files if _suffix(path) in {*_UNPACK, *_ARCHIVES}]
     if packed:
         return _about_packed(packed, folder)
     if images := tree.images:
@@ -274,19 +359,19 @@ def _about_folder(folder: Path, tree: Tree) -> tuple[str, str]:
 
 def _about_packed(packed: list[Path], place: Path) -> tuple[str, str]:
     """Say what compressed files are, and what unpacks them."""
-    suffix = packed[0].suffix.lower()
-    files = shlex.quote(printable(packed[0])) if len(packed) == 1 else ""
+    suffix = _suffix(packed[0])
+    file = shlex.quote(printable(packed[0])) if len(packed) == 1 else ""
     if suffix in _ARCHIVES:
-        what = "an archive that is no tar" if files else f"{len(packed)} archives that are no tar"
-        command = f"{_ARCHIVES[suffix]} {files or '*' + suffix}"
-        return f"{what}", f"unpack with `{command}`, then `radio-distill shards SRC OUT`"
-    what = "it is compressed" if files else f"{count_suffixes(packed)} are compressed"
-    files = files or f"{shlex.quote(printable(place))}/*{suffix[-2:]}"
+        what = "an archive that is no tar" if file else f"{len(packed)} archives that are no tar"
+        command = f"{_ARCHIVES[suffix]} {file or '*' + suffix}"
+        return what, f"unpack with `{command}`, then `radio-distill shards SRC OUT`"
+    what = "it is compressed" if file else f"{_count_suffixes(packed)} are compressed"
+    files = file or f"{shlex.quote(printable(place))}/*{suffix[-2:]}"
     return (
         f"{what}, and single images cannot be read out of that",
         f"unpack with `{_UNPACK[suffix]} {files}`",
     )
 
 
-def _none(pattern: str, reason: str, hint: str = "") -> DataError:
+def _no_shards(pattern: str, reason: str, hint: str = "") -> DataError:
     return DataError(f"no shards found for {pattern!r}: {reason}" + (f"; {hint}" if hint else ""))

@@ -14,16 +14,14 @@ from typing import NamedTuple, overload
 from PIL.Image import Image
 
 from ..errors import DataError
-from ..system.files import reason_of
-from .find import search_shards
+from ..system.files import printable, reason_of
+from .find import Tree, find_shards, is_hidden, list_tree, refuse_unreadable, say_once
 from .images import BadImageError, decode_image
-from .index import open_shards
-from .names import is_hidden, printable
-from .reader import ShardReader
-from .scan import describe
 from .shards import read_image
 from .sources import describe_notes
-from .tree import Tree, list_tree, refuse_unreadable, say_once
+from .tar_index import open_shards
+from .tar_reader import ShardReader
+from .tar_scan import describe
 
 _SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation")}
 """Names of the folders of a split, in lower case."""
@@ -32,7 +30,7 @@ _SIDE_FILES = (".txt", ".cls", ".json")  # lie beside images, and are no matter 
 
 @dataclass(frozen=True)
 class ImageRef:
-    """A image that is not read yet."""
+    """An image that is not read yet."""
 
     key: str
     """Path within the folder, or ``shard:member``."""
@@ -130,7 +128,7 @@ def _say_rest(folder: Path, tree: Tree, used: Sequence[Path]) -> None:
 
 
 def _in_shards(source: str) -> list[ImageRef]:
-    found = search_shards([source])
+    found = find_shards([source])
     reader = ShardReader(open_shards(found.paths))
     for note in [*found.notes, *describe_notes(reader.shards)]:
         say_once(note)

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from ..config import DataConfig
 from ..errors import DataError
+from ..system.files import printable
 from ..types import Size, ViewOrigin
-from .names import printable
 
 SUFFIX_OF_FORMAT = {
     "JPEG": "jpg",

@@ -1,6 +1,6 @@
 """Batches of views for one process, from any step on, equal for every number of workers.
 
-Image j of step s is the sample at position ``s * images_per_step + j`` of ``position.SampleOrder``,
+Image j of step s is the sample at position ``s * images_per_step + j`` of ``order.SampleOrder``,
 cut by a generator that depends on seed and position alone. So the batches of a step are the same
 whoever makes them: this process or a worker, one training process or many, after a resume or not.
 
@@ -8,9 +8,19 @@ A bad image is counted, logged and replaced by another of the same source, which
 position and attempt alone; dropping it instead would shift every later batch.
 """
 
+import atexit
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import logging
+import math
+import signal
+import threading
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
+from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,17 +31,30 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..config import DataConfig, plain
 from ..errors import DataError
+from ..system.signals import SIGNALS
 from ..types import ImageBatch, Size, View, ViewOrigin
-from .images import BadImageError, cut, decode_image, random_origin, render, to_float
+from .images import (
+    FIELD_OF_KIND,
+    BadImageError,
+    cut,
+    decode_image,
+    random_origin,
+    render,
+    to_float,
+)
 from .order import SampleOrder, view_generator
-from .reader import ShardReader
 from .sources import open_sources
-from .tally import Bad, Tally
-from .workers import WorkerDiedError, prepare_worker, running
+from .tar_reader import ShardReader
+
+logger = logging.getLogger(__name__)
 
 MAX_ATTEMPTS = 50
 """Images that are tried for one position; when all of them are bad, the data is."""
 _MAX_OPEN = 256
+_MIN_READS = 50  # before that, the share of bad images says nothing
+_LOGGED_SINGLY = 20
+_SUMMARY_EVERY = 1000
+_GRACE = 2.0  # seconds that workers have to end by themselves; one may wait for a disk for longer
 
 
 @dataclass(frozen=True)
@@ -56,11 +79,83 @@ def in_every_step(slices: Sequence[StepSlice]) -> Slices:
     return lambda step: slices
 
 
+class WorkerDiedError(DataError):
+    """A process that was ended from outside, for instance because memory was short."""
+
+    exit_status = 1
+    """It may go well the next time."""
+
+
+class BadImage(NamedTuple):
+    """One image that could not be used."""
+
+    key: str
+    kind: str
+    reason: str
+
+
+class BadImageCounter:
+    """Counts the bad images that one process has read, names them in the log, and limits them.
+
+    Args:
+        max_share: the share of bad images that is too much.
+    """
+
+    def __init__(self, max_share: float):
+        self._max_share = max_share
+        self._last: BadImage | None = None
+        self.num_reads = 0
+        self.bad: Counter[str] = Counter()
+
+    def add(self, num_good: int, bad: Iterable[BadImage]) -> None:
+        """Count what was read; the first bad images are logged one by one, then summaries."""
+        self.num_reads += num_good
+        for image in bad:
+            self.num_reads += 1
+            self.bad[image.kind] += 1
+            self._last = image
+            total = self.bad.total()
+            if total <= _LOGGED_SINGLY:
+                logger.warning("bad image %s (%s): %s", *image)
+            if total == _LOGGED_SINGLY:
+                logger.warning("further bad images are summed up every %d", _SUMMARY_EVERY)
+            if total % _SUMMARY_EVERY == 0:
+                logger.warning("bad images: %s", self.verdict())
+
+    def check(self) -> None:
+        """Raise DataError when clearly more images are bad than may be."""
+        if too_many_bad(self.bad.total(), self.num_reads, self._max_share):
+            raise DataError(f"too many bad images: {self.verdict()}")
+
+    def verdict(self) -> str:
+        """Return how many are bad, of which kinds, what the limit is, and how to find them."""
+        assert self._last is not None, "a verdict needs a bad image"
+        kinds = ", ".join(
+            f"{count} {kind}" + (f" by {FIELD_OF_KIND[kind]}" if kind in FIELD_OF_KIND else "")
+            for kind, count in self.bad.most_common()
+        )
+        return (
+            f"{self.bad.total()} of {self.num_reads} read ({kinds}; data.max_bad_share is "
+            f"{self._max_share:g}), the last was {self._last.key}: {self._last.reason}; list all "
+            "of them with `radio-distill shards --check`"
+        )
+
+
+def too_many_bad(num_bad: int, num_reads: int, max_share: float) -> bool:
+    """Tell whether the share of bad images is above the limit by more than chance explains.
+
+    Chance is four standard deviations of a Poisson count, so that a long run with a share below the
+    limit is not stopped by an unlucky start.
+    """
+    expected = max_share * num_reads
+    return num_reads >= _MIN_READS and num_bad > expected + 4 * math.sqrt(expected)
+
+
 class ShardBatches:
     """Views out of tar shards; satisfies ``protocols.BatchSource``.
 
-    What is left out at the start is not part of the order, and stands in ``left_out`` and
-    ``damaged``; what turns out bad when it is read stands in ``bad``.
+    What is left out at the start is not part of the order, see ``sources``; what turns out bad when
+    it is read stands in ``bad``.
 
     Args:
         config: the shards, and what is done to their images.
@@ -73,9 +168,7 @@ class ShardBatches:
     """
 
     def __init__(self, config: DataConfig, *, seed: int, images_per_step: int, slices: Slices):
-        self._config = config
-        self._images_per_step = images_per_step
-        self._slices = slices
+        self._config, self._slices, self._images_per_step = config, slices, images_per_step
         self._sources = open_sources(config)
         self._order = SampleOrder(
             [[shard.num_samples for shard in source] for source in self._sources.by_source],
@@ -86,7 +179,7 @@ class ShardBatches:
         max_open = min(_MAX_OPEN, 2 * config.shuffle_shards * len(self._sources.by_source))
         reader = ShardReader(self._sources.shards, max_open, config.read_timeout)
         self._views = _Views(reader, self._order, config, seed)
-        self._tally = Tally(config.max_bad_share)
+        self._counter = BadImageCounter(config.max_bad_share)
 
     @property
     def num_images(self) -> int:
@@ -101,22 +194,12 @@ class ShardBatches:
     @property
     def num_reads(self) -> int:
         """Images read for this process since it started, substitutes included."""
-        return self._tally.num_reads
+        return self._counter.num_reads
 
     @property
     def bad(self) -> dict[str, int]:
         """Those of ``num_reads`` that were bad, by kind."""
-        return dict(self._tally.bad)
-
-    @property
-    def left_out(self) -> dict[str, int]:
-        """Samples of the shards in use that are no part of the order, by kind; see ``walk``."""
-        return self._sources.left_out
-
-    @property
-    def damaged(self) -> tuple[str, ...]:
-        """One line for each shard that is not in use."""
-        return self._sources.damaged
+        return dict(self._counter.bad)
 
     def batches(self, start_step: int) -> Iterator[list[ImageBatch]]:
         """Yield for each step, from ``start_step`` on and without end, one batch a slice.
@@ -126,7 +209,7 @@ class ShardBatches:
                 not answer any more, or a worker died.
         """
         try:
-            with running(self._loader(start_step)) as stream:
+            with _running(self._loader(start_step)) as stream:
                 for step in itertools.count(start_step):
                     yield [self._receive(next(stream)) for _ in self._slices(step)]
         except RuntimeError as error:
@@ -143,18 +226,18 @@ class ShardBatches:
             batch_size=None,  # a task is a whole micro-batch
             num_workers=plain(self._config.workers),
             collate_fn=_as_is,
-            worker_init_fn=prepare_worker,
+            worker_init_fn=_prepare_worker,
             generator=torch.Generator(),  # else it draws from the global one
         )
 
     def _receive(self, batch: "_Batch | DataError") -> ImageBatch:
         if isinstance(batch, DataError):
             raise batch
-        self._tally.add(len(batch.keys), batch.bad)
+        self._counter.add(len(batch.keys), batch.bad)
         if batch.views is None:
-            verdict = self._tally.verdict()
+            verdict = self._counter.verdict()
             raise DataError(f"{MAX_ATTEMPTS} images in a row are bad: {verdict}")
-        self._tally.check()
+        self._counter.check()
         views = {view: to_float(pixels) for view, pixels in batch.views.items()}
         return ImageBatch(views, batch.keys, batch.origins)
 
@@ -175,7 +258,7 @@ class _Batch(NamedTuple):
     """uint8, a quarter of the bytes of float32; None when a position met only bad images."""
     keys: tuple[str, ...]
     origins: tuple[ViewOrigin, ...]
-    bad: tuple[Bad, ...]
+    bad: tuple[BadImage, ...]
 
 
 class _Tasks:
@@ -187,10 +270,10 @@ class _Tasks:
     def __iter__(self) -> Iterator[_Task]:
         for step in itertools.count(self._start):
             first = step * self._images_per_step
-            for item in self._slices(step):
-                assert 0 <= item.start < item.stop <= self._images_per_step, str(item)
-                views = item.views or {View(item.size): None}
-                yield _Task(first + item.start, first + item.stop, item.size, views)
+            for piece in self._slices(step):
+                assert 0 <= piece.start < piece.stop <= self._images_per_step, str(piece)
+                views = piece.views or {View(piece.size): None}
+                yield _Task(first + piece.start, first + piece.stop, piece.size, views)
 
 
 class _Views(Dataset[Any]):
@@ -209,12 +292,12 @@ class _Views(Dataset[Any]):
         pixels: dict[View, list[Tensor]] = {view: [] for view in task.views}
         keys: list[str] = []
         origins: list[ViewOrigin] = []
-        bad: list[Bad] = []
+        bad: list[BadImage] = []
         for position in range(task.start, task.stop):
-            found = self._find(position, bad)
-            if found is None:
+            readable = self._readable(position, bad)
+            if readable is None:
                 return _Batch(None, tuple(keys), tuple(origins), tuple(bad))
-            key, image = found
+            key, image = readable
             generator = view_generator(self._seed, position)
             origin = random_origin(image, task.size, self._config, generator)
             whole = cut(image, origin)
@@ -226,24 +309,72 @@ class _Views(Dataset[Any]):
         views = {view: torch.stack(rows) for view, rows in pixels.items()}
         return _Batch(views, tuple(keys), tuple(origins), tuple(bad))
 
-    def _find(self, position: int, bad: list[Bad]) -> tuple[str, Image] | None:
+    def _readable(self, position: int, bad: list[BadImage]) -> tuple[str, Image] | None:
         """Return key and image of a position, or of its first good substitute."""
-        place = self._order.at(position)
+        config, place = self._config, self._order.at(position)
         for attempt in range(1, MAX_ATTEMPTS + 1):
             key = self._reader.key(*place)  # by number, as the index may not be readable
             try:
                 sample = self._reader.sample(*place)
                 key = self._reader.key(place.shard, sample)
-                return key, self._decode(self._reader.image_bytes(place.shard, sample))
+                data = self._reader.image_bytes(place.shard, sample)
+                return key, decode_image(
+                    data, max_pixels=config.max_pixels, min_size=config.min_size
+                )
             except BadImageError as error:
-                bad.append(Bad(key, error.kind, str(error)))
+                bad.append(BadImage(key, error.kind, str(error)))
             place = self._order.substitute(position, attempt)
         return None
-
-    def _decode(self, data: bytes) -> Image:
-        config = self._config
-        return decode_image(data, max_pixels=config.max_pixels, min_size=config.min_size)
 
 
 def _as_is(batch: Any) -> Any:
     return batch
+
+
+def _prepare_worker(worker: int) -> None:
+    """Make a new process ready to decode.
+
+    Slurm sends its signals to every process of a job; a worker would run the handler of its parent,
+    or die before the parent has saved.
+    """
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    warnings.filterwarnings("ignore", module="PIL")  # what matters is counted as a bad image
+
+
+@contextmanager
+def _running(loader: "DataLoader[Any]") -> Iterator[Iterator[Any]]:
+    """Start the workers of a loader, and end them in any case.
+
+    As they ignore SIGTERM, multiprocessing would wait for them for ever at the end of the program.
+    """
+    # Workers inherit the mask, so that no signal can reach one while it starts.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    stream = iter(loader)
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    end = partial(_end, stream)
+    atexit.register(end)
+    try:
+        yield stream
+    finally:
+        atexit.unregister(end)
+        end()
+
+
+def _end(stream: Any) -> None:
+    workers = getattr(stream, "_workers", [])  # there are none with workers=0
+    timer = threading.Timer(_GRACE, _kill, [workers])
+    if any(worker.is_alive() for worker in workers):  # not when called again after atexit
+        with suppress(RuntimeError):  # at the end of a program no thread may start any more
+            timer.start()
+    with suppress(RuntimeError):  # torch tells again of a worker that died
+        getattr(stream, "_shutdown_workers", lambda: None)()
+    timer.cancel()
+    _kill(workers)
+    for worker in workers:
+        worker.join(_GRACE)
+
+
+def _kill(workers: Sequence[BaseProcess]) -> None:
+    for worker in workers:
+        worker.kill()  # does nothing where a worker has ended

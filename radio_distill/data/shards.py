@@ -17,12 +17,10 @@ from typing import Any
 
 from ..config import DataConfig
 from ..errors import ConfigError, DataError
-from ..system.files import flush, reason_of
+from ..system.files import flush, open_regular, printable, reason_of
+from .find import Tree, list_tree
 from .images import FIELD_OF_KIND, BadImageError, decode_image, image_suffix
-from .names import printable
-from .patience import open_regular
-from .scan import MAX_MEMBER_BYTES
-from .tree import Tree, list_tree
+from .tar_scan import MAX_MEMBER_BYTES
 
 _COMPANIONS = ("txt", "cls", "json")  # kept where they lie beside a image under its name
 _SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing", "dev")
@@ -52,7 +50,7 @@ class ShardSummary:
 
 
 def find_images(folder: Path) -> list[Path]:
-    """List the image files below a folder, sorted; see :mod:`.tree` for what is passed over."""
+    """List the image files below a folder, sorted; see :mod:`.find` for what is passed over."""
     return list_tree(folder).images
 
 

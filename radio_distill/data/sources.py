@@ -10,18 +10,16 @@ import hashlib
 import json
 import logging
 import math
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
 from ..config import DataConfig
 from ..errors import DataError
-from .find import search_shards
-from .index import BESIDE, Shard, try_open_shards
-from .names import printable
-from .scan import NOTES, LeftOut, describe
-from .tree import say_once
+from ..system.files import printable
+from .find import find_shards, say_once
+from .tar_index import BESIDE, Shard, try_open_shards
+from .tar_scan import NOTES, describe
 
 _MAX_LOGGED = 20
 
@@ -48,14 +46,6 @@ class Sources:
         return sum(shard.num_samples for shard in self.shards)
 
     @property
-    def left_out(self) -> dict[str, int]:
-        """Samples of the shards in use that must not be used, by kind."""
-        counts: Counter[str] = Counter()
-        for shard in [*self.shards, *self.empty]:
-            counts.update({kind: item.num_samples for kind, item in shard.left_out.items()})
-        return dict(counts)
-
-    @property
     def fingerprint(self) -> str:
         """sha256 of all that the order depends on besides the recipe.
 
@@ -78,7 +68,7 @@ def open_sources(config: DataConfig) -> Sources:
     entries = [[entry] for entry in config.shards] if config.weights else [config.shards]
     by_source, damaged, empty = [], [], []
     for patterns in entries:
-        found = search_shards(patterns)
+        found = find_shards(patterns)
         for note in found.notes:
             say_once(f"data.shards: {note}", logging.INFO)
         results = try_open_shards(found.paths, index_folders(config))
@@ -107,25 +97,20 @@ def index_folders(config: DataConfig) -> Sequence[str]:
 
 def describe_notes(shards: Iterable[Shard]) -> list[str]:
     """Say what is notable about the members of shards and no fault, one line a kind."""
-    found: dict[str, list[LeftOut]] = {}
-    for shard in shards:
-        for kind, item in shard.notes.items():
-            found.setdefault(kind, []).append(item)
-    return [
-        f"{sum(item.num_samples for item in items)} members are {text} "
-        f"({items[0].names[0]}{', …' * (len(items) > 1 or items[0].num_samples > 1)})"
-        for kind, text in NOTES.items()
-        if (items := found.get(kind))
-    ]
+    shards, lines = list(shards), []
+    for kind, text in NOTES.items():
+        if items := [shard.notes[kind] for shard in shards if kind in shard.notes]:
+            number, first = sum(item.num_samples for item in items), items[0].names[0]
+            lines.append(f"{number} members are {text} ({first}{', …' * (number > 1)})")
+    return lines
 
 
 def _why_none(names: str, shards: Sequence[Shard], errors: Sequence[str]) -> str:
     """Say why the shards of a source hold nothing that can be used."""
     if not shards:
         return f"all shards of {names} are damaged; the first: {errors[0]}"
-    first = next((shard for shard in shards if shard.left_out), None)
     words = [f"{len(shards)} without images", *([f"{len(errors)} damaged"] if errors else [])]
-    if first is not None:
+    if first := next((shard for shard in shards if shard.left_out), None):
         words.append(f"the first: {printable(first.path)}, left out {describe(first.left_out)}")
     return f"no images in the shards of {names}: {'; '.join(words)}"
 

@@ -23,13 +23,11 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from ..data.find import list_tree, say_once
 from ..data.folder import split_folder
 from ..data.images import BadImageError, Shape, image_shape, upright
-from ..data.names import printable
-from ..data.patience import open_regular
-from ..data.tree import list_tree, say_once
 from ..errors import DataError
-from ..system.files import reason_of
+from ..system.files import open_regular, printable, reason_of
 from .harness import spread
 
 logger = logging.getLogger(__name__)

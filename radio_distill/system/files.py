@@ -1,15 +1,18 @@
-"""Files that are written whole or not at all, and the sums that prove it."""
+"""Files that are written whole or not at all, their checksums, and names that are fit for a log."""
 
 import hashlib
 import itertools
 import os
+import stat
 import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 _CHUNK = 1 << 20
+_SHOWN_LENGTH = 100  # characters of a name that a line shows
 
 
 def sha256_of(path: Path) -> str:
@@ -36,6 +39,15 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file for reading; raises OSError for a pipe, which could block for ever."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError("not a regular file")
+    return os.fdopen(descriptor, "rb")
 
 
 def is_there(path: Path) -> bool:
@@ -120,6 +132,22 @@ def flush(path: Path) -> None:
 def reason_of(error: BaseException) -> str:
     """Return one line that says why something failed, without path or stack."""
     return getattr(error, "strerror", None) or " ".join(str(error).split())
+
+
+def printable(name: object) -> str:
+    """Return a name with everything escaped that could harm a log."""
+    text = str(name)
+    if text.isprintable():
+        return text
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
+    )
+
+
+def shortened(name: str) -> str:
+    """Return a printable name of at most 100 characters."""
+    text = printable(name[: _SHOWN_LENGTH + 1])
+    return text if len(text) <= _SHOWN_LENGTH else text[: _SHOWN_LENGTH - 1] + "…"
 
 
 def free_name(path: Path) -> Path:

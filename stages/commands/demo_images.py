@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from radio_distill.data.find import list_tree
 from radio_distill.data.images import IMAGE_SUFFIXES
 from radio_distill.data.shards import find_images
-from radio_distill.data.tree import list_tree
 from radio_distill.errors import ConfigError, DataError
 
 if TYPE_CHECKING:

@@ -238,7 +238,7 @@ def _with_lines(line: object, head: dict, lines: list) -> bytes:
 
 def _poisoned(change: Callable[[dict, list], bytes], folder: Path) -> None:
     """Put a good shard down, with an index that was changed and still carries the right sums."""
-    from radio_distill.data.index import index_path, open_shard
+    from radio_distill.data.tar_index import index_path, open_shard
 
     path = folder / "a.tar"
     path.write_bytes(good())

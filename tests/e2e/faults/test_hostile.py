@@ -73,7 +73,7 @@ def base(images: Path) -> dict:
 @pytest.fixture(scope="session")
 def root(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Path:
     """The place of the sandbox; the shards beside it are indexed, so that nothing is written."""
-    from radio_distill.data.index import open_shards
+    from radio_distill.data.tar_index import open_shards
 
     open_shards(sorted((images / "shards").glob("*.tar")))
     return tmp_path_factory.mktemp("hostile") / "root"

@@ -2,8 +2,8 @@ import pytest
 
 from radio_distill.config import DataConfig
 from radio_distill.data.check import check_shards
-from radio_distill.data.index import index_path
 from radio_distill.data.shards import write_shards
+from radio_distill.data.tar_index import index_path
 from radio_distill.errors import DataError
 
 

@@ -3,7 +3,7 @@ import shutil
 
 import pytest
 
-from radio_distill.data.find import find_shards, search_shards
+from radio_distill.data.find import find_shards, is_hidden
 from radio_distill.errors import DataError
 
 
@@ -13,18 +13,18 @@ def test_find_shards__files_folders_and_patterns(shard_folder):
     deeper.mkdir()
     shutil.move(shards[4], deeper)
     shards[4] = deeper / "part-4.tar"
-    assert find_shards([str(shard_folder)]) == sorted(shards)
-    assert find_shards([str(shards[3]), str(shard_folder / "part-[0-3].tar")]) == [
+    assert find_shards([str(shard_folder)]).paths == sorted(shards)
+    assert find_shards([str(shards[3]), str(shard_folder / "part-[0-3].tar")]).paths == [
         shards[3],
         *shards[:3],
     ]
-    assert find_shards([str(shard_folder / "**" / "part-4.tar")]) == [shards[4]]
+    assert find_shards([str(shard_folder / "**" / "part-4.tar")]).paths == [shards[4]]
 
 
 def test_find_shards__each_comes_once(shard_folder, monkeypatch):
     monkeypatch.chdir(shard_folder)
     spellings = ["part-0.tar", str(shard_folder / "part-0.tar"), f"../{shard_folder.name}"]
-    assert len(find_shards(spellings)) == 5
+    assert len(find_shards(spellings).paths) == 5
 
 
 @pytest.mark.parametrize("pattern", ["nothing-*.tar", "nothing.tar", "empty"])
@@ -53,7 +53,7 @@ def test_find_shards__none_found_says_what_to_run(tmp_path, pattern):
 def test_find_shards__spellings_of_other_tools(shard_folder, monkeypatch, entry, numbers):
     monkeypatch.chdir(shard_folder)
     (shard_folder / "part-0.tar.index.jsonl").write_bytes(b"ours")
-    names = [path.name for path in find_shards([entry])]
+    names = [path.name for path in find_shards([entry]).paths]
     assert names == [f"part-{number}.tar" for number in numbers]
 
 
@@ -61,11 +61,17 @@ def test_find_shards__numbers_in_braces_keep_their_width(tmp_path, write_tar):
     for number in range(8, 12):
         write_tar(tmp_path / f"{number:05}.tar", {})
     found = find_shards([str(tmp_path / "{00008..00011}.tar")])
-    assert [path.name for path in found] == ["00008.tar", "00009.tar", "00010.tar", "00011.tar"]
+    assert [path.name for path in found.paths] == [
+        "00008.tar",
+        "00009.tar",
+        "00010.tar",
+        "00011.tar",
+    ]
     with pytest.raises(DataError, match=r"2 of the 6 .* are not there, the first .*00012\.tar"):
         find_shards([str(tmp_path / "{00008..00013}.tar")])
-    with pytest.raises(DataError, match="name more than 1,000,000"):
-        find_shards([str(tmp_path / "{0..9999}{0..9999}{0..9999}.tar")])
+    for braces in ("{0..9999}" * 3, "{0..999999999999}", "{0..999999}{0..999999}", "{a,b}" * 40):
+        with pytest.raises(DataError, match="name more than 1,000,000"):
+            find_shards([str(tmp_path / f"{braces}.tar")])
 
 
 def test_find_shards__what_exists_under_that_name_is_taken(tmp_path, write_tar):
@@ -73,13 +79,13 @@ def test_find_shards__what_exists_under_that_name_is_taken(tmp_path, write_tar):
     folder.mkdir()
     path = write_tar(folder / "a*.tar", {})
     write_tar(folder / "ab.tar", {})
-    assert len(find_shards([str(folder)])) == 2
-    assert find_shards([str(path)]) == [path]
+    assert len(find_shards([str(folder)]).paths) == 2
+    assert find_shards([str(path)]).paths == [path]
     plain = tmp_path / "my [2024] photos"
     plain.mkdir()
     path = write_tar(plain / "a.tar", {})
-    assert find_shards([str(plain / "*.tar")]) == [path]
-    assert find_shards([str(plain / "{a,a}.tar")]) == [path]
+    assert find_shards([str(plain / "*.tar")]).paths == [path]
+    assert find_shards([str(plain / "{a,a}.tar")]).paths == [path]
 
 
 def test_find_shards__lists_of_shards(shard_folder, monkeypatch):
@@ -88,7 +94,7 @@ def test_find_shards__lists_of_shards(shard_folder, monkeypatch):
     lines = ["# a comment", str(shard_folder / "part-3.tar"), "", here, "part-0.tar"]
     (shard_folder / "list.txt").write_text("\n".join(lines))
     found = find_shards([str(shard_folder / "list.txt")])
-    assert [path.name for path in found] == ["part-3.tar", "part-1.tar", "part-0.tar"]
+    assert [path.name for path in found.paths] == ["part-3.tar", "part-1.tar", "part-0.tar"]
     for text, reason in (("", "empty"), ("gone.tar", "lists 'gone.tar'"), ("list.txt", "no file")):
         (shard_folder / "list.txt").write_text(text)
         with pytest.raises(DataError, match=reason):
@@ -126,35 +132,42 @@ def test_find_shards__says_what_it_is_and_what_to_do(tmp_path, encode, monkeypat
     assert "\n" not in str(error.value)
 
 
-def test_search_shards__links_are_followed_and_no_shard_comes_twice(shard_folder, tmp_path_factory):
+def test_find_shards__links_are_followed_and_no_shard_comes_twice(shard_folder, tmp_path_factory):
     top = tmp_path_factory.mktemp("top")
     (top / "all").symlink_to(shard_folder)
     (top / "all2").symlink_to(shard_folder)
     (shard_folder / "back").symlink_to(top)
-    found = search_shards([str(top)])
+    found = find_shards([str(top)])
     assert [path.name for path in found.paths] == [f"part-{number}.tar" for number in range(5)]
     text = "\n".join(found.notes)
     assert "5 shards are named more than once" in text
     assert "links back to a folder above" in text
-    again = search_shards([str(shard_folder / "part-0.tar")] * 3)
+    again = find_shards([str(shard_folder / "part-0.tar")] * 3)
     assert len(again.paths) == 1
     assert "2 shards are named more than once" in again.notes[0]
 
 
-def test_search_shards__what_lies_beside_is_counted(shard_folder):
+def test_find_shards__what_lies_beside_is_counted(shard_folder):
     for name in ("0.parquet", "1.parquet", "0_stats.json", "._part-0.tar", "classes.txt"):
         (shard_folder / name).write_bytes(b"")
     (shard_folder / ".ipynb_checkpoints").mkdir()
     shutil.copy(shard_folder / "part-0.tar", shard_folder / ".ipynb_checkpoints")
     (shard_folder / "part-0.tar.index.jsonl").write_bytes(b"")
     (shard_folder / "part-1.tar").rename(shard_folder / "part-1.TAR")
-    found = search_shards([str(shard_folder)])
+    found = find_shards([str(shard_folder)])
     assert len(found.paths) == 5
     (note,) = found.notes
     assert note.endswith("2 .parquet, 1 .json, 2 hidden")
 
 
 def test_find_shards__names_too_long_or_impossible(tmp_path):
-    for entry in ("a" * 5000, "a\0b", os.path.join(str(tmp_path), "b" * 300, "*.tar")):
+    long = os.path.join(str(tmp_path), "b" * 300, "*.tar")
+    for entry in ("a" * 5000, "a\0b", long, "{a", "{" * 4000 + "}" * 4000, "{0.." + "9" * 5000):
         with pytest.raises(DataError, match="no shards found"):
             find_shards([entry])
+
+
+def test_is_hidden__files_that_systems_make():
+    hidden = [".ipynb_checkpoints", "._a.jpg", ".DS_Store", "Thumbs.db", "__MACOSX", "desktop.ini"]
+    assert all(map(is_hidden, hidden))
+    assert not any(map(is_hidden, [".", "..", "a.jpg", "a.", "thumbs", "macosx"]))

@@ -1,4 +1,5 @@
 import itertools
+import logging
 import multiprocessing
 import os
 import random
@@ -14,11 +15,19 @@ import pytest
 import torch
 
 from radio_distill.config import DataConfig
-from radio_distill.data import loader, reader
+from radio_distill.data import loader
+from radio_distill.data import tar_reader as reader
 from radio_distill.data.images import decode_image, random_view, to_float
-from radio_distill.data.index import index_path
-from radio_distill.data.loader import ShardBatches, StepSlice, in_every_step
+from radio_distill.data.loader import (
+    BadImage,
+    BadImageCounter,
+    ShardBatches,
+    StepSlice,
+    in_every_step,
+    too_many_bad,
+)
 from radio_distill.data.order import SampleOrder, view_generator
+from radio_distill.data.tar_index import index_path
 from radio_distill.errors import DataError
 
 SIZE = (16, 24)
@@ -320,7 +329,14 @@ def test_batches__program_ends_with_workers_still_running(shard_folder):
     # Regression: workers that ignore SIGTERM kept the interpreter from ending.
     program = f"""
 from radio_distill.config import DataConfig
-from radio_distill.data.loader import ShardBatches, StepSlice, in_every_step
+from radio_distill.data.loader import (
+    BadImage,
+    BadImageCounter,
+    ShardBatches,
+    StepSlice,
+    in_every_step,
+    too_many_bad,
+)
 config = DataConfig(shards=({str(shard_folder)!r},), workers=1)
 slices = in_every_step([StepSlice(0, 1, (8, 8))])
 stream = ShardBatches(config, seed=0, images_per_step=1, slices=slices).batches(0)
@@ -361,3 +377,42 @@ def test_batches__slices_may_differ_from_step_to_step(shard_folder):
     for step, expected in zip(stream, whole, strict=True):
         assert sum((batch.keys for batch in step), ()) == expected[0].keys
     assert torch.equal(torch.cat([batch.pixels for batch in stream[2]]), whole[2][0].pixels)
+
+
+def test_too_many_bad__waits_for_evidence():
+    assert not too_many_bad(10, 49, 0.01)
+    assert too_many_bad(50, 50, 0.01)
+    assert not too_many_bad(2, 50, 0.01)  # 4 %, but only two images
+    assert too_many_bad(400, 20_000, 0.01)
+    assert not too_many_bad(205, 20_000, 0.01)  # within chance
+    assert too_many_bad(1, 50, 0.0)
+    assert not too_many_bad(1000, 1000, 1.0)
+
+
+def test_bad_image_counter__counts_by_kind_and_stops_above_the_limit():
+    counter = BadImageCounter(0.1)
+    counter.add(
+        80,
+        [
+            BadImage("a", "checksum", "x"),
+            BadImage("b", "stalled", "y"),
+            BadImage("c", "stalled", "z"),
+        ],
+    )
+    assert (counter.num_reads, dict(counter.bad)) == (83, {"checksum": 1, "stalled": 2})
+    counter.check()
+    counter.add(0, [BadImage("d", "stalled", "the reason")] * 40)
+    with pytest.raises(DataError, match=r"43 of 123 read \(42 stalled, 1 check.* d: the reason"):
+        counter.check()
+
+
+def test_bad_image_counter__does_not_flood_the_log(caplog):
+    counter = BadImageCounter(1.0)
+    with caplog.at_level(logging.WARNING):
+        for number in range(5000):
+            counter.add(100, [BadImage(f"a.tar:{number}.png", "stalled", "no answer")])
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines[0] == "bad image a.tar:0.png (stalled): no answer"
+    assert sum(line.startswith("bad image a.tar") for line in lines) == 20
+    assert len(lines) == 20 + 1 + 5
+    assert lines[-1].startswith("bad images: 5000 of 505000 read (5000 stalled;")

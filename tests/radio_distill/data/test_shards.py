@@ -7,8 +7,8 @@ from radio_distill.config import DataConfig
 from radio_distill.data.check import check_shards
 from radio_distill.data.find import find_shards
 from radio_distill.data.images import decode_image
-from radio_distill.data.index import open_shards, parse_sample
 from radio_distill.data.shards import find_images, write_shards
+from radio_distill.data.tar_index import open_shards, parse_sample
 from radio_distill.errors import ConfigError, DataError
 
 
@@ -59,7 +59,7 @@ def test_write_shards__webdataset_reads_the_same_bytes(source, tmp_path, encode)
 
 def test_write_shards__our_index_accepts_them(source, tmp_path):
     summary = write_shards(source, tmp_path / "out", images_per_shard=2)
-    shards = open_shards(find_shards([str(tmp_path / "out")]))
+    shards = open_shards(find_shards([str(tmp_path / "out")]).paths)
     assert [shard.num_samples for shard in shards] == [2, 2]
     assert parse_sample(shards[0].lines()[0]).members.keys() == {"jpg", "txt"}
     assert tuple(shard.path for shard in shards) == summary.shards

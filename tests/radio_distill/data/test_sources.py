@@ -6,10 +6,10 @@ import shutil
 import pytest
 
 from radio_distill.config import DataConfig
-from radio_distill.data import index
-from radio_distill.data.index import index_path
-from radio_distill.data.reader import ShardReader
+from radio_distill.data import tar_index as index
 from radio_distill.data.sources import open_sources
+from radio_distill.data.tar_index import index_path
+from radio_distill.data.tar_reader import ShardReader
 from radio_distill.errors import DataError
 
 
@@ -83,8 +83,10 @@ def unclean(tmp_path, encode, write_tar):
 
 def test_open_sources__samples_left_out_have_a_budget(unclean, caplog):
     sources = open_sources(config_of(unclean, max_bad_share=0.1))
-    assert sources.left_out == {"unsafe_name": 1, "no_image": 1}
-    assert [shard.num_samples for shard in sources.shards] == [10, 8]
+    assert [(shard.num_samples, shard.num_left_out) for shard in sources.shards] == [
+        (10, 0),
+        (8, 2),
+    ]
     (record,) = caplog.records
     assert record.getMessage().endswith(
         "b.tar: left out 2 of 10 samples: 1 no_image (c.txt), 1 unsafe_name (../b.png)"
@@ -157,7 +159,7 @@ def test_open_sources__empty_shards_are_no_fault_and_are_said(
     assert sources.fingerprint == sound.fingerprint
     assert [shard.path.name for shard in sources.empty] == ["failed.tar"]
     assert "failed.tar has no images" in caplog.text
-    monkeypatch.setattr(index, "walk_shard", lambda path: pytest.fail("read again"))
+    monkeypatch.setattr(index, "scan_shard", lambda path: pytest.fail("read again"))
     open_sources(config_of(shard_folder))
     with pytest.raises(DataError, match=r"no images in the shards of .*1 without images"):
         open_sources(config_of(shard_folder / "failed.tar"))
@@ -186,8 +188,8 @@ def test_open_sources__where_shards_cannot_have_indexes_beside_them(
     caplog.set_level(logging.INFO)
     other = tmp_path_factory.mktemp("run") / "indexes"
     walks = []
-    walk_shard = index.walk_shard
-    monkeypatch.setattr(index, "walk_shard", lambda path: (walks.append(path), walk_shard(path))[1])
+    scan_shard = index.scan_shard
+    monkeypatch.setattr(index, "scan_shard", lambda path: (walks.append(path), scan_shard(path))[1])
     for path in shard_folder.glob("*.tar"):
         index_path(path).mkdir()  # in the way of every user, root too
     config = config_of(shard_folder, index=("beside", str(other)))
@@ -220,7 +222,7 @@ def test_open_sources__damage_is_found_once(damaged, monkeypatch):
     for _ in range(2):
         with pytest.raises(DataError, match=r"part-2\.tar is not a whole, plain tar file"):
             open_sources(config_of(damaged))
-        monkeypatch.setattr(index, "walk_shard", lambda path: pytest.fail("read again"))
+        monkeypatch.setattr(index, "scan_shard", lambda path: pytest.fail("read again"))
     monkeypatch.undo()
     shutil.copy(damaged / "part-1.tar", damaged / "part-2.tar")
     assert open_sources(config_of(damaged)).num_images == 24

@@ -1,39 +1,107 @@
 """Bytes of single samples out of indexed shards, by ``pread``.
 
-Files are opened when first needed, in each process for itself, and the least recently used ones are
-closed, so that a run over 100 000 shards stays below the limit of open files.
-
 What fails is tried once more with the file opened anew, which is enough after a failover of a file
 server; what fails again, or is not answered in time, is a bad image, not the end of the run.
 """
 
 import os
+import threading
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from queue import Empty, SimpleQueue
 from typing import Any, BinaryIO, TypeVar
 
 from ..errors import DataError
-from ..system.files import reason_of
+from ..system.files import open_regular, printable, reason_of
 from .images import BadImageError
-from .index import Member, Sample, Shard, parse_sample
-from .names import printable
-from .patience import DiskStalledError, NoAnswerError, ReadTimeout, open_regular
+from .tar_index import Shard, parse_sample
+from .tar_scan import Member, Sample
+
+Value = TypeVar("Value")
 
 READ_TIMEOUT = 60.0
 """Seconds for one read, where no recipe says otherwise."""
+MAX_STALLED = 8
+"""Reads of one process that may be without an answer at a time."""
 
-Value = TypeVar("Value")
+
+class NoAnswerError(Exception):
+    """A call that did not come back in time."""
+
+
+class DiskStalledError(DataError):
+    """A disk that answers no longer."""
+
+    exit_status = 1
+    """It may answer again, or on another machine, so that starting again is worth it."""
+
+
+class ReadTimeout:
+    """Runs calls that may never come back, for nothing in Python ends a system call.
+
+    Each runs in a thread of its own. One that takes too long is left behind with all that it holds:
+    its file stays open, for a descriptor that is closed under a read may be given to another file.
+    It is a daemon, which a program does not wait for at its end.
+
+    Args:
+        seconds: how long each call may take.
+    """
+
+    def __init__(self, seconds: float):
+        self._seconds = seconds
+        self._stalled: list[threading.Thread] = []
+
+    def __reduce__(self) -> tuple[type["ReadTimeout"], tuple[float]]:
+        return ReadTimeout, (self._seconds,)
+
+    def run(self, function: Callable[..., Value], *arguments: Any) -> Value:
+        """Return what ``function`` returns, or raise what it raises.
+
+        Raises:
+            NoAnswerError: it takes too long.
+            DiskStalledError: so do others, ``MAX_STALLED`` in all.
+        """
+        answers: SimpleQueue[tuple[Any, BaseException | None]] = SimpleQueue()
+
+        def call() -> None:
+            try:
+                answers.put((function(*arguments), None))
+            except BaseException as error:
+                answers.put((None, error))
+
+        thread = threading.Thread(target=call, name="read", daemon=True)
+        thread.start()
+        try:
+            value, error = answers.get(timeout=self._seconds)
+        except Empty:
+            self._stalled = [*(one for one in self._stalled if one.is_alive()), thread]
+            if len(self._stalled) >= MAX_STALLED:
+                raise DiskStalledError(
+                    f"the disk does not answer: {len(self._stalled)} reads have taken more than "
+                    f"{self._seconds:g} s; fix the disk or raise data.read_timeout, and start again"
+                ) from None
+            raise NoAnswerError(f"no answer within {self._seconds:g} s") from None
+        try:
+            if error is not None:
+                raise error
+            return value
+        finally:
+            del error  # it holds this frame, and with it what was to be read
 
 
 class _OpenShard:
     """An open file and its index; closed when nobody holds it, and so never under a read."""
 
-    def __init__(self, file: BinaryIO, lines: Sequence[bytes]):
-        self.file, self.lines = file, lines
+    def __init__(self, shard: Shard):
+        self.file: BinaryIO = open_regular(shard.path)
+        self.lines = shard.lines()
+        if os.fstat(self.file.fileno()).st_size != shard.size:
+            raise DataError("changed during the run")
 
     def __del__(self) -> None:
-        self.file.close()
+        if hasattr(self, "file"):
+            self.file.close()
 
     def read(self, member: Member) -> bytes:
         data = os.pread(self.file.fileno(), member.size, member.offset)
@@ -45,6 +113,9 @@ class _OpenShard:
 class ShardReader:
     """Reads samples of many shards, in any order.
 
+    Files are opened when first needed, in each process for itself, and the least recently used ones
+    are closed, so that a run over 100 000 shards stays below the limit of open files.
+
     Args:
         shards: the shards that samples are numbered in.
         max_open: how many of them are open at a time.
@@ -54,7 +125,7 @@ class ShardReader:
     def __init__(self, shards: Sequence[Shard], max_open: int = 64, timeout: float = READ_TIMEOUT):
         self.shards = shards
         self._max_open = max_open
-        self._patience = ReadTimeout(timeout)
+        self._timeout = ReadTimeout(timeout)
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -84,7 +155,7 @@ class ShardReader:
         """
         assert sample.image_suffix, f"{sample.key}: the index admits no sample without image"
         member = sample.members[sample.image_suffix]
-        data = self._twice(shard, lambda: self._patience.run(self._opened(shard).read, member))
+        data = self._twice(shard, lambda: self._timeout.run(self._opened(shard).read, member))
         if zlib.crc32(data) != member.crc32:
             raise BadImageError("checksum", "content differs from the index")
         return data
@@ -111,17 +182,9 @@ class ShardReader:
 
     def _opened(self, number: int) -> _OpenShard:
         if number not in self._open:
-            opened = self._patience.run(_open, self.shards[number])
+            opened = self._timeout.run(_OpenShard, self.shards[number])
             if len(self._open) >= self._max_open:
                 self._open.popitem(last=False)
             self._open[number] = opened
         self._open.move_to_end(number)
         return self._open[number]
-
-
-def _open(shard: Shard) -> _OpenShard:
-    opened = _OpenShard(open_regular(shard.path), ())
-    opened.lines = shard.lines()
-    if os.fstat(opened.file.fileno()).st_size != shard.size:
-        raise DataError("changed during the run")
-    return opened

@@ -9,15 +9,18 @@ import zlib
 
 import pytest
 import webdataset
+from hypothesis import given
+from hypothesis import strategies as st
+from webdataset.tariterators import base_plus_ext
 
-from radio_distill.data import scan as walk
-from radio_distill.data.scan import LeftOut, describe, walk_shard
+from radio_distill.data import tar_scan
+from radio_distill.data.tar_scan import LeftOut, describe, is_safe, scan_shard, split_name
 from radio_distill.errors import DataError
 
 
-def test_walk_shard__places_and_sums_fit_the_file(captioned):
+def test_scan_shard__places_and_sums_fit_the_file(captioned):
     raw = captioned.read_bytes()
-    samples = walk_shard(captioned).samples
+    samples = scan_shard(captioned).samples
     assert [sample.key for sample in samples] == [f"a{i}" for i in range(6)]
     with tarfile.open(captioned) as tar:
         for sample in samples:
@@ -28,72 +31,53 @@ def test_walk_shard__places_and_sums_fit_the_file(captioned):
                 assert member.crc32 == zlib.crc32(content)
 
 
-def test_walk_shard__groups_as_webdataset_does(tmp_path, encode, write_tar):
+def test_scan_shard__groups_as_webdataset_does(tmp_path, encode, write_tar):
     image = encode(0)
-    names = [
-        "./d.x/a.JPG",
-        "./d.x/a.seg.png",
-        "b.jpeg",
-        "b.json",
-        "__meta__",
-        ".hidden.jpg",
-        "plain",
-    ]
+    names = ["./d.x/a.JPG", "./d.x/a.seg.png", "b.jpeg", "b.json"]
+    names += ["__meta__", ".hidden.jpg", "plain"]
     path = write_tar(tmp_path / "a.tar", dict.fromkeys(names, image))
     theirs = [
         (sample["__key__"], {name for name in sample if not name.startswith("__")})
         for sample in webdataset.WebDataset(str(path), shardshuffle=False)
     ]
-    ours = [(sample.key, set(sample.members)) for sample in walk_shard(path).samples]
+    ours = [(sample.key, set(sample.members)) for sample in scan_shard(path).samples]
     assert ours == theirs == [("./d.x/a", {"jpg", "seg.png"}), ("b", {"jpeg", "json"})]
 
 
-def damage(raw: bytes, how: str) -> bytes:
-    header = 512 * next(i for i in range(1, 99) if raw[512 * i : 512 * i + 6] == b"a2.png")
-    return {
-        "header byte": raw[: header + 3] + b"\xff" + raw[header + 4 :],
-        "first header": b"\xff" + raw[1:],
-        "size field": raw[: header + 124] + b"77777777777" + raw[header + 135 :],
-        "lost block": raw[:header] + bytes(1536) + raw[header + 1536 :],
-        "cut at a member": raw[:header],
-        "cut in a header": raw[: header + 100],
-        "cut in data": raw[: header + 512 + 700],
-        "no end marker": raw.rstrip(b"\0")[: -(len(raw.rstrip(b"\0")) % 512)],
-        "half an end marker": raw.rstrip(b"\0") + bytes(-len(raw.rstrip(b"\0")) % 512 + 512),
-        "garbage behind": raw + b"x",
-        "empty": b"",
-        "text": b"<html>404 not found</html>" * 100,
-        "gzip": b"\x1f\x8b\x08\x00" + bytes(2000),
-    }[how]
+def third_header(raw: bytes) -> int:
+    return 512 * next(i for i in range(1, 99) if raw[512 * i : 512 * i + 6] == b"a2.png")
 
 
-@pytest.mark.parametrize(
-    "how",
-    [
-        "header byte",
-        "first header",
-        "size field",
-        "lost block",
-        "cut at a member",
-        "cut in a header",
-        "cut in data",
-        "no end marker",
-        "half an end marker",
-        "garbage behind",
-        "empty",
-        "text",
-        "gzip",
-    ],
-)
-def test_walk_shard__refuses_damage_in_one_line(captioned, how):
-    captioned.write_bytes(damage(captioned.read_bytes(), how))
+DAMAGE = {
+    "header byte": lambda raw, at: raw[: at + 3] + b"\xff" + raw[at + 4 :],
+    "first header": lambda raw, at: b"\xff" + raw[1:],
+    "size field": lambda raw, at: raw[: at + 124] + b"77777777777" + raw[at + 135 :],
+    "lost block": lambda raw, at: raw[:at] + bytes(1536) + raw[at + 1536 :],
+    "cut at a member": lambda raw, at: raw[:at],
+    "cut in a header": lambda raw, at: raw[: at + 100],
+    "cut in data": lambda raw, at: raw[: at + 512 + 700],
+    "no end marker": lambda raw, at: raw.rstrip(b"\0")[: -(len(raw.rstrip(b"\0")) % 512)],
+    "half an end marker": lambda raw, at: (
+        raw.rstrip(b"\0") + bytes(-len(raw.rstrip(b"\0")) % 512 + 512)
+    ),
+    "garbage behind": lambda raw, at: raw + b"x",
+    "empty": lambda raw, at: b"",
+    "text": lambda raw, at: b"<html>404 not found</html>" * 100,
+    "gzip": lambda raw, at: b"\x1f\x8b\x08\x00" + bytes(2000),
+}
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+def test_scan_shard__refuses_damage_in_one_line(captioned, how):
+    raw = captioned.read_bytes()
+    captioned.write_bytes(DAMAGE[how](raw, third_header(raw)))
     with pytest.raises(DataError, match=r"a\.tar") as error:
-        walk_shard(captioned)
+        scan_shard(captioned)
     assert "\n" not in str(error.value)
 
 
-def test_walk_shard__random_damage_is_refused_or_harmless(captioned):
-    raw, sound = captioned.read_bytes(), walk_shard(captioned).samples
+def test_scan_shard__random_damage_is_refused_or_harmless(captioned):
+    raw, sound = captioned.read_bytes(), scan_shard(captioned).samples
     chance = random.Random(0)
     num_refused = 0
     for _ in range(150):
@@ -103,7 +87,7 @@ def test_walk_shard__random_damage_is_refused_or_harmless(captioned):
                 broken[chance.randrange(len(broken))] ^= 1 << chance.randrange(8)
         captioned.write_bytes(broken)
         try:
-            found = walk_shard(captioned).samples
+            found = scan_shard(captioned).samples
         except DataError:
             num_refused += 1
         else:  # only data or padding was hit
@@ -137,10 +121,10 @@ def keys_of(contents) -> list[str]:
         "a" * 2000 + ".png",
     ],
 )
-def test_walk_shard__leaves_out_hostile_names(tmp_path, encode, write_tar, name):
+def test_scan_shard__leaves_out_hostile_names(tmp_path, encode, write_tar, name):
     good = encode(0)
     path = write_tar(tmp_path / "a.tar", [("first.png", good), (name, good), ("last.png", good)])
-    contents = walk_shard(path)
+    contents = scan_shard(path)
     assert keys_of(contents) == ["first", "last"]
     assert contents.left_out.keys() == {"unsafe_name"}
     (shown,) = contents.left_out["unsafe_name"].names
@@ -152,40 +136,36 @@ def test_walk_shard__leaves_out_hostile_names(tmp_path, encode, write_tar, name)
 @pytest.mark.parametrize(
     "kind",
     [
-        tarfile.SYMTYPE,
-        tarfile.LNKTYPE,
-        tarfile.FIFOTYPE,
-        tarfile.CHRTYPE,
-        tarfile.GNUTYPE_SPARSE,
-        b"Z",
+        *[tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE],
+        *[tarfile.GNUTYPE_SPARSE, b"Z"],
     ],
 )
-def test_walk_shard__leaves_out_all_but_plain_files(tmp_path, encode, write_tar, kind):
+def test_scan_shard__leaves_out_all_but_plain_files(tmp_path, encode, write_tar, kind):
     link = header("a.png", type=kind, linkname="/etc/passwd")
     members = [("a.png", link), ("a.txt", b"of the link"), ("b.png", encode(0))]
-    contents = walk_shard(write_tar(tmp_path / "a.tar", members))
+    contents = scan_shard(write_tar(tmp_path / "a.tar", members))
     assert keys_of(contents) == ["b"]
     assert contents.left_out == {"not_a_file": LeftOut(1, ("a.png",))}
 
 
-def test_walk_shard__link_that_claims_a_size(tmp_path, encode, write_tar):
+def test_scan_shard__link_that_claims_a_size(tmp_path, encode, write_tar):
     """Readers pass over no data behind a link, whatever its header says."""
     link = header("a.png", type=tarfile.LNKTYPE, linkname="b.png", size=700)
     path = write_tar(tmp_path / "a.tar", {"b.png": encode(0), "c.png": encode(1)})
     path.write_bytes(link.tobuf(tarfile.USTAR_FORMAT) + path.read_bytes())
-    assert keys_of(walk_shard(path)) == ["b", "c"]
+    assert keys_of(scan_shard(path)) == ["b", "c"]
     path.write_bytes(link.tobuf(tarfile.USTAR_FORMAT) + bytes(1024))
-    contents = walk_shard(path)
+    contents = scan_shard(path)
     assert contents.samples == []
     assert contents.left_out == {"not_a_file": LeftOut(1, ("a.png",))}
 
 
-def test_walk_shard__passes_over_folders(tmp_path, encode):
+def test_scan_shard__passes_over_folders(tmp_path, encode):
     (tmp_path / "d.x").mkdir()
     (tmp_path / "d.x" / "a.png").write_bytes(encode(0))
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         tar.add(tmp_path / "d.x", "d.x")
-    contents = walk_shard(tmp_path / "a.tar")
+    contents = scan_shard(tmp_path / "a.tar")
     assert (keys_of(contents), contents.left_out) == (["d.x/a"], {})
 
 
@@ -199,9 +179,9 @@ def test_walk_shard__passes_over_folders(tmp_path, encode):
         (["a.png", "b.png", "a.png", "b.png"], 2),
     ],
 )
-def test_walk_shard__keeps_the_first_of_two(tmp_path, encode, write_tar, names, num_left_out):
+def test_scan_shard__keeps_the_first_of_two(tmp_path, encode, write_tar, names, num_left_out):
     members = [(name, encode(number)) for number, name in enumerate(names)]
-    contents = walk_shard(write_tar(tmp_path / "a.tar", members))
+    contents = scan_shard(write_tar(tmp_path / "a.tar", members))
     assert keys_of(contents) == sorted({name[0] for name in names})
     assert contents.left_out.keys() == {"duplicate"}
     assert contents.left_out["duplicate"].num_samples == num_left_out
@@ -210,16 +190,16 @@ def test_walk_shard__keeps_the_first_of_two(tmp_path, encode, write_tar, names, 
     assert first["png"].crc32 == zlib.crc32(encode(0))
 
 
-def test_walk_shard__leaves_out_samples_without_image(tmp_path, encode, write_tar):
+def test_scan_shard__leaves_out_samples_without_image(tmp_path, encode, write_tar):
     members = {"a.png": encode(0), "b.txt": b"lost its image", "b.json": b"{}", "c.cls": b"1"}
-    contents = walk_shard(write_tar(tmp_path / "a.tar", members))
+    contents = scan_shard(write_tar(tmp_path / "a.tar", members))
     assert keys_of(contents) == ["a"]
     assert contents.left_out == {"no_image": LeftOut(2, ("b.txt", "c.cls"))}
 
 
-def test_walk_shard__whole_shard_without_images_is_empty(tmp_path, write_tar):
-    assert walk_shard(write_tar(tmp_path / "a.tar", {})) == ([], {}, {})
-    contents = walk_shard(write_tar(tmp_path / "a.tar", {"a.txt": b"only text"}))
+def test_scan_shard__whole_shard_without_images_is_empty(tmp_path, write_tar):
+    assert scan_shard(write_tar(tmp_path / "a.tar", {})) == ([], {}, {})
+    contents = scan_shard(write_tar(tmp_path / "a.tar", {"a.txt": b"only text"}))
     assert contents == ([], {"no_image": LeftOut(1, ("a.txt",))}, {})
 
 
@@ -248,17 +228,17 @@ def images_of(contents) -> list[str]:
         (["a.jpg", "LICENSE", "text/a.txt"], ["a.jpg"], {"side_file": 2}),
     ],
 )
-def test_walk_shard__every_image_is_one(tmp_path, encode, write_tar, names, images, notes):
+def test_scan_shard__every_image_is_one(tmp_path, encode, write_tar, names, images, notes):
     path = write_tar(tmp_path / "a.tar", {name: encode(0) for name in names})
-    contents = walk_shard(path)
+    contents = scan_shard(path)
     assert images_of(contents) == images
     assert contents.left_out == {}
     assert {kind: item.num_samples for kind, item in contents.notes.items()} == notes
 
 
-def test_walk_shard__members_go_with_the_image_of_their_name(tmp_path, encode, write_tar):
+def test_scan_shard__members_go_with_the_image_of_their_name(tmp_path, encode, write_tar):
     names = ["a.json", "a.1.jpg", "a.2.jpg", "a.2.txt", "a.1.txt", "a.2.seg.png", "a.3.txt"]
-    contents = walk_shard(write_tar(tmp_path / "a.tar", {name: encode(0) for name in names}))
+    contents = scan_shard(write_tar(tmp_path / "a.tar", {name: encode(0) for name in names}))
     assert [set(sample.members) for sample in contents.samples] == [
         {"json", "1.jpg", "1.txt", "3.txt"},
         {"2.jpg", "2.txt", "2.seg.png"},
@@ -266,10 +246,10 @@ def test_walk_shard__members_go_with_the_image_of_their_name(tmp_path, encode, w
 
 
 @pytest.mark.parametrize("first", ["jpg", "txt"])
-def test_walk_shard__members_need_not_stand_side_by_side(tmp_path, encode, write_tar, first):
+def test_scan_shard__members_need_not_stand_side_by_side(tmp_path, encode, write_tar, first):
     suffixes = [first, {"jpg": "txt", "txt": "jpg"}[first]]
     members = {f"{i}.{suffix}": encode(i) for suffix in suffixes for i in range(5)}
-    contents = walk_shard(write_tar(tmp_path / "a.tar", members))
+    contents = scan_shard(write_tar(tmp_path / "a.tar", members))
     assert images_of(contents) == [f"{i}.jpg" for i in range(5)]
     assert all(sample.members.keys() == {"jpg", "txt"} for sample in contents.samples)
     assert contents.left_out == contents.notes == {}
@@ -286,13 +266,13 @@ def test_walk_shard__members_need_not_stand_side_by_side(tmp_path, encode, write
         "\ufeffmark.png",
     ],
 )
-def test_walk_shard__names_that_people_have_are_used(tmp_path, encode, write_tar, name):
-    contents = walk_shard(write_tar(tmp_path / "a.tar", {name: encode(0)}))
+def test_scan_shard__names_that_people_have_are_used(tmp_path, encode, write_tar, name):
+    contents = scan_shard(write_tar(tmp_path / "a.tar", {name: encode(0)}))
     assert images_of(contents) == [name]
     assert contents.left_out == {}
 
 
-def test_walk_shard__links_within_the_shard_are_followed(tmp_path, encode):
+def test_scan_shard__links_within_the_shard_are_followed(tmp_path, encode):
     folder = tmp_path / "in"
     (folder / "deep").mkdir(parents=True)
     (folder / "a.png").write_bytes(encode(0))
@@ -302,7 +282,7 @@ def test_walk_shard__links_within_the_shard_are_followed(tmp_path, encode):
     (folder / "deep" / "nowhere.png").symlink_to("nothing.png")
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         tar.add(folder, ".")
-    contents = walk_shard(tmp_path / "a.tar")
+    contents = scan_shard(tmp_path / "a.tar")
     assert sorted(keys_of(contents)) == ["./a", "./deep/soft", "./hard"]
     assert len({sample.members["png"] for sample in contents.samples}) == 1
     assert contents.left_out["not_a_file"].num_samples == 2
@@ -317,17 +297,17 @@ def test_walk_shard__links_within_the_shard_are_followed(tmp_path, encode):
         (lambda raw: raw + raw, "tar -A"),
     ],
 )
-def test_walk_shard__says_what_else_a_file_is(captioned, make, what):
+def test_scan_shard__says_what_else_a_file_is(captioned, make, what):
     captioned.write_bytes(make(captioned.read_bytes()))
     with pytest.raises(DataError, match=what):
-        walk_shard(captioned)
+        scan_shard(captioned)
 
 
-def test_walk_shard__leaves_out_members_above_the_limit(tmp_path, encode, write_tar, monkeypatch):
+def test_scan_shard__leaves_out_members_above_the_limit(tmp_path, encode, write_tar, monkeypatch):
     small, large = encode(0), encode(1, size=(60, 60))
-    monkeypatch.setattr(walk, "MAX_MEMBER_BYTES", len(small))
+    monkeypatch.setattr(tar_scan, "MAX_MEMBER_BYTES", len(small))
     members = {"a.png": large, "a.txt": b"of a", "b.png": small, "c.jpg": small, "c.png": large}
-    contents = walk_shard(write_tar(tmp_path / "a.tar", members))
+    contents = scan_shard(write_tar(tmp_path / "a.tar", members))
     assert [(sample.key, *sample.members) for sample in contents.samples] == [
         ("b", "png"),
         ("c", "jpg"),
@@ -335,19 +315,19 @@ def test_walk_shard__leaves_out_members_above_the_limit(tmp_path, encode, write_
     assert contents.left_out == {"too_large": LeftOut(2, ("a.png", "c.png"))}
 
 
-def test_walk_shard__counts_are_exact_and_names_are_few(tmp_path, encode, write_tar):
+def test_scan_shard__counts_are_exact_and_names_are_few(tmp_path, encode, write_tar):
     members = [("good.png", encode(0)), *((f"../{i}.png", b"x") for i in range(500))]
-    contents = walk_shard(write_tar(tmp_path / "a.tar", members))
+    contents = scan_shard(write_tar(tmp_path / "a.tar", members))
     assert contents.left_out["unsafe_name"].num_samples == 500
     assert len(contents.left_out["unsafe_name"].names) == 10
     assert describe(contents.left_out) == "500 unsafe_name (../0.png, ../1.png, ../2.png, …)"
 
 
-def test_walk_shard__unicode_names_are_used_as_they_are(tmp_path, encode, write_tar):
+def test_scan_shard__unicode_names_are_used_as_they_are(tmp_path, encode, write_tar):
     names = [unicodedata.normalize(form, "é") for form in ("NFC", "NFD")]
     names += ["🦊", "חתול", "猫", "a b", "é/é"]
     members = {f"{name}.png": encode(number) for number, name in enumerate(names)}
-    contents = walk_shard(write_tar(tmp_path / "a.tar", members))
+    contents = scan_shard(write_tar(tmp_path / "a.tar", members))
     assert keys_of(contents) == names
     assert contents.left_out == {}
     theirs = webdataset.WebDataset(str(tmp_path / "a.tar"), shardshuffle=False)
@@ -392,13 +372,13 @@ HOSTILE_HEADERS = {
 
 @pytest.mark.timeout(20)
 @pytest.mark.parametrize("kind", HOSTILE_HEADERS)
-def test_walk_shard__hostile_headers_neither_hang_nor_fill_memory(captioned, kind):
+def test_scan_shard__hostile_headers_neither_hang_nor_fill_memory(captioned, kind):
     import resource
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     captioned.write_bytes(HOSTILE_HEADERS[kind] + captioned.read_bytes())
     try:
-        contents = walk_shard(captioned)
+        contents = scan_shard(captioned)
     except DataError as error:
         assert str(error).isprintable()  # noqa: PT017
     else:
@@ -406,34 +386,34 @@ def test_walk_shard__hostile_headers_neither_hang_nor_fill_memory(captioned, kin
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + 100_000
 
 
-def test_walk_shard__names_do_not_depend_on_the_locale(tmp_path, encode, write_tar, monkeypatch):
+def test_scan_shard__names_do_not_depend_on_the_locale(tmp_path, encode, write_tar, monkeypatch):
     path = write_tar(tmp_path / "a.tar", {"ü.png": encode(0)})
     monkeypatch.setattr(tarfile, "ENCODING", "latin-1")
     monkeypatch.setattr(tarfile.TarFile, "encoding", "latin-1")
-    assert keys_of(walk_shard(path)) == ["ü"]
+    assert keys_of(scan_shard(path)) == ["ü"]
 
 
-def test_walk_shard__refuses_what_is_no_file_without_waiting(tmp_path):
+def test_scan_shard__refuses_what_is_no_file_without_waiting(tmp_path):
     os.mkfifo(tmp_path / "pipe.tar")
     with pytest.raises(DataError, match=r"pipe\.tar: not a regular file"):
-        walk_shard(tmp_path / "pipe.tar")
+        scan_shard(tmp_path / "pipe.tar")
     with pytest.raises(DataError, match="not a regular file"):
-        walk_shard(tmp_path)
+        scan_shard(tmp_path)
 
 
-def test_walk_shard__shard_that_grows_meanwhile(captioned, monkeypatch):
-    measure = walk._measure
+def test_scan_shard__shard_that_grows_meanwhile(captioned, monkeypatch):
+    measure = tar_scan._measure
 
     def measure_and_grow(file, info):
         os.utime(captioned, ns=(5, 5))
         return measure(file, info)
 
-    monkeypatch.setattr(walk, "_measure", measure_and_grow)
+    monkeypatch.setattr(tar_scan, "_measure", measure_and_grow)
     with pytest.raises(DataError, match="was written to while it was read"):
-        walk_shard(captioned)
+        scan_shard(captioned)
 
 
-def test_walk_shard__sound_shards_of_webdatasets_writer(tmp_path, encode):
+def test_scan_shard__sound_shards_of_webdatasets_writer(tmp_path, encode):
     """Same keys and same bytes as webdataset itself reads."""
     path = tmp_path / "a.tar"
     with webdataset.TarWriter(str(path)) as writer:
@@ -452,7 +432,7 @@ def test_walk_shard__sound_shards_of_webdatasets_writer(tmp_path, encode):
             sample.key,
             {s: raw[m.offset : m.offset + m.size] for s, m in sample.members.items()},
         )
-        for sample in walk_shard(path).samples
+        for sample in scan_shard(path).samples
     ]
     theirs = [
         (sample["__key__"], {s: data for s, data in sample.items() if not s.startswith("__")})
@@ -460,3 +440,37 @@ def test_walk_shard__sound_shards_of_webdatasets_writer(tmp_path, encode):
     ]
     assert ours == theirs
     assert json.loads(ours[3][1]["json"]) == {"number": 3}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *["a.png", "./a.png", "d.x/..a/b.png", "é.png", "🦊", "a b..png"],
+        *["a\u202fb", "\u00a0", "🧑\u200d💻", "\udce9", "\U0001fae8", "a\\b"],
+    ],
+)
+def test_is_safe__plain_names(name):
+    assert is_safe(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *["/a.png", "..", "../a", "a/../b", "a\0b", "a\rb", "a\x7f", "\u2028", "\ud800"],
+        *["a" * 1001, "\x85", "\u2029", "\u202e", "\u2066", "\u200f", "\u061c"],
+    ],
+)
+def test_is_safe__hostile_names(name):
+    assert not is_safe(name)
+
+
+@given(st.lists(st.sampled_from([".", "/", "a", "B", "__", "x.y"]), max_size=6).map("".join))
+def test_split_name__as_webdataset_does(name):
+    key, suffix = split_name(name)
+    theirs_key, theirs_suffix = base_plus_ext(name)
+    is_meta = "/" not in name and name.startswith("__") and name.endswith("__")
+    is_hidden = name.rpartition("/")[2].startswith(".")  # webdataset gives some the folder's key
+    if theirs_key and theirs_suffix and not is_meta and not is_hidden:
+        assert (key, suffix) == (theirs_key, theirs_suffix.lower())
+    else:
+        assert suffix == ""

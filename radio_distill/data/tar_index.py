@@ -1,6 +1,6 @@
-"""What a tar shard holds, found out once and kept in a file.
+"""What tar shards hold, found out once and kept in a file.
 
-:mod:`.walk` checks a shard and lists its samples; the CRC of each member is noted, and checked
+:mod:`.tar_scan` checks a shard and lists its samples; the CRC of each member is noted, and checked
 whenever the member is read. An index has one head line, which is all that is read at the start of a
 run, and one line a sample. It is made on first use and again when size or time of the shard differ,
 or when the head is damaged. Of a damaged shard the head says what is wrong, so that it is not read
@@ -19,17 +19,15 @@ import os
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from ..errors import DataError
-from ..system.files import reason_of, replacing
-from .names import printable
-from .patience import open_regular
-from .scan import MAX_MEMBER_BYTES, DamagedShardError, LeftOut, Member, Sample, walk_shard
+from ..system.files import open_regular, printable, reason_of, replacing
+from .tar_scan import MAX_MEMBER_BYTES, DamagedShardError, LeftOut, Member, Sample, scan_shard
 
 logger = logging.getLogger(__name__)
 Value = TypeVar("Value")
@@ -54,7 +52,7 @@ class Shard:
     digest: str
     """sha256 of the sample lines, so of names, places and CRCs of all members."""
     left_out: Mapping[str, LeftOut] = field(default_factory=dict)
-    """What the shard holds besides and must not be used, by kind; see :mod:`.walk`."""
+    """What the shard holds besides and must not be used, by kind; see :mod:`.tar_scan`."""
     notes: Mapping[str, LeftOut] = field(default_factory=dict)
     """What is notable but no fault, by kind."""
     damage: str = ""
@@ -93,6 +91,16 @@ def index_path(shard: Path, folder: str = BESIDE) -> Path:
     return Path(folder).expanduser() / f"{shard.name}.{place}.index.jsonl"
 
 
+def open_shard(path: Path, folders: Sequence[str] = (BESIDE,)) -> Shard:
+    """Read the stored index of a shard, or make it.
+
+    Raises:
+        DataError: the shard cannot be read, or is damaged.
+    """
+    shard = _stored(path, folders)
+    return _make_index(shard, folders) if isinstance(shard, _Unindexed) else shard
+
+
 def open_shards(paths: Sequence[Path]) -> list[Shard]:
     """Open the indexes of many shards at once, in order; raises as :func:`open_shard` does."""
     shards = []
@@ -113,26 +121,11 @@ def try_open_shards(
     pool = ThreadPoolExecutor(_THREADS)
     try:
         results = list(pool.map(lambda path: _trying(_stored, path, folders), paths))
-        wanted = {place: item for place, item in enumerate(results) if isinstance(item, _Wanted)}
-        if wanted:
-            _say_why(list(wanted.values()))
-            made = pool.map(lambda item: _trying(_make, item, folders), wanted.values())
-            found = dict(zip(wanted, _with_progress(made, list(wanted.values())), strict=True))
-            _say_where(list(found.values()), folders)
-            results = [found.get(place, item) for place, item in enumerate(results)]
+        unindexed = [result for result in results if isinstance(result, _Unindexed)]
+        made = iter(_make_indexes(pool, unindexed, folders) if unindexed else [])
+        return [next(made) if isinstance(result, _Unindexed) else result for result in results]
     finally:  # whoever presses Ctrl-C does not wait for terabytes
         pool.shutdown(wait=False, cancel_futures=True)
-    return [item for item in results if not isinstance(item, _Wanted)]
-
-
-def open_shard(path: Path, folders: Sequence[str] = (BESIDE,)) -> Shard:
-    """Read the stored index of a shard, or make it.
-
-    Raises:
-        DataError: the shard cannot be read, or is damaged.
-    """
-    found = _stored(path, folders)
-    return _make(found, folders) if isinstance(found, _Wanted) else found
 
 
 def parse_sample(line: bytes) -> Sample:
@@ -148,7 +141,7 @@ def parse_sample(line: bytes) -> Sample:
     return sample
 
 
-class _Wanted(NamedTuple):
+class _Unindexed(NamedTuple):
     """A shard whose index must be made."""
 
     path: Path
@@ -163,7 +156,7 @@ def _trying(function: Callable[..., Value], *arguments: Any) -> Value | DataErro
         return error
 
 
-def _stored(path: Path, folders: Sequence[str]) -> Shard | _Wanted:
+def _stored(path: Path, folders: Sequence[str]) -> Shard | _Unindexed:
     """Return what the first index says that fits the shard."""
     try:
         status = path.stat()
@@ -171,43 +164,45 @@ def _stored(path: Path, folders: Sequence[str]) -> Shard | _Wanted:
         raise DataError(f"shard {printable(path)}: {reason_of(error)}") from error
     reasons = []
     for folder in dict.fromkeys([*folders, BESIDE]):
-        found = _read_head(path, index_path(path, folder))
-        if isinstance(found, str):
-            reasons.append(found)
-        elif (found.size, found.mtime_ns) != (status.st_size, status.st_mtime_ns):
+        shard = _read_head(path, index_path(path, folder))
+        if isinstance(shard, str):
+            reasons.append(shard)
+        elif (shard.size, shard.mtime_ns) != (status.st_size, status.st_mtime_ns):
             reasons.append("whose index is of other contents")
-        elif found.damage:
+        elif shard.damage:
             raise DataError(
-                f"shard {printable(path)} {found.damage} (if it is mended and nothing but its "
-                f"bytes changed, delete {printable(found.index)})"
+                f"shard {printable(path)} {shard.damage} (if it is mended and nothing but its "
+                f"bytes changed, delete {printable(shard.index)})"
             )
         else:
-            return found
-    return _Wanted(path, status, next(filter(None, reasons), "without an index"))
+            return shard
+    return _Unindexed(path, status, next(filter(None, reasons), "without an index"))
 
 
-def _make(wanted: _Wanted, folders: Sequence[str]) -> Shard:
-    path, size, mtime_ns = wanted.path, wanted.status.st_size, wanted.status.st_mtime_ns
+def _make_index(shard: _Unindexed, folders: Sequence[str]) -> Shard:
+    path, size, mtime_ns = shard.path, shard.status.st_size, shard.status.st_mtime_ns
     try:
-        contents = walk_shard(path)
+        contents = scan_shard(path)
     except DamagedShardError as error:
         if path.suffix.lower() == ".tar":  # else it may be anything, and gets no file of ours
             _store(Shard(path, size, mtime_ns, 0, "", damage=error.reason), [], folders)
         raise
     lines = [json.dumps(sample, separators=(",", ":")).encode() for sample in contents.samples]
-    shard = Shard(
-        path, size, mtime_ns, len(lines), _digest(lines), contents.left_out, contents.notes
-    )
-    return _store(shard, lines, folders)
+    digest = _digest(lines)
+    indexed = Shard(path, size, mtime_ns, len(lines), digest, contents.left_out, contents.notes)
+    return _store(indexed, lines, folders)
 
 
 def _store(shard: Shard, lines: list[bytes], folders: Sequence[str]) -> Shard:
     """Write an index to the first folder that can be written."""
+    head = {"version": _VERSION, **asdict(shard)}
+    del head["path"], head["kept"], head["index"]
+    head_line = json.dumps({**head, "crc32": _crc32(head)}).encode()
     for folder in folders:
         place = index_path(shard.path, folder)
         try:
             with replacing(place) as temporary:
-                temporary.write_bytes(b"\n".join([_head_line(shard), *lines]) + b"\n")
+                temporary.write_bytes(b"\n".join([head_line, *lines]) + b"\n")
         except OSError as error:
             logger.debug("no index at %s: %s", printable(place), reason_of(error))
         else:
@@ -215,73 +210,43 @@ def _store(shard: Shard, lines: list[bytes], folders: Sequence[str]) -> Shard:
     return replace(shard, kept=tuple(lines))
 
 
-def _say_why(wanted: list[_Wanted]) -> None:
-    reasons = Counter(item.why for item in wanted).most_common()
-    size = sum(item.status.st_size for item in wanted)
+def _make_indexes(
+    pool: Executor, unindexed: Sequence[_Unindexed], folders: Sequence[str]
+) -> list[Shard | DataError]:
+    """Index many shards; says why, how far that is, and which indexes lie elsewhere or nowhere."""
+    number, size = len(unindexed), sum(item.status.st_size for item in unindexed)
+    reasons = Counter(item.why for item in unindexed).most_common()
+    why = ", ".join(f"{count} {reason}" for reason, count in reasons)
     logger.info(
-        "reading %d shards whole, once, to index them (%s): %s",
-        len(wanted),
-        _in_bytes(size),
-        ", ".join(f"{number} {why}" for why, number in reasons),
+        "reading %d shards whole, once, to index them (%.3g GB): %s", number, size / 1e9, why
     )
-
-
-def _with_progress(made: Iterable[Value], wanted: list[_Wanted]) -> Iterator[Value]:
-    said, done, size = time.monotonic(), 0, sum(item.status.st_size for item in wanted)
-    for number, (result, item) in enumerate(zip(made, wanted, strict=True), 1):
+    results: list[Shard | DataError] = []
+    said, done = time.monotonic(), 0
+    indexing = pool.map(lambda item: _trying(_make_index, item, folders), unindexed)
+    for item, result in zip(unindexed, indexing, strict=True):
+        results.append(result)
         done += item.status.st_size
-        if time.monotonic() - said > _SECONDS_A_LINE and number < len(wanted):
+        if time.monotonic() - said > _SECONDS_A_LINE:
             said = time.monotonic()
-            logger.info(
-                "indexed %d of %d shards, %s of %s",
-                number,
-                len(wanted),
-                _in_bytes(done),
-                _in_bytes(size),
-            )
-        yield result
-
-
-def _say_where(made: Sequence[Any], folders: Sequence[str]) -> None:
-    """Say which indexes lie in another place than the first, and which nowhere."""
-    shards = [item for item in made if isinstance(item, Shard)]
-    elsewhere = [item for item in shards if item.index not in (None, _first(item, folders))]
-    nowhere = [item for item in shards if item.index is None]
+            numbers = len(results), number, done / 1e9, size / 1e9
+            logger.info("indexed %d of %d shards, %.3g of %.3g GB", *numbers)
+    shards = [result for result in results if isinstance(result, Shard)]
+    wanted = [index_path(shard.path, folders[0]) for shard in shards]
+    pairs = [(shard.index, place) for shard, place in zip(shards, wanted, strict=True)]
+    elsewhere = [(index, place) for index, place in pairs if index not in (None, place)]
     if elsewhere:
-        first, place = elsewhere[0], elsewhere[0].index
-        assert place is not None, "it lies elsewhere"
+        folder, place = (printable(path.parent) for path in elsewhere[0] if path is not None)
         logger.info(
             "indexes of %d shards go to %s, for %s cannot be written; data.index names another "
-            "place",
-            len(elsewhere),
-            printable(place.parent),
-            printable(_first(first, folders).parent),
-        )
-    if nowhere:
+            "place", len(elsewhere), folder, place,
+        )  # fmt: skip
+    if nowhere := [place for index, place in pairs if index is None]:
         logger.warning(
             "indexes of %d shards stay in memory, for %s cannot be written, so every process and "
             "every start reads these shards whole; name a folder for them with data.index",
-            len(nowhere),
-            printable(_first(nowhere[0], folders).parent),
-        )
-
-
-def _first(shard: Shard, folders: Sequence[str]) -> Path:
-    return index_path(shard.path, folders[0])
-
-
-def _in_bytes(number: float) -> str:
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if number < 1000:
-            return f"{number:.3g} {unit}"
-        number /= 1000
-    return f"{number:.3g} TB"
-
-
-def _head_line(shard: Shard) -> bytes:
-    head = {"version": _VERSION, **asdict(shard)}
-    del head["path"], head["kept"], head["index"]
-    return json.dumps({**head, "crc32": _crc32(head)}).encode()
+            len(nowhere), printable(nowhere[0].parent),
+        )  # fmt: skip
+    return results
 
 
 def _read_head(path: Path, place: Path) -> Shard | str:

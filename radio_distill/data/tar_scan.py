@@ -1,15 +1,15 @@
-"""The walk through a tar shard that finds its samples, and what must not be used.
+"""The scan of a tar shard that finds its samples, and what must not be used.
 
 A tar reader takes a damaged header for the end of the archive, so a reader of streams loses the
 rest of the shard without a word. Here the structure must be whole: every header valid, none larger
 than any honest one, each behind the one before it, and a clean end marker. Within a whole structure
 single members may still be unfit; they are left out, and counted by kind:
 
-``unsafe_name``   absolute, with ``..``, too long, or made to deceive; see :mod:`.names`
+``unsafe_name``   absolute, with ``..``, too long, or made to deceive; see :func:`is_safe`
 ``not_a_file``    a link to what is not in the shard, a device, a sparse file
 ``too_large``     above ``MAX_MEMBER_BYTES``
 ``duplicate``     of a member that came before; the first one stays
-``no_image``    a sample of other members only
+``no_image``      a sample of other members only
 
 Members in a row of one sample and one kind count once, so that the counts are samples.
 
@@ -17,12 +17,7 @@ A member whose last suffix is that of an image is an image, and each makes a sam
 ``a.jpg``, ``a.1.jpg`` and ``a.left.png`` are three. Not so masks and the like: where two images
 differ in the last suffix alone (``a.jpg``, ``a.png``), the one is used whose suffix comes first in
 ``IMAGE_SUFFIXES``, and a member such as ``a.seg.png`` is used only where there is no other. Members
-of one name need not stand side by side. What is notable but no fault is counted too:
-
-``further_image`` used, beside another image of its name
-``second_file``   of an image that is used, or its mask; passed over
-``hidden``        by its name, or its folder's; passed over
-``side_file``     belongs to no image: without a suffix, or in a folder without images; passed over
+of one name need not stand side by side. What is notable but no fault is counted too, see ``NOTES``.
 """
 
 import os
@@ -30,22 +25,29 @@ import posixpath
 import re
 import tarfile
 import zlib
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from ..errors import DataError
-from ..system.files import reason_of
+from ..system.files import open_regular, printable, reason_of, shortened
+from .find import is_hidden
 from .images import IMAGE_SUFFIXES
-from .names import is_hidden, is_safe, printable, shortened, split_name
-from .patience import open_regular
 
 MAX_MEMBER_BYTES = 256 << 20
 _BLOCK = 512
 _MOST_PADDING = 4 << 20  # bytes; tar's own default is 10 KiB
 _MAX_HEADER_BYTES = 16 << 10  # long names and extended headers; tarfile would read gigabytes
 _NAMES_KEPT = 10
+_MAX_NAME_LENGTH = 1000
+_UNSAFE = re.compile(
+    "["
+    "\x00-\x1f\x7f-\x9f"  # control characters
+    "\u2028\u2029"  # separators of lines and paragraphs
+    "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # marks of writing direction
+    "\ud800-\udc7f\udd00-\udfff"  # surrogates; the others stand for bytes that are not UTF-8
+    "]"
+)
 _NO_PHOTOGRAPH = re.compile(
     r"(alpha|annotations?|depth|disparity|edges?|flow|gt|instances?|labels?|masks?|matte|normals?|"
     r"panoptic|seg|segmentation|semantic|thumb|thumbnail)[_-]?[0-9]*"
@@ -59,6 +61,16 @@ NOTES = {
     "side_file": "passed over, for they belong to no image",
 }
 """What is said of members that are notable but no fault, by kind."""
+
+_OTHER_FORMATS = {
+    b"\x1f\x8b": "it is compressed with gzip; unpack it with `gunzip`",
+    b"BZh": "it is compressed with bzip2; unpack it with `bunzip2`",
+    b"\xfd7zXZ": "it is compressed with xz; unpack it with `unxz`",
+    b"\x28\xb5\x2f\xfd": "it is compressed with zstd; unpack it with `unzstd`",
+    b"PK\3\4": "it is a zip file; unpack it and make shards of it with `radio-distill shards`",
+    b"PAR1": "it is a Parquet file; write its images into a tar",
+    b"version https://git-lfs": "it is a pointer of Git LFS; fetch it with `git lfs pull`",
+}
 
 
 class Member(NamedTuple):
@@ -114,7 +126,11 @@ class DamagedShardError(DataError):
         self.reason = reason
 
 
-def walk_shard(path: Path) -> Contents:
+class _OtherFormatError(ValueError):
+    """A file that is no damaged tar but something else; the text says what to do with it."""
+
+
+def scan_shard(path: Path) -> Contents:
     """List the samples of a tar file, and what is left out.
 
     Raises:
@@ -125,7 +141,7 @@ def walk_shard(path: Path) -> Contents:
     try:
         with open_regular(path) as file:
             before = os.fstat(file.fileno())
-            contents = _walk(file)
+            contents = _scan(file)
             after = os.fstat(file.fileno())
     except OSError as error:
         raise DataError(f"{shard}: {reason_of(error)}") from error
@@ -142,9 +158,33 @@ def walk_shard(path: Path) -> Contents:
 def describe(left_out: Mapping[str, LeftOut]) -> str:
     """Return kinds, counts and first names in one line."""
     return ", ".join(
-        f"{item.num_samples} {kind} ({', '.join(item.names[:3])}{', …' * (item.num_samples > 3)})"
-        for kind, item in sorted(left_out.items())
+        f"{number} {kind} ({', '.join(names[:3])}{', …' * (number > 3)})"
+        for kind, (number, names) in sorted(left_out.items())
     )
+
+
+def is_safe(name: str) -> bool:
+    """Tell whether a member's name is relative, stays below its folder, and deceives nobody.
+
+    A name out of a shard is never used as a path, and is escaped wherever it is shown. Those with
+    control characters, separators of lines, or marks of writing direction are left out all the
+    same; everything else that people have is used: spaces of every kind, joined emoji, bytes of
+    another encoding than UTF-8.
+    """
+    rises = name.startswith("/") or ".." in name.split("/")
+    return not rises and not _UNSAFE.search(name) and len(name) <= _MAX_NAME_LENGTH
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Return key and lower-case suffix of a member, split at the first dot as webdataset does.
+
+    The suffix is empty where webdataset passes the member over.
+    """
+    folder, slash, file_name = name.rpartition("/")
+    stem, _, suffix = file_name.partition(".")
+    if not stem or (not slash and stem.startswith("__") and name.endswith("__")):
+        return name, ""
+    return folder + slash + stem, suffix.lower()
 
 
 def _is_image(suffix: str) -> bool:
@@ -160,8 +200,8 @@ def _is_no_photograph(stem: str) -> bool:
     return any(map(_NO_PHOTOGRAPH.fullmatch, stem.split(".")))
 
 
-def _walk(file: BinaryIO) -> Contents:
-    found = _Found()
+def _scan(file: BinaryIO) -> Contents:
+    members = _Members(file)
     end, size = 0, os.fstat(file.fileno()).st_size
     _check_beginning(file)
     headers: Any = _Headers(file)  # tarfile only reads, seeks and tells
@@ -171,9 +211,9 @@ def _walk(file: BinaryIO) -> Contents:
             if info.size < 0 or not end < tar.offset <= size:
                 raise ValueError(f"header at byte {end} points outside the file, or back")
             end = tar.offset
-            found.add(info, file)
+            members.add(info)
     _check_end(file, end)
-    return found.contents()
+    return members.contents()
 
 
 class _Headers:
@@ -188,47 +228,36 @@ class _Headers:
         return self._file.read(size)
 
 
-class _Count:
-    """How many of a kind, and the first names."""
-
-    def __init__(self) -> None:
-        self._number: Counter[str] = Counter()
-        self._names: dict[str, list[str]] = {}
-
-    def add(self, kind: str, name: str) -> None:
-        self._number[kind] += 1
-        names = self._names.setdefault(kind, [])
-        if len(names) < _NAMES_KEPT:
-            names.append(shortened(name))
-
-    def result(self) -> dict[str, LeftOut]:
-        return {
-            kind: LeftOut(number, tuple(self._names[kind])) for kind, number in self._number.items()
-        }
+def _count(counts: dict[str, LeftOut], kind: str, name: str) -> None:
+    number, names = counts.get(kind, (0, ()))
+    if number < _NAMES_KEPT:
+        names = (*names, shortened(name))
+    counts[kind] = LeftOut(number + 1, names)
 
 
-class _Found:
-    """Samples and what is left out, member by member."""
+class _Members:
+    """Collects the samples of a shard and what is left out of it, member by member."""
 
-    def __init__(self) -> None:
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
         self._groups: dict[str, dict[str, Member]] = {}
         self._links: list[tuple[str, str, tarfile.TarInfo]] = []
-        self._left_out, self._notes = _Count(), _Count()
+        self._left_out: dict[str, LeftOut] = {}
+        self._notes: dict[str, LeftOut] = {}
         self._group, self._is_repeated = "", False  # of the members in a row that share a key
         self._last_left_out = ("", "")
         self._incomplete: set[str] = set()  # keys of which something is left out
 
-    def add(self, info: tarfile.TarInfo, file: BinaryIO) -> None:
+    def add(self, info: tarfile.TarInfo) -> None:
         key, suffix = split_name(info.name)
         if suffix and not info.isdir() and key != self._group:
-            self._group, self._is_repeated = key, False
-            self._last_left_out = ("", "")
+            self._group, self._is_repeated, self._last_left_out = key, False, ("", "")
         if not is_safe(info.name):
             self._leave_out("unsafe_name", key, info.name)
         elif info.isdir():
             return
         elif any(map(is_hidden, info.name.split("/"))):
-            self._notes.add("hidden", info.name)
+            _count(self._notes, "hidden", info.name)
         elif info.issym():  # what it points to may come later
             self._links.append((key, suffix, info))
         elif not info.isreg() or info.issparse():
@@ -236,47 +265,38 @@ class _Found:
         elif info.size > MAX_MEMBER_BYTES:
             self._leave_out("too_large", key, info.name)
         elif not suffix:
-            self._notes.add("side_file", info.name)
+            _count(self._notes, "side_file", info.name)
         elif not self._repeats(key, suffix, info.name):
-            self._groups.setdefault(key, {})[suffix] = _measure(file, info)
+            self._groups.setdefault(key, {})[suffix] = _measure(self._file, info)
 
     def contents(self) -> Contents:
         for key, suffix, info in self._links:
             self._is_repeated = False
             self._add_link(key, suffix, info)
-        samples: list[Sample] = []
-        for key, members in self._groups.items():
-            samples += self._split(key, members)
+        samples = [sample for key in self._groups for sample in self._split(key)]
         folders = {posixpath.dirname(sample.key) for sample in samples}
         for key, members in self._groups.items():
             if any(map(_is_image, members)) or key in self._incomplete:
                 continue  # used, or counted already
             name = f"{key}.{next(iter(members))}"
             if samples and posixpath.dirname(key) not in folders:
-                self._notes.add("side_file", name)
+                _count(self._notes, "side_file", name)
             else:
                 self._leave_out("no_image", key, name)
-        return Contents(samples, self._left_out.result(), self._notes.result())
+        return Contents(samples, self._left_out, self._notes)
 
     def _add_link(self, key: str, suffix: str, info: tarfile.TarInfo) -> None:
         """Take a link for the member that it points to, within the shard."""
-        member = self._target(info)
+        names = [info.linkname] if info.islnk() else []
+        if info.issym() and not info.linkname.startswith("/"):
+            place = posixpath.join(posixpath.dirname(info.name), info.linkname)
+            names = [posixpath.normpath(place), f"./{posixpath.normpath(place)}"]
+        targets = (self._groups.get(key, {}).get(suffix) for key, suffix in map(split_name, names))
+        member = next(filter(None, targets), None)
         if member is None or not suffix:
             self._leave_out("not_a_file", key, info.name)
         elif not self._repeats(key, suffix, info.name):
             self._groups.setdefault(key, {})[suffix] = member
-
-    def _target(self, info: tarfile.TarInfo) -> Member | None:
-        names = []
-        if info.islnk():
-            names = [info.linkname]
-        elif info.issym() and not info.linkname.startswith("/"):
-            place = posixpath.join(posixpath.dirname(info.name), info.linkname)
-            names = [posixpath.normpath(place), f"./{posixpath.normpath(place)}"]
-        for key, suffix in map(split_name, names):
-            if member := self._groups.get(key, {}).get(suffix):
-                return member
-        return None
 
     def _repeats(self, key: str, suffix: str, name: str) -> bool:
         """Leave a member out that was there before, and what follows it of its sample."""
@@ -285,29 +305,30 @@ class _Found:
             self._leave_out("duplicate", key, name)
         return self._is_repeated
 
-    def _split(self, key: str, members: dict[str, Member]) -> list[Sample]:
+    def _split(self, key: str) -> list[Sample]:
         """Make a sample of each image of a group, and give it the members of its name.
 
         The others go with the first.
         """
+        members = self._groups[key]
         images = list(filter(_is_image, members))
         stems = dict.fromkeys(suffix.rpartition(".")[0] for suffix in images)
         own = [stem for stem in stems if not _is_no_photograph(stem)] or list(stems)[:1]
         parts: dict[str, dict[str, Member]] = {stem: {} for stem in own}
         for suffix, member in members.items() if own else ():
-            parts[_owner(suffix, parts) if len(own) > 1 else own[0]][suffix] = member
+            parts[_owner(suffix, parts)][suffix] = member
         samples = [Sample(key, part) for part in parts.values()]
         used = [sample.image_suffix for sample in samples]
         for suffix in images:
             if suffix not in used:
-                self._notes.add("second_file", f"{key}.{suffix}")
+                _count(self._notes, "second_file", f"{key}.{suffix}")
             elif suffix != used[0]:
-                self._notes.add("further_image", f"{key}.{suffix}")
+                _count(self._notes, "further_image", f"{key}.{suffix}")
         return samples
 
     def _leave_out(self, kind: str, key: str, name: str) -> None:
         if (kind, key) != self._last_left_out:
-            self._left_out.add(kind, name)
+            _count(self._left_out, kind, name)
         self._last_left_out = kind, key
         self._incomplete.add(key)
 
@@ -317,7 +338,7 @@ def _owner(suffix: str, stems: Mapping[str, Any]) -> str:
     stem = suffix
     while stem:
         stem = stem.rpartition(".")[0]
-        if stem in stems:
+        if stem in stems and len(stems) > 1:
             return stem
     return next(iter(stems))
 
@@ -328,21 +349,6 @@ def _measure(file: BinaryIO, info: tarfile.TarInfo) -> Member:
     if len(data) != info.size:
         raise ValueError(f"cut off inside {info.name!r}")
     return Member(info.offset_data, info.size, zlib.crc32(data))
-
-
-_OTHER_FORMATS = {
-    b"\x1f\x8b": "it is compressed with gzip; unpack it with `gunzip`",
-    b"BZh": "it is compressed with bzip2; unpack it with `bunzip2`",
-    b"\xfd7zXZ": "it is compressed with xz; unpack it with `unxz`",
-    b"\x28\xb5\x2f\xfd": "it is compressed with zstd; unpack it with `unzstd`",
-    b"PK\3\4": "it is a zip file; unpack it and make shards of it with `radio-distill shards`",
-    b"PAR1": "it is a Parquet file; write its images into a tar",
-    b"version https://git-lfs": "it is a pointer of Git LFS; fetch it with `git lfs pull`",
-}
-
-
-class _OtherFormatError(ValueError):
-    """A file that is no damaged tar but something else; the text says what to do with it."""
 
 
 def _check_beginning(file: BinaryIO) -> None:

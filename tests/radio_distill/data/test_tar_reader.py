@@ -1,18 +1,28 @@
 import gc
+import multiprocessing
 import os
 import pickle
 import shutil
+import signal
+import subprocess
+import sys
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from radio_distill.data import reader as reader_module
+from radio_distill.data import tar_reader as reader_module
 from radio_distill.data.images import BadImageError
-from radio_distill.data.index import index_path, open_shards
-from radio_distill.data.patience import MAX_ABANDONED, DiskStalledError
-from radio_distill.data.reader import ShardReader
+from radio_distill.data.tar_index import index_path, open_shards
+from radio_distill.data.tar_reader import (
+    MAX_STALLED,
+    DiskStalledError,
+    NoAnswerError,
+    ReadTimeout,
+    ShardReader,
+)
 
 
 @pytest.fixture
@@ -212,8 +222,104 @@ def test_image_bytes__disk_that_does_not_answer_at_all_ends_the_run(shards, wedg
     reader = ShardReader(shards, timeout=0.15)
     sample = reader.sample(0, 1)
     wedge(True)
-    for _ in range(MAX_ABANDONED - 1):
+    for _ in range(MAX_STALLED - 1):
         with pytest.raises(BadImageError):
             reader.image_bytes(0, sample)
     with pytest.raises(DiskStalledError, match="does not answer"):
         reader.image_bytes(0, sample)
+
+
+@pytest.fixture
+def pipe():
+    """Both ends of a pipe without content: a read from it blocks inside the kernel."""
+    ends = os.pipe()
+    yield ends
+    for end in ends:
+        os.close(end)
+
+
+@pytest.fixture
+def num_threads():
+    """Count the threads that the test has started and that have not ended."""
+    before = set(threading.enumerate())
+    return lambda: len(set(threading.enumerate()) - before)
+
+
+def stall(timeout: ReadTimeout, pipe) -> None:
+    with pytest.raises(NoAnswerError):
+        timeout.run(os.read, pipe[0], 1)
+
+
+def test_read_timeout__gives_what_the_call_gives(num_threads):
+    timeout = ReadTimeout(10)
+    assert timeout.run(divmod, 17, 5) == (3, 2)
+    with pytest.raises(ZeroDivisionError):
+        timeout.run(divmod, 17, 0)
+    assert timeout.run(divmod, 17, 4) == (4, 1)
+    assert wait_until(lambda: num_threads() == 0)
+
+
+def test_read_timeout__leaves_a_call_without_answer_behind(pipe, num_threads):
+    timeout = ReadTimeout(0.4)
+    stall(timeout, pipe)
+    assert timeout.run(len, "abc") == 3, "the answer is that of its own call"
+    os.write(pipe[1], b"too late")
+    assert wait_until(lambda: num_threads() == 0), "who comes back late, ends"
+
+
+def test_read_timeout__ends_when_too_many_are_out(pipe):
+    timeout = ReadTimeout(0.02)
+    for _ in range(MAX_STALLED - 1):
+        stall(timeout, pipe)
+    with pytest.raises(DiskStalledError) as error:
+        timeout.run(os.read, pipe[0], 1)
+    assert error.value.exit_status not in (0, 2), "starting again is worth it"
+    os.write(pipe[1], bytes(MAX_STALLED))
+
+
+def test_read_timeout__disk_that_answers_again_is_forgiven(pipe, num_threads):
+    timeout = ReadTimeout(0.02)
+    for _ in range(2 * MAX_STALLED):
+        stall(timeout, pipe)
+        os.write(pipe[1], b"x")
+        assert wait_until(lambda: num_threads() == 0)
+
+
+def test_read_timeout__works_after_a_fork_and_after_pickling(pipe):
+    timeout = ReadTimeout(0.4)
+    stall(timeout, pipe)
+    context = multiprocessing.get_context("fork")
+    child = context.Process(target=lambda: os._exit(timeout.run(len, "abcde")))
+    child.start()
+    child.join(30)
+    assert child.exitcode == 5
+    assert pickle.loads(pickle.dumps(timeout)).run(len, "abc") == 3
+    os.write(pipe[1], b"x")
+
+
+def test_read_timeout__interrupted_call_gives_its_answer_to_nobody():
+    timeout = ReadTimeout(10)
+
+    def interrupt(number, frame):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        with pytest.raises(KeyboardInterrupt):
+            timeout.run(time.sleep, 0.2)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert timeout.run(len, "abc") == 3
+
+
+def test_read_timeout__program_ends_with_a_call_still_out():
+    program = """
+import os
+from radio_distill.data.tar_reader import NoAnswerError, ReadTimeout
+try:
+    ReadTimeout(0.4).run(os.read, os.pipe()[0], 1)
+except NoAnswerError:
+    raise SystemExit(7)
+"""
+    assert subprocess.run([sys.executable, "-c", program], timeout=60, check=False).returncode == 7

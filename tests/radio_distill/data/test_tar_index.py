@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from radio_distill.data import index
-from radio_distill.data.index import (
+from radio_distill.data import tar_index as index
+from radio_distill.data.tar_index import (
     index_path,
     open_shard,
     open_shards,
@@ -21,7 +21,7 @@ from radio_distill.errors import DataError
 
 def test_open_shard__second_time_reads_the_stored_index(captioned, monkeypatch):
     first = open_shard(captioned)
-    monkeypatch.setattr(index, "walk_shard", lambda path: pytest.fail("walked again"))
+    monkeypatch.setattr(index, "scan_shard", lambda path: pytest.fail("walked again"))
     second = open_shard(captioned)
     assert second == first
     assert [parse_sample(line).key for line in second.lines()] == [f"a{i}" for i in range(6)]
@@ -100,7 +100,7 @@ def test_open_shard__says_the_same_the_second_time(tmp_path, encode, write_tar, 
     members = [("a.png", encode(0)), ("../b.png", encode(1)), ("c.txt", b""), ("a.png", encode(2))]
     path = write_tar(tmp_path / "a.tar", members)
     first = open_shard(path)
-    monkeypatch.setattr(index, "walk_shard", lambda path: pytest.fail("walked again"))
+    monkeypatch.setattr(index, "scan_shard", lambda path: pytest.fail("walked again"))
     assert open_shard(path) == first
     assert first.num_samples == 1
     assert {kind: item.num_samples for kind, item in first.left_out.items()} == {
@@ -179,7 +179,7 @@ def test_try_open_shards__ctrl_c_does_not_wait_for_what_is_being_read(shard_fold
 
     for path in shard_folder.glob("*.index.jsonl"):
         path.unlink()
-    monkeypatch.setattr(index, "walk_shard", endless)
+    monkeypatch.setattr(index, "scan_shard", endless)
     monkeypatch.setattr(index, "_THREADS", 1)
     with pytest.raises(KeyboardInterrupt):
         index.try_open_shards(sorted(shard_folder.glob("*.tar")))
