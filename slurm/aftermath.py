@@ -21,12 +21,11 @@ if __package__ in (None, ""):  # run as a file: put the checkout, and only it, f
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from radio_distill.train.status import read_status
-
-from . import commands, history, outcomes
-from .chain import Chain, find_chain
-from .commands import SlurmError
-from .decision import USER_ERROR, Decision, Ending, decide, exclusion
-from .outcomes import Outcome, Place
+from slurm import commands, history, outcomes
+from slurm.chain import Chain, find_chain
+from slurm.commands import SlurmError
+from slurm.decision import USER_ERROR, Decision, Ending, decide, exclusion
+from slurm.outcomes import Outcome, Place
 
 _MARK = "radio-distill: "  # before every error of the user's, and before what is written here
 _OURS = re.compile(rf"{_MARK}\S+: ({'|'.join(get_args(history.Kind))}): ")

@@ -15,8 +15,7 @@ if __package__ in (None, ""):  # run as a file: put the checkout, and only it, f
 from radio_distill import __version__
 from radio_distill.errors import ConfigError
 from radio_distill.registry import nearest
-
-from .arguments import Parser, run_command, run_module
+from stages.arguments import Parser, run_command, run_module
 
 COMMANDS = {
     "demo": (

@@ -24,9 +24,8 @@ if __package__ in (None, ""):  # run as a file: put the checkout, and only it, f
 from radio_distill.config import LossConfig, PartitionConfig, Recipe, StageConfig, check
 from radio_distill.errors import ConfigError
 from radio_distill.system.progress import Progress
-
-from .arguments import add_training_arguments, run_script
-from .common import (
+from stages.arguments import add_training_arguments, run_script
+from stages.common import (
     FITTED,
     check_folder,
     checkpoint_to_resume,
@@ -152,8 +151,7 @@ def fit_upsampler(
         run_on_main,
         world_from,
     )
-
-    from .commands.doctor import check_packages
+    from stages.commands.doctor import check_packages
 
     check_packages()
     config = recipe.fit
@@ -216,14 +214,13 @@ def build_fit(
     from radio_distill.data.loader import ShardBatches, in_every_step
     from radio_distill.system.distributed import run_on_main
     from radio_distill.system.files import make_private
+    from stages.build import check_room, check_shards
     from teachers import build_teacher
     from upsamplers.fit.consistency import Consistency
     from upsamplers.fit.lessons import share_of
     from upsamplers.fit.task import FitRun
     from upsamplers.fitted import UpsamplerModel
     from upsamplers.networks import build_network
-
-    from .build import check_room, check_shards
 
     config = recipe.fit
     if recipe.evaluation.images:

@@ -118,7 +118,7 @@ def test_secrets_in__finds_none_in_the_recipes():
 
 PROGRAM = """
 import logging, os, sys, threading, warnings
-from radio_distill import redaction
+from radio_distill.system import redaction
 redaction.install()
 redaction.install()
 logging.basicConfig(format="%(name)s %(message)s")

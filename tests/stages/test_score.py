@@ -205,9 +205,9 @@ def test_docs__show_what_the_command_prints(capsys: pytest.CaptureFixture[str]) 
 
 def test_script__runs_as_a_file_from_anywhere_without_torch(tmp_path: Path) -> None:
     code = (
-        "import runpy, sys; sys.argv = ['score.py', '--paper', 'featsharp'];"
+        "import runpy, sys; sys.argv = ['cli.py', 'score', '--paper', 'featsharp'];"
         f"sys.path[0] = {str(ROOT / 'stages')!r}\n"
-        f"try: runpy.run_path({str(ROOT / 'stages' / 'score.py')!r}, run_name='__main__')\n"
+        f"try: runpy.run_path({str(ROOT / 'stages' / 'cli.py')!r}, run_name='__main__')\n"
         "except SystemExit as end: print('status', end.code, 'torch' in sys.modules)"
     )
     result = subprocess.run(

@@ -137,7 +137,7 @@ def test_meet__port_of_another_program(place, unused_port):
 
 SRUN = """
 import os, time, torch
-from radio_distill.train import distributed
+from radio_distill.system import distributed
 distributed._LEAST_TIMEOUT = 1.0
 world = distributed.world_from(os.environ)
 distributed.join(world, torch.device("cpu"))
