@@ -16,22 +16,21 @@ not trained again. Written to runs/normalizers: normalizers.md and normalizers.j
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, stdev
 
-from radio_distill.config import Recipe, size_pair
-from radio_distill.data.folder import load_images
-from radio_distill.distill.targets import TargetMaker
-from radio_distill.evals.fidelity import fidelity, in_teacher_space
+from radio_distill.config import Recipe
+from radio_distill.evals.encoder import student_encoder
+from radio_distill.evals.fidelity import Fidelity, targets_of
+from radio_distill.loading import load
+from radio_distill.protocols import Teacher
 from radio_distill.report.tables import Cell, Column, Estimate, Table, print_tables, render
 from radio_distill.system.distributed import World, choose_device
 from radio_distill.system.files import replacing
-from radio_distill.train.checkpoint import find
-from radio_distill.train.restore import load_student, normalizers_of
 from stages.arguments import run_script
-from stages.build import build_targets
+from stages.build import build_teachers
 from stages.commands.demo import prepare_images
 from stages.common import load_recipe, train_stage
 
@@ -58,14 +57,14 @@ def run(arguments: argparse.Namespace) -> int:
     if recipe.data.shards == load_recipe("demo").data.shards:
         prepare_images(recipe, None)
     sources = {"held out": recipe.evaluation.images, "learned from": recipe.data.shards[0]}
-    yardstick = _yardstick(recipe)
+    teachers = build_teachers(recipe, choose_device(recipe.engine.device, World()))
     results: dict[str, dict[str, list[Values]]] = {name: {} for name in sources}
     for seed in arguments.seeds:
         for name in arguments.normalizers:
             variant = _variant(recipe, name, seed)
             folder = train_stage(STAGE, variant, resume=True)
             for label, source in sources.items():
-                found = measure(folder, variant, yardstick, source)
+                found = measure(folder, variant, teachers, source)
                 results[label].setdefault(name, []).append(found)
     tables = [_table(f"Images {label}", recipe, _ranked(found)) for label, found in results.items()]
     print_tables(tables)
@@ -86,27 +85,13 @@ def _variant(recipe: Recipe, normalizer: str, seed: int) -> Recipe:
     )
 
 
-def _yardstick(recipe: Recipe) -> TargetMaker:
-    """Build the teachers with their features as they are."""
-    plain = replace(recipe, normalizer=replace(recipe.normalizer, name="none"))
-    return build_targets(plain, STAGE, choose_device(recipe.engine.device, World()))
-
-
-def measure(folder: Path, recipe: Recipe, yardstick: TargetMaker, source: str) -> Values:
-    """Compare a student's heads with the teachers, at the size that it was trained at."""
+def measure(folder: Path, recipe: Recipe, teachers: Mapping[str, Teacher], source: str) -> Values:
+    """Compare a student's folded heads with the teachers, at the size that it was trained at."""
     device = choose_device(recipe.engine.device, World())
-    checkpoint, teachers = find(folder), tuple(recipe.teachers)
-    model = load_student(checkpoint, device)
-    partition = replace(recipe.stages[STAGE].partitions[0], teachers=teachers)
-    size = size_pair(partition.size)
-    scores = fidelity(
-        in_teacher_space(lambda pixels: model(pixels, teachers), normalizers_of(checkpoint)),
-        lambda views: yardstick(views, partition),
-        [image for _, image in load_images(source, recipe.evaluation.limit)],
-        size,
-        [yardstick.rendered_size(name, partition, size) for name in teachers],
-        device=device,
-    )
+    model, size = load(folder, device=device), recipe.stages[STAGE].partitions[0].size
+    targets = targets_of(teachers, recipe.teachers, size, recipe.student.patch_size)
+    encoder = student_encoder(model, device, targets)
+    scores = Fidelity(source, size).run(encoder, recipe.evaluation.limit)
     values = {score.metric: score.value for score in scores}
     return values | {f"relative/{name}": 1 / values[f"fidelity/{name}"] for name in teachers}
 

@@ -31,7 +31,7 @@ from radio_distill.data.images import to_float
 from radio_distill.data.loader import ShardBatches, StepSlice, in_every_step
 from radio_distill.data.shards import write_shards
 from radio_distill.distill.views import resize
-from radio_distill.evals.harness import open_image
+from radio_distill.evals.encoder import open_image
 from radio_distill.protocols import Teacher
 from radio_distill.report.tables import Cell, Column, Table, print_tables
 from radio_distill.types import ImageBatch, View

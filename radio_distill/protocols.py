@@ -167,7 +167,7 @@ class Benchmark(Protocol):
 
 
 class Encoder(Protocol):
-    """What a benchmark is handed; :class:`radio_distill.evals.harness.Encoder` is one."""
+    """What a benchmark is handed; :class:`radio_distill.evals.encoder.Encoder` is one."""
 
     @property
     def name(self) -> str: ...

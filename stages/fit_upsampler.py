@@ -346,7 +346,7 @@ def held_out(source: str, size: "Size", factor: int, limit: int = 0) -> "list[to
     import torch
 
     from radio_distill.data.folder import load_images
-    from radio_distill.evals.harness import to_pixels
+    from radio_distill.evals.encoder import to_pixels
 
     fine = (size[0] * factor, size[1] * factor)
     images = [to_pixels(image, fine) for _, image in load_images(source, limit or None)]

@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 
 from my_package.encoder import Encoder
 from radio_distill.config import EvaluationConfig, TeacherConfig, UpsamplerConfig
-from radio_distill.evals.harness import evaluate
-from stages.commands.scoring import teacher_encoder
+from radio_distill.evals.encoder import teacher_encoder
+from radio_distill.evals.run import evaluate
 from teachers import build_teacher
 from upsamplers import build_upsampler, is_fitted
 from upsamplers.fitted import FittedUpsampler
@@ -56,7 +56,7 @@ assert -100 <= score.value <= 100
 BROKEN = """
 from radio_distill.config import EvaluationConfig, TeacherConfig, UpsamplerConfig
 from radio_distill.errors import ConfigError
-from radio_distill.evals.harness import make
+from radio_distill.evals.run import make
 from teachers import teacher_spec
 from upsamplers import build_upsampler
 from upsamplers.networks import build_network

@@ -12,6 +12,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from radio_distill.evals.metrics import Fidelity
 from radio_distill.protocols import Teacher
 from radio_distill.system.precision import AUTO, autocast
 from radio_distill.types import Size
@@ -19,7 +20,7 @@ from radio_distill.types import Size
 from .fit.consistency import Consistency
 from .fit.lessons import fine_grid
 from .fit.views import VIEWS, draw_homographies, render, valid_mask
-from .metrics import ConditionalRandomField, Fidelity, MeanDiscrepancy, TotalVariation
+from .metrics import ConditionalRandomField, MeanDiscrepancy, TotalVariation
 
 VIEWS_PER_PICTURE = 5
 _SEED = 20_250_224

@@ -2,93 +2,20 @@
 
 Each measure is fed batch by batch, adds up over processes, and is a ratio of sums: a mean of the
 batches' ratios would hang on single flat images. They are FeatSharp's (arXiv 2502.16025, section
-4.1 and appendix B.2): fidelity, total variation, the conditional random field, and the maximum mean
-discrepancy, here between all pairs, as the paper has it. What a probe makes of upsampled maps is
+4.1 and appendix B.2): total variation, the conditional random field, and the maximum mean
+discrepancy, here between all pairs, as the paper has it. Their fidelity is that of students,
+:class:`radio_distill.evals.metrics.Fidelity`; what a probe makes of upsampled maps is
 :mod:`upsamplers.preservation`.
 """
 
 import torch
 import torch.distributed as dist
-from einops import rearrange
 from torch import Tensor
 
 from radio_distill.errors import DataError
+from radio_distill.evals.metrics import Sums, check_finite, tokens_of
 
 from .fit.losses import conditional_random_field, variation_sums
-
-
-def check_finite(values: Tensor, measure: str, name: str) -> None:
-    """Raise DataError, with the name of the input, for a value that is NaN or infinite."""
-    bad = values.numel() - int(values.isfinite().sum())
-    if bad:
-        raise DataError(
-            f"{measure}: {bad} of {values.numel()} values of {name} are NaN or infinite; "
-            "compute it in float32, or find the layer that overflows"
-        )
-
-
-class Sums:
-    """Float64 sums that add up over batches, parts of a set, and processes."""
-
-    def __init__(self, num_sums: int, device: torch.device | str | None = None):
-        self.sums = torch.zeros(num_sums, dtype=torch.float64, device=device)
-
-    def merge(self, other: "Sums") -> None:
-        """Add what ``other``, of the same kind, has seen."""
-        self.sums += other.sums.to(self.sums)
-
-    def all_reduce(self) -> None:
-        """Merge over all processes, once, at the end; alone, do nothing."""
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(self.sums)
-
-
-class Fidelity(Sums):
-    """MSE(target, mean of targets) / MSE(prediction, target), FeatSharp's eq. 7.
-
-    The mean is that of the whole set, channel by channel: 1 for an upsampler that only knows the
-    mean. PHI-S is a similarity, so the value is the same in its space as in the teacher's own; it
-    is not under normalizers that scale channels one by one. It is the fidelity of
-    :mod:`radio_distill.evals.fidelity`, of views instead of a student.
-
-    Args:
-        channels: C.
-        device: where the sums live.
-    """
-
-    def __init__(self, channels: int, device: torch.device | str | None = None):
-        super().__init__(2 + 2 * channels, device)
-        self.channels = channels
-
-    @torch.no_grad()
-    def update(self, prediction: Tensor, target: Tensor, valid: Tensor | None = None) -> None:
-        """Add views ``[B, C, h, w]``: predicted by warping and downsampling, and the teacher's.
-
-        Args:
-            prediction: the upsampled map, warped and brought down.
-            target: the teacher's features of the view.
-            valid: ``[B, h, w]`` bool: cells that count.
-
-        Raises:
-            DataError: a value that counts is not finite.
-        """
-        prediction, target = _tokens(prediction, valid), _tokens(target, valid)  # [n, C]
-        check_finite(prediction, "fidelity", "the prediction")
-        check_finite(target, "fidelity", "the target")
-        target = target.to(self.sums)
-        error = (prediction.to(self.sums) - target).square().sum()
-        count = torch.full_like(error, len(target))
-        sums = torch.stack([count, error])
-        self.sums += torch.cat([sums, target.sum(dim=0), target.square().sum(dim=0)])
-
-    def compute(self) -> float:
-        """Return the fidelity, infinite without error; raises DataError without a valid cell."""
-        count, error = self.sums[:2].tolist()
-        if not count:
-            raise DataError("fidelity: no cell of any view is valid; use milder views")
-        total, squared = self.sums[2:].split(self.channels)
-        spread = (squared - total.square() / count).sum().item()
-        return spread / error if error else float("inf")
 
 
 class TotalVariation(Sums):
@@ -104,7 +31,7 @@ class TotalVariation(Sums):
         Raises:
             DataError: a value that counts is not finite.
         """
-        check_finite(_tokens(maps, valid), "total variation", "the upsampled map")
+        check_finite(tokens_of(maps, valid), "total variation", "the upsampled map")
         sums, pairs = variation_sums(maps, valid)
         self.sums += torch.cat([sums.sum(dim=0), pairs.sum(dim=0)]).to(self.sums)
 
@@ -192,7 +119,7 @@ class MeanDiscrepancy:
             (high, self._high, "the upsampled map"),
         ):
             check_finite(maps, "mean discrepancy", name)
-            sample.draw(_tokens(maps))
+            sample.draw(tokens_of(maps))
 
     def merge(self, other: "MeanDiscrepancy") -> None:
         """Add what ``other`` has seen; its seed must differ."""
@@ -290,9 +217,3 @@ def _kernel_sum(x: Tensor, y: Tensor, gamma: float, chunk: int) -> float:
         squared = rows.square().sum(dim=1, keepdim=True) + lengths - 2 * rows @ y.T  # [chunk, n]
         total += squared.clamp(min=0).mul(-gamma).exp().sum().item()
     return total
-
-
-def _tokens(maps: Tensor, valid: Tensor | None = None) -> Tensor:
-    """Return the cells of ``[B, C, h, w]``, or those that are valid: ``[n, C]``."""
-    tokens = rearrange(maps, "b c h w -> (b h w) c")
-    return tokens if valid is None else tokens[rearrange(valid, "b h w -> (b h w)")]

@@ -13,9 +13,14 @@ from einops import rearrange
 from torch import Tensor
 
 from radio_distill.errors import DataError
-from radio_distill.evals.segmentation import IGNORED, confusion_matrix, mean_iou, training_set
-
-from .metrics import Sums, check_finite
+from radio_distill.evals.metrics import (
+    IGNORED,
+    Sums,
+    check_finite,
+    confusion_matrix,
+    mean_iou,
+)
+from radio_distill.evals.segmentation import training_set
 
 
 class LinearProbe:

@@ -13,6 +13,7 @@ mode switch
     RADIOv2.5 (arXiv 2412.07679) calls mode switching.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -23,7 +24,9 @@ from torch.nn import functional as F
 
 from ..data.folder import list_images
 from ..types import Score, Size
-from .harness import AnyImage, Encoder, encode_images, spread
+from .encoder import AnyImage, Encoder, encode_images, spread
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +63,7 @@ class Agreement:
         sides = [round(self.size * scale) for scale in self.scales]
         rows = across_sizes(encoder, images, sides, self.batch_size, progress)[1:]
         if not rows:
+            logger.warning("agreement: %s takes one size only, no score", encoder.name)
             return []
         agreement = 100 * sum(row.cosine for row in rows) / len(rows)
         switch = 100 * max(row.shift for row in rows)

@@ -26,7 +26,7 @@ from ..config import size_pair
 from ..data.folder import load_images
 from ..errors import ConfigError
 from ..types import Score, Size
-from .harness import Encoder, to_pixels
+from .encoder import Encoder, to_pixels
 
 GREY = 0.5  # what a warped view shows beyond its image
 

@@ -1,125 +1,99 @@
 """How closely a student's heads reproduce their teachers on held-out images.
 
 Both sides are in the teacher's normalised space, so one number is comparable from teacher to
-teacher; students of different normalizers are compared :func:`in_teacher_space`. Fidelity is
-FeatSharp's (arXiv 2502.16025, eq. 7): MSE(Y, mean of Y) / MSE(X, Y), 1 for a student that only
-knows the mean. It is a ratio of sums over all images, not a mean of ratios of batches, which a
-flat image would ruin.
+teacher; students of different normalizers are compared in the teachers' own space, with folded
+heads and targets that have no normalizer. The measure is FeatSharp's (:class:`.metrics.Fidelity`).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 
+from ..config import PartitionConfig, TeacherConfig, size_pair
+from ..data.folder import load_images
 from ..distill.alignment import align
-from ..distill.views import Views
-from ..protocols import Normalizer
-from ..types import Features, Score, Size, View
-from .harness import AnyImage, open_image, to_pixels
-
-Predict = Callable[[Tensor], dict[str, Features]]
-Targets = Callable[[Views], dict[str, Features]]
+from ..distill.targets import input_size
+from ..protocols import Normalizer, Teacher
+from ..types import Features, Score, Size
+from . import metrics
+from .encoder import Encoder, Target, open_image, to_pixels
 
 
-@torch.inference_mode()
-def fidelity(
-    predict: Predict,
-    targets: Targets,
-    images: Sequence[AnyImage],
-    size: Size,
-    teacher_sizes: Sequence[Size] = (),
-    batch_size: int = 8,
-    device: torch.device | str = "cpu",
-    progress: Callable[[int, int], None] | None = None,
-) -> list[Score]:
-    """Compare predictions with targets, teacher by teacher; the smaller of the two grids decides.
+@dataclass(frozen=True, slots=True)
+class Fidelity:
+    """How closely a student's heads reproduce its teachers; shown beside Δm, no part of it.
 
     Scores for each teacher: ``mse`` (per channel), ``cosine`` (mean over positions),
     ``summary_cosine`` (where there is a summary) and ``fidelity`` (infinite if the error is zero).
-
-    Args:
-        predict: pixels ``[B, 3, H, W]`` on ``device`` to the student's ``{teacher: Features}``.
-        targets: views to the teachers' ``{teacher: Features}``, normalised alike.
-        images: held-out images.
-        size: the student's input, in pixels.
-        teacher_sizes: what else ``targets`` looks at, of the same aspect ratio.
-        batch_size: images a batch.
-        device: where both callables want their pixels.
-        progress: called with (done, total).
-    """
-    sums: dict[str, _Sums] = {}
-    for start in range(0, len(images), batch_size):
-        batch = [open_image(image) for image in images[start : start + batch_size]]
-        views = Views(
-            {
-                View(side): torch.stack([to_pixels(image, side) for image in batch]).to(device)
-                for side in {size, *teacher_sizes}
-            },
-            size,
-        )
-        predicted = predict(views.of_student())
-        for teacher, target in targets(views).items():
-            sums.setdefault(teacher, _Sums()).add(predicted[teacher], target)
-        if progress is not None:
-            progress(start + len(batch), len(images))
-    return [score for teacher, total in sums.items() for score in total.scores(teacher)]
-
-
-def in_teacher_space(predict: Predict, normalizers: Mapping[str, Normalizer]) -> Predict:
-    """Return ``predict`` with each head's features brought back to its teacher's own space.
-
-    With the teachers' features as they are for targets, the ``mse`` of :func:`fidelity` is then
-    that of the PHI-S paper's Table 3, and 1 / fidelity is the same over the teacher's variance.
-
-    Raises:
-        ConfigError: when called, where a normalizer has no inverse.
+    The smaller of the two grids decides. An encoder without heads gets no score.
     """
 
-    def inverted(pixels: Tensor) -> dict[str, Features]:
-        return {
-            name: Features(features.summary, normalizers[name].invert(features.spatial))
-            for name, features in predict(pixels).items()
-        }
+    images: str
+    size: int | tuple[int, int]
+    batch_size: int = 8
 
-    return inverted
+    name: ClassVar[str] = "fidelity"
+    sources: ClassVar[dict[str, str]] = {"images": "images", "size": "size"}
+
+    @torch.inference_mode()
+    def run(
+        self,
+        encoder: Encoder,
+        limit: int | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[Score]:
+        """Compare the heads' predictions with their targets, teacher by teacher."""
+        if encoder.heads is None:
+            return []
+        size, targets = size_pair(self.size), encoder.heads.targets
+        images = load_images(self.images, limit)
+        sums: dict[str, _Sums] = {}
+        for start in range(0, len(images), self.batch_size):
+            batch = [open_image(image) for _, image in images[start : start + self.batch_size]]
+            pixels = {
+                side: torch.stack([to_pixels(image, side) for image in batch]).to(encoder.device)
+                for side in {size, *(target.size for target in targets.values())}
+            }
+            predicted = encoder.heads.predict(pixels[size])
+            for name, target in targets.items():
+                features = target(pixels[target.size])
+                if name not in sums:
+                    sums[name] = _Sums(features.spatial.shape[1])
+                sums[name].add(predicted[name], features)
+            if progress is not None:
+                progress(start + len(batch), len(images))
+        return [
+            score for name, total in sums.items() for score in total.scores(name, targets[name])
+        ]
 
 
 class _Sums:
-    """Sums over all images for one teacher, in double precision."""
+    """Sums over all images for one teacher."""
 
-    def __init__(self) -> None:
-        self.num_images = 0
-        self.num_positions = 0
-        self.squared_error = 0.0
+    def __init__(self, channels: int) -> None:
+        self.fidelity = metrics.Fidelity(channels)
+        self.num_images = self.num_positions = 0
         self.cosine = 0.0
-        self.target: Tensor | float = 0.0
-        self.target_squared: Tensor | float = 0.0
         self.summary_cosine: float | None = None
 
     def add(self, predicted: Features, target: Features) -> None:
         x, y = align(predicted.spatial, target.spatial, "smaller")
         x, y = x.double(), y.double()  # [B, C, h, w]
+        self.fidelity.update(x, y)
         self.num_images += len(y)
         self.num_positions += y.numel() // y.shape[1]
-        self.squared_error += (x - y).square().sum().item()
         self.cosine += F.cosine_similarity(x, y, dim=1).sum().item()
-        self.target = self.target + y.sum(dim=(0, 2, 3))  # [C]
-        self.target_squared = self.target_squared + y.square().sum(dim=(0, 2, 3))
         if target.summary is not None and predicted.summary is not None:
             cosine = F.cosine_similarity(predicted.summary.double(), target.summary.double(), dim=1)
             self.summary_cosine = (self.summary_cosine or 0.0) + cosine.sum().item()
 
-    def scores(self, teacher: str) -> list[Score]:
-        assert isinstance(self.target, Tensor), f"no targets of {teacher} were summed"
-        num_values = self.num_positions * len(self.target)
-        mean = self.target / self.num_positions
-        spread = (self.target_squared - self.num_positions * mean.square()).sum().item()
-        error = self.squared_error
+    def scores(self, teacher: str, target: Target) -> list[Score]:
         values = {
-            "fidelity": (spread / error if error else float("inf"), True),
-            "mse": (error / num_values, False),
+            "fidelity": (self.fidelity.compute(), True),
+            "mse": (self.fidelity.mse, False),
             "cosine": (self.cosine / self.num_positions, True),
         }
         if self.summary_cosine is not None:
@@ -136,6 +110,43 @@ class _Sums:
                 # The others show the same error otherwise, or can be zero, which has no gain.
                 headline=metric == "fidelity",
                 trained_for=True,
+                against=target.digest,
             )
             for metric, (value, higher) in values.items()
         ]
+
+
+def targets_of(
+    teachers: Mapping[str, Teacher],
+    configs: Mapping[str, TeacherConfig],
+    size: int | Size,
+    patch_size: int,
+    normalizers: Mapping[str, Normalizer] | None = None,
+    digests: Mapping[str, str] | None = None,
+) -> dict[str, Target]:
+    """Return the teachers as a student's heads are compared with them, whatever it learned from.
+
+    Args:
+        teachers: on the student's device.
+        configs: their sections of the recipe, which say how large they see an image.
+        size: the student's input (``evaluation.size``), in pixels.
+        patch_size: the student's.
+        normalizers: those of its heads; None where these are folded.
+        digests: by teacher, see :class:`.Target`.
+
+    Raises:
+        ConfigError: a teacher that cannot take its size.
+    """
+    view = size_pair(size)
+    partition = PartitionConfig(
+        name="evaluation", size=view, teachers=tuple(teachers), batch_size=1
+    )
+    return {
+        name: Target(
+            teacher,
+            input_size(configs[name], teacher.spec, partition, view, patch_size),
+            (normalizers or {}).get(name),
+            (digests or {}).get(name, ""),
+        )
+        for name, teacher in teachers.items()
+    }

@@ -20,7 +20,8 @@ from torch.nn import functional as F
 from ..data.folder import labelled_images
 from ..errors import ConfigError
 from ..types import Score
-from .harness import Encoder, encode_images, spread
+from .encoder import Encoder, encode_images, spread
+from .metrics import macro_accuracy
 
 logger = logging.getLogger(__name__)
 
@@ -154,17 +155,6 @@ def _say_what_is_seen(train: Sequence[Labelled], val: Sequence[Labelled], num_cl
             "knn: evaluation.limit leaves %d of %d classes; the score is of an easier task",
             len(bank), num_classes,
         )  # fmt: skip
-
-
-def macro_accuracy(correct: Tensor, labels: Tensor) -> float:
-    """Return the mean over classes of the share of images that are right, in [0, 1].
-
-    Args:
-        correct: ``[Q]`` bool.
-        labels: ``[Q]`` class indices; a class that does not occur does not count.
-    """
-    shares = [correct[labels == label].double().mean() for label in labels.unique()]
-    return torch.stack(shares).mean().item()
 
 
 def knn_votes(

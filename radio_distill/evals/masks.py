@@ -28,12 +28,11 @@ from ..data.folder import split_folder
 from ..data.images import BadImageError, Shape, image_shape, upright
 from ..errors import DataError
 from ..system.files import open_regular, printable, reason_of
-from .harness import spread
+from .encoder import spread
+from .metrics import IGNORED
 
 logger = logging.getLogger(__name__)
 
-IGNORED = -1
-"""Index of pixels that are of no class."""
 FIELD = "evaluation.segmentation_ignore"
 
 Ignore = int | tuple[int, ...] | Literal["unset"]

@@ -19,10 +19,9 @@ from torch.nn import functional as F
 
 from ..errors import DataError
 from ..types import Score, Size
-from .harness import Encoder, encode_images
-from .masks import IGNORED, Ignore, find_pairs, labelled_classes, listed, open_set, read_mask
-
-__all__ = ["IGNORED", "Segmentation", "find_pairs", "labelled_classes", "read_mask"]
+from .encoder import Encoder, encode_images
+from .masks import Ignore, listed, open_set
+from .metrics import IGNORED, confusion_matrix, mean_iou, num_shown
 
 Probe = Callable[[Tensor], Tensor]
 """``[B, C, h, w]`` to logits ``[B, K, h, w]``."""
@@ -136,23 +135,3 @@ def class_shares(mask: Tensor, grid: Size, num_classes: int) -> Tensor:
     """
     one_hot = mask == torch.arange(num_classes)[:, None, None]  # [K, H, W], none where IGNORED
     return F.adaptive_avg_pool2d(one_hot.float(), grid)
-
-
-def confusion_matrix(prediction: Tensor, target: Tensor, num_classes: int) -> Tensor:
-    """Count pixels by (target, prediction), ``[K, K]``, without those whose target is IGNORED."""
-    known = target != IGNORED
-    code = target[known] * num_classes + prediction[known]
-    return code.bincount(minlength=num_classes**2).view(num_classes, num_classes)
-
-
-def mean_iou(confusion: Tensor) -> float:
-    """Return the mean intersection over union, in [0, 1], of the classes that the targets show."""
-    overlap = confusion.diagonal().double()
-    union = confusion.sum(dim=0) + confusion.sum(dim=1) - confusion.diagonal()
-    present = confusion.sum(dim=1) > 0
-    return (overlap[present] / union[present]).mean().item()
-
-
-def num_shown(confusion: Tensor) -> int:
-    """Return how many classes the targets show: those that :func:`mean_iou` is the mean of."""
-    return int((confusion.sum(dim=1) > 0).sum())

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..config import StudentConfig, partition_sizes
+from ..models.backbone import summary_slots
 from ..models.distilled import DistilledStudent
 from ..models.heads import Adaptor
 from ..models.spectral import fold as fold_matrices
@@ -37,14 +38,13 @@ class FoldedStudent:
     @property
     def summary_teachers(self) -> tuple[str, ...]:
         """Names of the teachers that have a summary, in the order of their summary tokens."""
-        specs = self.checkpoint.teachers
-        return tuple(name for name in specs if specs[name].summary_channels is not None)
+        names = list(self.checkpoint.teachers)
+        return tuple(names[slot] for slot in self.summary_slots)
 
     @property
     def summary_slots(self) -> list[int]:
         """Indices of these teachers' summary tokens."""
-        names = list(self.checkpoint.teachers)
-        return [names.index(name) for name in self.summary_teachers]
+        return summary_slots(self.checkpoint.teachers)
 
 
 def folded(checkpoint: Checkpoint) -> FoldedStudent:

@@ -14,7 +14,7 @@ Decoding images, and bringing those of a batch to one size, is left to the calle
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,9 @@ from ..registry import nearest
 from ..types import Features, Size, TeacherSpec
 from .heads import Adaptor
 from .student import Student
+
+if TYPE_CHECKING:
+    from .distilled import DistilledStudent
 
 Format = Literal["NCHW", "NLC"]
 Fit = Literal["pad", "resize"]
@@ -208,6 +211,38 @@ class Backbone(nn.Module):
         canvas = self.student.mean.to(pixels).expand(batch, 3, rows, columns).clone()
         canvas[:, :, :height, :width] = pixels
         return canvas
+
+
+def summary_slots(teachers: Mapping[str, TeacherSpec]) -> list[int]:
+    """Return the indices of the summary tokens that make up a student's summary.
+
+    They are those of the teachers that have a summary, in the order of ``teachers``, which has a
+    token for each.
+    """
+    return [
+        slot for slot, spec in enumerate(teachers.values()) if spec.summary_channels is not None
+    ]
+
+
+def backbone_of(
+    model: "DistilledStudent",
+    config: StudentConfig,
+    teachers: Mapping[str, TeacherSpec],
+    native_size: int | None = None,
+) -> Backbone:
+    """Present a student with its training heads as its users will meet it; nothing is copied.
+
+    Where the normalizers are not folded, its heads speak in the teachers' normalised spaces.
+
+    Args:
+        model: in training or evaluation mode, which stays as it is.
+        config: what it was built from.
+        teachers: all of them, in the order of its heads.
+        native_size: longest side that it was trained at, in pixels.
+    """
+    adaptors = dict(model.adaptors.items())
+    slots = summary_slots(teachers)
+    return Backbone(model.student, config, teachers, adaptors, slots, native_size)
 
 
 def _check_range(pixels: Tensor) -> None:

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..evals.harness import Encoder, size_text, to_pixels
+from ..evals.encoder import Encoder, size_text, to_pixels
 from ..types import Size
 
 MARGIN = 8

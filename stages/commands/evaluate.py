@@ -113,11 +113,10 @@ def score_checkpoints(
     """
     from radio_distill.evals.score_files import write_scores
     from radio_distill.system.distributed import World, choose_device
-    from radio_distill.train.restore import load_student
 
     from ..build import build_teachers
     from ..upsampler_files import changed_since
-    from .scoring import score_student, score_teacher, untrained_student
+    from .scoring import encoder_of, score, targets_for, teacher_encoder
     from .subjects import run_folder, student_subject, teacher_subject, untrained_subject
 
     check_alike(found, evaluations)
@@ -139,22 +138,21 @@ def score_checkpoints(
         recipe = checkpoint.recipe
         paths.append(output or run_folder(checkpoint) / SCORES)
         subject = student_subject(checkpoint, names[index] if names else "")
-        model = load_student(checkpoint, device)
+        targets = targets_for(checkpoint, evaluation, known)
         label = f"{subject.run}/{subject.title} at step {subject.step}"
-        scores = score_student(model, checkpoint, evaluation, known, device, label)
-        write_scores(paths[-1], subject, scores)
+        encoder = encoder_of(checkpoint, device, targets=targets)
+        write_scores(paths[-1], subject, score(encoder, evaluation, label))
         if untrained:
             subject = untrained_subject(checkpoint)
             if subject.weights not in references:
-                model = untrained_student(checkpoint, device)
-                references[subject.weights] = score_student(
-                    model, checkpoint, evaluation, known, device, UNTRAINED
-                )
+                encoder = encoder_of(checkpoint, device, untrained=True, targets=targets)
+                references[subject.weights] = score(encoder, evaluation, UNTRAINED)
             write_scores(paths[-1], subject, references[subject.weights])
         for name, teacher in known.items() if teachers else ():
             subject = teacher_subject(checkpoint, name)
             if subject.weights not in references:
-                references[subject.weights] = score_teacher(teacher, evaluation, device)
+                encoder = teacher_encoder(teacher, device)
+                references[subject.weights] = score(encoder, evaluation, name)
             write_scores(paths[-1], subject, references[subject.weights])
     return list(dict.fromkeys(paths))
 
@@ -203,12 +201,11 @@ def check_alike(found: "Sequence[Checkpoint]", evaluations: Sequence[EvaluationC
 
 def _asked(evaluation: EvaluationConfig) -> dict[str, Any]:
     """Return those fields of a recipe that its benchmarks read."""
-    from radio_distill.evals.harness import BENCHMARKS
+    from radio_distill.evals.run import BENCHMARKS
 
     fields = {"limit"}
     for name in evaluation.benchmarks:
-        sources = BENCHMARKS.get(name).sources if name != "fidelity" else _FIDELITY_READS
-        fields |= set(sources.values())
+        fields |= set(BENCHMARKS.get(name).sources.values())
     asked = {"evaluation.benchmarks": list(evaluation.benchmarks)}
     for field in sorted(fields):
         value = getattr(evaluation, field)
@@ -217,9 +214,6 @@ def _asked(evaluation: EvaluationConfig) -> dict[str, Any]:
     for name in evaluation.benchmarks:
         asked[f"evaluation.options.{name}"] = evaluation.options.get(name, {})
     return asked
-
-
-_FIDELITY_READS = {"images": "images", "size": "size"}
 
 
 def _yaml(value: Any) -> str:

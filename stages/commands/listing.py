@@ -51,10 +51,9 @@ def _descriptions(kind: str) -> dict[str, str]:
 
         return _of_registry(NORMALIZERS)
     if kind == "benchmarks":
-        from radio_distill.evals.fidelity import fidelity
-        from radio_distill.evals.harness import BENCHMARKS
+        from radio_distill.evals.run import BENCHMARKS
 
-        return {"fidelity": first_sentence(inspect.getdoc(fidelity)), **_of_registry(BENCHMARKS)}
+        return _of_registry(BENCHMARKS)
     from radio_distill.config.recipes import find_recipe, recipe_names
 
     return {name: _of_recipe(find_recipe(name)) for name in recipe_names()}

@@ -20,7 +20,7 @@ import json
 import logging
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from radio_distill.data.folder import ImageRef
     from radio_distill.evals.agreement import SizeAgreement
-    from radio_distill.evals.harness import Encoder
+    from radio_distill.evals.encoder import Encoder
     from radio_distill.report.tables import Table
     from radio_distill.train.checkpoint import Checkpoint
     from radio_distill.types import Size
@@ -101,7 +101,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Measure, print the tables, write the files."""
     from radio_distill.data.folder import list_images
-    from radio_distill.evals.harness import open_image, spread
+    from radio_distill.evals.encoder import open_image, spread
     from radio_distill.loading import find_checkpoint
     from radio_distill.report.feature_images import size_sheet
     from radio_distill.report.tables import print_tables
@@ -152,16 +152,13 @@ def _labelled(
 
 def _students(runs: "Mapping[str, Checkpoint]") -> "list[Encoder]":
     from radio_distill.system.distributed import World, choose_device
-    from radio_distill.train.restore import load_student
 
-    from .scoring import student_encoder
+    from .scoring import encoder_of
 
-    encoders = []
-    for label, run in runs.items():
-        device = choose_device(run.recipe.engine.device, World())
-        encoder = student_encoder(load_student(run, device), run, device)
-        encoders.append(replace(encoder, name=label))
-    return encoders
+    return [
+        encoder_of(run, choose_device(run.recipe.engine.device, World()), label)
+        for label, run in runs.items()
+    ]
 
 
 def _teachers(run: "Checkpoint") -> "list[Encoder]":

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from radio_distill import __version__
 from radio_distill.errors import ConfigError, DataError
 from radio_distill.evals.score_files import SCORES
-from radio_distill.evals.subjects import matches
+from radio_distill.evals.subjects import UNTRAINED, matches
 from radio_distill.system.progress import Progress
 
 from ..arguments import (
@@ -28,7 +28,7 @@ from ..arguments import (
 from .sweep import gain_of
 
 if TYPE_CHECKING:
-    from radio_distill.evals.harness import Encoder
+    from radio_distill.evals.encoder import Encoder
     from radio_distill.evals.mtl_gain import GainTable
     from radio_distill.report.page import Figure
     from radio_distill.report.tables import Table
@@ -175,18 +175,14 @@ def _max_sizes(students: "Mapping[str, Checkpoint]") -> str:
 
 def _encoders(students: "Mapping[str, Checkpoint]") -> "dict[str, Encoder]":
     from radio_distill.system.distributed import World, choose_device
-    from radio_distill.train.restore import load_student
 
-    from .scoring import student_encoder, teacher_encoders, untrained_student
+    from .scoring import encoder_of, teacher_encoders
 
     newest = list(students.values())[-1]
     device = choose_device(newest.recipe.engine.device, World())
     encoders = {encoder.name: encoder for encoder in teacher_encoders(newest.recipe, device)}
-    encoders["untrained student"] = student_encoder(
-        untrained_student(newest, device), newest, device
-    )
-    for name, student in students.items():
-        encoders[name] = student_encoder(load_student(student, device), student, device)
+    encoders[UNTRAINED] = encoder_of(newest, device, untrained=True)
+    encoders |= {name: encoder_of(student, device) for name, student in students.items()}
     return encoders
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from radio_distill.data.folder import load_images
-from radio_distill.evals.harness import to_pixels
+from radio_distill.evals.encoder import to_pixels
 from radio_distill.report.feature_images import difference_image, image_grid, pca_images
 from radio_distill.report.page import Figure, line_chart
 from radio_distill.system.progress import Progress

@@ -12,7 +12,7 @@ import torch
 
 from radio_distill.config import FitConfig
 from radio_distill.errors import ConfigError, WeightsError
-from radio_distill.evals.harness import to_pixels
+from radio_distill.evals.encoder import to_pixels
 from radio_distill.evals.masks import SegmentationSet, open_set
 from radio_distill.protocols import Normalizer
 from radio_distill.system.progress import Progress

@@ -12,11 +12,26 @@ from torch.nn import functional as F
 
 from radio_distill.config import EvaluationConfig
 from radio_distill.errors import ConfigError
-from radio_distill.evals.harness import BENCHMARKS, Encoder, make
+from radio_distill.evals.encoder import Encoder, Heads, Target
+from radio_distill.evals.run import BENCHMARKS, make
 from radio_distill.protocols import Benchmark
 from radio_distill.types import Features
 
 OPTIONS = {"knn": {"k": 2}, "segmentation": {"steps": 5}, "stereo": {"stride": 32}}
+
+
+class FakeTeacher:
+    """What fidelity compares heads with."""
+
+    def encode(self, pixels):
+        return Features(None, F.avg_pool2d(pixels, 16))
+
+
+def _heads(pixels):
+    return {"fake": Features(None, F.avg_pool2d(pixels, 8) + 0.1)}
+
+
+HEADS = Heads(_heads, {"fake": Target(FakeTeacher(), (32, 32))})
 
 
 def _encode(pixels):
@@ -66,7 +81,7 @@ def test_benchmark__satisfies_the_protocol(benchmark_name, config):
 
 
 def test_benchmark__scores_are_complete_finite_and_repeatable(benchmark_name, config):
-    encoder = Encoder("mean colour", _encode, 8)
+    encoder = Encoder("mean colour", _encode, 8, heads=HEADS)
     scores = make(benchmark_name, config).run(encoder, 3)
     assert scores
     assert len({score.name for score in scores}) == len(scores)
@@ -85,13 +100,13 @@ def test_benchmark__takes_an_encoder_without_summary_and_with_a_patch_of_its_own
     def encode(pixels):
         return Features(None, F.avg_pool2d(pixels, 14))
 
-    scores = make(benchmark_name, config).run(Encoder("no summary", encode, 14), 3)
+    scores = make(benchmark_name, config).run(Encoder("no summary", encode, 14, heads=HEADS), 3)
     assert all(math.isfinite(score.value) for score in scores)
 
 
 def test_benchmark__progress_ends_at_the_total(benchmark_name, config):
     calls = []
-    encoder = Encoder("mean colour", _encode, 8)
+    encoder = Encoder("mean colour", _encode, 8, heads=HEADS)
     make(benchmark_name, config).run(encoder, 3, lambda *call: calls.append(call))
     assert calls[-1][0] == calls[-1][1]
     assert calls == sorted(calls)

@@ -16,10 +16,9 @@ from radio_distill.evals.agreement import across_sizes
 from radio_distill.models.distilled import build_student
 from radio_distill.report.feature_images import LABEL_HEIGHT, MARGIN
 from radio_distill.train import checkpoint as checkpoints
-from radio_distill.train.restore import load_student
 from stages import cli
 from stages.commands.mode_switching import SIDE
-from stages.commands.scoring import student_encoder
+from stages.commands.scoring import encoder_of
 from teachers import build_teacher
 
 CPU = torch.device("cpu")
@@ -111,7 +110,7 @@ def test_command__numbers_are_those_of_the_measure(root, tmp_path):
     assert command(root, tmp_path, "--reference", "64", "--sizes", "96", "32", "--limit", "2") == 0
     curve = curves_of(tmp_path)["one/stage1"]
     found = checkpoints.find(root / "one" / "stage1")
-    encoder = student_encoder(load_student(found, CPU), found, CPU)
+    encoder = encoder_of(found, CPU)
     images = list_images(str(root / "images"))[:2]
     expected = across_sizes(encoder, images, [64, 32, 96])
     assert curve["sizes"] == [
@@ -152,7 +151,7 @@ def test_command__a_student_is_measured_above_its_max_size_as_it_is_loaded(root,
     assert len({point["agreement"] for point in points}) == 4
 
     found = checkpoints.find(root / "one" / "stage1")
-    encoder = student_encoder(load_student(found, CPU), found, CPU)
+    encoder = encoder_of(found, CPU)
     pixels = torch.rand(1, 3, 192, 160, generator=torch.Generator().manual_seed(0))
     loaded = radio_distill.load(root / "one", adaptors=())
     with torch.inference_mode():

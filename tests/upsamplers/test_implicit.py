@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 
 from radio_distill.errors import ConfigError, DataError
+from radio_distill.evals.metrics import Fidelity
 from radio_distill.types import Features, TeacherSpec
 from upsamplers import implicit
 from upsamplers.fit.views import draw_homographies, render, valid_mask
 from upsamplers.implicit import Compression, fit_implicit, fourier_features
-from upsamplers.metrics import Fidelity
 
 PATCH, CHANNELS = 8, 6
 MIX = torch.randn(CHANNELS, 3, generator=torch.Generator().manual_seed(1))

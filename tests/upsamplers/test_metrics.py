@@ -9,16 +9,13 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from radio_distill.errors import DataError
-from radio_distill.evals import fidelity as student
+from radio_distill.evals.metrics import Fidelity, Sums
 from radio_distill.normalize.moments import Moments
 from radio_distill.normalize.phi_s import PhiS
-from radio_distill.types import Features
 from upsamplers.fit.losses import conditional_random_field, total_variation
 from upsamplers.metrics import (
     ConditionalRandomField,
-    Fidelity,
     MeanDiscrepancy,
-    Sums,
     TotalVariation,
     rbf_gamma,
     squared_mmd,
@@ -69,14 +66,6 @@ def test_fidelity__is_the_same_before_and_after_phi_s() -> None:
     # Not so where channels are scaled one by one.
     scale = torch.linspace(0.1, 5, 8)[:, None, None]
     assert fidelity(prediction / scale, target / scale) != pytest.approx(normalised, rel=0.1)
-
-
-def test_fidelity__is_that_of_a_student() -> None:
-    target, prediction = normal(4, 6, 3, 5), normal(4, 6, 3, 5, seed=1)
-    sums = student._Sums()
-    sums.add(Features(None, prediction), Features(None, target))
-    expected = next(s.value for s in sums.scores("t") if s.metric == "fidelity/t")
-    assert fidelity(prediction, target) == pytest.approx(expected, rel=1e-12)
 
 
 def test_fidelity__is_not_a_mean_of_ratios() -> None:

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from radio_distill.errors import DataError
+from radio_distill.evals import masks as sets
 from radio_distill.evals import segmentation
-from radio_distill.evals.harness import to_pixels
+from radio_distill.evals.encoder import to_pixels
 from upsamplers.preservation import LinearProbe, Preservation
 
 COCO = (
@@ -143,17 +144,15 @@ def test_linear_probe__bad_input(probe: LinearProbe) -> None:
 @pytest.mark.skipif(not COCO.is_dir(), reason="no photographs here")
 def test_preservation__real_masks() -> None:
     """Colours are poor features, but their probe beats chance, and pixels beat cells."""
-    sets = {}
-    classes = segmentation.labelled_classes(
-        [mask for _, mask in segmentation.find_pairs(str(COCO), "train")]
-    )
+    both = {}
+    classes = sets.labelled_classes([mask for _, mask in sets.find_pairs(str(COCO), "train")])
     for split in ("train", "val"):
-        pairs = segmentation.find_pairs(str(COCO), split)[:8]
+        pairs = sets.find_pairs(str(COCO), split)[:8]
         images = [to_pixels(image, (64, 64)) for image, _ in pairs]
-        masks = [segmentation.read_mask(mask, 64, classes) for _, mask in pairs]
-        sets[split] = torch.stack(images), torch.stack(masks)
-    features, labels = sets["train"]
+        masks = [sets.read_mask(mask, 64, classes) for _, mask in pairs]
+        both[split] = torch.stack(images), torch.stack(masks)
+    features, labels = both["train"]
     probe = LinearProbe(len(classes)).fit(F.adaptive_avg_pool2d(features, 16), labels)
-    found = score(probe, *sets["val"])
+    found = score(probe, *both["val"])
     assert found["accuracy"] > 1 / len(classes)
     assert 0 < found["miou"] < found["accuracy"]

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from radio_distill.evals.harness import Encoder
+from radio_distill.evals.encoder import Encoder
 from radio_distill.types import Features
 
 

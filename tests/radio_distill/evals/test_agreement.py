@@ -6,7 +6,8 @@ from PIL import Image
 
 from radio_distill.config import EvaluationConfig
 from radio_distill.evals.agreement import Agreement, across_sizes
-from radio_distill.evals.harness import Encoder, evaluate
+from radio_distill.evals.encoder import Encoder
+from radio_distill.evals.run import evaluate
 from radio_distill.types import Features
 
 

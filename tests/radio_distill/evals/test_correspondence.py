@@ -19,7 +19,7 @@ from radio_distill.evals.correspondence import (
     visible_in_right,
     warp,
 )
-from radio_distill.evals.harness import Encoder, to_pixels
+from radio_distill.evals.encoder import Encoder, to_pixels
 from radio_distill.types import Features
 
 SIZE = (96, 128)

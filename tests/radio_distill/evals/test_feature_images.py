@@ -3,7 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
-from radio_distill.evals.harness import Encoder
+from radio_distill.evals.encoder import Encoder
 from radio_distill.report.feature_images import (
     LABEL_HEIGHT,
     MARGIN,

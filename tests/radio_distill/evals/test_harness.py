@@ -6,15 +6,8 @@ from PIL import Image
 
 from radio_distill.config import EvaluationConfig
 from radio_distill.errors import ConfigError, DataError, UnknownNameError
-from radio_distill.evals.harness import (
-    Encoder,
-    encode_images,
-    evaluate,
-    make,
-    open_image,
-    spread,
-    to_pixels,
-)
+from radio_distill.evals.encoder import Encoder, encode_images, open_image, spread, to_pixels
+from radio_distill.evals.run import evaluate, make
 from radio_distill.types import Features
 
 SIDES = st.integers(1, 3000)

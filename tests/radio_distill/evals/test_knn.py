@@ -9,8 +9,9 @@ import yaml
 from PIL import Image
 
 from radio_distill.errors import ConfigError
-from radio_distill.evals.harness import Encoder, spread
-from radio_distill.evals.knn import Knn, knn_votes, macro_accuracy, thin_out
+from radio_distill.evals.encoder import Encoder, spread
+from radio_distill.evals.knn import Knn, knn_votes, thin_out
+from radio_distill.evals.metrics import macro_accuracy
 from radio_distill.types import Features
 
 

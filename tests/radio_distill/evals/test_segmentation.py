@@ -5,15 +5,9 @@ from PIL import Image
 from torch.nn import functional as F
 
 from radio_distill.errors import DataError
-from radio_distill.evals.segmentation import (
-    IGNORED,
-    Segmentation,
-    class_shares,
-    confusion_matrix,
-    labelled_classes,
-    mean_iou,
-    read_mask,
-)
+from radio_distill.evals.masks import labelled_classes, read_mask
+from radio_distill.evals.metrics import IGNORED, confusion_matrix, mean_iou
+from radio_distill.evals.segmentation import Segmentation, class_shares
 
 COLOURS = {3: (220, 30, 30), 7: (30, 220, 30), 200: (30, 30, 220)}
 

@@ -1,0 +1,179 @@
+"""What a benchmark is handed: a student, a teacher, a public model, or any of them behind an
+upsampler; and the images that it is shown.
+
+A benchmark asks for images at *its* size; :meth:`Encoder.nearest_size` says which size the encoder
+takes instead. Positions and label maps stay in the benchmark's own pixels, so that encoders of
+different patch size are measured with one ruler.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..data.folder import ImageRef
+from ..models.backbone import Backbone
+from ..protocols import Normalizer, Teacher
+from ..types import Features, Size
+
+AnyImage = Image.Image | Path | ImageRef
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A teacher as it is, at its own grid and behind no upsampler: one yardstick for all heads."""
+
+    teacher: Teacher
+    size: Size
+    """The size at which it sees the images, in pixels."""
+    normalizer: Normalizer | None = None
+    """Of the head that is compared with it; None where the head speaks in the teacher's space."""
+    digest: str = ""
+    """Says which teacher it is, for the scores; empty where not known."""
+
+    def __call__(self, pixels: Tensor) -> Features:
+        """Encode ``[B, 3, *size]`` RGB in [0, 1] to features in the head's space."""
+        features = self.teacher.encode(pixels)
+        if self.normalizer is None:
+            return features
+        return Features(features.summary, self.normalizer.apply(features.spatial))
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """A student's heads, and the teachers that they imitate."""
+
+    predict: Callable[[Tensor], Mapping[str, Features]]
+    """``[B, 3, H, W]`` RGB in [0, 1] on the encoder's device to features by teacher."""
+    targets: Mapping[str, Target]
+
+
+@dataclass(frozen=True, slots=True)
+class Encoder:
+    """An encoder under test, and the sizes it takes."""
+
+    name: str
+    encode: Callable[[Tensor], Features]
+    """``[B, 3, H, W]`` RGB in [0, 1] on ``device`` to features."""
+    size_multiple: int
+    """Height and width must be multiples of this: the patch size, times a student's window."""
+    device: torch.device | str = "cpu"
+    max_size: int | None = None
+    """Longest side it takes, in pixels; None for any, as a student does: beyond the table of its
+    positions they are stretched, here as in :func:`radio_distill.load`."""
+    fixed_size: Size | None = None
+    """The only size it takes, if there is but one."""
+    heads: Heads | None = None
+    """What fidelity asks; None for an encoder that imitates no teacher."""
+
+    def nearest_size(self, size: Size) -> Size:
+        """Return the size nearest to ``size`` that the encoder takes, aspect ratio kept."""
+        if self.fixed_size is not None:
+            return self.fixed_size
+        longest = self.max_size or max(size)
+        shrink = min(1.0, longest / max(size))
+        most = longest // self.size_multiple if self.max_size else None
+        height, width = (max(1, round(side * shrink / self.size_multiple)) for side in size)
+        if most is not None:
+            height, width = min(height, most), min(width, most)
+        return height * self.size_multiple, width * self.size_multiple
+
+    @torch.inference_mode()
+    def __call__(self, pixels: Tensor) -> Features:
+        """Encode ``[B, 3, H, W]`` of any size, resized to the nearest that the encoder takes."""
+        size = self.nearest_size((pixels.shape[-2], pixels.shape[-1]))
+        pixels = pixels.to(self.device)
+        if size != tuple(pixels.shape[-2:]):
+            pixels = F.interpolate(pixels, size, mode="bilinear", antialias=True)
+        summary, spatial = self.encode(pixels)
+        return Features(None if summary is None else summary.float(), spatial.float())
+
+
+def student_encoder(
+    backbone: Backbone,
+    device: torch.device | str = "cpu",
+    targets: Mapping[str, Target] | None = None,
+    name: str = "student",
+) -> Encoder:
+    """Present a student as an encoder.
+
+    Its summary is that of the backbone: the summary tokens of those teachers that have a summary,
+    side by side. It takes any size: above ``student.max_size`` its positions are stretched.
+
+    Args:
+        backbone: on ``device``; of a student in training, :func:`.backbone.backbone_of`. It is
+            taken as it is: evaluation mode is the caller's to set.
+        device: where the images go.
+        targets: the teachers that its heads are compared with; None to ask the heads nothing.
+        name: what scores and progress bars call it.
+    """
+
+    def encode(pixels: Tensor) -> Features:
+        output = backbone(pixels)
+        return Features(output.summary if backbone.summary_dim else None, output.features)
+
+    def predict(pixels: Tensor) -> Mapping[str, Features]:
+        adaptors: Mapping[str, Features] = backbone(pixels, tuple(targets or {})).adaptors
+        return adaptors
+
+    heads = Heads(predict, targets) if targets else None
+    return Encoder(name, encode, backbone.student.size_step, device, heads=heads)
+
+
+def teacher_encoder(
+    teacher: Teacher, device: torch.device | str = "cpu", name: str | None = None
+) -> Encoder:
+    """Present a teacher as an encoder; ``name`` is that of its spec where none is given."""
+    spec = teacher.spec
+    fixed = spec.native_size if spec.fixed_size else None
+    return Encoder(name or spec.name, teacher.encode, spec.patch_size, device, spec.max_size, fixed)
+
+
+def open_image(image: AnyImage) -> Image.Image:
+    """Return an upright RGB image, read now unless it is one; raises DataError with its name."""
+    if isinstance(image, Image.Image):
+        return image.convert("RGB")
+    if isinstance(image, Path):
+        image = ImageRef(str(image), image.read_bytes)
+    return image.load()
+
+
+def to_pixels(image: AnyImage, size: Size) -> Tensor:
+    """Resize to cover ``size``, crop the centre; ``[3, H, W]`` in [0, 1]."""
+    height, width = size
+    fitted = ImageOps.fit(open_image(image), (width, height), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).float() / 255
+
+
+def encode_images(
+    encoder: Encoder,
+    images: Sequence[AnyImage],
+    size: Size,
+    batch_size: int = 16,
+    progress: Callable[[int, int], None] | None = None,
+) -> Iterator[Features]:
+    """Yield the features of ``images``, a batch at a time, each cropped to ``size``."""
+    for start in range(0, len(images), batch_size):
+        batch = [to_pixels(image, size) for image in images[start : start + batch_size]]
+        yield encoder(torch.stack(batch))
+        if progress is not None:
+            progress(start + len(batch), len(images))
+
+
+def spread(items: Sequence[T], limit: int | None) -> list[T]:
+    """Return at most ``limit`` items at even distances, so that sorted classes all stay present."""
+    if not limit or limit >= len(items):
+        return list(items)
+    return [items[index * len(items) // limit] for index in range(limit)]
+
+
+def size_text(size: Size) -> str:
+    """Write a size as ``HEIGHTxWIDTH``."""
+    return f"{size[0]}x{size[1]}"

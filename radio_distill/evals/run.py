@@ -1,0 +1,129 @@
+"""One harness for every encoder: a student, a teacher, or a teacher behind an upsampler.
+
+Benchmarks are asked one after another. None needs a recipe, none draws from torch's or numpy's
+global generators (every draw has a seeded generator of its own), so an evaluation may run inside a
+training process and changes nothing in it.
+
+Left out: fine-tuning, and data sets that must be downloaded.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass, replace
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from ..config import EvaluationConfig, build
+from ..errors import ConfigError
+from ..protocols import Benchmark
+from ..registry import Registry, check_has, check_takes, nearest
+from ..types import Score, Size
+from .encoder import Encoder, size_text
+
+BENCHMARKS = Registry(
+    "benchmark",
+    {
+        "agreement": "radio_distill.evals.agreement:Agreement",
+        "correspondence": "radio_distill.evals.correspondence:Correspondence",
+        "fidelity": "radio_distill.evals.fidelity:Fidelity",
+        "knn": "radio_distill.evals.knn:Knn",
+        "segmentation": "radio_distill.evals.segmentation:Segmentation",
+        "stereo": "radio_distill.evals.correspondence:Stereo",
+    },
+)
+
+
+def make(name: str, config: EvaluationConfig) -> Benchmark:
+    """Make a benchmark from the recipe; ``evaluation.options.NAME`` overrides its own fields.
+
+    Raises:
+        UnknownNameError: no such benchmark.
+        ConfigError: the data it needs is not named, or an option is unknown.
+    """
+    kind = BENCHMARKS.get(name)
+    _check_benchmark(name, kind)
+    values: dict[str, Any] = {own: getattr(config, field) for own, field in kind.sources.items()}
+    values |= config.options.get(name, {})
+    for own, field in kind.sources.items():
+        if values[own] == "":
+            raise ConfigError(
+                f"evaluation.{field} is empty and benchmark {name!r} needs it; "
+                "name its data, or take it out of evaluation.benchmarks"
+            )
+    benchmark: Benchmark = build(kind, values, f"evaluation.options.{name}")
+    return benchmark
+
+
+def _check_benchmark(name: str, kind: Any) -> None:
+    """Raise ConfigError, in one line, for a class of the user's that is no benchmark."""
+    what = f"benchmark {name!r}"
+    check_has(what, kind, ("name", "sources", "run"))
+    sources = kind.sources
+    check_takes(f"{what}: run", kind.run, ("self", "encoder", "limit", "progress"))
+    if not is_dataclass(kind):
+        raise ConfigError(f"{what} is no dataclass; its fields are what a recipe can set")
+    own = {item.name for item in fields(kind)}
+    known = {item.name for item in fields(EvaluationConfig)}
+    if not isinstance(sources, Mapping):
+        raise ConfigError(
+            f"{what}: sources is a {type(sources).__name__}, not a mapping of its own fields to "
+            "those of `evaluation`, such as {'images': 'images'}"
+        )
+    for field, source in sources.items():
+        if field not in own or source not in known:
+            wrong, among = (field, own) if field not in own else (source, known)
+            raise ConfigError(
+                f"{what}: sources has {field!r}: {source!r}, and there is no field {wrong!r} "
+                f"({nearest(str(wrong), sorted(among))})"
+            )
+
+
+def evaluate(
+    encoder: Encoder,
+    config: EvaluationConfig,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> list[Score]:
+    """Score ``encoder`` on the benchmarks of ``config``.
+
+    Fidelity is asked of an encoder with heads (:class:`.encoder.Heads`) and passed over for any
+    other. All benchmarks are made before the first runs, so a missing folder costs no time. Each
+    score says which sizes the encoder was given, which are not those asked for where it cannot
+    take them.
+
+    Args:
+        encoder: in evaluation mode.
+        config: a recipe's section ``evaluation``.
+        progress: called with (benchmark, done, total).
+
+    Raises:
+        ConfigError: a benchmark that does not exist, or that lacks its data.
+        DataError: data that cannot be used.
+    """
+    benchmarks = [make(name, config) for name in config.benchmarks]
+    scores = []
+    for benchmark in benchmarks:
+        report = partial(progress, benchmark.name) if progress else None
+        sizes: dict[Size, None] = {}
+        found = benchmark.run(_noting(encoder, sizes), config.limit or None, report)
+        if not isinstance(found, list) or not all(isinstance(score, Score) for score in found):
+            raise ConfigError(
+                f"benchmark {benchmark.name!r}: run returns {found!r:.80}, not a list of "
+                "radio_distill.types.Score"
+            )
+        scores += [replace(score, pixels=", ".join(map(size_text, sizes))) for score in found]
+    return scores
+
+
+def _noting(encoder: Encoder, sizes: dict[Size, None]) -> Encoder:
+    """Return the encoder, which now puts down each size that it is given, once."""
+
+    def noted(encode: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+        def call(pixels: Tensor) -> Any:
+            sizes[(pixels.shape[-2], pixels.shape[-1])] = None
+            return encode(pixels)
+
+        return call
+
+    heads = encoder.heads and replace(encoder.heads, predict=noted(encoder.heads.predict))
+    return replace(encoder, encode=noted(encoder.encode), heads=heads)
