@@ -20,7 +20,7 @@ from typing import get_args
 if __package__ in (None, ""):  # run as a file: put the checkout, and only it, first on the path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from radio_distill.train.status import read_status
+from radio_distill.train.run_dir import read_status
 from slurm import commands, history, outcomes
 from slurm.chain import Chain, find_chain
 from slurm.commands import SlurmError

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from radio_distill.errors import RadioDistillError
 from radio_distill.system.signals import listening
-from radio_distill.train.ownership import FRESH
+from radio_distill.train.run_dir import FRESH
 
 from . import history, outcomes
 from .cluster import Launcher

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from radio_distill.system.progress import clock, table_console
-from radio_distill.train.status import Status, read_status
+from radio_distill.train.run_dir import Status, read_status
 
 from . import commands, history
 from .chain import Chain, Link, Task

@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 
     from radio_distill.system.distributed import World
     from radio_distill.train.checkpoint import Checkpoint
-    from radio_distill.train.ownership import Ownership
+    from radio_distill.train.run_dir import RunLock
 
 FITTED = "upsampler.safetensors"
 """Name of the file in the folder of a fit."""
@@ -482,7 +482,7 @@ def _changed_start(checkpoint: "Checkpoint", recipe: Recipe, stage: str) -> list
 
 def _newest_to_resume(folder: Path, stage: str) -> "Checkpoint | None":
     from radio_distill.train import checkpoint as checkpoints
-    from radio_distill.train.ownership import FRESH, was_requeued
+    from radio_distill.train.run_dir import FRESH, was_requeued
 
     checkpoint = checkpoints.newest(folder / "checkpoints", stage)
     is_jobs_own = was_requeued(folder)
@@ -521,7 +521,7 @@ def check_folder(folder: Path, resumed: "Checkpoint | None", take_over: bool) ->
     Raises:
         ConfigError: where it cannot be written, or a living process owns it.
     """
-    from radio_distill.train.ownership import refuse_living
+    from radio_distill.train.run_dir import refuse_living
 
     try:
         check_writable(folder)
@@ -540,11 +540,11 @@ def owning(
     recipe: Recipe,
     resumed: "Checkpoint | None",
     take_over: bool,
-) -> "Iterator[Ownership | None]":
+) -> "Iterator[RunLock | None]":
     """Claim a stage's folder for the block; every rank must call, and rank 0 gets the claim."""
     from radio_distill.system.distributed import run_on_main
 
-    claims: list[Ownership] = []  # not for others: it has a thread
+    claims: list[RunLock] = []  # not for others: it has a thread
     run_on_main(world, lambda: claims.append(claim(folder, recipe, resumed, take_over)))
     try:
         yield claims[0] if claims else None
@@ -553,9 +553,7 @@ def owning(
             ownership.release()
 
 
-def claim(
-    folder: Path, recipe: Recipe, resumed: "Checkpoint | None", take_over: bool
-) -> "Ownership":
+def claim(folder: Path, recipe: Recipe, resumed: "Checkpoint | None", take_over: bool) -> "RunLock":
     """Make a stage's folder this process's own, and write the resolved recipe into it.
 
     A fresh run never writes over an earlier one: that one's folder is moved aside. Run folders are
@@ -564,12 +562,12 @@ def claim(
     Raises:
         ConfigError: where it cannot be written, or another process owns it by now.
     """
-    from radio_distill.train.ownership import Ownership
+    from radio_distill.train.run_dir import RunLock
 
     try:
         make_private(recipe.folder)
         make_private(folder)
-        ownership = Ownership.take(folder, take_over)
+        ownership = RunLock.take(folder, take_over)
         try:
             if resumed is None and _has_checkpoints(folder):
                 ownership = _claim_anew(folder, ownership)
@@ -585,7 +583,7 @@ def claim(
     return ownership
 
 
-def _claim_anew(folder: Path, ownership: "Ownership") -> "Ownership":
+def _claim_anew(folder: Path, ownership: "RunLock") -> "RunLock":
     """Move an earlier run aside, of whose folder this process is the owner; returns a new claim."""
     aside = move_aside(folder)
     ownership.move(aside)

@@ -101,7 +101,8 @@ def write_run(
     def write(name: str = "run", stage: str = "stage1", **student: Any) -> Path:
         from radio_distill.config import Recipe, build
         from radio_distill.models.distilled import build_student
-        from radio_distill.train import checkpoint
+        from radio_distill.train.checkpoint import Checkpoint
+        from radio_distill.train.checkpointer import save
         from radio_distill.types import TeacherSpec
 
         torch.manual_seed(len(name))
@@ -137,15 +138,8 @@ def write_run(
         model.student.prefix_tokens.data.normal_()
         statistics = random_statistics(recipe, {key: sizes[0] for key, sizes in CHANNELS.items()})
         parts = {"student": model.state_dict(), "statistics": statistics}
-        checkpoint.save(
-            tmp_path / name / stage / "checkpoints",
-            7,
-            parts,
-            stage=stage,
-            recipe=recipe,
-            teachers=specs,
-            keep_last=3,
-        )
+        folder = tmp_path / name / stage / "checkpoints" / "step-00000007"
+        save(Checkpoint(folder, 7, stage, recipe, specs), parts, 3)
         return tmp_path / name
 
     return write

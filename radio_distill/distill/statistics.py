@@ -28,7 +28,7 @@ from ..protocols import Normalizer
 from ..stage import Partition, images_per_step
 from ..system.distributed import World, broadcast_object, run_on_main
 from ..system.progress import Progress
-from ..train.guard import check_targets
+from ..train.health import check_targets
 from ..types import Size, View
 from .randomness import StepRandomness
 from .targets import TargetMaker

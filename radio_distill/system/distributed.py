@@ -136,7 +136,7 @@ def join(
     The group lasts as long as the process, for DeepSpeed keeps groups that it once made: stages
     that run one after another in a process share them.
 
-    Collectives time out later than ``hang_seconds``, so that the heartbeat, which says more, is
+    Collectives time out later than ``hang_seconds``, so that the watchdog, which says more, is
     first.
 
     Raises:
@@ -209,7 +209,7 @@ def extend_timeouts(hang_seconds: float) -> None:
     """Give every process group the time-out of :func:`join`.
 
     DeepSpeed makes groups of its own with torch's default, which is shorter for NCCL: it would end
-    a hanging run before the heartbeat has told where it hangs.
+    a hanging run before the watchdog has told where it hangs.
     """
     if not dist.is_initialized():
         return
@@ -241,10 +241,13 @@ def all_reduce_sum(values: Tensor) -> Tensor:
     return total.to(values.device)
 
 
-def run_on_main(world: World, function: Callable[[], T]) -> T:
+def run_on_main(
+    world: World, function: Callable[[], T], waiting: Callable[[], None] | None = None
+) -> T:
     """Call a function on rank 0 alone; every process returns its value, or raises its error.
 
-    A process that did not learn of the error would wait for rank 0 for ever.
+    A process that did not learn of the error would wait for rank 0 for ever. The others call
+    ``waiting`` about once a second meanwhile.
     """
     value: T | None = None
     error: RadioDistillError | OSError | None = None
@@ -253,14 +256,14 @@ def run_on_main(world: World, function: Callable[[], T]) -> T:
             value = function()
         except (RadioDistillError, OSError) as caught:
             error = caught
-    _wait_for_main(world)
+    _wait_for_main(world, waiting)
     value, error = broadcast_object((value, error))
     if error is not None:
         raise error
     return cast(T, value)
 
 
-def _wait_for_main(world: World) -> None:
+def _wait_for_main(world: World, waiting: Callable[[], None] | None) -> None:
     """Wait until rank 0 is here too, however long that takes.
 
     A collective would time out: rank 0 may read every byte of the shards, which takes hours.
@@ -275,6 +278,8 @@ def _wait_for_main(world: World) -> None:
     while not _store.check([turn]):
         time.sleep(pause)
         pause = min(2 * pause, 1.0)
+        if waiting is not None:
+            waiting()
 
 
 def broadcast_object(value: T) -> T:

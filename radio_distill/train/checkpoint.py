@@ -1,21 +1,20 @@
-"""Checkpoints that are whole or absent.
+"""The format of checkpoints, and reading them; :mod:`.checkpointer` writes them.
 
 ::
 
     RUN/stage2/checkpoints/
         step-00001000/
             student.safetensors      body and heads, float32
-            ema.safetensors          averaged body and heads, where the recipe has them
+            ema.safetensors          EMA of body and heads, where the recipe has one
             optimizer.safetensors    moments and step
             statistics.safetensors   normalizers, one for each teacher: "<teacher>/<tensor>"
             loss.safetensors         dispersions and adapted weights, where the loss has them
             meta.json                step, recipe, teachers, shards, counts, versions, and sha256 of
                                      the files above and of itself
+        best                         link to the checkpoint with the best score, where one is kept
 
-A checkpoint is written to a hidden folder, flushed to the disk, read back and compared with what
-was in memory, and renamed; only then are older ones deleted. A crash or a full disk leaves the
-former ones as they were. Reading verifies the sums and takes the newest that is whole. Nothing that
-is read can run code.
+The checkpoint of a fit has upsampler.safetensors and optimizer.safetensors. Reading verifies the
+checksums and takes the newest checkpoint that is whole. Nothing that is read can run code.
 
 No generator's state and no reader's position is kept, since there is none: the order of the
 samples, the schedule, and what the generators of every rank draw in a step are functions of the
@@ -25,12 +24,10 @@ recipe and the step.
 import hashlib
 import json
 import logging
-import os
 import platform
 import re
-import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -40,15 +37,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from .. import __version__
-from ..config import Recipe, build, check_student, dump, parse_yaml, with_new_names
+from ..config import Recipe, build, check_student, parse_yaml, with_new_names
 from ..errors import CheckpointError, ConfigError, WeightsError
-from ..system.files import check_readable, flush, is_there, reason_of, sha256_of, unreadable
+from ..system.files import check_readable, is_there, reason_of, sha256_of, unreadable
 from ..types import TeacherSpec
-from .tensor_file import verify, write_tensors
 
 logger = logging.getLogger(__name__)
 
-META = "meta.json"
+META, BEST = "meta.json", "best"
 STUDENT, EMA, OPTIMIZER, STATISTICS = "student", "ema", "optimizer", "statistics"
 LOSS = "loss"
 
@@ -73,8 +69,18 @@ class Origin:
 
 
 @dataclass(frozen=True)
+class Best:
+    """The best score of a run so far, and the step that had it."""
+
+    metric: str
+    """``BENCHMARK/METRIC``."""
+    score: float
+    step: int
+
+
+@dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint folder whose files were verified."""
+    """A checkpoint folder: one whose files were verified, or one that is about to be written."""
 
     folder: Path
     step: int
@@ -91,6 +97,8 @@ class Checkpoint:
     sha256: dict[str, str] = field(default_factory=dict)
     """Checksum of each of its files."""
     origin: Origin = field(default_factory=Origin)
+    best: Best | None = None
+    """Where the recipe has ``evaluation.best``."""
 
     def has(self, part: str) -> bool:
         """Return whether it holds that file (``ema`` and ``loss`` are optional)."""
@@ -115,81 +123,6 @@ class Checkpoint:
         return _weights_of(self.sha256)
 
 
-def save(
-    root: Path,
-    step: int,
-    parts: Mapping[str, Mapping[str, Tensor]],
-    *,
-    stage: str,
-    recipe: Recipe,
-    teachers: Mapping[str, TeacherSpec],
-    keep_last: int,
-    keep_every: int = 0,
-    shards: str = "",
-    counts: Mapping[str, int] | None = None,
-    world_size: int = 1,
-    origin: Origin | None = None,
-    may_write: Callable[[], None] = lambda: None,
-) -> Path:
-    """Write a checkpoint, then delete the oldest.
-
-    Args:
-        root: folder of a stage's checkpoints.
-        step: steps that were done.
-        parts: tensors of each file, on the host.
-        keep_last: newest checkpoints that are kept.
-        keep_every: those of its multiples are kept too; 0 for none.
-        shards: fingerprint of the data.
-        counts: what the run has counted.
-        world_size: processes of the run.
-        origin: where the student came from.
-        may_write: called before the checkpoint appears; raises where it must not.
-
-    Raises:
-        CheckpointError: where it cannot be written; former checkpoints are untouched.
-    """
-    final = root / f"step-{step:08d}"
-    temporary = root / f".{final.name}.{os.getpid()}.tmp"
-    try:
-        temporary.mkdir(parents=True, exist_ok=True)
-        sums = {}
-        for part, tensors in parts.items():
-            name = f"{part}.safetensors"
-            sums[name] = write_tensors(temporary / name, tensors)
-        meta = {
-            "step": step,
-            "stage": stage,
-            "recipe": dump(recipe),
-            "teachers": {name: asdict(spec) for name, spec in teachers.items()},
-            "shards": shards,
-            "counts": dict(counts or {}),
-            "versions": versions(),
-            "world_size": world_size,
-            "origin": asdict(origin or Origin()),
-            "sha256": sums,
-        }
-        (temporary / META).write_text(json.dumps(sealed(meta), indent=1), encoding="utf-8")
-        flush(temporary / META)
-        for name, expected in sums.items():
-            verify(temporary / name, expected)
-        flush(temporary)
-        may_write()
-        if final.exists():
-            shutil.rmtree(final)
-        temporary.rename(final)
-        flush(root)
-        _drop_old(root, step, keep_last, keep_every)
-    except OSError as error:
-        may_write()  # a new owner of the folder deletes what an old one has begun
-        raise CheckpointError(
-            f"cannot write checkpoint {final}: {reason_of(error)}; former checkpoints are whole: "
-            "make room, or choose another --output, and go on with --resume"
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return final
-
-
 def sealed(meta: Mapping[str, Any]) -> dict[str, Any]:
     """Return the content of ``meta.json`` with a sha256 over all of it."""
     content = {name: value for name, value in meta.items() if name != _SEAL}
@@ -208,26 +141,17 @@ def versions() -> dict[str, str]:
     return found
 
 
-def clear_unfinished(root: Path) -> None:
-    """Delete what a killed process has begun to write; only the owner of the folder may call."""
-    for folder in root.glob(".step-*.tmp"):
-        shutil.rmtree(folder, ignore_errors=True)
+def folder_of(root: Path, step: int) -> Path:
+    """Return the folder of the checkpoint after ``step`` steps."""
+    return root / f"step-{step:08d}"
 
 
-def _drop_old(root: Path, step: int, keep_last: int, keep_every: int) -> None:
-    """Delete what is older than the newest up to ``step``; later ones are not this run's."""
-    upto = [path for path in _named(root) if path.is_dir() and _step_of(path) <= step]
-    for folder in upto[keep_last:]:
-        if not keep_every or _step_of(folder) % keep_every:
-            shutil.rmtree(folder)
-
-
-def _named(root: Path) -> list[Path]:
-    """What is called as a checkpoint, newest first."""
+def checkpoint_folders(root: Path) -> list[Path]:
+    """List what has the name of a checkpoint, newest first."""
     return sorted(root.glob("step-" + "[0-9]" * 8), reverse=True)
 
 
-def _step_of(folder: Path) -> int:
+def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
@@ -254,6 +178,7 @@ def read(folder: Path) -> Checkpoint:
             _whole_number(meta.get("world_size", 1)),
             dict(meta["sha256"]),
             _origin_of(meta.get("origin", {})),
+            _best_of(meta.get("best")),
         )
     except CheckpointError:
         raise
@@ -270,6 +195,12 @@ def _origin_of(row: Mapping[str, Any]) -> Origin:
     return Origin(str(row.get("start", "")), tuple(map(str, row.get("changed", ()))))
 
 
+def _best_of(row: Mapping[str, Any] | None) -> Best | None:
+    if row is None:
+        return None
+    return Best(str(row["metric"]), float(row["score"]), _whole_number(row["step"]))
+
+
 def _weights_of(sums: Mapping[str, str]) -> str:
     return sums.get(f"{EMA}.safetensors") or sums[f"{STUDENT}.safetensors"]
 
@@ -279,7 +210,11 @@ def student_checksum(path: Path) -> str:
 
     As its ``meta.json`` has it: no file is verified. Empty where there is no checkpoint.
     """
-    folders = [path] if is_there(path / META) else _named(path / "checkpoints") or _named(path)
+    folders = (
+        [path]
+        if is_there(path / META)
+        else checkpoint_folders(path / "checkpoints") or checkpoint_folders(path)
+    )
     for folder in folders:
         try:
             return _weights_of(_read_meta(folder)["sha256"])
@@ -296,7 +231,7 @@ def _read_meta(folder: Path) -> dict[str, Any]:
         meta = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(meta, dict) or meta != sealed(meta):
             raise ValueError("its sha256 over itself differs")
-        if _NAME.fullmatch(folder.name) and meta["step"] != _step_of(folder):
+        if _NAME.fullmatch(folder.name) and meta["step"] != step_of(folder):
             raise ValueError(f"it is of step {meta['step']!r}")
     except PermissionError as error:
         raise UnreadableError(unreadable(error)) from error
@@ -350,7 +285,7 @@ def newest(root: Path, stage: str = "") -> Checkpoint | None:
         UnreadableError: where one may not be read; it may be the newest.
     """
     refuse_unreadable(root)
-    for folder in _named(root):
+    for folder in checkpoint_folders(root):
         try:
             checkpoint = read(folder)
             if stage and checkpoint.stage != stage:

@@ -216,7 +216,7 @@ class DeepSpeedEngine(_Forward):
 
     def model_tensors(self) -> dict[str, Tensor]:
         """Whole float32 weights and buffers, by name; every rank must call, rank 0 gets them."""
-        from .zero_state import whole_parameters
+        from .deepspeed_state import whole_parameters
 
         if self._zero_stage == 0:
             return on_host(self.model.state_dict()) if self.rank == 0 else {}
@@ -225,7 +225,7 @@ class DeepSpeedEngine(_Forward):
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
         """Whole optimizer state, by name; every rank must call, rank 0 gets it."""
-        from .zero_state import whole_optimizer_state
+        from .deepspeed_state import whole_optimizer_state
 
         if self._zero_stage == 0:
             whole = optimizer_tensors(self._engine.optimizer, self.model)
@@ -234,7 +234,7 @@ class DeepSpeedEngine(_Forward):
 
     def load(self, weights: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]) -> None:
         """Restore weights and optimizer state, on any world size and ZeRO stage."""
-        from .zero_state import load_whole_state
+        from .deepspeed_state import load_whole_state
 
         if self._zero_stage == 0:
             self.model.load_state_dict(weights)

@@ -31,14 +31,11 @@ from ..system.distributed import World, all_gather_object, all_reduce_sum, run_o
 from ..system.files import reason_of
 from ..system.memory import explain_oom
 from ..types import TeacherSpec
-from . import checkpoint as checkpoints
-from .checkpoint import Checkpoint, Origin
-from .guard import Finding, Findings, Skips, describe
-from .heartbeat import Heartbeat
-from .ownership import Ownership
-from .saver import Saver
-from .status import Status, write_status
-from .watch import Watch
+from .checkpoint import Checkpoint, Origin, folder_of
+from .checkpointer import AsyncCheckpointer, clear_unfinished, save
+from .health import LossMonitor, NonFinite, NonFiniteGuard, SkipCounter, describe
+from .run_dir import RunLock, Status, write_status
+from .watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +58,7 @@ class Signs(NamedTuple):
     """That asked some process to stop; 0 for none."""
 
 
-def agree(loss: Tensor, findings: Findings, problem: bool = False) -> Signs:
+def agree(loss: Tensor, findings: NonFiniteGuard, problem: bool = False) -> Signs:
     """Sum up over all processes; ``problem`` is one of rank 0's, see :class:`Lifeline`.
 
     Args:
@@ -78,7 +75,7 @@ def agree(loss: Tensor, findings: Findings, problem: bool = False) -> Signs:
         dtype=torch.float64,
         device=loss.device,
     )
-    values = torch.stack([loss.detach().double(), findings.trouble(loss.device)])
+    values = torch.stack([loss.detach().double(), findings.flag(loss.device)])
     total, trouble, *asked_by, problems = all_reduce_sum(torch.cat([values, flags])).tolist()
     if problems:
         raise _ProblemError
@@ -116,7 +113,7 @@ class Lifeline:
         world: World,
         steps: int,
         images_per_step: int,
-        ownership: Ownership | None,
+        ownership: RunLock | None,
         resumed: Checkpoint | None = None,
         shards: str = "",
         origin: Origin | None = None,
@@ -126,13 +123,13 @@ class Lifeline:
         self._steps, self._ownership = steps, ownership
         self._step = resumed.step if resumed else 0
         self._stage, self._teachers, self._shards = stage, teachers, shards
-        self._saver = Saver(resumed.folder if resumed else None)
-        self._watch = Watch(recipe.watch)
-        self._heartbeat = Heartbeat(
+        self._saver = AsyncCheckpointer(resumed.folder if resumed else None)
+        self._watch = LossMonitor(recipe.watch)
+        self._heartbeat = Watchdog(
             recipe.watch.hang_seconds, world.rank, folder, self._on_hang, self._step
         )
         counts = resumed.counts if resumed else {}
-        self.skips = Skips(
+        self.skips = SkipCounter(
             min(recipe.watch.max_skipped, steps - 1),  # a stage takes one step at least
             counts.get("skipped_steps", 0),
             counts.get("skipped_in_a_row", 0),
@@ -153,7 +150,7 @@ class Lifeline:
         self._stack.enter_context(listening)
         self._stack.enter_context(self._heartbeat)
         if self._world.is_main:
-            checkpoints.clear_unfinished(self._folder / "checkpoints")
+            clear_unfinished(self._folder / "checkpoints")
         self._report("running")
         return self
 
@@ -178,7 +175,7 @@ class Lifeline:
             own = isinstance(error, RadioDistillError)
             self._report("failed", reason if own else f"{type(error).__name__}: {reason}")
 
-    def agree(self, loss: Tensor, findings: Findings) -> Signs:
+    def agree(self, loss: Tensor, findings: NonFiniteGuard) -> Signs:
         """Let all processes know of the step; see :func:`agree`.
 
         Raises:
@@ -190,7 +187,7 @@ class Lifeline:
             self._raise_problem()
             raise
 
-    def skip(self, step: int, findings: Sequence[Finding]) -> None:
+    def skip(self, step: int, findings: Sequence[NonFinite]) -> None:
         """Note that a step was skipped, counted from 1; every rank calls with its findings.
 
         Raises:
@@ -207,7 +204,7 @@ class Lifeline:
                 (self._folder / SKIPPED).open("a", encoding="utf-8") as file,
             ):
                 file.write(json.dumps(row) + "\n")
-        self.skips.skipped(step, found, last_good)
+        self.skips.add(step, found, last_good)
 
     def end_step(self, done: int, signs: Signs) -> None:
         """Note that ``done`` steps are done."""
@@ -244,7 +241,7 @@ class Lifeline:
             "images_per_second": rate,
             "data_wait_share": data,
             "checkpoint_wait_share": saving,
-            "skipped_steps": self.skips.in_all,
+            "skipped_steps": self.skips.total,
         }
 
     @contextmanager
@@ -279,7 +276,7 @@ class Lifeline:
         self._saver.wait()
         with explain_oom("the checkpoint", f"step {step}", "free memory on the host of rank 0"):
             tensors = parts()
-        counts = {"skipped_steps": self.skips.in_all, "skipped_in_a_row": self.skips.in_a_row}
+        counts = {"skipped_steps": self.skips.total, "skipped_in_a_row": self.skips.in_a_row}
         if self._world.is_main and self._saver.error is None:
             self._saver.start(lambda: self._write(step, tensors, counts))
         self._saving += time.monotonic() - begin
@@ -322,21 +319,18 @@ class Lifeline:
         self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], counts: Mapping[str, int]
     ) -> Path:
         log = self._recipe.log
-        return checkpoints.save(
-            self._folder / "checkpoints",
+        checkpoint = Checkpoint(
+            folder_of(self._folder / "checkpoints", step),
             step,
-            tensors,
-            stage=self._stage,
-            recipe=self._recipe,
-            teachers=self._teachers,
-            keep_last=log.keep_last,
-            keep_every=log.keep_every,
-            shards=self._shards,
-            counts=counts,
+            self._stage,
+            self._recipe,
+            dict(self._teachers),
+            self._shards,
+            dict(counts),
             world_size=self._world.world_size,
-            origin=self._origin,
-            may_write=self._check_may_write,
+            origin=self._origin or Origin(),
         )
+        return save(checkpoint, tensors, log.keep_last, log.keep_every, self._check_may_write)
 
     def _check_may_write(self) -> None:
         if self._is_aborted:  # what is left has been told, or is about to be

@@ -45,12 +45,11 @@ from ..types import Features, ImageBatch, TeacherSpec, View
 from . import checkpoint as checkpoints
 from .checkpoint import Checkpoint, Origin
 from .engine import on_host
-from .guard import Finding, Findings
+from .health import NonFinite, NonFiniteGuard
 from .lifeline import Lifeline, Signs
-from .meter import Meter
-from .ownership import Ownership
-from .schedule import every, learning_rates
-from .sinks import open_sinks
+from .optim import every, learning_rates
+from .run_dir import RunLock
+from .trackers import Meter, open_sinks
 
 MESA = "mesa"
 """Name of the term that compares with the averaged student; no teacher can be called that."""
@@ -76,7 +75,7 @@ class StageRun:
     """On rank 0, and on every rank where the averaged student teaches."""
     resumed: Checkpoint | None = None
     """What the run goes on from."""
-    ownership: Ownership | None = None
+    ownership: RunLock | None = None
     """Rank 0's claim on the folder."""
     origin: Origin = field(default_factory=Origin)
 
@@ -109,15 +108,15 @@ class StepReport:
 
     loss: Tensor
     """This process's part of the step's."""
-    findings: Findings
+    findings: NonFiniteGuard
     signs: Signs
     """What all processes know of the step."""
     notes: list[tuple[Pass, dict[str, Tensor], int]]
     """Terms of each pass, as means over a number of images."""
 
-    def found(self) -> list[Finding]:
+    def found(self) -> list[NonFinite]:
         """Return what this process knows of why the step cannot be taken."""
-        return self.findings.found() if self.signs.trouble else self.findings.gradient()
+        return self.findings.causes() if self.signs.trouble else self.findings.gradient()
 
 
 def train(run: StageRun) -> Path:
@@ -150,7 +149,7 @@ def train(run: StageRun) -> Path:
             if math.isfinite(norm) and not report.signs.trouble:
                 take_in(run, report, meter)
                 losses.append(report.signs.loss)
-                life.skips.passed()
+                life.skips.reset()
             else:
                 run.weights.forget_step()
                 life.skip(done, report.found())
@@ -191,7 +190,7 @@ def accumulate(
     run: StageRun,
     step: int,
     batches: Sequence[ImageBatch],
-    agree: Callable[[Tensor, Findings], Signs],
+    agree: Callable[[Tensor, NonFiniteGuard], Signs],
 ) -> StepReport:
     """Run forward and backward of one step's micro-batches on this rank.
 
@@ -203,7 +202,7 @@ def accumulate(
     begin_step(run.engine.model, run.draws.noise(step))
     work = run.work.micro_batches(step)
     left = sum(len(micro.passes) for micro in work)
-    findings, notes = Findings(), []
+    findings, notes = NonFiniteGuard(), []
     total, signs = torch.zeros((), device=run.engine.device), None
     for micro, batch in zip(work, batches, strict=True):
         pixels = {
@@ -244,14 +243,14 @@ def _forward(
     item: Pass,
     pixels: Mapping[View, Tensor],
     seen: Seen,
-    findings: Findings,
+    findings: NonFiniteGuard,
     keys: Sequence[str],
 ) -> LossReport:
     """Return the loss of one pass over a micro-batch."""
     partition = item.partition.config
     views = run.draws.views(step, micro, item, pixels)
     targets = run.targets(views, partition, seen)
-    findings.targets(targets, keys)
+    findings.add_targets(targets, keys)
     with _student_part(run, item, micro, "the forward pass of the student"):
         predictions = run.engine.forward(
             views.of_student(),
@@ -261,7 +260,7 @@ def _forward(
             window_size=run.draws.window(step, item) or None,
         )
         report = _compare(run, predictions, targets, views)
-    findings.loss(report.total, report.terms, keys)
+    findings.add_loss(report.total, report.terms, keys)
     return report
 
 

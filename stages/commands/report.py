@@ -135,7 +135,7 @@ def _tables(
 
 def _curves(folder: Path) -> "list[Figure]":
     from radio_distill.report.page import training_curves
-    from radio_distill.train.sinks import read_json_lines
+    from radio_distill.train.trackers import read_json_lines
 
     logs = sorted(
         path for path in folder.glob("stage*/metrics.jsonl") if "." not in path.parent.name

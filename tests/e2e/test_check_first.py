@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from radio_distill.errors import TakenOverError
-from radio_distill.train.ownership import FRESH, Ownership
-from radio_distill.train.status import read_status
+from radio_distill.train.run_dir import FRESH, RunLock, read_status
 from stages import fit_upsampler, stage1, stage2, stage3
 
 SHORT = ["--stage.steps", "2", "--stage.freeze_body_steps", "0"]
@@ -128,7 +127,7 @@ def test_folder_that_cannot_be__is_one_line(recipe_file, capfd, kind):
 
 def test_living_run__is_refused_to_unless_it_is_taken_over(recipe_file, two_steps, capfd):
     folder = run_folder(recipe_file) / "stage1"
-    living = Ownership.take(folder)
+    living = RunLock.take(folder)
     before = contents(run_folder(recipe_file))
     for more in ([], ["--resume", "--stage.steps", "2"], ["--data.shards", "[/no/such]"]):
         changed = ["--stage.learning_rate", "1e-5"] if not more else []
@@ -155,7 +154,7 @@ def test_living_fit__is_refused_to_and_a_finished_one_is_left_alone(recipe_file,
         assert "/no/such" in one_line(capfd)
         assert contents(folder) == before
         assert not folder.with_name("vit-featup-2x.1").exists()
-    living = Ownership.take(folder)
+    living = RunLock.take(folder)
     before = contents(folder)
     assert run(fit_upsampler, recipe_file, *FIT) == 2
     assert f"process {os.getpid()} on" in one_line(capfd)

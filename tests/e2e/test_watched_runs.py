@@ -15,8 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from radio_distill.distill.targets import TargetMaker
-from radio_distill.train.ownership import Ownership
-from radio_distill.train.status import read_status
+from radio_distill.train.run_dir import RunLock, read_status
 from stages import stage1, stage2
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -150,7 +149,7 @@ def test_taken_over__the_earlier_process_stops_and_writes_no_more(recipe_file, f
 
     def take_over(step, targets):
         if step == 3:
-            Ownership(folder)
+            RunLock(folder)
 
     faults(take_over)
     assert stage1.main([str(recipe_file)]) == 76
@@ -231,7 +230,7 @@ def test_saving__is_not_waited_for(recipe_file, monkeypatch):
     """A disk that takes its time: the steps go on, the checkpoints are whole, in order."""
     from radio_distill.train import lifeline
 
-    save, running, overlapped = lifeline.checkpoints.save, threading.Event(), []
+    save, running, overlapped = lifeline.save, threading.Event(), []
 
     def slow(*arguments, **settings):
         running.set()
@@ -241,7 +240,7 @@ def test_saving__is_not_waited_for(recipe_file, monkeypatch):
         finally:
             running.clear()
 
-    monkeypatch.setattr(lifeline.checkpoints, "save", slow)
+    monkeypatch.setattr(lifeline, "save", slow)
     accumulate = stage_loop().accumulate
 
     def watched(*arguments, **settings):

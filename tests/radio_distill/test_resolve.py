@@ -20,7 +20,7 @@ from radio_distill.config import (
 )
 from radio_distill.config.resolve import CHOSEN_ANEW, KEPT
 from radio_distill.train.engine import engine_name
-from radio_distill.train.schedule import learning_rates
+from radio_distill.train.optim import learning_rates
 
 SHORTEST = {
     "name": "short",

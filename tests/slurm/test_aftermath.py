@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from radio_distill.train.status import Status, write_status
+from radio_distill.train.run_dir import Status, write_status
 from slurm import history, outcomes
 from slurm.aftermath import main, reached_step
 from slurm.chain import Chain, Link, Task, private_folder, read_chain, write_chain

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from radio_distill.train.status import Status, write_status
+from radio_distill.train.run_dir import Status, write_status
 from slurm import history, launch
 from slurm.chain import read_chain
 from slurm.history import Stop

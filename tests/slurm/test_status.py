@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from radio_distill.train.status import Status, write_status
+from radio_distill.train.run_dir import Status, write_status
 from slurm import history
 from slurm.chain import Chain, Link, Task
 from slurm.history import Stop

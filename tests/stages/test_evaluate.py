@@ -15,6 +15,7 @@ from radio_distill.evals.score_files import read_scores
 from radio_distill.models.distilled import build_student
 from radio_distill.train import checkpoint as checkpoints
 from radio_distill.train.checkpoint import Checkpoint
+from radio_distill.train.checkpointer import save
 from stages import cli
 from stages.commands.evaluate import evaluation_with
 from stages.commands.subjects import student_subject, teacher_digest, training_digest
@@ -73,9 +74,8 @@ def write_student(
     specs = {key: build_teacher(key, item, CPU).spec for key, item in recipe.teachers.items()}
     torch.manual_seed(weights)
     parts = {"student": build_student(recipe.student, specs).state_dict()}
-    folder = recipe.stage_folder(stage) / "checkpoints"
-    where = {"stage": stage, "recipe": recipe, "teachers": specs, "keep_last": 9}
-    return checkpoints.read(checkpoints.save(folder, step, parts, **where))  # type: ignore[arg-type]
+    folder = checkpoints.folder_of(recipe.stage_folder(stage) / "checkpoints", step)
+    return checkpoints.read(save(Checkpoint(folder, step, stage, recipe, specs), parts, 9))
 
 
 def evaluate(*arguments: object) -> int:

@@ -9,6 +9,8 @@ import torch
 from radio_distill.config import Recipe, build
 from radio_distill.models.distilled import build_student
 from radio_distill.train import checkpoint as checkpoints
+from radio_distill.train.checkpoint import Checkpoint
+from radio_distill.train.checkpointer import save
 from radio_distill.types import TeacherSpec
 from stages.cli import main
 
@@ -32,15 +34,10 @@ def write_stage(run: Path, stage: str, **student: object) -> Path:
             },
         },
     )
-    return checkpoints.save(
-        run / stage / "checkpoints",
-        3,
-        {"student": build_student(recipe.student, {"t": SPEC}).state_dict(), "statistics": {}},
-        stage=stage.partition("-")[0],
-        recipe=recipe,
-        teachers={"t": SPEC},
-        keep_last=3,
-    )
+    folder = run / stage / "checkpoints" / "step-00000003"
+    checkpoint = Checkpoint(folder, 3, stage.partition("-")[0], recipe, {"t": SPEC})
+    student = build_student(recipe.student, {"t": SPEC})
+    return save(checkpoint, {"student": student.state_dict(), "statistics": {}}, 3)
 
 
 @pytest.fixture

@@ -16,6 +16,8 @@ from radio_distill.evals.agreement import across_sizes
 from radio_distill.models.distilled import build_student
 from radio_distill.report.feature_images import LABEL_HEIGHT, MARGIN
 from radio_distill.train import checkpoint as checkpoints
+from radio_distill.train.checkpoint import Checkpoint
+from radio_distill.train.checkpointer import save
 from stages import cli
 from stages.commands.mode_switching import SIDE
 from stages.commands.scoring import encoder_of
@@ -56,15 +58,8 @@ def write_student(root: Path, name: str, seed: int, evaluation: dict) -> None:
     specs = {key: build_teacher(key, item, CPU).spec for key, item in recipe.teachers.items()}
     torch.manual_seed(seed)
     student = build_student(recipe.student, specs)
-    checkpoints.save(
-        root / name / "stage1" / "checkpoints",
-        1,
-        {"student": student.state_dict()},
-        stage="stage1",
-        recipe=recipe,
-        teachers=specs,
-        keep_last=1,
-    )
+    folder = root / name / "stage1" / "checkpoints" / "step-00000001"
+    save(Checkpoint(folder, 1, "stage1", recipe, specs), {"student": student.state_dict()}, 1)
 
 
 def command(root: Path, output: Path, *arguments: str, runs: tuple[str, ...] = ("one",)) -> int:

@@ -270,7 +270,7 @@ def test_accumulate__processes_and_passes_add_up_to_one(run_of, world_size):
     settings = {"downsampler": "simple", "total_variation": 0.1, "crf": 0.01}
     whole = run_of("featsharp", **settings)
     terms, findings = accumulate(whole, 0, lessons_of(whole, 1)[0])
-    assert not findings.found()
+    assert not findings.causes()
     expected = [item.grad.clone() for item in whole.consistency.parameters()]
     summed = [torch.zeros_like(item) for item in expected]
     totals = dict.fromkeys(terms, 0.0)

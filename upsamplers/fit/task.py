@@ -36,12 +36,11 @@ from radio_distill.system.progress import Progress
 from radio_distill.train import checkpoint as checkpoints
 from radio_distill.train.checkpoint import Checkpoint
 from radio_distill.train.engine import on_host
-from radio_distill.train.guard import Findings
+from radio_distill.train.health import NonFiniteGuard
 from radio_distill.train.lifeline import Lifeline
-from radio_distill.train.optim import load_optimizer_tensors, optimizer_tensors
-from radio_distill.train.ownership import Ownership
-from radio_distill.train.schedule import cosine, every
-from radio_distill.train.sinks import Sinks, open_sinks
+from radio_distill.train.optim import cosine, every, load_optimizer_tensors, optimizer_tensors
+from radio_distill.train.run_dir import RunLock
+from radio_distill.train.trackers import Sinks, open_sinks
 from radio_distill.types import Features, Size
 
 from ..fitted import TeacherOutput
@@ -72,7 +71,7 @@ class FitRun:
     """Which images of a step they are."""
     resumed: Checkpoint | None = None
     """What the fit goes on from."""
-    ownership: Ownership | None = None
+    ownership: RunLock | None = None
     """Rank 0's claim on the folder."""
     pool: list[list[Lesson]] = field(default_factory=list)
     """What is kept with ``fit.pool``; fits of one teacher, size and factor can share one list,
@@ -123,9 +122,9 @@ def fit(run: FitRun) -> None:
                 for group in optimizer.param_groups:
                     group["lr"] = group["peak"] * float(rates[step])
                 optimizer.step()
-                life.skips.passed()
+                life.skips.reset()
             else:
-                life.skip(done, findings.found() if signs.trouble else findings.gradient())
+                life.skip(done, findings.causes() if signs.trouble else findings.gradient())
             optimizer.zero_grad()
             clock.stop(run.device)
             seen.update(done, f"loss {signs.loss:.4f}")
@@ -189,7 +188,7 @@ def parameter_groups(modules: nn.Module, config: FitConfig) -> list[dict[str, An
 
 def accumulate(
     run: FitRun, step: int, step_lessons: Sequence[Lesson]
-) -> tuple[dict[str, Tensor], Findings]:
+) -> tuple[dict[str, Tensor], NonFiniteGuard]:
     """Run forward and backward on this process's part of a step.
 
     Returns this process's part of the step's loss and of its terms, which add up over processes,
@@ -198,18 +197,18 @@ def accumulate(
     # Dropout of the networks and of the downsampler draws from the global generator.
     torch.manual_seed(run.seed * 7919 + step * 131 + run.world.rank)
     totals: dict[str, Tensor] = {}
-    findings = Findings()
+    findings = NonFiniteGuard()
     for lesson in step_lessons:
         generator = torch.Generator().manual_seed(run.seed + step)
         for maps, keys in lesson.maps():
-            findings.targets({run.teacher.spec.name: Features(None, maps)}, keys)
+            findings.add_targets({run.teacher.spec.name: Features(None, maps)}, keys)
         images = len(lesson.keys)
         hint = lower("engine.micro_batch", run.recipe.engine.micro_batch, images, "lower fit.size")
         size = f"{run.size[0]}x{run.size[1]} px, {images} images, {run.config.views} views"
         with explain_oom(f"the fit of {run.config.upsampler}", size, hint), _autocast(run):
             loss, terms = run.consistency(lesson.seen, lesson.homographies, generator)
         means = {name: value.detach().mean() for name, value in terms.items()}
-        findings.loss(loss, means, lesson.keys)
+        findings.add_loss(loss, means, lesson.keys)
         (loss.sum() / run.config.batch_size).backward()
         for name, value in {"loss": loss, **terms}.items():
             part = value.detach().sum() / run.config.batch_size

@@ -12,6 +12,7 @@ from radio_distill.export.folded import FoldedStudent, folded
 from radio_distill.models.distilled import DistilledStudent, build_student
 from radio_distill.train import checkpoint as checkpoints
 from radio_distill.train.checkpoint import Checkpoint
+from radio_distill.train.checkpointer import save
 from radio_distill.types import TeacherSpec
 
 CHANNELS = {"clip": (12, 5), "sam": (8, None), "dino": (4, 4)}
@@ -74,16 +75,9 @@ def make_checkpoint(
         model = build_student(recipe.student, specs)
         _randomise(model)
         statistics = random_statistics(recipe, {name: CHANNELS[name][0] for name in teachers})
-        folder = checkpoints.save(
-            tmp_path / "tiny" / stage / "checkpoints",
-            step,
-            {"student": model.state_dict(), "statistics": statistics},
-            stage="stage1",
-            recipe=recipe,
-            teachers=specs,
-            keep_last=3,
-        )
-        return checkpoints.read(folder)
+        folder = checkpoints.folder_of(tmp_path / "tiny" / stage / "checkpoints", step)
+        parts = {"student": model.state_dict(), "statistics": statistics}
+        return checkpoints.read(save(Checkpoint(folder, step, "stage1", recipe, specs), parts, 3))
 
     return make
 

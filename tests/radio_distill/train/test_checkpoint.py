@@ -12,7 +12,10 @@ import torch
 from radio_distill.config import Recipe, build
 from radio_distill.errors import CheckpointError, TakenOverError, WeightsError
 from radio_distill.train import checkpoint as checkpoints
-from radio_distill.train.ownership import Ownership
+from radio_distill.train import checkpointer
+from radio_distill.train.checkpoint import Best, Checkpoint
+from radio_distill.train.checkpointer import save
+from radio_distill.train.run_dir import RunLock
 from radio_distill.types import TeacherSpec
 
 RECIPE = build(
@@ -31,14 +34,18 @@ RECIPE = build(
 SPEC = TeacherSpec("t", 8, None, 16, (224, 224), None, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
+def at(root, step, **values):
+    return Checkpoint(
+        checkpoints.folder_of(root, step), step, "stage1", RECIPE, {"t": SPEC}, **values
+    )
+
+
 def write(root, step, value=0.0, size=16, keep_last=3):
     parts = {
         "student": {"w": torch.full((size,), value)},
         "optimizer": {"step": torch.tensor(step)},
     }
-    return checkpoints.save(
-        root, step, parts, stage="stage1", recipe=RECIPE, teachers={"t": SPEC}, keep_last=keep_last
-    )
+    return save(at(root, step), parts, keep_last)
 
 
 def test_save__reads_back_equal(tmp_path):
@@ -99,6 +106,7 @@ def test_newest__passes_over_a_damaged_one_and_says_why(tmp_path, damage, caplog
         ({"teachers": [1]}, "not a whole checkpoint"),
         ({"teachers": {"t": {"name": 3}}}, "not a whole checkpoint"),
         ({"counts": {"skipped_steps": None}}, "is not a count"),
+        ({"best": {"metric": "knn/top1"}}, "not a whole checkpoint"),
     ],
 )
 def test_read__hostile_meta_is_one_line(tmp_path, change, reason):
@@ -167,17 +175,26 @@ def test_read__json_that_is_no_mapping(tmp_path):
 
 def test_save__keeps_multiples_too(tmp_path):
     for step in range(2, 14, 2):
-        checkpoints.save(
-            tmp_path, step, {"student": {"w": torch.zeros(2)}},
-            stage="stage1", recipe=RECIPE, teachers={"t": SPEC}, keep_last=1, keep_every=4,
-        )  # fmt: skip
+        save(at(tmp_path, step), {"student": {"w": torch.zeros(2)}}, keep_last=1, keep_every=4)
     assert sorted(int(path.name[5:]) for path in tmp_path.iterdir()) == [4, 8, 12]
+
+
+def test_save__keeps_the_best_and_links_it(tmp_path):
+    best = Best("knn/top1", 0.5, 2)
+    for step in range(1, 6):
+        parts = {"student": {"w": torch.zeros(2)}}
+        save(at(tmp_path, step, best=best if step >= 2 else None), parts, keep_last=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "best", "step-00000002", "step-00000005",
+    ]  # fmt: skip
+    assert checkpoints.find(tmp_path).best == best
+    assert checkpoints.find(tmp_path / "best").step == 2
 
 
 def test_save__deletes_nothing_before_the_new_one_is_verified(tmp_path, monkeypatch):
     """A disk that gives back other bytes than it got."""
     write(tmp_path, 1, keep_last=1)
-    written = checkpoints.write_tensors
+    written = checkpointer.write_tensors
 
     def bad_disk(path, tensors):
         digest = written(path, tensors)
@@ -186,7 +203,7 @@ def test_save__deletes_nothing_before_the_new_one_is_verified(tmp_path, monkeypa
         path.write_bytes(data)
         return digest
 
-    monkeypatch.setattr(checkpoints, "write_tensors", bad_disk)
+    monkeypatch.setattr(checkpointer, "write_tensors", bad_disk)
     with pytest.raises(CheckpointError, match="does not hold what was written to it"):
         write(tmp_path, 2, keep_last=1)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
@@ -196,14 +213,11 @@ def test_save__deletes_nothing_before_the_new_one_is_verified(tmp_path, monkeypa
 def test_save__another_owner_of_the_folder_keeps_it_from_appearing(tmp_path):
     root = tmp_path / "stage1" / "checkpoints"
     root.mkdir(parents=True)
-    mine = Ownership(root.parent)
+    mine = RunLock(root.parent)
     mine.check()
-    Ownership(root.parent)
+    RunLock(root.parent)
     with pytest.raises(TakenOverError, match="was taken over by process"):
-        checkpoints.save(
-            root, 1, {"student": {"w": torch.zeros(2)}}, may_write=mine.check,
-            stage="stage1", recipe=RECIPE, teachers={"t": SPEC}, keep_last=1,
-        )  # fmt: skip
+        save(at(root, 1), {"student": {"w": torch.zeros(2)}}, 1, may_write=mine.check)
     assert not list(root.iterdir())
 
 
@@ -211,7 +225,7 @@ def test_clear_unfinished__leaves_whole_ones(tmp_path):
     write(tmp_path, 1)
     (tmp_path / ".step-00000002.77.tmp").mkdir()
     (tmp_path / ".step-00000002.77.tmp" / "student.safetensors").write_bytes(b"half")
-    checkpoints.clear_unfinished(tmp_path)
+    checkpointer.clear_unfinished(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
 
 

@@ -38,7 +38,7 @@ from radio_distill.system.distributed import World
 from radio_distill.train.engine import build_engine
 from radio_distill.train.lifeline import agree
 from radio_distill.train.loop import StageRun, accumulate, stage_seed, take_in
-from radio_distill.train.meter import Meter
+from radio_distill.train.trackers import Meter
 from radio_distill.types import ImageBatch
 from teachers import build_teacher
 from upsamplers import build_upsampler

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from radio_distill.config import PartitionConfig, StageConfig
-from radio_distill.train.schedule import cosine, every, learning_rates
+from radio_distill.train.optim import cosine, every, learning_rates
 
 
 def test_cosine__equals_torch_without_warmup():

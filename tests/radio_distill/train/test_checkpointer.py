@@ -1,6 +1,8 @@
-"""Our safetensors files are those of the library, byte for byte."""
+"""Our safetensors files are those of the library, and are written while the caller goes on."""
 
 import hashlib
+import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save
 
 from radio_distill.errors import CheckpointError
-from radio_distill.train.tensor_file import verify, write_tensors
+from radio_distill.train.checkpointer import AsyncCheckpointer, verify, write_tensors
 
 DTYPES = [
     torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64,
@@ -53,3 +55,30 @@ def test_verify__a_flipped_bit(tmp_path):
     (tmp_path / "x").write_bytes(data)
     with pytest.raises(CheckpointError, match="does not hold what was written"):
         verify(tmp_path / "x", digest)
+
+
+def test_async_checkpointer__writes_while_the_caller_goes_on():
+    gate, checkpointer = threading.Event(), AsyncCheckpointer(Path("before"))
+
+    def write():
+        assert gate.wait(10)
+        return Path("after")
+
+    checkpointer.start(write)
+    assert checkpointer.newest == Path("before")
+    gate.set()
+    checkpointer.wait()
+    assert checkpointer.newest == Path("after")
+    assert checkpointer.error is None
+
+
+@pytest.mark.parametrize("error", [CheckpointError("the disk is full"), ZeroDivisionError()])
+def test_async_checkpointer__keeps_what_went_wrong(error):
+    def write():
+        raise error
+
+    checkpointer = AsyncCheckpointer(Path("before"))
+    checkpointer.start(write)
+    checkpointer.wait()
+    assert checkpointer.error is error
+    assert checkpointer.newest == Path("before")

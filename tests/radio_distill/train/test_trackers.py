@@ -8,8 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from radio_distill.train.meter import Meter
-from radio_distill.train.sinks import JsonLines, open_sinks, read_json_lines
+from radio_distill.train.trackers import JsonLines, Meter, open_sinks, read_json_lines
 
 
 def test_means__are_weighted_and_start_anew():

@@ -12,7 +12,7 @@ differs is the culprit.
         ├─ hangs ────────┼─ stacks, file, hook ───┤ ends with HUNG_STATUS
         └─ holds the GIL ┼───────── stacks ───────┘ ends with status 1, before the others end
 
-All wait for the patience before they end, since launchers kill the other processes as soon as one
+All wait for ``patience`` before they end, since launchers kill the other processes as soon as one
 is gone. A thread of Python's watches; while foreign code holds the interpreter lock (GIL) no such
 thread runs, and faulthandler's timer, a thread in C, takes over: its stacks stand below a line
 "Timeout" without a rank, and in the log alone.
@@ -41,7 +41,7 @@ _LOG = 2
 """File descriptor of stderr; whoever has replaced ``sys.stderr`` may be part of the hang."""
 
 
-class Heartbeat:
+class Watchdog:
     """Watches the block that it is entered for; one at a time in a process.
 
     Args:
@@ -68,9 +68,9 @@ class Heartbeat:
         self._step = step
         self._last = self._armed = 0.0
         self._left_block, self._is_hung = threading.Event(), False
-        self._watcher = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
+        self._watcher = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
-    def __enter__(self) -> "Heartbeat":
+    def __enter__(self) -> "Watchdog":
         if self._limit:
             self._last = time.monotonic()
             self._arm()
@@ -114,7 +114,7 @@ class Heartbeat:
         self._is_hung = True
         faulthandler.cancel_dump_traceback_later()
         # In another thread, for a disk that hangs must not keep this one from ending the process.
-        threading.Thread(target=self._report, name="heartbeat report", daemon=True).start()
+        threading.Thread(target=self._report, name="watchdog report", daemon=True).start()
         time.sleep(self.patience)
         os._exit(HUNG_STATUS)
 

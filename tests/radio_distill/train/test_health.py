@@ -1,20 +1,126 @@
-"""Warnings of the loss and of the rate: every injected fault is met, and nothing else."""
+"""Numbers that are not finite stop a run; losses that jump and rates that fall are warned of."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from radio_distill.config import WatchConfig
-from radio_distill.train.watch import QUIET_STEPS, Watch
+from radio_distill.errors import DivergedError
+from radio_distill.train.health import (
+    QUIET_STEPS,
+    LossMonitor,
+    NonFinite,
+    NonFiniteGuard,
+    SkipCounter,
+    check_targets,
+    describe,
+)
+from radio_distill.types import Features
+
+CPU = torch.device("cpu")
+NAN = float("nan")
+
+
+def targets_of(*bad: int) -> dict[str, Features]:
+    spatial = torch.zeros(3, 4, 2, 2)
+    for image in bad:
+        spatial[image, 2, 0, 1] = NAN
+    return {"dino": Features(None, spatial), "clip": Features(torch.zeros(3, 5), spatial * 0)}
+
+
+@pytest.mark.parametrize("bad", [NAN, float("inf")])
+def test_check_targets__names_teacher_and_images(bad):
+    spatial, summary = torch.zeros(3, 4, 2, 2), torch.zeros(3, 5)
+    check_targets({"dino": Features(summary, spatial)}, ("a", "b", "c"))
+    spatial[1, 2, 0, 1] = bad
+    with pytest.raises(DivergedError, match=r"teacher 'dino' .* for b;"):
+        check_targets({"dino": Features(None, spatial)}, ("a", "b", "c"))
+    summary[2, 0] = bad
+    with pytest.raises(DivergedError, match="for c;"):
+        check_targets({"dino": Features(summary, torch.zeros(3, 4, 2, 2))}, ("a", "b", "c"))
+
+
+def test_guard__nothing_where_all_is_finite():
+    guard = NonFiniteGuard()
+    assert float(guard.flag(CPU)) == 0
+    guard.add_targets({"dino": Features(None, torch.zeros(3, 4, 2, 2))}, ("a", "b", "c"))
+    guard.add_loss(torch.ones(3), {"dino/features": torch.tensor(1.0)}, ("a", "b", "c"))
+    assert float(guard.flag(CPU)) == 0
+    assert guard.causes() == []
+
+
+def test_guard__a_teacher_is_blamed_and_not_the_loss_that_follows():
+    guard = NonFiniteGuard()
+    targets = targets_of(1)
+    targets["clip"] = Features(torch.zeros(3, 5), torch.zeros(3, 4, 2, 2))
+    guard.add_targets(targets, ("a", "b", "c"))
+    terms = {"dino/features": torch.tensor(NAN), "clip/summary": torch.tensor(1.0)}
+    guard.add_loss(torch.tensor([1.0, NAN, 1.0]), terms, ("a", "b", "c"))
+    assert float(guard.flag(CPU)) == 1
+    assert guard.causes() == [NonFinite("teacher dino", ("b",))]
+
+
+def test_guard__a_loss_names_its_terms():
+    guard = NonFiniteGuard()
+    terms = {"dino/features": torch.tensor(NAN), "clip/summary": torch.tensor(1.0)}
+    guard.add_loss(torch.tensor([NAN, 1.0]), terms, ("a", "b"))
+    assert guard.causes() == [NonFinite("loss dino/features", ("a",))]
+
+
+def test_guard__a_gradient_may_come_from_any_image():
+    guard = NonFiniteGuard()
+    guard.add_targets(targets_of(), ("a", "b", "c"))
+    guard.add_targets(targets_of(), ("a", "b", "c"))  # another partition, the same images
+    assert guard.gradient() == [NonFinite("gradient", ("a", "b", "c"))]
+
+
+def test_skips__one_too_many_in_a_row_ends_the_run():
+    found = [NonFinite("teacher dino", ("a", "b", "c", "d"))]
+    skips = SkipCounter(2)
+    skips.add(1, found, None)
+    skips.add(2, found, None)
+    skips.reset()
+    skips.add(4, found, None)
+    skips.add(5, found, None)
+    assert (skips.total, skips.in_a_row) == (4, 2)
+    with pytest.raises(DivergedError) as caught:
+        skips.add(6, found, Path("runs/x/step-00000003"))
+    message = str(caught.value)
+    assert "step 6, the 3rd in a row, is not finite: teacher dino for a, b, c and 1 more" in message
+    assert "the last good checkpoint is runs/x/step-00000003" in message
+    assert "teachers.dino.dtype" in message
+    assert "\n" not in message
+
+
+def test_skips__none_may_be():
+    with pytest.raises(DivergedError, match="step 7 is not finite: gradient for a; there is no"):
+        SkipCounter(0).add(7, [NonFinite("gradient", ("a",))], None)
+
+
+def test_skips__go_on_counting_after_a_resume():
+    with pytest.raises(DivergedError, match="the 3rd in a row"):
+        SkipCounter(2, total=5, in_a_row=2).add(9, [NonFinite("gradient", ("a",))], None)
+
+
+def test_describe__joins_what_processes_found():
+    found = [
+        NonFinite("teacher a", ("x",)),
+        NonFinite("loss", ("y",)),
+        NonFinite("teacher a", ("z",)),
+    ]
+    assert describe(found) == "teacher a for x, z; loss for y"
+
 
 STEPS = 2000
 
 
 def warned(losses: np.ndarray, **settings: float) -> list[int]:
-    """Return the steps, from 0, that a watch warns of."""
-    watch = Watch(WatchConfig(**settings))
-    return [step for step, value in enumerate(losses) if watch.loss(step, float(value))]
+    """Return the steps, from 0, that are warned of."""
+    monitor = LossMonitor(WatchConfig(**settings))
+    return [step for step, value in enumerate(losses) if monitor.loss(step, float(value))]
 
 
 def decay(seed: int, noise: float = 0.05) -> np.ndarray:
@@ -123,10 +229,10 @@ def test_loss__never_with_0():
 
 
 def test_loss__says_what_how_much_and_where_to_look():
-    watch = Watch(WatchConfig())
+    monitor = LossMonitor(WatchConfig())
     for step in range(100):
-        assert watch.loss(step, 1.0 + 0.1 * (-1) ** step) is None
-    assert watch.loss(100, 4.0) == (
+        assert monitor.loss(step, 1.0 + 0.1 * (-1) ** step) is None
+    assert monitor.loss(100, 4.0) == (
         "step 100: the loss of 4 lies 30 usual deviations above its mean of 1 (watch.loss_spike is "
         "8); look at the losses by teacher and at gradient_norm, and if it does not come back, "
         "lower the learning rate"
@@ -134,9 +240,9 @@ def test_loss__says_what_how_much_and_where_to_look():
 
 
 def rates(values: list[float], **settings: float) -> list[int]:
-    """Return the log windows, from 0, that a watch warns of."""
-    watch = Watch(WatchConfig(**settings))
-    return [at for at, value in enumerate(values) if watch.rate(at, value)]
+    """Return the log windows, from 0, that are warned of."""
+    monitor = LossMonitor(WatchConfig(**settings))
+    return [at for at, value in enumerate(values) if monitor.rate(at, value)]
 
 
 def test_rate__first_windows_do_not_count():
@@ -171,10 +277,10 @@ def test_rate__settings():
     ],
 )
 def test_rate__says_what_how_much_and_where_to_look(waited, cause):
-    watch = Watch(WatchConfig())
+    monitor = LossMonitor(WatchConfig())
     for step in range(8):
-        assert watch.rate(step, 400.0, 0.0) is None
-    line = watch.rate(500, 100.0, waited)
+        assert monitor.rate(step, 400.0, 0.0) is None
+    line = monitor.rate(500, 100.0, waited)
     assert line is not None
     assert line.startswith(
         "step 500: 100 images/s, 25% of the 400 that are usual (watch.slow_share is 0.5); " + cause

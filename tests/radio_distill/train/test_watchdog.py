@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from radio_distill.errors import HUNG_STATUS
-from radio_distill.train.heartbeat import Heartbeat, stacks
+from radio_distill.train.watchdog import Watchdog, stacks
 
 ROOT = Path(__file__).resolve().parents[3]
 BY_FAULTHANDLER = 1
@@ -22,7 +22,7 @@ BY_FAULTHANDLER = 1
 HEAD = """
 import ctypes, multiprocessing, sys, threading, time
 from pathlib import Path
-from radio_distill.train.heartbeat import Heartbeat
+from radio_distill.train.watchdog import Watchdog
 
 def hang_here():
     time.sleep(300)
@@ -45,11 +45,11 @@ def run(program: str, *command: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_heartbeat__ends_a_process_whose_main_thread_sleeps(tmp_path):
+def test_watchdog__ends_a_process_whose_main_thread_sleeps(tmp_path):
     done = run(f"""
         threading.Thread(target=hang_here, name="reader", daemon=True).start()
-        with Heartbeat(1.0, 3, Path({str(tmp_path)!r})) as heart:
-            heart.beat(7)
+        with Watchdog(1.0, 3, Path({str(tmp_path)!r})) as watchdog:
+            watchdog.beat(7)
             hang_here()
     """)
     assert done.returncode == HUNG_STATUS
@@ -66,10 +66,10 @@ def test_heartbeat__ends_a_process_whose_main_thread_sleeps(tmp_path):
     assert (tmp_path / "stacks-rank3.txt").read_text() == done.stderr
 
 
-def test_heartbeat__ends_a_process_that_holds_the_interpreter():
+def test_watchdog__ends_a_process_that_holds_the_interpreter():
     done = run("""
-        with Heartbeat(1.0, 3) as heart:
-            heart.beat(7)
+        with Watchdog(1.0, 3) as watchdog:
+            watchdog.beat(7)
             hold_the_interpreter()
     """)
     assert done.returncode == BY_FAULTHANDLER
@@ -77,32 +77,32 @@ def test_heartbeat__ends_a_process_that_holds_the_interpreter():
     assert "in hold_the_interpreter" in done.stderr
 
 
-def test_heartbeat__beats_keep_a_process_alive():
+def test_watchdog__beats_keep_a_process_alive():
     done = run("""
-        with Heartbeat(1.0, 0) as heart:
+        with Watchdog(1.0, 0) as watchdog:
             for step in range(30):
                 time.sleep(0.05)
-                heart.beat(step)
+                watchdog.beat(step)
     """)
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_heartbeat__arms_the_timer_of_faulthandler_anew():
+def test_watchdog__arms_the_timer_of_faulthandler_anew():
     # Held for longer than what was left of the first timer, never longer than the limit.
     done = run("""
-        with Heartbeat(1.2, 0) as heart:
+        with Watchdog(1.2, 0) as watchdog:
             for step in range(3):
                 ctypes.PyDLL(None).usleep(700_000)
-                heart.beat(step)
+                watchdog.beat(step)
     """)
     assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("leave", ["pass", "raise ValueError"])
-def test_heartbeat__is_over_behind_its_block(leave):
+def test_watchdog__is_over_behind_its_block(leave):
     done = run(f"""
         try:
-            with Heartbeat(0.3, 0):
+            with Watchdog(0.3, 0):
                 {leave}
         except ValueError:
             pass
@@ -112,34 +112,34 @@ def test_heartbeat__is_over_behind_its_block(leave):
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_heartbeat__no_limit_starts_nothing():
+def test_watchdog__no_limit_starts_nothing():
     done = run("""
-        with Heartbeat(0, 0) as heart:
-            heart.beat(1)
+        with Watchdog(0, 0) as watchdog:
+            watchdog.beat(1)
             assert threading.active_count() == 1
     """)
     assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("call", ["beat(8)", "__exit__(None, None, None)"])
-def test_heartbeat__late_beat_and_end_do_not_return(call):
+def test_watchdog__late_beat_and_end_do_not_return(call):
     # Else rank 0 could write "running" over "hung", or the next stage begin and be cut off.
     done = run(f"""
-        heart = Heartbeat(0.8, 0).__enter__()
+        watchdog = Watchdog(0.8, 0).__enter__()
         time.sleep(0.85)
-        heart.{call}
+        watchdog.{call}
         print("went on")
     """)
     assert done.returncode == HUNG_STATUS
     assert "went on" not in done.stdout
 
 
-def test_heartbeat__hook_gets_step_and_reason():
+def test_watchdog__hook_gets_step_and_reason():
     done = run("""
         def hook(step, reason):
             print(step, reason, flush=True)
 
-        with Heartbeat(0.4, 0, on_hang=hook, step=5):
+        with Watchdog(0.4, 0, on_hang=hook, step=5):
             hang_here()
     """)
     assert done.returncode == HUNG_STATUS
@@ -148,18 +148,18 @@ def test_heartbeat__hook_gets_step_and_reason():
 
 
 @pytest.mark.parametrize("hook", ["hang_here()", "sys.exit(0)", "1 / 0"])
-def test_heartbeat__ends_though_the_hook_fails_or_hangs(hook):
+def test_watchdog__ends_though_the_hook_fails_or_hangs(hook):
     done = run(f"""
-        with Heartbeat(0.4, 0, on_hang=lambda *_: {hook}):
+        with Watchdog(0.4, 0, on_hang=lambda *_: {hook}):
             hang_here()
     """)
     assert done.returncode == HUNG_STATUS
     assert ("rank 0: None: division by zero" in done.stderr) == (hook == "1 / 0")
 
 
-def test_heartbeat__ends_though_the_folder_is_gone(tmp_path):
+def test_watchdog__ends_though_the_folder_is_gone(tmp_path):
     done = run(f"""
-        with Heartbeat(0.4, 0, Path({str(tmp_path / "gone")!r})):
+        with Watchdog(0.4, 0, Path({str(tmp_path / "gone")!r})):
             hang_here()
     """)
     assert done.returncode == HUNG_STATUS
@@ -167,7 +167,7 @@ def test_heartbeat__ends_though_the_folder_is_gone(tmp_path):
     assert done.stderr.endswith("gone: No such file or directory\n")
 
 
-def test_heartbeat__ends_though_nobody_reads_the_log():
+def test_watchdog__ends_though_nobody_reads_the_log():
     # A pipe that is full blocks whoever writes to it.
     program = HEAD + textwrap.dedent("""
         import os
@@ -177,21 +177,21 @@ def test_heartbeat__ends_though_nobody_reads_the_log():
                 os.write(2, bytes(4096))
         except BlockingIOError:
             os.set_blocking(2, True)
-        with Heartbeat(0.4, 0):
+        with Watchdog(0.4, 0):
             hang_here()
     """)
     with subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, cwd=ROOT) as it:
         assert it.wait(timeout=60) == HUNG_STATUS
 
 
-def test_heartbeat__forked_children_end_and_are_not_watched():
+def test_watchdog__forked_children_end_and_are_not_watched():
     # Workers of a DataLoader are forked inside the block, and outlive its limit.
     done = run("""
-        with Heartbeat(1.0, 0) as heart:
+        with Watchdog(1.0, 0) as watchdog:
             worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(2,))
             worker.start()
             for step in range(50):
-                heart.beat(step)
+                watchdog.beat(step)
                 worker.join(0.1)
             assert worker.exitcode == 0
     """)
@@ -200,7 +200,7 @@ def test_heartbeat__forked_children_end_and_are_not_watched():
 
 @pytest.mark.faults
 @pytest.mark.distributed
-def test_heartbeat__every_rank_writes_its_stacks(tmp_path):
+def test_watchdog__every_rank_writes_its_stacks(tmp_path):
     script = tmp_path / "ranks.py"
     script.write_text(
         HEAD
@@ -211,12 +211,12 @@ def test_heartbeat__every_rank_writes_its_stacks(tmp_path):
             dist.all_reduce(torch.ones(1))
 
         dist.init_process_group("gloo")
-        with Heartbeat(2.0, dist.get_rank(), Path({str(tmp_path)!r})) as heart:
+        with Watchdog(2.0, dist.get_rank(), Path({str(tmp_path)!r})) as watchdog:
             for number in range(1, 10):
                 if dist.get_rank() == 1 and number == 5:
                     hang_here()
                 step()
-                heart.beat(number)
+                watchdog.beat(number)
         """)
     )
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
@@ -237,5 +237,5 @@ def test_stacks__of_all_threads_but_some():
     assert here not in stacks(without=[threading.get_ident()])
 
 
-def test_heartbeat__patience_is_a_share_of_short_limits():
-    assert (Heartbeat(1800, 0).patience, Heartbeat(2, 0).patience) == (5.0, 0.5)
+def test_watchdog__patience_is_a_share_of_short_limits():
+    assert (Watchdog(1800, 0).patience, Watchdog(2, 0).patience) == (5.0, 0.5)

@@ -1,4 +1,4 @@
-"""One process owns a folder: who lives is refused to, who is dead is not, and of many one wins."""
+"""A folder is refused while its owner lives, of many starts one wins; a status reads back."""
 
 import json
 import os
@@ -13,15 +13,24 @@ from pathlib import Path
 import pytest
 
 from radio_distill.errors import ConfigError, TakenOverError
-from radio_distill.train import ownership
-from radio_distill.train.ownership import OWNER, Ownership, refuse_living, was_requeued
+from radio_distill.train import run_dir
+from radio_distill.train.run_dir import (
+    OWNER,
+    STATUS,
+    RunLock,
+    Status,
+    read_status,
+    refuse_living,
+    was_requeued,
+    write_status,
+)
 
 CHECKOUT = Path(__file__).resolve().parents[3]
 CLAIM = """
 import sys, time
 from pathlib import Path
-from radio_distill.train.ownership import Ownership
-Ownership.take(Path(sys.argv[1]))
+from radio_distill.train.run_dir import RunLock
+RunLock.take(Path(sys.argv[1]))
 print("claimed", flush=True)
 time.sleep(60)
 """
@@ -58,7 +67,7 @@ def rewrite(folder: Path, **values: object) -> None:
 def test_take__is_refused_while_the_owner_lives_and_changes_nothing(tmp_path, other):
     before = contents(tmp_path)
     with pytest.raises(ConfigError, match=f"going on, process {other.pid} on .*--take-over") as it:
-        Ownership.take(tmp_path)
+        RunLock.take(tmp_path)
     assert "\n" not in str(it.value)
     assert contents(tmp_path) == before
 
@@ -70,32 +79,32 @@ def test_take__a_killed_process_owns_nothing(tmp_path, other, reaped):
         other.wait()
     else:  # a zombie, whose parent has not asked for it yet
         os.waitid(os.P_PID, other.pid, os.WEXITED | os.WNOWAIT)
-    mine = Ownership.take(tmp_path)
+    mine = RunLock.take(tmp_path)
     mine.check()
     mine.release()
 
 
 def test_take__another_process_of_the_same_number_is_not_the_owner(tmp_path, other):
     rewrite(tmp_path, started="1")
-    Ownership.take(tmp_path).release()
+    RunLock.take(tmp_path).release()
 
 
 def test_take_over__of_a_living_one_which_finds_out(tmp_path):
-    first = Ownership.take(tmp_path)
-    second = Ownership.take(tmp_path, take_over=True)
+    first = RunLock.take(tmp_path)
+    second = RunLock.take(tmp_path, take_over=True)
     second.check()
     with pytest.raises(TakenOverError, match=f"was taken over by process {os.getpid()} on"):
         first.check()
     first.release()
     second.check()
     with pytest.raises(ConfigError, match="going on"):
-        Ownership.take(tmp_path)
+        RunLock.take(tmp_path)
     second.release()
 
 
 def test_release__the_folder_is_free_at_once(tmp_path):
-    Ownership.take(tmp_path).release()
-    again = Ownership.take(tmp_path)
+    RunLock.take(tmp_path).release()
+    again = RunLock.take(tmp_path)
     again.check()
     again.release()
     again.release()
@@ -108,7 +117,7 @@ def test_take__of_many_at_one_moment_exactly_one_wins(tmp_path):
     def start() -> None:
         barrier.wait()
         try:
-            won.append(Ownership.take(tmp_path))
+            won.append(RunLock.take(tmp_path))
         except ConfigError as error:
             refused.append(error)
 
@@ -123,12 +132,12 @@ def test_take__of_many_at_one_moment_exactly_one_wins(tmp_path):
 
 
 def test_ownership__a_claim_that_was_made_by_another_cannot_be_made_again(tmp_path):
-    first = Ownership(tmp_path, 4)
+    first = RunLock(tmp_path, 4)
     with pytest.raises(FileExistsError):
-        Ownership(tmp_path, 4)
+        RunLock(tmp_path, 4)
     first.release()
     with pytest.raises(FileExistsError, match="was claimed by process"):
-        Ownership(tmp_path, 3)  # of one that looked long ago
+        RunLock(tmp_path, 3)  # of one that looked long ago
     first.check()
     assert {path.name for path in tmp_path.iterdir()} == {OWNER}
 
@@ -136,9 +145,9 @@ def test_ownership__a_claim_that_was_made_by_another_cannot_be_made_again(tmp_pa
 def test_take__a_copy_of_a_living_runs_folder_is_free(tmp_path):
     original, copy = tmp_path / "run", tmp_path / "copy"
     original.mkdir()
-    mine = Ownership.take(original)
+    mine = RunLock.take(original)
     shutil.copytree(original, copy)
-    Ownership.take(copy).release()
+    RunLock.take(copy).release()
     mine.check()
     mine.release()
 
@@ -155,7 +164,7 @@ def test_take__after_a_start_that_was_killed_in_its_claim(tmp_path, other, damag
     else:
         claim.write_text("")
         os.utime(claim, (0, 0))
-    mine = Ownership.take(tmp_path)
+    mine = RunLock.take(tmp_path)
     assert mine.claim.number == 2
     mine.check()
     mine.release()
@@ -166,8 +175,8 @@ class TestAnotherMachine:
 
     @pytest.fixture(autouse=True)
     def _away(self, tmp_path, other, monkeypatch):
-        monkeypatch.setattr(ownership, "SILENCE", 1.5)
-        monkeypatch.setattr(ownership, "BEAT", 0.5)
+        monkeypatch.setattr(run_dir, "SILENCE", 1.5)
+        monkeypatch.setattr(run_dir, "BEAT", 0.5)
         other.kill()  # what touches the file is each test
         other.wait()
         rewrite(tmp_path, machine="another", host="node7")
@@ -188,27 +197,27 @@ class TestAnotherMachine:
         end = self.touching(tmp_path)
         try:
             with pytest.raises(ConfigError, match=r"going on, process \d+ on node7: "):
-                Ownership.take(tmp_path)
+                RunLock.take(tmp_path)
         finally:
             end()
 
     def test_take__one_that_was_silent_for_long_is_dead(self, tmp_path):
         (claim,) = tmp_path.glob(".owner-*")
         os.utime(claim, (time.time() - 100, time.time() - 100))
-        Ownership.take(tmp_path).release()
+        RunLock.take(tmp_path).release()
 
     def test_take__one_that_died_a_moment_ago_is_waited_for(self, tmp_path, caplog):
         caplog.set_level("INFO")
         (claim,) = tmp_path.glob(".owner-*")
         os.utime(claim)
-        Ownership.take(tmp_path).release()
+        RunLock.take(tmp_path).release()
         assert "was owned by process" in caplog.text
 
     def test_take__one_that_ended_by_itself_is_not_waited_for(self, tmp_path, caplog):
         (claim,) = tmp_path.glob(".owner-*")
         claim.unlink()
         caplog.set_level("INFO")
-        Ownership.take(tmp_path).release()
+        RunLock.take(tmp_path).release()
         assert not caplog.text
 
 
@@ -222,13 +231,13 @@ def test_requeued__slurm_has_given_the_start_before_up(
     """On a node that lost its network the old process lives; a second one in one allocation is not
     meant."""
     monkeypatch.setenv("SLURM_JOB_ID", "41")
-    first = Ownership.take(tmp_path)
+    first = RunLock.take(tmp_path)
     monkeypatch.setenv("SLURM_JOB_ID", job)
     monkeypatch.setenv("SLURM_RESTART_COUNT", restart)
     assert was_requeued(tmp_path) == is_requeued
     if is_requeued:
         refuse_living(tmp_path)
-        second = Ownership.take(tmp_path)
+        second = RunLock.take(tmp_path)
         with pytest.raises(TakenOverError):
             first.check()
         second.release()
@@ -236,3 +245,37 @@ def test_requeued__slurm_has_given_the_start_before_up(
         with pytest.raises(ConfigError, match=r"going on, process .* \(Slurm job 41\)"):
             refuse_living(tmp_path)
     first.release()
+
+
+def test_status__reads_back(tmp_path):
+    status = Status(state="running", step=3, steps=9, images_per_second=2.5, reason="é")
+    write_status(tmp_path, status)
+    assert read_status(tmp_path) == status
+    assert [path.name for path in tmp_path.iterdir()] == [STATUS]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"state": "running"}', '{"evil": 1}'])
+def test_status__none_where_there_is_none(tmp_path, text):
+    assert read_status(tmp_path) is None
+    (tmp_path / STATUS).write_text(text)
+    assert read_status(tmp_path) is None
+
+
+def test_ownership__the_last_claim_counts(tmp_path):
+    first = RunLock(tmp_path)
+    first.check()
+    second = RunLock(tmp_path)
+    second.check()
+    with pytest.raises(TakenOverError, match="was taken over by process") as caught:
+        first.check()
+    assert caught.value.exit_status == 76
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut"])
+def test_ownership__a_file_that_cannot_be_read_is_no_other_owner(tmp_path, damage):
+    owner = RunLock(tmp_path)
+    if damage == "gone":
+        (tmp_path / OWNER).unlink()
+    else:
+        (tmp_path / OWNER).write_text("{")
+    owner.check()

@@ -1,18 +1,18 @@
-"""Who may write into a stage's folder: one process, the one that was started last.
-
-Two that write into one folder damage each other's checkpoints. So a start looks whether another
-owns the folder and is alive, and is refused if so. Whoever owns it leaves a token in it, and one
-that finds another's token in its place must stop: Slurm starts a job anew when a node no longer
-answers, and on a node that only lost its network the old processes are alive.
+"""The lock on a stage's folder, and the status of the stage for those who look from outside.
 
 ::
 
-    STAGE/owner.json      who owns it: token, host, process, Slurm job
+    STAGE/owner.json      who owns the folder: token, host, process, Slurm job
     STAGE/.owner-N        the same of the N-th claim; made by one process only, touched every few
                           seconds while that lives, removed when it ends by itself
+    STAGE/status.json     state, step, rate and time left; written every few seconds by rank 0
+
+Two processes that write into one folder damage each other's checkpoints. A start is refused while
+the owner lives. An owner that finds another's token in ``owner.json`` must stop: Slurm starts a job
+anew when a node no longer answers, and on a node that only lost its network the old processes live.
 
 Of several starts at the same moment the one that makes ``.owner-N`` wins, on any file system.
-Whether an owner is alive is known of a process of this machine; of another machine's, its file must
+Whether an owner lives is known of a process of this machine; of another machine's, its file must
 have been touched within the last minute, by the clock of the file system.
 """
 
@@ -26,15 +26,16 @@ import threading
 import time
 import uuid
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from ..errors import ConfigError, TakenOverError
 from ..system.files import replacing
 
 logger = logging.getLogger(__name__)
 
-OWNER = "owner.json"
+OWNER, STATUS = "owner.json", "status.json"
 FRESH = "RADIO_DISTILL_FRESH"
 """Environment variable of a job that was submitted without --resume and that Slurm started again:
 it goes on with nothing but what it has begun itself."""
@@ -48,7 +49,7 @@ _CLAIM = re.compile(r"\.owner-(\d{1,9})")
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """What is known of an owner."""
+    """An owner of a folder."""
 
     number: int = 0
     token: str = ""
@@ -57,7 +58,7 @@ class Claim:
     started: str = ""
     """When the process began, as its machine's kernel counts it; empty where that is unknown."""
     machine: str = ""
-    """Tells within which machine (and container) the process's number counts."""
+    """Identifies the machine (and container) within which the process's number counts."""
     folder: str = ""
     slurm_job: str = ""
     slurm_restart: int = 0
@@ -70,8 +71,8 @@ class Claim:
         return f"process {self.process} on {self.host}{job}"
 
 
-class Ownership:
-    """This process's claim on a folder; made by rank 0 just before the first step.
+class RunLock:
+    """The lock of rank 0 on a stage's folder, taken just before the first step.
 
     Args:
         folder: of the stage; whoever owned it before finds out at its next :meth:`check`.
@@ -104,7 +105,7 @@ class Ownership:
         self._beating.start()
 
     @classmethod
-    def take(cls, folder: Path, take_over: bool = False) -> "Ownership":
+    def take(cls, folder: Path, take_over: bool = False) -> "RunLock":
         """Claim a folder that no living process owns; with ``take_over``, one that is owned too.
 
         Raises:
@@ -200,7 +201,7 @@ def _is_requeued(claim: Claim, own: Claim) -> bool:
 
 
 def _is_touched(path: Path, claim: Claim) -> bool:
-    """Watch a file until it is touched, or has not been for too long."""
+    """LossMonitor a file until it is touched, or has not been for too long."""
     try:
         first = _time_of(path)
         silent = max(0.0, _now(path.parent) - first)
@@ -289,3 +290,35 @@ def _machine() -> str:
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
         return ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Status:
+    """A stage at one moment. A process that is killed leaves ``running`` behind, with its time."""
+
+    state: Literal["running", "complete", "interrupted", "failed", "hung"]
+    """``interrupted``: a signal asked it to stop, and it saved. ``failed``: see ``reason``."""
+    step: int
+    steps: int
+    """Steps of the whole stage."""
+    images_per_second: float = 0.0
+    seconds_left: float = 0.0
+    reason: str = ""
+    """Why it stopped, one line."""
+    host: str = field(default_factory=socket.gethostname)
+    time: float = field(default_factory=time.time)
+    """Seconds since 1970."""
+
+
+def write_status(folder: Path, status: Status) -> None:
+    """Replace the status of the stage in ``folder``."""
+    with replacing(folder / STATUS) as temporary:
+        temporary.write_text(json.dumps(asdict(status), indent=1) + "\n", encoding="utf-8")
+
+
+def read_status(folder: Path) -> Status | None:
+    """Return the status of the stage in ``folder``; None where there is none that can be read."""
+    try:
+        return Status(**json.loads((folder / STATUS).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
