@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from .models.distilled import Predictions
+    from .models.heads import Predictions
     from .normalize.moments import Moments
 
 

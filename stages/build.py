@@ -24,8 +24,8 @@ from radio_distill.distill.statistics import (
 )
 from radio_distill.distill.targets import TargetMaker, check_partition
 from radio_distill.errors import ChangedError, ConfigError, DataError
-from radio_distill.models.distilled import build_student
 from radio_distill.models.ema import Ema
+from radio_distill.models.heads import build_student
 from radio_distill.protocols import Teacher
 from radio_distill.stage import images_per_step
 from radio_distill.system.distributed import World, all_gather_object, extend_timeouts, run_on_main
@@ -42,6 +42,7 @@ from radio_distill.train.restore import (
     restore_normalizers,
 )
 from radio_distill.types import TeacherSpec
+from radio_distill.weights.pretrained import initialise
 from teachers import build_teacher, teacher_spec
 from upsamplers import build_upsampler
 
@@ -87,6 +88,7 @@ def build_run(
         specs,
         learned_weights=recipe.loss.weighting == "uncertainty",
         weight_noise=recipe.augmentation.weight_noise,
+        initialise=initialise,
     )
     if start is not None:
         checkpoints.check_teachers(start, specs)

@@ -100,10 +100,11 @@ def write_run(
 
     def write(name: str = "run", stage: str = "stage1", **student: Any) -> Path:
         from radio_distill.config import Recipe, build
-        from radio_distill.models.distilled import build_student
+        from radio_distill.models.heads import build_student
         from radio_distill.train.checkpoint import Checkpoint
         from radio_distill.train.checkpointer import save
         from radio_distill.types import TeacherSpec
+        from radio_distill.weights.pretrained import initialise
 
         torch.manual_seed(len(name))
         partition = {"name": "a", "size": [64, 96], "teachers": list(CHANNELS), "batch_size": 2}
@@ -131,7 +132,7 @@ def write_run(
             )
             for teacher, sizes in CHANNELS.items()
         }
-        model = build_student(recipe.student, specs)
+        model = build_student(recipe.student, specs, initialise=initialise)
         for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter.data.normal_(1, 0.3)

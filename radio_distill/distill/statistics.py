@@ -17,8 +17,7 @@ from torch import nn
 
 from ..config import DataConfig, PartitionConfig, Recipe, StageConfig, partition_sizes, share_of
 from ..data.loader import ShardBatches, StepSlice
-from ..models.distilled import DistilledStudent
-from ..models.heads import Adaptor
+from ..models.heads import DistilledStudent
 from ..normalize import NORMALIZERS
 from ..normalize.cache import Statistics, check_can_save, load_statistics, save_statistics
 from ..normalize.dispersion import SummaryMoments
@@ -285,11 +284,10 @@ def refold_heads(
     affine and a head ends in a linear layer. Ours: the papers freeze the body while heads relearn.
     A normalizer without inverse (layer_norm) has no statistics either, so nothing is to be done.
     """
-    for name, adaptor in model.adaptors.items():
+    for name, head in model.heads.items():
         if isinstance(now[name], LayerNorm):
             continue
-        assert isinstance(adaptor, Adaptor)
-        head = adaptor.spatial.final
-        last = head[-1]
+        final = head.spatial.final
+        last = final[-1]
         assert isinstance(last, nn.Linear)
-        head[-1] = now[name].unfold(before[name].fold(last))
+        final[-1] = now[name].unfold(before[name].fold(last))

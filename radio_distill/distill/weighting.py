@@ -7,11 +7,11 @@ teacher. A term is named ``teacher/summary`` or ``teacher/features``.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 SMALLEST = 1e-8
 """Mean loss below which a weight grows no further. Ours: about float32's rounding of a cosine."""
@@ -58,27 +58,10 @@ class AdaLoss:
         self._means = {term: float(mean) for term, mean in state.items()}
 
 
-class Uncertainty(nn.Module):
-    """A learned log variance for each teacher's summary and features; see :func:`uncertain`.
-
-    In AM-RADIO the student predicts them from each image; how is not published. Here each is one
-    parameter, as in Kendall et al. (arXiv 1705.07115). They start at 0, a weight of 1.
-    """
-
-    def __init__(self, teachers: Sequence[str]):
-        super().__init__()
-        self.teachers = tuple(teachers)
-        """In the order of the rows."""
-        self.log_variances = nn.Parameter(torch.zeros(len(self.teachers), 2))
-
-    def forward(self) -> Tensor:
-        """Return the log variances ``[T, 2]`` of summaries (first column) and features."""
-        # ZeRO-3 takes the parameter's values away after this call, hence a copy.
-        return self.log_variances.clone()
-
-
 def uncertain(loss: Tensor, log_variance: Tensor) -> Tensor:
     """Return losses ``[B]`` weighted by a learned ``log_variance`` b: e^-b · loss + softplus(b).
+
+    :class:`..models.heads.Uncertainty` learns b.
 
     AM-RADIO, equation 6. Kendall et al. have b in place of softplus(b), and half of both parts;
     softplus stops rewarding b well below 0, so that weights above 1 grow more slowly.

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..data.folder import ImageRef
-from ..models.backbone import Backbone
+from ..models.backbone import StudentEncoder
 from ..protocols import Normalizer, Teacher
 from ..types import Features, Size
 
@@ -97,18 +97,18 @@ class Encoder:
 
 
 def student_encoder(
-    backbone: Backbone,
+    student: StudentEncoder,
     device: torch.device | str = "cpu",
     targets: Mapping[str, Target] | None = None,
     name: str = "student",
 ) -> Encoder:
     """Present a student as an encoder.
 
-    Its summary is that of the backbone: the summary tokens of those teachers that have a summary,
+    Its summary is: the summary tokens of those teachers that have a summary,
     side by side. It takes any size: above ``student.max_size`` its positions are stretched.
 
     Args:
-        backbone: on ``device``; of a student in training, :func:`.backbone.backbone_of`. It is
+        student: on ``device``; one in training, :func:`..models.backbone.as_encoder`. It is
             taken as it is: evaluation mode is the caller's to set.
         device: where the images go.
         targets: the teachers that its heads are compared with; None to ask the heads nothing.
@@ -116,15 +116,15 @@ def student_encoder(
     """
 
     def encode(pixels: Tensor) -> Features:
-        output = backbone(pixels)
-        return Features(output.summary if backbone.summary_dim else None, output.features)
+        output = student(pixels)
+        return Features(output.summary if student.summary_dim else None, output.features)
 
     def predict(pixels: Tensor) -> Mapping[str, Features]:
-        adaptors: Mapping[str, Features] = backbone(pixels, tuple(targets or {})).adaptors
-        return adaptors
+        features: Mapping[str, Features] = student(pixels, tuple(targets or {})).heads
+        return features
 
     heads = Heads(predict, targets) if targets else None
-    return Encoder(name, encode, backbone.student.size_step, device, heads=heads)
+    return Encoder(name, encode, student.student.size_step, device, heads=heads)
 
 
 def teacher_encoder(

@@ -5,17 +5,15 @@ predicts in its teacher's own space: the inverse of the normalizer, which is aff
 head's last linear layer (PHI-S paper, arXiv 2410.01680, appendix A.6).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from ..config import StudentConfig, partition_sizes
 from ..models.backbone import summary_slots
-from ..models.distilled import DistilledStudent
-from ..models.heads import Adaptor
+from ..models.heads import DistilledStudent
 from ..models.spectral import fold as fold_matrices
-from ..protocols import Normalizer
 from ..train.checkpoint import Checkpoint
 from ..train.restore import load_student, normalizers_of
 from ..types import Size
@@ -34,6 +32,24 @@ class FoldedStudent:
     def config(self) -> StudentConfig:
         """The recipe's student section."""
         return self.checkpoint.recipe.student
+
+    @property
+    def plain_config(self) -> StudentConfig:
+        """The student section of what was folded: not pretrained, its matrices plain."""
+        return replace(
+            self.config,
+            pretrained="",
+            pretrained_sha256="",
+            pretrained_grid=(),
+            spectral_reparametrization=False,
+        )
+
+    @property
+    def preferred_size(self) -> Size:
+        """The largest size that the last stage trained at, as (height, width)."""
+        partitions = self.checkpoint.recipe.stages[self.checkpoint.stage].partitions
+        sizes = [size for partition in partitions for size in partition_sizes(partition)]
+        return max(sizes, key=lambda size: size[0] * size[1])
 
     @property
     def summary_teachers(self) -> tuple[str, ...]:
@@ -57,21 +73,8 @@ def folded(checkpoint: Checkpoint) -> FoldedStudent:
     model = load_student(checkpoint, torch.device("cpu")).float()
     fold_matrices(model)
     for name, normalizer in normalizers_of(checkpoint).items():
-        adaptor = model.adaptors[name]
-        assert isinstance(adaptor, Adaptor)
-        _fold_into(adaptor, normalizer)
+        final = model.heads[name].spatial.final
+        last = final[-1]
+        assert isinstance(last, nn.Linear)
+        final[-1] = normalizer.fold(last)
     return FoldedStudent(model.eval().requires_grad_(False), checkpoint)
-
-
-def _fold_into(adaptor: Adaptor, normalizer: Normalizer) -> None:
-    last = adaptor.spatial.final[-1]
-    assert isinstance(last, nn.Linear)
-    adaptor.spatial.final[-1] = normalizer.fold(last)
-
-
-def preferred_size(student: FoldedStudent) -> Size:
-    """Return the largest size that the last stage trained at, as (height, width)."""
-    checkpoint = student.checkpoint
-    partitions = checkpoint.recipe.stages[checkpoint.stage].partitions
-    sizes = [size for partition in partitions for size in partition_sizes(partition)]
-    return max(sizes, key=lambda size: size[0] * size[1])

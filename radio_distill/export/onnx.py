@@ -33,7 +33,7 @@ from ..errors import ExportError, UnknownNameError
 from ..registry import nearest
 from ..types import Size
 from .files import new_folder
-from .folded import FoldedStudent, preferred_size
+from .folded import FoldedStudent
 from .model_card import model_card
 from .parity import check_equal, probe_images
 
@@ -65,19 +65,19 @@ name the recipe, the teachers and their licences."""
 class _Graph(nn.Module):
     """What the file computes: a tuple of outputs instead of named features."""
 
-    def __init__(self, student: FoldedStudent, adaptors: Sequence[str]):
+    def __init__(self, student: FoldedStudent, heads: Sequence[str]):
         super().__init__()
         self.model = student.model
         self.slots = student.summary_slots
         teachers = list(student.checkpoint.teachers)
-        self.adaptors = [(name, teachers.index(name)) for name in adaptors]
+        self.heads = [(name, teachers.index(name)) for name in heads]
 
     @property
     def names(self) -> list[str]:
         """Names of the outputs, in order."""
         names = ["summary", "features"] if self.slots else ["features"]
-        for name, _ in self.adaptors:
-            if self.model.adaptors[name].summary is not None:
+        for name, _ in self.heads:
+            if self.model.heads[name].summary is not None:
                 names.append(f"{name}_summary")
             names.append(f"{name}_features")
         return names
@@ -87,8 +87,8 @@ class _Graph(nn.Module):
         tokens, spatial = self.model.student(pixels)  # [B, T, D], [B, D, h, w]
         outputs = [tokens[:, self.slots].flatten(1)] if self.slots else []
         outputs.append(spatial)
-        for name, slot in self.adaptors:
-            predicted = self.model.adaptors[name](tokens[:, slot], spatial)
+        for name, slot in self.heads:
+            predicted = self.model.heads[name](tokens[:, slot], spatial)
             outputs += [output for output in predicted if output is not None]
         return tuple(outputs)
 
@@ -104,13 +104,13 @@ def check(student: FoldedStudent) -> None:
         )
 
 
-def export(student: FoldedStudent, folder: Path, adaptors: Sequence[str] = ()) -> Path:
+def export(student: FoldedStudent, folder: Path, heads: Sequence[str] = ()) -> Path:
     """Write the ONNX file and run it against the student; returns the file.
 
     Args:
         student: what is exported.
         folder: new folder.
-        adaptors: names of the teachers whose heads are written too.
+        heads: names of the teachers whose heads are written too.
 
     Raises:
         ExportError: where a package is missing, the file computes something else than the student,
@@ -118,11 +118,11 @@ def export(student: FoldedStudent, folder: Path, adaptors: Sequence[str] = ()) -
         UnknownNameError: where there is no head of a name.
     """
     check(student)
-    for name in adaptors:
-        if name not in student.model.adaptors:
-            known = list(student.model.adaptors)
+    for name in heads:
+        if name not in student.model.heads:
+            known = list(student.model.heads)
             raise UnknownNameError(f"{NAME}: no head {name!r} ({nearest(name, known)})")
-    graph = _Graph(student, adaptors).eval()
+    graph = _Graph(student, heads).eval()
     with new_folder(folder) as draft:
         program = _traced(student, graph)
         program.model.metadata_props.update(_metadata(student))
@@ -177,7 +177,7 @@ def _metadata(student: FoldedStudent) -> dict[str, str]:
 
 
 def _usage(student: FoldedStudent, names: list[str]) -> str:
-    height, width = preferred_size(student)
+    height, width = student.preferred_size
     step = student.model.student.size_step
     return _USAGE.format(height=height, width=width, names=json.dumps(names), step=step)
 

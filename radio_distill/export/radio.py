@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ExportError
-from ..models.heads import Adaptor
 from ..system.files import reason_of
 from .blocks import BlockShape, block_shape, body_tensors
 from .files import new_folder
@@ -114,11 +113,10 @@ def _tensors(student: FoldedStudent) -> dict[str, Tensor]:
         tensors |= _below("base_model.norm", body.norm)
     tensors["input_conditioner.norm_mean"] = body.mean
     tensors["input_conditioner.norm_std"] = body.std
-    for label, adaptor in zip(_labels(student), student.model.adaptors.values(), strict=True):
-        assert isinstance(adaptor, Adaptor)
-        tensors |= _below(f"_feature_projections.{label}", adaptor.spatial)
-        if adaptor.summary is not None:
-            tensors |= _below(f"_heads.{label}", adaptor.summary)
+    for label, head in zip(_labels(student), student.model.heads.values(), strict=True):
+        tensors |= _below(f"_feature_projections.{label}", head.spatial)
+        if head.summary is not None:
+            tensors |= _below(f"_heads.{label}", head.summary)
     return {key: value.contiguous() for key, value in tensors.items()}
 
 

@@ -32,7 +32,7 @@ from ..errors import ExportError
 from ..models.student import Student
 from ..types import Size
 from .files import new_folder, write_json
-from .folded import FoldedStudent, preferred_size
+from .folded import FoldedStudent
 from .model_card import model_card
 from .parity import check_equal, probe_images
 
@@ -258,7 +258,7 @@ def _config(student: FoldedStudent, layout: _Layout) -> dict[str, Any]:
         "pretrained_cfg": {
             "tag": student.checkpoint.recipe.name,
             "custom_load": False,
-            "input_size": [3, *(layout.size or preferred_size(student))],
+            "input_size": [3, *(layout.size or student.preferred_size)],
             "fixed_input_size": layout.size is not None,
             "interpolation": "bicubic",
             "crop_pct": 1.0,
@@ -274,7 +274,7 @@ def _config(student: FoldedStudent, layout: _Layout) -> dict[str, Any]:
 
 def _usage(student: FoldedStudent, size: Size | None) -> str:
     body = student.model.student
-    height, width = size or preferred_size(student)
+    height, width = size or student.preferred_size
     rows, columns = body.grid((height, width))
     slots = dict(zip(student.summary_teachers, student.summary_slots, strict=True))
     only = f" This file takes images of {height}x{width} px only." if size else ""

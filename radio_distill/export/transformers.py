@@ -17,7 +17,7 @@ folder is read back and compared with the student before it gets its final name.
 
 import logging
 import math
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from ..errors import ExportError
 from ..system.progress import quiet_transformers
 from .blocks import BlockShape, block_shape, body_tensors
 from .files import new_folder, write_json
-from .folded import FoldedStudent, preferred_size
+from .folded import FoldedStudent
 from .model_card import model_card
 from .parity import check_equal, probe_images
 
@@ -135,7 +135,7 @@ def _config(student: FoldedStudent) -> Any:
         use_swiglu_ffn=shape.gated,
         qkv_bias=shape.qkv_bias,
         patch_size=body.patch_size,
-        image_size=max(preferred_size(student)),
+        image_size=max(student.preferred_size),
         max_img_size=len(body.positions.table) * body.patch_size,
         num_cls_tokens=body.num_summary_tokens,
         num_registers=body.num_prefix_tokens - body.num_summary_tokens,
@@ -180,7 +180,7 @@ def _translated(key: str, value: Tensor, gated: bool) -> dict[str, Tensor]:
 
 def _preprocessor(student: FoldedStudent) -> dict[str, Any]:
     """Describe transformers' image processor: resize, and nothing but [0, 1]."""
-    height, width = preferred_size(student)
+    height, width = student.preferred_size
     return {
         "image_processor_type": "CLIPImageProcessor",
         "do_convert_rgb": True,
@@ -197,10 +197,9 @@ def _preprocessor(student: FoldedStudent) -> dict[str, Any]:
 def description(student: FoldedStudent) -> dict[str, Any]:
     """Describe a folded student, so that its body and heads can be built without a checkpoint."""
     checkpoint = student.checkpoint
-    config = replace(student.config, pretrained="", spectral_reparametrization=False)
     slots = dict(zip(student.summary_teachers, student.summary_slots, strict=False))
     return {
-        "student": asdict(config),
+        "student": asdict(student.plain_config),
         "teachers": {name: asdict(spec) for name, spec in checkpoint.teachers.items()},
         "summary_slots": slots,
         "recipe": checkpoint.recipe.name,
@@ -211,7 +210,7 @@ def description(student: FoldedStudent) -> dict[str, Any]:
 
 
 def _usage(student: FoldedStudent) -> str:
-    body, (height, width) = student.model.student, preferred_size(student)
+    body, (height, width) = student.model.student, student.preferred_size
     return _USAGE.format(
         height=height,
         width=width,

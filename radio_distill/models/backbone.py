@@ -5,16 +5,16 @@
     import radio_distill
 
     model = radio_distill.load("runs/demo")
-    output = model(pixels, adaptors=("dino",))  # pixels [B, 3, H, W] in [0, 1]
-    output.summary, output.features              # [B, S], [B, D, h, w]
-    output.adaptors["dino"].spatial              # [B, C, h, w], in the teacher's own space
+    output = model(pixels, heads=("dino",))  # pixels [B, 3, H, W] in [0, 1]
+    output.summary, output.features           # [B, S], [B, D, h, w]
+    output.heads["dino"].spatial              # [B, C, h, w], in the teacher's own space
 
 Decoding images, and bringing those of a batch to one size, is left to the caller;
-:mod:`.loading` has where backbones come from.
+:mod:`radio_distill.loading` has where students come from.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,11 +25,8 @@ from ..config import StudentConfig
 from ..errors import ConfigError, UnknownNameError
 from ..registry import nearest
 from ..types import Features, Size, TeacherSpec
-from .heads import Adaptor
+from .heads import DistilledStudent, Head
 from .student import Student
-
-if TYPE_CHECKING:
-    from .distilled import DistilledStudent
 
 Format = Literal["NCHW", "NLC"]
 Fit = Literal["pad", "resize"]
@@ -38,18 +35,18 @@ _SMALLEST, _LARGEST = -1.0, 2.0
 """Pixels beyond are refused; filters overshoot [0, 1] by a tenth or two."""
 
 
-class BackboneOutput(NamedTuple):
-    """What a backbone says of a batch of images."""
+class EncoderOutput(NamedTuple):
+    """What a student says of a batch of images."""
 
     summary: Tensor
     """``[B, S]``: the summary tokens of the teachers that have a summary, side by side."""
     features: Tensor
     """``[B, D, h, w]``, or ``[B, h * w, D]`` for NLC."""
-    adaptors: dict[str, Features]
+    heads: dict[str, Features]
     """By teacher, in its own space; ``spatial`` in the format of ``features``."""
 
 
-class Backbone(nn.Module):
+class StudentEncoder(nn.Module):
     """A student with some of its heads, for any size of image.
 
     Gradients flow, for fine-tuning; a loaded one is in evaluation mode.
@@ -58,7 +55,7 @@ class Backbone(nn.Module):
         student: the body, whose matrices are plain (folded).
         config: what it was built from.
         teachers: all teachers, in the order of their summary tokens; empty where not known.
-        adaptors: heads of some of them, in the teachers' own space.
+        heads: of some of them, into the teachers' own space.
         summary_slots: which summary tokens make up the summary.
         native_size: longest side that it was trained at, in pixels; None for an untrained one.
     """
@@ -68,7 +65,7 @@ class Backbone(nn.Module):
         student: Student,
         config: StudentConfig,
         teachers: Mapping[str, TeacherSpec] | None = None,
-        adaptors: Mapping[str, nn.Module] | None = None,
+        heads: Mapping[str, Head] | None = None,
         summary_slots: Sequence[int] = (0,),
         native_size: int | None = None,
     ):
@@ -76,7 +73,7 @@ class Backbone(nn.Module):
         self.student = student
         self.config = config
         self.teachers = dict(teachers or {})
-        self.adaptors = nn.ModuleDict(adaptors or {})
+        self.adaptors = nn.ModuleDict(heads or {})  # the name stands in sums of teachers' weights
         self.summary_slots = list(summary_slots)
         self.native_size = native_size
         self.takes_normalised = False  # by a caller that has taken mean and std out of the student
@@ -103,27 +100,32 @@ class Backbone(nn.Module):
         return len(self.student.positions.table) * self.patch_size
 
     @property
-    def adaptor_names(self) -> tuple[str, ...]:
+    def heads(self) -> dict[str, Head]:
+        """The heads that are here, by teacher."""
+        return cast(dict[str, Head], dict(self.adaptors.items()))
+
+    @property
+    def head_names(self) -> tuple[str, ...]:
         """Teachers whose heads are here."""
         return tuple(self.adaptors)
 
     def nearest_size(self, height: int, width: int) -> Size:
-        """Return the size nearest to a image's that is taken as it is."""
+        """Return the size nearest to an image's that is taken as it is."""
         step = self.student.size_step
         return max(round(height / step), 1) * step, max(round(width / step), 1) * step
 
     def forward(
         self,
         pixels: Tensor,
-        adaptors: Sequence[str] = (),
+        heads: Sequence[str] = (),
         format: Format = "NCHW",
         fit: Fit = "pad",
-    ) -> BackboneOutput:
+    ) -> EncoderOutput:
         """Encode images of any one size.
 
         Args:
             pixels: ``[B, 3, H, W]`` float RGB in [0, 1].
-            adaptors: teachers whose features are asked for too.
+            heads: teachers whose features are asked for too.
             format: of all maps, ``[B, D, h, w]`` or ``[B, h * w, D]``.
             fit: how a size that the patch does not divide becomes one. ``pad`` adds the mean colour
                 below and to the right, and returns the cells that show image: each cell is
@@ -134,50 +136,45 @@ class Backbone(nn.Module):
         Raises:
             ConfigError: where pixels, a name or an option is not one of these.
         """
-        names = self._checked(adaptors)
+        names = self._checked(heads)
         if format not in ("NCHW", "NLC"):
             raise ConfigError(f"format {format!r} is neither 'NCHW' nor 'NLC'")
         tokens, spatial = self._encode(pixels, fit)  # [B, T, D], [B, D, h, w]
         outputs = {}
         for name in names:
-            summary, features = self._adaptor(name)(tokens[:, self._slots[name]], spatial)
+            summary, features = self.heads[name](tokens[:, self._slots[name]], spatial)
             outputs[name] = Features(summary, _formatted(features, format))
         summary = tokens[:, self.summary_slots].flatten(1)
-        return BackboneOutput(summary, _formatted(spatial, format), outputs)
+        return EncoderOutput(summary, _formatted(spatial, format), outputs)
 
-    def summarize(self, pixels: Tensor, adaptor: str, fit: Fit = "pad") -> Tensor:
+    def summarize(self, pixels: Tensor, head: str, fit: Fit = "pad") -> Tensor:
         """Encode images into one teacher's summary alone, ``[B, S]``, without its feature map.
 
         Raises:
             ConfigError: where that teacher has no summary, besides the reasons of :meth:`forward`.
         """
-        (name,) = self._checked((adaptor,))
-        head = self._adaptor(name).summary
-        if head is None:
+        (name,) = self._checked((head,))
+        summarize = self.heads[name].summary
+        if summarize is None:
             raise ConfigError(
-                f"teacher {name!r} has no summary; ask for its features: adaptors=({name!r},)"
+                f"teacher {name!r} has no summary; ask for its features: heads=({name!r},)"
             )
         tokens, _ = self._encode(pixels, fit)
-        summary: Tensor = head(tokens[:, self._slots[name]])
+        summary: Tensor = summarize(tokens[:, self._slots[name]])
         return summary
 
-    def keep(self, adaptors: Sequence[str]) -> None:
+    def keep(self, heads: Sequence[str]) -> None:
         """Drop the heads of all teachers but these; raises UnknownNameError."""
-        names = self._checked(adaptors)
+        names = self._checked(heads)
         self.adaptors = nn.ModuleDict({name: self.adaptors[name] for name in names})
 
-    def _checked(self, adaptors: Sequence[str]) -> tuple[str, ...]:
-        names = (adaptors,) if isinstance(adaptors, str) else tuple(adaptors)
+    def _checked(self, heads: Sequence[str]) -> tuple[str, ...]:
+        names = (heads,) if isinstance(heads, str) else tuple(heads)
         for name in names:
             if name not in self.adaptors:
-                known = nearest(name, self.adaptor_names) if self.adaptors else "it has none"
-                raise UnknownNameError(f"no adaptor {name!r} in this backbone ({known})")
+                known = nearest(name, self.head_names) if self.adaptors else "it has none"
+                raise UnknownNameError(f"no head {name!r} in this student ({known})")
         return names
-
-    def _adaptor(self, name: str) -> Adaptor:
-        adaptor = self.adaptors[name]
-        assert isinstance(adaptor, Adaptor)
-        return adaptor
 
     def _encode(self, pixels: Tensor, fit: Fit) -> tuple[Tensor, Tensor]:
         """Return all summary tokens ``[B, T, D]``, and the cells that show image."""
@@ -224,12 +221,12 @@ def summary_slots(teachers: Mapping[str, TeacherSpec]) -> list[int]:
     ]
 
 
-def backbone_of(
-    model: "DistilledStudent",
+def as_encoder(
+    model: DistilledStudent,
     config: StudentConfig,
     teachers: Mapping[str, TeacherSpec],
     native_size: int | None = None,
-) -> Backbone:
+) -> StudentEncoder:
     """Present a student with its training heads as its users will meet it; nothing is copied.
 
     Where the normalizers are not folded, its heads speak in the teachers' normalised spaces.
@@ -240,9 +237,8 @@ def backbone_of(
         teachers: all of them, in the order of its heads.
         native_size: longest side that it was trained at, in pixels.
     """
-    adaptors = dict(model.adaptors.items())
     slots = summary_slots(teachers)
-    return Backbone(model.student, config, teachers, adaptors, slots, native_size)
+    return StudentEncoder(model.student, config, teachers, model.heads, slots, native_size)
 
 
 def _check_range(pixels: Tensor) -> None:

@@ -4,22 +4,29 @@ It differs from timm's model in four ways, all of them RADIO's (arXiv 2312.06709
 embedding without bias, positions that are cropped and resized (CPE), one summary token a teacher,
 and no final norm unless asked for. The last follows the published models, whose format has no place
 for such a norm; the heads begin with a linear layer and normalise after it.
+
+Attention may stay in windows, those of ViTDet (arXiv 2203.16527) without its relative positions.
+Tokens that are no patches (summary, registers) attend in every window through a copy of their own,
+and the copies are averaged afterwards.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from einops import rearrange, repeat
+from einops import rearrange, reduce, repeat
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..config import StudentConfig
-from ..errors import ConfigError
+from ..errors import ConfigError, WeightsError
+from ..registry import nearest
 from ..types import Size
-from ..weights.pretrained import read_start, start_from
 from .position import NUM_DRAWS, CroppedPositions
 from .spectral import reparametrize
-from .vit import attend_in_windows, create_body, from_windows, spread_global_blocks, to_windows
+
+Initialise = Callable[["Student", Any, StudentConfig], None]
+"""Gives a student that was just made, of a timm model of its architecture, pretrained weights."""
 
 
 class Student(nn.Module):
@@ -29,6 +36,8 @@ class Student(nn.Module):
         config: the recipe's student section.
         num_summary_tokens: T, one a teacher, also for a teacher without summary.
         weight_noise: standard deviation of the noise on the body's matrices in training (DAMP).
+        initialise: reads ``config.pretrained``: :func:`radio_distill.weights.pretrained.initialise`
+            where that is set.
 
     Raises:
         ConfigError: where the architecture is unknown or does not fit the other fields.
@@ -38,7 +47,13 @@ class Student(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, config: StudentConfig, num_summary_tokens: int, weight_noise: float = 0.0):
+    def __init__(
+        self,
+        config: StudentConfig,
+        num_summary_tokens: int,
+        weight_noise: float = 0.0,
+        initialise: Initialise | None = None,
+    ):
         from timm.data import resolve_model_data_config
 
         super().__init__()
@@ -67,18 +82,9 @@ class Student(nn.Module):
         self.blocks = nn.ModuleList(body.blocks)
         self.norm: nn.Module = body.norm if config.final_norm else nn.Identity()
         if config.pretrained:
-            self._load_pretrained(config, body)
+            assert initialise is not None, "nothing reads config.pretrained"
+            initialise(self, body, config)
         reparametrize(self.blocks, config.spectral_reparametrization, weight_noise)
-
-    def _load_pretrained(self, config: StudentConfig, body: Any) -> None:
-        start = read_start(
-            config.pretrained,
-            body,
-            config.architecture,
-            config.pretrained_sha256,
-            config.pretrained_grid,
-        )
-        start_from(self, start)
 
     @property
     def size_step(self) -> int:
@@ -154,3 +160,78 @@ class Student(nn.Module):
             recomputed: Tensor = checkpoint(run, tokens, use_reentrant=False)
             return recomputed
         return run(tokens)
+
+
+def create_body(architecture: str, pretrained: bool, drop_path: float) -> Any:
+    """Create a timm ``VisionTransformer``; its blocks are wanted, not its head.
+
+    Raises:
+        ConfigError: where the name is not that of a plain vision transformer.
+        WeightsError: where pretrained weights cannot be had.
+    """
+    import timm
+    from timm.models.vision_transformer import VisionTransformer
+
+    known = timm.list_models(module=["vision_transformer", "deit"], exclude_filters="*distilled*")
+    if architecture.partition(".")[0] not in known:
+        raise ConfigError(
+            f"student.architecture: {architecture!r} is not a plain vision transformer of timm "
+            f"({nearest(architecture, known)})"
+        )
+    try:
+        body = timm.create_model(
+            architecture, pretrained=pretrained, num_classes=0, drop_path_rate=drop_path
+        )
+    except Exception as error:  # a hub fails in as many ways as there are networks
+        if not pretrained:
+            raise
+        raise WeightsError(
+            f"student.pretrained: cannot get timm's weights of {architecture} "
+            f"({' '.join(str(error).split())}); name a local file instead"
+        ) from error
+    assert type(body) is VisionTransformer, f"{architecture} is a {type(body).__name__}"
+    return body
+
+
+def spread_global_blocks(depth: int, num_global: int) -> frozenset[int]:
+    """Return which of ``depth`` blocks attend globally: evenly spaced, the last one always.
+
+    Raises:
+        ConfigError: where there are not that many blocks, or none would be global.
+    """
+    if not 1 <= num_global <= depth:
+        raise ConfigError(
+            f"student.global_blocks: {num_global} is not between 1 and {depth}, the blocks that "
+            "the architecture has"
+        )
+    return frozenset((i + 1) * depth // num_global - 1 for i in range(num_global))
+
+
+def to_windows(patches: Tensor, window: int) -> Tensor:
+    """Order patches by window: ``[B, h, w, D]`` to ``[B, windows * window**2, D]``."""
+    return rearrange(patches, "b (r y) (c x) d -> b (r c y x) d", y=window, x=window)
+
+
+def from_windows(patches: Tensor, grid: Size, window: int) -> Tensor:
+    """Undo :func:`to_windows`."""
+    rows = grid[0] // window
+    return rearrange(patches, "b (r c y x) d -> b (r y) (c x) d", r=rows, y=window, x=window)
+
+
+def attend_in_windows(block: nn.Module, tokens: Tensor, num_prefix: int, window: int) -> Tensor:
+    """Run a block on each window by itself.
+
+    Args:
+        block: a transformer block, ``[B, N, D]`` to the same.
+        tokens: ``[B, num_prefix + windows * window**2, D]``, patches ordered by window.
+        num_prefix: tokens before the patches, which attend in every window.
+        window: patches a side of a window.
+    """
+    prefix, patches = tokens[:, :num_prefix], tokens[:, num_prefix:]
+    windows = rearrange(patches, "b (k n) d -> (b k) n d", n=window**2)
+    num_windows = windows.shape[0] // tokens.shape[0]
+    copies = repeat(prefix, "b p d -> (b k) p d", k=num_windows)
+    windows = block(torch.cat((copies, windows), dim=1))
+    prefix = reduce(windows[:, :num_prefix], "(b k) p d -> b p d", "mean", k=num_windows)
+    patches = rearrange(windows[:, num_prefix:], "(b k) n d -> b (k n) d", k=num_windows)
+    return torch.cat((prefix, patches), dim=1)

@@ -19,7 +19,7 @@ from ..config import PartitionConfig, Recipe, partition_sizes
 from ..distill.losses import KINDS, distillation_loss
 from ..distill.targets import rendered_size
 from ..distill.views import STUDENT
-from ..models.distilled import DistilledStudent
+from ..models.heads import DistilledStudent
 from ..models.position import NUM_DRAWS
 from ..normalize import NORMALIZERS
 from ..protocols import Normalizer, Teacher, Upsampler
@@ -262,7 +262,7 @@ class ModelCosts:
         tokens = torch.empty(1, width, *grid, requires_grad=True)
 
         def run() -> None:
-            prediction = self._student.adaptors[name](token, tokens)
+            prediction = self._student.heads[name](token, tokens)
             sum(part.sum() for part in prediction if part is not None).backward()
 
         return count_flops(run)
@@ -300,7 +300,7 @@ class ModelCosts:
                 pixels, item.partition.config.teachers, draws=torch.empty(len(pixels), NUM_DRAWS)
             )
         weights = {f"{name}/{kind}": 1.0 for name in targets for kind in KINDS}
-        report = distillation_loss(predictions, targets, self.recipe.loss, weights)
+        report = distillation_loss(predictions.features, targets, self.recipe.loss, weights)
         report.total.sum().backward()
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..config import EngineConfig, StageConfig
 from ..errors import ConfigError
-from ..models.distilled import DistilledStudent, Predictions, parameter_groups
+from ..models.heads import DistilledStudent, Predictions, parameter_groups
 from ..system.distributed import World
 from ..system.precision import autocast
 from .optim import build_optimizer, load_optimizer_tensors, optimizer_tensors, set_learning_rates

@@ -33,8 +33,8 @@ from ..distill.statistics import normalizer_tensors
 from ..distill.targets import Seen, TargetMaker
 from ..distill.terms import mesa
 from ..distill.views import AVERAGE, Views, follow
-from ..models.distilled import Predictions
 from ..models.ema import Ema
+from ..models.heads import Predictions
 from ..models.spectral import begin_step
 from ..protocols import BatchSource, Engine
 from ..stage import MicroBatch, Pass
@@ -299,7 +299,7 @@ def _compare(
     """Return the loss of a pass, the distance to the averaged student included."""
     config = run.recipe.loss
     report = distillation_loss(
-        predictions,
+        predictions.features,
         targets,
         config,
         run.weights.now(),

@@ -7,7 +7,7 @@ import torch
 
 from ..distill.statistics import build_normalizers, load_normalizers
 from ..errors import CheckpointError, WeightsError
-from ..models.distilled import DistilledStudent, build_student
+from ..models.heads import DistilledStudent, build_student
 from ..protocols import Normalizer
 from ..system.files import reason_of
 from .checkpoint import EMA, OPTIMIZER, STATISTICS, STUDENT, Checkpoint

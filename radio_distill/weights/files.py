@@ -15,11 +15,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..errors import WeightsError
-from ..registry import Registry
+from ..errors import CheckpointError, WeightsError
 from ..system.files import check_readable, reason_of, unreadable
 from ..system.redaction import redact
 from ..system.trust import read_torch_file
+from ..train import checkpoint as checkpoints
+from ..train.checkpoint import Checkpoint, UnreadableError
 
 logger = logging.getLogger(__name__)
 
@@ -32,8 +33,6 @@ _FILES = (
     "pytorch_model.bin",
     "open_clip_pytorch_model.bin",
 )
-# The reader of runs belongs to training, above this layer, so it is known by its name alone.
-_CHECKPOINTS = Registry("checkpoint", {"run": "radio_distill.loading:find_checkpoint"})
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 _NO_WEIGHTS = ("optim", "scheduler", "scaler", "args", "config")
 """Beginnings of the names of tables in which a trainer keeps other things than weights."""
@@ -284,9 +283,34 @@ def summed_files(path: Path) -> list[Path]:
     except WeightsError:
         if (path / "config.json").is_file():
             raise
-        return [_CHECKPOINTS.get("run")(path).folder / "meta.json"]
+        return [find_checkpoint(path).folder / "meta.json"]
     heads = path / "adaptors.safetensors"
     return [*files, heads] if heads.is_file() else files
+
+
+def find_checkpoint(path: Path) -> Checkpoint:
+    """Open a checkpoint, the newest of a stage folder, or that of a run's last stage.
+
+    Raises:
+        CheckpointError: where there is none, or a run has several last stages.
+    """
+    stages = checkpoints.stage_folders(path)
+    if stages:
+        last = stages[-1].name.partition("-")[0]
+        rivals = [stage.name for stage in stages if stage.name.partition("-")[0] == last]
+        if len(rivals) > 1:
+            raise CheckpointError(
+                f"{path} holds several last stages; name one: {', '.join(rivals)}"
+            )
+        path = stages[-1]
+    try:
+        return checkpoints.find(path)
+    except UnreadableError:
+        raise
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{path} is no run, stage or checkpoint folder, nor a model folder: {error}"
+        ) from error
 
 
 def _is_beside(index: Path, name: Any) -> bool:

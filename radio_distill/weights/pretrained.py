@@ -1,4 +1,4 @@
-"""Starts a student from the weights of another vision transformer, at any patch size and grid.
+"""Initialises a student with the weights of another vision transformer, at any patch size and grid.
 
 Another may be timm's own, a timm file or folder (NaFlexViT too), a RADIO checkpoint in any known
 layout, an exported student, or a run. All are brought under timm's names first. What a student has
@@ -23,22 +23,26 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ..config import StudentConfig
 from ..errors import ConfigError, WeightsError
 from ..models.position import CroppedPositions
-from ..registry import Registry
+from ..models.spectral import fold
+from ..models.student import Student
 from ..system.files import is_there
 from ..system.trust import check_sha256
+from ..train.restore import load_student
 from ..types import Size
 from .files import (
     FOLDER,
     HUB,
+    find_checkpoint,
     hub_model,
     named_as,
     read_checkpoint,
@@ -49,9 +53,6 @@ from .files import (
 )
 from .radio import holds_radio, radio_checkpoint
 
-if TYPE_CHECKING:
-    from ..models.student import Student
-
 LEFT_BEHIND = ("norm.", "fc_norm.", "attn_pool.", "pre_logits.", "head.")
 TOKENS, PATCHES, POSITIONS = ("cls_token", "reg_token"), "patch_embed.proj.weight", "pos_embed"
 PATCH_BIAS = "patch_embed.proj.bias"
@@ -59,12 +60,9 @@ _OPTIONAL = (*LEFT_BEHIND, *TOKENS, PATCH_BIAS)
 _DINO = {"register_tokens": "reg_token"}
 _SCALED = {".ls1.gamma": ".attn.proj.", ".ls2.gamma": ".mlp.fc2."}
 
-# The reader of runs belongs to training, above this layer, so it is known by its name alone.
-_READERS = Registry("start", {"run": "radio_distill.loading:load"})
-
 
 @dataclass(frozen=True)
-class Start:
+class PretrainedWeights:
     """Weights under the names of timm's vision transformers."""
 
     weights: Mapping[str, Tensor]
@@ -81,37 +79,42 @@ class Start:
     """False where the source says that its tokens have no positions."""
 
 
-def read_start(
-    pretrained: str, body: Any, architecture: str, sha256: str = "", grid: Sequence[int] = ()
-) -> Start:
-    """Read what a recipe calls ``student.pretrained``.
+def initialise(student: Student, body: Any, config: StudentConfig) -> None:
+    """Give a student the weights of ``config.pretrained``.
 
     Args:
-        pretrained: ``timm``, the path of a file or folder (also ``local-dir:PATH``), or
-            ``hf-hub:OWNER/NAME``.
+        student: changed in place; its blocks are not yet reparametrised.
         body: timm model of the architecture, with timm's weights for ``timm``.
-        architecture: its name, for messages.
-        sha256: sum that :func:`summed_files` must have; empty for any.
-        grid: rows and columns of the source's position table; empty to find them.
+        config: the recipe's student section.
 
     Raises:
         ConfigError: a sum for ``timm``, whose file is not in our hands.
         WeightsError: where there is nothing, another sum, or another architecture.
     """
-    if pretrained == "timm":
-        if sha256:
+    load_into(student, read_pretrained(config, body))
+
+
+def read_pretrained(config: StudentConfig, body: Any) -> PretrainedWeights:
+    """Read what a recipe calls ``student.pretrained``; see :func:`initialise`.
+
+    That is ``timm``, the path of a file or folder (also ``local-dir:PATH``), or
+    ``hf-hub:OWNER/NAME``.
+    """
+    name, grid = config.pretrained, tuple(config.pretrained_grid)
+    if name == "timm":
+        if config.pretrained_sha256:
             raise ConfigError(
                 "student.pretrained_sha256: timm reads a file of its own, which cannot be checked; "
                 "name a copy of it in student.pretrained, or drop the sum"
             )
-        start = Start(body.state_dict(), grid=_body_grid(body))
-    elif pretrained.startswith(HUB):
-        start = _read(hub_model(pretrained, "student.pretrained"), body, sha256, tuple(grid))
+        weights = PretrainedWeights(body.state_dict(), grid=_body_grid(body))
     else:
-        path = Path(os.path.expanduser(pretrained.removeprefix(FOLDER)))
-        start = _read(path, body, sha256, tuple(grid))
-    check_start(start, body, pretrained, architecture)
-    return replace(start, grid=_grid_of(start, body, tuple(grid), pretrained))
+        path = Path(os.path.expanduser(name.removeprefix(FOLDER)))
+        if name.startswith(HUB):
+            path = hub_model(name, "student.pretrained")
+        weights = _read(path, body, config.pretrained_sha256, grid)
+    check_architecture(weights, body, name, config.architecture)
+    return replace(weights, grid=_grid_of(weights, body, grid, name))
 
 
 def _body_grid(body: Any) -> Size | None:
@@ -119,7 +122,7 @@ def _body_grid(body: Any) -> Size | None:
     return None if grid is None else (grid[0], grid[1])
 
 
-def _read(path: Path, body: Any, sha256: str, grid: tuple[int, ...]) -> Start:
+def _read(path: Path, body: Any, sha256: str, grid: tuple[int, ...]) -> PretrainedWeights:
     refuse_unreadable(path)
     if not is_there(path):
         raise WeightsError(f"no weights file {path}; correct student.pretrained")
@@ -127,7 +130,7 @@ def _read(path: Path, body: Any, sha256: str, grid: tuple[int, ...]) -> Start:
         check_sha256(summed_files(path), sha256, "student.pretrained_sha256")
     is_folder = path.is_dir()
     if is_folder and not (path / "config.json").is_file():
-        return start_of(_READERS.get("run")(path, adaptors=()).student)
+        return _of_run(path)
     checkpoint = read_checkpoint(path)
     settings = read_json(path / "config.json") if is_folder else checkpoint
     state = tensors_of(checkpoint, path)
@@ -136,7 +139,7 @@ def _read(path: Path, body: Any, sha256: str, grid: tuple[int, ...]) -> Start:
         return _from_timm(state, settings if is_folder else {})
     radio = radio_checkpoint(settings, state, str(path), grid)
     config = radio.config
-    return Start(
+    return PretrainedWeights(
         radio.timm_tensors(),
         cropped=True,
         num_heads=config.get("num_attention_heads"),
@@ -146,7 +149,13 @@ def _read(path: Path, body: Any, sha256: str, grid: tuple[int, ...]) -> Start:
     )
 
 
-def _from_timm(state: dict[str, Tensor], settings: Mapping[str, Any]) -> Start:
+def _of_run(path: Path) -> PretrainedWeights:
+    distilled = load_student(find_checkpoint(path), torch.device("cpu"))
+    fold(distilled)
+    return weights_of(distilled.student)
+
+
+def _from_timm(state: dict[str, Tensor], settings: Mapping[str, Any]) -> PretrainedWeights:
     """Sort timm's tensors; those of its NaFlexViT (``embeds.*``) get the plain model's names.
 
     DINOv2's own names of its tokens are read too.
@@ -160,7 +169,7 @@ def _from_timm(state: dict[str, Tensor], settings: Mapping[str, Any]) -> Start:
     if "embeds.proj.weight" not in state:
         state = {_DINO.get(key, key): value for key, value in state.items() if key != "mask_token"}
         arguments = settings.get("model_args") or {}
-        return Start(
+        return PretrainedWeights(
             state,
             mean=mean,
             std=std,
@@ -179,7 +188,7 @@ def _from_timm(state: dict[str, Tensor], settings: Mapping[str, Any]) -> Start:
     if "proj.bias" in weights:
         weights[PATCH_BIAS] = weights.pop("proj.bias")
     grid = (table.shape[1], table.shape[2])
-    return Start(weights, cropped=True, mean=mean, std=std, grid=grid)
+    return PretrainedWeights(weights, cropped=True, mean=mean, std=std, grid=grid)
 
 
 def _configured_grid(settings: Mapping[str, Any], state: Mapping[str, Tensor]) -> Size | None:
@@ -193,7 +202,7 @@ def _configured_grid(settings: Mapping[str, Any], state: Mapping[str, Tensor]) -
     return height // rows, width // columns
 
 
-def start_of(student: "Student") -> Start:
+def weights_of(student: Student) -> PretrainedWeights:
     """Return a student's weights, whose matrices must be plain (folded)."""
     side, num_summary = student.patch_size, student.num_summary_tokens
     patches = student.patch_embedding.weight
@@ -212,19 +221,19 @@ def start_of(student: "Student") -> Start:
     block: Any = student.blocks[0]
     mean, std = student.mean.flatten().tolist(), student.std.flatten().tolist()
     grid = (student.positions.table.shape[0], student.positions.table.shape[1])
-    return Start(weights, True, block.attn.num_heads, mean, std, grid)
+    return PretrainedWeights(weights, True, block.attn.num_heads, mean, std, grid)
 
 
-def check_start(start: Start, body: Any, source: str, name: str) -> None:
+def check_architecture(pretrained: PretrainedWeights, body: Any, source: str, name: str) -> None:
     """Raise WeightsError, naming the first difference, where weights are another architecture's.
 
     Args:
-        start: to check; patch size, grid, tokens and LayerScale are free.
+        pretrained: to check; patch size, grid, tokens and LayerScale are free.
         body: timm model of the architecture.
         source: where the weights are from, for the message.
         name: the architecture, for the message.
     """
-    expected, found = _fixed(body.state_dict()), _fixed(start.weights)
+    expected, found = _fixed(body.state_dict()), _fixed(pretrained.weights)
     problems = [f"{key} is missing" for key in expected if key not in found]
     problems += [f"{key} is unexpected" for key in found if key not in expected]
     problems += [
@@ -233,7 +242,7 @@ def check_start(start: Start, body: Any, source: str, name: str) -> None:
         if key in expected and _fixed_shape(key, value) != _fixed_shape(key, expected[key])
     ]
     if not problems:
-        problems = _head_problems(start, body)
+        problems = _head_problems(pretrained, body)
     if problems:
         more = f" (and {len(problems) - 1} more differences)" if len(problems) > 1 else ""
         raise WeightsError(f"{source} does not hold weights of {name}: {problems[0]}{more}")
@@ -256,23 +265,25 @@ def _fixed_shape(key: str, value: Tensor) -> list[int]:
     return [len(shape), shape[-1]] if key == POSITIONS else shape
 
 
-def _head_problems(start: Start, body: Any) -> list[str]:
+def _head_problems(pretrained: PretrainedWeights, body: Any) -> list[str]:
     expected = body.blocks[0].attn.num_heads
-    if start.num_heads in (None, expected):
+    if pretrained.num_heads in (None, expected):
         return []
-    return [f"its blocks have {start.num_heads} attention heads, expected {expected}"]
+    return [f"its blocks have {pretrained.num_heads} attention heads, expected {expected}"]
 
 
-def _grid_of(start: Start, body: Any, given: tuple[int, ...], source: str) -> Size | None:
+def _grid_of(
+    pretrained: PretrainedWeights, body: Any, given: tuple[int, ...], source: str
+) -> Size | None:
     """Return the rows and columns of a source's position table; None where it has no table.
 
     Raises:
         WeightsError: a given grid of another number of cells, or none that could be meant.
     """
-    if POSITIONS not in start.weights or start.weights[POSITIONS].ndim != 3:
+    if POSITIONS not in pretrained.weights or pretrained.weights[POSITIONS].ndim != 3:
         return None
-    num_rows = start.weights[POSITIONS].shape[1]
-    counts = [num_rows - tokens for tokens in _token_counts(start, body)]
+    num_rows = pretrained.weights[POSITIONS].shape[1]
+    counts = [num_rows - tokens for tokens in _token_counts(pretrained, body)]
     if given:
         rows, columns = given
         if rows * columns not in (*counts, num_rows, num_rows - 1):
@@ -281,8 +292,8 @@ def _grid_of(start: Start, body: Any, given: tuple[int, ...], source: str) -> Si
                 f"{source} has {counts[0]}"
             )
         return rows, columns
-    if start.grid is not None and start.grid[0] * start.grid[1] in counts:
-        return start.grid
+    if pretrained.grid is not None and pretrained.grid[0] * pretrained.grid[1] in counts:
+        return pretrained.grid
     for count in counts:
         if math.isqrt(max(count, 0)) ** 2 == count > 0:
             return math.isqrt(count), math.isqrt(count)
@@ -292,37 +303,32 @@ def _grid_of(start: Start, body: Any, given: tuple[int, ...], source: str) -> Si
     )
 
 
-def _token_counts(start: Start, body: Any) -> list[int]:
+def _token_counts(pretrained: PretrainedWeights, body: Any) -> list[int]:
     """Return how many rows of a table may be those of tokens, the likeliest first.
 
     A file of registers may be of a model whose tokens have no positions (timm's RADIO models), or
     only the class token (DINOv2's own files); without registers the architecture decides.
     """
-    if start.cropped:
+    if pretrained.cropped:
         return [0]
     own = 0 if body.no_embed_class else int(body.num_prefix_tokens)
-    if "reg_token" in start.weights or not start.embeds_class:
-        return list(dict.fromkeys((own if start.embeds_class else 0, 0, 1)))
+    if "reg_token" in pretrained.weights or not pretrained.embeds_class:
+        return list(dict.fromkeys((own if pretrained.embeds_class else 0, 0, 1)))
     return [own]
 
 
-def _num_positioned(start: Start) -> int:
+def _num_positioned(pretrained: PretrainedWeights) -> int:
     """Return how many rows of the position embedding belong to class and register tokens."""
-    assert start.grid is not None, "read_start and start_of set it"
-    return start.weights[POSITIONS].shape[1] - start.grid[0] * start.grid[1]
+    assert pretrained.grid is not None, "a table has one"
+    return pretrained.weights[POSITIONS].shape[1] - pretrained.grid[0] * pretrained.grid[1]
 
 
 @torch.no_grad()
-def start_from(student: "Student", start: Start) -> None:
-    """Give a student weights that :func:`check_start` accepted.
-
-    Args:
-        student: changed in place; its blocks are not yet reparametrised.
-        start: the weights.
-    """
+def load_into(student: Student, pretrained: PretrainedWeights) -> None:
+    """Give a student, whose blocks are not yet reparametrised, weights of its architecture."""
     from timm.layers import resample_patch_embed
 
-    weights = start.weights
+    weights = pretrained.weights
     student.blocks.load_state_dict(_fit_layer_scale(_below("blocks.", weights), student.blocks))
     student.norm_pre.load_state_dict(_below("norm_pre.", weights))
     norm = _below("norm.", weights)
@@ -331,13 +337,13 @@ def start_from(student: "Student", start: Start) -> None:
     size = [student.patch_size, student.patch_size]
     patches = resample_patch_embed(weights[PATCHES].float(), size)
     student.patch_embedding.weight.copy_(rearrange(patches, "d c y x -> d (c y x)"))
-    num_positioned = _num_positioned(start) if POSITIONS in weights else 0
-    _place_tokens(student, start, num_positioned)
+    num_positioned = _num_positioned(pretrained) if POSITIONS in weights else 0
+    _place_tokens(student, pretrained, num_positioned)
     if POSITIONS in weights:
-        _place_positions(student.positions, start, num_positioned)
+        _place_positions(student.positions, pretrained, num_positioned)
     if PATCH_BIAS in weights:
         student.positions.table.add_(weights[PATCH_BIAS])
-    for buffer, values in ((student.mean, start.mean), (student.std, start.std)):
+    for buffer, values in ((student.mean, pretrained.mean), (student.std, pretrained.std)):
         if values is not None:
             buffer.copy_(torch.tensor(values).view(3, 1, 1))
 
@@ -360,8 +366,8 @@ def _fit_layer_scale(weights: Mapping[str, Tensor], blocks: nn.Module) -> dict[s
     return fitted | ones
 
 
-def _place_tokens(student: "Student", start: Start, num_positioned: int) -> None:
-    weights, num_summary = start.weights, student.num_summary_tokens
+def _place_tokens(student: Student, pretrained: PretrainedWeights, num_positioned: int) -> None:
+    weights, num_summary = pretrained.weights, student.num_summary_tokens
     parts = [weights[key][0].float() for key in TOKENS if key in weights]
     if not parts:
         return
@@ -377,7 +383,9 @@ def _place_tokens(student: "Student", start: Start, num_positioned: int) -> None
     student.prefix_tokens[num_summary : num_summary + taken] = registers[:taken]
 
 
-def _place_positions(positions: CroppedPositions, start: Start, num_positioned: int) -> None:
+def _place_positions(
+    positions: CroppedPositions, pretrained: PretrainedWeights, num_positioned: int
+) -> None:
     """Resample ``[1, N, D]`` to the table's ``[side, side, D]``, pixel centres aligned.
 
     timm's positions belong to one size and are resampled with timm's bicubic filter; a table of
@@ -386,18 +394,18 @@ def _place_positions(positions: CroppedPositions, start: Start, num_positioned: 
     """
     from timm.layers import resample_abs_pos_embed
 
-    rows, side = start.weights[POSITIONS][:, num_positioned:].float(), positions.table.shape[0]
-    assert start.grid is not None, "a table has one"
-    if start.cropped:
-        table = rearrange(rows, "1 (y x) d -> 1 d y x", y=start.grid[0])
-        if start.grid[0] != start.grid[1]:
-            longer = max(start.grid)
+    rows, side = pretrained.weights[POSITIONS][:, num_positioned:].float(), positions.table.shape[0]
+    assert pretrained.grid is not None, "a table has one"
+    if pretrained.cropped:
+        table = rearrange(rows, "1 (y x) d -> 1 d y x", y=pretrained.grid[0])
+        if pretrained.grid[0] != pretrained.grid[1]:
+            longer = max(pretrained.grid)
             table = F.interpolate(table, size=(longer, longer), mode="bilinear")
         source = CroppedPositions(table.shape[1], table.shape[2], dropout=0.0)
         source.table.copy_(rearrange(table, "1 d y x -> y x d"))
         positions.table.copy_(source((side, side))[0])
     else:
         resampled = resample_abs_pos_embed(
-            rows, [side, side], old_size=list(start.grid), num_prefix_tokens=0
+            rows, [side, side], old_size=list(pretrained.grid), num_prefix_tokens=0
         )
         positions.table.copy_(rearrange(resampled, "1 (y x) d -> y x d", y=side))

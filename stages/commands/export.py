@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--format", metavar="NAME", required=True, help=formats)
     add("--stage", metavar="NAME", help="stage of the run (default: the last one trained)")
     add("--size", metavar="PX", type=size_of, nargs="+", help="timm: a plain ViT of this size only")
-    add("--adaptors", metavar="TEACHER", nargs="+", default=[], help="onnx: heads to export too")
+    add("--heads", metavar="TEACHER", nargs="+", default=[], help="onnx: heads to export too")
     add("--output", metavar="DIR", type=Path, help="new folder (default: RUN/export/FORMAT)")
 
 
@@ -68,14 +68,14 @@ def run(arguments: argparse.Namespace) -> int:
 def exporter(arguments: argparse.Namespace) -> "Callable[[FoldedStudent, Path], Path]":
     """Return the format's function; raises ConfigError for an option of another format."""
     name, module = arguments.format, format_named(arguments.format)
-    for option, its_format in (("size", "timm"), ("adaptors", "onnx")):
+    for option, its_format in (("size", "timm"), ("heads", "onnx")):
         if getattr(arguments, option) and name != its_format:
             raise ConfigError(f"--{option} is for --format {its_format}; leave it out for {name}")
     export: Callable[[FoldedStudent, Path], Path] = module.export
     if arguments.size:
         export = partial(module.export_plain, size=joined_size(arguments.size, "--size"))
-    if arguments.adaptors:
-        export = partial(module.export, adaptors=arguments.adaptors)
+    if arguments.heads:
+        export = partial(module.export, heads=arguments.heads)
     return export
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from torch import nn
 
-    from radio_distill.models.distilled import DistilledStudent
+    from radio_distill.models.heads import DistilledStudent
     from radio_distill.plan.cost import ModelCosts
     from radio_distill.plan.time import DeviceType, StagePlan
     from radio_distill.protocols import Upsampler
@@ -203,7 +203,7 @@ def build_models(recipe: Recipe, native: Literal["float32", "bfloat16"] = "bfloa
     """
     import torch
 
-    from radio_distill.models.distilled import build_student
+    from radio_distill.models.heads import build_student
     from teachers import build_module, teacher_spec
     from teachers.base import FrozenTeacher
 

@@ -13,13 +13,14 @@ from radio_distill.config import EvaluationConfig, Recipe
 from radio_distill.evals.encoder import Encoder, Target, student_encoder, teacher_encoder
 from radio_distill.evals.fidelity import targets_of
 from radio_distill.evals.run import evaluate
-from radio_distill.models.backbone import backbone_of
-from radio_distill.models.distilled import DistilledStudent, build_student
+from radio_distill.models.backbone import as_encoder
+from radio_distill.models.heads import DistilledStudent, build_student
 from radio_distill.protocols import Teacher
 from radio_distill.system.progress import Progress
 from radio_distill.train.checkpoint import Checkpoint
 from radio_distill.train.restore import load_student, normalizers_of
 from radio_distill.types import Score
+from radio_distill.weights.pretrained import initialise
 
 from ..build import build_teachers
 from .subjects import teacher_digest
@@ -36,14 +37,15 @@ def encoder_of(
 ) -> Encoder:
     """Load the student of a checkpoint, or build it as it was before any training."""
     model = untrained_student(checkpoint) if untrained else load_student(checkpoint, device)
-    backbone = backbone_of(model, checkpoint.recipe.student, checkpoint.teachers)
-    return student_encoder(backbone.to(device).eval(), device, targets, name)
+    encoder = as_encoder(model, checkpoint.recipe.student, checkpoint.teachers)
+    return student_encoder(encoder.to(device).eval(), device, targets, name)
 
 
 def untrained_student(checkpoint: Checkpoint) -> DistilledStudent:
     """Build the student of a checkpoint as it was before any training."""
     torch.manual_seed(checkpoint.recipe.seed)
-    return build_student(checkpoint.recipe.student, checkpoint.teachers)
+    config, teachers = checkpoint.recipe.student, checkpoint.teachers
+    return build_student(config, teachers, initialise=initialise)
 
 
 def teacher_encoders(recipe: Recipe, device: torch.device) -> list[Encoder]:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from radio_distill.errors import ConfigError, WeightsError
-from radio_distill.loading import load as load_backbone
-from radio_distill.models.backbone import Backbone
-from radio_distill.models.heads import Adaptor
+from radio_distill.loading import load as load_student
+from radio_distill.models.backbone import StudentEncoder
+from radio_distill.models.heads import Head
 from radio_distill.models.student import Student
 
 from ..presets import Preset
@@ -26,17 +26,17 @@ _MISSING = "`weights` is missing: the student's run, checkpoint or exported fold
 class StudentTower(nn.Module):
     """Normalised pixels ``[B, 3, H, W]`` to (summary ``[B, S]`` or None, map ``[B, C, h, w]``)."""
 
-    def __init__(self, backbone: Backbone, adaptor: str):
+    def __init__(self, encoder: StudentEncoder, adaptor: str):
         super().__init__()
-        self.backbone, self.adaptor = backbone, adaptor
+        self.backbone, self.adaptor = encoder, adaptor
         with torch.no_grad():  # pixels arrive normalised
-            backbone.student.mean.zero_()
-            backbone.student.std.fill_(1)
-        backbone.takes_normalised = True
+            encoder.student.mean.zero_()
+            encoder.student.std.fill_(1)
+        encoder.takes_normalised = True
 
     def forward(self, pixels: Tensor) -> tuple[Tensor | None, Tensor]:
         if self.adaptor:
-            summary, spatial = self.backbone(pixels, (self.adaptor,)).adaptors[self.adaptor]
+            summary, spatial = self.backbone(pixels, (self.adaptor,)).heads[self.adaptor]
             return summary, spatial
         output = self.backbone(pixels)
         return output.summary if self.backbone.summary_dim else None, output.features
@@ -49,23 +49,23 @@ def complete(preset: Preset, weights_path: str) -> Preset:
     if not weights_path:
         raise ConfigError(_MISSING)
     adaptor = preset.arguments.get("adaptor", "")
-    backbone = _load(Path(weights_path), adaptor)
-    student, patch = backbone.student, backbone.patch_size
+    encoder = _load(Path(weights_path), adaptor)
+    student, patch = encoder.student, encoder.patch_size
     arguments = {
         "adaptor": adaptor,
-        "config": backbone.config,
-        "teachers": backbone.teachers,
+        "config": encoder.config,
+        "teachers": encoder.teachers,
         "num_summary_tokens": student.num_summary_tokens,
-        "summary_slots": backbone.summary_slots,
+        "summary_slots": encoder.summary_slots,
     }
     return replace(
         preset,
         arguments=arguments,
-        native_size=preset.native_size or (backbone.native_size or patch) // patch * patch,
-        max_size=preset.max_size or backbone.max_size,
+        native_size=preset.native_size or (encoder.native_size or patch) // patch * patch,
+        max_size=preset.max_size or encoder.max_size,
         mean=preset.mean or tuple(student.mean.flatten().tolist()),
         std=preset.std or tuple(student.std.flatten().tolist()),
-        licence=_licence(backbone) if preset.licence == "unknown" else preset.licence,
+        licence=_licence(encoder) if preset.licence == "unknown" else preset.licence,
     )
 
 
@@ -77,10 +77,9 @@ def build(preset: Preset) -> StudentTower:
     student = Student(config, arguments["num_summary_tokens"])
     heads = {}
     if adaptor:
-        spec = teachers[adaptor]
-        heads[adaptor] = Adaptor(student.embed_dim, spec.channels, spec.summary_channels, config)
+        heads[adaptor] = Head(student.embed_dim, teachers[adaptor], config)
     return StudentTower(
-        Backbone(student, config, teachers, heads, arguments["summary_slots"]), adaptor
+        StudentEncoder(student, config, teachers, heads, arguments["summary_slots"]), adaptor
     )
 
 
@@ -95,10 +94,10 @@ def load(preset: Preset, path: Path) -> StudentTower:
     return StudentTower(_load(path, adaptor), adaptor)
 
 
-def _load(path: Path, adaptor: str) -> Backbone:
-    return load_backbone(path, adaptors=(adaptor,) if adaptor else ())
+def _load(path: Path, adaptor: str) -> StudentEncoder:
+    return load_student(path, heads=(adaptor,) if adaptor else ())
 
 
-def _licence(backbone: Backbone) -> str:
-    licences = [f"{name} ({spec.licence})" for name, spec in backbone.teachers.items()]
+def _licence(encoder: StudentEncoder) -> str:
+    licences = [f"{name} ({spec.licence})" for name, spec in encoder.teachers.items()]
     return f"student of: {', '.join(licences)}" if licences else "unknown"

@@ -18,12 +18,12 @@ from radio_distill.train import checkpoint as checkpoints
 SIZES = [(64, 64), (64, 96), (48, 32)]
 
 
-def same(left, right, adaptors=(), tolerance=1e-6):
+def same(left, right, heads=(), tolerance=1e-6):
     """Compare two backbones; returns whether anything is in the comparison at all."""
     for size in SIZES:
         pixels = torch.rand(1, 3, *size)
         with torch.no_grad():
-            one, two = left(pixels, adaptors), right(pixels, adaptors)
+            one, two = left(pixels, heads), right(pixels, heads)
         torch.testing.assert_close(one, two, rtol=0, atol=tolerance)
     return one.summary.numel() and one.features.numel()
 
@@ -34,12 +34,12 @@ def test_load__a_run_is_its_student_with_folded_heads(write_run):
     model = radio_distill.load(run)
     reference = folded(checkpoints.find(run / "stage1")).model
     pixels = torch.rand(2, 3, 64, 96)
-    output = model(pixels, model.adaptor_names)
+    output = model(pixels, model.head_names)
     tokens, spatial = reference.student(pixels)
     torch.testing.assert_close(output.features, spatial, rtol=0, atol=1e-6)
     torch.testing.assert_close(output.summary, tokens[:, [0, 2]].flatten(1), rtol=0, atol=1e-6)
-    for name, found in reference(pixels, ("clip", "sam", "dino")).items():
-        torch.testing.assert_close(output.adaptors[name], found, rtol=0, atol=1e-6)
+    for name, found in reference(pixels, ("clip", "sam", "dino")).features.items():
+        torch.testing.assert_close(output.heads[name], found, rtol=0, atol=1e-6)
     assert (model.native_size, model.training) == (96, False)
     assert model.teachers["dino"].licence == "dinov3-license"
     assert all(parameter.requires_grad for parameter in model.parameters())
@@ -72,16 +72,16 @@ def test_load__a_spectral_run_is_folded(write_run):
     with torch.no_grad():
         pixels = torch.rand(1, 3, 64, 64)
         torch.testing.assert_close(model(pixels).features, reference(pixels)[1], rtol=0, atol=1e-6)
-    assert same(radio_distill.load(run, adaptors=()), model)
+    assert same(radio_distill.load(run, heads=()), model)
 
 
-def test_load__keeps_only_the_adaptors_that_are_named(write_run):
+def test_load__keeps_only_the_heads_that_are_named(write_run):
     run = write_run()
-    model = radio_distill.load(run, adaptors=("dino",))
-    assert model.adaptor_names == ("dino",)
+    model = radio_distill.load(run, heads=("dino",))
+    assert model.head_names == ("dino",)
     assert same(model, radio_distill.load(run), ("dino",))
-    with pytest.raises(UnknownNameError, match=r"no adaptor 'dine'.*did you mean 'dino'"):
-        radio_distill.load(run, adaptors=("dine",))
+    with pytest.raises(UnknownNameError, match=r"no head 'dine'.*did you mean 'dino'"):
+        radio_distill.load(run, heads=("dine",))
 
 
 @pytest.mark.parametrize("architecture", ["test_vit", "test_vit2"])
@@ -93,7 +93,7 @@ def test_load__an_export_equals_the_run(write_run, tmp_path, architecture):
     model, whole = radio_distill.load(tmp_path / "export"), radio_distill.load(run)
     assert model.teachers == whole.teachers
     assert (model.native_size, model.config) == (whole.native_size, whole.config)
-    assert same(model, whole, model.adaptor_names, tolerance=1e-5)
+    assert same(model, whole, model.head_names, tolerance=1e-5)
 
 
 def test_load__an_export_is_not_what_its_training_started_from(write_run, tmp_path):
@@ -136,7 +136,7 @@ def test_load__a_radio_folder_equals_transformers(tmp_path):
     reference = radio_model()
     reference.save_pretrained(tmp_path)
     model = radio_distill.load(tmp_path)
-    assert (model.adaptor_names, model.teachers, model.max_size) == ((), {}, 128)
+    assert (model.head_names, model.teachers, model.max_size) == ((), {}, 128)
     check_equals_radio(model, reference)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from radio_distill.config import Recipe, build
-from radio_distill.models.distilled import build_student
+from radio_distill.models.heads import build_student
 from radio_distill.train import checkpoint as checkpoints
 from radio_distill.train.checkpoint import Checkpoint
 from radio_distill.train.checkpointer import save
@@ -122,8 +122,8 @@ def test_export__bad_arguments(
     assert "is not the folder of a run" in message
     message = refusal(capsys, run, "--format", "radio", "--size", "224")
     assert "--size is for --format timm; leave it out for radio" in message
-    message = refusal(capsys, run, "--format", "timm", "--adaptors", "dino")
-    assert "--adaptors is for --format onnx" in message
+    message = refusal(capsys, run, "--format", "timm", "--heads", "dino")
+    assert "--heads is for --format onnx" in message
     message = refusal(capsys, run, "--format", "timm", "--size", "1", "2", "3")
     assert "--size takes one side, or height and width" in message
     message = refusal(capsys, run, "--format", "timm", "--size", "64px")

@@ -13,7 +13,7 @@ import radio_distill
 from radio_distill.config import Recipe, build
 from radio_distill.data.folder import list_images
 from radio_distill.evals.agreement import across_sizes
-from radio_distill.models.distilled import build_student
+from radio_distill.models.heads import build_student
 from radio_distill.report.feature_images import LABEL_HEIGHT, MARGIN
 from radio_distill.train import checkpoint as checkpoints
 from radio_distill.train.checkpoint import Checkpoint
@@ -148,7 +148,7 @@ def test_command__a_student_is_measured_above_its_max_size_as_it_is_loaded(root,
     found = checkpoints.find(root / "one" / "stage1")
     encoder = encoder_of(found, CPU)
     pixels = torch.rand(1, 3, 192, 160, generator=torch.Generator().manual_seed(0))
-    loaded = radio_distill.load(root / "one", adaptors=())
+    loaded = radio_distill.load(root / "one", heads=())
     with torch.inference_mode():
         expected = loaded(pixels)
     torch.testing.assert_close(encoder(pixels).spatial, expected.features)

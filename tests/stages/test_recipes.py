@@ -8,7 +8,7 @@ import pytest
 from radio_distill.config import Recipe, build, check, dump, partition_sizes
 from radio_distill.config.recipes import recipe_names
 from radio_distill.evals.run import BENCHMARKS
-from radio_distill.models.vit import create_body
+from radio_distill.models.student import create_body
 from radio_distill.normalize import NORMALIZERS
 from radio_distill.plan.sights import Sight, sight_of
 from stages.common import load_recipe

@@ -38,7 +38,7 @@ def test_run__is_its_backbone(write_run):
 def test_run__an_adaptor_speaks_in_its_teacher_s_space(write_run):
     run = write_run(head_layers=1)
     model, pixels = radio_distill.load(run), torch.rand(1, 3, 64, 64)
-    output = model(pixels, ("dino", "sam")).adaptors
+    output = model(pixels, ("dino", "sam")).heads
     dino, sam = teacher(run, adaptor="dino"), teacher(run, adaptor="sam")
     assert (dino.spec.channels, dino.spec.summary_channels) == (4, 4)
     assert (sam.spec.channels, sam.spec.summary_channels) == (8, None)
@@ -109,7 +109,7 @@ def test_student__needs_weights():
 
 def test_student__bad_input_is_named(write_run, tmp_path):
     run = write_run()
-    with pytest.raises(UnknownNameError, match=r"teachers\.mine: no adaptor 'clipp'.*'clip'"):
+    with pytest.raises(UnknownNameError, match=r"teachers\.mine: no head 'clipp'.*'clip'"):
         teacher(run, adaptor="clipp")
     with pytest.raises(ConfigError, match=r"has no option 'adapter'.*did you mean 'adaptor'"):
         teacher(run, adapter="clip")

@@ -9,7 +9,7 @@ import torch
 
 from radio_distill.config import Recipe, build
 from radio_distill.export.folded import FoldedStudent, folded
-from radio_distill.models.distilled import DistilledStudent, build_student
+from radio_distill.models.heads import DistilledStudent, build_student
 from radio_distill.train import checkpoint as checkpoints
 from radio_distill.train.checkpoint import Checkpoint
 from radio_distill.train.checkpointer import save

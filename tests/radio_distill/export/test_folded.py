@@ -25,8 +25,8 @@ def test_folded__heads_predict_in_the_teachers_space(
 ) -> None:
     checkpoint = make_checkpoint(normalizer)
     pixels = torch.rand(2, 3, 48, 64)
-    before = load_student(checkpoint, torch.device("cpu"))(pixels, NAMES)
-    after = folded(checkpoint).model(pixels, NAMES)
+    before = load_student(checkpoint, torch.device("cpu"))(pixels, NAMES).features
+    after = folded(checkpoint).model(pixels, NAMES).features
     for name, fitted in normalizers_of(checkpoint).items():
         wanted = fitted.invert(before[name].spatial)
         difference = (after[name].spatial - wanted).abs().max() / wanted.abs().max()

@@ -32,7 +32,7 @@ def _shallow(student: FoldedStudent, depth: int) -> FoldedStudent:
 def _expected(student: FoldedStudent, pixels: Tensor) -> dict[str, Tensor]:
     """Outputs by name, put together from the student by hand: clip, sam, dino have slots 0 to 2."""
     tokens, spatial = student.model.student(pixels)
-    predictions = student.model(pixels, ("clip", "sam", "dino"))
+    predictions = student.model(pixels, ("clip", "sam", "dino")).features
     outputs = {"summary": torch.cat((tokens[:, 0], tokens[:, 2]), dim=1), "features": spatial}
     for name, (summary, features) in predictions.items():
         if summary is not None:
@@ -54,7 +54,7 @@ def _check_outputs(student: FoldedStudent, path: Path, pixels: Tensor) -> list[s
 
 def test_export__every_batch_and_size(make_student: MakeStudent, tmp_path: Path) -> None:
     student = _shallow(make_student(spectral_reparametrization=True), depth=2)
-    path = onnx_format.export(student, tmp_path / "out", adaptors=("dino", "sam"))
+    path = onnx_format.export(student, tmp_path / "out", heads=("dino", "sam"))
     assert path == tmp_path / "out" / "model.onnx"
     for shape in ((1, 224, 224), (3, 224, 192), (2, 160, 320), (1, 16, 16), (1, 768, 512)):
         names = _check_outputs(student, path, torch.rand(shape[0], 3, *shape[1:]))
@@ -93,7 +93,7 @@ def _check_example(student: FoldedStudent, path: Path) -> None:
 
 def test_export__unknown_head(make_student: MakeStudent, tmp_path: Path) -> None:
     with pytest.raises(UnknownNameError, match=r"no head 'dini' \(did you mean 'dino'\?\)"):
-        onnx_format.export(make_student(), tmp_path / "out", adaptors=("dini",))
+        onnx_format.export(make_student(), tmp_path / "out", heads=("dini",))
     assert not (tmp_path / "out").exists()
 
 

@@ -13,7 +13,7 @@ from radio_distill.config import StudentConfig, TeacherConfig
 from radio_distill.errors import ExportError
 from radio_distill.export import radio as format_
 from radio_distill.export.folded import FoldedStudent
-from radio_distill.models.heads import Adaptor
+from radio_distill.models.heads import Head
 from teachers import build_teacher
 
 MakeStudent = Callable[..., FoldedStudent]
@@ -58,24 +58,19 @@ def test_export__heads_by_teacher(make_tiny: MakeStudent, tmp_path: Path) -> Non
     content = read(format_.export(student, tmp_path / "out"))
     state = content["state_dict"]
     tokens = torch.randn(4, 192)
-    for name, adaptor in student.model.adaptors.items():
+    for name, head in student.model.heads.items():
         heads = {"spatial": f"_feature_projections.{name}.", "summary": f"_heads.{name}."}
         for kind, prefix in heads.items():
             own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-            head = getattr(adaptor, kind)
-            assert bool(own) == (head is not None)
-            if head is not None:
-                rebuilt = getattr(Adaptor(192, *_widths(student, name), HEADS), kind)
+            mlp = getattr(head, kind)
+            assert bool(own) == (mlp is not None)
+            if mlp is not None:
+                rebuilt = getattr(Head(192, student.checkpoint.teachers[name], HEADS), kind)
                 rebuilt.load_state_dict(own)
-                assert torch.equal(rebuilt(tokens), head(tokens))
+                assert torch.equal(rebuilt(tokens), mlp(tokens))
 
 
 HEADS = StudentConfig(head_hidden=16, head_layers=1)
-
-
-def _widths(student: FoldedStudent, name: str) -> tuple[int, int | None]:
-    spec = student.checkpoint.teachers[name]
-    return spec.channels, spec.summary_channels
 
 
 def test_export__arguments_bind_tokens_to_teachers(make_tiny: MakeStudent, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from radio_distill.errors import ConfigError, ExportError
 from radio_distill.export import timm as timm_format
 from radio_distill.export.folded import FoldedStudent
-from radio_distill.models.distilled import build_student
+from radio_distill.models.heads import build_student
 
 MakeStudent = Callable[..., FoldedStudent]
 SIZES = [(224, 224), (224, 192), (160, 320), (512, 512), (768, 512)]

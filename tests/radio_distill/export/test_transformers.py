@@ -179,7 +179,7 @@ def test_export__heads_and_their_description(make_student: MakeStudent, tmp_path
     assert heads.keys() == student.model.adaptors.state_dict().keys()
     assert torch.equal(
         heads["sam.spatial.final.2.weight"],
-        student.model.adaptors["sam"].spatial.final[2].weight,
+        student.model.heads["sam"].spatial.final[2].weight,
     )
     described = json.loads((folder / "radio_distill.json").read_text())
     assert described["summary_slots"] == {"clip": 0, "dino": 2}

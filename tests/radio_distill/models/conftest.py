@@ -9,23 +9,10 @@ from radio_distill.config import StudentConfig
 from radio_distill.models.student import Student
 from radio_distill.types import TeacherSpec
 
-ARCHITECTURE = "vit_tiny_patch16_224"
-
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
-
-
-@pytest.fixture
-def student_config() -> Callable[..., StudentConfig]:
-    """Make the config of a student of width 192 whose table spans 256 px."""
-
-    def make(**fields: object) -> StudentConfig:
-        defaults = {"architecture": ARCHITECTURE, "max_size": 256, "head_hidden": 16}
-        return StudentConfig(**{**defaults, **fields})
-
-    return make
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import torch
 
 from radio_distill.config import EngineConfig, PartitionConfig, StageConfig, StudentConfig
 from radio_distill.errors import ConfigError
-from radio_distill.models.distilled import build_student
+from radio_distill.models.heads import build_student
 from radio_distill.train.engine import SingleProcessEngine, engine_name
 from radio_distill.types import TeacherSpec
 
@@ -26,7 +26,7 @@ def engine_of(stage: StageConfig) -> SingleProcessEngine:
 
 
 def take_step(engine: SingleProcessEngine, scale: float = 1.0) -> float:
-    predicted = engine.forward(torch.full((2, 3, 32, 32), 0.4), ("t",))["t"]
+    predicted = engine.forward(torch.full((2, 3, 32, 32), 0.4), ("t",)).features["t"]
     engine.backward(scale * predicted.spatial.square().sum(), last=True)
     return engine.step(RATES)
 

@@ -31,8 +31,8 @@ from radio_distill.distill.micro_batches import Work
 from radio_distill.distill.randomness import StepRandomness
 from radio_distill.distill.statistics import build_normalizers
 from radio_distill.distill.targets import TargetMaker
-from radio_distill.models.distilled import build_student
 from radio_distill.models.ema import Ema
+from radio_distill.models.heads import build_student
 from radio_distill.stage import images_per_step
 from radio_distill.system.distributed import World
 from radio_distill.train.engine import build_engine

@@ -24,7 +24,7 @@ from radio_distill.config import (
     UpsamplerConfig,
 )
 from radio_distill.distill.losses import distillation_loss
-from radio_distill.models.distilled import build_student
+from radio_distill.models.heads import build_student
 from radio_distill.models.position import NUM_DRAWS
 from radio_distill.plan.cost import ModelCosts
 from radio_distill.plan.measure import count_flops, fake_module, fake_tensors, peak_memory

@@ -12,6 +12,11 @@ from radio_distill.errors import CheckpointError, WeightsError
 from radio_distill.export.folded import folded
 from radio_distill.models.student import Student
 from radio_distill.train import checkpoint as checkpoints
+from radio_distill.weights.pretrained import (
+    PretrainedWeights,
+    check_architecture,
+    initialise,
+)
 
 SIZES = [(64, 64), (64, 96), (48, 32)]
 
@@ -19,7 +24,7 @@ SIZES = [(64, 64), (64, 96), (48, 32)]
 def start(path, num_summary_tokens=3, **fields):
     defaults = {"architecture": "test_vit", "max_size": 256, "registers": 2}
     config = StudentConfig(**{**defaults, "pretrained": str(path), **fields})
-    return Student(config, num_summary_tokens).eval()
+    return Student(config, num_summary_tokens, initialise=initialise).eval()
 
 
 @torch.no_grad()
@@ -156,9 +161,9 @@ def test_timm_radio__is_a_start_of_timm_s_own_architecture():
         body = timm.create_model("vit_base_patch16_radio_v3", num_classes=0)
     from timm.data import resolve_model_data_config
 
-    from radio_distill.weights.pretrained import Start, check_start
-
-    check_start(Start(body.state_dict()), body, "it", "vit_base_patch16_radio_v3")
+    check_architecture(
+        PretrainedWeights(body.state_dict()), body, "it", "vit_base_patch16_radio_v3"
+    )
     assert resolve_model_data_config(body)["mean"] == timm.data.OPENAI_CLIP_MEAN
 
 

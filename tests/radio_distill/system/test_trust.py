@@ -142,7 +142,7 @@ def test_load__a_run_never_reads_a_torch_file(trusted, trap, write_run, caplog):
         for name in ("student.pt", "pytorch_model.bin", ".metadata", "mp_rank_00_model_states.pt"):
             (place / name).write_bytes(pickle.dumps(Trap(trap)))
     with trusting_pickles(trusted):
-        assert radio_distill.load(folder).adaptor_names
+        assert radio_distill.load(folder).head_names
         saved(checkpoint / "student.safetensors", {"x": Trap(trap)})
         with pytest.raises(CheckpointError):
             radio_distill.load(folder)

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from radio_distill import from_config
 from radio_distill.config import StudentConfig
 from radio_distill.errors import ConfigError, UnknownNameError
-from radio_distill.models.backbone import Backbone
-from radio_distill.models.distilled import build_student
+from radio_distill.models.backbone import StudentEncoder
+from radio_distill.models.heads import build_student
 from radio_distill.types import TeacherSpec
 
 HALF = (0.5, 0.5, 0.5)
@@ -28,7 +28,7 @@ def make(**fields):
         **{"architecture": "test_vit", "max_size": 256, "head_hidden": 8} | fields
     )
     model = build_student(config, TEACHERS)
-    return Backbone(model.student, config, TEACHERS, model.adaptors, (0, 2), 96).eval()
+    return StudentEncoder(model.student, config, TEACHERS, model.heads, (0, 2), 96).eval()
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def with_windows(window):
 def test_backbone__says_what_it_is(model):
     assert (model.patch_size, model.embed_dim, model.summary_dim) == (16, 64, 128)
     assert (model.max_size, model.native_size) == (256, 96)
-    assert model.adaptor_names == ("clip", "sam", "dino")
+    assert model.head_names == ("clip", "sam", "dino")
     assert model.teachers["clip"].licence == "unknown"
 
 
@@ -52,14 +52,14 @@ def test_backbone__says_what_it_is(model):
 def test_forward__is_the_student_and_its_heads(model):
     pixels = torch.rand(2, 3, 64, 48)
     tokens, spatial = model.student(pixels)
-    output = model(pixels, adaptors=("dino", "sam"))
+    output = model(pixels, heads=("dino", "sam"))
     assert torch.equal(output.features, spatial)
     assert torch.equal(output.summary, torch.cat((tokens[:, 0], tokens[:, 2]), dim=1))
-    assert list(output.adaptors) == ["dino", "sam"]
-    summary, features = model.adaptors["dino"](tokens[:, 2], spatial)
-    assert torch.equal(output.adaptors["dino"].summary, summary)
-    assert torch.equal(output.adaptors["dino"].spatial, features)
-    assert output.adaptors["sam"].summary is None
+    assert list(output.heads) == ["dino", "sam"]
+    summary, features = model.heads["dino"](tokens[:, 2], spatial)
+    assert torch.equal(output.heads["dino"].summary, summary)
+    assert torch.equal(output.heads["dino"].spatial, features)
+    assert output.heads["sam"].summary is None
 
 
 @torch.no_grad()
@@ -68,9 +68,7 @@ def test_forward__nlc_is_the_same_row_by_row(model):
     maps, rows = (model(pixels, ("clip",), format=name) for name in ("NCHW", "NLC"))
     assert rows.features.shape == (1, 8, 64)
     assert torch.equal(rows.features[0, 5], maps.features[0, :, 1, 1])
-    assert torch.equal(
-        rows.adaptors["clip"].spatial[0, 5], maps.adaptors["clip"].spatial[0, :, 1, 1]
-    )
+    assert torch.equal(rows.heads["clip"].spatial[0, 5], maps.heads["clip"].spatial[0, :, 1, 1])
 
 
 @settings(max_examples=20, deadline=None)
@@ -81,7 +79,7 @@ def test_forward__any_size_gives_the_cells_that_show_image(height, width, window
     with torch.no_grad():
         padded, resized = model(pixels, ("clip",)), model(pixels, ("clip",), fit="resize")
     cells = -(-height // 16), -(-width // 16)
-    assert padded.features.shape[-2:] == padded.adaptors["clip"].spatial.shape[-2:] == cells
+    assert padded.features.shape[-2:] == padded.heads["clip"].spatial.shape[-2:] == cells
     nearest = model.nearest_size(height, width)
     assert resized.features.shape[-2:] == (nearest[0] // 16, nearest[1] // 16)
     step = 16 * (window or 1)
@@ -113,9 +111,9 @@ def test_forward__a_size_that_fits_is_left_alone(model):
 
 
 @torch.no_grad()
-def test_summarize__is_the_adaptor_s_summary(model):
+def test_summarize__is_the_head_s_summary(model):
     pixels = torch.rand(2, 3, 32, 40)
-    expected = model(pixels, ("dino",)).adaptors["dino"].summary
+    expected = model(pixels, ("dino",)).heads["dino"].summary
     assert torch.equal(model.summarize(pixels, "dino"), expected)
     assert expected.shape == (2, 7)
 
@@ -134,7 +132,7 @@ def test_forward__gradients_reach_everything_that_is_asked():
     model = make().train()
     output = model(torch.rand(2, 3, 40, 32), ("clip",))
     loss = output.summary.square().mean() + output.features.square().mean()
-    loss = loss + sum(item.square().mean() for item in output.adaptors["clip"])
+    loss = loss + sum(item.square().mean() for item in output.heads["clip"])
     loss.backward()
     asked = {name for name, item in model.named_parameters() if item.grad is not None}
     assert asked == {
@@ -173,11 +171,11 @@ def test_forward__names_what_cannot_be(model, arguments, message):
     assert "\n" not in str(caught.value)
 
 
-def test_forward__an_unknown_adaptor_gets_the_nearest(model):
-    with pytest.raises(UnknownNameError, match=r"no adaptor 'clib'.*did you mean 'clip'"):
+def test_forward__an_unknown_head_gets_the_nearest(model):
+    with pytest.raises(UnknownNameError, match=r"no head 'clib'.*did you mean 'clip'"):
         model(torch.rand(1, 3, 32, 32), ("clib",))
     bare = from_config(StudentConfig(architecture="test_vit", max_size=64))
-    with pytest.raises(UnknownNameError, match=r"no adaptor 'clip' in this backbone .it has none"):
+    with pytest.raises(UnknownNameError, match=r"no head 'clip' in this student .it has none"):
         bare(torch.rand(1, 3, 32, 32), "clip")
 
 

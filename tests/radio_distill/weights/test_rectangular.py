@@ -3,6 +3,7 @@
 import json
 from argparse import Namespace
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ from timm.layers import resample_abs_pos_embed
 
 from radio_distill.config import Recipe, StudentConfig, build, check
 from radio_distill.errors import ConfigError, WeightsError
-from radio_distill.models.student import Student
+from radio_distill.models import student as students
+from radio_distill.weights.pretrained import initialise
 from radio_distill.weights.radio import read_radio
 
 MakeConfig = Callable[..., StudentConfig]
+Student = partial(students.Student, initialise=initialise)
 
 
 def vit(rows: int, columns: int, **options: Any) -> torch.nn.Module:

@@ -4,14 +4,90 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from radio_distill.config import StudentConfig
 from radio_distill.errors import ConfigError, UnknownNameError
-from radio_distill.models.distilled import DistilledStudent, build_student, parameter_groups
-from radio_distill.models.gradients import join_gradients, zero_gradient
+from radio_distill.models.heads import (
+    DistilledStudent,
+    Head,
+    MLPHead,
+    build_student,
+    join_gradients,
+    parameter_groups,
+    zero_gradient,
+)
 from radio_distill.models.position import NUM_DRAWS
 from radio_distill.types import TeacherSpec
+
+
+def teacher(summary_channels: int | None) -> TeacherSpec:
+    half = (0.5, 0.5, 0.5)
+    return TeacherSpec("a", 4, summary_channels, 14, (224, 224), None, half, half)
+
+
+@pytest.mark.parametrize("num_layers", [0, 2])
+@torch.no_grad()
+def test_mlp_head__equals_the_formula(num_layers: int) -> None:
+    head = MLPHead(5, 8, 3, num_layers)
+    for parameter in head.parameters():
+        parameter.normal_()
+    state = head.state_dict()
+
+    def norm_gelu_linear(x: torch.Tensor, name: str) -> torch.Tensor:
+        normed = (x - x.mean(1, keepdim=True)) / (
+            x.var(1, correction=0, keepdim=True) + 1e-5
+        ).sqrt()
+        normed = normed * state[f"{name}.0.weight"] + state[f"{name}.0.bias"]
+        active = normed * 0.5 * (1 + torch.erf(normed / 2**0.5))
+        return active @ state[f"{name}.2.weight"].T + state[f"{name}.2.bias"]
+
+    tokens = torch.randn(7, 5)
+    hidden = tokens @ state["fc1.weight"].T + state["fc1.bias"]
+    for index in range(num_layers):
+        hidden = hidden + norm_gelu_linear(hidden, f"blocks.{index}")
+    expected = norm_gelu_linear(hidden, "final")
+    torch.testing.assert_close(head(tokens), expected, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_head__each_cell_is_the_head_of_its_own_token(
+    student_config: Callable[..., StudentConfig],
+) -> None:
+    head = Head(6, teacher(3), student_config(head_layers=1))
+    token, spatial = torch.randn(2, 6), torch.randn(2, 6, 3, 5)
+    features = head(token, spatial)
+    assert features.summary is not None
+    assert features.summary.shape == (2, 3)
+    assert features.spatial.shape == (2, 4, 3, 5)
+    for row, column in ((0, 0), (1, 4), (2, 3)):
+        expected = head.spatial(spatial[:, :, row, column])
+        torch.testing.assert_close(features.spatial[:, :, row, column], expected)
+
+
+def test_head__without_summary_has_no_parameters_for_it(
+    student_config: Callable[..., StudentConfig],
+) -> None:
+    head = Head(6, teacher(None), student_config())
+    assert head(torch.randn(2, 6), torch.randn(2, 6, 3, 5)).summary is None
+    assert all(name.startswith("spatial.") for name, _ in head.named_parameters())
+
+
+def test_head__last_linear_can_be_exchanged(
+    student_config: Callable[..., StudentConfig],
+) -> None:
+    """Folding a normalizer replaces ``final[-1]``."""
+    head = Head(6, teacher(None), student_config())
+    token, spatial = torch.randn(1, 6), torch.randn(1, 6, 2, 2)
+    before = head(token, spatial).spatial
+    last = head.spatial.final[-1]
+    assert isinstance(last, nn.Linear)
+    scaled = nn.Linear(last.in_features, last.out_features)
+    with torch.no_grad():
+        scaled.weight.copy_(2 * last.weight)
+        scaled.bias.copy_(2 * last.bias + 1)
+    head.spatial.final[-1] = scaled
+    torch.testing.assert_close(head(token, spatial).spatial, 2 * before + 1)
 
 
 @pytest.fixture
@@ -41,7 +117,7 @@ def changed(model: DistilledStudent) -> set[str]:
 
 
 def test_forward__shapes(model: DistilledStudent, pixels: Tensor) -> None:
-    predictions = model(pixels, ("sam", "clip"))
+    predictions = model(pixels, ("sam", "clip")).features
     assert list(predictions) == ["sam", "clip"]
     assert predictions["clip"].summary.shape == (2, 5)
     assert predictions["clip"].spatial.shape == (2, 6, 2, 4)
@@ -72,7 +148,7 @@ def test_forward__who_learns(
     expected: set[str],
     freeze_body: bool,
 ) -> None:
-    predictions = model(pixels, asked, torch.rand(2, NUM_DRAWS), freeze_body)
+    predictions = model(pixels, asked, torch.rand(2, NUM_DRAWS), freeze_body).features
     loss = torch.zeros(())
     for features in predictions.values():
         if part in ("summary", "both") and features.summary is not None:
@@ -86,7 +162,7 @@ def test_forward__who_learns(
 def gradients(
     model: DistilledStudent, pixels: Tensor, asked: tuple[str, ...], freeze_body: bool = False
 ) -> dict[str, Tensor]:
-    features = model(pixels, asked, freeze_body=freeze_body)["clip"]
+    features = model(pixels, asked, freeze_body=freeze_body).features["clip"]
     (features.summary.square().sum() + features.spatial.square().sum()).backward()
     found = {name: p.grad for name, p in model.named_parameters()}
     model.zero_grad()
@@ -97,12 +173,12 @@ def test_forward__other_heads_do_not_touch_values_or_gradients(
     model: DistilledStudent, pixels: Tensor
 ) -> None:
     """Bit for bit, as if there were no other head: also where that head is full of infinities."""
-    expected = model.adaptors["clip"](*_tokens(model, pixels))
+    expected = model.heads["clip"](*_tokens(model, pixels))
     alone, asked = gradients(model, pixels, ("clip",)), gradients(model, pixels, ("clip", "sam"))
     for name in alone:
         assert torch.equal(alone[name], asked[name]), name
-    torch.nn.init.constant_(model.adaptors["sam"].spatial.fc1.bias, float("inf"))
-    features = model(pixels, ("clip",))["clip"]
+    torch.nn.init.constant_(model.heads["sam"].spatial.fc1.bias, float("inf"))
+    features = model(pixels, ("clip",)).features["clip"]
     assert torch.equal(features.spatial, expected.spatial)
     assert torch.equal(features.summary, expected.summary)
     for name, value in gradients(model, pixels, ("clip",)).items():
@@ -129,8 +205,8 @@ def test_forward__each_teacher_has_its_own_summary_token(
 ) -> None:
     with torch.no_grad():
         summary, spatial = model.student(pixels)
-        second = model.adaptors["clip"](summary[:, 1], spatial)
-        assert not torch.allclose(model(pixels, ("clip",))["clip"].summary, second.summary)
+        second = model.heads["clip"](summary[:, 1], spatial)
+        assert not torch.allclose(model(pixels, ("clip",)).features["clip"].summary, second.summary)
 
 
 def test_forward__micro_batches_add_up_to_the_batch(model: DistilledStudent) -> None:
@@ -138,7 +214,7 @@ def test_forward__micro_batches_add_up_to_the_batch(model: DistilledStudent) -> 
 
     def accumulate(parts: list[slice]) -> dict[str, Tensor]:
         for part in parts:
-            predictions = model(pixels[part], ("clip", "sam"), draws=draws[part])
+            predictions = model(pixels[part], ("clip", "sam"), draws=draws[part]).features
             sum(f.spatial.square().sum() for f in predictions.values()).backward()
         found = {name: p.grad for name, p in model.named_parameters()}
         model.zero_grad()
@@ -154,9 +230,9 @@ def test_forward__micro_batches_add_up_to_the_batch(model: DistilledStudent) -> 
 
 def test_forward__bfloat16_autocast(model: DistilledStudent, pixels: Tensor) -> None:
     with torch.autocast("cpu", torch.bfloat16):
-        features = model(pixels, ("clip",))["clip"]
+        features = model(pixels, ("clip",)).features["clip"]
         features.spatial.float().square().mean().backward()
-    expected = model(pixels, ("clip",))["clip"].spatial
+    expected = model(pixels, ("clip",)).features["clip"].spatial
     torch.testing.assert_close(features.spatial.float(), expected, atol=0.05, rtol=0.05)
     assert "body" in changed(model)
 
@@ -184,8 +260,21 @@ def test_state_dict__round_trip(
     del other.student.blocks[2:]
     other.load_state_dict(model.state_dict())
     with torch.no_grad():
-        expected, found = model.eval()(pixels, ("clip",)), other.eval()(pixels, ("clip",))
+        expected, found = (m.eval()(pixels, ("clip",)).features for m in (model, other))
     assert torch.equal(expected["clip"].spatial, found["clip"].spatial)
+
+
+def test_state_dict__names_are_those_of_earlier_files(teachers, student_config) -> None:
+    """In checkpoints, exports, and the sums of a student's weights as a teacher."""
+    model = build_student(student_config(), teachers, learned_weights=True)
+    names = set(model.state_dict())
+    layers = ("fc1.weight", "fc1.bias", "final.0.weight", "final.0.bias", "final.2.weight")
+    assert {name for name in names if name.startswith("adaptors.sam")} == {
+        f"adaptors.sam.spatial.{layer}" for layer in (*layers, "final.2.bias")
+    }
+    own = {name for name in names if not name.startswith(("adaptors.", "student.blocks."))}
+    parts = ("mean", "std", "patch_embedding.weight", "positions.table", "prefix_tokens")
+    assert own == {*(f"student.{part}" for part in parts), "uncertainty.log_variances"}
 
 
 def test_parameter_groups__each_parameter_once(model: DistilledStudent) -> None:

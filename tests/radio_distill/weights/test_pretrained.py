@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
@@ -13,12 +14,13 @@ from torch import Tensor
 
 from radio_distill.config import StudentConfig
 from radio_distill.errors import ConfigError, WeightsError
-from radio_distill.models.student import Student
+from radio_distill.models import student as students
 from radio_distill.system.trust import trusting_pickles
-from radio_distill.weights.pretrained import read_start
+from radio_distill.weights.pretrained import initialise, read_pretrained
 
 MakeConfig = Callable[..., StudentConfig]
 ARCHITECTURE = "vit_tiny_patch16_224"
+Student = partial(students.Student, initialise=initialise)
 
 
 @pytest.fixture
@@ -228,7 +230,7 @@ def test_student__starts_from_the_file_with_the_sum_that_the_recipe_says(
         Student(replace(config, pretrained_sha256="0" * 64), num_summary_tokens=1)
 
 
-def test_read_start__has_the_sum_that_the_recipe_says(
+def test_read_pretrained__has_the_sum_that_the_recipe_says(
     reference: torch.nn.Module, write_run: Callable[..., Path], tmp_path: Path
 ) -> None:
     file, folder, run = tmp_path / "w.pth", tmp_path / "folder", write_run()
@@ -245,14 +247,16 @@ def test_read_start__has_the_sum_that_the_recipe_says(
     ]
     for pretrained, summed, model in cases:
         found = sha256(summed.read_bytes()).hexdigest()
-        assert read_start(str(pretrained), model, "x", found).weights
+        config = StudentConfig(pretrained=str(pretrained), pretrained_sha256=found)
+        assert read_pretrained(config, model).weights
         message = (
             rf"^student\.pretrained_sha256: \S+{summed.name} has sha256 {found}, .* {'0' * 64}"
         )
         with pytest.raises(WeightsError, match=message):
-            read_start(str(pretrained), model, "x", "0" * 64)
+            read_pretrained(replace(config, pretrained_sha256="0" * 64), model)
+    config = StudentConfig(pretrained="timm", pretrained_sha256="0" * 64)
     with pytest.raises(ConfigError, match="timm reads a file of its own"):
-        read_start("timm", reference, ARCHITECTURE, "0" * 64)
+        read_pretrained(config, reference)
 
 
 def test_file__that_is_no_state_dict(student_config: MakeConfig, tmp_path: Path) -> None:

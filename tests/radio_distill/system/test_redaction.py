@@ -10,7 +10,7 @@ import yaml
 
 from radio_distill.system.redaction import redact, secrets_in
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 HF = "hf_" + "AbCdEfGhIjKlMnOpQrStUvWxYz12345678"
 SECRETS = {
     HF: f"401 for token {HF} here",
@@ -112,7 +112,7 @@ def test_secrets_in__a_value_of_the_environment(monkeypatch):
 
 
 def test_secrets_in__finds_none_in_the_recipes():
-    for path in sorted((ROOT / "stages" / "recipes").glob("*.yaml")):
+    for path in sorted((ROOT / "radio_distill/config/recipes").glob("*.yaml")):
         assert secrets_in(yaml.safe_load(path.read_text(encoding="utf-8"))) == []
 
 
