@@ -38,6 +38,7 @@ from torch import Tensor, nn
 
 from radio_distill.distill.views import resize
 from radio_distill.errors import ConfigError, DataError, DivergedError
+from radio_distill.geometry import valid_mask, warp
 from radio_distill.normalize.affine import mean_variance
 from radio_distill.normalize.moments import Moments
 from radio_distill.protocols import Teacher
@@ -47,7 +48,7 @@ from radio_distill.types import Size
 
 from .fit.downsamplers import AttentionDownsampler
 from .fit.losses import UncertaintyNet, masked_mse, total_variation
-from .fit.views import ViewRange, draw_homographies, render, valid_mask, warp
+from .fit.views import ViewRange, draw_homographies, render
 
 logger = logging.getLogger(__name__)
 

@@ -13,13 +13,14 @@ from einops import rearrange
 from torch import Tensor
 
 from radio_distill.evals.metrics import Fidelity
+from radio_distill.geometry import valid_mask
 from radio_distill.protocols import Teacher
 from radio_distill.system.precision import AUTO, autocast
 from radio_distill.types import Size
 
 from .fit.consistency import Consistency
 from .fit.lessons import fine_grid
-from .fit.views import VIEWS, draw_homographies, render, valid_mask
+from .fit.views import VIEWS, draw_homographies, render
 from .metrics import ConditionalRandomField, MeanDiscrepancy, TotalVariation
 
 VIEWS_PER_PICTURE = 5

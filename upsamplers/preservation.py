@@ -20,7 +20,7 @@ from radio_distill.evals.metrics import (
     confusion_matrix,
     mean_iou,
 )
-from radio_distill.evals.segmentation import training_set
+from radio_distill.evals.probes import training_set
 
 
 class LinearProbe:

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from ..config import size_pair
 from ..data.folder import load_images
 from ..errors import ConfigError
+from ..geometry import homography, in_unit, inside, sample, transform, warp
 from ..types import Score, Size
 from .encoder import Encoder, to_pixels
 
@@ -79,7 +80,7 @@ class Correspondence:
     def _errors(self, encoder: Encoder, pixels: Tensor, matrix: Tensor) -> Tensor:
         """Distances, in pixels, between where points are found and where they are."""
         size = (pixels.shape[1], pixels.shape[2])
-        spatial = encoder(torch.stack([pixels, warp(pixels, matrix)])).spatial
+        spatial = encoder(torch.stack([pixels, warped(pixels, matrix)])).spatial
         queries = grid_points(size, self.query_stride)
         truth = transform(queries, matrix)
         seen = inside(truth, size)
@@ -219,48 +220,19 @@ def random_homography(
     return homography(corners, moved)
 
 
-def homography(source: Tensor, target: Tensor) -> Tensor:
-    """Return the homography that takes four points ``[4, 2]`` to four others, ``[3, 3]``."""
-    x, y = source.unbind(dim=1)
-    u, v = target.unbind(dim=1)
-    one, zero = torch.ones_like(x), torch.zeros_like(x)
-    for_u = torch.stack([x, y, one, zero, zero, zero, -u * x, -u * y], dim=1)
-    for_v = torch.stack([zero, zero, zero, x, y, one, -v * x, -v * y], dim=1)
-    solution = torch.linalg.solve(torch.cat([for_u, for_v]), torch.cat([u, v]))
-    return torch.cat([solution, solution.new_ones(1)]).view(3, 3)
-
-
-def transform(points: Tensor, matrix: Tensor) -> Tensor:
-    """Apply a homography to points ``[N, 2]``."""
-    mapped = F.pad(points.double(), (0, 1), value=1.0) @ matrix.T
-    return (mapped[:, :2] / mapped[:, 2:]).float()
-
-
-def warp(pixels: Tensor, matrix: Tensor) -> Tensor:
+def warped(pixels: Tensor, matrix: Tensor) -> Tensor:
     """Show ``[3, H, W]`` as the homography moves it, at the same size, grey beyond its edges."""
     size = (pixels.shape[1], pixels.shape[2])
-    origin = transform(grid_points(size, 1), matrix.inverse())
-    shown = sample(pixels, origin, size).where(inside(origin, size)[:, None], torch.tensor(GREY))
-    return rearrange(shown, "(h w) c -> c h w", h=size[0])
+    origin = matrix.inverse()
+    shown = warp(pixels[None], in_unit(origin, size)[None], size, padding="border")[0]
+    known = inside(transform(grid_points(size, 1), origin), size)
+    return shown.where(known.view(size), torch.tensor(GREY))
 
 
 def grid_points(size: Size, stride: int) -> Tensor:
     """Return the centres of squares of ``stride`` pixels, (x, y), row by row, ``[N, 2]``."""
     y, x = (torch.arange(side // stride) * stride + stride / 2 for side in size)
     return torch.cartesian_prod(y, x).flip(1)
-
-
-def inside(points: Tensor, size: Size) -> Tensor:
-    """Say which points ``[N, 2]`` lie on a image of ``size``."""
-    return ((points >= 0) & (points <= torch.tensor([size[1], size[0]]))).all(dim=1)
-
-
-def sample(maps: Tensor, points: Tensor, size: Size) -> Tensor:
-    """Interpolate ``[C, h, w]`` at points of a image of ``size``; ``[N, C]``."""
-    position = points / torch.tensor([size[1], size[0]]) * 2 - 1
-    grid = position[None, None].to(maps)
-    values = F.grid_sample(maps[None], grid, padding_mode="border", align_corners=False)
-    return rearrange(values, "1 c 1 n -> n c")
 
 
 def nearest_neighbours(queries: Tensor, targets: Tensor) -> Tensor:

@@ -9,9 +9,10 @@ import torch.nn.functional as F
 
 from radio_distill.errors import ConfigError, DataError
 from radio_distill.evals.metrics import Fidelity
+from radio_distill.geometry import valid_mask
 from radio_distill.types import Features, TeacherSpec
 from upsamplers import implicit
-from upsamplers.fit.views import draw_homographies, render, valid_mask
+from upsamplers.fit.views import draw_homographies, render
 from upsamplers.implicit import Compression, fit_implicit, fourier_features
 
 PATCH, CHANNELS = 8, 6

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from radio_distill.errors import DataError
 from radio_distill.evals import masks as sets
-from radio_distill.evals import segmentation
 from radio_distill.evals.encoder import to_pixels
+from radio_distill.evals.probes import training_set
 from upsamplers.preservation import LinearProbe, Preservation
 
 COCO = (
@@ -92,7 +92,7 @@ def test_linear_probe__is_the_minimum_and_the_same_every_time(probe: LinearProbe
     fine, labels = images(12)
     again = LinearProbe(CLASSES).fit(lowered(fine), labels)
     assert torch.equal(again.weight, probe.weight)
-    tokens, shares = segmentation.training_set(list(lowered(fine)), list(labels), CLASSES)
+    tokens, shares = training_set(list(lowered(fine)), list(labels), CLASSES)
     std = tokens.std(0)
     weight, bias = (probe.weight.clone().requires_grad_(), probe.bias.clone().requires_grad_())
     logits = F.linear(tokens, weight, bias)

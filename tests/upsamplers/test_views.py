@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from radio_distill.errors import ConfigError
-from upsamplers.fit.views import VIEWS, ViewRange, draw_homographies, render, valid_mask, warp
+from radio_distill.geometry import valid_mask, warp
+from upsamplers.fit.views import VIEWS, ViewRange, draw_homographies, render
 
 sides = st.integers(3, 23)
 

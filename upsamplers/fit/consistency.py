@@ -10,11 +10,11 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from radio_distill.config import FitConfig
+from radio_distill.geometry import valid_mask, warp
 
 from ..fitted import TeacherOutput, UpsamplerModel
 from .downsamplers import build_downsampler
 from .losses import UncertaintyNet, conditional_random_field, masked_mse, project, total_variation
-from .views import valid_mask, warp
 
 _CRF_CHANNELS = 128
 

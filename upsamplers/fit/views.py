@@ -3,13 +3,9 @@
 An upsampler is fitted by showing a teacher other views of a image and asking that the upsampled
 features, seen in the same view and downsampled, be what the teacher answers (FeatUp, arXiv
 2403.10516, section 3). Each view is one homography, from points of the view to points of the
-image. Points are (x, y) with the *edges* of the image at -1 and 1, so one matrix serves the
-image, its feature map and the map upsampled by any factor, whatever their sizes: nothing is
-misregistered. (On cell centres, ``align_corners=True``, translations would shrink by
-``(W - 1) / W`` between maps of different width.)
-
-Outside the image a view shows the image's mirror image, to the teacher less strange than black;
-:func:`valid_mask` says which cells of a view have none of it.
+image (:mod:`radio_distill.geometry`). Outside the image a view shows the image's mirror image, to
+the teacher less strange than black; :func:`~radio_distill.geometry.valid_mask` says which cells of
+a view have none of it.
 
 Left out: FeatSharp's tracking of polygons; a cell is valid or it is not. And the four free corners
 of a general perspective: two numbers tilt the image, the other degrees of freedom are those of
@@ -22,10 +18,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor
 
 from radio_distill.errors import ConfigError
+from radio_distill.geometry import warp
 from radio_distill.types import Size
 
 
@@ -102,33 +98,6 @@ def draw_homographies(
     return torch.from_numpy(views @ tilts).float()
 
 
-def warp(maps: Tensor, homographies: Tensor, size: Size, mode: str = "bilinear") -> Tensor:
-    """Sample views ``[B * V, C, *size]`` of maps ``[B, C, H, W]``, at the centres of their cells.
-
-    For features: differentiable in ``maps``, and without a copy of a map for each of its views.
-    For images, which may be much finer than their views, use :func:`render`. Samples in fp32
-    under autocast too, and raises ConfigError where views and maps do not go together.
-
-    Args:
-        maps: ``[B, C, H, W]``.
-        homographies: ``[B * V, 3, 3]``, the V views of a map one after the other.
-        size: height and width of each view, in cells.
-        mode: as of ``torch.nn.functional.grid_sample``.
-    """
-    if len(homographies) % len(maps):
-        raise ConfigError(
-            f"{len(homographies)} homographies for {len(maps)} maps; give each map as many views"
-        )
-    maps = maps if maps.dtype == torch.float64 else maps.float()
-    points = _points(homographies.to(maps), _centres(size[0]), _centres(size[1]))
-    # The views of a map are stacked into one tall view, so that they share the map.
-    points = rearrange(points, "(b v) h w xy -> b (v h) w xy", b=len(maps))
-    with torch.autocast(maps.device.type, enabled=False):
-        views = F.grid_sample(maps, points, mode, padding_mode="reflection", align_corners=False)
-    views = rearrange(views, "b c (v h) w -> (b v) h w c", h=size[0])  # one copy: channels last
-    return rearrange(views, "n h w c -> n c h w")
-
-
 def render(images: Tensor, homographies: Tensor, size: Size) -> Tensor:
     """Render views ``[B * V, C, *size]`` of images ``[B, C, H, W]``, coarser ones antialiased.
 
@@ -147,26 +116,3 @@ def render(images: Tensor, homographies: Tensor, size: Size) -> Tensor:
     finer = max(2, math.ceil(ratio / 2)) if ratio > 1 else 1
     views = warp(images, homographies, (size[0] * finer, size[1] * finer))
     return views if finer == 1 else F.avg_pool2d(views, finer)
-
-
-def valid_mask(homographies: Tensor, size: Size) -> Tensor:
-    """Return bool ``[N, *size]``: the cells of a view that lie inside the image whole."""
-    points = _points(homographies, _edges(size[0]), _edges(size[1]))
-    corners = (points.abs().amax(-1) <= 1 + 1e-5).float()  # [N, h + 1, w + 1]; fp32 rounds at 1e-6
-    return F.avg_pool2d(corners[:, None], 2, stride=1)[:, 0] == 1
-
-
-def _points(homographies: Tensor, ys: Tensor, xs: Tensor) -> Tensor:
-    """Map the points of a view at rows ``ys`` and columns ``xs``: ``[N, len(ys), len(xs), 2]``."""
-    x_part, y_part, constant = rearrange(homographies, "n i j -> j n 1 1 i")
-    rows = y_part * rearrange(ys.to(homographies), "h -> h 1 1") + constant  # [N, h, 1, 3]
-    points = x_part * rearrange(xs.to(homographies), "w -> w 1") + rows  # [N, h, w, 3]
-    return points[..., :2] / points[..., 2:]
-
-
-def _centres(num: int) -> Tensor:
-    return (torch.arange(num, dtype=torch.float64) * 2 + 1) / num - 1
-
-
-def _edges(num: int) -> Tensor:
-    return torch.arange(num + 1, dtype=torch.float64) * 2 / num - 1

@@ -8,18 +8,15 @@ from radio_distill.evals.correspondence import (
     Correspondence,
     Stereo,
     grid_points,
-    homography,
-    inside,
     nearest_neighbours,
     random_homography,
     recalls,
-    sample,
     stereo_pair,
-    transform,
     visible_in_right,
-    warp,
+    warped,
 )
 from radio_distill.evals.encoder import Encoder, to_pixels
+from radio_distill.geometry import homography, inside, sample, transform
 from radio_distill.types import Features
 
 SIZE = (96, 128)
@@ -64,7 +61,7 @@ def test_sample__at_cell_centres_gives_the_cells():
 def test_warp__by_whole_pixels_is_a_shift():
     pixels = torch.rand(3, *SIZE, generator=torch.Generator().manual_seed(0))
     shift = torch.tensor([[1.0, 0, 5], [0, 1, 3], [0, 0, 1]]).double()
-    shown = warp(pixels, shift)
+    shown = warped(pixels, shift)
     torch.testing.assert_close(shown[:, 3:, 5:], pixels[:, :-3, :-5], atol=1e-4, rtol=0)
     assert (shown[:, :3] == 0.5).all()
 
@@ -77,7 +74,7 @@ def test_warp__agrees_with_scikit_image(gradient, seed):
     inverse = np.linalg.inv(half) @ np.linalg.inv(matrix.numpy()) @ half
     oracle = skimage.warp(pixels.permute(1, 2, 0).numpy(), inverse, order=1, mode="edge")
     shown = inside(transform(grid_points(SIZE, 1), matrix.inverse()), SIZE).view(SIZE)
-    found = warp(pixels, matrix)[:, shown]
+    found = warped(pixels, matrix)[:, shown]
     torch.testing.assert_close(
         found, torch.from_numpy(oracle).permute(2, 0, 1).float()[:, shown], atol=1e-3, rtol=0
     )
@@ -93,7 +90,7 @@ def test_warp__moves_each_point_where_transform_says(gradient):
     assert seen.sum() > 50
     before, after = (
         sample(pixels, points[seen], SIZE),
-        sample(warp(pixels, matrix), moved[seen], SIZE),
+        sample(warped(pixels, matrix), moved[seen], SIZE),
     )
     torch.testing.assert_close(before, after, atol=0.01, rtol=0)
 

@@ -7,7 +7,8 @@ from torch.nn import functional as F
 from radio_distill.errors import DataError
 from radio_distill.evals.masks import labelled_classes, read_mask
 from radio_distill.evals.metrics import IGNORED, confusion_matrix, mean_iou
-from radio_distill.evals.segmentation import Segmentation, class_shares
+from radio_distill.evals.probes import class_shares
+from radio_distill.evals.segmentation import Segmentation
 
 COLOURS = {3: (220, 30, 30), 7: (30, 220, 30), 200: (30, 30, 220)}
 
