@@ -23,7 +23,7 @@ help:  ## show this
 setup: .venv/.ready-demo  ## make .venv and install radio-distill with what the demo needs
 
 demo: .venv/.ready-demo  ## train and score a small student on photographs (DATA=folder for your own)
-	@$(call timed,$(BIN)/radio-distill demo $(if $(DATA),--data "$(DATA)"))
+	@$(call timed,$(if $(DATA),,$(BIN)/python -m tools.demo_images &&) $(BIN)/radio-distill demo $(if $(DATA),--data "$(DATA)"))
 
 test: .venv/.ready-test  ## run every test (WORKERS=2)
 	@$(call timed,OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS))

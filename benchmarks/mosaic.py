@@ -31,8 +31,8 @@ from radio_distill.config import TeacherConfig
 from radio_distill.data.shards import find_images
 from radio_distill.distill.mosaic import Mosaic, plan_mosaic
 from radio_distill.protocols import Teacher
-from stages.commands.demo_images import photograph
 from teachers import build_teacher
+from tools.demo_images import photograph
 
 TEACHERS = ("vits14_packaged", "efficientnet_lite0_packaged")
 PHOTOGRAPHS = (

@@ -208,10 +208,10 @@ Every field of the recipe can be set: --FIELD VALUE, for instance --stages.stage
 --override FILE sets those of a YAML file. `radio-distill fields` lists them."""
 
 
-def add_recipe_argument(parser: argparse.ArgumentParser, default: str | None = "demo") -> None:
+def add_recipe_argument(parser: argparse.ArgumentParser) -> None:
     """Add the recipe, everywhere a positional argument; ``--recipe RECIPE`` says the same."""
     parser.add_argument(
-        "recipe", nargs="?", default=default, help="name or file of a recipe (default: demo)"
+        "recipe", nargs="?", default="demo", help="name or file of a recipe (default: demo)"
     )
     parser.add_argument("--recipe", dest=_RECIPE_FLAG, help=argparse.SUPPRESS)
 

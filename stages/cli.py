@@ -52,10 +52,6 @@ COMMANDS = {
         "stages.commands.listing",
         "names: teachers, upsamplers, normalizers, benchmarks, recipes",
     ),
-    "recipes": (
-        "stages.commands.recipes_table",
-        "published recipes beside the papers' figures",
-    ),
     "fields": ("stages.commands.fields", "every field of a recipe, with unit and default"),
     "doctor": ("stages.commands.doctor", "check this machine and this installation"),
 }

@@ -12,9 +12,10 @@ from radio_distill.config import describe
 from stages.arguments import Parser
 from stages.cli import COMMANDS
 from stages.cli import main as cli
+from tools import fields_page
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def commands() -> list[tuple[str, str]]:
@@ -47,9 +48,9 @@ def test_commands__the_readme_shows_most_of_them():
     assert set(COMMANDS) - shown <= {"demo", "fields"}
 
 
-def test_fields__the_page_is_what_the_command_prints(capsys):
-    assert cli(["fields", "--markdown"]) == 0
-    assert (ROOT / "docs" / "fields.md").read_text() == capsys.readouterr().out
+def test_fields_page__is_what_the_tool_prints(capsys):
+    assert fields_page.main() == 0
+    assert (ROOT / "docs" / "reference" / "fields.md").read_text() == capsys.readouterr().out
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -1,13 +1,13 @@
 """Run the whole path on real photographs with real pretrained teachers, on a laptop.
 
-    radio-distill demo
+    make demo
     radio-distill demo --data ~/Images
 
-Photographs -> shards -> stage 1 -> stage 2 -> stage 3 with each upsampler and seed -> scores ->
-report -> gain table. Without --data, the photographs are those inside the scikit-image and
-scikit-learn packages. The seeds share stages 1 and 2. What is complete is not done again, so a demo
-that was stopped goes on where it was; what was made of another recipe or upsampler is moved aside
-and trained anew.
+Shards -> stage 1 -> stage 2 -> stage 3 with each upsampler and seed -> scores -> report -> gain
+table. Without --data it takes the shards in data/demo, which `make demo` makes in a checkout. With
+it, every tenth image is held out. The seeds share stages 1 and 2. What is complete is not done
+again, so a demo that was stopped goes on where it was; what was made of another recipe or upsampler
+is moved aside and trained anew.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from radio_distill.config import Recipe
-from radio_distill.errors import ConfigError
+from radio_distill.errors import ConfigError, DataError
 from radio_distill.system.files import make_private
 from radio_distill.system.progress import clock
 
@@ -75,8 +75,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--seeds {arguments.seeds}: at least one is needed")
     asked = Asked("demo", (*_place_of(arguments.data), *arguments.fields))
     recipe = load_recipe(asked.recipe, asked.fields)
+    make_shards(recipe, arguments.data)
     print(announcement(upsamplers, arguments.seeds))
-    prepare_images(recipe, arguments.data)
     for stage in ("stage1", "stage2"):
         train_stage(stage, recipe, resume=True, asked=asked, retrain=True)
     for number in range(arguments.seeds):
@@ -207,22 +207,29 @@ def _place_of(data: Path | None) -> list[str]:
     return [
         f"name={name}",
         f"data.shards=[data/{name}/shards]",
-        f"evaluation.images=data/{name}/held_out",
+        f"evaluation.images=data/{name}/shards_held_out",
     ]
 
 
-def prepare_images(recipe: Recipe, data: Path | None) -> None:
-    """Make the demo's shards and held-out images, unless they are there."""
-    from radio_distill.data.shards import write_shards
+def make_shards(recipe: Recipe, data: Path | None) -> None:
+    """Make the shards of the user's own images, unless they are there.
 
-    from .demo_images import gather_demo_images
+    Raises:
+        ConfigError: there are none, and no images to make them of.
+    """
+    from radio_distill.data.shards import write_shards
 
     shards = Path(recipe.data.shards[0])
     if any(shards.glob("*.tar")):
         return
-    found = gather_demo_images(shards.parent, data)
+    if data is None:
+        raise ConfigError(
+            f"no shards in {shards}: `make demo` makes them of photographs, in a checkout of the "
+            "project; for images of your own: radio-distill demo --data DIR"
+        )
+    if not data.is_dir():
+        raise DataError(f"no folder {data}; --data is a folder of images")
     # Several shards, so that what a real data set needs is used here too.
-    made = write_shards(found.train, shards, images_per_shard=100)
-    for line in made.describe()[1:]:
+    summary = write_shards(data, shards, images_per_shard=100, hold_out=0.1)
+    for line in summary.describe():
         print(line)
-    print(f"{found.num_train} images to train on, {found.num_held_out} held out: {shards.parent}")

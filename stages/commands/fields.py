@@ -11,17 +11,11 @@ from radio_distill.config import describe
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``radio-distill fields``."""
     parser.add_argument("prefix", nargs="?", default="", help="show only fields that begin so")
-    parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the fields."""
     rows = [row for row in describe() if row[0].startswith(arguments.prefix)]
-    if arguments.markdown:
-        print("| field | default | unit | what it does |\n| --- | --- | --- | --- |")
-        for row in rows:
-            print("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |")
-        return 0
     from rich.table import Table
 
     from radio_distill.system.progress import table_console

@@ -1,7 +1,6 @@
 """Say what a recipe costs, before anything runs. Needs neither weights nor images nor a network.
 
 radio-distill plan phi_s_b --devices 32 64 128 --device a100-80 --price 2.5
-radio-distill plan --compare
 """
 
 import argparse
@@ -37,7 +36,7 @@ EMULATION = 5
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``radio-distill plan``."""
     add_trust_argument(parser)
-    add_recipe_argument(parser, default=None)
+    add_recipe_argument(parser)
     parser.add_argument(
         "--devices",
         type=int,
@@ -59,27 +58,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="share of the device's peak that training reaches (default: 0.35, assumed)",
     )
     parser.add_argument("--price", type=float, default=0, help="price of a device for an hour")
-    parser.add_argument(
-        "--compare",
-        type=int,
-        nargs="*",
-        metavar="N",
-        help="instead, one line for each of these numbers of A100-80, H100 and H200 (default: 8 64 "
-        "128), of the recipe or of all published ones",
-    )
-    parser.add_argument("--markdown", action="store_true", help="with --compare: print Markdown")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the plan."""
     if not 0 < arguments.utilisation <= 1:
         raise ConfigError(f"--utilisation: {arguments.utilisation} is not between 0 and 1")
-    if arguments.compare is not None:
-        from .plan_comparison import print_comparison
-
-        return print_comparison(arguments)
-    if arguments.markdown:
-        raise ConfigError("--markdown: only --compare prints Markdown")
     return _print_plan(arguments)
 
 
@@ -91,7 +75,7 @@ def _print_plan(arguments: argparse.Namespace) -> int:
     from .missing import find_missing
     from .plan_tables import all_tables
 
-    asked = Asked(arguments.recipe or "demo", tuple(arguments.fields))
+    asked = Asked(arguments.recipe, tuple(arguments.fields))
     recipe = load_recipe(asked.recipe, asked.fields)
     kind = arguments.device or "h100"
     device, counts = _device(kind), _counts(arguments.devices or [8], recipe)

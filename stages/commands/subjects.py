@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from radio_distill.config import Recipe
+from radio_distill.config.flat import WITHOUT_EFFECT, flat_fields, matches
 from radio_distill.evals.subjects import TEACHER, UNTRAINED, Subject
 from radio_distill.export.model_card import stages_before
 from radio_distill.train.checkpoint import Checkpoint
 from radio_distill.types import TeacherSpec
-
-from .published import WITHOUT_EFFECT, fields_of, matches
 
 _LEFT_OUT = (
     *WITHOUT_EFFECT,
@@ -53,7 +52,7 @@ def student_subject(checkpoint: Checkpoint, name: str = "") -> Subject:
 def untrained_subject(checkpoint: Checkpoint) -> Subject:
     """Say whose scores those of a checkpoint's untrained student are."""
     recipe = checkpoint.recipe
-    body = {path: value for path, value in fields_of(recipe).items() if path[0] == "student"}
+    body = {path: value for path, value in flat_fields(recipe).items() if path[0] == "student"}
     digest = _digest([_text(body), recipe.seed, _specs(checkpoint.teachers)])
     return Subject(
         folder=str(run_folder(checkpoint).resolve()),
@@ -89,7 +88,7 @@ def training_digest(checkpoint: Checkpoint) -> str:
     left_out = [tuple(field.split(".")) for field in _LEFT_OUT]
     fields = {
         path: value
-        for path, value in fields_of(recipe).items()
+        for path, value in flat_fields(recipe).items()
         if not any(matches(field, path[: len(field)]) for field in left_out)
         and (path[0] != "stages" or path[1] in stages)
     }

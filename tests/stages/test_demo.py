@@ -3,9 +3,13 @@
 import re
 from dataclasses import replace
 
+import numpy as np
 import pytest
+from PIL import Image
 
+from radio_distill.data.sources import open_sources
 from radio_distill.evals.mtl_gain import GainTable, Metric, multi_task_gain
+from stages.cli import main
 from stages.commands import demo
 from stages.common import Asked, load_recipe
 
@@ -80,3 +84,45 @@ def test_with_seed__others_lie_in_the_run_and_start_from_its_stage_2(tmp_path):
     assert (other.stage_folder("stage2") / "checkpoints").resolve() == checkpoints.resolve()
     assert other == replace(recipe, name=other.name, output=other.output, seed=recipe.seed + 1)
     assert load_recipe(other_asked.recipe, other_asked.fields) == other
+
+
+def save_images(folder, number):
+    for index in range(number):
+        path = folder / f"class {index % 2}" / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        noise = np.random.default_rng(index).integers(0, 255, (64, 64, 3), np.uint8)
+        Image.fromarray(noise).save(path)
+
+
+def test_demo__without_images_says_what_it_needs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["demo"]) == 2
+    error = capsys.readouterr().err
+    assert "make demo" in error
+    assert "radio-distill demo --data DIR" in error
+    assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("number", "message"), [(None, "no folder"), (0, "no images"), (1, "none to")]
+)
+def test_demo__too_few_own_images(tmp_path, monkeypatch, number, message, capsys):
+    monkeypatch.chdir(tmp_path)
+    if number is not None:
+        (tmp_path / "mine").mkdir()
+        save_images(tmp_path / "mine", number)
+    assert main(["demo", "--data", "mine"]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_make_shards__holds_every_tenth_of_own_images_out(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    save_images(tmp_path / "mine", 30)
+    recipe = load_recipe("demo", demo._place_of(tmp_path / "mine"))
+    for _ in range(2):  # what is there stays
+        demo.make_shards(recipe, tmp_path / "mine")
+    assert capsys.readouterr().out.count("3 images held out") == 1
+    held_out = replace(recipe.data, shards=(recipe.evaluation.images,))
+    assert open_sources(held_out).num_images == 3
+    assert open_sources(recipe.data).num_images == 27

@@ -132,7 +132,7 @@ def _texts(base: dict[str, Any]) -> Iterator[tuple[str, bytes]]:
 
 
 COMMANDS = (
-    "plan", "train", "eval", "export", "report", "score", "shards", "list", "fields", "recipes",
+    "plan", "train", "eval", "export", "report", "score", "shards", "list", "fields",
     "fit-upsampler", "convert-upsampler", "sweep", "", "trian", "--help",
 )  # fmt: skip
 FLAGS = (

@@ -1,16 +1,15 @@
-"""``radio-distill plan --compare``, and the page that it prints."""
+"""The page of what recipes cost."""
 
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from stages.cli import main
-from stages.commands.plan_comparison import COUNTS, KINDS, cells, compare, without_mosaics
-from stages.commands.published import published
 from stages.common import load_recipe
+from tools.plans_page import COUNTS, cells, compare, main, without_mosaics
+from tools.published import published
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "plans.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "reference" / "plans.md"
 RECIPE = """
 name: tiny
 data: {shards: [nowhere/*.tar]}
@@ -31,14 +30,6 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return "tiny.yaml"
 
 
-def test_compare__has_a_row_for_each_number_of_devices(recipe, capsys):
-    assert main(["plan", recipe, "--compare", "1", "4", "--utilisation", "0.1"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert all(kind in lines[0] for kind in KINDS)
-    assert [line.split()[:2] for line in lines[1:3]] == [["tiny", "1"], ["tiny", "4"]]
-    assert lines[-1] == "At an assumed 10% of the peak."
-
-
 def test_compare__more_devices_take_as_many_hours_in_less_time(recipe):
     one, four = compare([load_recipe(recipe)], [1, 4], 0.35)
     (alone,), (shared,) = one.plans["h100"], four.plans["h100"]
@@ -47,30 +38,13 @@ def test_compare__more_devices_take_as_many_hours_in_less_time(recipe):
     assert cells(one)[:4] == ["tiny", "1", "0", "all"]
 
 
-def test_compare__as_markdown(recipe, capsys):
-    assert main(["plan", recipe, "--compare", "2", "--markdown"]) == 0
+def test_compare__prints_a_row_for_each_number_of_devices(recipe, capsys):
+    assert main([recipe, "--devices", "1", "4", "--utilisation", "0.1"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "# What the recipes cost"
-    assert lines[-1].startswith("| tiny | 2 | ")
-    assert lines[-3].count("|") == lines[-1].count("|")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--compare", "--device", "h100"], "--compare: names its own devices"),
-        (["--compare", "--devices", "8"], "--compare: names its own devices"),
-        (["--compare", "0"], "--compare: 0 is not a number of devices"),
-        (["--markdown"], "--markdown: only --compare prints Markdown"),
-        (["--compare", "--utilisation", "0"], "--utilisation: 0.0 is not between 0 and 1"),
-    ],
-)
-def test_compare__answers_bad_arguments_in_one_line(recipe, capsys, arguments, message):
-    assert main(["plan", recipe, *arguments]) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert message in captured.err
-    assert len(captured.err.strip().splitlines()) == 1
+    assert "· 10%)" in "".join(lines)
+    assert [line.split()[1:4] for line in lines[-2:]] == [["tiny", "|", "1"], ["tiny", "|", "4"]]
+    assert len({line.count("|") for line in lines[-4:]}) == 1
 
 
 def test_without_mosaics__shows_one_image_at_a_time(recipe):

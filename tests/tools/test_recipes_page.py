@@ -6,20 +6,13 @@ from pathlib import Path
 import pytest
 
 from radio_distill.config import Recipe
+from radio_distill.config.flat import flat_fields, matches
 from radio_distill.config.recipes import recipe_names
-from stages.cli import main
-from stages.commands.published import (
-    Published,
-    Row,
-    fields_of,
-    matches,
-    merge_equal,
-    published,
-    rows_of,
-)
 from stages.common import load_recipe
+from tools import recipes_page
+from tools.published import Published, Row, merge_equal, published, rows_of
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "recipes.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "reference" / "recipes.md"
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +45,8 @@ def test_published__names_the_papers(name):
         assert any(source in entry.source for source in known), field
 
 
-def test_fields_of__names_partitions_and_adds_up_images(demo):
-    fields = fields_of(demo)
+def test_flat_fields__names_partitions_and_adds_up_images(demo):
+    fields = flat_fields(demo)
     assert fields["stages", "stage3", "partitions", "high", "teacher_sizes", "dino"] == 112
     assert fields["stages", "stage3", "images_per_step"] == 4 + 4
     assert fields["stages", "stage3", "partitions", "high", "mosaic"] == []
@@ -97,25 +90,12 @@ def test_merge_equal__keeps_apart_what_differs():
     assert [".".join(item.path) for item in merge_equal([row, cited])] == list(paths)
 
 
-def test_recipes__the_page_is_what_the_command_prints(capsys):
-    assert main(["recipes", "--markdown"]) == 0
-    assert PAGE.read_text(encoding="utf-8") == capsys.readouterr().out
-
-
-def test_recipes__marks_what_is_ours(capsys):
-    assert main(["recipes", "c_radio_v4_h", "--markdown"]) == 0
-    rows = {line.split(" | ")[0]: line for line in capsys.readouterr().out.splitlines()}
+def test_recipes_page__is_what_the_tool_prints_and_marks_what_is_ours(capsys):
+    assert recipes_page.main() == 0
+    printed = capsys.readouterr().out
+    assert PAGE.read_text(encoding="utf-8") == printed
+    section = printed.partition("\n## c_radio_v4_h\n")[2].partition("\n## ")[0]
+    rows = {line.split(" | ")[0]: line for line in section.splitlines()}
     assert rows["| loss.mesa"].endswith("| *ours* |")
     assert rows["| loss.summary"] == "| loss.summary | angle | angle | V4 |"
     assert "Ours: SAM3's own 1008 px" in rows["| teachers.sam3.input_size"]
-
-
-@pytest.mark.parametrize("arguments", [[], ["am_radio"]])
-def test_recipes__prints_to_a_terminal(arguments, capsys):
-    assert main(["recipes", *arguments]) == 0
-    assert "am_radio" in capsys.readouterr().out
-
-
-def test_recipes__an_unknown_name_is_one_line(capsys):
-    assert main(["recipes", "phi_s_x"]) == 2
-    assert "no paper is behind a recipe 'phi_s_x' (did you mean 'phi_s_" in capsys.readouterr().err

@@ -1,17 +1,20 @@
-"""``radio-distill plan --compare``: recipes on several numbers and kinds of devices."""
+"""Print docs/reference/plans.md: what recipes cost on several numbers and kinds of devices.
+
+python -m tools.plans_page > docs/reference/plans.md
+python -m tools.plans_page mine.yaml --devices 8 64
+"""
 
 import argparse
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from radio_distill.config import Recipe
-from radio_distill.errors import ConfigError
+from stages.commands.plan import build_models, measured, plan_stages
+from stages.common import load_recipe
 
-from ..common import load_recipe
-from .plan import build_models, measured, plan_stages
-from .published import published
-from .recipes_table import markdown
+from .published import markdown, published
 
 if TYPE_CHECKING:
     from radio_distill.plan.time import StagePlan
@@ -33,7 +36,7 @@ PHI_S_COLUMNS = (
 INTRODUCTION = """\
 # What the recipes cost
 
-Estimates. `radio-distill plan --compare --markdown` prints this page (a quarter of an hour on two
+Estimates. `python -m tools.plans_page` prints this page in a checkout (a quarter of an hour on two
 busy cores; no GPU, no weights), `radio-distill plan RECIPE` the parts of each figure. Models are
 measured on tensors without data. Time is operations / (peak · {utilisation:.0%}): the utilisation
 is assumed, and every hour below stands and falls with it. Left out are decoding, communication,
@@ -80,32 +83,16 @@ class Comparison:
     """Of its stages, by kind of device."""
 
 
-def print_comparison(arguments: argparse.Namespace) -> int:
-    """Print what ``plan --compare`` is asked for."""
-    if arguments.devices or arguments.device or arguments.price:
-        raise ConfigError(
-            "--compare: names its own devices, as in --compare 8 64; leave out --devices, --device "
-            "and --price"
-        )
-    counts = arguments.compare or COUNTS
-    if min(counts) < 1:
-        raise ConfigError(f"--compare: {min(counts)} is not a number of devices")
-    names = [arguments.recipe] if arguments.recipe else list(published())
-    recipes = [load_recipe(name, arguments.fields) for name in names]
-    if arguments.markdown:
-        for line in page(recipes, counts, arguments.utilisation):
-            print(line, flush=True)
-        return 0
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*COLUMNS, box=None, pad_edge=False)
-    console = Console() if Console().is_terminal else Console(width=160)
-    with console.status("measuring the models on tensors without data"):
-        for item in compare(recipes, counts, arguments.utilisation):
-            table.add_row(*cells(item))
-    console.print(table)
-    console.print(f"At an assumed {arguments.utilisation:.0%} of the peak.")
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the page."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("recipes", nargs="*", default=list(published()), help="default: all")
+    parser.add_argument("--devices", type=int, nargs="+", default=COUNTS, metavar="N")
+    parser.add_argument("--utilisation", type=float, default=0.35, metavar="SHARE")
+    arguments = parser.parse_args(argv)
+    recipes = [load_recipe(name) for name in arguments.recipes]
+    for line in page(recipes, arguments.devices, arguments.utilisation):
+        print(line, flush=True)
     return 0
 
 
@@ -213,3 +200,7 @@ def without_mosaics(recipe: Recipe) -> Recipe:
         for name, stage in recipe.stages.items()
     }
     return replace(recipe, stages=stages)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,25 +1,16 @@
 """The recipes' fields beside the figures that the papers print (``published.yaml``)."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from radio_distill.config import Recipe, build, dump, option
-from radio_distill.stage import images_per_step
+from radio_distill.config import Recipe, build, option
+from radio_distill.config.flat import WITHOUT_EFFECT, flat_fields, matches
 
 FILE = Path(__file__).with_name("published.yaml")
-WITHOUT_EFFECT = (
-    "name", "output", "seed", "log", "evaluation", "fit", "normalizer.cache",
-    "engine.name", "engine.zero_stage", "engine.micro_batch", "engine.device", "engine.compile",
-    "data.index", "data.workers", "data.max_bad_share", "student.gradient_checkpointing",
-    "teachers.*.weights", "teachers.*.sha256", "teachers.*.micro_batch",
-    "stages.*.upsampler.micro_batch", "stages.*.upsampler.weights", "stages.*.partitions.*.name",
-    "stages.*.partitions.*.ranks",
-)  # fmt: skip
-"""Fields, or sections, that say how a student is trained and not what it becomes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,37 +50,10 @@ def rows_of(recipe: Recipe, figures: Mapping[str, Published]) -> list[Row]:
     ignored = [tuple(field.split(".")) for field in WITHOUT_EFFECT]
     rows = [
         Row(path, value, _figure(path, figures))
-        for path, value in fields_of(recipe).items()
+        for path, value in flat_fields(recipe).items()
         if not any(matches(field, path[: len(field)]) for field in ignored)
     ]
     return [row for row in rows if row.paper or row.value not in ([], {})]
-
-
-def fields_of(recipe: Recipe) -> dict[tuple[str, ...], Any]:
-    """Return every field by its path; partitions go by their names.
-
-    ``stages.NAME.images_per_step`` is added, the sum of the batches.
-    """
-    fields = yaml.safe_load(dump(recipe))
-    for name, stage in recipe.stages.items():
-        fields["stages"][name]["images_per_step"] = images_per_step(stage)
-    return dict(_leaves(fields))
-
-
-def _leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    if isinstance(value, list) and value and isinstance(value[0], dict):
-        value = {item["name"]: item for item in value}
-    if not isinstance(value, dict) or not value:
-        yield path, value
-        return
-    for key, item in value.items():
-        yield from _leaves(item, (*path, str(key)))
-
-
-def matches(pattern: Sequence[str], path: Sequence[str]) -> bool:
-    """Return whether a path is meant by a pattern, in which ``*`` stands for any one name."""
-    pairs = zip(pattern, path, strict=False)
-    return len(pattern) == len(path) and all(key in ("*", name) for key, name in pairs)
 
 
 def _figure(path: tuple[str, ...], figures: Mapping[str, Published]) -> Published | None:
@@ -135,3 +99,11 @@ def _merged(
     if set(names) == siblings[path[:position]]:
         name = "*"
     return replace(rows[0], path=(*path[:position], name, *path[position + 1 :]))
+
+
+def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
+    """Yield the lines of a Markdown table."""
+    yield f"| {' | '.join(columns)} |"
+    yield f"| {' | '.join('---' for _ in columns)} |"
+    for row in rows:
+        yield "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |"

@@ -1,19 +1,17 @@
-"""Compare the recipes with the papers: every field, the paper's figure, and where it is printed.
+"""Print docs/reference/recipes.md: every field of the recipes beside the paper's figure.
 
-radio-distill recipes phi_s_b
+python -m tools.recipes_page > docs/reference/recipes.md
 """
 
-import argparse
-from collections.abc import Iterable, Iterator, Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from radio_distill.config import Recipe, StageConfig, partition_sizes
-from radio_distill.errors import ConfigError
-from radio_distill.registry import nearest
 from radio_distill.stage import images_per_step
+from stages.common import load_recipe
 
-from ..common import load_recipe
-from .published import Row, merge_equal, published, rows_of
+from .published import Row, markdown, merge_equal, published, rows_of
 
 OVERVIEW = ("recipe", "student", "teachers", "stages", "optimizer", "losses", "augmentation")
 FIELDS = ("field", "recipe", "paper", "source")
@@ -23,8 +21,8 @@ INTRODUCTION = """\
 # Recipes
 
 The published recipes of the RADIO family, and where ours differ from what the papers print. This
-page is what `radio-distill recipes --markdown` prints; the papers' figures are in
-[published.yaml](../stages/commands/published.yaml), what the recipes cost in [plans.md](plans.md).
+page is what `python -m tools.recipes_page` prints in a checkout; the papers' figures are in
+[published.yaml](../../tools/published.yaml), what the recipes cost in [plans.md](plans.md).
 """
 LEGEND = f"""\
 Below, `*` stands for all stages, teachers or partitions, `{{a,b}}` for some. A field whose source
@@ -39,25 +37,9 @@ trainer in TAO Toolkit
 """
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of ``radio-distill recipes``."""
-    parser.add_argument("recipe", nargs="?", help="show one recipe field by field")
-    parser.add_argument("--markdown", action="store_true", help="print Markdown")
-
-
-def run(arguments: argparse.Namespace) -> int:
-    """Print one recipe's fields, or the overview; as Markdown, both of all recipes."""
-    known = list(published())
-    if arguments.recipe and arguments.recipe not in known:
-        raise ConfigError(
-            f"no paper is behind a recipe {arguments.recipe!r} ({nearest(arguments.recipe, known)})"
-        )
-    if arguments.markdown:
-        print("\n".join(section(arguments.recipe) if arguments.recipe else page(known)))
-    elif arguments.recipe:
-        _show(FIELDS, map(field_cells, merged_rows(arguments.recipe)))
-    else:
-        _show(OVERVIEW, [overview_cells(load_recipe(name)) for name in known])
+def main() -> int:
+    """Print the page."""
+    print("\n".join(page(list(published()))))
     return 0
 
 
@@ -76,31 +58,6 @@ def page(names: Sequence[str]) -> Iterator[str]:
         yield from markdown(
             FIELDS, [field_cells(row) for row in shown if shown is alike or row not in alike]
         )
-
-
-def section(name: str) -> Iterator[str]:
-    """Yield the lines on one recipe."""
-    yield f"## {name}\n"
-    yield from markdown(FIELDS, map(field_cells, merged_rows(name)))
-
-
-def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
-    """Yield the lines of a Markdown table."""
-    yield f"| {' | '.join(columns)} |"
-    yield f"| {' | '.join('---' for _ in columns)} |"
-    for row in rows:
-        yield "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |"
-
-
-def _show(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*columns, box=None, pad_edge=False, row_styles=["", "dim"])
-    for row in rows:
-        table.add_row(*(cell.replace("[", "\\[").replace("*ours*", "ours") for cell in row))
-    console = Console() if Console().is_terminal else Console(width=150)
-    console.print(table)
 
 
 def merged_rows(name: str) -> list[Row]:
@@ -193,3 +150,7 @@ def _augmentation(recipe: Recipe) -> Iterator[str]:
         yield f"weight noise {config.weight_noise:g}"
     if recipe.loss.mesa:
         yield f"MESA {recipe.loss.mesa:g}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

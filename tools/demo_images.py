@@ -1,21 +1,24 @@
-"""The photographs of the demo: those inside the scikit-image and scikit-learn packages, in crops.
+"""Make the demo's shards of the photographs inside the scikit-image and scikit-learn packages.
 
+python -m tools.demo_images
+
+Writes crops of them to ``data/demo``: ``shards`` to train on, and ``held_out``, a folder of images.
 Held-out images are whole photographs that no training crop is cut from: the cat, the cup and both
 views of the motorcycle, which the correspondence benchmark uses too. Grey photographs count as
 images; drawings, masks, colour charts and anything that would have to be downloaded do not.
 """
 
-import hashlib
+import argparse
 import random
 import shutil
-from dataclasses import dataclass
+import sys
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from radio_distill.data.find import list_tree
-from radio_distill.data.images import IMAGE_SUFFIXES
-from radio_distill.data.shards import find_images
-from radio_distill.errors import ConfigError, DataError
+from radio_distill.errors import ConfigError
+from stages.arguments import run_command
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -47,45 +50,37 @@ _SHORTEST = 192  # px
 _LEAST_CONTRAST = 14.0  # standard deviation of grey levels; below lies empty sky (measured)
 
 
-@dataclass(frozen=True)
-class DemoImages:
-    """Two folders of images, none of which shows what the other shows."""
-
-    train: Path
-    held_out: Path
-    num_train: int
-    num_held_out: int
+def main(argv: Sequence[str] | None = None) -> int:
+    """Make shards and held-out images, unless they are there."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, default=Path("data/demo"), metavar="DIR")
+    arguments = parser.parse_args(argv)
+    return run_command(lambda: write_demo_images(arguments.output))
 
 
-def gather_demo_images(out: Path, data: Path | None = None) -> DemoImages:
-    """Fill ``out/train`` and ``out/held_out``; the same images at every call.
-
-    What an earlier call left there is replaced. Without ``data``, crops of the packages'
-    photographs are written as JPEG. With it, its images are linked, with the captions beside
-    them, in the same sub-folders; every tenth is held out, by the hash of its path.
+def write_demo_images(out: Path) -> None:
+    """Write ``out/shards`` and ``out/held_out``; the same images at every call.
 
     Raises:
         ConfigError: where ``out`` cannot be written or a package is missing.
-        DataError: where ``data`` holds fewer than two images.
     """
-    if data is not None:
-        _check_apart(out, data)
-    images = None if data is None else _split(data)
-    folders = {name: out / name for name in ("train", "held_out")}
+    from radio_distill.data.shards import write_shards
+
+    shards, held_out = out / "shards", out / "held_out"
+    if any(shards.glob("*.tar")):
+        return
     try:
-        for folder in folders.values():
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-        if data is None or images is None:
-            for name, crops in (("train", TRAIN), ("held_out", HELD_OUT)):
-                _write_crops(folders[name], crops)
-        else:
-            for name, files in images.items():
-                _link(files, data, folders[name])
+        shutil.rmtree(held_out, ignore_errors=True)
+        held_out.mkdir(parents=True)
+        with tempfile.TemporaryDirectory(dir=out) as train:
+            write_crops(held_out, HELD_OUT)
+            write_crops(Path(train), TRAIN)
+            # Several shards, so that what a real data set needs is used here too.
+            summary = write_shards(Path(train), shards, images_per_shard=100)
     except OSError as error:
         raise ConfigError(f"cannot write images to {out}: {error.strerror or error}") from error
-    train, held_out = (len(find_images(folder)) for folder in folders.values())
-    return DemoImages(folders["train"], folders["held_out"], train, held_out)
+    num_held_out = sum(HELD_OUT.values())
+    print(f"{summary.num_images} images to train on, {num_held_out} held out: {out}")
 
 
 def photograph(name: str) -> "Image":
@@ -118,7 +113,8 @@ def _package_folders() -> list[Path]:
     ]
 
 
-def _write_crops(folder: Path, crops: dict[str, int]) -> None:
+def write_crops(folder: Path, crops: dict[str, int]) -> None:
+    """Write so many crops of each photograph, as JPEG."""
     for name, number in crops.items():
         image, draw = photograph(name), random.Random(name)
         for index in range(number):
@@ -146,33 +142,5 @@ def _crop(image: "Image", draw: random.Random) -> "Image":
         return crop
 
 
-def _check_apart(out: Path, data: Path) -> None:
-    inner, outer = out.resolve(), data.resolve()
-    if inner.is_relative_to(outer) or outer.is_relative_to(inner):
-        raise ConfigError(f"{data} and the run's {out} lie in each other; move the images apart")
-
-
-def _split(data: Path) -> dict[str, list[Path]]:
-    if not data.is_dir():
-        raise DataError(f"no folder {data}; DATA is a folder of images")
-    tree = list_tree(data)
-    files = tree.images
-    captions = [file.with_suffix(".txt") for file in files]
-    if rest := tree.describe_rest([*files, *captions]):
-        print(f"passed over in {data}: {rest}")
-    if len(files) < 2:
-        raise DataError(
-            f"{len(files)} images in {data}; at least 2 are needed, one to learn from and one to "
-            f"hold out ({', '.join(IMAGE_SUFFIXES)})"
-        )
-    files.sort(key=lambda path: hashlib.sha256(path.relative_to(data).as_posix().encode()).digest())
-    held_out = files[::10]
-    return {"train": sorted(set(files) - set(held_out)), "held_out": sorted(held_out)}
-
-
-def _link(files: list[Path], data: Path, folder: Path) -> None:
-    captions = {file.with_suffix(".txt") for file in files}
-    for source in [*files, *filter(Path.is_file, captions)]:
-        link = folder / source.relative_to(data)
-        link.parent.mkdir(parents=True, exist_ok=True)
-        link.symlink_to(source.resolve())
+if __name__ == "__main__":
+    sys.exit(main())

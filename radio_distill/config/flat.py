@@ -1,0 +1,47 @@
+"""A recipe as a flat table of fields, and which of them do not change what a student becomes."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import yaml
+
+from .reading import dump
+from .schema import Recipe
+
+WITHOUT_EFFECT = (
+    "name", "output", "seed", "log", "evaluation", "fit", "normalizer.cache",
+    "engine.name", "engine.zero_stage", "engine.micro_batch", "engine.device", "engine.compile",
+    "data.index", "data.workers", "data.max_bad_share", "student.gradient_checkpointing",
+    "teachers.*.weights", "teachers.*.sha256", "teachers.*.micro_batch",
+    "stages.*.upsampler.micro_batch", "stages.*.upsampler.weights", "stages.*.partitions.*.name",
+    "stages.*.partitions.*.ranks",
+)  # fmt: skip
+"""Fields, or sections, that say how a student is trained and not what it becomes."""
+
+
+def flat_fields(recipe: Recipe) -> dict[tuple[str, ...], Any]:
+    """Return every field by its path; partitions go by their names.
+
+    ``stages.NAME.images_per_step`` is added, the sum of the batches.
+    """
+    fields = yaml.safe_load(dump(recipe))
+    for name, stage in recipe.stages.items():
+        decoded = (config.batch_size for config in stage.partitions if not config.images_of)
+        fields["stages"][name]["images_per_step"] = sum(decoded)
+    return dict(_leaves(fields))
+
+
+def _leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        value = {entry["name"]: entry for entry in value}
+    if not isinstance(value, dict) or not value:
+        yield path, value
+        return
+    for key, inner in value.items():
+        yield from _leaves(inner, (*path, str(key)))
+
+
+def matches(pattern: Sequence[str], path: Sequence[str]) -> bool:
+    """Return whether a path is meant by a pattern, in which ``*`` stands for any one name."""
+    pairs = zip(pattern, path, strict=False)
+    return len(pattern) == len(path) and all(key in ("*", name) for key, name in pairs)
