@@ -28,8 +28,8 @@ from typing import NamedTuple
 from radio_distill.config import Recipe
 from radio_distill.report.tables import Cell, Column, Table, print_tables
 from stages.arguments import run_script
-from stages.commands.demo import prepare_images
 from stages.common import load_recipe, train_stage
+from tools.demo_images import write_demo_images
 
 TAKES_FIELDS = True
 STUDENTS = ("vit_tiny_patch16_224", "vit_small_patch16_224", "vit_base_patch16_224")
@@ -121,7 +121,7 @@ def _recipe(arguments: argparse.Namespace, student: str, every: int, steps: int)
     ]
     recipe = load_recipe(arguments.recipe, [*fields, *arguments.fields])
     if recipe.data.shards == load_recipe("demo").data.shards:
-        prepare_images(recipe, None)
+        write_demo_images()
     return recipe
 
 

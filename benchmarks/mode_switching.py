@@ -27,8 +27,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from stages.cli import main as radio_distill
-from stages.commands.demo import prepare_images
-from stages.common import load_recipe
+from tools.demo_images import write_demo_images
 
 BOTH = ("dino", "efficientnet")
 SIZES = {"dino": 140, "efficientnet": 160}
@@ -86,7 +85,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=400, help="of stage 3 (default: 400)")
     parser.add_argument("--output", default="runs/mode_switching", metavar="DIR")
     arguments, fields = parser.parse_known_args()
-    prepare_images(load_recipe("demo"), None)
+    write_demo_images()
     for line in commands(arguments.output, arguments.steps, fields):
         print("radio-distill", shlex.join(line), flush=True)
         status = radio_distill(line)

@@ -31,8 +31,8 @@ from radio_distill.system.distributed import World, choose_device
 from radio_distill.system.files import replacing
 from stages.arguments import run_script
 from stages.build import build_teachers
-from stages.commands.demo import prepare_images
 from stages.common import load_recipe, train_stage
+from tools.demo_images import write_demo_images
 
 TAKES_FIELDS = True
 STAGE = "stage1"
@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
     fields = [*arguments.fields, *steps, f"output={arguments.output}"]
     recipe = load_recipe(arguments.recipe, fields)
     if recipe.data.shards == load_recipe("demo").data.shards:
-        prepare_images(recipe, None)
+        write_demo_images()
     sources = {"held out": recipe.evaluation.images, "learned from": recipe.data.shards[0]}
     teachers = build_teachers(recipe, choose_device(recipe.engine.device, World()))
     results: dict[str, dict[str, list[Values]]] = {name: {} for name in sources}

@@ -38,8 +38,8 @@ from radio_distill.data.loader import ShardBatches
 from radio_distill.report.tables import Column, Table, print_tables
 from radio_distill.types import ImageBatch
 from stages.arguments import run_script
-from stages.commands.demo import prepare_images
 from stages.common import load_recipe, train_stage
+from tools.demo_images import write_demo_images
 
 TAKES_FIELDS = True
 FAULTS = {"unreadable": 4, "once": 2, "checksum": 4, "stalled": 0.5}
@@ -177,7 +177,7 @@ def run(arguments: argparse.Namespace) -> int:
     ]
     recipe = load_recipe(arguments.recipe, fields)
     if recipe.data.shards == load_recipe("demo").data.shards:
-        prepare_images(recipe, None)
+        write_demo_images()
     reads = FaultyReads(arguments.share, recipe.seed)
     with reads.installed(), watching(max(1, steps // 4)) as found:
         train_stage(stage, recipe)

@@ -23,6 +23,8 @@ from stages.arguments import run_command
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+OUT = Path("data/demo")
+"""Where the recipe of the demo looks for its images."""
 # name -> number of crops. Scenes weigh more than textures and instruments' images (our choice).
 TRAIN = {
     "astronaut.png": 64,
@@ -53,12 +55,12 @@ _LEAST_CONTRAST = 14.0  # standard deviation of grey levels; below lies empty sk
 def main(argv: Sequence[str] | None = None) -> int:
     """Make shards and held-out images, unless they are there."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, default=Path("data/demo"), metavar="DIR")
+    parser.add_argument("--output", type=Path, default=OUT, metavar="DIR")
     arguments = parser.parse_args(argv)
     return run_command(lambda: write_demo_images(arguments.output))
 
 
-def write_demo_images(out: Path) -> None:
+def write_demo_images(out: Path = OUT) -> None:
     """Write ``out/shards`` and ``out/held_out``; the same images at every call.
 
     Raises:
