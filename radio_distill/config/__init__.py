@@ -1,13 +1,11 @@
 """A run, as frozen dataclasses: ``load(yaml) -> override(argv) -> check() -> dump()``.
 
-:mod:`.schema` has the fields, :mod:`.reading` the way in and out, :mod:`.checks` what must hold
-between fields, :mod:`.resolve` what `auto` means, :mod:`.hints` what is hardly meant. Nothing here
-imports torch.
+:mod:`.schema` has the sections, :mod:`.fields` how their fields are declared, :mod:`.reading` the
+way in and out, :mod:`.rules` what must hold between fields and what is hardly meant,
+:mod:`.resolve` what `auto` means, :mod:`.recipes` the project's own. Nothing here imports torch.
 """
 
-from .checks import check, check_student
-from .describing import describe
-from .hints import hints
+from .fields import describe, option, plain, share_of, size_pair
 from .reading import (
     assignments_of,
     build,
@@ -29,6 +27,7 @@ from .resolve import (
     resolve,
     resolve_dtypes,
 )
+from .rules import check, hints
 from .schema import (
     AugmentationConfig,
     DataConfig,
@@ -45,53 +44,5 @@ from .schema import (
     TeacherConfig,
     UpsamplerConfig,
     WatchConfig,
-    option,
     partition_sizes,
-    plain,
-    share_of,
-    size_pair,
 )
-
-__all__ = [
-    "CHOSEN_ANEW",
-    "KEPT",
-    "AugmentationConfig",
-    "DataConfig",
-    "EngineConfig",
-    "EvaluationConfig",
-    "Facts",
-    "FitConfig",
-    "LogConfig",
-    "LossConfig",
-    "NormalizerConfig",
-    "PartitionConfig",
-    "Recipe",
-    "StageConfig",
-    "StudentConfig",
-    "TeacherConfig",
-    "UpsamplerConfig",
-    "WatchConfig",
-    "assignments_of",
-    "build",
-    "check",
-    "check_student",
-    "describe",
-    "differences",
-    "dtypes_of",
-    "dump",
-    "hints",
-    "keep_resolved",
-    "load",
-    "option",
-    "override",
-    "parse_yaml",
-    "partition_sizes",
-    "place_indexes",
-    "plain",
-    "read_yaml",
-    "resolve",
-    "resolve_dtypes",
-    "share_of",
-    "size_pair",
-    "with_new_names",
-]

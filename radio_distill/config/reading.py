@@ -4,22 +4,26 @@ One builder reads both, so both give the same messages.
 """
 
 import dataclasses
+import math
 import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import MISSING
 from pathlib import Path
-from typing import Any, Literal, Union
+from typing import Annotated, Any, Literal, Union
 
 import yaml
 
 from ..errors import ConfigError
 from ..registry import nearest
 from ..system.files import reason_of
-from .checks import check
-from .describing import FIELD_NAMES
+from .fields import Range, describe, joined, leaves, plain_data
+from .rules import check
 from .schema import Recipe
+
+_FIELD_NAMES = frozenset(part for name, *_ in describe() for part in name.split("."))
 
 _MOST_VALUES, _MOST_DEPTH = 100_000, 50
 _NAMES_TEACHERS = ("teachers", "upsample", "mosaic")
@@ -104,14 +108,8 @@ def assignments_of(path: str | Path) -> list[str]:
     """
     return [
         f"{name}={yaml.safe_dump(value, default_flow_style=True, width=10**6)}"
-        for name, value in _fields(read_yaml(path), "")
+        for name, value in leaves(read_yaml(path), in_lists=False)
     ]
-
-
-def _fields(value: Any, path: str) -> list[tuple[str, Any]]:
-    if isinstance(value, dict) and value:
-        return [leaf for key, item in value.items() for leaf in _fields(item, _join(path, key))]
-    return [(path, value)]
 
 
 def override(
@@ -123,7 +121,7 @@ def override(
     (``stages.stage3.partitions.high.batch_size=8``); dashes count as underscores in field names.
     A teacher, a stage or a partition is dropped by ``null``; a teacher wherever it is named.
     """
-    result = _plain(data)
+    result = plain_data(data)
     for assignment in assignments:
         path, equals, text = assignment.partition("=")
         if not equals:
@@ -170,33 +168,31 @@ def _forget(node: Any, teacher: str) -> None:
 
 def _assign(node: Any, keys: list[str], value: Any, path: str) -> None:
     for depth, key in enumerate(keys):
-        last = depth == len(keys) - 1
+        place: str | int = key
         if isinstance(node, list):
-            names = [item.get("name") if isinstance(item, dict) else None for item in node]
-            if key in names:
-                index = names.index(key)
-            elif key.isdigit() and int(key) < len(node):
-                index = int(key)
-            else:
-                known = ", ".join(str(name) for name in names if name) or f"0 to {len(node) - 1}"
-                raise ConfigError(f"{path}: no item {key!r} in the list (known: {known})")
-            if last:
-                node[index] = value
-            else:
-                node = node[index]
-        elif isinstance(node, dict):
-            if key not in node and key.replace("-", "_") in FIELD_NAMES:
-                key = key.replace("-", "_")
-            if last:
-                node[key] = value
-            else:
-                if node.get(key) is None:
-                    node[key] = {}
-                node = node[key]
-        else:
+            place = _place_in(node, key, path)
+        elif not isinstance(node, dict):
             raise ConfigError(
                 f"{path}: {'.'.join(keys[:depth])} is a plain value and has no field {key!r}"
             )
+        elif key not in node and key.replace("-", "_") in _FIELD_NAMES:
+            place = key.replace("-", "_")
+        if depth == len(keys) - 1:
+            node[place] = value
+        elif isinstance(node, dict) and node.get(place) is None:
+            node[place] = {}
+        node = node[place]
+
+
+def _place_in(items: list[Any], key: str, path: str) -> int:
+    """Return the position of the item of a list that a key names, or that it numbers."""
+    names = [item.get("name") if isinstance(item, dict) else None for item in items]
+    if key in names:
+        return names.index(key)
+    if key.isdigit() and int(key) < len(items):
+        return int(key)
+    known = ", ".join(str(name) for name in names if name) or f"0 to {len(items) - 1}"
+    raise ConfigError(f"{path}: no item {key!r} in the list (known: {known})")
 
 
 RENAMED = {
@@ -218,38 +214,66 @@ def with_new_names(data: Any) -> Any:
     return data
 
 
+class _NumberError(ConfigError):
+    """A number that its field does not take."""
+
+
 def build(cls: type, data: Any, path: str = "") -> Any:
-    """Make a dataclass of plain data; unknown, missing and ill-typed fields are ConfigErrors."""
-    where = path or "recipe"
+    """Make a dataclass of plain data.
+
+    Raises:
+        ConfigError: for fields that are unknown, missing, of another type or out of their range,
+            one line each.
+    """
     if not isinstance(data, Mapping):
-        raise ConfigError(f"{where}: expected fields of {cls.__name__}, got {data!r}")
+        raise ConfigError(f"{path or 'recipe'}: expected fields of {cls.__name__}, got {data!r}")
     fields = {item.name: item for item in dataclasses.fields(cls)}
-    hints = typing.get_type_hints(cls)
-    values = {}
-    for key, value in data.items():
-        if new := RENAMED.get(_join(path, key)):
-            raise ConfigError(f"{_join(path, key)} is called {new} now; rename it")
-        if key not in fields:
-            raise ConfigError(
-                f"unknown field {_join(path, key)!r} ({nearest(str(key), list(fields))})"
-            )
-        values[key] = _convert(hints[key], value, _join(path, key))
+    kinds = typing.get_type_hints(cls, include_extras=True)
+    problems: list[str] = []
+    for key in data:
+        name = joined(path, key)
+        if new := RENAMED.get(name):
+            problems.append(f"{name} is called {new} now; rename it")
+        elif key not in fields:
+            problems.append(f"unknown field {name!r} ({nearest(str(key), list(fields))})")
     for name, item in fields.items():
-        if name not in values and item.default is MISSING and item.default_factory is MISSING:
-            raise ConfigError(f"{_join(path, name)} is missing: {item.metadata['help']}")
-    return cls(**values)
+        if name not in data and item.default is MISSING and item.default_factory is MISSING:
+            problems.append(f"{joined(path, name)} is missing: {item.metadata['help']}")
+    known = [key for key in data if key in fields]
+    values: list[Any] = []
+    try:
+        values = _convert_each(path, [(key, kinds[key], data[key]) for key in known])
+    except ConfigError as error:
+        problems += error.args
+    if problems:
+        raise ConfigError(*problems)
+    return cls(**dict(zip(known, values, strict=True)))
 
 
-def _join(path: str, key: Any) -> str:
-    return f"{path}.{key}" if path else str(key)
+def _convert_each(path: str, items: Iterable[tuple[Any, Any, Any]]) -> list[Any]:
+    """Convert (name, type, value) of each field; raises ConfigError with all that is wrong."""
+    values: list[Any] = []
+    problems: list[str] = []
+    for name, kind, value in items:
+        try:
+            values.append(_convert(kind, value, joined(path, name)))
+        except ConfigError as error:
+            problems += error.args
+    if problems:
+        raise ConfigError(*problems)
+    return values
 
 
 def _convert(kind: Any, value: Any, path: str) -> Any:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind):
         return build(typing.cast(type, kind), value, path)
-    if kind is Any:
-        return value
+    if origin is Annotated:
+        number = _convert(arguments[0], value, path)
+        for limits in filter(lambda item: isinstance(item, Range), arguments[1:]):
+            if problem := limits.problem(number):
+                raise _NumberError(f"{path}: {number} {problem}")
+        return number
     if origin is Literal:
         if value in arguments and type(value) in {type(known) for known in arguments}:
             return value
@@ -258,30 +282,31 @@ def _convert(kind: Any, value: Any, path: str) -> Any:
         for option_kind in arguments:
             try:
                 return _convert(option_kind, value, path)
+            except _NumberError:
+                raise
             except ConfigError:
                 continue
-        raise ConfigError(f"{path}: {value!r} is not {_kind_name(kind)}")
     if origin is dict:
         if not isinstance(value, Mapping):
             raise ConfigError(f"{path}: expected a mapping, got {value!r}")
-        return {
-            str(key): _convert(arguments[1], item, _join(path, key)) for key, item in value.items()
-        }
+        items = _convert_each(path, ((key, arguments[1], item) for key, item in value.items()))
+        return dict(zip(map(str, value), items, strict=True))
     if origin is tuple:
         return _convert_tuple(arguments, value, path)
-    if kind is bool and isinstance(value, bool):
-        return value
-    if kind is int and isinstance(value, int) and not isinstance(value, bool):
+    return _convert_plain(kind, value, path)
+
+
+def _convert_plain(kind: Any, value: Any, path: str) -> Any:
+    """Convert a number, a text, true or false."""
+    if kind is Any or (kind in (bool, int) and type(value) is kind):
         return value
     if kind is float and not isinstance(value, bool):
-        try:
-            return float(value)
-        except (TypeError, ValueError):
-            pass
-    if kind is str and value is None:  # `pretrained:` with nothing behind it
-        return ""
-    if kind is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
-        return str(value)
+        with suppress(TypeError, ValueError, OverflowError):
+            if math.isfinite(number := float(value)):
+                return number
+            raise _NumberError(f"{path}: {value} is not a finite number")
+    if kind is str and (value is None or type(value) in (str, int, float)):
+        return "" if value is None else str(value)  # `pretrained:` with nothing behind it
     raise ConfigError(f"{path}: {value!r} is not {_kind_name(kind)}")
 
 
@@ -293,55 +318,39 @@ def _convert_tuple(arguments: tuple[Any, ...], value: Any, path: str) -> tuple[A
         value = [part.strip() for part in re.split(r",(?![^{}]*\})", value)] if value else []
     if not isinstance(value, (list, tuple)):
         raise ConfigError(f"{path}: expected a list, got {value!r}")
+    kinds = arguments
     if len(arguments) == 2 and arguments[1] is Ellipsis:
-        return tuple(_convert(arguments[0], item, _join(path, i)) for i, item in enumerate(value))
-    if len(value) != len(arguments):
-        raise ConfigError(f"{path}: expected {len(arguments)} values, got {len(value)}")
-    pairs = zip(arguments, value, strict=True)
-    return tuple(_convert(kind, item, _join(path, i)) for i, (kind, item) in enumerate(pairs))
+        kinds = (arguments[0],) * len(value)
+    if len(value) != len(kinds):
+        raise ConfigError(f"{path}: expected {len(kinds)} values, got {len(value)}")
+    names = [item.get("name") if isinstance(item, Mapping) else None for item in value]
+    shown = [name or index for index, name in enumerate(names)]
+    return tuple(_convert_each(path, zip(shown, kinds, value, strict=True)))
 
 
 def _kind_name(kind: Any) -> str:
     names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
-    if typing.get_origin(kind) in (Union, types.UnionType):
-        return " or ".join(_kind_name(item) for item in typing.get_args(kind))
-    if typing.get_origin(kind) is Literal:
-        return " or ".join(repr(item) for item in typing.get_args(kind))
-    if typing.get_origin(kind) is tuple:
-        return "a list"
-    return names.get(kind, str(kind))
-
-
-def _plain(value: Any) -> Any:
-    """Copy nested data to dicts and lists."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {item.name: _plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (Union, types.UnionType):
+        return " or ".join(map(_kind_name, arguments))
+    if origin is Literal:
+        return " or ".join(map(repr, arguments))
+    if origin is Annotated:
+        return _kind_name(arguments[0])
+    return "a list" if origin is tuple else names.get(kind, str(kind))
 
 
 def dump(recipe: Any) -> str:
     """Write a recipe, or a section of one, as YAML that :func:`load` reads back to an equal one."""
-    return yaml.safe_dump(_plain(recipe), sort_keys=False, allow_unicode=True, width=100)
+    return yaml.safe_dump(plain_data(recipe), sort_keys=False, allow_unicode=True, width=100)
 
 
 def differences(old: Recipe, new: Recipe) -> list[str]:
     """List the fields in which two recipes differ, as ``field: old -> new``."""
-    before, after = dict(_leaves(_plain(old))), dict(_leaves(_plain(new)))
+    before, after = dict(leaves(plain_data(old))), dict(leaves(plain_data(new)))
     names = list(before) + [name for name in after if name not in before]
     return [
         f"{name}: {before.get(name, 'absent')} -> {after.get(name, 'absent')}"
         for name in names
         if before.get(name, MISSING) != after.get(name, MISSING)
     ]
-
-
-def _leaves(value: Any, path: str = "") -> list[tuple[str, Any]]:
-    if isinstance(value, dict) and value:
-        return [leaf for key, item in value.items() for leaf in _leaves(item, _join(path, key))]
-    if isinstance(value, list) and value and isinstance(value[0], dict):
-        return [leaf for i, item in enumerate(value) for leaf in _leaves(item, _join(path, i))]
-    return [(path, value)]

@@ -1,28 +1,29 @@
 """The sections of a recipe, as frozen dataclasses.
 
-Everything that changes a number of a run is a field here. A field made by :func:`option` carries
-its explanation, which ``--help`` prints.
+Everything that changes a number of a run is a field here, with its explanation, which ``--help``
+prints. The types say which numbers it takes.
 """
 
-import dataclasses
-from dataclasses import MISSING, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-
-def option(default: Any = MISSING, help: str = "", unit: str = "", ours: bool = False) -> Any:
-    """Declare a recipe field: default, what it does, its unit.
-
-    ``ours`` marks a default that no paper publishes, so that the documentation can say so.
-    """
-    metadata = {"help": help, "unit": unit, "ours": ours}
-    if isinstance(default, (dict, list)):
-        raise TypeError("use a tuple or a factory for mutable defaults")
-    if default in (dict, tuple):
-        return field(default_factory=default, metadata=metadata)
-    if isinstance(default, type) and dataclasses.is_dataclass(default):
-        return field(default_factory=default, metadata=metadata)
-    return field(default=default, metadata=metadata)
+from .fields import (
+    AboveZero,
+    Auto,
+    Count,
+    Positive,
+    Range,
+    Seconds,
+    Share,
+    Side,
+    SmallCount,
+    Weight,
+    option,
+    our_option,
+    share_of,
+    size_pair,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,21 +35,16 @@ class TeacherConfig:
     )
     weights: str = option("", "local weights file or folder; empty takes the preset's own source")
     sha256: str = option("", "sha256 that the weights file must have; empty for no check")
-    input_size: int | Literal["native", "match"] = option(
-        "native",
-        "side of the teacher's input: a number, its native size, or the size whose grid matches the student's",
-        "px",
+    input_size: Positive | Literal["native", "match"] = option(
+        "native", "side of its input: a number, native, or match: the grid is the student's", "px"
     )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = our_option(
         "auto",
         "type the frozen encoder computes in; auto: bfloat16 where the device has instructions for it, else float32",
-        ours=True,
     )
-    micro_batch: int = option(0, "images in one call of the encoder; 0 for all at once", "images")
-    summary_weight: float = option(
-        1.0, "weight of the summary loss; 0 for a teacher without summary"
-    )
-    feature_weight: float = option(1.0, "weight of the feature loss")
+    micro_batch: Count = option(0, "images in one call of the encoder; 0 for all at once", "images")
+    summary_weight: Weight = option(1.0, "weight of the summary loss; 0 for none")
+    feature_weight: Weight = option(1.0, "weight of the feature loss")
     options: dict[str, Any] = option(
         dict, "further arguments of the preset or source, for instance model: vit_base_patch16_224"
     )
@@ -58,34 +54,21 @@ class TeacherConfig:
 class StudentConfig:
     """The vision transformer that is trained."""
 
-    architecture: str = option(
-        "vit_base_patch16_224", "name of a timm vision transformer; its body is used"
-    )
+    architecture: str = option("vit_base_patch16_224", "name of a timm model, whose body is used")
     pretrained: str = option(
         "",
         "start of the student: empty for random, `timm` for timm's weights, a timm file or folder, `hf-hub:OWNER/NAME`, a RADIO checkpoint or folder, or a run",
     )
-    pretrained_grid: tuple[int, ...] = option(
-        tuple,
-        "rows and columns of the start's position table, where it is no square and no config.json says so",
-        "cells",
-        ours=True,
+    pretrained_grid: tuple[int, ...] = our_option(
+        tuple, "rows and columns of the start's position table, where it is no square", "cells"
     )
-    pretrained_sha256: str = option(
-        "", "sha256 that the file of the start must have; empty for no check", ours=True
-    )
-    patch_size: int = option(16, "pixels a side of one token", "px")
-    max_size: int = option(2048, "longest image side that the position table (CPE) spans", "px")
-    registers: int = option(4, "register tokens beside the summary tokens", "tokens", ours=True)
-    position_dropout: float = option(
-        0.1, "share of training samples that see no position embedding"
-    )
-    window_size: int = option(
-        0, "side of the attention windows (ViTDet); 0 for global attention", "tokens"
-    )
-    global_blocks: int = option(
-        4, "blocks that keep global attention when window_size > 0", "blocks"
-    )
+    pretrained_sha256: str = our_option("", "sha256 that the start's file must have")
+    patch_size: Annotated[int, Range(1, 1024)] = option(16, "pixels a side of one token", "px")
+    max_size: Side = option(2048, "longest image side that the position table (CPE) spans", "px")
+    registers: SmallCount = our_option(4, "tokens beside the summary tokens", "tokens")
+    position_dropout: Share = option(0.1, "share of training samples without position embedding")
+    window_size: Count = option(0, "side of the attention windows (ViTDet); 0 for none", "tokens")
+    global_blocks: SmallCount = option(4, "blocks that stay global where window_size > 0", "blocks")
     final_norm: bool = option(
         False, "normalise all tokens behind the last block; published RADIO models do not"
     )
@@ -93,11 +76,13 @@ class StudentConfig:
         False,
         "learn the largest singular value of each matrix of the body apart from its direction; folded at export",
     )
-    drop_path: float = option(0.0, "stochastic depth", ours=True)
-    head_hidden: int = option(1024, "hidden width of the MLP heads", "channels", ours=True)
-    head_layers: int = option(0, "residual layers inside each MLP head", "layers", ours=True)
+    drop_path: Share = our_option(0.0, "stochastic depth")
+    head_hidden: Annotated[int, Range(1, 1 << 20)] = our_option(
+        1024, "hidden width of the MLP heads", "channels"
+    )
+    head_layers: SmallCount = our_option(0, "residual layers inside each MLP head", "layers")
     gradient_checkpointing: bool = option(
-        False, "recompute blocks in the backward pass to save memory"
+        False, "recompute blocks in the backward pass, to save memory"
     )
 
 
@@ -106,14 +91,12 @@ class NormalizerConfig:
     """How teachers are brought to one scale."""
 
     name: str = option("phi_s", "name in `radio-distill list normalizers`")
-    images: int | float | Literal["auto"] = option(
+    images: int | float | Auto = option(
         "auto",
         "images that mean and covariance are estimated on, anew in every stage; a number below 1 is a share of the stage's images; auto: a tenth of them, 1,024 to 3,072,000, for a fit at most 100,000, and never more than there are",
         "images",
     )
-    cache: str = option(
-        "", "folder for estimated statistics; empty for `statistics` in the run folder"
-    )
+    cache: str = option("", "folder for statistics; empty for `statistics` in the run folder")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,20 +114,16 @@ class LossConfig:
         "smaller",
         "which of the two feature grids is resampled to the other before they are compared",
     )
-    rebalance: bool = option(
-        False,
-        "give a teacher that only some partitions see the weight that it would have if all did",
-        ours=True,
-    )
+    rebalance: bool = our_option(False, "weigh a teacher that few partitions see as if all did")
     weighting: Literal["fixed", "adaloss", "uncertainty"] = option(
         "fixed",
         "weights of the terms: those of the teachers, or times 1 / mean of the term's past (adaloss), or learned (uncertainty)",
     )
-    adaloss_momentum: float = option(0.99, "share of the past in adaloss's mean of a term")
-    mesa: float = option(
-        0.0,
-        "weight of the distance to the averaged student's features (MESA); needs the stage's ema_decay",
-        ours=True,
+    adaloss_momentum: Annotated[float, Range(0, 0.999999)] = option(
+        0.99, "share of the past in adaloss's mean of a term"
+    )
+    mesa: Weight = our_option(
+        0.0, "weight of the distance to the EMA's features (MESA); needs ema_decay"
     )
 
 
@@ -152,22 +131,15 @@ class LossConfig:
 class AugmentationConfig:
     """What is drawn anew in every step, beside crops and positions; see C-RADIOv4."""
 
-    shift: int = option(
-        0,
-        "patches by which the crops of student and teachers are shifted at most, each by itself; losses cover the overlap",
-        "patches",
-        ours=True,
+    shift: Count = our_option(
+        0, "most by which each encoder's crop is shifted; losses cover the overlap", "patches"
     )
-    window_share: float = option(
-        0.0, "share of the steps in which the student attends in windows (ViTDet)", ours=True
-    )
-    window_sizes: tuple[int, int] = option(
+    window_share: Share = our_option(0.0, "share of the steps with attention in windows")
+    window_sizes: tuple[Positive, Positive] = option(
         (6, 32), "smallest and largest of these windows", "tokens"
     )
-    weight_noise: float = option(
-        0.0,
-        "standard deviation of noise that multiplies the body's matrices in training (DAMP)",
-        ours=True,
+    weight_noise: Weight = our_option(
+        0.0, "standard deviation of noise that multiplies the body's matrices (DAMP)"
     )
 
 
@@ -176,9 +148,9 @@ class UpsamplerConfig:
     """How the teachers that a partition upsamples get a finer grid."""
 
     name: str = option("bilinear", "name in `radio-distill list upsamplers`")
-    factor: int = option(2, "how much finer than the teacher's own grid", "x")
-    micro_batch: int = option(
-        0, "teacher images in one call (tiles count); 0 for the teacher's own setting", "images"
+    factor: Positive = option(2, "how much finer than the teacher's own grid", "x")
+    micro_batch: Count = option(
+        0, "images in one call (tiles count); 0 for the teacher's", "images"
     )
     weights: dict[str, str] = option(
         dict,
@@ -209,28 +181,21 @@ class PartitionConfig:
         tuple, "instead of `size`: sizes of which each step draws one", "px"
     )
     teachers: tuple[str, ...] = option(help="names of the teachers that these images are shown to")
-    batch_size: int = option(
-        help="images of this partition in one step, over all processes", unit="images"
-    )
-    weight: float = option(1.0, "weight of the partition's mean loss in the step")
-    upsample: tuple[str, ...] = option(
-        tuple, "names of the teachers that go through the upsampler here"
-    )
-    teacher_sizes: dict[str, int] = option(
-        dict, "input side of a teacher in this partition, if not its input_size", "px"
+    batch_size: Positive = option(help="images in one step, over all processes", unit="images")
+    weight: AboveZero = option(1.0, "weight of the partition's mean loss in the step")
+    upsample: tuple[str, ...] = option(tuple, "names of the teachers that are upsampled")
+    teacher_sizes: dict[str, Positive] = option(
+        dict, "input side of a teacher, if not its input_size", "px"
     )
     mosaic: tuple[str, ...] = option(
         tuple,
         "names of the teachers that see several images on one canvas of their native size, at the student's grid and without summary",
     )
-    images_of: str = option(
-        "",
-        "an earlier partition whose images this one shows too; a teacher that both see in the same way runs once",
-        ours=True,
+    images_of: str = our_option(
+        "", "an earlier partition whose images are shown; what both ask of a teacher runs once"
     )
-    ranks: int = option(
-        0,
-        "share of the processes that work on this partition alone, relative to the other partitions; 0 shares them out by cost",
+    ranks: Count = option(
+        0, "share of the processes, relative to other partitions; 0 for one by cost"
     )
 
 
@@ -238,24 +203,24 @@ class PartitionConfig:
 class StageConfig:
     """One stage of training."""
 
-    steps: int = option(300_000, "optimizer steps", "steps")
+    steps: Positive = option(300_000, "optimizer steps", "steps")
     partitions: tuple[PartitionConfig, ...] = option(help="what a step is made of")
     start_from: str = option(
         "", "stage name or checkpoint whose weights the stage starts from; empty for a new student"
     )
     optimizer: Literal["adamw", "lamb"] = option("lamb", "optimizer")
-    learning_rate: float = option(1e-3, "highest learning rate")
-    final_learning_rate: float = option(0.0, "learning rate at the last step", ours=True)
-    warmup_steps: int = option(0, "steps of linear warm-up", "steps", ours=True)
-    weight_decay: float = option(0.02, "decoupled weight decay of matrices")
-    betas: tuple[float, float] = option((0.9, 0.999), "moment decays of the optimizer", ours=True)
-    gradient_clip: float = option(1.0, "largest norm of the gradient; 0 for no limit", ours=True)
-    freeze_body_steps: int | float | Literal["auto"] = option(
+    learning_rate: Weight = option(1e-3, "highest learning rate")
+    final_learning_rate: Weight = our_option(0.0, "learning rate at the last step")
+    warmup_steps: Count = our_option(0, "steps of linear warm-up", "steps")
+    weight_decay: Weight = option(0.02, "decoupled weight decay of matrices")
+    betas: tuple[Share, Share] = our_option((0.9, 0.999), "moment decays of the optimizer")
+    gradient_clip: Weight = our_option(1.0, "largest norm of the gradient; 0 for no limit")
+    freeze_body_steps: int | float | Auto = option(
         "auto",
         "first steps in which only the heads learn; a number below 1 is a share of the steps; auto: 0 for a student without a start, else a sixtieth of the steps, at most 5,000",
         "steps",
     )
-    ema_decay: float = option(0.0, "decay of the averaged student; 0 for none", ours=True)
+    ema_decay: Share = our_option(0.0, "decay of the averaged student (EMA); 0 for none")
     upsampler: UpsamplerConfig = option(UpsamplerConfig, "how upsampled teachers are upsampled")
 
     @property
@@ -272,42 +237,38 @@ class FitConfig:
     upsampler: str = option(
         "featsharp", "name of the network: featsharp, featup, bilinear, carafe, sapa, resize_conv"
     )
-    factor: int = option(2, "how much finer than the teacher's own grid", "x")
+    factor: Positive = option(2, "how much finer than the teacher's own grid", "x")
     options: dict[str, Any] = option(dict, "arguments of the network, for instance window: 5")
-    size: int = option(0, "side of the teacher's input; 0 for its native size", "px")
+    size: Count = option(0, "side of the teacher's input; 0 for its native size", "px")
     de_bias: bool = option(True, "learn what the teacher adds to each position, and take it out")
-    steps: int = option(3000, "optimizer steps", "steps")
-    batch_size: int = option(32, "images of one step, over all processes", "images")
-    views: int = option(5, "random views of each image that must be met", "views")
-    pool: int = option(
+    steps: Positive = option(3000, "optimizer steps", "steps")
+    batch_size: Positive = option(32, "images of one step, over all processes", "images")
+    views: Positive = option(5, "random views of each image that must be met", "views")
+    pool: Count = our_option(
         0,
-        "images whose views are drawn and encoded once, kept in memory, and met again; 0 for new ones in every step",
+        "images whose views are encoded once and met again; 0 for new ones in every step",
         "images",
-        ours=True,
     )
     view_range: Literal["featup", "featsharp"] = option(
-        "featsharp",
-        "how views differ: scale, shift and flip, or rotation and perspective too",
+        "featsharp", "how views differ: scale, shift, flip, or rotation and perspective too"
     )
     downsampler: Literal["attention", "featup", "simple"] = option(
         "attention",
         "how a fine map is compared with a view's coarse one; featup is attention as FeatUp's program has it, with a blur and a flat start",
     )
-    downsampler_kernel: int = option(7, "side of the downsampler's window, in fine cells", "cells")
-    learning_rate: float = option(1e-4, "highest learning rate of NAdam")
-    rates: dict[str, float] = option(
+    downsampler_kernel: Positive = option(7, "side of the downsampler's window", "cells")
+    learning_rate: Weight = option(1e-4, "highest learning rate of NAdam")
+    rates: dict[str, Weight] = option(
         dict, "learning rates of parts of the network instead, by a part of their name: block: 1e-4"
     )
-    warmup_steps: int | Literal["auto"] = option(
-        "auto",
-        "steps of linear warm-up; half a cosine follows; auto: a thirtieth of the steps, at most 100",
-        "steps",
+    warmup_steps: Count | Auto = option(
+        "auto", "steps of linear warm-up; auto: a thirtieth of the steps, at most 100", "steps"
     )
-    gradient_clip: float = option(5.0, "largest norm of the gradient; 0 for no limit", ours=True)
+    gradient_clip: Weight = our_option(5.0, "largest norm of the gradient; 0 for no limit")
     uncertainty: bool = option(False, "learn how uncertain each cell is, and weigh by it")
-    total_variation: float = option(0.0, "weight of the total variation of fine maps")
-    crf: float = option(0.0, "weight of the conditional random field loss (FeatUp: 0.001)")
-    images_every: int = option(500, "steps between images of fine maps", "steps", ours=True)
+    total_variation: Weight = option(0.0, "weight of the total variation of fine maps")
+    crf: Weight = option(0.0, "weight of the conditional random field loss (FeatUp: 0.001)")
+    images_every: Count = our_option(500, "steps between images of fine maps", "steps")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -317,38 +278,30 @@ class DataConfig:
     shards: tuple[str, ...] = option(
         help="tar shards, folders of shards, patterns with * or braces, or text files that list shards"
     )
-    weights: tuple[float, ...] = option(
-        tuple, "share of each entry of `shards`; empty for all images alike"
+    weights: tuple[AboveZero, ...] = option(
+        tuple, "share of each entry; empty for all images alike"
     )
-    index: Literal["auto"] | tuple[str, ...] = option(
+    index: Auto | tuple[str, ...] = our_option(
         "auto",
         "folders that are tried in turn for the indexes of shards; `beside` is the shards' own folder; auto: beside, then OUTPUT/indexes",
-        ours=True,
     )
-    crop_scale: tuple[float, float] = option(
-        (0.5, 1.0), "share of the image's area that a random crop covers", ours=True
+    crop_scale: tuple[Share, Share] = our_option((0.5, 1.0), "share of the area that a crop covers")
+    crop_ratio: tuple[AboveZero, AboveZero] = our_option(
+        (0.75, 1.3333333333333333), "aspect ratio of a random crop"
     )
-    crop_ratio: tuple[float, float] = option(
-        (0.75, 1.3333333333333333), "aspect ratio of a random crop", ours=True
+    flip: Share = our_option(0.5, "probability of a horizontal flip")
+    min_size: Positive = our_option(32, "shortest side that an image must have", "px")
+    max_pixels: Positive = our_option(100_000_000, "largest image that is decoded", "px")
+    shuffle_shards: Positive = our_option(
+        16, "shards whose samples are shuffled together", "shards"
     )
-    flip: float = option(0.5, "probability of a horizontal flip", ours=True)
-    min_size: int = option(32, "shortest side that a image must have", "px", ours=True)
-    max_pixels: int = option(100_000_000, "largest image that is decoded", "px", ours=True)
-    shuffle_shards: int = option(
-        16, "shards whose samples are shuffled together", "shards", ours=True
+    workers: SmallCount | Auto = our_option(
+        "auto", "decoding processes of each process; auto: its cores but one, 1 to 8", "processes"
     )
-    workers: int | Literal["auto"] = option(
-        "auto",
-        "decoding processes for each training process; auto: its cores but one, 1 to 8",
-        "processes",
-        ours=True,
-    )
-    max_bad_share: float = option(0.01, "share of bad images at which the run stops", ours=True)
-    max_bad_shards: float = option(
-        0.0, "share of the shards that may be damaged, and are then left out", ours=True
-    )
-    read_timeout: float = option(
-        60.0, "time after which an image that the disk does not give counts as bad", "s", ours=True
+    max_bad_share: Share = our_option(0.01, "share of bad images at which the run stops")
+    max_bad_shards: Share = our_option(0.0, "share of the shards that may be damaged and left out")
+    read_timeout: Annotated[float, Range(0, 1e9, including=False)] = our_option(
+        60.0, "time after which a read counts as stalled, and its image as bad", "s"
     )
 
 
@@ -357,18 +310,17 @@ class EngineConfig:
     """Processes, precision and memory."""
 
     name: Literal["auto", "single", "deepspeed"] = option(
-        "auto", "auto is deepspeed with several processes, single otherwise"
+        "auto", "auto: deepspeed with several processes, else single"
     )
-    zero_stage: Literal["auto", 0, 1, 2, 3] = option(
-        "auto", "ZeRO stage of DeepSpeed; auto: 0 for a stage with lamb, else 1", ours=True
+    zero_stage: Literal["auto", 0, 1, 2, 3] = our_option(
+        "auto", "ZeRO stage of DeepSpeed; auto: 0 for a stage with lamb, else 1"
     )
-    precision: Literal["auto", "float32", "bfloat16"] = option(
+    precision: Literal["auto", "float32", "bfloat16"] = our_option(
         "auto",
         "type of the matrix products of students and upsamplers, whose weights stay float32; auto: bfloat16 where the device has instructions for it, else float32",
-        ours=True,
     )
-    micro_batch: int = option(
-        0, "largest number of images in one forward pass; 0 for a partition's whole share", "images"
+    micro_batch: Count = option(
+        0, "most images in one forward pass; 0 for all of a partition", "images"
     )
     device: Literal["auto", "cpu", "cuda"] = option("auto", "where to run")
     compile: bool = option(False, "torch.compile the student")
@@ -378,16 +330,14 @@ class EngineConfig:
 class LogConfig:
     """What is written, and how often."""
 
-    every: int | Literal["auto"] = option(
+    every: Positive | Auto = option(
         "auto", "steps between log lines; auto: a twentieth of the steps, at most 50", "steps"
     )
-    save_every: int | Literal["auto"] = option(
+    save_every: Positive | Auto = option(
         "auto", "steps between checkpoints; auto: a fifth of the steps, 20 to 1,000", "steps"
     )
-    keep_last: int = option(3, "newest checkpoints that are kept", "checkpoints")
-    keep_every: int = option(
-        0, "checkpoints at multiples of this are kept too; 0 for none", "steps", ours=True
-    )
+    keep_last: Positive = option(3, "newest checkpoints that are kept", "checkpoints")
+    keep_every: Count = our_option(0, "steps whose multiples are kept too; 0 for none", "steps")
     tensorboard: bool = option(True, "write TensorBoard events")
 
 
@@ -395,26 +345,21 @@ class LogConfig:
 class WatchConfig:
     """What a run is watched for."""
 
-    max_skipped: int = option(
+    max_skipped: Count = our_option(
         10,
-        "steps in a row that may be skipped because a number is not finite; then the run stops, and at the latest where every step of it would be skipped",
+        "steps in a row that may be skipped because a number is not finite; then the run stops",
         "steps",
-        ours=True,
     )
-    hang_seconds: float = option(
+    hang_seconds: Seconds = our_option(
         1800.0,
-        "time without a finished step after which every process writes its stacks and ends; 0 for never",
+        "time without a finished step after which a run writes its stacks and ends; 0 for never",
         "s",
-        ours=True,
     )
-    loss_spike: float = option(
-        8.0,
-        "warn of a loss above its running mean by this many of its usual deviations; 0 for never",
-        "",
-        ours=True,
+    loss_spike: Weight = our_option(
+        8.0, "warn of a loss this many deviations above its mean; 0 for never", ""
     )
-    slow_share: float = option(
-        0.5, "warn of a rate below this share of the run's median; 0 for never", ours=True
+    slow_share: Weight = our_option(
+        0.5, "warn of a rate below this share of the median; 0 for never"
     )
 
 
@@ -430,14 +375,13 @@ class EvaluationConfig:
     )
     labels: str = option("", "folder with train/CLASS and val/CLASS, for knn")
     segmentation: str = option("", "folder of the segmentation set, for segmentation")
-    segmentation_ignore: int | tuple[int, ...] | Literal["unset"] = option(
+    segmentation_ignore: int | tuple[int, ...] | Literal["unset"] = our_option(
         "unset",
         "numbers in its masks that are no class: 255 as in VOC, 0 as in ADE20K, [0, 255], or [] for none; unset: 0, and masks that show 255 are refused",
-        ours=True,
     )
-    size: int = option(224, "student input for summaries", "px")
-    dense_size: int = option(448, "student input for dense benchmarks", "px")
-    limit: int = option(0, "most images of each benchmark; 0 for all", "images")
+    size: Positive = option(224, "student input for summaries", "px")
+    dense_size: Positive = option(448, "student input for dense benchmarks", "px")
+    limit: Count = option(0, "most images of each benchmark; 0 for all", "images")
     options: dict[str, Any] = option(dict, "arguments of single benchmarks, by benchmark name")
 
 
@@ -445,16 +389,12 @@ class EvaluationConfig:
 class Recipe:
     """Everything that decides a run."""
 
-    name: str = option(
-        help="name of the recipe and of its run folder; that of the file where it is left out"
-    )
+    name: str = option(help="name of recipe and run folder; by default the file's")
     seed: int = option(0, "seed of every random draw")
     output: str = option("runs", "folder that run folders are made in")
     data: DataConfig = option(help="images")
     student: StudentConfig = option(StudentConfig, "the student")
-    teachers: dict[str, TeacherConfig] = option(
-        help="the teachers, by the name that logs and heads use"
-    )
+    teachers: dict[str, TeacherConfig] = option(help="the teachers by name")
     normalizer: NormalizerConfig = option(NormalizerConfig, "scale of the targets")
     loss: LossConfig = option(LossConfig, "losses")
     augmentation: AugmentationConfig = option(AugmentationConfig, "draws of a step")
@@ -475,23 +415,6 @@ class Recipe:
         config = self.stages[stage]
         upsampled = any(partition.upsample for partition in config.partitions)
         return self.folder / (f"{stage}-{config.upsampler.name}" if upsampled else stage)
-
-
-def size_pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    """Return (height, width) of a size that may be given as one side."""
-    return (size, size) if isinstance(size, int) else size
-
-
-def share_of(amount: int | float | Literal["auto"], whole: int) -> int:
-    """Return a number that may be given as a share below 1 of ``whole``, in a resolved recipe."""
-    assert amount != "auto", "the recipe is not resolved"
-    return round(amount * whole) if 0 < amount < 1 else int(amount)
-
-
-def plain(value: int | Literal["auto"]) -> int:
-    """Return a value of a resolved recipe, which is `auto` nowhere that matters."""
-    assert value != "auto", "the recipe is not resolved"
-    return value
 
 
 def partition_sizes(partition: PartitionConfig) -> tuple[tuple[int, int], ...]:

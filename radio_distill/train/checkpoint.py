@@ -37,7 +37,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from .. import __version__
-from ..config import Recipe, build, check_student, parse_yaml, with_new_names
+from ..config import Recipe, build, parse_yaml, with_new_names
 from ..errors import CheckpointError, ConfigError, WeightsError
 from ..system.files import check_readable, is_there, reason_of, sha256_of, unreadable
 from ..types import TeacherSpec
@@ -165,7 +165,6 @@ def read(folder: Path) -> Checkpoint:
     try:
         _verify_parts(folder, meta["sha256"])
         recipe: Recipe = build(Recipe, with_new_names(parse_yaml(meta["recipe"])))
-        check_student(recipe.student)
         return Checkpoint(
             folder,
             _whole_number(meta["step"]),

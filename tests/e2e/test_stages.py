@@ -241,7 +241,7 @@ def test_resume__a_changed_recipe_is_refused(recipe_file, capfd):
             "128x128",
         ),
         (["--stage.partitions.low.teachers", "[]"], "a partition needs at least one teacher"),
-        (["--stage.partitions.low.batch_size", "0"], "batch_size: 0 is not positive"),
+        (["--stage.partitions.low.batch_size", "0"], "batch_size: 0 is below 1"),
         (["--student.pretrained", "absent"], "absent"),
         (["--override", "absent.yaml"], "cannot read absent.yaml"),
         (["--normalizer.name", "phi-s"], "unknown normalizer 'phi-s' (did you mean 'phi_s'?)"),

@@ -1,0 +1,161 @@
+"""Fields of a recipe: how they are declared, which numbers they take, what they are in words."""
+
+import dataclasses
+import math
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, dataclass, field
+from functools import partial
+from typing import Annotated, Any, Literal
+
+
+def option(default: Any = MISSING, help: str = "", unit: str = "", ours: bool = False) -> Any:
+    """Declare a recipe field: default, what it does, its unit.
+
+    ``ours`` marks a default that no paper publishes, so that the documentation can say so.
+    """
+    metadata = {"help": help, "unit": unit, "ours": ours}
+    if isinstance(default, (dict, list)):
+        raise TypeError("use a tuple or a factory for mutable defaults")
+    if default in (dict, tuple) or (
+        isinstance(default, type) and dataclasses.is_dataclass(default)
+    ):
+        return field(default_factory=default, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+our_option = partial(option, ours=True)
+
+
+@dataclass(frozen=True)
+class Range:
+    """Numbers that a field takes; without ``including`` the least is not one of them."""
+
+    least: float
+    most: float = math.inf
+    including: bool = True
+
+    def problem(self, value: float) -> str:
+        """Say why a number is not one of them; empty where it is."""
+        least = f"{self.least:g}" if self.including else f"above {self.least:g}"
+        if (value >= self.least if self.including else value > self.least) and value <= self.most:
+            return ""
+        if self.most < math.inf:
+            return f"is not {least} to {self.most:g}"
+        return f"is below {least}" if self.including else f"is not {least}"
+
+
+Count = Annotated[int, Range(0)]
+"""A whole number from 0 on; where 0 stands for something else, the field says so."""
+Positive = Annotated[int, Range(1)]
+Side = Annotated[int, Range(1, 65_536)]
+"""Pixels a side."""
+SmallCount = Annotated[int, Range(0, 1024)]
+"""Layers, tokens or processes, of which more would be a mistake or an attack."""
+Share = Annotated[float, Range(0, 1)]
+Weight = Annotated[float, Range(0)]
+Seconds = Annotated[float, Range(0, 1e9)]
+Auto = Literal["auto"]
+"""A field that gets a plain value when a stage or a fit starts; see :mod:`.resolve`."""
+AboveZero = Annotated[float, Range(0, including=False)]
+
+
+def size_pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    """Return (height, width) of a size that may be given as one side."""
+    return (size, size) if isinstance(size, int) else size
+
+
+def share_of(amount: int | float | Literal["auto"], whole: int) -> int:
+    """Return a number that may be given as a share below 1 of ``whole``, in a resolved recipe."""
+    assert amount != "auto", "the recipe is not resolved"
+    return round(amount * whole) if 0 < amount < 1 else int(amount)
+
+
+def plain(value: int | Literal["auto"]) -> int:
+    """Return a value of a resolved recipe, which is `auto` nowhere that matters."""
+    assert value != "auto", "the recipe is not resolved"
+    return value
+
+
+def plain_data(value: Any) -> Any:
+    """Copy nested data, with dataclasses in it, to dicts and lists."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {
+            item.name: plain_data(getattr(value, item.name)) for item in dataclasses.fields(value)
+        }
+    if isinstance(value, Mapping):
+        return {key: plain_data(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain_data(item) for item in value]
+    return value
+
+
+def joined(path: str, key: Any) -> str:
+    """Return the full name of a field within a section."""
+    return f"{path}.{key}" if path else str(key)
+
+
+def leaves(value: Any, path: str = "", in_lists: bool = True) -> Iterator[tuple[str, Any]]:
+    """Yield each field of plain data that holds no others, with its full name.
+
+    Args:
+        value: nested mappings and lists.
+        path: its own name.
+        in_lists: look into lists of mappings; else a list is a field.
+    """
+    if isinstance(value, dict) and value:
+        for key, item in value.items():
+            yield from leaves(item, joined(path, key), in_lists)
+    elif in_lists and isinstance(value, list) and value and isinstance(value[0], dict):
+        for index, item in enumerate(value):
+            yield from leaves(item, joined(path, index), in_lists)
+    else:
+        yield path, value
+
+
+def describe(cls: type | None = None, path: str = "") -> list[tuple[str, str, str, str]]:
+    """List every field as (name, default, unit, explanation), for ``--help`` and the docs.
+
+    ``NAME`` stands for a key of the user's, ``N`` for a position in a list.
+
+    Args:
+        cls: whose fields; a whole recipe's by default.
+        path: name of the section itself.
+    """
+    from .schema import Recipe  # which is made of the above
+
+    cls, rows = cls or Recipe, []
+    kinds = typing.get_type_hints(cls)
+    for item in dataclasses.fields(cls):
+        name, kind = joined(path, item.name), kinds[item.name]
+        section, suffix = _section_of(kind)
+        if section is not None:
+            rows += describe(section, name + suffix)
+            continue
+        text = item.metadata["help"] + (" [our choice]" if item.metadata["ours"] else "")
+        if typing.get_origin(kind) is Literal:
+            text += f" ({' | '.join(map(str, typing.get_args(kind)))})"
+        rows.append((name, _default_text(item), item.metadata["unit"], text))
+    return rows
+
+
+def _section_of(kind: Any) -> tuple[Any, str]:
+    """Return the dataclass of the sections that a field holds, and what stands for their names."""
+    if dataclasses.is_dataclass(kind):
+        return kind, ""
+    arguments = typing.get_args(kind)
+    if typing.get_origin(kind) is dict and dataclasses.is_dataclass(arguments[1]):
+        return arguments[1], ".NAME"
+    if typing.get_origin(kind) is tuple and dataclasses.is_dataclass(arguments[0]):
+        return arguments[0], ".N"
+    return None, ""
+
+
+def _default_text(item: dataclasses.Field[Any]) -> str:
+    if item.default_factory is not MISSING or item.default == "":
+        return "none"
+    if item.default is MISSING:
+        return "required"
+    if isinstance(item.default, tuple):
+        return ", ".join(map(str, item.default))
+    return str(item.default)

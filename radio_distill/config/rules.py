@@ -1,0 +1,258 @@
+"""What must hold between the fields of a recipe, and what can be done and is hardly meant.
+
+Which numbers a single field takes stands in its type (:mod:`.schema`).
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from fractions import Fraction
+from typing import Literal
+
+from ..errors import ConfigError
+from ..registry import nearest
+from ..system.redaction import secrets_in
+from .fields import plain, share_of
+from .resolve import Facts
+from .schema import DataConfig, PartitionConfig, Recipe, StageConfig, partition_sizes
+
+_NAME = re.compile(r"\w[\w.+ -]{0,99}")
+
+
+def check(recipe: Recipe) -> None:
+    """Raise ConfigError, one line a problem, where fields contradict each other."""
+    problems = [
+        *_check_names(recipe),
+        *_check_secrets(recipe),
+        *_check_data(recipe.data),
+        *_check_student(recipe),
+        *([] if recipe.teachers else ["teachers: a recipe needs at least one teacher"]),
+        *_check_amount("normalizer.images", recipe.normalizer.images),
+        *_check_fit(recipe),
+    ]
+    for name, stage in recipe.stages.items():
+        problems += _check_stage(recipe, name, stage)
+    if problems:
+        raise ConfigError(*problems)
+
+
+def _check_names(recipe: Recipe) -> Iterator[str]:
+    """Names become folders and log entries, and must be nothing else."""
+    names = {"name": recipe.name}
+    for stage, config in recipe.stages.items():
+        names[f"stages.{stage}"] = stage
+        names[f"stages.{stage}.upsampler.name"] = config.upsampler.name
+        for index, partition in enumerate(config.partitions):
+            names[f"stages.{stage}.partitions.{index}.name"] = partition.name
+    for field, name in names.items():
+        if not _NAME.fullmatch(name):
+            yield (
+                f"{field}: {name!r} is not a name: letters, digits, and _ . + - behind them, at "
+                "most 100"
+            )
+    for name in recipe.teachers:
+        if not name.isidentifier():
+            yield f"teachers.{name!r}: a teacher's name is letters, digits and underscores"
+
+
+def _check_secrets(recipe: Recipe) -> Iterator[str]:
+    for field in secrets_in(asdict(recipe)):
+        yield (
+            f"{field}: looks like a secret, and recipes are written into run folders; set it in "
+            "the environment instead, for instance as HF_TOKEN"
+        )
+
+
+def _check_data(data: DataConfig) -> Iterator[str]:
+    if data.weights and len(data.weights) != len(data.shards):
+        yield f"data.weights: {len(data.weights)} weights for {len(data.shards)} shards entries"
+    for name in ("crop_scale", "crop_ratio"):
+        low, high = getattr(data, name)
+        if not 0 < low <= high:
+            yield f"data.{name}: {low:g}, {high:g} is not 0 < low <= high"
+    if not data.index:
+        yield "data.index: no folder is named; give one, or auto"
+
+
+def _check_student(recipe: Recipe) -> Iterator[str]:
+    student, augmentation = recipe.student, recipe.augmentation
+    grid = student.pretrained_grid
+    if grid and (len(grid) != 2 or min(grid) < 1):
+        yield f"student.pretrained_grid: {list(grid)} is not [ROWS, COLUMNS]"
+    for name, what in (("pretrained_sha256", "sum"), ("pretrained_grid", "grid")):
+        if getattr(student, name) and not student.pretrained:
+            yield f"student.{name}: a {what} without student.pretrained; name the file"
+    if augmentation.window_share and student.window_size:
+        yield (
+            "augmentation.window_share: the student always attends in windows; set it to 0, or "
+            "student.window_size to 0"
+        )
+    low, high = augmentation.window_sizes
+    if low > high:
+        yield f"augmentation.window_sizes: {low}, {high} is not smallest <= largest"
+
+
+def _check_fit(recipe: Recipe) -> Iterator[str]:
+    fit = recipe.fit
+    if fit.pool % max(fit.batch_size, 1):
+        yield f"fit.pool: {fit.pool} is not a multiple of fit.batch_size {fit.batch_size}"
+    if fit.teacher:
+        yield from _check_known(recipe, "fit.teacher", [fit.teacher])
+
+
+def _check_known(recipe: Recipe, path: str, teachers: Sequence[str]) -> Iterator[str]:
+    for teacher in teachers:
+        if teacher not in recipe.teachers:
+            yield f"{path}: no teacher {teacher!r} ({nearest(teacher, list(recipe.teachers))})"
+
+
+def _check_stage(recipe: Recipe, name: str, stage: StageConfig) -> Iterator[str]:
+    path = f"stages.{name}"
+    if not stage.partitions:
+        yield f"{path}.partitions: a stage needs at least one partition"
+    if stage.start_from == name:
+        yield f"{path}.start_from: a stage cannot start from itself"
+    names = [partition.name for partition in stage.partitions]
+    for double in sorted({item for item in names if names.count(item) > 1}):
+        yield f"{path}.partitions: two partitions are called {double!r}"
+    for field in ("weights", "sha256", "sizes"):
+        known = getattr(stage.upsampler, field)
+        yield from _check_known(recipe, f"{path}.upsampler.{field}", list(known))
+    yield from _check_frozen(f"{path}.freeze_body_steps", stage)
+    if recipe.loss.mesa and not stage.ema_decay:
+        yield (
+            f"{path}.ema_decay: loss.mesa compares with an averaged student, which 0 switches off; "
+            "set it, for instance to 0.999"
+        )
+    for index, partition in enumerate(stage.partitions):
+        where = f"{path}.partitions.{partition.name}"
+        yield from _check_sizes(recipe, where, partition)
+        yield from _check_teachers_of(recipe, where, partition)
+        if partition.images_of:
+            yield from _check_shared_images(where, partition, stage.partitions[:index])
+
+
+def _check_frozen(path: str, stage: StageConfig) -> list[str]:
+    frozen = stage.freeze_body_steps
+    if problems := _check_amount(path, frozen):
+        return problems
+    if frozen != "auto" and 0 < stage.steps <= share_of(frozen, stage.steps):
+        return [
+            f"{path}: with {frozen} of {stage.steps} steps frozen the body would not learn at all; "
+            "set it to auto, to 0, or to a share such as 0.02"
+        ]
+    return []
+
+
+def _check_amount(path: str, amount: int | float | Literal["auto"]) -> list[str]:
+    """Check a number that may be given as a share below 1."""
+    if amount == "auto" or 0 <= amount < 1 or (amount >= 1 and float(amount).is_integer()):
+        return []
+    problem = "is negative" if amount < 0 else "is neither a whole number nor a share below 1"
+    return [f"{path}: {amount} {problem}"]
+
+
+def _check_shared_images(
+    path: str, partition: PartitionConfig, earlier: tuple[PartitionConfig, ...]
+) -> Iterator[str]:
+    sources = {item.name: item for item in earlier if not item.images_of}
+    source = sources.get(partition.images_of)
+    if source is None:
+        yield (
+            f"{path}.images_of: {partition.images_of!r} is not an earlier partition with images of "
+            f"its own (known: {', '.join(sources) or 'none'})"
+        )
+        return
+    if source.batch_size != partition.batch_size:
+        yield (
+            f"{path}.batch_size: {partition.batch_size} is not the {source.batch_size} of "
+            f"{source.name}, whose images these are"
+        )
+    sizes = [size for item in (source, partition) for size in partition_sizes(item)]
+    if len({Fraction(height, width or 1) for height, width in sizes}) > 1:
+        yield f"{path}.size: images of {source.name} are shown at its aspect ratio, in every size"
+
+
+def _check_teachers_of(recipe: Recipe, path: str, partition: PartitionConfig) -> Iterator[str]:
+    if not partition.teachers:
+        yield f"{path}.teachers: a partition needs at least one teacher"
+    for field in ("teachers", "upsample", "teacher_sizes", "mosaic"):
+        named = list(getattr(partition, field))
+        yield from _check_known(recipe, f"{path}.{field}", named)
+        for teacher in named:
+            if teacher in recipe.teachers and teacher not in partition.teachers:
+                yield f"{path}.{field}: {teacher!r} is not a teacher of this partition"
+    for teacher in set(partition.mosaic) & set(partition.upsample):
+        yield f"{path}.mosaic: {teacher!r} is upsampled here; it cannot be both"
+
+
+def _check_sizes(recipe: Recipe, path: str, partition: PartitionConfig) -> Iterator[str]:
+    student, shift = recipe.student, recipe.augmentation.shift
+    if bool(partition.sizes) == (partition.size != 0):
+        yield f"{path}.size: give either size or sizes"
+        return
+    path = f"{path}.{'sizes' if partition.sizes else 'size'}"
+    step = student.patch_size * max(student.window_size, 1)
+    unit = f"patch {student.patch_size}"
+    unit += f" times window {student.window_size}" if student.window_size else ""
+    for side in dict.fromkeys(side for size in partition_sizes(partition) for side in size):
+        if side < step or side % step:
+            near = max(step, round(side / step) * step)
+            yield f"{path}: {side} is not a multiple of {unit} (nearest {near})"
+    for size in partition_sizes(partition):
+        if shift and min(size) <= shift * student.patch_size:
+            yield (
+                f"{path}: {min(size)} is no larger than augmentation.shift, {shift} patches of "
+                f"{student.patch_size}; crops would not overlap"
+            )
+        if max(size) > student.max_size:
+            yield f"{path}: {max(size)} is above student.max_size {student.max_size}"
+
+
+def hints(recipe: Recipe, stage: str, facts: Facts) -> list[str]:
+    """List what a person should know before a stage or a fit starts.
+
+    Args:
+        recipe: resolved for it.
+        stage: name of a stage of the recipe, or ``fit``.
+        facts: what is known at the start.
+    """
+    images, shown = share_of(recipe.normalizer.images, facts.images_shown), facts.images_shown
+    lines = []
+    if recipe.normalizer.name not in ("none", "layer_norm") and images > shown:
+        lines.append(
+            f"normalizer.images: statistics of {images:,} images for training that shows "
+            f"{shown:,}; auto takes fewer"
+        )
+    if stage in recipe.stages:
+        return [*lines, *_hints_of_stage(f"stages.{stage}", recipe.stages[stage], facts)]
+    return [*lines, *_hints_of_warmup("fit", plain(recipe.fit.warmup_steps), recipe.fit.steps)]
+
+
+def _hints_of_stage(path: str, stage: StageConfig, facts: Facts) -> Iterator[str]:
+    yield from _hints_of_warmup(path, stage.warmup_steps, stage.steps)
+    if stage.frozen_steps == stage.steps - 1 and not stage.final_learning_rate and stage.steps > 1:
+        yield (
+            f"{path}.freeze_body_steps: all steps but the last are frozen, and the rate of the "
+            "last is final_learning_rate, 0: the body does not learn"
+        )
+    left = stage.ema_decay**stage.steps
+    if left > 0.5:
+        yield (
+            f"{path}.ema_decay: after {stage.steps} steps {left:.0%} of the averaged student is "
+            f"still the start; for so few set it to {1 - 10 / max(stage.steps, 20):.2g} or below"
+        )
+    images = facts.images_shown // max(stage.steps, 1)
+    if facts.images_in_shards is not None and images > facts.images_in_shards:
+        yield (
+            f"{path}.partitions: a step takes {images:,} images, and data.shards holds "
+            f"{facts.images_in_shards:,}: it shows some of them more than once"
+        )
+
+
+def _hints_of_warmup(path: str, warmup_steps: int, steps: int) -> Iterator[str]:
+    if warmup_steps >= steps:
+        yield (
+            f"{path}.warmup_steps: the rate is still rising in the last of {steps} steps; set it "
+            "below them"
+        )
