@@ -320,7 +320,7 @@ def write_result(made: "FitRun") -> None:
 
 def _measure(made: "FitRun") -> dict[str, float]:
     """Measure the fitted upsampler on the recipe's held-out images, where it names some."""
-    from upsamplers.measure import measure
+    from upsamplers.metrics import measure
 
     evaluation, factor = made.recipe.evaluation, made.config.factor
     if not evaluation.images:

@@ -1,10 +1,11 @@
-"""Puts upsamplers side by side: fitted ones out of their files, and those without parameters.
+"""Upsamplers side by side: fitted ones out of their files, and those without parameters.
 
-All become a :class:`.fit.Consistency`, which :func:`.measure.measure` takes. Beside it are the
-comparisons that need no fit: how far tiles are from the teacher at the higher resolution itself
-(FeatSharp, arXiv 2502.16025, Figure 15), and what a map costs (Figure 14).
+All become a :class:`.fit.consistency.Consistency`, which :func:`.metrics.measure` takes. Beside it
+are the comparisons that need no fit: how far tiles are from the teacher at the higher resolution
+itself (FeatSharp, arXiv 2502.16025, Figure 15), and what a map costs (Figure 14).
 """
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,20 +13,23 @@ from statistics import median
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from radio_distill.config import FitConfig
-from radio_distill.errors import WeightsError
+from radio_distill.errors import DataError, WeightsError
+from radio_distill.evals.metrics import confusion_matrix, mean_iou
+from radio_distill.evals.probes import LinearProbe
 from radio_distill.protocols import Normalizer, Teacher, Upsampler
 from radio_distill.system.precision import AUTO, autocast
 from radio_distill.types import Features, Size
 
 from .fit.consistency import Consistency
-from .fit.lessons import fine_grid, now
 from .fitted import FeatSharp, FeatUp, UpsamplerModel, load_model, read_header, read_tensors
 from .methods.native import Native
+from .methods.tiling import fine_grid
+from .metrics import Report
 from .networks import Observation
-from .preservation import LinearProbe, Preservation
 
 REPEATS = 5
 """Timed calls, after one that warms up; the median counts."""
@@ -33,7 +37,7 @@ _ENOUGH = 20.0
 """Seconds of timed calls after which no further one is made."""
 
 Labelled = Sequence[tuple[Tensor, Tensor]]
-"""Images ``[B, 3, H, W]`` with classes ``[B, H, W]``."""
+"""Images ``[B, 3, H, W]`` with classes ``[B, H, W]``, from 0 to K - 1 or -1 to be ignored."""
 
 
 def load_fitted(path: str | Path) -> Consistency:
@@ -87,7 +91,7 @@ def without_parameters(
 
 
 class Maps(NamedTuple):
-    """What is looked at of some images, in the normalised space."""
+    """Maps of some images, in the normalised space."""
 
     low: Tensor
     """``[B, C, h, w]``: the teacher's, as it is."""
@@ -106,25 +110,16 @@ def maps_of(
     factor: int,
     precision: str = AUTO,
 ) -> Maps:
-    """Upsample ``[B, 3, H, W]`` of ``factor`` times ``size`` pixels, as a stage would.
-
-    ``precision`` is that of the matrix products, as ``engine.precision`` of a recipe.
-    """
-    seen = model.encode(teacher, pixels, fine_grid(teacher, size, factor), factor)
+    """Upsample ``[B, 3, H, W]`` of ``factor`` times ``size`` pixels, as a stage would."""
+    output = model.encode(teacher, pixels, fine_grid(teacher, size, factor), factor)
     with autocast(precision, pixels.device):
-        fine = model(seen.observation).float()
-    low = seen.observation.low
+        fine = model(output.observation).float()
+    low = output.observation.low
     return Maps(low, model.de_biased(low), fine)
 
 
 def fit_probe(teacher: Teacher, images: Labelled, num_classes: int) -> LinearProbe:
-    """Train the probe that :func:`preservation` applies, on the teacher's own maps.
-
-    Args:
-        teacher: the teacher.
-        images: of the teacher's input size.
-        num_classes: K.
-    """
+    """Train the probe of :func:`preservation` on the teacher's own maps of images of its size."""
     maps = torch.cat([teacher.encode(pixels).spatial.cpu() for pixels, _ in images])
     return LinearProbe(num_classes).fit(maps, torch.cat([classes for _, classes in images]))
 
@@ -136,21 +131,39 @@ def preservation(
     images: Labelled,
     size: Size,
     factor: int,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Report | None = None,
     precision: str = AUTO,
 ) -> tuple[float, float]:
     """Return the probe's mIoU, in [0, 1], on upsampled maps and on the teacher's own.
 
-    All are in the teacher's own space, so that one probe serves all upsamplers.
+    The feature-space preservation of AnyUp (arXiv 2510.12764): a student that learns upsampled
+    features should end up with the teacher's, so the probe is trained on low-resolution maps and
+    only applied to upsampled ones. Upsamplers that are good under a probe of their own can fail.
+    Both are in the teacher's own space, so that one probe serves all upsamplers. Raises DataError
+    where no pixel has a label.
     """
-    fine, low = Preservation(probe), Preservation(probe)
+    fine = low = torch.zeros(probe.num_classes, probe.num_classes, dtype=torch.long)
     for number, (pixels, classes) in enumerate(images, 1):
         maps = maps_of(model, teacher, pixels, size, factor, precision)
-        fine.update(model.normalizer.invert(maps.fine).cpu(), classes)
-        low.update(model.normalizer.invert(maps.low).cpu(), classes)
+        fine = fine + preserved(probe, model.normalizer.invert(maps.fine).cpu(), classes)
+        low = low + preserved(probe, model.normalizer.invert(maps.low).cpu(), classes)
         if progress is not None:
             progress(number, len(images))
-    return fine.compute()["miou"], low.compute()["miou"]
+    if not low.any():
+        raise DataError("preservation: no pixel of the set is labelled")
+    return mean_iou(fine), mean_iou(low)
+
+
+def preserved(probe: LinearProbe, features: Tensor, labels: Tensor) -> Tensor:
+    """Count pixels by (label, prediction), ``[K, K]``, of maps ``[B, C, *, *]``.
+
+    Every pixel takes the class of the nearest cell: interpolated logits would be those of the
+    bilinearly upsampled map and would hide the grid.
+    """
+    probe.check(features, labels)
+    classes, size = probe.predict(features), (labels.shape[1], labels.shape[2])
+    pixels = F.interpolate(classes[:, None].float(), size, mode="nearest-exact")[:, 0].long()
+    return confusion_matrix(pixels.to(labels), labels, probe.num_classes)
 
 
 @torch.inference_mode()
@@ -162,7 +175,7 @@ def native_error(
     size: Size,
     factor: int,
     device: torch.device,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Report | None = None,
 ) -> dict[str, float]:
     """Return each upsampler's mean squared error from the teacher at ``factor`` times ``size``.
 
@@ -184,7 +197,7 @@ def native_error(
 
 
 class Cost(NamedTuple):
-    """What one image costs, alone in its batch."""
+    """Time of one image, alone in its batch."""
 
     name: str
     factor: int
@@ -198,30 +211,29 @@ def costs(
     size: Size,
     factors: Sequence[int],
     device: torch.device,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Report | None = None,
 ) -> list[Cost]:
     """Time the teacher at each factor's resolution, and FeatUp and FeatSharp to the same map.
 
     The upsamplers have random weights, which cost what fitted ones do. A resolution that the
     teacher cannot take is left out.
     """
-    name, found = teacher.spec.name, []
-    limit = max(size) if teacher.spec.fixed_size else teacher.spec.max_size
+    spec, measured = teacher.spec, []
+    limit = max(size) if spec.fixed_size else spec.max_size
     for number, factor in enumerate(factors, 1):
         pixels = torch.rand(1, 3, size[0] * factor, size[1] * factor, device=device)
         grid = fine_grid(teacher, size, factor)
         calls: dict[str, Callable[[], object]] = {}
         if limit is None or max(size) * factor <= limit:
             calls["teacher"] = partial(teacher.encode, pixels)
-        if factor > 1:
-            for kind in (FeatUp, FeatSharp):
-                made = kind.untrained(factor, {name: teacher.spec})
-                calls[kind.network] = partial(made, teacher, pixels, grid)
+        for kind in (FeatUp, FeatSharp) if factor > 1 else ():
+            upsampler = kind.untrained(factor, {spec.name: spec})
+            calls[kind.network] = partial(upsampler, teacher, pixels, grid)
         for label, call in calls.items():
-            found.append(Cost(label, factor, _seconds(call, device), grid[0] * grid[1]))
+            measured.append(Cost(label, factor, _seconds(call, device), grid[0] * grid[1]))
         if progress is not None:
             progress(number, len(factors))
-    return found
+    return measured
 
 
 @torch.inference_mode()
@@ -236,3 +248,10 @@ def _seconds(call: Callable[[], object], device: torch.device) -> float:
     while len(spent) < REPEATS and sum(spent) < _ENOUGH:
         spent.append(timed())
     return median(spent)
+
+
+def now(device: torch.device) -> float:
+    """Return the time in seconds, once the device has done what it was asked."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.monotonic()

@@ -1,184 +1,122 @@
-"""How good an upsampler is: measures of FeatSharp's tables, over a whole held-out set.
+"""How good upsamplers are: the measures of FeatSharp's tables, on held-out images.
 
-Each measure is fed batch by batch, adds up over processes, and is a ratio of sums: a mean of the
-batches' ratios would hang on single flat images. They are FeatSharp's (arXiv 2502.16025, section
-4.1 and appendix B.2): total variation, the conditional random field, and the maximum mean
-discrepancy, here between all pairs, as the paper has it. Their fidelity is that of students,
-:class:`radio_distill.evals.metrics.Fidelity`; what a probe makes of upsampled maps is
-:mod:`upsamplers.preservation`.
+Each measure is fed batch by batch and is a ratio of sums over the whole set: a mean of the batches'
+ratios would hang on single flat images. They are FeatSharp's (arXiv 2502.16025, section 4.1 and
+appendix B.2): fidelity, total variation, the conditional random field, and the maximum mean
+discrepancy, here between all pairs, as the paper has it. Fidelity is that of students
+(:class:`radio_distill.evals.metrics.Fidelity`). :func:`measure` shows every upsampler the same
+views of the same images, whatever it was fitted with.
 """
 
+from collections.abc import Callable, Sequence
+
+import numpy as np
 import torch
-import torch.distributed as dist
+from einops import rearrange
 from torch import Tensor
 
 from radio_distill.errors import DataError
-from radio_distill.evals.metrics import Sums, check_finite, tokens_of
+from radio_distill.evals.metrics import Fidelity, check_finite, tokens_of
+from radio_distill.geometry import valid_mask
+from radio_distill.protocols import Teacher
+from radio_distill.system.precision import AUTO, autocast
+from radio_distill.types import Size
 
+from .fit.consistency import Consistency
 from .fit.losses import conditional_random_field, variation_sums
+from .fit.views import VIEWS, draw_homographies, render
+from .methods.tiling import fine_grid
+
+VIEWS_PER_IMAGE = 5
+_SEED = 20_250_224
+
+Report = Callable[[int, int], None]
+"""Called with (done, total)."""
 
 
-class TotalVariation(Sums):
+class TotalVariation:
     """Mean smooth L1 between neighbours, vertical plus horizontal: the TV of Tables 8 and 9."""
 
-    def __init__(self, device: torch.device | str | None = None):
-        super().__init__(4, device)
+    def __init__(self) -> None:
+        self.sums = torch.zeros(2, 2, dtype=torch.float64)
 
     @torch.no_grad()
     def update(self, maps: Tensor, valid: Tensor | None = None) -> None:
-        """Add ``[B, C, H, W]`` normalised maps, of cells that are ``valid`` ``[B, H, W]``.
-
-        Raises:
-            DataError: a value that counts is not finite.
-        """
+        """Add ``[B, C, H, W]`` normalised maps, of cells that are ``valid`` ``[B, H, W]``."""
         check_finite(tokens_of(maps, valid), "total variation", "the upsampled map")
-        sums, pairs = variation_sums(maps, valid)
-        self.sums += torch.cat([sums.sum(dim=0), pairs.sum(dim=0)]).to(self.sums)
+        for row, values in zip(self.sums, variation_sums(maps, valid), strict=True):
+            row += values.sum(dim=0).to(row)
 
     def compute(self) -> float:
         """Return the variation; raises DataError without neighbours."""
-        sums, pairs = self.sums.view(2, 2)
+        sums, pairs = self.sums
         if not pairs.all():
             raise DataError("total variation: no valid neighbours; maps need 2 x 2 cells")
         return (sums / pairs).sum().item()
 
 
-class ConditionalRandomField(Sums):
+class ConditionalRandomField:
     """Mean over images of the CRF of Tables 8 and 9 (:func:`~.losses.conditional_random_field`).
 
-    Every image of one size is measured at the same pixels, so that upsamplers are compared on the
-    same pairs, and in any order.
-
-    Args:
-        points: pixels that are drawn of each image.
-        seed: of the draw.
-        device: where the sums live.
+    Every image of one size is measured at the same ``points`` pixels, so that upsamplers are
+    compared on the same pairs, and in any order.
     """
 
-    def __init__(self, points: int = 1000, seed: int = 0, device: torch.device | str | None = None):
-        super().__init__(2, device)
-        self.points, self.seed = points, seed
+    def __init__(self, points: int = 1000):
+        self.points, self.count, self.total = points, 0, 0.0
 
     @torch.no_grad()
     def update(self, maps: Tensor, guidance: Tensor) -> None:
-        """Add normalised maps ``[B, C, H, W]`` of images ``[B, 3, *, *]`` RGB in [0, 1].
-
-        Raises:
-            DataError: a value is not finite.
-        """
+        """Add normalised maps ``[B, C, H, W]`` of images ``[B, 3, *, *]`` RGB in [0, 1]."""
         check_finite(maps, "conditional random field", "the upsampled map")
         check_finite(guidance, "conditional random field", "the image")
-        generator = torch.Generator().manual_seed(self.seed)
         values = conditional_random_field(
-            maps, guidance, points=self.points, generator=generator
-        ).to(self.sums)
-        self.sums += torch.stack([values.sum(), torch.full_like(values[0], len(values))])
+            maps, guidance, points=self.points, generator=torch.Generator().manual_seed(0)
+        )
+        self.count += len(values)
+        self.total += values.double().sum().item()
 
     def compute(self) -> float:
         """Return the mean; raises DataError without images."""
-        total, count = self.sums.tolist()
-        if not count:
+        if not self.count:
             raise DataError("conditional random field: no image was measured")
-        return total / count
+        return self.total / self.count
 
 
 class MeanDiscrepancy:
     """Squared maximum mean discrepancy of upsampled tokens from the teacher's: MMD of Table 9.
 
     Of each side at most ``max_samples`` tokens are kept, each token of the set with the same
-    probability: those of the smallest random numbers, which can be merged.
-
-    Args:
-        channels: C.
-        max_samples: tokens a side.
-        seed: of the draw; each process of a run adds its rank.
-        device: where the tokens are kept.
+    probability: those of the smallest random numbers.
     """
 
-    def __init__(
-        self,
-        channels: int,
-        max_samples: int = 4000,
-        seed: int = 0,
-        device: torch.device | str | None = None,
-    ):
-        rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-        generator = torch.Generator().manual_seed(seed + rank)
-        self._low = _Sample(channels, max_samples, generator, device)
-        self._high = _Sample(channels, max_samples, generator, device)
+    def __init__(self, channels: int, max_samples: int = 4000, seed: int = 0):
+        self._generator = torch.Generator().manual_seed(seed)
+        none = torch.zeros(max_samples, channels), torch.full((max_samples,), torch.inf)
+        self._low = self._high = none  # tokens and their random numbers
 
     @torch.no_grad()
     def update(self, low: Tensor, high: Tensor) -> None:
-        """Add the teacher's map ``[B, C, h, w]`` and the upsampled one ``[B, C, H, W]``.
+        """Add the teacher's map ``[B, C, h, w]`` and the upsampled one ``[B, C, H, W]``."""
+        check_finite(low, "mean discrepancy", "the teacher's map")
+        self._low = self._kept(*self._low, tokens_of(low))
+        check_finite(high, "mean discrepancy", "the upsampled map")
+        self._high = self._kept(*self._high, tokens_of(high))
 
-        Raises:
-            DataError: a value is not finite.
-        """
-        for maps, sample, name in (
-            (low, self._low, "the teacher's map"),
-            (high, self._high, "the upsampled map"),
-        ):
-            check_finite(maps, "mean discrepancy", name)
-            sample.draw(tokens_of(maps))
-
-    def merge(self, other: "MeanDiscrepancy") -> None:
-        """Add what ``other`` has seen; its seed must differ."""
-        self._low.keep(other._low.tokens, other._low.numbers)
-        self._high.keep(other._high.tokens, other._high.numbers)
-
-    def all_reduce(self) -> None:
-        """Merge over all processes, once, at the end; alone, do nothing."""
-        if dist.is_available() and dist.is_initialized():
-            self._low.all_reduce()
-            self._high.all_reduce()
+    def _kept(self, tokens: Tensor, numbers: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
+        drawn = torch.rand(len(new), generator=self._generator)
+        near = drawn < numbers.max()  # most fail once the sample is full
+        tokens = torch.cat([tokens, new[near.to(new.device)].to(tokens)])
+        numbers, chosen = torch.cat([numbers, drawn[near]]).topk(len(numbers), largest=False)
+        return tokens[chosen], numbers
 
     @torch.no_grad()
     def compute(self) -> float:
         """Return the estimate; raises DataError where there are too few tokens, or all equal."""
-        low, high = self._low.drawn(), self._high.drawn()
+        low, high = (tokens[numbers.isfinite()] for tokens, numbers in (self._low, self._high))
         if min(len(low), len(high)) < 2:
             raise DataError("mean discrepancy: fewer than 2 tokens were seen; give it more maps")
         return squared_mmd(low, high, rbf_gamma(low))
-
-
-class _Sample:
-    """A uniform sample of a stream: the tokens of the ``size`` smallest random numbers."""
-
-    def __init__(
-        self,
-        channels: int,
-        size: int,
-        generator: torch.Generator,
-        device: torch.device | str | None,
-    ):
-        self.tokens = torch.zeros(size, channels, device=device)
-        self.numbers = torch.full((size,), torch.inf, device=device)
-        self._generator = generator
-
-    def draw(self, tokens: Tensor) -> None:
-        numbers = torch.rand(len(tokens), generator=self._generator).to(tokens.device)
-        self.keep(tokens, numbers)
-
-    def keep(self, tokens: Tensor, numbers: Tensor) -> None:
-        near = numbers < self.numbers.max().to(numbers)  # most fail once the sample is full
-        tokens = torch.cat([self.tokens, tokens[near].to(self.tokens)])
-        numbers = torch.cat([self.numbers, numbers[near].to(self.numbers)])
-        self.numbers, chosen = numbers.topk(len(self.numbers), largest=False)
-        self.tokens = tokens[chosen]
-
-    def drawn(self) -> Tensor:
-        """Return the tokens ``[n, C]``, at most ``size``."""
-        return self.tokens[self.numbers.isfinite()]
-
-    def all_reduce(self) -> None:
-        everyone = [
-            [torch.empty_like(own) for _ in range(dist.get_world_size())]
-            for own in (self.tokens, self.numbers)
-        ]
-        dist.all_gather(everyone[0], self.tokens)
-        dist.all_gather(everyone[1], self.numbers)
-        self.numbers = torch.full_like(self.numbers, torch.inf)
-        self.keep(torch.cat(everyone[0]), torch.cat(everyone[1]))
 
 
 def rbf_gamma(samples: Tensor) -> float:
@@ -186,14 +124,12 @@ def rbf_gamma(samples: Tensor) -> float:
 
     The paper prints gamma = m. For normalised features m is about 2 C, so the kernel would be
     exp(-4 C^2), zero between all different tokens; its release takes 1 / (2 m), as done here.
-
-    Raises:
-        DataError: at least half of all pairs are equal.
+    Raises DataError where at least half of all pairs are equal.
     """
-    median = torch.pdist(samples.double()).square().median().item()
-    if not median:
+    middle = torch.pdist(samples.double()).square().median().item()
+    if not middle:
         raise DataError("mean discrepancy: most of the teacher's tokens are equal; check its maps")
-    return 0.5 / median
+    return 0.5 / middle
 
 
 def squared_mmd(x: Tensor, y: Tensor, gamma: float, chunk: int = 1024) -> float:
@@ -217,3 +153,57 @@ def _kernel_sum(x: Tensor, y: Tensor, gamma: float, chunk: int) -> float:
         squared = rows.square().sum(dim=1, keepdim=True) + lengths - 2 * rows @ y.T  # [chunk, n]
         total += squared.clamp(min=0).mul(-gamma).exp().sum().item()
     return total
+
+
+@torch.inference_mode()
+def measure(
+    consistency: Consistency,
+    teacher: Teacher,
+    batches: Sequence[Tensor],
+    size: Size,
+    factor: int,
+    progress: Report | None = None,
+    precision: str = AUTO,
+) -> dict[str, float]:
+    """Return ``fidelity``, ``total_variation``, ``crf`` and ``mmd`` over all images.
+
+    All are taken in the normalised space (FeatSharp, arXiv 2502.16025, eq. 7 and appendix B.2).
+    What is reconstructed is the teacher's features as they are: the de-bias is taken off the
+    prediction again, so that it earns its place by predicting better and not by making the target
+    easier.
+
+    Args:
+        consistency: the model and the downsampler it was fitted with.
+        teacher: the teacher.
+        batches: images ``[B, 3, H, W]`` of ``factor`` times ``size`` pixels.
+        size: the teacher's input in pixels.
+        factor: how much finer the fine maps are.
+        progress: told after each batch.
+        precision: type of the matrix products, as ``engine.precision`` of a recipe.
+    """
+    consistency.eval()
+    model, channels = consistency.model, teacher.spec.channels
+    fidelity, mmd = Fidelity(channels), MeanDiscrepancy(channels)
+    variation, crf = TotalVariation(), ConditionalRandomField()
+    device = next(consistency.parameters()).device
+    fine_size = fine_grid(teacher, size, factor)
+    for number, batch in enumerate(batches):
+        pixels, generator = batch.to(device), np.random.Philox(key=[_SEED, number])
+        drawn = draw_homographies(
+            len(pixels) * VIEWS_PER_IMAGE, VIEWS["featsharp"], np.random.Generator(generator)
+        ).to(device)  # [(B V), 3, 3]
+        views = render(pixels, drawn, size)
+        output = model.encode(teacher, pixels, fine_size, factor, further=views)
+        with autocast(precision, device):
+            fine = model(output.observation).float()
+            homographies = rearrange(drawn, "(b v) i j -> b v i j", v=VIEWS_PER_IMAGE)
+            coarse = consistency.reconstruct(fine, homographies).float()
+        bias = model.de_biased(torch.zeros_like(coarse[:1]))
+        fidelity.update(coarse - bias, output.further, valid_mask(drawn, teacher.spec.grid(size)))
+        variation.update(fine)
+        crf.update(fine, output.observation.guidance)
+        mmd.update(model.de_biased(output.observation.low), fine)
+        if progress is not None:
+            progress(number + 1, len(batches))
+    values = {"fidelity": fidelity, "total_variation": variation, "crf": crf, "mmd": mmd}
+    return {name: value.compute() for name, value in values.items()}  # type: ignore[attr-defined]

@@ -22,7 +22,7 @@ from radio_distill.normalize.phi_s import PhiS
 from radio_distill.protocols import Teacher
 from stages import cli, fit_upsampler
 from stages.arguments import Parser
-from stages.commands.upsampler_fits import BLOCKS, INPUTS, Request, rows_of
+from stages.commands.upsampler_report import BLOCKS, INPUTS, Request, rows_of
 from stages.commands.upsampler_tables import unequal_settings
 from stages.common import FITTED, Asked, fit_folder, fit_name, fit_of, load_recipe
 from stages.fit_upsampler import fit_recipe, input_size

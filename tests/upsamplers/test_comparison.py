@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from radio_distill.config import FitConfig
-from radio_distill.errors import ConfigError, WeightsError
+from radio_distill.errors import ConfigError, DataError, WeightsError
 from radio_distill.normalize.phi_s import PhiS
 from radio_distill.types import Features, TeacherSpec
 from upsamplers.comparison import (
@@ -22,11 +22,11 @@ from upsamplers.comparison import (
 )
 from upsamplers.fit.consistency import Consistency
 from upsamplers.fitted import FittedHeader, UpsamplerModel, save_model
-from upsamplers.measure import measure
 from upsamplers.methods.interpolate import Bilinear, Interpolation
 from upsamplers.methods.native import Native
 from upsamplers.methods.strided import Strided
 from upsamplers.methods.tile import Tile
+from upsamplers.metrics import measure
 
 CHANNELS, PATCH, SIZE, FACTOR = 6, 4, (24, 32), 2
 CPU = torch.device("cpu")
@@ -160,6 +160,8 @@ def test_preservation__what_only_the_finer_map_shows_counts_and_a_shift_counts_a
     assert score(made, wide_stripes) == (1, 1)
     torch.nn.init.normal_((biased := bilinear_fit(bias=True)).model.bias, std=3.0)
     assert score(biased, wide_stripes)[0] < 0.8
+    with pytest.raises(DataError, match="no pixel of the set is labelled"):
+        score(made, [(image, torch.full_like(labels, -1)) for image, labels in wide_stripes])
 
 
 def test_costs__every_method_at_every_factor_that_the_teacher_takes(

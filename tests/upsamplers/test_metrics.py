@@ -1,15 +1,11 @@
-"""Measures of upsamplers: parity with published values, identities, and sums over parts."""
-
-from pathlib import Path
+"""Measures of upsamplers: parity with published values, and identities."""
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
 from radio_distill.errors import DataError
-from radio_distill.evals.metrics import Fidelity, Sums
+from radio_distill.evals.metrics import Fidelity
 from radio_distill.normalize.moments import Moments
 from radio_distill.normalize.phi_s import PhiS
 from upsamplers.fit.losses import conditional_random_field, total_variation
@@ -179,19 +175,17 @@ def test_mean_discrepancy__sees_all_tokens_of_a_small_set() -> None:
     assert measure.compute() == pytest.approx(squared_mmd(x, y, rbf_gamma(x)), abs=1e-9)
 
 
-def test_mean_discrepancy__sample_is_uniform_and_merges() -> None:
+def test_mean_discrepancy__sample_is_uniform() -> None:
     # The one channel of a token says which of 40 batches it came from.
-    whole, other = (MeanDiscrepancy(1, max_samples=500, seed=seed) for seed in (0, 1))
+    measure = MeanDiscrepancy(1, max_samples=500)
     for index in range(40):
         maps = torch.full((2, 1, 10, 10), float(index))
-        (whole if index < 20 else other).update(maps, maps)
-    assert len(whole._low.drawn()) == 500
-    whole.merge(other)
-    sources = whole._high.drawn()
-    assert sources.shape == (500, 1)
-    # 19.5 on average, within four standard errors of a uniform draw.
-    assert sources.mean().item() == pytest.approx(19.5, abs=4 * 11.54 / 500**0.5)
-    assert sources.unique().numel() > 35
+        measure.update(maps, maps)
+    for sources, _ in (measure._low, measure._high):
+        assert sources.shape == (500, 1)
+        # 19.5 on average, within four standard errors of a uniform draw.
+        assert sources.mean().item() == pytest.approx(19.5, abs=4 * 11.54 / 500**0.5)
+        assert sources.unique().numel() > 35
 
 
 def test_mean_discrepancy__flat_or_missing_features() -> None:
@@ -201,49 +195,6 @@ def test_mean_discrepancy__flat_or_missing_features() -> None:
     measure.update(torch.ones(1, 3, 4, 4), normal(1, 3, 8, 8))
     with pytest.raises(DataError, match="tokens are equal"):
         measure.compute()
-
-
-# All of them
-
-
-def fed(part: slice) -> list[Sums | MeanDiscrepancy]:
-    """Return every measure, having seen part of six images."""
-    low, target = normal(6, 4, 3, 5)[part], normal(6, 4, 3, 5, seed=1)[part]
-    high, images = normal(6, 4, 6, 10, seed=2)[part], uniform(6, 3, 12, 20)[part]
-    measures = Fidelity(4), TotalVariation(), ConditionalRandomField(), MeanDiscrepancy(4)
-    measures[0].update(low, target)
-    measures[1].update(high)
-    measures[2].update(high, images)
-    measures[3].update(low, high)
-    return list(measures)
-
-
-def values(measures: list[Sums | MeanDiscrepancy]) -> list[float]:
-    return [measure.compute() for measure in measures]  # type: ignore[union-attr]
-
-
-def test_merge__of_two_halves_is_the_whole() -> None:
-    merged = fed(slice(0, 2))
-    for measure, other in zip(merged, fed(slice(2, 6)), strict=True):
-        measure.merge(other)  # type: ignore[arg-type]
-    assert values(merged) == pytest.approx(values(fed(slice(None))), rel=1e-6)
-
-
-def reduce_on_rank(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    measures = fed(slice(0, 2) if rank == 0 else slice(2, 6))
-    for measure in measures:
-        measure.all_reduce()
-    torch.save(values(measures), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
-
-
-@pytest.mark.distributed
-def test_all_reduce__gives_every_process_the_values_of_the_whole(tmp_path: Path) -> None:
-    mp.start_processes(reduce_on_rank, (str(tmp_path),), nprocs=2, start_method="spawn")
-    expected = pytest.approx(values(fed(slice(None))), rel=1e-6)
-    for rank in range(2):
-        assert torch.load(tmp_path / f"{rank}.pt", weights_only=True) == expected
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])

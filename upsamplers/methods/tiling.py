@@ -32,6 +32,12 @@ def low_resolution(teacher: Teacher, grid: Size, factor: int) -> Size:
     return height, width
 
 
+def fine_grid(teacher: Teacher, size: Size, factor: int) -> Size:
+    """Return the grid of an upsampled map where the teacher's input measures ``size`` pixels."""
+    height, width = teacher.spec.grid(size)
+    return height * factor, width * factor
+
+
 def cut(pixels: Tensor, factor: int) -> Tensor:
     """Cut ``[B, 3, H, W]`` into ``factor * factor`` tiles a image, row by row."""
     return rearrange(pixels, "b c (zy h) (zx w) -> (b zy zx) c h w", zy=factor, zx=factor)

@@ -1,0 +1,316 @@
+"""Measures the upsamplers of one teacher for ``radio-distill upsampler-report``, writes its page.
+
+Tables 7 to 10 of FeatSharp (arXiv 2502.16025, appendix B) and its Figures 10, 11 and 14 to 16, of
+one's own teacher and images.
+"""
+
+import json
+import logging
+import platform
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from radio_distill import __version__
+from radio_distill.config import FitConfig, Recipe, dump
+from radio_distill.data.folder import load_images
+from radio_distill.errors import ConfigError, WeightsError
+from radio_distill.evals.encoder import to_pixels
+from radio_distill.evals.masks import SegmentationSet, open_set
+from radio_distill.evals.probes import LinearProbe
+from radio_distill.protocols import Normalizer, Teacher, Upsampler
+from radio_distill.report.page import (
+    Section,
+    definitions,
+    figures_html,
+    settings,
+    write_page,
+)
+from radio_distill.report.tables import Table, print_tables, render
+from radio_distill.system.distributed import World, choose_device
+from radio_distill.system.files import reason_of, replacing
+from radio_distill.system.precision import resolved_dtype
+from radio_distill.system.progress import Progress
+from radio_distill.types import Size
+from teachers import build_teacher
+from upsamplers import UPSAMPLERS
+from upsamplers import comparison as compare
+from upsamplers.fit.consistency import Consistency
+from upsamplers.fitted import times
+from upsamplers.methods.interpolate import Bilinear
+from upsamplers.methods.tile import Tile
+from upsamplers.metrics import measure
+
+from ..arguments import check_output
+from ..common import fit_name, fit_of
+from ..fit_upsampler import held_out, input_size
+from . import upsampler_tables as show
+from .upsampler_report import Request, is_network
+
+logger = logging.getLogger(__name__)
+
+Scores = dict[str, float]
+BATCH = 8
+LEVELS = (2, 3, 4)
+"""Tiles a side that are compared with the teacher at the full resolution; factors are added."""
+
+
+@dataclass
+class Comparison:
+    """One teacher of a recipe at one input size, its fitted files, and what was measured."""
+
+    recipe: Recipe
+    """Of :func:`.fit_upsampler.fit_recipe`: with this teacher alone."""
+    request: Request
+    teacher: Teacher
+    size: Size
+    """The teacher's input, in pixels."""
+    device: torch.device
+    segmentation: SegmentationSet | None
+    files: dict[str, Path] = field(default_factory=dict)
+    """Fitted files by the names of their fits (:func:`.common.fit_name`)."""
+    missing: list[str] = field(default_factory=list)
+    """Commands that would fit the others."""
+    scores: dict[str, Scores] = field(default_factory=dict)
+    """Measures of upsamplers by the same names; of those of Table 9 also ``preservation`` and
+    ``preservation_low``."""
+    notes: list[str] = field(default_factory=list)
+    """A line for each thing that could not be measured, and why."""
+    tile_errors: dict[int, Scores] = field(default_factory=dict)
+    costs: list[compare.Cost] = field(default_factory=list)
+    num_images: int = 0
+
+    @classmethod
+    def of(cls, recipe: Recipe, request: Request) -> "Comparison":
+        """Build the teacher and read the segmentation set, before anything is fitted."""
+        name, evaluation = recipe.fit.teacher, recipe.evaluation
+        device = choose_device(recipe.engine.device, World())
+        teacher = build_teacher(name, recipe.teachers[name], device)
+        labelled = None
+        if 9 in request.tables and evaluation.segmentation:
+            labelled = open_set(
+                evaluation.segmentation, evaluation.limit, evaluation.segmentation_ignore
+            )
+        return cls(recipe, request, teacher, input_size(recipe, teacher), device, labelled)
+
+    @property
+    def precision(self) -> str:
+        return self.recipe.engine.precision
+
+    @cached_property
+    def normalizer(self) -> Normalizer:
+        """The scale of the first file; all were estimated on the same teacher."""
+        return compare.load_fitted(next(iter(self.files.values()))).model.normalizer
+
+    def announce(self, missing: int, fit: bool) -> None:
+        """Say what is compared, before it takes its time."""
+        config, evaluation = self.recipe.fit, self.recipe.evaluation
+        plan = f"{missing} to fit, {config.steps} steps of {config.batch_size} images each"
+        logger.info(
+            "teacher %s at %s px, factors %s: %d fitted upsamplers found, %s; %d held-out images",
+            self.teacher.spec.name, times(self.size), ", ".join(map(str, self.request.factors)),
+            len(self.request.fits(self.recipe)) - missing,
+            plan if fit and missing else f"{missing} missing",
+            len(load_images(evaluation.images, evaluation.limit or None)),
+        )  # fmt: skip
+
+    def note(self, text: str) -> None:
+        """Keep, once, what could not be measured."""
+        if text not in self.notes:
+            self.notes.append(text)
+            logger.warning("%s", text)
+
+    def load(self, config: FitConfig) -> Consistency | None:
+        """Load an upsampler onto the device; None, once with a note, where it is not there."""
+        name = fit_name(config)
+        if name in self.files:
+            return compare.load_fitted(self.files[name]).to(self.device)
+        if is_network(config.upsampler):
+            return None
+        bilinear = fit_of(self.recipe, self.recipe.fit.teacher, "bilinear", config.factor)
+        reference = self.load(bilinear)
+        if reference is None:
+            self.note(f"{name} is not measured: its downsampler would be that of a fitted bilinear")
+            return None
+        upsampler = UPSAMPLERS.get(config.upsampler)(factor=config.factor)
+        return compare.without_parameters(upsampler, self.teacher, reference).to(self.device)
+
+    def batches(self, factor: int) -> list[Tensor]:
+        """Load the held-out images, ``factor`` times the teacher's input."""
+        evaluation = self.recipe.evaluation
+        return held_out(evaluation.images, self.size, factor, evaluation.limit)
+
+    def measure(self) -> None:
+        """Measure the upsamplers of all tables, then tiles, then time."""
+        for factor in self.request.factors:
+            batches = self.batches(factor)
+            self.num_images = sum(map(len, batches))
+            for name, config in self.request.configs(self.recipe).items():
+                if config.factor == factor:
+                    self._measure_one(name, config, batches)
+        if self.segmentation is not None:
+            self._measure_preservation(self.segmentation)
+        for level in sorted({*LEVELS, *self.request.factors}):
+            self._measure_tiles(level)
+        if self.request.throughput:
+            factors = sorted({1, *LEVELS, *self.request.factors})
+            with _bar("throughput", len(factors), "sizes") as progress:
+                self.costs = compare.costs(self.teacher, self.size, factors, self.device, progress)
+
+    def _measure_one(self, name: str, config: FitConfig, batches: Sequence[Tensor]) -> None:
+        try:
+            consistency = self.load(config)
+            if consistency is None:
+                return
+            with _bar(f"{name}: held-out images", len(batches)) as progress:
+                self.scores[name] = measure(
+                    consistency, self.teacher, batches, self.size, config.factor, progress,
+                    self.precision,
+                )  # fmt: skip
+        except (ConfigError, WeightsError) as error:
+            # A teacher that cannot be shown so much; a converted file, without a downsampler.
+            self.note(f"{name} is not measured: {error}")
+
+    def _measure_preservation(self, data: SegmentationSet) -> None:
+        """Add what a probe of the teacher's maps makes of the upsampled ones of Table 9."""
+        train = self._labelled(data, "train", self.size[0])
+        probe: LinearProbe | None = None
+        for factor, rows in self.request.rows(9, self.recipe).items():
+            images = self._labelled(data, "val", self.size[0] * factor)
+            for _, config in rows:
+                name = fit_name(config)
+                consistency = self.load(config) if name in self.scores else None
+                if consistency is None:
+                    continue
+                probe = probe or compare.fit_probe(self.teacher, train, len(data.classes))
+                with _bar(f"{name}: segmentation", len(images)) as progress:
+                    fine, low = compare.preservation(
+                        consistency.model, self.teacher, probe, images, self.size, factor,
+                        progress, self.precision,
+                    )  # fmt: skip
+                self.scores[name] |= {"preservation": fine, "preservation_low": low}
+
+    def _labelled(
+        self, data: SegmentationSet, split: Literal["train", "val"], side: int
+    ) -> compare.Labelled:
+        """Load images with their classes, ``side`` pixels a side, in batches."""
+        pairs = data.train if split == "train" else data.val
+        return [
+            (
+                torch.stack([to_pixels(pair.image, (side, side)) for pair in part]).to(self.device),
+                torch.stack([data.mask(pair, side) for pair in part]),
+            )
+            for part in (pairs[at : at + BATCH] for at in range(0, len(pairs), BATCH))
+        ]
+
+    def _measure_tiles(self, level: int) -> None:
+        """Measure how far tiles and interpolation are from the teacher itself."""
+        batches = self.batches(level)
+        kinds: dict[str, Upsampler] = {"tiles": Tile(level), "bilinear": Bilinear(level)}
+        with _bar(f"tiles of level {level}", len(batches)) as progress:
+            try:
+                self.tile_errors[level] = compare.native_error(
+                    self.teacher, self.normalizer, kinds, batches, self.size, level, self.device,
+                    progress,
+                )  # fmt: skip
+            except ConfigError as error:
+                self.note(f"tiles of level {level} are not compared: {error}")
+
+
+@contextmanager
+def _bar(label: str, total: int, unit: str = "batches") -> Iterator[Callable[[int, int], None]]:
+    with Progress(label, total, unit) as bar:
+        yield lambda done, _: bar.update(done)
+
+
+def write_report(comparison: Comparison) -> Path:
+    """Measure, print the tables, and write RUN/upsampler_report/TEACHER; returns the page's path.
+
+    Raises ConfigError where a file cannot be written.
+    """
+    folder = comparison.recipe.folder / "upsampler_report" / comparison.teacher.spec.name
+    check_output(folder / "index.html")
+    comparison.measure()
+    tables, tiles = show.tables_of(comparison), show.tile_table(comparison)
+    timing = show.cost_table(comparison)
+    print_tables([*tables, *tiles, *timing])
+    sheets = {
+        "features": figures_html(show.feature_sheets(comparison), "sheets"),
+        "biases": figures_html(show.bias_sheet(comparison), "sheets"),
+        "tiles": _html(tiles)
+        + figures_html(show.tile_chart(comparison), "panels")
+        + figures_html(show.tile_sheets(comparison), "sheets"),
+        "throughput": _html(timing) + figures_html(show.cost_charts(comparison), "panels"),
+    }
+    sections = [
+        Section("scores", "Upsamplers compared", _html(tables)),
+        Section("run", "What was compared", definitions(_summary(comparison))),
+        Section("fits", "Fits", show.fits_table(comparison).to_html()),
+        *(Section(key, key.capitalize(), content) for key, content in sheets.items()),
+        Section("recipe", "Recipe", settings(dump(comparison.recipe))),
+    ]
+    texts = {
+        "tables.md": render([*tables, *tiles, *timing], "markdown"),
+        "scores.json": json.dumps(_scores(comparison), indent=2) + "\n",
+    }
+    for name, text in texts.items():
+        try:
+            with replacing(folder / name) as draft:
+                draft.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"cannot write {folder / name}: {reason_of(error)}") from error
+    title = f"Upsamplers of teacher {comparison.teacher.spec.name}"
+    return write_page(folder / "index.html", title, sections)
+
+
+def _html(tables: Sequence[Table]) -> str:
+    return "".join(table.to_html() for table in tables)
+
+
+def _summary(made: Comparison) -> list[tuple[str, str]]:
+    spec, config = made.teacher.spec, made.recipe.teachers[made.teacher.spec.name]
+    machine = platform.machine()
+    if made.device.type == "cuda":
+        machine = torch.cuda.get_device_name()
+    dtype = resolved_dtype(config.dtype, made.device)
+    lines = {
+        "teacher": f"{spec.name} ({config.preset}, {dtype}), {spec.channels} channels",
+        "input": f"{times(made.size)} px, patch {spec.patch_size}",
+        "held-out images": f"{made.num_images} of {made.recipe.evaluation.images}",
+        "not fitted": "\n".join(made.missing),
+        "not measured": "\n".join(made.notes),
+        "machine": f"{machine}, {torch.get_num_threads()} threads, "
+        f"Python {platform.python_version()}",
+        "versions": f"radio_distill {__version__}, torch {torch.__version__}",
+    }
+    return [(name, text) for name, text in lines.items() if text]
+
+
+def _scores(made: Comparison) -> dict[str, Any]:
+    """Return everything that was measured, unrounded, for programs."""
+
+    def described(name: str, config: FitConfig) -> dict[str, Any]:
+        values: dict[str, Any] = {"upsampler": config.upsampler, "factor": config.factor}
+        if name in made.files:
+            values |= {"options": config.options, "de_bias": config.de_bias}
+            values["file"] = str(made.files[name])
+        return values | made.scores[name]
+
+    configs = made.request.configs(made.recipe).items()
+    return {
+        "teacher": made.teacher.spec.name,
+        "weights_hash": made.teacher.spec.weights_hash,
+        "size": list(made.size),
+        "images": {"source": made.recipe.evaluation.images, "number": made.num_images},
+        "upsamplers": {n: described(n, config) for n, config in configs if n in made.scores},
+        "tile_errors": {str(level): errors for level, errors in made.tile_errors.items()},
+        "costs": [item._asdict() for item in made.costs],
+        "missing": made.missing,
+        "notes": made.notes,
+    }
