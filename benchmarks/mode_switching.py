@@ -9,7 +9,7 @@ many steps and images:
     both        half at 160 px and half at 320 px, each shown to both teachers: its cure
 
 The teachers see every image at the size that matches 160 px, upsampled for the larger student:
-what there is to say of a image does not depend on its resolution. `radio-distill mode-switching`
+what there is to say of an image does not depend on its resolution. `radio-distill mode-switching`
 then compares the three with the student that they start from and with the teachers. Equal budget
 means equally many images: an image of 320 px costs the student about four times one of 160.
 

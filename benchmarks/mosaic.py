@@ -28,7 +28,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from radio_distill.config import TeacherConfig
-from radio_distill.data.shards import find_images
+from radio_distill.data.find import list_tree
 from radio_distill.distill.mosaic import Mosaic, plan_mosaic
 from radio_distill.protocols import Teacher
 from teachers import build_teacher
@@ -51,7 +51,9 @@ def read_views(folder: Path | None, number: int, side: int) -> Tensor:
     if folder is None:
         photographs = [photograph(name) for name in PHOTOGRAPHS[:number]]
     else:
-        photographs = [Image.open(path).convert("RGB") for path in find_images(folder)[:number]]
+        photographs = [
+            Image.open(path).convert("RGB") for path in list_tree(folder).images[:number]
+        ]
     if len(photographs) < number:
         raise SystemExit(f"{folder} holds {len(photographs)} images; {number} are needed")
     return torch.stack([_pixels(ImageOps.fit(image, (side, side))) for image in photographs])

@@ -1,6 +1,6 @@
 """Upsamplers of others, from the copy that the user has: AnyUp, JAFAR, LoftUp and NAF.
 
-Each is a network that is handed a image and a low-resolution map. Nothing of theirs is in this
+Each is a network that is handed an image and a low-resolution map. Nothing of theirs is in this
 project and nothing is fetched: the user clones the repository and names the folder in
 ``upsampler.options.repository``. **That runs the code in that folder**, as an import does; name
 only one that you trust. Their own entry functions may fetch their weights on first use, unless

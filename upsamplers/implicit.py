@@ -2,7 +2,7 @@
 
 FeatUp (arXiv 2403.10516, section 3.2 and Table 7). The network sees where a point is and which
 colour it has, and is right where every random view of its map, downsampled, is what the teacher
-says of that view. It takes thousands of steps a image: the paper's ceiling of quality, for
+says of that view. It takes thousands of steps an image: the paper's ceiling of quality, for
 images and comparison, not for the training loop.
 
 Where the released code differs from the paper, this is the paper's:
@@ -154,7 +154,7 @@ def fit_implicit(
 
     Raises:
         ConfigError: an argument that cannot be, or a size that the teacher cannot take.
-        DataError: a image or features that are not finite.
+        DataError: an image or features that are not finite.
         DivergedError: a loss that is not finite.
     """
     factor = teacher.spec.patch_size if factor is None else factor

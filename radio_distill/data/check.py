@@ -1,6 +1,7 @@
 """Read every image of some shards once, and say what is wrong before a run meets it."""
 
 import warnings
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,7 @@ from .sources import describe_notes, index_folders
 from .tar_index import Shard, open_shard
 from .tar_reader import ShardReader
 
-SIZE_STEPS = (64, 128, 256, 512, 1024, 2048, 4096)
+SIZE_STEPS = (0, 64, 128, 256, 512, 1024, 2048, 4096)
 """Borders of the histogram of shortest sides, in pixels."""
 
 
@@ -52,18 +53,15 @@ class ShardReport:
         """Whether training can use all that is meant for it; an empty shard is no fault."""
         return not (self.damaged or self.left_out or self.bad)
 
-    def add(self, other: "ShardReport") -> None:
-        """Add what was found in other shards."""
-        self.num_shards += other.num_shards
-        self.num_images += other.num_images
-        self.num_bytes += other.num_bytes
-        self.damaged += other.damaged
-        self.empty += other.empty
-        self.left_out += other.left_out
-        self.sizes += other.sizes
-        for mine, theirs in ((self.left_out_names, other.left_out_names), (self.bad, other.bad)):
-            for kind, lines in theirs.items():
-                mine.setdefault(kind, []).extend(lines)
+
+@dataclass
+class _Checked:
+    """What was found in one shard."""
+
+    shard: Shard
+    bad: list[tuple[str, str]] = field(default_factory=list)
+    """Kind and line of each bad image."""
+    sizes: Counter[str] = field(default_factory=Counter)
 
 
 def check_shards(
@@ -85,13 +83,16 @@ def check_shards(
         DataError: no shards found. Damage is reported, not raised.
     """
     found = find_shards(patterns)
-    report, shards = ShardReport(), []
+    report, shards = ShardReport(num_shards=len(found.paths)), []
     with warnings.catch_warnings(), ThreadPoolExecutor(threads) as pool:
         warnings.filterwarnings("ignore", module="PIL")  # what matters is reported
         results = pool.map(lambda path: _check_shard(path, config), found.paths)
-        for done, (shard, result) in enumerate(results, 1):
-            report.add(result)
-            shards += [shard] if shard else []
+        for done, result in enumerate(results, 1):
+            if isinstance(result, DataError):
+                report.damaged.append(str(result))
+            else:
+                _add(report, result)
+                shards.append(result.shard)
             if progress is not None:
                 progress(done, len(found.paths))
     report.notes = [*found.notes, *describe_notes(shards)]
@@ -104,37 +105,38 @@ def limits_of(kind: str, config: DataConfig) -> str:
     return f"{name} is {getattr(config, name.removeprefix('data.'))}" if name else ""
 
 
-def _check_shard(path: Path, config: DataConfig) -> tuple[Shard | None, ShardReport]:
-    report = ShardReport(num_shards=1)
+def _check_shard(path: Path, config: DataConfig) -> _Checked | DataError:
     try:
-        shard = open_shard(path, index_folders(config))
-        reader = ShardReader([shard], timeout=config.read_timeout)
-        report.num_bytes = shard.size
-        for number in range(shard.num_samples):
-            _check_image(reader, number, config, report)
+        checked = _Checked(open_shard(path, index_folders(config)))
+        reader = ShardReader([checked.shard], timeout=config.read_timeout)
+        for number in range(checked.shard.num_samples):
+            sample = reader.sample(0, number)
+            try:
+                data = reader.image_bytes(0, sample)
+                limits = {"max_pixels": config.max_pixels, "min_size": config.min_size}
+                checked.sizes[_bucket(min(decode_image(data, **limits).size))] += 1
+            except BadImageError as error:
+                checked.bad.append((error.kind, f"{reader.key(0, sample)}: {error}"))
     except DataError as error:
-        return None, ShardReport(num_shards=1, damaged=[str(error)])
-    if not shard.num_samples:
-        report.empty.append(printable(path))
+        return error
+    return checked
+
+
+def _add(report: ShardReport, checked: _Checked) -> None:
+    shard = checked.shard
+    report.num_images += shard.num_samples
+    report.num_bytes += shard.size
+    report.sizes += checked.sizes
+    report.empty += [] if shard.num_samples else [printable(shard.path)]
+    for kind, line in checked.bad:
+        report.bad.setdefault(kind, []).append(line)
     for kind, item in shard.left_out.items():
-        report.left_out[kind] = item.num_samples
-        report.left_out_names[kind] = [f"{printable(path.name)}:{name}" for name in item.names]
-    return shard, report
-
-
-def _check_image(reader: ShardReader, number: int, config: DataConfig, report: ShardReport) -> None:
-    sample = reader.sample(0, number)
-    report.num_images += 1
-    try:
-        image = decode_image(
-            reader.image_bytes(0, sample), max_pixels=config.max_pixels, min_size=config.min_size
-        )
-        report.sizes[_bucket(min(image.size))] += 1
-    except BadImageError as error:
-        report.bad.setdefault(error.kind, []).append(f"{reader.key(0, sample)}: {error}")
+        report.left_out[kind] += item.num_samples
+        names = [f"{printable(shard.path.name)}:{name}" for name in item.names]
+        report.left_out_names.setdefault(kind, []).extend(names)
 
 
 def _bucket(side: int) -> str:
-    lower = max((step for step in SIZE_STEPS if step <= side), default=0)
-    upper = min((step for step in SIZE_STEPS if step > side), default=None)
-    return f"{lower}-{upper - 1}" if upper else f"{lower}+"
+    place = bisect_right(SIZE_STEPS, side)
+    upper = f"-{SIZE_STEPS[place] - 1}" if place < len(SIZE_STEPS) else "+"
+    return f"{SIZE_STEPS[place - 1]}{upper}"

@@ -100,7 +100,7 @@ class BadImageError(DataError):
 
 
 def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS, min_size: int = 1) -> Image.Image:
-    """Decode a image to upright 8-bit RGB.
+    """Decode an image to upright 8-bit RGB.
 
     EXIF orientation is applied, transparency is put on white, 16-bit grey is scaled, and of an
     animation the first frame is taken. Size is judged by the header, before any pixel is decoded.
@@ -131,7 +131,7 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS, min_size: int = 1
 
 
 def image_suffix(data: bytes) -> str:
-    """Return the file suffix that fits the bytes of a image, whatever its file was called."""
+    """Return the file suffix that fits the bytes of an image, whatever its file was called."""
     return SUFFIX_OF_FORMAT[_open(data).format or ""]
 
 
@@ -228,12 +228,12 @@ def _what_it_is(data: bytes) -> str:
         suffix = "avif" if data[8:12] in (b"avif", b"avis") else "heic"
         needed = "" if suffix in readable_suffixes() else _NEEDED[suffix]
         if needed:
-            return f"not a image in a known format; {suffix.upper()} needs {needed}"
+            return f"not an image in a known format; {suffix.upper()} needs {needed}"
     start = data[:64].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     kind = next((text for magic, text in _NO_IMAGES.items() if start.startswith(magic)), "")
     if not data.strip(b"\0"):
         kind = "only zeros" if data else "empty"
-    return "not a image in a known format" + (f", but {kind}" if kind else "")
+    return "not an image in a known format" + (f", but {kind}" if kind else "")
 
 
 def _reason(error: Exception) -> str:

@@ -1,7 +1,7 @@
 """Make tar shards from a folder of images.
 
 The shards are plain webdataset: members ``KEY.jpg``, ``KEY.txt``, ``KEY.cls`` side by side. The
-bytes of a image stay as they are; nothing is encoded again.
+bytes of an image stay as they are; nothing is encoded again.
 """
 
 import hashlib
@@ -22,9 +22,11 @@ from .find import Tree, list_tree
 from .images import FIELD_OF_KIND, BadImageError, decode_image, image_suffix
 from .tar_scan import MAX_MEMBER_BYTES
 
-_COMPANIONS = ("txt", "cls", "json")  # kept where they lie beside a image under its name
+_COMPANIONS = ("txt", "cls", "json")  # kept where they lie beside an image under its name
 _SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing", "dev")
 _SHOWN = 20
+
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -49,11 +51,6 @@ class ShardSummary:
         return [made, *self.notes, *bad]
 
 
-def find_images(folder: Path) -> list[Path]:
-    """List the image files below a folder, sorted; see :mod:`.find` for what is passed over."""
-    return list_tree(folder).images
-
-
 def read_image(path: Path) -> bytes:
     """Read a file of a folder; raises BadImageError where it is too large, or no file at all."""
     try:
@@ -75,11 +72,11 @@ def write_shards(
     labels: bool = False,
     limits: DataConfig | None = None,
     hold_out: float = 0.0,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> ShardSummary:
     """Pack the images below ``source`` into shards; equal sources give equal bytes.
 
-    Text beside a image goes with it: files of its name with the suffix ``.txt``, ``.cls`` or
+    Text beside an image goes with it: files of its name with the suffix ``.txt``, ``.cls`` or
     ``.json`` in place of its own or behind it, in upper or lower case. Captions are written as
     UTF-8. Images that training would not take are left out and listed. The shards appear in
     ``out`` when all of them are written.
@@ -104,43 +101,40 @@ def write_shards(
     if not 0 <= hold_out < 1:
         raise ConfigError(f"hold_out: {hold_out:g} is not a share of 0 to below 1")
     tree = list_tree(source)
-    paths = tree.images
-    if not paths:
+    if not tree.images:
         there = tree.describe_rest([])
-        raise DataError(
-            f"no images found in {printable(source)}" + (f": only {there}" if there else "")
-        )
-    held = _choose(paths, source, hold_out)
-    places = [out, held_out_folder(out)] if held else [out]
-    for place in places:
+        only = f": only {there}" if there else ""
+        raise DataError(f"no images found in {printable(source)}{only}")
+    held = _choose(tree.images, source, hold_out)
+    parts = {out: [path for path in tree.images if path not in held]}
+    if held:
+        parts[held_out_folder(out)] = [path for path in tree.images if path in held]
+    for place in parts:
         if list(place.glob(f"{prefix}-*.tar")):
             raise DataError(
                 f"{printable(place)} already holds {prefix}-*.tar; remove them or choose another "
                 "folder"
             )
-    classes = _classes(paths, source) if labels else {}
+    classes = _classes(tree.images, source) if labels else {}
     packer = _Packer(source, tree, classes, limits or DataConfig(shards=()), progress)
-    made = []
-    for place in places:
-        chosen = [image for image in paths if (image in held) == (place != out)]
+    made: list[tuple[tuple[Path, ...], int]] = []
+    for place, paths in parts.items():
         try:
-            place.mkdir(parents=True, exist_ok=True)
-            names = _write(
-                packer.samples(chosen), place, images_per_shard, prefix, packer.class_names
-            )
+            names = _write(packer, paths, place, images_per_shard, prefix)
         except OSError as error:
             reason = reason_of(error)
             raise DataError(f"cannot write shards to {printable(place)}: {reason}") from error
         made.append((tuple(place / name for name in names), packer.num_packed))
-    if not made[0][0]:
+    (shards, num_images), (others, num_others) = made[0], made[-1] if held else ((), 0)
+    if not shards:
         raise DataError(
             f"no image in {printable(source)} can be used: left out {packer.verdict()}; the "
             f"first: {': '.join(next(iter(packer.bad.items())))}"
         )
-    (shards, num_images), (others, num_others) = (*made, ((), 0))[:2]
-    notes = packer.notes(tree)
+    notes = packer.notes()
     if held:
-        notes = [f"{num_others} images held out in {len(others)} shards: {places[1]}", *notes]
+        where = f"{len(others)} shards: {held_out_folder(out)}"
+        notes = [f"{num_others} images held out in {where}", *notes]
     return ShardSummary(shards, num_images, packer.bad, packer.class_names, others, tuple(notes))
 
 
@@ -151,13 +145,11 @@ def held_out_folder(out: Path) -> Path:
 
 def _choose(paths: list[Path], source: Path, share: float) -> set[Path]:
     """Choose a share of the images, at least one, by the hash of their paths."""
-    if not share:
-        return set()
 
     def order(path: Path) -> bytes:
         return hashlib.sha256(os.fsencode(path.relative_to(source).as_posix())).digest()
 
-    number = max(1, round(share * len(paths)))
+    number = max(1, round(share * len(paths))) if share else 0
     if number >= len(paths):
         raise ConfigError(f"hold_out: {share:g} of {len(paths)} images leaves none to train on")
     return set(sorted(paths, key=order)[:number])
@@ -211,13 +203,13 @@ class _Packer:
         tree: Tree,
         classes: dict[Path, str],
         limits: DataConfig,
-        progress: Callable[[int, int], None] | None,
+        progress: Progress | None,
     ):
-        self._source, self._classes, self._limits = source, classes, limits
-        self._images, self._progress = tree.images, progress
+        self._source, self._tree, self._images = source, tree, tree.images
+        self._classes, self._limits, self._progress = classes, limits, progress
         self._names = sorted(set(classes.values()))
         self.class_names = tuple(map(printable, self._names))
-        self._side_files = _SideFiles(tree)
+        self._side_files = _SideFiles(tree, without=("cls",) if classes else ())
         self._num_done = 0
         self.num_packed = 0
         """Of the last call of ``samples``."""
@@ -239,9 +231,9 @@ class _Packer:
             if self._progress is not None:
                 self._progress(self._num_done, len(self._images))
 
-    def notes(self, tree: Tree) -> list[str]:
+    def notes(self) -> list[str]:
         """Return lines about classes, side files, and what is not in the shards."""
-        lines = []
+        lines, side_files = [], self._side_files
         root, folders = _first_level(self._images, self._source)
         if len(splits := _splits(folders)) > 1:
             names = " and ".join(splits)
@@ -251,9 +243,9 @@ class _Packer:
             )
         if self._classes:
             lines.append(f"classes: {len(self._names)} ({_listed(self._class_sizes)})")
-        if self._side_files.counts:
-            lines.append(f"side files: {_listed(self._side_files.counts)}")
-        if rest := tree.describe_rest([*self._images, *self._side_files.used]):
+        if side_files.counts:
+            lines.append(f"side files: {_listed(side_files.counts)}")
+        if rest := self._tree.describe_rest([*self._images, *side_files.used]):
             lines.append(f"passed over: {rest}")
         if self.bad:
             lines.append(f"left out: {self.verdict()}")
@@ -262,17 +254,13 @@ class _Packer:
     def verdict(self) -> str:
         """Return how many images are left out, of which kinds, and which limits take more."""
         kinds = ", ".join(f"{number} {kind}" for kind, number in self._kinds.most_common())
-        words = f"{len(self.bad)} of {len(self._images)} images ({kinds})"
-        limits = [
+        limits = " and ".join(
             f"--{field} (now {getattr(self._limits, field.removeprefix('data.'))})"
             for kind, field in FIELD_OF_KIND.items()
             if self._kinds[kind]
-        ]
-        return (
-            f"{words}; the limit, here and in training, is {' and '.join(limits)}"
-            if limits
-            else words
         )
+        limit = f"; the limit, here and in training, is {limits}" if limits else ""
+        return f"{len(self.bad)} of {len(self._images)} images ({kinds}){limit}"
 
     def _sample(self, image: Path) -> dict[str, Any]:
         data = read_image(image)
@@ -282,7 +270,7 @@ class _Packer:
         stem = re.sub(r"[^A-Za-z0-9_-]+", "_", image.stem)[:40]
         sample: dict[str, Any] = {"__key__": f"{self.num_packed:08d}-{stem}"}
         sample[image_suffix(data)] = data
-        sample |= self._side_files.of(image, without="cls" if self._classes else "")
+        sample |= self._side_files.of(image)
         if self._classes:
             name = self._classes[image]
             self._class_sizes[printable(name)] += 1
@@ -293,7 +281,8 @@ class _Packer:
 class _SideFiles:
     """Captions, labels and the like that lie beside images."""
 
-    def __init__(self, tree: Tree):
+    def __init__(self, tree: Tree, without: Sequence[str]):
+        self._suffixes = [suffix for suffix in _COMPANIONS if suffix not in without]
         self._owners = {
             path.parent / name for path in tree.images for name in (path.stem, path.name)
         }
@@ -304,11 +293,11 @@ class _SideFiles:
         self.used: set[Path] = set()
         self.counts: Counter[str] = Counter()
 
-    def of(self, image: Path, without: str) -> dict[str, bytes]:
-        """Read what lies beside a image, by suffix; one suffix may be left out."""
-        found = {}
-        for suffix in _COMPANIONS:
-            path = None if suffix == without else self._find(image, suffix)
+    def of(self, image: Path) -> dict[str, bytes]:
+        """Read what lies beside an image, by suffix."""
+        by_suffix = {}
+        for suffix in self._suffixes:
+            path = self._find(image, suffix)
             if path is None:
                 continue
             self.used.add(path)
@@ -317,17 +306,16 @@ class _SideFiles:
             except BadImageError:
                 self.counts[f"unreadable .{suffix}"] += 1
                 continue
+            text = _as_utf8(data) if suffix == "txt" else data
             self.counts[f".{suffix}"] += 1
             self.counts[f"empty .{suffix}"] += not data.strip()
-            found[suffix] = data
-            if suffix == "txt":
-                found[suffix] = _as_utf8(data)
-                self.counts[".txt encoded anew as UTF-8"] += found[suffix] != data
+            self.counts[".txt encoded anew as UTF-8"] += text != data
+            by_suffix[suffix] = text
         self.counts = +self.counts
-        return found
+        return by_suffix
 
     def _find(self, image: Path, suffix: str) -> Path | None:
-        """Find a file of a image's name; in another case only where no image has that."""
+        """Find a file of an image's name; in another case only where no image has that."""
         for name in (f"{image.stem}.{suffix}", f"{image.name}.{suffix}"):
             for path in self._files.get((image.parent, name.lower()), ()):
                 stem = path.name[: -len(suffix) - 1]
@@ -352,31 +340,26 @@ def _listed(counts: Counter[str]) -> str:
 
 
 def _write(
-    samples: Iterator[dict[str, Any]],
-    out: Path,
-    images_per_shard: int,
-    prefix: str,
-    class_names: Sequence[str],
+    packer: _Packer, paths: Sequence[Path], out: Path, images_per_shard: int, prefix: str
 ) -> list[str]:
     """Write all shards to a hidden folder, then move them; returns their names."""
+    from webdataset import TarWriter
+
+    out.mkdir(parents=True, exist_ok=True)
     names: list[str] = []
+    samples = packer.samples(paths)
     with tempfile.TemporaryDirectory(dir=out, prefix=".writing-") as folder:
         for first in samples:
             names.append(f"{prefix}-{len(names):06d}.tar")
-            chunk = chain([first], islice(samples, images_per_shard - 1))
-            _write_shard(Path(folder, names[-1]), chunk)
-        if class_names and names:
-            Path(folder, "classes.txt").write_text("\n".join(class_names) + "\n", encoding="utf-8")
+            path = Path(folder, names[-1])
+            with path.open("wb") as file, TarWriter(file, encoder=False, mtime=0) as writer:
+                for sample in chain([first], islice(samples, images_per_shard - 1)):
+                    writer.write(sample)
+            flush(path)
+        if packer.class_names and names:
+            classes = "".join(f"{name}\n" for name in packer.class_names)
+            Path(folder, "classes.txt").write_text(classes, encoding="utf-8")
             os.replace(Path(folder, "classes.txt"), out / "classes.txt")
         for name in names:
             os.replace(Path(folder, name), out / name)
     return names
-
-
-def _write_shard(path: Path, samples: Iterator[dict[str, Any]]) -> None:
-    from webdataset import TarWriter
-
-    with path.open("wb") as file, TarWriter(file, encoder=False, mtime=0) as writer:
-        for sample in samples:
-            writer.write(sample)
-    flush(path)

@@ -34,7 +34,7 @@ GREY = 0.5  # what a warped view shows beyond its image
 
 @dataclass(frozen=True, slots=True)
 class Correspondence:
-    """Recall between a image and its warp by a random, seeded homography."""
+    """Recall between an image and its warp by a random, seeded homography."""
 
     images: str
     size: int

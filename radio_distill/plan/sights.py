@@ -10,7 +10,7 @@ from ..types import Size, TeacherSpec
 
 @dataclass(frozen=True)
 class Sight:
-    """What one teacher sees of a image at one size of the student's.
+    """What one teacher sees of an image at one size of the student's.
 
     Where partitions share their images, equal sights give equal targets.
     """

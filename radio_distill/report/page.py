@@ -36,7 +36,7 @@ _DARK = (
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """A image with a title and a caption."""
+    """An image with a title and a caption."""
 
     title: str
     caption: str
@@ -270,7 +270,7 @@ def _figure(figure: Figure) -> str:
 
 
 def _data_address(figure: Figure) -> str:
-    """Put a image into an address. An SVG stays an image: nothing in it can run or load."""
+    """Put an image into an address. An SVG stays an image: nothing in it can run or load."""
     content = figure.image
     if not isinstance(content, bytes):
         buffer = io.BytesIO()

@@ -4,7 +4,7 @@
     radio-distill shards --check data/images
 
 Every image becomes one sample of a webdataset tar, its bytes unchanged. A text file of the same
-name beside a image is kept as its caption, and with --labels the name of its class folder as its
+name beside an image is kept as its caption, and with --labels the name of its class folder as its
 label. What is passed over or left out is counted and said.
 """
 
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=defaults.min_size,
         metavar="PX",
         dest="min_size",
-        help=f"shortest side that a image must have (default {defaults.min_size})",
+        help=f"shortest side that an image must have (default {defaults.min_size})",
     )
     parser.add_argument(
         "--data.max_pixels",

@@ -138,7 +138,7 @@ def test_report__the_page_has_every_section_and_loads_nothing(folder: Path) -> N
     page = (folder / "index.html").read_text()
     assert re.findall(r'<section id="(\w+)">', page) == SECTIONS
     assert page.count("data:image/png") == 4  # features, differences, biases, tiles
-    assert page.count("data:image/svg") == 3  # error of tiles, time a token, time a image
+    assert page.count("data:image/svg") == 3  # error of tiles, time a token, time an image
     assert not re.findall(r'(?:src|href)="(?!data:|#)', page)
     assert sorted(item.name for item in folder.iterdir()) == [
         "index.html", "scores.json", "tables.md",

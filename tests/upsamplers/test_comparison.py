@@ -138,7 +138,7 @@ def test_native_error__a_teacher_that_cannot_says_so(batches: list[Tensor]) -> N
 
 
 def stripes(width: int, scale: int) -> tuple[Tensor, Tensor]:
-    """Return a image of ``scale`` times SIZE in vertical stripes of two colours, and classes."""
+    """Return an image of ``scale`` times SIZE in vertical stripes of two colours, and classes."""
     labels = (torch.arange(SIZE[1] * scale) // width % 2).expand(1, SIZE[0] * scale, -1)
     colours = torch.tensor([[1.0, 0.1, 0.2], [0.2, 0.3, 0.9]])
     return colours[labels].movedim(-1, 1), labels

@@ -38,7 +38,7 @@ def colours(pixels, patch):
 
 
 def squares(height, width):
-    """A image of flat rectangles, not aligned with the cells."""
+    """An image of flat rectangles, not aligned with the cells."""
     draw = np.random.default_rng(3)
     image = torch.full((3, height, width), 0.5)
     for _ in range(12):

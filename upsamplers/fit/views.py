@@ -1,6 +1,6 @@
-"""Random views of a image, and of its features: what fitting by multi-view consistency compares.
+"""Random views of an image, and of its features: what fitting by multi-view consistency compares.
 
-An upsampler is fitted by showing a teacher other views of a image and asking that the upsampled
+An upsampler is fitted by showing a teacher other views of an image and asking that the upsampled
 features, seen in the same view and downsampled, be what the teacher answers (FeatUp, arXiv
 2403.10516, section 3). Each view is one homography, from points of the view to points of the
 image (:mod:`radio_distill.geometry`). Outside the image a view shows the image's mirror image, to
@@ -59,7 +59,7 @@ VIEWS = {
     "featup": ViewRange(scale=(1.0, 2.0), scale_chance=0.5, shift=20 / 224, flip=0.5),
     # FeatSharp (arXiv 2502.16025), Table 11, names the kinds; the strengths are those of its
     # released code, but for flip (it never flips) and shift (a crop in whole patches; FeatUp's
-    # here). What it does to a image and all its views alike is left to the data.
+    # here). What it does to an image and all its views alike is left to the data.
     "featsharp": ViewRange(
         scale=(0.95, 1 / 0.95), shift=20 / 224, flip=0.5, rotation=5.0, perspective=0.05
     ),
@@ -108,7 +108,7 @@ def render(images: Tensor, homographies: Tensor, size: Size) -> Tensor:
 
     Args:
         images: ``[B, C, H, W]``.
-        homographies: ``[B * V, 3, 3]``, the V views of a image one after the other.
+        homographies: ``[B * V, 3, 3]``, the V views of an image one after the other.
         size: height and width of each view, in pixels.
     """
     height, width = images.shape[-2:]

@@ -1,7 +1,7 @@
 """Bilinear and bicubic interpolation of the low-resolution map: the baseline of every comparison.
 
 RADIOv2.5's stage 3 went the other way, student down to the teacher's grid; FeatSharp's "Baseline"
-(arXiv 2502.16025, section 4.5) is ``bilinear``. One teacher image a image at any factor.
+(arXiv 2502.16025, section 4.5) is ``bilinear``. One teacher image an image at any factor.
 """
 
 from dataclasses import dataclass

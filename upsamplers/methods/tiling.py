@@ -39,7 +39,7 @@ def fine_grid(teacher: Teacher, size: Size, factor: int) -> Size:
 
 
 def cut(pixels: Tensor, factor: int) -> Tensor:
-    """Cut ``[B, 3, H, W]`` into ``factor * factor`` tiles a image, row by row."""
+    """Cut ``[B, 3, H, W]`` into ``factor * factor`` tiles an image, row by row."""
     return rearrange(pixels, "b c (zy h) (zx w) -> (b zy zx) c h w", zy=factor, zx=factor)
 
 

@@ -13,7 +13,7 @@ SIDE = 48
 
 
 def images(draw: Random) -> Iterator[tuple[str, str, bytes]]:
-    """Yield a description, a file name, and the bytes of a image."""
+    """Yield a description, a file name, and the bytes of an image."""
     wholes = list(_every_mode())
     for mode, suffix, data in wholes:
         yield f"{mode} {suffix}", f"a.{suffix}", data
@@ -31,7 +31,7 @@ def images(draw: Random) -> Iterator[tuple[str, str, bytes]]:
 
 
 def saved(image: Image.Image, form: str, **options) -> bytes:
-    """Return a image in a format."""
+    """Return an image in a format."""
     file = io.BytesIO()
     image.save(file, form, **options)
     return file.getvalue()
@@ -163,7 +163,7 @@ def _animations() -> Iterator[tuple[str, bytes]]:
 
 
 def _impostors() -> Iterator[tuple[str, bytes]]:
-    """Yield what is no image, or a image and something else."""
+    """Yield what is no image, or an image and something else."""
     good = saved(Image.new("RGB", (SIDE, SIDE)), "PNG")
     archive = io.BytesIO()
     with zipfile.ZipFile(archive, "w") as file:

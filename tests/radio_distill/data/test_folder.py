@@ -44,7 +44,7 @@ def test_load_images__limit_spreads_over_all(folder):
 
 def test_load_images__bad_image_is_named(folder):
     (folder / "c.png").write_bytes(b"junk")
-    with pytest.raises(DataError, match=r"image c\.png: not a image"):
+    with pytest.raises(DataError, match=r"image c\.png: not an image"):
         load_images(str(folder))[3]
     (folder / "c.png").unlink()
     (folder / "c.png").symlink_to("nowhere")

@@ -253,7 +253,7 @@ def test_decode_image__jpeg_of_two_headers():
 
 
 def test_decode_image__emptiest_honest_jpeg_is_taken():
-    """The bound on pixels in a byte is no obstacle to a image of one colour."""
+    """The bound on pixels in a byte is no obstacle to an image of one colour."""
     for options in ({}, {"progressive": True}, {"optimize": True}, {"quality": 1}):
         for mode in ("L", "RGB"):
             buffer = io.BytesIO()
@@ -347,7 +347,7 @@ def test_decode_image__polyglot_is_the_image_it_begins_with(kind):
     ],
 )
 def test_decode_image__other_formats_are_not_even_tried(data):
-    with pytest.raises(BadImageError, match="not a image in a known format"):
+    with pytest.raises(BadImageError, match="not an image in a known format"):
         decode_image(data)
 
 

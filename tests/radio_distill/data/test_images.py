@@ -212,7 +212,7 @@ def test_decode_image__heic_says_what_reads_it():
     ],
 )
 def test_decode_image__says_what_is_no_image(data, kind):
-    with pytest.raises(BadImageError, match=f"not a image in a known format, but {kind}"):
+    with pytest.raises(BadImageError, match=f"not an image in a known format, but {kind}"):
         decode_image(data)
 
 

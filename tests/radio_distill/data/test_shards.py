@@ -5,9 +5,9 @@ import webdataset
 
 from radio_distill.config import DataConfig
 from radio_distill.data.check import check_shards
-from radio_distill.data.find import find_shards
+from radio_distill.data.find import find_shards, list_tree
 from radio_distill.data.images import decode_image
-from radio_distill.data.shards import find_images, write_shards
+from radio_distill.data.shards import write_shards
 from radio_distill.data.tar_index import open_shards, parse_sample
 from radio_distill.errors import ConfigError, DataError
 
@@ -89,7 +89,7 @@ def test_write_shards__bad_images_are_listed_and_left_out(source, tmp_path, enco
 
 def test_write_shards__real_photographs(real, tmp_path):
     folder = real / "classification" / "caltech101_20x60" / "val" / "ketch"
-    originals = [path.read_bytes() for path in find_images(folder)]
+    originals = [path.read_bytes() for path in list_tree(folder).images]
     summary = write_shards(folder, tmp_path / "out", images_per_shard=7)
     assert [sample["jpg"] for sample in read_back(summary.shards)] == originals
     assert decode_image(originals[0]).mode == "RGB"
@@ -133,7 +133,7 @@ def test_write_shards__names_that_are_no_text(tmp_path, encode):
     summary = write_shards(tmp_path / "source", tmp_path / "out", labels=True)
     assert summary.num_images == 1
     assert summary.bad == {
-        r"caf\udce9\n/\udcfe.png": "not a image in a known format",
+        r"caf\udce9\n/\udcfe.png": "not an image in a known format",
         r"caf\udce9\n/pipe.png": "not a regular file",
     }
     assert (tmp_path / "out" / "classes.txt").read_text().splitlines() == [r"caf\udce9\n"]

@@ -47,7 +47,7 @@ def noise():
 
 @pytest.fixture
 def gradient() -> Image.Image:
-    """A image whose colour names the position: red runs with x, green with y."""
+    """An image whose colour names the position: red runs with x, green with y."""
     ramp = torch.linspace(0, 255, 256).round().byte()
     pixels = torch.stack([ramp.expand(256, 256), ramp[:, None].expand(256, 256)], dim=2)
     return Image.fromarray(F.pad(pixels, (0, 1), value=64).numpy())

@@ -66,7 +66,7 @@ def test_open_image__turns_upright(tmp_path):
 
 
 def test_open_image__broken_file_is_named(tmp_path):
-    (tmp_path / "a.jpg").write_bytes(b"not a image")
+    (tmp_path / "a.jpg").write_bytes(b"not an image")
     with pytest.raises(DataError, match=r"a\.jpg: .*replace or remove it"):
         open_image(tmp_path / "a.jpg")
 
