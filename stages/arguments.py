@@ -102,6 +102,8 @@ def run_command(command: Callable[[], int | None]) -> int:
     install()
     for noisy in ("DeepSpeed", "timm", "torch", "PIL", "matplotlib", "onnx_ir", "onnxscript"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(_is_no_chatter)
     try:
         status = command() or 0
         sys.stdout.flush()
@@ -120,6 +122,11 @@ def run_command(command: Callable[[], int | None]) -> int:
     except KeyboardInterrupt as error:
         print("radio-distill:", _line(error) or "stopped", file=sys.stderr)
         return _end_at_once(130)
+
+
+def _is_no_chatter(record: logging.LogRecord) -> bool:
+    """Leave out what open_clip says of every model it builds, in the root logger's name."""
+    return record.levelno >= logging.ERROR or "open_clip" not in Path(record.pathname).parts
 
 
 _OF_THE_MACHINE = (

@@ -1,59 +1,230 @@
-"""Write a recipe to begin with: one stage, one teacher, and a word on each line.
+"""Write a recipe to begin with: one stage, your teachers, and a word on each line.
 
-radio-distill init mine
-radio-distill shards ~/Images data/mine
-radio-distill plan mine
-radio-distill train mine
+    radio-distill init mine
+    radio-distill init mine --teacher timm:vit_small_patch16_dinov3 --images ~/Images
+    radio-distill init mine --teacher clip=open_clip:ViT-B-16/openai --teacher sam_h
+
+A teacher is a preset (`radio-distill list teachers`) or SOURCE:MODEL (`radio-distill list
+sources`), where MODEL is a name of that library or a path; NAME= before it is what the recipe calls
+it.
 """
 
 import argparse
 import re
+import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import yaml
+
+from radio_distill.config import TeacherConfig
 from radio_distill.config.recipes import recipe_names
 from radio_distill.errors import ConfigError
+from radio_distill.registry import nearest
 from radio_distill.system.files import reason_of
 
-STARTER = Path(__file__).with_name("starter.yaml")
-NAME = "mine"
-"""What the starter calls itself."""
+if TYPE_CHECKING:
+    from radio_distill.types import TeacherSpec
+
+DEFAULT_TEACHER = "dino=vits14_packaged"
+"""It comes with the extra `demo`."""
+_FAMILIES = (
+    "dinov3",
+    "dinov2",
+    "dino",
+    "siglip2",
+    "siglip",
+    "clip",
+    "sam3",
+    "sam2",
+    "sam",
+    "radio",
+)
+
+TEMPLATE = """\
+# A recipe of your own. `radio-distill fields` lists every field, with what it does and its default.
+name: {name}
+data:
+  # made by: {shards}
+  shards: [data/{name}]
+student:
+  architecture: vit_small_patch16_224
+  max_size: 512                 # longest side that its table of positions spans
+teachers:                       # `radio-distill list sources` has what `options` can say
+{teachers}
+stages:
+  stage1:
+    steps: 10000
+    partitions:                 # who is shown what: each has a size, teachers and a batch
+      - {{name: low, size: 224, teachers: [{names}], batch_size: 64}}
+  # A second stage goes on with the student of the first, at twice the size:
+  # stage2:
+  #   start_from: stage1
+  #   steps: 2000
+  #   partitions:
+  #     - {{name: high, size: 448, teachers: [{names}], batch_size: 16}}
+evaluation:
+  images: {held_out:21} # a folder or shards of images that no stage saw
+"""
+TEACHER = """\
+  {name:29} # patches of {patch} px, {channels} channels; licence: {licence}
+    preset: {preset}
+{more}    input_size: {size:15} # {why}"""
+_WHY = {"match": "the size at which its grid is the student's", "native": "it takes no other"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``radio-distill init``."""
-    parser.add_argument("name", nargs="?", default=NAME, help=f"of the recipe (default: {NAME})")
+    add = parser.add_argument
+    add("name", nargs="?", default="mine", help="of the recipe (default: mine)")
+    add(
+        "--teacher",
+        action="append",
+        metavar="[NAME=]TEACHER",
+        help=f"preset or SOURCE:MODEL; may be given several times (default: {DEFAULT_TEACHER})",
+    )
+    add("--images", type=Path, metavar="DIR", help="folder of your images")
+    add(
+        "--hold-out",
+        type=float,
+        default=0.05,
+        metavar="SHARE",
+        help="share of them that is kept for evaluation (default: %(default)s)",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Write ``NAME.yaml`` into this folder; a file that is there stays as it is."""
-    path = write_starter(arguments.name.removesuffix(".yaml"))
-    print(
-        f"{path}: change it, then radio-distill plan {path.stem}; radio-distill train {path.stem}"
-    )
+    """Write ``NAME.yaml`` into this folder, and print the commands that come next."""
+    name = arguments.name.removesuffix(".yaml")
+    if not 0 < arguments.hold_out < 1:
+        raise ConfigError(f"--hold-out: {arguments.hold_out:g} is no share between 0 and 1")
+    if arguments.images is not None and not arguments.images.is_dir():
+        raise ConfigError(f"--images: no folder {arguments.images}")
+    path = new_file(name)
+    images = "~/Images" if arguments.images is None else shlex.quote(str(arguments.images))
+    shards = f"radio-distill shards {images} data/{name} --hold-out {arguments.hold_out:g}"
+    write(path, recipe_text(name, teachers_of(arguments.teacher or [DEFAULT_TEACHER]), shards))
+    print(f"{path}: read it, change it, and then")
+    for command in (shards, f"radio-distill plan {name}", f"radio-distill train {name}"):
+        print(f"  {command}")
     return 0
 
 
-def write_starter(name: str) -> Path:
-    """Write the starter under a name.
+def new_file(name: str) -> Path:
+    """Return the file of a recipe to be written.
 
     Raises:
         ConfigError: a name that is no plain one or that the project's recipes have, or a file that
-            is there or cannot be written.
+            is there.
     """
     if not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", name):
         raise ConfigError(f"{name!r} is no name for a recipe: use letters, digits, - and _")
     if name in recipe_names():
         raise ConfigError(f"recipe {name!r} comes with the project; choose another name")
     path = Path(f"{name}.yaml")
-    text = STARTER.read_text(encoding="utf-8")
-    text = text.replace(f"name: {NAME}\n", f"name: {name}\n").replace(
-        f"data/{NAME}", f"data/{name}"
-    )
+    if path.exists():
+        raise ConfigError(f"{path} is there; choose another name, or move it")
+    return path
+
+
+def write(path: Path, text: str) -> None:
+    """Write a new file; one that is there stays as it is."""
     try:
         with path.open("x", encoding="utf-8") as file:
             file.write(text)
-    except FileExistsError as error:
-        raise ConfigError(f"{path} is there; choose another name, or move it") from error
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {reason_of(error)}") from error
-    return path
+
+
+def teachers_of(texts: Sequence[str]) -> dict[str, TeacherConfig]:
+    """Read ``[NAME=]PRESET`` and ``[NAME=]SOURCE:MODEL``.
+
+    Raises:
+        ConfigError: an unknown preset or source, or two teachers of one name.
+    """
+    teachers: dict[str, TeacherConfig] = {}
+    for text in texts:
+        name, equals, what = text.partition("=")
+        if not equals or ":" in name:  # it stands in the name of the model
+            name, what = _short_name(text), text
+        config = _config(what)
+        if not re.fullmatch(r"[A-Za-z]\w*", name):
+            raise ConfigError(f"--teacher {text}: {name!r} is no name; use letters, digits and _")
+        if name in teachers:
+            raise ConfigError(f"--teacher {text}: two are called {name!r}; say NAME={what}")
+        teachers[name] = config
+    return teachers
+
+
+def _config(what: str) -> TeacherConfig:
+    from teachers import SOURCES, TEACHERS
+
+    presets = TEACHERS.names()
+    source, colon, model = what.partition(":")
+    if not colon:
+        if what not in presets:
+            raise ConfigError(
+                f"no teacher {what!r} ({nearest(what, presets)}); for a model of a library say "
+                f"SOURCE:MODEL, such as timm:{what}"
+            )
+        return TeacherConfig(preset=what)
+    if source not in SOURCES:
+        raise ConfigError(f"no source {source!r} of teachers ({nearest(source, list(SOURCES))})")
+    if source == "student" or Path(model).expanduser().exists():
+        return TeacherConfig(preset=source, weights=model)
+    return TeacherConfig(preset=source, options={"model": model})
+
+
+def _short_name(what: str) -> str:
+    """Name a teacher by its family where its model or its source names one, else by its model."""
+    source, colon, model = what.lower().partition(":")
+    model = Path(model if colon else source).name
+    for text in (model, source):
+        for family in _FAMILIES:
+            if family in text:
+                return family
+    return re.sub(r"\W+", "_", model).strip("_")
+
+
+def recipe_text(name: str, teachers: Mapping[str, TeacherConfig], shards: str) -> str:
+    """Return the text of a recipe; the teachers' sizes are measured, without their weights."""
+    from teachers import teacher_spec
+
+    sections = [
+        _teacher_text(teacher, config, teacher_spec(teacher, config))
+        for teacher, config in teachers.items()
+    ]
+    return TEMPLATE.format(
+        name=name,
+        shards=shards,
+        teachers="\n".join(sections),
+        names=", ".join(teachers),
+        held_out=f"data/{name}_held_out",
+    )
+
+
+def _teacher_text(name: str, config: TeacherConfig, spec: "TeacherSpec") -> str:
+    more = ""
+    if config.weights:
+        more += f"    weights: {_yaml(config.weights)}\n"
+    if config.options:
+        more += f"    options: {_yaml(config.options)}\n"
+    if spec.summary_channels is None:
+        more += "    summary_weight: 0           # it has no summary\n"
+    size = "native" if spec.fixed_size else "match"
+    return TEACHER.format(
+        name=f"{name}:",
+        patch=spec.patch_size,
+        channels=spec.channels,
+        licence=spec.licence,
+        preset=config.preset,
+        more=more,
+        size=size,
+        why=_WHY[size],
+    )
+
+
+def _yaml(value: object) -> str:
+    text: str = yaml.safe_dump(value, default_flow_style=True, width=10**6)
+    return text.removesuffix("\n").removesuffix("\n...")

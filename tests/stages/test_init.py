@@ -1,11 +1,15 @@
 """A recipe to begin with is one that loads, and is found by its name."""
 
+import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from radio_distill.config import describe
 from radio_distill.config.recipes import RECIPES, find_recipe
+from radio_distill.data.sources import open_sources
 from radio_distill.errors import ConfigError
 from stages import cli
 from stages.common import load_recipe
@@ -27,6 +31,65 @@ def test_init__writes_a_recipe_that_is_found_by_its_name(
     assert cli.main(["init", "birds"]) == 2
     assert "birds.yaml is there; choose another name" in capsys.readouterr().err
     assert (tmp_path / "birds.yaml").read_bytes() == before
+
+
+def test_init__the_users_teachers_and_images_and_the_recipe_passes_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    images = tmp_path / "my images"
+    images.mkdir()
+    for number in range(10):
+        Image.effect_noise((80, 64), 60).convert("RGB").save(images / f"{number}.png")
+    teachers = ["timm:test_vit", "sam=tiny_samvit", "open_clip:ViT-B-16/openai"]
+    words = [word for teacher in teachers for word in ("--teacher", teacher)]
+    assert cli.main(["init", "birds", *words, "--images", "my images", "--hold-out", "0.2"]) == 0
+    first, shards, plan, _ = capsys.readouterr().out.splitlines()
+    assert first.startswith("birds.yaml:")
+    recipe = load_recipe("birds")
+    assert {name: teacher.input_size for name, teacher in recipe.teachers.items()} == {
+        "test_vit": "match",
+        "sam": "native",
+        "clip": "match",
+    }
+    assert recipe.teachers["sam"].summary_weight == 0
+    text = (tmp_path / "birds.yaml").read_text()
+    assert len(text.splitlines()) < 45
+    assert all(len(line) <= 100 for line in text.splitlines())
+
+    for command in (shards, plan):
+        _, *arguments = shlex.split(command)
+        assert cli.main(arguments) == 0
+    assert "Missing" not in capsys.readouterr().out
+    assert open_sources(recipe.data).num_images == 8
+    assert open_sources(replace(recipe.data, shards=(recipe.evaluation.images,))).num_images == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--teacher", "sam_g"], "no teacher 'sam_g' (did you mean 'sam_h'?)"),
+        (["--teacher", "tim:test_vit"], "no source 'tim' of teachers (did you mean 'timm'?)"),
+        (["--teacher", "timm:test_vti"], "timm has no model 'test_vti'"),
+        (["--teacher", "timm:test_vit", "--teacher", "timm:test_vit"], "two are called 'test_vit'"),
+        (["--teacher", "a b=timm:test_vit"], "'a b' is no name"),
+        (["--images", "nowhere"], "--images: no folder nowhere"),
+        (["--hold-out", "1"], "--hold-out: 1 is no share between 0 and 1"),
+    ],
+)
+def test_init__bad_input_is_one_line_and_no_file(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["init", "birds", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
