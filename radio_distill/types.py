@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 Size = tuple[int, int]
 """(height, width), of pixels or of grid cells."""
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""Of ImageNet's red, green and blue, for pixels in [0, 1]."""
 
 
 class Features(NamedTuple):

@@ -26,7 +26,7 @@ UPSAMPLERS = Registry(
         "bilinear": "upsamplers.methods.interpolate:Bilinear",
         "bicubic": "upsamplers.methods.interpolate:Bicubic",
         "tile": "upsamplers.methods.tile:Tile",
-        "s2": "upsamplers.methods.s2:S2",
+        "s2": "upsamplers.methods.tile:S2",
         "featup": "upsamplers.fitted:FeatUp",
         "featsharp": "upsamplers.fitted:FeatSharp",
         "carafe": "upsamplers.fitted:Carafe",

@@ -28,13 +28,11 @@ from radio_distill.errors import ConfigError, RadioDistillError, WeightsError
 from radio_distill.protocols import Teacher
 from radio_distill.system.files import reason_of
 from radio_distill.system.trust import check_sha256, read_torch_file
-from radio_distill.types import Features, Size
+from radio_distill.types import IMAGENET_MEAN, IMAGENET_STD, Features, Size
 
 from .methods import tiling
 
 log = logging.getLogger(__name__)
-
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
@@ -223,7 +221,9 @@ class Jafar(External):
 
 
 def _normalised(pixels: Tensor) -> Tensor:
-    return (pixels - pixels.new_tensor(_MEAN).view(3, 1, 1)) / pixels.new_tensor(_STD).view(3, 1, 1)
+    return (pixels - pixels.new_tensor(IMAGENET_MEAN).view(3, 1, 1)) / pixels.new_tensor(
+        IMAGENET_STD
+    ).view(3, 1, 1)
 
 
 @contextmanager

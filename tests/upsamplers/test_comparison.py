@@ -22,11 +22,12 @@ from upsamplers.comparison import (
 )
 from upsamplers.fit.consistency import Consistency
 from upsamplers.fitted import FittedHeader, UpsamplerModel, save_model
-from upsamplers.methods.interpolate import Bilinear, Interpolation
+from upsamplers.methods.interpolate import Bilinear
 from upsamplers.methods.native import Native
 from upsamplers.methods.strided import Strided
 from upsamplers.methods.tile import Tile
 from upsamplers.metrics import measure
+from upsamplers.networks.resize_conv import BilinearNetwork
 
 CHANNELS, PATCH, SIZE, FACTOR = 6, 4, (24, 32), 2
 CPU = torch.device("cpu")
@@ -57,7 +58,7 @@ def normalizer(scale: float = 1.0) -> PhiS:
 
 def bilinear_fit(bias: bool) -> Consistency:
     grid = (SIZE[0] // PATCH, SIZE[1] // PATCH) if bias else None
-    model = UpsamplerModel(Interpolation(CHANNELS, FACTOR), normalizer(), CHANNELS, grid)
+    model = UpsamplerModel(BilinearNetwork(CHANNELS, FACTOR), normalizer(), CHANNELS, grid)
     if model.bias is not None:
         torch.nn.init.normal_(model.bias, std=0.1)
     return Consistency(model, FitConfig(factor=FACTOR, downsampler_kernel=5), CHANNELS)

@@ -9,9 +9,9 @@ from radio_distill.config import UpsamplerConfig
 from radio_distill.normalize.normalizers import Identity
 from upsamplers import build_upsampler
 from upsamplers.fitted import UpsamplerModel
-from upsamplers.methods.interpolate import Interpolation
 from upsamplers.methods.tiling import cut, stitch
 from upsamplers.networks import Observation
+from upsamplers.networks.resize_conv import BilinearNetwork
 
 CHANNELS, GRID = 8, (3, 5)
 
@@ -145,7 +145,7 @@ def test_upsample__gives_the_exact_grid_in_the_teacher_s_own_space(tiny, phi_s, 
     grid = (rows * factor, columns * factor)
     if not teacher.spec.fixed_size:
         grid = (3 * factor, 5 * factor)
-    model = UpsamplerModel(Interpolation(32, factor), phi_s(32), 32, (4, 4))
+    model = UpsamplerModel(BilinearNetwork(32, factor), phi_s(32), 32, (4, 4))
     pixels = torch.rand(1, 3, 50, 90)
     found = model.upsample(teacher, pixels, grid, factor)
     plain = build_upsampler(UpsamplerConfig(name="bilinear", factor=factor), {})

@@ -17,6 +17,7 @@ from einops import einsum, rearrange, reduce
 from torch import Tensor, nn
 
 from radio_distill.distill.views import resize
+from radio_distill.types import IMAGENET_STD
 
 Variant = Literal["featup", "featsharp"]
 
@@ -177,7 +178,7 @@ def pair_energy(features: Tensor, colour: Tensor, position: Tensor, variant: Var
     """
     features = _precise(features)
     features = features - features.mean(dim=2, keepdim=True)  # the energy loses fewer digits
-    colour = _precise(colour) / colour.new_tensor(_IMAGENET_STD)[:, None]
+    colour = _precise(colour) / colour.new_tensor(IMAGENET_STD)[:, None]
     apart = _squared_distances(position.to(colour)[None])  # [1, n, n]
     affinity = torch.exp(-apart / 0.2 - _squared_distances(colour) / 0.3)  # [B, n, n]
     if variant == "featup":
@@ -202,9 +203,6 @@ def project(features: Tensor, dims: int, generator: torch.Generator | None = Non
     shape = (features.shape[1], min(dims, features.shape[1]))
     directions = torch.linalg.qr(torch.randn(shape, generator=generator, device=device)).Q
     return einsum(features, directions.to(features), "b c h w, c k -> b k h w")
-
-
-_IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def _squared_distances(points: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Bilinear and bicubic interpolation of the low-resolution map: the baseline of every comparison.
 
 RADIOv2.5's stage 3 went the other way, student down to the teacher's grid; FeatSharp's "Baseline"
-(arXiv 2502.16025, section 4.5) is ``bilinear``. One teacher image an image at any factor.
+(arXiv 2502.16025, section 4.5) is ``bilinear``. One teacher image for an image at any factor.
 """
 
 from dataclasses import dataclass
@@ -9,12 +9,11 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from radio_distill.protocols import Teacher
 from radio_distill.types import Features, Size
 
-from ..networks import Observation
 from . import tiling
 
 
@@ -41,21 +40,6 @@ class Bicubic(Bilinear):
     """As Bilinear, with a bicubic kernel; it overshoots at edges, by up to a tenth of the step."""
 
     mode: ClassVar[str] = "bicubic"
-
-
-class Interpolation(nn.Module):
-    """Bilinear interpolation as a network without parameters: what fitting has to beat."""
-
-    tile_levels: tuple[int, ...] = ()
-
-    def __init__(self, channels: int, factor: int):
-        super().__init__()
-        self.factor = factor
-
-    def forward(self, observation: Observation) -> Tensor:
-        """Return ``[B, C, h * factor, w * factor]``."""
-        height, width = observation.low.shape[2:]
-        return enlarge(observation.low, (height * self.factor, width * self.factor))
 
 
 def enlarge(spatial: Tensor, grid: Size, mode: str = "bilinear") -> Tensor:

@@ -18,13 +18,12 @@ from . import tiling
 
 
 @dataclass(frozen=True)
-class Native:
-    """Encode the whole image twice: small for its summary, large for the map."""
+class Native(tiling.Method):
+    """Encode the whole image twice: small for its summary, large for the map.
 
-    factor: int
-    micro_batch: int = 0
-    """Teacher images in one call, where the large one counts ``factor ** 2``; 0 for the teacher's
-    own setting."""
+    The large one counts ``factor ** 2`` images; attention makes it dearer than that, for it grows
+    with the square of the pixels.
+    """
 
     def __call__(self, teacher: Teacher, pixels: Tensor, grid: Size) -> Features:
         """Return features with spatial ``[B, C, *grid]``; ConfigError for a grid that cannot be."""
@@ -37,13 +36,6 @@ class Native:
         micro_batch = self.micro_batch and max(1, self.micro_batch // self.factor**2)
         fine = tiling.encode(teacher, resize(pixels, size), grid, micro_batch)
         return Features(low.summary, fine.spatial)
-
-    def cost(self, grid: Size) -> int:
-        """Return ``1 + factor ** 2``: the large image has the pixels of so many small ones.
-
-        Attention makes it dearer than that; it grows with the square of the pixels.
-        """
-        return 1 if self.factor == 1 else 1 + self.factor**2
 
 
 def _check_takes(spec: TeacherSpec, size: Size) -> None:

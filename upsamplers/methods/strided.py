@@ -21,12 +21,8 @@ from . import tiling
 
 
 @dataclass(frozen=True)
-class Strided:
+class Strided(tiling.Method):
     """Encode the whole image for its summary and the shifted copies for the map."""
-
-    factor: int
-    micro_batch: int = 0
-    """Teacher images in one call, copies counted; 0 for the teacher's own setting."""
 
     def __call__(self, teacher: Teacher, pixels: Tensor, grid: Size) -> Features:
         """Return features with spatial ``[B, C, *grid]``; ConfigError for a grid that cannot be."""
@@ -39,18 +35,10 @@ class Strided:
         images = torch.cat([whole, *copies])  # [(1 + f * f) * B, 3, H', W']
         summary, spatial = tiling.encode(teacher, images, grid, self.micro_batch)
         batch = len(pixels)
-        fine = rearrange(
-            spatial[batch:],
-            "(i j b) c h w -> b c (h i) (w j)",
-            i=self.factor,
-            j=self.factor,
-        )
+        cells = "(i j b) c h w -> b c (h i) (w j)"
+        fine = rearrange(spatial[batch:], cells, i=self.factor, j=self.factor)
         low_summary = None if summary is None else summary[:batch]
         return Features(low_summary, fine.contiguous(memory_format=torch.channels_last))
-
-    def cost(self, grid: Size) -> int:
-        """Return ``1 + factor ** 2``: the image (for its summary) and its shifted copies."""
-        return 1 if self.factor == 1 else 1 + self.factor**2
 
 
 def offsets(patch_size: int, factor: int) -> list[float]:
@@ -83,7 +71,7 @@ def shift(pixels: Tensor, offset: float, dim: int) -> Tensor:
 
 
 def _catmull_rom(part: float) -> tuple[float, float, float, float]:
-    """Weights of the samples at -1, 0, 1 and 2 for a point at ``part`` between 0 and 1."""
+    """Return the weights of the samples at -1, 0, 1 and 2 for a point at ``part`` of [0, 1]."""
     square, cube = part**2, part**3
     return (
         (-cube + 2 * square - part) / 2,

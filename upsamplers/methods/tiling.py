@@ -1,4 +1,4 @@
-"""What tiling methods share: resize, cut into tiles, encode everything at once, stitch.
+"""What the methods share: resize, cut into tiles, encode everything at once, stitch.
 
 The image is first brought to the pixels of the fine grid, then cut; so each tile has exactly the
 teacher's low-resolution input size, whatever the image measured (FeatSharp, arXiv 2502.16025,
@@ -6,6 +6,7 @@ Figure 4). Tiles have neither overlap nor margin, as in the paper.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,20 @@ from radio_distill.distill.views import resize
 from radio_distill.errors import ConfigError
 from radio_distill.protocols import Teacher
 from radio_distill.types import Features, Size
+
+
+@dataclass(frozen=True)
+class Method:
+    """An upsampler without parameters that shows the teacher ``factor ** 2`` images more."""
+
+    factor: int
+    """How much finer the map is than the teacher's own."""
+    micro_batch: int = 0
+    """Teacher images in one call, tiles and copies counted; 0 for the teacher's own setting."""
+
+    def cost(self, grid: Size) -> int:
+        """Return ``1 + factor ** 2``: the whole image, for its summary, and what makes the map."""
+        return 1 if self.factor == 1 else 1 + self.factor**2
 
 
 def low_resolution(teacher: Teacher, grid: Size, factor: int) -> Size:
@@ -70,7 +85,7 @@ def encode_low(
 
 
 class Encoded(NamedTuple):
-    """What the teacher says of the whole image, of its tiles, and of further images."""
+    """Teacher output for whole images, their tiles, and further images."""
 
     low: Features
     """Of the whole image: spatial ``[B, C, h, w]``."""
@@ -79,7 +94,7 @@ class Encoded(NamedTuple):
     further: Tensor
     """``[N, C, h, w]`` maps of the further images."""
     images: dict[int, Tensor]
-    """``{level: [B, 3, *, *]}``: what was cut, ``level`` times the teacher's input size."""
+    """``{level: [B, 3, *, *]}``: images before cutting, ``level`` times the teacher's input."""
 
 
 def encode_with_tiles(
@@ -109,8 +124,8 @@ def encode_with_tiles(
     images += [cut(image, level) for level, image in fine.items()]
     images.append(pixels[:0, :, :1, :1].expand(0, 3, *size) if further is None else further)
     summary, spatial = encode(teacher, torch.cat(images), grid, micro_batch)
-    low, *maps, rest = spatial.split([len(item) for item in images])
-    tiles = {level: stitch(item, level) for level, item in zip(cut_levels, maps, strict=True)}
+    low, *maps, rest = spatial.split([len(part) for part in images])
+    tiles = {level: stitch(part, level) for level, part in zip(cut_levels, maps, strict=True)}
     if 1 in levels:
         tiles[1] = low
     summary = None if summary is None else summary[: len(pixels)]

@@ -33,7 +33,7 @@ class Observation(NamedTuple):
 NETWORKS = Registry(
     "network",
     {
-        "bilinear": "upsamplers.methods.interpolate:Interpolation",
+        "bilinear": "upsamplers.networks.resize_conv:BilinearNetwork",
         "featup": "upsamplers.networks.featup:FeatUpNetwork",
         "featsharp": "upsamplers.networks.featsharp:FeatSharpNetwork",
         "carafe": "upsamplers.networks.carafe:CarafeNetwork",

@@ -8,16 +8,15 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from radio_distill.types import IMAGENET_MEAN, IMAGENET_STD
+
 from ..joint_bilateral import JointBilateralStack
 from ..joint_bilateral.layer import Variant
 from . import Observation
 
-# ImageNet's mean and standard deviation: the guidance of the published weights is scaled so.
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
 
 class FeatUpNetwork(nn.Module):
-    """Upsample the low-resolution map under the image, scaled to zero mean and unit variance.
+    """Upsample the low-resolution map under the image, normalised as in the published weights.
 
     Args:
         channels: of the features.
@@ -45,7 +44,9 @@ class FeatUpNetwork(nn.Module):
         self.stack = JointBilateralStack(
             channels, factor, variant, radius, key_channels, implementation
         )
-        mean, std = (rearrange(torch.tensor(v), "c -> 1 c 1 1") for v in (_MEAN, _STD))
+        mean, std = (
+            rearrange(torch.tensor(v), "c -> 1 c 1 1") for v in (IMAGENET_MEAN, IMAGENET_STD)
+        )
         self.register_buffer("mean", mean, persistent=False)
         self.register_buffer("std", std, persistent=False)
 

@@ -27,8 +27,8 @@ SLOW_TEACHER = """
 import os, time
 from dataclasses import replace
 from pathlib import Path
-from teachers import timm_source
 from teachers.presets import TINY
+from teachers.sources import timm as timm_source
 from teachers.sources.timm import ARGUMENTS, complete, load, locate
 
 def rest(*_):
