@@ -29,8 +29,9 @@ from torch import Tensor
 
 from radio_distill.config import TeacherConfig
 from radio_distill.data.find import list_tree
-from radio_distill.distill.mosaic import Mosaic, plan_mosaic
+from radio_distill.distill.mosaic import pack, unpack
 from radio_distill.protocols import Teacher
+from radio_distill.stage import Mosaic, plan_mosaic
 from teachers import build_teacher
 from tools.demo_images import photograph
 
@@ -66,8 +67,8 @@ def _pixels(image: Image.Image) -> Tensor:
 
 def in_mosaic(teacher: Teacher, mosaic: Mosaic, views: Tensor) -> Tensor:
     """Return the features of the views of one canvas, ``[B, C, h, w]``."""
-    canvas = mosaic.pack(views, teacher.spec.mean)
-    return mosaic.slice(teacher.encode(canvas).spatial, len(views))
+    canvas = pack(mosaic, views, teacher.spec.mean)
+    return unpack(mosaic, teacher.encode(canvas).spatial, len(views))
 
 
 def alone(teacher: Teacher, mosaic: Mosaic, views: Tensor) -> Tensor:

@@ -13,28 +13,24 @@ from torch import nn
 from radio_distill.config import Recipe
 from radio_distill.data.loader import ShardBatches
 from radio_distill.distill.loss_weights import TermWeights
-from radio_distill.distill.micro_batches import Work
+from radio_distill.distill.micro_batches import MicroBatchSchedule
 from radio_distill.distill.randomness import StepRandomness
-from radio_distill.distill.statistics import (
-    build_normalizers,
-    first_partition,
-    fit_normalizers,
-    refold_heads,
-    standard_moments,
-)
-from radio_distill.distill.targets import TargetMaker, check_partition
+from radio_distill.distill.targets import TargetMaker
 from radio_distill.errors import ChangedError, ConfigError, DataError
 from radio_distill.models.ema import Ema
-from radio_distill.models.heads import build_student
-from radio_distill.protocols import Teacher
-from radio_distill.stage import images_per_step
+from radio_distill.models.heads import DistilledStudent, build_student
+from radio_distill.normalize.fit import fit_normalizers
+from radio_distill.normalize.moments import Moments
+from radio_distill.normalize.normalizers import LayerNorm, build_normalizers
+from radio_distill.protocols import Normalizer, Teacher
+from radio_distill.stage import Stage
 from radio_distill.system.distributed import World, all_gather_object, extend_timeouts, run_on_main
 from radio_distill.system.files import make_private
 from radio_distill.system.memory import explain_oom
 from radio_distill.train import checkpoint as checkpoints
 from radio_distill.train.checkpoint import Checkpoint, Origin
 from radio_distill.train.engine import build_engine
-from radio_distill.train.loop import StageRun, stage_seed, zero_hint
+from radio_distill.train.loop import StageRun, zero_hint
 from radio_distill.train.restore import (
     check_tensors,
     load_weights,
@@ -43,18 +39,16 @@ from radio_distill.train.restore import (
 )
 from radio_distill.types import TeacherSpec
 from radio_distill.weights.pretrained import initialise
-from teachers import build_teacher, teacher_spec
+from teachers import build_teacher
 from upsamplers import build_upsampler
 
-from .common import Asked, changes_that_matter, stage_of, start_checkpoint
+from .common import Asked, changes_that_matter, start_checkpoint
 
 logger = logging.getLogger(__name__)
 
 
 def build_run(
-    stage: str,
-    recipe: Recipe,
-    folder: Path,
+    stage: Stage,
     world: World,
     device: torch.device,
     resumed: Checkpoint | None,
@@ -65,29 +59,31 @@ def build_run(
 
     What is cheap to check is checked first: the checkpoint to start from, then images, then the
     teachers, then the room for a checkpoint; the statistics of the teachers, which take time, come
-    last. Nothing in ``folder`` is touched.
+    last. Nothing in the stage's folder is touched.
     """
-    config = stage_of(recipe, stage)
-    start = resumed or start_checkpoint(recipe, stage, asked)
-    check_teachers(recipe, stage)
-    torch.manual_seed(recipe.seed)
-    seed, images = stage_seed(recipe, stage), images_per_step(config)
-    draws = StepRandomness(seed, recipe.augmentation, images, recipe.student.patch_size)
-    targets = build_targets(recipe, stage, device)
-    work = Work(recipe, stage, world, targets, draws)
-    source = ShardBatches(recipe.data, seed=seed, images_per_step=images, slices=work.slices)
+    start = resumed or start_checkpoint(stage, asked)
+    torch.manual_seed(stage.base_seed)
+    draws = StepRandomness.of_stage(stage)
+    targets = build_targets(stage, device)
+    schedule = MicroBatchSchedule(stage, world, draws)
+    source = ShardBatches(
+        stage.data,
+        seed=stage.seed,
+        images_per_step=stage.images_per_step,
+        slices=schedule.slices,
+    )
     check_same_shards(source.fingerprint)
     if resumed is not None:
         check_shards(resumed, source.fingerprint, allow_changed)
     specs = {name: teacher.spec for name, teacher in targets.teachers.items()}
     if resumed is not None:
         check_same_teachers(resumed, specs, allow_changed)
-    student = recipe.student if start is None else replace(recipe.student, pretrained="")
+    student = stage.student if start is None else replace(stage.student, pretrained="")
     model = build_student(
         student,
         specs,
-        learned_weights=recipe.loss.weighting == "uncertainty",
-        weight_noise=recipe.augmentation.weight_noise,
+        learned_weights=stage.loss.weighting == "uncertainty",
+        weight_noise=stage.augmentation.weight_noise,
         initialise=initialise,
     )
     if start is not None:
@@ -95,38 +91,59 @@ def build_run(
         load_weights(model, start)
     if resumed is not None:
         check_tensors(resumed, model)
-    run_on_main(world, lambda: check_room(folder, model, bool(config.ema_decay)))
+    config = stage.config
+    run_on_main(world, lambda: check_room(stage.folder, model, bool(config.ema_decay)))
     dispersions: dict[str, float] = {}
     if resumed is None:
-        run_on_main(world, lambda: make_private(recipe.folder))
-        cache = Path(recipe.normalizer.cache or recipe.folder / "statistics")
-        dispersions = fit_normalizers(targets, recipe, stage, world, device, cache)
+        run_on_main(world, lambda: make_private(stage.run_folder))
+        normalizers = targets.normalizers
+        dispersions = fit_normalizers(stage, targets.teachers, normalizers, world, device)
+        unseen = [name for name in specs if stage.statistics_partition(name) is None]
         if start is not None:
-            logger.info("%s starts from %s", stage, start.folder)
+            logger.info("%s starts from %s", stage.name, start.folder)
             before = normalizers_of(start)
-            for name in unseen_teachers(recipe, stage):
-                targets.normalizers[name].load_state(before[name].state())
-            refold_heads(model, before, targets.normalizers)
+            for name in unseen:  # their heads stay as they were, in the space that they had
+                normalizers[name].load_state(before[name].state())
+            refold_heads(model, before, normalizers)
         else:
-            for name in unseen_teachers(recipe, stage):
-                targets.normalizers[name].fit(standard_moments(specs[name].channels))
-    averages = config.ema_decay and (world.is_main or recipe.loss.mesa)
+            for name in unseen:
+                normalizers[name].fit(Moments.standard(specs[name].channels))
+    averages = config.ema_decay and (world.is_main or stage.loss.mesa)
     hint = "set ema_decay to 0, or take a smaller student"
     with explain_oom("the averaged student", "the start", hint):
         ema = Ema(model.to(device)) if averages else None
-    with explain_oom("the student and its optimizer", "the start", zero_hint(recipe)):
-        engine = build_engine(model, recipe.engine, config, world, device)
-    extend_timeouts(recipe.watch.hang_seconds)
-    weights = TermWeights(recipe, work.partitions, dispersions, device)
+    with explain_oom("the student and its optimizer", "the start", zero_hint(stage.engine)):
+        engine = build_engine(model, stage.engine, config, world, device)
+    extend_timeouts(stage.watch.hang_seconds)
+    weights = TermWeights(stage, dispersions, device)
     run = StageRun(
-        recipe, stage, folder, world, engine, targets, source, work, draws, weights, ema, resumed
-    )
+        stage, world, engine, targets, source, schedule, draws, weights, ema, resumed
+    )  # fmt: skip
     if resumed is not None:
         _restore(run, resumed)
-        run.origin = origin_of(resumed, recipe, specs, source.fingerprint)
+        run.origin = origin_of(resumed, stage.recipe, specs, source.fingerprint)
     elif start is not None:
         run.origin = Origin(start.weights_sha256)
     return run
+
+
+def refold_heads(
+    model: DistilledStudent, before: Mapping[str, Normalizer], now: Mapping[str, Normalizer]
+) -> None:
+    """Make heads that were trained under earlier statistics predict the same under new ones.
+
+    A stage estimates its statistics anew, and with them PHI-S's rotation changes; without this the
+    heads of the stage before would have to be learned once more. Exact, since the normalizers are
+    affine and a head ends in a linear layer. Ours: the papers freeze the body while heads relearn.
+    A normalizer without inverse (layer_norm) has no statistics either, so nothing is to be done.
+    """
+    for name, head in model.heads.items():
+        if isinstance(now[name], LayerNorm):
+            continue
+        final = head.spatial.final
+        last = final[-1]
+        assert isinstance(last, nn.Linear)
+        final[-1] = now[name].unfold(before[name].fold(last))
 
 
 def origin_of(
@@ -209,36 +226,17 @@ def check_same_teachers(
         logger.warning("teacher %r has other weights than when the checkpoint was written", name)
 
 
-def unseen_teachers(recipe: Recipe, stage: str) -> list[str]:
-    """List the teachers that no partition of a stage shows (AM-RADIO's first has no SAM).
-
-    Their heads stay as they were, in the space that they had.
-    """
-    config = stage_of(recipe, stage)
-    return [name for name in recipe.teachers if first_partition(config, name) is None]
-
-
-def check_teachers(recipe: Recipe, stage: str) -> None:
-    """Raise ConfigError where teachers cannot give what a stage's partitions ask of them."""
-    specs = {name: teacher_spec(name, config) for name, config in recipe.teachers.items()}
-    for partition in stage_of(recipe, stage).partitions:
-        check_partition(partition, recipe.teachers, specs, recipe.student.patch_size)
-
-
-def build_targets(recipe: Recipe, stage: str, device: torch.device) -> TargetMaker:
+def build_targets(stage: Stage, device: torch.device) -> TargetMaker:
     """Build the teachers of a stage, its upsampler, and unfitted normalizers."""
-    config = stage_of(recipe, stage)
-    teachers = build_teachers(recipe, device)
+    teachers = build_teachers(stage.recipe, device)
     upsampled = {
-        name: teachers[name] for partition in config.partitions for name in partition.upsample
+        name: teacher
+        for name, teacher in teachers.items()
+        if any(view.is_upsampled for _, view in stage.views(name))
     }
-    return TargetMaker(
-        teachers,
-        recipe.teachers,
-        build_upsampler(config.upsampler, upsampled, recipe.engine.precision),
-        build_normalizers(recipe),
-        recipe.student.patch_size,
-    )
+    upsampler = build_upsampler(stage.upsampler, upsampled, stage.engine.precision)
+    normalizers = build_normalizers(stage.normalizer.name, teachers)
+    return TargetMaker(teachers, normalizers, upsampler)
 
 
 def build_teachers(recipe: Recipe, device: torch.device) -> dict[str, Teacher]:
@@ -253,4 +251,4 @@ def _restore(run: StageRun, resumed: Checkpoint) -> None:
         run.ema.load_state_dict(resumed.tensors(checkpoints.EMA))
     if resumed.has(checkpoints.LOSS):
         run.weights.load_state(resumed.tensors(checkpoints.LOSS))
-    logger.info("resuming %s after step %d", run.stage, resumed.step)
+    logger.info("resuming %s after step %d", run.stage.name, resumed.step)

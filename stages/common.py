@@ -26,14 +26,13 @@ from radio_distill.config import (
     differences,
     dtypes_of,
     dump,
-    hints,
     keep_resolved,
     load,
     place_indexes,
-    resolve,
 )
 from radio_distill.config.recipes import find_recipe
 from radio_distill.errors import ChangedError, CheckpointError, ConfigError
+from radio_distill.hints import hints
 from radio_distill.registry import nearest
 from radio_distill.system.files import (
     check_writable,
@@ -50,6 +49,7 @@ from .arguments import FIELDS_HELP, Parser, add_training_arguments, run_command
 if TYPE_CHECKING:
     import torch
 
+    from radio_distill.stage import Stage
     from radio_distill.system.distributed import World
     from radio_distill.train.checkpoint import Checkpoint
     from radio_distill.train.run_dir import RunLock
@@ -137,6 +137,20 @@ def stage_of(recipe: Recipe, stage: str) -> StageConfig:
             f"recipe {recipe.name!r} has no {stage} ({nearest(stage, list(recipe.stages))})"
         )
     return recipe.stages[stage]
+
+
+def describe_stage(recipe: Recipe, name: str) -> "Stage":
+    """Resolve a stage as far as its recipe alone says; what is `auto` stays so.
+
+    Raises ConfigError or WeightsError for a teacher that cannot be described, and for one that
+    cannot give what a partition asks of it.
+    """
+    from radio_distill.stage import resolve_stage
+    from teachers import teacher_spec
+
+    shown = {name for item in stage_of(recipe, name).partitions for name in item.teachers}
+    specs = {name: teacher_spec(name, recipe.teachers[name]) for name in shown}
+    return resolve_stage(recipe, name, specs)
 
 
 def add_stage_arguments(parser: argparse.ArgumentParser) -> None:
@@ -283,10 +297,10 @@ def _train_stage(
     from radio_distill.train.loop import train
 
     with saying_what_is_left(folder, begun=False):
-        recipe = resolve_at_start(recipe, stage, world, device, checkpoint)
-        run = build_run(stage, recipe, folder, world, device, checkpoint, allow_changed, asked)
+        settled = resolve_at_start(recipe, stage, folder, world, device, checkpoint)
+        run = build_run(settled, world, device, checkpoint, allow_changed, asked)
         with (
-            owning(world, folder, recipe, checkpoint, take_over) as run.ownership,
+            owning(world, folder, settled.recipe, checkpoint, take_over) as run.ownership,
             saying_what_is_left(folder, begun=True),
         ):
             last = train(run)
@@ -296,49 +310,48 @@ def _train_stage(
 
 def resolve_at_start(
     recipe: Recipe,
-    stage: str,
+    name: str,
+    folder: Path,
     world: "World",
     device: "torch.device",
     checkpoint: "Checkpoint | None",
-) -> Recipe:
-    """Return the recipe with plain values for what is `auto`; opens the shards.
+) -> "Stage":
+    """Resolve a stage with all that is known when it starts; opens the shards.
 
     What is hardly meant is logged.
 
     Args:
         recipe: as a person wrote it.
-        stage: a stage of the recipe, or ``fit``.
+        name: of a stage of the recipe, or ``fit``.
+        folder: of the stage.
         world: this process's place; every process must call.
         device: where it computes.
         checkpoint: what the run goes on from.
     """
     from radio_distill.data.sources import open_sources
-    from radio_distill.stage import images_per_step
+    from radio_distill.stage import resolve_stage
     from radio_distill.system.distributed import cores_of_process, run_on_main
     from radio_distill.system.precision import native_dtype
+    from teachers import teacher_spec
 
-    if stage in recipe.stages:
-        config = recipe.stages[stage]
-        shown = config.steps * images_per_step(config)
-    else:
-        fit = recipe.fit
-        shown = (fit.pool or fit.steps * fit.batch_size) * (1 + fit.views)
+    specs = {teacher: teacher_spec(teacher, config) for teacher, config in recipe.teachers.items()}
+    resolve_stage(recipe, name, specs)  # what teachers cannot give ends here
     recipe = place_indexes(recipe)
     # The first to open shards writes their indexes; the others find them.
     in_shards = run_on_main(world, lambda: open_sources(recipe.data).num_images)
     facts = Facts(
-        images_shown=shown,
         native_dtype=native_dtype(device),
         images_in_shards=in_shards,
         cores=cores_of_process(os.environ),
     )
-    recipe = resolve(recipe, stage, facts, checkpoint.recipe if checkpoint else None)
-    check(recipe)  # what a checkpoint said may not go with what is asked for now
-    for line in hints(recipe, stage, facts):
+    earlier = checkpoint.recipe if checkpoint else None
+    stage = resolve_stage(recipe, name, specs, facts, earlier, folder)
+    check(stage.recipe)  # what a checkpoint said may not go with what is asked for now
+    for line in hints(stage, in_shards):
         logging.warning("%s", line)
     if world.is_main:
-        warn_of_emulation(dtypes_of(recipe), device)
-    return recipe
+        warn_of_emulation(dtypes_of(stage.recipe), device)
+    return stage
 
 
 def warn_of_emulation(dtypes: Mapping[str, str], device: "torch.device") -> None:
@@ -636,7 +649,7 @@ def what_is_left(folder: Path, begun: bool) -> str:
     )
 
 
-def start_checkpoint(recipe: Recipe, stage: str, asked: Asked | None = None) -> "Checkpoint | None":
+def start_checkpoint(stage: "Stage", asked: Asked | None = None) -> "Checkpoint | None":
     """Open the checkpoint that a stage starts from, or return None for a new student.
 
     Raises:
@@ -645,7 +658,7 @@ def start_checkpoint(recipe: Recipe, stage: str, asked: Asked | None = None) -> 
     """
     from radio_distill.train import checkpoint as checkpoints
 
-    start = stage_of(recipe, stage).start_from
+    start, recipe = stage.config.start_from, stage.recipe
     if not start:
         return None
     path = recipe.stage_folder(start) if start in recipe.stages else Path(start)
@@ -654,8 +667,8 @@ def start_checkpoint(recipe: Recipe, stage: str, asked: Asked | None = None) -> 
     except checkpoints.UnreadableError:
         raise
     except CheckpointError as error:
-        hint = f"set stages.{stage}.start_from"
+        hint = f"set stages.{stage.name}.start_from"
         if start in recipe.stages:
             hint = f"run it first: {(asked or Asked(recipe.name)).train(start)}"
             hint += ", or `make demo`, which runs all stages" if recipe.name == "demo" else ""
-        raise ConfigError(f"{stage} starts from {start}, but {error}; {hint}") from error
+        raise ConfigError(f"{stage.name} starts from {start}, but {error}; {hint}") from error

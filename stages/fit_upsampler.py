@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING
 if __package__ in (None, ""):  # run as a file: put the checkout, and only it, first on the path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from radio_distill.config import LossConfig, PartitionConfig, Recipe, StageConfig, check
+from radio_distill.config import Recipe, check
 from radio_distill.errors import ConfigError
+from radio_distill.stage import FIT, Stage
 from radio_distill.system.progress import Progress
 from stages.arguments import add_training_arguments, run_script
 from stages.common import (
@@ -39,7 +40,6 @@ from stages.common import (
 if TYPE_CHECKING:
     import torch
 
-    from radio_distill.protocols import Normalizer, Teacher
     from radio_distill.system.distributed import World
     from radio_distill.train.checkpoint import Checkpoint
     from radio_distill.types import Size
@@ -47,7 +47,6 @@ if TYPE_CHECKING:
     from upsamplers.fit.task import FitRun
 
 TAKES_FIELDS = True
-STAGE = "fit"
 
 PRESETS: dict[str, dict[str, object]] = {
     # FeatSharp (arXiv 2502.16025), table 11. Its FeatUp column normalises with LayerNorm, which has
@@ -163,7 +162,7 @@ def fit_upsampler(
     join(world, device, recipe.watch.hang_seconds)
     checkpoint = None
     if resume:
-        checkpoint = checkpoint_to_resume(world, folder, recipe, STAGE, allow_changed)
+        checkpoint = checkpoint_to_resume(world, folder, recipe, FIT, allow_changed)
     if checkpoint is not None and checkpoint.step >= config.steps and _has_result(folder, recipe):
         logging.info("%s is complete", folder.name)
         return folder / FITTED
@@ -171,11 +170,11 @@ def fit_upsampler(
 
     run_on_main(world, lambda: check_folder(folder, checkpoint, take_over))
     with saying_what_is_left(folder, begun=False):
-        recipe = resolve_at_start(recipe, STAGE, world, device, checkpoint)
-        made = build_fit(recipe, folder, world, device, checkpoint, allow_changed)
+        stage = resolve_at_start(recipe, FIT, folder, world, device, checkpoint)
+        made = build_fit(stage, world, device, checkpoint, allow_changed)
         made.pool = made.pool if pool is None else pool
         with (
-            owning(world, folder, recipe, checkpoint, take_over) as made.ownership,
+            owning(world, folder, stage.recipe, checkpoint, take_over) as made.ownership,
             saying_what_is_left(folder, begun=True),
         ):
             if made.start_step < config.steps:
@@ -197,8 +196,7 @@ def _has_result(folder: Path, recipe: Recipe) -> bool:
 
 
 def build_fit(
-    recipe: Recipe,
-    folder: Path,
+    stage: Stage,
     world: "World",
     device: "torch.device",
     resumed: "Checkpoint | None",
@@ -206,12 +204,14 @@ def build_fit(
 ) -> "FitRun":
     """Build everything that this process needs; what is cheap to check comes first.
 
-    Nothing in ``folder`` is touched.
+    Nothing in the stage's folder is touched.
     """
     import torch
 
     from radio_distill.data.folder import list_images
     from radio_distill.data.loader import ShardBatches, in_every_step
+    from radio_distill.normalize.fit import fit_normalizers
+    from radio_distill.normalize.normalizers import build_normalizers
     from radio_distill.system.distributed import run_on_main
     from radio_distill.system.files import make_private
     from stages.build import check_room, check_shards
@@ -222,75 +222,37 @@ def build_fit(
     from upsamplers.fitted import UpsamplerModel
     from upsamplers.networks import build_network
 
-    config = recipe.fit
-    if recipe.evaluation.images:
-        list_images(recipe.evaluation.images)  # none there: known before the fit, not after
-    torch.manual_seed(recipe.seed)
-    teacher = build_teacher(config.teacher, recipe.teachers[config.teacher], device)
-    spec, size = teacher.spec, input_size(recipe, teacher)
+    config = stage.fit
+    if stage.evaluation.images:
+        list_images(stage.evaluation.images)  # none there: known before the fit, not after
+    torch.manual_seed(stage.base_seed)
+    teacher = build_teacher(config.teacher, stage.teachers[config.teacher], device)
+    spec, (_, view) = teacher.spec, stage.views(config.teacher)[0]
     network = build_network(config.upsampler, spec.channels, config.factor, config.options)
-    fine = (size[0] * config.factor, size[1] * config.factor)
-    slices = share_of(config, world, recipe.engine.micro_batch, fine)
+    slices = share_of(config, world, stage.engine.micro_batch, view.rendered)
     source = ShardBatches(
-        recipe.data,
-        seed=recipe.seed,
-        images_per_step=config.batch_size,
+        stage.data,
+        seed=stage.seed,
+        images_per_step=stage.images_per_step,
         slices=in_every_step(slices),
     )
     if resumed is not None:
         check_shards(resumed, source.fingerprint, allow_changed)
-    run_on_main(world, lambda: check_room(folder, network))
-    run_on_main(world, lambda: make_private(recipe.folder))
-    normalizer = _normalizer(recipe, teacher, size, world, device)
-    torch.manual_seed(recipe.seed + 1)  # statistics that are not in the cache have drawn numbers
-    grid = spec.grid(size) if config.de_bias else None
-    model = UpsamplerModel(network, normalizer, spec.channels, grid)
+    run_on_main(world, lambda: check_room(stage.folder, network))
+    run_on_main(world, lambda: make_private(stage.run_folder))
+    normalizers = build_normalizers(stage.normalizer.name, [spec.name])
+    fit_normalizers(stage, {spec.name: teacher}, normalizers, world, device)
+    # Statistics that are not in the cache have drawn numbers.
+    torch.manual_seed(stage.base_seed + 1)
+    grid = spec.grid(view.size) if config.de_bias else None
+    model = UpsamplerModel(network, normalizers[spec.name], spec.channels, grid)
     made = FitRun(
-        recipe, folder, world, device, teacher,
-        Consistency(model, config, spec.channels), size, source, slices, resumed,
+        stage, world, device, teacher,
+        Consistency(model, config, spec.channels), source, slices, resumed,
     )  # fmt: skip
     if resumed is not None:
-        logging.info("resuming %s after step %d", folder.name, resumed.step)
+        logging.info("resuming %s after step %d", stage.folder.name, resumed.step)
     return made
-
-
-def input_size(recipe: Recipe, teacher: "Teacher") -> "Size":
-    """Return the teacher's input in the fit, a square; raises ConfigError where it cannot be."""
-    spec, side = teacher.spec, recipe.fit.size
-    if not side:
-        return spec.native_size
-    if side % spec.patch_size or (spec.fixed_size and spec.native_size != (side, side)):
-        near = max(round(side / spec.patch_size), 1) * spec.patch_size
-        nearest = max(spec.native_size) if spec.fixed_size else near
-        raise ConfigError(
-            f"fit.size: teacher {spec.name!r} cannot see {side} px (nearest {nearest})"
-        )
-    return (side, side)
-
-
-def _normalizer(
-    recipe: Recipe, teacher: "Teacher", size: "Size", world: "World", device: "torch.device"
-) -> "Normalizer":
-    """Fit the recipe's normalizer to the teacher as the fit shows it."""
-    from radio_distill.distill.statistics import build_normalizers, fit_normalizers
-    from radio_distill.distill.targets import TargetMaker
-    from upsamplers.methods.interpolate import Bilinear
-
-    name = teacher.spec.name
-    partition = PartitionConfig(
-        name=STAGE,
-        size=size,
-        teachers=(name,),
-        batch_size=recipe.fit.batch_size,
-        teacher_sizes={name: max(size)},
-    )
-    stage = StageConfig(steps=recipe.fit.steps, partitions=(partition,))
-    shown = replace(recipe, stages={STAGE: stage}, loss=LossConfig())  # features alone are asked
-    normalizers = build_normalizers(recipe)
-    targets = TargetMaker({name: teacher}, recipe.teachers, Bilinear(1), normalizers, 1)
-    cache = Path(recipe.normalizer.cache or recipe.folder / "statistics")
-    fit_normalizers(targets, shown, STAGE, world, device, cache)
-    return normalizers[name]
 
 
 def write_result(made: "FitRun") -> None:
@@ -299,7 +261,7 @@ def write_result(made: "FitRun") -> None:
     from upsamplers.fit.task import MODULES
     from upsamplers.fitted import FittedHeader, save_model
 
-    recipe, spec, config = made.recipe, made.teacher.spec, made.config
+    stage, spec, config = made.stage, made.teacher.spec, made.config
     newest = checkpoints.find(made.folder)
     made.consistency.load_state_dict(newest.tensors(MODULES))
     header = FittedHeader(
@@ -310,8 +272,8 @@ def write_result(made: "FitRun") -> None:
         factor=config.factor,
         size=made.size,
         options=dict(config.options),
-        normalizer=recipe.normalizer.name,
-        fit={**asdict(config), "shards": list(recipe.data.shards), "seed": recipe.seed},
+        normalizer=stage.normalizer.name,
+        fit={**asdict(config), "shards": list(stage.data.shards), "seed": stage.seed},
         measures=_measure(made),
     )
     downsampler = made.consistency.downsampler.state_dict()
@@ -322,7 +284,7 @@ def _measure(made: "FitRun") -> dict[str, float]:
     """Measure the fitted upsampler on the recipe's held-out images, where it names some."""
     from upsamplers.metrics import measure
 
-    evaluation, factor = made.recipe.evaluation, made.config.factor
+    evaluation, factor = made.stage.evaluation, made.config.factor
     if not evaluation.images:
         logging.info("evaluation.images names no held-out images: nothing is measured")
         return {}
@@ -335,7 +297,7 @@ def _measure(made: "FitRun") -> dict[str, float]:
             made.size,
             factor,
             lambda done, _: progress.update(done),
-            made.recipe.engine.precision,
+            made.stage.engine.precision,
         )
     logging.info("%s", ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
     return {**values, "images": float(sum(map(len, batches)))}

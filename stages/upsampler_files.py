@@ -23,12 +23,19 @@ from radio_distill.config import (
     build,
     dump,
     parse_yaml,
-    partition_sizes,
 )
 from radio_distill.errors import RadioDistillError
 from radio_distill.system.files import sha256_of
 
-from .common import FITTED, Asked, changed_options, fit_folder, fit_of, stage_of
+from .common import (
+    FITTED,
+    Asked,
+    changed_options,
+    describe_stage,
+    fit_folder,
+    fit_of,
+    stage_of,
+)
 
 if TYPE_CHECKING:
     from radio_distill.train.checkpoint import Checkpoint
@@ -81,26 +88,24 @@ def needs_of(recipe: Recipe, stage: str) -> list[Need]:
 
     Raises ConfigError or WeightsError for a teacher that cannot be described.
     """
-    from radio_distill.distill.targets import input_size
-    from teachers import teacher_spec
     from upsamplers import is_fitted
 
-    config = stage_of(recipe, stage)
-    if not is_fitted(config.upsampler.name):
+    upsampler = stage_of(recipe, stage).upsampler
+    if not is_fitted(upsampler.name):
         return []
-    views: dict[str, dict[tuple[str, Size], None]] = {}
-    for partition in config.partitions:
-        for name in partition.upsample:
-            spec = teacher_spec(name, recipe.teachers[name])
-            for view in partition_sizes(partition):
-                size = input_size(
-                    recipe.teachers[name], spec, partition, view, recipe.student.patch_size
-                )
-                views.setdefault(name, {})[partition.name, size] = None
-    upsampler = config.upsampler
+    resolved = describe_stage(recipe, stage)
+    views = {
+        name: dict.fromkeys(
+            (partition.name, view.size)
+            for partition, view in resolved.views(name)
+            if view.is_upsampled
+        )
+        for name in recipe.teachers
+    }
     return [
         Need(stage, name, upsampler.name, upsampler.factor, tuple(seen))
         for name, seen in views.items()
+        if seen
     ]
 
 

@@ -75,10 +75,10 @@ def random_statistics() -> Callable[..., dict[str, torch.Tensor]]:
     """Statistics of random features: of a recipe and its teachers' channels, by name."""
 
     def make(recipe: Any, channels: dict[str, int]) -> dict[str, torch.Tensor]:
-        from radio_distill.distill.statistics import build_normalizers, normalizer_tensors
         from radio_distill.normalize.moments import Moments
+        from radio_distill.normalize.normalizers import build_normalizers, normalizer_tensors
 
-        normalizers = build_normalizers(recipe)
+        normalizers = build_normalizers(recipe.normalizer.name, recipe.teachers)
         for name, normalizer in normalizers.items():
             moments = Moments(channels[name])
             mixed = torch.randn(200, channels[name]) @ torch.randn(channels[name], channels[name])

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from radio_distill.config import Recipe, StageConfig, partition_sizes
-from radio_distill.stage import images_per_step
 from stages.common import load_recipe
 
 from .published import Row, markdown, merge_equal, published, rows_of
@@ -124,7 +123,7 @@ def _stage(name: str, stage: StageConfig) -> str:
     upsampled = dict.fromkeys(teacher for item in stage.partitions for teacher in item.upsample)
     parts = [
         f"{name}: {stage.steps:,} steps ({stage.frozen_steps:,} frozen)",
-        f"{images_per_step(stage):,} images of {shown} px",
+        f"{stage.images_per_step:,} images of {shown} px",
         f"{len(stage.partitions)} partition{'s' * (len(stage.partitions) > 1)}",
         *(f"{teacher} in mosaics" for teacher in mosaic),
         *(

@@ -1,7 +1,7 @@
 """A run, as frozen dataclasses: ``load(yaml) -> override(argv) -> check() -> dump()``.
 
 :mod:`.schema` has the sections, :mod:`.fields` how their fields are declared, :mod:`.reading` the
-way in and out, :mod:`.rules` what must hold between fields and what is hardly meant,
+way in and out, :mod:`.rules` what must hold between fields,
 :mod:`.resolve` what `auto` means, :mod:`.recipes` the project's own. Nothing here imports torch.
 """
 
@@ -22,12 +22,13 @@ from .resolve import (
     KEPT,
     Facts,
     dtypes_of,
+    images_shown,
     keep_resolved,
     place_indexes,
     resolve,
     resolve_dtypes,
 )
-from .rules import check, hints
+from .rules import check
 from .schema import (
     AugmentationConfig,
     DataConfig,

@@ -26,8 +26,7 @@ def flat_fields(recipe: Recipe) -> dict[tuple[str, ...], Any]:
     """
     fields = yaml.safe_load(dump(recipe))
     for name, stage in recipe.stages.items():
-        decoded = (config.batch_size for config in stage.partitions if not config.images_of)
-        fields["stages"][name]["images_per_step"] = sum(decoded)
+        fields["stages"][name]["images_per_step"] = stage.images_per_step
     return dict(_leaves(fields))
 
 

@@ -58,8 +58,6 @@ _MOST_WORKERS = 8
 class Facts:
     """What is known when a stage or a fit starts, and decides what `auto` means."""
 
-    images_shown: int
-    """Images that it shows, over all its steps and processes."""
     native_dtype: Literal["float32", "bfloat16"] = "float32"
     """The fastest type that the device computes natively, see :mod:`..precision`."""
     images_in_shards: int | None = None
@@ -68,30 +66,44 @@ class Facts:
     """Cores that each process has to itself."""
 
 
-def resolve(recipe: Recipe, stage: str, facts: Facts, earlier: Recipe | None = None) -> Recipe:
+def resolve(recipe: Recipe, name: str, facts: Facts, earlier: Recipe | None = None) -> Recipe:
     """Return the recipe with plain values for every `auto` that matters to a stage.
 
     Args:
         recipe: as a person wrote it.
-        stage: name of a stage of the recipe, or ``fit``, for which the recipe has no stage.
+        name: of a stage of the recipe, or ``fit``, for which the recipe has no stage.
         facts: what is known at the start.
         earlier: the resolved recipe of the checkpoint that the run goes on from.
     """
     if earlier is not None:
         recipe = keep_resolved(recipe, earlier, KEPT)
     recipe = resolve_dtypes(place_indexes(recipe), facts.native_dtype)
-    config = recipe.stages.get(stage)
+    config = recipe.stages.get(name)
     steps = recipe.fit.steps if config is None else config.steps
+    shown = images_shown(recipe, name)
     recipe = replace(
         recipe,
         data=_resolve_data(recipe.data, facts),
-        normalizer=_resolve_normalizer(recipe.normalizer, facts, fit=config is None),
+        normalizer=_resolve_normalizer(
+            recipe.normalizer, shown, facts.images_in_shards, fit=config is None
+        ),
         engine=_resolve_engine(recipe.engine, config),
         log=_resolve_log(recipe.log, steps),
     )
     if config is None:
         return replace(recipe, fit=_resolve_fit(recipe.fit))
-    return replace(recipe, stages={**recipe.stages, stage: _resolve_stage(config, recipe)})
+    return replace(recipe, stages={**recipe.stages, name: _resolve_stage(config, recipe)})
+
+
+def images_shown(recipe: Recipe, name: str) -> int:
+    """Return the images that a stage of a recipe, or its fit, shows over all its steps.
+
+    Those of a fit are the images and their views, which the teacher sees too.
+    """
+    if name in recipe.stages:
+        return recipe.stages[name].steps * recipe.stages[name].images_per_step
+    fit = recipe.fit
+    return (fit.pool or fit.steps * fit.batch_size) * (1 + fit.views)
 
 
 def place_indexes(recipe: Recipe) -> Recipe:
@@ -133,16 +145,18 @@ def _resolve_stage(stage: StageConfig, recipe: Recipe) -> StageConfig:
     return replace(stage, freeze_body_steps=frozen)
 
 
-def _resolve_normalizer(normalizer: NormalizerConfig, facts: Facts, fit: bool) -> NormalizerConfig:
+def _resolve_normalizer(
+    normalizer: NormalizerConfig, images_shown: int, images_in_shards: int | None, fit: bool
+) -> NormalizerConfig:
     if normalizer.images != AUTO:
         return normalizer
     if fit:
-        images = min(facts.images_shown, MOST_FIT_STATISTICS)
+        images = min(images_shown, MOST_FIT_STATISTICS)
     else:
-        tenth = max(facts.images_shown // _STATISTICS_SHARE, _LEAST_STATISTICS)
-        images = min(tenth, facts.images_shown, MOST_STATISTICS)
-    if facts.images_in_shards is not None:
-        images = min(images, facts.images_in_shards)
+        tenth = max(images_shown // _STATISTICS_SHARE, _LEAST_STATISTICS)
+        images = min(tenth, images_shown, MOST_STATISTICS)
+    if images_in_shards is not None:
+        images = min(images, images_in_shards)
     return replace(normalizer, images=images)
 
 

@@ -1,4 +1,4 @@
-"""What must hold between the fields of a recipe, and what can be done and is hardly meant.
+"""What must hold between the fields of a recipe.
 
 Which numbers a single field takes stands in its type (:mod:`.schema`).
 """
@@ -12,8 +12,7 @@ from typing import Literal
 from ..errors import ConfigError
 from ..registry import nearest
 from ..system.redaction import secrets_in
-from .fields import plain, share_of
-from .resolve import Facts
+from .fields import share_of
 from .schema import DataConfig, PartitionConfig, Recipe, StageConfig, partition_sizes
 
 _NAME = re.compile(r"\w[\w.+ -]{0,99}")
@@ -207,52 +206,3 @@ def _check_sizes(recipe: Recipe, path: str, partition: PartitionConfig) -> Itera
             )
         if max(size) > student.max_size:
             yield f"{path}: {max(size)} is above student.max_size {student.max_size}"
-
-
-def hints(recipe: Recipe, stage: str, facts: Facts) -> list[str]:
-    """List what a person should know before a stage or a fit starts.
-
-    Args:
-        recipe: resolved for it.
-        stage: name of a stage of the recipe, or ``fit``.
-        facts: what is known at the start.
-    """
-    images, shown = share_of(recipe.normalizer.images, facts.images_shown), facts.images_shown
-    lines = []
-    if recipe.normalizer.name not in ("none", "layer_norm") and images > shown:
-        lines.append(
-            f"normalizer.images: statistics of {images:,} images for training that shows "
-            f"{shown:,}; auto takes fewer"
-        )
-    if stage in recipe.stages:
-        return [*lines, *_hints_of_stage(f"stages.{stage}", recipe.stages[stage], facts)]
-    return [*lines, *_hints_of_warmup("fit", plain(recipe.fit.warmup_steps), recipe.fit.steps)]
-
-
-def _hints_of_stage(path: str, stage: StageConfig, facts: Facts) -> Iterator[str]:
-    yield from _hints_of_warmup(path, stage.warmup_steps, stage.steps)
-    if stage.frozen_steps == stage.steps - 1 and not stage.final_learning_rate and stage.steps > 1:
-        yield (
-            f"{path}.freeze_body_steps: all steps but the last are frozen, and the rate of the "
-            "last is final_learning_rate, 0: the body does not learn"
-        )
-    left = stage.ema_decay**stage.steps
-    if left > 0.5:
-        yield (
-            f"{path}.ema_decay: after {stage.steps} steps {left:.0%} of the averaged student is "
-            f"still the start; for so few set it to {1 - 10 / max(stage.steps, 20):.2g} or below"
-        )
-    images = facts.images_shown // max(stage.steps, 1)
-    if facts.images_in_shards is not None and images > facts.images_in_shards:
-        yield (
-            f"{path}.partitions: a step takes {images:,} images, and data.shards holds "
-            f"{facts.images_in_shards:,}: it shows some of them more than once"
-        )
-
-
-def _hints_of_warmup(path: str, warmup_steps: int, steps: int) -> Iterator[str]:
-    if warmup_steps >= steps:
-        yield (
-            f"{path}.warmup_steps: the rate is still rising in the last of {steps} steps; set it "
-            "below them"
-        )

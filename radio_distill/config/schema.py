@@ -228,6 +228,11 @@ class StageConfig:
         """First steps in which only the heads learn, of a stage that is resolved."""
         return share_of(self.freeze_body_steps, self.steps)
 
+    @property
+    def images_per_step(self) -> int:
+        """Images that all processes together decode in one step."""
+        return sum(item.batch_size for item in self.partitions if not item.images_of)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FitConfig:

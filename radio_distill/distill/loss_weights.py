@@ -5,13 +5,12 @@ A term's weight is the teacher's of the recipe; over the part of the step that s
 its summaries (``loss.summary: angle``); times what adapts (``loss.weighting``).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from ..config import Recipe
-from ..stage import Partition, teacher_shares
+from ..stage import Stage
 from ..system.distributed import all_reduce_sum
 from .losses import FEATURES, KINDS, SUMMARY
 from .weighting import AdaLoss
@@ -23,25 +22,18 @@ class TermWeights:
     """Weights of terms named ``teacher/summary`` and ``teacher/features``.
 
     Args:
-        recipe: the teachers and the loss section.
-        partitions: of the stage.
+        stage: its teachers, partitions and loss.
         dispersions: of the teachers' summaries; empty for another loss than the angle.
         device: where a step's sums live.
     """
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        partitions: Sequence[Partition],
-        dispersions: Mapping[str, float],
-        device: torch.device,
-    ):
-        self._recipe, self._shares = recipe, teacher_shares(partitions)
-        adapts = recipe.loss.weighting == "adaloss"
-        self._ada = AdaLoss(recipe.loss.adaloss_momentum) if adapts else None
+    def __init__(self, stage: Stage, dispersions: Mapping[str, float], device: torch.device):
+        self._stage = stage
+        adapts = stage.loss.weighting == "adaloss"
+        self._ada = AdaLoss(stage.loss.adaloss_momentum) if adapts else None
         self._dispersions = dict(dispersions)
         self._fixed = self._without_adapting(dispersions)
-        self._terms = [f"{name}/{kind}" for name in recipe.teachers for kind in KINDS]
+        self._terms = [f"{name}/{kind}" for name in stage.teachers for kind in KINDS]
         self._sums = torch.zeros(2, len(self._terms), dtype=torch.float64, device=device)
 
     def now(self) -> dict[str, float]:
@@ -92,9 +84,9 @@ class TermWeights:
             self._ada.load_state(rest)
 
     def _without_adapting(self, dispersions: Mapping[str, float]) -> dict[str, float]:
-        weights = {}
-        for name, teacher in self._recipe.teachers.items():
-            share = self._shares.get(name, 1.0) if self._recipe.loss.rebalance else 1.0
+        weights, shares = {}, self._stage.teacher_shares()
+        for name, teacher in self._stage.teachers.items():
+            share = shares.get(name, 1.0) if self._stage.loss.rebalance else 1.0
             # AdaLoss divides by a term's size itself.
             dispersion = 1.0 if self._ada else dispersions.get(name, 1.0)
             summary = teacher.summary_weight / dispersion

@@ -23,131 +23,51 @@ Left out: the summary, which would be one of the whole canvas and so of no view;
 views to the teacher's scale, which is the caller's.
 """
 
-from dataclasses import dataclass
-from math import ceil
-
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError
-from ..types import Size
+from ..stage import Mosaic
 
 
-@dataclass(frozen=True, slots=True)
-class Mosaic:
-    """Where views lie on a canvas: each in the top left corner of its tile.
+def pack(mosaic: Mosaic, images: Tensor, mean: tuple[float, float, float]) -> Tensor:
+    """Lay ``[B, 3, *view]`` in [0, 1] on canvases ``[canvases(B), 3, *canvas]``.
 
-    Views follow one another along the rows, canvas after canvas. :func:`plan_mosaic` makes one from
-    sizes that it has checked.
+    Every other pixel is ``mean``, the teacher's, so that it is zero once the teacher has normalised
+    it. The canvases are float32 at least: bfloat16 would round the mean.
     """
-
-    canvas: Size
-    """What the teacher sees, in pixels."""
-    view: Size
-    """What one view measures on the canvas, in pixels; a multiple of ``patch_size``."""
-    patch_size: int
-    """The teacher's: pixels a side of one cell of its map."""
-
-    @property
-    def rows(self) -> int:
-        """How many views fit above one another."""
-        return self.canvas[0] // self.view[0]
-
-    @property
-    def columns(self) -> int:
-        """How many views fit side by side."""
-        return self.canvas[1] // self.view[1]
-
-    @property
-    def images(self) -> int:
-        """How many views a full canvas shows."""
-        return self.rows * self.columns
-
-    @property
-    def pitch(self) -> Size:
-        """Distance from one tile's corner to the next, in pixels: the canvas divided evenly.
-
-        Floored to whole cells. A tile that began inside a cell would share that cell with its
-        neighbour, and every patch of its view would be cut elsewhere than the student's is.
-        """
-        height, width = self._cells(self.canvas)
-        return height // self.rows * self.patch_size, width // self.columns * self.patch_size
-
-    def canvases(self, num_views: int) -> int:
-        """Return how many canvases ``num_views`` views take; the last may be partly empty."""
-        return ceil(num_views / self.images)
-
-    def pack(self, views: Tensor, mean: tuple[float, float, float]) -> Tensor:
-        """Lay ``[B, 3, *view]`` in [0, 1] on canvases ``[canvases(B), 3, *canvas]``.
-
-        Every other pixel is ``mean``, the teacher's, so that it is zero once the teacher has
-        normalised it. The canvases are float32 at least: bfloat16 would round the mean.
-        """
-        size = tuple(views.shape[-2:])
-        assert size == self.view, f"views of {size} pixels in a mosaic of {self.view}"
-        dtype = torch.promote_types(views.dtype, torch.float32)
-        padding = torch.tensor(mean, dtype=dtype, device=views.device).view(1, 3, 1, 1)
-        canvases = padding.repeat(self.canvases(len(views)), 1, *self.canvas)  # [N, 3, H, W]
-        for place, (rows, columns) in enumerate(_places(self, unit=1)):
-            part = views[place :: self.images]  # one view from each canvas
-            canvases[: len(part), :, rows, columns] = part
-        return canvases
-
-    def slice(self, spatial: Tensor, num_views: int) -> Tensor:
-        """Cut the canvases' maps ``[N, C, H/p, W/p]`` into the views' ``[num_views, C, h/p, w/p]``.
-
-        The way back of :meth:`pack`. The result is channels-last in memory.
-        """
-        found = (len(spatial), *spatial.shape[-2:])
-        expected = (self.canvases(num_views), *self._cells(self.canvas))
-        assert found == expected, f"maps {found} of {num_views} views, expected {expected}"
-        views = torch.empty(
-            (num_views, spatial.shape[1], *self._cells(self.view)),
-            dtype=spatial.dtype,
-            device=spatial.device,
-            memory_format=torch.channels_last,
-        )
-        for place, (rows, columns) in enumerate(_places(self, unit=self.patch_size)):
-            part = views[place :: self.images]
-            part.copy_(spatial[: len(part), :, rows, columns])
-        return views
-
-    def valid(self) -> Tensor:
-        """Return which cells of a full canvas show a view, ``[H/p, W/p]`` bool on the CPU."""
-        shown = torch.zeros(self._cells(self.canvas), dtype=torch.bool)
-        for rows, columns in _places(self, unit=self.patch_size):
-            shown[rows, columns] = True
-        return shown
-
-    def _cells(self, size: Size) -> Size:
-        return size[0] // self.patch_size, size[1] // self.patch_size
+    size = tuple(images.shape[-2:])
+    assert size == mosaic.view, f"images of {size} pixels in a mosaic of {mosaic.view}"
+    dtype = torch.promote_types(images.dtype, torch.float32)
+    padding = torch.tensor(mean, dtype=dtype, device=images.device).view(1, 3, 1, 1)
+    canvases = padding.repeat(mosaic.canvases(len(images)), 1, *mosaic.canvas)  # [N, 3, H, W]
+    for place, (rows, columns) in enumerate(_places(mosaic, unit=1)):
+        part = images[place :: mosaic.images]  # one image from each canvas
+        canvases[: len(part), :, rows, columns] = part
+    return canvases
 
 
-def plan_mosaic(teacher_name: str, canvas: Size, view: Size, patch_size: int) -> Mosaic:
-    """Lay as many views as fit on a teacher's canvas, each axis by itself; sizes in pixels.
+def unpack(mosaic: Mosaic, spatial: Tensor, num_images: int) -> Tensor:
+    """Cut the canvases' maps ``[N, C, H/p, W/p]`` into the images' ``[num_images, C, h/p, w/p]``.
 
-    Raises:
-        ConfigError: a view larger than the canvas, or sides that are not whole patches.
+    The way back of :func:`pack`. The result is channels-last in memory.
     """
-    shown = f"mosaic for teacher {teacher_name!r}"
-    for what, size in (("canvas", canvas), ("view", view)):
-        if min(size) < 1 or any(side % patch_size for side in size):
-            near = [max(round(side / patch_size), 1) * patch_size for side in size]
-            raise ConfigError(
-                f"{shown}: the {what} measures {size[0]}x{size[1]} pixels, which are not whole "
-                f"patches of {patch_size}; nearest {near[0]}x{near[1]}"
-            )
-    if view[0] > canvas[0] or view[1] > canvas[1]:
-        raise ConfigError(
-            f"{shown}: a view of {view[0]}x{view[1]} pixels is larger than the canvas of "
-            f"{canvas[0]}x{canvas[1]}; make the partition's size smaller, or take the teacher out "
-            "of its `mosaic`"
-        )
-    return Mosaic(canvas, view, patch_size)
+    shape = (len(spatial), *spatial.shape[-2:])
+    expected = (mosaic.canvases(num_images), *mosaic.cells(mosaic.canvas))
+    assert shape == expected, f"maps {shape} of {num_images} images, expected {expected}"
+    images = torch.empty(
+        (num_images, spatial.shape[1], *mosaic.cells(mosaic.view)),
+        dtype=spatial.dtype,
+        device=spatial.device,
+        memory_format=torch.channels_last,
+    )
+    for place, (rows, columns) in enumerate(_places(mosaic, unit=mosaic.patch_size)):
+        part = images[place :: mosaic.images]
+        part.copy_(spatial[: len(part), :, rows, columns])
+    return images
 
 
 def _places(mosaic: Mosaic, unit: int) -> list[tuple[slice, slice]]:
-    """Rows and columns that each view of a canvas takes, in steps of ``unit`` pixels."""
+    """Return the rows and columns of each image on a canvas, in steps of ``unit`` pixels."""
     (height, width), (down, right) = (
         (size[0] // unit, size[1] // unit) for size in (mosaic.view, mosaic.pitch)
     )

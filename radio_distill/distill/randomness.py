@@ -6,6 +6,7 @@ tell each other which size, which window, or where a crop lies.
 
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,9 +14,12 @@ from torch import Tensor
 
 from ..config import AugmentationConfig
 from ..models.position import NUM_DRAWS
-from ..stage import MicroBatch, Partition, Pass
+from ..stage import Partition, Stage
 from ..types import Size, View
 from .views import Views, crop_of
+
+if TYPE_CHECKING:
+    from .micro_batches import MicroBatch, Pass
 
 
 class StepRandomness:
@@ -32,6 +36,12 @@ class StepRandomness:
         self._seed, self._config = seed, config
         self._images, self._patch_size = images, patch_size
 
+    @classmethod
+    def of_stage(cls, stage: Stage) -> "StepRandomness":
+        """Make the draws of a stage."""
+        patch_size = stage.student.patch_size
+        return cls(stage.seed, stage.augmentation, stage.images_per_step, patch_size)
+
     def shape(self, size: Size) -> Size:
         """Return what is cropped out of a photograph, in the student's pixels: its input, and the
         range of the shifts."""
@@ -47,12 +57,12 @@ class StepRandomness:
             for item in partitions
         }
 
-    def positions(self, step: int, micro: MicroBatch) -> Tensor:
+    def positions(self, step: int, micro: "MicroBatch") -> Tensor:
         """Return uniform numbers for the position augmentation, ``[B, NUM_DRAWS]``."""
         draws = self._of(step, "positions").random((self._images, NUM_DRAWS), dtype=np.float32)
         return torch.from_numpy(draws[micro.start : micro.stop])
 
-    def window(self, step: int, item: Pass) -> int:
+    def window(self, step: int, item: "Pass") -> int:
         """Draw the side of the attention windows, in tokens; 0 for global attention.
 
         Windows must tile the grid. Where none of the wanted sides does, attention stays global.
@@ -66,7 +76,7 @@ class StepRandomness:
         return int(generator.choice(sides)) if sides else 0
 
     def renderings(
-        self, step: int, micro: MicroBatch, item: Pass, sizes: Mapping[str, Size]
+        self, step: int, micro: "MicroBatch", item: "Pass", sizes: Mapping[str, Size]
     ) -> dict[View, np.ndarray | None]:
         """Say which views of a micro-batch's images its encoders need.
 
@@ -95,7 +105,7 @@ class StepRandomness:
         }
 
     def views(
-        self, step: int, micro: MicroBatch, item: Pass, pixels: Mapping[View, Tensor]
+        self, step: int, micro: "MicroBatch", item: "Pass", pixels: Mapping[View, Tensor]
     ) -> Views:
         """Show a micro-batch's renderings to the encoders of a pass, each its own crop."""
         if not self._config.shift:
@@ -109,7 +119,7 @@ class StepRandomness:
             item.partition.name,
         )
 
-    def _offsets(self, step: int, micro: MicroBatch, item: Pass) -> Callable[[str], np.ndarray]:
+    def _offsets(self, step: int, micro: "MicroBatch", item: "Pass") -> Callable[[str], np.ndarray]:
         """Draw where the crop of a named encoder begins, ``[B, 2]`` whole patches."""
 
         def offsets(encoder: str) -> np.ndarray:

@@ -12,11 +12,11 @@ from typing import ClassVar
 import torch
 from torch.nn import functional as F
 
-from ..config import PartitionConfig, TeacherConfig, size_pair
+from ..config import TeacherConfig, size_pair
 from ..data.folder import load_images
 from ..distill.alignment import align
-from ..distill.targets import input_size
 from ..protocols import Normalizer, Teacher
+from ..stage import input_size
 from ..types import Features, Score, Size
 from . import metrics
 from .encoder import Encoder, Target, open_image, to_pixels
@@ -138,13 +138,10 @@ def targets_of(
         ConfigError: a teacher that cannot take its size.
     """
     view = size_pair(size)
-    partition = PartitionConfig(
-        name="evaluation", size=view, teachers=tuple(teachers), batch_size=1
-    )
     return {
         name: Target(
             teacher,
-            input_size(configs[name], teacher.spec, partition, view, patch_size),
+            input_size(teacher.spec, configs[name].input_size, view, patch_size),
             (normalizers or {}).get(name),
             (digests or {}).get(name, ""),
         )

@@ -88,6 +88,13 @@ class Moments:
         moments._add(int(state["count"]), state["mean"], state["scatter"])
         return moments
 
+    @classmethod
+    def standard(cls, channels: int) -> "Moments":
+        """Make moments of mean 0 and covariance 1, for a teacher of which nothing is known."""
+        moments = cls(channels)
+        moments.count, moments._scatter = 1, torch.eye(channels, dtype=torch.float64)
+        return moments
+
     def _add(self, count: int, mean: Tensor, scatter: Tensor) -> None:
         if count == 0:
             return

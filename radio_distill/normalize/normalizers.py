@@ -5,7 +5,7 @@ hardly vary, and lose to PHI-S in the paper for that reason.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, ConfigError
+from ..protocols import Normalizer
 from . import NORMALIZERS as NORMALIZERS
 from .affine import Affine, mean_variance
 from .moments import Moments
@@ -108,3 +109,30 @@ _NO_INVERSE = (
     "layer_norm cannot be inverted: it drops each token's mean and scale, so a student trained "
     "with it cannot predict in the teacher's own space; train with phi_s for that"
 )
+
+
+def build_normalizers(name: str, teachers: Iterable[str]) -> dict[str, Normalizer]:
+    """Make an unfitted normalizer of a kind for each of some teachers."""
+    kind = NORMALIZERS.get(name)
+    return {teacher: kind() for teacher in teachers}
+
+
+def normalizer_tensors(normalizers: Mapping[str, Normalizer]) -> dict[str, Tensor]:
+    """Return the state of all normalizers as ``{"<teacher>/<tensor>": tensor}``."""
+    return {
+        f"{name}/{key}": value
+        for name, normalizer in normalizers.items()
+        for key, value in normalizer.state().items()
+    }
+
+
+def load_normalizers(normalizers: Mapping[str, Normalizer], tensors: Mapping[str, Tensor]) -> None:
+    """Restore what :func:`normalizer_tensors` returned."""
+    for name, normalizer in normalizers.items():
+        prefix = f"{name}/"
+        state = {
+            key.removeprefix(prefix): value
+            for key, value in tensors.items()
+            if key.startswith(prefix)
+        }
+        normalizer.load_state(state)

@@ -15,19 +15,18 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ..config import PartitionConfig, Recipe, partition_sizes
+from ..config import Facts, Recipe
 from ..distill.losses import KINDS, distillation_loss
-from ..distill.targets import rendered_size
+from ..distill.micro_batches import Pass
 from ..distill.views import STUDENT
 from ..models.heads import DistilledStudent
 from ..models.position import NUM_DRAWS
 from ..normalize import NORMALIZERS
 from ..protocols import Normalizer, Teacher, Upsampler
-from ..stage import Partition, Pass
+from ..stage import Partition, Stage, TeacherView, resolve_stage
 from ..system.precision import autocast
 from ..types import Features, Size
 from .measure import count_flops, peak_memory
-from .sights import Sight, sight_of
 
 _FLOAT = 4  # bytes
 
@@ -36,7 +35,7 @@ _FLOAT = 4  # bytes
 class TeacherCost:
     """One teacher in one partition, at one size of the student's."""
 
-    sight: Sight
+    view: TeacherView
     calls: int
     """Teacher images for one image: 1, or what the upsampler needs."""
     encode_flops: int
@@ -47,7 +46,7 @@ class TeacherCost:
     @property
     def flops(self) -> float:
         """Operations for one image, on full canvases."""
-        return self.encode_flops / self.sight.images + self.other_flops
+        return self.encode_flops / self.view.images_per_input + self.other_flops
 
 
 @dataclass(frozen=True)
@@ -143,99 +142,75 @@ class ModelCosts:
         """Number of parameters of student and heads."""
         return sum(parameter.numel() for parameter in self._student.parameters())
 
-    def partition(self, stage: str, partition: Partition) -> PartitionCost:
+    def stage(self, name: str) -> Stage:
+        """Return a stage as it will run, but for what the shards and the machine decide."""
+        specs = {teacher: item.spec for teacher, item in self.teachers.items()}
+        return resolve_stage(self.recipe, name, specs, Facts())
+
+    def partition(self, stage: Stage, partition: Partition) -> PartitionCost:
         """Measure one image of a partition at each of its sizes."""
-        key = stage, partition.name
+        key = stage.name, partition.name
         if key not in self._partitions:
             passes = {size: self._pass(stage, partition, size) for size in partition.sizes}
             self._partitions[key] = PartitionCost(partition, passes)
         return self._partitions[key]
 
-    def images_together(self, partition: Partition, size: Size) -> int:
-        """Return how many images must stay together, because they share canvases."""
-        sights = [self._sight(partition.config, name, size) for name in partition.config.teachers]
-        return math.lcm(*(sight.images for sight in sights))
-
-    def own_grid_flops(self, partition: PartitionConfig, name: str) -> float:
+    def own_grid_flops(self, partition: Partition, name: str) -> float:
         """Return a teacher's operations for one image of a partition, without upsampler."""
-        sights = [self._sight(partition, name, view) for view in partition_sizes(partition)]
-        flops = [self.encode_flops(name, sight.size) / sight.images for sight in sights]
+        views = [partition.views[size][name] for size in partition.sizes]
+        flops = [self.encode_flops(name, view.encoded) / view.images_per_input for view in views]
         return sum(flops) / len(flops)
 
-    def step_memory(self, stage: str, passes: Sequence[Pass], images: int) -> int:
+    def step_memory(self, stage: Stage, passes: Sequence[Pass], images: int) -> int:
         """Return the most bytes that a micro-batch takes beside weights, gradients and moments.
 
         That is the views of its images, the targets of all passes over them, and the larger of two:
         a teacher at work on the images of one call, with its own map, of which the normalizer makes
         the target; the student with its losses.
         """
-        key = (stage, images, *((item.partition.name, item.size) for item in passes))
+        key = (stage.name, images, *((item.partition.name, item.size) for item in passes))
         if key not in self._step_memory:
             self._step_memory[key] = self._peak_of_step(stage, passes, images)
         return self._step_memory[key]
 
-    def _pass(self, stage: str, partition: Partition, size: Size) -> PassCost:
-        body, config = self._student.student, partition.config
+    def _pass(self, stage: Stage, partition: Partition, size: Size) -> PassCost:
+        body, views = self._student.student, partition.views[size]
         grid = body.grid(size)
         flops = self._body_flops(size)
-        flops += sum(self._head_flops(name, grid) for name in config.teachers)
-        if self.recipe.loss.mesa:
+        flops += sum(self._head_flops(name, grid) for name in partition.teachers)
+        if stage.loss.mesa:
             flops += self._forward_flops(size)
         return PassCost(
-            rendered=self._rendered(stage, config, size),
+            rendered={STUDENT: size, **{name: view.rendered for name, view in views.items()}},
             tokens=grid[0] * grid[1] + body.num_prefix_tokens,
             student_flops=flops,
-            teachers=tuple(self._teacher(stage, config, name, size) for name in config.teachers),
+            teachers=tuple(self._teacher(stage, view, size) for view in views.values()),
         )
 
-    def _teacher(
-        self, stage: str, partition: PartitionConfig, name: str, view: Size
-    ) -> TeacherCost:
-        upsampler, sight = self._upsamplers[stage], self._sight(partition, name, view, stage)
-        target = self._target(sight, partition, 1)
+    def _teacher(self, stage: Stage, view: TeacherView, size: Size) -> TeacherCost:
+        name, upsampler = view.teacher, self._upsamplers[stage.name]
+        target = self._target(view, 1)
         other = count_flops(lambda: self._normalizers[name].apply(target.spatial))
-        calls, encode = 1, self.encode_flops(name, sight.size)
-        if name in partition.upsample:
-            calls = upsampler.cost(sight.grid)
+        calls, encode = 1, self.encode_flops(name, view.encoded)
+        if view.is_upsampled:
+            calls = upsampler.cost(view.grid)
             encode *= calls
-            teacher, pixels = self.teachers[name], torch.empty(1, 3, *view)
-            other += count_flops(lambda: upsampler(teacher, pixels, sight.grid)) - encode
-        return TeacherCost(sight, calls, encode, other)
+            teacher, pixels = self.teachers[name], torch.empty(1, 3, *size)
+            other += count_flops(lambda: upsampler(teacher, pixels, view.grid)) - encode
+        return TeacherCost(view, calls, encode, other)
 
-    def _rendered(self, stage: str, partition: PartitionConfig, size: Size) -> dict[str, Size]:
-        recipe, factor = self.recipe, self._upsamplers[stage].factor
-        teachers = {
-            name: rendered_size(
-                recipe.teachers[name],
-                self.teachers[name].spec,
-                partition,
-                size,
-                recipe.student.patch_size,
-                factor,
-            )
-            for name in partition.teachers
-        }
-        return {STUDENT: size, **teachers}
-
-    def _sight(
-        self, partition: PartitionConfig, name: str, view: Size, stage: str | None = None
-    ) -> Sight:
-        """Return how a teacher sees a partition, through a stage's upsampler where one is given."""
-        factor = 1 if stage is None else self._upsamplers[stage].factor
-        return sight_of(self.recipe, self.teachers[name].spec, partition, view, factor)
-
-    def _target(self, sight: Sight, partition: PartitionConfig, images: int) -> Features:
-        spec = self.teachers[sight.teacher].spec
-        width = None if sight.teacher in partition.mosaic else spec.summary_channels
+    def _target(self, view: TeacherView, images: int) -> Features:
+        spec = self.teachers[view.teacher].spec
+        width = None if view.mosaic else spec.summary_channels
         summary = None if width is None else torch.empty(images, width)
-        return Features(summary, torch.empty(images, spec.channels, *sight.grid))
+        return Features(summary, torch.empty(images, spec.channels, *view.grid))
 
-    def _call(self, stage: str, partition: PartitionConfig, sight: Sight, images: int) -> int:
+    def _call(self, stage: Stage, view: TeacherView, images: int) -> int:
         """Return the number of teacher images in one call of the encoder."""
-        limit, inputs = self.recipe.teachers[sight.teacher].micro_batch, sight.inputs(images)
-        if sight.teacher in partition.upsample:
-            inputs *= self._upsamplers[stage].cost(sight.grid)
-            limit = self.recipe.stages[stage].upsampler.micro_batch or limit
+        limit, inputs = stage.teachers[view.teacher].micro_batch, view.inputs(images)
+        if view.is_upsampled:
+            inputs *= self._upsamplers[stage.name].cost(view.grid)
+            limit = stage.upsampler.micro_batch or limit
         return min(inputs, limit or inputs)
 
     def _count_encode(self, name: str, size: Size) -> int:
@@ -267,24 +242,19 @@ class ModelCosts:
 
         return count_flops(run)
 
-    def _peak_of_step(self, stage: str, passes: Sequence[Pass], images: int) -> int:
-        kept: dict[Sight, int] = {}
+    def _peak_of_step(self, stage: Stage, passes: Sequence[Pass], images: int) -> int:
+        kept: dict[TeacherView, int] = {}
         peaks = []
-        views = {
-            view
-            for item in passes
-            for view in self._rendered(stage, item.partition.config, item.size).values()
-        }
-        pixels = _FLOAT * images * 3 * sum(map(math.prod, views))
+        sizes = {view.rendered for item in passes for view in item.views.values()}
+        sizes |= {item.size for item in passes}
+        pixels = _FLOAT * images * 3 * sum(map(math.prod, sizes))
         for item in passes:
-            config = item.partition.config
-            sights = [self._sight(config, name, item.size, stage) for name in config.teachers]
-            targets = {sight.teacher: self._target(sight, config, images) for sight in sights}
-            kept |= {sight: _bytes(targets[sight.teacher]) for sight in sights}
-            calls = {sight: self._call(stage, config, sight, images) for sight in sights}
+            targets = {name: self._target(view, images) for name, view in item.views.items()}
+            kept |= {view: _bytes(targets[view.teacher]) for view in item.views.values()}
             peaks += [
-                kept[sight] + self._encode_memory(sight.teacher, sight.size, count)
-                for sight, count in calls.items()
+                kept[view]
+                + self._encode_memory(view.teacher, view.encoded, self._call(stage, view, images))
+                for view in item.views.values()
             ]
             peaks.append(self._peak_of_learning(item, images, targets))
         return pixels + sum(kept.values()) + max(peaks)
@@ -297,7 +267,7 @@ class ModelCosts:
         """Run forward, losses and backward of one pass."""
         with autocast(self.recipe.engine.precision, torch.device("cpu")):
             predictions = self._student(
-                pixels, item.partition.config.teachers, draws=torch.empty(len(pixels), NUM_DRAWS)
+                pixels, item.partition.teachers, draws=torch.empty(len(pixels), NUM_DRAWS)
             )
         weights = {f"{name}/{kind}": 1.0 for name in targets for kind in KINDS}
         report = distillation_loss(predictions.features, targets, self.recipe.loss, weights)

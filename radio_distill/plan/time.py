@@ -26,9 +26,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from ..config import EngineConfig, Facts, Recipe, StageConfig, resolve, share_of
-from ..distill.statistics import first_partition
-from ..stage import MicroBatch, Partition, assign_micro_batches, images_per_step, partitions_of
+from ..config import EngineConfig, StageConfig, share_of
+from ..distill.micro_batches import MicroBatch, assign_micro_batches
+from ..stage import Partition, Stage
 from ..types import Size
 from .cost import ModelCosts, PartitionCost, TeacherCost
 
@@ -150,17 +150,18 @@ def plan_stage(
         with_memory: measure what a step takes, which is most of the work; else it counts as 0.
         progress: called as often as :func:`measurements` says.
     """
-    recipe = resolved(costs.recipe, name)
-    stage = recipe.stages[name]
-    partitions = partitions_of(stage)
+    stage = costs.stage(name)
+    partitions = stage.partitions
     measured = {}
     for item in partitions:
-        measured[item.name] = costs.partition(name, item)
+        measured[item.name] = costs.partition(stage, item)
         progress()
-    steps = [_deal(costs, partitions, sizes, devices) for sizes in _draws(partitions)]
+    steps = [
+        assign_micro_batches(partitions, sizes, devices, stage.engine.micro_batch)
+        for sizes in _draws(partitions)
+    ]
     seconds = [
-        [_seconds(work, measured, device, recipe) / utilisation for work in ranks]
-        for ranks in steps
+        [_seconds(work, measured, device, stage) / utilisation for work in ranks] for ranks in steps
     ]
     waits = [max(ranks) for ranks in seconds]
 
@@ -171,27 +172,27 @@ def plan_stage(
     largest = _largest([micro for ranks in steps for work in ranks for micro in work])
     step_memory = []
     for micro in largest if with_memory else ():
-        step_memory.append(costs.step_memory(name, micro.passes, micro.stop - micro.start))
+        step_memory.append(costs.step_memory(stage, micro.passes, micro.stop - micro.start))
         progress()
     return StagePlan(
         name=name,
         steps=stage.steps,
         devices=devices,
         partitions=tuple(measured.values()),
-        images=images_per_step(stage),
+        images=stage.images_per_step,
         tokens=sum(cost.tokens * images for cost, images in sums),
         student_flops=sum(cost.student_flops * images for cost, images in sums),
-        teacher_flops=sum(_teacher_flops(ranks, measured, recipe) for ranks in steps) / len(steps),
+        teacher_flops=sum(_teacher_flops(ranks, measured, stage) for ranks in steps) / len(steps),
         memory=replace(
-            state_memory(costs.parameters, _zero_stage(recipe.engine, devices), devices),
-            average=4 * costs.parameters if stage.ema_decay else 0,
+            state_memory(costs.parameters, _zero_stage(stage.engine, devices), devices),
+            average=4 * costs.parameters if stage.config.ema_decay else 0,
             teachers=teacher_bytes,
             step=max(step_memory, default=0),
         ),
         step_seconds=sum(waits) / len(waits),
         busy=sum(map(sum, seconds)) / devices / sum(waits),
         decoding_cores=sum(max(map(decoding, ranks)) for ranks in steps) / sum(waits),
-        statistics_seconds=_statistics_seconds(costs, recipe, name, device) / devices / utilisation,
+        statistics_seconds=_statistics_seconds(costs, stage, device) / devices / utilisation,
     )
 
 
@@ -199,16 +200,6 @@ def measurements(stage: StageConfig, with_memory: bool = True) -> int:
     """Return how many measurements planning a stage takes: its passes, and what shares images."""
     groups = sum(not partition.images_of for partition in stage.partitions)
     return len(stage.partitions) + (groups if with_memory else 0)
-
-
-def resolved(recipe: Recipe, name: str) -> Recipe:
-    """Return the recipe as a stage will run it, but for what the shards and the machine decide."""
-    return resolve(recipe, name, facts_of(recipe.stages[name]))
-
-
-def facts_of(stage: StageConfig) -> Facts:
-    """Return what is known of a stage before its shards are."""
-    return Facts(images_shown=stage.steps * images_per_step(stage))
 
 
 def _draws(partitions: Sequence[Partition]) -> list[dict[str, Size]]:
@@ -222,16 +213,6 @@ def _draws(partitions: Sequence[Partition]) -> list[dict[str, Size]]:
             tuple(generator.choice(sizes) for sizes in choices) for _ in range(MOST_DRAWS)
         ]
     return [dict(zip(names, sizes, strict=True)) for sizes in combinations]
-
-
-def _deal(
-    costs: ModelCosts, partitions: Sequence[Partition], sizes: Mapping[str, Size], devices: int
-) -> list[list[MicroBatch]]:
-    """Deal the images of one step to devices, as the trainer does."""
-    together = {item.name: costs.images_together(item, sizes[item.name]) for item in partitions}
-    return assign_micro_batches(
-        partitions, sizes, devices, costs.recipe.engine.micro_batch, together
-    )
 
 
 def state_memory(parameters: int, zero_stage: int, devices: int) -> Memory:
@@ -268,7 +249,7 @@ def _seconds(
     work: Sequence[MicroBatch],
     measured: Mapping[str, PartitionCost],
     device: DeviceType,
-    recipe: Recipe,
+    stage: Stage,
 ) -> float:
     """Return the time that a device needs for its micro-batches of one step, at its peak."""
     seconds = 0.0
@@ -276,10 +257,10 @@ def _seconds(
         images = micro.stop - micro.start
         for item in micro.passes:
             flops = images * measured[item.partition.name].passes[item.size].student_flops
-            seconds += flops / device.flops_per_second(recipe.engine.precision)
-        for teacher in _teachers(micro, measured, recipe):
-            flops = teacher.sight.inputs(images) * teacher.encode_flops
-            dtype = recipe.teachers[teacher.sight.teacher].dtype
+            seconds += flops / device.flops_per_second(stage.engine.precision)
+        for teacher in _teachers(micro, measured, stage):
+            flops = teacher.view.inputs(images) * teacher.encode_flops
+            dtype = stage.teachers[teacher.view.teacher].dtype
             seconds += flops / device.flops_per_second(dtype)
             seconds += images * teacher.other_flops / device.flops_per_second("float32")
     return seconds
@@ -297,19 +278,19 @@ def _decoding_seconds(micro: MicroBatch, measured: Mapping[str, PartitionCost]) 
 
 
 def _teacher_flops(
-    ranks: Sequence[Sequence[MicroBatch]], measured: Mapping[str, PartitionCost], recipe: Recipe
+    ranks: Sequence[Sequence[MicroBatch]], measured: Mapping[str, PartitionCost], stage: Stage
 ) -> float:
     """Return what all teachers do in one step, without the images that only keep pace."""
     return sum(
         (micro.stop - micro.start) * teacher.flops
         for micro in itertools.chain(*ranks)
         if any(item.image_weight for item in micro.passes)
-        for teacher in _teachers(micro, measured, recipe)
+        for teacher in _teachers(micro, measured, stage)
     )
 
 
 def _teachers(
-    micro: MicroBatch, measured: Mapping[str, PartitionCost], recipe: Recipe
+    micro: MicroBatch, measured: Mapping[str, PartitionCost], stage: Stage
 ) -> list[TeacherCost]:
     """Return the teachers that run for a micro-batch: once where partitions share what they see."""
     every = [
@@ -317,16 +298,16 @@ def _teachers(
         for item in micro.passes
         for teacher in measured[item.partition.name].passes[item.size].teachers
     ]
-    shifted = bool(recipe.augmentation.shift)
-    return every if shifted else list({teacher.sight: teacher for teacher in every}.values())
+    shifted = bool(stage.augmentation.shift)
+    return every if shifted else list({teacher.view: teacher for teacher in every}.values())
 
 
-def _statistics_seconds(costs: ModelCosts, recipe: Recipe, name: str, device: DeviceType) -> float:
+def _statistics_seconds(costs: ModelCosts, stage: Stage, device: DeviceType) -> float:
     """Return the time of one device at its peak; the float64 sums themselves are left out."""
-    stage, seconds = recipe.stages[name], 0.0
-    images = share_of(recipe.normalizer.images, stage.steps * images_per_step(stage))
-    for teacher, config in recipe.teachers.items():
-        first = first_partition(stage, teacher)
+    seconds = 0.0
+    images = share_of(stage.normalizer.images, stage.steps * stage.images_per_step)
+    for teacher, config in stage.teachers.items():
+        first = stage.statistics_partition(teacher)
         if first is not None:
             flops = costs.own_grid_flops(first, teacher)
             seconds += images * flops / device.flops_per_second(config.dtype)

@@ -24,8 +24,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..config import Recipe, plain
+from ..config import plain
 from ..errors import CheckpointError, InterruptedRunError, RadioDistillError
+from ..stage import Stage
 from ..system import signals as interruption
 from ..system.distributed import World, all_gather_object, all_reduce_sum, run_on_main
 from ..system.files import reason_of
@@ -91,13 +92,9 @@ class Lifeline:
     """One process's part in keeping a stage alive; a context around its training loop.
 
     Args:
-        folder: of the stage.
-        recipe: gives how often what is done, and what is watched for.
-        stage: name of the stage, for checkpoints.
+        stage: gives how often what is done, and what is watched for.
         teachers: what the checkpoints' heads belong to.
         world: this process's place.
-        steps: of the whole stage.
-        images_per_step: over all processes.
         ownership: rank 0's claim on the folder.
         resumed: the checkpoint that the run goes on from.
         shards: fingerprint of the data.
@@ -106,38 +103,34 @@ class Lifeline:
 
     def __init__(
         self,
-        folder: Path,
-        recipe: Recipe,
-        stage: str,
+        stage: Stage,
         teachers: Mapping[str, TeacherSpec],
         world: World,
-        steps: int,
-        images_per_step: int,
         ownership: RunLock | None,
         resumed: Checkpoint | None = None,
         shards: str = "",
         origin: Origin | None = None,
     ):
         self._origin = origin
-        self._folder, self._recipe, self._world = folder, recipe, world
-        self._steps, self._ownership = steps, ownership
+        self._folder, self._stage, self._world = stage.folder, stage, world
+        self._steps, self._ownership = stage.steps, ownership
         self._step = resumed.step if resumed else 0
-        self._stage, self._teachers, self._shards = stage, teachers, shards
+        self._teachers, self._shards = teachers, shards
         self._saver = AsyncCheckpointer(resumed.folder if resumed else None)
-        self._watch = LossMonitor(recipe.watch)
+        self._watch = LossMonitor(stage.watch)
         self._heartbeat = Watchdog(
-            recipe.watch.hang_seconds, world.rank, folder, self._on_hang, self._step
+            stage.watch.hang_seconds, world.rank, stage.folder, self._on_hang, self._step
         )
         counts = resumed.counts if resumed else {}
         self.skips = SkipCounter(
-            min(recipe.watch.max_skipped, steps - 1),  # a stage takes one step at least
+            min(stage.watch.max_skipped, stage.steps - 1),  # a stage takes one step at least
             counts.get("skipped_steps", 0),
             counts.get("skipped_in_a_row", 0),
         )
-        self._images_per_step = images_per_step
+        self._images_per_step = stage.images_per_step
         self._rate, self._status_time = 0.0, -math.inf
         self._saving = 0.0  # seconds that this process has waited for checkpoints
-        self._log_time, self._log_images = time.monotonic(), self._step * images_per_step
+        self._log_time, self._log_images = time.monotonic(), self._step * stage.images_per_step
         self._log_waited = self._log_saving = 0.0
         self._stack = ExitStack()
         self._is_aborted = False
@@ -263,7 +256,7 @@ class Lifeline:
         """
         if signs.signal or done == self._steps:
             return True
-        return done % plain(self._recipe.log.save_every) == 0 and not self.skips.in_a_row
+        return done % plain(self._stage.log.save_every) == 0 and not self.skips.in_a_row
 
     def save(self, step: int, parts: Callable[[], Mapping[str, Mapping[str, Tensor]]]) -> None:
         """Begin to write a checkpoint; every rank must call.
@@ -318,12 +311,12 @@ class Lifeline:
     def _write(
         self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], counts: Mapping[str, int]
     ) -> Path:
-        log = self._recipe.log
+        log = self._stage.log
         checkpoint = Checkpoint(
             folder_of(self._folder / "checkpoints", step),
             step,
-            self._stage,
-            self._recipe,
+            self._stage.name,
+            self._stage.recipe,
             dict(self._teachers),
             self._shards,
             dict(counts),

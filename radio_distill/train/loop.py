@@ -13,7 +13,6 @@ Everything random is a function of seed and step: the order and the crops of the
 import math
 import random
 import time
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -24,20 +23,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..config import Recipe, StageConfig, plain
+from ..config import EngineConfig, StageConfig, plain
 from ..distill.loss_weights import TermWeights
 from ..distill.losses import KINDS, LossReport, distillation_loss
-from ..distill.micro_batches import Work
+from ..distill.micro_batches import MicroBatch, MicroBatchSchedule, Pass
 from ..distill.randomness import StepRandomness
-from ..distill.statistics import normalizer_tensors
-from ..distill.targets import Seen, TargetMaker
+from ..distill.targets import TargetCache, TargetMaker
 from ..distill.terms import mesa
 from ..distill.views import AVERAGE, Views, follow
 from ..models.ema import Ema
 from ..models.heads import Predictions
 from ..models.spectral import begin_step
+from ..normalize.normalizers import normalizer_tensors
 from ..protocols import BatchSource, Engine
-from ..stage import MicroBatch, Pass
+from ..stage import Stage
 from ..system.distributed import World, all_reduce_sum
 from ..system.memory import explain_oom, lower
 from ..system.progress import Progress
@@ -59,15 +58,12 @@ MESA = "mesa"
 class StageRun:
     """Everything that one process needs to train one stage."""
 
-    recipe: Recipe
-    stage: str
-    folder: Path
-    """Folder of the stage inside the run folder."""
+    stage: Stage
     world: World
     engine: Engine
     targets: TargetMaker
     source: BatchSource
-    work: Work
+    schedule: MicroBatchSchedule
     """This rank's micro-batches of each step."""
     draws: StepRandomness
     weights: TermWeights
@@ -81,7 +77,7 @@ class StageRun:
 
     @property
     def config(self) -> StageConfig:
-        return self.recipe.stages[self.stage]
+        return self.stage.config
 
     @property
     def start_step(self) -> int:
@@ -89,17 +85,8 @@ class StageRun:
         return self.resumed.step if self.resumed else 0
 
     @property
-    def seed(self) -> int:
-        return stage_seed(self.recipe, self.stage)
-
-    @property
     def teachers(self) -> dict[str, TeacherSpec]:
         return {name: teacher.spec for name, teacher in self.targets.teachers.items()}
-
-
-def stage_seed(recipe: Recipe, stage: str) -> int:
-    """Derive the seed of a stage from the recipe's: each has an order and draws of its own."""
-    return zlib.crc32(f"{recipe.seed}/{stage}".encode())
 
 
 @dataclass
@@ -128,12 +115,12 @@ def train(run: StageRun) -> Path:
         InterruptedRunError: where a signal asked to stop; everything is saved.
         TakenOverError: where a process started later has the folder.
     """
-    config, log, total = run.config, run.recipe.log, run.config.steps
-    images = run.work.images_per_step
+    config, log, total = run.config, run.stage.log, run.stage.steps
+    images, folder = run.stage.images_per_step, run.stage.folder
     rates = learning_rates(config)
     meter = Meter(_term_names(run), run.engine.device)
-    seen = Progress(run.folder.name, total, "steps", run.start_step, run.world.is_main, images)
-    sinks = open_sinks(run.folder, log.tensorboard, run.world.is_main, run.start_step)
+    seen = Progress(folder.name, total, "steps", run.start_step, run.world.is_main, images)
+    sinks = open_sinks(folder, log.tensorboard, run.world.is_main, run.start_step)
     batches = run.source.batches(run.start_step)
     with open_lifeline(run) as life, seen, sinks:
         waited, losses = 0.0, list[float]()
@@ -143,7 +130,7 @@ def train(run: StageRun) -> Path:
             waited += time.monotonic() - asked
             report = accumulate(run, step, step_batches, life.agree)
             step_rates = {group: float(values[step]) for group, values in rates.items()}
-            with explain_oom("the update", f"step {step + 1}", zero_hint(run.recipe)):
+            with explain_oom("the update", f"step {step + 1}", zero_hint(run.stage.engine)):
                 norm = run.engine.step(step_rates)
             done = step + 1
             if math.isfinite(norm) and not report.signs.trouble:
@@ -172,13 +159,9 @@ def train(run: StageRun) -> Path:
 def open_lifeline(run: StageRun) -> Lifeline:
     """Make what keeps the stage alive."""
     return Lifeline(
-        run.folder,
-        run.recipe,
         run.stage,
         run.teachers,
         run.world,
-        run.config.steps,
-        run.work.images_per_step,
         run.ownership,
         run.resumed,
         run.source.fingerprint,
@@ -200,7 +183,7 @@ def accumulate(
     """
     _seed_generators(run, step)
     begin_step(run.engine.model, run.draws.noise(step))
-    work = run.work.micro_batches(step)
+    work = run.schedule.micro_batches(step)
     left = sum(len(micro.passes) for micro in work)
     findings, notes = NonFiniteGuard(), []
     total, signs = torch.zeros((), device=run.engine.device), None
@@ -209,9 +192,9 @@ def accumulate(
             view: tensor.to(run.engine.device, non_blocking=True)  # [B, 3, H, W]
             for view, tensor in batch.views.items()
         }
-        seen: Seen = {}
+        cache: TargetCache = {}
         for item in micro.passes:
-            report = _forward(run, step, micro, item, pixels, seen, findings, batch.keys)
+            report = _forward(run, step, micro, item, pixels, cache, findings, batch.keys)
             loss = report.total.sum() * item.image_weight
             total = total + loss.detach()
             left -= 1
@@ -230,7 +213,7 @@ def _seed_generators(run: StageRun, step: int) -> None:
 
     Stochastic depth draws from torch's; a teacher or an upsampler of the user's may from any.
     """
-    seed = run.seed + step * 131 + run.world.rank
+    seed = run.stage.seed + step * 131 + run.world.rank
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)
@@ -242,21 +225,20 @@ def _forward(
     micro: MicroBatch,
     item: Pass,
     pixels: Mapping[View, Tensor],
-    seen: Seen,
+    cache: TargetCache,
     findings: NonFiniteGuard,
     keys: Sequence[str],
 ) -> LossReport:
     """Return the loss of one pass over a micro-batch."""
-    partition = item.partition.config
     views = run.draws.views(step, micro, item, pixels)
-    targets = run.targets(views, partition, seen)
+    targets = run.targets(views, item.views.values(), cache)
     findings.add_targets(targets, keys)
     with _student_part(run, item, micro, "the forward pass of the student"):
         predictions = run.engine.forward(
             views.of_student(),
-            partition.teachers,
+            item.partition.teachers,
             draws=run.draws.positions(step, micro).to(run.engine.device),
-            freeze_body=step < run.config.frozen_steps,
+            freeze_body=step < run.stage.frozen_steps,
             window_size=run.draws.window(step, item) or None,
         )
         report = _compare(run, predictions, targets, views)
@@ -264,20 +246,20 @@ def _forward(
     return report
 
 
-def zero_hint(recipe: Recipe) -> str:
+def zero_hint(engine: EngineConfig) -> str:
     """Say what makes the student's weights, gradients and moments take less memory."""
-    return f"raise engine.zero_stage (now: {recipe.engine.zero_stage}), or take a smaller student"
+    return f"raise engine.zero_stage (now: {engine.zero_stage}), or take a smaller student"
 
 
 def _student_part(
     run: StageRun, item: Pass, micro: MicroBatch, part: str
 ) -> AbstractContextManager[None]:
     height, width = item.size
-    images, recipe = micro.stop - micro.start, run.recipe
+    images, stage = micro.stop - micro.start, run.stage
     other = "set student.gradient_checkpointing to true"
-    if recipe.student.gradient_checkpointing:
+    if stage.student.gradient_checkpointing:
         other = "take a smaller student, or lower the sizes of the partitions"
-    hint = lower("engine.micro_batch", recipe.engine.micro_batch, images, other)
+    hint = lower("engine.micro_batch", stage.engine.micro_batch, images, other)
     return explain_oom(part, f"{height}x{width} px, {images} images", hint)
 
 
@@ -297,7 +279,7 @@ def _compare(
     run: StageRun, predictions: Predictions, targets: Mapping[str, Features], views: Views
 ) -> LossReport:
     """Return the loss of a pass, the distance to the averaged student included."""
-    config = run.recipe.loss
+    config = run.stage.loss
     report = distillation_loss(
         predictions.features,
         targets,
@@ -350,7 +332,7 @@ def _tensors(run: StageRun) -> dict[str, dict[str, Tensor]]:
 
 def _term_names(run: StageRun) -> list[str]:
     kinds = [f"{teacher}/{kind}" for teacher in run.teachers for kind in KINDS]
-    return [f"{item.name}/{kind}" for item in run.work.partitions for kind in [*kinds, MESA]]
+    return [f"{item.name}/{kind}" for item in run.stage.partitions for kind in [*kinds, MESA]]
 
 
 def _log_values(

@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import torch
 
-from ..distill.statistics import build_normalizers, load_normalizers
 from ..errors import CheckpointError, WeightsError
 from ..models.heads import DistilledStudent, build_student
+from ..normalize.normalizers import build_normalizers, load_normalizers
 from ..protocols import Normalizer
 from ..system.files import reason_of
 from .checkpoint import EMA, OPTIMIZER, STATISTICS, STUDENT, Checkpoint
@@ -78,7 +78,7 @@ def _check_same(
 
 def normalizers_of(checkpoint: Checkpoint) -> dict[str, Normalizer]:
     """Restore the normalizers that a checkpoint's heads were trained with."""
-    normalizers = build_normalizers(checkpoint.recipe)
+    normalizers = build_normalizers(checkpoint.recipe.normalizer.name, checkpoint.recipe.teachers)
     restore_normalizers(normalizers, checkpoint)
     return normalizers
 

@@ -12,9 +12,11 @@ checkpoint that holds code is refused unless it is trusted.
 import argparse
 from typing import TYPE_CHECKING
 
+from radio_distill.stage import FIT, resolve_stage
+
 from ..arguments import add_recipe_argument, add_trust_argument, check_output
 from ..common import FITTED, fit_folder, load_recipe
-from ..fit_upsampler import fit_recipe, input_size
+from ..fit_upsampler import fit_recipe
 
 if TYPE_CHECKING:
     from radio_distill.types import Size, TeacherSpec
@@ -53,7 +55,8 @@ def run(arguments: argparse.Namespace) -> int:
     check_output(path)
     name = recipe.fit.teacher
     teacher = build_teacher(name, recipe.teachers[name], torch.device("cpu"))
-    header = header_of(made, teacher.spec, input_size(recipe, teacher))
+    stage = resolve_stage(recipe, FIT, {name: teacher.spec})
+    header = header_of(made, teacher.spec, stage.partitions[0].sizes[0])
     model = assemble(header, made.tensors, made.normalizer_state or {}, made.de_bias)
     save_model(path, model, header)
     print(path)

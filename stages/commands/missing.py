@@ -5,7 +5,7 @@ fitted upsampler must be compared with them (:func:`stages.upsampler_files.weigh
 """
 
 import glob
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -13,6 +13,7 @@ from pathlib import Path
 from radio_distill.config import Recipe, TeacherConfig, UpsamplerConfig
 from radio_distill.data.find import find_shards
 from radio_distill.errors import ConfigError, DataError, RadioDistillError
+from radio_distill.stage import resolve_stage
 from radio_distill.system.files import check_readable, unreadable
 from radio_distill.types import TeacherSpec
 from teachers import resolve
@@ -111,8 +112,11 @@ def _stage_problems(
         if broken:
             yield from ((line, None) for line in broken)
             continue
-        for line in _partitions(recipe, stage, specs):
-            yield line, None
+        try:
+            resolve_stage(recipe, stage, specs)
+        except ConfigError as error:
+            yield from ((line, None) for line in error.args)
+            continue
         try:
             _check_upsampler(stage_of(recipe, stage).upsampler)
             problems = problems_of(recipe, stage, asked)
@@ -149,17 +153,6 @@ def _check_upsampler(config: UpsamplerConfig) -> None:
             raise ConfigError(f"nothing at {place}, which upsampler {config.name!r} is to load")
     if not is_fitted(config.name) and not any(places):
         build_upsampler(config, {})
-
-
-def _partitions(recipe: Recipe, stage: str, specs: Mapping[str, TeacherSpec]) -> Iterator[str]:
-    """Say what teachers cannot give."""
-    from radio_distill.distill.targets import check_partition
-
-    for partition in stage_of(recipe, stage).partitions:
-        try:
-            check_partition(partition, recipe.teachers, specs, recipe.student.patch_size)
-        except RadioDistillError as error:
-            yield f"stages.{stage}.partitions.{partition.name}: {error}"
 
 
 def _start(recipe: Recipe, stage: str, before: Sequence[str], asked: Asked) -> Iterator[str]:

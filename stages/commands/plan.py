@@ -11,8 +11,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from radio_distill.config import Recipe, hints, resolve_dtypes
+from radio_distill.config import Facts, Recipe, resolve_dtypes
 from radio_distill.errors import ConfigError, RadioDistillError
+from radio_distill.hints import hints
 from radio_distill.registry import nearest
 
 from ..arguments import add_recipe_argument, add_trust_argument
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from radio_distill.plan.cost import ModelCosts
     from radio_distill.plan.time import DeviceType, StagePlan
     from radio_distill.protocols import Upsampler
+    from radio_distill.stage import Stage
     from teachers.base import FrozenTeacher
 
 TAKES_FIELDS = True
@@ -70,8 +72,6 @@ def run(arguments: argparse.Namespace) -> int:
 def _print_plan(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from radio_distill.plan.time import facts_of, resolved
-
     from .missing import find_missing
     from .plan_tables import all_tables
 
@@ -92,8 +92,8 @@ def _print_plan(arguments: argparse.Namespace) -> int:
         "communication and evaluation. Times hold the statistics of the teachers, which each stage "
         "begins with.\n"
     )
-    for name, stage in recipe.stages.items():
-        for line in hints(resolved(recipe, name), name, facts_of(stage)):
+    for name in recipe.stages:
+        for line in hints(models.stage(name)):
             console.print(f"Note: {line}", markup=False, highlight=False, soft_wrap=True)
     found = find_missing(recipe, asked)
     built = [problem.partition(" (above, ")[0] for problem in models.problems]
@@ -161,6 +161,13 @@ class Models:
     teachers: "dict[str, FrozenTeacher]"
     problems: list[str]
     """What could not be built, and what stands for it."""
+
+    def stage(self, name: str) -> "Stage":
+        """Resolve a stage, but for what the shards and the machine decide."""
+        from radio_distill.stage import resolve_stage
+
+        specs = {teacher: item.spec for teacher, item in self.teachers.items()}
+        return resolve_stage(self.recipe, name, specs, Facts())
 
     def tower(self, teacher: str) -> "nn.Module":
         """Return a teacher's encoder."""

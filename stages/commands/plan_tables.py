@@ -67,16 +67,16 @@ def teacher_table(models: Models, plans: "Sequence[StagePlan]") -> Table:
     )  # fmt: skip
     costs = [cost for plan in plans for item in plan.partitions for cost in item.teachers]
     for cost in dict.fromkeys(
-        cost for name in models.teachers for cost in costs if cost.sight.teacher == name
+        cost for name in models.teachers for cost in costs if cost.view.teacher == name
     ):
-        name, images = cost.sight.teacher, cost.sight.images
+        name, images = cost.view.teacher, cost.view.images_per_input
         table.add_row(
             name,
             models.recipe.teachers[name].preset,
             _count(models.tower(name)),
             f"{models.teacher_bytes(name) / 2**30:.1f}",
-            _size(cost.sight.size),
-            _size(cost.sight.grid),
+            _size(cost.view.encoded),
+            _size(cost.view.grid),
             str(cost.calls) if images == 1 else f"1/{images}",
             f"{cost.flops / 1e9:,.1f}",
             models.teachers[name].spec.licence,
@@ -148,23 +148,21 @@ def time_table(plans: "Sequence[StagePlan]", price: float) -> Table:
 
 def resolved_table(models: Models, plans: "Sequence[StagePlan]") -> Table:
     """Say what each stage makes of fields that are `auto`, and of shares."""
-    from radio_distill.plan.time import resolved
-
     table = _table(
         "Resolved; the shards may hold fewer images", "stage", "body frozen for",
         "images of statistics", "precision", "ZeRO stage", "log every",
         "save every",
     )  # fmt: skip
     for plan in plans:
-        recipe = resolved(models.recipe, plan.name)
+        stage = models.stage(plan.name)
         table.add_row(
             plan.name,
-            f"{recipe.stages[plan.name].frozen_steps:,} of {plan.steps:,} steps",
-            f"{share_of(recipe.normalizer.images, plan.steps * plan.images):,}",
-            recipe.engine.precision,
-            str(recipe.engine.zero_stage) if plan.devices > 1 else "-",
-            f"{recipe.log.every} steps",
-            f"{recipe.log.save_every} steps",
+            f"{stage.frozen_steps:,} of {plan.steps:,} steps",
+            f"{share_of(stage.normalizer.images, plan.steps * plan.images):,}",
+            stage.engine.precision,
+            str(stage.engine.zero_stage) if plan.devices > 1 else "-",
+            f"{stage.log.every} steps",
+            f"{stage.log.save_every} steps",
         )
     return table
 

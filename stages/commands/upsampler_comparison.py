@@ -33,6 +33,7 @@ from radio_distill.report.page import (
     write_page,
 )
 from radio_distill.report.tables import Table, print_tables, render
+from radio_distill.stage import FIT, resolve_stage
 from radio_distill.system.distributed import World, choose_device
 from radio_distill.system.files import reason_of, replacing
 from radio_distill.system.precision import resolved_dtype
@@ -49,7 +50,7 @@ from upsamplers.metrics import measure
 
 from ..arguments import check_output
 from ..common import fit_name, fit_of
-from ..fit_upsampler import held_out, input_size
+from ..fit_upsampler import held_out
 from . import upsampler_tables as show
 from .upsampler_report import Request, is_network
 
@@ -97,7 +98,8 @@ class Comparison:
             labelled = open_set(
                 evaluation.segmentation, evaluation.limit, evaluation.segmentation_ignore
             )
-        return cls(recipe, request, teacher, input_size(recipe, teacher), device, labelled)
+        stage = resolve_stage(recipe, FIT, {teacher.spec.name: teacher.spec})
+        return cls(recipe, request, teacher, stage.partitions[0].sizes[0], device, labelled)
 
     @property
     def precision(self) -> str:

@@ -11,13 +11,15 @@ import pytest
 import torch
 from PIL import Image
 
-from radio_distill.config import Facts, resolve
+from radio_distill.config import Facts
 from radio_distill.data.images import decode_image
+from radio_distill.stage import resolve_stage
 from radio_distill.system.distributed import World
 from radio_distill.train.lifeline import agree
 from radio_distill.train.loop import accumulate
 from stages.build import build_run
 from stages.common import load_recipe
+from teachers import teacher_spec
 
 STUDENT = 32
 PARTITION = {
@@ -44,9 +46,10 @@ def step_of(recipe_file: Path, tmp_path: Path, partition: dict, *fields: str):
     """Run one step; returns its micro-batches and what each encoder saw of them."""
     overrides = [f"stages.stage1.partitions=[{partition}]", "normalizer.name=none", *fields]
     recipe = load_recipe(str(recipe_file), overrides)
-    recipe = resolve(recipe, "stage1", Facts(images_shown=24))
     recipe = replace(recipe, engine=replace(recipe.engine, zero_stage=0))
-    run = build_run("stage1", recipe, tmp_path / "run", World(), torch.device("cpu"), None)
+    specs = {name: teacher_spec(name, config) for name, config in recipe.teachers.items()}
+    stage = resolve_stage(recipe, "stage1", specs, Facts(), folder=tmp_path / "run")
+    run = build_run(stage, World(), torch.device("cpu"), None)
     teachers = {name: Recorder(teacher) for name, teacher in run.targets.teachers.items()}
     run.targets.teachers = teachers
     students = []

@@ -5,13 +5,12 @@
 
 import pytest
 
-from radio_distill.config import Recipe, build, check, dump, partition_sizes
+from radio_distill.config import Recipe, build, check, dump
 from radio_distill.config.recipes import recipe_names
 from radio_distill.evals.run import BENCHMARKS
 from radio_distill.models.student import create_body
 from radio_distill.normalize import NORMALIZERS
-from radio_distill.plan.sights import Sight, sight_of
-from stages.common import load_recipe
+from stages.common import describe_stage, load_recipe
 from teachers import TEACHERS, teacher_spec
 from upsamplers import UPSAMPLERS
 
@@ -86,16 +85,18 @@ def test_recipe__student_has_the_published_shape(name, width, depth, heads):
     assert isinstance(body.blocks[0].ls1, nn.Identity)
 
 
-def sights(recipe: Recipe, stage: str) -> dict[tuple[str, int], list[Sight]]:
-    """Return what the teachers see, by partition and height of the student's input."""
-    specs = {name: teacher_spec(name, config) for name, config in recipe.teachers.items()}
-    factor = recipe.stages[stage].upsampler.factor
+def seen_in(recipe: Recipe, stage: str) -> dict[tuple[str, int], dict[str, tuple]]:
+    """Return what the teachers see, by partition and height of the student's input.
+
+    Of each teacher its input in pixels, the grid of its target, and the images on one input.
+    """
     return {
-        (partition.name, view[0]): [
-            sight_of(recipe, specs[name], partition, view, factor) for name in partition.teachers
-        ]
-        for partition in recipe.stages[stage].partitions
-        for view in partition_sizes(partition)
+        (partition.name, size[0]): {
+            name: (view.encoded, view.grid, view.images_per_input)
+            for name, view in partition.views[size].items()
+        }
+        for partition in describe_stage(recipe, stage).partitions
+        for size in partition.sizes
     }
 
 
@@ -103,7 +104,7 @@ def sights(recipe: Recipe, stage: str) -> dict[tuple[str, int], list[Sight]]:
 def test_recipe__every_view_fits_its_teacher(name):
     recipe = load_recipe(name)
     for stage in recipe.stages:
-        assert all(sights(recipe, stage).values())
+        assert all(seen_in(recipe, stage).values())
 
 
 @pytest.mark.parametrize("name", PHI_S)
@@ -123,11 +124,10 @@ def test_phi_s_recipes__each_teacher_has_a_partition_and_in_stage_3_another(name
 
 def test_phi_s_b__what_sam_sees():
     recipe = load_recipe("phi_s_b")
-    (first,) = sights(recipe, "stage1")["sam", 256]
-    third = sights(recipe, "stage3")
-    assert first == Sight("sam", (1024, 1024), (16, 16), 16)
-    assert third["sam", 432] == [Sight("sam", (1024, 1024), (27, 27), 4)]
-    assert third["sam_hires", 1024] == [Sight("sam", (1024, 1024), (64, 64), 1)]
+    first, third = seen_in(recipe, "stage1"), seen_in(recipe, "stage3")
+    assert first["sam", 256] == {"sam": ((1024, 1024), (16, 16), 16)}
+    assert third["sam", 432] == {"sam": ((1024, 1024), (27, 27), 4)}
+    assert third["sam_hires", 1024] == {"sam": ((1024, 1024), (64, 64), 1)}
 
 
 def test_featsharp_radio_l__differs_from_radio_v2_5_l_in_its_upsampler_only():
@@ -151,16 +151,18 @@ def test_featsharp_radio_l__differs_from_radio_v2_5_l_in_its_upsampler_only():
 @pytest.mark.parametrize("name", C_RADIO)
 def test_c_radio_recipes__what_the_teachers_see(name):
     recipe = load_recipe(name)
-    seen = sights(recipe, "stage2")
-    siglip, dino, sam = seen["low", 128]
-    assert siglip == Sight("siglip2", (384, 384), (24, 24), 1)
-    assert dino == Sight("dinov3", (128, 128), (8, 8), 1)
-    assert sam == Sight("sam3", (1008, 1008), (8, 8), 81)
-    siglip, dino, sam = seen["high", 1152]
-    assert siglip == Sight("siglip2", (384, 384), (72, 72), 1)  # 1152 px at patch 16
-    assert dino == Sight("dinov3", (1152, 1152), (72, 72), 1)
-    assert sam == Sight("sam3", (1008, 1008), (72, 72), 1)
-    assert [seen["high", size][2].images for size in (512, 768, 1024)] == [4, 1, 1]
+    seen = seen_in(recipe, "stage2")
+    assert seen["low", 128] == {
+        "siglip2": ((384, 384), (24, 24), 1),
+        "dinov3": ((128, 128), (8, 8), 1),
+        "sam3": ((1008, 1008), (8, 8), 81),
+    }
+    assert seen["high", 1152] == {
+        "siglip2": ((384, 384), (72, 72), 1),  # 1152 px at patch 16
+        "dinov3": ((1152, 1152), (72, 72), 1),
+        "sam3": ((1008, 1008), (72, 72), 1),
+    }
+    assert [seen["high", size]["sam3"][2] for size in (512, 768, 1024)] == [4, 1, 1]
 
 
 @pytest.mark.parametrize("name", C_RADIO)

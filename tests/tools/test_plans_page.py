@@ -56,7 +56,7 @@ def test_without_mosaics__shows_one_image_at_a_time(recipe):
     )
     # 64 x 64 pixels hold 16 images of 16 pixels and 4 of 32
     encode = second.partitions[0].teachers[0].encode_flops
-    images = [cost.sight.images for cost in first.partitions[0].teachers]
+    images = [cost.view.images_per_input for cost in first.partitions[0].teachers]
     assert images == [16, 4]
     assert {cost.encode_flops for cost in first.partitions[0].teachers} == {encode}
 

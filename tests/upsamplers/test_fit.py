@@ -14,6 +14,7 @@ from radio_distill.data.loader import StepSlice
 from radio_distill.errors import ConfigError, DivergedError
 from radio_distill.normalize import NORMALIZERS
 from radio_distill.normalize.moments import Moments
+from radio_distill.stage import resolve_stage
 from radio_distill.system.distributed import World
 from radio_distill.train import checkpoint as checkpoints
 from radio_distill.types import Features, ImageBatch, View
@@ -27,6 +28,7 @@ SIZE, FACTOR, CHANNELS = (48, 48), 2, 32
 FIT = {
     "teacher": "tiny_vit",
     "factor": FACTOR,
+    "size": SIZE[0],
     "steps": 6,
     "batch_size": 3,
     "views": 2,
@@ -103,6 +105,10 @@ def run_of(tmp_path, tiny, normalizer):
     def make(upsampler="featup", folder="run", world=None, micro_batch=0, teacher=None, **values):
         recipe = recipe_of(upsampler=upsampler, **values)
         config, world = recipe.fit, world or World()
+        teacher = teacher or tiny("tiny_vit")
+        stage = resolve_stage(
+            recipe, "fit", {teacher.spec.name: teacher.spec}, folder=tmp_path / folder
+        )
         fine = (SIZE[0] * FACTOR, SIZE[1] * FACTOR)
         slices = share_of(config, world, micro_batch, fine)
         torch.manual_seed(0)
@@ -110,13 +116,11 @@ def run_of(tmp_path, tiny, normalizer):
         grid = (6, 6) if config.de_bias else None
         model = UpsamplerModel(network, normalizer, CHANNELS, grid)
         return FitRun(
-            recipe,
-            tmp_path / folder,
+            stage,
             world,
             torch.device("cpu"),
-            teacher or tiny("tiny_vit"),
+            teacher,
             Consistency(model, config, CHANNELS),
-            SIZE,
             Images(slices, config.batch_size),
             slices,
         )
@@ -159,7 +163,9 @@ def test_fit__lowers_its_loss_on_the_same_lessons(run_of, upsampler):
 
 def test_fit__keeps_bf16_autocast_finite(run_of):
     run = run_of("featsharp", steps=2)
-    run.recipe = replace(run.recipe, engine=replace(run.recipe.engine, precision="bfloat16"))
+    recipe = run.stage.recipe
+    recipe = replace(recipe, engine=replace(recipe.engine, precision="bfloat16"))
+    run.stage = replace(run.stage, recipe=recipe)
     fit(run)
     assert np.isfinite(losses(run)).all()
 

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from radio_distill.config import FitConfig
 from radio_distill.data.loader import StepSlice
+from radio_distill.distill.targets import check_targets
 from radio_distill.errors import ConfigError
 from radio_distill.protocols import Teacher
 from radio_distill.system.distributed import World
-from radio_distill.train.health import check_targets
 from radio_distill.types import Features, ImageBatch, Size
 
 from ..fitted import TeacherOutput

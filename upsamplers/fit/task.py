@@ -25,10 +25,11 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from radio_distill.config import FitConfig, Recipe, plain
+from radio_distill.config import FitConfig, plain
 from radio_distill.data.loader import StepSlice
 from radio_distill.protocols import BatchSource, Teacher
 from radio_distill.registry import nearest
+from radio_distill.stage import Stage
 from radio_distill.system.distributed import World, all_reduce_sum
 from radio_distill.system.memory import explain_oom, lower
 from radio_distill.system.precision import autocast
@@ -57,14 +58,11 @@ MODULES = "upsampler"
 class FitRun:
     """Everything that one process needs to fit an upsampler."""
 
-    recipe: Recipe
-    folder: Path
+    stage: Stage
     world: World
     device: torch.device
     teacher: Teacher
     consistency: Consistency
-    size: Size
-    """The teacher's input, in pixels."""
     source: BatchSource
     """This process's images, ``factor`` times that size."""
     slices: Sequence[StepSlice]
@@ -84,11 +82,20 @@ class FitRun:
 
     @property
     def config(self) -> FitConfig:
-        return self.recipe.fit
+        return self.stage.fit
 
     @property
     def seed(self) -> int:
-        return self.recipe.seed
+        return self.stage.seed
+
+    @property
+    def folder(self) -> Path:
+        return self.stage.folder
+
+    @property
+    def size(self) -> Size:
+        """The teacher's input, in pixels."""
+        return self.stage.partitions[0].sizes[0]
 
 
 def fit(run: FitRun) -> None:
@@ -99,7 +106,7 @@ def fit(run: FitRun) -> None:
         CheckpointError: where a checkpoint cannot be written.
         InterruptedRunError: where a signal asked to stop; everything is saved.
     """
-    config, log, total = run.config, run.recipe.log, run.config.steps
+    config, log, total = run.config, run.stage.log, run.stage.steps
     modules = run.consistency.to(run.device).train()
     optimizer = torch.optim.NAdam(parameter_groups(modules, config))
     if run.resumed is not None:
@@ -152,13 +159,9 @@ def fit(run: FitRun) -> None:
 def open_lifeline(run: FitRun) -> Lifeline:
     """Make what keeps the fit alive."""
     return Lifeline(
-        run.folder,
-        run.recipe,
-        "fit",
+        run.stage,
         {run.teacher.spec.name: run.teacher.spec},
         run.world,
-        run.config.steps,
-        run.config.batch_size,
         run.ownership,
         run.resumed,
         run.source.fingerprint,
@@ -203,7 +206,7 @@ def accumulate(
         for maps, keys in lesson.maps():
             findings.add_targets({run.teacher.spec.name: Features(None, maps)}, keys)
         images = len(lesson.keys)
-        hint = lower("engine.micro_batch", run.recipe.engine.micro_batch, images, "lower fit.size")
+        hint = lower("engine.micro_batch", run.stage.engine.micro_batch, images, "lower fit.size")
         size = f"{run.size[0]}x{run.size[1]} px, {images} images, {run.config.views} views"
         with explain_oom(f"the fit of {run.config.upsampler}", size, hint), _autocast(run):
             loss, terms = run.consistency(lesson.seen, lesson.homographies, generator)
@@ -223,7 +226,7 @@ def restore(modules: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: Ch
 
 
 def _autocast(run: FitRun) -> torch.autocast:
-    return autocast(run.recipe.engine.precision, run.device)
+    return autocast(run.stage.engine.precision, run.device)
 
 
 def _reduce_gradient(modules: nn.Module, clip: float) -> float:

@@ -6,21 +6,24 @@ import pytest
 
 from radio_distill.config import (
     Facts,
+    NormalizerConfig,
     Recipe,
     build,
     check,
     describe,
     dtypes_of,
     dump,
-    hints,
     keep_resolved,
     load,
     parse_yaml,
     resolve,
 )
 from radio_distill.config.resolve import CHOSEN_ANEW, KEPT
+from radio_distill.hints import hints
+from radio_distill.stage import resolve_stage
 from radio_distill.train.engine import engine_name
 from radio_distill.train.optim import learning_rates
+from radio_distill.types import TeacherSpec
 
 SHORTEST = {
     "name": "short",
@@ -39,8 +42,14 @@ def recipe_of(student: dict | None = None, engine: dict | None = None, **stage) 
     return build(Recipe, data)
 
 
-def resolved(recipe: Recipe, shown: int = 1_000_000, in_shards: int | None = None, earlier=None):
-    return resolve(recipe, "one", Facts(images_shown=shown, images_in_shards=in_shards), earlier)
+def resolved(recipe: Recipe, in_shards: int | None = None, earlier=None):
+    return resolve(recipe, "one", Facts(images_in_shards=in_shards), earlier)
+
+
+def hints_of(recipe: Recipe, in_shards: int | None = None) -> list[str]:
+    spec = TeacherSpec("t", 8, 8, 16, (32, 32), None, (0.5,) * 3, (0.5,) * 3)
+    facts = Facts(images_in_shards=in_shards)
+    return hints(resolve_stage(recipe, "one", {"t": spec}, facts), in_shards)
 
 
 @pytest.mark.parametrize(
@@ -77,16 +86,22 @@ def test_freeze_body_steps__only_a_trained_body_is_kept_and_for_a_share(student,
 def test_normalizer_images__a_share_within_bounds_and_never_more_than_there_are(
     shown, in_shards, expected
 ):
-    assert resolved(recipe_of(), shown, in_shards).normalizer.images == expected
+    recipe = recipe_of(steps=shown // 4)
+    assert resolved(recipe, in_shards).normalizer.images == expected
 
 
 @pytest.mark.parametrize(
-    ("shown", "in_shards", "expected"),
-    [(3000 * 32 * 6, None, 100_000), (3000 * 32 * 6, 90, 90), (30 * 4 * 6, 10**6, 720)],
+    ("fit", "in_shards", "expected"),
+    [
+        ({}, None, 100_000),  # 3,000 steps of 32 images with 5 views each
+        ({}, 90, 90),
+        ({"steps": 30, "batch_size": 4}, 10**6, 720),
+        ({"steps": 30, "batch_size": 4, "pool": 8}, 10**6, 48),
+    ],
 )
-def test_normalizer_images__of_a_fit(shown, in_shards, expected):
-    recipe = dataclasses.replace(recipe_of(), stages={})
-    facts = Facts(images_shown=shown, images_in_shards=in_shards)
+def test_normalizer_images__of_a_fit(fit, in_shards, expected):
+    recipe = build(Recipe, {**SHORTEST, "stages": {}, "fit": fit})
+    facts = Facts(images_in_shards=in_shards)
     assert resolve(recipe, "fit", facts).normalizer.images == expected
 
 
@@ -115,7 +130,7 @@ def test_dtypes__auto_is_the_native_one_and_others_stay(native):
         Recipe,
         {**SHORTEST, "teachers": {"t": {"preset": "p"}, "u": {"preset": "p", "dtype": "float16"}}},
     )
-    made = resolve(recipe, "one", Facts(images_shown=100, native_dtype=native))
+    made = resolve(recipe, "one", Facts(native_dtype=native))
     assert dtypes_of(made) == {
         "engine.precision": native,
         "teachers.t.dtype": native,
@@ -124,23 +139,23 @@ def test_dtypes__auto_is_the_native_one_and_others_stay(native):
 
 
 def test_dtypes__a_run_that_goes_on_elsewhere_keeps_its_own():
-    begun = resolve(recipe_of(), "one", Facts(images_shown=100, native_dtype="bfloat16"))
-    again = resolve(recipe_of(), "one", Facts(images_shown=100, native_dtype="float32"), begun)
+    begun = resolve(recipe_of(), "one", Facts(native_dtype="bfloat16"))
+    again = resolve(recipe_of(), "one", Facts(native_dtype="float32"), begun)
     assert set(dtypes_of(again).values()) == {"bfloat16"}
 
 
 def test_resolve__what_is_written_reads_back_equal_and_stays():
     recipe = resolved(recipe_of())
     assert build(Recipe, parse_yaml(dump(recipe))) == recipe
-    assert resolved(recipe, shown=5) == recipe
+    assert resolved(recipe, in_shards=5) == recipe
     check(recipe)
 
 
 def test_resolve__a_run_that_goes_on_keeps_what_its_checkpoint_says():
-    earlier = resolved(recipe_of({"pretrained": "timm"}, steps=6000), shown=500_000)
+    earlier = resolved(recipe_of({"pretrained": "timm"}, steps=6000))
     asked = recipe_of({"pretrained": "timm"}, steps=12_000)
-    again = resolved(asked, shown=10, in_shards=1, earlier=earlier)
-    assert again.normalizer.images == 50_000
+    again = resolved(asked, in_shards=1, earlier=earlier)
+    assert again.normalizer.images == 2400
     assert again.stages["one"].frozen_steps == 100, "though the stage is longer now"
     assert again.stages["one"].steps == 12_000
 
@@ -161,8 +176,7 @@ def test_every_field_that_is_auto_is_kept_or_chosen_anew_and_gets_a_value():
     left = {"fit.warmup_steps"}  # a stage does not look at it
     lines = dump(resolved(recipe_of())).splitlines()
     assert sum(line.endswith(": auto") for line in lines) == 2 + len(left)
-    facts = Facts(images_shown=100)
-    assert resolve(recipe_of(), "fit", facts).fit.warmup_steps == 100
+    assert resolve(recipe_of(), "fit", Facts()).fit.warmup_steps == 100
 
 
 @pytest.mark.parametrize(
@@ -177,12 +191,12 @@ def test_log__short_runs_have_a_curve_and_checkpoints_too(steps, every, save_eve
 @pytest.mark.parametrize(("steps", "expected"), [(3000, 100), (9000, 100), (300, 10), (30, 1)])
 def test_fit_warmup__a_thirtieth(steps, expected):
     recipe = build(Recipe, {**SHORTEST, "stages": {}, "fit": {"steps": steps}})
-    assert resolve(recipe, "fit", Facts(images_shown=steps)).fit.warmup_steps == expected
+    assert resolve(recipe, "fit", Facts()).fit.warmup_steps == expected
 
 
 @pytest.mark.parametrize(("cores", "expected"), [(1, 1), (2, 1), (5, 4), (64, 8)])
 def test_workers__one_core_is_left_to_training(cores, expected):
-    facts = Facts(images_shown=100, cores=cores)
+    facts = Facts(cores=cores)
     assert resolve(recipe_of(), "one", facts).data.workers == expected
 
 
@@ -195,10 +209,9 @@ def test_defaults__train_the_body_of_any_student_for_any_number_of_steps(
 ):
     written = recipe_of({"pretrained": pretrained}, steps=steps, optimizer=optimizer)
     check(written)
-    facts = Facts(images_shown=4 * steps, images_in_shards=100)
-    recipe = resolve(written, "one", facts)
+    recipe = resolved(written, in_shards=100)
     check(recipe)
-    assert hints(recipe, "one", facts) == []
+    assert hints_of(written, in_shards=100) == []
     stage = recipe.stages["one"]
     assert learning_rates(stage)["body"].max() > 0.9 * stage.learning_rate
     assert 0 < recipe.normalizer.images <= min(4 * steps, 100)
@@ -215,15 +228,13 @@ def test_defaults__train_the_body_of_any_student_for_any_number_of_steps(
     ],
 )
 def test_hints__say_what_is_hardly_meant(stage, images, hint):
-    facts = Facts(images_shown=80, images_in_shards=images)
-    (line,) = hints(resolve(recipe_of(**stage), "one", facts), "one", facts)
+    (line,) = hints_of(recipe_of(**stage), images)
     assert hint in line
 
 
 def test_hints__more_statistics_than_training():
-    recipe = build(Recipe, {**SHORTEST, "normalizer": {"images": 3_072_000}})
-    facts = Facts(images_shown=36)
-    (line,) = hints(resolve(recipe, "one", facts), "one", facts)
+    recipe = dataclasses.replace(recipe_of(steps=9), normalizer=NormalizerConfig(images=3_072_000))
+    (line,) = hints_of(recipe)
     assert "statistics of 3,072,000 images for training that shows 36" in line
 
 

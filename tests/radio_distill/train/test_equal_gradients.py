@@ -27,17 +27,17 @@ from radio_distill.config import (
 )
 from radio_distill.data.images import render, to_float
 from radio_distill.distill.loss_weights import TermWeights
-from radio_distill.distill.micro_batches import Work
+from radio_distill.distill.micro_batches import MicroBatchSchedule
 from radio_distill.distill.randomness import StepRandomness
-from radio_distill.distill.statistics import build_normalizers
 from radio_distill.distill.targets import TargetMaker
 from radio_distill.models.ema import Ema
 from radio_distill.models.heads import build_student
-from radio_distill.stage import images_per_step
+from radio_distill.normalize.normalizers import build_normalizers
+from radio_distill.stage import resolve_stage
 from radio_distill.system.distributed import World
 from radio_distill.train.engine import build_engine
 from radio_distill.train.lifeline import agree
-from radio_distill.train.loop import StageRun, accumulate, stage_seed, take_in
+from radio_distill.train.loop import StageRun, accumulate, take_in
 from radio_distill.train.trackers import Meter
 from radio_distill.types import ImageBatch
 from teachers import build_teacher
@@ -115,35 +115,33 @@ def recipes(draw) -> Recipe:
 
 def build(recipe: Recipe, world: World) -> StageRun:
     """One process of a run, the same student and teachers whoever asks."""
-    stage = recipe.stages["stage1"]
     torch.manual_seed(0)
     teachers = {name: build_teacher(name, config) for name, config in TEACHERS.items()}
+    specs = {name: teacher.spec for name, teacher in teachers.items()}
+    stage = resolve_stage(recipe, "stage1", specs)
     upsampler = build_upsampler(UpsamplerConfig(name="bilinear", factor=2), {})
-    recipe_none = replace(recipe, normalizer=replace(recipe.normalizer, name="none"))
-    targets = TargetMaker(teachers, TEACHERS, upsampler, build_normalizers(recipe_none), 16)
+    targets = TargetMaker(teachers, build_normalizers("none", teachers), upsampler)
     model = build_student(
         recipe.student,
-        {name: teacher.spec for name, teacher in teachers.items()},
+        specs,
         learned_weights=recipe.loss.weighting == "uncertainty",
         weight_noise=recipe.augmentation.weight_noise,
     )
-    draws = StepRandomness(
-        stage_seed(recipe, "stage1"), recipe.augmentation, images_per_step(stage), 16
-    )
-    work = Work(recipe, "stage1", world, targets, draws)
-    weights = TermWeights(recipe, work.partitions, {"vit": 0.5, "cnn": 2.0}, CPU)
-    engine = build_engine(model, recipe.engine, stage, World(), CPU)
+    draws = StepRandomness.of_stage(stage)
+    schedule = MicroBatchSchedule(stage, world, draws)
+    weights = TermWeights(stage, {"vit": 0.5, "cnn": 2.0}, CPU)
+    engine = build_engine(model, stage.engine, stage.config, World(), CPU)
     ema = Ema(model)
     with torch.no_grad():  # an average that is not the student, so that MESA has a gradient
         for average in ema.model.parameters():
             average.mul_(1.1)
-    return StageRun(recipe, "stage1", None, world, engine, targets, None, work, draws, weights, ema)  # type: ignore[arg-type]
+    return StageRun(stage, world, engine, targets, None, schedule, draws, weights, ema)  # type: ignore[arg-type]
 
 
 def images(run: StageRun, step: int) -> list[ImageBatch]:
     """The views of each micro-batch; an image looks the same wherever it is rendered."""
     batches = []
-    for item in run.work.slices(step):
+    for item in run.schedule.slices(step):
         pixels = {view: [] for view in item.views}
         for index in range(item.start, item.stop):
             noise = np.random.default_rng(100 * step + index).integers(0, 256, (24, 24, 3))

@@ -1,3 +1,4 @@
+import math
 from functools import cache
 
 import pytest
@@ -8,8 +9,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from radio_distill.config import TeacherConfig
-from radio_distill.distill.mosaic import plan_mosaic
+from radio_distill.distill.mosaic import pack, unpack
 from radio_distill.errors import ConfigError
+from radio_distill.stage import plan_mosaic
 from radio_distill.types import TeacherSpec
 from teachers import build_teacher
 from teachers.base import FrozenTeacher
@@ -24,6 +26,13 @@ def mosaics(draw):
     view = [draw(st.integers(1, most)) for most in cells]
     canvas = (cells[0] * patch, cells[1] * patch)
     return plan_mosaic("sam", canvas, (view[0] * patch, view[1] * patch), patch)
+
+
+def valid(mosaic):
+    """The cells of a full canvas that show a view, as `unpack` cuts them out."""
+    numbers = torch.arange(math.prod(mosaic.cells(mosaic.canvas)))
+    cells = unpack(mosaic, numbers.view(1, 1, *mosaic.cells(mosaic.canvas)), mosaic.images)
+    return torch.isin(numbers, cells).view(mosaic.cells(mosaic.canvas))
 
 
 def random_views(mosaic, num_views):
@@ -84,7 +93,7 @@ def test_plan_mosaic__error_names_the_teacher_and_the_mend(canvas, view, words):
 def test_pack__goes_along_the_rows_and_canvas_after_canvas():
     mosaic = plan_mosaic("sam", (5, 7), (2, 2), 1)  # 2 rows of 3, pitch 2
     shades = torch.arange(1, 9) / 10
-    canvases = mosaic.pack(shades.view(8, 1, 1, 1).expand(8, 3, 2, 2), (0.0, 0.0, 0.0))
+    canvases = pack(mosaic, shades.view(8, 1, 1, 1).expand(8, 3, 2, 2), (0.0, 0.0, 0.0))
     expected = torch.tensor([[[1, 2, 3], [4, 5, 6]], [[7, 8, 0], [0, 0, 0]]]) / 10
     assert torch.equal(canvases[:, 0, :4:2, :6:2], expected)
     assert torch.equal(canvases[:, 2, 1:5:2, 1:6:2], expected)
@@ -93,7 +102,7 @@ def test_pack__goes_along_the_rows_and_canvas_after_canvas():
 
 
 def test_valid__marks_the_cells_of_views():
-    shown = plan_mosaic("sam", (8 * 16, 5 * 16), (3 * 16, 2 * 16), 16).valid()
+    shown = valid(plan_mosaic("sam", (8 * 16, 5 * 16), (3 * 16, 2 * 16), 16))
     expected = torch.zeros(8, 5, dtype=torch.bool)
     expected[:3, :4] = expected[4:7, :4] = True
     assert torch.equal(shown, expected)
@@ -107,11 +116,11 @@ def test_valid__marks_the_cells_of_views():
 def test_slice__undoes_pack(mosaic, num_views, double):
     """The encoder is one that keeps every pixel: it stacks the pixels of a cell."""
     views = random_views(mosaic, num_views).to(torch.float64 if double else torch.float32)
-    canvases = mosaic.pack(views, MEAN)
+    canvases = pack(mosaic, views, MEAN)
     full, rest = divmod(num_views, mosaic.images)
     assert canvases.shape == (full + (rest > 0), 3, *mosaic.canvas)
     assert canvases.dtype == views.dtype
-    features = mosaic.slice(F.pixel_unshuffle(canvases, mosaic.patch_size), num_views)
+    features = unpack(mosaic, F.pixel_unshuffle(canvases, mosaic.patch_size), num_views)
     assert torch.equal(features, F.pixel_unshuffle(views, mosaic.patch_size))
 
 
@@ -119,11 +128,11 @@ def test_slice__undoes_pack(mosaic, num_views, double):
 @given(mosaic=mosaics(), num_views=st.integers(1, 20), reduced=st.booleans())
 def test_pack__everything_else_is_the_mean_exactly(mosaic, num_views, reduced):
     views = (2 + random_views(mosaic, num_views)).to(torch.bfloat16 if reduced else torch.float32)
-    canvases = mosaic.pack(views, MEAN)
+    canvases = pack(mosaic, views, MEAN)
     normalised = (canvases - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
     padding = (normalised == 0).all(1)  # no pixel of a view is near the mean
     assert int((~padding).sum()) == num_views * mosaic.view[0] * mosaic.view[1]
-    shown = mosaic.valid().repeat_interleave(mosaic.patch_size, 0)
+    shown = valid(mosaic).repeat_interleave(mosaic.patch_size, 0)
     shown = shown.repeat_interleave(mosaic.patch_size, 1)
     for canvas in padding[: num_views // mosaic.images]:
         assert torch.equal(~canvas, shown)
@@ -135,7 +144,7 @@ def test_pack__everything_else_is_the_mean_exactly(mosaic, num_views, reduced):
 def test_slice__is_channels_last_and_owns_its_memory(fmt, view):
     mosaic = plan_mosaic("sam", (32, 32), view, 4)
     spatial = torch.rand(2, 5, 8, 8, dtype=torch.float32).to(torch.bfloat16, memory_format=fmt)
-    features = mosaic.slice(spatial, 2 * mosaic.images)
+    features = unpack(mosaic, spatial, 2 * mosaic.images)
     assert features.is_contiguous(memory_format=torch.channels_last)
     assert features.dtype == torch.bfloat16
     kept = features.clone()
@@ -145,28 +154,28 @@ def test_slice__is_channels_last_and_owns_its_memory(fmt, view):
 
 def test_pack_and_slice__stay_on_the_device_of_their_input():
     mosaic = plan_mosaic("sam", (32, 32), (16, 16), 4)
-    canvases = mosaic.pack(torch.empty(5, 3, 16, 16, device="meta"), MEAN)
-    features = mosaic.slice(torch.empty(2, 7, 8, 8, device="meta"), 5)
+    canvases = pack(mosaic, torch.empty(5, 3, 16, 16, device="meta"), MEAN)
+    features = unpack(mosaic, torch.empty(2, 7, 8, 8, device="meta"), 5)
     assert (canvases.device.type, canvases.shape) == ("meta", (2, 3, 32, 32))
     assert (features.device.type, features.shape) == ("meta", (5, 7, 4, 4))
 
 
 def test_pack_and_slice__what_does_not_belong_to_the_mosaic_is_refused():
     mosaic = plan_mosaic("sam", (32, 32), (16, 16), 4)
-    with pytest.raises(AssertionError, match="views of"):
-        mosaic.pack(torch.rand(4, 3, 16, 12), MEAN)
-    with pytest.raises(AssertionError, match="of 5 views"):
-        mosaic.slice(torch.rand(1, 5, 8, 8), num_views=5)
-    with pytest.raises(AssertionError, match="of 4 views"):
-        mosaic.slice(torch.rand(1, 5, 8, 7), num_views=4)
+    with pytest.raises(AssertionError, match="images of"):
+        pack(mosaic, torch.rand(4, 3, 16, 12), MEAN)
+    with pytest.raises(AssertionError, match="of 5 images"):
+        unpack(mosaic, torch.rand(1, 5, 8, 8), num_images=5)
+    with pytest.raises(AssertionError, match="of 4 images"):
+        unpack(mosaic, torch.rand(1, 5, 8, 7), num_images=4)
 
 
 # What a teacher makes of it
 
 
 def in_mosaic(teacher, mosaic, views):
-    canvases = mosaic.pack(views, teacher.spec.mean)
-    return mosaic.slice(teacher.encode(canvases).spatial, len(views))
+    canvases = pack(mosaic, views, teacher.spec.mean)
+    return unpack(mosaic, teacher.encode(canvases).spatial, len(views))
 
 
 def alone(teacher, mosaic, views):
@@ -176,9 +185,9 @@ def alone(teacher, mosaic, views):
     for index in range(len(views)):
         only = empty.clone()
         only[index] = views[index]
-        canvases.append(mosaic.pack(only, teacher.spec.mean))
+        canvases.append(pack(mosaic, only, teacher.spec.mean))
     maps = teacher.encode(torch.cat(canvases)).spatial.split(1)
-    return torch.stack([mosaic.slice(one, len(views))[i] for i, one in enumerate(maps)])
+    return torch.stack([unpack(mosaic, one, len(views))[i] for i, one in enumerate(maps)])
 
 
 def relative_difference(features, reference):
@@ -226,7 +235,7 @@ def cell_teacher(kernel):
 def window_touches_two_views(mosaic, window):
     down, right = (side // mosaic.patch_size for side in mosaic.pitch)
     views = {}
-    for row, column in mosaic.valid().nonzero().tolist():
+    for row, column in valid(mosaic).nonzero().tolist():
         place = row // window, column // window
         views.setdefault(place, set()).add((row // down, column // right))
     return any(len(touched) > 1 for touched in views.values())

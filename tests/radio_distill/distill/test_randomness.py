@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from radio_distill.config import AugmentationConfig, PartitionConfig
+from radio_distill.config import AugmentationConfig, size_pair
+from radio_distill.distill.micro_batches import MicroBatch, Pass
 from radio_distill.distill.randomness import StepRandomness
 from radio_distill.distill.views import AVERAGE, STUDENT
-from radio_distill.stage import MicroBatch, Partition, Pass
+from radio_distill.stage import Partition
 from radio_distill.types import View
 
 
 def partition_of(*sizes) -> Partition:
-    config = PartitionConfig(name="low", sizes=sizes, teachers=("dino",), batch_size=8)
-    return Partition(config, 0, 1.0)
+    return Partition("low", 0, 1.0, 8, tuple(map(size_pair, sizes)), ("dino",))
 
 
 def draws_of(seed=1, images=8, **augmentation) -> StepRandomness:

@@ -8,13 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from radio_distill.config import PartitionConfig, StageConfig
-from radio_distill.stage import (
-    assign_micro_batches,
-    images_per_step,
-    partitions_of,
-    teacher_shares,
-)
+from radio_distill.config import DataConfig, PartitionConfig, Recipe, StageConfig, TeacherConfig
+from radio_distill.distill.micro_batches import assign_micro_batches
+from radio_distill.stage import Mosaic, Stage, resolve_stage
+from radio_distill.types import TeacherSpec
 
 PARTITION = st.builds(
     lambda batch, size, weight, ranks: {
@@ -34,13 +31,22 @@ def largest_sizes(partitions):
     return {item.name: max(item.sizes, key=math.prod) for item in partitions}
 
 
-def stage_of(partitions) -> StageConfig:
-    return StageConfig(
-        partitions=tuple(
-            PartitionConfig(name=f"p{i}", teachers=("t",), **values)
-            for i, values in enumerate(partitions)
-        )
+SPEC = TeacherSpec("t", 8, 8, 16, (32, 32), None, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+TALL = replace(SPEC, name="u", native_size=(16, 16))
+
+
+def stage_of(partitions) -> Stage:
+    named = [
+        PartitionConfig(**({"name": f"p{i}", "teachers": ("t",)} | values))
+        for i, values in enumerate(partitions)
+    ]
+    recipe = Recipe(
+        name="any",
+        data=DataConfig(shards=("none",)),
+        teachers={name: TeacherConfig(preset="x") for name in ("t", "u")},
+        stages={"stage1": StageConfig(partitions=tuple(named))},
     )
+    return resolve_stage(recipe, "stage1", {"t": SPEC, "u": TALL})
 
 
 @given(
@@ -51,16 +57,16 @@ def stage_of(partitions) -> StageConfig:
     st.booleans(),
 )
 def test_share_out__each_image_once_with_its_weight(values, world_size, limit, unit, shared):
-    stage = stage_of(values)
     if shared:  # one more partition that shows the first one's images
-        twin = replace(stage.partitions[0], name="twin", size=256, images_of="p0", weight=2.0)
-        stage = replace(stage, partitions=(*stage.partitions, twin))
-    partitions = partitions_of(stage)
-    ranks = assign_micro_batches(
-        partitions, largest_sizes(partitions), world_size, limit, {"p0": unit}
-    )
+        twin = {"name": "twin", "size": 256, "images_of": "p0", "weight": 2.0}
+        values = [*values, values[0] | twin]
+    stage = stage_of(values)
+    partitions = stage.partitions
+    for view in partitions[0].views.values():  # some of its images share a canvas
+        view["t"] = replace(view["t"], mosaic=Mosaic((16, 16 * unit), (16, 16), 16))
+    ranks = assign_micro_batches(partitions, largest_sizes(partitions), world_size, limit)
 
-    assert len({passes_of(work) for work in ranks}) == 1, "ranks must keep pace"
+    assert len({passes_of(work) for work in ranks}) == 1, "ranks run equally many passes"
     seen = {partition.name: Counter() for partition in partitions}
     for micro in (micro for work in ranks for micro in work):
         for item in micro.passes:
@@ -78,7 +84,7 @@ def test_share_out__each_image_once_with_its_weight(values, world_size, limit, u
         images = range(partition.start, partition.start + partition.batch_size)
         assert seen[partition.name] == Counter(images)
     if not shared:
-        assert sum(seen.values(), Counter()) == Counter(range(images_per_step(stage)))
+        assert sum(seen.values(), Counter()) == Counter(range(stage.images_per_step))
 
 
 def passes_of(work) -> int:
@@ -87,21 +93,21 @@ def passes_of(work) -> int:
 
 def names_of(stage, world_size) -> list[str]:
     """The partition that each rank works on first."""
-    partitions = partitions_of(stage)
+    partitions = stage.partitions
     ranks = assign_micro_batches(partitions, largest_sizes(partitions), world_size)
     return [work[0].passes[0].partition.name for work in ranks]
 
 
 @given(st.lists(PARTITION, min_size=1, max_size=4))
-def test_partitions_of__shares_sum_to_one(values):
-    partitions = partitions_of(stage_of(values))
+def test_partitions__shares_sum_to_one(values):
+    partitions = stage_of(values).partitions
     assert sum(p.share for p in partitions) == pytest.approx(1)
     assert sum(p.image_weight * p.batch_size for p in partitions) == pytest.approx(1)
 
 
 @given(st.lists(PARTITION, min_size=2, max_size=4), st.integers(0, 5))
 def test_share_out__enough_ranks_means_ranks_of_their_own(values, extra):
-    partitions = partitions_of(stage_of(values))
+    partitions = stage_of(values).partitions
     ranks = assign_micro_batches(partitions, largest_sizes(partitions), len(partitions) + extra)
     for work in ranks:
         passes = [item for micro in work for item in micro.passes if item.image_weight]
@@ -122,18 +128,16 @@ def test_share_out__given_shares_of_ranks():
 
 
 def test_share_out__partitions_of_the_same_images_stay_on_one_rank():
-    stage = stage_of([{"batch_size": 4, "size": 64}, {"batch_size": 4, "size": 64}])
-    twin = replace(stage.partitions[0], name="twin", size=128, images_of="p0")
-    partitions = partitions_of(replace(stage, partitions=(*stage.partitions, twin)))
+    four = {"batch_size": 4, "size": 64}
+    stage = stage_of([four, four, four | {"name": "twin", "size": 128, "images_of": "p0"}])
+    partitions = stage.partitions
     ranks = assign_micro_batches(partitions, largest_sizes(partitions), 2)
     shared = [micro for work in ranks for micro in work if len(micro.passes) == 2]
     assert [(micro.start, micro.stop, micro.size) for micro in shared] == [(0, 4, (128, 128))]
-    assert images_per_step(replace(stage, partitions=(*stage.partitions, twin))) == 8
+    assert stage.images_per_step == 8
 
 
 def test_teacher_shares__parts_of_the_step():
-    stage = stage_of([{"batch_size": 4, "size": 64, "weight": 1.0}] * 3)
-    first, *rest = stage.partitions
-    stage = replace(stage, partitions=(replace(first, teachers=("t", "u")), *rest))
-    shares = teacher_shares(partitions_of(stage))
+    one = {"batch_size": 4, "size": 64, "weight": 1.0}
+    shares = stage_of([one | {"teachers": ("t", "u")}, one, one]).teacher_shares()
     assert shares == {"t": pytest.approx(1), "u": pytest.approx(1 / 3)}

@@ -24,11 +24,11 @@ from radio_distill.config import (
     UpsamplerConfig,
 )
 from radio_distill.distill.losses import distillation_loss
+from radio_distill.distill.micro_batches import Pass
 from radio_distill.models.heads import build_student
 from radio_distill.models.position import NUM_DRAWS
 from radio_distill.plan.cost import ModelCosts
 from radio_distill.plan.measure import count_flops, fake_module, fake_tensors, peak_memory
-from radio_distill.plan.sights import Sight
 from radio_distill.plan.time import (
     DECODE_SECONDS,
     GIB,
@@ -39,7 +39,7 @@ from radio_distill.plan.time import (
     plan_stage,
     state_memory,
 )
-from radio_distill.stage import Partition, Pass, partitions_of
+from radio_distill.stage import Mosaic, Partition, Stage, TeacherView
 from radio_distill.types import Features, TeacherSpec
 from upsamplers import build_upsampler
 
@@ -80,7 +80,7 @@ def make_recipe(**engine: object) -> Recipe:
         student=StudentConfig(
             architecture="test_vit", max_size=128, registers=3, head_hidden=HIDDEN
         ),
-        teachers={"patches": TeacherConfig(preset="none", dtype="float32")},
+        teachers={"patches": TeacherConfig(preset="none", dtype="float32", summary_weight=0)},
         normalizer=NormalizerConfig(images=1000),
         stages={"stage1": stage},
         engine=EngineConfig(**({"precision": "bfloat16"} | engine)),
@@ -102,8 +102,14 @@ def fake_costs(recipe: Recipe) -> Iterator[ModelCosts]:
         yield ModelCosts(recipe, student, teachers, upsamplers)
 
 
-def only_pass(partition: Partition) -> Pass:
-    return Pass(partition, partition.sizes[0], partition.image_weight)
+def stage_and(costs: ModelCosts, name: str) -> tuple[Stage, Partition]:
+    stage = costs.stage("stage1")
+    return stage, next(item for item in stage.partitions if item.name == name)
+
+
+def stage_and_pass(costs: ModelCosts) -> tuple[Stage, list[Pass]]:
+    stage, low = stage_and(costs, "low")
+    return stage, [Pass(low, low.sizes[0], low.image_weight)]
 
 
 def block_flops(tokens: int) -> int:
@@ -149,7 +155,7 @@ def test_partition__counts_what_the_student_computes():
     forward_and_backward = 3 * (DEPTH * block_flops(tokens) + head_flops(cells))
     patches = 2 * (2 * cells * 3 * 256 * WIDTH)  # pixels want no gradient
     with fake_costs(recipe) as costs:
-        cost = costs.partition("stage1", partitions_of(recipe.stages["stage1"])[0])
+        cost = costs.partition(*stage_and(costs, "low"))
     assert cost.tokens == tokens
     assert cost.student_flops == forward_and_backward + patches
 
@@ -157,24 +163,23 @@ def test_partition__counts_what_the_student_computes():
 def test_partition__counts_recomputed_blocks():
     recipe = make_recipe()
     checkpointed = replace(recipe, student=replace(recipe.student, gradient_checkpointing=True))
-    low = partitions_of(recipe.stages["stage1"])[0]
     with fake_costs(recipe) as costs:
-        plain = costs.partition("stage1", low).student_flops
+        plain = costs.partition(*stage_and(costs, "low")).student_flops
     with fake_costs(checkpointed) as costs:
-        more = costs.partition("stage1", low).student_flops - plain
+        more = costs.partition(*stage_and(costs, "low")).student_flops - plain
     # torch leaves out the end of a block, whose results no gradient needs
     assert 0.6 * DEPTH * block_flops(20) < more <= DEPTH * block_flops(20)
 
 
 def test_partition__counts_a_teacher_with_its_tiles_and_normalizer():
     recipe = make_recipe()
-    low, high = partitions_of(recipe.stages["stage1"])
     with fake_costs(recipe) as costs:
-        (plain,) = costs.partition("stage1", low).teachers
-        (tiled,) = costs.partition("stage1", high).teachers
+        (plain,) = costs.partition(*stage_and(costs, "low")).teachers
+        (tiled,) = costs.partition(*stage_and(costs, "high")).teachers
     encode = 2 * 36 * 3 * 64 * CHANNELS  # a grid of 6 x 6
-    assert (plain.sight, plain.calls) == (Sight("patches", (48, 48), (6, 6), 1), 1)
-    assert (tiled.sight, tiled.calls) == (Sight("patches", (48, 48), (18, 18), 1), 10)
+    assert (plain.view, plain.calls) == (TeacherView("patches", (48, 48), (6, 6)), 1)
+    fine = TeacherView("patches", (48, 48), (18, 18), True, 3)
+    assert (tiled.view, tiled.calls) == (fine, 10)
     assert (plain.encode_flops, tiled.encode_flops) == (encode, 10 * encode)
     assert plain.other_flops == 2 * 36 * CHANNELS**2  # the rotation of PHI-S
     assert tiled.other_flops == 9 * plain.other_flops
@@ -199,9 +204,8 @@ def _allocated(run) -> int:
 def test_step_memory__is_that_of_a_real_step(precision, checkpointing, tolerance):
     recipe = make_recipe(precision=precision)
     recipe = replace(recipe, student=replace(recipe.student, gradient_checkpointing=checkpointing))
-    low = partitions_of(recipe.stages["stage1"])[0]
     with fake_costs(recipe) as costs:
-        estimate = costs.step_memory("stage1", [only_pass(low)], 4)
+        estimate = costs.step_memory(*stage_and_pass(costs), 4)
 
     student, teacher = build_student(recipe.student, {"patches": PatchTeacher.spec}), PatchTeacher()
     for parameter in student.parameters():
@@ -214,7 +218,7 @@ def test_step_memory__is_that_of_a_real_step(precision, checkpointing, tolerance
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
             predictions = student(pixels, ("patches",), draws=torch.rand(4, NUM_DRAWS))
         weights = {"patches/summary": 0.0, "patches/features": 1.0}
-        report = distillation_loss(predictions, targets, recipe.loss, weights)
+        report = distillation_loss(predictions.features, targets, recipe.loss, weights)
         report.total.sum().backward()
 
     step()  # the first pass makes caches
@@ -223,10 +227,9 @@ def test_step_memory__is_that_of_a_real_step(precision, checkpointing, tolerance
 
 def test_step_memory__grows_with_the_images_and_not_with_the_weights():
     recipe = make_recipe()
-    low = partitions_of(recipe.stages["stage1"])[0]
     with fake_costs(recipe) as costs:
         one, two, four = (
-            costs.step_memory("stage1", [only_pass(low)], images) for images in (8, 16, 32)
+            costs.step_memory(*stage_and_pass(costs), images) for images in (8, 16, 32)
         )
     assert four - two == pytest.approx(2 * (two - one), rel=0.02)
 
@@ -315,11 +318,11 @@ def test_partition__in_a_mosaic_shares_the_canvas():
     )
     recipe = with_partitions(config)
     with fake_costs(recipe) as costs:
-        low = partitions_of(recipe.stages["stage1"])[0]
-        (cost,) = costs.partition("stage1", low).teachers
+        (cost,) = costs.partition(*stage_and(costs, "low")).teachers
         plan = plan_stage(costs, "stage1", 1, DEVICE, 0, utilisation=1)
     # views of 2 x 2 cells of 8 pixels, nine of them on 48 x 48 pixels
-    assert cost.sight == Sight("patches", (48, 48), (2, 2), 9)
+    mosaic = Mosaic((48, 48), (16, 16), 8)
+    assert cost.view == TeacherView("patches", (16, 16), (2, 2), mosaic=mosaic)
     assert cost.encode_flops == encode_flops(36)
     assert plan.teacher_flops == pytest.approx(12 * (encode_flops(36) / 9 + rotate_flops(4)))
     # twelve images take two canvases, the second partly empty

@@ -12,7 +12,8 @@ from radio_distill.config import (
     TeacherConfig,
 )
 from radio_distill.distill.loss_weights import TermWeights
-from radio_distill.stage import partitions_of
+from radio_distill.stage import resolve_stage
+from radio_distill.types import TeacherSpec
 
 CPU = torch.device("cpu")
 
@@ -35,7 +36,11 @@ def weights_of(dispersions=None, **loss) -> TermWeights:
         loss=LossConfig(**loss),
         stages={"stage1": stage},
     )
-    return TermWeights(recipe, partitions_of(stage), dispersions or {}, CPU)
+    specs = {
+        name: TeacherSpec(name, 8, 8, 16, (64, 64), None, (0.5,) * 3, (0.5,) * 3)
+        for name in recipe.teachers
+    }
+    return TermWeights(resolve_stage(recipe, "stage1", specs), dispersions or {}, CPU)
 
 
 def test_now__those_of_the_teachers():
