@@ -20,12 +20,13 @@ from radio_distill.data.shards import write_shards
 from radio_distill.errors import ConfigError
 from radio_distill.normalize.phi_s import PhiS
 from radio_distill.protocols import Teacher
+from radio_distill.stage import FIT, resolve_stage
 from stages import cli, fit_upsampler
 from stages.arguments import Parser
 from stages.commands.upsampler_report import BLOCKS, INPUTS, Request, rows_of
 from stages.commands.upsampler_tables import unequal_settings
 from stages.common import FITTED, Asked, fit_folder, fit_name, fit_of, load_recipe
-from stages.fit_upsampler import fit_recipe, input_size
+from stages.fit_upsampler import fit_recipe
 from stages.upsampler_files import fit_command, upsampler_of
 from teachers import build_teacher
 from upsamplers import fitted
@@ -92,7 +93,8 @@ def command(path: Path, *arguments: str) -> int:
 
 def place(recipe: Recipe, config: FitConfig, teacher: Teacher) -> None:
     """Write the file of a fit that took no step."""
-    channels, size = teacher.spec.channels, input_size(recipe, teacher)
+    channels = teacher.spec.channels
+    size = resolve_stage(recipe, FIT, {teacher.spec.name: teacher.spec}).partitions[0].sizes[0]
     torch.manual_seed(0)
     network = build_network(config.upsampler, channels, config.factor, config.options)
     state = {

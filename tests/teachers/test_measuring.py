@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from radio_distill.config import PartitionConfig, TeacherConfig
-from radio_distill.distill.targets import input_size
+from radio_distill.config import TeacherConfig
 from radio_distill.errors import ConfigError
+from radio_distill.stage import input_size
 from teachers import build_teacher, teacher_spec
 from teachers.measuring import measured
 from teachers.presets import Preset
@@ -65,10 +65,8 @@ def test_encode__a_student_of_another_size_is_matched(model):
 
     preset = resolve(config)
     teacher = FrozenTeacher(_source(preset).build(preset), spec)
-    partition = PartitionConfig(name="p", size=(128, 96), teachers=("t",), batch_size=1)
-    match = TeacherConfig(preset="timm", input_size="match")
     for view in ((128, 96), (256, 256), (32, 480)):
-        size = input_size(match, spec, partition, view, 16)
+        size = input_size(spec, "match", view, 16)
         assert teacher.encode(torch.rand(1, 3, *size)).spatial.shape[-2:] == (
             view[0] // 16,
             view[1] // 16,
