@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from radio_distill.registry import Registry
 
 KINDS = ("teachers", "sources", "upsamplers", "normalizers", "benchmarks", "recipes")
-_FOR_TESTS = "tiny_"
-"""How the names of teachers begin that only tests are run with."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -122,12 +120,11 @@ def _print_teachers(for_tests: bool) -> None:
     table.add_column("patch")
     table.add_column("summary")
     table.add_column("licence")
-    names = TEACHERS.names()
-    shown = [name for name in names if for_tests or not name.startswith(_FOR_TESTS)]
-    for name in shown:
-        preset = TEACHERS.get(name)
+    presets = {name: TEACHERS.get(name) for name in TEACHERS.names()}
+    shown = {name: preset for name, preset in presets.items() if for_tests or not preset.random}
+    for name, preset in shown.items():
         size, patch = (str(value or "") for value in (preset.native_size, preset.patch_size))
         table.add_row(name, size, patch, "yes" if preset.summary else "", preset.licence)
     table_console().print(table)
-    if len(shown) < len(names):
-        print(f"and {len(names) - len(shown)} with random weights, for tests (--all)")
+    if len(shown) < len(presets):
+        print(f"and {len(presets) - len(shown)} with random weights, for tests (--all)")
