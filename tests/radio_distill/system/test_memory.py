@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from radio_distill.errors import ConfigError, OutOfMemoryError
 from radio_distill.system.memory import explain_oom, is_out_of_memory, lower
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 TOO_MANY = 1 << 60
 """Bytes that no machine has: 1 EiB."""
 

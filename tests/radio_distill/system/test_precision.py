@@ -46,7 +46,7 @@ def has_flag(name: str) -> bool:
 
 
 def in_new_process(environment: dict[str, str]) -> dict:
-    root = str(Path(__file__).resolve().parents[2])
+    root = str(Path(__file__).resolve().parents[3])
     done = subprocess.run(
         [sys.executable, "-c", IMITATED],
         env={**os.environ, "PYTHONPATH": root, **environment},
