@@ -1,6 +1,4 @@
 import io
-import struct
-import zlib
 
 import numpy as np
 import pytest
@@ -64,23 +62,12 @@ def test_decode_image__damaged_exif_is_ignored(encode):
     assert decode_image(data).size == (16, 16)
 
 
-def test_decode_image__cmyk(encode):
-    image = decode_image(encode(Image.new("CMYK", (8, 8), (255, 0, 0, 0)), "JPEG", quality=95))
-    assert image.mode == "RGB"
-    np.testing.assert_allclose(pixels_of(image)[4, 4], [0, 255, 255], atol=3)
-
-
 def test_decode_image__sixteen_bit_grey_is_scaled_not_clipped(encode):
     ramp = np.linspace(0, 65535, 64, dtype=np.uint16).reshape(8, 8)
     expected = np.repeat((ramp / 257).round().astype(int)[..., None], 3, axis=-1)
     for kind in ("PNG", "TIFF"):
         image = decode_image(encode(Image.fromarray(ramp), kind))
         np.testing.assert_array_equal(pixels_of(image), expected)
-
-
-def test_decode_image__grey(encode):
-    image = decode_image(encode(Image.new("L", (4, 4), 77)))
-    np.testing.assert_array_equal(pixels_of(image), 77)
 
 
 def test_decode_image__transparency_goes_on_white(encode):
@@ -108,21 +95,6 @@ def test_decode_image__animation_gives_first_frame(encode, kind):
     np.testing.assert_allclose(pixels_of(decode_image(data))[8, 8], [255, 0, 0], atol=8)
 
 
-def png_header(width: int, height: int) -> bytes:
-    """A PNG of a few bytes that claims to be large."""
-    body = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    head = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + body
-    return head + struct.pack(">I", zlib.crc32(body)) + b"\0\0\0\0IDAT\x35\xaf\x06\x1e"
-
-
-@pytest.mark.parametrize("side", [12_000, 60_000])
-def test_decode_image__bomb_is_refused_by_its_header(side):
-    # Below and above Pillow's own limit. Decoding would end in "undecodable": there is no data.
-    with pytest.raises(BadImageError, match=r"pixels") as error:
-        decode_image(png_header(side, side))
-    assert error.value.kind == "too_large"
-
-
 def test_decode_image__limits_are_inclusive(encode):
     data = encode(1, size=(40, 50))
     assert decode_image(data, max_pixels=2000, min_size=40).size == (50, 40)
@@ -142,12 +114,6 @@ def test_decode_image__truncated(encode, kind):
         decode_image(data[: len(data) // 2])
     assert error.value.kind == "undecodable"
     assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("data", [b"", b"no image", b"%PDF-1.4", b"\xff\xd8\xff"])
-def test_decode_image__no_image(data):
-    with pytest.raises(BadImageError):
-        decode_image(data)
 
 
 def test_decode_image__floating_point_is_refused(encode):
@@ -206,6 +172,7 @@ def test_decode_image__heic_says_what_reads_it():
     ("data", "kind"),
     [
         (b"", "empty"),
+        (b"%PDF-1.4", "a PDF file"),
         (bytes(50), "only zeros"),
         (b"\n<!DOCTYPE html><html>", "an HTML page"),
         (b"\0\0\0\x0cJXL \r\n\x87\n", "a JPEG XL image"),

@@ -27,7 +27,6 @@ from radio_distill.data.loader import (
     too_many_bad,
 )
 from radio_distill.data.order import SampleOrder, view_generator
-from radio_distill.data.tar_index import index_path
 from radio_distill.errors import DataError
 
 SIZE = (16, 24)
@@ -344,20 +343,6 @@ next(stream)
 raise SystemExit(7)
 """
     assert subprocess.run([sys.executable, "-c", program], timeout=60, check=False).returncode == 7
-
-
-def test_fingerprint__names_the_images(shard_folder, tmp_path, encode, write_tar):
-    def fingerprint(pattern):
-        return batches_of(config_of(pattern), [StepSlice(0, 1, SIZE)], 1)[1].fingerprint
-
-    first = fingerprint(shard_folder)
-    for path in shard_folder.glob("*.tar"):
-        index_path(path).unlink()
-        os.utime(path, ns=(1, 1))
-    assert fingerprint(shard_folder) == first
-    assert fingerprint(shard_folder / "part-[0-3].tar") != first
-    write_tar(shard_folder / "part-0.tar", {f"s0_{i}.png": encode(70 + i) for i in range(3)})
-    assert fingerprint(shard_folder) != first
 
 
 def test_batches__slices_may_differ_from_step_to_step(shard_folder):

@@ -218,17 +218,6 @@ def test_image_bytes__descriptor_of_a_stalled_read_is_closed_when_it_comes_back(
         os.close(end)
 
 
-def test_image_bytes__disk_that_does_not_answer_at_all_ends_the_run(shards, wedge):
-    reader = ShardReader(shards, timeout=0.15)
-    sample = reader.sample(0, 1)
-    wedge(True)
-    for _ in range(MAX_STALLED - 1):
-        with pytest.raises(BadImageError):
-            reader.image_bytes(0, sample)
-    with pytest.raises(DiskStalledError, match="does not answer"):
-        reader.image_bytes(0, sample)
-
-
 @pytest.fixture
 def pipe():
     """Both ends of a pipe without content: a read from it blocks inside the kernel."""
