@@ -238,7 +238,8 @@ def build(cls: type, data: Any, path: str = "") -> Any:
             problems.append(f"unknown field {name!r} ({nearest(str(key), list(fields))})")
     for name, item in fields.items():
         if name not in data and item.default is MISSING and item.default_factory is MISSING:
-            problems.append(f"{joined(path, name)} is missing: {item.metadata['help']}")
+            said = item.metadata.get("help", f"a field of {cls.__name__}")
+            problems.append(f"{joined(path, name)} is missing: {said}")
     known = [key for key in data if key in fields]
     values: list[Any] = []
     try:

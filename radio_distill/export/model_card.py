@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 
 from ..config import Recipe, StageConfig, dump, partition_sizes
-from ..evals.score_files import SCORES, ScoreSet, read_scores
+from ..evals.scores import SCORES, ScoreSet, read_scores
 from ..evals.subjects import Subject
 from ..train.checkpoint import Checkpoint
 from ..types import Size, TeacherSpec

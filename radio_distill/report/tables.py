@@ -1,12 +1,11 @@
 """One table, written for people (terminal, Markdown, HTML, LaTeX) and for programs (CSV, JSON).
 
 Rows are tuples of cells; a column knows its number format and which direction is better, so every
-writer draws the same arrows and marks the same best values. There are no data frames here: the
-tables of an evaluation have tens of cells. CSV carries the numbers unrounded and no notes.
+writer draws the same arrows and marks the same best values. A table that is too wide for a terminal
+or a page is turned on its side where it fits then. CSV carries the numbers unrounded and no notes.
 """
 
 import csv
-import html
 import io
 import json
 import re
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TextIO
 
 from ..errors import ConfigError
+from ..evals.gain import Estimate
 
 if TYPE_CHECKING:
     import rich.console
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 MINUS = "\N{MINUS SIGN}"
 DASH = "\N{EN DASH}"  # stands for a value that is not there
 GAP = 2  # letters between columns in the terminal
+MOST_COLUMNS = 9
+"""Of a table on a page, unless it has more rows than columns."""
 ARROWS = {"higher": "↑", "lower": "↓"}
 
 _LATEX = {
@@ -32,14 +34,6 @@ _LATEX = {
     "↑": r"$\uparrow$", "↓": r"$\downarrow$", "Δ": r"$\Delta$", "δ": r"$\delta$", "±": r"$\pm$",
     "·": r"$\cdot$", "°": r"$^\circ$", MINUS: "$-$", DASH: "--", "\n": " ",
 }  # fmt: skip
-
-
-class Estimate(NamedTuple):
-    """A mean, and its standard deviation over repeated results where there are several."""
-
-    mean: float
-    deviation: float | None = None
-
 
 Cell = str | int | float | Estimate | None
 
@@ -52,11 +46,82 @@ class Column:
     format: str = ""
     """Format specification of the numbers, for instance ``.2f``; a leading ``+`` marks a change."""
     better: Literal["higher", "lower"] | None = None
-    """StepRandomness an arrow in the heading and marks the best value; None for neither."""
+    """Draws an arrow in the heading and marks the best value; None for neither."""
 
     @property
     def heading(self) -> str:
+        """The name, and the arrow."""
         return f"{self.name} {ARROWS[self.better]}" if self.better else self.name
+
+
+class Shown(NamedTuple):
+    """A cell as it is printed."""
+
+    text: str
+    number: float | None = None
+    """None for text, and where there is no value."""
+    deviation: float | None = None
+    is_text: bool = False
+    best: bool = False
+    change: Literal["", "gain", "loss"] = ""
+
+
+class Grid(NamedTuple):
+    """A table as it is printed: headings, and rows of cells."""
+
+    headings: list[str]
+    rows: list[list[Shown]]
+
+    @property
+    def flush_right(self) -> list[bool]:
+        """Which columns hold numbers."""
+        cells = [[row[i] for row in self.rows] for i in range(len(self.headings))]
+        return [
+            any(cell.number is not None for cell in column)
+            and not any(cell.is_text for cell in column)
+            for column in cells
+        ]
+
+    @property
+    def widths(self) -> list[int]:
+        """Narrowest width of each column, in letters, that breaks no cell and no heading's word."""
+        return [
+            max(map(len, [*heading.split(), *(row[i].text for row in self.rows)]), default=1)
+            for i, heading in enumerate(self.headings)
+        ]
+
+    def turned(self) -> "Grid":
+        """Turn columns to rows and rows to columns."""
+        first, *others = self.headings
+        rows = [
+            [Shown(heading, is_text=True), *(row[i] for row in self.rows)]
+            for i, heading in enumerate(others, 1)
+        ]
+        return Grid([first, *(row[0].text for row in self.rows)], rows)
+
+    def fitted(self, width: int) -> list["Grid"]:
+        """Return it as it is, or turned, or cut; each part begins with the first column."""
+
+        def fits(grid: Grid) -> bool:
+            return sum(grid.widths) + GAP * (len(grid.widths) - 1) <= width
+
+        if fits(self):
+            return [self]
+        if fits(self.turned()):
+            return [self.turned()]
+        widths, blocks = self.widths, list[list[int]]([[]])
+        for index in range(1, len(widths)):
+            taken = sum(widths[i] + GAP for i in [0, *blocks[-1]])
+            if blocks[-1] and taken + widths[index] > width:
+                blocks.append([])
+            blocks[-1].append(index)
+        return [
+            Grid(
+                [self.headings[i] for i in [0, *block]],
+                [[row[i] for i in [0, *block]] for row in self.rows],
+            )
+            for block in blocks
+        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,32 +147,52 @@ class Table:
                 f"{self.title}: {len(row)} cells for {len(names)} columns"
             )
 
+    def _indices(self) -> range:
+        return range(len(self.columns))
+
+    def grid(self) -> Grid:
+        """Return headings and cells as they are printed."""
+        columns = [_shown([row[i] for row in self.rows], self.columns[i]) for i in self._indices()]
+        rows = [[column[i] for column in columns] for i in range(len(self.rows))]
+        return Grid([column.heading for column in self.columns], rows)
+
+    def page_grid(self) -> Grid:
+        """Return the grid as a page shows it: on its side where it is wide and low."""
+        grid = self.grid()
+        wide = len(self.columns) > max(MOST_COLUMNS, len(self.rows) + 1)
+        return grid.turned() if wide else grid
+
     def to_markdown(self) -> str:
         """Write a GitHub-flavoured table, padded so that its source reads well too."""
-        heads = [_markdown(column.heading) for column in self.columns]
+        grid = self.grid()
+        heads, right = [_markdown(heading) for heading in grid.headings], grid.flush_right
         body = [
-            [f"**{text}**" if best else text for text, best in zip(row, marks, strict=True)]
-            for row, marks in zip(self._texts(_markdown), self._best(), strict=True)
+            [f"**{c.text}**" if c.best else _markdown(c.text) if c.is_text else c.text for c in row]
+            for row in grid.rows
         ]
-        right = self._numeric()
         widths = [max(3, *map(len, column)) for column in zip(heads, *body, strict=True)]
         rule = ["-" * (w - 1) + (":" if r else "-") for w, r in zip(widths, right, strict=True)]
-        lines = [_markdown_line(row, widths, right) for row in [heads, rule, *body]]
+        lines = [
+            " | ".join(
+                cell.rjust(width) if flush else cell.ljust(width)
+                for cell, width, flush in zip(row, widths, right, strict=True)
+            )
+            for row in [heads, rule, *body]
+        ]
         notes = "".join(f"\n{_markdown(note)}\n" for note in self.notes)
-        return f"**{_markdown(self.title)}**\n\n" + "\n".join(lines) + "\n" + notes
+        table = "".join(f"| {line} |\n" for line in lines)
+        return f"**{_markdown(self.title)}**\n\n{table}{notes}"
 
     def to_csv(self) -> str:
         """Write comma-separated values; a column with deviations is followed by ``NAME s.d.``."""
-        spread = [any(_deviation(row[i]) is not None for row in self.rows) for i in self._indices()]
-        buffer = io.StringIO()
+        rows, buffer = self.grid().rows, io.StringIO()
         writer = csv.writer(buffer, lineterminator="\n")
-        heads = [
-            [c.name, f"{c.name} s.d."][: 1 + s] for c, s in zip(self.columns, spread, strict=True)
-        ]
-        writer.writerow([name for pair in heads for name in pair])
-        for row in self.rows:
-            pairs = [[_plain(c), _deviation(c)][: 1 + s] for c, s in zip(row, spread, strict=True)]
-            writer.writerow([value for pair in pairs for value in pair])
+        several = [any(row[i].deviation is not None for row in rows) for i in self._indices()]
+        heads: list[list[Any]] = [[c.name, f"{c.name} s.d."] for c in self.columns]
+        body = [[[c.text if c.is_text else c.number, c.deviation] for c in row] for row in rows]
+        for line in (heads, *body):
+            pairs = zip(line, several, strict=True)
+            writer.writerow([value for pair, both in pairs for value in pair[: 1 + both]])
         return buffer.getvalue()
 
     def to_json(self) -> str:
@@ -116,143 +201,54 @@ class Table:
         value = {
             "title": self.title,
             "columns": [{"name": column.name, "better": column.better} for column in self.columns],
-            "rows": [dict(zip(names, map(_json, row), strict=True)) for row in self.rows],
+            "rows": [dict(zip(names, map(_json, row), strict=True)) for row in self.grid().rows],
             "notes": list(self.notes),
         }
         return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
     def to_latex(self) -> str:
         """Write a ``table`` float for the booktabs package."""
-        align = "".join("r" if right else "l" for right in self._numeric())
+        grid = self.grid()
+        align = "".join("r" if right else "l" for right in grid.flush_right)
         lines = [
             r"\begin{table}[t]",
             r"\centering",
             rf"\caption{{{_latex(self.title)}}}",
             rf"\begin{{tabular}}{{{align}}}",
             r"\toprule",
-            " & ".join(_latex(column.heading) for column in self.columns) + r" \\",
+            " & ".join(map(_latex, grid.headings)) + r" \\",
             r"\midrule",
+            *(" & ".join(map(_latex_cell, row)) + r" \\" for row in grid.rows),
+            r"\bottomrule",
+            r"\end{tabular}",
+            *(rf"\par\smallskip{{\footnotesize {_latex(note)}}}" for note in self.notes),
+            r"\end{table}",
         ]
-        for row, texts, marks in zip(self.rows, self._texts(), self._best(), strict=True):
-            cells = [_latex_cell(*cell) for cell in zip(row, texts, marks, strict=True)]
-            lines.append(" & ".join(cells) + r" \\")
-        lines += [r"\bottomrule", r"\end{tabular}"]
-        lines += [rf"\par\smallskip{{\footnotesize {_latex(note)}}}" for note in self.notes]
-        return "\n".join([*lines, r"\end{table}"]) + "\n"
+        return "\n".join(lines) + "\n"
 
     def to_html(self) -> str:
         """Write a ``<figure>`` with the table and its notes; style is left to the page."""
-        right = self._numeric()
-        # An arrow never stands on a line of its own.
-        heads = [
-            f'<th scope="col"{_class("number" if r else "")}>'
-            f"{re.sub(' (?=[↑↓]$)', '&nbsp;', html.escape(column.heading))}</th>"
-            for column, r in zip(self.columns, right, strict=True)
-        ]
-        body = []
-        for row, texts, marks in zip(self.rows, self._texts(), self._best(), strict=True):
-            cells = zip(self.columns, row, texts, marks, strict=True)
-            body.append("<tr>" + "".join(_html_cell(i, *c) for i, c in enumerate(cells)) + "</tr>")
-        notes = "".join(f"<p>{html.escape(note)}</p>" for note in self.notes)
-        return (
-            f'<figure class="table">\n<div class="scroll"><table>\n'
-            f"<caption>{html.escape(self.title)}</caption>\n"
-            f"<thead><tr>{''.join(heads)}</tr></thead>\n"
-            f"<tbody>\n{chr(10).join(body)}\n</tbody>\n</table></div>\n"
-            + (f"<figcaption>{notes}</figcaption>\n" if notes else "")
-            + "</figure>\n"
-        )
+        from .page import render_template
 
-    def to_terminal(self) -> "rich.console.Group":
+        return render_template("table.html.j2", table=self)
+
+    def to_terminal(self, width: int = 120) -> "rich.console.Group":
         """Make what a ``rich.console.Console`` prints: title, table, notes.
 
         Columns are as narrow as they can be without breaking a cell or a word of a heading.
         """
-        from rich import box
         from rich.console import Group
-        from rich.table import Table as RichTable
         from rich.text import Text
 
-        grid = RichTable(
-            box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, GAP - 1, 0, 0)
-        )
-        for column, right, width in zip(self.columns, self._numeric(), self._widths(), strict=True):
-            justify: Literal["left", "right"] = "right" if right else "left"
-            grid.add_column(Text(column.heading), justify=justify, width=width)
-        for texts, marks in zip(self._texts(), self._best(), strict=True):
-            styled = zip(texts, marks, strict=True)
-            grid.add_row(*[Text(text, style="bold green" if b else "") for text, b in styled])
-        notes = [Text(note, style="dim") for note in self.notes]
-        return Group(Text(self.title, style="bold"), grid, *notes)
-
-    def split(self, width: int) -> list["Table"]:
-        """Cut into tables of at most ``width`` letters; each begins with the first column."""
-        widths = self._widths()
-        blocks: list[list[int]] = [[]]
-        for index in self._indices()[1:]:
-            taken = sum(widths[i] + GAP for i in [0, *blocks[-1]])
-            if blocks[-1] and taken + widths[index] > width:
-                blocks.append([])
-            blocks[-1].append(index)
-        if len(blocks) == 1:
-            return [self]
-        last = len(blocks) - 1
-        return [
-            Table(
-                self.title if number == 0 else f"{self.title}, continued",
-                tuple(self.columns[i] for i in [0, *block]),
-                tuple(tuple(row[i] for i in [0, *block]) for row in self.rows),
-                self.notes if number == last else (),
-            )
-            for number, block in enumerate(blocks)
-        ]
-
-    def _widths(self) -> list[int]:
-        """Narrowest width of each column that breaks no word of a heading and no cell."""
-        texts = self._texts()
-        return [
-            max(map(len, [*column.heading.split(), *(row[i] for row in texts)]), default=1)
-            for i, column in enumerate(self.columns)
-        ]
-
-    def _indices(self) -> range:
-        return range(len(self.columns))
-
-    def _numeric(self) -> list[bool]:
-        """Which columns hold numbers, and are set flush right."""
-        return [
-            any(_number(row[i]) is not None for row in self.rows)
-            and not any(isinstance(row[i], str) for row in self.rows)
-            for i in self._indices()
-        ]
-
-    def _texts(self, escape: Callable[[str], str] = str) -> list[list[str]]:
-        """Every cell as text; ``escape`` is applied to the cells that are not numbers."""
-        return [
-            [
-                escape(cell) if isinstance(cell, str) else _text(cell, column.format)
-                for cell, column in zip(row, self.columns, strict=True)
-            ]
-            for row in self.rows
-        ]
-
-    def _best(self) -> list[list[bool]]:
-        columns = [self._best_of(i) for i in self._indices()]
-        return [[best[i] for best in columns] for i in range(len(self.rows))]
-
-    def _best_of(self, index: int) -> list[bool]:
-        """Mark every row that is best *as printed*; none where all are alike."""
-        column = self.columns[index]
-        numbers = [_number(row[index]) for row in self.rows]
-        present = [number for number in numbers if number is not None]
-        if column.better is None or len(present) < 2:
-            return [False] * len(numbers)
-        best = _text(max(present) if column.better == "higher" else min(present), column.format)
-        marks = [n is not None and _text(n, column.format) == best for n in numbers]
-        return marks if sum(marks) < len(present) else [False] * len(numbers)
+        parts: list[Any] = []
+        for number, grid in enumerate(self.grid().fitted(width)):
+            title = f"{self.title}, continued" if number else self.title
+            parts += [Text()] if number else []
+            parts += [Text(title, style="bold"), _terminal(grid)]
+        return Group(*parts, *(Text(note, style="dim") for note in self.notes))
 
 
-FORMATS = {
+FORMATS: dict[str, Callable[[Table], str]] = {
     "markdown": Table.to_markdown,
     "csv": Table.to_csv,
     "latex": Table.to_latex,
@@ -277,83 +273,83 @@ def render(tables: Sequence[Table], format: str) -> str:
 
 
 def print_tables(tables: Sequence[Table], file: TextIO | None = None) -> None:
-    """Print tables to the terminal, or to ``file``; columns that do not fit go below the others."""
+    """Print tables to the terminal, or to ``file``, an empty line after each."""
     from rich.console import Console
 
     file = file or sys.stdout
     console = Console(file=file, width=None if file.isatty() else 120)
     for table in tables:
-        for part in table.split(console.width):
-            console.print(part.to_terminal())
-            console.print()
+        console.print(table.to_terminal(console.width))
+        console.print()
 
 
-def _number(cell: Cell) -> float | None:
-    if isinstance(cell, Estimate):
-        return cell.mean
-    return None if cell is None or isinstance(cell, str) else cell
+def _shown(cells: Sequence[Cell], column: Column) -> list[Shown]:
+    """Write a column's cells; best is every one that is best *as printed*, none where all are."""
+    plain = [_plain(cell, column) for cell in cells]
+    numbers = [cell.number for cell in plain if cell.number is not None]
+    if column.better is None or len(numbers) < 2:
+        return plain
+    best = _written(max(numbers) if column.better == "higher" else min(numbers), column.format)
+    marked = [
+        cell._replace(best=cell.number is not None and _written(cell.number, column.format) == best)
+        for cell in plain
+    ]
+    return marked if sum(cell.best for cell in marked) < len(numbers) else plain
 
 
-def _deviation(cell: Cell) -> float | None:
-    return cell.deviation if isinstance(cell, Estimate) else None
-
-
-def _plain(cell: Cell) -> str | float | None:
-    return cell if isinstance(cell, str) else _number(cell)
-
-
-def _json(cell: Cell) -> Any:
-    if isinstance(cell, Estimate) and cell.deviation is not None:
-        return {"mean": cell.mean, "deviation": cell.deviation}
-    return _plain(cell)
-
-
-def _text(cell: int | float | Estimate | None, spec: str) -> str:
-    if cell is None:
-        return DASH
-    deviation = _deviation(cell)
+def _plain(cell: Cell, column: Column) -> Shown:
+    """Write a cell without marking it."""
+    if cell is None or isinstance(cell, str):
+        return Shown(DASH if cell is None else cell, is_text=cell is not None)
+    number, deviation = cell if isinstance(cell, Estimate) else (cell, None)
+    text = _written(number, column.format)
     if deviation is not None:
-        return f"{_text(_number(cell), spec)} ± {format(deviation, spec.lstrip('+'))}"
-    text = format(_number(cell), spec)
-    # A value that rounds to zero has no sign worth printing.
+        text = f"{text} ± {format(deviation, column.format.lstrip('+'))}"
+    change: Literal["", "gain", "loss"] = ""
+    if column.format.startswith("+") and text[0] in "+-":
+        change = "gain" if (number > 0) == (column.better != "lower") else "loss"
+    return Shown(text, number, deviation, change=change)
+
+
+def _written(number: float, spec: str) -> str:
+    """Write a number; one that rounds to zero has no sign worth printing."""
+    text = format(number, spec)
     return text if re.search("[1-9]", text) else text.lstrip("+-")
+
+
+def _json(cell: Shown) -> Any:
+    if cell.deviation is not None:
+        return {"mean": cell.number, "deviation": cell.deviation}
+    return cell.text if cell.is_text else cell.number
 
 
 def _markdown(text: str) -> str:
     return re.sub(r"([\\|*_`<\[\]])", r"\\\1", " ".join(text.split()))
 
 
-def _markdown_line(cells: list[str], widths: list[int], right: list[bool]) -> str:
-    padded = [
-        cell.rjust(width) if flush else cell.ljust(width)
-        for cell, width, flush in zip(cells, widths, right, strict=True)
-    ]
-    return "| " + " | ".join(padded) + " |"
-
-
 def _latex(text: str) -> str:
     return "".join(_LATEX.get(letter, letter) for letter in text)
 
 
-def _latex_cell(cell: Cell, text: str, best: bool) -> str:
-    if cell is None or isinstance(cell, str):
-        return _latex(text)
-    number = text.replace("±", r"\pm").replace("%", r"\%")
-    return rf"$\mathbf{{{number}}}$" if best else f"${number}$"
+def _latex_cell(cell: Shown) -> str:
+    if cell.number is None:
+        return _latex(cell.text)
+    number = cell.text.replace("±", r"\pm").replace("%", r"\%")
+    return rf"$\mathbf{{{number}}}$" if cell.best else f"${number}$"
 
 
-def _class(names: str) -> str:
-    return f' class="{names}"' if names else ""
+def _terminal(grid: Grid) -> Any:
+    from rich import box
+    from rich.table import Table as RichTable
+    from rich.text import Text
 
-
-def _html_cell(index: int, column: Column, cell: Cell, text: str, best: bool) -> str:
-    number = _number(cell)
-    names = [] if isinstance(cell, str) else ["number"]
-    if number is not None:
-        text = text.replace("-", MINUS)
-        if column.format.startswith("+") and text[0] in "+" + MINUS:
-            names.append("gain" if (number > 0) == (column.better != "lower") else "loss")
-    inner = f"<strong>{html.escape(text)}</strong>" if best else html.escape(text)
-    if index == 0:
-        return f'<th scope="row"{_class(" ".join(names))}>{inner}</th>'
-    return f"<td{_class(' '.join(names))}>{inner}</td>"
+    drawn = RichTable(
+        box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, GAP - 1, 0, 0)
+    )
+    columns = zip(grid.headings, grid.flush_right, grid.widths, strict=True)
+    for heading, right, width in columns:
+        justify: Literal["left", "right"] = "right" if right else "left"
+        drawn.add_column(Text(heading), justify=justify, width=width)
+    for row in grid.rows:
+        drawn.add_row(*[Text(c.text, style="bold green" if c.best else "") for c in row])
+    return drawn

@@ -33,7 +33,7 @@ from .report import report
 from .sweep import gain_of, sweep, with_upsampler, write_gain
 
 if TYPE_CHECKING:
-    from radio_distill.evals.mtl_gain import GainTable
+    from radio_distill.evals.gain import MultiTaskGain
 
 TAKES_FIELDS = True
 UPSAMPLERS = ["bilinear", "tile", "featsharp"]
@@ -67,6 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the demo."""
+    from radio_distill.report.gain_tables import beside_tables, gain_table
     from radio_distill.report.tables import print_tables
     from radio_distill.train.checkpoint import find
 
@@ -92,7 +93,8 @@ def run(arguments: argparse.Namespace) -> int:
     show(recipe.folder)
     write_gain(gain, recipe.folder)
     print(f"report: {page.resolve()}\n")
-    print_tables([*gain.beside, gain.to_table("Δm over tasks that no student was trained for")])
+    title = "Δm over tasks that no student was trained for"
+    print_tables([*beside_tables(gain), gain_table(gain, title)])
     for name in upsamplers[1:]:
         print(verdict(gain, f"stage3-{name}"))
     spent = os.times()
@@ -142,7 +144,7 @@ def _work() -> float:
     return seconds
 
 
-def verdict(gain: "GainTable", model: str) -> str:
+def verdict(gain: "MultiTaskGain", model: str) -> str:
     """Say in one line what a model's row of the gain table does and does not mean.
 
     Two models differ where their Δm do by more than two standard errors of the difference; the
@@ -173,12 +175,9 @@ def verdict(gain: "GainTable", model: str) -> str:
     )
 
 
-def _fidelity(gain: "GainTable", model: str) -> float:
+def _fidelity(gain: "MultiTaskGain", model: str) -> float:
     """Return the mean of what is shown beside Δm of a model."""
-    from radio_distill.report.tables import Estimate
-
-    rows = [row for table in gain.beside for row in table.rows if row[0] == model]
-    return fmean(cell.mean for row in rows for cell in row if isinstance(cell, Estimate))
+    return fmean(value for run in gain.beside[model] for value in run.values())
 
 
 def _with_seed(recipe: Recipe, asked: Asked, number: int) -> tuple[Recipe, Asked]:

@@ -24,7 +24,7 @@ import yaml
 
 from radio_distill.config import EvaluationConfig, Recipe, build, dtypes_of, dump, override
 from radio_distill.errors import ConfigError
-from radio_distill.evals.score_files import SCORES
+from radio_distill.evals.scores import SCORES
 from radio_distill.evals.subjects import UNTRAINED
 
 from ..arguments import add_trust_argument, check_output, run_script
@@ -111,7 +111,7 @@ def score_checkpoints(
     Raises:
         ConfigError: they are not asked the same, or their teachers differ under one name.
     """
-    from radio_distill.evals.score_files import write_scores
+    from radio_distill.evals.scores import write_scores
     from radio_distill.system.distributed import World, choose_device
 
     from ..build import build_teachers
@@ -164,7 +164,7 @@ def check_scores_file(path: Path) -> None:
         ConfigError: it cannot be written.
         DataError: it holds something else than scores.
     """
-    from radio_distill.evals.score_files import check_can_add
+    from radio_distill.evals.scores import check_can_add
 
     check_output(path)
     check_can_add(path)
@@ -223,8 +223,8 @@ def _yaml(value: Any) -> str:
 
 def show(*paths: Path) -> None:
     """Print all scores of some files, a table for each group."""
-    from radio_distill.evals.mtl_gain import score_tables
-    from radio_distill.evals.score_files import read_scores
+    from radio_distill.evals.scores import read_scores
+    from radio_distill.report.gain_tables import score_tables
     from radio_distill.report.tables import print_tables
 
     scores = read_scores(paths)

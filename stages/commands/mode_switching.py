@@ -276,7 +276,7 @@ def draw(curves: Sequence[Curve], png: Path, svg: Path) -> None:
 
 
 def _draw_lines(axes: Any, curves: Sequence[Curve], measure: str) -> None:
-    from radio_distill.report.page import PALETTE
+    from radio_distill.report.charts import PALETTE
 
     for curve, colour in zip(curves, itertools.cycle(PALETTE), strict=False):
         rows = sorted(curve.rows, key=lambda row: row.size)

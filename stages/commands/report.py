@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from radio_distill import __version__
 from radio_distill.errors import ConfigError, DataError
-from radio_distill.evals.score_files import SCORES
+from radio_distill.evals.scores import SCORES
 from radio_distill.evals.subjects import UNTRAINED, matches
 from radio_distill.system.progress import Progress
 
@@ -29,7 +29,7 @@ from .sweep import gain_of
 
 if TYPE_CHECKING:
     from radio_distill.evals.encoder import Encoder
-    from radio_distill.evals.mtl_gain import GainTable
+    from radio_distill.evals.gain import MultiTaskGain
     from radio_distill.report.page import Figure
     from radio_distill.report.tables import Table
     from radio_distill.train.checkpoint import Checkpoint
@@ -72,23 +72,24 @@ def report(
 ) -> Path:
     """Write the page of a run folder; returns its path."""
     from radio_distill.config import dump
-    from radio_distill.report.page import write_report
+    from radio_distill.report.gain_tables import gain_tables
+    from radio_distill.report.page import Section, write_page
 
     output = output or folder / "report.html"
     students = _students(folder)
     check_output(output)
     newest = list(students.values())[-1]
     gain, tables = _tables(folder / SCORES, students, baseline)
-    return write_report(
-        output,
-        title=f"radio_distill: {newest.recipe.name}",
-        summary=_summary(newest, students),
-        tables=[gain.to_table(), *tables],
-        beside=gain.beside,
-        figures=_sheets(students, images, source or newest.recipe.evaluation.images),
-        curves=_curves(folder),
-        recipe_text=dump(newest.recipe),
-    )
+    figures = _sheets(students, images, source or newest.recipe.evaluation.images)
+    sections = [
+        Section("result", "Result", gain_tables(gain)),
+        Section("run", "What was run", facts=_summary(newest, students)),
+        Section("training", "Training", panels=_curves(folder)),
+        Section("scores", "Scores", tables),
+        Section("features", "Features", sheets=figures),
+        Section("recipe", "Recipe", settings=dump(newest.recipe)),
+    ]
+    return write_page(output, f"radio_distill: {newest.recipe.name}", sections)
 
 
 def _students(folder: Path) -> "dict[str, Checkpoint]":
@@ -104,10 +105,10 @@ def _students(folder: Path) -> "dict[str, Checkpoint]":
 
 def _tables(
     path: Path, students: "Mapping[str, Checkpoint]", baseline: str | None
-) -> "tuple[GainTable, list[Table]]":
+) -> "tuple[MultiTaskGain, list[Table]]":
     """Compare those students that were scored; and lay out all scores of the run."""
-    from radio_distill.evals.mtl_gain import score_tables
-    from radio_distill.evals.score_files import read_scores
+    from radio_distill.evals.scores import read_scores
+    from radio_distill.report.gain_tables import score_tables
 
     from .subjects import student_subject
 
@@ -134,7 +135,7 @@ def _tables(
 
 
 def _curves(folder: Path) -> "list[Figure]":
-    from radio_distill.report.page import training_curves
+    from radio_distill.report.charts import training_curves
     from radio_distill.train.trackers import read_json_lines
 
     logs = sorted(

@@ -3,7 +3,6 @@
     radio-distill score runs/demo --baseline bilinear
     radio-distill score runs/mine runs/other --baseline mine/stage3-tile --models tile featsharp
     radio-distill score mine.csv --definitions metrics.yaml --baseline old --format latex
-    radio-distill score --paper featsharp
 
 A model is named by its label in the table, or by those parts of it that no other label has: the
 stage, the upsampler of a stage 3, the run. Only tasks that no student was trained for count in Δm;
@@ -15,9 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from radio_distill.errors import ConfigError
-from radio_distill.evals.mtl_gain import multi_task_gain, score_tables
-from radio_distill.evals.published import comparison, load_paper
-from radio_distill.evals.score_files import read_definitions, read_scores
+from radio_distill.evals.gain import multi_task_gain
+from radio_distill.evals.scores import read_definitions, read_scores
+from radio_distill.report.gain_tables import beside_tables, gain_table, score_tables
 from radio_distill.report.tables import FORMATS, Table, print_tables, render
 from radio_distill.system.files import reason_of, replacing
 
@@ -35,14 +34,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="leave a metric that some model lacks out for all, instead of stopping",
     )
     add("--scores", action="store_true", help="show the scores themselves, too")
-    add("--paper", metavar="NAME", help="recompute a paper's table instead (featsharp)")
     add("--format", choices=["terminal", *FORMATS], default="terminal", help="(default: terminal)")
     add("--output", metavar="FILE", help="write there instead of to the terminal")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print or write the tables that the arguments ask for."""
-    tables = _paper_tables(arguments) if arguments.paper else _tables(arguments)
+    tables = _tables(arguments)
     if arguments.output:
         _write(Path(arguments.output), render(tables, arguments.format))
     elif arguments.format == "terminal":
@@ -59,16 +57,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     add_arguments(parser)
     return run(parser.parse_args(argv))
-
-
-def _paper_tables(arguments: argparse.Namespace) -> list[Table]:
-    for name in ("results", "baseline", "definitions", "models", "exclude_missing"):
-        if getattr(arguments, name):
-            flag = "results" if name == "results" else "--" + name.replace("_", "-")
-            raise ConfigError(f"--paper brings its own results; leave {flag} out")
-    paper = load_paper(arguments.paper)
-    raw = score_tables(paper.results, paper.metrics) if arguments.scores else []
-    return [*comparison(paper), *raw]
 
 
 def _tables(arguments: argparse.Namespace) -> list[Table]:
@@ -94,8 +82,8 @@ def _tables(arguments: argparse.Namespace) -> list[Table]:
     )
     raw = score_tables(scores.results, definitions, scores.measured) if arguments.scores else []
     # Programs get one table, unless they ask for the scores, which have what is beside it.
-    beside = () if arguments.format in ("csv", "json") else gains.beside
-    return [gains.to_table(), *beside, *raw]
+    beside = [] if arguments.format in ("csv", "json") else beside_tables(gains)
+    return [gain_table(gains), *beside, *raw]
 
 
 def _write(path: Path, text: str) -> None:

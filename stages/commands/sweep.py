@@ -26,7 +26,7 @@ from ..common import Asked, load_recipe, train_stage
 from .evaluate import SCORES, score_checkpoints
 
 if TYPE_CHECKING:
-    from radio_distill.evals.mtl_gain import GainTable
+    from radio_distill.evals.gain import MultiTaskGain
     from radio_distill.train.checkpoint import Checkpoint
 
 TAKES_FIELDS = True
@@ -80,7 +80,7 @@ def sweep(
     references: bool = False,
     asked: Asked | None = None,
     retrain: bool = False,
-) -> "tuple[GainTable, Path]":
+) -> "tuple[MultiTaskGain, Path]":
     """Train stage 3 with each upsampler, score, compare.
 
     Args:
@@ -131,7 +131,7 @@ def gain_of(
     students: "Sequence[Checkpoint]",
     baseline: "Checkpoint",
     references: bool = False,
-) -> "GainTable":
+) -> "MultiTaskGain":
     """Compare some checkpoints with one of them, each together with its other seeds.
 
     Args:
@@ -143,8 +143,8 @@ def gain_of(
     Raises:
         DataError: there are no scores of one of them.
     """
-    from radio_distill.evals.mtl_gain import multi_task_gain
-    from radio_distill.evals.score_files import read_scores
+    from radio_distill.evals.gain import multi_task_gain
+    from radio_distill.evals.scores import read_scores
 
     from .subjects import student_subject
 
@@ -168,17 +168,20 @@ def gain_of(
     )
 
 
-def show_gain(gain: "GainTable", folder: Path) -> None:
+def show_gain(gain: "MultiTaskGain", folder: Path) -> None:
     """Print the gain table and what does not count; write the first in four formats."""
+    from radio_distill.report.gain_tables import gain_tables
     from radio_distill.report.tables import print_tables
 
-    print_tables(gain.to_tables())
+    print_tables(gain_tables(gain))
     write_gain(gain, folder)
 
 
-def write_gain(gain: "GainTable", folder: Path) -> None:
+def write_gain(gain: "MultiTaskGain", folder: Path) -> None:
     """Write the gain table in four formats, and say where."""
-    table = gain.to_table()
+    from radio_distill.report.gain_tables import gain_table
+
+    table = gain_table(gain)
     for suffix, text in {
         "md": table.to_markdown(),
         "csv": table.to_csv(),

@@ -25,14 +25,8 @@ from radio_distill.evals.encoder import to_pixels
 from radio_distill.evals.masks import SegmentationSet, open_set
 from radio_distill.evals.probes import LinearProbe
 from radio_distill.protocols import Normalizer, Teacher, Upsampler
-from radio_distill.report.page import (
-    Section,
-    definitions,
-    figures_html,
-    settings,
-    write_page,
-)
-from radio_distill.report.tables import Table, print_tables, render
+from radio_distill.report.page import Section, write_page
+from radio_distill.report.tables import print_tables, render
 from radio_distill.stage import FIT, resolve_stage
 from radio_distill.system.distributed import World, choose_device
 from radio_distill.system.files import reason_of, replacing
@@ -242,20 +236,21 @@ def write_report(comparison: Comparison) -> Path:
     tables, tiles = show.tables_of(comparison), show.tile_table(comparison)
     timing = show.cost_table(comparison)
     print_tables([*tables, *tiles, *timing])
-    sheets = {
-        "features": figures_html(show.feature_sheets(comparison), "sheets"),
-        "biases": figures_html(show.bias_sheet(comparison), "sheets"),
-        "tiles": _html(tiles)
-        + figures_html(show.tile_chart(comparison), "panels")
-        + figures_html(show.tile_sheets(comparison), "sheets"),
-        "throughput": _html(timing) + figures_html(show.cost_charts(comparison), "panels"),
-    }
     sections = [
-        Section("scores", "Upsamplers compared", _html(tables)),
-        Section("run", "What was compared", definitions(_summary(comparison))),
-        Section("fits", "Fits", show.fits_table(comparison).to_html()),
-        *(Section(key, key.capitalize(), content) for key, content in sheets.items()),
-        Section("recipe", "Recipe", settings(dump(comparison.recipe))),
+        Section("scores", "Upsamplers compared", tables),
+        Section("run", "What was compared", facts=_summary(comparison)),
+        Section("fits", "Fits", [show.fits_table(comparison)]),
+        Section("features", "Features", sheets=show.feature_sheets(comparison)),
+        Section("biases", "Biases", sheets=show.bias_sheet(comparison)),
+        Section(
+            "tiles",
+            "Tiles",
+            tiles,
+            panels=show.tile_chart(comparison),
+            sheets=show.tile_sheets(comparison),
+        ),
+        Section("throughput", "Throughput", timing, panels=show.cost_charts(comparison)),
+        Section("recipe", "Recipe", settings=dump(comparison.recipe)),
     ]
     texts = {
         "tables.md": render([*tables, *tiles, *timing], "markdown"),
@@ -269,10 +264,6 @@ def write_report(comparison: Comparison) -> Path:
             raise ConfigError(f"cannot write {folder / name}: {reason_of(error)}") from error
     title = f"Upsamplers of teacher {comparison.teacher.spec.name}"
     return write_page(folder / "index.html", title, sections)
-
-
-def _html(tables: Sequence[Table]) -> str:
-    return "".join(table.to_html() for table in tables)
 
 
 def _summary(made: Comparison) -> list[tuple[str, str]]:

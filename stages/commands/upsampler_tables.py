@@ -15,8 +15,9 @@ from torch import Tensor
 from radio_distill.config import FitConfig
 from radio_distill.data.folder import load_images
 from radio_distill.evals.encoder import to_pixels
+from radio_distill.report.charts import line_chart
 from radio_distill.report.feature_images import difference_image, image_grid, pca_images
-from radio_distill.report.page import Figure, line_chart
+from radio_distill.report.page import Figure
 from radio_distill.report.tables import Cell, Column, Table
 from upsamplers.comparison import maps_of
 from upsamplers.fitted import read_header, times

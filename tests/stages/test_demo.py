@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from radio_distill.data.sources import open_sources
-from radio_distill.evals.mtl_gain import GainTable, Metric, multi_task_gain
+from radio_distill.evals.gain import Metric, MultiTaskGain, multi_task_gain
 from stages.cli import main
 from stages.commands import demo
 from stages.common import Asked, load_recipe
@@ -22,7 +22,7 @@ NOISE = 0.3
 """In percent: by which the seeds of each model differ from their mean."""
 
 
-def gain_of(ahead: float, seeds: int = 2) -> GainTable:
+def gain_of(ahead: float, seeds: int = 2) -> MultiTaskGain:
     """A baseline, and a model that is ahead by some percent on tasks and behind in fidelity."""
 
     def runs(percent: float, fidelity: float) -> list[dict[str, float]]:

@@ -11,7 +11,7 @@ import yaml
 from PIL import Image
 
 from radio_distill.config import Recipe, build, dump
-from radio_distill.evals.score_files import read_scores
+from radio_distill.evals.scores import read_scores
 from radio_distill.models.heads import build_student
 from radio_distill.train import checkpoint as checkpoints
 from radio_distill.train.checkpoint import Checkpoint

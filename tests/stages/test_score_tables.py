@@ -3,9 +3,9 @@
 from dataclasses import replace
 from pathlib import Path
 
-from radio_distill.evals.mtl_gain import score_tables
-from radio_distill.evals.score_files import read_scores, write_scores
+from radio_distill.evals.scores import read_scores, write_scores
 from radio_distill.evals.subjects import Subject
+from radio_distill.report.gain_tables import score_tables
 from radio_distill.types import Score
 from stages.commands.evaluate import show
 

@@ -178,7 +178,8 @@ def test_to_terminal__markup_is_text() -> None:
 
 def test_print_tables__a_wide_table_loses_nothing() -> None:
     columns = (Column("Model"), *(Column(f"metric {i}", ".2f", "higher") for i in range(30)))
-    rows = tuple((name, *(i + k for i in range(30))) for k, name in enumerate(["first", "second"]))
+    names = ["first", *(f"the model of number {k}" for k in range(30))]  # too wide either way
+    rows = tuple((name, *(i + k for i in range(30))) for k, name in enumerate(names))
     file = io.StringIO()
     print_tables([Table("Wide", columns, rows, ("The note.",))], file)
     printed = file.getvalue()
@@ -187,6 +188,21 @@ def test_print_tables__a_wide_table_loses_nothing() -> None:
     assert sorted(map(float, numbers)) == sorted(float(cell) for row in rows for cell in row[1:])
     assert printed.count("first") == printed.count("Wide") > 1
     assert printed.count("The note.") == 1
+
+
+def test_tables__turn_on_their_side_where_they_fit_only_so() -> None:
+    columns = (Column("Model"), *(Column(f"teacher {i}", ".2f", "higher") for i in range(20)))
+    table = Table("Wide", columns, tuple((name, *range(20)) for name in ("one", "other")))
+    file = io.StringIO()
+    print_tables([table], file)
+    lines = file.getvalue().splitlines()
+    assert "continued" not in file.getvalue()
+    assert lines[1].split() == ["Model", "one", "other"]
+    assert lines[3].split() == ["teacher", "0", "↑", "0.00", "0.00"]
+    parser = Cells()
+    parser.feed(table.to_html())
+    assert [text for _, _, text in parser.cells[:4]] == ["Model", "one", "other", "teacher 0\xa0↑"]
+    assert body(table.to_markdown())[0][0] == "Model", "files are as they were asked for"
 
 
 def test_render__several_tables() -> None:

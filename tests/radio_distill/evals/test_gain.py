@@ -5,14 +5,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from radio_distill.errors import ConfigError, UnknownNameError
-from radio_distill.evals.mtl_gain import (
-    DEFINITION,
-    Measured,
+from radio_distill.evals.gain import (
     Metric,
     multi_task_gain,
     relative_gain,
-    score_tables,
 )
+from radio_distill.report.gain_tables import beside_tables, gain_notes, gain_table, gain_tables
 
 UNEVEN = {
     "knn/top1": Metric(group="Classification", higher_is_better=True, unit="%"),
@@ -106,7 +104,7 @@ def test_multi_task_gain__several_results() -> None:
     assert new.deviation == pytest.approx(statistics.stdev([8, 10, 12]))
     assert table.totals["base"].mean == pytest.approx(0)
     assert table.totals["base"].deviation == pytest.approx(statistics.stdev([-2, 2]))
-    text = table.to_table().to_markdown()
+    text = gain_table(table).to_markdown()
     assert "+10.00 ± 2.00" in text
     assert "base 2, new 3" in text
 
@@ -119,7 +117,7 @@ def test_multi_task_gain__missing_metric() -> None:
     table = multi_task_gain(results, "base", UNEVEN, exclude_missing=True)
     assert table.groups["better"]["Dense"].mean == pytest.approx(2.5)
     assert table.excluded == ("depth/rmse",)
-    assert any("depth/rmse" in note for note in table.notes())
+    assert any("depth/rmse" in note for note in gain_notes(table))
 
 
 def test_multi_task_gain__a_later_result_lacks_a_metric() -> None:
@@ -155,31 +153,6 @@ def test_multi_task_gain__model_without_results() -> None:
         multi_task_gain({"base": BASE, "empty": []}, "base", UNEVEN)
 
 
-def test_to_table__definition_is_printed_below() -> None:
-    table = multi_task_gain({"base": BASE, "better": BETTER}, "base", UNEVEN).to_table()
-    for text in (table.to_markdown(), table.to_html(), table.to_json()):
-        assert DEFINITION.split(";")[0].split(" is ")[1][:12] in text
-    assert [column.name for column in table.columns] == ["Model", "Δm", "Classification", "Dense"]
-
-
-def test_to_table__group_called_like_the_total() -> None:
-    definitions = {"top1": Metric(group="Δm", higher_is_better=True)}
-    table = multi_task_gain({"base": {"top1": 1.0}}, "base", definitions)
-    with pytest.raises(ConfigError, match="two columns are called 'Δm'"):
-        table.to_table()
-
-
-def test_score_tables__a_table_a_group_with_gaps_shown() -> None:
-    first, second = score_tables({"base": BASE, "part": {"seg/miou": 41.5}}, UNEVEN)
-    assert [row[0] for row in first.rows] == ["base"], "a model without any score has no row"
-    assert second.rows[1][0] == "part"
-    assert second.rows[1].count(None) == 2
-    assert [column.heading for column in second.columns] == [
-        "Model", "depth/rmse ↓", "seg/miou (%) ↑", "seg/accuracy (%) ↑",
-    ]  # fmt: skip
-    assert "41.50" in second.to_markdown()
-
-
 def test_multi_task_gain__only_headlines_count():
     definitions = {
         "a": Metric(group="g", higher_is_better=True),
@@ -211,20 +184,20 @@ def test_multi_task_gain__what_students_are_trained_for_stands_beside_it():
     table = multi_task_gain(results, "base", TRAINED)
     assert table.totals == plain.totals
     assert table.groups == plain.groups
-    (beside,) = table.beside
+    (beside,) = beside_tables(table)
     assert [column.name for column in beside.columns] == ["Model", "dino", "clip"]
     assert [row[1].mean for row in beside.rows] == [1.2, 9.0]
-    assert table.to_tables() == [table.to_table(), beside]
-    assert any("Fidelity does not count" in note for note in table.notes())
+    assert gain_tables(table) == [gain_table(table), beside]
+    assert any("Fidelity does not count" in note for note in gain_notes(table))
 
 
 def test_multi_task_gain__no_delta_of_what_students_are_trained_for_alone():
     metrics = {name: metric for name, metric in TRAINED.items() if metric.trained_for}
     table = multi_task_gain({"base": FIDELITY, "better": FIDELITY}, "base", metrics)
     assert table.totals == {}
-    assert table.to_table().rows == (("base", None), ("better", None))
-    assert any("no student was trained for" in note for note in table.notes())
-    assert len(table.beside) == 1
+    assert gain_table(table).rows == (("base", None), ("better", None))
+    assert any("no student was trained for" in note for note in gain_notes(table))
+    assert len(beside_tables(table)) == 1
 
 
 def test_multi_task_gain__a_teacher_may_lack_metrics():
@@ -236,28 +209,6 @@ def test_multi_task_gain__a_teacher_may_lack_metrics():
     assert "Dense" not in table.groups["teacher dino"]
     assert "teacher dino" not in table.totals
     assert table.num_metrics == {"Classification": 1, "Dense": 3}
-    assert table.to_table().rows[1] == ("teacher dino", None, (pytest.approx(20), None), None)
+    assert gain_table(table).rows[1] == ("teacher dino", None, (pytest.approx(20), None), None)
     with pytest.raises(ConfigError, match="'teacher dino' lacks metric"):
         multi_task_gain({"base": BASE, "teacher dino": {"knn/top1": 60.0}}, "base", UNEVEN)
-
-
-def test_score_tables__a_table_for_each_measure_of_several_teachers():
-    names = [f"fidelity/{kind}/t{n}" for kind in ("fidelity", "mse", "cosine") for n in range(4)]
-    metrics = dict.fromkeys(names, Metric(group="Fidelity", higher_is_better=True))
-    tables = score_tables({"a": dict.fromkeys(names, 1.0)}, metrics)
-    assert [table.title for table in tables] == ["Fidelity", "Fidelity: mse", "Fidelity: cosine"]
-    for table in tables:
-        assert [column.name for column in table.columns] == ["Model", "t0", "t1", "t2", "t3"]
-        assert table.split(60) == [table]
-
-
-def test_score_tables__say_the_sizes_of_the_input_and_what_it_was_of():
-    how = Measured(9, "64x64")
-    measured = {"base": dict.fromkeys(BASE, how), "sam": {"seg/miou": Measured(9, "1024x1024")}}
-    measured["base"]["knn/top1"] = Measured(9, "64x64", details="classes 3")
-    results = {"base": BASE, "sam": {"seg/miou": 41.5}, "old": {"seg/miou": 40.0}}
-    first, second = score_tables(results, UNEVEN, measured)
-    assert first.title == "Classification: knn"
-    assert first.notes == ("knn: images 9, classes 3", "Input in pixels: 64x64.")
-    assert second.notes == ("Input in pixels: 64x64 (base); 1024x1024 (sam).",)
-    assert score_tables(results, UNEVEN)[0].notes == ()

@@ -7,24 +7,13 @@ has no meaning for a baseline at or below zero, so such a metric is refused, not
 """
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from statistics import fmean, stdev
+from typing import NamedTuple
 
 from ..errors import ConfigError, UnknownNameError
 from ..registry import nearest
-from ..report.tables import Cell, Column, Estimate, Table
-
-DEFINITION = (
-    "δ of a metric is 100·(M - B)/B, with the sign reversed where lower is better (M: its value, "
-    "B: the baseline's); a group is the mean of its δ; Δm is the mean of the groups. All in %."
-)
-
-NOTHING_COUNTS = (
-    "No Δm: only tasks that no student was trained for count in it, and none was scored; name some "
-    "in evaluation.benchmarks (knn, segmentation, correspondence, agreement, stereo) and run "
-    "radio-distill eval."
-)
 
 Run = Mapping[str, float]
 """One result of one model: metric name to value."""
@@ -71,8 +60,15 @@ class Measured:
         return ", ".join(filter(None, (images, self.details)))
 
 
+class Estimate(NamedTuple):
+    """A mean, and its standard deviation over repeated results where there are several."""
+
+    mean: float
+    deviation: float | None = None
+
+
 @dataclass(frozen=True, slots=True)
-class GainTable:
+class MultiTaskGain:
     """Gains over the baseline, in percent; mean and deviation where a model has several results."""
 
     baseline: str
@@ -86,47 +82,12 @@ class GainTable:
     """How many results each model has."""
     excluded: tuple[str, ...] = ()
     """Metrics left out for every model, because some model lacks them."""
-    beside: tuple[Table, ...] = ()
-    """Scores of what students are trained for, which do not count."""
+    trained: dict[str, Metric] = field(default_factory=dict)
+    """Metrics that students are trained for: they are shown beside Δm and do not count."""
+    beside: dict[str, list[Run]] = field(default_factory=dict)
+    """Results of these metrics, by model."""
     remarks: tuple[str, ...] = ()
     """What else must be said."""
-
-    def to_tables(self) -> list[Table]:
-        """Return the gains, and behind them the scores that do not count."""
-        return [self.to_table(), *self.beside]
-
-    def to_table(self, title: str = "Multi-task gain") -> Table:
-        """Lay out one row a model and one column a group, Δm first, with the definition below."""
-        names = ["Δm", *self.num_metrics]
-        columns = [Column("Model"), *(Column(name, "+.2f", "higher") for name in names)]
-        rows: list[tuple[Cell, ...]] = [
-            (model, self.totals.get(model), *(gains.get(group) for group in self.num_metrics))
-            for model, gains in self.groups.items()
-        ]
-        return Table(title, tuple(columns), tuple(rows), self.notes())
-
-    def notes(self) -> tuple[str, ...]:
-        """Say how the numbers came about, in lines to be printed under the table."""
-        counts = ", ".join(f"{group} {count}" for group, count in self.num_metrics.items())
-        notes = [DEFINITION, f"Baseline: {self.baseline}. Metrics in each group: {counts}."]
-        if not self.num_metrics:
-            notes = [f"Baseline: {self.baseline}. {NOTHING_COUNTS}"]
-        elif self.beside:
-            groups = ", ".join(
-                dict.fromkeys(table.title.partition(":")[0] for table in self.beside)
-            )
-            notes.append(f"{groups} does not count: students are trained for it.")
-        lacking = [model for model in self.groups if model not in self.totals]
-        if lacking and self.num_metrics:
-            notes.append(f"Without Δm, because a metric is lacking: {', '.join(lacking)}.")
-        repeated = [f"{model} {n}" for model, n in self.num_results.items() if n > 1]
-        if repeated:
-            several = "Mean ± standard deviation over several results: "
-            notes.append(several + ", ".join(repeated) + ". The baseline is its mean.")
-        if self.excluded:
-            left_out = ", ".join(self.excluded)
-            notes.append(f"Left out for every model, because some model lacks it: {left_out}.")
-        return (*notes, *self.remarks)
 
 
 def relative_gain(value: float, baseline: float, higher_is_better: bool) -> float:
@@ -154,7 +115,7 @@ def multi_task_gain(
     exclude_missing: bool = False,
     may_lack: Collection[str] = (),
     remarks: Sequence[str] = (),
-) -> GainTable:
+) -> MultiTaskGain:
     """Compare every model with ``baseline`` on the metrics of ``definitions``.
 
     With several results of a model, each is compared with the mean of the baseline's results. What
@@ -173,7 +134,7 @@ def multi_task_gain(
         ConfigError: an unknown baseline or metric, a missing metric, or a baseline that is not
             above zero.
     """
-    runs = _runs(results)
+    runs = runs_of(results)
     if baseline not in runs:
         raise UnknownNameError(
             f"no results of baseline {baseline!r} ({nearest(baseline, [*runs])})"
@@ -198,104 +159,24 @@ def multi_task_gain(
     for model, repeats in runs.items():
         gains = [_group_gains(run, reference, metrics, names) for run in repeats]
         whole = [group for group in names if all(group in gain for gain in gains)]
-        groups[model] = {group: _estimate([gain[group] for gain in gains]) for group in whole}
+        groups[model] = {group: estimate([gain[group] for gain in gains]) for group in whole}
         if whole and len(whole) == len(names):
-            totals[model] = _estimate([fmean(gain.values()) for gain in gains])
+            totals[model] = estimate([fmean(gain.values()) for gain in gains])
     num_metrics = {group: len(members) for group, members in names.items()}
     num_results = {model: len(repeats) for model, repeats in runs.items()}
-    beside = score_tables(results, {n: metric for n, metric in trained.items() if metric.headline})
-    return GainTable(
-        baseline,
-        groups,
-        totals,
-        num_metrics,
-        num_results,
-        tuple(excluded),
-        tuple(beside),
+    trained = {name: metric for name, metric in trained.items() if metric.headline}
+    beside: dict[str, list[Run]] = {
+        model: [{name: run[name] for name in trained if name in run} for run in repeats]
+        for model, repeats in runs.items()
+    }
+    return MultiTaskGain(
+        baseline, groups, totals, num_metrics, num_results, tuple(excluded), trained, beside,
         tuple(remarks),
-    )
+    )  # fmt: skip
 
 
-def score_tables(
-    results: Results,
-    definitions: Mapping[str, Metric],
-    measured: Mapping[str, Mapping[str, Measured]] | None = None,
-) -> list[Table]:
-    """Lay out the scores themselves: a table for each group, a row for each model that has any.
-
-    A group whose metrics are ``benchmark/metric/OF`` (fidelity to each teacher) has a table for
-    each of those metrics, with a column for each OF.
-
-    Args:
-        results: a result, or several, for each model.
-        definitions: of the metrics that are shown.
-        measured: ``{model: {metric: how}}``, for notes.
-    """
-    runs = _runs(results)
-    tables = []
-    for (group, kind), names in _tabled(definitions).items():
-        rows = [
-            (model, *(_score(repeats, name) for name in names))
-            for model, repeats in runs.items()
-            if any(name in run for run in repeats for name in names)
-        ]
-        if not rows:
-            continue
-        shared = f"{kind}/" if kind else _shared_prefix(names)
-        scores = zip(*(row[1:] for row in rows), strict=True)
-        columns = [
-            _score_column(name, definitions[name], column, shared)
-            for name, column in zip(names, scores, strict=True)
-        ]
-        notes = _notes([str(row[0]) for row in rows], names, measured or {})
-        title = _title(group, kind or shared.rstrip("/"))
-        tables.append(Table(title, (Column("Model"), *columns), tuple(rows), notes))
-    return tables
-
-
-def _tabled(definitions: Mapping[str, Metric]) -> dict[tuple[str, str], list[str]]:
-    """Sort metrics into tables: by group and, where they are of several teachers, by measure."""
-    tables: dict[tuple[str, str], list[str]] = {}
-    for name, metric in definitions.items():
-        benchmark, _, measure = name.partition("/")
-        kind, slash, _ = measure.partition("/")
-        tables.setdefault((metric.group, f"{benchmark}/{kind}" if slash else ""), []).append(name)
-    return tables
-
-
-def _shared_prefix(names: Sequence[str]) -> str:
-    """Return ``benchmark/`` where all names begin with it."""
-    prefixes = {name.partition("/")[0] for name in names if "/" in name}
-    return f"{prefixes.pop()}/" if len(prefixes) == 1 and all("/" in name for name in names) else ""
-
-
-def _title(group: str, of: str) -> str:
-    """Say what all columns of a table share, each word of it once."""
-    words = [word for word in of.split("/") if word and word.lower() != group.lower()]
-    return f"{group}: {' '.join(words)}" if words else group
-
-
-def _notes(
-    models: Sequence[str], names: Sequence[str], measured: Mapping[str, Mapping[str, Measured]]
-) -> tuple[str, ...]:
-    """Say at which size each model was scored, and on what."""
-    sizes: dict[str, list[str]] = {}
-    what: dict[str, None] = {}
-    for model in models:
-        known = {name: how for name, how in measured.get(model, {}).items() if name in names}
-        for size in dict.fromkeys(how.pixels for how in known.values() if how.pixels):
-            sizes.setdefault(size, []).append(model)
-        for name, how in known.items():
-            if how.details:
-                what[f"{name.partition('/')[0]}: {how.of}"] = None
-    if not sizes:
-        return tuple(what)
-    alike = len(sizes) == 1 and [*sizes.values()] == [list(models)]
-    parts = [size if alike else f"{size} ({', '.join(of)})" for size, of in sizes.items()]
-    return (*what, f"Input in pixels: {'; '.join(parts)}.")
-
-
-def _runs(results: Results) -> dict[str, list[Run]]:
+def runs_of(results: Results) -> dict[str, list[Run]]:
+    """Return the results of each model as a list; raises ConfigError where one has none."""
     runs = {
         model: [given] if isinstance(given, Mapping) else list(given)
         for model, given in results.items()
@@ -363,22 +244,6 @@ def _group_gains(
     }
 
 
-def _estimate(values: Sequence[float]) -> Estimate:
+def estimate(values: Sequence[float]) -> Estimate:
+    """Return the mean of a model's values, and their deviation where there are several."""
     return Estimate(fmean(values), stdev(values) if len(values) > 1 else None)
-
-
-def _score(repeats: Iterable[Run], name: str) -> Cell:
-    values = [run[name] for run in repeats if name in run]
-    return _estimate(values) if values else None
-
-
-def _score_column(name: str, metric: Metric, cells: Sequence[Cell], shared: str) -> Column:
-    """Write four significant digits of the largest value, the same decimals down the column."""
-    means = [abs(cell.mean) for cell in cells if isinstance(cell, Estimate)]
-    largest = max(filter(math.isfinite, means), default=0.0)
-    digits = math.ceil(math.log10(largest)) if largest > 0 else 1
-    heading = name.removeprefix(shared)
-    if metric.unit not in ("", "1"):
-        heading = f"{heading} ({metric.unit})"
-    spec = f".{min(max(4 - digits, 1), 8)}f"
-    return Column(heading, spec, "higher" if metric.higher_is_better else "lower")

@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from radio_distill.errors import ConfigError
-from radio_distill.report.page import MAX_POINTS, Figure, training_curves, write_report
+from radio_distill.report.charts import MAX_POINTS, training_curves
+from radio_distill.report.page import Figure, Section, write_page
 from radio_distill.report.tables import Column, Table
 
 VOID = {"meta", "img", "br", "link"}
@@ -67,19 +68,28 @@ def records(scale: float = 1.0, steps: int = 20) -> list[dict[str, float]]:
 
 
 def full_report(path: Path) -> Page:
-    write_report(
-        path,
-        title="demo",
-        summary=[("Command", "radio-distill demo"), ("Machine", "2 cores")],
-        tables=[table("Headline"), table("Scores of a group")],
-        figures=[Figure("A sheet", "Equal colours are equal features.", image())],
-        curves=training_curves({"stage1": records(), "stage2": records(0.5)}),
-        recipe_text="name: demo\nseed: 0\n",
-    )
+    sections = [
+        Section("result", "Result", [table("Headline")]),
+        Section("run", "What was run", facts=[("Command", "radio-distill demo"), ("Machine", "2")]),
+        Section(
+            "training",
+            "Training",
+            panels=training_curves({"stage1": records(), "stage2": records(0.5)}),
+        ),
+        Section("nothing", "Nothing"),
+        Section("scores", "Scores", [table("Scores of a group"), table("Another")]),
+        Section(
+            "features",
+            "Features",
+            sheets=[Figure("A sheet", "Equal colours are equal features.", image())],
+        ),
+        Section("recipe", "Recipe", settings="name: demo\nseed: 0\n"),
+    ]
+    write_page(path, "demo", sections)
     return Page(path.read_text(encoding="utf-8"))
 
 
-def test_write_report__sections_in_order(tmp_path: Path) -> None:
+def test_write_page__sections_in_order_and_without_the_empty(tmp_path: Path) -> None:
     page = full_report(tmp_path / "new folder" / "report.html")
     assert page.headings == ["Result", "What was run", "Training", "Scores", "Features", "Recipe"]
     for text in ("Headline", "radio-distill demo", "A sheet", "seed: 0", "Scores of a group"):
@@ -89,7 +99,7 @@ def test_write_report__sections_in_order(tmp_path: Path) -> None:
     assert links == {f"#{a['id']}" for tag, a in page.tags if tag == "section"}
 
 
-def test_write_report__loads_nothing(tmp_path: Path) -> None:
+def test_write_page__loads_nothing(tmp_path: Path) -> None:
     page = full_report(tmp_path / "report.html")
     assert not {tag for tag, _ in page.tags} & {"script", "link", "iframe", "object", "base"}
     addresses = [
@@ -106,7 +116,7 @@ def test_write_report__loads_nothing(tmp_path: Path) -> None:
     assert "@media print" in style
 
 
-def test_write_report__images_survive(tmp_path: Path) -> None:
+def test_write_page__images_survive(tmp_path: Path) -> None:
     page = full_report(tmp_path / "report.html")
     sources = [a["src"] or "" for tag, a in page.tags if tag == "img"]
     png = base64.b64decode(sources[-1].removeprefix("data:image/png;base64,"))
@@ -116,46 +126,42 @@ def test_write_report__images_survive(tmp_path: Path) -> None:
     assert ElementTree.fromstring(svg).tag == "{http://www.w3.org/2000/svg}svg"
 
 
-def test_write_report__all_text_is_escaped(tmp_path: Path) -> None:
+def test_write_page__all_text_is_escaped(tmp_path: Path) -> None:
     hostile_table = Table(HOSTILE, (Column(HOSTILE),), ((HOSTILE,),), (HOSTILE,))
-    path = write_report(
-        tmp_path / "report.html",
-        title=HOSTILE,
-        summary=[(HOSTILE, HOSTILE)],
-        tables=[hostile_table, hostile_table],
-        figures=[Figure(HOSTILE, HOSTILE, image())],
-        curves=training_curves({HOSTILE: records()}),
-        recipe_text=HOSTILE,
+    section = Section(
+        "all",
+        HOSTILE,
+        [hostile_table],
+        facts=[(HOSTILE, HOSTILE)],
+        panels=training_curves({HOSTILE: records()}),
+        sheets=[Figure(HOSTILE, HOSTILE, image())],
+        settings=HOSTILE,
     )
+    path = write_page(tmp_path / "report.html", HOSTILE, [section])
     page = Page(path.read_text(encoding="utf-8"))
     assert "script" not in {tag for tag, _ in page.tags}
-    assert page.text.count(HOSTILE) == 2 + 2 + 2 * 4 + 2 + 1
-
-
-def test_write_report__empty_sections_are_left_out(tmp_path: Path) -> None:
-    path = write_report(tmp_path / "r.html", title="t", summary=[], tables=[table("Only")])
-    assert Page(path.read_text(encoding="utf-8")).headings == ["Result"]
+    assert page.text.count(HOSTILE) == 2 + 2 + 4 + 2 + 2 + 1
 
 
 @pytest.mark.parametrize("content", [b"\xff\xd8\xff\xe0 jpeg", b"", b"<html></html>"])
-def test_write_report__figure_of_another_format(tmp_path: Path, content: bytes) -> None:
+def test_write_page__figure_of_another_format(tmp_path: Path, content: bytes) -> None:
     figure = Figure("photo", "", content)
     with pytest.raises(ConfigError, match="'photo' is neither PNG nor SVG"):
-        write_report(tmp_path / "r.html", title="t", summary=[], tables=[], figures=[figure])
+        write_page(tmp_path / "r.html", "t", [Section("all", "All", sheets=[figure])])
     assert list(tmp_path.iterdir()) == []
 
 
-def test_write_report__folder_is_a_file(tmp_path: Path) -> None:
+def test_write_page__folder_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("")
     with pytest.raises(ConfigError, match=r"cannot write the report .*runs/r\.html: "):
-        write_report(tmp_path / "runs" / "r.html", title="t", summary=[], tables=[])
+        write_page(tmp_path / "runs" / "r.html", "t", [])
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_write_report__no_permission(tmp_path: Path) -> None:
+def test_write_page__no_permission(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     with pytest.raises(ConfigError, match="Permission denied"):
-        write_report(tmp_path / "r.html", title="t", summary=[], tables=[])
+        write_page(tmp_path / "r.html", "t", [])
 
 
 def polylines(svg: bytes | Image.Image) -> list[int]:

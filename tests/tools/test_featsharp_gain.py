@@ -6,14 +6,12 @@ printed with too few digits for the gains computed of them (NYUDv2, and Δm thro
 
 import dataclasses
 import itertools
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 
-from radio_distill.errors import UnknownNameError
-from radio_distill.evals.mtl_gain import multi_task_gain, relative_gain
-from radio_distill.evals.published import Paper, comparison, load_paper
+from radio_distill.evals.gain import multi_task_gain, relative_gain
+from tools.featsharp_gain import Paper, comparison, load_paper, main
 
 MODELS = ["RADIOv2.5-L", "Baseline", "Tile", "S2", "FeatUp", "FeatSharp"]
 EXACT = ["Classification", "Dense", "Probe3D", "Retrieval", "Pascal Context", "VILA"]
@@ -21,7 +19,7 @@ EXACT = ["Classification", "Dense", "Probe3D", "Retrieval", "Pascal Context", "V
 
 @pytest.fixture(scope="module")
 def paper() -> Paper:
-    return load_paper("featsharp")
+    return load_paper()
 
 
 def test_featsharp__is_complete(paper: Paper) -> None:
@@ -106,17 +104,9 @@ def test_comparison__shows_both_readings_and_every_deviation(paper: Paper) -> No
     assert any("arXiv 2502.16025" in note for note in recomputed.notes)
 
 
-def test_load_paper__unknown_name() -> None:
-    with pytest.raises(UnknownNameError, match="did you mean 'featsharp'"):
-        load_paper("featshark")
-
-
-def test_import__needs_no_torch() -> None:
-    modules = ["evals.mtl_gain", "evals.score_files", "report.tables", "report.page"]
-    code = (
-        "import importlib, sys\n"
-        f"for name in {modules}: importlib.import_module('radio_distill.' + name)\n"
-        "print({'torch', 'numpy', 'pandas', 'matplotlib', 'PIL', 'rich'} & set(sys.modules))"
-    )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (result.stdout.strip(), result.stderr) == ("set()", "")
+def test_main__the_page_has_what_it_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["markdown"]) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    page = (Path(__file__).parents[2] / "docs" / "multi_task_gain.md").read_text(encoding="utf-8")
+    assert len(rows) == 18
+    assert [row for row in rows if row not in page.splitlines()] == []

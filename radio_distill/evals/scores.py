@@ -31,7 +31,7 @@ from ..errors import DataError, UnknownNameError
 from ..registry import nearest
 from ..system.files import reason_of, replacing
 from ..types import Score
-from .mtl_gain import Measured, Metric
+from .gain import Measured, Metric
 from .subjects import (
     FIELDS,
     SCORES,
