@@ -79,9 +79,19 @@ class Cluster:
         return max(1, self.gpus_per_node)
 
     @property
+    def processes(self) -> int:
+        """Processes on all nodes."""
+        return self.nodes * self.processes_per_node
+
+    @property
     def tasks_per_node(self) -> int:
         """Slurm's tasks on each node: the processes themselves, or one launcher of them."""
         return self.processes_per_node if self.launcher == "srun" else 1
+
+    @property
+    def cpus_of_task(self) -> int:
+        """Cores of each of Slurm's tasks, which may be the launcher of several processes."""
+        return self.cpus_per_task * self.processes_per_node // self.tasks_per_node
 
 
 def load_cluster(

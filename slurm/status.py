@@ -4,17 +4,13 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from radio_distill.system.progress import clock, table_console
 from radio_distill.train.run_dir import Status, read_status
 
-from . import commands, history
-from .chain import Chain, Link, Task
-from .history import Stop
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from . import scontrol
+from .chain import Chain, Job, Task
+from .requeue import Stop, read_stops
 
 _ENDED = (
     "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL",
@@ -37,6 +33,10 @@ _WAITS_FOR = {
     "AssociationJobLimit": "the account's other jobs",
     "QOSMaxJobsPerUserLimit": "the user's other jobs",
 }
+_COLUMNS = (
+    ("job", "left"), ("id", "right"), ("Slurm", "left"), ("step", "right"), ("img/s", "right"),
+    ("ETA", "right"), ("last sign", "right"), ("restarts", "right"), ("last stop", "left"),
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,115 +71,92 @@ def rows_of(folder: Path, chain: Chain) -> list[Row]:
     Raises:
         SlurmError: where Slurm does not answer.
     """
-    stops = {stop.job: stop for stop in history.read(folder)}
-    return [row for link in chain.links for row in _rows_of_link(link, stops)]
+    stops = {stop.job: stop for stop in read_stops(folder)}
+    rows = []
+    for job in chain.jobs:
+        known = [record for number in job.job_ids if number for record in scontrol.show_job(number)]
+        rows += [_row(job, task, known, stops.get(task.job_id)) for task in job.tasks]
+    return rows
 
 
 def rows_here(run: Path) -> list[Row]:
     """Return a row for each stage and fit that Slurm knows nothing of, from their files."""
     rows = []
     for folder in [*sorted(run.glob("stage*")), *sorted(run.glob("fit/*"))]:
-        status = read_status(folder)
-        moved_aside = folder.suffix[1:].isdecimal()
+        status, moved_aside = read_status(folder), folder.suffix[1:].isdecimal()
         if status is not None and not moved_aside:
             name = folder.relative_to(run).as_posix()
-            rows.append(
-                Row(name=name, job_id="", state=status.state, detail=status.reason,
-                    status=status)
-            )  # fmt: skip
+            state, reason = status.state, status.reason
+            rows.append(Row(name=name, job_id="", state=state, detail=reason, status=status))
     return rows
 
 
-def _rows_of_link(link: Link, stops: Mapping[str, Stop]) -> list[Row]:
-    known = [job for job_id in link.job_ids if job_id for job in commands.show_job(job_id)]
-    return [_row(link, task, known, stops.get(task.job_id)) for task in link.tasks]
-
-
-def _row(link: Link, task: Task, known: Sequence[Mapping[str, str]], stop: Stop | None) -> Row:
-    job = next((job for job in known if _is(job, task.job_id)), {})
-    state = job.get("JobState", "")
+def _row(job: Job, task: Task, known: Sequence[Mapping[str, str]], stop: Stop | None) -> Row:
+    record = next((record for record in known if _is(record, task.job_id)), {})
+    state, reason, detail = record.get("JobState", ""), record.get("Reason", "None"), ""
     if not state and task.job_id:
-        state = commands.accounted_state(task.job_id)
+        state = scontrol.accounted_state(task.job_id)
+    if state == "PENDING" and reason != "None":
+        detail = f"waits for {_WAITS_FOR[reason]}" if reason in _WAITS_FOR else reason
+    elif state == "RUNNING":
+        detail = f"on {record.get('NodeList', '')}"
     return Row(
-        name=f"{link.name} {task.label}".strip(),
+        name=f"{job.name} {task.label}".strip(),
         job_id=task.job_id,
         state=state,
-        detail=_detail(state, job),
-        restarts=int(job["Restarts"]) if "Restarts" in job else None,
+        detail=detail,
+        restarts=int(record["Restarts"]) if "Restarts" in record else None,
         status=read_status(Path(task.stage_folder)) if task.stage_folder else None,
         stop=stop,
     )
 
 
-def _is(job: Mapping[str, str], job_id: str) -> bool:
+def _is(record: Mapping[str, str], job_id: str) -> bool:
     """Tell whether Slurm's record is of this task; one record may stand for several that wait."""
     array, _, task = job_id.partition("_")
     if not task:
-        return job["JobId"] == job_id
-    if job.get("ArrayJobId") != array:
+        return record["JobId"] == job_id
+    if record.get("ArrayJobId") != array:
         return False
-    for part in job.get("ArrayTaskId", "").partition("%")[0].split(","):
+    for part in record.get("ArrayTaskId", "").partition("%")[0].split(","):
         first, _, last = part.partition("-")
         if first.isdigit() and int(first) <= int(task) <= int(last or first):
             return True
     return False
 
 
-def _detail(state: str, job: Mapping[str, str]) -> str:
-    reason = job.get("Reason", "None")
-    if state == "PENDING" and reason != "None":
-        return f"waits for {_WAITS_FOR[reason]}" if reason in _WAITS_FOR else reason
-    if state == "RUNNING":
-        return f"on {job.get('NodeList', '')}"
-    return ""
+def print_rows(rows: Sequence[Row], source: str = "Slurm") -> None:
+    """Print the table; in full width where nobody looks at a terminal.
 
-
-def table_of(rows: Sequence[Row], now: float | None = None, source: str = "Slurm") -> "Table":
-    """Make the table that ``slurm status`` shows; ``source`` is who tells the state."""
+    Args:
+        rows: one for each line.
+        source: who tells the state.
+    """
     from rich.table import Table
 
-    now = time.time() if now is None else now
     table = Table(box=None, pad_edge=False)
     for name, justify in _COLUMNS:
         name = source if name == "Slurm" else name
         table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
     for row in rows:
-        table.add_row(*_cells(row, now))
-    return table
+        table.add_row(*_cells(row))
+    table_console().print(table)
 
 
-_COLUMNS = (
-    ("job", "left"), ("id", "right"), ("Slurm", "left"), ("step", "right"), ("img/s", "right"),
-    ("ETA", "right"), ("last sign", "right"), ("restarts", "right"), ("last stop", "left"),
-)  # fmt: skip
-
-
-def _cells(row: Row, now: float) -> list[str]:
+def _cells(row: Row) -> list[str]:
     state = row.state or ("complete" if row.complete else "unknown to Slurm")
-    status = row.status
+    status, stop = row.status, row.stop
     cells = [row.name, row.job_id, f"{state} {row.detail}".strip()]
     if status is None:
-        cells += ["", "", "", ""]
+        cells += [""] * 4
     else:
         running = row.state in ("RUNNING", "running") and status.state == "running"
         cells += [
             f"{status.step} of {status.steps}",
             f"{status.images_per_second:.1f}" if running else "",
             clock(status.seconds_left) if running else "",
-            f"{clock(now - status.time)} ago",
+            f"{clock(time.time() - status.time)} ago",
         ]
     cells.append("" if row.restarts is None else str(row.restarts))
-    cells.append(_words(row.stop))
-    return cells
-
-
-def _words(stop: Stop | None) -> str:
-    if stop is None:
-        return ""
-    excluded = f"; keeps off {', '.join(stop.excluded)}" if stop.excluded else ""
-    return f"{stop.reason}{excluded}"
-
-
-def print_rows(rows: Sequence[Row], source: str = "Slurm") -> None:
-    """Print the table; in full width where nobody looks at a terminal."""
-    table_console().print(table_of(rows, source=source))
+    excluded = f"; keeps off {', '.join(stop.excluded)}" if stop and stop.excluded else ""
+    return [*cells, f"{stop.reason}{excluded}" if stop else ""]

@@ -5,14 +5,13 @@ import time
 import pytest
 
 from radio_distill.train.run_dir import Status, write_status
-from slurm import history
-from slurm.chain import Chain, Link, Task
-from slurm.history import Stop
+from slurm.chain import Chain, Job, Task
+from slurm.requeue import Stop, append_stop
 from slurm.status import print_rows, rows_of
 
 
 def chain_of(*tasks: Task, name: str = "stage1") -> Chain:
-    return Chain(links=(Link(name=name, target="a:main", tasks=tasks),))
+    return Chain(jobs=(Job(name=name, target="a:main", tasks=tasks),))
 
 
 def know(login_node, job_id: str, *lines: str) -> None:
@@ -29,7 +28,7 @@ def test_rows_of__a_running_stage(tmp_path, login_node, capsys):
     stop = Stop(
         name="stage1", job="41", restart=0, kind="retry", reason="rank 3: killed", excluded=("n7",)
     )
-    history.append(tmp_path, stop)
+    append_stop(tmp_path, stop)
     chain = chain_of(Task(job_id="41", stage_folder=str(tmp_path / "stage1")))
     rows = rows_of(tmp_path, chain)
     assert rows[0].alive
@@ -74,7 +73,7 @@ def test_rows_of__tasks_of_an_array(tmp_path, login_node):
 
 
 def test_rows_of__what_slurm_has_forgotten(tmp_path, login_node, capsys):
-    history.append(tmp_path, Stop(name="a", job="41", restart=0, kind="done", reason="complete"))
+    append_stop(tmp_path, Stop(name="a", job="41", restart=0, kind="done", reason="complete"))
     tasks = [Task(label="a", job_id="41"), Task(label="b", job_id="42"), Task(label="c")]
     rows = rows_of(tmp_path, chain_of(*tasks))
     assert [row.complete for row in rows] == [True, False, False]

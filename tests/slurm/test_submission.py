@@ -6,10 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from slurm import history
-from slurm.chain import Link, read_chain
+from slurm.chain import Job, read_chain
 from slurm.cluster import Cluster
-from slurm.history import Stop
+from slurm.requeue import Stop, append_stop
 from stages.cli import main as cli
 from upsamplers import fitted
 from upsamplers.fitted import FittedHeader
@@ -65,10 +64,10 @@ def slurm(*arguments: object) -> int:
     return cli(["slurm", *map(str, arguments)])
 
 
-def links(run: Path) -> dict[str, Link]:
+def jobs(run: Path) -> dict[str, Job]:
     chain = read_chain(run / "slurm")
     assert chain is not None
-    return {link.name: link for link in chain.links}
+    return {job.name: job for job in chain.jobs}
 
 
 def write_fitted(path: Path, **changes: object) -> None:
@@ -84,9 +83,9 @@ def test_submit__a_fit_is_a_job_before_the_stage_that_needs_it(recipe, run, logi
     assert "fitted before stage3: vit-featup-2x" in captured.err
     assert "cost: stage1 " in captured.err
     assert "on 8 devices, which makes" in captured.err
-    link = links(run)["fit-stage3"]
-    (task,) = link.tasks
-    assert link.target == "stages.fit_upsampler:main"
+    job = jobs(run)["fit-stage3"]
+    (task,) = job.tasks
+    assert job.target == "stages.fit_upsampler:main"
     assert task.stage_folder == str(run / "fit" / "vit-featup-2x")
     assert task.arguments == (
         *(str(recipe), "--teacher", "vit", "--upsampler", "featup", "--factor", "2"),
@@ -103,13 +102,13 @@ def test_submit__a_fit_is_resumed_like_a_stage(recipe, run, login_node, capsys):
     assert slurm(recipe, "--no-export", "--no-eval") == 0
     for name, job in (("stage1", "41"),):
         stop = Stop(name=name, job=job, restart=0, kind="done", reason="complete")
-        history.append(run / "slurm", stop)
+        append_stop(run / "slurm", stop)
     capsys.readouterr()
     assert slurm("status", run) == 0
     assert "fit-stage3" in capsys.readouterr().out
     assert slurm("resume", run) == 0
     assert "jobs: stage1 41 -> fit-stage3 44 -> stage3 45" in capsys.readouterr().out
-    assert links(run)["fit-stage3"].tasks[0].arguments[-1] == "--resume"
+    assert jobs(run)["fit-stage3"].tasks[0].arguments[-1] == "--resume"
 
 
 @pytest.mark.usefixtures("free")
@@ -187,7 +186,7 @@ def test_dry_run__a_teacher_that_cannot_be_measured_costs_what_is_not_known(
 def test_sweep__the_values_of_a_field_share_a_fit(recipe, run, login_node, capsys):
     arguments = ("--no-export", "--no-eval", "--sweep", "stage.learning_rate=1e-3,3e-4")
     assert slurm(recipe, *arguments) == 0
-    found = links(run)
+    found = jobs(run)
     assert [task.label for task in found["fit-stage3"].tasks] == ["vit-featup-2x"]
     file = run / "fit" / "vit-featup-2x" / "upsampler.safetensors"
     for task in found["stage3"].tasks:
@@ -200,7 +199,7 @@ def test_sweep__the_values_of_a_field_share_a_fit(recipe, run, login_node, capsy
 @pytest.mark.usefixtures("free")
 def test_sweep__a_field_that_changes_what_is_fitted_has_fits_of_its_own(recipe, run, login_node):
     assert slurm(recipe, "--sweep", "stage.upsampler.factor=2,3") == 0
-    folders = [task.stage_folder for task in links(run)["fit-stage3"].tasks]
+    folders = [task.stage_folder for task in jobs(run)["fit-stage3"].tasks]
     assert folders == [
         str(run.with_name("whole-factor-2") / "fit" / "vit-featup-2x"),
         str(run.with_name("whole-factor-3") / "fit" / "vit-featup-3x"),
@@ -210,8 +209,8 @@ def test_sweep__a_field_that_changes_what_is_fitted_has_fits_of_its_own(recipe, 
 @pytest.mark.usefixtures("free")
 def test_sweep__each_fitted_upsampler_is_fitted(recipe, run, login_node):
     assert slurm(recipe, "--upsamplers", "bilinear", "featup", "carafe") == 0
-    assert list(links(run)) == ["stage1", "fit-stage3", "stage3", "gain"]
-    labels = [task.label for task in links(run)["fit-stage3"].tasks]
+    assert list(jobs(run)) == ["stage1", "fit-stage3", "stage3", "gain"]
+    labels = [task.label for task in jobs(run)["fit-stage3"].tasks]
     assert labels == ["vit-featup-2x", "vit-carafe-2x"]
 
 
@@ -225,9 +224,9 @@ def test_sweep__each_fitted_upsampler_is_fitted(recipe, run, login_node):
         (2, 0, 1, (1, 0)),
     ],
 )
-def test_link__no_more_processes_than_have_work(nodes, gpus, most, expected):
-    link = Link(name="fit", target="a:b", tasks=(), most_processes=most)
-    cluster = link.cluster(Cluster(nodes=nodes, gpus_per_node=gpus))
+def test_cluster__no_more_processes_than_have_work(nodes, gpus, most, expected):
+    job = Job(name="fit", target="a:b", tasks=(), most_processes=most)
+    cluster = job.cluster(Cluster(nodes=nodes, gpus_per_node=gpus))
     assert (cluster.nodes, cluster.gpus_per_node) == expected
 
 
@@ -236,7 +235,8 @@ def test_chain__of_an_earlier_version_is_read(recipe, run, login_node):
     assert slurm(recipe, "--no-export", "--no-eval") == 0
     path = run / "slurm" / "chain.json"
     data = json.loads(path.read_text())
-    for link in data["links"]:
-        del link["most_processes"]
+    data["links"] = data.pop("jobs")
+    for job in data["links"]:
+        del job["most_processes"]
     path.write_text(json.dumps(data))
-    assert list(links(run)) == ["stage1", "fit-stage3", "stage3"]
+    assert list(jobs(run)) == ["stage1", "fit-stage3", "stage3"]

@@ -119,8 +119,8 @@ class Run:
 
     def job(self, stage: str) -> str:
         """Return the id of a stage's job."""
-        links = json.loads((self.folder / "slurm" / "chain.json").read_text())["links"]
-        return next(link["tasks"][0]["job_id"] for link in links if link["name"] == stage)
+        jobs = json.loads((self.folder / "slurm" / "chain.json").read_text())["jobs"]
+        return next(job["tasks"][0]["job_id"] for job in jobs if job["name"] == stage)
 
     def show(self, stage: str) -> dict[str, str]:
         """Return what Slurm says of a stage's job."""

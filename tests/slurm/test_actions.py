@@ -7,16 +7,19 @@ from pathlib import Path
 import pytest
 
 from radio_distill.train.run_dir import Status, write_status
-from slurm import history, launch
 from slurm.chain import read_chain
-from slurm.history import Stop
-from stages.arguments import run_command, run_module
+from slurm.requeue import Stop, append_stop
 from stages.cli import main as cli
 
 
+@pytest.fixture(autouse=True)
+def _prepared(monkeypatch) -> None:
+    """Leave out what is looked at before; test_submission.py has that."""
+    monkeypatch.setattr("stages.commands.submission.prepare", lambda request, *_: request)
+
+
 def slurm(*arguments: str | Path) -> int:
-    """Run the launcher alone; test_submission.py has what is looked at before."""
-    return run_command(lambda: run_module(launch, list(map(str, arguments)), "radio-distill slurm"))
+    return cli(["slurm", *map(str, arguments)])
 
 
 @pytest.fixture
@@ -160,7 +163,7 @@ def test_cancel__what_is_not_over_from_the_end(recipe, run, login_node, capsys):
 def test_resume__submits_what_is_not_complete(recipe, run, login_node, capsys):
     slurm(recipe, "--partition", "gpu", "--nodes", "2")
     stop = Stop(name="stage1", job="41", restart=0, kind="done", reason="complete")
-    history.append(run / "slurm", stop)
+    append_stop(run / "slurm", stop)
     know(login_node, "42", "RUNNING")
     assert slurm("resume", run) == 2
     assert "jobs that are not over (stage2 42)" in capsys.readouterr().err
@@ -173,13 +176,13 @@ def test_resume__submits_what_is_not_complete(recipe, run, login_node, capsys):
     assert "--dependency" not in text
     chain = read_chain(run / "slurm")
     assert chain.cluster.nodes == 3
-    assert chain.links[1].tasks[0].arguments[-1] == "--resume"
+    assert chain.jobs[1].tasks[0].arguments[-1] == "--resume"
 
 
 def test_resume__nothing_where_all_is_complete(recipe, run, login_node, capsys):
     slurm(recipe, "--stages", "stage1")
     stop = Stop(name="stage1", job="41", restart=0, kind="done", reason="complete")
-    history.append(run / "slurm", stop)
+    append_stop(run / "slurm", stop)
     assert slurm("resume", run) == 0
     assert "every job is complete" in capsys.readouterr().out
     assert not (login_node / "42.sh").exists()
