@@ -16,7 +16,7 @@ from radio_distill.config import assignments_of, describe
 from radio_distill.errors import ConfigError, RadioDistillError
 from radio_distill.registry import nearest
 from radio_distill.system.files import check_writable, printable, reason_of
-from radio_distill.system.redaction import install, redact
+from radio_distill.system.redaction import redact, redact_output
 from radio_distill.system.trust import FLAG, FLAG_HELP, trusting_pickles
 
 _LONGEST = 1500  # characters of an error; the hint stands at its end
@@ -99,7 +99,7 @@ def split_fields(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 def run_command(command: Callable[[], int | None]) -> int:
     """Run a command; an error of the user's becomes one line on stderr, and its exit status."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    install()
+    redact_output()
     for noisy in ("DeepSpeed", "timm", "torch", "PIL", "matplotlib", "onnx_ir", "onnxscript"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     for handler in logging.getLogger().handlers:

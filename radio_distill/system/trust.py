@@ -3,7 +3,7 @@
 A torch file is a pickle. Read with ``weights_only=True`` it gives tensors and plain values; what
 else is in it must be imported and called, which runs what its author chose. That is refused, unless
 the user has said on the command line (``--trust-checkpoint``) that its origin is trusted. The
-switch belongs to the process and not to a recipe: a recipe travels, trust does not.
+switch belongs to the command and not to a recipe: a recipe travels, trust does not.
 
 Sums of files are checked here too, since a sum is what makes an origin certain.
 """
@@ -13,6 +13,7 @@ import re
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
@@ -28,18 +29,17 @@ logger = logging.getLogger(__name__)
 FLAG = "--trust-checkpoint"
 FLAG_HELP = "read weights that hold code too; it runs, so only where you trust them"
 
-_trusted = False
+_TRUSTED = ContextVar("trusted", default=False)
 
 
 @contextmanager
 def trusting_pickles(trusted: bool = True) -> Iterator[None]:
     """Let torch files run code while the block lasts; with False they may not."""
-    global _trusted
-    before, _trusted = _trusted, trusted
+    before = _TRUSTED.set(trusted)
     try:
         yield
     finally:
-        _trusted = before
+        _TRUSTED.reset(before)
 
 
 def read_torch_file(path: Path) -> Any:
@@ -59,17 +59,11 @@ def read_torch_file(path: Path) -> Any:
         needed = _refused(path, error)
         if needed is None:
             raise WeightsError(f"cannot read weights {path}: {_damage(error)}") from error
-        if not _trusted:
+        if not _TRUSTED.get():
             raise WeightsError(
                 f"cannot read weights {path}: it {needed}, which would run code when read; save "
                 f"its tensors as safetensors, or add {FLAG} if you trust the file's origin"
             ) from error
-    return _run(path, needed)
-
-
-def _run(path: Path, needed: str) -> Any:
-    import torch
-
     logger.warning("running the code in %s, as %s allows: it %s", path, FLAG, needed)
     try:
         content = torch.load(path, map_location="cpu", weights_only=False)
@@ -111,29 +105,20 @@ def check_sha256(files: Sequence[Path], expected: str, field: str) -> None:
     if not expected:
         return
     assert files, "nothing to check would be a check that never fails"
-    found = _sum_of(files)
+    try:
+        sums = [_known_sum(path, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    except OSError as error:
+        raise WeightsError(f"cannot read {error.filename}: {reason_of(error)}") from error
+    found = sums[0]
+    if len(files) > 1:
+        lines = [f"{value}  {path.name}\n" for value, path in zip(sums, files, strict=True)]
+        found = sha256("".join(lines).encode()).hexdigest()
     if found != expected.strip().lower():
         names = ", ".join(str(path) for path in files[:1]) + (" …" if files[1:] else "")
         raise WeightsError(
             f"{field}: {names} has sha256 {found}, the recipe asks for {expected}; take the file "
             "that was meant, or correct the sum where you trust this one"
         )
-
-
-def _sum_of(files: Sequence[Path]) -> str:
-    try:
-        sums = [_known_sum(path, *_version(path)) for path in files]
-    except OSError as error:
-        raise WeightsError(f"cannot read {error.filename}: {reason_of(error)}") from error
-    if len(files) == 1:
-        return sums[0]
-    lines = [f"{value}  {path.name}\n" for value, path in zip(sums, files, strict=True)]
-    return sha256("".join(lines).encode()).hexdigest()
-
-
-def _version(path: Path) -> tuple[int, int]:
-    state = path.stat()
-    return state.st_size, state.st_mtime_ns
 
 
 @lru_cache(maxsize=256)

@@ -70,7 +70,7 @@ def test_trust_checkpoint__lets_the_code_run(hostile, capsys, caplog):
     assert cli.main(["train", str(recipe), "--trust-checkpoint"]) == 2, "no weights"
     assert marker.exists()
     assert "running the code in" in caplog.text
-    assert not trust._trusted, "the trust ends with the command"
+    assert not trust._TRUSTED.get(), "the trust ends with the command"
 
 
 def test_trust_checkpoint__every_command_that_reads_weights_has_it():

@@ -119,8 +119,8 @@ def test_secrets_in__finds_none_in_the_recipes():
 PROGRAM = """
 import logging, os, sys, threading, warnings
 from radio_distill.system import redaction
-redaction.install()
-redaction.install()
+redaction.redact_output()
+redaction.redact_output()
 logging.basicConfig(format="%(name)s %(message)s")
 own = logging.StreamHandler(sys.stdout)
 library = logging.getLogger("library")
@@ -142,7 +142,7 @@ raise RuntimeError(f"https://me:pass-word@host: {token}")
 """
 
 
-def test_install__nothing_that_a_process_says_holds_a_secret():
+def test_redact_output__nothing_that_a_process_says_holds_a_secret():
     token = "quite-ordinary-words"
     command = [sys.executable, "-c", PROGRAM]
     environment = {"HF_TOKEN": token, "PYTHONPATH": str(ROOT)}
