@@ -14,7 +14,7 @@ from pathlib import Path
 
 from radio_distill.config import build
 from radio_distill.evals.gain import Metric, MultiTaskGain, multi_task_gain
-from radio_distill.evals.scores import read_yaml
+from radio_distill.evals.score_tables import read_yaml
 from radio_distill.report.gain_tables import gain_notes
 from radio_distill.report.tables import Cell, Column, Table, render
 

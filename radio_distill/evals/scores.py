@@ -1,30 +1,19 @@
-"""Read and write scores; read metric definitions: JSON lines, or YAML or CSV of anyone's own.
+"""The score file, ``scores.jsonl``: its one reader and its one writer.
 
-* ``*.jsonl``: one score a line, as an evaluation writes it; it brings its own definitions, and says
-  what was scored (:mod:`.subjects`). Results are one model's only where recipe and stage are the
-  same but for the seed; all others have labels that tell them apart. Lines that say no more than a
-  name, of an earlier version, are told apart by their file.
-* ``*.yaml``, ``*.yml``, ``*.json``: ``{model: {metric: value}}``; a list of such mappings under a
-  model is several results of it.
-* ``*.csv``: a heading ``model,METRIC,METRIC…``; a model on several lines has several results.
-* a folder: every ``scores.jsonl`` below it.
-
-In YAML and CSV the same model and metric in two places are two results (two seeds). Nothing here
-needs torch.
+A line is one score. It brings its own definition, and says what was scored (:mod:`.subjects`).
+Results are one model's only where recipe and stage are the same but for the seed; all others have
+labels that tell them apart. Lines that say no more than a name, of an earlier version, are told
+apart by their file. Tables of anyone's own (:mod:`.score_tables`) may stand beside them, in which
+the same model and metric in two places are two results. Nothing here needs torch.
 """
 
-import csv
-import io
 import json
 import logging
-import math
 import os
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from ..config import build
 from ..errors import DataError, UnknownNameError
@@ -32,6 +21,7 @@ from ..registry import nearest
 from ..system.files import reason_of, replacing
 from ..types import Score
 from .gain import Measured, Metric
+from .score_tables import SUFFIXES, number_of, read_table, read_text
 from .subjects import (
     FIELDS,
     SCORES,
@@ -67,7 +57,12 @@ class ScoreSet:
 
     def add(self, model: str, run: Mapping[str, float]) -> None:
         """Add a result: to one of the model's that shares no metric with it, else as a new one."""
-        _add_to(self.results.setdefault(model, []), run)
+        runs = self.results.setdefault(model, [])
+        for known in runs:
+            if not known.keys() & run.keys():
+                known.update(run)
+                return
+        runs.append(dict(run))
 
     def define(self, name: str, metric: Metric, where: str) -> None:
         """Add a definition; raises DataError where it contradicts an earlier one."""
@@ -88,31 +83,28 @@ class ScoreSet:
         """
         if wanted in self.results:
             return wanted
-        found = [
-            label
+        names = {
+            label: [label, *(full_label(of) for of in self.subjects.get(label, []) if of.is_known)]
             for label in self.results
-            if any(matches(wanted, one) for one in (label, *map(full_label, self._of(label))))
+        }
+        fitting = [label for label in names if any(matches(wanted, name) for name in names[label])]
+        students = [
+            label for label in fitting if not any(o.reference for o in self.subjects.get(label, []))
         ]
-        students = [label for label in found if not self._is_reference(label)]
         if len(students) == 1:  # a run's name means its student, not its teachers
             return students[0]
-        if len(found) > 1:
-            raise UnknownNameError(f"{what} {wanted!r} may be {' or '.join(found)}; name one")
-        if not found:
+        if len(fitting) > 1:
+            raise UnknownNameError(f"{what} {wanted!r} may be {' or '.join(fitting)}; name one")
+        if not fitting:
             raise UnknownNameError(f"no scores of {what} {wanted!r} ({_known(wanted, self)})")
-        return found[0]
-
-    def _is_reference(self, label: str) -> bool:
-        return any(one.reference for one in self.subjects.get(label, []))
-
-    def _of(self, label: str) -> list[Subject]:
-        return [one for one in self.subjects.get(label, []) if one.is_known]
+        return fitting[0]
 
     def label_of(self, subject: Subject) -> str | None:
         """Return the label of a checkpoint's scores; None where it has none."""
-        known = [(label, of) for label, members in self.subjects.items() for of in members]
-        found = [label for label, of in known if replace(of, name=subject.name).is_same(subject)]
-        return found[0] if found else None
+        for label, members in self.subjects.items():
+            if any(replace(of, name=subject.name).is_same(subject) for of in members):
+                return label
+        return None
 
     def remarks(self) -> tuple[str, ...]:
         """Say what a reader who compares these results must know: files, unlike sizes, teachers."""
@@ -169,14 +161,6 @@ def _known(wanted: str, scores: ScoreSet) -> str:
     return hint if hint.startswith("did you") else f"known: {', '.join(scores.results)}"
 
 
-def _add_to(runs: list[dict[str, float]], run: Mapping[str, float]) -> None:
-    for known in runs:
-        if not known.keys() & run.keys():
-            known.update(run)
-            return
-    runs.append(dict(run))
-
-
 def read_scores(paths: Iterable[str | Path], settled: Iterable[str] = ()) -> ScoreSet:
     """Read files and folders of scores into one set.
 
@@ -187,40 +171,32 @@ def read_scores(paths: Iterable[str | Path], settled: Iterable[str] = ()) -> Sco
     Raises:
         DataError: a file that cannot be read or is not what it should be, with its line.
     """
-    scores, tables, results = ScoreSet(), [], list[_Result]()
+    scores, tables, results = ScoreSet(), list[Path](), list[_Result]()
     for path in {path.resolve(): path for path in _files(paths)}.values():
         if path.suffix == ".jsonl":
             _read_json_lines(path, scores, frozenset(settled), results)
-        elif path.suffix in (".csv", ".yaml", ".yml", ".json"):
+        elif path.suffix in SUFFIXES:
             tables.append(path)
         else:
             raise DataError(f"{path}: scores are read from .jsonl, .yaml, .json and .csv files")
     _add_results(scores, results)
+    evaluated = {
+        label: {name for run in scores.results[label] for name in run} for label in scores.subjects
+    }
     for path in tables:
         own = ScoreSet()
-        (_read_csv if path.suffix == ".csv" else _read_mapping)(path, own)
-        for model, runs in own.results.items():
-            _add_of_table(scores, path, model, runs)
-    return scores
-
-
-def _add_of_table(scores: ScoreSet, path: Path, model: str, runs: list[dict[str, float]]) -> None:
-    """Add results that a person named; they may complete those of an evaluation, not repeat them.
-
-    Raises:
-        DataError: a metric that an evaluation has of a model of this name.
-    """
-    if model in scores.subjects:
-        known = {name for run in scores.results[model] for name in run}
-        for run in runs:
-            twice = sorted(known & run.keys())
-            if twice:
+        for model, run in read_table(path):
+            own.add(model, run)
+            # It may complete the scores of an evaluation, not repeat them.
+            if twice := sorted(evaluated.get(model, set()) & run.keys()):
                 raise DataError(
                     f"{path}: {model!r} has {twice[0]} already, of an evaluation; give the model "
                     "another name"
                 )
-    for run in runs:
-        scores.add(model, run)
+        for model, runs in own.results.items():
+            for run in runs:
+                scores.add(model, run)
+    return scores
 
 
 def write_scores(path: str | Path, subject: Subject, scores: Sequence[Score]) -> None:
@@ -234,12 +210,7 @@ def write_scores(path: str | Path, subject: Subject, scores: Sequence[Score]) ->
         DataError: the file that is there holds something else.
     """
     path = Path(path)
-    entries: list[tuple[Subject, dict[str, Any]]] = []
-    if path.exists():
-        for number, line in _json_lines(path):
-            former = _subject_of(line, path, f"{path}, line {number}")
-            if not _replaces(subject, former):
-                entries.append((former, line))
+    entries = [entry for entry in _entries(path) if not _replaces(subject, entry[0])]
     entries += [(subject, asdict(score)) for score in scores]
     known = list(dict.fromkeys(former for former, _ in entries if former.is_known))
     names = dict(zip(known, labels([[one] for one in known]), strict=True))
@@ -252,9 +223,17 @@ def write_scores(path: str | Path, subject: Subject, scores: Sequence[Score]) ->
 
 def check_can_add(path: Path) -> None:
     """Raise DataError where a file is there that scores cannot be added to."""
-    if path.exists():
-        for number, line in _json_lines(path):
-            _subject_of(line, path, f"{path}, line {number}")
+    _entries(path)
+
+
+def _entries(path: Path) -> list[tuple[Subject, dict[str, Any]]]:
+    """Return the lines of a score file, none where there is no file, each with its subject."""
+    if not path.exists():
+        return []
+    return [
+        (subject_of_line(line, path, f"{path}, line {number}"), line)
+        for number, line in _json_lines(path)
+    ]
 
 
 def _replaces(subject: Subject, former: Subject) -> bool:
@@ -268,47 +247,13 @@ def _line(
 ) -> Mapping[str, Any]:
     if not subject.is_known:
         return line
-    return {"subject": names[subject], **subject.to_line(path), **_without_subject(line)}
-
-
-def _without_subject(line: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: line[key] for key in line if key not in ("subject", *FIELDS)}
-
-
-def read_definitions(path: str | Path) -> dict[str, Metric]:
-    """Read ``{metric: {group, higher_is_better, unit}}``, in the order of the file."""
-    data = read_yaml(path)
-    return {str(name): build(Metric, value, f"{path}: {name}") for name, value in data.items()}
-
-
-def read_yaml(path: str | Path) -> dict[Any, Any]:
-    """Read a YAML mapping in which no key stands twice; raises DataError."""
-    try:
-        data = yaml.load(_text(Path(path)), _StrictLoader)
-    except yaml.YAMLError as error:
-        raise DataError(f"{path} is not valid YAML: {reason_of(error)}") from error
-    if not isinstance(data, dict):
-        raise DataError(f"{path}: expected a mapping of names, found {type(data).__name__}")
-    return data
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """A safe loader to which a repeated key is an error; YAML's own would drop the first value."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.YAMLError(f"{key!r} stands twice; several results are a list under it")
-        return super().construct_mapping(node, deep)
+    score = {key: line[key] for key in line if key not in ("subject", *FIELDS)}
+    return {"subject": names[subject], **subject.to_line(path), **score}
 
 
 def _files(paths: Iterable[str | Path]) -> Iterator[Path]:
     for path in map(Path, paths):
-        if path.is_dir():
-            yield from _below(path)
-        else:
-            yield path
+        yield from _below(path) if path.is_dir() else [path]
 
 
 def _below(folder: Path) -> list[Path]:
@@ -326,13 +271,6 @@ def _below(folder: Path) -> list[Path]:
     for error in closed:
         logger.warning("passed over: %s cannot be read: %s", error.filename, reason_of(error))
     return sorted(found)
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read ({reason_of(error)})") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -420,9 +358,9 @@ def _read_json_lines(
         where = f"{path}, line {number}"
         try:
             name = f"{score['benchmark']}/{score['metric']}"
-            value = _number(score["value"], where, finite=False)
+            value = number_of(score["value"], where, finite=False)
             fields = {key: score[key] for key in ("group", "higher_is_better")}
-            subject = _subject_of(score, path, where)
+            subject = subject_of_line(score, path, where)
             measured = _measured(score)
         except KeyError as error:
             raise DataError(f"{where}: a score needs the field {error}") from error
@@ -440,7 +378,7 @@ def _read_json_lines(
                 break
         else:
             own[subject].append(_Result(subject, path, {name: value}, {name: measured}))
-    results += [result for found in own.values() for result in found]
+    results += [result for several in own.values() for result in several]
 
 
 def _measured(line: Mapping[str, Any]) -> Measured:
@@ -454,62 +392,14 @@ def _measured(line: Mapping[str, Any]) -> Measured:
 
 
 def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(_text(path).split("\n"), start=1):
-        if line.strip():
-            yield number, _json_object(line, f"{path}, line {number}")
-
-
-def _subject_of(line: Mapping[str, Any], path: Path, where: str) -> Subject:
-    try:
-        return subject_of_line(line, path)
-    except KeyError as error:
-        raise DataError(f"{where}: a score needs the field {error}") from error
-    except ValueError as error:
-        raise DataError(f"{where}: not a score: {error}") from error
-
-
-def _json_object(line: str, where: str) -> dict[str, Any]:
-    try:
-        score = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not JSON ({reason_of(error)})") from error
-    if not isinstance(score, dict):
-        raise DataError(f"{where}: a score is an object, this is {type(score).__name__}")
-    return score
-
-
-def _read_mapping(path: Path, scores: ScoreSet) -> None:
-    for model, given in read_yaml(path).items():
-        for run in given if isinstance(given, list) else [given]:
-            if not isinstance(run, dict):
-                raise DataError(f"{path}: {model} should map metrics to values, not be {run!r}")
-            where = f"{path}: {model}"
-            numbers = {str(name): _number(value, f"{where}: {name}") for name, value in run.items()}
-            scores.add(str(model), numbers)
-
-
-def _read_csv(path: Path, scores: ScoreSet) -> None:
-    lines = csv.reader(io.StringIO(_text(path), newline=""))
-    names = next(lines, [])[1:]
-    if not names or len(set(names)) < len(names):
-        raise DataError(f"{path}: the first line should be model,METRIC,… with different metrics")
-    for cells in lines:
-        where = f"{path}, line {lines.line_num}"
-        if not cells:
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        if not line.strip():
             continue
-        if len(cells) != len(names) + 1:
-            raise DataError(f"{where}: {len(cells)} cells under {len(names) + 1} headings")
-        values = zip(names, cells[1:], strict=True)
-        run = {name: _number(cell, where) for name, cell in values if cell.strip()}
-        scores.add(cells[0], run)
-
-
-def _number(value: Any, where: str, finite: bool = True) -> float:
-    """Return a number; a student without any error has a fidelity that is not ``finite``."""
-    try:
-        number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if math.isnan(number) or (finite and math.isinf(number)):
-        raise DataError(f"{where}: {value!r} is not a finite number")
-    return number
+        where = f"{path}, line {number}"
+        try:
+            score = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{where}: not JSON ({reason_of(error)})") from error
+        if not isinstance(score, dict):
+            raise DataError(f"{where}: a score is an object, this is {type(score).__name__}")
+        yield number, score

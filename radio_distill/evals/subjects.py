@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..errors import DataError
+
 SCORES = "scores.jsonl"
 """File of a run folder."""
 TEACHER = "teacher"
@@ -83,21 +85,25 @@ _HERE = "."
 FIELDS = ("run", *Subject.__dataclass_fields__)
 
 
-def subject_of_line(line: Mapping[str, Any], file: Path) -> Subject:
+def subject_of_line(line: Mapping[str, Any], file: Path, where: str) -> Subject:
     """Return the subject of a score line; of one from before, what its name and its file say.
 
     Raises:
-        ValueError: a field of another kind.
+        DataError: a field that is missing or of another kind; the message begins with ``where``.
     """
     if "weights" not in line:
+        if "subject" not in line:
+            raise DataError(f"{where}: a score needs the field 'subject'")
         return _unknown(str(line["subject"]), file)
     values = {name: line[name] for name in Subject.__dataclass_fields__ if name in line}
     for name, value in values.items():
         kind = int if name in ("step", "seed") else str
         if not isinstance(value, kind) or isinstance(value, bool):
-            raise ValueError(f"{name} {value!r} is not of the kind {kind.__name__}")
+            raise DataError(
+                f"{where}: not a score: {name} {value!r} is not of the kind {kind.__name__}"
+            )
     if "folder" not in values or not (values.get("stage") or values.get("reference")):
-        raise ValueError("it names no run or no stage")
+        raise DataError(f"{where}: not a score: it names no run or no stage")
     if values["folder"] == _HERE:
         parent = file.resolve().parent
         moved = parent if file.name == SCORES else parent / str(line.get("run", file.stem))

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from radio_distill.errors import ConfigError
 from radio_distill.evals.gain import multi_task_gain
-from radio_distill.evals.scores import read_definitions, read_scores
+from radio_distill.evals.score_tables import read_definitions
+from radio_distill.evals.scores import read_scores
 from radio_distill.report.gain_tables import beside_tables, gain_table, score_tables
 from radio_distill.report.tables import FORMATS, Table, print_tables, render
 from radio_distill.system.files import reason_of, replacing

@@ -6,7 +6,8 @@ import pytest
 
 from radio_distill.errors import ConfigError, DataError, UnknownNameError
 from radio_distill.evals.gain import Measured, Metric
-from radio_distill.evals.scores import read_definitions, read_scores, write_scores
+from radio_distill.evals.score_tables import read_definitions
+from radio_distill.evals.scores import read_scores, write_scores
 from radio_distill.evals.subjects import Subject
 from radio_distill.types import Score
 
