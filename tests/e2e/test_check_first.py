@@ -7,21 +7,15 @@ from pathlib import Path
 
 import pytest
 
+from e2e import one_line, run, run_folder
 from radio_distill.errors import TakenOverError
+from radio_distill.normalize.moments import Moments
 from radio_distill.train.run_dir import FRESH, RunLock, read_status
 from stages import fit_upsampler, stage1, stage2, stage3
 
 SHORT = ["--stage.steps", "2", "--stage.freeze_body_steps", "0"]
 FIT = ["--teacher", "vit", "--upsampler", "featup", "--fit.steps", "2", "--fit.batch_size", "2"]
 FIT += ["--fit.downsampler_kernel", "4", "--fit.images_every", "0"]
-
-
-def run(stage, recipe_file: Path, *arguments: str) -> int:
-    return stage.main([str(recipe_file), *arguments])
-
-
-def run_folder(recipe_file: Path) -> Path:
-    return recipe_file.parent / "runs" / "tiny"
 
 
 def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
@@ -33,19 +27,21 @@ def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
     }
 
 
-def one_line(capfd) -> str:
-    error = capfd.readouterr().err
-    assert "Traceback" not in error, error
-    return error.strip().splitlines()[-1]
-
-
 def cut_weights(folder: Path) -> str:
     (folder / "cut.safetensors").write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00{")
     return str(folder / "cut.safetensors")
 
 
+def cut_shard(folder: Path) -> str:
+    (folder / "cut.tar").write_bytes(b"x" * 1000)
+    return str(folder / "cut.tar")
+
+
 CANNOT_START = [
     pytest.param(lambda _: ["--data.shards", "[/no/such]"], "/no/such", id="no shards"),
+    pytest.param(
+        lambda folder: ["--data.shards", f"[{cut_shard(folder)}]"], "cut.tar", id="cut shard"
+    ),
     pytest.param(lambda _: ["--teachers.cnn.weights", "/no/such"], "/no/such", id="no weights"),
     pytest.param(
         lambda folder: ["--teachers.vit.weights", cut_weights(folder)], "cut.safetens", id="cut"
@@ -91,7 +87,9 @@ def test_finished_stage3__is_left_alone_where_an_upsampler_is_missing(recipe_fil
 
 def test_stage2__whose_start_is_missing_leaves_no_folder(recipe_file, capfd):
     assert run(stage2, recipe_file) == 2
-    assert "stage2 starts from stage1" in one_line(capfd)
+    line = one_line(capfd)
+    assert "stage2 starts from stage1" in line
+    assert f"radio-distill train {recipe_file} --stages stage1" in line
     assert not run_folder(recipe_file).exists()
 
 
@@ -208,8 +206,8 @@ def press(monkeypatch):
     """Press Ctrl-C a number of times when targets are asked for the ``call``-th time."""
     from radio_distill.distill.targets import TargetMaker
 
-    def install(method: str, call: int, times: int) -> None:
-        make, calls = getattr(TargetMaker, method), []
+    def install(method: str, call: int, times: int, of: type = TargetMaker) -> None:
+        make, calls = getattr(of, method), []
 
         def pressed(self, *arguments):
             calls.append(1)
@@ -217,7 +215,7 @@ def press(monkeypatch):
                 os.kill(os.getpid(), signal.SIGINT)
             return make(self, *arguments)
 
-        monkeypatch.setattr(TargetMaker, method, pressed)
+        monkeypatch.setattr(of, method, pressed)
 
     return install
 
@@ -277,7 +275,7 @@ def test_ctrl_c__before_the_first_step_ends_and_touches_nothing(recipe_file, pre
     if before:
         assert run(stage1, recipe_file, *SHORT) == 0
     kept = contents(run_folder(recipe_file))
-    press("own_grid", 1, 1)
+    press("update", 1, 1, Moments)
     assert run(stage1, recipe_file, "--normalizer.images", "12") == 130
     line = one_line(capfd)
     assert f"stage1: stopped before its first step; {folder} is as it was" in line

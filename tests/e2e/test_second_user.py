@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import radio_distill
+from e2e import one_line
 from radio_distill.errors import CheckpointError, WeightsError
 from stages import fit_upsampler, stage1
 from stages.cli import main as cli
@@ -50,12 +51,6 @@ def closed(path: Path, mode: int = 0) -> Iterator[None]:
             yield
     finally:
         path.chmod(before)
-
-
-def one_line(capfd) -> str:
-    error = capfd.readouterr().err
-    assert "Traceback" not in error, error
-    return error.strip().splitlines()[-1]
 
 
 def listing(folder: Path) -> dict[str, int]:

@@ -11,6 +11,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file, save_file
 
+from e2e import one_line, run, run_folder
 from radio_distill.system.files import sha256_of
 from radio_distill.train.checkpoint import find, sealed
 from stages import fit_upsampler, stage1, stage2, stage3
@@ -27,22 +28,12 @@ FIT = [
 ]
 
 
-def run(stage, recipe_file: Path, *arguments: str) -> int:
-    return stage.main([str(recipe_file), *arguments])
-
-
-def one_line(capfd) -> str:
-    error = capfd.readouterr().err
-    assert "Traceback" not in error, error
-    return error.strip().splitlines()[-1]
-
-
 @pytest.fixture
 def trained(recipe_file: Path) -> Path:
     """The run folder of a stage 3 that was trained through a fitted upsampler."""
     assert run(fit_upsampler, recipe_file, *FIT) == 0
     assert run(stage3, recipe_file, *FEATUP) == 0
-    return recipe_file.parent / "runs" / "tiny"
+    return run_folder(recipe_file)
 
 
 def fitted_file(folder: Path) -> Path:
@@ -126,7 +117,7 @@ def test_slurm__fits_and_then_trains(recipe_file):
     flags = ["--executor", "debug", "--gpus-per-node", "0", "--no-export", "--no-eval"]
     with patch.dict(os.environ):
         assert cli(["slurm", str(recipe_file), "--stages", "stage3", *flags, *fields]) == 0
-    run = recipe_file.parent / "runs" / "tiny"
+    run = run_folder(recipe_file)
     upsampler = find(run / "stage3-featup").recipe.stages["stage3"].upsampler
     assert upsampler.sha256 == {"vit": sha256_of(fitted_file(run))}
 
@@ -136,7 +127,7 @@ def test_stage2__knows_the_student_that_it_started_from(recipe_file, capfd):
     shorter = ["--stages.stage1.steps", "1", "--stages.stage2.steps", "2"]
     assert run(stage1, recipe_file, *shorter) == 0
     assert run(stage2, recipe_file, *shorter) == 0
-    runs = recipe_file.parent / "runs" / "tiny"
+    runs = run_folder(recipe_file)
     first = find(runs / "stage1").weights_sha256
     assert find(runs / "stage2").origin.start == first
     assert run(stage2, recipe_file, *shorter, "--resume") == 0
@@ -156,7 +147,7 @@ def test_stage2__knows_the_student_that_it_started_from(recipe_file, capfd):
 def test_stage1__says_what_was_changed_on_its_way(recipe_file, caplog):
     steps = ["--stage.steps", "4", "--stage.ema_decay", "0"]
     assert run(stage1, recipe_file, *steps) == 0
-    folder = recipe_file.parent / "runs" / "tiny" / "stage1"
+    folder = run_folder(recipe_file) / "stage1"
     shutil.rmtree(folder / "checkpoints" / "step-00000004")
     changed = ["--stage.weight_decay", "0.5", "--resume", "--allow-changed-recipe"]
     assert run(stage1, recipe_file, *steps, *changed) == 0
@@ -175,7 +166,7 @@ def test_stage1__a_teacher_with_other_weights_is_not_gone_on_with(recipe_file, t
     arguments = ["--stage.steps", "4", "--stage.ema_decay", "0", "--teachers.vit.weights", weights]
     arguments = list(map(str, arguments))
     assert run(stage1, recipe_file, *arguments) == 0
-    folder = recipe_file.parent / "runs" / "tiny" / "stage1" / "checkpoints"
+    folder = run_folder(recipe_file) / "stage1" / "checkpoints"
     shutil.rmtree(folder / "step-00000004")
     save_file({name: value.contiguous() * 1.5 for name, value in state.items()}, weights)
     capfd.readouterr()

@@ -12,32 +12,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
+from e2e import CHECKOUT, assert_equal, rows, run_folder, tensors
 from radio_distill.distill.targets import TargetMaker
 from radio_distill.train.run_dir import RunLock, read_status
 from stages import stage1, stage2
 
-CHECKOUT = Path(__file__).resolve().parents[2]
 FAULTY = Path(__file__).with_name("faulty_stage1.py")
 
 
 def folder_of(recipe_file: Path) -> Path:
-    return recipe_file.parent / "runs" / "tiny" / "stage1"
-
-
-def tensors(folder: Path, step: int, part: str) -> dict[str, torch.Tensor]:
-    return load_file(folder / "checkpoints" / f"step-{step:08d}" / f"{part}.safetensors")
-
-
-def rows(folder: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
-    assert one.keys() == other.keys()
-    for name, value in one.items():
-        assert torch.equal(value, other[name]), name
+    return run_folder(recipe_file) / "stage1"
 
 
 @pytest.fixture
@@ -191,21 +176,6 @@ def test_run_folder__is_private(recipe_file):
     folder = folder_of(recipe_file)
     for path in (folder, folder.parent):
         assert stat.S_IMODE(path.stat().st_mode) == 0o700, path
-
-
-def test_resume__of_changed_shards_is_refused(recipe_file, images, tmp_path, capsys, caplog):
-    shards = tmp_path / "shards"
-    shutil.copytree(images / "shards", shards)
-    arguments = [str(recipe_file), "--data.shards", f"[{shards}]"]
-    assert stage1.main(arguments) == 0
-    folder = folder_of(recipe_file)
-    shutil.rmtree(folder / "checkpoints" / "step-00000006")
-    sorted(shards.glob("*.tar"))[0].unlink()
-    assert stage1.main([*arguments, "--resume"]) == 2
-    error = capsys.readouterr().err
-    assert "data.shards: contents or order of the shards changed since" in error
-    assert stage1.main([*arguments, "--resume", "--allow-changed-recipe"]) == 0
-    assert "the shards changed since the checkpoint" in caplog.text
 
 
 def test_resume__what_changes_only_rounding_is_told_and_allowed(recipe_file, capsys, caplog):

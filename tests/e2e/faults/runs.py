@@ -6,10 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import torch
-from safetensors.torch import load_file
-
-CHECKOUT = Path(__file__).resolve().parents[3]
+from e2e import CHECKOUT, assert_equal, tensors
 
 
 def arguments(recipe_file: Path, output: str | Path, **fields: object) -> list[str]:
@@ -84,18 +81,10 @@ def part_names(folder: Path, step: int) -> set[str]:
     return {path.stem for path in checkpoint.glob("*.safetensors")}
 
 
-def tensors(folder: Path, step: int, part: str) -> dict[str, torch.Tensor]:
-    """Tensors of one file of a checkpoint."""
-    return load_file(folder / "checkpoints" / f"step-{step:08d}" / f"{part}.safetensors")
-
-
 def assert_same_end(expected: Path, folder: Path, steps: int) -> None:
     """Compare every loss on the way, and every tensor at the end, bit for bit."""
     assert [numbers(row) for row in log(folder)] == [numbers(row) for row in log(expected)]
     parts = part_names(expected, steps)
     assert parts == part_names(folder, steps) >= {"student", "optimizer", "statistics"}
     for part in parts:
-        one, other = tensors(expected, steps, part), tensors(folder, steps, part)
-        assert one.keys() == other.keys()
-        for name, value in one.items():
-            assert torch.equal(value, other[name]), f"{part}/{name}"
+        assert_equal(tensors(expected, steps, part), tensors(folder, steps, part), part)

@@ -6,7 +6,6 @@ none is lost when it need not wait.
 
 import hashlib
 import json
-import runpy
 import shutil
 import subprocess
 import sys
@@ -16,8 +15,9 @@ from typing import Any
 
 import yaml
 
-CHECKOUT = Path(__file__).resolve().parents[3]
-BASE = runpy.run_path(str(Path(__file__).parents[1] / "conftest.py"))["RECIPE"]
+from e2e import CHECKOUT
+from e2e import RECIPE as BASE
+
 STEPS = {"stage1": 40, "stage2": 12, "stage3": 60}
 FOLDERS = {"stage1": "stage1", "stage2": "stage2", "stage3": "stage3-bilinear"}
 PATIENCE = 240.0

@@ -2,24 +2,19 @@
 
 import itertools
 import os
-import runpy
 import shutil
 import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 
+from faults import processes, runs
 from radio_distill.train.checkpoint import newest
-
-HERE = Path(__file__).parent
-PROCESSES = SimpleNamespace(**runpy.run_path(str(HERE / "processes.py")))
-RUNS = SimpleNamespace(**runpy.run_path(str(HERE / "runs.py")))
 
 LOSS_TOLERANCE = 5e-6
 """Of four steps' losses after a change of ranks, relative; 2e-7 was measured."""
@@ -29,7 +24,7 @@ pytestmark = [pytest.mark.faults, pytest.mark.distributed]
 
 @pytest.fixture(scope="module")
 def launcher() -> Iterator[Any]:
-    with PROCESSES.Launcher() as running:
+    with processes.Launcher() as running:
         yield running
 
 
@@ -88,9 +83,9 @@ def hidden(folder: Path) -> list[Path]:
 
 def test_disk_full__in_a_checkpoint(launcher, recipe_file, small_disk):
     fields = {"stage__steps": 12, "log__save_every": 2}
-    finish(launcher, recipe_file, RUNS.arguments(recipe_file, "undisturbed", **fields))
-    arguments = RUNS.arguments(recipe_file, small_disk, **fields)
-    folder = RUNS.stage_folder(recipe_file, small_disk)
+    finish(launcher, recipe_file, runs.arguments(recipe_file, "undisturbed", **fields))
+    arguments = runs.arguments(recipe_file, small_disk, **fields)
+    folder = runs.stage_folder(recipe_file, small_disk)
 
     line = fail(launcher, recipe_file, arguments)
     assert f"{folder}/checkpoints/step-00000006: No space left on device" in line
@@ -100,25 +95,25 @@ def test_disk_full__in_a_checkpoint(launcher, recipe_file, small_disk):
     assert checkpoint is not None
     assert checkpoint.step == 4
     assert not hidden(folder)
-    steps = [row["step"] for row in RUNS.log(folder)]
+    steps = [row["step"] for row in runs.log(folder)]
     assert steps == list(range(1, len(steps) + 1))
     assert len(steps) >= 6
     assert yaml.safe_load((folder / "recipe.yaml").read_text())["name"] == "tiny"
-    status = RUNS.status(folder)
+    status = runs.status(folder)
     assert status["state"] == "failed"
     assert "No space left on device" in status["reason"]
 
     subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
     finish(launcher, recipe_file, [*arguments, "--resume"])
-    RUNS.assert_same_end(RUNS.stage_folder(recipe_file, "undisturbed"), folder, 12)
+    runs.assert_same_end(runs.stage_folder(recipe_file, "undisturbed"), folder, 12)
 
 
 def test_disk_full__to_the_last_byte(launcher, recipe_file, small_disk):
     """Not even the log can be written; nor can a resumed run begin, and it destroys nothing."""
     fields = {"stage__steps": 36, "log__save_every": 5, "log__keep_last": 1}
-    finish(launcher, recipe_file, RUNS.arguments(recipe_file, "undisturbed", **fields))
-    arguments = RUNS.arguments(recipe_file, small_disk, **fields)
-    folder, filler = RUNS.stage_folder(recipe_file, small_disk), small_disk / "filler"
+    finish(launcher, recipe_file, runs.arguments(recipe_file, "undisturbed", **fields))
+    arguments = runs.arguments(recipe_file, small_disk, **fields)
+    folder, filler = runs.stage_folder(recipe_file, small_disk), small_disk / "filler"
 
     outputs = recipe_file.parent / "outputs"
     ranks = launcher.start("stage1", arguments, outputs=outputs)
@@ -126,7 +121,7 @@ def test_disk_full__to_the_last_byte(launcher, recipe_file, small_disk):
     fill(filler)
     assert "No space left on device" in failure(ranks)
     fill(filler)
-    before = RUNS.log(folder)
+    before = runs.log(folder)
     kept = {path: path.read_bytes() for path in folder.glob("*.*")}
     assert len(before) >= 5
 
@@ -136,7 +131,7 @@ def test_disk_full__to_the_last_byte(launcher, recipe_file, small_disk):
 
     filler.unlink()
     finish(launcher, recipe_file, [*arguments, "--resume"])
-    RUNS.assert_same_end(RUNS.stage_folder(recipe_file, "undisturbed"), folder, 36)
+    runs.assert_same_end(runs.stage_folder(recipe_file, "undisturbed"), folder, 36)
 
 
 def fill(path: Path) -> None:
@@ -148,8 +143,8 @@ def fill(path: Path) -> None:
 def test_disk_full__files_of_limited_size(launcher, recipe_file):
     """What works without root: a file cannot grow; here the optimizer's."""
     fields = {"stage__steps": 4, "log__save_every": 2}
-    arguments = RUNS.arguments(recipe_file, "limited", **fields)
-    folder = RUNS.stage_folder(recipe_file, "limited")
+    arguments = runs.arguments(recipe_file, "limited", **fields)
+    folder = runs.stage_folder(recipe_file, "limited")
     finish(launcher, recipe_file, arguments, world_size=0)
     expected = recipe_file.parent / "expected"
     shutil.copytree(folder, expected)
@@ -163,7 +158,7 @@ def test_disk_full__files_of_limited_size(launcher, recipe_file):
     assert checkpoint is not None
     assert checkpoint.step == 2
     finish(launcher, recipe_file, resume, world_size=0)
-    RUNS.assert_same_end(expected, folder, 4)
+    runs.assert_same_end(expected, folder, 4)
 
 
 def on(num_ranks: int, zero_stage: int, **fields: object) -> dict[str, Any]:
@@ -185,7 +180,7 @@ def test_resume__on_other_ranks_and_zero_stages(launcher, recipe_file, before, a
     """The same images and, but for the rounding of sums, the same losses; it says what changed."""
     fields = {"stage__steps": 8, "log__save_every": 4, "stage__ema_decay": 0}
     start(launcher, recipe_file, fields | before)
-    folder = RUNS.stage_folder(recipe_file, "run")
+    folder = runs.stage_folder(recipe_file, "run")
     expected = recipe_file.parent / "expected"
     shutil.copytree(folder, expected)
     shutil.rmtree(folder / "checkpoints" / "step-00000008")
@@ -195,7 +190,7 @@ def test_resume__on_other_ranks_and_zero_stages(launcher, recipe_file, before, a
     stages = [config["engine__zero_stage"] for config in (before, after)]
     if stages[0] != stages[1]:
         assert f"engine.zero_stage: {stages[0]} -> {stages[1]}" in printed
-    rows = list(zip(RUNS.log(expected), RUNS.log(folder), strict=True))
+    rows = list(zip(runs.log(expected), runs.log(folder), strict=True))
     assert [row["step"] for _, row in rows] == list(range(1, 9))
     difference = max(
         abs(new[name] / value - 1)
@@ -205,14 +200,14 @@ def test_resume__on_other_ranks_and_zero_stages(launcher, recipe_file, before, a
     )
     assert difference <= LOSS_TOLERANCE
     if exactly:
-        RUNS.assert_same_end(expected, folder, 8)
+        runs.assert_same_end(expected, folder, 8)
     print(f"\nresumed from {before} on {after}: losses differ by {difference:.1e} of their value")
 
 
 def start(launcher: Any, recipe_file: Path, fields: dict[str, Any], *more: str) -> str:
     fields, world_size = dict(fields), fields["world_size"]
     del fields["world_size"]
-    arguments = [*RUNS.arguments(recipe_file, "run", **fields), *more]
+    arguments = [*runs.arguments(recipe_file, "run", **fields), *more]
     return finish(launcher, recipe_file, arguments, world_size=world_size)
 
 
@@ -220,13 +215,13 @@ def test_two_runs_in_one_folder__the_first_stops(launcher, recipe_file):
     """The first is nearly always in the write of a checkpoint when the second takes over."""
     fields = {"stage__steps": 30, "log__save_every": 1, "log__keep_last": 2}
     undisturbed = fields | {"log__save_every": 30}
-    finish(launcher, recipe_file, RUNS.arguments(recipe_file, "undisturbed", **undisturbed))
-    arguments = RUNS.arguments(recipe_file, "shared", **fields)
-    folder = RUNS.stage_folder(recipe_file, "shared")
+    finish(launcher, recipe_file, runs.arguments(recipe_file, "undisturbed", **undisturbed))
+    arguments = runs.arguments(recipe_file, "shared", **fields)
+    folder = runs.stage_folder(recipe_file, "shared")
 
     outputs = recipe_file.parent / "outputs"
     first = launcher.start("stage1", arguments, outputs=outputs / "first")
-    wait_for(lambda: RUNS.last_row(folder)["step"] >= 2, first)
+    wait_for(lambda: runs.last_row(folder)["step"] >= 2, first)
     owner = (folder / "owner.json").read_bytes()
     first.send(signal.SIGSTOP, [0, 1])  # the second builds everything before it claims the folder
     takes = [*arguments, "--resume", "--take-over"]
@@ -238,21 +233,21 @@ def test_two_runs_in_one_folder__the_first_stops(launcher, recipe_file):
         assert "Traceback" not in first.output(rank)
     assert "was taken over by process" in first.output()
     assert second.wait() == [0, 0], second.output()
-    RUNS.assert_same_end(RUNS.stage_folder(recipe_file, "undisturbed"), folder, 30)
-    assert RUNS.status(folder)["state"] == "complete"
+    runs.assert_same_end(runs.stage_folder(recipe_file, "undisturbed"), folder, 30)
+    assert runs.status(folder)["state"] == "complete"
 
 
 @pytest.mark.parametrize("in_a_write", [False, True])
 def test_two_runs_in_one_folder__a_stopped_one_wakes_up(launcher, recipe_file, in_a_write):
     """As on a node that lost its network for a while: it must not touch what the other did."""
     fields = {"stage__steps": 20, "log__save_every": 4}
-    finish(launcher, recipe_file, RUNS.arguments(recipe_file, "undisturbed", **fields))
-    arguments = RUNS.arguments(recipe_file, "shared", **fields)
-    folder = RUNS.stage_folder(recipe_file, "shared")
+    finish(launcher, recipe_file, runs.arguments(recipe_file, "undisturbed", **fields))
+    arguments = runs.arguments(recipe_file, "shared", **fields)
+    folder = runs.stage_folder(recipe_file, "shared")
 
     outputs = recipe_file.parent / "outputs"
     first = launcher.start("stage1", arguments, outputs=outputs / "first")
-    wait_for(lambda: RUNS.last_row(folder)["step"] >= 5, first)
+    wait_for(lambda: runs.last_row(folder)["step"] >= 5, first)
     wait_for(lambda: bool(hidden(folder)) == in_a_write, first, pause=0.0005)
     first.send(signal.SIGSTOP, [0, 1])
     finish(launcher, recipe_file, [*arguments, "--resume", "--take-over"])
@@ -261,4 +256,4 @@ def test_two_runs_in_one_folder__a_stopped_one_wakes_up(launcher, recipe_file, i
     statuses = first.wait()
     assert statuses == [76, 76], first.output()
     assert {path: path.read_bytes() for path in folder.rglob("*.*") if path.is_file()} == kept
-    RUNS.assert_same_end(RUNS.stage_folder(recipe_file, "undisturbed"), folder, 20)
+    runs.assert_same_end(runs.stage_folder(recipe_file, "undisturbed"), folder, 20)

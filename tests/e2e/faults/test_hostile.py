@@ -5,36 +5,26 @@ for exceptions, stack traces, more than one line, forged lines, time, memory, pr
 started, pickles that are loaded, and files that change outside the folder which is the command's.
 """
 
-import importlib.util
 import shutil
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from random import Random
-from types import ModuleType
 
 import pytest
 import yaml
+
+from faults import hostile_checkpoints as checkpoints
+from faults import hostile_images as images
+from faults import hostile_recipes as recipes
+from faults import hostile_shards as shards
+from faults import sandbox
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
 SEED = 20240229
 
 
-def _sibling(name: str) -> ModuleType:
-    """Load a module that lies beside this one, in whichever way the tests were started."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-checkpoints, images, recipes, shards = (
-    _sibling(f"hostile_{name}") for name in ("checkpoints", "images", "recipes", "shards")
-)
-sandbox = _sibling("sandbox")
 Case = sandbox.Case
 
 

@@ -2,21 +2,16 @@
 
 import os
 import random
-import runpy
 import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from faults import processes, runs
 from radio_distill.train.checkpoint import newest
-
-HERE = Path(__file__).parent
-PROCESSES = SimpleNamespace(**runpy.run_path(str(HERE / "processes.py")))
-RUNS = SimpleNamespace(**runpy.run_path(str(HERE / "runs.py")))
 
 STEPS, SAVE_EVERY = 120, 4
 PATIENCE = 60.0
@@ -27,7 +22,7 @@ pytestmark = [pytest.mark.faults, pytest.mark.distributed, pytest.mark.timeout(6
 
 @pytest.fixture(scope="module")
 def launcher() -> Iterator[Any]:
-    with PROCESSES.Launcher() as running:
+    with processes.Launcher() as running:
         yield running
 
 
@@ -35,13 +30,13 @@ class Disturbed:
     """A run of two ranks that is started again and again, and looked at from outside."""
 
     def __init__(self, launcher: Any, recipe_file: Path, seed: int = 0, **fields: object):
-        self.folder = RUNS.stage_folder(recipe_file, "disturbed")
+        self.folder = runs.stage_folder(recipe_file, "disturbed")
         self.checkpoints = self.folder / "checkpoints"
         self.random = random.Random(seed)
         self.resumed_step = 0
         self._launcher = launcher
         self._outputs = recipe_file.parent / "outputs"
-        self._arguments = RUNS.arguments(recipe_file, "disturbed", **fields)
+        self._arguments = runs.arguments(recipe_file, "disturbed", **fields)
 
     def start(self) -> None:
         self._started = time.time()
@@ -56,7 +51,7 @@ class Disturbed:
 
     def has_stepped(self) -> bool:
         """Whether a step was logged by this start, not left by an earlier one."""
-        last = RUNS.last_row(self.folder)
+        last = runs.last_row(self.folder)
         return last["time"] > self._started and last["step"] > self.resumed_step
 
     def writing(self) -> set[str]:
@@ -77,7 +72,7 @@ def kill_at_any_time(run: Disturbed, kills_left: int) -> None:
     steps_left = STEPS - run.resumed_step
     target = run.random.uniform(0, 1.5 * steps_left / (kills_left + 1))
     run.wait_for(run.has_stepped)
-    run.wait_for(lambda: RUNS.last_row(run.folder)["step"] >= run.resumed_step + int(target))
+    run.wait_for(lambda: runs.last_row(run.folder)["step"] >= run.resumed_step + int(target))
     time.sleep(run.random.uniform(0, 0.1))
     run.ranks.send(signal.SIGKILL, [run.random.randrange(2)])
 
@@ -104,9 +99,9 @@ MOMENTS = [kill_at_any_time] * 10 + [kill_in_a_write] * 6 + [kill_before_a_step]
 def test_kill__twenty_times_and_the_end_is_bit_for_bit_the_same(launcher, recipe_file):
     begun = time.monotonic()
     fields = {"stage__steps": STEPS, "log__keep_last": 3}
-    RUNS.torchrun(*RUNS.arguments(recipe_file, "undisturbed", log__save_every=STEPS, **fields))
-    undisturbed = RUNS.stage_folder(recipe_file, "undisturbed")
-    expected = [RUNS.numbers(row) for row in RUNS.log(undisturbed)]
+    runs.torchrun(*runs.arguments(recipe_file, "undisturbed", log__save_every=STEPS, **fields))
+    undisturbed = runs.stage_folder(recipe_file, "undisturbed")
+    expected = [runs.numbers(row) for row in runs.log(undisturbed)]
     assert [row["step"] for row in expected] == list(range(1, STEPS + 1))
 
     run = Disturbed(launcher, recipe_file, seed=11, log__save_every=SAVE_EVERY, **fields)
@@ -123,7 +118,7 @@ def test_kill__twenty_times_and_the_end_is_bit_for_bit_the_same(launcher, recipe
         in_writes += bool(run.writing() - before)
         assert len(run.writing()) <= 1, "what an earlier kill left was not cleared away"
 
-        logged = [RUNS.numbers(row) for row in RUNS.log(run.folder)]
+        logged = [runs.numbers(row) for row in runs.log(run.folder)]
         assert logged == expected[: len(logged)]
         checkpoint = newest(run.checkpoints)
         step = checkpoint.step if checkpoint else 0
@@ -133,7 +128,7 @@ def test_kill__twenty_times_and_the_end_is_bit_for_bit_the_same(launcher, recipe
 
     run.start()
     assert run.ranks.wait() == [0, 0], run.ranks.output()
-    RUNS.assert_same_end(undisturbed, run.folder, STEPS)
+    runs.assert_same_end(undisturbed, run.folder, STEPS)
     assert not run.writing()
     assert in_writes, "no kill has hit the write of a checkpoint"
     print(
@@ -149,7 +144,7 @@ def test_signal__the_run_saves_and_goes_on(launcher, recipe_file):
     fields = {"stage__steps": 30, "log__save_every": 15}
     undisturbed = launcher.start(
         "stage1",
-        RUNS.arguments(recipe_file, "undisturbed", **fields),
+        runs.arguments(recipe_file, "undisturbed", **fields),
         outputs=recipe_file.parent / "undisturbed_outputs",
     )
     assert undisturbed.wait() == [0, 0], undisturbed.output()
@@ -167,13 +162,13 @@ def test_signal__the_run_saves_and_goes_on(launcher, recipe_file):
             assert f"asked to stop by {number.name}" in run.ranks.output(rank)
         saved = newest(run.checkpoints)
         assert saved is not None
-        assert saved.step == len(RUNS.log(run.folder)) < 30, "it saves the step that it ends with"
-        status = RUNS.status(run.folder)
+        assert saved.step == len(runs.log(run.folder)) < 30, "it saves the step that it ends with"
+        status = runs.status(run.folder)
         assert (status["state"], status["step"]) == ("interrupted", saved.step)
         run.resumed_step = saved.step
 
     run.start()
     assert run.ranks.wait() == [0, 0], run.ranks.output()
-    RUNS.assert_same_end(RUNS.stage_folder(recipe_file, "undisturbed"), run.folder, 30)
-    status = RUNS.status(run.folder)
+    runs.assert_same_end(runs.stage_folder(recipe_file, "undisturbed"), run.folder, 30)
+    status = runs.status(run.folder)
     assert (status["state"], status["step"]) == ("complete", 30)

@@ -4,7 +4,6 @@ Every job has one node and two ranks under ZeRO-2.
 """
 
 import os
-import runpy
 import shutil
 import signal
 import time
@@ -14,8 +13,8 @@ from typing import Any
 
 import pytest
 
-SLURM_RUN = runpy.run_path(str(Path(__file__).with_name("slurm_run.py")))
-Run, STEPS = SLURM_RUN["Run"], SLURM_RUN["STEPS"]
+from faults.slurm_run import STEPS, Run, write_recipe
+
 PAUSE = 1.5
 """Seconds that a step takes while it is to be disturbed: stage 1 outlasts its time limit."""
 
@@ -24,7 +23,7 @@ pytestmark = [pytest.mark.faults, pytest.mark.distributed, pytest.mark.timeout(9
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Path:
-    return SLURM_RUN["write_recipe"](tmp_path_factory.mktemp("real_slurm"), images)
+    return write_recipe(tmp_path_factory.mktemp("real_slurm"), images)
 
 
 @pytest.fixture(scope="module")
