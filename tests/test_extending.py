@@ -1,13 +1,13 @@
-"""The files in docs/extending.md are what they say: installed as a package, they run."""
+"""The files of examples/my_package, which docs/extending.md shows, run as an installed package."""
 
 import re
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "extending.md"
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "extending.md"
+PACKAGE = ROOT / "examples" / "my_package"
 
 RUN = """
 import sys
@@ -220,21 +220,25 @@ def run(folder: Path, code: str) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.fixture(scope="module")
-def blocks():
-    return re.findall(r"```(\w+)\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
-
-
-def test_files__of_the_page_run_as_a_package(blocks, tmp_path):
-    files = {
-        re.match(r"# my_package/(\w+\.py)\n", text)[1]: text
+def test_page__shows_the_files_as_they_are():
+    blocks = re.findall(r"```(\w+)\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    shown = dict(
+        text.removeprefix("# my_package/").split("\n", 1)
         for language, text in blocks
         if language == "python"
-    }
+    )
+    files = {path.name: path.read_text() for path in (PACKAGE / "my_package").glob("[a-z]*.py")}
+    assert shown == files
     assert set(files) == {"encoder.py", "upsampler.py", "network.py", "benchmark.py"}
     (points,) = [text for language, text in blocks if language == "toml"]
-    points = points.replace('project.entry-points."', "").replace('"', "")
-    install(tmp_path, "my_package", files, points)
+    assert points in (PACKAGE / "pyproject.toml").read_text()
+
+
+def test_package__runs_where_it_is_installed(tmp_path):
+    files = {path.name: path.read_text() for path in (PACKAGE / "my_package").glob("[a-z]*.py")}
+    points = (PACKAGE / "pyproject.toml").read_text().partition("[project.entry-points")[2]
+    points = f"[project.entry-points{points}".replace('project.entry-points."', "")
+    install(tmp_path, "my_package", files, points.replace('"', ""))
     run(tmp_path, RUN)
 
 

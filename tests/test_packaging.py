@@ -45,6 +45,30 @@ def test_package__holds_the_mark_of_this_project(name):
 
 
 @pytest.mark.parametrize("name", PACKAGES)
+def test_package__tells_type_checkers_that_it_is_annotated(name):
+    assert (ROOT / name / "py.typed").is_file()
+
+
+def test_version__is_one(project):
+    version = project["project"]["version"]
+    assert re.search(
+        rf'^__version__ = "{version}"$', (ROOT / "radio_distill" / "__init__.py").read_text(), re.M
+    )
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"\n## {version}\n" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_workflow__runs_what_the_makefile_has():
+    yaml = pytest.importorskip("yaml")
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())["jobs"]
+    assert {"lint", "test", "minimal"} <= set(jobs)
+    assert jobs["test"]["strategy"]["matrix"]["python"] == ["3.10", "3.12"]
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
+    steps = "\n".join(step.get("run", "") for job in jobs.values() for step in job["steps"])
+    assert set(re.findall(r"^make (\w+)", steps, re.M)) <= targets
+
+
+@pytest.mark.parametrize("name", PACKAGES)
 def test_package__imports_from_anywhere_without_torch(name, tmp_path):
     """In isolated mode: neither the current folder nor PYTHONPATH helps."""
     code = (

@@ -1,0 +1,41 @@
+"""Each file of examples/ runs; those of examples/my_package have a test of their own."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from safetensors.torch import load_file
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+
+
+@pytest.fixture
+def photographs(tmp_path):
+    paths = [tmp_path / "photo.jpg", tmp_path / "other.jpg"]
+    for number, path in enumerate(paths):
+        Image.effect_noise((96 + 16 * number, 80), 60).convert("RGB").save(path)
+    return list(map(str, paths))
+
+
+def run(name, *arguments, folder):
+    command = [sys.executable, str(EXAMPLES / name), *map(str, arguments)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def test_use_student(write_run, photographs, tmp_path):
+    output = tmp_path / "features.safetensors"
+    words = ("--head", "dino", "--output", output)
+    printed = run("use_student.py", write_run(), *photographs, *words, folder=tmp_path)
+    assert "photo.jpg: 1.000" in printed
+    shapes = {name: list(tensor.shape) for name, tensor in load_file(output).items()}
+    assert shapes == {"photo.jpg": [4, 5, 6], "other.jpg": [4, 5, 7]}
+
+
+def test_pca_features(write_run, photographs, tmp_path):
+    printed = run("pca_features.py", write_run(), photographs[0], folder=tmp_path)
+    assert "[64, 14, 17]" in printed
+    assert Image.open(tmp_path / "pca_features.png").width > 400
