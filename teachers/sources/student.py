@@ -1,7 +1,7 @@
 """A student as a teacher: a run of one's own, or what was exported of it, teaches the next.
 
 Its map is the student's features and its summary the summary tokens side by side; with
-``options: {adaptor: NAME}`` both are what its head for one of its teachers says, in that teacher's
+``options: {head: NAME}`` both are what its head for one of its teachers says, in that teacher's
 own space. ``weights`` is anything that :func:`radio_distill.load` reads.
 """
 
@@ -19,24 +19,24 @@ from radio_distill.models.student import Student
 
 from ..presets import Preset
 
-ARGUMENTS = {"adaptor": "teacher of the student's, for its features in that teacher's space"}
+ARGUMENTS = {"head": "teacher of the student's, for its features in that teacher's space"}
 _MISSING = "`weights` is missing: the student's run, checkpoint or exported folder"
 
 
 class StudentTower(nn.Module):
     """Normalised pixels ``[B, 3, H, W]`` to (summary ``[B, S]`` or None, map ``[B, C, h, w]``)."""
 
-    def __init__(self, encoder: StudentEncoder, adaptor: str):
+    def __init__(self, encoder: StudentEncoder, head: str):
         super().__init__()
-        self.backbone, self.adaptor = encoder, adaptor
+        self.backbone, self.head = encoder, head
         with torch.no_grad():  # pixels arrive normalised
             encoder.student.mean.zero_()
             encoder.student.std.fill_(1)
         encoder.takes_normalised = True
 
     def forward(self, pixels: Tensor) -> tuple[Tensor | None, Tensor]:
-        if self.adaptor:
-            summary, spatial = self.backbone(pixels, (self.adaptor,)).heads[self.adaptor]
+        if self.head:
+            summary, spatial = self.backbone(pixels, (self.head,)).heads[self.head]
             return summary, spatial
         output = self.backbone(pixels)
         return output.summary if self.backbone.summary_dim else None, output.features
@@ -48,11 +48,11 @@ def complete(preset: Preset, weights_path: str) -> Preset:
         return preset
     if not weights_path:
         raise ConfigError(_MISSING)
-    adaptor = preset.arguments.get("adaptor", "")
-    encoder = _load(Path(weights_path), adaptor)
+    head = preset.arguments.get("head", "")
+    encoder = _load(Path(weights_path), head)
     student, patch = encoder.student, encoder.patch_size
     arguments = {
-        "adaptor": adaptor,
+        "head": head,
         "config": encoder.config,
         "teachers": encoder.teachers,
         "num_summary_tokens": student.num_summary_tokens,
@@ -73,13 +73,13 @@ def build(preset: Preset) -> StudentTower:
     """Build the student with random weights."""
     arguments = preset.arguments
     config, teachers = arguments["config"], arguments.get("teachers", {})
-    adaptor = arguments.get("adaptor", "")
+    head = arguments.get("head", "")
     student = Student(config, arguments["num_summary_tokens"])
     heads = {}
-    if adaptor:
-        heads[adaptor] = Head(student.embed_dim, teachers[adaptor], config)
+    if head:
+        heads[head] = Head(student.embed_dim, teachers[head], config)
     return StudentTower(
-        StudentEncoder(student, config, teachers, heads, arguments["summary_slots"]), adaptor
+        StudentEncoder(student, config, teachers, heads, arguments["summary_slots"]), head
     )
 
 
@@ -90,12 +90,12 @@ def locate(preset: Preset) -> Path:
 
 def load(preset: Preset, path: Path) -> StudentTower:
     """Load the student in ``path``, its matrices folded."""
-    adaptor = preset.arguments.get("adaptor", "")
-    return StudentTower(_load(path, adaptor), adaptor)
+    head = preset.arguments.get("head", "")
+    return StudentTower(_load(path, head), head)
 
 
-def _load(path: Path, adaptor: str) -> StudentEncoder:
-    return load_student(path, heads=(adaptor,) if adaptor else ())
+def _load(path: Path, head: str) -> StudentEncoder:
+    return load_student(path, heads=(head,) if head else ())
 
 
 def _licence(encoder: StudentEncoder) -> str:

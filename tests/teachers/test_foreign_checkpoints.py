@@ -15,6 +15,7 @@ from radio_distill.errors import ConfigError, WeightsError
 from radio_distill.models.student import Student
 from radio_distill.system.trust import trusting_pickles
 from radio_distill.weights.files import named_as, read_state
+from radio_distill.weights.pretrained import initialise
 from teachers import build_teacher
 
 SMALL = {"img_size": 48, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}
@@ -116,7 +117,7 @@ def test_dino__as_the_start_of_a_student(tmp_path):
     student_state = under("module.backbone.", vit().state_dict())
     torch.save({"teacher": teacher_state, "student": student_state}, tmp_path / "c.pth")
     config = StudentConfig(architecture="vit_tiny_patch16_224", pretrained=str(tmp_path / "c.pth"))
-    student = Student(config, 1)
+    student = Student(config, 1, initialise=initialise)
     for key in ("norm1.weight", "attn.qkv.weight", "mlp.fc2.bias"):
         expected = averaged.blocks[5].state_dict()[key]
         torch.testing.assert_close(student.blocks[5].state_dict()[key], expected)
@@ -272,14 +273,14 @@ def test_hub__as_the_start_of_a_student(monkeypatch, tmp_path):
         config = StudentConfig(
             architecture="vit_tiny_patch16_224", pretrained=place, max_size=64, registers=0
         )
-        student = Student(config, 1)
+        student = Student(config, 1, initialise=initialise)
         assert torch.equal(student.blocks[3].attn.qkv.weight, model.blocks[3].attn.qkv.weight)
         tables.append(student.positions.table)
     assert torch.equal(tables[0], tables[1])
     assert torch.equal(tables[0], tables[2])
     config = StudentConfig(architecture="vit_tiny_patch16_224", pretrained="hf-hub:someone/else")
     with pytest.raises(WeightsError, match=r"cannot fetch .* into student\.pretrained") as error:
-        Student(config, 1)
+        Student(config, 1, initialise=initialise)
     assert "\n" not in str(error.value)
 
 
@@ -302,7 +303,7 @@ def test_dinov2__with_registers_as_the_start_of_a_student(chunked, tmp_path):
     torch.save({"teacher": under("backbone.", state)}, tmp_path / "w.pth")
     config = StudentConfig(architecture=architecture, pretrained=str(tmp_path / "w.pth"),
                            patch_size=14, max_size=56, registers=4)  # fmt: skip
-    student = Student(config, 1)
+    student = Student(config, 1, initialise=initialise)
     torch.testing.assert_close(student.prefix_tokens[:1], model.cls_token[0] + row[0])
     torch.testing.assert_close(student.prefix_tokens[1:], model.reg_token[0])
     expected = model.pos_embed.view(4, 4, 384) + model.patch_embed.proj.bias

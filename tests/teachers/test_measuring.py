@@ -60,11 +60,12 @@ def test_encode__a_student_of_another_size_is_matched(model):
     config = timm_teacher(model, native_size=160)
     config.options.update(mean=HALF, std=HALF)
     spec = teacher_spec("t", config)
-    from teachers import _source, resolve
+    from teachers import resolve
     from teachers.base import FrozenTeacher
+    from teachers.sources import find_source
 
     preset = resolve(config)
-    teacher = FrozenTeacher(_source(preset).build(preset), spec)
+    teacher = FrozenTeacher(find_source(preset.source).build(preset), spec)
     for view in ((128, 96), (256, 256), (32, 480)):
         size = input_size(spec, "match", view, 16)
         assert teacher.encode(torch.rand(1, 3, *size)).spatial.shape[-2:] == (
@@ -105,11 +106,12 @@ def test_timm__an_inner_map_has_a_stride_of_its_own():
 def test_encode__a_fixed_model_names_its_size():
     small = {"embed_dim": 24, "depth": 1, "num_heads": 2}
     config = timm_teacher("beit_base_patch16_224", create=small, mean=HALF, std=HALF)
-    from teachers import _source, resolve
+    from teachers import resolve
     from teachers.base import FrozenTeacher
+    from teachers.sources import find_source
 
     preset = resolve(config)
-    teacher = FrozenTeacher(_source(preset).build(preset), teacher_spec("t", config))
+    teacher = FrozenTeacher(find_source(preset.source).build(preset), teacher_spec("t", config))
     assert teacher.encode(torch.rand(1, 3, 224, 224)).spatial.shape[-2:] == (14, 14)
     with pytest.raises(ConfigError, match="cannot take 240x224 pixels: it takes 224x224 only"):
         teacher.encode(torch.rand(1, 3, 240, 224))

@@ -11,6 +11,7 @@ from radio_distill.config import TeacherConfig
 from radio_distill.errors import UnknownNameError
 from teachers.measuring import measured
 from teachers.presets import FULL_SIZE, PACKAGED, PRESETS, TINY
+from teachers.sources import find_source
 
 MEASURED = ("patch_size", "native_size", "channels", "summary_channels")
 
@@ -19,7 +20,7 @@ MEASURED = ("patch_size", "native_size", "channels", "summary_channels")
 def test_presets__sizes_are_those_of_the_model(name):
     preset = PRESETS[name]
     blank = replace(preset, channels=0, summary_channels=None, patch_size=0)
-    source = teachers._source(preset)
+    source = find_source(preset.source)
     found = measured(source.complete(blank, ""), source.build)
     assert [getattr(found, key) for key in MEASURED] == [getattr(preset, key) for key in MEASURED]
 

@@ -35,11 +35,11 @@ def test_run__is_its_backbone(write_run):
 
 
 @torch.no_grad()
-def test_run__an_adaptor_speaks_in_its_teacher_s_space(write_run):
+def test_run__a_head_speaks_in_its_teacher_s_space(write_run):
     run = write_run(head_layers=1)
     model, pixels = radio_distill.load(run), torch.rand(1, 3, 64, 64)
     output = model(pixels, ("dino", "sam")).heads
-    dino, sam = teacher(run, adaptor="dino"), teacher(run, adaptor="sam")
+    dino, sam = teacher(run, head="dino"), teacher(run, head="sam")
     assert (dino.spec.channels, dino.spec.summary_channels) == (4, 4)
     assert (sam.spec.channels, sam.spec.summary_channels) == (8, None)
     check_equal(dino.encode(pixels), output["dino"])
@@ -48,7 +48,7 @@ def test_run__an_adaptor_speaks_in_its_teacher_s_space(write_run):
 
 
 def test_run__the_plan_sees_the_same_tensors_without_weights(write_run):
-    config = TeacherConfig(preset="student", weights=str(write_run()), options={"adaptor": "clip"})
+    config = TeacherConfig(preset="student", weights=str(write_run()), options={"head": "clip"})
     planned, built = build_module(config), build_teacher("mine", config)
     shapes = {key: value.shape for key, value in built.tower.state_dict().items()}
     assert {key: value.shape for key, value in planned.state_dict().items()} == shapes
@@ -102,7 +102,7 @@ def test_timm_export__is_the_run(write_run, tmp_path):
 
 
 def test_student__needs_weights():
-    for options in ({}, {"adaptor": "clip"}):
+    for options in ({}, {"head": "clip"}, {"adaptor": "clip"}):  # the last as in earlier recipes
         with pytest.raises(ConfigError, match=r"teachers\.mine: `weights` is missing"):
             build_teacher("mine", TeacherConfig(preset="student", options=options))
 
@@ -110,9 +110,9 @@ def test_student__needs_weights():
 def test_student__bad_input_is_named(write_run, tmp_path):
     run = write_run()
     with pytest.raises(UnknownNameError, match=r"teachers\.mine: no head 'clipp'.*'clip'"):
-        teacher(run, adaptor="clipp")
-    with pytest.raises(ConfigError, match=r"has no option 'adapter'.*did you mean 'adaptor'"):
-        teacher(run, adapter="clip")
+        teacher(run, head="clipp")
+    with pytest.raises(ConfigError, match=r"has no option 'hed'.*did you mean 'head'"):
+        teacher(run, hed="clip")
     with pytest.raises(WeightsError, match=r"teachers\.mine: nothing at .*absent"):
         teacher(tmp_path / "absent")
     with pytest.raises(CheckpointError, match="is no run, stage or checkpoint folder"):

@@ -1,0 +1,137 @@
+"""From a teacher's section of a recipe to a preset with everything filled in."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from radio_distill.config import TeacherConfig
+from radio_distill.errors import ConfigError
+from radio_distill.registry import Registry, nearest
+
+from .presets import PRESETS, Preset
+from .sources import find_source
+
+TEACHERS = Registry("teacher", {name: f"teachers.presets:{name}" for name in PRESETS})
+
+FIELDS = {
+    "model": "the model's name in its library; timm also hf-hub:OWNER/NAME and local-dir:PATH",
+    "native_size": "side of the images it was trained at, in pixels",
+    "mean": "mean of each channel of pixels in [0, 1]: three numbers",
+    "std": "standard deviation of each channel of pixels in [0, 1]: three numbers",
+    "max_size": "longest side that it takes, in pixels",
+    "fixed_size": "true where it takes its native size alone",
+    "licence": "licence of the weights, for the model card of the student",
+    "text": "open_clip name of the text tower that shares its summary's space",
+}
+"""Preset fields that ``options`` may set, with any source: what each is."""
+
+RENAMED = {"adaptor": "head"}
+"""Options that recipes of earlier versions name otherwise."""
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_triple(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) == 3 and all(map(_is_number, value))
+
+
+Kind = tuple[str, Callable[[Any], bool]]
+
+_NAME: Kind = ("a name", lambda value: isinstance(value, str))
+_PIXELS: Kind = ("a number of pixels", lambda value: _is_whole(value) and value > 0)
+_KINDS: dict[str, Kind] = {
+    **dict.fromkeys(("model", "text", "head", "licence", "prefix"), _NAME),
+    **dict.fromkeys(("native_size", "max_size"), _PIXELS),
+    "mean": ("three numbers: [0.485, 0.456, 0.406]", _is_triple),
+    "std": ("three numbers above 0", lambda v: _is_triple(v) and min(v) > 0),
+    "fixed_size": ("true or false", lambda value: isinstance(value, bool)),
+    **dict.fromkeys(("blocks", "stage"), ("a whole number", _is_whole)),
+    **dict.fromkeys(("config", "create"), ("a mapping", lambda v: isinstance(v, Mapping))),
+}
+"""Options of the project's own sources: what each is, and whether a value can be that."""
+
+
+def resolve(config: TeacherConfig) -> Preset:
+    """Return the preset that a recipe asks for, with its options and every measure filled in.
+
+    Raises:
+        ConfigError: options that do not fit the preset or its source.
+        WeightsError: weights that must be read for it, and are missing or damaged.
+    """
+    named = TEACHERS.get(config.preset)
+    if not isinstance(named, Preset):
+        kind = type(named).__name__
+        raise ConfigError(f"preset {config.preset} is a {kind}, not a teachers.presets.Preset")
+    source = find_source(named.source)
+    options = {RENAMED.get(key, key): value for key, value in config.options.items()}
+    _check_options(options, named, source.ARGUMENTS, config.preset)
+    arguments = {key: value for key, value in options.items() if key in source.ARGUMENTS}
+    fields = {key: value for key, value in options.items() if key in FIELDS}
+    for key in fields.keys() & {"mean", "std"}:
+        fields[key] = tuple(float(value) for value in fields[key])
+    preset = replace(named, **fields, arguments={**named.arguments, **arguments})
+    if not (preset.model or preset.arguments or config.weights):
+        raise ConfigError(f"options.model is missing: which model of {config.preset}?")
+    if not arguments and preset.channels:
+        _check_multiple(preset.native_size, preset.patch_size)
+        return _with_normalisation(preset)
+    from .measuring import measured
+    from .weights import check_local
+
+    check_local(config)  # since `complete` may read the weights
+    if arguments:  # which the preset's own stride does not know of
+        preset = replace(preset, patch_size=0)
+    completed = source.complete(preset, config.weights)
+    if not isinstance(completed, Preset):
+        kind = type(completed).__name__
+        raise ConfigError(
+            f"source {preset.source!r}: complete returns a {kind}, not the Preset with what it has "
+            "filled in"
+        )
+    preset = _with_normalisation(measured(completed, source.build))
+    if "native_size" in options:
+        _check_multiple(options["native_size"], preset.patch_size)
+    return preset
+
+
+def _check_options(
+    options: Mapping[str, Any], named: Preset, arguments: Mapping[str, str], preset: str
+) -> None:
+    """Raise ConfigError for an option that is unknown, or of a type that cannot be meant."""
+    if "model" in options and named.model:
+        raise ConfigError(
+            f"preset {preset} is {named.model}; for another take preset: {named.source}"
+        )
+    known = [*FIELDS, *arguments]
+    for key, value in options.items():
+        if key not in known:
+            raise ConfigError(f"preset {preset} has no option {key!r} ({nearest(key, known)})")
+        wanted, fits = _KINDS.get(key, ("", lambda _: True))
+        if not fits(value):
+            raise ConfigError(f"options.{key}: {value!r:.60} is not {wanted}")
+
+
+def _check_multiple(native_size: int, patch_size: int) -> None:
+    if native_size % patch_size:
+        near = max(round(native_size / patch_size), 1) * patch_size
+        raise ConfigError(
+            f"options.native_size: {native_size} is not a multiple of the patch {patch_size} "
+            f"(nearest {near})"
+        )
+
+
+def _with_normalisation(preset: Preset) -> Preset:
+    """Raise ConfigError unless a preset says how its pixels are normalised."""
+    for field in ("mean", "std"):
+        if not getattr(preset, field):
+            raise ConfigError(
+                f"options.{field} is missing, for neither preset nor source names it; three "
+                "numbers, for pixels in [0, 1]"
+            )
+    return preset
