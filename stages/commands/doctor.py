@@ -15,6 +15,10 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
 from radio_distill.errors import ConfigError, RadioDistillError
 from radio_distill.system.files import check_writable, reason_of
 
@@ -59,7 +63,7 @@ def check_packages() -> None:
     to find out.
 
     Raises:
-        ConfigError: naming the package that is another project's, and the commands that hint it.
+        ConfigError: naming the package that is another project's, and the commands that help.
     """
     home = Path(__file__).resolve().parents[2]
     for name in PACKAGES:
@@ -160,7 +164,7 @@ def _precision() -> Finding:
             detail += " of float32"
         detail += f": auto is {native_dtype(device)}"
     except Exception as error:
-        return Finding("precision", False, _line(error), "hint torch first")
+        return Finding("precision", False, _line(error), "repair torch first")
     return Finding("precision", True, detail)
 
 
@@ -187,7 +191,7 @@ def _nccl() -> Finding:
     try:
         import torch
     except Exception as error:
-        return Finding("nccl", False, _line(error), "hint torch first")
+        return Finding("nccl", False, _line(error), "repair torch first")
     if not torch.distributed.is_nccl_available():
         hint = "install a CUDA build of torch; several GPUs cannot work together without NCCL"
         needed = torch.cuda.is_available()
@@ -246,10 +250,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print what every check saw; returns 1 when something that a run needs is broken."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
     findings = examine(Path(args.output))
     table = Table("", "what", "seen", box=None, pad_edge=False)
     for finding in findings:
@@ -261,7 +261,7 @@ def run(args: argparse.Namespace) -> int:
     console.print(table)
     broken = [finding.name for finding in findings if not finding.ok and not finding.optional]
     if broken:
-        console.print(Text(f"✗ to hint: {', '.join(broken)}", "bold red"))
+        console.print(Text(f"✗ to repair: {', '.join(broken)}", "bold red"))
     else:
         console.print(Text("✓ ready", "green"))
     return 1 if broken else 0

@@ -5,7 +5,10 @@ radio-distill fields stages.NAME
 
 import argparse
 
+from rich.table import Table
+
 from radio_distill.config import describe
+from radio_distill.system.progress import table_console
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,10 +19,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Print the fields."""
     rows = [row for row in describe() if row[0].startswith(arguments.prefix)]
-    from rich.table import Table
-
-    from radio_distill.system.progress import table_console
-
     table = Table("field", "default", "unit", "what it does", box=None, pad_edge=False)
     for name, default, unit, text in rows:
         table.add_row(f"--{name}", default, unit, text)

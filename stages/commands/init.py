@@ -23,6 +23,7 @@ from radio_distill.config.recipes import recipe_names
 from radio_distill.errors import ConfigError
 from radio_distill.registry import nearest
 from radio_distill.system.files import reason_of
+from teachers import SOURCES, TEACHERS, teacher_spec
 
 if TYPE_CHECKING:
     from radio_distill.types import TeacherSpec
@@ -158,8 +159,6 @@ def teachers_of(texts: Sequence[str]) -> dict[str, TeacherConfig]:
 
 
 def _config(what: str) -> TeacherConfig:
-    from teachers import SOURCES, TEACHERS
-
     presets = TEACHERS.names()
     source, colon, model = what.partition(":")
     if not colon:
@@ -189,8 +188,6 @@ def _short_name(what: str) -> str:
 
 def recipe_text(name: str, teachers: Mapping[str, TeacherConfig], shards: str) -> str:
     """Return the text of a recipe; the teachers' sizes are measured, without their weights."""
-    from teachers import teacher_spec
-
     sections = [
         _teacher_text(teacher, config, teacher_spec(teacher, config))
         for teacher, config in teachers.items()

@@ -6,13 +6,17 @@ radio-distill list teachers
 import argparse
 import inspect
 import re
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from rich.table import Table
+
+from radio_distill.config.recipes import find_recipe, recipe_names
+from radio_distill.normalize import NORMALIZERS
+from radio_distill.registry import Registry
 from radio_distill.system.progress import table_console
-
-if TYPE_CHECKING:
-    from radio_distill.registry import Registry
+from teachers import FIELDS, SOURCES, TEACHERS
+from upsamplers import UPSAMPLERS
 
 KINDS = ("teachers", "sources", "upsamplers", "normalizers", "benchmarks", "recipes")
 
@@ -41,23 +45,17 @@ def run(arguments: argparse.Namespace) -> int:
 def _descriptions(kind: str) -> dict[str, str]:
     """Return a line for each name."""
     if kind == "upsamplers":
-        from upsamplers import UPSAMPLERS
-
         return _of_registry(UPSAMPLERS)
     if kind == "normalizers":
-        from radio_distill.normalize import NORMALIZERS
-
         return _of_registry(NORMALIZERS)
     if kind == "benchmarks":
         from radio_distill.evals.run import BENCHMARKS
 
         return _of_registry(BENCHMARKS)
-    from radio_distill.config.recipes import find_recipe, recipe_names
-
     return {name: _of_recipe(find_recipe(name)) for name in recipe_names()}
 
 
-def _of_registry(registry: "Registry") -> dict[str, str]:
+def _of_registry(registry: Registry) -> dict[str, str]:
     found = {}
     for name in registry.names():
         try:
@@ -83,8 +81,6 @@ def first_sentence(text: str | None) -> str:
 
 
 def _print_descriptions(lines: dict[str, str]) -> None:
-    from rich.table import Table
-
     table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 2))
     table.add_column(no_wrap=True)
     table.add_column()
@@ -95,10 +91,6 @@ def _print_descriptions(lines: dict[str, str]) -> None:
 
 def _print_sources() -> None:
     """Print where teachers come from, and what ``teachers.NAME.options`` can say of each source."""
-    from importlib import import_module
-
-    from teachers import FIELDS, SOURCES
-
     lines = {name: inspect.getdoc(import_module(place)) for name, place in SOURCES.items()}
     _print_descriptions({name: first_sentence(text) for name, text in lines.items()})
     print("options of any source:")
@@ -110,10 +102,6 @@ def _print_sources() -> None:
 
 
 def _print_teachers(for_tests: bool) -> None:
-    from rich.table import Table
-
-    from teachers import TEACHERS
-
     table = Table(box=None, pad_edge=False)
     table.add_column("name", no_wrap=True)
     table.add_column("size")

@@ -242,7 +242,7 @@ def test_doctor__tells_and_goes_on(tmp_path, capfd, monkeypatch):
         assert cli(["doctor", "--output", str(private / "runs" / "mine")]) == 1
     printed = capfd.readouterr()
     assert "Permission denied" in " ".join(printed.out.split())
-    assert "to hint: run folder" in " ".join(printed.out.split())
+    assert "to repair: run folder" in " ".join(printed.out.split())
     assert "Traceback" not in printed.err
 
 

@@ -92,14 +92,14 @@ def test_run__broken_torchvision_is_named_with_its_cure(tmp_path, capsys, monkey
     monkeypatch.syspath_prepend(tmp_path)
     assert run(tmp_path) == 1
     output = " ".join(capsys.readouterr().out.split())
-    assert "✗ to hint: torchvision" in output
+    assert "✗ to repair: torchvision" in output
     assert "operator torchvision::nms does not exist → torch and torchvision come from" in output
 
 
 def test_run__folder_that_is_a_file(tmp_path, capsys):
     (tmp_path / "runs").write_text("")
     assert run(tmp_path / "runs") == 1
-    assert "✗ to hint: run folder" in capsys.readouterr().out
+    assert "✗ to repair: run folder" in capsys.readouterr().out
 
 
 def test_run__missing_demo_package_is_no_failure(tmp_path, capsys, monkeypatch):
@@ -111,13 +111,13 @@ def test_run__missing_demo_package_is_no_failure(tmp_path, capsys, monkeypatch):
 def test_run__missing_library_is_a_failure(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(doctor, "LIBRARIES", ("no-such-package",))
     assert run(tmp_path) == 1
-    assert "✗ to hint: no-such-package" in capsys.readouterr().out
+    assert "✗ to repair: no-such-package" in capsys.readouterr().out
 
 
 def test_run__full_disk(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(doctor, "_LEAST_FREE_GB", 10**9)
     assert run(tmp_path) == 1
-    assert "✗ to hint: free disk" in capsys.readouterr().out
+    assert "✗ to repair: free disk" in capsys.readouterr().out
 
 
 def test_run__driver_without_a_gpu_for_torch(tmp_path, capsys, monkeypatch):
@@ -128,4 +128,4 @@ def test_run__driver_without_a_gpu_for_torch(tmp_path, capsys, monkeypatch):
     (tmp_path / "nvidia-smi").touch(mode=0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert run(tmp_path) == 1
-    assert "✗ to hint: torch\n" in capsys.readouterr().out
+    assert "✗ to repair: torch\n" in capsys.readouterr().out
