@@ -30,7 +30,7 @@ from ..arguments import add_trust_argument
 from ..common import Asked, load_recipe, train_stage
 from .evaluate import show
 from .report import report
-from .sweep import gain_of, sweep, with_upsampler, write_gain
+from .sweep import sweep, with_upsampler
 
 if TYPE_CHECKING:
     from radio_distill.evals.gain import MultiTaskGain
@@ -70,6 +70,8 @@ def run(arguments: argparse.Namespace) -> int:
     from radio_distill.report.gain_tables import beside_tables, gain_table
     from radio_distill.report.tables import print_tables
     from radio_distill.train.checkpoint import find
+
+    from .scoring import gain_of, write_gain
 
     begin, upsamplers = time.monotonic(), arguments.upsamplers
     if arguments.seeds < 1:

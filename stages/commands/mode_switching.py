@@ -11,7 +11,7 @@ reference size, and the shift of the mean feature from there. Written to RUN/mod
     photograph.png              one image's features at each size, one PCA basis a student
     curves.json                 the numbers
 
-What heads predict is left out: it was seen to move with the size as the body's features do.
+What heads predict is left out: it was seen to move with the size as the backbone's features do.
 """
 
 import argparse
@@ -27,7 +27,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from radio_distill.errors import ConfigError
 from radio_distill.system.files import reason_of, replacing
 
-from ..arguments import add_images_argument, add_trust_argument, check_output, run_script, side_of
+from ..arguments import (
+    add_images_argument,
+    add_trust_argument,
+    check_output,
+    run_script,
+    side_of,
+)
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -80,20 +86,22 @@ class Curve:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``radio-distill mode-switching``."""
     add_trust_argument(parser)
-    parser.add_argument("runs", nargs="+", type=Path, help="folders of runs, stages, checkpoints")
-    parser.add_argument(
+    add = parser.add_argument
+    add("runs", nargs="+", type=Path, help="folders of runs, stages, checkpoints")
+    add(
         "--sizes", nargs="+", type=side_of, metavar="PX", help="default: 0.5 to 3 x evaluation.size"
     )
-    parser.add_argument("--reference", type=side_of, metavar="PX", help="default: evaluation.size")
+    add("--reference", type=side_of, metavar="PX", help="default: evaluation.size")
     add_images_argument(parser)
-    parser.add_argument(
-        "--limit", type=int, help="most images; 0 for all (default: evaluation.limit)"
+    add(
+        "--num-images",
+        type=int,
+        metavar="N",
+        help="most images; 0 for all (default: evaluation.limit)",
     )
-    parser.add_argument("--labels", nargs="+", help="names of the runs (default: RUN/STAGE)")
-    parser.add_argument(
-        "--teachers", action="store_true", help="measure the first run's teachers too"
-    )
-    parser.add_argument(
+    add("--labels", nargs="+", help="names of the runs, one for each (default: RUN/STAGE)")
+    add("--teachers", action="store_true", help="measure the first run's teachers too")
+    add(
         "--output", type=Path, metavar="DIR", help="default: mode_switching in the first run folder"
     )
 
@@ -102,31 +110,34 @@ def run(arguments: argparse.Namespace) -> int:
     """Measure, print the tables, write the files."""
     from radio_distill.data.folder import list_images
     from radio_distill.evals.encoder import open_image, spread
-    from radio_distill.loading import find_checkpoint
     from radio_distill.report.feature_images import size_sheet
     from radio_distill.report.tables import print_tables
+    from radio_distill.weights.files import find_checkpoint
+
+    from .scoring import encoder_of, teacher_encoders
 
     runs = _labelled([find_checkpoint(path) for path in arguments.runs], arguments.labels)
-    first_run = next(iter(runs.values()))
-    source = arguments.images or first_run.recipe.evaluation.images
+    first = next(iter(runs.values()))
+    evaluation = first.recipe.evaluation
+    source = arguments.images or evaluation.images
     if not source:
         raise ConfigError("the recipe's evaluation.images is empty; name some by --images")
-    limit = first_run.recipe.evaluation.limit if arguments.limit is None else arguments.limit
-    images = spread(list_images(source), limit)
-    folder = arguments.output or first_run.folder.resolve().parents[2] / "mode_switching"
+    most = evaluation.limit if arguments.num_images is None else arguments.num_images
+    images = spread(list_images(source), most)
+    folder = arguments.output or first.folder.resolve().parents[2] / "mode_switching"
     check_output(folder / "curves.png")
-    students = _students(runs)
-    default = first_run.recipe.evaluation.size
-    sizes = _sizes(students, default, arguments.reference, arguments.sizes)
-    teachers = _teachers(first_run) if arguments.teachers else []
+    students = [encoder_of(checkpoint, label) for label, checkpoint in runs.items()]
+    sizes = _sizes(students, evaluation.size, arguments.reference, arguments.sizes)
+    teachers = teacher_encoders(first) if arguments.teachers else []
     curves = measure(students, images, sizes) + measure(teachers, images, sizes, True)
     print_tables(tables(curves, sizes, len(images)))
     encoders = {encoder.name: encoder for encoder in [*students, *teachers]}
     sheet = size_sheet(open_image(images[0]), encoders, sorted(sizes), SIDE)
     facts = {
-        "runs": {label: str(found.folder) for label, found in runs.items()},
+        "runs": {label: str(checkpoint.folder) for label, checkpoint in runs.items()},
         "images": source,
         "num_images": len(images),
+        "encoders": [_plain(curve) for curve in curves],
     }
     _write(folder, curves, sheet, facts)
     print(f"figure, photograph and numbers: {folder}")
@@ -137,36 +148,18 @@ def _labelled(
     runs: "Sequence[Checkpoint]", labels: Sequence[str] | None
 ) -> "dict[str, Checkpoint]":
     """Name runs as the figure calls them; raises ConfigError where names do not tell them apart."""
+    from .scoring import check_labels
+
+    check_labels(labels, len(runs))
     names = labels or ["/".join(run.folder.resolve().parts[-4:-2]) for run in runs]
     if not labels and len({run.step for run in runs}) > 1:
         names = [
             f"{name}/step-{run.step}" if names.count(name) > 1 else name
             for name, run in zip(names, runs, strict=True)
         ]
-    if len(names) != len(runs):
-        raise ConfigError(f"--labels: {len(names)} for {len(runs)} runs; give one for each run")
     if len(set(names)) < len(names):
         raise ConfigError(f"two runs are called alike ({', '.join(names)}); tell them by --labels")
     return dict(zip(names, runs, strict=True))
-
-
-def _students(runs: "Mapping[str, Checkpoint]") -> "list[Encoder]":
-    from radio_distill.system.distributed import World, choose_device
-
-    from .scoring import encoder_of
-
-    return [
-        encoder_of(run, choose_device(run.recipe.engine.device, World()), label)
-        for label, run in runs.items()
-    ]
-
-
-def _teachers(run: "Checkpoint") -> "list[Encoder]":
-    from radio_distill.system.distributed import World, choose_device
-
-    from .scoring import teacher_encoders
-
-    return teacher_encoders(run.recipe, choose_device(run.recipe.engine.device, World()))
 
 
 def _sizes(
@@ -177,27 +170,23 @@ def _sizes(
     Given ones are taken as they are or refused; defaults move to what the first student takes,
     which is any multiple of its patch.
     """
+
+    def nearest(student: "Encoder", side: float) -> int:
+        return student.nearest_size((max(round(side), 1), max(round(side), 1)))[0]
+
     given = [side for side in (reference, *(sizes or [])) if side is not None]
     for side, student in itertools.product(given, students):
-        _check_size(student, side)
-
-    def nearest(side: float) -> int:
-        return students[0].nearest_size((round(side), round(side)))[0]
-
-    first = nearest(default) if reference is None else reference
-    sides = list(dict.fromkeys([first, *(sizes or [nearest(default * s) for s in SCALES])]))
+        if side != nearest(student, side):
+            raise ConfigError(
+                f"{student.name} cannot take {side} px: sizes are multiples of "
+                f"{student.size_multiple} (nearest {nearest(student, side)})"
+            )
+    first = nearest(students[0], default) if reference is None else reference
+    others = sizes or [nearest(students[0], default * scale) for scale in SCALES]
+    sides = list(dict.fromkeys([first, *others]))
     if len(sides) < 2:
         raise ConfigError(f"--sizes: nothing to compare with the reference {first} px; add a size")
     return [first, *sorted(sides[1:])]
-
-
-def _check_size(student: "Encoder", side: int) -> None:
-    nearest = student.nearest_size((max(side, 1), max(side, 1)))[0]
-    if side != nearest:
-        raise ConfigError(
-            f"{student.name} cannot take {side} px: sizes are multiples of "
-            f"{student.size_multiple} (nearest {nearest})"
-        )
 
 
 def measure(
@@ -237,7 +226,7 @@ def tables(curves: Sequence[Curve], sizes: Sequence[int], num_images: int) -> "l
         f"{num_images} images; an encoder whose patch does not divide a size takes the nearest "
         "multiple, and has no value where it takes none within a patch"
     )
-    found = []
+    made = []
     for title, measure, total, kind, better in MEASURES:
         columns = [Column(f"{side} px", ".1f", better) for side in others]
         rows = []
@@ -246,8 +235,8 @@ def tables(curves: Sequence[Curve], sizes: Sequence[int], num_images: int) -> "l
             cells = [values[taken] if taken else None for taken in map(curve.size_near, others)]
             rows.append((curve.encoder.name, *cells, getattr(curve, total)))
         columns = [Column("encoder"), *columns, Column(kind, ".1f", better)]
-        found.append(Table(f"{title} {reference} px, %", tuple(columns), tuple(rows), (note,)))
-    return found
+        made.append(Table(f"{title} {reference} px, %", tuple(columns), tuple(rows), (note,)))
+    return made
 
 
 def draw(curves: Sequence[Curve], png: Path, svg: Path) -> None:
@@ -293,14 +282,14 @@ def _draw_lines(axes: Any, curves: Sequence[Curve], measure: str) -> None:
 
 
 def _write(folder: Path, curves: Sequence[Curve], sheet: "Image", facts: Mapping[str, Any]) -> None:
-    numbers = {**facts, "encoders": [_plain(curve) for curve in curves]}
+    """Write the figure, the photograph and the numbers; raises ConfigError."""
     try:
         with replacing(folder / "curves.png") as png, replacing(folder / "curves.svg") as svg:
             draw(curves, png, svg)
         with replacing(folder / "photograph.png") as path:
             sheet.save(path, "PNG")
         with replacing(folder / "curves.json") as path:
-            path.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
+            path.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise ConfigError(
             f"cannot write to {folder}: {reason_of(error)}; choose another with --output"

@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING
 
 from radio_distill import __version__
 from radio_distill.errors import ConfigError, DataError
-from radio_distill.evals.scores import SCORES
-from radio_distill.evals.subjects import UNTRAINED, matches
+from radio_distill.evals.subjects import SCORES, UNTRAINED, matches
 from radio_distill.system.progress import Progress
 
 from ..arguments import (
@@ -25,10 +24,8 @@ from ..arguments import (
     add_trust_argument,
     check_output,
 )
-from .sweep import gain_of
 
 if TYPE_CHECKING:
-    from radio_distill.evals.encoder import Encoder
     from radio_distill.evals.gain import MultiTaskGain
     from radio_distill.report.page import Figure
     from radio_distill.report.tables import Table
@@ -44,7 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``radio-distill report``."""
     add_trust_argument(parser)
     parser.add_argument("folder", type=Path, help="run folder")
-    parser.add_argument("--baseline", help="subject of the gain table (default: the first stage 3)")
+    parser.add_argument(
+        "--baseline", help="student that the others are compared with (default: the first stage 3)"
+    )
     parser.add_argument("--output", type=Path, help="file (default: report.html in the run folder)")
     add_num_images_argument(parser, 3)
     add_images_argument(parser)
@@ -52,13 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Write the page."""
-    path = report(
-        arguments.folder,
-        arguments.baseline,
-        arguments.output,
-        arguments.num_images,
-        arguments.images,
-    )
+    asked = arguments
+    path = report(asked.folder, asked.baseline, asked.output, asked.num_images, asked.images)
     print(f"report: {path}")
     return 0
 
@@ -67,62 +61,63 @@ def report(
     folder: Path,
     baseline: str | None = None,
     output: Path | None = None,
-    images: int = 3,
-    source: str | None = None,
+    num_images: int = 3,
+    images: str | None = None,
 ) -> Path:
     """Write the page of a run folder; returns its path."""
     from radio_distill.config import dump
+    from radio_distill.report.charts import training_curves
     from radio_distill.report.gain_tables import gain_tables
     from radio_distill.report.page import Section, write_page
-
-    output = output or folder / "report.html"
-    students = _students(folder)
-    check_output(output)
-    newest = list(students.values())[-1]
-    gain, tables = _tables(folder / SCORES, students, baseline)
-    figures = _sheets(students, images, source or newest.recipe.evaluation.images)
-    sections = [
-        Section("result", "Result", gain_tables(gain)),
-        Section("run", "What was run", facts=_summary(newest, students)),
-        Section("training", "Training", panels=_curves(folder)),
-        Section("scores", "Scores", tables),
-        Section("features", "Features", sheets=figures),
-        Section("recipe", "Recipe", settings=dump(newest.recipe)),
-    ]
-    return write_page(output, f"radio_distill: {newest.recipe.name}", sections)
-
-
-def _students(folder: Path) -> "dict[str, Checkpoint]":
-    """Open the newest checkpoint of each stage 3 of a run, or of its last stage, by stage."""
     from radio_distill.train.checkpoint import find, stage_folders
+    from radio_distill.train.trackers import read_json_lines
 
     stages = stage_folders(folder)
     last = [path for path in stages if path.name.startswith("stage3")] or stages[-1:]
     if not last:
         raise DataError(f"{folder} holds no stage; train one first: radio-distill train")
-    return {path.name: find(path) for path in last}
+    students = {path.name: find(path) for path in last}
+    output = output or folder / "report.html"
+    check_output(output)
+    newest = [*students.values()][-1]
+    gain, tables = _tables(folder, students, baseline)
+    logs = sorted(
+        path for path in folder.glob("stage*/metrics.jsonl") if "." not in path.parent.name
+    )
+    curves = training_curves({path.parent.name: read_json_lines(path) for path in logs})
+    sheets = _sheets(students, num_images, images or newest.recipe.evaluation.images)
+    sections = [
+        Section("result", "Result", gain_tables(gain)),
+        Section("run", "What was run", facts=_facts(newest, students)),
+        Section("training", "Training", panels=curves),
+        Section("scores", "Scores", tables),
+        Section("features", "Features", sheets=sheets),
+        Section("recipe", "Recipe", settings=dump(newest.recipe)),
+    ]
+    return write_page(output, f"radio_distill: {newest.recipe.name}", sections)
 
 
 def _tables(
-    path: Path, students: "Mapping[str, Checkpoint]", baseline: str | None
+    folder: Path, students: "Mapping[str, Checkpoint]", baseline: str | None
 ) -> "tuple[MultiTaskGain, list[Table]]":
     """Compare those students that were scored; and lay out all scores of the run."""
     from radio_distill.evals.scores import read_scores
     from radio_distill.report.gain_tables import score_tables
 
+    from .scoring import gain_of
     from .subjects import student_subject
 
-    scores = read_scores([path.parent])  # other seeds of a run may lie in folders of it
+    scores = read_scores([folder])  # other seeds of a run may lie in folders of it
     scored = {
         name: student
         for name, student in students.items()
         if scores.label_of(student_subject(student)) is not None
     }
     missing = [name for name in students if name not in scored]
-    command = f"radio-distill eval {' '.join(str(path.parent / name) for name in missing)}"
+    command = f"radio-distill eval {' '.join(str(folder / name) for name in missing)}"
     if not scored:
         steps = ", ".join(f"{name} at step {students[name].step}" for name in missing)
-        raise DataError(f"{path} has no scores of {steps}; run {command}")
+        raise DataError(f"{folder / SCORES} has no scores of {steps}; run {command}")
     if missing:
         logger.warning("not scored, so not in the tables: %s; %s", ", ".join(missing), command)
     chosen = [name for name in scored if baseline is None or matches(baseline, name)]
@@ -130,87 +125,57 @@ def _tables(
         raise ConfigError(f"--baseline {baseline} is not among {', '.join(scored)}")
     if baseline is not None and len(chosen) > 1:
         raise ConfigError(f"--baseline {baseline} may be {' or '.join(chosen)}; name one")
-    gain = gain_of(path.parent, [*scored.values()], scored[chosen[0]], references=True)
+    gain = gain_of(folder, [*scored.values()], scored[chosen[0]], references=True)
     return gain, score_tables(scores.results, scores.definitions, scores.measured)
 
 
-def _curves(folder: Path) -> "list[Figure]":
-    from radio_distill.report.charts import training_curves
-    from radio_distill.train.trackers import read_json_lines
-
-    logs = sorted(
-        path for path in folder.glob("stage*/metrics.jsonl") if "." not in path.parent.name
-    )
-    return training_curves({path.parent.name: read_json_lines(path) for path in logs})
-
-
-def _sheets(students: "Mapping[str, Checkpoint]", count: int, source: str) -> "list[Figure]":
+def _sheets(students: "Mapping[str, Checkpoint]", num_images: int, source: str) -> "list[Figure]":
     """Paint the features of held-out images, teachers above students, one column a size."""
     from radio_distill.data.folder import load_images
     from radio_distill.report.feature_images import size_sheet
     from radio_distill.report.page import Figure
 
-    encoders = _encoders(students)
-    images = load_images(source, count)
+    from .scoring import encoder_of, teacher_encoders
+
+    newest = [*students.values()][-1]
+    encoders = {encoder.name: encoder for encoder in teacher_encoders(newest)}
+    encoders[UNTRAINED] = encoder_of(newest, untrained=True)
+    encoders |= {name: encoder_of(student) for name, student in students.items()}
+    max_sizes = sorted({student.recipe.student.max_size for student in students.values()})
+    caption = (
+        "Three principal components of the features as colours, one basis a row: equal colours "
+        "across a row mean equal features at every resolution. A column is the size that encoders "
+        "were given; an encoder that takes other sizes says which, and its cell stays empty where "
+        "it takes none near the column's. Students take any, with their positions stretched above "
+        f"student.max_size ({' and '.join(map(str, max_sizes))} px)."
+    )
+    images = load_images(source, num_images)
     figures = []
     with Progress("images", len(images), unit="images") as bar:
         for number, (key, image) in enumerate(images, 1):
-            sheet = size_sheet(image, encoders, SIZES)
-            caption = (
-                "Three principal components of the features as colours, one basis a row: equal "
-                "colours across a row mean equal features at every resolution. A column is the "
-                "size that encoders were given; an encoder that takes other sizes says which, and "
-                "its cell stays empty where it takes none near the column's. Students take any, "
-                "with their positions stretched above "
-                f"student.max_size ({_max_sizes(students)} px)."
-            )
-            figures.append(Figure(key, caption, sheet))
+            figures.append(Figure(key, caption, size_sheet(image, encoders, SIZES)))
             bar.update(number)
     return figures
 
 
-def _max_sizes(students: "Mapping[str, Checkpoint]") -> str:
-    sizes = sorted({student.recipe.student.max_size for student in students.values()})
-    return " and ".join(map(str, sizes))
-
-
-def _encoders(students: "Mapping[str, Checkpoint]") -> "dict[str, Encoder]":
-    from radio_distill.system.distributed import World, choose_device
-
-    from .scoring import encoder_of, teacher_encoders
-
-    newest = list(students.values())[-1]
-    device = choose_device(newest.recipe.engine.device, World())
-    encoders = {encoder.name: encoder for encoder in teacher_encoders(newest.recipe, device)}
-    encoders[UNTRAINED] = encoder_of(newest, device, untrained=True)
-    encoders |= {name: encoder_of(student, device) for name, student in students.items()}
-    return encoders
-
-
-def _summary(newest: "Checkpoint", students: "Mapping[str, Checkpoint]") -> list[tuple[str, str]]:
+def _facts(newest: "Checkpoint", students: "Mapping[str, Checkpoint]") -> list[tuple[str, str]]:
+    """Say what was run, where, as names and texts."""
     import torch
 
     recipe = newest.recipe
-    steps = ", ".join(
-        f"{name} {stage.steps} steps of {sum(p.batch_size for p in stage.partitions)} images"
+    teachers = [f"{name} ({teacher.preset})" for name, teacher in recipe.teachers.items()]
+    training = [
+        f"{name} {stage.steps} steps of {stage.images_per_step} images"
         for name, stage in recipe.stages.items()
-    )
+    ]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+    python = f"{torch.get_num_threads()} threads, Python {platform.python_version()}"
     return [
         ("recipe", recipe.name),
         ("student", f"{recipe.student.architecture}, patch {recipe.student.patch_size}"),
-        (
-            "teachers",
-            ", ".join(f"{name} ({teacher.preset})" for name, teacher in recipe.teachers.items()),
-        ),
-        ("training", steps),
-        (
-            "compared",
-            ", ".join(f"{name} at step {student.step}" for name, student in students.items()),
-        ),
-        (
-            "machine",
-            f"{device}, {torch.get_num_threads()} threads, Python {platform.python_version()}",
-        ),
+        ("teachers", ", ".join(teachers)),
+        ("training", ", ".join(training)),
+        ("compared", ", ".join(f"{name} at step {one.step}" for name, one in students.items())),
+        ("machine", f"{device}, {python}"),
         ("versions", f"radio_distill {__version__}, torch {torch.__version__}"),
     ]

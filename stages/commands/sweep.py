@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from radio_distill.config import Recipe
-from radio_distill.errors import ConfigError, DataError
+from radio_distill.errors import ConfigError
+from radio_distill.evals.subjects import SCORES
 
 from ..arguments import (
     add_recipe_argument,
@@ -23,11 +24,9 @@ from ..arguments import (
     run_script,
 )
 from ..common import Asked, load_recipe, train_stage
-from .evaluate import SCORES, score_checkpoints
 
 if TYPE_CHECKING:
     from radio_distill.evals.gain import MultiTaskGain
-    from radio_distill.train.checkpoint import Checkpoint
 
 TAKES_FIELDS = True
 
@@ -53,13 +52,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the sweep and print the table."""
+    from radio_distill.report.gain_tables import gain_tables
+    from radio_distill.report.tables import print_tables
+
+    from .scoring import write_gain
+
     output = [f"output={arguments.output}"] if arguments.output else []
     asked = Asked(arguments.recipe, (*output, *arguments.fields))
     recipe = load_recipe(asked.recipe, asked.fields)
     gain, path = sweep(
         recipe, arguments.upsamplers, arguments.baseline, asked=asked, retrain=arguments.retrain
     )
-    show_gain(gain, path.parent)
+    print_tables(gain_tables(gain))
+    write_gain(gain, path.parent)
     return 0
 
 
@@ -100,6 +105,7 @@ def sweep(
     from upsamplers import UPSAMPLERS
 
     from .missing import check_stages
+    from .scoring import gain_of, score_checkpoints
 
     baseline = baseline.removeprefix("stage3-")
     if baseline not in upsamplers:
@@ -112,84 +118,24 @@ def sweep(
     variants = {name: with_upsampler(recipe, name) for name in upsamplers}
     for variant in variants.values():
         check_stages(variant, ["stage3"], asked, resume=True)
-    way_out = "add --retrain to train it anew"
-    found = {
+    trained = {
         name: find(
             train_stage(
-                "stage3", variant, resume=True, asked=asked, retrain=retrain, way_out=way_out
+                "stage3",
+                variant,
+                resume=True,
+                asked=asked,
+                retrain=retrain,
+                way_out="add --retrain to train it anew",
             )
         )
         for name, variant in variants.items()
     }
-    evaluations = [recipe.evaluation] * len(found)
-    (path,) = score_checkpoints([*found.values()], evaluations, references, references)
-    return gain_of(path, [*found.values()], found[baseline]), path
-
-
-def gain_of(
-    path: Path,
-    students: "Sequence[Checkpoint]",
-    baseline: "Checkpoint",
-    references: bool = False,
-) -> "MultiTaskGain":
-    """Compare some checkpoints with one of them, each together with its other seeds.
-
-    Args:
-        path: score file, or a folder of which all below it are read.
-        students: checkpoints that were scored.
-        baseline: one of them.
-        references: show untrained students and teachers too, where they were scored.
-
-    Raises:
-        DataError: there are no scores of one of them.
-    """
-    from radio_distill.evals.gain import multi_task_gain
-    from radio_distill.evals.scores import read_scores
-
-    from .subjects import student_subject
-
-    scores = read_scores([path])
-    labels = {}
-    for student in students:
-        label = scores.label_of(student_subject(student))
-        if label is None:
-            raise DataError(
-                f"{path} has no scores of {student.folder}; run radio-distill eval {student.folder}"
-            )
-        labels[student.folder] = label
-    shown = [label for label, of in scores.subjects.items() if of[0].reference and references]
-    chosen = scores.only([*labels.values(), *shown])
-    return multi_task_gain(
-        chosen.results,
-        labels[baseline.folder],
-        chosen.definitions,
-        may_lack=shown,
-        remarks=chosen.remarks(),
+    students = [*trained.values()]
+    (path,) = score_checkpoints(
+        students, [recipe.evaluation] * len(students), references, references
     )
-
-
-def show_gain(gain: "MultiTaskGain", folder: Path) -> None:
-    """Print the gain table and what does not count; write the first in four formats."""
-    from radio_distill.report.gain_tables import gain_tables
-    from radio_distill.report.tables import print_tables
-
-    print_tables(gain_tables(gain))
-    write_gain(gain, folder)
-
-
-def write_gain(gain: "MultiTaskGain", folder: Path) -> None:
-    """Write the gain table in four formats, and say where."""
-    from radio_distill.report.gain_tables import gain_table
-
-    table = gain_table(gain)
-    for suffix, text in {
-        "md": table.to_markdown(),
-        "csv": table.to_csv(),
-        "tex": table.to_latex(),
-        "json": table.to_json(),
-    }.items():
-        (folder / f"gain.{suffix}").write_text(text, encoding="utf-8")
-    print(f"also as Markdown, CSV, LaTeX and JSON: {folder}/gain.*")
+    return gain_of(path, students, trained[baseline]), path
 
 
 def main(argv: Sequence[str] | None = None) -> int:

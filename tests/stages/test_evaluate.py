@@ -134,11 +134,11 @@ def test_eval__seeds_are_averaged_and_named(tmp_path, asked, capsys):
 
 def test_eval__names_of_the_users(tmp_path, asked, capsys):
     steps = [write_student(tmp_path, step=step, weights=step).folder for step in (2, 4)]
-    assert evaluate(*steps, *asked, "--name", "early", "--name", "late") == 0
+    assert evaluate(*steps, *asked, "--labels", "early", "late") == 0
     assert set(read_scores([tmp_path / "mine"]).results) == {"early", "late"}
-    assert evaluate(*steps, *asked, "--name", "early") == 2
-    assert "--name: 1 for 2 checkpoints" in capsys.readouterr().err
-    assert evaluate(*steps, *asked, "--name", "one", "--name", "one") == 2
+    assert evaluate(*steps, *asked, "--labels", "early") == 2
+    assert "--labels: 1 for 2 runs" in capsys.readouterr().err
+    assert evaluate(*steps, *asked, "--labels", "one", "one") == 2
     assert "called alike (one, one)" in capsys.readouterr().err
 
 

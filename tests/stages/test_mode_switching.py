@@ -102,10 +102,13 @@ def test_command__writes_a_line_a_student_and_a_point_a_size(root, tmp_path, cap
 
 
 def test_command__numbers_are_those_of_the_measure(root, tmp_path):
-    assert command(root, tmp_path, "--reference", "64", "--sizes", "96", "32", "--limit", "2") == 0
+    assert (
+        command(root, tmp_path, "--reference", "64", "--sizes", "96", "32", "--num-images", "2")
+        == 0
+    )
     curve = curves_of(tmp_path)["one/stage1"]
     found = checkpoints.find(root / "one" / "stage1")
-    encoder = encoder_of(found, CPU)
+    encoder = encoder_of(found)
     images = list_images(str(root / "images"))[:2]
     expected = across_sizes(encoder, images, [64, 32, 96])
     assert curve["sizes"] == [
@@ -146,7 +149,7 @@ def test_command__a_student_is_measured_above_its_max_size_as_it_is_loaded(root,
     assert len({point["agreement"] for point in points}) == 4
 
     found = checkpoints.find(root / "one" / "stage1")
-    encoder = encoder_of(found, CPU)
+    encoder = encoder_of(found)
     pixels = torch.rand(1, 3, 192, 160, generator=torch.Generator().manual_seed(0))
     loaded = radio_distill.load(root / "one", heads=())
     with torch.inference_mode():
