@@ -1,4 +1,4 @@
-"""The faces behind which components are exchanged, and nothing else.
+"""The protocols behind which components are exchanged, and nothing else.
 
 A component satisfies a protocol by its methods; there is no base class to inherit.
 """
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from .evals.encoder import Encoder
     from .models.heads import Predictions
     from .normalize.moments import Moments
 
@@ -163,21 +164,6 @@ class Benchmark(Protocol):
         progress: Callable[[int, int], None] | None = None,
     ) -> list[Score]:
         """Measure an encoder on at most ``limit`` images; ``progress`` gets (done, total)."""
-        ...
-
-
-class Encoder(Protocol):
-    """What a benchmark is handed; :class:`radio_distill.evals.encoder.Encoder` is one."""
-
-    @property
-    def name(self) -> str: ...
-
-    def __call__(self, pixels: "Tensor") -> Features:
-        """Encode ``[B, 3, H, W]`` of any size, resized to the nearest that the encoder takes."""
-        ...
-
-    def nearest_size(self, size: Size) -> Size:
-        """Return the size nearest to ``size`` that the encoder takes."""
         ...
 
 
