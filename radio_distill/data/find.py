@@ -66,6 +66,7 @@ def is_hidden(name: str) -> bool:
 class Tree:
     """The files below a folder."""
 
+    folder: Path
     files: list[Path] = field(default_factory=list)
     """All but hidden ones, sorted; also links that lead nowhere, and what is no plain file."""
     num_hidden: int = 0
@@ -97,6 +98,14 @@ class Tree:
         ]
         return ", ".join(filter(None, parts))
 
+    def say_rest(
+        self, used: Collection[Path], besides: Collection[Path] = (), what: str = "images"
+    ) -> None:
+        """Log what is passed over where ``used`` are in use and ``besides`` belong to them."""
+        if rest := self.describe_rest([*used, *besides]):
+            level = logging.INFO if rest == f"{self.num_hidden} hidden" else logging.WARNING
+            say_once(f"{printable(self.folder)}: {len(used)} {what}; passed over: {rest}", level)
+
 
 def list_tree(folder: Path) -> Tree:
     """List what lies below a folder; a folder that is not there is one that cannot be read.
@@ -105,7 +114,7 @@ def list_tree(folder: Path) -> Tree:
         DataError: the folder itself may not be looked into.
     """
     refuse_unreadable(folder)
-    tree = Tree()
+    tree = Tree(folder)
     waiting: list[tuple[Path, frozenset[tuple[int, int]]]] = [(folder, frozenset())]
     while waiting:
         here, above = waiting.pop()

@@ -4,7 +4,6 @@ Nothing is replaced here: a score is only comparable when everyone was asked the
 bad one stops the evaluation with its name.
 """
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -107,7 +106,7 @@ def list_images(source: str) -> list[ImageRef]:
         if paths:
             say_once(f"{printable(folder)}: {len(paths)} images beside the shards are not used")
         return _in_shards(source)
-    _say_rest(folder, tree, paths)
+    tree.say_rest(paths, _side_files(tree))
     if not paths:
         rest = tree.describe_rest([])
         raise DataError(
@@ -119,12 +118,8 @@ def list_images(source: str) -> list[ImageRef]:
     ]
 
 
-def _say_rest(folder: Path, tree: Tree, used: Sequence[Path]) -> None:
-    side_files = [path for path in tree.files if path.suffix.lower() in _SIDE_FILES]
-    if rest := tree.describe_rest([*used, *side_files]):
-        only_hidden = rest == f"{tree.num_hidden} hidden"
-        level = logging.INFO if only_hidden else logging.WARNING
-        say_once(f"{printable(folder)}: {len(used)} images; passed over: {rest}", level)
+def _side_files(tree: Tree) -> list[Path]:
+    return [path for path in tree.files if path.suffix.lower() in _SIDE_FILES]
 
 
 def _in_shards(source: str) -> list[ImageRef]:
@@ -220,11 +215,9 @@ def _by_class(split: Path) -> dict[str, list[Path]]:
     """Return the images of each class folder; what else lies there is counted and said."""
     tree = list_tree(split)
     classes: dict[str, list[Path]] = {path.name: [] for path in _folders(split)}
-    loose = []
+    loose = [path for path in tree.images if path.parent == split]
     for path in tree.images:
-        if path.parent == split:
-            loose.append(path)
-        else:
+        if path.parent != split:
             classes[path.relative_to(split).parts[0]].append(path)
     if not any(classes.values()):
         raise DataError(f"no images found in the class folders of {split}")
@@ -233,7 +226,7 @@ def _by_class(split: Path) -> dict[str, list[Path]]:
             f"{printable(split)}: images in no class folder, passed over: {len(loose)} "
             f"(first: {printable(loose[0].name)})"
         )
-    _say_rest(split, tree, tree.images)
+    tree.say_rest(tree.images, _side_files(tree))
     return classes
 
 

@@ -164,9 +164,7 @@ def _named(root: Path, kind: str, split: str) -> dict[Path, Path]:
         raise DataError(
             f"evaluation.segmentation: no {'.png' if kind == 'masks' else 'images'} in {parent}"
         )
-    if rest := tree.describe_rest(paths):
-        level = logging.INFO if rest == f"{tree.num_hidden} hidden" else logging.WARNING
-        say_once(f"{printable(parent)}: {len(paths)} {kind}; passed over: {rest}", level)
+    tree.say_rest(paths, what=kind)
     named: dict[Path, Path] = {}
     for path in paths:
         name = path.relative_to(parent).with_suffix("")

@@ -37,16 +37,13 @@ def config_of(folder, **options):
 
 
 def source_of(config, slices, images_per_step, seed=0):
-    return ShardBatches(
-        config, seed=seed, images_per_step=images_per_step, slices=in_every_step(slices)
-    )
+    every = slices if callable(slices) else in_every_step(slices)
+    return ShardBatches(config, seed=seed, images_per_step=images_per_step, slices=every)
 
 
 def batches_of(config, slices, steps, start=0, images_per_step=6, seed=11):
     """The batches of some steps, and the source they come from."""
-    source = ShardBatches(
-        config, seed=seed, images_per_step=images_per_step, slices=in_every_step(slices)
-    )
+    source = source_of(config, slices, images_per_step, seed)
     stream = source.batches(start)
     batches = list(itertools.islice(stream, steps))
     stream.close()
@@ -196,11 +193,10 @@ def test_batches__only_bad_images_end_at_once(tmp_path, encode, write_tar, worke
 @pytest.mark.parametrize("workers", [0, 1])
 def test_batches__shard_that_vanishes_is_bad_images(shard_folder, workers):
     config = config_of(shard_folder, workers=workers, max_bad_share=0.2)
-    slices = in_every_step([StepSlice(0, 25, SIZE)])
-    source = ShardBatches(config, seed=0, images_per_step=25, slices=slices)
+    source = source_of(config, [StepSlice(0, 25, SIZE)], 25)
     (shard_folder / "part-0.tar").unlink()
     stream = source.batches(0)
-    ((batch,),) = itertools.islice(stream, 1)
+    (batch,) = next(stream)
     stream.close()
     assert not any(key.startswith("part-0") for key in batch.keys)
     assert source.bad.keys() == {"unreadable"}
@@ -209,8 +205,7 @@ def test_batches__shard_that_vanishes_is_bad_images(shard_folder, workers):
 
 
 def test_batches__too_many_vanished_shards_end_in_one_line(shard_folder):
-    slices = in_every_step([StepSlice(0, 30, SIZE)])
-    source = ShardBatches(config_of(shard_folder), seed=0, images_per_step=30, slices=slices)
+    source = source_of(config_of(shard_folder), [StepSlice(0, 30, SIZE)], 30)
     (shard_folder / "part-3.tar").unlink()
     with pytest.raises(DataError, match=r"unreadable.*part-3\.tar: No such file") as error:
         list(itertools.islice(source.batches(0), 5))
@@ -237,11 +232,7 @@ def wedge(monkeypatch):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches__reads_that_stall_are_bad_images(shard_folder, wedge, workers):
     config = config_of(shard_folder, workers=workers, read_timeout=0.15, max_bad_share=1.0)
-    slices = in_every_step([StepSlice(0, 5, SIZE)])
-    source = ShardBatches(config, seed=0, images_per_step=5, slices=slices)
-    stream = source.batches(0)
-    batches = list(itertools.islice(stream, 5))
-    stream.close()
+    batches, source = batches_of(config, [StepSlice(0, 5, SIZE)], 5, images_per_step=5)
     assert source.bad.keys() == {"stalled"}
     assert source.num_reads == 25 + source.bad["stalled"]
     assert not any(key.startswith("part-0") for (batch,) in batches for key in batch.keys)
@@ -253,8 +244,7 @@ def test_batches__disk_that_stalls_for_good_ends_in_one_line(
 ):
     path = str(tmp_path / "part-0.tar")
     config = config_of(path, workers=workers, read_timeout=0.15, max_bad_share=1.0)
-    slices = in_every_step([StepSlice(0, 2, SIZE)])
-    source = ShardBatches(config, seed=0, images_per_step=2, slices=slices)
+    source = source_of(config, [StepSlice(0, 2, SIZE)], 2)
     with pytest.raises(DataError, match="the disk does not answer: 8 reads"):
         next(source.batches(0))
     assert not multiprocessing.active_children()
@@ -263,8 +253,7 @@ def test_batches__disk_that_stalls_for_good_ends_in_one_line(
 def test_batches__workers_that_wait_for_a_disk_are_ended(shard_folder, tmp_path, wedge):
     path = str(tmp_path / "part-0.tar")
     config = config_of(path, workers=2, read_timeout=600, max_bad_share=1.0)
-    slices = in_every_step([StepSlice(0, 2, SIZE)])
-    source = ShardBatches(config, seed=0, images_per_step=2, slices=slices)
+    source = source_of(config, [StepSlice(0, 2, SIZE)], 2)
     previous = signal.signal(signal.SIGUSR1, stop)  # SIGALRM is the test run's own time-out
     timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGUSR1))
     try:
@@ -286,9 +275,7 @@ def stop(number, frame):
 
 def test_batches__workers_ignore_the_signals_of_slurm(shard_folder):
     config = config_of(shard_folder, workers=2)
-    source = ShardBatches(
-        config, seed=0, images_per_step=2, slices=in_every_step([StepSlice(0, 2, SIZE)])
-    )
+    source = source_of(config, [StepSlice(0, 2, SIZE)], 2)
     stream = source.batches(0)
     next(stream)
     children = multiprocessing.active_children()
@@ -314,9 +301,7 @@ def test_batches__worker_that_dies_is_one_line(shard_folder, monkeypatch):
 
     monkeypatch.setattr(loader._Views, "_batch", make_two_then_die)
     config = config_of(shard_folder, workers=1)
-    source = ShardBatches(
-        config, seed=0, images_per_step=2, slices=in_every_step([StepSlice(0, 2, SIZE)])
-    )
+    source = source_of(config, [StepSlice(0, 2, SIZE)], 2)
     stream = source.batches(0)
     next(stream), next(stream)
     with pytest.raises(DataError, match="a decoding process died"):
@@ -354,8 +339,7 @@ def test_batches__slices_may_differ_from_step_to_step(shard_folder):
             return [StepSlice(0, 4, (16, 16)), StepSlice(4, 6, (16, 16))]
         return [StepSlice(0, 6, (32, 16))]
 
-    source = ShardBatches(config, seed=11, images_per_step=6, slices=slices)
-    stream = list(itertools.islice(source.batches(1), 3))
+    stream, _ = batches_of(config, slices, 3, start=1)
     assert [[len(batch.keys) for batch in step] for step in stream] == [[4, 2], [6], [4, 2]]
     assert stream[1][0].pixels.shape[-2:] == (32, 16)
     whole, _ = batches_of(config, [StepSlice(0, 6, (16, 16))], 3, start=1)
