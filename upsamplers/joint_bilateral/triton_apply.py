@@ -44,17 +44,11 @@ def multiply(low: Tensor, folded: Tensor, folding: Folding) -> Tensor:
     out = low.new_empty(len(low), *folded.shape[2:], channels)
     products = _products(low, folding)
     chunks = max(1, min(triton.cdiv(channels, 256), _PROGRAMS // products))
-    launch = _launch("multiply", low)
-    chunk = triton.cdiv(triton.cdiv(channels, chunks), launch["BLOCK"]) * launch["BLOCK"]
+    constants = _constants("multiply", low, folding) | folding.tile.constants
+    chunk = triton.cdiv(triton.cdiv(channels, chunks), constants["BLOCK"]) * constants["BLOCK"]
+    saturate = low.dtype == torch.float16
     _multiply_kernel[(products, triton.cdiv(channels, chunk))](
-        low,
-        folded,
-        out,
-        *(height, width),
-        CHUNK=chunk,
-        SATURATE=low.dtype == torch.float16,
-        **_tile_constants(low, folding),
-        **launch,
+        low, folded, out, height, width, CHUNK=chunk, SATURATE=saturate, **constants
     )
     return out
 
@@ -65,14 +59,8 @@ def grad_folded(low: Tensor, grad: Tensor, folding: Folding) -> Tensor:
     rows, columns = folding.window
     wide = torch.promote_types(low.dtype, torch.float32)
     out = low.new_empty(len(low), rows * columns, *grad.shape[1:3], dtype=wide)
-    _grad_folded_kernel[(_products(low, folding),)](
-        low,
-        grad,
-        out,
-        *(height, width),
-        **_tile_constants(low, folding),
-        **_launch("grad_folded", low),
-    )
+    constants = _constants("grad_folded", low, folding) | folding.tile.constants
+    _grad_folded_kernel[(_products(low, folding),)](low, grad, out, height, width, **constants)
     return out
 
 
@@ -81,20 +69,16 @@ def grad_low(folded: Tensor, grad: Tensor, folding: Folding) -> Tensor:
     batch, fine_height, fine_width, channels = grad.shape
     height, width = fine_height // folding.factor[0], fine_width // folding.factor[1]
     out = grad.new_empty(batch, height, width, channels)
-    launch = _launch("grad_low", grad)
-    strips = triton.cdiv(width, folding.strip) * triton.cdiv(height, _ROWS)
-    _grad_low_kernel[(batch * strips, triton.cdiv(channels, launch["BLOCK"]))](
-        folded,
-        grad,
-        out,
-        *(height, width),
-        **_factor_constants(grad, folding),
-        ROWS=_ROWS,
-        COLUMNS=folding.strip,
-        CELLS=power_of_two(folding.window[0] * folding.strip, 16),
-        STEP=_STEP,
-        STEPS=triton.cdiv((folding.strip + folding.window[1] - 1) * folding.factor[1], _STEP),
-        **launch,
+    constants = _constants("grad_low", grad, folding) | {
+        "ROWS": _ROWS,
+        "COLUMNS": folding.strip,
+        "CELLS": power_of_two(folding.window[0] * folding.strip, 16),
+        "STEP": _STEP,
+        "STEPS": triton.cdiv((folding.strip + folding.window[1] - 1) * folding.factor[1], _STEP),
+    }
+    strips = batch * triton.cdiv(width, folding.strip) * triton.cdiv(height, _ROWS)
+    _grad_low_kernel[(strips, triton.cdiv(channels, constants["BLOCK"]))](
+        folded, grad, out, height, width, **constants
     )
     return out
 
@@ -107,51 +91,23 @@ def _products(low: Tensor, folding: Folding) -> int:
     return tiles * tile.products(folding.factor)
 
 
-def _launch(name: str, map_: Tensor) -> dict[str, int]:
-    """Return launch settings for ``map_ [B, h, w, C]``."""
+def _constants(name: str, map_: Tensor, folding: Folding) -> dict[str, Any]:
+    """Return constants and launch settings of a kernel for ``map_ [B, h, w, C]``."""
     settings, channels = LAUNCH[name], map_.shape[3]
     block = min(settings["BLOCK"] * 2 // map_.itemsize, power_of_two(channels, 16))
-    return {**settings, "CHANNELS": channels, "BLOCK": block}
-
-
-def _factor_constants(map_: Tensor, folding: Folding) -> dict[str, Any]:
-    (factor_y, factor_x), (window_y, window_x) = folding.factor, folding.window
-    return {
-        "FACTOR_Y": factor_y,
-        "FACTOR_X": factor_x,
-        "WINDOW_Y": window_y,
-        "WINDOW_X": window_x,
-        "SUM": accumulator(map_),
-    }
-
-
-def _tile_constants(map_: Tensor, folding: Folding) -> dict[str, Any]:
-    tile = folding.tile
-    return {
-        **_factor_constants(map_, folding),
-        "ROWS": tile.rows,
-        "COLUMNS": tile.columns,
-        "PIXELS": tile.pixels,
-        "CELLS": tile.cells,
-    }
+    own = {"SUM": accumulator(map_), "CHANNELS": channels, "BLOCK": block}
+    return {**settings, **folding.constants, **own}
 
 
 @triton.jit
-def _tile(
-    height,
-    width,
-    FACTOR_Y: tl.constexpr,
-    FACTOR_X: tl.constexpr,
-    WINDOW_Y: tl.constexpr,
-    WINDOW_X: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    PIXELS: tl.constexpr,
-    CELLS: tl.constexpr,
-):
-    """Return a product's image, its pixels and cells in there, and its ``[pixels, cells]`` weights.
+def _tile(low_ptr, fine_ptr, folded_ptr, height, width, FACTOR_Y: tl.constexpr,
+          FACTOR_X: tl.constexpr, WINDOW_Y: tl.constexpr, WINDOW_X: tl.constexpr,
+          ROWS: tl.constexpr, COLUMNS: tl.constexpr, PIXELS: tl.constexpr, CELLS: tl.constexpr,
+          CHANNELS: tl.constexpr):  # fmt: skip
+    """Return where a product reads and writes: cells, target pixels, ``[pixels, cells]`` weights.
 
-    Each of the three is a tensor of places in an image, and one of whether there is such a place.
+    Each of the three is a tensor of pointers (of the weights, pointer and entry), and one of
+    whether there is such a place.
     """
     fine_columns: tl.constexpr = COLUMNS * FACTOR_X
     fine_pixels: tl.constexpr = ROWS * FACTOR_Y * fine_columns
@@ -182,7 +138,13 @@ def _tile(
     row = row[None, :] - tl.where(inside, own_y, CELLS)[:, None]
     column = column[None, :] - own_x[:, None]
     seen = (row >= 0) & (row < WINDOW_Y) & (column >= 0) & (column < WINDOW_X)
-    return image, pixel, inside, cell, within, entry, seen
+
+    area = height * width
+    fine_area = area * FACTOR_Y * FACTOR_X
+    low = low_ptr + (image * area + cell)[:, None] * CHANNELS
+    fine = fine_ptr + (image * fine_area + pixel)[:, None] * CHANNELS
+    folded_ptr += image * fine_area * (WINDOW_Y * WINDOW_X)
+    return low, within[:, None], fine, inside[:, None], folded_ptr, entry, seen
 
 
 @triton.jit
@@ -190,39 +152,24 @@ def _multiply_kernel(
     low_ptr,  # [B, h, w, C]
     folded_ptr,  # [B, cells, H, W]
     out_ptr,  # [B, H, W, C]
-    height,
-    width,
-    CHUNK: tl.constexpr,
-    SATURATE: tl.constexpr,
-    FACTOR_Y: tl.constexpr,
-    FACTOR_X: tl.constexpr,
-    WINDOW_Y: tl.constexpr,
-    WINDOW_X: tl.constexpr,
-    SUM: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    PIXELS: tl.constexpr,
-    CELLS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    image, pixel, inside, cell, within, entry, seen = _tile(
-        height, width, FACTOR_Y, FACTOR_X, WINDOW_Y, WINDOW_X, ROWS, COLUMNS, PIXELS, CELLS
-    )
-    area = height * width
-    fine_area = area * FACTOR_Y * FACTOR_X
-    low_row = low_ptr + (image * area + cell)[:, None] * CHANNELS
-    out_row = out_ptr + (image * fine_area + pixel)[:, None] * CHANNELS
-    folded_ptr += image * fine_area * (WINDOW_Y * WINDOW_X)
-    weights = tl.load(folded_ptr + entry, seen, 0)
+    height, width, CHUNK: tl.constexpr, SATURATE: tl.constexpr,
+    FACTOR_Y: tl.constexpr, FACTOR_X: tl.constexpr, WINDOW_Y: tl.constexpr, WINDOW_X: tl.constexpr,
+    SUM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PIXELS: tl.constexpr,
+    CELLS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    low, within, out, inside, folded, entry, seen = _tile(
+        low_ptr, out_ptr, folded_ptr, height, width, FACTOR_Y, FACTOR_X, WINDOW_Y, WINDOW_X,
+        ROWS, COLUMNS, PIXELS, CELLS, CHANNELS
+    )  # fmt: skip
+    weights = tl.load(folded + entry, seen, 0)
     for start in range(0, CHUNK, BLOCK):
         channel = tl.program_id(1) * CHUNK + start + tl.arange(0, BLOCK)
         valid = (channel < CHANNELS)[None, :]
-        cells = tl.load(low_row + channel[None, :], within[:, None] & valid, 0)
+        cells = tl.load(low + channel[None, :], within & valid, 0)
         sums = dot(weights, cells, tl.zeros([PIXELS, BLOCK], SUM))
         if SATURATE:
             sums = tl.clamp(sums, -65504.0, 65504.0, propagate_nan=tl.PropagateNan.ALL)
-        tl.store(out_row + channel[None, :], sums, inside[:, None] & valid)
+        tl.store(out + channel[None, :], sums, inside & valid)
 
 
 @triton.jit
@@ -230,36 +177,23 @@ def _grad_folded_kernel(
     low_ptr,  # [B, h, w, C]
     grad_ptr,  # [B, H, W, C]
     grad_folded_ptr,  # [B, cells, H, W]
-    height,
-    width,
-    FACTOR_Y: tl.constexpr,
-    FACTOR_X: tl.constexpr,
-    WINDOW_Y: tl.constexpr,
-    WINDOW_X: tl.constexpr,
-    SUM: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    PIXELS: tl.constexpr,
-    CELLS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    image, pixel, inside, cell, within, entry, seen = _tile(
-        height, width, FACTOR_Y, FACTOR_X, WINDOW_Y, WINDOW_X, ROWS, COLUMNS, PIXELS, CELLS
-    )
-    area = height * width
-    fine_area = area * FACTOR_Y * FACTOR_X
-    low_row = low_ptr + (image * area + cell)[:, None] * CHANNELS
-    grad_row = grad_ptr + (image * fine_area + pixel)[:, None] * CHANNELS
-    grad_folded_ptr += image * fine_area * (WINDOW_Y * WINDOW_X)
+    height, width,
+    FACTOR_Y: tl.constexpr, FACTOR_X: tl.constexpr, WINDOW_Y: tl.constexpr, WINDOW_X: tl.constexpr,
+    SUM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PIXELS: tl.constexpr,
+    CELLS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    low, within, grad, inside, grad_folded, entry, seen = _tile(
+        low_ptr, grad_ptr, grad_folded_ptr, height, width, FACTOR_Y, FACTOR_X, WINDOW_Y, WINDOW_X,
+        ROWS, COLUMNS, PIXELS, CELLS, CHANNELS
+    )  # fmt: skip
     sums = tl.zeros([PIXELS, CELLS], SUM)
     for start in range(0, CHANNELS, BLOCK):
         channel = start + tl.arange(0, BLOCK)
         valid = (channel < CHANNELS)[None, :]
-        cells = tl.load(low_row + channel[None, :], within[:, None] & valid, 0)
-        grad = tl.load(grad_row + channel[None, :], inside[:, None] & valid, 0)
-        sums = dot(grad, tl.trans(cells), sums)
-    tl.store(grad_folded_ptr + entry, sums, seen)
+        cells = tl.load(low + channel[None, :], within & valid, 0)
+        given = tl.load(grad + channel[None, :], inside & valid, 0)
+        sums = dot(given, tl.trans(cells), sums)
+    tl.store(grad_folded + entry, sums, seen)
 
 
 @triton.jit
@@ -267,21 +201,11 @@ def _grad_low_kernel(
     folded_ptr,  # [B, cells, H, W]
     grad_ptr,  # [B, H, W, C]
     grad_low_ptr,  # [B, h, w, C]
-    height,
-    width,
-    FACTOR_Y: tl.constexpr,
-    FACTOR_X: tl.constexpr,
-    WINDOW_Y: tl.constexpr,
-    WINDOW_X: tl.constexpr,
-    SUM: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    CELLS: tl.constexpr,
-    STEP: tl.constexpr,
-    STEPS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    height, width,
+    FACTOR_Y: tl.constexpr, FACTOR_X: tl.constexpr, WINDOW_Y: tl.constexpr, WINDOW_X: tl.constexpr,
+    SUM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CELLS: tl.constexpr,
+    STEP: tl.constexpr, STEPS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Sum what target pixels give back to ROWS x COLUMNS cells, going down the rows of pixels.
 
     WINDOW_Y rows of cells are open at a time, each in the slot of its number modulo WINDOW_Y; the

@@ -27,40 +27,26 @@ _ROW = 1024 if INTERPRETED else 128
 
 def fold(kernel: Tensor, folding: Folding, dtype: torch.dtype) -> Tensor:
     """Return the weights ``[B, cells, H, W]`` of ``kernel [B, T, H, W]``."""
-    batch, _, height, width = kernel.shape
-    rows, columns = folding.window
-    folded = kernel.new_empty(batch, rows * columns, height, width, dtype=dtype)
-    pixels = batch * height * width
-    _fold_kernel[(triton.cdiv(pixels, _ROW),)](
-        kernel, folded, pixels, height, width, **_constants(folded, folding)
-    )
-    return folded
+    folded = kernel.new_empty(len(kernel), folding.cells, *kernel.shape[2:], dtype=dtype)
+    return _run(_fold_kernel, kernel, folded, folding, folded)
 
 
 def unfold(grad_folded: Tensor, folding: Folding, dtype: torch.dtype) -> Tensor:
     """Return the gradient ``[B, T, H, W]`` of the kernel: the transpose of :func:`fold`."""
-    batch, _, height, width = grad_folded.shape
     taps = (2 * folding.radius + 1) ** 2
-    grad = grad_folded.new_empty(batch, taps, height, width, dtype=dtype)
+    grad = grad_folded.new_empty(len(grad_folded), taps, *grad_folded.shape[2:], dtype=dtype)
+    return _run(_unfold_kernel, grad_folded, grad, folding, grad_folded)
+
+
+def _run(function: Any, given: Tensor, out: Tensor, folding: Folding, folded: Tensor) -> Tensor:
+    """Launch over the pixels of ``given``; sums are of the type that ``folded`` needs."""
+    batch, _, height, width = given.shape
     pixels = batch * height * width
-    _unfold_kernel[(triton.cdiv(pixels, _ROW),)](
-        grad_folded, grad, pixels, height, width, **_constants(grad_folded, folding)
-    )
-    return grad
-
-
-def _constants(folded: Tensor, folding: Folding) -> dict[str, Any]:
-    (factor_y, factor_x), (window_y, window_x) = folding.factor, folding.window
-    return {
-        "FACTOR_Y": factor_y,
-        "FACTOR_X": factor_x,
-        "WINDOW_Y": window_y,
-        "WINDOW_X": window_x,
-        "RADIUS": folding.radius,
-        "BICUBIC": folding.bicubic,
-        "ROW": _ROW,
-        "SUM": accumulator(folded),
-    }
+    function[(triton.cdiv(pixels, _ROW),)](
+        given, out, pixels, height, width, **folding.constants, RADIUS=folding.radius,
+        BICUBIC=folding.bicubic, ROW=_ROW, SUM=accumulator(folded),
+    )  # fmt: skip
+    return out
 
 
 @triton.jit
@@ -87,15 +73,8 @@ def _nodes(fine, length, FACTOR: tl.constexpr, BICUBIC: tl.constexpr, SUM: tl.co
 
 
 @triton.jit
-def _axis(
-    position,
-    length,
-    RADIUS: tl.constexpr,
-    FACTOR: tl.constexpr,
-    WINDOW: tl.constexpr,
-    BICUBIC: tl.constexpr,
-    SUM: tl.constexpr,
-):
+def _axis(position, length, RADIUS: tl.constexpr, FACTOR: tl.constexpr, WINDOW: tl.constexpr,
+          BICUBIC: tl.constexpr, SUM: tl.constexpr):  # fmt: skip
     """Return the weights of one axis, tap by tap and in a tap cell by cell, one tensor each."""
     first = position // FACTOR - WINDOW // 2
     weights = ()
@@ -124,18 +103,10 @@ def _planes(pointer, pixel, valid, area, NUMBER: tl.constexpr, SUM: tl.constexpr
 def _fold_kernel(
     kernel_ptr,  # [B, T, H, W]
     folded_ptr,  # [B, cells, H, W]
-    num_pixels,
-    height,
-    width,
-    FACTOR_Y: tl.constexpr,
-    FACTOR_X: tl.constexpr,
-    WINDOW_Y: tl.constexpr,
-    WINDOW_X: tl.constexpr,
-    RADIUS: tl.constexpr,
-    BICUBIC: tl.constexpr,
-    ROW: tl.constexpr,
-    SUM: tl.constexpr,
-):
+    num_pixels, height, width,
+    FACTOR_Y: tl.constexpr, FACTOR_X: tl.constexpr, WINDOW_Y: tl.constexpr, WINDOW_X: tl.constexpr,
+    RADIUS: tl.constexpr, BICUBIC: tl.constexpr, ROW: tl.constexpr, SUM: tl.constexpr,
+):  # fmt: skip
     side: tl.constexpr = 2 * RADIUS + 1
     pixel = tl.program_id(0) * ROW + tl.arange(0, ROW)
     area, valid = height * width, pixel < num_pixels
@@ -162,18 +133,10 @@ def _fold_kernel(
 def _unfold_kernel(
     grad_folded_ptr,  # [B, cells, H, W]
     grad_ptr,  # [B, T, H, W]
-    num_pixels,
-    height,
-    width,
-    FACTOR_Y: tl.constexpr,
-    FACTOR_X: tl.constexpr,
-    WINDOW_Y: tl.constexpr,
-    WINDOW_X: tl.constexpr,
-    RADIUS: tl.constexpr,
-    BICUBIC: tl.constexpr,
-    ROW: tl.constexpr,
-    SUM: tl.constexpr,
-):
+    num_pixels, height, width,
+    FACTOR_Y: tl.constexpr, FACTOR_X: tl.constexpr, WINDOW_Y: tl.constexpr, WINDOW_X: tl.constexpr,
+    RADIUS: tl.constexpr, BICUBIC: tl.constexpr, ROW: tl.constexpr, SUM: tl.constexpr,
+):  # fmt: skip
     side: tl.constexpr = 2 * RADIUS + 1
     pixel = tl.program_id(0) * ROW + tl.arange(0, ROW)
     area, valid = height * width, pixel < num_pixels

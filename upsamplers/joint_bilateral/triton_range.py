@@ -14,6 +14,8 @@ several of its taps, but never a p outside of its window.
 # ruff: noqa: N803 - constants of a kernel are in capitals, as Triton writes them
 # mypy: disallow-untyped-defs=False, disable-error-code="import-untyped, import-not-found"
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -30,20 +32,9 @@ _SIDE = tl.constexpr(4)
 
 def weights(projected: Tensor, temperature: Tensor, sigma: Tensor, radius: int) -> Tensor:
     """Return the weights ``[B, T, H, W]`` of ``projected [B, H, W, K]``."""
-    batch, height, width, keys = projected.shape
+    batch, height, width, _ = projected.shape
     out = projected.new_empty(batch, (2 * radius + 1) ** 2, height, width)
-    _weights_kernel[(_blocks(projected),)](
-        projected,
-        temperature,
-        sigma,
-        out,
-        *(height, width, keys),
-        KEYS=power_of_two(keys, 16),
-        PLACES=_places(radius),
-        RADIUS=radius,
-        SUM=accumulator(projected),
-        num_warps=2,
-    )
+    _run(_weights_kernel, projected, radius, 2, projected, temperature, sigma, out)
     return out
 
 
@@ -55,16 +46,9 @@ def grad_logits(weights: Tensor, grad: Tensor, radius: int) -> tuple[Tensor, Ten
     programs = triton.cdiv(pixels, _ROW)
     distances = out.new_empty(programs)
     _grad_logits_kernel[(programs,)](
-        weights,
-        grad,
-        out,
-        distances,
-        *(pixels, height * width),
-        TAPS=power_of_two(taps),
-        RADIUS=radius,
-        ROW=_ROW,
-        SUM=accumulator(weights),
-    )
+        weights, grad, out, distances, pixels, height * width,
+        TAPS=power_of_two(taps), RADIUS=radius, ROW=_ROW, SUM=accumulator(weights),
+    )  # fmt: skip
     return out, distances.sum()
 
 
@@ -72,23 +56,20 @@ def grad_projected(
     projected: Tensor, grad_logits: Tensor, temperature: Tensor, radius: int
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of ``projected [B, H, W, K]`` and of the temperature."""
-    _, height, width, keys = projected.shape
-    out = torch.empty_like(projected)
-    products = grad_logits.new_empty(_blocks(projected))
-    _grad_projected_kernel[(_blocks(projected),)](
-        projected,
-        grad_logits,
-        temperature,
-        out,
-        products,
-        *(height, width, keys),
-        KEYS=power_of_two(keys, 16),
-        PLACES=_places(radius),
-        RADIUS=radius,
-        SUM=accumulator(projected),
-        num_warps=4,
-    )
+    out, products = torch.empty_like(projected), grad_logits.new_empty(_blocks(projected))
+    tensors = (projected, grad_logits, temperature, out, products)
+    _run(_grad_projected_kernel, projected, radius, 4, *tensors)
     return out, products.sum()
+
+
+def _run(function: Any, map_: Tensor, radius: int, warps: int, *tensors: Tensor) -> None:
+    """Launch over the blocks of ``map_ [B, H, W, K]``; surroundings are padded to powers of two."""
+    _, height, width, keys = map_.shape
+    constants = {"KEYS": power_of_two(keys, 16), "PLACES": power_of_two((4 + 2 * radius) ** 2, 16)}
+    function[(_blocks(map_),)](
+        *tensors, height, width, keys, **constants, RADIUS=radius, SUM=accumulator(map_),
+        num_warps=warps,
+    )  # fmt: skip
 
 
 def accumulator(tensor: Tensor) -> tl.dtype:
@@ -98,11 +79,6 @@ def accumulator(tensor: Tensor) -> tl.dtype:
 
 def _blocks(map_: Tensor) -> int:
     return map_.shape[0] * triton.cdiv(map_.shape[1], 4) * triton.cdiv(map_.shape[2], 4)
-
-
-def _places(radius: int) -> int:
-    """Return how many pixels a block and its surroundings have, as a power of two."""
-    return power_of_two((4 + 2 * radius) ** 2, 16)
 
 
 @triton.jit
@@ -141,14 +117,9 @@ def _weights_kernel(
     temperature_ptr,
     sigma_ptr,
     weights_ptr,  # [B, T, H, W]
-    height,
-    width,
-    keys,
-    KEYS: tl.constexpr,
-    PLACES: tl.constexpr,
-    RADIUS: tl.constexpr,
-    SUM: tl.constexpr,
-):
+    height, width, keys,
+    KEYS: tl.constexpr, PLACES: tl.constexpr, RADIUS: tl.constexpr, SUM: tl.constexpr,
+):  # fmt: skip
     side: tl.constexpr = 2 * RADIUS + 1
     image, y, x, row, column, real = _block(height, width, PLACES, RADIUS)
     inside, key = (y < height) & (x < width), tl.arange(0, KEYS)[None, :]
@@ -182,13 +153,9 @@ def _grad_logits_kernel(
     grad_ptr,  # [B, T, H, W]
     grad_logits_ptr,  # [B, T, H, W]
     distances_ptr,  # [programs]
-    num_pixels,
-    area,
-    TAPS: tl.constexpr,
-    RADIUS: tl.constexpr,
-    ROW: tl.constexpr,
-    SUM: tl.constexpr,
-):
+    num_pixels, area,
+    TAPS: tl.constexpr, RADIUS: tl.constexpr, ROW: tl.constexpr, SUM: tl.constexpr,
+):  # fmt: skip
     side: tl.constexpr = 2 * RADIUS + 1
     pixel, tap = tl.program_id(0) * ROW + tl.arange(0, ROW), tl.arange(0, TAPS)
     entry = ((pixel // area).to(tl.int64) * (side * side) * area + pixel % area)[:, None]
@@ -231,14 +198,9 @@ def _grad_projected_kernel(
     temperature_ptr,
     grad_ptr,  # [B, H, W, K]
     products_ptr,  # [programs]
-    height,
-    width,
-    keys,
-    KEYS: tl.constexpr,
-    PLACES: tl.constexpr,
-    RADIUS: tl.constexpr,
-    SUM: tl.constexpr,
-):
+    height, width, keys,
+    KEYS: tl.constexpr, PLACES: tl.constexpr, RADIUS: tl.constexpr, SUM: tl.constexpr,
+):  # fmt: skip
     side: tl.constexpr = 2 * RADIUS + 1
     image, y, x, row, column, real = _block(height, width, PLACES, RADIUS)
     inside, key = (y < height) & (x < width), tl.arange(0, KEYS)[None, :]

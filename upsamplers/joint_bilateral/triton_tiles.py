@@ -29,6 +29,17 @@ class Folding(NamedTuple):
         return rows, columns
 
     @property
+    def cells(self) -> int:
+        """How many cells a target pixel sees."""
+        return self.window[0] * self.window[1]
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """The same as constants of a kernel."""
+        names = ("FACTOR_Y", "FACTOR_X", "WINDOW_Y", "WINDOW_X")
+        return dict(zip(names, (*self.factor, *self.window), strict=True))
+
+    @property
     def tile(self) -> "Tile":
         """The cells of one product."""
         return _tile(self.factor, self.window)
@@ -47,6 +58,11 @@ class Tile(NamedTuple):
     pixels: int
     """Target pixels of one product; a tile that has more takes several."""
     cells: int
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """The same as constants of a kernel."""
+        return {name.upper(): value for name, value in self._asdict().items()}
 
     def products(self, factor: tuple[int, int]) -> int:
         """Return how many products of ``pixels`` target pixels a tile takes."""
