@@ -1,14 +1,13 @@
-"""Students written so that other libraries load them; each format is a module with one face.
-
-``check(student)`` raises ExportError where the format cannot hold a student, with the reason.
-``export(student, folder)`` writes the folder, whole or not at all, and returns its main file.
-"""
+"""Students written so that other libraries load them; :func:`.write.export` writes any format."""
 
 from importlib import import_module
-from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from ..errors import UnknownNameError
 from ..registry import nearest
+
+if TYPE_CHECKING:
+    from .write import Format
 
 FORMATS = {
     "transformers": "a folder that transformers' AutoModel loads as RadioModel, with the heads",
@@ -18,8 +17,13 @@ FORMATS = {
 }
 
 
-def format_named(name: str) -> ModuleType:
-    """Import a format's module; raises UnknownNameError."""
+def format_named(name: str, **options: Any) -> "Format":
+    """Make a format with its options (``size`` of timm, ``heads`` of onnx).
+
+    Raises:
+        UnknownNameError: where there is none of that name.
+    """
     if name not in FORMATS:
         raise UnknownNameError(f"unknown format {name!r} ({nearest(name, list(FORMATS))})")
-    return import_module(f"{__name__}.{name}")
+    made: Format = getattr(import_module(f"{__name__}.{name}"), name.title())(**options)
+    return made

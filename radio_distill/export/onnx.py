@@ -21,8 +21,8 @@ left to the tools of the runtime that the file is for.
 """
 
 import json
-import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -32,17 +32,10 @@ from torch import Tensor, nn
 from ..errors import ExportError, UnknownNameError
 from ..registry import nearest
 from ..types import Size
-from .files import new_folder
 from .folded import FoldedStudent
-from .model_card import model_card
-from .parity import check_equal, probe_images
+from .write import Format, probe_images
 
-NAME = "onnx"
 OPSET = 18
-TOLERANCE = 1e-4
-"""Largest difference from the student, see :func:`.parity.check_equal`."""
-
-logger = logging.getLogger(__name__)
 
 _EXAMPLE: tuple[int, Size] = (2, (4, 6))
 """Batch and sides of the image that is traced; all different, lest the tracer take two for one."""
@@ -53,7 +46,9 @@ import numpy as np
 import onnxruntime
 
 session = onnxruntime.InferenceSession("FOLDER/model.onnx")
+step = int(session.get_modelmeta().custom_metadata_map["size_step"])
 pixels = np.random.rand(1, 3, {height}, {width}).astype(np.float32)  # RGB in [0, 1]
+assert all(side % step == 0 for side in pixels.shape[2:]), f"sides are multiples of {{step}} px"
 outputs = dict(zip({names}, session.run(None, {{"pixels": pixels}})))
 ```
 
@@ -93,74 +88,76 @@ class _Graph(nn.Module):
         return tuple(outputs)
 
 
-def check(student: FoldedStudent) -> None:
-    """Raise ExportError where a package that writes or runs ONNX is missing; every student fits."""
-    from importlib.util import find_spec
+class Onnx(Format):
+    """A graph of the student, and of the heads of some teachers."""
 
-    missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if find_spec(name) is None]
-    if missing:
-        raise ExportError(
-            f"{NAME} needs {', '.join(missing)}; install them: pip install 'radio-distill[export]'"
+    name, tolerance = "onnx", 1e-4
+
+    def __init__(self, heads: Sequence[str] = ()):
+        self.heads = tuple(heads)
+
+    def check(self, student: FoldedStudent) -> None:
+        """Refuse unknown heads, and missing packages; every student fits."""
+        missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if not find_spec(name)]
+        if missing:
+            raise ExportError(
+                f"onnx needs {', '.join(missing)}; install them: "
+                "pip install 'radio-distill[export]'"
+            )
+        for name in self.heads:
+            if name not in student.model.heads:
+                known = list(student.model.heads)
+                raise UnknownNameError(f"onnx: no head {name!r} ({nearest(name, known)})")
+
+    def write(self, student: FoldedStudent, folder: Path) -> str:
+        """Translate to ONNX, with free batch and sides."""
+        graph, step = _Graph(student, self.heads).eval(), student.model.student.size_step
+        batch, rows, columns = (torch.export.Dim(n, min=1) for n in ("batch", "rows", "columns"))
+        program: Any = torch.onnx.export(
+            graph,
+            tuple(probe_images(step, [_EXAMPLE])),
+            dynamo=True,
+            dynamic_shapes=({0: batch, 2: step * rows, 3: step * columns},),
+            opset_version=OPSET,
+            input_names=["pixels"],
+            output_names=graph.names,
+            verbose=False,
         )
-
-
-def export(student: FoldedStudent, folder: Path, heads: Sequence[str] = ()) -> Path:
-    """Write the ONNX file and run it against the student; returns the file.
-
-    Args:
-        student: what is exported.
-        folder: new folder.
-        heads: names of the teachers whose heads are written too.
-
-    Raises:
-        ExportError: where a package is missing, the file computes something else than the student,
-            or the folder cannot be written.
-        UnknownNameError: where there is no head of a name.
-    """
-    check(student)
-    for name in heads:
-        if name not in student.model.heads:
-            known = list(student.model.heads)
-            raise UnknownNameError(f"{NAME}: no head {name!r} ({nearest(name, known)})")
-    graph = _Graph(student, heads).eval()
-    with new_folder(folder) as draft:
-        program = _traced(student, graph)
+        for value in program.model.graph.inputs:  # names for people
+            value.shape = type(value.shape)(["batch", 3, "height", "width"])
+        for value in program.model.graph.outputs:
+            sides = ["rows", "columns"] if len(value.shape) == 4 else []
+            value.shape = type(value.shape)(["batch", value.shape[1], *sides])
         program.model.metadata_props.update(_metadata(student))
-        program.save(draft / "model.onnx")  # with external data where protobuf's 2 GB are too few
-        card = model_card(student, _usage(student, graph.names), library="onnx")
-        (draft / "README.md").write_text(card, encoding="utf-8")
-        difference = _verify(graph, draft / "model.onnx", student.model.student.size_step)
-    logger.info("%s: largest difference in onnxruntime %.1e", folder, difference)
-    return folder / "model.onnx"
+        program.save(folder / "model.onnx")  # with external data where protobuf's 2 GB are too few
+        return "model.onnx"
 
+    def usage(self, student: FoldedStudent) -> str:
+        """Return an example for :func:`.model_card.model_card`."""
+        height, width = student.preferred_size
+        names = json.dumps(_Graph(student, self.heads).names)
+        step = student.model.student.size_step
+        return _USAGE.format(height=height, width=width, names=names, step=step)
 
-def _traced(student: FoldedStudent, graph: _Graph) -> Any:
-    """Translate to ONNX, with free batch and sides."""
-    step = student.model.student.size_step
-    batch, rows, columns = (torch.export.Dim(name, min=1) for name in ("batch", "rows", "columns"))
-    free = {0: batch, 2: step * rows, 3: step * columns}
-    program = torch.onnx.export(
-        graph,
-        tuple(probe_images(step, [_EXAMPLE])),
-        dynamo=True,
-        dynamic_shapes=(free,),
-        opset_version=OPSET,
-        input_names=["pixels"],
-        output_names=graph.names,
-        verbose=False,
-    )
-    assert program is not None, "torch's exporter returns a program"
-    _name_dimensions(program.model.graph)
-    return program
+    def read_back(
+        self, student: FoldedStudent, folder: Path
+    ) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+        """Yield the outputs of the student and of onnxruntime."""
+        import onnxruntime
 
-
-def _name_dimensions(graph: Any) -> None:
-    """Give the free dimensions of inputs and outputs names for people."""
-    for value in graph.inputs:
-        value.shape = type(value.shape)(["batch", 3, "height", "width"])
-    for value in graph.outputs:
-        sides = ["rows", "columns"] if len(value.shape) == 4 else []
-        value.shape = type(value.shape)(["batch", value.shape[1], *sides])
+        file, providers = str(folder / "model.onnx"), ["CPUExecutionProvider"]
+        session = onnxruntime.InferenceSession(file, providers=providers)
+        graph = _Graph(student, self.heads).eval()
+        for pixels in probe_images(student.model.student.size_step, _PROBES):
+            try:
+                outputs = session.run(None, {"pixels": pixels.numpy()})
+            except Exception as error:  # onnxruntime has a class of its own for every status
+                shape, reason = "x".join(map(str, pixels.shape)), " ".join(str(error).split())
+                raise ExportError(
+                    f"onnx: onnxruntime refuses a batch of {shape}: {reason}"
+                ) from error
+            expected = dict(zip(graph.names, graph(pixels), strict=True))
+            yield expected, dict(zip(graph.names, map(torch.from_numpy, outputs), strict=True))
 
 
 def _metadata(student: FoldedStudent) -> dict[str, str]:
@@ -174,38 +171,3 @@ def _metadata(student: FoldedStudent) -> dict[str, str]:
         "patch_size": str(body.patch_size),
         "size_step": str(body.size_step),
     }
-
-
-def _usage(student: FoldedStudent, names: list[str]) -> str:
-    height, width = student.preferred_size
-    step = student.model.student.size_step
-    return _USAGE.format(height=height, width=width, names=json.dumps(names), step=step)
-
-
-@torch.no_grad()
-def _verify(graph: _Graph, path: Path, step: int) -> float:
-    """Return the largest difference between onnxruntime and the student over several sizes.
-
-    Raises:
-        ExportError: where they differ, or onnxruntime refuses a size.
-    """
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    differences = []
-    for pixels in probe_images(step, _PROBES):
-        expected = dict(zip(graph.names, graph(pixels), strict=True))
-        outputs = map(torch.from_numpy, _run(session, pixels))
-        found = dict(zip(graph.names, outputs, strict=True))
-        differences.append(check_equal(NAME, expected, found, TOLERANCE))
-    return max(differences)
-
-
-def _run(session: Any, pixels: Tensor) -> list[Any]:
-    try:
-        outputs: list[Any] = session.run(None, {"pixels": pixels.numpy()})
-    except Exception as error:  # onnxruntime has a class of its own for every status
-        shape = "x".join(map(str, pixels.shape))
-        reason = " ".join(str(error).split())
-        raise ExportError(f"{NAME}: onnxruntime refuses a batch of {shape}: {reason}") from error
-    return outputs

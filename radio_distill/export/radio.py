@@ -15,12 +15,9 @@ from torch import Tensor, nn
 
 from ..errors import ExportError
 from ..system.files import reason_of
-from .blocks import BlockShape, block_shape, body_tensors
-from .files import new_folder
+from .blocks import block_shape, body_tensors
 from .folded import FoldedStudent
-from .model_card import model_card
-
-NAME = "radio"
+from .write import Format
 
 _ARCHITECTURES = {
     # width, depth, attention heads, channels in the MLP, LayerScale
@@ -35,6 +32,20 @@ _ARCHITECTURES = {
     (1280, 32, 16, 5120, False): "vit_huge_patch16_224",
     (1536, 40, 24, 6144, False): "vit_giant_patch16_224",
 }
+_UNUSED: dict[str, Any] = {
+    "pretrained": False,
+    "initial_checkpoint": "",
+    "torchscript": False,
+    "drop": 0.0,
+    "spectral_reparam": False,
+    "spectral_heads": False,
+    "register_multiple": None,
+    **dict.fromkeys(
+        ("in_chans", "input_size", "num_classes", "drop_path", "drop_block", "gp", "bn_momentum",
+         "bn_eps", "damp")
+    ),
+}  # fmt: skip
+"""Arguments that the hub's code reads and that say nothing of a folded student."""
 _USAGE = """\
 ```python
 import torch
@@ -48,38 +59,35 @@ The hub's code is under a licence of its own, which does not allow commercial us
 the file: load only files that you trust."""
 
 
-def check(student: FoldedStudent) -> None:
-    """Raise ExportError where the hub's code would not build this student, with the reason."""
-    if student.config.window_size:
-        raise ExportError(
-            f"{NAME} cannot hold student.window_size {student.config.window_size}: a checkpoint of "
-            "this layout cannot say it; export it as onnx"
-        )
-    shape = block_shape(student, NAME)
-    if shape.gated or (shape.activation, shape.eps, shape.qkv_bias) != ("gelu", 1e-6, True):
-        raise ExportError(
-            f"{NAME} cannot hold student.architecture {student.config.architecture!r}: its bodies "
-            "have GELU, a bias on queries, keys and values, and norms of eps 1e-6; export it as "
-            "transformers or onnx"
-        )
-    if _numbers(student, shape) not in _ARCHITECTURES:
-        known = ", ".join(_ARCHITECTURES.values())
-        raise ExportError(
-            f"{NAME} cannot hold student.architecture {student.config.architecture!r}: its code "
-            f"knows no body of these sizes (it knows {known}); export it as transformers or onnx"
-        )
+class Radio(Format):
+    """``RECIPE.pth.tar``. It is not read back, since its reader is not ours to install."""
 
+    name = "radio"
 
-def export(student: FoldedStudent, folder: Path) -> Path:
-    """Write ``RECIPE.pth.tar`` and a model card into ``folder``; returns the checkpoint.
+    def check(self, student: FoldedStudent) -> None:
+        """Refuse what the hub's code would not build."""
+        if student.config.window_size:
+            raise ExportError(
+                f"radio cannot hold student.window_size {student.config.window_size}: a checkpoint "
+                "of this layout cannot say it; export it as onnx"
+            )
+        shape = block_shape(student, self.name)
+        what = f"radio cannot hold student.architecture {student.config.architecture!r}"
+        if shape.gated or (shape.activation, shape.eps, shape.qkv_bias) != ("gelu", 1e-6, True):
+            raise ExportError(
+                f"{what}: its bodies have GELU, a bias on queries, keys and values, and norms of "
+                "eps 1e-6; export it as transformers or onnx"
+            )
+        if _numbers(student) not in _ARCHITECTURES:
+            known = ", ".join(_ARCHITECTURES.values())
+            raise ExportError(
+                f"{what}: its code knows no body of these sizes (it knows {known}); export it as "
+                "transformers or onnx"
+            )
 
-    Raises:
-        ExportError: where the layout cannot hold the student, or the folder cannot be written.
-    """
-    check(student)
-    arguments = _arguments(student)
-    file = f"{student.checkpoint.recipe.name}.pth.tar"
-    with new_folder(folder) as draft:
+    def write(self, student: FoldedStudent, folder: Path) -> str:
+        """Write the checkpoint."""
+        arguments = _arguments(student)
         content = {
             "state_dict": _tensors(student),
             "args": arguments,
@@ -87,17 +95,22 @@ def export(student: FoldedStudent, folder: Path) -> Path:
             "epoch": 0,
         }
         try:
-            torch.save(content, draft / file)
+            torch.save(content, folder / _file(student))
         except RuntimeError as error:  # torch's way of saying that the disk is full
-            raise ExportError(f"cannot write {folder / file}: {reason_of(error)}") from error
-        usage = _USAGE.format(file=file, names=list(student.checkpoint.teachers))
-        card = model_card(student, usage, library="radio")
-        (draft / "README.md").write_text(card, encoding="utf-8")
-    return folder / file
+            raise OSError(reason_of(error)) from error
+        return _file(student)
+
+    def usage(self, student: FoldedStudent) -> str:
+        """Return an example for :func:`.model_card.model_card`."""
+        return _USAGE.format(file=_file(student), names=list(student.checkpoint.teachers))
 
 
-def _numbers(student: FoldedStudent, shape: BlockShape) -> tuple[int, int, int, int, bool]:
-    body = student.model.student
+def _file(student: FoldedStudent) -> str:
+    return f"{student.checkpoint.recipe.name}.pth.tar"
+
+
+def _numbers(student: FoldedStudent) -> tuple[int, int, int, int, bool]:
+    body, shape = student.model.student, block_shape(student, Radio.name)
     return body.embed_dim, len(body.blocks), shape.heads, shape.mlp_hidden, shape.layer_scale
 
 
@@ -107,7 +120,7 @@ def _tensors(student: FoldedStudent) -> dict[str, Tensor]:
         f"base_model.{key.replace('.gamma', '.grandma')}": value
         for key, value in body_tensors(body).items()
     }
-    if block_shape(student, NAME).layer_scale:  # the v2 bodies have registers that nothing reads
+    if block_shape(student, Radio.name).layer_scale:  # v2 bodies have registers that nothing reads
         tensors["base_model.reg_token"] = torch.zeros(1, 4, body.embed_dim)
     if student.config.final_norm:
         tensors |= _below("base_model.norm", body.norm)
@@ -137,57 +150,27 @@ def _labels(student: FoldedStudent) -> list[str]:
 
 def _arguments(student: FoldedStudent) -> Namespace:
     """Return the training arguments that the hub's code asks for."""
-    body, config = student.model.student, student.config
-    numbers = _numbers(student, block_shape(student, NAME))
-    patch = {} if body.patch_size == 16 else {"patch_size": body.patch_size}
-    return Namespace(
-        model=_ARCHITECTURES[numbers],
-        model_kwargs=patch,
-        model_norm=config.final_norm,
-        cpe_max_size=len(body.positions.table) * body.patch_size,
-        cpe_num_registers=body.num_prefix_tokens - body.num_summary_tokens,
-        register_multiple=None,
-        cls_token_per_teacher=True,
-        teachers=_teachers(student),
-        mlp_version="v2",
-        spatial_mlp_version="v2",
-        dtype=torch.float32,
-        **_UNUSED,
-    )
-
-
-_UNUSED: dict[str, Any] = {
-    "pretrained": False,
-    "initial_checkpoint": "",
-    "torchscript": False,
-    "in_chans": None,
-    "input_size": None,
-    "num_classes": None,
-    "drop": 0.0,
-    "drop_path": None,
-    "drop_block": None,
-    "gp": None,
-    "bn_momentum": None,
-    "bn_eps": None,
-    "spectral_reparam": False,
-    "spectral_heads": False,
-    "damp": None,
-}
-"""Arguments that the hub's code reads and that say nothing of a folded student."""
-
-
-def _teachers(student: FoldedStudent) -> list[dict[str, Any]]:
-    """Describe the teachers; the type is one that asks for no text encoder."""
-    specs = student.checkpoint.teachers
-    return [
+    body, versions = student.model.student, {"mlp_version": "v2", "spatial_mlp_version": "v2"}
+    teachers = [
         {
             "name": name,
-            "type": "generic",
+            "type": "generic",  # one that asks for no text encoder
             "model": student.checkpoint.recipe.teachers[name].preset,
             "use_summary": spec.summary_channels is not None,
             "token_slot": slot,
-            "mlp_version": "v2",
-            "spatial_mlp_version": "v2",
+            **versions,
         }
-        for slot, (name, spec) in enumerate(specs.items())
+        for slot, (name, spec) in enumerate(student.checkpoint.teachers.items())
     ]
+    return Namespace(
+        model=_ARCHITECTURES[_numbers(student)],
+        model_kwargs={} if body.patch_size == 16 else {"patch_size": body.patch_size},
+        model_norm=student.config.final_norm,
+        cpe_max_size=len(body.positions.table) * body.patch_size,
+        cpe_num_registers=body.num_prefix_tokens - body.num_summary_tokens,
+        cls_token_per_teacher=True,
+        teachers=teachers,
+        dtype=torch.float32,
+        **versions,
+        **_UNUSED,
+    )

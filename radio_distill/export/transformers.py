@@ -15,8 +15,8 @@ with no more than a line in its log. So LayerScale is written under transformers
 folder is read back and compared with the student before it gets its final name.
 """
 
-import logging
 import math
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,16 +30,8 @@ from .. import __version__
 from ..errors import ExportError
 from ..system.progress import quiet_transformers
 from .blocks import BlockShape, block_shape, body_tensors
-from .files import new_folder, write_json
 from .folded import FoldedStudent
-from .model_card import model_card
-from .parity import check_equal, probe_images
-
-logger = logging.getLogger(__name__)
-
-NAME = "transformers"
-TOLERANCE = 1e-4
-"""Largest difference of the folder's model from the student, see :func:`.parity.check_equal`."""
+from .write import Format, probe_images, write_json
 
 _GAPS = ("missing_keys", "unexpected_keys", "mismatched_keys")
 
@@ -64,46 +56,73 @@ model = radio_distill.load("FOLDER")
 ```"""
 
 
-def check(student: FoldedStudent) -> None:
-    """Raise ExportError where RadioModel cannot hold a student, with the reason."""
-    config = student.config
-    if config.window_size:
-        raise ExportError(
-            f"{NAME} cannot hold student.window_size {config.window_size}: RadioModel attends "
-            "globally in every block; export it as onnx"
-        )
-    if config.final_norm:
-        raise ExportError(
-            f"{NAME} cannot hold student.final_norm: RadioModel ends with its last block; "
-            "export it as onnx"
-        )
-    shape = block_shape(student, NAME)
-    if shape.gated and shape.mlp_hidden % 8:
-        raise ExportError(
-            f"{NAME} cannot hold a SwiGLU of {shape.mlp_hidden} channels: RadioModel rounds to "
-            "multiples of 8; export it as onnx"
-        )
+class Transformers(Format):
+    """A RadioModel."""
 
+    name, tolerance = "transformers", 1e-4
 
-def export(student: FoldedStudent, folder: Path) -> Path:
-    """Write the model folder; returns it.
+    def check(self, student: FoldedStudent) -> None:
+        """Refuse what RadioModel cannot hold."""
+        what = ""
+        if student.config.window_size:
+            what = f"student.window_size {student.config.window_size}: RadioModel attends globally"
+            what += " in every block"
+        elif student.config.final_norm:
+            what = "student.final_norm: RadioModel ends with its last block"
+        else:
+            shape = block_shape(student, self.name)
+            if shape.gated and shape.mlp_hidden % 8:
+                what = f"a SwiGLU of {shape.mlp_hidden} channels: RadioModel rounds to multiples"
+                what += " of 8"
+        if what:
+            raise ExportError(f"transformers cannot hold {what}; export it as onnx")
 
-    Raises:
-        ExportError: where RadioModel cannot hold the student, or the folder cannot be written.
-    """
-    check(student)
-    with new_folder(folder) as draft:
-        _config(student).save_pretrained(draft)
+    def write(self, student: FoldedStudent, folder: Path) -> str:
+        """Write weights, heads and configurations."""
+        _config(student).save_pretrained(folder)
         tensors = {key: value.contiguous() for key, value in _tensors(student).items()}
-        save_file(tensors, draft / "model.safetensors", metadata={"format": "pt"})
-        save_file(student.model.adaptors.state_dict(), draft / "adaptors.safetensors")
-        write_json(draft / "preprocessor_config.json", _preprocessor(student))
-        write_json(draft / "radio_distill.json", description(student))
-        card = model_card(student, _usage(student), library="transformers")
-        (draft / "README.md").write_text(card, encoding="utf-8")
-        difference = _verify(student, draft)
-    logger.info("%s: largest difference in transformers %.1e", folder, difference)
-    return folder
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        save_file(student.model.adaptors.state_dict(), folder / "adaptors.safetensors")
+        write_json(folder / "preprocessor_config.json", _preprocessor(student))
+        write_json(folder / "radio_distill.json", description(student))
+        return ""
+
+    def usage(self, student: FoldedStudent) -> str:
+        """Return an example for :func:`.model_card.model_card`."""
+        body, (height, width) = student.model.student, student.preferred_size
+        return _USAGE.format(
+            height=height,
+            width=width,
+            patch=body.patch_size,
+            summary=len(student.summary_slots) * body.embed_dim,
+            cells=height * width // body.patch_size**2,
+            width_of_model=body.embed_dim,
+        )
+
+    def read_back(
+        self, student: FoldedStudent, folder: Path
+    ) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+        """Yield the outputs of the student and of what transformers reads.
+
+        Raises:
+            ExportError: something that was written is not read.
+        """
+        with quiet_transformers():
+            model, report = _library().AutoModel.from_pretrained(folder, output_loading_info=True)
+        gaps = [
+            f"{kind.replace('_', ' ')}: {key}" for kind in _GAPS for key in sorted(report[kind])
+        ]
+        if gaps:
+            raise ExportError(
+                f"transformers does not take all that was written ({gaps[0]}); report it"
+            )
+        body = student.model.student
+        for pixels in probe_images(body.patch_size, [(1, (2, 3))]):
+            tokens, spatial = body(pixels)
+            expected = {"features": rearrange(spatial, "b d h w -> b (h w) d")}
+            if student.summary_slots:
+                expected["summary"] = tokens[:, student.summary_slots].flatten(1)
+            yield expected, model.eval()(pixels)
 
 
 def _library() -> Any:
@@ -122,7 +141,7 @@ def _library() -> Any:
 
 def _config(student: FoldedStudent) -> Any:
     """Return the RadioConfig."""
-    body, shape = student.model.student, block_shape(student, NAME)
+    body, shape = student.model.student, block_shape(student, Transformers.name)
     return _library().RadioConfig(
         architectures=["RadioModel"],
         dtype="float32",
@@ -154,7 +173,7 @@ def _mlp_ratio(shape: BlockShape, width: int) -> float:
 
 def _tensors(student: FoldedStudent) -> dict[str, Tensor]:
     """Return the tensors under the names that the published models have on the hub."""
-    body, shape = student.model.student, block_shape(student, NAME)
+    body, shape = student.model.student, block_shape(student, Transformers.name)
     tensors = {}
     for key, value in body_tensors(body).items():
         for name, part in _translated(key, value, shape.gated).items():
@@ -207,37 +226,3 @@ def description(student: FoldedStudent) -> dict[str, Any]:
         "step": checkpoint.step,
         "versions": {"radio_distill": __version__, "torch": torch.__version__},
     }
-
-
-def _usage(student: FoldedStudent) -> str:
-    body, (height, width) = student.model.student, student.preferred_size
-    return _USAGE.format(
-        height=height,
-        width=width,
-        patch=body.patch_size,
-        summary=len(student.summary_slots) * body.embed_dim,
-        cells=height * width // body.patch_size**2,
-        width_of_model=body.embed_dim,
-    )
-
-
-@torch.no_grad()
-def _verify(student: FoldedStudent, folder: Path) -> float:
-    """Return the largest difference of what transformers reads from the student.
-
-    Raises:
-        ExportError: it is too large, or something that was written is not read.
-    """
-    with quiet_transformers():
-        model, report = _library().AutoModel.from_pretrained(folder, output_loading_info=True)
-    gaps = [f"{kind.replace('_', ' ')}: {key}" for kind in _GAPS for key in sorted(report[kind])]
-    if gaps:
-        raise ExportError(f"{NAME} does not take all that was written ({gaps[0]}); report it")
-    body, differences = student.model.student, []
-    for pixels in probe_images(body.patch_size, [(1, (2, 3))]):
-        tokens, spatial = body(pixels)
-        expected = {"features": rearrange(spatial, "b d h w -> b (h w) d")}
-        if student.summary_slots:
-            expected["summary"] = tokens[:, student.summary_slots].flatten(1)
-        differences.append(check_equal(NAME, expected, model.eval()(pixels), TOLERANCE))
-    return max(differences)

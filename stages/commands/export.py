@@ -10,11 +10,10 @@ the student before they are kept.
 
 import argparse
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from radio_distill.errors import ConfigError, ExportError
 from radio_distill.export import FORMATS, format_named
@@ -24,7 +23,7 @@ from radio_distill.system.files import move_aside, reason_of
 from ..arguments import add_trust_argument, check_output, joined_size, size_of
 
 if TYPE_CHECKING:
-    from radio_distill.export.folded import FoldedStudent
+    from radio_distill.export.write import Format
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,10 +42,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Export; prints what was written."""
     from radio_distill.export.folded import folded
+    from radio_distill.export.write import export
     from radio_distill.loading import find_checkpoint
 
-    chosen = format_named(arguments.format)
-    export = exporter(arguments)
+    form = format_of(arguments)
     path = stage_of_run(arguments.run, arguments.stage) if arguments.stage else arguments.run
     checkpoint = find_checkpoint(path)
     logging.info("%s of %s", arguments.format, checkpoint.folder)
@@ -58,25 +57,25 @@ def run(arguments: argparse.Namespace) -> int:
         folder = place / "export" / arguments.format
     check_output(folder, is_folder=True)
     student = folded(checkpoint)
-    chosen.check(student)
+    form.check(student)
     with making_room(folder) if arguments.output is None else nullcontext():
-        path = export(student, folder)
+        path = export(student, folder, form)
     print(path)
     return 0
 
 
-def exporter(arguments: argparse.Namespace) -> "Callable[[FoldedStudent, Path], Path]":
-    """Return the format's function; raises ConfigError for an option of another format."""
-    name, module = arguments.format, format_named(arguments.format)
+def format_of(arguments: argparse.Namespace) -> "Format":
+    """Return the format with its options; raises ConfigError for an option of another format."""
+    options: dict[str, Any] = {}
     for option, its_format in (("size", "timm"), ("heads", "onnx")):
-        if getattr(arguments, option) and name != its_format:
-            raise ConfigError(f"--{option} is for --format {its_format}; leave it out for {name}")
-    export: Callable[[FoldedStudent, Path], Path] = module.export
-    if arguments.size:
-        export = partial(module.export_plain, size=joined_size(arguments.size, "--size"))
-    if arguments.heads:
-        export = partial(module.export, heads=arguments.heads)
-    return export
+        value = getattr(arguments, option)
+        if value and arguments.format in FORMATS and arguments.format != its_format:
+            raise ConfigError(
+                f"--{option} is for --format {its_format}; leave it out for {arguments.format}"
+            )
+        if value:
+            options[option] = joined_size(value, "--size") if option == "size" else value
+    return format_named(arguments.format, **options)
 
 
 def stage_of_run(folder: Path, stage: str) -> Path:

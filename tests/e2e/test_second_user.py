@@ -149,7 +149,7 @@ def test_export__that_fails_leaves_the_earlier_one_in_its_place(two_steps, capfd
     arguments = ["export", str(two_steps), "--format", "transformers"]
     assert cli(arguments) == 0
     earlier = listing(two_steps / "export")
-    monkeypatch.setattr("radio_distill.export.files.os.replace", _fails)
+    monkeypatch.setattr("radio_distill.export.write.os.replace", _fails)
     assert cli(arguments) == 2
     assert "No space left on device" in one_line(capfd)
     monkeypatch.undo()

@@ -86,10 +86,11 @@ def test_load__keeps_only_the_heads_that_are_named(write_run):
 
 @pytest.mark.parametrize("architecture", ["test_vit", "test_vit2"])
 def test_load__an_export_equals_the_run(write_run, tmp_path, architecture):
-    from radio_distill.export.transformers import export
+    from radio_distill.export.transformers import Transformers
+    from radio_distill.export.write import export
 
     run = write_run(architecture=architecture)
-    export(folded(checkpoints.find(run / "stage1")), tmp_path / "export")
+    export(folded(checkpoints.find(run / "stage1")), tmp_path / "export", Transformers())
     model, whole = radio_distill.load(tmp_path / "export"), radio_distill.load(run)
     assert model.teachers == whole.teachers
     assert (model.native_size, model.config) == (whole.native_size, whole.config)
@@ -97,10 +98,11 @@ def test_load__an_export_equals_the_run(write_run, tmp_path, architecture):
 
 
 def test_load__an_export_is_not_what_its_training_started_from(write_run, tmp_path):
-    from radio_distill.export.transformers import export
+    from radio_distill.export.transformers import Transformers
+    from radio_distill.export.write import export
 
     run = write_run(pretrained_sha256="ab" * 32)
-    export(folded(checkpoints.find(run / "stage1")), tmp_path / "export")
+    export(folded(checkpoints.find(run / "stage1")), tmp_path / "export", Transformers())
     model, whole = radio_distill.load(tmp_path / "export"), radio_distill.load(run)
     assert model.config == whole.config
     assert model.config.pretrained_sha256 == ""
@@ -187,10 +189,11 @@ def test_load__a_radio_of_sizes_that_timm_does_not_know(tmp_path):
 
 
 def test_load__an_export_that_was_tampered_with(write_run, tmp_path):
-    from radio_distill.export.transformers import export
+    from radio_distill.export.transformers import Transformers
+    from radio_distill.export.write import export
 
     folder = tmp_path / "export"
-    export(folded(checkpoints.find(write_run() / "stage1")), folder)
+    export(folded(checkpoints.find(write_run() / "stage1")), folder, Transformers())
     whole = (folder / "radio_distill.json").read_text()
     save_file({"clip.spatial.fc1.bias": torch.zeros(16)}, folder / "adaptors.safetensors")
     with pytest.raises(WeightsError, match="does not hold the heads that are described"):

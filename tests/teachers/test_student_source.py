@@ -73,11 +73,12 @@ def test_run__of_windows_takes_sizes_that_the_patch_divides(write_run):
 def test_export__is_the_run(write_run, tmp_path, preset):
     """As a student, and as any RADIO: with the mean and std that its body was trained with."""
     from radio_distill.export.folded import folded
-    from radio_distill.export.transformers import export
+    from radio_distill.export.transformers import Transformers
+    from radio_distill.export.write import export
     from radio_distill.train import checkpoint
 
     run, folder = write_run(), tmp_path / "export"
-    export(folded(checkpoint.find(run / "stage1")), folder)
+    export(folded(checkpoint.find(run / "stage1")), folder, Transformers())
     mine = build_teacher("mine", TeacherConfig(preset=preset, weights=str(folder)))
     assert mine.spec.native_size == (96, 96)
     pixels = torch.rand(1, 3, 64, 96)
@@ -87,11 +88,12 @@ def test_export__is_the_run(write_run, tmp_path, preset):
 @torch.no_grad()
 def test_timm_export__is_the_run(write_run, tmp_path):
     from radio_distill.export.folded import folded
-    from radio_distill.export.timm import export
+    from radio_distill.export.timm import Timm
+    from radio_distill.export.write import export
     from radio_distill.train import checkpoint
 
     run, folder = write_run(), tmp_path / "export"
-    export(folded(checkpoint.find(run / "stage1")), folder)
+    export(folded(checkpoint.find(run / "stage1")), folder, Timm())
     mine = build_teacher("mine", TeacherConfig(preset="timm", weights=str(folder)))
     pixels = torch.rand(1, 3, 64, 96)
     expected = teacher(run).encode(pixels)

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from radio_distill.errors import UnknownNameError
-from radio_distill.export import onnx as onnx_format
 from radio_distill.export.folded import FoldedStudent
+from radio_distill.export.onnx import Onnx
+from radio_distill.export.write import export
 
 MakeStudent = Callable[..., FoldedStudent]
 
@@ -54,7 +55,7 @@ def _check_outputs(student: FoldedStudent, path: Path, pixels: Tensor) -> list[s
 
 def test_export__every_batch_and_size(make_student: MakeStudent, tmp_path: Path) -> None:
     student = _shallow(make_student(spectral_reparametrization=True), depth=2)
-    path = onnx_format.export(student, tmp_path / "out", heads=("dino", "sam"))
+    path = export(student, tmp_path / "out", Onnx(("dino", "sam")))
     assert path == tmp_path / "out" / "model.onnx"
     for shape in ((1, 224, 224), (3, 224, 192), (2, 160, 320), (1, 16, 16), (1, 768, 512)):
         names = _check_outputs(student, path, torch.rand(shape[0], 3, *shape[1:]))
@@ -93,7 +94,7 @@ def _check_example(student: FoldedStudent, path: Path) -> None:
 
 def test_export__unknown_head(make_student: MakeStudent, tmp_path: Path) -> None:
     with pytest.raises(UnknownNameError, match=r"no head 'dini' \(did you mean 'dino'\?\)"):
-        onnx_format.export(make_student(), tmp_path / "out", heads=("dini",))
+        export(make_student(), tmp_path / "out", Onnx(("dini",)))
     assert not (tmp_path / "out").exists()
 
 
@@ -105,7 +106,7 @@ def test_export__windows_and_teachers_without_summary(
     specs = student.checkpoint.teachers
     specs = {name: replace(spec, summary_channels=None) for name, spec in specs.items()}
     student = replace(student, checkpoint=replace(student.checkpoint, teachers=specs))
-    path = onnx_format.export(student, tmp_path / "out")
+    path = export(student, tmp_path / "out", Onnx())
     for shape in ((1, 96, 32), (3, 64, 160)):
         names = _check_outputs(student, path, torch.rand(shape[0], 3, *shape[1:]))
         assert names == ["features"]

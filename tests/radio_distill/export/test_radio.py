@@ -13,10 +13,16 @@ from radio_distill.config import StudentConfig, TeacherConfig
 from radio_distill.errors import ExportError
 from radio_distill.export import radio as format_
 from radio_distill.export.folded import FoldedStudent
+from radio_distill.export.radio import Radio
+from radio_distill.export.write import export as write
 from radio_distill.models.heads import Head
 from teachers import build_teacher
 
 MakeStudent = Callable[..., FoldedStudent]
+
+
+def export(student: FoldedStudent, folder: Path) -> Path:
+    return write(student, folder, Radio())
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -41,7 +47,7 @@ def test_export__the_reader_of_published_checkpoints_sees_the_student(
 ) -> None:
     pytest.importorskip("transformers")
     student = make_tiny(registers=3, spectral_reparametrization=True)
-    path = format_.export(student, tmp_path / "out")
+    path = export(student, tmp_path / "out")
     body = student.model.student
     config = TeacherConfig(preset="radio", weights=str(path))
     pixels = torch.rand(1, 3, 160, 320)
@@ -55,7 +61,7 @@ def test_export__the_reader_of_published_checkpoints_sees_the_student(
 @torch.no_grad()
 def test_export__heads_by_teacher(make_tiny: MakeStudent, tmp_path: Path) -> None:
     student = make_tiny(teachers=("dino", "sam", "clip"))
-    content = read(format_.export(student, tmp_path / "out"))
+    content = read(export(student, tmp_path / "out"))
     state = content["state_dict"]
     tokens = torch.randn(4, 192)
     for name, head in student.model.heads.items():
@@ -74,7 +80,7 @@ HEADS = StudentConfig(head_hidden=16, head_layers=1)
 
 
 def test_export__arguments_bind_tokens_to_teachers(make_tiny: MakeStudent, tmp_path: Path) -> None:
-    content = read(format_.export(make_tiny(registers=5), tmp_path / "out"))
+    content = read(export(make_tiny(registers=5), tmp_path / "out"))
     assert content.keys() == {"state_dict", "args", "arch", "epoch"}
     arguments = content["args"]
     assert (content["arch"], arguments.model) == ("vit_tiny_patch16_224",) * 2
@@ -95,7 +101,7 @@ def test_export__timm_body_of_the_named_architecture_takes_the_blocks(
 ) -> None:
     """The hub's code builds this body by its name; all but position and tokens fills it."""
     student = make_tiny(final_norm=final_norm, patch_size=32)
-    content = read(format_.export(student, tmp_path / "out"))
+    content = read(export(student, tmp_path / "out"))
     arguments = content["args"]
     body = create_model(arguments.model, num_classes=0, **arguments.model_kwargs)
     assert body.patch_embed.patch_size == (32, 32)
@@ -118,9 +124,9 @@ def test_export__layer_scale_goes_by_its_published_name(
     """Only the v2 bodies of the hub's code have it; here a small one joins them."""
     student = make_student(architecture="test_vit2")
     with pytest.raises(ExportError, match="knows no body of these sizes"):
-        format_.check(student)
+        Radio().check(student)
     monkeypatch.setitem(format_._ARCHITECTURES, (64, 8, 2, 192, True), "small_v2")
-    content = read(format_.export(student, tmp_path / "out"))
+    content = read(export(student, tmp_path / "out"))
     state = content["state_dict"]
     assert content["arch"] == "small_v2"
     scale = student.model.student.blocks[7].ls2.gamma
@@ -133,7 +139,7 @@ def test_check__no_bias_on_queries(make_student: MakeStudent) -> None:
     student = make_student()
     student.model.student.blocks[0].attn.qkv.bias = None
     with pytest.raises(ExportError, match=r"a bias on queries, keys and values.*transformers or"):
-        format_.check(student)
+        Radio().check(student)
 
 
 def test_export__names_that_begin_alike_are_told_apart_by_place(
@@ -158,7 +164,7 @@ def test_check__what_the_layout_cannot_hold(
     make_student: MakeStudent, tmp_path: Path, fields: dict[str, Any], reason: str
 ) -> None:
     with pytest.raises(ExportError) as caught:
-        format_.export(make_student(**fields), tmp_path / "out")
+        export(make_student(**fields), tmp_path / "out")
     message = str(caught.value)
     assert message.startswith("radio cannot hold student.")
     assert reason in message

@@ -16,12 +16,18 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from radio_distill.errors import ConfigError, ExportError
-from radio_distill.export import timm as timm_format
 from radio_distill.export.folded import FoldedStudent
+from radio_distill.export.timm import Timm
+from radio_distill.export.write import export as write
 from radio_distill.models.heads import build_student
+from radio_distill.types import Size
 
 MakeStudent = Callable[..., FoldedStudent]
 SIZES = [(224, 224), (224, 192), (160, 320), (512, 512), (768, 512)]
+
+
+def export(student: FoldedStudent, folder: Path, size: Size | None = None) -> Path:
+    return write(student, folder, Timm(size))
 
 
 def _load(folder: Path) -> Any:
@@ -49,7 +55,7 @@ def test_export__same_tokens_at_every_size(
     make_student: MakeStudent, tmp_path: Path, architecture: str
 ) -> None:
     student = make_student(architecture=architecture)
-    model = _load(timm_format.export(student, tmp_path / "out"))
+    model = _load(export(student, tmp_path / "out"))
     assert type(model) is NaFlexVit
     for height, width in SIZES:
         difference = _difference(student, model, torch.rand(1, 3, height, width))
@@ -69,7 +75,7 @@ def test_export__same_tokens_of_other_students(
     make_student: MakeStudent, tmp_path: Path, fields: dict[str, Any]
 ) -> None:
     student = make_student(**fields)
-    model = _load(timm_format.export(student, tmp_path / "out"))
+    model = _load(export(student, tmp_path / "out"))
     assert _difference(student, model, torch.rand(2, 3, 160, 320)) <= 1e-5
 
 
@@ -85,7 +91,7 @@ def test_export_plain__same_tokens_at_its_size(
     make_student: MakeStudent, tmp_path: Path, architecture: str, size: tuple[int, int]
 ) -> None:
     student = make_student(architecture=architecture)
-    model = _load(timm_format.export_plain(student, tmp_path / "out", size))
+    model = _load(export(student, tmp_path / "out", size))
     assert type(model) is VisionTransformer
     assert _difference(student, model, torch.rand(2, 3, *size)) <= 1e-5
     with pytest.raises(AssertionError, match="height"):
@@ -101,16 +107,16 @@ def test_export__takes_the_name_of_timms_radio_model_that_fits(
     recipe = replace(small.checkpoint.recipe, student=config)
     model = build_student(config, small.checkpoint.teachers).eval()
     student = FoldedStudent(model, replace(small.checkpoint, recipe=recipe))
-    folder = timm_format.export(student, tmp_path / "out")  # raises where features differ
+    folder = export(student, tmp_path / "out")  # raises where features differ
     written = json.loads((folder / "config.json").read_text())
     assert written["architecture"] == "naflexvit_base_patch16_radio_v3"
-    plain = timm_format.export_plain(make_student(), tmp_path / "plain", (64, 96))
+    plain = export(make_student(), tmp_path / "plain", (64, 96))
     assert json.loads((plain / "config.json").read_text())["architecture"] == "test_vit"
 
 
 def test_export__file_loads_by_its_path_too(make_student: MakeStudent, tmp_path: Path) -> None:
     student = make_student()
-    folder = timm_format.export(student, tmp_path / "out")
+    folder = export(student, tmp_path / "out")
     config = json.loads((folder / "config.json").read_text())
     model = timm.create_model(
         config["architecture"],
@@ -125,7 +131,7 @@ def test_export__file_loads_by_its_path_too(make_student: MakeStudent, tmp_path:
 @torch.no_grad()
 def test_export__the_cards_example_runs(make_student: MakeStudent, tmp_path: Path) -> None:
     student = make_student()
-    folder = timm_format.export(student, tmp_path / "out")
+    folder = export(student, tmp_path / "out")
     example = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
     assert example
     names: dict[str, Any] = {}
@@ -142,9 +148,9 @@ def test_check__refuses_windows(make_student: MakeStudent, tmp_path: Path) -> No
     student = make_student(window_size=2, global_blocks=2)
     message = r"timm cannot hold student\.window_size 2: .*; export it as onnx"
     with pytest.raises(ExportError, match=message):
-        timm_format.check(student)
+        Timm().check(student)
     with pytest.raises(ExportError, match=message):
-        timm_format.export_plain(student, tmp_path / "out", (64, 64))
+        export(student, tmp_path / "out", (64, 64))
     assert not (tmp_path / "out").exists()
 
 
@@ -152,14 +158,14 @@ def test_check__refuses_what_naflexvit_cannot_be(make_student: MakeStudent) -> N
     student = make_student(architecture="deit_tiny_patch16_224")
     message = r"no NaFlexViT, .*'deit_tiny_patch16_224'; export it for one size, or as onnx"
     with pytest.raises(ExportError, match=message):
-        timm_format.check(student)
+        Timm().check(student)
 
 
 def test_export_plain__refuses_a_size_that_the_patch_does_not_divide(
     make_student: MakeStudent, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match="100x64 px is not a multiple of patch 16"):
-        timm_format.export_plain(make_student(), tmp_path / "out", (100, 64))
+        export(make_student(), tmp_path / "out", (100, 64))
 
 
 def test_export__writes_nothing_where_timm_reads_another_model(
@@ -168,5 +174,5 @@ def test_export__writes_nothing_where_timm_reads_another_model(
     student = make_student()
     student.model.student.blocks[1].norm1.eps = 0.1  # which no file of weights can hold
     with pytest.raises(ExportError, match="of the written model differs by"):
-        timm_format.export(student, tmp_path / "out")
+        export(student, tmp_path / "out")
     assert not (tmp_path / "out").exists()

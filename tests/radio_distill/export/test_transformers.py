@@ -16,6 +16,8 @@ from torch import nn
 from radio_distill.errors import ExportError
 from radio_distill.export import transformers as format_
 from radio_distill.export.folded import FoldedStudent
+from radio_distill.export.transformers import Transformers
+from radio_distill.export.write import export as write
 
 transformers = pytest.importorskip("transformers")
 MakeStudent = Callable[..., FoldedStudent]
@@ -25,6 +27,10 @@ SIZES = [(224, 224), (224, 192), (160, 320), (512, 512), (768, 512)]
 @pytest.fixture(autouse=True)
 def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+def export(student: FoldedStudent, folder: Path) -> Path:
+    return write(student, folder, Transformers())
 
 
 def loaded(folder: Path) -> nn.Module:
@@ -58,7 +64,7 @@ def test_export__auto_model_equals_the_student(
     make_student: MakeStudent, tmp_path: Path, fields: dict[str, Any]
 ) -> None:
     student = make_student(**fields)
-    folder = format_.export(student, tmp_path / "out")
+    folder = export(student, tmp_path / "out")
     model = loaded(folder)
     for size in SIZES:
         check_equal(student, model, size)
@@ -68,7 +74,7 @@ def test_export__published_width_equals_the_student(
     make_student: MakeStudent, tmp_path: Path
 ) -> None:
     student = make_student(architecture="vit_tiny_patch16_224", registers=7)
-    model = loaded(format_.export(student, tmp_path / "out"))
+    model = loaded(export(student, tmp_path / "out"))
     assert (model.config.hidden_size, model.config.num_hidden_layers) == (192, 12)
     for size in SIZES[:3]:
         check_equal(student, model, size)
@@ -79,7 +85,7 @@ def test_export__layer_scale_under_the_published_name_would_be_lost(
 ) -> None:
     """The trap exists: transformers reads such a file without an error, as another model."""
     student = make_student(architecture="test_vit2")
-    folder = format_.export(student, tmp_path / "out")
+    folder = export(student, tmp_path / "out")
     tensors = load_file(folder / "model.safetensors")
     scales = [key for key in tensors if key.endswith(".layer_scale1.lambda1")]
     assert len(scales) == 8
@@ -90,7 +96,7 @@ def test_export__layer_scale_under_the_published_name_would_be_lost(
     save_file(trapped, folder / "model.safetensors", metadata={"format": "pt"})
     loaded(folder)
     with pytest.raises(ExportError, match="does not take all that was written"):
-        format_._verify(student, folder)
+        list(Transformers().read_back(student, folder))
 
 
 def test_export__without_a_transformers_that_knows_radio(
@@ -100,10 +106,10 @@ def test_export__without_a_transformers_that_knows_radio(
     monkeypatch.setitem(sys.modules, "transformers", ModuleType("transformers"))
     sys.modules["transformers"].__version__ = "5.0"
     with pytest.raises(ExportError, match=r"transformers 5\.0 has no RadioModel"):
-        format_.export(student, tmp_path / "out")
+        export(student, tmp_path / "out")
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ExportError, match="transformers is not installed"):
-        format_.export(student, tmp_path / "out")
+        export(student, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -123,7 +129,7 @@ def test_export__what_reads_back_differently_gets_no_folder(
     monkeypatch.setattr(format_, "_tensors", lambda _: tensors)
     monkeypatch.setattr(format_, "_config", lambda _: config)
     with pytest.raises(ExportError, match="the written model differs"):
-        format_.export(student, tmp_path / "out")
+        export(student, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
 
 
@@ -138,9 +144,9 @@ def swiglu(student: FoldedStudent, hidden: int) -> FoldedStudent:
 
 def test_export__swiglu(make_student: MakeStudent, tmp_path: Path) -> None:
     student = swiglu(make_student(), hidden=168)
-    check_equal(student, loaded(format_.export(student, tmp_path / "out")), (64, 96))
+    check_equal(student, loaded(export(student, tmp_path / "out")), (64, 96))
     with pytest.raises(ExportError, match=r"SwiGLU of 172 channels.*multiples of 8"):
-        format_.check(swiglu(student, hidden=172))
+        Transformers().check(swiglu(student, hidden=172))
 
 
 @pytest.mark.parametrize("activation", [GELUTanh, QuickGELU])
@@ -150,7 +156,7 @@ def test_export__activation(
     student = make_student()
     for block in student.model.student.blocks:
         block.mlp.act = activation()
-    check_equal(student, loaded(format_.export(student, tmp_path / "out")), (64, 96))
+    check_equal(student, loaded(export(student, tmp_path / "out")), (64, 96))
 
 
 def test_export__every_width_of_mlp_survives_the_ratio(make_student: MakeStudent) -> None:
@@ -165,7 +171,7 @@ def test_export__preprocessor_gives_pixels_in_zero_to_one(
 ) -> None:
     from PIL import Image
 
-    folder = format_.export(make_student(), tmp_path / "out")
+    folder = export(make_student(), tmp_path / "out")
     processor = transformers.AutoImageProcessor.from_pretrained(folder)
     pixels = processor(Image.new("RGB", (100, 70), (255, 51, 0)), return_tensors="pt").pixel_values
     assert pixels.shape == (1, 3, 32, 48)  # the size that the stage trained at
@@ -174,7 +180,7 @@ def test_export__preprocessor_gives_pixels_in_zero_to_one(
 
 def test_export__heads_and_their_description(make_student: MakeStudent, tmp_path: Path) -> None:
     student = make_student()
-    folder = format_.export(student, tmp_path / "out")
+    folder = export(student, tmp_path / "out")
     heads = load_file(folder / "adaptors.safetensors")
     assert heads.keys() == student.model.adaptors.state_dict().keys()
     assert torch.equal(
@@ -190,7 +196,7 @@ def test_export__heads_and_their_description(make_student: MakeStudent, tmp_path
 
 def test_export__no_teacher_has_a_summary(make_student: MakeStudent, tmp_path: Path) -> None:
     student = make_student(teachers=("sam",))
-    model = loaded(format_.export(student, tmp_path / "out"))
+    model = loaded(export(student, tmp_path / "out"))
     assert model(torch.rand(1, 3, 32, 32)).summary.shape == (1, 0)
 
 
@@ -209,7 +215,7 @@ def test_check__what_radio_model_cannot_hold(
 ) -> None:
     student = make_student(**fields)
     with pytest.raises(ExportError) as caught:
-        format_.export(student, tmp_path / "out")
+        export(student, tmp_path / "out")
     message = str(caught.value)
     assert message.startswith("transformers cannot hold student.")
     assert reason in message
@@ -221,4 +227,4 @@ def test_check__norms_of_queries_and_keys(make_student: MakeStudent) -> None:
     student = make_student()
     student.model.student.blocks[1].attn.q_norm = nn.LayerNorm(32)
     with pytest.raises(ExportError, match="queries and keys are normalised"):
-        format_.check(student)
+        Transformers().check(student)

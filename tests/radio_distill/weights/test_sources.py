@@ -196,19 +196,21 @@ def test_run__takes_over_mean_and_std(write_run, radio_folder):
 
 
 def test_export__gives_the_features_of_its_run(write_run, tmp_path):
-    from radio_distill.export.transformers import export
+    from radio_distill.export.transformers import Transformers
+    from radio_distill.export.write import export
 
     run = write_run()
-    export(folded(checkpoints.find(run / "stage1")), tmp_path / "export")
+    export(folded(checkpoints.find(run / "stage1")), tmp_path / "export", Transformers())
     check_equal(start(tmp_path / "export"), start(run))
 
 
 def test_timm_export__gives_the_features_of_its_run(write_run, tmp_path):
     """timm calls all prefix tokens but the first registers."""
-    from radio_distill.export.timm import export
+    from radio_distill.export.timm import Timm
+    from radio_distill.export.write import export
 
     run = write_run()
-    export(folded(checkpoints.find(run / "stage1")), tmp_path / "timm")
+    export(folded(checkpoints.find(run / "stage1")), tmp_path / "timm", Timm())
     whole = start(run)
 
     def with_first_token(pixels):
