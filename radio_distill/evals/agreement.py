@@ -117,7 +117,7 @@ def _cosine(features: Tensor, reference: Tensor, mean: Tensor) -> Tensor:
     """Mean cosine of two ``[B, C, h, w]`` on the coarser grid, both less ``mean``."""
     grid = [min(sides) for sides in zip(features.shape[2:], reference.shape[2:], strict=True)]
     features, reference = (
-        F.interpolate(item, grid, mode="bilinear", antialias=True) - mean[:, None, None]
-        for item in (features, reference)
+        F.interpolate(maps, grid, mode="bilinear", antialias=True) - mean[:, None, None]
+        for maps in (features, reference)
     )
     return F.cosine_similarity(features, reference, dim=1).mean()

@@ -78,13 +78,13 @@ class Correspondence:
         )
 
     def _errors(self, encoder: Encoder, pixels: Tensor, matrix: Tensor) -> Tensor:
-        """Distances, in pixels, between where points are found and where they are."""
+        """Return the distances, in pixels, between where points are matched and where they are."""
         size = (pixels.shape[1], pixels.shape[2])
         spatial = encoder(torch.stack([pixels, warped(pixels, matrix)])).spatial
         queries = grid_points(size, self.query_stride)
         truth = transform(queries, matrix)
-        seen = inside(truth, size)
-        queries, truth = queries[seen], truth[seen]
+        shown = inside(truth, size)
+        queries, truth = queries[shown], truth[shown]
         targets = grid_points(size, self.target_stride)
         nearest = nearest_neighbours(
             sample(spatial[0], queries, size), sample(spatial[1], targets, size)

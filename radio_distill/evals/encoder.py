@@ -1,5 +1,5 @@
-"""What a benchmark is handed: a student, a teacher, a public model, or any of them behind an
-upsampler; and the images that it is shown.
+"""Encoders under test (a student, a teacher, a public model, or any of them behind an upsampler),
+and the images that they are shown.
 
 A benchmark asks for images at *its* size; :meth:`Encoder.nearest_size` says which size the encoder
 takes instead. Positions and label maps stay in the benchmark's own pixels, so that encoders of
@@ -34,7 +34,7 @@ class Target:
     size: Size
     """The size at which it sees the images, in pixels."""
     normalizer: Normalizer | None = None
-    """Of the head that is compared with it; None where the head speaks in the teacher's space."""
+    """That of the compared head; None where the head predicts in the teacher's own space."""
     digest: str = ""
     """Says which teacher it is, for the scores; empty where not known."""
 
@@ -71,7 +71,7 @@ class Encoder:
     fixed_size: Size | None = None
     """The only size it takes, if there is but one."""
     heads: Heads | None = None
-    """What fidelity asks; None for an encoder that imitates no teacher."""
+    """For fidelity; None for an encoder that imitates no teacher."""
 
     def nearest_size(self, size: Size) -> Size:
         """Return the size nearest to ``size`` that the encoder takes, aspect ratio kept."""

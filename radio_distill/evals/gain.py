@@ -23,7 +23,7 @@ Results = Mapping[str, Run | Sequence[Run]]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Metric:
-    """What must be known of a metric before its change can be called a gain."""
+    """A metric: its group, its direction, and whether it counts."""
 
     group: str
     """The column of the gain table that it counts in."""
@@ -51,11 +51,11 @@ class Measured:
     against: str = ""
     """Digest of the teacher that fidelity is to; empty where not known."""
     details: str = ""
-    """What else its benchmark says, for instance the number of classes."""
+    """Further facts of its benchmark, for instance the number of classes."""
 
     @property
     def of(self) -> str:
-        """What it was measured on, in words."""
+        """The images and classes that it was measured on, in words."""
         images = f"images {self.num_samples}" if self.num_samples else ""
         return ", ".join(filter(None, (images, self.details)))
 
@@ -87,7 +87,7 @@ class MultiTaskGain:
     beside: dict[str, list[Run]] = field(default_factory=dict)
     """Results of these metrics, by model."""
     remarks: tuple[str, ...] = ()
-    """What else must be said."""
+    """Further notes of the table."""
 
 
 def relative_gain(value: float, baseline: float, higher_is_better: bool) -> float:

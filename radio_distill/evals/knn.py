@@ -58,7 +58,7 @@ class Knn:
         train, val, names = labelled_images(self.folder)
         train, val = thin_out(train, val, limit)
         self._check_bank(train, limit)
-        _say_what_is_seen(train, val, len(names))
+        _log_contents(train, val, len(names))
         embeddings = self._embed(encoder, [path for path, _ in train + val], progress)
         labels = torch.tensor([label for _, label in train + val])
         votes = knn_votes(
@@ -120,14 +120,14 @@ def thin_out(
         classes = set(spread(sorted({label for _, label in val}), limit))
     if len(classes) < 2:
         raise ConfigError(f"knn: evaluation.limit {limit} leaves one class; raise it")
-    return _share_out(train, classes, limit), _share_out(val, classes, limit)
+    return _thin_split(train, classes, limit), _thin_split(val, classes, limit)
 
 
-def _share_out(items: Sequence[Labelled], kept: set[int], limit: int) -> list[Labelled]:
+def _thin_split(split: Sequence[Labelled], kept: set[int], limit: int) -> list[Labelled]:
     groups: dict[int, list[Labelled]] = {}
-    for item in items:
-        if item[1] in kept:
-            groups.setdefault(item[1], []).append(item)
+    for path, label in split:
+        if label in kept:
+            groups.setdefault(label, []).append((path, label))
     counts = dict.fromkeys(groups, 1)
     # The next image goes to the class that is furthest below its share.
     queue = [(1.5 / len(group), label) for label, group in groups.items() if len(group) > 1]
@@ -139,11 +139,11 @@ def _share_out(items: Sequence[Labelled], kept: set[int], limit: int) -> list[La
         counts[label] += 1
         if counts[label] < len(groups[label]):
             heappush(queue, ((counts[label] + 0.5) / len(groups[label]), label))
-    return [item for label, group in groups.items() for item in spread(group, counts[label])]
+    return [image for label, group in groups.items() for image in spread(group, counts[label])]
 
 
-def _say_what_is_seen(train: Sequence[Labelled], val: Sequence[Labelled], num_classes: int) -> None:
-    """Log what the score will be of, so that a class that is lost is seen."""
+def _log_contents(train: Sequence[Labelled], val: Sequence[Labelled], num_classes: int) -> None:
+    """Log how many images and classes there are, so that a class that is lost is noticed."""
     bank = Counter(label for _, label in train)
     shown = {label for _, label in val}
     logger.info(

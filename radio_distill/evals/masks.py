@@ -80,33 +80,29 @@ def open_set(folder: str, limit: int | None = None, ignore: Ignore = "unset") ->
     train, val = (spread(find_pairs(folder, split), limit) for split in ("train", "val"))
     check_sizes(train + val)
     classes = labelled_classes([pair.mask for pair in train], ignore)
+    ignored = ignored_numbers(ignore)
     if len(classes) == 1:
         raise DataError(
             f"evaluation.segmentation: the training masks show one class only, {classes[0]}, "
-            f"beside what is ignored ({listed(ignored_numbers(ignore))}), and of one class every "
-            f"prediction is right; if 0 is a class, set --{FIELD} '[]'"
+            f"beside what is ignored ({listed(ignored)}), and of one class every prediction is "
+            f"right; if 0 is a class, set --{FIELD} '[]'"
             + (", or raise --evaluation.limit" if limit else "")
         )
-    ignored = ignored_numbers(ignore)
-    _say_what_is_seen(train, val, classes, ignored, _pixels([pair.mask for pair in val], ignore))
-    return SegmentationSet(train, val, classes, ignored)
+    data = SegmentationSet(train, val, classes, ignored)
+    _log_contents(data, _pixels([pair.mask for pair in val], ignore))
+    return data
 
 
-def _say_what_is_seen(
-    train: Sequence[Pair],
-    val: Sequence[Pair],
-    classes: np.ndarray,
-    ignored: tuple[int, ...],
-    shown: "Counter[int]",
-) -> None:
+def _log_contents(data: SegmentationSet, shown: "Counter[int]") -> None:
+    """Log how many images and classes a set has; ``shown`` counts the validation pixels."""
     total = sum(shown.values())
-    share = sum(shown[number] for number in ignored) / total
     logger.info(
         "segmentation: %d training and %d validation images, %d classes; ignored: %s (%.1f%% of "
         "the validation pixels)",
-        len(train), len(val), len(classes), listed(ignored), 100 * share,
+        len(data.train), len(data.val), len(data.classes), listed(data.ignore),
+        100 * sum(shown[number] for number in data.ignore) / total,
     )  # fmt: skip
-    unknown = sorted(set(shown) - set(classes.tolist()) - set(ignored))
+    unknown = sorted(set(shown) - set(data.classes.tolist()) - set(data.ignore))
     if unknown:
         logger.warning(
             "segmentation: %.1f%% of the validation pixels show %d classes that no training mask "
@@ -138,13 +134,13 @@ def find_pairs(folder: str, split: str) -> list[Pair]:
         raise DataError(
             f"evaluation.segmentation: no mask in {root / 'masks'} is called as an image of "
             f"{split} in {root / 'images'} is: NAME.jpg has its mask in NAME.png "
-            f"(first image: {_first(alone)}; first mask: {_first(left)})"
+            f"(first image: {printable(alone[0])}; first mask: {printable(left[0])})"
         )
     for what, lack, paths in (("images", "mask", alone), ("masks", "image", left)):
         if paths:
             say_once(
                 f"segmentation: {len(paths)} {what} of {split} without {lack}, passed over (first: "
-                f"{_first(paths)})"
+                f"{printable(paths[0])})"
             )
     return pairs
 
@@ -152,14 +148,14 @@ def find_pairs(folder: str, split: str) -> list[Pair]:
 def _named(root: Path, kind: str, split: str) -> dict[Path, Path]:
     """Return the images or masks of a split by their path within it, without suffix."""
     if not (root / kind).is_dir():
-        found = ", ".join(sorted(path.name for path in root.glob("[!.]*"))[:8]) or "nothing"
+        there = ", ".join(sorted(path.name for path in root.glob("[!.]*"))[:8]) or "nothing"
         raise DataError(
             f"evaluation.segmentation: no folder {root / kind}: expected images/train, images/val, "
-            f"masks/train and masks/val in {root} (found: {printable(found)}); move or link yours"
+            f"masks/train and masks/val in {root} (found: {printable(there)}); move or link yours"
         )
     parent = split_folder(root / kind, split)
     tree = list_tree(parent)
-    paths = [path for path in tree.images if kind == "images" or _is_png(path)]
+    paths = [path for path in tree.images if kind == "images" or path.suffix.lower() == ".png"]
     if not paths:
         raise DataError(
             f"evaluation.segmentation: no {'.png' if kind == 'masks' else 'images'} in {parent}"
@@ -177,14 +173,6 @@ def _named(root: Path, kind: str, split: str) -> dict[Path, Path]:
     return named
 
 
-def _is_png(path: Path) -> bool:
-    return path.suffix.lower() == ".png"
-
-
-def _first(paths: Sequence[Path]) -> str:
-    return printable(paths[0])
-
-
 def check_sizes(pairs: Sequence[Pair]) -> None:
     """Compare every image's size with its mask's, both upright as EXIF says, by their headers.
 
@@ -192,16 +180,21 @@ def check_sizes(pairs: Sequence[Pair]) -> None:
         DataError: they differ, with the pair and the likely reason; or a file is no image.
     """
     shapes = [(pair, _shape(pair.image), _shape(pair.mask)) for pair in pairs]
-    wrong = [item for item in shapes if item[1].upright != item[2].upright]
+    wrong = [row for row in shapes if row[1].upright != row[2].upright]
     if wrong:
         more = f" ({len(wrong) - 1} more pairs differ)" if len(wrong) > 1 else ""
         raise DataError(f"evaluation.segmentation: {_difference(*wrong[0])}{more}")
-    doubtful = [pair for pair, image, mask in shapes if _hides_a_turn(image, mask)]
+    # An orientation of the image alone that leaves its size as it was cannot be told by sizes.
+    doubtful = [
+        pair
+        for pair, image, mask in shapes
+        if image.orientation != 1 and mask.orientation == 1 and image.upright == image.stored
+    ]
     if doubtful:
         say_once(
             f"segmentation: {len(doubtful)} images are turned or mirrored by EXIF, their masks are "
             "not, and sizes do not tell whether these were made for the upright image, as they "
-            f"must be (first: {_first([doubtful[0].image])})"
+            f"must be (first: {printable(doubtful[0].image)})"
         )
 
 
@@ -210,19 +203,21 @@ def _shape(path: Path) -> Shape:
         with open_regular(path) as file:
             return image_shape(file)
     except OSError as error:
-        raise DataError(f"{_first([path])}: {reason_of(error)}") from error
+        raise DataError(f"{printable(path)}: {reason_of(error)}") from error
     except BadImageError as error:
-        raise DataError(f"{_first([path])}: {error}; replace or remove it") from error
+        raise DataError(f"{printable(path)}: {error}; replace or remove it") from error
 
 
 def _difference(pair: Pair, image: Shape, mask: Shape) -> str:
-    said = f"{_first([pair.image])} is {_size(image)}, its mask {_first([pair.mask])} {_size(mask)}"
+    said = (
+        f"{printable(pair.image)} is {_size(image)}, its mask {printable(pair.mask)} {_size(mask)}"
+    )
     if image.turned != mask.turned and image.stored == mask.stored:
         turned, other = ("image", "mask") if image.turned else ("mask", "image")
         path = pair.image if image.turned else pair.mask
         return (
             f"{said}: EXIF turns the {turned} and not the {other}; if the two fit as they are "
-            f"stored, take the tag out of the {turned} (exiftool -Orientation= {_first([path])}), "
+            f"stored, take the tag out of the {turned} (exiftool -Orientation= {printable(path)}), "
             f"else turn the {other}"
         )
     return f"{said}; a mask covers its image pixel by pixel: scale it, with nearest neighbours"
@@ -232,12 +227,6 @@ def _size(shape: Shape) -> str:
     width, height = shape.upright
     stored = f" (upright; stored as {shape.stored[0]}x{shape.stored[1]})" if shape.turned else ""
     return f"{width}x{height} px{stored}"
-
-
-def _hides_a_turn(image: Shape, mask: Shape) -> bool:
-    """Tell whether an orientation of the image alone leaves the size as it was."""
-    moved = image.orientation != 1 and mask.orientation == 1
-    return moved and image.upright == image.stored
 
 
 def ignored_numbers(ignore: Ignore) -> tuple[int, ...]:
@@ -271,19 +260,15 @@ def _pixels(paths: Sequence[Path], ignore: Ignore) -> "Counter[int]":
         values, counts = np.unique(numbers, return_counts=True)
         largest = np.iinfo(numbers.dtype).max
         if ignore == "unset" and values[-1] == largest:
-            raise DataError(_unexplained(path, largest))
+            raise DataError(
+                f"evaluation.segmentation: masks show {largest} (first: {printable(path)}), and "
+                f"nobody said what it is: set --{FIELD} {largest} where it marks what is not "
+                f"labelled (VOC, Cityscapes; 0 is a class then), --{FIELD} 0 where 0 does and "
+                f"{largest} is a class (as ADE20K has 0), --{FIELD} '[0, {largest}]' where both "
+                f"do, or '[]' where all are classes (masks of 0 and {largest})"
+            )
         shown.update(dict(zip(values.tolist(), counts.tolist(), strict=True)))
     return shown
-
-
-def _unexplained(path: Path, number: int) -> str:
-    return (
-        f"evaluation.segmentation: masks show {number} (first: {_first([path])}), and nobody said "
-        f"what it is: set --{FIELD} {number} where it marks what is not labelled (VOC, Cityscapes; "
-        f"0 is a class then), --{FIELD} 0 where 0 does and {number} is a class (as ADE20K has 0), "
-        f"--{FIELD} '[0, {number}]' where both do, or '[]' where all are classes (masks of 0 and "
-        f"{number})"
-    )
 
 
 def _numbers(path: Path) -> np.ndarray:
@@ -301,16 +286,16 @@ def _numbers(path: Path) -> np.ndarray:
             numbers = np.array(upright(image))
     except Image.UnidentifiedImageError as error:
         raise DataError(
-            f"{_first([path])}: not a PNG file, whatever its name says; masks are PNG, since lossy "
-            "formats blur class numbers"
+            f"{printable(path)}: not a PNG file, whatever its name says; masks are PNG, since "
+            "lossy formats blur class numbers"
         ) from error
     except Exception as error:  # decoders fail on damaged bytes with nearly any exception
         raise DataError(
-            f"{_first([path])}: cannot read the mask ({printable(reason_of(error))})"
+            f"{printable(path)}: cannot read the mask ({printable(reason_of(error))})"
         ) from error
     if numbers.ndim != 2:
         raise DataError(
-            f"{_first([path])}: a mask has one channel of class numbers, not {numbers.shape[2]} "
+            f"{printable(path)}: a mask has one channel of class numbers, not {numbers.shape[2]} "
             f"({image.mode}); write the class number of each colour as grey or palette PNG"
         )
     if image.mode == "L" and head[_BIT_DEPTH] in _SCALED_GREY:

@@ -63,8 +63,8 @@ def _check_benchmark(name: str, kind: Any) -> None:
     check_takes(f"{what}: run", kind.run, ("self", "encoder", "limit", "progress"))
     if not is_dataclass(kind):
         raise ConfigError(f"{what} is no dataclass; its fields are what a recipe can set")
-    own = {item.name for item in fields(kind)}
-    known = {item.name for item in fields(EvaluationConfig)}
+    own = {field.name for field in fields(kind)}
+    known = {field.name for field in fields(EvaluationConfig)}
     if not isinstance(sources, Mapping):
         raise ConfigError(
             f"{what}: sources is a {type(sources).__name__}, not a mapping of its own fields to "
@@ -105,13 +105,13 @@ def evaluate(
     for benchmark in benchmarks:
         report = partial(progress, benchmark.name) if progress else None
         sizes: dict[Size, None] = {}
-        found = benchmark.run(_noting(encoder, sizes), config.limit or None, report)
-        if not isinstance(found, list) or not all(isinstance(score, Score) for score in found):
+        result = benchmark.run(_noting(encoder, sizes), config.limit or None, report)
+        if not isinstance(result, list) or not all(isinstance(score, Score) for score in result):
             raise ConfigError(
-                f"benchmark {benchmark.name!r}: run returns {found!r:.80}, not a list of "
+                f"benchmark {benchmark.name!r}: run returns {result!r:.80}, not a list of "
                 "radio_distill.types.Score"
             )
-        scores += [replace(score, pixels=", ".join(map(size_text, sizes))) for score in found]
+        scores += [replace(score, pixels=", ".join(map(size_text, sizes))) for score in result]
     return scores
 
 

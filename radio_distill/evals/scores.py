@@ -44,11 +44,11 @@ class ScoreSet:
     """``{label: results}``, each result ``{metric: value}``."""
     definitions: dict[str, Metric] = field(default_factory=dict)
     subjects: dict[str, list[Subject]] = field(default_factory=dict)
-    """What each result is of, for those out of JSON lines."""
+    """The subject of each result, for those out of JSON lines."""
     measured: dict[str, dict[str, Measured]] = field(default_factory=dict)
     """``{label: {metric: how}}``, for those out of JSON lines."""
     notes: list[str] = field(default_factory=list)
-    """What must be said of the files."""
+    """Remarks on the files, for the reader."""
 
     @property
     def teachers(self) -> frozenset[str]:
@@ -122,18 +122,18 @@ class ScoreSet:
 
     def _by(self, metric: str, value: Callable[[Measured], str]) -> dict[str, list[str]]:
         """Sort labels by how their metric was measured, where that is known."""
-        found: dict[str, list[str]] = {}
+        sorted_labels: dict[str, list[str]] = {}
         for label, metrics in self.measured.items():
             if metric in metrics and value(metrics[metric]):
-                found.setdefault(value(metrics[metric]), []).append(label)
-        return found
+                sorted_labels.setdefault(value(metrics[metric]), []).append(label)
+        return sorted_labels
 
     def check_alike(self) -> None:
         """Raise DataError where a metric that counts is of other images for some model."""
         for name, metric in self.definitions.items():
-            found = self._by(name, lambda how: how.of)
-            if metric.counts and len(found) > 1:
-                (less, one), (more, other) = list(found.items())[:2]
+            samples = self._by(name, lambda how: how.of)
+            if metric.counts and len(samples) > 1:
+                (less, one), (more, other) = list(samples.items())[:2]
                 raise DataError(
                     f"{name} is of {less} for {one[0]} and of {more} for {other[0]}; score both on "
                     "the same (radio-distill eval, --evaluation.limit 0), or leave one out with "
@@ -259,18 +259,18 @@ def _files(paths: Iterable[str | Path]) -> Iterator[Path]:
 def _below(folder: Path) -> list[Path]:
     """List the files of scores below a folder; what may not be looked into is said."""
     closed: list[OSError] = []
-    found = [
+    files = [
         Path(parent, SCORES)
         for parent, _, names in os.walk(folder, onerror=closed.append)
         if SCORES in names
     ]
-    if not found and closed:
+    if not files and closed:
         raise DataError(f"{closed[0].filename} cannot be read: {reason_of(closed[0]).lower()}")
-    if not found:
+    if not files:
         raise DataError(f"{folder}: no {SCORES} in this folder or below it")
     for error in closed:
         logger.warning("passed over: %s cannot be read: %s", error.filename, reason_of(error))
-    return sorted(found)
+    return sorted(files)
 
 
 @dataclass(frozen=True, slots=True)

@@ -123,11 +123,11 @@ def seeds_of_one(subjects: Sequence[Subject]) -> bool:
     """Return whether results of these may be averaged: one recipe and stage, each seed once."""
     first = subjects[0]
     alike = all(
-        (item.recipe, item.stage, item.step, item.name)
+        (subject.recipe, subject.stage, subject.step, subject.name)
         == (first.recipe, first.stage, first.step, first.name)
-        for item in subjects
+        for subject in subjects
     )
-    seeds = {item.seed for item in subjects}
+    seeds = {subject.seed for subject in subjects}
     return alike and bool(first.recipe and first.stage) and len(seeds) == len(subjects)
 
 
@@ -138,15 +138,17 @@ def labels(models: Sequence[Sequence[Subject]]) -> list[str]:
     are several steps of a stage. Teachers and untrained students are called by their run only where
     there are different ones of a name.
     """
-    runs = _run_names(item for model in models for item in model)
-    owners = [_owner(list(dict.fromkeys(runs[item.folder] for item in model))) for model in models]
+    runs = _run_names(subject for model in models for subject in model)
+    owners = [
+        _owner(list(dict.fromkeys(runs[subject.folder] for subject in model))) for model in models
+    ]
     titles = [model[0].title for model in models]
     several_runs = len({o for o, m in zip(owners, models, strict=True) if m[0].stage}) > 1
-    found = []
+    result = []
     for model, owner, title in zip(models, owners, titles, strict=True):
         first = model[0]
         if first.name:
-            found.append(first.name)
+            result.append(first.name)
             continue
         with_run = several_runs if first.stage else titles.count(title) > 1
         steps = {
@@ -155,8 +157,8 @@ def labels(models: Sequence[Sequence[Subject]]) -> list[str]:
             if (its_owner, other[0].title) == (owner, title)
         }
         step = f"step-{first.step}" if len(steps) > 1 and first.is_known else ""
-        found.append("/".join(filter(None, (owner if with_run else "", title, step))))
-    return found
+        result.append("/".join(filter(None, (owner if with_run else "", title, step))))
+    return result
 
 
 def _owner(runs: Sequence[str]) -> str:
@@ -172,7 +174,7 @@ def full_label(subject: Subject) -> str:
 
 def _run_names(subjects: Iterable[Subject]) -> dict[str, str]:
     """Name each run folder by its last part, or by as many as tell it from the others."""
-    parts = {item.folder: Path(item.folder).parts for item in subjects}
+    parts = {subject.folder: Path(subject.folder).parts for subject in subjects}
     names = {}
     for folder, own in parts.items():
         length = 1

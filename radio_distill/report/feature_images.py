@@ -50,9 +50,9 @@ def joint_pca(maps: Sequence[Tensor], clip: float = 0.02) -> ColourBasis:
     not flatten the image. A component's sign makes its entry of largest magnitude positive: the
     same features always give the same colours.
     """
-    tokens = [_tokens(item) for item in maps]
-    mean = torch.stack([item.mean(dim=0) for item in tokens]).mean(dim=0)
-    covariance = sum((item - mean).T @ (item - mean) / len(item) for item in tokens)
+    tokens = [_tokens(spatial) for spatial in maps]
+    mean = torch.stack([part.mean(dim=0) for part in tokens]).mean(dim=0)
+    covariance = sum((part - mean).T @ (part - mean) / len(part) for part in tokens)
     assert isinstance(covariance, Tensor), "joint_pca needs at least one map"
     components = torch.linalg.eigh(covariance).eigenvectors[:, -3:].flip(1)  # [C, 3]
     if components.shape[1] < 3:
@@ -60,8 +60,8 @@ def joint_pca(maps: Sequence[Tensor], clip: float = 0.02) -> ColourBasis:
     peak = components.gather(0, components.abs().argmax(dim=0, keepdim=True))
     components = components * torch.where(peak < 0, -1.0, 1.0)
     quantiles = [
-        torch.quantile((item - mean) @ components, torch.tensor([clip, 1 - clip]).double(), dim=0)
-        for item in tokens
+        torch.quantile((part - mean) @ components, torch.tensor([clip, 1 - clip]).double(), dim=0)
+        for part in tokens
     ]
     low, high = torch.stack(quantiles).mean(dim=0)
     return ColourBasis(mean, components, low, high)
@@ -70,7 +70,7 @@ def joint_pca(maps: Sequence[Tensor], clip: float = 0.02) -> ColourBasis:
 def pca_images(maps: Sequence[Tensor], side: int = 224) -> list[Image.Image]:
     """Paint several ``[C, h, w]`` of one encoder in one basis, ``side`` pixels on the long side."""
     basis = joint_pca(maps)
-    return [_enlarge(Image.fromarray(basis.paint(item)), side) for item in maps]
+    return [_enlarge(Image.fromarray(basis.paint(spatial)), side) for spatial in maps]
 
 
 def difference_image(first: Tensor, second: Tensor, side: int = 224) -> Image.Image:
@@ -79,7 +79,8 @@ def difference_image(first: Tensor, second: Tensor, side: int = 224) -> Image.Im
 
     grid = [max(sides) for sides in zip(first.shape[1:], second.shape[1:], strict=True)]
     first, second = (
-        F.interpolate(item[None].float().cpu(), grid, mode="bilinear") for item in (first, second)
+        F.interpolate(spatial[None].float().cpu(), grid, mode="bilinear")
+        for spatial in (first, second)
     )
     distance = (1 - F.cosine_similarity(first, second, dim=1)[0]).clamp(0, 1)  # [h, w]
     colours = colormaps["magma"](distance.numpy(), bytes=True)[..., :3]
@@ -150,8 +151,8 @@ def image_grid(
         assert len(line) == len(columns), f"row {label!r} has {len(line)} images for {columns}"
         top = LABEL_HEIGHT + row * pitch_y
         draw.text((MARGIN, top + 4), label, "black", font)
-        for column, item in enumerate(line):
-            sheet.paste(item, (MARGIN + column * pitch_x, top + LABEL_HEIGHT))
+        for column, cell in enumerate(line):
+            sheet.paste(cell, (MARGIN + column * pitch_x, top + LABEL_HEIGHT))
     return sheet
 
 

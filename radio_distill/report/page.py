@@ -9,17 +9,16 @@ import base64
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .. import __version__
 from ..errors import ConfigError
 from ..system.files import reason_of, replacing
 from .tables import Table
+from .templates import render_template
 
 if TYPE_CHECKING:
-    from jinja2 import Environment
     from PIL.Image import Image
 
 
@@ -91,16 +90,3 @@ def write_page(path: str | Path, title: str, sections: Sequence[Section]) -> Pat
     except OSError as error:
         raise ConfigError(f"cannot write the report {path}: {reason_of(error)}") from error
     return path
-
-
-def render_template(name: str, **values: Any) -> str:
-    """Fill in a template of this package; every text that is not markup of its own is escaped."""
-    return _environment().get_template(name).render(**values)
-
-
-@cache
-def _environment() -> "Environment":
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    loader = PackageLoader("radio_distill.report")
-    return Environment(loader=loader, autoescape=True, undefined=StrictUndefined)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TextIO
 
 from ..errors import ConfigError
 from ..evals.gain import Estimate
+from .templates import render_template
 
 if TYPE_CHECKING:
     import rich.console
@@ -228,8 +229,6 @@ class Table:
 
     def to_html(self) -> str:
         """Write a ``<figure>`` with the table and its notes; style is left to the page."""
-        from .page import render_template
-
         return render_template("table.html.j2", table=self)
 
     def to_terminal(self, width: int = 120) -> "rich.console.Group":

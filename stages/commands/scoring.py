@@ -110,9 +110,9 @@ def score_checkpoints(
     return list(dict.fromkeys(paths))
 
 
-def check_alike(found: Sequence[Checkpoint], evaluations: Sequence[EvaluationConfig]) -> None:
+def check_alike(checkpoints: Sequence[Checkpoint], evaluations: Sequence[EvaluationConfig]) -> None:
     """Raise ConfigError where checkpoints would not be asked the same, by a benchmark or of it."""
-    subjects = [student_subject(checkpoint) for checkpoint in found]
+    subjects = [student_subject(checkpoint) for checkpoint in checkpoints]
     names = [f"{subject.run}/{subject.title}" for subject in subjects]
     first = _asked(evaluations[0])
     for name, evaluation in zip(names[1:], evaluations[1:], strict=True):
@@ -127,9 +127,9 @@ def check_alike(found: Sequence[Checkpoint], evaluations: Sequence[EvaluationCon
     if "fidelity" not in evaluations[0].benchmarks:
         return
     others = [benchmark for benchmark in evaluations[0].benchmarks if benchmark != "fidelity"]
-    for name, checkpoint in zip(names[1:], found[1:], strict=True):
-        for teacher in checkpoint.teachers.keys() & found[0].teachers.keys():
-            if teacher_digest(checkpoint, teacher) != teacher_digest(found[0], teacher):
+    for name, checkpoint in zip(names[1:], checkpoints[1:], strict=True):
+        for teacher in checkpoint.teachers.keys() & checkpoints[0].teachers.keys():
+            if teacher_digest(checkpoint, teacher) != teacher_digest(checkpoints[0], teacher):
                 raise ConfigError(
                     f"teacher {teacher!r} of {names[0]} and of {name} are not the same, so that "
                     "fidelity to them could not be compared; leave it out "

@@ -94,7 +94,7 @@ def sweep(
         baseline: one of them.
         references: score the teachers and an untrained student too.
         asked: how the recipe was named on the command line, for the commands in messages.
-        retrain: train anew what was made of another recipe or of other upsamplers than today's.
+        retrain: train anew what was made of another recipe or of other upsamplers.
 
     Returns the gain over the baseline, and the file of all scores.
 
