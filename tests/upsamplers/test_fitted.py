@@ -115,16 +115,6 @@ def test_build_upsampler__without_a_file_names_the_field(learned):
         build(None, SPEC)
 
 
-def test_check_fitted_for__another_kind_of_upsampler():
-    with pytest.raises(WeightsError, match="is a fitted 'learned', the recipe asks for 'featup'"):
-        fitted.check_fitted_for(HEADER, "featup", SPEC, 3)
-
-
-def test_check_fitted_for__another_factor_says_which():
-    with pytest.raises(WeightsError, match="fitted for factor 3, the recipe asks for 2; set"):
-        fitted.check_fitted_for(HEADER, "learned", SPEC, 2)
-
-
 def test_read_tensors__groups_them_by_part(tmp_path):
     tensors = {
         "network.levels.0.w": torch.ones(2),
