@@ -28,7 +28,8 @@ from typing import NamedTuple
 from radio_distill.config import Recipe
 from radio_distill.report.tables import Cell, Column, Table, print_tables
 from stages.arguments import run_script
-from stages.common import load_recipe, train_stage
+from stages.build import train_stage
+from stages.recipes import load_recipe
 from tools.demo_images import write_demo_images
 
 TAKES_FIELDS = True

@@ -12,8 +12,8 @@ from dataclasses import replace
 
 from benchmarks.published_backward import published_filter_gradient
 from stages.arguments import Parser, run_command
-from stages.common import load_recipe
 from stages.fit_upsampler import fit_recipe, fit_upsampler
+from stages.recipes import load_recipe
 from upsamplers.fitted import read_header
 
 

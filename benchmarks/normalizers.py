@@ -30,8 +30,9 @@ from radio_distill.report.tables import Cell, Column, Estimate, Table, print_tab
 from radio_distill.system.distributed import World, choose_device
 from radio_distill.system.files import replacing
 from stages.arguments import run_script
-from stages.build import build_teachers
-from stages.common import load_recipe, train_stage
+from stages.build import build_teachers, train_stage
+from stages.launch import Options
+from stages.recipes import load_recipe
 from tools.demo_images import write_demo_images
 
 TAKES_FIELDS = True
@@ -62,7 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
     for seed in arguments.seeds:
         for name in arguments.normalizers:
             variant = _variant(recipe, name, seed)
-            folder = train_stage(STAGE, variant, resume=True)
+            folder = train_stage(STAGE, variant, Options(resume=True))
             for label, source in sources.items():
                 found = measure(folder, variant, teachers, source)
                 results[label].setdefault(name, []).append(found)

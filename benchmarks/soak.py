@@ -38,7 +38,8 @@ from radio_distill.data.loader import ShardBatches
 from radio_distill.report.tables import Column, Table, print_tables
 from radio_distill.types import ImageBatch
 from stages.arguments import run_script
-from stages.common import load_recipe, train_stage
+from stages.build import train_stage
+from stages.recipes import load_recipe
 from tools.demo_images import write_demo_images
 
 TAKES_FIELDS = True

@@ -318,9 +318,8 @@ def resolve_stage(
     Raises:
         ConfigError: there is no such stage, or teachers cannot give what its partitions ask for.
     """
-    if name != FIT and name not in recipe.stages:
-        known = nearest(name, list(recipe.stages))
-        raise ConfigError(f"recipe {recipe.name!r} has no {name} ({known})")
+    if name != FIT:
+        check_has_stage(recipe, name)
     if facts is not None:
         recipe = resolve(recipe, name, facts, earlier)
     specs = {teacher: specs[teacher] for teacher in recipe.teachers if teacher in specs}
@@ -341,6 +340,13 @@ def resolve_stage(
         partitions=_partitions(recipe, name, specs),
         specs=specs,
     )
+
+
+def check_has_stage(recipe: Recipe, name: str) -> None:
+    """Raise ConfigError where a recipe has no stage of a name."""
+    if name not in recipe.stages:
+        known = nearest(name, list(recipe.stages))
+        raise ConfigError(f"recipe {recipe.name!r} has no {name} ({known})")
 
 
 def _partitions(

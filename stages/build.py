@@ -30,21 +30,66 @@ from radio_distill.system.memory import explain_oom
 from radio_distill.train import checkpoint as checkpoints
 from radio_distill.train.checkpoint import Checkpoint, Origin
 from radio_distill.train.engine import build_engine
-from radio_distill.train.loop import StageRun, zero_hint
+from radio_distill.train.loop import StageRun, train, zero_hint
 from radio_distill.train.restore import (
     check_tensors,
     load_weights,
     normalizers_of,
     restore_normalizers,
 )
-from radio_distill.types import TeacherSpec
+from radio_distill.train.run_dir import RunLock
 from radio_distill.weights.pretrained import initialise
 from teachers import build_teacher
 from upsamplers import build_upsampler
 
-from .common import Asked, changes_that_matter, start_checkpoint
+from .launch import Options, Train, launch
+from .recipes import Asked, describe_stage
+from .resume import check_same_teachers, check_shards, origin_of, start_checkpoint
 
 logger = logging.getLogger(__name__)
+
+
+def train_stage(
+    name: str,
+    recipe: Recipe,
+    options: Options | None = None,
+    retrain: bool = False,
+    way_out: str = "",
+) -> Path:
+    """Build the parts of a stage and train it; returns the last checkpoint's folder.
+
+    Args:
+        name: of a stage of the recipe.
+        recipe: as a person wrote it; its run folder is used.
+        options: how it is started.
+        retrain: begin anew where there is nothing to go on with as asked; the earlier run is moved
+            aside.
+        way_out: what the caller's command offers in that case, where that is something of its own.
+
+    Raises:
+        ChangedError: in that case, without ``retrain``.
+    """
+    stage, options = describe_stage(recipe, name), options or Options()
+    try:
+        return launch(stage, build_stage, options)
+    except ChangedError as error:
+        if not retrain:
+            raise ChangedError(error.problem, way_out or error.way_out) from error
+        logger.warning("%s is trained anew: %s", stage.folder, error.problem)
+    return launch(stage, build_stage, replace(options, resume=False, allow_changed=False))
+
+
+def build_stage(
+    stage: Stage, world: World, device: torch.device, resumed: Checkpoint | None, options: Options
+) -> Train:
+    """Build the parts of a stage; returns what trains it."""
+    run = build_run(stage, world, device, resumed, options.allow_changed, options.asked)
+
+    def train_with(lock: RunLock | None) -> Path:
+        run.ownership = lock
+        return train(run)
+
+    return train_with
 
 
 def build_run(
@@ -121,7 +166,7 @@ def build_run(
     )  # fmt: skip
     if resumed is not None:
         _restore(run, resumed)
-        run.origin = origin_of(resumed, stage.recipe, specs, source.fingerprint)
+        run.origin = origin_of(resumed, stage, specs, source.fingerprint)
     elif start is not None:
         run.origin = Origin(start.weights_sha256)
     return run
@@ -144,26 +189,6 @@ def refold_heads(
         last = final[-1]
         assert isinstance(last, nn.Linear)
         final[-1] = now[name].unfold(before[name].fold(last))
-
-
-def origin_of(
-    resumed: Checkpoint, recipe: Recipe, teachers: Mapping[str, TeacherSpec], shards: str
-) -> Origin:
-    """Return where a resumed student came from: what its checkpoint says, and what is changed now.
-
-    Args:
-        resumed: the checkpoint.
-        recipe: that the run goes on with, resolved.
-        teachers: with their weights.
-        shards: their fingerprint.
-    """
-    changed = [
-        *changes_that_matter(resumed.recipe, recipe, resumed.stage)[0],
-        *(["data.shards: their contents"] if resumed.shards not in ("", shards) else []),
-        *(f"teachers.{name}: its weights" for name in changed_teachers(resumed, teachers)),
-    ]
-    lines = tuple(f"after step {resumed.step}: {line}" for line in changed)
-    return replace(resumed.origin, changed=(*resumed.origin.changed, *lines))
 
 
 def check_room(folder: Path, model: nn.Module, with_average: bool = False) -> None:
@@ -190,40 +215,6 @@ def check_same_shards(fingerprint: str) -> None:
             f"data.shards: process {other} found other shards than process 0; let all nodes "
             "see the same files, whole"
         )
-
-
-def check_shards(resumed: Checkpoint, fingerprint: str, allow_changed: bool) -> None:
-    """Raise ChangedError where the shards are not those that the checkpoint was trained on."""
-    if resumed.shards in ("", fingerprint):
-        return
-    if not allow_changed:
-        raise ChangedError(
-            f"data.shards: contents or order of the shards changed since {resumed.folder}, so the "
-            "order of the images would be another; put the shards back"
-        )
-    logger.warning("the shards changed since the checkpoint: images may be met again, or never")
-
-
-def changed_teachers(resumed: Checkpoint, teachers: Mapping[str, TeacherSpec]) -> list[str]:
-    """List the teachers that have other weights than those that a checkpoint was trained with."""
-    return [
-        name
-        for name, spec in teachers.items()
-        if name in resumed.teachers and resumed.teachers[name].weights_hash != spec.weights_hash
-    ]
-
-
-def check_same_teachers(
-    resumed: Checkpoint, teachers: Mapping[str, TeacherSpec], allow_changed: bool
-) -> None:
-    """Raise ChangedError where teachers have other weights than the checkpoint was trained with."""
-    for name in changed_teachers(resumed, teachers):
-        if not allow_changed:
-            raise ChangedError(
-                f"teachers.{name}: its weights are not those that {resumed.folder} was trained "
-                "with; put them back"
-            )
-        logger.warning("teacher %r has other weights than when the checkpoint was written", name)
 
 
 def build_targets(stage: Stage, device: torch.device) -> TargetMaker:

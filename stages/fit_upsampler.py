@@ -11,10 +11,10 @@ part of the folder's name; stage 3 takes that one where the recipe's section `fi
 
 import argparse
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,26 +23,20 @@ if __package__ in (None, ""):  # run as a file: put the checkout, and only it, f
 
 from radio_distill.config import Recipe, check
 from radio_distill.errors import ConfigError
-from radio_distill.stage import FIT, Stage
+from radio_distill.stage import FIT, Stage, resolve_stage
 from radio_distill.system.progress import Progress
 from stages.arguments import add_training_arguments, run_script
-from stages.common import (
-    FITTED,
-    check_folder,
-    checkpoint_to_resume,
-    fit_folder,
-    load_recipe,
-    owning,
-    resolve_at_start,
-    saying_what_is_left,
-)
+from stages.fits import FITTED, fit_folder
+from stages.recipes import load_recipe
 
 if TYPE_CHECKING:
     import torch
 
     from radio_distill.system.distributed import World
     from radio_distill.train.checkpoint import Checkpoint
+    from radio_distill.train.run_dir import RunLock
     from radio_distill.types import Size
+    from stages.launch import Options, Train
     from upsamplers.fit.lessons import Lesson
     from upsamplers.fit.task import FitRun
 
@@ -144,55 +138,51 @@ def fit_upsampler(
     Raises:
         ChangedError: the fit to resume was made of something else, unless that is allowed.
     """
-    from radio_distill.system.distributed import (
-        choose_device,
-        join,
-        run_on_main,
-        world_from,
-    )
-    from stages.commands.doctor import check_packages
+    from stages.launch import Options, launch
+    from teachers import teacher_spec
 
-    check_packages()
-    config = recipe.fit
-    folder = fit_folder(recipe, config)
-    world = world_from(os.environ)
-    if not world.is_main:
-        logging.getLogger().setLevel(logging.WARNING)
-    device = choose_device(recipe.engine.device, world)
-    join(world, device, recipe.watch.hang_seconds)
-    checkpoint = None
-    if resume:
-        checkpoint = checkpoint_to_resume(world, folder, recipe, FIT, allow_changed)
-    if checkpoint is not None and checkpoint.step >= config.steps and _has_result(folder, recipe):
-        logging.info("%s is complete", folder.name)
-        return folder / FITTED
-    from upsamplers.fit.task import fit
-
-    run_on_main(world, lambda: check_folder(folder, checkpoint, take_over))
-    with saying_what_is_left(folder, begun=False):
-        stage = resolve_at_start(recipe, FIT, folder, world, device, checkpoint)
-        made = build_fit(stage, world, device, checkpoint, allow_changed)
-        made.pool = made.pool if pool is None else pool
-        with (
-            owning(world, folder, stage.recipe, checkpoint, take_over) as made.ownership,
-            saying_what_is_left(folder, begun=True),
-        ):
-            if made.start_step < config.steps:
-                fit(made)
-            if world.is_main:
-                write_result(made)
-    return folder / FITTED
+    name = recipe.fit.teacher
+    specs = {name: teacher_spec(name, recipe.teachers[name])}
+    stage = resolve_stage(recipe, FIT, specs, folder=fit_folder(recipe, recipe.fit))
+    options = Options(resume=resume, allow_changed=allow_changed, take_over=take_over)
+    launch(stage, partial(build_task, pool), options, lambda: has_result(stage))
+    return stage.folder / FITTED
 
 
-def _has_result(folder: Path, recipe: Recipe) -> bool:
+def has_result(stage: Stage) -> bool:
     """Tell whether a fit's file is there, and measured where it can be.
 
-    It is not written again then, so that its sum stays that which students know.
+    It is not written again then, so that its checksum stays that which students know.
     """
     from upsamplers.fitted import read_header
 
-    path = folder / FITTED
-    return path.is_file() and bool(read_header(path).measures or not recipe.evaluation.images)
+    path = stage.folder / FITTED
+    return path.is_file() and bool(read_header(path).measures or not stage.evaluation.images)
+
+
+def build_task(
+    pool: "list[list[Lesson]] | None",
+    stage: Stage,
+    world: "World",
+    device: "torch.device",
+    resumed: "Checkpoint | None",
+    options: "Options",
+) -> "Train":
+    """Build the parts of a fit; returns what fits, and writes its result."""
+    from upsamplers.fit.task import fit
+
+    run = build_fit(stage, world, device, resumed, options.allow_changed)
+    run.pool = run.pool if pool is None else pool
+
+    def train_with(lock: "RunLock | None") -> Path:
+        run.ownership = lock
+        if run.start_step < stage.steps:
+            fit(run)
+        if world.is_main:
+            write_result(run)
+        return stage.folder / FITTED
+
+    return train_with
 
 
 def build_fit(
@@ -214,7 +204,8 @@ def build_fit(
     from radio_distill.normalize.normalizers import build_normalizers
     from radio_distill.system.distributed import run_on_main
     from radio_distill.system.files import make_private
-    from stages.build import check_room, check_shards
+    from stages.build import check_room
+    from stages.resume import check_shards
     from teachers import build_teacher
     from upsamplers.fit.consistency import Consistency
     from upsamplers.fit.lessons import share_of

@@ -10,7 +10,7 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a file: put the checkout, and only it, first on the path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from stages.common import stage_main
+from stages.script import stage_main
 
 
 def main(argv: Sequence[str] | None = None) -> int:

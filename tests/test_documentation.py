@@ -16,7 +16,7 @@ from radio_distill.config import check, describe, load
 from stages.arguments import Parser
 from stages.cli import COMMANDS
 from stages.cli import main as cli
-from stages.common import add_stage_arguments
+from stages.recipes import add_stage_arguments
 from tools import fields_page
 
 ROOT = Path(__file__).resolve().parents[1]

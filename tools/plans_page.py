@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from radio_distill.config import Recipe
 from stages.commands.plan import build_models, measured, plan_stages
-from stages.common import load_recipe
+from stages.recipes import load_recipe
 
 from .published import markdown, published
 

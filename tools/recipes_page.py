@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from radio_distill.config import Recipe, StageConfig, partition_sizes
-from stages.common import load_recipe
+from stages.recipes import load_recipe
 
 from .published import Row, markdown, merge_equal, published, rows_of
 

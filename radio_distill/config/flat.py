@@ -8,15 +8,30 @@ import yaml
 from .reading import dump
 from .schema import Recipe
 
-WITHOUT_EFFECT = (
-    "name", "output", "seed", "log", "evaluation", "fit", "normalizer.cache",
+NO_NUMBER = (
+    "output", "log", "watch", "evaluation", "normalizer.cache",
+    "data.index", "data.workers", "data.max_bad_share", "data.max_bad_shards", "data.read_timeout",
+)  # fmt: skip
+"""Fields, or sections, that change no number of a run."""
+ROUNDING = (
     "engine.name", "engine.zero_stage", "engine.micro_batch", "engine.device", "engine.compile",
-    "data.index", "data.workers", "data.max_bad_share", "student.gradient_checkpointing",
-    "teachers.*.weights", "teachers.*.sha256", "teachers.*.micro_batch",
-    "stages.*.upsampler.micro_batch", "stages.*.upsampler.weights", "stages.*.partitions.*.name",
-    "stages.*.partitions.*.ranks",
+    "student.gradient_checkpointing", "teachers.*.micro_batch", "stages.*.upsampler.micro_batch",
+)  # fmt: skip
+"""Fields that change how sums are rounded, and nothing else."""
+WITHOUT_EFFECT = (
+    *NO_NUMBER, *ROUNDING, "name", "seed", "fit",
+    "teachers.*.weights", "teachers.*.sha256", "stages.*.upsampler.weights",
+    "stages.*.partitions.*.name", "stages.*.partitions.*.ranks",
 )  # fmt: skip
 """Fields, or sections, that say how a student is trained and not what it becomes."""
+
+
+def is_within(path: Sequence[str], fields: Sequence[str]) -> bool:
+    """Return whether a field is one of some, or within one; ``*`` stands for any one name."""
+    patterns = [field.split(".") for field in fields]
+    return any(
+        matches(pattern, path[: len(pattern)]) for pattern in patterns if len(pattern) <= len(path)
+    )
 
 
 def flat_fields(recipe: Recipe) -> dict[tuple[str, ...], Any]:

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 from radio_distill.stage import FIT, resolve_stage
 
 from ..arguments import add_recipe_argument, add_trust_argument, check_output
-from ..common import FITTED, fit_folder, load_recipe
 from ..fit_upsampler import fit_recipe
+from ..fits import FITTED, fit_folder
+from ..recipes import load_recipe
 
 if TYPE_CHECKING:
     from radio_distill.types import Size, TeacherSpec

@@ -27,7 +27,7 @@ from radio_distill.system.files import make_private
 from radio_distill.system.progress import clock
 
 from ..arguments import add_trust_argument
-from ..common import Asked, load_recipe, train_stage
+from ..recipes import Asked, load_recipe
 from .evaluate import show
 from .report import report
 from .sweep import sweep, with_upsampler
@@ -71,6 +71,8 @@ def run(arguments: argparse.Namespace) -> int:
     from radio_distill.report.tables import print_tables
     from radio_distill.train.checkpoint import find
 
+    from ..build import train_stage
+    from ..launch import Options
     from .scoring import gain_of, write_gain
 
     begin, upsamplers = time.monotonic(), arguments.upsamplers
@@ -81,7 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
     make_shards(recipe, arguments.data)
     print(announcement(upsamplers, arguments.seeds))
     for stage in ("stage1", "stage2"):
-        train_stage(stage, recipe, resume=True, asked=asked, retrain=True)
+        train_stage(stage, recipe, Options(resume=True, asked=asked), retrain=True)
     for number in range(arguments.seeds):
         own, own_asked = _with_seed(recipe, asked, number)
         first = number == 0

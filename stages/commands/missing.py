@@ -1,7 +1,7 @@
 """What a recipe needs and this machine does not have: looked up before anything runs.
 
 Nothing is downloaded, and of what is there only headers are read; the weights of a teacher where a
-fitted upsampler must be compared with them (:func:`stages.upsampler_files.weights_hash`).
+fitted upsampler must be compared with them (:func:`stages.fits.weights_hash`).
 """
 
 import glob
@@ -13,14 +13,14 @@ from pathlib import Path
 from radio_distill.config import Recipe, TeacherConfig, UpsamplerConfig
 from radio_distill.data.find import find_shards
 from radio_distill.errors import ConfigError, DataError, RadioDistillError
-from radio_distill.stage import resolve_stage
+from radio_distill.stage import check_has_stage, resolve_stage
 from radio_distill.system.files import check_readable, unreadable
 from radio_distill.types import TeacherSpec
-from teachers import resolve
+from teachers import resolve, teacher_spec
 from teachers.weights import FOLDER, HUB, local_path
 
-from ..common import Asked, stage_of
-from ..upsampler_files import Need, problems_of
+from ..fits import Need, problems_of
+from ..recipes import Asked
 
 
 @dataclass
@@ -77,68 +77,62 @@ def check_stages(
         asked: how the recipe was named on the command line.
         resume: pass over stages that are complete.
     """
-    asked = asked or Asked(recipe.name)
-    for stage in stages:
-        stage_of(recipe, stage)  # an unknown name ends here
-    left = [stage for stage in stages if not (resume and is_complete(recipe, stage))]
-    lines = [problem for problem, _ in _stage_problems(recipe, left, asked)]
+    left = [name for name in stages if not (resume and _is_complete(recipe, name))]
+    lines = [problem for problem, _ in _stage_problems(recipe, left, asked or Asked(recipe.name))]
     if lines:
         raise ConfigError(*dict.fromkeys(lines))
 
 
-def is_complete(recipe: Recipe, stage: str) -> bool:
+def _is_complete(recipe: Recipe, name: str) -> bool:
     """Return whether a stage's last checkpoint is there; raises ConfigError where none may look."""
-    step = f"step-{recipe.stages[stage].steps:08d}"
-    root = recipe.stage_folder(stage) / "checkpoints"
+    check_has_stage(recipe, name)
+    root = recipe.stage_folder(name) / "checkpoints"
     try:
         check_readable(root)
     except PermissionError as error:
         raise ConfigError(unreadable(error)) from error
-    return (root / step).is_dir()
+    return (root / f"step-{recipe.stages[name].steps:08d}").is_dir()
 
 
 def _stage_problems(
-    recipe: Recipe, stages: Sequence[str], asked: Asked, before: Sequence[str] = ()
+    recipe: Recipe, names: Sequence[str], asked: Asked, before: Sequence[str] = ()
 ) -> Iterator[tuple[str, Need | None]]:
     """Say what stages lack: teachers that fit their partitions, a start, fitted upsamplers.
 
     Yields a line, and the upsampler where all that is to be done is to fit it.
     """
-    for number, stage in enumerate(stages):
-        ready = (*before, *stages[:number])
-        for line in _start(recipe, stage, ready, asked):
+    specs, broken = _specs(recipe)
+    for number, name in enumerate(names):
+        check_has_stage(recipe, name)
+        for line in _start(recipe, name, (*before, *names[:number]), asked):
             yield line, None
-        specs, broken = _specs(recipe, stage)
-        if broken:
-            yield from ((line, None) for line in broken)
+        shown = {teacher for item in recipe.stages[name].partitions for teacher in item.teachers}
+        if lines := [line for teacher, line in broken.items() if teacher in shown]:
+            yield from ((line, None) for line in lines)
             continue
         try:
-            resolve_stage(recipe, stage, specs)
+            stage = resolve_stage(recipe, name, specs)
         except ConfigError as error:
             yield from ((line, None) for line in error.args)
             continue
         try:
-            _check_upsampler(stage_of(recipe, stage).upsampler)
-            problems = problems_of(recipe, stage, asked)
+            _check_upsampler(stage.upsampler)
+            problems = problems_of(stage, asked)
         except RadioDistillError as error:
-            yield f"stages.{stage}.upsampler: {error}", None
+            yield f"stages.{name}.upsampler: {error}", None
             continue
         for problem in problems:
             yield problem.text, problem.need if problem.is_unfitted else None
 
 
-def _specs(recipe: Recipe, stage: str) -> tuple[dict[str, TeacherSpec], list[str]]:
-    """Describe the teachers of a stage; returns those that can be, and why the others cannot."""
-    from teachers import teacher_spec
-
-    specs, broken = {}, []
-    for name in dict.fromkeys(
-        name for partition in stage_of(recipe, stage).partitions for name in partition.teachers
-    ):
+def _specs(recipe: Recipe) -> tuple[dict[str, TeacherSpec], dict[str, str]]:
+    """Describe the teachers of a recipe; returns those that can be, and why the others cannot."""
+    specs, broken = {}, {}
+    for name, config in recipe.teachers.items():
         try:
-            specs[name] = teacher_spec(name, recipe.teachers[name])
+            specs[name] = teacher_spec(name, config)
         except RadioDistillError as error:
-            broken.append(str(error))
+            broken[name] = str(error)
     return specs, broken
 
 
@@ -155,19 +149,19 @@ def _check_upsampler(config: UpsamplerConfig) -> None:
         build_upsampler(config, {})
 
 
-def _start(recipe: Recipe, stage: str, before: Sequence[str], asked: Asked) -> Iterator[str]:
+def _start(recipe: Recipe, name: str, before: Sequence[str], asked: Asked) -> Iterator[str]:
     """Say where a stage's start is neither there nor trained before it."""
-    start = recipe.stages[stage].start_from
+    start = recipe.stages[name].start_from
     if not start or start in before:
         return
     if start not in recipe.stages:
         if not Path(start).expanduser().exists():
-            yield f"stages.{stage}.start_from: neither a stage of the recipe nor a folder: {start}"
+            yield f"stages.{name}.start_from: neither a stage of the recipe nor a folder: {start}"
         return
     folder = recipe.stage_folder(start)
     if not any((folder / "checkpoints").glob("step-*")):
         yield (
-            f"stages.{stage} starts from {start}, and there is no checkpoint in {folder}; run it "
+            f"stages.{name} starts from {start}, and there is no checkpoint in {folder}; run it "
             f"first: {asked.train(start)}"
         )
 

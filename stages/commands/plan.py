@@ -17,7 +17,7 @@ from radio_distill.hints import hints
 from radio_distill.registry import nearest
 
 from ..arguments import add_recipe_argument, add_trust_argument
-from ..common import Asked, load_recipe
+from ..recipes import Asked, load_recipe
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -29,6 +29,7 @@ from radio_distill.models.heads import DistilledStudent, build_student
 from radio_distill.protocols import Teacher
 from radio_distill.report.gain_tables import gain_table
 from radio_distill.system.distributed import World, choose_device
+from radio_distill.system.precision import emulation_warning
 from radio_distill.system.progress import Progress
 from radio_distill.train.checkpoint import Checkpoint
 from radio_distill.train.restore import load_student, normalizers_of
@@ -37,8 +38,7 @@ from radio_distill.weights.pretrained import initialise
 
 from ..arguments import check_output
 from ..build import build_teachers
-from ..common import warn_of_emulation
-from ..upsampler_files import changed_since
+from ..resume import changed_since
 from .subjects import (
     run_folder,
     student_subject,
@@ -89,7 +89,8 @@ def score_checkpoints(
         if number == 0 or recipe.teachers != checkpoints[number - 1].recipe.teachers:
             dtypes = dtypes_of(recipe)
             del dtypes["engine.precision"]  # students are scored in float32, whatever they saw
-            warn_of_emulation(dtypes, device)
+            if line := emulation_warning(dtypes, device):
+                logger.warning("%s", line)
             built = build_teachers(recipe, device)
         targets = targets_for(checkpoint, evaluation, built)
         subject = student_subject(checkpoint, labels[number] if labels else "")

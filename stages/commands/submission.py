@@ -28,6 +28,7 @@ from radio_distill.config import Recipe
 from radio_distill.config.recipes import find_recipe
 from radio_distill.errors import ConfigError
 from radio_distill.registry import nearest
+from radio_distill.stage import Stage
 from radio_distill.system.files import reason_of
 from radio_distill.system.progress import duration
 from radio_distill.system.trust import FLAG, FLAG_HELP
@@ -47,15 +48,8 @@ from slurm.cluster import Cluster, add_cluster_flags, cluster_from
 from slurm.status import print_rows, rows_here, rows_of
 from slurm.submit import require_slurm, run_here, scripts, submit
 
-from ..common import FITTED, Asked, fit_name
-from ..upsampler_files import (
-    SET_BY_FIT,
-    Need,
-    fit_words,
-    is_shipped,
-    needs_of,
-    upsampler_of,
-)
+from ..fits import FITTED, SET_BY_FIT, Need, fit_name, fit_words, is_shipped, needs_of, upsampler_of
+from ..recipes import Asked, describe_stage
 
 EXECUTORS = ("slurm", "local", "debug")
 ACTIONS = ("status", "cancel", "resume")
@@ -304,7 +298,7 @@ def _shared_by_sweep(request: Request, variants: Sequence[Variant]) -> Variant |
         return None
     base = variants_of(replace(request, sweep=""))[-1]
     fits = [
-        [(need, need.fit(item.recipe)) for need in needs_of(item.recipe, item.stage)]
+        [(need.teacher, need.views, need.fit) for need in needs_of(_stage(item))]
         for item in (base, *(item for item in variants if item.stage == base.stage))
     ]
     return base if fits[0] and all(other == fits[0] for other in fits[1:]) else None
@@ -312,25 +306,29 @@ def _shared_by_sweep(request: Request, variants: Sequence[Variant]) -> Variant |
 
 def _assignments(base: Variant) -> tuple[str, ...]:
     """Return what names the files of a run folder, or of its fits to come, to other run folders."""
-    named = base.recipe.stages[base.stage].upsampler.weights
-    found = upsampler_of(base.recipe, base.stage).weights
+    stage = _stage(base)
+    files = upsampler_of(stage).weights
     return tuple(
-        f"stages.{base.stage}.upsampler.weights.{need.teacher}="
-        f"{(need.folder(base.recipe) / FITTED).absolute()}"
-        for need in needs_of(base.recipe, base.stage)
-        if need.teacher not in named and not is_shipped(found.get(need.teacher, ""))
+        f"stages.{base.stage}.upsampler.weights.{need.teacher}={(need.folder / FITTED).absolute()}"
+        for need in needs_of(stage)
+        if need.teacher not in stage.upsampler.weights
+        and not is_shipped(files.get(need.teacher, ""))
     )
 
 
+def _stage(variant: Variant) -> Stage:
+    return describe_stage(variant.recipe, variant.stage)
+
+
 def _fit(request: Request, variant: Variant, need: Need) -> Fit:
-    recipe, config = variant.recipe, need.fit(variant.recipe)
+    recipe, config = variant.recipe, need.fit
     asked = Asked(str(find_recipe(str(request.recipe)).absolute()), variant.overrides)
     words = [asked.recipe, *fit_words(recipe, config), *asked.flags(*SET_BY_FIT)]
     return Fit(
         before=variant.stage,
         label=fit_name(config),
         arguments=tuple(words),
-        folder=str(need.folder(recipe).absolute()),
+        folder=str(need.folder.absolute()),
         most_processes=config.batch_size,
     )
 

@@ -23,7 +23,7 @@ from ..arguments import (
     check_output,
     run_script,
 )
-from ..common import Asked, load_recipe, train_stage
+from ..recipes import Asked, load_recipe
 
 if TYPE_CHECKING:
     from radio_distill.evals.gain import MultiTaskGain
@@ -104,6 +104,8 @@ def sweep(
     from radio_distill.train.checkpoint import find
     from upsamplers import UPSAMPLERS
 
+    from ..build import train_stage
+    from ..launch import Options
     from .missing import check_stages
     from .scoring import gain_of, score_checkpoints
 
@@ -118,17 +120,10 @@ def sweep(
     variants = {name: with_upsampler(recipe, name) for name in upsamplers}
     for variant in variants.values():
         check_stages(variant, ["stage3"], asked, resume=True)
+    options = Options(resume=True, asked=asked)
+    way_out = "add --retrain to train it anew"
     trained = {
-        name: find(
-            train_stage(
-                "stage3",
-                variant,
-                resume=True,
-                asked=asked,
-                retrain=retrain,
-                way_out="add --retrain to train it anew",
-            )
-        )
+        name: find(train_stage("stage3", variant, options, retrain=retrain, way_out=way_out))
         for name, variant in variants.items()
     }
     students = [*trained.values()]

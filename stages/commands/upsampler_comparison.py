@@ -43,8 +43,8 @@ from upsamplers.methods.tile import Tile
 from upsamplers.metrics import measure
 
 from ..arguments import check_output
-from ..common import fit_name, fit_of
 from ..fit_upsampler import held_out
+from ..fits import fit_name, fit_of
 from . import upsampler_tables as show
 from .upsampler_report import Request, is_network
 

@@ -28,9 +28,16 @@ from ..arguments import (
     add_run_folder_argument,
     add_trust_argument,
 )
-from ..common import FITTED, Asked, changed_options, fit_folder, fit_name, fit_of, load_recipe
 from ..fit_upsampler import fit_recipe, fit_upsampler
-from ..upsampler_files import fit_command
+from ..fits import (
+    FITTED,
+    changed_options,
+    fit_command,
+    fit_folder,
+    fit_name,
+    fit_of,
+)
+from ..recipes import Asked, load_recipe
 
 if TYPE_CHECKING:
     from radio_distill.types import Size, TeacherSpec

@@ -26,7 +26,7 @@ from upsamplers.methods.tile import Tile
 from upsamplers.methods.tiling import fine_grid
 from upsamplers.metrics import VIEWS_PER_IMAGE
 
-from ..common import fit_name
+from ..fits import fit_name
 from .upsampler_report import Row, is_network
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from radio_distill.system.distributed import World
 from radio_distill.train.lifeline import agree
 from radio_distill.train.loop import accumulate
 from stages.build import build_run
-from stages.common import load_recipe
+from stages.recipes import load_recipe
 from teachers import teacher_spec
 
 STUDENT = 32

@@ -18,7 +18,8 @@ from radio_distill.system.distributed import World, choose_device
 from radio_distill.train.checkpoint import find
 from stages import fit_upsampler, stage1, stage2, stage3
 from stages.cli import main as cli
-from stages.common import changes_that_matter
+from stages.recipes import describe_stage
+from stages.resume import changes_since
 from teachers import build_teacher
 
 EVERYTHING = str(Path(__file__).with_name("everything.yaml"))
@@ -112,7 +113,7 @@ def test_defaults__the_shortest_recipe_trains_body_and_heads(images, tmp_path):
     resolved = load(folder / "recipe.yaml")
     assert 0 < resolved.normalizer.images <= 24, "no more than 6 steps of 4 images show"
 
-    assert changes_that_matter(find(folder).recipe, load(path), "stage1") == ([], [])
+    assert changes_since(find(folder), describe_stage(load(path), "stage1")) == ([], [])
 
 
 def test_micro_batches__same_step_in_pieces(recipe_file):

@@ -16,7 +16,7 @@ from radio_distill.system.files import sha256_of
 from radio_distill.train.checkpoint import find, sealed
 from stages import fit_upsampler, stage1, stage2, stage3
 from stages.cli import main as cli
-from stages.common import load_recipe
+from stages.recipes import load_recipe
 from teachers import build_teacher
 
 HERE = ["--stages.stage3.start_from", "", "--stages.stage3.steps", "2"]

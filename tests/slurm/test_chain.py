@@ -20,7 +20,7 @@ from slurm.chain import (
     write_chain,
 )
 from slurm.cluster import Cluster
-from stages.common import load_recipe
+from stages.recipes import load_recipe
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ import torch
 import yaml
 
 from stages import cli
-from stages.common import FITTED, load_recipe
-from stages.upsampler_files import upsampler_of
+from stages.fits import FITTED, upsampler_of
+from stages.recipes import describe_stage, load_recipe
 from teachers import build_teacher
 from upsamplers import build_upsampler
 from upsamplers.networks import Observation, build_network
@@ -53,7 +53,7 @@ def test_convert__gives_a_file_that_stage_3_finds_with_the_same_maps(recipe_file
     assert cli.main([*words, str(recipe_file), "--teacher", "vit"]) == 0
     written = Path(capsys.readouterr().out.strip())
     assert written == tmp_path / "runs" / "tiny" / "fit" / "vit-featup-16x" / FITTED
-    config = upsampler_of(load_recipe(str(recipe_file)), "stage3")
+    config = upsampler_of(describe_stage(load_recipe(str(recipe_file)), "stage3"))
     assert config.weights == {"vit": str(written)}
     upsampler = build_upsampler(config, {"vit": teacher})
     pixels = torch.rand(1, 3, 512, 512)

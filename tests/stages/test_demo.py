@@ -11,7 +11,7 @@ from radio_distill.data.sources import open_sources
 from radio_distill.evals.gain import Metric, MultiTaskGain, multi_task_gain
 from stages.cli import main
 from stages.commands import demo
-from stages.common import Asked, load_recipe
+from stages.recipes import Asked, load_recipe
 
 METRICS = {
     "stereo/recall": Metric(group="Correspondence", higher_is_better=True),

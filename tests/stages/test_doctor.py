@@ -9,13 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from stages import packages
 from stages.commands import doctor
 
 HERE = Path(doctor.__file__).resolve().parents[2]
-GUARD = (
-    "from stages.commands.doctor import check_packages as c\n"
-    "try: c()\nexcept Exception as e: print(e)"
-)
+GUARD = "from stages.packages import check_packages as c\ntry: c()\nexcept Exception as e: print(e)"
 
 
 def guard(cwd: Path, *paths: Path) -> str:
@@ -31,13 +29,13 @@ def guard(cwd: Path, *paths: Path) -> str:
 @pytest.fixture
 def copy(tmp_path) -> Path:
     """An installation of the five packages in another folder."""
-    for name in doctor.PACKAGES:
+    for name in packages.PACKAGES:
         shutil.copytree(HERE / name, tmp_path / "site" / name)
     return tmp_path / "site"
 
 
 def test_check_packages__passes_here():
-    doctor.check_packages()
+    packages.check_packages()
 
 
 def test_check_packages__passes_an_installed_copy(tmp_path, copy):

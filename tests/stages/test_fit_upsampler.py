@@ -12,13 +12,14 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-from radio_distill.config import FitConfig, UpsamplerConfig
+from radio_distill.config import Facts, FitConfig, UpsamplerConfig
 from radio_distill.data.shards import write_shards
+from radio_distill.stage import FIT, resolve_stage
 from radio_distill.system.distributed import World
 from stages import fit_upsampler
 from stages.cli import main as cli
-from stages.common import FITTED, fit_folder, fit_name, fit_of, load_recipe
-from stages.upsampler_files import upsampler_of
+from stages.fits import FITTED, fit_folder, fit_name, fit_of, upsampler_of
+from stages.recipes import describe_stage, load_recipe, teacher_specs
 from teachers import build_teacher
 from upsamplers import build_upsampler
 from upsamplers.fitted import hash_of, read_header, read_tensors
@@ -172,7 +173,7 @@ def test_fit__writes_what_stage_3_of_the_recipe_takes(recipe_file, images, capfd
     assert hash_of(parts["normalizer"]) == header.statistics_hash
 
     recipe = load_recipe(recipe_file, [f"stages.stage3.upsampler.name={upsampler}"])
-    config = upsampler_of(recipe, "stage3")
+    config = upsampler_of(describe_stage(recipe, "stage3"))
     assert config.weights == {"vit": str(path)}
     teacher = build_teacher("vit", recipe.teachers["vit"])
     made = build_upsampler(config, {"vit": teacher})
@@ -182,15 +183,15 @@ def test_fit__writes_what_stage_3_of_the_recipe_takes(recipe_file, images, capfd
 def test_upsampler_of__the_recipe_s_own_file_goes_first_and_other_fits_are_not_taken(recipe_file):
     recipe = load_recipe(recipe_file)
     path = fit_folder(recipe, fit_of(recipe, "vit", "featup", 2)) / FITTED
-    assert upsampler_of(recipe, "stage3").weights == {}
+    assert upsampler_of(describe_stage(recipe, "stage3")).weights == {}
     path.parent.mkdir(parents=True)
     path.touch()
-    assert upsampler_of(recipe, "stage3").weights == {"vit": str(path)}
+    assert upsampler_of(describe_stage(recipe, "stage3")).weights == {"vit": str(path)}
     own = load_recipe(recipe_file, ["stages.stage3.upsampler.weights.vit=mine.safetensors"])
-    assert upsampler_of(own, "stage3").weights == {"vit": "mine.safetensors"}
+    assert upsampler_of(describe_stage(own, "stage3")).weights == {"vit": "mine.safetensors"}
     for change in ("factor=3", "name=featsharp", "name=bilinear", "name=tile"):
         other = load_recipe(recipe_file, [f"stages.stage3.upsampler.{change}"])
-        assert upsampler_of(other, "stage3").weights == {}
+        assert upsampler_of(describe_stage(other, "stage3")).weights == {}
 
 
 def test_fit_name__says_what_differs_from_the_defaults_of_the_network():
@@ -215,8 +216,10 @@ def test_upsampler_of__a_fit_of_bilinear_is_no_file_of_stage_3(recipe_file):
     assert run(recipe_file, "--upsampler", "bilinear", "--fit.steps", "1") == 0
     assert (folder_of(recipe_file, "vit-bilinear-2x") / FITTED).is_file()
     recipe = load_recipe(recipe_file, ["stages.stage3.upsampler.name=bilinear"])
-    assert upsampler_of(recipe, "stage3") == UpsamplerConfig(name="bilinear", factor=2)
-    build_upsampler(upsampler_of(recipe, "stage3"), {})
+    assert upsampler_of(describe_stage(recipe, "stage3")) == UpsamplerConfig(
+        name="bilinear", factor=2
+    )
+    build_upsampler(upsampler_of(describe_stage(recipe, "stage3")), {})
 
 
 def test_resume__a_complete_fit_is_not_run_again_and_half_of_one_ends_the_same(recipe_file):
@@ -273,7 +276,8 @@ def test_build_fit__starts_the_same_whether_statistics_are_estimated_or_kept(rec
     def downsampler(images: int) -> torch.Tensor:
         overrides = ["fit.teacher=vit", f"normalizer.images={images}"]
         recipe = fit_upsampler.fit_recipe(load_recipe(recipe_file, overrides))
-        made = fit_upsampler.build_fit(recipe, tmp_path, World(), torch.device("cpu"), None)
+        stage = resolve_stage(recipe, FIT, teacher_specs(recipe), Facts(), folder=tmp_path)
+        made = fit_upsampler.build_fit(stage, World(), torch.device("cpu"), None)
         return made.consistency.downsampler.attention_net[1].weight
 
     assert torch.equal(downsampler(16), downsampler(80))
@@ -321,7 +325,7 @@ def test_fit__where_nothing_can_be_written(recipe_file, capfd, tmp_path):
 
 
 def test_fit__more_processes_than_images(recipe_file, capfd, monkeypatch):
-    monkeypatch.setattr("radio_distill.system.distributed.join", lambda *_: None)
+    monkeypatch.setattr("stages.launch.join", lambda *_, **__: None)
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")

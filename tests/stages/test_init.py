@@ -12,7 +12,7 @@ from radio_distill.config.recipes import RECIPES, find_recipe
 from radio_distill.data.sources import open_sources
 from radio_distill.errors import ConfigError
 from stages import cli
-from stages.common import load_recipe
+from stages.recipes import load_recipe
 
 
 def test_init__writes_a_recipe_that_is_found_by_its_name(

@@ -14,8 +14,8 @@ from radio_distill.system.files import sha256_of
 from stages.cli import main
 from stages.commands import plan
 from stages.commands.missing import check_stages, find_missing
-from stages.common import Asked, load_recipe
-from stages.upsampler_files import with_files
+from stages.fits import with_files
+from stages.recipes import Asked, describe_stage, load_recipe
 from upsamplers import fitted
 from upsamplers.fitted import FittedHeader
 
@@ -119,7 +119,7 @@ def test_plan__costs_a_fitted_upsampler_itself_and_names_the_missing_fit(
 
 def test_find_missing__the_fits_of_the_featsharp_recipe():
     found = find_missing(load_recipe("featsharp_radio_l"), Asked("featsharp_radio_l"))
-    needs = [(need.stage, need.teacher, need.sides) for need in found.unfitted.values()]
+    needs = [(need.stage.name, need.teacher, need.sides) for need in found.unfitted.values()]
     assert needs == [("stage3", "dfn_clip", [378]), ("stage3", "siglip", [378])]
 
 
@@ -222,16 +222,17 @@ def test_find_missing__the_projects_own_of_another_size_is_said_to_be_that():
 
 def test_with_files__the_projects_own_are_written_down_by_a_name_that_travels():
     recipe = load_recipe("demo", ["stages.stage3.upsampler.name=featsharp"])
-    made, problems = with_files(recipe, "stage3")
-    config = made.stages["stage3"].upsampler
+    stage, problems = with_files(describe_stage(recipe, "stage3"))
+    config = stage.upsampler
     assert problems == []
     assert config.weights["dino"] == "shipped:vits14_packaged-featsharp-2x.safetensors"
     own = fitted.SHIPPED / "vits14_packaged-featsharp-2x.safetensors"
     assert config.sha256["dino"] == sha256_of(own)
     assert config.sizes == {"dino": 112, "efficientnet": 128}
-    again, problems = with_files(made, "stage3")
-    assert (again, problems) == (made, []), "what was written down is a recipe like any other"
-    assert with_files(load_recipe("demo"), "stage3") == (load_recipe("demo"), [])
+    again = describe_stage(stage.recipe, "stage3")
+    assert with_files(again) == (again, []), "what was written down is a recipe like any other"
+    other = describe_stage(load_recipe("demo"), "stage3")
+    assert with_files(other) == (other, [])
 
 
 def test_plan__price_is_of_all_device_hours(recipe, capsys):
@@ -307,7 +308,8 @@ def test_find_missing__data_of_benchmarks_where_scores_are_wanted(recipe):
     made = load_recipe(recipe, fields)
     assert not any("evaluation" in line for line in find_missing(made).missing)
     lines = [line for line in find_missing(made, scores=True).missing if "evaluation" in line]
-    assert [line.split()[0] for line in lines] == ["evaluation.images:", "evaluation.labels"]
+    fields = [line.split()[0].rstrip(":") for line in lines]
+    assert fields == ["evaluation.images", "evaluation.labels"]
 
 
 def test_check_stages__a_later_stage_is_looked_at_before_the_first(recipe):

@@ -10,7 +10,7 @@ from radio_distill.config.recipes import recipe_names
 from radio_distill.evals.run import BENCHMARKS
 from radio_distill.models.student import create_body
 from radio_distill.normalize import NORMALIZERS
-from stages.common import describe_stage, load_recipe
+from stages.recipes import describe_stage, load_recipe
 from teachers import TEACHERS, teacher_spec
 from upsamplers import UPSAMPLERS
 

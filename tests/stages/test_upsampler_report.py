@@ -25,9 +25,9 @@ from stages import cli, fit_upsampler
 from stages.arguments import Parser
 from stages.commands.upsampler_report import BLOCKS, INPUTS, Request, rows_of
 from stages.commands.upsampler_tables import unequal_settings
-from stages.common import FITTED, Asked, fit_folder, fit_name, fit_of, load_recipe
 from stages.fit_upsampler import fit_recipe
-from stages.upsampler_files import fit_command, upsampler_of
+from stages.fits import FITTED, fit_command, fit_folder, fit_name, fit_of, upsampler_of
+from stages.recipes import Asked, describe_stage, load_recipe
 from teachers import build_teacher
 from upsamplers import fitted
 from upsamplers.fit.consistency import Consistency
@@ -374,10 +374,10 @@ def test_upsampler_of__a_fitted_bilinear_leaves_the_stage_alone(recipe_file: Pat
         target = fit_folder(recipe, fit_of(recipe, "vit", name, 2)) / FITTED
         target.parent.mkdir(parents=True)
         target.touch()
-    assert upsampler_of(recipe, "stage3").weights == {}
+    assert upsampler_of(describe_stage(recipe, "stage3")).weights == {}
     stage["upsampler"]["name"] = "featup"
     path.write_text(yaml.safe_dump(data))
-    assert list(upsampler_of(load_recipe(str(path)), "stage3").weights) == ["vit"]
+    assert list(upsampler_of(describe_stage(load_recipe(str(path)), "stage3")).weights) == ["vit"]
 
 
 def test_unequal_settings__are_said_under_the_table(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from stages.common import load_recipe
+from stages.recipes import load_recipe
 from tools.plans_page import COUNTS, cells, compare, main, without_mosaics
 from tools.published import published
 

@@ -8,7 +8,7 @@ import pytest
 from radio_distill.config import Recipe
 from radio_distill.config.flat import flat_fields, matches
 from radio_distill.config.recipes import recipe_names
-from stages.common import load_recipe
+from stages.recipes import load_recipe
 from tools import recipes_page
 from tools.published import Published, Row, merge_equal, published, rows_of
 

@@ -1,0 +1,234 @@
+"""The one launch, of stages and of fits: from a recipe to a run that trains.
+
+Everything is checked and built before the folder is touched: an earlier run in it is moved aside,
+and the folder claimed, just before the first step. :func:`launch` reads top to bottom.
+"""
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from radio_distill.config import Facts, check, dtypes_of, dump, place_indexes
+from radio_distill.data.sources import open_sources
+from radio_distill.errors import ConfigError
+from radio_distill.hints import hints
+from radio_distill.stage import Stage, resolve_stage
+from radio_distill.system.distributed import (
+    World,
+    choose_device,
+    cores_of_process,
+    join,
+    run_on_main,
+    world_from,
+)
+from radio_distill.system.files import (
+    check_writable,
+    make_private,
+    move_aside,
+    reason_of,
+    replacing,
+)
+from radio_distill.system.precision import emulation_warning, native_dtype
+from radio_distill.train.checkpoint import META, Checkpoint
+from radio_distill.train.engine import engine_name
+from radio_distill.train.run_dir import RunLock, refuse_living
+
+from .fits import with_files
+from .packages import check_packages
+from .recipes import Asked
+from .resume import aside_with_checkpoints, checkpoint_to_resume
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How a stage or a fit is started."""
+
+    resume: bool = False
+    """Go on from the newest checkpoint; what is complete returns at once."""
+    allow_changed: bool = False
+    """Go on although recipe, shards, teachers or upsampler are not the checkpoint's."""
+    take_over: bool = False
+    """Claim the folder although a living process owns it; that one stops."""
+    asked: Asked | None = None
+    """How the recipe was named on the command line, for the commands in messages."""
+
+
+Train = Callable[[RunLock | None], Path]
+"""Trains what was built, with rank 0's lock on the folder; returns the last checkpoint's folder."""
+Build = Callable[[Stage, World, torch.device, Checkpoint | None, Options], Train]
+"""Builds the parts of a resolved stage, from a checkpoint where there is one."""
+
+
+def launch(
+    stage: Stage, build: Build, options: Options, has_result: Callable[[], bool] = lambda: True
+) -> Path:
+    """Train a stage or a fit; returns the folder of its last checkpoint.
+
+    Args:
+        stage: as its recipe describes it; its folder is used.
+        build: makes what trains it.
+        options: how it is started.
+        has_result: tells whether nothing is left to do where all steps are done.
+    """
+    check_packages()
+    world = world_from(os.environ)
+    if not world.is_main:
+        logging.getLogger().setLevel(logging.WARNING)
+    engine = "single" if stage.is_fit else engine_name(stage.engine, stage.config, world.world_size)
+    device = choose_device(stage.engine.device, world)
+    join(world, device, stage.watch.hang_seconds, alone=engine == "deepspeed")
+    stage, problems = with_files(stage, options.asked)
+    resumed = checkpoint_to_resume(world, stage, options.allow_changed) if options.resume else None
+    if resumed is not None and resumed.step >= stage.steps and has_result():
+        logging.info("%s is complete: %s", stage.folder.name, resumed.folder)
+        return resumed.folder
+    if problems:
+        raise ConfigError(*problems)
+    run_on_main(world, lambda: check_folder(stage.folder, resumed, options.take_over))
+    with saying_what_is_left(stage.folder, begun=False):
+        stage = resolve_at_start(stage, world, device, resumed)
+        train = build(stage, world, device, resumed, options)
+        with (
+            locked(stage, world, resumed, options.take_over) as lock,
+            saying_what_is_left(stage.folder, begun=True),
+        ):
+            last = train(lock)
+    logging.info("%s: %s", stage.folder.name, last)
+    return last
+
+
+def resolve_at_start(
+    stage: Stage, world: World, device: torch.device, resumed: Checkpoint | None
+) -> Stage:
+    """Return a stage with plain values for what is `auto`; opens the shards.
+
+    What is hardly meant is logged. Every process must call.
+    """
+    recipe = place_indexes(stage.recipe)
+    # The first to open shards writes their indexes; the others find them.
+    in_shards = run_on_main(world, lambda: open_sources(recipe.data).num_images)
+    facts = Facts(
+        native_dtype=native_dtype(device),
+        images_in_shards=in_shards,
+        cores=cores_of_process(os.environ),
+    )
+    earlier = resumed.recipe if resumed else None
+    stage = resolve_stage(recipe, stage.name, stage.specs, facts, earlier, stage.folder)
+    check(stage.recipe)  # what a checkpoint said may not go with what is asked for now
+    for line in hints(stage, in_shards):
+        logging.warning("%s", line)
+    if world.is_main and (line := emulation_warning(dtypes_of(stage.recipe), device)):
+        logging.warning("%s", line)
+    return stage
+
+
+def check_folder(folder: Path, resumed: Checkpoint | None, take_over: bool) -> None:
+    """Check that a stage can be begun in ``folder``; nothing in it is changed.
+
+    Raises:
+        ConfigError: where it cannot be written, or a living process owns it.
+    """
+    try:
+        check_writable(folder)
+        check_writable(folder / "checkpoints")
+        if resumed is None and _has_checkpoints(folder):
+            check_writable(folder.parent)  # where the earlier run is moved aside
+    except OSError as error:
+        raise _cannot_write(folder, error) from error
+    refuse_living(folder, take_over)
+
+
+@contextmanager
+def locked(
+    stage: Stage, world: World, resumed: Checkpoint | None, take_over: bool
+) -> Iterator[RunLock | None]:
+    """Lock a stage's folder for the block; every rank must call, and rank 0 gets the lock."""
+    locks: list[RunLock] = []  # not for others: it has a thread
+    run_on_main(world, lambda: locks.append(lock_folder(stage, resumed, take_over)))
+    try:
+        yield locks[0] if locks else None
+    finally:
+        for lock in locks:
+            lock.release()
+
+
+def lock_folder(stage: Stage, resumed: Checkpoint | None, take_over: bool) -> RunLock:
+    """Make a stage's folder this process's own, and write the resolved recipe into it.
+
+    A fresh run never writes over an earlier one: that one's folder is moved aside. Run folders are
+    private to their user.
+
+    Raises:
+        ConfigError: where it cannot be written, or another process owns it by now.
+    """
+    folder = stage.folder
+    try:
+        make_private(stage.run_folder)
+        make_private(folder)
+        lock = RunLock.take(folder, take_over)
+        try:
+            if resumed is None and _has_checkpoints(folder):
+                aside = move_aside(folder)
+                lock.move(aside)
+                lock.release()
+                logging.info(
+                    "moved the earlier run to %s (--resume would have gone on with it)", aside
+                )
+                make_private(folder)
+                lock = RunLock.take(folder)
+            elif resumed is not None and not resumed.folder.is_dir():
+                raise ConfigError(f"{resumed.folder} was moved or deleted since it was read")
+            with replacing(folder / "recipe.yaml") as temporary:
+                temporary.write_text(dump(stage.recipe), encoding="utf-8")
+        except BaseException:
+            lock.release()
+            raise
+    except OSError as error:
+        raise _cannot_write(folder, error) from error
+    return lock
+
+
+def _has_checkpoints(folder: Path) -> bool:
+    return any((folder / "checkpoints").glob("step-*"))
+
+
+def _cannot_write(folder: Path, error: OSError) -> ConfigError:
+    return ConfigError(
+        f"cannot write to {folder}: {reason_of(error)}; choose another folder with --output"
+    )
+
+
+@contextmanager
+def saying_what_is_left(folder: Path, begun: bool) -> Iterator[None]:
+    """Let Ctrl-C that ends a stage without saving say what is there, and what --resume would do.
+
+    ``begun`` tells whether the folder is this run's. Blocks may be nested; the inner one speaks.
+    """
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt(*error.args or [_what_is_left(folder, begun)]) from error
+
+
+def _what_is_left(folder: Path, begun: bool) -> str:
+    """Say what a stage that was aborted leaves behind, as the disk has it."""
+    steps = sorted(path.parent.name for path in (folder / "checkpoints").glob(f"step-*/{META}"))
+    newest = folder / "checkpoints" / steps[-1] if steps else None
+    aside = aside_with_checkpoints(folder)
+    if not begun:
+        text = f"{folder.name}: stopped before its first step; {folder} is as it was"
+        return f"{text}, and --resume would go on from {newest}" if newest else text
+    text = f"{folder.name}: aborted without saving"
+    if newest is not None:
+        return f"{text}; --resume goes on from {newest}"
+    if aside is None:
+        return f"{text}, and before its first checkpoint: --resume would start anew"
+    return (
+        f"{text}, and before its first checkpoint: start it anew without --resume "
+        f"(the run before is in {aside})"
+    )
