@@ -18,6 +18,7 @@ from radio_distill.data.sources import open_sources
 from radio_distill.errors import ConfigError
 from radio_distill.hints import hints
 from radio_distill.stage import Stage, resolve_stage
+from radio_distill.system import precision
 from radio_distill.system.distributed import (
     World,
     choose_device,
@@ -33,7 +34,6 @@ from radio_distill.system.files import (
     reason_of,
     replacing,
 )
-from radio_distill.system.precision import emulation_warning, native_dtype
 from radio_distill.train.checkpoint import META, Checkpoint
 from radio_distill.train.engine import engine_name
 from radio_distill.train.run_dir import RunLock, refuse_living
@@ -113,7 +113,7 @@ def resolve_at_start(
     # The first to open shards writes their indexes; the others find them.
     in_shards = run_on_main(world, lambda: open_sources(recipe.data).num_images)
     facts = Facts(
-        native_dtype=native_dtype(device),
+        native_dtype=precision.native_dtype(device),
         images_in_shards=in_shards,
         cores=cores_of_process(os.environ),
     )
@@ -122,7 +122,7 @@ def resolve_at_start(
     check(stage.recipe)  # what a checkpoint said may not go with what is asked for now
     for line in hints(stage, in_shards):
         logging.warning("%s", line)
-    if world.is_main and (line := emulation_warning(dtypes_of(stage.recipe), device)):
+    if world.is_main and (line := precision.emulation_warning(dtypes_of(stage.recipe), device)):
         logging.warning("%s", line)
     return stage
 
