@@ -10,7 +10,7 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from queue import Empty, SimpleQueue
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 from ..errors import DataError
 from ..system.files import open_regular, printable, reason_of
@@ -40,20 +40,25 @@ class DiskStalledError(DataError):
 class ReadTimeout:
     """Runs calls that may never come back, for nothing in Python ends a system call.
 
-    Each runs in a thread of its own. One that takes too long is left behind with all that it holds:
-    its file stays open, for a descriptor that is closed under a read may be given to another file.
-    It is a daemon, which a program does not wait for at its end.
+    They run in a thread, one after the other. When one takes too long, its thread is left behind
+    with all that it holds: its file stays open, for a descriptor that is closed under a read may be
+    given to another file. Such threads are daemons, which a program does not wait for at its end.
 
     Args:
         seconds: how long each call may take.
     """
 
     def __init__(self, seconds: float):
-        self._seconds = seconds
+        self._seconds, self._process = seconds, os.getpid()
+        self._helper: _Helper | None = None
         self._stalled: list[threading.Thread] = []
 
     def __reduce__(self) -> tuple[type["ReadTimeout"], tuple[float]]:
         return ReadTimeout, (self._seconds,)
+
+    def __del__(self) -> None:
+        if self._helper is not None:
+            self._helper.calls.put(None)
 
     def run(self, function: Callable[..., Value], *arguments: Any) -> Value:
         """Return what ``function`` returns, or raise what it raises.
@@ -62,32 +67,59 @@ class ReadTimeout:
             NoAnswerError: it takes too long.
             DiskStalledError: so do others, ``MAX_STALLED`` in all.
         """
-        answers: SimpleQueue[tuple[Any, BaseException | None]] = SimpleQueue()
-
-        def call() -> None:
-            try:
-                answers.put((function(*arguments), None))
-            except BaseException as error:
-                answers.put((None, error))
-
-        thread = threading.Thread(target=call, name="read", daemon=True)
-        thread.start()
+        if self._process != os.getpid():  # threads do not survive a fork
+            self._process, self._helper, self._stalled = os.getpid(), None, []
+        helper, self._helper = self._helper or _start_helper(), None
+        helper.calls.put((function, arguments))
         try:
-            value, error = answers.get(timeout=self._seconds)
-        except Empty:
-            self._stalled = [*(one for one in self._stalled if one.is_alive()), thread]
-            if len(self._stalled) >= MAX_STALLED:
-                raise DiskStalledError(
-                    f"the disk does not answer: {len(self._stalled)} reads have taken more than "
-                    f"{self._seconds:g} s; fix the disk or raise data.read_timeout, and start again"
-                ) from None
-            raise NoAnswerError(f"no answer within {self._seconds:g} s") from None
+            value, error = helper.answers.get(timeout=self._seconds)
+        except BaseException as failure:  # Ctrl-C too: the answer must not reach the next who asks
+            helper.calls.put(None)
+            if not isinstance(failure, Empty):
+                raise
+            self._stalled = [*(one for one in self._stalled if one.is_alive()), helper.thread]
+            if len(self._stalled) < MAX_STALLED:
+                raise NoAnswerError(f"no answer within {self._seconds:g} s") from None
+            raise DiskStalledError(
+                f"the disk does not answer: {len(self._stalled)} reads have taken more than "
+                f"{self._seconds:g} s; fix the disk or raise data.read_timeout, and start again"
+            ) from None
+        self._helper = helper
         try:
             if error is not None:
                 raise error
             return value
         finally:
             del error  # it holds this frame, and with it what was to be read
+
+
+class _Helper(NamedTuple):
+    """A thread that makes one call after the other, until it gets None."""
+
+    calls: "SimpleQueue[Any]"
+    answers: "SimpleQueue[Any]"
+    thread: threading.Thread
+
+
+def _start_helper() -> _Helper:
+    calls: SimpleQueue[Any] = SimpleQueue()
+    answers: SimpleQueue[Any] = SimpleQueue()
+    thread = threading.Thread(target=_serve, args=(calls, answers), name="read", daemon=True)
+    thread.start()
+    return _Helper(calls, answers, thread)
+
+
+def _serve(calls: "SimpleQueue[Any]", answers: "SimpleQueue[Any]") -> None:
+    while (call := calls.get()) is not None:
+        answers.put(_outcome(*call))
+        del call  # it would keep a file open until the next one
+
+
+def _outcome(function: Callable[..., Any], arguments: Any) -> tuple[Any, BaseException | None]:
+    try:
+        return function(*arguments), None
+    except BaseException as error:
+        return None, error
 
 
 class _OpenShard:

@@ -70,7 +70,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 def with_upsampler(recipe: Recipe, name: str) -> Recipe:
     """Return the recipe with another upsampler in stage 3; files and options are of one alone."""
-    stage = recipe.stages["stage3"]
+    stage = recipe.stages.get("stage3")
+    if stage is None:
+        raise ConfigError("sweep: stage3 is trained with each upsampler, and the recipe has none")
     if name == stage.upsampler.name:
         return recipe
     other = replace(stage.upsampler, name=name, weights={}, sha256={}, sizes={}, options={})
