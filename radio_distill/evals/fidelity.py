@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from ..config import TeacherConfig, size_pair
@@ -61,7 +62,7 @@ class Fidelity:
             for name, target in targets.items():
                 features = target(pixels[target.size])
                 if name not in sums:
-                    sums[name] = _Sums(features.spatial.shape[1])
+                    sums[name] = _Sums(features.spatial)
                 sums[name].add(predicted[name], features)
             if progress is not None:
                 progress(start + len(batch), len(images))
@@ -73,8 +74,8 @@ class Fidelity:
 class _Sums:
     """Sums over all images for one teacher."""
 
-    def __init__(self, channels: int) -> None:
-        self.fidelity = metrics.Fidelity(channels)
+    def __init__(self, spatial: Tensor) -> None:
+        self.fidelity = metrics.Fidelity(spatial.shape[1], spatial.device)
         self.num_images = self.num_positions = 0
         self.cosine = 0.0
         self.summary_cosine: float | None = None

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from .. import __version__
 from ..errors import ConfigError
-from ..system.files import reason_of, replacing
+from ..system.files import write_text
 from .tables import Table
 from .templates import render_template
 
@@ -83,10 +83,5 @@ def write_page(path: str | Path, title: str, sections: Sequence[Section]) -> Pat
     """
     shown = [section for section in sections if not section.is_empty]
     page = render_template("page.html.j2", title=title, sections=shown, version=__version__)
-    path = Path(path)
-    try:
-        with replacing(path) as draft:
-            draft.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"cannot write the report {path}: {reason_of(error)}") from error
-    return path
+    write_text(Path(path), page)
+    return Path(path)

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from ..errors import ConfigError
+
 _CHUNK = 1 << 20
 _SHOWN_LENGTH = 100  # characters of a name that a line shows
 
@@ -39,6 +41,15 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all; raises ConfigError where it cannot be written."""
+    try:
+        with replacing(path) as draft:
+            draft.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {reason_of(error)}") from error
 
 
 def open_regular(path: Path) -> BinaryIO:

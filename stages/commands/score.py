@@ -19,7 +19,7 @@ from radio_distill.evals.score_tables import read_definitions
 from radio_distill.evals.scores import read_scores
 from radio_distill.report.gain_tables import beside_tables, gain_table, score_tables
 from radio_distill.report.tables import FORMATS, Table, print_tables, render
-from radio_distill.system.files import reason_of, replacing
+from radio_distill.system.files import write_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Print or write the tables that the arguments ask for."""
     tables = _tables(arguments)
     if arguments.output:
-        _write(Path(arguments.output), render(tables, arguments.format))
+        write_text(Path(arguments.output), render(tables, arguments.format))
     elif arguments.format == "terminal":
         print_tables(tables)
     else:
@@ -85,11 +85,3 @@ def _tables(arguments: argparse.Namespace) -> list[Table]:
     # Programs get one table, unless they ask for the scores, which have what is beside it.
     beside = [] if arguments.format in ("csv", "json") else beside_tables(gains)
     return [gain_table(gains), *beside, *raw]
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        with replacing(path) as draft:
-            draft.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"cannot write {path}: {reason_of(error)}") from error

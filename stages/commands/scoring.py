@@ -29,6 +29,7 @@ from radio_distill.models.heads import DistilledStudent, build_student
 from radio_distill.protocols import Teacher
 from radio_distill.report.gain_tables import gain_table
 from radio_distill.system.distributed import World, choose_device
+from radio_distill.system.files import write_text
 from radio_distill.system.precision import emulation_warning
 from radio_distill.system.progress import Progress
 from radio_distill.train.checkpoint import Checkpoint
@@ -289,5 +290,5 @@ def write_gain(gain: MultiTaskGain, folder: Path) -> None:
         "tex": table.to_latex(),
         "json": table.to_json(),
     }.items():
-        (folder / f"gain.{suffix}").write_text(text, encoding="utf-8")
+        write_text(folder / f"gain.{suffix}", text)
     print(f"also as Markdown, CSV, LaTeX and JSON: {folder}/gain.*")

@@ -29,7 +29,7 @@ from radio_distill.report.page import Section, write_page
 from radio_distill.report.tables import print_tables, render
 from radio_distill.stage import FIT, resolve_stage
 from radio_distill.system.distributed import World, choose_device
-from radio_distill.system.files import reason_of, replacing
+from radio_distill.system.files import write_text
 from radio_distill.system.precision import resolved_dtype
 from radio_distill.system.progress import Progress
 from radio_distill.types import Size
@@ -257,11 +257,7 @@ def write_report(comparison: Comparison) -> Path:
         "scores.json": json.dumps(_scores(comparison), indent=2) + "\n",
     }
     for name, text in texts.items():
-        try:
-            with replacing(folder / name) as draft:
-                draft.write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"cannot write {folder / name}: {reason_of(error)}") from error
+        write_text(folder / name, text)
     title = f"Upsamplers of teacher {comparison.teacher.spec.name}"
     return write_page(folder / "index.html", title, sections)
 

@@ -153,7 +153,7 @@ def test_write_page__figure_of_another_format(tmp_path: Path, content: bytes) ->
 
 def test_write_page__folder_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("")
-    with pytest.raises(ConfigError, match=r"cannot write the report .*runs/r\.html: "):
+    with pytest.raises(ConfigError, match=r"cannot write .*runs/r\.html: "):
         write_page(tmp_path / "runs" / "r.html", "t", [])
 
 
