@@ -132,7 +132,7 @@ def _loaded(preset: Preset, config: TeacherConfig) -> "nn.Module":
         check_local(config)
         return source.load(preset, local_path(config.weights))
     if preset.package:
-        from .packaged import packaged_weights
+        from .sources.packaged import packaged_weights
 
         path = packaged_weights(preset.package)
     else:

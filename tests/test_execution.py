@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("radio_distill", "upsamplers", "teachers", "stages", "slurm")
 ALLOWED = {
     ("radio_distill/system/trust.py", "torch.load without weights_only=True"),  # --trust-checkpoint
-    ("teachers/remote_code.py", "trust_remote_code=True"),  # options.trust_remote_code
+    ("teachers/sources/remote_code.py", "trust_remote_code=True"),  # options.trust_remote_code
     ("upsamplers/external.py", "torch.hub.load"),  # options.repository, source="local"
 }
 NEVER_IMPORTED = ("pickle", "dill", "cloudpickle", "marshal", "shelve", "joblib")

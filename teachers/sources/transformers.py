@@ -6,7 +6,7 @@ The stride is measured then, and the summary is the first token, else what the m
 mean of the patches.
 
 A tower is built from its configuration and loaded from the tensors alone, so no code that rides
-with a checkpoint runs; :mod:`teachers.remote_code` has the exception. Reads a folder with
+with a checkpoint runs; :mod:`.remote_code` has the exception. Reads a folder with
 ``config.json`` and safetensors, or a hub's copy of one. SigLIP2's NaFlex checkpoints, which take
 patches in place of pixels, and models that need text or prompts too are left out.
 """
@@ -26,8 +26,9 @@ from radio_distill.registry import nearest
 from radio_distill.system.files import reason_of
 from radio_distill.system.progress import quiet_transformers
 
-from .. import remote_code, weights
+from .. import weights
 from ..presets import CLIP_MEAN, CLIP_STD, HALF, IMAGENET_MEAN, IMAGENET_STD, Preset, Triple
+from . import remote_code
 
 ARGUMENTS = {
     "config": "the model's configuration, with its model_type; empty reads config.json",
@@ -88,14 +89,8 @@ _WHOLE_MODELS = {
 # What says how to compute, not what: it may name code to fetch, and changes no tensor's shape.
 _LEFT_OUT = ("model_type", "auto_map", "attn_implementation", "experts_implementation",
              "quantization_config")  # fmt: skip
-_OTHER_TOWERS = (
-    "text_model.",
-    "text_projection.",
-    "logit_",
-    "prompt_encoder.",
-    "mask_decoder.",
-    "shared_image_embedding.",
-)
+_OTHER_TOWERS = ("text_model.", "text_projection.", "logit_", "prompt_encoder.", "mask_decoder.",
+                 "shared_image_embedding.")  # fmt: skip
 
 
 class TransformersTower(nn.Module):
@@ -108,10 +103,7 @@ class TransformersTower(nn.Module):
         self.model: Any = model
         self.family = family
         self.stated_stride = _side(model.config.patch_size)
-        parameters = inspect.signature(model.forward).parameters
-        self._options = (
-            {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in parameters else {}
-        )
+        self._options = remote_code.size_options(model)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor | None, Tensor]:
         output = self.model(pixels, **self._options)
@@ -147,10 +139,7 @@ class GenericTower(nn.Module):
     def __init__(self, model: Any):
         super().__init__()
         self.model: Any = model
-        parameters = inspect.signature(model.forward).parameters
-        self._options = (
-            {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in parameters else {}
-        )
+        self._options = remote_code.size_options(model)
         config = model.config
         stages = len(getattr(config, "depths", None) or [0])
         patch = getattr(config, "patch_stride", None) or getattr(config, "patch_size", None) or 4
@@ -161,14 +150,13 @@ class GenericTower(nn.Module):
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         output = self.model(pixels, **self._options)
-        found = output.last_hidden_state
+        spatial = last = output.last_hidden_state
         pooled = getattr(output, "pooler_output", None)
-        if found.ndim == 4:  # [B, C, h, w]
-            return found.mean((2, 3)) if pooled is None else pooled.flatten(1), found
-        height, width, prefix = self._grid(found.shape[1], pixels)
-        spatial = rearrange(found[:, prefix:], "b (h w) c -> b c h w", h=height, w=width)
-        if prefix:
-            return found[:, 0], spatial
+        if last.ndim == 3:  # tokens, else [B, C, h, w]
+            height, width, prefix = self._grid(last.shape[1], pixels)
+            spatial = rearrange(last[:, prefix:], "b (h w) c -> b c h w", h=height, w=width)
+            if prefix:
+                return last[:, 0], spatial
         return spatial.mean((2, 3)) if pooled is None else pooled.flatten(1), spatial
 
     def _grid(self, num_tokens: int, pixels: Tensor) -> tuple[int, int, int]:
@@ -190,10 +178,11 @@ def complete(preset: Preset, weights_path: str) -> Preset:
     is_remote = "code" in preset.arguments
     config, family = (None, None) if is_remote else _config(preset.arguments["config"])
     if not (preset.mean and preset.std):
-        mean, std = (family.mean, family.std) if family else (HALF, HALF)
+        known = (family.mean, family.std) if family else (HALF, HALF)
+        mean, std = ([float(f"{value:.4g}") for value in values] for values in known)
         raise ConfigError(
             "options.mean and options.std are missing: no preprocessor_config.json names them; "
-            f"such models mostly have options: {{mean: {_rounded(mean)}, std: {_rounded(std)}}}"
+            f"such models mostly have options: {{mean: {mean}, std: {std}}}"
         )
     if is_remote:
         return remote_code.complete(preset)
@@ -209,8 +198,9 @@ def complete(preset: Preset, weights_path: str) -> Preset:
 def _described(preset: Preset, weights_path: str) -> Preset:
     """Take over what a model's folder says; its code, where it has some, must be allowed."""
     trusted = preset.arguments.get(remote_code.OPTION, False)
-    patterns = ("*.json", "*.py") if trusted is True else ("*.json",)
-    folder = Path(weights_path).expanduser() if weights_path else _fetch(preset, *patterns)
+    folder = Path(weights_path).expanduser()
+    if not weights_path:
+        folder = weights.hub_folder(preset.model, "*.json", *(["*.py"] if trusted is True else []))
     settings = weights.read_json(folder / "config.json")
     if "model_type" not in settings and "architecture" in settings:
         raise ConfigError(f"{weights_path or preset.model} is a model of timm; take preset: timm")
@@ -231,7 +221,7 @@ def build(preset: Preset) -> nn.Module:
 
 def locate(preset: Preset) -> Path:
     """Fetch the model's folder from the hub: configuration and safetensors, no code."""
-    return _fetch(preset, "*.json", "*.safetensors")
+    return weights.hub_folder(preset.model, "*.json", "*.safetensors")
 
 
 def load(preset: Preset, path: Path) -> nn.Module:
@@ -385,30 +375,19 @@ def _native_size(config: Any) -> int:
     return int(sides.pop())
 
 
-def _rounded(values: Triple) -> str:
-    return f"[{', '.join(f'{value:.4g}' for value in values)}]"
-
-
-def _fetch(preset: Preset, *patterns: str) -> Path:
-    return weights.hub_folder(preset.model, *patterns)
-
-
 def _normalisation(folder: Path, preset: Preset) -> dict[str, Any]:
     """Return mean and std of the image processor's file, where there is one."""
-    found = _processor(folder)
-    if found.get("do_normalize", True) is False:
-        found = {**found, "image_mean": (0.0, 0.0, 0.0), "image_std": (1.0, 1.0, 1.0)}
-    factor = found.get("rescale_factor", 1 / 255)
+    settings = _processor(folder)
+    if settings.get("do_normalize", True) is False:
+        settings = {**settings, "image_mean": (0.0, 0.0, 0.0), "image_std": (1.0, 1.0, 1.0)}
+    factor = settings.get("rescale_factor", 1 / 255)
     if not (preset.mean and preset.std) and abs(factor * 255 - 1) > 1e-3:
         raise ConfigError(
             f"{folder}: its images are rescaled by {factor:g}, not by 1/255; set options.mean and "
             "options.std for pixels in [0, 1]"
         )
-    mean, std = found.get("image_mean"), found.get("image_std")
-    return {
-        "mean": preset.mean or (tuple(mean) if mean else None),
-        "std": preset.std or (tuple(std) if std else None),
-    }
+    mean, std = (tuple(settings.get(key) or ()) or None for key in ("image_mean", "image_std"))
+    return {"mean": preset.mean or mean, "std": preset.std or std}
 
 
 def _processor(folder: Path) -> Mapping[str, Any]:

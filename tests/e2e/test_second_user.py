@@ -247,7 +247,7 @@ def test_doctor__tells_and_goes_on(tmp_path, capfd, monkeypatch):
 
 
 def test_home__that_nobody_knows_is_one_line(monkeypatch):
-    from teachers import packaged
+    from teachers.sources import packaged
 
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as for a user of no list

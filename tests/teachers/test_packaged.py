@@ -11,8 +11,9 @@ from torch.nn.functional import normalize
 
 from radio_distill.config import TeacherConfig
 from radio_distill.errors import WeightsError
-from teachers import build_teacher, packaged
+from teachers import build_teacher
 from teachers.presets import PACKAGED
+from teachers.sources import packaged
 
 PICTURES = Path(__file__).resolve().parents[3] / "shared/data/real/classification/caltech101_20x60"
 

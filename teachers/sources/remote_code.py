@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from radio_distill.errors import ConfigError
 from radio_distill.system.files import reason_of
 
-from . import weights
-from .presets import Preset
+from .. import weights
+from ..presets import Preset
 
 logger = logging.getLogger(__name__)
 
@@ -33,10 +33,7 @@ class RemoteTower(nn.Module):
     def __init__(self, model: Any):
         super().__init__()
         self.model: Any = model
-        parameters = inspect.signature(model.forward).parameters
-        self._options = (
-            {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in parameters else {}
-        )
+        self._options = size_options(model)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor | None, Tensor]:
         try:
@@ -55,8 +52,14 @@ class RemoteTower(nn.Module):
         summary = getattr(output, "pooler_output", None)
         if summary is None and num_prefix_tokens:
             summary = tokens[:, 0]
-        patches = tokens[:, num_prefix_tokens:]
-        return summary, rearrange(patches, "b (h w) c -> b c h w", h=height)
+        spatial = rearrange(tokens[:, num_prefix_tokens:], "b (h w) c -> b c h w", h=height)
+        return summary, spatial
+
+
+def size_options(model: Any) -> dict[str, bool]:
+    """Return the argument of a model's ``forward`` that lets it take any size, if it has one."""
+    name = "interpolate_pos_encoding"
+    return {name: True} if name in inspect.signature(model.forward).parameters else {}
 
 
 def check_trusted(settings: Mapping[str, Any], model: str, trusted: Any) -> None:

@@ -1,4 +1,4 @@
-"""Pretrained weights that ride inside Python packages: real teachers without a hub.
+"""Pretrained weights that come inside Python packages: real teachers without a hub.
 
 The package is found by its installed files and never imported. Its weights are rewritten once under
 timm's names, as safetensors in the user's cache folder:
@@ -21,7 +21,7 @@ from torch import Tensor
 from radio_distill.errors import WeightsError
 from radio_distill.system.files import replacing
 
-from . import weights
+from .. import weights
 
 
 def packaged_weights(requirement: str) -> Path:
@@ -92,27 +92,12 @@ def efficientnet_lite0(path: Path) -> dict[str, Tensor]:
     }
 
 
-_STEM_AND_HEAD = {
-    "_conv_stem": "conv_stem",
-    "_bn0": "bn1",
-    "_conv_head": "conv_head",
-    "_bn1": "bn2",
-    "_fc": "classifier",
-}
-_FIRST_STAGE = {
-    "_depthwise_conv": "conv_dw",
-    "_bn1": "bn1",
-    "_project_conv": "conv_pw",
-    "_bn2": "bn2",
-}
-_LATER_STAGES = {
-    "_expand_conv": "conv_pw",
-    "_bn0": "bn1",
-    "_depthwise_conv": "conv_dw",
-    "_bn1": "bn2",
-    "_project_conv": "conv_pwl",
-    "_bn2": "bn3",
-}
+_STEM_AND_HEAD = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head",
+                  "_bn1": "bn2", "_fc": "classifier"}  # fmt: skip
+_FIRST_STAGE = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw",
+                "_bn2": "bn2"}  # fmt: skip
+_LATER_STAGES = {"_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw",
+                 "_bn1": "bn2", "_project_conv": "conv_pwl", "_bn2": "bn3"}  # fmt: skip
 
 
 def _efficientnet_name(key: str, places: list[tuple[int, int]]) -> str:
