@@ -135,44 +135,38 @@ def multi_task_gain(
             above zero.
     """
     runs = runs_of(results)
-    if baseline not in runs:
-        raise UnknownNameError(
-            f"no results of baseline {baseline!r} ({nearest(baseline, [*runs])})"
-        )
-    must_have = {model: runs[model] for model in runs if model not in may_lack or model == baseline}
-    _check_known(runs, definitions)
-    known = {name for repeats in must_have.values() for run in repeats for name in run}
-    counting = {
-        name: metric
-        for name, metric in definitions.items()
-        if metric.counts and (name in known or not may_lack)
-    }
-    excluded = _missing(must_have, counting, exclude_missing)
-    metrics = {name: metric for name, metric in counting.items() if name not in excluded}
-    trained = {name: metric for name, metric in definitions.items() if metric.trained_for}
-    if not metrics and not any(metric.headline for metric in trained.values()):
+    _check_names(runs, baseline, definitions)
+    needed = {model: runs[model] for model in runs if model not in may_lack or model == baseline}
+    metrics, excluded = _metrics_of(needed, definitions, exclude_missing, bool(may_lack))
+    trained = {name: m for name, m in definitions.items() if m.trained_for and m.headline}
+    if not metrics and not trained:
         raise ConfigError("no metric is left that every model has; compare fewer models")
     reference = {name: fmean(run[name] for run in runs[baseline]) for name in metrics}
-    names = _group(metrics)
+    members: dict[str, list[str]] = {}
+    for name, metric in metrics.items():
+        members.setdefault(metric.group, []).append(name)
     groups: dict[str, dict[str, Estimate]] = {}
     totals = {}
     for model, repeats in runs.items():
-        gains = [_group_gains(run, reference, metrics, names) for run in repeats]
-        whole = [group for group in names if all(group in gain for gain in gains)]
+        gains = [_group_gains(run, reference, metrics, members) for run in repeats]
+        whole = [group for group in members if all(group in gain for gain in gains)]
         groups[model] = {group: estimate([gain[group] for gain in gains]) for group in whole}
-        if whole and len(whole) == len(names):
+        if whole and len(whole) == len(members):
             totals[model] = estimate([fmean(gain.values()) for gain in gains])
-    num_metrics = {group: len(members) for group, members in names.items()}
-    num_results = {model: len(repeats) for model, repeats in runs.items()}
-    trained = {name: metric for name, metric in trained.items() if metric.headline}
-    beside: dict[str, list[Run]] = {
-        model: [{name: run[name] for name in trained if name in run} for run in repeats]
-        for model, repeats in runs.items()
-    }
     return MultiTaskGain(
-        baseline, groups, totals, num_metrics, num_results, tuple(excluded), trained, beside,
-        tuple(remarks),
-    )  # fmt: skip
+        baseline,
+        groups,
+        totals,
+        num_metrics={group: len(names) for group, names in members.items()},
+        num_results={model: len(repeats) for model, repeats in runs.items()},
+        excluded=excluded,
+        trained=trained,
+        beside={
+            model: [{name: run[name] for name in trained if name in run} for run in repeats]
+            for model, repeats in runs.items()
+        },
+        remarks=tuple(remarks),
+    )
 
 
 def runs_of(results: Results) -> dict[str, list[Run]]:
@@ -187,39 +181,50 @@ def runs_of(results: Results) -> dict[str, list[Run]]:
     return runs
 
 
-def _check_known(runs: Mapping[str, list[Run]], definitions: Mapping[str, Metric]) -> None:
+def _check_names(
+    runs: Mapping[str, list[Run]], baseline: str, definitions: Mapping[str, Metric]
+) -> None:
+    if baseline not in runs:
+        hint = nearest(baseline, [*runs])
+        raise UnknownNameError(f"no results of baseline {baseline!r} ({hint})")
     for model, repeats in runs.items():
         for name in (name for run in repeats for name in run):
             if name not in definitions:
-                known = nearest(name, [*definitions])
+                hint = nearest(name, [*definitions])
                 raise UnknownNameError(
-                    f"metric {name!r} of model {model!r} has no definition ({known})"
+                    f"metric {name!r} of model {model!r} has no definition ({hint})"
                 )
 
 
-def _missing(
-    runs: Mapping[str, list[Run]], definitions: Mapping[str, Metric], exclude: bool
-) -> list[str]:
-    """List the metrics that some model lacks, or raise."""
+def _metrics_of(
+    runs: Mapping[str, list[Run]],
+    definitions: Mapping[str, Metric],
+    exclude_missing: bool,
+    only_known: bool,
+) -> tuple[dict[str, Metric], tuple[str, ...]]:
+    """Return the metrics that count and that every result has, and those that one lacks, or raise.
+
+    With ``only_known``, a metric that none of these results has is no metric of theirs.
+    """
+    every = [(model, run) for model, repeats in runs.items() for run in repeats]
+    known = {name for _, run in every for name in run}
+    counting = {
+        name: metric
+        for name, metric in definitions.items()
+        if metric.counts and (name in known or not only_known)
+    }
     lacking: dict[str, str] = {}
-    for model, repeats in runs.items():
-        for run in repeats:
-            lacking |= {name: model for name in definitions if name not in run}
-    if lacking and not exclude:
+    for model, run in every:
+        lacking |= {name: model for name in counting if name not in run}
+    if lacking and not exclude_missing:
         name, model = next(iter(lacking.items()))
         more = f" (and {len(lacking) - 1} more)" if len(lacking) > 1 else ""
         raise ConfigError(
             f"model {model!r} lacks metric {name!r}{more}; score it, drop the model, or leave the "
             "metric out for all with --exclude-missing"
         )
-    return [name for name in definitions if name in lacking]
-
-
-def _group(definitions: Mapping[str, Metric]) -> dict[str, list[str]]:
-    groups: dict[str, list[str]] = {}
-    for name, metric in definitions.items():
-        groups.setdefault(metric.group, []).append(name)
-    return groups
+    metrics = {name: metric for name, metric in counting.items() if name not in lacking}
+    return metrics, tuple(name for name in counting if name in lacking)
 
 
 def _group_gains(
