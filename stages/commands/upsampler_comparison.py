@@ -225,55 +225,50 @@ def _bar(label: str, total: int, unit: str = "batches") -> Iterator[Callable[[in
         yield lambda done, _: bar.update(done)
 
 
-def write_report(comparison: Comparison) -> Path:
+def write_report(report: Comparison) -> Path:
     """Measure, print the tables, and write RUN/upsampler_report/TEACHER; returns the page's path.
 
     Raises ConfigError where a file cannot be written.
     """
-    folder = comparison.recipe.folder / "upsampler_report" / comparison.teacher.spec.name
+    folder = report.recipe.folder / "upsampler_report" / report.teacher.spec.name
     check_output(folder / "index.html")
-    comparison.measure()
-    tables, tiles = show.tables_of(comparison), show.tile_table(comparison)
-    timing = show.cost_table(comparison)
+    report.measure()
+    tables, (tiles, tile_charts) = show.tables_of(report), show.tiles_of(report)
+    timing, time_charts = show.times_of(report)
     print_tables([*tables, *tiles, *timing])
+    tile_sheets = show.tile_sheets(report)
     sections = [
         Section("scores", "Upsamplers compared", tables),
-        Section("run", "What was compared", facts=_summary(comparison)),
-        Section("fits", "Fits", [show.fits_table(comparison)]),
-        Section("features", "Features", sheets=show.feature_sheets(comparison)),
-        Section("biases", "Biases", sheets=show.bias_sheet(comparison)),
-        Section(
-            "tiles",
-            "Tiles",
-            tiles,
-            panels=show.tile_chart(comparison),
-            sheets=show.tile_sheets(comparison),
-        ),
-        Section("throughput", "Throughput", timing, panels=show.cost_charts(comparison)),
-        Section("recipe", "Recipe", settings=dump(comparison.recipe)),
+        Section("run", "What was compared", facts=_summary(report)),
+        Section("fits", "Fits", [show.fits_table(report)]),
+        Section("features", "Features", sheets=show.feature_sheets(report)),
+        Section("biases", "Biases", sheets=show.bias_sheet(report)),
+        Section("tiles", "Tiles", tiles, panels=tile_charts, sheets=tile_sheets),
+        Section("throughput", "Throughput", timing, panels=time_charts),
+        Section("recipe", "Recipe", settings=dump(report.recipe)),
     ]
     texts = {
         "tables.md": render([*tables, *tiles, *timing], "markdown"),
-        "scores.json": json.dumps(_scores(comparison), indent=2) + "\n",
+        "scores.json": json.dumps(_scores(report), indent=2) + "\n",
     }
     for name, text in texts.items():
         write_text(folder / name, text)
-    title = f"Upsamplers of teacher {comparison.teacher.spec.name}"
+    title = f"Upsamplers of teacher {report.teacher.spec.name}"
     return write_page(folder / "index.html", title, sections)
 
 
-def _summary(made: Comparison) -> list[tuple[str, str]]:
-    spec, config = made.teacher.spec, made.recipe.teachers[made.teacher.spec.name]
+def _summary(report: Comparison) -> list[tuple[str, str]]:
+    spec, config = report.teacher.spec, report.recipe.teachers[report.teacher.spec.name]
     machine = platform.machine()
-    if made.device.type == "cuda":
+    if report.device.type == "cuda":
         machine = torch.cuda.get_device_name()
-    dtype = resolved_dtype(config.dtype, made.device)
+    dtype = resolved_dtype(config.dtype, report.device)
     lines = {
         "teacher": f"{spec.name} ({config.preset}, {dtype}), {spec.channels} channels",
-        "input": f"{times(made.size)} px, patch {spec.patch_size}",
-        "held-out images": f"{made.num_images} of {made.recipe.evaluation.images}",
-        "not fitted": "\n".join(made.missing),
-        "not measured": "\n".join(made.notes),
+        "input": f"{times(report.size)} px, patch {spec.patch_size}",
+        "held-out images": f"{report.num_images} of {report.recipe.evaluation.images}",
+        "not fitted": "\n".join(report.missing),
+        "not measured": "\n".join(report.notes),
         "machine": f"{machine}, {torch.get_num_threads()} threads, "
         f"Python {platform.python_version()}",
         "versions": f"radio_distill {__version__}, torch {torch.__version__}",
@@ -281,25 +276,25 @@ def _summary(made: Comparison) -> list[tuple[str, str]]:
     return [(name, text) for name, text in lines.items() if text]
 
 
-def _scores(made: Comparison) -> dict[str, Any]:
+def _scores(report: Comparison) -> dict[str, Any]:
     """Return everything that was measured, unrounded, for programs."""
 
     def described(name: str, config: FitConfig) -> dict[str, Any]:
         values: dict[str, Any] = {"upsampler": config.upsampler, "factor": config.factor}
-        if name in made.files:
+        if name in report.files:
             values |= {"options": config.options, "de_bias": config.de_bias}
-            values["file"] = str(made.files[name])
-        return values | made.scores[name]
+            values["file"] = str(report.files[name])
+        return values | report.scores[name]
 
-    configs = made.request.configs(made.recipe).items()
+    configs = report.request.configs(report.recipe).items()
     return {
-        "teacher": made.teacher.spec.name,
-        "weights_hash": made.teacher.spec.weights_hash,
-        "size": list(made.size),
-        "images": {"source": made.recipe.evaluation.images, "number": made.num_images},
-        "upsamplers": {n: described(n, config) for n, config in configs if n in made.scores},
-        "tile_errors": {str(level): errors for level, errors in made.tile_errors.items()},
-        "costs": [item._asdict() for item in made.costs],
-        "missing": made.missing,
-        "notes": made.notes,
+        "teacher": report.teacher.spec.name,
+        "weights_hash": report.teacher.spec.weights_hash,
+        "size": list(report.size),
+        "images": {"source": report.recipe.evaluation.images, "number": report.num_images},
+        "upsamplers": {n: described(n, config) for n, config in configs if n in report.scores},
+        "tile_errors": {str(level): errors for level, errors in report.tile_errors.items()},
+        "costs": [item._asdict() for item in report.costs],
+        "missing": report.missing,
+        "notes": report.notes,
     }

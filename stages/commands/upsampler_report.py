@@ -49,21 +49,12 @@ TABLES = (7, 8, 9, 10)
 DEFAULT = ("bilinear", "featup", "featsharp", "tile", "s2", "strided", "native")
 FREE = ("bicubic", "tile", "s2", "strided", "native")
 """Upsamplers without parameters that Table 9 can show beside the fitted ones."""
-INPUTS = (
-    ("bilinear",),
-    ("featup",),
-    ("tiles",),
-    ("bilinear", "tiles"),
-    ("featup", "tiles"),
-    ("tiles", "bilinear"),
-    ("tiles", "featup"),
-    ("bilinear", "featup", "tiles"),
-    ("featup", "bilinear", "tiles"),
-    ("tiles", "bilinear", "featup"),
-)
-"""Of Table 8; the first is the residual path."""
+INPUTS = ("bilinear", "featup", "tiles", "bilinear + tiles", "featup + tiles", "tiles + bilinear",
+          "tiles + featup", "bilinear + featup + tiles", "featup + bilinear + tiles",
+          "tiles + bilinear + featup")  # fmt: skip
+"""Rows of Table 8; the first of a row is the residual path."""
 BLOCKS = {"linear": "linear", "attention": "attention", "mlp": "MLP", "both": "attention + MLP"}
-"""Of Table 10, which takes the inputs bilinear + tiles."""
+"""Rows of Table 10, whose inputs are bilinear + tiles."""
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +88,7 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Request:
-    """What a report shows."""
+    """The tables, images and timing that a report shows."""
 
     tables: tuple[int, ...] = TABLES
     factors: tuple[int, ...] = (2, 4)
@@ -162,7 +153,7 @@ def rows_of(table: int, recipe: Recipe, factor: int, upsamplers: Sequence[str]) 
         pairs = ((config, de_bias) for config in fitted for de_bias in (False, True))
         return [Row(config.upsampler, replace(config, de_bias=bias)) for config, bias in pairs]
     if table == 8:
-        return [Row(" + ".join(order), fit("featsharp", inputs=list(order))) for order in INPUTS]
+        return [Row(names, fit("featsharp", inputs=names.split(" + "))) for names in INPUTS]
     if table == 10:
         blocks = BLOCKS.items()
         return [Row(name, fit("featsharp", inputs=inputs, block=block)) for block, name in blocks]
@@ -196,26 +187,26 @@ def run(arguments: argparse.Namespace) -> int:
         )
     from .upsampler_comparison import Comparison, write_report
 
-    comparison = Comparison.of(recipe, request)
-    spec, size, fits = comparison.teacher.spec, comparison.size, request.fits(recipe)
-    found = {name: find(recipe, spec, size, config) for name, config in fits.items()}
-    missing = [fits[name] for name, (path, _) in found.items() if path is None]
-    comparison.announce(len(missing), arguments.fit)
+    report = Comparison.of(recipe, request)
+    spec, size, fits = report.teacher.spec, report.size, request.fits(recipe)
+    files = {name: find(recipe, spec, size, config) for name, config in fits.items()}
+    missing = [fits[name] for name, (path, _) in files.items() if path is None]
+    report.announce(len(missing), arguments.fit)
     if missing and arguments.fit:
         fit_missing(recipe, missing, spec.channels, arguments.allow_changed_recipe)
-        found = {name: find(recipe, spec, size, config) for name, config in fits.items()}
-    comparison.files |= {name: path for name, (path, _) in found.items() if path is not None}
-    for name, (path, reason) in found.items():
+        files = {name: find(recipe, spec, size, config) for name, config in fits.items()}
+    report.files |= {name: path for name, (path, _) in files.items() if path is not None}
+    for name, (path, reason) in files.items():
         if path is None:
             command = fit_command(Asked(arguments.recipe, tuple(fields)), recipe, fits[name])
-            comparison.missing.append(f"{command}  # {reason}" if reason else command)
-            logger.warning("missing: %s", comparison.missing[-1])
-    if not comparison.files:
+            report.missing.append(f"{command}  # {reason}" if reason else command)
+            logger.warning("missing: %s", report.missing[-1])
+    if not report.files:
         raise ConfigError(
             f"nothing is fitted to teacher {spec.name!r} that these tables compare; run one of "
             "the commands above, or add --fit"
         )
-    print(f"report: {write_report(comparison)}")
+    print(f"report: {write_report(report)}")
     return 0
 
 

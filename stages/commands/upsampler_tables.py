@@ -5,7 +5,7 @@ each other mean equal features.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from einops import rearrange
@@ -45,44 +45,57 @@ _OF_THE_MODEL = ("teacher", "upsampler", "factor", "options", "de_bias", "images
 """Fields of a fit that the rows of a table say themselves, or that change no number."""
 
 
-def tables_of(made: "Comparison") -> list[Table]:
+def tables_of(report: "Comparison") -> list[Table]:
     """Make those of the tables that have any value; a dash stands for what is not there."""
     tables = []
-    for number in made.request.tables:
-        rows = made.request.rows(number, made.recipe)
+    for number in report.request.tables:
+        rows = report.request.rows(number, report.recipe)
         if number in (7, 10):
-            tables.append((_de_bias if number == 7 else _modules)(made, rows))
+            tables.append(_by_factor(report, number, rows))
         else:
-            table = _inputs if number == 8 else _upsamplers
-            tables += [table(made, factor, same) for factor, same in rows.items()]
-    return [
-        table for table in tables if any(cell is not None for r in table.rows for cell in r[1:])
-    ]
+            make = _inputs if number == 8 else _upsamplers
+            tables += [make(report, factor, same) for factor, same in rows.items()]
+    return [t for t in tables if any(cell is not None for row in t.rows for cell in row[1:])]
 
 
-def _de_bias(made: "Comparison", rows: Mapping[int, Sequence[Row]]) -> Table:
-    """Table 7: rows come in pairs, without and with."""
-    columns, cells = [Column("upsampler")], dict[str, list[Cell]]()
+def _by_factor(report: "Comparison", number: int, rows: Mapping[int, Sequence[Row]]) -> Table:
+    """Make Table 7, whose rows come in pairs, without and with de-bias, or Table 10: fidelity."""
+    title, first, note = {
+        7: (
+            "De-bias: fidelity without and with (FeatSharp, Table 7)",
+            "upsampler",
+            "The bias is taken off predictions again, so the target is the same.",
+        ),
+        10: (
+            "Modules of FeatSharp: fidelity (FeatSharp, Table 10)",
+            "modules",
+            "The inputs are bilinear, which is the residual path, and tiles.",
+        ),
+    }[number]
+    columns, cells = [Column(first)], dict[str, list[Cell]]()
     for factor, same in rows.items():
+        values = [_value(report, row.config, "fidelity") for row in same]
+        if number == 10:
+            columns.append(Column(f"{factor}x", ".3f", "higher"))
+            for row, value in zip(same, values, strict=True):
+                cells.setdefault(row.label, []).append(value)
+            continue
         columns += [Column(f"{factor}x {word}", ".3f") for word in ("without", "with")]
         columns.append(Column(f"{factor}x change", "+.3f", "higher"))
-        for (label, without), (_, with_bias) in zip(same[::2], same[1::2], strict=True):
-            low, high = (_value(made, config, "fidelity") for config in (without, with_bias))
+        for row, low, high in zip(same[::2], values[::2], values[1::2], strict=True):
             change = None if low is None or high is None else high - low
-            cells.setdefault(label, []).extend([low, high, change])
-    title = "De-bias: fidelity without and with (FeatSharp, Table 7)"
-    note = "The bias is taken off predictions again, so the target is the same."
+            cells.setdefault(row.label, []).extend([low, high, change])
     every = [row for same in rows.values() for row in same]
-    return _table(made, title, columns, cells, every, note)
+    return _table(report, title, columns, cells, every, note)
 
 
-def _inputs(made: "Comparison", factor: int, rows: Sequence[Row]) -> Table:
+def _inputs(report: "Comparison", factor: int, rows: Sequence[Row]) -> Table:
     title, first = f"Inputs of FeatSharp, {factor}x (FeatSharp, Table 8)", "inputs, residual first"
-    return _measured(made, title, first, rows, ("fidelity", "total_variation", "crf"))
+    return _measured(report, title, first, rows, ("fidelity", "total_variation", "crf"))
 
 
-def _upsamplers(made: "Comparison", factor: int, rows: Sequence[Row]) -> Table:
-    """Table 9, and AnyUp's feature-space preservation where masks are named."""
+def _upsamplers(report: "Comparison", factor: int, rows: Sequence[Row]) -> Table:
+    """Make Table 9, with AnyUp's feature-space preservation where masks are named."""
     measures = ["fidelity", "total_variation", "crf", "mmd"]
     notes = ["bilinear has a fitted de-bias and downsampler, and no network."]
     free = [label for label, config in rows if not is_network(config.upsampler)]
@@ -91,33 +104,22 @@ def _upsamplers(made: "Comparison", factor: int, rows: Sequence[Row]) -> Table:
             f"Nothing is fitted in {', '.join(free)}: no de-bias, and fidelity is taken through "
             "the downsampler that was fitted for bilinear."
         )
-    low = [_value(made, config, "preservation_low") for _, config in rows]
+    low = [_value(report, config, "preservation_low") for _, config in rows]
     known = [value for value in low if value is not None]
-    if known and made.segmentation is not None:
+    if known and report.segmentation is not None:
         measures.append("preservation")
         notes.append(
             "Preserved mIoU: a linear probe, trained on the teacher's own low-resolution maps of "
-            f"{made.recipe.evaluation.segmentation} ({len(made.segmentation.classes)} classes), "
-            "applied to upsampled ones in the "
-            f"teacher's own space; on the teacher's own maps it has {known[0]:.1%}."
+            f"{report.recipe.evaluation.segmentation} ({len(report.segmentation.classes)} "
+            "classes), applied to upsampled ones in the teacher's own space; on the teacher's own "
+            f"maps it has {known[0]:.1%}."
         )
     title = f"Upsamplers, {factor}x (FeatSharp, Table 9)"
-    return _measured(made, title, "upsampler", rows, measures, *notes)
-
-
-def _modules(made: "Comparison", rows: Mapping[int, Sequence[Row]]) -> Table:
-    """Table 10."""
-    columns = [Column("modules"), *(Column(f"{factor}x", ".3f", "higher") for factor in rows)]
-    every, cells = [row for same in rows.values() for row in same], dict[str, list[Cell]]()
-    for label, config in every:
-        cells.setdefault(label, []).append(_value(made, config, "fidelity"))
-    title = "Modules of FeatSharp: fidelity (FeatSharp, Table 10)"
-    note = "The inputs are bilinear, which is the residual path, and tiles."
-    return _table(made, title, columns, cells, every, note)
+    return _measured(report, title, "upsampler", rows, measures, *notes)
 
 
 def _measured(
-    made: "Comparison",
+    report: "Comparison",
     title: str,
     first: str,
     rows: Sequence[Row],
@@ -125,12 +127,13 @@ def _measured(
     *notes: str,
 ) -> Table:
     """Make a table whose columns are measures."""
-    cells = {label: [_value(made, config, name) for name in measures] for label, config in rows}
-    return _table(made, title, [Column(first), *map(MEASURES.get, measures)], cells, rows, *notes)  # type: ignore[list-item]
+    cells = {label: [_value(report, config, name) for name in measures] for label, config in rows}
+    columns = [Column(first), *(MEASURES[name] for name in measures)]
+    return _table(report, title, columns, cells, rows, *notes)
 
 
 def _table(
-    made: "Comparison",
+    report: "Comparison",
     title: str,
     columns: Sequence[Column],
     cells: Mapping[str, Sequence[Cell]],
@@ -138,19 +141,23 @@ def _table(
     *notes: str,
 ) -> Table:
     body = tuple((label, *values) for label, values in cells.items())
-    unequal = unequal_settings(made, [row.config for row in rows])
-    return Table(title, tuple(columns), body, (measured_on(made), *notes, *unequal))
+    unequal = unequal_settings(report, [row.config for row in rows])
+    return Table(title, tuple(columns), body, (measured_on(report), *notes, *unequal))
 
 
-def unequal_settings(made: "Comparison", configs: Sequence[FitConfig]) -> list[str]:
+def _value(report: "Comparison", config: FitConfig, measure: str) -> float | None:
+    return report.scores.get(fit_name(config), {}).get(measure)
+
+
+def unequal_settings(report: "Comparison", configs: Sequence[FitConfig]) -> list[str]:
     """Say under a table where its fits were not made alike: a file that is there is not made anew.
 
     Args:
-        made: has the files.
+        report: has the files.
         configs: of the table's rows.
     """
     names = dict.fromkeys(map(fit_name, configs))
-    fits = {name: read_header(made.files[name]).fit for name in names if name in made.files}
+    fits = {name: read_header(report.files[name]).fit for name in names if name in report.files}
     unequal = []
     for field in dict.fromkeys(field for fit in fits.values() for field in fit):
         values: dict[str, list[str]] = {}
@@ -162,111 +169,92 @@ def unequal_settings(made: "Comparison", configs: Sequence[FitConfig]) -> list[s
     return [f"These fits are not of one setting: {'. '.join(unequal)}."] if unequal else []
 
 
-def measured_on(made: "Comparison", views: bool = True) -> str:
+def measured_on(report: "Comparison", views: bool = True) -> str:
     """Say what a table was measured on."""
-    name = made.recipe.normalizer.name
+    name = report.recipe.normalizer.name
     return (
-        f"Teacher {made.teacher.spec.name} at {times(made.size)} px; {made.num_images} held-out "
-        f"images of {made.recipe.evaluation.images}"
+        f"Teacher {report.teacher.spec.name} at {times(report.size)} px; {report.num_images} "
+        f"held-out images of {report.recipe.evaluation.images}"
         + (f", {VIEWS_PER_IMAGE} random views each" if views else "")
         + f"; in the space normalised by {'PHI-S' if name == 'phi_s' else name}."
     )
 
 
-def _value(made: "Comparison", config: FitConfig, measure: str) -> float | None:
-    return made.scores.get(fit_name(config), {}).get(measure)
-
-
-def fits_table(made: "Comparison") -> Table:
+def fits_table(report: "Comparison") -> Table:
     """List the fits that are compared, with what decides how good they can be."""
     keys = ("steps", "batch_size", "pool", "learning_rate", "views", "view_range")
-    headers = {name: read_header(path).fit for name, path in made.files.items()}
+    headers = {name: read_header(path).fit for name, path in report.files.items()}
     rows = [
-        (name, *(fit.get(key) for key in keys), str(made.files[name]))
+        (name, *(fit.get(key) for key in keys), str(report.files[name]))
         for name, fit in headers.items()
     ]
     heads = ("fit", "steps", "batch", "pool", "learning rate", "views", "kind of views", "file")
     return Table("Fits that are compared", tuple(map(Column, heads)), tuple(rows))
 
 
-def tile_table(made: "Comparison") -> list[Table]:
-    """Make the table of Figure 15, if anything was measured."""
-    errors, (height, width) = made.tile_errors, made.size
-    rows = [
-        (f"{n} x {n}", f"{height * n}x{width * n}", error["tiles"], error["bilinear"])
+def tiles_of(report: "Comparison") -> tuple[list[Table], list[Figure]]:
+    """Make Figure 15 as a table and as a chart, if anything was measured."""
+    errors, (height, width) = report.tile_errors, report.size
+    if not errors:
+        return [], []
+    kinds = ("tiles", "bilinear")
+    lines = {kind: [(float(n), error[kind]) for n, error in errors.items()] for kind in kinds}
+    rows: list[tuple[Cell, ...]] = [
+        (f"{n} x {n}", f"{height * n}x{width * n}", *(error[kind] for kind in kinds))
         for n, error in errors.items()
     ]
-    heads = (Column("MSE of tiles", ".4f"), Column("MSE of bilinear", ".4f"))
+    heads = (Column(f"MSE of {kind}", ".4f") for kind in kinds)
     notes = (
-        measured_on(made, views=False),
+        measured_on(report, views=False),
         "In that space a feature's variance is 1. Bilinear interpolates the teacher's map of "
         "the whole image at the low resolution.",
     )
     title = "Error of tiles from the teacher at the full resolution (FeatSharp, Figure 15)"
-    columns = (Column("tiles"), Column("image, px"), *heads)
-    return [Table(title, columns, tuple(rows), notes)] if errors else []
+    table = Table(title, (Column("tiles"), Column("image, px"), *heads), tuple(rows), notes)
+    return [table], [Figure("Error of tiles", "", line_chart(lines, "tiles a side", "MSE"))]
 
 
-def cost_table(made: "Comparison") -> list[Table]:
-    """Make the table of Figure 14, if time was taken."""
-    rows = [
-        (
-            cost.name,
-            f"{cost.factor}x",
-            cost.tokens,
-            1e3 * cost.seconds,
-            1e6 * cost.seconds / cost.tokens,
-        )
-        for cost in made.costs
-    ]
+def times_of(report: "Comparison") -> tuple[list[Table], list[Figure]]:
+    """Make Figure 14 as a table and as charts against the factor, if time was taken."""
+    if not report.costs:
+        return [], []
+    image, token = dict[str, Any](), dict[str, Any]()
+    rows = []
+    for name, factor, seconds, tokens in report.costs:
+        milliseconds, microseconds = 1e3 * seconds, 1e6 * seconds / tokens
+        rows.append((name, f"{factor}x", tokens, milliseconds, microseconds))
+        image.setdefault(name, []).append((factor, milliseconds))
+        token.setdefault(name, []).append((factor, microseconds))
     heads = (Column("ms an image", ".1f"), Column("µs a token", ".2f"))
     note = (
-        f"Teacher {made.teacher.spec.name}, low resolution {times(made.size)} px, one image at a "
-        "time, medians. The teacher is shown the full resolution; featup and featsharp make a "
+        f"Teacher {report.teacher.spec.name}, low resolution {times(report.size)} px, one image at "
+        "a time, medians. The teacher is shown the full resolution; featup and featsharp make a "
         "map of that grid, the teacher's forwards included."
     )
     columns = (Column("method"), Column("factor"), Column("tokens"), *heads)
-    return (
-        [Table("Throughput (FeatSharp, Figure 14)", columns, tuple(rows), (note,))] if rows else []
-    )
+    table = Table("Throughput (FeatSharp, Figure 14)", columns, tuple(rows), (note,))
+    return [table], [
+        Figure("Time a token", "", line_chart(token, "factor", "µs")),
+        Figure("Time an image", "", line_chart(image, "factor", "ms")),
+    ]
 
 
-def tile_chart(made: "Comparison") -> list[Figure]:
-    """Draw Figure 15, if anything was measured."""
-    errors = made.tile_errors.items()
-    lines = {name: [(float(n), e[name]) for n, e in errors] for name in ("tiles", "bilinear")}
-    if not errors:
-        return []
-    return [Figure("Error of tiles", "", line_chart(lines, "tiles a side", "MSE"))]
-
-
-def cost_charts(made: "Comparison") -> list[Figure]:
-    """Draw Figure 14, time for a token and for an image against the factor, if it was taken."""
-    figures = []
-    for name, unit, scale in (("a token", "µs", 1e6), ("an image", "ms", 1e3)):
-        lines: dict[str, list[tuple[float, float]]] = {}
-        for cost in made.costs:
-            time = scale * cost.seconds / (cost.tokens if unit == "µs" else 1)
-            lines.setdefault(cost.name, []).append((cost.factor, time))
-        if lines:
-            figures.append(Figure(f"Time {name}", "", line_chart(lines, "factor", unit)))
-    return figures
-
-
-def feature_sheets(made: "Comparison") -> list[Figure]:
+def feature_sheets(report: "Comparison") -> list[Figure]:
     """Paint photographs through each upsampler of Table 9, and how it differs from bilinear."""
     figures = []
-    for factor, rows in _measured_rows(made).items():
-        loaded = {label: made.load(config) for label, config in rows}
+    for factor, rows in _measured_rows(report).items():
+        loaded = {label: report.load(config) for label, config in rows}
         models = {label: each.model for label, each in loaded.items() if each is not None}
         if not models:
             continue
-        photographs, features, changes = _photographs(made, factor), [], []
+        photographs, features, changes = _photographs(report, factor), [], []
         for pixels in photographs.values():
             shown: list[Tensor] = []
             changed = []
             for label, model in models.items():
-                maps = maps_of(model, made.teacher, pixels[None], made.size, factor, made.precision)
+                maps = maps_of(
+                    model, report.teacher, pixels[None], report.size, factor, report.precision
+                )
                 if not shown:
                     shown.append(model.normalizer.invert(maps.low)[0])
                 shown.append(model.normalizer.invert(maps.fine)[0])
@@ -293,12 +281,12 @@ def feature_sheets(made: "Comparison") -> list[Figure]:
     return figures
 
 
-def bias_sheet(made: "Comparison") -> list[Figure]:
+def bias_sheet(report: "Comparison") -> list[Figure]:
     """Paint the bias that each fit learned, a column a factor."""
-    painted, sizes, factors = {}, [], _measured_rows(made)
+    painted, sizes, factors = {}, [], _measured_rows(report)
     for factor, rows in factors.items():
         for label, config in rows:
-            loaded = made.load(config)
+            loaded = report.load(config)
             if loaded is not None and loaded.model.bias is not None:
                 bias = loaded.model.bias.detach()
                 painted[label, factor] = loaded.model.correct(torch.zeros_like(bias))[0]
@@ -321,17 +309,20 @@ def bias_sheet(made: "Comparison") -> list[Figure]:
 
 
 @torch.inference_mode()
-def tile_sheets(made: "Comparison") -> list[Figure]:
+def tile_sheets(report: "Comparison") -> list[Figure]:
     """Paint the teacher at full resolution, its tiles, and where they differ."""
     figures = []
-    for level in (level for level in made.request.factors if level in made.tile_errors):
-        grid, photographs = fine_grid(made.teacher, made.size, level), _photographs(made, level)
+    for level in (level for level in report.request.factors if level in report.tile_errors):
+        grid, photographs = (
+            fine_grid(report.teacher, report.size, level),
+            _photographs(report, level),
+        )
         columns = []
         for pixels in photographs.values():
             native, tiles = (
-                kind(level)(made.teacher, pixels[None], grid).spatial for kind in (Native, Tile)
+                kind(level)(report.teacher, pixels[None], grid).spatial for kind in (Native, Tile)
             )
-            first, second = (made.normalizer.apply(maps)[0] for maps in (native, tiles))
+            first, second = (report.normalizer.apply(maps)[0] for maps in (native, tiles))
             painted = pca_images([native[0], tiles[0]], SIDE)
             columns.append([_photograph(pixels), *painted, difference_image(first, second, SIDE)])
         figures.append(
@@ -346,17 +337,19 @@ def tile_sheets(made: "Comparison") -> list[Figure]:
     return figures
 
 
-def _measured_rows(made: "Comparison") -> dict[int, list[Row]]:
+def _measured_rows(report: "Comparison") -> dict[int, list[Row]]:
     """Return the rows of Table 9 that were measured."""
-    factors = made.request.rows(9, made.recipe).items()
-    return {n: [row for row in rows if fit_name(row.config) in made.scores] for n, rows in factors}
+    factors = report.request.rows(9, report.recipe).items()
+    return {
+        n: [row for row in rows if fit_name(row.config) in report.scores] for n, rows in factors
+    }
 
 
-def _photographs(made: "Comparison", factor: int) -> dict[str, Tensor]:
+def _photographs(report: "Comparison", factor: int) -> dict[str, Tensor]:
     """Load held-out images ``[3, H, W]`` of ``factor`` times the teacher's input, by name."""
-    size = (made.size[0] * factor, made.size[1] * factor)
-    images = load_images(made.recipe.evaluation.images, made.request.num_images)
-    return {key: to_pixels(image, size).to(made.device) for key, image in images}
+    size = (report.size[0] * factor, report.size[1] * factor)
+    images = load_images(report.recipe.evaluation.images, report.request.num_images)
+    return {key: to_pixels(image, size).to(report.device) for key, image in images}
 
 
 def _photograph(pixels: Tensor) -> Image.Image:
