@@ -6,11 +6,12 @@ Only what most sites need has a field; everything else that sbatch and srun know
 
 import argparse
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from radio_distill.config import build, describe, option, read_yaml
+from radio_distill.config.fields import Count, Positive, Range
 from radio_distill.errors import ConfigError
 from radio_distill.system.redaction import secrets_in
 
@@ -18,18 +19,6 @@ Launcher = Literal["srun", "torchrun", "accelerate"]
 
 _LISTS = {"setup": "LINE", "srun": "ARGUMENT", "container_mounts": "FROM:TO"}
 _MAPPINGS = ("environment", "sbatch")
-_LOWEST = {
-    "nodes": 1,
-    "gpus_per_node": 0,
-    "cpus_per_task": 1,
-    "memory_gb": 0,
-    "time_minutes": 1,
-    "signal_delay_s": 1,
-    "max_requeues": 0,
-    "max_retries": 0,
-    "max_running": 1,
-    "master_port": 0,
-}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,31 +28,33 @@ class Cluster:
     partition: str = option("", "Slurm partition; empty for the site's default")
     account: str = option("", "account that is charged; empty for the user's default")
     qos: str = option("", "quality of service; empty for the default")
-    nodes: int = option(1, "nodes of a job", "nodes")
-    gpus_per_node: int = option(
+    nodes: Positive = option(1, "nodes of a job", "nodes")
+    gpus_per_node: Count = option(
         1, "GPUs of a node, each with its own process; 0 for one process on CPUs", "GPUs"
     )
-    cpus_per_task: int = option(4, "cores of a process: itself and its data workers", "cores")
-    memory_gb: int = option(0, "memory of a node; 0 for the partition's default", "GB")
-    time_minutes: int = option(1440, "time limit, after which a job is requeued", "min")
+    cpus_per_task: Positive = option(4, "cores of a process: itself and its data workers", "cores")
+    memory_gb: Count = option(0, "memory of a node; 0 for the partition's default", "GB")
+    time_minutes: Positive = option(1440, "time limit, after which a job is requeued", "min")
     constraint: str = option("", "features that nodes must have")
     exclude: str = option("", "nodes that must not be used")
-    signal_delay_s: int = option(
+    signal_delay_s: Positive = option(
         300, "how long before the time limit a job is told to save; at least two checkpoints", "s"
     )
-    max_requeues: int = option(
+    max_requeues: Count = option(
         30, "how often one job may save and queue again: time limits, preemptions", "times"
     )
-    max_retries: int = option(3, "how often one job may crash and be tried again", "times")
+    max_retries: Count = option(3, "how often one job may crash and be tried again", "times")
     exclude_crashed: bool = option(True, "keep off the node that a crash came from")
-    max_running: int = option(4, "tasks of a sweep that may run at the same time", "tasks")
+    max_running: Positive = option(4, "tasks of a sweep that may run at the same time", "tasks")
     launcher: Launcher = option(
         "srun", "what starts a process for each GPU; the others start them inside one task a node"
     )
     master_address: str = option(
         "", "where the processes of a job meet; empty for its first node", "host"
     )
-    master_port: int = option(0, "port of that; 0 for one made of the job's number")
+    master_port: Annotated[int, Range(0, 65_535)] = option(
+        0, "port of that; 0 for one made of the job's number"
+    )
     environment: dict[str, str] = option(dict, "environment variables of the processes")
     setup: tuple[str, ...] = option(tuple, "shell lines before the processes start, one each")
     container_image: str = option("", "image that the processes run in, through pyxis and enroot")
@@ -111,11 +102,6 @@ def load_cluster(
 
 
 def _check(cluster: Cluster) -> None:
-    for name, lowest in _LOWEST.items():
-        if getattr(cluster, name) < lowest:
-            raise ConfigError(f"cluster.{name}: {getattr(cluster, name)} is below {lowest}")
-    if cluster.master_port > 65535:
-        raise ConfigError(f"cluster.master_port: {cluster.master_port} is no port")
     if cluster.signal_delay_s >= 60 * cluster.time_minutes:
         raise ConfigError(
             f"cluster.signal_delay_s: {cluster.signal_delay_s} s is not below the time limit of "
@@ -124,7 +110,7 @@ def _check(cluster: Cluster) -> None:
     for name in ("container_mounts", "container_workdir"):
         if getattr(cluster, name) and not cluster.container_image:
             raise ConfigError(f"cluster.{name} is set without cluster.container_image; set both")
-    for name in secrets_in(asdict(cluster)):
+    for name in secrets_in(cluster):
         raise ConfigError(
             f"cluster.{name} looks like a secret, and scripts are printed and kept; leave it out, "
             "and export it where you submit: jobs get those variables too"

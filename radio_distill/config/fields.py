@@ -3,7 +3,6 @@
 import dataclasses
 import math
 import typing
-from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, field
 from functools import partial
 from typing import Annotated, Any, Literal
@@ -77,40 +76,9 @@ def plain(value: int | Literal["auto"]) -> int:
     return value
 
 
-def plain_data(value: Any) -> Any:
-    """Copy nested data, with dataclasses in it, to dicts and lists."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {
-            item.name: plain_data(getattr(value, item.name)) for item in dataclasses.fields(value)
-        }
-    if isinstance(value, Mapping):
-        return {key: plain_data(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain_data(item) for item in value]
-    return value
-
-
 def joined(path: str, key: Any) -> str:
     """Return the full name of a field within a section."""
     return f"{path}.{key}" if path else str(key)
-
-
-def leaves(value: Any, path: str = "", in_lists: bool = True) -> Iterator[tuple[str, Any]]:
-    """Yield each field of plain data that holds no others, with its full name.
-
-    Args:
-        value: nested mappings and lists.
-        path: its own name.
-        in_lists: look into lists of mappings; else a list is a field.
-    """
-    if isinstance(value, dict) and value:
-        for key, item in value.items():
-            yield from leaves(item, joined(path, key), in_lists)
-    elif in_lists and isinstance(value, list) and value and isinstance(value[0], dict):
-        for index, item in enumerate(value):
-            yield from leaves(item, joined(path, index), in_lists)
-    else:
-        yield path, value
 
 
 def describe(cls: type | None = None, path: str = "") -> list[tuple[str, str, str, str]]:

@@ -1,11 +1,9 @@
 """A recipe as a flat table of fields, and which of them do not change what a student becomes."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import yaml
-
-from .reading import dump
+from ..system.nested import leaves, plain_data
 from .schema import Recipe
 
 NO_NUMBER = (
@@ -39,20 +37,10 @@ def flat_fields(recipe: Recipe) -> dict[tuple[str, ...], Any]:
 
     ``stages.NAME.images_per_step`` is added, the sum of the batches.
     """
-    fields = yaml.safe_load(dump(recipe))
+    fields = plain_data(recipe)
     for name, stage in recipe.stages.items():
         fields["stages"][name]["images_per_step"] = stage.images_per_step
-    return dict(_leaves(fields))
-
-
-def _leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    if isinstance(value, list) and value and isinstance(value[0], dict):
-        value = {entry["name"]: entry for entry in value}
-    if not isinstance(value, dict) or not value:
-        yield path, value
-        return
-    for key, inner in value.items():
-        yield from _leaves(inner, (*path, str(key)))
+    return dict(leaves(fields, "named"))
 
 
 def matches(pattern: Sequence[str], path: Sequence[str]) -> bool:

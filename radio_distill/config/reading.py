@@ -19,7 +19,8 @@ import yaml
 from ..errors import ConfigError
 from ..registry import nearest
 from ..system.files import reason_of
-from .fields import Range, describe, joined, leaves, plain_data
+from ..system.nested import leaves, plain_data
+from .fields import Range, describe, joined
 from .rules import check
 from .schema import Recipe
 
@@ -107,8 +108,8 @@ def assignments_of(path: str | Path) -> list[str]:
     a list replaces the whole list.
     """
     return [
-        f"{name}={yaml.safe_dump(value, default_flow_style=True, width=10**6)}"
-        for name, value in leaves(read_yaml(path), in_lists=False)
+        f"{'.'.join(keys)}={yaml.safe_dump(value, default_flow_style=True, width=10**6)}"
+        for keys, value in leaves(read_yaml(path), "whole")
     ]
 
 
@@ -351,7 +352,7 @@ def differences(old: Recipe, new: Recipe) -> list[str]:
     before, after = dict(leaves(plain_data(old))), dict(leaves(plain_data(new)))
     names = list(before) + [name for name in after if name not in before]
     return [
-        f"{name}: {before.get(name, 'absent')} -> {after.get(name, 'absent')}"
+        f"{'.'.join(name)}: {before.get(name, 'absent')} -> {after.get(name, 'absent')}"
         for name in names
         if before.get(name, MISSING) != after.get(name, MISSING)
     ]

@@ -5,7 +5,6 @@ Which numbers a single field takes stands in its type (:mod:`.schema`).
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from fractions import Fraction
 from typing import Literal
 
@@ -55,7 +54,7 @@ def _check_names(recipe: Recipe) -> Iterator[str]:
 
 
 def _check_secrets(recipe: Recipe) -> Iterator[str]:
-    for field in secrets_in(asdict(recipe)):
+    for field in secrets_in(recipe):
         yield (
             f"{field}: looks like a secret, and recipes are written into run folders; set it in "
             "the environment instead, for instance as HF_TOKEN"

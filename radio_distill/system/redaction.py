@@ -12,9 +12,10 @@ import re
 import sys
 import threading
 import traceback
-from collections.abc import Iterator, Mapping
 from typing import Any
 from urllib.parse import quote
+
+from .nested import leaves, plain_data
 
 _SHORTEST = 8
 _VARIABLE = re.compile(
@@ -64,28 +65,18 @@ def redact(text: str) -> str:
     return text
 
 
-def secrets_in(values: Mapping[str, Any]) -> list[str]:
+def secrets_in(values: Any) -> list[str]:
     """Return the fields, as ``teachers.x.options.token``, whose values look like secrets."""
     return [
-        path
-        for path, value in _leaves(values, "")
+        ".".join(path)
+        for path, value in leaves(plain_data(values), "opened")
         if isinstance(value, str)
-        and ((_is_named(path) and len(value) >= _SHORTEST) or redact(value) != value)
+        and ((_is_named(path[-1]) and len(value) >= _SHORTEST) or redact(value) != value)
     ]
 
 
-def _is_named(path: str) -> bool:
-    return bool(_FIELD.search(path.rpartition(".")[2]))
-
-
-def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
-    items = value.items() if isinstance(value, Mapping) else enumerate(value)
-    for key, item in items:
-        where = f"{path}.{key}" if path else str(key)
-        if isinstance(item, (Mapping, list, tuple)):
-            yield from _leaves(item, where)
-        else:
-            yield where, item
+def _is_named(name: str) -> bool:
+    return bool(_FIELD.search(name))
 
 
 def redact_output() -> None:
