@@ -107,7 +107,9 @@ def read_pretrained(config: StudentConfig, body: Any) -> PretrainedWeights:
                 "student.pretrained_sha256: timm reads a file of its own, which cannot be checked; "
                 "name a copy of it in student.pretrained, or drop the sum"
             )
-        weights = PretrainedWeights(body.state_dict(), grid=_body_grid(body))
+        weights = PretrainedWeights(
+            body.state_dict(), grid=getattr(body.patch_embed, "grid_size", None)
+        )
     else:
         path = Path(os.path.expanduser(name.removeprefix(FOLDER)))
         if name.startswith(HUB):
@@ -115,11 +117,6 @@ def read_pretrained(config: StudentConfig, body: Any) -> PretrainedWeights:
         weights = _read(path, body, config.pretrained_sha256, grid)
     check_architecture(weights, body, name, config.architecture)
     return replace(weights, grid=_grid_of(weights, body, grid, name))
-
-
-def _body_grid(body: Any) -> Size | None:
-    grid = getattr(body.patch_embed, "grid_size", None)
-    return None if grid is None else (grid[0], grid[1])
 
 
 def _read(path: Path, body: Any, sha256: str, grid: tuple[int, ...]) -> PretrainedWeights:
@@ -130,7 +127,9 @@ def _read(path: Path, body: Any, sha256: str, grid: tuple[int, ...]) -> Pretrain
         check_sha256(summed_files(path), sha256, "student.pretrained_sha256")
     is_folder = path.is_dir()
     if is_folder and not (path / "config.json").is_file():
-        return _of_run(path)
+        distilled = load_student(find_checkpoint(path), torch.device("cpu"))
+        fold(distilled)
+        return weights_of(distilled.student)
     checkpoint = read_checkpoint(path)
     settings = read_json(path / "config.json") if is_folder else checkpoint
     state = tensors_of(checkpoint, path)
@@ -149,12 +148,6 @@ def _read(path: Path, body: Any, sha256: str, grid: tuple[int, ...]) -> Pretrain
     )
 
 
-def _of_run(path: Path) -> PretrainedWeights:
-    distilled = load_student(find_checkpoint(path), torch.device("cpu"))
-    fold(distilled)
-    return weights_of(distilled.student)
-
-
 def _from_timm(state: dict[str, Tensor], settings: Mapping[str, Any]) -> PretrainedWeights:
     """Sort timm's tensors; those of its NaFlexViT (``embeds.*``) get the plain model's names.
 
@@ -164,42 +157,30 @@ def _from_timm(state: dict[str, Tensor], settings: Mapping[str, Any]) -> Pretrai
         state: the tensors.
         settings: ``config.json`` of a timm folder; empty for a bare file.
     """
-    published = settings.get("pretrained_cfg", settings)
+    published, arguments = (
+        settings.get("pretrained_cfg", settings),
+        settings.get("model_args") or {},
+    )
     mean, std = published.get("mean"), published.get("std")
     if "embeds.proj.weight" not in state:
         state = {_DINO.get(key, key): value for key, value in state.items() if key != "mask_token"}
-        arguments = settings.get("model_args") or {}
-        return PretrainedWeights(
-            state,
-            mean=mean,
-            std=std,
-            grid=_configured_grid(settings, state),
-            embeds_class=not arguments.get("no_embed_class", False),
-        )
-    named = {key.replace("embeds.", ""): value for key, value in state.items()}
-    patches = named.pop("proj.weight")  # [D, p * p * 3]
-    table = named.pop("pos_embed")  # [1, h, w, D]
+        size, grid = arguments.get("img_size") or published.get("input_size"), None
+        if size and PATCHES in state:  # the grid of the image size that the configuration names
+            height, width = (size, size) if isinstance(size, int) else size[-2:]
+            rows, columns = state[PATCHES].shape[-2:]
+            grid = height // rows, width // columns
+        embeds_class = not arguments.get("no_embed_class", False)
+        return PretrainedWeights(state, mean=mean, std=std, grid=grid, embeds_class=embeds_class)
+    weights = {key.replace("embeds.", ""): value for key, value in state.items()}
+    patches = weights.pop("proj.weight")  # [D, p * p * 3]
+    table = weights.pop("pos_embed")  # [1, h, w, D]
     side = math.isqrt(patches.shape[1] // 3)
-    weights = {
-        **named,
-        PATCHES: rearrange(patches, "d (y x c) -> d c y x", y=side, x=side),
-        POSITIONS: rearrange(table, "1 h w d -> 1 (h w) d"),
-    }
+    weights[PATCHES] = rearrange(patches, "d (y x c) -> d c y x", y=side, x=side)
+    weights[POSITIONS] = rearrange(table, "1 h w d -> 1 (h w) d")
     if "proj.bias" in weights:
         weights[PATCH_BIAS] = weights.pop("proj.bias")
     grid = (table.shape[1], table.shape[2])
     return PretrainedWeights(weights, cropped=True, mean=mean, std=std, grid=grid)
-
-
-def _configured_grid(settings: Mapping[str, Any], state: Mapping[str, Tensor]) -> Size | None:
-    """Return the patch grid of the image size that a timm folder's configuration names."""
-    size = (settings.get("model_args") or {}).get("img_size")
-    size = size or settings.get("pretrained_cfg", settings).get("input_size")
-    if not size or PATCHES not in state:
-        return None
-    height, width = (size, size) if isinstance(size, int) else size[-2:]
-    rows, columns = state[PATCHES].shape[-2:]
-    return height // rows, width // columns
 
 
 def weights_of(student: Student) -> PretrainedWeights:
@@ -233,43 +214,35 @@ def check_architecture(pretrained: PretrainedWeights, body: Any, source: str, na
         source: where the weights are from, for the message.
         name: the architecture, for the message.
     """
-    expected, found = _fixed(body.state_dict()), _fixed(pretrained.weights)
+    weights, wanted = pretrained.weights, body.state_dict()
+    found, expected = _fixed_shapes(weights), _fixed_shapes(wanted)
+    heads, own_heads = pretrained.num_heads, body.blocks[0].attn.num_heads
     problems = [f"{key} is missing" for key in expected if key not in found]
     problems += [f"{key} is unexpected" for key in found if key not in expected]
     problems += [
-        f"{key} has shape {list(value.shape)}, expected {list(expected[key].shape)}"
-        for key, value in found.items()
-        if key in expected and _fixed_shape(key, value) != _fixed_shape(key, expected[key])
+        f"{key} has shape {list(weights[key].shape)}, expected {list(wanted[key].shape)}"
+        for key, shape in found.items()
+        if shape != expected.get(key, shape)
     ]
-    if not problems:
-        problems = _head_problems(pretrained, body)
+    if not problems and heads not in (None, own_heads):
+        problems = [f"its blocks have {heads} attention heads, expected {own_heads}"]
     if problems:
         more = f" (and {len(problems) - 1} more differences)" if len(problems) > 1 else ""
         raise WeightsError(f"{source} does not hold weights of {name}: {problems[0]}{more}")
 
 
-def _fixed(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors that the architecture alone decides."""
-    return {
-        key: value
+def _fixed_shapes(weights: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    """Return the shapes of the tensors, in so far as the architecture alone decides them."""
+    shapes = {
+        key: [value.ndim, *value.shape]
         for key, value in weights.items()
         if not key.startswith(_OPTIONAL) and not key.endswith(tuple(_SCALED))
     }
-
-
-def _fixed_shape(key: str, value: Tensor) -> list[int]:
-    """Return the part of the shape that the architecture alone decides."""
-    shape = list(value.shape)
-    if key == PATCHES:
-        return [len(shape), *shape[:2]]
-    return [len(shape), shape[-1]] if key == POSITIONS else shape
-
-
-def _head_problems(pretrained: PretrainedWeights, body: Any) -> list[str]:
-    expected = body.blocks[0].attn.num_heads
-    if pretrained.num_heads in (None, expected):
-        return []
-    return [f"its blocks have {pretrained.num_heads} attention heads, expected {expected}"]
+    if PATCHES in shapes:
+        shapes[PATCHES] = shapes[PATCHES][:3]
+    if POSITIONS in shapes:
+        shapes[POSITIONS] = [shapes[POSITIONS][0], shapes[POSITIONS][-1]]
+    return shapes
 
 
 def _grid_of(
@@ -317,12 +290,6 @@ def _token_counts(pretrained: PretrainedWeights, body: Any) -> list[int]:
     return [own]
 
 
-def _num_positioned(pretrained: PretrainedWeights) -> int:
-    """Return how many rows of the position embedding belong to class and register tokens."""
-    assert pretrained.grid is not None, "a table has one"
-    return pretrained.weights[POSITIONS].shape[1] - pretrained.grid[0] * pretrained.grid[1]
-
-
 @torch.no_grad()
 def load_into(student: Student, pretrained: PretrainedWeights) -> None:
     """Give a student, whose blocks are not yet reparametrised, weights of its architecture."""
@@ -331,13 +298,15 @@ def load_into(student: Student, pretrained: PretrainedWeights) -> None:
     weights = pretrained.weights
     student.blocks.load_state_dict(_fit_layer_scale(_below("blocks.", weights), student.blocks))
     student.norm_pre.load_state_dict(_below("norm_pre.", weights))
-    norm = _below("norm.", weights)
-    if norm and not isinstance(student.norm, nn.Identity):
+    if (norm := _below("norm.", weights)) and not isinstance(student.norm, nn.Identity):
         student.norm.load_state_dict(norm)
     size = [student.patch_size, student.patch_size]
     patches = resample_patch_embed(weights[PATCHES].float(), size)
     student.patch_embedding.weight.copy_(rearrange(patches, "d c y x -> d (c y x)"))
-    num_positioned = _num_positioned(pretrained) if POSITIONS in weights else 0
+    num_positioned = 0  # rows of the table that belong to class and register tokens
+    if POSITIONS in weights:
+        assert pretrained.grid is not None, "a table has one"
+        num_positioned = weights[POSITIONS].shape[1] - math.prod(pretrained.grid)
     _place_tokens(student, pretrained, num_positioned)
     if POSITIONS in weights:
         _place_positions(student.positions, pretrained, num_positioned)
