@@ -131,6 +131,11 @@ class Variant:
     before: tuple[str, ...]
     """Stages of the chain that are trained before, and their folders."""
 
+    @property
+    def folder(self) -> str:
+        """Where the stage writes."""
+        return str(self.recipe.stage_folder(self.stage).absolute())
+
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
@@ -172,24 +177,32 @@ def jobs_of(request: Request) -> tuple[Recipe, tuple[Job, ...]]:
         ConfigError: for a recipe, a stage or a sweep that cannot be right.
     """
     file, recipe, stages = _asked(request)
-    jobs = []
+    variants, jobs = variants_of(request), []
     for stage in stages:
         jobs += _fit_jobs(stage, request)
         fitted = request.fitted if request.sweep and stage == stages[-1] else ()
         tasks = tuple(
-            _stage_task(file, stage, request, label, (*fitted, *extra))
-            for label, extra in _tasks_of(file, stage, stages[-1], request)
+            Task(
+                label=variant.label,
+                arguments=(
+                    str(file),
+                    *(f"--{text}" for text in (*variant.overrides, *fitted)),
+                    *request.flags,
+                ),
+                stage_folder=variant.folder,
+            )
+            for variant in variants
+            if variant.stage == stage
         )
         if len({task.stage_folder for task in tasks}) < len(tasks):
             raise ConfigError(f"--upsamplers: no partition of {stage} upsamples a teacher")
         jobs.append(Job(name=stage, target=f"stages.{stage}:main", tasks=tasks))
-    last = jobs[-1].tasks[0]
     if request.upsamplers:
         jobs.append(_gain_job(file, stages[-1], request))
     elif not request.sweep and stages[-1] == list(recipe.stages)[-1]:
         run = str(recipe.folder.absolute())
         jobs += [_command("export", run, "--format", "transformers")] * request.export
-        jobs += [_command("eval", last.stage_folder)] * request.evaluate
+        jobs += [_command("eval", variants[-1].folder)] * request.evaluate
     return recipe, tuple(job.with_flags(*[TRUST] * request.trust) for job in jobs)
 
 
@@ -198,8 +211,7 @@ def variants_of(request: Request) -> list[Variant]:
     file, _, stages = _asked(request)
     variants: list[Variant] = []
     for stage in stages:
-        before = [variant.stage for variant in variants]
-        before += [str(v.recipe.stage_folder(v.stage).absolute()) for v in variants]
+        before = [text for variant in variants for text in (variant.stage, variant.folder)]
         for label, extra in _tasks_of(file, stage, stages[-1], request):
             overrides = tuple(_absolute(text, stage) for text in (*request.overrides, *extra))
             variants.append(
@@ -292,16 +304,6 @@ def _no_doubles(names: Sequence[str], flag: str) -> None:
 def _absolute(override: str, stage: str) -> str:
     """Return an override that means the same whatever stage reads it."""
     return f"stages.{stage}.{override[6:]}" if override.startswith("stage.") else override
-
-
-def _stage_task(file: Path, stage: str, request: Request, label: str, extra: Sequence[str]) -> Task:
-    overrides = [*request.overrides, *extra]
-    recipe = load(file, overrides, stage)
-    return Task(
-        label=label,
-        arguments=(str(file), *(f"--{text}" for text in overrides), *request.flags),
-        stage_folder=str(recipe.stage_folder(stage).absolute()),
-    )
 
 
 def _fit_jobs(stage: str, request: Request) -> list[Job]:

@@ -39,7 +39,7 @@ _NO_WEIGHTS = ("optim", "scheduler", "scaler", "args", "config")
 # What torch.compile, FSDP and activation checkpointing put into the names of a module's tensors.
 _WRAPPED = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _CHUNKED = re.compile(r"^blocks\.\d+\.(\d+)\.")  # DINOv2's FSDP chunks: blocks.CHUNK.BLOCK.
-_AVERAGED, _STUDENT = ("ema", "teacher"), ("student",)
+_AVERAGED, _STUDENT = ("ema", "teacher"), "student"
 
 
 def refuse_unreadable(path: Path) -> None:
@@ -67,7 +67,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
-    """Read the tensors of a file or folder, out of the usual wrappers, EMA weights first."""
+    """Read the tensors of a file or folder; see :func:`tensors_of`."""
     return tensors_of(read_checkpoint(path), path)
 
 
@@ -81,16 +81,13 @@ def tensors_of(checkpoint: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
         WeightsError: where it holds none.
     """
     found: Any = checkpoint
-    while inner := next((found[key] for key in _WRAPPERS if _is_table(found.get(key))), None):
+    kinds = (Mapping, nn.Module)
+    while inner := next((found[k] for k in _WRAPPERS if isinstance(found.get(k), kinds)), None):
         found = inner.state_dict() if isinstance(inner, nn.Module) else inner
     state = {_WRAPPED.sub("", key).removeprefix("module."): value for key, value in _nested(found)}
     if not state:
         raise WeightsError(f"{path} holds no tensors")
     return state
-
-
-def _is_table(value: Any) -> bool:
-    return isinstance(value, (Mapping, nn.Module))
 
 
 def _nested(table: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -126,15 +123,19 @@ def named_as(
         key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)
     }
     if not named:
-        first = sorted({_head(key) for key in state})
+        first = sorted({key.partition(".")[0] for key in state})
         raise WeightsError(
             f"{where}: no tensor begins with {prefix!r} (they begin with: {_some(first)})"
         )
     if prefix:
-        others = sorted({_head(key) for key in state if not key.startswith(prefix)})
+        others = sorted({k.partition(".")[0] for k in state if not k.startswith(prefix)})
         left = f"; left out {len(state) - len(named)} others ({_some(others)})" if others else ""
         logger.info("%s: took %d tensors under %r%s", where, len(named), prefix, left)
-    return _unchunked(named, wanted)
+    # DINOv2's FSDP writes blocks.CHUNK.BLOCK., which no model's names have.
+    chunked = {key: _CHUNKED.sub(r"blocks.\1.", key) for key in named}
+    if all(key in wanted or name not in wanted for key, name in chunked.items()):
+        return named
+    return {chunked[key]: value for key, value in named.items()}
 
 
 def _prefix_of(state: Mapping[str, Tensor], wanted: frozenset[str], where: str) -> str:
@@ -168,21 +169,7 @@ def _prefix_of(state: Mapping[str, Tensor], wanted: frozenset[str], where: str) 
 
 def _rank(prefix: str) -> int:
     words = re.split(r"[._]", prefix)
-    if any(word in words for word in _AVERAGED):
-        return 0
-    return 2 if any(word in words for word in _STUDENT) else 1
-
-
-def _unchunked(state: dict[str, Tensor], wanted: Collection[str]) -> dict[str, Tensor]:
-    """Take the chunk out of ``blocks.CHUNK.BLOCK.``, where the model's names have none."""
-    renamed = {key: _CHUNKED.sub(r"blocks.\1.", key) for key in state}
-    if all(key in wanted or name not in wanted for key, name in renamed.items()):
-        return state
-    return {renamed[key]: value for key, value in state.items()}
-
-
-def _head(key: str) -> str:
-    return key.partition(".")[0]
+    return 0 if {*_AVERAGED} & {*words} else 1 + (_STUDENT in words)
 
 
 def _some(names: list[str]) -> str:
@@ -215,7 +202,10 @@ def files_of(path: Path) -> list[Path]:
     for index in sorted(path.glob("*.index.json")):
         shards = read_json(index).get("weight_map")
         names = list(shards.values()) if isinstance(shards, dict) else []
-        if not names or not all(_is_beside(index, name) for name in names):
+        if not names or not all(
+            isinstance(name, str) and name == Path(name).name and (path / name).is_file()
+            for name in names
+        ):
             raise WeightsError(f"{index} has no table weight_map of files that lie beside it")
         return [path / name for name in sorted(set(names))]
     for name in _FILES:
@@ -311,10 +301,6 @@ def find_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(
             f"{path} is no run, stage or checkpoint folder, nor a model folder: {error}"
         ) from error
-
-
-def _is_beside(index: Path, name: Any) -> bool:
-    return isinstance(name, str) and name == Path(name).name and index.with_name(name).is_file()
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ import argparse
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from radio_distill.config import Recipe
@@ -217,16 +217,6 @@ def _resume(args: argparse.Namespace) -> int:
     return 0
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """What is known of a request before it is submitted."""
-
-    missing: tuple[str, ...]
-    notes: tuple[str, ...]
-    fits: tuple[Fit, ...]
-    fitted: tuple[str, ...]
-
-
 def prepare(request: Request, cluster: Cluster, refuses: bool) -> Request:
     """Look up what the jobs of a request need, say what they cost, and add the fits before them.
 
@@ -236,30 +226,30 @@ def prepare(request: Request, cluster: Cluster, refuses: bool) -> Request:
         refuses: whether to raise ConfigError for what is missing, instead of only naming it.
     """
     variants = variants_of(request)
-    found = look_up(request, variants)
-    if found.missing and refuses:
+    missing, notes, fits, fitted = look_up(request, variants)
+    if missing and refuses:
         raise ConfigError(
-            *found.missing,
+            *missing,
             "nothing is submitted; --no-eval leaves the scores out, and --skip-check submits where "
             "only the jobs' nodes have what is missing",
         )
-    for line in found.missing:
-        _say(f"missing here: {line}")
-    for line in found.notes:
+    for line in (*(f"missing here: {line}" for line in missing), *notes):
         _say(line)
-    for stage in dict.fromkeys(fit.before for fit in found.fits):
-        labels = [fit.label for fit in found.fits if fit.before == stage]
+    for stage in dict.fromkeys(fit.before for fit in fits):
+        labels = [fit.label for fit in fits if fit.before == stage]
         _say(f"fitted before {stage}: {', '.join(labels)}")
     _say(cost_of(request, variants, cluster))
-    return replace(request, fits=found.fits, fitted=found.fitted)
+    return replace(request, fits=fits, fitted=fitted)
 
 
 def _say(line: str) -> None:
     print(line, file=sys.stderr)
 
 
-def look_up(request: Request, variants: Sequence[Variant]) -> Prepared:
-    """Look up what the variants of a recipe need."""
+def look_up(
+    request: Request, variants: Sequence[Variant]
+) -> tuple[list[str], list[str], tuple[Fit, ...], tuple[str, ...]]:
+    """Return what the variants of a recipe lack, notes, and ``fits`` and ``fitted`` to request."""
     from .missing import find_missing
 
     shared = _shared_by_sweep(request, variants)
@@ -282,7 +272,7 @@ def look_up(request: Request, variants: Sequence[Variant]) -> Prepared:
                 made = _fit(request, variant, need)
                 fits.setdefault(made.folder, made)
     fitted = _assignments(shared) if shared else ()
-    return Prepared(tuple(missing), tuple(notes), tuple(fits.values()), fitted)
+    return list(missing), list(notes), tuple(fits.values()), fitted
 
 
 def _is_scored(request: Request) -> bool:

@@ -55,7 +55,7 @@ def test_dry_run__takes_flags_file_and_overrides(tmp_path, recipe, capsys):
     text = capsys.readouterr().out
     assert "#SBATCH --partition=fast\n" in text
     assert "#SBATCH --account=mine\n" in text
-    assert "--stage.steps=9" in text
+    assert "--stages.stage3.steps=9" in text
     assert "# ---- export" in text
     assert "# ---- eval" not in text
     assert "stage1" not in text
