@@ -362,7 +362,7 @@ def weights_hash(name: str, config: TeacherConfig) -> str | None:
     None where they would have to be downloaded, cannot be read, or are larger than 1 GiB.
     """
     from teachers import resolve
-    from teachers.weights import local_path, summed_files
+    from teachers.weights import checksummed_files, local_path
 
     try:
         if not config.weights:
@@ -370,7 +370,7 @@ def weights_hash(name: str, config: TeacherConfig) -> str | None:
             if preset.random:
                 return ""
             return _read_hash(name, dump(config)) if preset.package else None
-        files = summed_files(local_path(config.weights))
+        files = checksummed_files(local_path(config.weights))
         if sum(file.stat().st_size for file in files) > _MOST_BYTES:
             return None
         return _read_hash(name, dump(config), *(file.stat().st_mtime_ns for file in files))

@@ -125,7 +125,7 @@ def _random(preset: Preset, config: TeacherConfig) -> "nn.Module":
 
 
 def _loaded(preset: Preset, config: TeacherConfig) -> "nn.Module":
-    from .weights import check_local, check_sha256, local_path, summed_files
+    from .weights import check_local, check_sha256, checksummed_files, local_path
 
     source = find_source(preset.source)
     if config.weights:
@@ -138,7 +138,7 @@ def _loaded(preset: Preset, config: TeacherConfig) -> "nn.Module":
     else:
         path = source.locate(preset)
     if config.sha256:
-        check_sha256(summed_files(path), config.sha256, "sha256")
+        check_sha256(checksummed_files(path), config.sha256, "sha256")
     return source.load(preset, path)
 
 

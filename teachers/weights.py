@@ -17,6 +17,7 @@ from radio_distill.errors import WeightsError
 from radio_distill.system.trust import check_sha256 as check_sha256
 from radio_distill.weights.files import FOLDER as FOLDER
 from radio_distill.weights.files import HUB as HUB
+from radio_distill.weights.files import checksummed_files as checksummed_files
 from radio_distill.weights.files import from_hub as from_hub
 from radio_distill.weights.files import hub_folder as hub_folder
 from radio_distill.weights.files import hub_model as hub_model
@@ -24,7 +25,6 @@ from radio_distill.weights.files import named_as as named_as
 from radio_distill.weights.files import read_json as read_json
 from radio_distill.weights.files import read_state as read_state
 from radio_distill.weights.files import refuse_unreadable as refuse_unreadable
-from radio_distill.weights.files import summed_files as summed_files
 
 
 def local_path(weights: str) -> Path:
@@ -49,7 +49,7 @@ def check_local(config: TeacherConfig) -> None:
     Weights that it does not name are checked where they are located.
     """
     if config.weights and config.sha256:
-        check_sha256(summed_files(local_path(config.weights)), config.sha256, "sha256")
+        check_sha256(checksummed_files(local_path(config.weights)), config.sha256, "sha256")
 
 
 def load_strict(module: nn.Module, state: Mapping[str, Tensor], where: str) -> None:

@@ -5,7 +5,7 @@ else is in it must be imported and called, which runs what its author chose. Tha
 the user has said on the command line (``--trust-checkpoint``) that its origin is trusted. The
 switch belongs to the command and not to a recipe: a recipe travels, trust does not.
 
-Sums of files are checked here too, since a sum is what makes an origin certain.
+Checksums of files are compared here too, since that is what makes an origin certain.
 """
 
 import logging
@@ -94,34 +94,39 @@ def _damage(error: Exception) -> str:
 
 
 def check_sha256(files: Sequence[Path], expected: str, field: str) -> None:
-    """Raise WeightsError unless files have a sum; an empty ``expected`` checks nothing.
+    """Raise WeightsError unless files have a checksum; an empty ``expected`` checks nothing.
 
     Args:
         files: one, whose sha256 is meant, or several: then that of the lines which ``sha256sum``
             prints of them in this order, so ``sha256sum FILES | sha256sum``.
-        expected: sum in hexadecimal digits.
+        expected: checksum in hexadecimal digits.
         field: of the recipe, for the message.
     """
     if not expected:
         return
     assert files, "nothing to check would be a check that never fails"
     try:
-        sums = [_known_sum(path, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+        checksums = [_checksum(file, *_version(file)) for file in files]
     except OSError as error:
         raise WeightsError(f"cannot read {error.filename}: {reason_of(error)}") from error
-    found = sums[0]
+    found = checksums[0]
     if len(files) > 1:
-        lines = [f"{value}  {path.name}\n" for value, path in zip(sums, files, strict=True)]
+        lines = [f"{value}  {file.name}\n" for value, file in zip(checksums, files, strict=True)]
         found = sha256("".join(lines).encode()).hexdigest()
     if found != expected.strip().lower():
         names = ", ".join(str(path) for path in files[:1]) + (" …" if files[1:] else "")
         raise WeightsError(
             f"{field}: {names} has sha256 {found}, the recipe asks for {expected}; take the file "
-            "that was meant, or correct the sum where you trust this one"
+            "that was meant, or correct the checksum where you trust this one"
         )
 
 
+def _version(file: Path) -> tuple[int, int]:
+    state = file.stat()
+    return state.st_size, state.st_mtime_ns
+
+
 @lru_cache(maxsize=256)
-def _known_sum(path: Path, size: int, modified: int) -> str:
-    """Remember the sum of a file, which may be tens of gigabytes, for as long as it is the same."""
-    return sha256_of(path)
+def _checksum(file: Path, size: int, modified: int) -> str:
+    """Remember the checksum of a file, maybe of tens of gigabytes, as long as it is the same."""
+    return sha256_of(file)

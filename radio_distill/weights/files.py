@@ -259,10 +259,10 @@ def from_hub(model: str, download: Callable[[], str], field: str = "`weights`") 
         ) from error
 
 
-def summed_files(path: Path) -> list[Path]:
-    """Return the files whose sum stands for weights: a file, a model folder's, or a run's.
+def checksummed_files(path: Path) -> list[Path]:
+    """Return the files whose checksum stands for weights: a file, a model folder's, or a run's.
 
-    A checkpoint's is ``meta.json`` alone, which holds the sums of all others.
+    A checkpoint's is ``meta.json`` alone, which holds the checksums of all others.
 
     Raises:
         CheckpointError: a folder that holds neither.

@@ -42,13 +42,13 @@ from ..types import Size
 from .files import (
     FOLDER,
     HUB,
+    checksummed_files,
     find_checkpoint,
     hub_model,
     named_as,
     read_checkpoint,
     read_json,
     refuse_unreadable,
-    summed_files,
     tensors_of,
 )
 from .radio import holds_radio, radio_checkpoint
@@ -88,8 +88,8 @@ def initialise(student: Student, body: Any, config: StudentConfig) -> None:
         config: the recipe's student section.
 
     Raises:
-        ConfigError: a sum for ``timm``, whose file is not in our hands.
-        WeightsError: where there is nothing, another sum, or another architecture.
+        ConfigError: a checksum for ``timm``, whose file is not in our hands.
+        WeightsError: where there is nothing, another checksum, or another architecture.
     """
     load_into(student, read_pretrained(config, body))
 
@@ -105,7 +105,7 @@ def read_pretrained(config: StudentConfig, body: Any) -> PretrainedWeights:
         if config.pretrained_sha256:
             raise ConfigError(
                 "student.pretrained_sha256: timm reads a file of its own, which cannot be checked; "
-                "name a copy of it in student.pretrained, or drop the sum"
+                "name a copy of it in student.pretrained, or drop the checksum"
             )
         weights = PretrainedWeights(
             body.state_dict(), grid=getattr(body.patch_embed, "grid_size", None)
@@ -124,7 +124,7 @@ def _read(path: Path, body: Any, sha256: str, grid: tuple[int, ...]) -> Pretrain
     if not is_there(path):
         raise WeightsError(f"no weights file {path}; correct student.pretrained")
     if sha256:
-        check_sha256(summed_files(path), sha256, "student.pretrained_sha256")
+        check_sha256(checksummed_files(path), sha256, "student.pretrained_sha256")
     is_folder = path.is_dir()
     if is_folder and not (path / "config.json").is_file():
         distilled = load_student(find_checkpoint(path), torch.device("cpu"))

@@ -91,7 +91,7 @@ def test_sha256__of_a_file(tmp_path):
         build("tiny_vit", path, sha256="0" * 64)
     assert line_of(error) == (
         f"teachers.mine: sha256: {path} has sha256 {found}, the recipe asks for {'0' * 64}; take "
-        "the file that was meant, or correct the sum where you trust this one"
+        "the file that was meant, or correct the checksum where you trust this one"
     )
 
 

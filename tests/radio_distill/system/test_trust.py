@@ -14,7 +14,7 @@ import torch
 import radio_distill
 from radio_distill.errors import CheckpointError, WeightsError
 from radio_distill.system.trust import check_sha256, read_torch_file, trusting_pickles
-from radio_distill.weights.files import files_of, read_checkpoint, summed_files
+from radio_distill.weights.files import checksummed_files, files_of, read_checkpoint
 
 
 class Trap:
@@ -173,7 +173,7 @@ def test_check_sha256__of_one_file(tmp_path):
         check_sha256([path], "ab" * 32, "student.pretrained_sha256")
     assert str(error.value) == (
         f"student.pretrained_sha256: {path} has sha256 {digest}, the recipe asks for {'ab' * 32}; "
-        "take the file that was meant, or correct the sum where you trust this one"
+        "take the file that was meant, or correct the checksum where you trust this one"
     )
     with pytest.raises(WeightsError, match=r"cannot read .*none: No such file"):
         check_sha256([tmp_path / "none"], digest, "f")
@@ -198,21 +198,21 @@ def test_check_sha256__of_several_files_is_what_sha256sum_says_twice(tmp_path):
     check_sha256([tmp_path / "a.bin", tmp_path / "b.bin"], printed.stdout.split()[0], "f")
 
 
-def test_summed_files__of_a_run_is_the_list_of_sums(write_run, tmp_path):
+def test_checksummed_files__of_a_run_is_the_list_of_checksums(write_run, tmp_path):
     folder = write_run()
     meta = folder / "stage1" / "checkpoints" / "step-00000007" / "meta.json"
     for path in (folder, folder / "stage1", meta.parent):
-        assert summed_files(path) == [meta]
+        assert checksummed_files(path) == [meta]
     empty = tmp_path / "empty"
     empty.mkdir()
     with pytest.raises(CheckpointError, match="is no run, stage or checkpoint folder"):
-        summed_files(empty)
+        checksummed_files(empty)
     (empty / "config.json").write_text("{}")
     with pytest.raises(WeightsError, match="holds no weights"):
-        summed_files(empty)
+        checksummed_files(empty)
     for name in ("model.safetensors", "adaptors.safetensors"):
         Path(empty, name).touch()
-    assert [path.name for path in summed_files(empty)] == [
+    assert [path.name for path in checksummed_files(empty)] == [
         "model.safetensors",
         "adaptors.safetensors",
     ]
