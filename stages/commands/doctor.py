@@ -11,6 +11,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -56,164 +57,144 @@ class Finding:
     """True where most runs do without it."""
 
 
+class FailedCheckError(Exception):
+    """What a check found wrong: what it saw and, where it is not that of its kind, what helps."""
+
+    def __init__(self, detail: str, hint: str = "", optional: bool = False):
+        super().__init__(detail, hint, optional)
+        self.detail, self.hint, self.optional = detail, hint, optional
+
+
+_TORCH = "pip install --force-reinstall torch torchvision"
+
+
 def examine(folder: Path) -> list[Finding]:
     """Run every check; ``folder`` is where run folders are to be made."""
-    checks: list[Callable[[], Finding]] = [
-        _python,
-        _packages,
-        _torch,
-        _torchvision,
-        _precision,
-        *(lambda name=name: _installed(name) for name in LIBRARIES),
-        _gloo,
-        _nccl,
-        _triton,
-        lambda: _writable(folder),
-        lambda: _free_disk(folder),
-        *(lambda name=name, hint=hint: _installed(name, hint) for name, hint in DEMO.items()),
+    builds = f"torch and torchvision come from different builds; take both from one place: {_TORCH}"
+    network = "add this host's name to /etc/hosts, or set GLOO_SOCKET_IFNAME to a network interface"
+    cuda = "install a CUDA build of torch; several GPUs cannot work together without NCCL"
+    eager = "pip install triton; without it the eager kernels are used"
+    place = "choose another with --output"
+    disk = f"free some space, or choose another disk with --output; {_LEAST_FREE_GB} GB are wanted"
+    # name, check, what helps, whether most runs do without it
+    checks: list[tuple[str, Callable[[], str], str, bool]] = [
+        ("python", lambda: f"{platform.python_version()} ({sys.executable})", "", False),
+        ("our packages", _packages, "", False),
+        ("torch", _torch, _TORCH, False),
+        ("torchvision", _torchvision, builds, False),
+        ("precision", _precision, "repair torch first", False),
+        *((name, partial(version, name), f"pip install {name}", False) for name in LIBRARIES),
+        ("gloo", _gloo, network, False),
+        ("nccl", _nccl, cuda, False),
+        ("triton", partial(version, "triton"), eager, True),
+        ("run folder", lambda: _writable(folder), place, False),
+        ("free disk", lambda: _free_disk(folder), disk, False),
+        *((name, partial(version, name), hint, True) for name, hint in DEMO.items()),
     ]
-    return [check() for check in checks]
+    return [_finding(*check) for check in checks]
 
 
-def _python() -> Finding:
-    detail = f"{platform.python_version()} ({sys.executable})"
-    return Finding("python", sys.version_info >= (3, 10), detail, "install Python 3.10 or newer")
+def _finding(name: str, check: Callable[[], str], hint: str, optional: bool) -> Finding:
+    try:
+        return Finding(name, True, check())
+    except FailedCheckError as error:
+        hint, optional = error.hint or hint, error.optional or optional
+        return Finding(name, False, error.detail, hint, optional)
+    except PackageNotFoundError:
+        return Finding(name, False, "not installed", hint, optional)
+    except Exception as error:  # a broken installation raises ImportError, OSError, RuntimeError …
+        detail = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        return Finding(name, False, detail, hint, optional)
 
 
-def _packages() -> Finding:
+def _packages() -> str:
     try:
         check_packages()
     except RadioDistillError as error:
         wrong, _, hint = str(error).partition("; ")
-        return Finding("our packages", False, wrong, hint)
-    return Finding("our packages", True, str(Path(__file__).resolve().parents[2]))
+        raise FailedCheckError(wrong, hint) from error
+    return str(Path(__file__).resolve().parents[2])
 
 
-def _torch() -> Finding:
-    try:
-        import torch
-    except Exception as error:  # a broken installation raises ImportError, OSError, RuntimeError …
-        return Finding(
-            "torch", False, _line(error), "pip install --force-reinstall torch torchvision"
-        )
+def _torch() -> str:
+    import torch
+
     if not torch.cuda.is_available():
         if shutil.which("nvidia-smi"):
             hint = "install a CUDA build of torch that is no newer than the driver"
-            return Finding("torch", False, f"{torch.__version__} sees no GPU here", hint)
-        return Finding("torch", True, f"{torch.__version__}, no GPU: {_cores()} CPU cores")
+            raise FailedCheckError(f"{torch.__version__} sees no GPU here", hint)
+        return f"{torch.__version__}, no GPU: {len(os.sched_getaffinity(0))} CPU cores"
     gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
-    names = ", ".join(f"{gpu.name} {gpu.total_memory / 2**30:.0f} GiB" for gpu in gpus)
-    return Finding("torch", True, f"{torch.__version__}, {names}")
+    names = (f"{gpu.name} {gpu.total_memory / 2**30:.0f} GiB" for gpu in gpus)
+    return f"{torch.__version__}, {', '.join(names)}"
 
 
-def _torchvision() -> Finding:
-    hint = (
-        "torch and torchvision come from different builds; take both from one place: "
-        "pip install --force-reinstall torch torchvision"
-    )
-    try:
-        import torch
-        import torchvision
+def _torchvision() -> str:
+    """Run an operator that only a matching build has."""
+    import torch
+    import torchvision
 
-        boxes = torch.tensor([[0.0, 0.0, 2.0, 2.0], [0.0, 0.0, 2.0, 2.1]])
-        kept = torchvision.ops.nms(boxes, torch.tensor([0.5, 1.0]), 0.5).tolist()
-    except Exception as error:
-        return Finding("torchvision", False, _line(error), hint)
-    return Finding("torchvision", kept == [1], torchvision.__version__, hint)
+    boxes = torch.tensor([[0.0, 0.0, 2.0, 2.0], [0.0, 0.0, 2.0, 2.1]])
+    kept = torchvision.ops.nms(boxes, torch.tensor([0.5, 1.0]), 0.5).tolist()
+    if kept != [1]:
+        raise FailedCheckError(str(torchvision.__version__))
+    return str(torchvision.__version__)
 
 
-def _precision() -> Finding:
+def _precision() -> str:
     """Say what ``auto`` means for number types here; what is emulated is timed."""
-    try:
-        import torch
+    import torch
 
-        from radio_distill.system.precision import is_native, native_dtype, slowdown
+    from radio_distill.system.precision import is_native, native_dtype, slowdown
 
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        if is_native("bfloat16", device):
-            detail = "bfloat16 is native"
-        else:
-            detail = f"bfloat16 is emulated, {slowdown('bfloat16', device):.1f} times the time"
-            detail += " of float32"
-        detail += f": auto is {native_dtype(device)}"
-    except Exception as error:
-        return Finding("precision", False, _line(error), "repair torch first")
-    return Finding("precision", True, detail)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    detail = "bfloat16 is native"
+    if not is_native("bfloat16", device):
+        times = slowdown("bfloat16", device)
+        detail = f"bfloat16 is emulated, {times:.1f} times the time of float32"
+    return f"{detail}: auto is {native_dtype(device)}"
 
 
-def _gloo() -> Finding:
+def _gloo() -> str:
     """Sum one number over one process: fails where the host's own name does not resolve."""
-    hint = "add this host's name to /etc/hosts, or set GLOO_SOCKET_IFNAME to a network interface"
+    import torch
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        return "in use"
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        import torch
-        import torch.distributed as dist
-
-        if dist.is_initialized():
-            return Finding("gloo", True, "in use")
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        try:
-            dist.all_reduce(torch.ones(1))
-        finally:
-            dist.destroy_process_group()
-    except Exception as error:
-        return Finding("gloo", False, _line(error), hint)
-    return Finding("gloo", True, "an all-reduce works")
+        dist.all_reduce(torch.ones(1))
+    finally:
+        dist.destroy_process_group()
+    return "an all-reduce works"
 
 
-def _nccl() -> Finding:
-    try:
-        import torch
-    except Exception as error:
-        return Finding("nccl", False, _line(error), "repair torch first")
+def _nccl() -> str:
+    import torch
+
+    has_gpu = torch.cuda.is_available()
     if not torch.distributed.is_nccl_available():
-        hint = "install a CUDA build of torch; several GPUs cannot work together without NCCL"
-        needed = torch.cuda.is_available()
-        return Finding("nccl", False, "not in this torch", hint, optional=not needed)
+        raise FailedCheckError("not in this torch", optional=not has_gpu)
     number = ".".join(map(str, torch.cuda.nccl.version()))
-    return Finding("nccl", True, number if torch.cuda.is_available() else f"{number}, no GPU")
+    return number if has_gpu else f"{number}, no GPU"
 
 
-def _triton() -> Finding:
-    finding = _installed("triton", "pip install triton; without it the eager kernels are used")
-    return Finding(finding.name, finding.ok, finding.detail, finding.hint, optional=True)
-
-
-def _installed(name: str, optional_mend: str = "") -> Finding:
-    """Look a distribution up; ``optional_mend`` marks one that only the demo needs."""
-    try:
-        return Finding(name, True, version(name))
-    except PackageNotFoundError:
-        hint = optional_mend or f"pip install {name}"
-        return Finding(name, False, "not installed", hint, optional=bool(optional_mend))
-
-
-def _writable(folder: Path) -> Finding:
+def _writable(folder: Path) -> str:
     try:
         check_writable(folder)
     except OSError as error:
-        reason = f"{folder.absolute()}: {reason_of(error)}"
-        return Finding("run folder", False, reason, "choose another with --output")
-    return Finding("run folder", True, f"{folder.absolute()} can be written")
+        raise FailedCheckError(f"{folder.absolute()}: {reason_of(error)}") from error
+    return f"{folder.absolute()} can be written"
 
 
-def _free_disk(folder: Path) -> Finding:
-    free = shutil.disk_usage(_existing(folder)).free / 1e9
-    hint = f"free some space, or choose another disk with --output; {_LEAST_FREE_GB} GB are wanted"
-    return Finding("free disk", free >= _LEAST_FREE_GB, f"{free:.0f} GB", hint)
-
-
-def _existing(folder: Path) -> Path:
-    """Return the folder, or the nearest parent that exists."""
+def _free_disk(folder: Path) -> str:
     places = (folder.absolute(), *folder.absolute().parents)
-    return next(path for path in places if os.path.exists(path))
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0))
-
-
-def _line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    there = next(path for path in places if os.path.exists(path))
+    free = shutil.disk_usage(there).free / 1e9
+    if free < _LEAST_FREE_GB:
+        raise FailedCheckError(f"{free:.0f} GB")
+    return f"{free:.0f} GB"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
-import onnxruntime
 import pytest
 import torch
 from torch import Tensor
@@ -19,6 +17,8 @@ from radio_distill.export.folded import FoldedStudent
 from radio_distill.export.onnx import Onnx
 from radio_distill.export.write import export
 
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
 MakeStudent = Callable[..., FoldedStudent]
 
 
