@@ -421,6 +421,13 @@ class Recipe:
         upsampled = any(partition.upsample for partition in config.partitions)
         return self.folder / (f"{stage}-{config.upsampler.name}" if upsampled else stage)
 
+    def stages_before(self, stage: str) -> list[str]:
+        """Return the names of the stages that led to ``stage``, itself the last."""
+        chain = [stage]
+        while (start := self.stages[chain[0]].start_from) in self.stages:
+            chain.insert(0, start)
+        return chain
+
 
 def partition_sizes(partition: PartitionConfig) -> tuple[tuple[int, int], ...]:
     """Return the sizes (height, width) that a partition's images may have."""

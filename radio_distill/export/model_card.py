@@ -8,9 +8,9 @@ from typing import Any
 
 from jinja2 import Environment
 
-from ..config import Recipe, StageConfig, dump, partition_sizes
+from ..config import StageConfig, dump, partition_sizes
+from ..evals.checkpoint_subjects import student_subject
 from ..evals.scores import SCORES, read_scores
-from ..evals.subjects import Subject
 from ..train.checkpoint import Checkpoint
 from .folded import FoldedStudent
 
@@ -89,7 +89,7 @@ def model_card(student: FoldedStudent, usage: str, library: str) -> str:
         library: the hub's name of the library that loads it.
     """
     checkpoint, recipe = student.checkpoint, student.checkpoint.recipe
-    stages = {name: recipe.stages[name] for name in stages_before(recipe, checkpoint.stage)}
+    stages = {name: recipe.stages[name] for name in recipe.stages_before(checkpoint.stage)}
 
     def steps(stage: str) -> str:
         total = recipe.stages[stage].steps
@@ -144,7 +144,7 @@ def licence_note(checkpoint: Checkpoint) -> str:
             "from them before you share or sell this student."
         )
     recipe = checkpoint.recipe
-    first = recipe.stages[stages_before(recipe, checkpoint.stage)[0]]
+    first = recipe.stages[recipe.stages_before(checkpoint.stage)[0]]
     if start := first.start_from or recipe.student.pretrained:
         sentences.append(f"It started from other weights ({start}), whose licence counts too.")
     return " ".join(sentences) or "All of these licences allow any use, with attribution."
@@ -161,14 +161,6 @@ def _is_permissive(licence: str) -> bool:
     return licence == "none" or names <= PERMISSIVE  # none: random weights
 
 
-def stages_before(recipe: Recipe, stage: str) -> list[str]:
-    """Return the stages of a recipe that led to ``stage``, itself the last."""
-    chain = [stage]
-    while (start := recipe.stages[chain[0]].start_from) in recipe.stages:
-        chain.insert(0, start)
-    return chain
-
-
 def _sizes(stage: StageConfig) -> list[str]:
     sizes = [size for partition in stage.partitions for size in partition_sizes(partition)]
     return [f"{height}x{width}" for height, width in sizes]
@@ -180,10 +172,8 @@ def _scores(checkpoint: Checkpoint) -> dict[str, tuple[Any, float]]:
     run, stage = folder.parents[2], folder.parents[1].name
     if not (run / SCORES).is_file():
         return {}
-    scores, weights = read_scores([run / SCORES]), checkpoint.weights_sha256
-    label = scores.label_of(
-        Subject(folder=str(run), stage=stage, step=checkpoint.step, weights=weights)
-    )
+    scores = read_scores([run / SCORES])
+    label = scores.label_of(student_subject(checkpoint))
     if label is None and folder == max(folder.parent.glob("step-*"), default=folder):
         # An earlier version wrote no steps; its scores are of the newest one.
         unsaid = ((name, of[0]) for name, of in scores.subjects.items())

@@ -101,11 +101,11 @@ def _tables(
     folder: Path, students: "Mapping[str, Checkpoint]", baseline: str | None
 ) -> "tuple[MultiTaskGain, list[Table]]":
     """Compare those students that were scored; and lay out all scores of the run."""
+    from radio_distill.evals.checkpoint_subjects import student_subject
     from radio_distill.evals.scores import read_scores
     from radio_distill.report.gain_tables import score_tables
 
     from .scoring import gain_of
-    from .subjects import student_subject
 
     scores = read_scores([folder])  # other seeds of a run may lie in folders of it
     scored = {

@@ -18,6 +18,13 @@ import yaml
 
 from radio_distill.config import EvaluationConfig, dtypes_of
 from radio_distill.errors import ConfigError, DataError
+from radio_distill.evals.checkpoint_subjects import (
+    run_folder,
+    student_subject,
+    teacher_digest,
+    teacher_subject,
+    untrained_subject,
+)
 from radio_distill.evals.encoder import Encoder, Target, student_encoder, teacher_encoder
 from radio_distill.evals.fidelity import targets_of
 from radio_distill.evals.gain import MultiTaskGain, multi_task_gain
@@ -40,13 +47,6 @@ from radio_distill.weights.pretrained import initialise
 from ..arguments import check_output
 from ..build import build_teachers
 from ..resume import changed_since
-from .subjects import (
-    run_folder,
-    student_subject,
-    teacher_digest,
-    teacher_subject,
-    untrained_subject,
-)
 
 logger = logging.getLogger(__name__)
 

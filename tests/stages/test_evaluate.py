@@ -11,6 +11,7 @@ import yaml
 from PIL import Image
 
 from radio_distill.config import Recipe, build, dump
+from radio_distill.evals.checkpoint_subjects import student_subject, teacher_digest, training_digest
 from radio_distill.evals.scores import read_scores
 from radio_distill.models.heads import build_student
 from radio_distill.train import checkpoint as checkpoints
@@ -18,7 +19,6 @@ from radio_distill.train.checkpoint import Checkpoint
 from radio_distill.train.checkpointer import save
 from stages import cli
 from stages.commands.evaluate import evaluation_with
-from stages.commands.subjects import student_subject, teacher_digest, training_digest
 from teachers import build_teacher
 
 CPU = torch.device("cpu")

@@ -10,20 +10,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from radio_distill.config import Recipe
-from radio_distill.config.flat import WITHOUT_EFFECT, flat_fields, matches
-from radio_distill.evals.subjects import TEACHER, UNTRAINED, Subject
-from radio_distill.export.model_card import stages_before
-from radio_distill.train.checkpoint import Checkpoint
-from radio_distill.types import TeacherSpec
+from ..config.flat import WITHOUT_EFFECT, flat_fields, is_within
+from ..train.checkpoint import Checkpoint
+from ..types import TeacherSpec
+from .subjects import TEACHER, UNTRAINED, Subject
 
-_LEFT_OUT = (
-    *WITHOUT_EFFECT,
-    "watch",
-    "data.shards",  # what they hold has a fingerprint
-    "data.max_bad_shards",
-    "data.read_timeout",
-)
+_MAY_DIFFER = (*WITHOUT_EFFECT, "data.shards")  # what shards hold has a fingerprint
 """Fields in which seeds of one model may differ."""
 
 
@@ -84,28 +76,14 @@ def training_digest(checkpoint: Checkpoint) -> str:
     Left out are the seed, names and places, what is logged and scored, how work is dealt to
     processes, and stages that did not lead to this one.
     """
-    recipe, stages = checkpoint.recipe, stages_before(checkpoint.recipe, checkpoint.stage)
-    left_out = [tuple(field.split(".")) for field in _LEFT_OUT]
+    recipe = checkpoint.recipe
+    stages = recipe.stages_before(checkpoint.stage)
     fields = {
         path: value
         for path, value in flat_fields(recipe).items()
-        if not any(matches(field, path[: len(field)]) for field in left_out)
-        and (path[0] != "stages" or path[1] in stages)
+        if not is_within(path, _MAY_DIFFER) and (path[0] != "stages" or path[1] in stages)
     }
-    return _digest(
-        [
-            checkpoint.stage,
-            _text(fields),
-            _specs(checkpoint.teachers),
-            _places_without_checksum(recipe, checkpoint, stages),
-            checkpoint.shards or list(recipe.data.shards),
-            *checkpoint.origin.changed,
-        ]
-    )
-
-
-def _places_without_checksum(recipe: Recipe, checkpoint: Checkpoint, stages: list[str]) -> Any:
-    """Return files that nothing but their path tells apart."""
+    # Files that nothing but their path tells apart.
     teachers = {
         name: config.weights
         for name, config in recipe.teachers.items()
@@ -117,7 +95,16 @@ def _places_without_checksum(recipe: Recipe, checkpoint: Checkpoint, stages: lis
         for name, path in recipe.stages[stage].upsampler.weights.items()
         if name not in recipe.stages[stage].upsampler.sha256
     }
-    return [teachers, upsamplers]
+    return _digest(
+        [
+            checkpoint.stage,
+            _text(fields),
+            _specs(checkpoint.teachers),
+            [teachers, upsamplers],
+            checkpoint.shards or list(recipe.data.shards),
+            *checkpoint.origin.changed,
+        ]
+    )
 
 
 def _specs(teachers: Mapping[str, TeacherSpec]) -> Any:
