@@ -1,4 +1,4 @@
-"""What a model makes of pixels, measured on the meta device: its stride, channels and sizes.
+"""Stride, channels and sizes of a model, measured on the meta device.
 
 Nothing is computed there, only shapes. What a library says of a model's stride is checked, never
 believed: where the map has other cells than it promises, the model is refused. A model whose
@@ -90,14 +90,14 @@ def _run(tower: nn.Module, name: str, size: Size) -> tuple[Tensor | None, Tensor
 def _check_map(tower: nn.Module, name: str, size: Size, stride: int, spatial: Tensor) -> None:
     """Raise ConfigError, with what the probe found, unless a map is ``size / stride``."""
     grid = (size[0] // stride, size[1] // stride)
-    found = tuple(spatial.shape[-2:])
-    if found == grid:
+    given = tuple(spatial.shape[-2:])
+    if given == grid:
         return
     line = (
-        f"{name}: its map of {size[0]}x{size[1]} px is {found[0]}x{found[1]} cells, not "
+        f"{name}: its map of {size[0]}x{size[1]} px is {given[0]}x{given[1]} cells, not "
         f"{grid[0]}x{grid[1]} as its stride of {stride} px says"
     )
-    other = next(_strides(tower, name, size[0], found[0]), None)
+    other = next(_strides(tower, name, size[0], given[0]), None)
     if other is not None:
         raise ConfigError(f"{line}; the probe finds {other} px")
     raise ConfigError(

@@ -38,10 +38,10 @@ class Preset:
     mean: Triple | None = None
     std: Triple | None = None
     summary: str = ""
-    """What its summary is, in words; empty for none."""
+    """Description of its summary; empty for none."""
     licence: str = "unknown"
     weights: str = ""
-    """Where its weights come from, in words."""
+    """Origin of its weights, in words."""
     max_size: int | None = None
     fixed_size: bool = False
     arguments: Mapping[str, Any] = field(default_factory=dict)

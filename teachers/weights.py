@@ -71,9 +71,9 @@ def refuse_gaps(
 ) -> None:
     """Raise WeightsError naming the first key and the count of each kind of disagreement."""
     kinds = {"missing": missing, "unexpected": unexpected, "of another shape": mismatched}
-    found = [f"{len(keys)} {kind} (first {keys[0]})" for kind, keys in kinds.items() if keys]
-    if found:
-        raise WeightsError(f"{where} holds weights of another model: {', '.join(found)}")
+    gaps = [f"{len(keys)} {kind} (first {keys[0]})" for kind, keys in kinds.items() if keys]
+    if gaps:
+        raise WeightsError(f"{where} holds weights of another model: {', '.join(gaps)}")
 
 
 def fingerprint(module: nn.Module) -> str:

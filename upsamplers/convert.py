@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from radio_distill.errors import ConfigError, WeightsError
@@ -39,7 +40,7 @@ class Converted:
     """A fitted upsampler under our names; what it was fitted to, only its owner knows."""
 
     network_name: str
-    """Its name in :data:`upsamplers.networks.NETWORKS`."""
+    """A name in :data:`upsamplers.networks.NETWORKS`."""
     options: dict[str, Any]
     """Options that build the network."""
     channels: int
@@ -81,8 +82,6 @@ def convert_featsharp(path: str | Path) -> Converted:
         WeightsError: a file that is missing, damaged, not finite, of another model or factor, or
             with keys or options that are not known.
     """
-    from .networks.featsharp import from_released_state
-
     checkpoint = _read(path, "model_state", "upsample_args")
     parts = _parts(checkpoint["model_state"], path)
     known = ("upsampler", "bias_buffer", "normalizer", *_FITTING_ONLY)
@@ -103,6 +102,83 @@ def convert_featsharp(path: str | Path) -> Converted:
     converted = Converted("featsharp", options, channels, factor, tensors, bias, statistics)
     _check_fits(converted, path)
     return converted
+
+
+def from_released_state(
+    state: Mapping[str, Tensor], window: int = 7, inputs: Sequence[str] = ()
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Translate the tensors of a released FeatSharp upsampler, spectral scales already folded in.
+
+    Args:
+        state: ``ups.<N>.*`` of a whole upsampler, or the names of one level.
+        window: of its attention; no tensor tells.
+        inputs: in their order; by default the joint-bilateral map, or the bilinear one where there
+            is none, and the tiles.
+
+    Returns:
+        Arguments of :class:`FeatSharpNetwork`, and what to load into it. The scalars
+        ``range_alpha`` and ``spatial_alpha`` are dropped: the kernel's normalisation cancels them.
+
+    Raises:
+        WeightsError: a tensor that no level of FeatSharp has, or one too few.
+    """
+    ours = {
+        _our_name(name): _without_padded_values(name, tensor)
+        for name, tensor in state.items()
+        if not name.endswith(("range_alpha", "spatial_alpha"))
+    }
+    last = max((int(name.split(".")[1]) for name in ours), default=0)
+    try:
+        factor = ours[f"levels.{last}.tile_position"].shape[-1]
+        channels, hidden = ours["levels.0.block.mlp.body.w3.weight"].shape
+    except KeyError as error:
+        raise WeightsError(f"not a released FeatSharp upsampler: it lacks {error}") from error
+    both = "levels.0.block.attention.body.qkv.weight" in ours
+    first = "featup" if "levels.0.jbu.levels.0.range_temp" in ours else "bilinear"
+    arguments = {
+        "channels": channels,
+        "factor": factor,
+        "preset": "released",
+        "inputs": tuple(inputs) or (first, "tiles"),
+        "block": "both" if both else "mlp",
+        "window": window,
+        "layer_norm": "levels.0.block.mlp.norm.weight" in ours,
+        "layer_scale": None if both else 0.0,
+        "mlp_ratio": hidden * 1.5 / channels,
+        "progressive": last > 0,
+    }
+    return arguments, ours
+
+
+_RELEASED_NAMES = {
+    "tile_pos": "tile_position",
+    "jbu.ups.": "jbu.levels.",
+    "block.norm1.": "block.attention.norm.",
+    "block.attn.": "block.attention.body.",
+    "block.ls1.gamma": "block.attention.scale",
+    "block.norm2.": "block.mlp.norm.",
+    "block.mlp.": "block.mlp.body.",
+    "block.ls2.gamma": "block.mlp.scale",
+    "block.norm.": "block.mlp.norm.",  # these two where there is no attention
+    "block.inner.": "block.mlp.body.",
+}
+
+
+def _our_name(name: str) -> str:
+    level, rest = re.fullmatch(r"(?:ups\.(\d+)\.)?(.*)", name).groups("0")  # type: ignore[union-attr]
+    for theirs, ours in _RELEASED_NAMES.items():
+        if rest.startswith(theirs):
+            return f"levels.{level}.{ours}{rest.removeprefix(theirs)}"
+    raise WeightsError(f"not a released FeatSharp upsampler: it has a tensor {name!r}")
+
+
+def _without_padded_values(name: str, tensor: Tensor) -> Tensor:
+    """Cut rows off ``qkv``: the released code pads the values too, and discards the padding."""
+    if not name.endswith("qkv.weight"):
+        return tensor
+    query, key, value = rearrange(tensor, "(qkv heads d) c -> qkv heads d c", qkv=3, heads=16)
+    head = tensor.shape[1] // 16
+    return torch.cat([part.flatten(0, 1) for part in (query, key, value[:, :head])])
 
 
 def fold_spectral(state: Mapping[str, Tensor], path: str | Path) -> dict[str, Tensor]:
@@ -133,9 +209,11 @@ def _spectral_parts(tensors: Mapping[str, Tensor]) -> tuple[Tensor | None, list[
         place, _, leaf = name.rpartition(".")
         if name != "original":
             places.setdefault(place, {})["scale" if leaf == "sn_scale" else leaf] = value
-    if any(item.keys() not in ({"scale"}, {"scale", "_u", "_v"}) for item in places.values()):
+    if any(part.keys() not in ({"scale"}, {"scale", "_u", "_v"}) for part in places.values()):
         return tensors.get("original"), []
-    in_order = sorted(places, key=lambda place: [int(item) for item in re.findall(r"\d+", place)])
+    in_order = sorted(
+        places, key=lambda place: [int(digits) for digits in re.findall(r"\d+", place)]
+    )
     return tensors.get("original"), [places[place] for place in in_order]
 
 
@@ -250,8 +328,8 @@ def _check_fits(converted: Converted, path: str | Path) -> None:
     if bias is not None and (bias.ndim != 4 or tuple(bias.shape[:2]) != (1, converted.channels)):
         raise WeightsError(f"{path}: bias_buffer.buffer has shape {[*bias.shape]}")
     wanted = {key: value.shape for key, value in network.state_dict().items()}
-    found = {key: value.shape for key, value in converted.tensors.items()}
-    wrong = sorted(key for key in wanted.keys() | found.keys() if wanted.get(key) != found.get(key))
+    given = {key: value.shape for key, value in converted.tensors.items()}
+    wrong = sorted(key for key in wanted.keys() | given.keys() if wanted.get(key) != given.get(key))
     if wrong:
         raise WeightsError(
             f"{path} is not a {converted.network_name} of factor {converted.factor}: "

@@ -272,7 +272,7 @@ class FittedHeader:
     """Header of a file: what was fitted, and for which teacher."""
 
     upsampler: str
-    """Its name in the registry."""
+    """Its network, by name."""
     teacher: str
     """Name of the teacher in the recipe it was fitted with, for people."""
     weights_hash: str
@@ -290,7 +290,7 @@ class FittedHeader:
     fit: dict[str, Any] = field(default_factory=dict)
     """The recipe's section ``fit``, and where the images came from, for people."""
     measures: dict[str, float] = field(default_factory=dict)
-    """What was measured on held-out images, for people."""
+    """Measures on held-out images, for people."""
 
 
 def load_model(path: str | Path) -> UpsamplerModel:

@@ -106,7 +106,7 @@ class ImplicitFeatures:
     network: nn.Module
     """``[N, 300]`` (:func:`fourier_features`) to ``[N, K]``."""
     downsampler: nn.Module
-    """How the teacher was found to pool the map; for :meth:`see`."""
+    """The learned downsampler: how the teacher pools the map."""
     compression: Compression
     fitted: Size
     """Points of the map that it was fitted at; their distance is the shortest half wave."""
@@ -119,7 +119,7 @@ class ImplicitFeatures:
         return rearrange(tokens, "(h w) c -> c h w", h=grid[0])
 
     @torch.no_grad()
-    def see(self, homographies: Tensor) -> Tensor:
+    def predict(self, homographies: Tensor) -> Tensor:
         """Predict the teacher's maps ``[V, C, h, w]`` of views ``[V, 3, 3]`` of the image."""
         points = fourier_features(self.image, self.fitted, self.fitted)
         maps = pooled_views(self.network(points), self.downsampler, homographies, self.fitted)

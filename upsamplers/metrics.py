@@ -1,4 +1,4 @@
-"""How good upsamplers are: the measures of FeatSharp's tables, on held-out images.
+"""Measures of upsamplers on held-out images: those of FeatSharp's tables.
 
 Each measure is fed batch by batch and is a ratio of sums over the whole set: a mean of the batches'
 ratios would hang on single flat images. They are FeatSharp's (arXiv 2502.16025, section 4.1 and

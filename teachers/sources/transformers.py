@@ -39,7 +39,7 @@ ARGUMENTS = {
 
 @dataclass(frozen=True)
 class Family:
-    """How one family of models is built and read."""
+    """Names of a family of models: its class, its summary, its tokens before the patches."""
 
     model: str
     """Class of transformers that is the image tower alone."""
@@ -120,7 +120,7 @@ class GenericFamily:
     """A family that nothing is known of but that its one input is pixels."""
 
     model: Any
-    """Its class of transformers."""
+    """Class of transformers."""
     fixed_size: bool = False
     mean: Triple = IMAGENET_MEAN
     std: Triple = IMAGENET_STD

@@ -78,7 +78,7 @@ def test_see__predicts_views_that_were_not_fitted_better_than_pooled_bilinear(im
     valid = valid_mask(views, (6, 4))
     smooth = F.interpolate(colours(image[None], PATCH), (48, 32), mode="bilinear")
     scores = []
-    for prediction in (fitted.see(views), F.avg_pool2d(render(smooth, views, (48, 32)), PATCH)):
+    for prediction in (fitted.predict(views), F.avg_pool2d(render(smooth, views, (48, 32)), PATCH)):
         fidelity = Fidelity(CHANNELS)
         fidelity.update(prediction, target, valid)
         scores.append(fidelity.compute())

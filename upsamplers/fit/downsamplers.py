@@ -46,7 +46,7 @@ class Windows(NamedTuple):
     margin: int
     """Pixels of the window before the first pixel of its cell."""
     border: str
-    """What is beyond the map: ``replicate`` for its last pixel again, ``constant`` for zeros."""
+    """Padding beyond the map: ``replicate`` for its last pixel again, ``constant`` for zeros."""
 
     def grid(self, maps: Tensor) -> Size:
         """Return the (h, w) of ``maps [B, C, h * u, w * u]``; ConfigError where that cannot be."""
@@ -133,9 +133,9 @@ class _Axis(NamedTuple):
 
     tiles: int
     cells: int
-    """Of a tile."""
+    """Cells of a tile."""
     pixels: int
-    """Of a tile."""
+    """Pixels of a tile."""
     halo: int
     """Cells on either side of a tile whose windows reach into it."""
     reach: int
@@ -150,7 +150,7 @@ class _Axis(NamedTuple):
 
 
 class _Plan(NamedTuple):
-    """How the weights of one map become the matrices of its tiles."""
+    """Places of the weights of one map in the matrices of its tiles."""
 
     rows: _Axis
     columns: _Axis
@@ -309,7 +309,7 @@ class SimpleDownsampler(nn.Module):
 
 
 class FeatSharpSimpleDownsampler(nn.Module):
-    """As SimpleDownsampler, in FeatSharp's released form: ``softplus(p) / sum softplus(p)``."""
+    """The simple downsampler in FeatSharp's released form: ``softplus(p) / sum softplus(p)``."""
 
     def __init__(self, factor: int, kernel_size: int = 7):
         super().__init__()

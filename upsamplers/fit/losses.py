@@ -1,4 +1,4 @@
-"""What a fitted upsampler is asked for: views that agree, and two priors on fine maps.
+"""Losses of a fit: views that must agree, and two priors on fine maps.
 
 The main loss is the squared error between a view of the upsampled map, brought back to the
 teacher's grid, and the teacher's features of that view (FeatUp, arXiv 2403.10516, eq. 1). Total

@@ -127,7 +127,7 @@ class _Columns(NamedTuple):
 
 
 class _Plan(NamedTuple):
-    """How kernels become matrices at one size; independent of batch and channels."""
+    """Weights that turn kernels of one size into matrices; batch and channels do not matter."""
 
     rows: Tensor
     """``[h, S]``: the rows of cells that the target pixels of a row of cells reach."""

@@ -1,4 +1,4 @@
-"""How the Triton kernels cut the work: numbers only, so that they can be counted without a GPU.
+"""Tiles of the Triton kernels: numbers only, so that they can be counted without a GPU.
 
 Along one axis, a target pixel of the folded layer sees ``window`` low-resolution cells around its
 own. A product of :mod:`.triton_apply` multiplies the weights ``[target pixels, cells]`` of a tile
@@ -16,7 +16,7 @@ _LARGEST_STRIP = 32
 
 
 class Folding(NamedTuple):
-    """How a map becomes a finer one: factors and windows are (rows, columns)."""
+    """Upsampling of one map; factors and windows are (rows, columns)."""
 
     factor: tuple[int, int]
     radius: int
@@ -30,7 +30,7 @@ class Folding(NamedTuple):
 
     @property
     def cells(self) -> int:
-        """How many cells a target pixel sees."""
+        """Number of cells that a target pixel sees."""
         return self.window[0] * self.window[1]
 
     @property

@@ -37,7 +37,7 @@ class Bilinear:
 
 
 class Bicubic(Bilinear):
-    """As Bilinear, with a bicubic kernel; it overshoots at edges, by up to a tenth of the step."""
+    """Interpolate with a bicubic kernel; it overshoots at edges, by a tenth of the step."""
 
     mode: ClassVar[str] = "bicubic"
 

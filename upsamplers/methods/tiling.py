@@ -1,4 +1,4 @@
-"""What the methods share: resize, cut into tiles, encode everything at once, stitch.
+"""Parts that the methods share: resize, cut into tiles, encode everything at once, stitch.
 
 The image is first brought to the pixels of the fine grid, then cut; so each tile has exactly the
 teacher's low-resolution input size, whatever the image measured (FeatSharp, arXiv 2502.16025,
@@ -88,7 +88,7 @@ class Encoded(NamedTuple):
     """Teacher output for whole images, their tiles, and further images."""
 
     low: Features
-    """Of the whole image: spatial ``[B, C, h, w]``."""
+    """Features of the whole image: spatial ``[B, C, h, w]``."""
     tiles: dict[int, Tensor]
     """``{level: [B, C, h * level, w * level]}``, stitched."""
     further: Tensor

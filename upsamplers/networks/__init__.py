@@ -1,4 +1,4 @@
-"""What fitted upsamplers learn: networks with one face, so that one loop fits them all.
+"""Networks of fitted upsamplers, all called alike, so that one loop fits them all.
 
 A network works in the teacher's normalised space (PHI-S) and knows neither teacher nor file. What
 it is shown is an :class:`Observation`; :mod:`upsamplers.fitted` makes it, adds the de-bias, and

@@ -10,11 +10,10 @@ FeatSharp (arXiv 2502.16025), section 3.3 and appendix B.2. The released code di
 paper; each difference is an option, and ``PRESETS`` holds both. Its shipped configurations moreover
 take JAFAR's map for the JBU's and drop the LayerNorm (``layer_norm=False``). Left out: rotary
 embeddings, the conditioning transformer, and the spectral reparametrisation of the released
-training, which is folded into the weights when such a checkpoint is loaded.
+training, which :mod:`upsamplers.convert` folds into the weights.
 """
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +23,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from radio_distill.errors import ConfigError, WeightsError
+from radio_distill.errors import ConfigError
 from radio_distill.registry import nearest
 from radio_distill.types import Size
 
@@ -53,7 +52,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "aliased_guidance": True,  # bilinear to the patch grid: four pixels of each patch count
     },
 }
-"""What None means for each option. Everything else is the same in both."""
+"""Values of the options that are None; everything else is the same in both."""
 
 INPUTS = ("bilinear", "featup", "tiles")
 BLOCKS = ("linear", "attention", "mlp", "both")
@@ -61,7 +60,7 @@ BLOCKS = ("linear", "attention", "mlp", "both")
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What a level is made of; :class:`FeatSharpNetwork` explains and checks."""
+    """Options of a level; :class:`FeatSharpNetwork` explains them."""
 
     inputs: tuple[str, ...]
     block: str
@@ -219,10 +218,10 @@ class Level(nn.Module):
         """Return the mosaic ``[B, C, *grid]``, each tile with the vector of its place."""
         mosaic = tiles.get(self.scale)
         if mosaic is None or tuple(mosaic.shape[-2:]) != grid:
-            found = "none" if mosaic is None else "x".join(map(str, mosaic.shape[-2:]))
+            given = "none" if mosaic is None else "x".join(map(str, mosaic.shape[-2:]))
             raise ConfigError(
                 f"featsharp needs tiles of level {self.scale} on the grid {grid[0]}x{grid[1]}, it "
-                f"has {found}; encode {self.scale}x{self.scale} tiles of the same image"
+                f"has {given}; encode {self.scale}x{self.scale} tiles of the same image"
             )
         if self.tile_position is None:
             return mosaic
@@ -239,7 +238,7 @@ def _rounded(features: Tensor) -> Tensor:
 
 
 class Block(nn.Module):
-    """What local attention and SwiGLU on ``[B, h, w, n * C]`` add to the first C channels.
+    """Local attention and SwiGLU on ``[B, h, w, n * C]``: the change of the first C channels.
 
     The MLP reads all the channels and writes the C that are kept; so does attention where no MLP
     follows.
@@ -277,7 +276,7 @@ class Block(nn.Module):
 
 
 class Branch(nn.Module):
-    """What one half of the block adds: LayerNorm, body, learned scale."""
+    """One half of the block: LayerNorm, body, learned scale."""
 
     scale: nn.Parameter | None
 
@@ -313,80 +312,3 @@ class SwiGLU(nn.Module):
         gate, value = self.w12(tokens).chunk(2, dim=-1)
         out: Tensor = self.w3(F.silu(gate) * value)
         return out
-
-
-def from_released_state(
-    state: Mapping[str, Tensor], window: int = 7, inputs: Sequence[str] = ()
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Translate the tensors of a released FeatSharp upsampler, spectral scales already folded in.
-
-    Args:
-        state: ``ups.<N>.*`` of a whole upsampler, or the names of one level.
-        window: of its attention; no tensor tells.
-        inputs: in their order; by default the joint-bilateral map, or the bilinear one where there
-            is none, and the tiles.
-
-    Returns:
-        Arguments of :class:`FeatSharpNetwork`, and what to load into it. The scalars
-        ``range_alpha`` and ``spatial_alpha`` are dropped: the kernel's normalisation cancels them.
-
-    Raises:
-        WeightsError: a tensor that no level of FeatSharp has, or one too few.
-    """
-    ours = {
-        _our_name(name): _without_padded_values(name, tensor)
-        for name, tensor in state.items()
-        if not name.endswith(("range_alpha", "spatial_alpha"))
-    }
-    last = max((int(name.split(".")[1]) for name in ours), default=0)
-    try:
-        factor = ours[f"levels.{last}.tile_position"].shape[-1]
-        channels, hidden = ours["levels.0.block.mlp.body.w3.weight"].shape
-    except KeyError as error:
-        raise WeightsError(f"not a released FeatSharp upsampler: it lacks {error}") from error
-    both = "levels.0.block.attention.body.qkv.weight" in ours
-    first = "featup" if "levels.0.jbu.levels.0.range_temp" in ours else "bilinear"
-    arguments = {
-        "channels": channels,
-        "factor": factor,
-        "preset": "released",
-        "inputs": tuple(inputs) or (first, "tiles"),
-        "block": "both" if both else "mlp",
-        "window": window,
-        "layer_norm": "levels.0.block.mlp.norm.weight" in ours,
-        "layer_scale": None if both else 0.0,
-        "mlp_ratio": hidden * 1.5 / channels,
-        "progressive": last > 0,
-    }
-    return arguments, ours
-
-
-_RELEASED_NAMES = {
-    "tile_pos": "tile_position",
-    "jbu.ups.": "jbu.levels.",
-    "block.norm1.": "block.attention.norm.",
-    "block.attn.": "block.attention.body.",
-    "block.ls1.gamma": "block.attention.scale",
-    "block.norm2.": "block.mlp.norm.",
-    "block.mlp.": "block.mlp.body.",
-    "block.ls2.gamma": "block.mlp.scale",
-    "block.norm.": "block.mlp.norm.",  # these two where there is no attention
-    "block.inner.": "block.mlp.body.",
-}
-
-
-def _our_name(name: str) -> str:
-    level, rest = re.fullmatch(r"(?:ups\.(\d+)\.)?(.*)", name).groups("0")  # type: ignore[union-attr]
-    for theirs, ours in _RELEASED_NAMES.items():
-        if rest.startswith(theirs):
-            return f"levels.{level}.{ours}{rest.removeprefix(theirs)}"
-    raise WeightsError(f"not a released FeatSharp upsampler: it has a tensor {name!r}")
-
-
-def _without_padded_values(name: str, tensor: Tensor) -> Tensor:
-    """Cut rows off ``qkv``: the released code pads the values too, and discards the padding."""
-    if not name.endswith("qkv.weight"):
-        return tensor
-    query, key, value = rearrange(tensor, "(qkv heads d) c -> qkv heads d c", qkv=3, heads=16)
-    head = tensor.shape[1] // 16
-    return torch.cat([part.flatten(0, 1) for part in (query, key, value[:, :head])])

@@ -5,8 +5,9 @@ import torch
 from torch import Tensor
 
 from radio_distill.errors import ConfigError, WeightsError
+from upsamplers.convert import from_released_state
 from upsamplers.networks import Observation, build_network
-from upsamplers.networks.featsharp import PRESETS, FeatSharpNetwork, from_released_state
+from upsamplers.networks.featsharp import PRESETS, FeatSharpNetwork
 
 
 def observe(factor: int, channels: int = 8, grid: tuple[int, int] = (5, 6), batch: int = 2):
