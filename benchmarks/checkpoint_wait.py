@@ -117,7 +117,7 @@ def _recipe(arguments: argparse.Namespace, student: str, every: int, steps: int)
         "log.every=1",
         f"log.save_every={every or 2 * steps}",
         "log.keep_last=1",
-        "log.tensorboard=false",
+        "log.trackers=[]",
         "watch.slow_share=0",  # a step that saves is slower, and here each has a log line
     ]
     recipe = load_recipe(arguments.recipe, [*fields, *arguments.fields])

@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from .evals.encoder import Encoder
-    from .models.heads import Predictions
     from .normalize.moments import Moments
+    from .train.health import NonFiniteGuard
+    from .train.trackers import WriteImage
+    from .train.trainer import Agree, StepStatus
 
 
 @runtime_checkable
@@ -107,7 +109,7 @@ class Normalizer(Protocol):
 
 
 class Engine(Protocol):
-    """Runs the student's forward, backward and update on one or many processes."""
+    """Runs forward, backward and update of what is trained, on one or many processes."""
 
     @property
     def device(self) -> "torch.device": ...
@@ -115,27 +117,26 @@ class Engine(Protocol):
     @property
     def model(self) -> "nn.Module": ...
 
-    def forward(
-        self,
-        pixels: "Tensor",
-        teachers: tuple[str, ...],
-        draws: "Tensor | None" = None,
-        freeze_body: bool = False,
-        window_size: int | None = None,
-    ) -> "Predictions":
-        """Predict each named teacher's features, in that teacher's normalised space."""
+    def forward(self, *arguments: Any, **settings: Any) -> Any:
+        """Call the model in the recipe's precision."""
         ...
 
     def autocast(self) -> "AbstractContextManager[Any]":
-        """Return the context in which a student computes in the recipe's precision."""
+        """Return the context in which the model computes in the recipe's precision."""
         ...
 
-    def backward(self, loss: "Tensor", last: bool) -> None:
-        """Add the gradient of ``loss`` to the step's, summed over ranks; ``last`` closes it."""
+    def backward(self, loss: "Tensor", last: bool, skip: bool = False) -> None:
+        """Add the gradient of ``loss`` to the step's, summed over ranks; ``last`` closes it.
+
+        With ``skip`` the gradient is made NaN, so that :meth:`step` clears it and updates nothing.
+        """
         ...
 
     def step(self, learning_rates: Mapping[str, float]) -> float:
-        """Update each part at its rate; returns the norm of the gradient before clipping."""
+        """Update each group at its rate; returns the norm of the gradient before clipping.
+
+        Nothing is updated where the norm is not finite.
+        """
         ...
 
     def model_tensors(self) -> "dict[str, Tensor]":
@@ -148,6 +149,63 @@ class Engine(Protocol):
 
     def load(self, weights: "Mapping[str, Tensor]", optimizer: "Mapping[str, Tensor]") -> None:
         """Restore both, whatever the number of ranks that wrote them."""
+        ...
+
+
+class Task(Protocol):
+    """What a :class:`radio_distill.train.trainer.Trainer` trains."""
+
+    @property
+    def engine(self) -> Engine: ...
+
+    @property
+    def source(self) -> "BatchSource": ...
+
+    @property
+    def evaluate_every(self) -> int:
+        """Steps between evaluations, the last step included; 0 for none."""
+        ...
+
+    def batches(self, start_step: int) -> Iterator[Any]:
+        """Yield, for each step from ``start_step``, what this process works on."""
+        ...
+
+    def learning_rates(self, step: int) -> dict[str, float]:
+        """Return the rate of each group of parameters in a step, counted from 0."""
+        ...
+
+    def forward_backward(
+        self, step: int, batches: Any, guard: "NonFiniteGuard", agree: "Agree"
+    ) -> "StepStatus":
+        """Run the passes of one step on this process.
+
+        ``guard`` is told of every target and loss. ``agree`` is called once on every rank, with
+        this process's part of the loss, before the last backward pass; where its status is bad, the
+        last loss is made NaN, so that no engine takes the step.
+        """
+        ...
+
+    def end_step(self, is_taken: bool) -> None:
+        """Adapt what follows the update, for instance an EMA; every rank calls."""
+        ...
+
+    def log_values(self) -> dict[str, float]:
+        """Return what is logged of the steps since the last call; every rank calls."""
+        ...
+
+    def evaluate(
+        self, step: int, beat: Callable[[], None], write_image: "WriteImage"
+    ) -> list[Score]:
+        """Score what is trained, after ``step`` steps; every rank calls and gets the scores.
+
+        Nothing that decides later numbers may change, but global generators, which the trainer
+        restores. ``beat`` is called again and again, also by ranks that wait; it raises where the
+        run is to stop.
+        """
+        ...
+
+    def tensors(self) -> "dict[str, dict[str, Tensor]]":
+        """Gather the files of a checkpoint on the host of rank 0; every rank calls."""
         ...
 
 
@@ -167,7 +225,7 @@ class Benchmark(Protocol):
         ...
 
 
-class MetricSink(Protocol):
+class Tracker(Protocol):
     """Where the numbers of a run go."""
 
     def write(self, step: int, values: Mapping[str, float]) -> None: ...

@@ -3,25 +3,36 @@
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from radio_distill.config import Recipe
+from radio_distill.config import EvaluationConfig, Recipe
 from radio_distill.data.loader import ShardBatches
 from radio_distill.distill.loss_weights import TermWeights
 from radio_distill.distill.micro_batches import MicroBatchSchedule
 from radio_distill.distill.randomness import StepRandomness
 from radio_distill.distill.targets import TargetMaker
+from radio_distill.distill.task import Distillation
 from radio_distill.errors import ChangedError, ConfigError, DataError
+from radio_distill.evals.encoder import student_encoder
+from radio_distill.evals.fidelity import targets_of
+from radio_distill.evals.run import check_data, evaluate
+from radio_distill.models.backbone import as_encoder
 from radio_distill.models.ema import Ema
-from radio_distill.models.heads import DistilledStudent, build_student
+from radio_distill.models.heads import DistilledStudent, build_student, parameter_groups
 from radio_distill.normalize.fit import fit_normalizers
 from radio_distill.normalize.moments import Moments
-from radio_distill.normalize.normalizers import LayerNorm, build_normalizers
+from radio_distill.normalize.normalizers import (
+    LayerNorm,
+    build_normalizers,
+    normalizers_of,
+    restore_normalizers,
+)
 from radio_distill.protocols import Normalizer, Teacher
 from radio_distill.stage import Stage
 from radio_distill.system.distributed import World, all_gather_object, extend_timeouts, run_on_main
@@ -29,15 +40,12 @@ from radio_distill.system.files import make_private
 from radio_distill.system.memory import explain_oom
 from radio_distill.train import checkpoint as checkpoints
 from radio_distill.train.checkpoint import Checkpoint, Origin
-from radio_distill.train.engine import build_engine
-from radio_distill.train.loop import StageRun, train, zero_hint
-from radio_distill.train.restore import (
-    check_tensors,
-    load_weights,
-    normalizers_of,
-    restore_normalizers,
-)
+from radio_distill.train.engine import build_engine, zero_hint
+from radio_distill.train.optim import build_optimizer
+from radio_distill.train.restore import check_tensors, load_weights
 from radio_distill.train.run_dir import RunLock
+from radio_distill.train.trainer import Trainer
+from radio_distill.types import Score
 from radio_distill.weights.pretrained import initialise
 from teachers import build_teacher
 from upsamplers import build_upsampler
@@ -83,24 +91,25 @@ def build_stage(
     stage: Stage, world: World, device: torch.device, resumed: Checkpoint | None, options: Options
 ) -> Train:
     """Build the parts of a stage; returns what trains it."""
-    run = build_run(stage, world, device, resumed, options.allow_changed, options.asked)
+    task, origin = build_distillation(
+        stage, world, device, resumed, options.allow_changed, options.asked
+    )
 
     def train_with(lock: RunLock | None) -> Path:
-        run.ownership = lock
-        return train(run)
+        return Trainer(stage, task, world, lock, resumed, origin).run()
 
     return train_with
 
 
-def build_run(
+def build_distillation(
     stage: Stage,
     world: World,
     device: torch.device,
     resumed: Checkpoint | None,
     allow_changed: bool = False,
     asked: Asked | None = None,
-) -> StageRun:
-    """Build everything that this process needs to train a stage.
+) -> tuple[Distillation, Origin]:
+    """Build everything that this process needs to train a stage; says where its student comes from.
 
     What is cheap to check is checked first: the checkpoint to start from, then images, then the
     teachers, then the room for a checkpoint; the statistics of the teachers, which take time, come
@@ -118,6 +127,7 @@ def build_run(
         slices=schedule.slices,
     )
     check_same_shards(source.fingerprint)
+    run_on_main(world, lambda: check_evaluation(stage.evaluation))
     if resumed is not None:
         check_shards(resumed, source.fingerprint, allow_changed)
     specs = {name: teacher.spec for name, teacher in targets.teachers.items()}
@@ -153,23 +163,58 @@ def build_run(
         else:
             for name in unseen:
                 normalizers[name].fit(Moments.standard(specs[name].channels))
-    averages = config.ema_decay and (world.is_main or stage.loss.mesa)
+    keeps_ema = config.ema_decay and (world.is_main or stage.loss.mesa)
     hint = "set ema_decay to 0, or take a smaller student"
-    with explain_oom("the averaged student", "the start", hint):
-        ema = Ema(model.to(device)) if averages else None
+    with explain_oom("the EMA of the student", "the start", hint):
+        ema = Ema(model.to(device)) if keeps_ema else None
     with explain_oom("the student and its optimizer", "the start", zero_hint(stage.engine)):
-        engine = build_engine(model, stage.engine, config, world, device)
+        groups = parameter_groups(model.to(device), config.weight_decay)
+        optimizer = build_optimizer(config.optimizer, groups, config.betas)
+        clip = config.gradient_clip
+        engine = build_engine(model, optimizer, stage.engine, clip, world, device)
     extend_timeouts(stage.watch.hang_seconds)
     weights = TermWeights(stage, dispersions, device)
-    run = StageRun(
-        stage, world, engine, targets, source, schedule, draws, weights, ema, resumed
-    )  # fmt: skip
+    task = Distillation(stage, world, engine, targets, source, schedule, draws, weights, ema)
+    if stage.evaluation.every:
+        task.scores = partial(score_student, task)
+    origin = Origin() if start is None else Origin(start.weights_sha256)
     if resumed is not None:
-        _restore(run, resumed)
-        run.origin = origin_of(resumed, stage, specs, source.fingerprint)
-    elif start is not None:
-        run.origin = Origin(start.weights_sha256)
-    return run
+        _restore(task, resumed)
+        origin = origin_of(resumed, stage, specs, source.fingerprint)
+    return task, origin
+
+
+def score_student(
+    task: Distillation, tensors: Mapping[str, Tensor], beat: Callable[[], None]
+) -> list[Score]:
+    """Score a student of these weights with the benchmarks that are run during training.
+
+    It is a student of its own, so that nothing of the one in training is touched: neither its
+    weights and buffers nor its mode, and under ZeRO no part of them is missing.
+    """
+    stage, device, specs = task.stage, task.engine.device, task.stage.specs
+    config = during_training(stage.evaluation)
+    learned = stage.loss.weighting == "uncertainty"
+    model = build_student(replace(stage.student, pretrained=""), specs, learned_weights=learned)
+    model.load_state_dict(tensors)
+    heads = None
+    if "fidelity" in config.benchmarks:
+        teachers, normalizers = task.targets.teachers, task.targets.normalizers
+        patch_size = stage.student.patch_size
+        heads = targets_of(teachers, stage.teachers, config.size, patch_size, normalizers)
+    backbone = as_encoder(model.to(device).eval(), stage.student, specs)
+    return evaluate(student_encoder(backbone, device, heads), config, lambda *_: beat())
+
+
+def during_training(config: EvaluationConfig) -> EvaluationConfig:
+    """Return the section `evaluation` with the benchmarks that are run during training."""
+    return replace(config, benchmarks=config.during or config.benchmarks)
+
+
+def check_evaluation(config: EvaluationConfig) -> None:
+    """Raise ConfigError or DataError for data that an evaluation during training lacks."""
+    if config.every:
+        check_data(during_training(config))
 
 
 def refold_heads(
@@ -235,11 +280,11 @@ def build_teachers(recipe: Recipe, device: torch.device) -> dict[str, Teacher]:
     return {name: build_teacher(name, config, device) for name, config in recipe.teachers.items()}
 
 
-def _restore(run: StageRun, resumed: Checkpoint) -> None:
-    run.engine.load(resumed.tensors(checkpoints.STUDENT), resumed.tensors(checkpoints.OPTIMIZER))
-    restore_normalizers(run.targets.normalizers, resumed)
-    if run.ema is not None and resumed.has(checkpoints.EMA):
-        run.ema.load_state_dict(resumed.tensors(checkpoints.EMA))
+def _restore(task: Distillation, resumed: Checkpoint) -> None:
+    task.engine.load(resumed.tensors(checkpoints.STUDENT), resumed.tensors(checkpoints.OPTIMIZER))
+    restore_normalizers(task.targets.normalizers, resumed)
+    if task.ema is not None and resumed.has(checkpoints.EMA):
+        task.ema.load_state_dict(resumed.tensors(checkpoints.EMA))
     if resumed.has(checkpoints.LOSS):
-        run.weights.load_state(resumed.tensors(checkpoints.LOSS))
-    logger.info("resuming %s after step %d", run.stage.name, resumed.step)
+        task.weights.load_state(resumed.tensors(checkpoints.LOSS))
+    logger.info("resuming %s after step %d", task.stage.name, resumed.step)

@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from radio_distill.train.run_dir import RunLock
     from radio_distill.types import Size
     from stages.launch import Options, Train
-    from upsamplers.fit.lessons import Lesson
-    from upsamplers.fit.task import FitRun
+    from upsamplers.fit.batches import FitBatch
+    from upsamplers.fit.task import Fit
 
 TAKES_FIELDS = True
 
@@ -122,7 +122,7 @@ def fit_upsampler(
     resume: bool = False,
     allow_changed: bool = False,
     take_over: bool = False,
-    pool: "list[list[Lesson]] | None" = None,
+    pool: "list[list[FitBatch]] | None" = None,
 ) -> Path:
     """Fit what ``recipe.fit`` says; returns the file.
 
@@ -133,7 +133,7 @@ def fit_upsampler(
         resume: go on from the newest checkpoint; a fit that is complete is not run again.
         allow_changed: resume although the recipe or the shards differ from the checkpoint's.
         take_over: claim the folder although a living process owns it; that one stops.
-        pool: ``FitRun.pool``, for fits that share their encoded images.
+        pool: ``Fit.pool``, for fits that share their encoded images.
 
     Raises:
         ChangedError: the fit to resume was made of something else, unless that is allowed.
@@ -161,7 +161,7 @@ def has_result(stage: Stage) -> bool:
 
 
 def build_task(
-    pool: "list[list[Lesson]] | None",
+    pool: "list[list[FitBatch]] | None",
     stage: Stage,
     world: "World",
     device: "torch.device",
@@ -169,17 +169,18 @@ def build_task(
     options: "Options",
 ) -> "Train":
     """Build the parts of a fit; returns what fits, and writes its result."""
-    from upsamplers.fit.task import fit
+    from radio_distill.train.trainer import Trainer
 
-    run = build_fit(stage, world, device, resumed, options.allow_changed)
-    run.pool = run.pool if pool is None else pool
+    task = build_fit(stage, world, device, resumed, options.allow_changed)
+    task.pool = task.pool if pool is None else pool
 
     def train_with(lock: "RunLock | None") -> Path:
-        run.ownership = lock
-        if run.start_step < stage.steps:
-            fit(run)
+        if resumed is None or resumed.step < stage.steps:
+            Trainer(stage, task, world, lock, resumed).run()
+            share = 100 * task.timer.share
+            logging.info("%s: %.0f %% of a step is the teacher", stage.folder.name, share)
         if world.is_main:
-            write_result(run)
+            write_result(task)
         return stage.folder / FITTED
 
     return train_with
@@ -191,7 +192,7 @@ def build_fit(
     device: "torch.device",
     resumed: "Checkpoint | None",
     allow_changed: bool = False,
-) -> "FitRun":
+) -> "Fit":
     """Build everything that this process needs; what is cheap to check comes first.
 
     Nothing in the stage's folder is touched.
@@ -207,9 +208,9 @@ def build_fit(
     from stages.build import check_room
     from stages.resume import check_shards
     from teachers import build_teacher
+    from upsamplers.fit.batches import assign_images
     from upsamplers.fit.consistency import Consistency
-    from upsamplers.fit.lessons import share_of
-    from upsamplers.fit.task import FitRun
+    from upsamplers.fit.task import Fit, build_fit_engine, passes_of_step
     from upsamplers.fitted import UpsamplerModel
     from upsamplers.networks import build_network
 
@@ -220,7 +221,7 @@ def build_fit(
     teacher = build_teacher(config.teacher, stage.teachers[config.teacher], device)
     spec, (_, view) = teacher.spec, stage.views(config.teacher)[0]
     network = build_network(config.upsampler, spec.channels, config.factor, config.options)
-    slices = share_of(config, world, stage.engine.micro_batch, view.rendered)
+    slices = assign_images(config, world, stage.engine.micro_batch, view.rendered)
     source = ShardBatches(
         stage.data,
         seed=stage.seed,
@@ -237,58 +238,59 @@ def build_fit(
     torch.manual_seed(stage.base_seed + 1)
     grid = spec.grid(view.size) if config.de_bias else None
     model = UpsamplerModel(network, normalizers[spec.name], spec.channels, grid)
-    made = FitRun(
-        stage, world, device, teacher,
-        Consistency(model, config, spec.channels), source, slices, resumed,
-    )  # fmt: skip
+    consistency = Consistency(model, config, spec.channels)
+    engine = build_fit_engine(consistency, stage, world, device)
+    num_passes = passes_of_step(config, world.world_size, stage.engine.micro_batch)
+    task = Fit(stage, world, teacher, consistency, engine, source, slices, num_passes)
     if resumed is not None:
+        task.restore(resumed)
         logging.info("resuming %s after step %d", stage.folder.name, resumed.step)
-    return made
+    return task
 
 
-def write_result(made: "FitRun") -> None:
+def write_result(task: "Fit") -> None:
     """Write the fitted file, with what was measured on the held-out images in its header."""
     from radio_distill.train import checkpoint as checkpoints
     from upsamplers.fit.task import MODULES
     from upsamplers.fitted import FittedHeader, save_model
 
-    stage, spec, config = made.stage, made.teacher.spec, made.config
-    newest = checkpoints.find(made.folder)
-    made.consistency.load_state_dict(newest.tensors(MODULES))
+    stage, spec, config = task.stage, task.teacher.spec, task.stage.fit
+    newest = checkpoints.find(task.stage.folder)
+    task.consistency.load_state_dict(newest.tensors(MODULES))
     header = FittedHeader(
         upsampler=config.upsampler,
         teacher=spec.name,
         weights_hash=spec.weights_hash,
         channels=spec.channels,
         factor=config.factor,
-        size=made.size,
+        size=task.size,
         options=dict(config.options),
         normalizer=stage.normalizer.name,
         fit={**asdict(config), "shards": list(stage.data.shards), "seed": stage.seed},
-        measures=_measure(made),
+        measures=_measure(task),
     )
-    downsampler = made.consistency.downsampler.state_dict()
-    save_model(made.folder / FITTED, made.consistency.model, header, downsampler)
+    downsampler = task.consistency.downsampler.state_dict()
+    save_model(task.stage.folder / FITTED, task.consistency.model, header, downsampler)
 
 
-def _measure(made: "FitRun") -> dict[str, float]:
+def _measure(task: "Fit") -> dict[str, float]:
     """Measure the fitted upsampler on the recipe's held-out images, where it names some."""
     from upsamplers.metrics import measure
 
-    evaluation, factor = made.stage.evaluation, made.config.factor
+    evaluation, factor = task.stage.evaluation, task.stage.fit.factor
     if not evaluation.images:
         logging.info("evaluation.images names no held-out images: nothing is measured")
         return {}
-    batches = held_out(evaluation.images, made.size, factor, evaluation.limit)
-    with Progress(f"{made.folder.name}: held-out images", len(batches)) as progress:
+    batches = held_out(evaluation.images, task.size, factor, evaluation.limit)
+    with Progress(f"{task.stage.folder.name}: held-out images", len(batches)) as progress:
         values = measure(
-            made.consistency,
-            made.teacher,
+            task.consistency,
+            task.teacher,
             batches,
-            made.size,
+            task.size,
             factor,
             lambda done, _: progress.update(done),
-            made.stage.engine.precision,
+            task.stage.engine.precision,
         )
     logging.info("%s", ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
     return {**values, "images": float(sum(map(len, batches)))}

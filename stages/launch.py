@@ -37,6 +37,7 @@ from radio_distill.system.files import (
 from radio_distill.train.checkpoint import META, Checkpoint
 from radio_distill.train.engine import engine_name
 from radio_distill.train.run_dir import RunLock, refuse_living
+from radio_distill.train.trackers import check_trackers
 
 from .fits import with_files
 from .packages import check_packages
@@ -79,7 +80,11 @@ def launch(
     world = world_from(os.environ)
     if not world.is_main:
         logging.getLogger().setLevel(logging.WARNING)
-    engine = "single" if stage.is_fit else engine_name(stage.engine, stage.config, world.world_size)
+    check_trackers(stage.log.trackers)
+    optimizer, ema = (
+        ("nadam", 0.0) if stage.is_fit else (stage.config.optimizer, stage.config.ema_decay)
+    )
+    engine = engine_name(stage.engine, world.world_size, optimizer, ema > 0)
     device = choose_device(stage.engine.device, world)
     join(world, device, stage.watch.hang_seconds, alone=engine == "deepspeed")
     stage, problems = with_files(stage, options.asked)

@@ -199,8 +199,12 @@ def _place_in(items: list[Any], key: str, path: str) -> int:
 RENAMED = {
     "evaluation.pictures": "evaluation.images",
     "fit.pictures_every": "fit.images_every",
+    "log.tensorboard": "log.trackers",
 }
 """Fields that were called otherwise before version 0.2.0."""
+
+
+_TRACKERS = {True: ["tensorboard"], False: []}  # of log.tensorboard
 
 
 def with_new_names(data: Any) -> Any:
@@ -211,7 +215,8 @@ def with_new_names(data: Any) -> Any:
     for old, new in RENAMED.items():
         (section, before), after = old.split("."), new.partition(".")[2]
         if isinstance(data.get(section), dict) and before in data[section]:
-            data[section][after] = data[section].pop(before)
+            value = data[section].pop(before)
+            data[section][after] = _TRACKERS.get(value, value) if after == "trackers" else value
     return data
 
 
@@ -315,7 +320,8 @@ def _convert_plain(kind: Any, value: Any, path: str) -> Any:
 def _convert_tuple(arguments: tuple[Any, ...], value: Any, path: str) -> tuple[Any, ...]:
     if isinstance(value, str) and _SIZE_FIELD.search(path) and _SIZE.fullmatch(value):
         value = [int(side) for side in re.split(r"\D+", value)]
-    if isinstance(value, str) and arguments[0] is str:
+    is_text = arguments[0] is str or typing.get_origin(arguments[0]) is Literal
+    if isinstance(value, str) and is_text:
         # Not at commas within braces, as in shard-{000,001}.tar.
         value = [part.strip() for part in re.split(r",(?![^{}]*\})", value)] if value else []
     if not isinstance(value, (list, tuple)):

@@ -163,8 +163,9 @@ def _resolve_normalizer(
 def _resolve_engine(engine: EngineConfig, stage: StageConfig | None) -> EngineConfig:
     if engine.zero_stage != AUTO:
         return engine
-    # LAMB needs the norms of whole parameters, which ZeRO flattens and cuts up.
-    zero_stage: Literal[0, 1] = 0 if stage is not None and stage.optimizer == "lamb" else 1
+    # LAMB needs the norms of whole parameters, which ZeRO flattens and cuts up; and what a fit
+    # trains is too small to be cut up.
+    zero_stage: Literal[0, 1] = 0 if stage is None or stage.optimizer == "lamb" else 1
     return replace(engine, zero_stage=zero_stage)
 
 

@@ -27,11 +27,28 @@ def check(recipe: Recipe) -> None:
         *([] if recipe.teachers else ["teachers: a recipe needs at least one teacher"]),
         *_check_amount("normalizer.images", recipe.normalizer.images),
         *_check_fit(recipe),
+        *_check_evaluation(recipe),
     ]
     for name, stage in recipe.stages.items():
         problems += _check_stage(recipe, name, stage)
     if problems:
         raise ConfigError(*problems)
+
+
+def _check_evaluation(recipe: Recipe) -> Iterator[str]:
+    """Evaluations during training: which scores there will be, and of which weights."""
+    config = recipe.evaluation
+    if config.best and not config.every:
+        yield "evaluation.best: nothing is scored during training; set evaluation.every"
+    names = config.during or config.benchmarks
+    if config.best and config.best.partition("/")[0] not in names:
+        yield (
+            f"evaluation.best: {config.best!r} is no BENCHMARK/METRIC of a benchmark that is run "
+            f"during training ({', '.join(names)})"
+        )
+    for name, stage in recipe.stages.items():
+        if config.every and config.of == "ema" and not stage.ema_decay:
+            yield f"evaluation.of: {name} has no EMA to score; set stages.{name}.ema_decay"
 
 
 def _check_names(recipe: Recipe) -> Iterator[str]:

@@ -318,7 +318,7 @@ class EngineConfig:
         "auto", "auto: deepspeed with several processes, else single"
     )
     zero_stage: Literal["auto", 0, 1, 2, 3] = our_option(
-        "auto", "ZeRO stage of DeepSpeed; auto: 0 for a stage with lamb, else 1"
+        "auto", "ZeRO stage of DeepSpeed; auto: 0 for a stage with lamb and for a fit, else 1"
     )
     precision: Literal["auto", "float32", "bfloat16"] = our_option(
         "auto",
@@ -343,7 +343,10 @@ class LogConfig:
     )
     keep_last: Positive = option(3, "newest checkpoints that are kept", "checkpoints")
     keep_every: Count = our_option(0, "steps whose multiples are kept too; 0 for none", "steps")
-    tensorboard: bool = option(True, "write TensorBoard events")
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = option(
+        ("tensorboard",),
+        "where numbers go besides metrics.jsonl: tensorboard, wandb, trackio, mlflow",
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -374,6 +377,19 @@ class EvaluationConfig:
 
     benchmarks: tuple[str, ...] = option(
         ("fidelity", "correspondence", "agreement"), "names in `radio-distill list benchmarks`"
+    )
+    every: Count = option(
+        0, "steps between evaluations during training, and one at its end; 0 for none", "steps"
+    )
+    during: tuple[str, ...] = option(
+        tuple, "benchmarks that are run during training; empty for all of `benchmarks`"
+    )
+    of: Literal["exported", "student", "ema"] = option(
+        "exported",
+        "weights that are scored during training; exported: the EMA where the stage has one",
+    )
+    best: str = option(
+        "", "score whose best checkpoint is kept, for instance knn/top1; empty for none"
     )
     images: str = option(
         "", "shards or folder of held-out images, for fidelity, agreement and correspondence"

@@ -6,12 +6,10 @@ at ``factor`` times its own grid, several images on one canvas (:mod:`.mosaic`),
 :mod:`.alignment` brings student and teacher together.
 """
 
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping
 
-import torch
 from torch import Tensor
 
-from ..errors import DivergedError
 from ..protocols import Corrector, Normalizer, Teacher, Upsampler
 from ..stage import TeacherView
 from ..system.memory import explain_oom
@@ -101,32 +99,3 @@ def encode(teacher: Teacher, pixels: Tensor, view: TeacherView) -> Features:
     canvases = pack(view.mosaic, pixels, teacher.spec.mean)
     spatial = teacher.encode(canvases).spatial
     return Features(None, unpack(view.mosaic, spatial, len(pixels)))
-
-
-def finite_images(features: Features) -> Tensor:
-    """Return which images ``[B]`` a teacher gave finite numbers for."""
-    finite = torch.isfinite(features.spatial).flatten(1).all(1)
-    if features.summary is not None:
-        finite = finite & torch.isfinite(features.summary).all(1)
-    return finite
-
-
-def check_targets(targets: Mapping[str, Features], keys: Sequence[str]) -> None:
-    """Raise DivergedError, naming teacher and images, where a teacher's output is not finite.
-
-    For what must be right for every image, as the statistics.
-    """
-    for name, features in targets.items():
-        finite = finite_images(features).tolist()
-        if not all(finite):
-            bad = [key for key, good in zip(keys, finite, strict=True) if not good]
-            raise DivergedError(
-                f"teacher {name!r} gave numbers that are not finite for {first_keys(bad)}; "
-                f"check its weights, or set teachers.{name}.dtype to float32"
-            )
-
-
-def first_keys(keys: Sequence[str], count: int = 3) -> str:
-    """Name the first of some images, and say how many more there are."""
-    more = f" and {len(keys) - count} more" if len(keys) > count else ""
-    return ", ".join(keys[:count]) + more

@@ -15,11 +15,13 @@ from typing import Any
 from torch import Tensor
 
 from ..config import EvaluationConfig, build
+from ..data.folder import labelled_images, list_images
 from ..errors import ConfigError
 from ..protocols import Benchmark
 from ..registry import Registry, check_has, check_takes, nearest
 from ..types import Score, Size
 from .encoder import Encoder, size_text
+from .masks import open_set
 
 BENCHMARKS = Registry(
     "benchmark",
@@ -53,6 +55,25 @@ def make(name: str, config: EvaluationConfig) -> Benchmark:
             )
     benchmark: Benchmark = build(kind, values, f"evaluation.options.{name}")
     return benchmark
+
+
+def check_data(config: EvaluationConfig) -> None:
+    """Check that each benchmark's data can be found, before anything is scored.
+
+    Raises:
+        ConfigError: a benchmark that does not exist, or that lacks its data.
+        DataError: data that cannot be used.
+    """
+    fields = set[str]()
+    for name in config.benchmarks:
+        make(name, config)
+        fields |= set(BENCHMARKS.get(name).sources.values())
+    if "images" in fields:
+        list_images(config.images)
+    if "labels" in fields:
+        labelled_images(config.labels)
+    if "segmentation" in fields:
+        open_set(config.segmentation, config.limit or None, config.segmentation_ignore)
 
 
 def _check_benchmark(name: str, kind: Any) -> None:

@@ -14,8 +14,9 @@ from ..config import StudentConfig, partition_sizes
 from ..models.backbone import summary_slots
 from ..models.heads import DistilledStudent
 from ..models.spectral import fold as fold_matrices
+from ..normalize.normalizers import normalizers_of
 from ..train.checkpoint import Checkpoint
-from ..train.restore import load_student, normalizers_of
+from ..train.restore import load_student
 from ..types import Size
 
 

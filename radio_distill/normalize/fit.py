@@ -16,12 +16,13 @@ import torch
 from ..config import DataConfig, share_of
 from ..data.loader import ShardBatches, StepSlice
 from ..distill.randomness import StepRandomness
-from ..distill.targets import check_targets, encode
+from ..distill.targets import encode
 from ..distill.views import Views
 from ..protocols import Normalizer, Teacher
 from ..stage import Partition, Stage, TeacherView
 from ..system.distributed import World, broadcast_object, run_on_main
 from ..system.progress import Progress
+from ..train.health import check_targets
 from ..types import Size, View
 from .cache import Statistics, check_can_save, load_statistics, save_statistics
 from .dispersion import SummaryMoments

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError, ConfigError
 from ..protocols import Normalizer
+from ..system.files import reason_of
+from ..train.checkpoint import STATISTICS, Checkpoint
 from . import NORMALIZERS as NORMALIZERS
 from .affine import Affine, mean_variance
 from .moments import Moments
@@ -136,3 +138,21 @@ def load_normalizers(normalizers: Mapping[str, Normalizer], tensors: Mapping[str
             if key.startswith(prefix)
         }
         normalizer.load_state(state)
+
+
+def normalizers_of(checkpoint: Checkpoint) -> dict[str, Normalizer]:
+    """Restore the normalizers that a checkpoint's heads were trained with."""
+    normalizers = build_normalizers(checkpoint.recipe.normalizer.name, checkpoint.recipe.teachers)
+    restore_normalizers(normalizers, checkpoint)
+    return normalizers
+
+
+def restore_normalizers(normalizers: Mapping[str, Normalizer], checkpoint: Checkpoint) -> None:
+    """Load a checkpoint's statistics; raises CheckpointError where they are none of these."""
+    try:
+        load_normalizers(normalizers, checkpoint.tensors(STATISTICS))
+    except (KeyError, RuntimeError, ValueError, AssertionError) as error:
+        raise CheckpointError(
+            f"{checkpoint.folder}: {STATISTICS} has not the statistics of its teachers: "
+            f"{reason_of(error)}"
+        ) from error

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+PRODUCT = "mu_product"
+"""NAdam's running product of its momentums: one number, the same for every parameter."""
 
 
 def whole_parameters(engine: Any, keep: bool) -> dict[str, Tensor]:
@@ -43,6 +45,9 @@ def whole_optimizer_state(engine: Any, keep: bool) -> dict[str, Tensor]:
             value = safe_get_full_optimizer_state(parameter, moment)
             if keep:
                 tensors[f"{moment}/{name}"] = value.detach().float().cpu().clone()
+        for state in list(_inner(engine).state.values())[:1] if keep else ():
+            if PRODUCT in state:
+                tensors[f"{PRODUCT}/{name}"] = state[PRODUCT].detach().float().cpu().clone()
     return tensors
 
 
@@ -58,8 +63,11 @@ def load_whole_state(
         safe_set_full_fp32_param(parameter, weights[name])
         for moment in MOMENTS if step else ():
             safe_set_full_optimizer_state(parameter, optimizer[f"{moment}/{name}"], moment)
+    products = [value for key, value in optimizer.items() if key.startswith(f"{PRODUCT}/")]
     for state in _inner(engine).state.values():
         state["step"] = torch.tensor(float(step))
+        if isinstance(_inner(engine), torch.optim.NAdam):
+            state[PRODUCT] = products[0].clone() if products else torch.ones(())
     _refresh(engine)
 
 

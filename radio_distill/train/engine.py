@@ -1,8 +1,8 @@
-"""Forward, backward and update of the student, on one process or on many.
+"""Forward, backward and update of what is trained, on one process or on many.
 
 Both engines keep float32 weights and compute in the recipe's precision through autocast, and both
-*sum* gradients over processes, so that the loop weighs images and never asks who runs them.
-Teachers stay outside: they are not trained, and a checkpoint must not carry them.
+*sum* gradients over processes, so that a task weighs images and never asks who runs them. Teachers
+stay outside: they are not trained, and a checkpoint must not carry them.
 """
 
 import math
@@ -12,40 +12,47 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import EngineConfig, StageConfig
+from ..config import EngineConfig
 from ..errors import ConfigError
-from ..models.heads import DistilledStudent, Predictions, parameter_groups
 from ..system.distributed import World
 from ..system.precision import autocast
-from .optim import build_optimizer, load_optimizer_tensors, optimizer_tensors, set_learning_rates
+from .optim import load_optimizer_tensors, optimizer_tensors, set_learning_rates
 
 
 def build_engine(
-    model: DistilledStudent,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
     config: EngineConfig,
-    stage: StageConfig,
+    gradient_clip: float,
     world: World,
     device: torch.device,
 ) -> "SingleProcessEngine | DeepSpeedEngine":
-    """Choose and make the engine that the recipe asks for.
+    """Make the engine that the recipe asks for; :func:`engine_name` has checked that it can be.
 
     Args:
-        model: the student with its heads.
+        model: everything that is trained, on ``device``.
+        optimizer: of the model's parameters, in groups with names.
         config: the recipe's engine section.
-        stage: gives the optimizer.
+        gradient_clip: largest norm of the gradient; 0 for no limit.
         world: this process's place.
         device: where it runs.
-
-    Raises:
-        ConfigError: where the engine cannot do what is asked.
     """
-    if engine_name(config, stage, world.world_size) == "single":
-        return SingleProcessEngine(model, config, stage, device)
-    return DeepSpeedEngine(model, config, stage, world, device)
+    name = config.name
+    if name == "single" or (name == "auto" and world.world_size == 1):
+        return SingleProcessEngine(model, optimizer, config, gradient_clip, device)
+    return DeepSpeedEngine(model, optimizer, config, gradient_clip, world, device)
 
 
-def engine_name(config: EngineConfig, stage: StageConfig, world_size: int) -> str:
-    """Return which engine a stage runs on, ``single`` or ``deepspeed``.
+def engine_name(
+    config: EngineConfig, world_size: int, optimizer: str, with_ema: bool = False
+) -> str:
+    """Return which engine a run has, ``single`` or ``deepspeed``.
+
+    Args:
+        config: the recipe's engine section.
+        world_size: processes of the run.
+        optimizer: its name.
+        with_ema: whether the run keeps an EMA of its weights.
 
     Raises:
         ConfigError: where that engine cannot do what the recipe asks.
@@ -60,12 +67,12 @@ def engine_name(config: EngineConfig, stage: StageConfig, world_size: int) -> st
                 "set it to auto"
             )
         return name
-    if stage.optimizer == "lamb" and config.zero_stage in (1, 2, 3):
+    if optimizer == "lamb" and config.zero_stage in (1, 2, 3):
         raise ConfigError(
             "engine.zero_stage: lamb needs the norm of whole parameters, which ZeRO flattens and "
             "cuts up; set engine.zero_stage to 0, or the stage's optimizer to adamw"
         )
-    if stage.ema_decay and config.zero_stage == 3:
+    if with_ema and config.zero_stage == 3:
         raise ConfigError(
             "engine.zero_stage: 3 cuts up the weights that ema_decay averages; "
             "set engine.zero_stage to 2, or ema_decay to 0"
@@ -73,40 +80,26 @@ def engine_name(config: EngineConfig, stage: StageConfig, world_size: int) -> st
     return name
 
 
+def zero_hint(config: EngineConfig) -> str:
+    """Say what makes the weights, gradients and moments of a model take less memory."""
+    return f"raise engine.zero_stage (now: {config.zero_stage}), or take a smaller student"
+
+
 class _Forward:
     """What both engines share: precision and the call of the model."""
 
     device: torch.device
-    model: DistilledStudent
+    model: nn.Module
     _callable: Any
     _precision: str
 
-    def forward(
-        self,
-        pixels: Tensor,
-        teachers: tuple[str, ...],
-        draws: Tensor | None = None,
-        freeze_body: bool = False,
-        window_size: int | None = None,
-    ) -> Predictions:
-        """Predict the features of each named teacher, in that teacher's normalised space.
-
-        Args:
-            pixels: ``[B, 3, H, W]`` in [0, 1].
-            teachers: whose heads are asked.
-            draws: ``[B, K]`` uniform numbers for the position augmentation.
-            freeze_body: give the body a gradient of exactly zero.
-            window_size: side of the student's attention windows, in tokens; 0 for global
-                attention, None for what the recipe says of the student.
-        """
+    def forward(self, *arguments: Any, **settings: Any) -> Any:
+        """Call the model in the recipe's precision."""
         with self.autocast():
-            predictions: Predictions = self._callable(
-                pixels, teachers, draws=draws, freeze_body=freeze_body, window_size=window_size
-            )
-        return predictions
+            return self._callable(*arguments, **settings)
 
     def autocast(self) -> torch.autocast:
-        """Return the context in which a student computes in the recipe's precision."""
+        """Return the context in which the model computes in the recipe's precision."""
         return autocast(self._precision, self.device)
 
 
@@ -115,22 +108,20 @@ class SingleProcessEngine(_Forward):
 
     def __init__(
         self,
-        model: DistilledStudent,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
         config: EngineConfig,
-        stage: StageConfig,
+        gradient_clip: float,
         device: torch.device,
     ):
-        self.device = device
-        self.model = model.to(device)
+        self.device, self.model, self._optimizer = device, model, optimizer
         self._callable: Any = torch.compile(model) if config.compile else model
-        self._precision = config.precision
-        self._clip = stage.gradient_clip
-        self._optimizer = build_optimizer(parameter_groups(model, stage.weight_decay), stage)
+        self._precision, self._clip = config.precision, gradient_clip
 
-    def backward(self, loss: Tensor, last: bool) -> None:
-        """Add the gradient of ``loss`` to the step's; ``last`` closes the step."""
+    def backward(self, loss: Tensor, last: bool, skip: bool = False) -> None:
+        """Add the gradient of ``loss`` to the step's; ``last`` closes it, ``skip`` spoils it."""
         del last
-        loss.backward()
+        (loss * math.nan if skip else loss).backward()
 
     def step(self, learning_rates: Mapping[str, float]) -> float:
         """Clip, update at these rates, clear; returns the norm of the gradient before clipping.
@@ -163,9 +154,10 @@ class DeepSpeedEngine(_Forward):
 
     def __init__(
         self,
-        model: DistilledStudent,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
         config: EngineConfig,
-        stage: StageConfig,
+        gradient_clip: float,
         world: World,
         device: torch.device,
     ):
@@ -174,27 +166,35 @@ class DeepSpeedEngine(_Forward):
         # Without this, a CPU run compiles a shared-memory op at start that it never uses.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.rank, self.world_size = world.rank, world.world_size
-        self.device = device
-        self.model = model.to(device)
-        self._precision = config.precision
+        self.device, self.model = device, model
+        self._precision, self._clip = config.precision, gradient_clip
         self._zero_stage = config.zero_stage
-        self._clip = stage.gradient_clip
-        optimizer = build_optimizer(parameter_groups(model, stage.weight_decay), stage)
+        # DeepSpeed broadcasts parameters as bytes, which a tensor without dimensions cannot be
+        # seen as; ZeRO leaves them the dimension that they have while it starts.
+        scalars = [(name, it) for name, it in model.named_parameters() if it.ndim == 0]
+        self._scalars = {name for name, _ in scalars}
+        for _, parameter in scalars:
+            parameter.data = parameter.data.view(1)
         self._engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
-            config=_deepspeed_config(config, stage),
+            config=_deepspeed_config(config, gradient_clip),
             dist_init_required=False,
         )
+        for _, parameter in scalars if self._zero_stage == 0 else ():
+            parameter.data = parameter.data.view(())
         if config.compile:
             self._engine.compile()
         self._callable = self._engine
 
-    def backward(self, loss: Tensor, last: bool) -> None:
-        """Add the gradient of ``loss`` to the step's; ``last`` closes the step."""
+    def backward(self, loss: Tensor, last: bool, skip: bool = False) -> None:
+        """Add the gradient of ``loss`` to the step's; ``last`` closes it, ``skip`` spoils it."""
         self._engine.set_gradient_accumulation_boundary(last)
-        # DeepSpeed averages over ranks; times the world size is the sum.
-        self._engine.backward(loss * self.world_size, scale_wrt_gas=False)
+        # DeepSpeed averages over ranks; times the world size is the sum. A step is skipped by a
+        # gradient that is not finite: ZeRO 1 to 3 hold parts of it in buffers of their own, which
+        # they clear where they find an overflow themselves, and in no public way else.
+        factor = math.nan if skip else float(self.world_size)
+        self._engine.backward(loss * factor, scale_wrt_gas=False)
 
     def step(self, learning_rates: Mapping[str, float]) -> float:
         """Clip, update at these rates, clear; returns the norm of the gradient before clipping.
@@ -220,8 +220,10 @@ class DeepSpeedEngine(_Forward):
 
         if self._zero_stage == 0:
             return on_host(self.model.state_dict()) if self.rank == 0 else {}
-        buffers = on_host(dict(self.model.named_buffers()))
-        return {**whole_parameters(self._engine, self.rank == 0), **buffers}
+        kept = self.model.state_dict().keys()
+        buffers = {name: value for name, value in self.model.named_buffers() if name in kept}
+        whole = self._without_dimension(whole_parameters(self._engine, self.rank == 0))
+        return {**whole, **on_host(buffers)}
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
         """Whole optimizer state, by name; every rank must call, rank 0 gets it."""
@@ -230,7 +232,14 @@ class DeepSpeedEngine(_Forward):
         if self._zero_stage == 0:
             whole = optimizer_tensors(self._engine.optimizer, self.model)
             return on_host(whole) if self.rank == 0 else {}
-        return whole_optimizer_state(self._engine, self.rank == 0)
+        return self._without_dimension(whole_optimizer_state(self._engine, self.rank == 0))
+
+    def _without_dimension(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the tensors of scalar parameters as scalars again."""
+        return {
+            name: value.view(()) if name.rpartition("/")[2] in self._scalars else value
+            for name, value in tensors.items()
+        }
 
     def load(self, weights: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]) -> None:
         """Restore weights and optimizer state, on any world size and ZeRO stage."""
@@ -242,7 +251,8 @@ class DeepSpeedEngine(_Forward):
         else:
             load_whole_state(self._engine, weights, optimizer)
             for name, buffer in self.model.named_buffers():
-                buffer.copy_(weights[name])
+                if name in weights:
+                    buffer.copy_(weights[name])
 
 
 def on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -255,11 +265,11 @@ def _clip_gradient(model: nn.Module, limit: float) -> Tensor:
     return nn.utils.clip_grad_norm_(model.parameters(), limit or float("inf"))
 
 
-def _deepspeed_config(config: EngineConfig, stage: StageConfig) -> dict[str, Any]:
+def _deepspeed_config(config: EngineConfig, gradient_clip: float) -> dict[str, Any]:
     return {
-        "train_micro_batch_size_per_gpu": 1,  # the loop weighs images itself
-        "gradient_accumulation_steps": 1,  # the loop says itself which pass is the step's last
-        "gradient_clipping": stage.gradient_clip if config.zero_stage else 0.0,
+        "train_micro_batch_size_per_gpu": 1,  # a task weighs images itself
+        "gradient_accumulation_steps": 1,  # and says which pass is the step's last
+        "gradient_clipping": gradient_clip if config.zero_stage else 0.0,
         "zero_optimization": {
             "stage": config.zero_stage,
             # The default of 5e8 elements is a 2 GB buffer, whatever the student's size.

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from ..config import WatchConfig
-from ..distill.targets import finite_images, first_keys
 from ..errors import DivergedError
 from ..types import Features
 
@@ -99,6 +98,35 @@ class NonFiniteGuard:
         return [NonFinite("gradient", tuple(dict.fromkeys(self._keys)))]
 
 
+def finite_images(features: Features) -> Tensor:
+    """Return which images ``[B]`` a teacher gave finite numbers for."""
+    finite = torch.isfinite(features.spatial).flatten(1).all(1)
+    if features.summary is not None:
+        finite = finite & torch.isfinite(features.summary).all(1)
+    return finite
+
+
+def check_targets(targets: Mapping[str, Features], keys: Sequence[str]) -> None:
+    """Raise DivergedError, naming teacher and images, where a teacher's output is not finite.
+
+    Statistics and pools of features, which must be right for every image, call it.
+    """
+    for name, features in targets.items():
+        finite = finite_images(features).tolist()
+        if not all(finite):
+            bad = [key for key, good in zip(keys, finite, strict=True) if not good]
+            raise DivergedError(
+                f"teacher {name!r} gave numbers that are not finite for {_first_keys(bad)}; "
+                f"check its weights, or set teachers.{name}.dtype to float32"
+            )
+
+
+def _first_keys(keys: Sequence[str], count: int = 3) -> str:
+    """Name the first of some images, and say how many more there are."""
+    more = f" and {len(keys) - count} more" if len(keys) > count else ""
+    return ", ".join(keys[:count]) + more
+
+
 class SkipCounter:
     """Counts skipped steps, alike on every process.
 
@@ -141,7 +169,7 @@ def describe(causes: Sequence[NonFinite]) -> str:
     images: dict[str, list[str]] = {}
     for cause, keys in causes:
         images.setdefault(cause, []).extend(keys)
-    return "; ".join(f"{cause} for {first_keys(keys)}" for cause, keys in images.items())
+    return "; ".join(f"{cause} for {_first_keys(keys)}" for cause, keys in images.items())
 
 
 def _ordinal(number: int) -> str:

@@ -15,14 +15,21 @@ from torch import Tensor, nn
 from ..config import StageConfig
 
 
-def build_optimizer(groups: list[dict[str, Any]], stage: StageConfig) -> torch.optim.Optimizer:
-    """Make AdamW, or LAMB (arXiv 1904.00962, timm's implementation), over parameter groups."""
-    if stage.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=stage.learning_rate, betas=stage.betas)
+def build_optimizer(
+    name: str, groups: list[dict[str, Any]], betas: tuple[float, float] = (0.9, 0.999)
+) -> torch.optim.Optimizer:
+    """Make an optimizer over parameter groups with names; each step sets their learning rates.
+
+    ``adamw``, ``nadam``, or ``lamb`` (arXiv 1904.00962, timm's implementation).
+    """
+    if name == "adamw":
+        return torch.optim.AdamW(groups, betas=betas)
+    if name == "nadam":
+        return torch.optim.NAdam(groups, betas=betas)
     from timm.optim import Lamb
 
-    # The trainer clips the gradient itself, the same way for every engine and optimizer.
-    return Lamb(groups, lr=stage.learning_rate, betas=stage.betas, max_grad_norm=None)
+    # The engine clips the gradient itself, the same way for every optimizer.
+    return Lamb(groups, betas=betas, max_grad_norm=None)
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, rates: Mapping[str, float]) -> None:

@@ -1,4 +1,4 @@
-"""Students and normalizers out of checkpoints, without their teachers."""
+"""Students out of checkpoints, without their teachers."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -7,10 +7,7 @@ import torch
 
 from ..errors import CheckpointError, WeightsError
 from ..models.heads import DistilledStudent, build_student
-from ..normalize.normalizers import build_normalizers, load_normalizers
-from ..protocols import Normalizer
-from ..system.files import reason_of
-from .checkpoint import EMA, OPTIMIZER, STATISTICS, STUDENT, Checkpoint
+from .checkpoint import EMA, OPTIMIZER, STUDENT, Checkpoint
 
 
 def load_student(checkpoint: Checkpoint, device: torch.device) -> DistilledStudent:
@@ -74,21 +71,3 @@ def _check_same(
             f"{checkpoint.folder}: {part} has not the tensors of this student: {wrong[0]} and "
             f"{len(wrong) - 1} more differ"
         )
-
-
-def normalizers_of(checkpoint: Checkpoint) -> dict[str, Normalizer]:
-    """Restore the normalizers that a checkpoint's heads were trained with."""
-    normalizers = build_normalizers(checkpoint.recipe.normalizer.name, checkpoint.recipe.teachers)
-    restore_normalizers(normalizers, checkpoint)
-    return normalizers
-
-
-def restore_normalizers(normalizers: Mapping[str, Normalizer], checkpoint: Checkpoint) -> None:
-    """Load a checkpoint's statistics; raises CheckpointError where they are none of these."""
-    try:
-        load_normalizers(normalizers, checkpoint.tensors(STATISTICS))
-    except (KeyError, RuntimeError, ValueError, AssertionError) as error:
-        raise CheckpointError(
-            f"{checkpoint.folder}: {STATISTICS} has not the statistics of its teachers: "
-            f"{reason_of(error)}"
-        ) from error

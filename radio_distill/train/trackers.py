@@ -1,20 +1,40 @@
-"""Where the numbers of a run go: always a JSON-lines file, TensorBoard when the recipe asks."""
+"""Where the numbers of a run go: ``metrics.jsonl``, and the trackers that the recipe names.
+
+A tracker other than that file may fail, at its start or later, for instance without a network: it
+is warned of once, left out, and the run goes on.
+"""
 
 import json
+import logging
+import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
+import yaml
 
+from ..config import dump
 from ..errors import ConfigError
-from ..protocols import MetricSink
-from ..system.distributed import all_reduce_sum
+from ..protocols import Tracker
+from ..stage import Stage
 from ..system.files import reason_of, replacing
+from ..system.redaction import redact
+
+logger = logging.getLogger(__name__)
+
+PROJECT = "radio-distill"
+"""Name of the project or experiment, unless the tracker's own environment variable says another."""
+
+WriteImage = Callable[[int, str, np.ndarray], None]
+"""Takes step, name, and an image ``[h, w, 3]`` uint8."""
+
+_IDS = "trackers.json"
+"""Identifiers that trackers gave to the run, so that a resumed one goes on in it."""
 
 
 class JsonLines:
@@ -27,7 +47,7 @@ class JsonLines:
 
     def __init__(self, path: Path, resume_step: int = 0):
         kept = [row for row in read_json_lines(path) if row["step"] <= resume_step]
-        # A new file: a process of before, that does not know yet that it is none any more, goes on
+        # A new file: an earlier process that has lost the folder, and does not know it yet, goes on
         # to write into the old one, which has no name now.
         with replacing(path) as temporary:
             text = "".join(json.dumps(row) + "\n" for row in kept)
@@ -50,7 +70,7 @@ class JsonLines:
 
 
 def read_json_lines(path: Path) -> list[dict[str, float]]:
-    """Read what :class:`JsonLines` wrote, up to the first line that is none of its."""
+    """Read what :class:`JsonLines` wrote, up to the first line that it did not."""
     rows: list[dict[str, float]] = []
     if path.exists():
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -67,10 +87,10 @@ def read_json_lines(path: Path) -> list[dict[str, float]]:
 class TensorBoard:
     """TensorBoard events under ``tensorboard/``."""
 
-    def __init__(self, folder: Path, resume_step: int = 0):
+    def __init__(self, stage: Stage, resume_step: int):
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(folder, purge_step=resume_step + 1)
+        self._writer = SummaryWriter(stage.folder / "tensorboard", purge_step=resume_step + 1)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Add each value as a scalar."""
@@ -86,13 +106,133 @@ class TensorBoard:
         self._writer.close()
 
 
-class Sinks:
-    """Several sinks as one; none at all on processes that do not log."""
+class Wandb:
+    """A run of Weights & Biases; WANDB_PROJECT, WANDB_ENTITY and WANDB_MODE hold for it."""
 
-    def __init__(self, sinks: tuple[MetricSink, ...]):
-        self._sinks = sinks
+    def __init__(self, stage: Stage, resume_step: int):
+        import wandb
 
-    def __enter__(self) -> "Sinks":
+        self._wandb = wandb
+        self._run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT") or PROJECT,
+            group=stage.recipe.name,
+            name=_run_name(stage),
+            id=_earlier_id(stage, "wandb", resume_step),
+            resume="allow",
+            dir=stage.folder,
+            config=_settings(stage),
+        )
+        _keep_id(stage, "wandb", self._run.id)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Log all values of a step."""
+        self._run.log(dict(values), step=step)
+
+    def write_image(self, step: int, name: str, image: np.ndarray) -> None:
+        """Log ``[h, w, 3]`` uint8."""
+        self._run.log({name: self._wandb.Image(image)}, step=step)
+
+    def close(self) -> None:
+        """Upload what is left."""
+        self._run.finish()
+
+
+class Trackio:
+    """A run of trackio, in TRACKIO_DIR, or in the space of TRACKIO_SPACE_ID."""
+
+    def __init__(self, stage: Stage, resume_step: int):
+        import trackio
+
+        self._trackio = trackio
+        name = _earlier_id(stage, "trackio", resume_step)
+        self._run = trackio.init(
+            project=os.environ.get("TRACKIO_PROJECT") or PROJECT,
+            name=name or f"{_run_name(stage)} {time.strftime('%Y-%m-%d %H:%M:%S')}",
+            group=stage.recipe.name,
+            space_id=os.environ.get("TRACKIO_SPACE_ID") or None,
+            resume="allow",
+            config=_settings(stage),
+            embed=False,
+        )
+        _keep_id(stage, "trackio", self._run.name)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Log all values of a step."""
+        self._trackio.log(dict(values), step=step)
+
+    def write_image(self, step: int, name: str, image: np.ndarray) -> None:
+        """Log ``[h, w, 3]`` uint8."""
+        self._trackio.log({name: self._trackio.Image(image)}, step=step)
+
+    def close(self) -> None:
+        """Write what is left."""
+        self._trackio.finish()
+
+
+class MLflow:
+    """A run of MLflow, on the server or in the files of MLFLOW_TRACKING_URI."""
+
+    def __init__(self, stage: Stage, resume_step: int):
+        from mlflow import MlflowClient
+        from mlflow.entities import Param
+
+        self._client = client = MlflowClient()
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or PROJECT
+        experiment = client.get_experiment_by_name(name)
+        run = _earlier_id(stage, "mlflow", resume_step)
+        if run is None:
+            number = experiment.experiment_id if experiment else client.create_experiment(name)
+            run = client.create_run(number, run_name=_run_name(stage)).info.run_id
+            settings = [Param(key, str(value)[:500]) for key, value in _leaves(_settings(stage))]
+            for start in range(0, len(settings), 100):  # the most that a server takes at once
+                client.log_batch(run, params=settings[start : start + 100])
+        else:
+            client.update_run(run, status="RUNNING")
+        self._id = run
+        _keep_id(stage, "mlflow", run)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Log all values of a step."""
+        from mlflow.entities import Metric
+
+        now = int(1000 * time.time())
+        metrics = [Metric(name, float(value), now, step) for name, value in values.items()]
+        self._client.log_batch(self._id, metrics=metrics)
+
+    def write_image(self, step: int, name: str, image: np.ndarray) -> None:
+        """Log ``[h, w, 3]`` uint8."""
+        self._client.log_image(self._id, image, key=name, step=step)
+
+    def close(self) -> None:
+        """Say that the run has ended."""
+        self._client.set_terminated(self._id)
+
+
+TRACKERS: dict[str, Callable[[Stage, int], Tracker]] = {
+    "tensorboard": TensorBoard,
+    "wandb": Wandb,
+    "trackio": Trackio,
+    "mlflow": MLflow,
+}
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Raise ConfigError for a tracker whose package is not installed."""
+    for name in names:
+        if find_spec(name) is None:
+            raise ConfigError(
+                f"log.trackers: {name} is not installed; run `pip install radio-distill[{name}]`, "
+                "or take it out of log.trackers"
+            )
+
+
+class Trackers:
+    """``metrics.jsonl`` and several trackers as one; none at all on processes that do not log."""
+
+    def __init__(self, log: JsonLines | None = None, others: Mapping[str, Tracker] | None = None):
+        self._log, self._others = log, dict(others or {})
+
+    def __enter__(self) -> "Trackers":
         return self
 
     def __exit__(
@@ -101,61 +241,87 @@ class Sinks:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for sink in self._sinks:
-            sink.close()
+        if self._log is not None:
+            self._log.close()
+        self._tell(lambda tracker: tracker.close())
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Write to each sink."""
-        for sink in self._sinks:
-            sink.write(step, values)
+        """Write to all; raises OSError where ``metrics.jsonl`` cannot be written."""
+        if self._log is not None:
+            self._log.write(step, values)
+        self._tell(lambda tracker: tracker.write(step, values))
 
     def write_image(self, step: int, name: str, image: np.ndarray) -> None:
-        """Write to each sink."""
-        for sink in self._sinks:
-            sink.write_image(step, name, image)
+        """Write ``[h, w, 3]`` uint8 to those trackers that take images."""
+        self._tell(lambda tracker: tracker.write_image(step, name, image))
+
+    def _tell(self, call: Callable[[Tracker], None]) -> None:
+        for name, tracker in list(self._others.items()):
+            try:
+                call(tracker)
+            except Exception as error:  # whatever a tracker's package raises
+                _warn(name, error)
+                del self._others[name]
 
 
-def open_sinks(folder: Path, tensorboard: bool, is_main: bool, resume_step: int = 0) -> Sinks:
-    """Open the sinks of a stage's folder; processes other than the main one get none."""
+def open_trackers(stage: Stage, is_main: bool, resume_step: int = 0) -> Trackers:
+    """Open the log and the trackers of a stage; processes other than the main one get none.
+
+    Raises ConfigError where ``metrics.jsonl`` cannot be written.
+    """
     if not is_main:
-        return Sinks(())
+        return Trackers()
     try:
-        sinks: list[MetricSink] = [JsonLines(folder / "metrics.jsonl", resume_step)]
-        if tensorboard:
-            sinks.append(TensorBoard(folder / "tensorboard", resume_step))
+        log = JsonLines(stage.folder / "metrics.jsonl", resume_step)
     except OSError as error:
         raise ConfigError(
-            f"cannot write logs in {folder}: {reason_of(error)}; make room, or move what is in "
-            "the way"
+            f"cannot write logs in {stage.folder}: {reason_of(error)}; make room, or move what is "
+            "in the way"
         ) from error
-    return Sinks(tuple(sinks))
+    others: dict[str, Tracker] = {}
+    for name in stage.log.trackers:
+        try:
+            others[name] = TRACKERS[name](stage, resume_step)
+        except Exception as error:  # whatever a tracker's package raises
+            _warn(name, error)
+    return Trackers(log, others)
 
 
-class Meter:
-    """Weighted means of named values; a name may be absent from a micro-batch or from a rank.
+def _warn(name: str, error: Exception) -> None:
+    logger.warning("log.trackers: %s failed and is left out: %s", name, reason_of(error))
 
-    Args:
-        names: all names that any rank will report, in the same order on every rank.
-        device: where the values live; nothing is copied to the host before :meth:`means`.
-    """
 
-    def __init__(self, names: Sequence[str], device: torch.device):
-        self._names = list(names)
-        self._sums = torch.zeros(2, len(self._names), dtype=torch.float64, device=device)
+def _run_name(stage: Stage) -> str:
+    return f"{stage.recipe.name}/{stage.folder.name}"
 
-    def add(self, values: Mapping[str, Tensor], weight: float) -> None:
-        """Add scalar means that stand for ``weight`` images."""
-        for name, value in values.items():
-            index = self._names.index(name)
-            self._sums[0, index] += value.detach().double() * weight
-            self._sums[1, index] += weight
 
-    def means(self) -> dict[str, float]:
-        """Return the means over all ranks since the last call, and start anew."""
-        totals, weights = all_reduce_sum(self._sums).tolist()
-        self._sums.zero_()
-        return {
-            name: total / weight
-            for name, total, weight in zip(self._names, totals, weights, strict=True)
-            if weight
-        }
+def _settings(stage: Stage) -> dict[str, Any]:
+    """Return the resolved recipe as plain values, with nothing in it that looks like a secret."""
+    settings: dict[str, Any] = yaml.safe_load(redact(dump(stage.recipe)))
+    return settings
+
+
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        for key, item in value.items():
+            yield from _leaves(item, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, value
+
+
+def _earlier_id(stage: Stage, name: str, resume_step: int) -> str | None:
+    """Return what a tracker called the run that is resumed; None for a new run."""
+    if not resume_step:
+        return None
+    with suppress(OSError, ValueError, AttributeError):
+        earlier = json.loads((stage.folder / _IDS).read_text(encoding="utf-8")).get(name)
+        return earlier if isinstance(earlier, str) else None
+    return None
+
+
+def _keep_id(stage: Stage, name: str, value: str) -> None:
+    path, ids = stage.folder / _IDS, {}
+    with suppress(OSError, ValueError):
+        ids = json.loads(path.read_text(encoding="utf-8"))
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps({**ids, name: value}), encoding="utf-8")

@@ -33,6 +33,7 @@ from radio_distill.evals.scores import check_can_add, read_scores, write_scores
 from radio_distill.evals.subjects import SCORES, UNTRAINED, Subject
 from radio_distill.models.backbone import as_encoder
 from radio_distill.models.heads import DistilledStudent, build_student
+from radio_distill.normalize.normalizers import normalizers_of
 from radio_distill.protocols import Teacher
 from radio_distill.report.gain_tables import gain_table
 from radio_distill.system.distributed import World, choose_device
@@ -40,7 +41,7 @@ from radio_distill.system.files import write_text
 from radio_distill.system.precision import emulation_warning
 from radio_distill.system.progress import Progress
 from radio_distill.train.checkpoint import Checkpoint
-from radio_distill.train.restore import load_student, normalizers_of
+from radio_distill.train.restore import load_student
 from radio_distill.types import Score
 from radio_distill.weights.pretrained import initialise
 

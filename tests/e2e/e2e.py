@@ -64,7 +64,7 @@ RECIPE = {
         },
     },
     "engine": {"precision": "float32", "device": "auto"},
-    "log": {"every": 1, "save_every": 2, "keep_last": 10, "tensorboard": False},
+    "log": {"every": 1, "save_every": 2, "keep_last": 10, "trackers": []},
     "evaluation": {"size": 64, "dense_size": 128, "benchmarks": ["fidelity"], "limit": 4},
 }
 

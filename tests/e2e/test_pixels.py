@@ -15,9 +15,9 @@ from radio_distill.config import Facts
 from radio_distill.data.images import decode_image
 from radio_distill.stage import resolve_stage
 from radio_distill.system.distributed import World
-from radio_distill.train.lifeline import agree
-from radio_distill.train.loop import accumulate
-from stages.build import build_run
+from radio_distill.train.health import NonFiniteGuard
+from radio_distill.train.trainer import agree
+from stages.build import build_distillation
 from stages.recipes import load_recipe
 from teachers import teacher_spec
 
@@ -49,14 +49,14 @@ def step_of(recipe_file: Path, tmp_path: Path, partition: dict, *fields: str):
     recipe = replace(recipe, engine=replace(recipe.engine, zero_stage=0))
     specs = {name: teacher_spec(name, config) for name, config in recipe.teachers.items()}
     stage = resolve_stage(recipe, "stage1", specs, Facts(), folder=tmp_path / "run")
-    run = build_run(stage, World(), torch.device("cpu"), None)
+    run, _ = build_distillation(stage, World(), torch.device("cpu"), None)
     teachers = {name: Recorder(teacher) for name, teacher in run.targets.teachers.items()}
     run.targets.teachers = teachers
     students = []
     body = run.engine.model.get_submodule("student")
     body.register_forward_pre_hook(lambda module, inputs: students.append(inputs[0]))
     batches = next(run.source.batches(0))
-    accumulate(run, 0, batches, agree)
+    run.forward_backward(0, batches, NonFiniteGuard(), agree)
     seen = {name: teacher.pixels for name, teacher in teachers.items()}
     return batches, {**seen, "student": students}
 

@@ -15,6 +15,7 @@ import torch
 
 from e2e import CHECKOUT, assert_equal, rows, run_folder, tensors
 from radio_distill.distill.targets import TargetMaker
+from radio_distill.distill.task import Distillation
 from radio_distill.train.run_dir import RunLock, read_status
 from stages import stage1, stage2
 
@@ -198,9 +199,9 @@ def test_resume__what_changes_only_rounding_is_told_and_allowed(recipe_file, cap
 
 def test_saving__is_not_waited_for(recipe_file, monkeypatch):
     """A disk that takes its time: the steps go on, the checkpoints are whole, in order."""
-    from radio_distill.train import lifeline
+    from radio_distill.train import trainer
 
-    save, running, overlapped = lifeline.save, threading.Event(), []
+    save, running, overlapped = trainer.save, threading.Event(), []
 
     def slow(*arguments, **settings):
         running.set()
@@ -210,25 +211,19 @@ def test_saving__is_not_waited_for(recipe_file, monkeypatch):
         finally:
             running.clear()
 
-    monkeypatch.setattr(lifeline, "save", slow)
-    accumulate = stage_loop().accumulate
+    monkeypatch.setattr(trainer, "save", slow)
+    forward_backward = Distillation.forward_backward
 
-    def watched(*arguments, **settings):
+    def watched(*arguments):
         overlapped.append(running.is_set())
-        return accumulate(*arguments, **settings)
+        return forward_backward(*arguments)
 
-    monkeypatch.setattr(stage_loop(), "accumulate", watched)
+    monkeypatch.setattr(Distillation, "forward_backward", watched)
     assert stage1.main([str(recipe_file)]) == 0
     assert any(overlapped), "a step ran while a checkpoint was written"
     folder = folder_of(recipe_file)
     names = sorted(path.name for path in (folder / "checkpoints").iterdir())
     assert names == ["step-00000002", "step-00000004", "step-00000006"]
-
-
-def stage_loop():
-    from radio_distill.train import loop
-
-    return loop
 
 
 def test_unseen_teacher__of_a_first_stage_is_learned_by_the_next(recipe_file, capsys):

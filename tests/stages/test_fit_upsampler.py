@@ -58,7 +58,7 @@ RECIPE = {
         }
     },
     "engine": {"precision": "float32", "device": "cpu"},
-    "log": {"every": 1, "save_every": 2, "keep_last": 9, "tensorboard": False},
+    "log": {"every": 1, "save_every": 2, "keep_last": 9, "trackers": []},
 }
 
 

@@ -42,7 +42,7 @@ RECIPE = {
     "stages": {},
     "fit": {"size": 32, "steps": 3, "batch_size": 2, "pool": 4, "views": 2, "warmup_steps": 1},
     "engine": {"device": "cpu", "precision": "float32"},
-    "log": {"every": 3, "save_every": 3, "tensorboard": False},
+    "log": {"every": 3, "save_every": 3, "trackers": []},
 }
 DASH = "\N{EN DASH}"
 FITTED_HERE = ("vit-bilinear-2x", "vit-featsharp-2x", "vit-featsharp-2x-inputs_tiles_featup")

@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,10 +16,19 @@ from radio_distill.normalize.moments import Moments
 from radio_distill.stage import resolve_stage
 from radio_distill.system.distributed import World
 from radio_distill.train import checkpoint as checkpoints
+from radio_distill.train.checkpoint import Checkpoint
+from radio_distill.train.health import NonFiniteGuard
+from radio_distill.train.trainer import Trainer, agree
 from radio_distill.types import Features, ImageBatch, View
+from upsamplers.fit.batches import assign_images, step_homographies
 from upsamplers.fit.consistency import Consistency
-from upsamplers.fit.lessons import lessons, share_of, step_homographies
-from upsamplers.fit.task import MODULES, FitRun, accumulate, fit, parameter_groups
+from upsamplers.fit.task import (
+    MODULES,
+    Fit,
+    build_fit_engine,
+    parameter_groups,
+    passes_of_step,
+)
 from upsamplers.fitted import TeacherOutput, UpsamplerModel
 from upsamplers.networks import Observation, build_network
 
@@ -47,7 +55,7 @@ def recipe_of(**values) -> Recipe:
         "teachers": {"tiny_vit": {"preset": "tiny_vit"}},
         "stages": {},
         "engine": {"precision": "float32", "device": "cpu"},
-        "log": {"every": 1, "save_every": 3, "keep_last": 9, "tensorboard": False},
+        "log": {"every": 1, "save_every": 3, "keep_last": 9, "trackers": []},
         "watch": {"max_skipped": 2},
         "fit": {**FIT, **values},
     }
@@ -102,56 +110,61 @@ def normalizer(tiny):
 def run_of(tmp_path, tiny, normalizer):
     """Return a run as one process has it."""
 
-    def make(upsampler="featup", folder="run", world=None, micro_batch=0, teacher=None, **values):
+    def make(
+        upsampler="featup",
+        folder="run",
+        world=None,
+        micro_batch=0,
+        teacher=None,
+        precision="float32",
+        **values,
+    ):
         recipe = recipe_of(upsampler=upsampler, **values)
+        recipe = replace(recipe, engine=replace(recipe.engine, precision=precision))
         config, world = recipe.fit, world or World()
         teacher = teacher or tiny("tiny_vit")
         stage = resolve_stage(
             recipe, "fit", {teacher.spec.name: teacher.spec}, folder=tmp_path / folder
         )
         fine = (SIZE[0] * FACTOR, SIZE[1] * FACTOR)
-        slices = share_of(config, world, micro_batch, fine)
+        slices = assign_images(config, world, micro_batch, fine)
         torch.manual_seed(0)
         network = build_network(upsampler, CHANNELS, FACTOR, config.options)
         grid = (6, 6) if config.de_bias else None
         model = UpsamplerModel(network, normalizer, CHANNELS, grid)
-        return FitRun(
-            stage,
-            world,
-            torch.device("cpu"),
-            teacher,
-            Consistency(model, config, CHANNELS),
-            Images(slices, config.batch_size),
-            slices,
-        )
+        consistency = Consistency(model, config, CHANNELS)
+        engine = build_fit_engine(consistency, stage, World(), torch.device("cpu"))
+        images = Images(slices, config.batch_size)
+        num_passes = passes_of_step(config, world.world_size, micro_batch)
+        return Fit(stage, world, teacher, consistency, engine, images, slices, num_passes)
 
     return make
 
 
-class Timeless:
-    """Stands where the share of the teacher's time is measured."""
-
-    teach = staticmethod(lambda encode, device: encode())
-
-
-def lessons_of(run: FitRun, steps: int):
-    made = lessons(run, Timeless())
-    return [next(made) for _ in range(steps)]
+def fit(run: Fit, resumed: Checkpoint | None = None) -> None:
+    if resumed is not None:
+        run.restore(resumed)
+    Trainer(run.stage, run, run.world, resumed=resumed).run()
 
 
-def losses(run: FitRun) -> list[float]:
+def batches_of(run: Fit, steps: int, start: int = 0):
+    images = run.batches(start)
+    return [run.fit_batches(step, next(images)) for step in range(start, start + steps)]
+
+
+def losses(run: Fit) -> list[float]:
     import json
 
-    lines = (run.folder / "metrics.jsonl").read_text().splitlines()
+    lines = (run.stage.folder / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line)["loss"] for line in lines]
 
 
-def tensors(run: FitRun, part: str):
-    return checkpoints.find(run.folder).tensors(part)
+def tensors(run: Fit, part: str):
+    return checkpoints.find(run.stage.folder).tensors(part)
 
 
 @pytest.mark.parametrize("upsampler", ["featup", "featsharp"])
-def test_fit__lowers_its_loss_on_the_same_lessons(run_of, upsampler):
+def test_fit__lowers_its_loss_on_the_same_images(run_of, upsampler):
     """With a pool of one step every step meets the same views, so that losses compare."""
     run = run_of(upsampler, steps=30, pool=3, rates={"bias": 0.03})
     fit(run)
@@ -162,10 +175,7 @@ def test_fit__lowers_its_loss_on_the_same_lessons(run_of, upsampler):
 
 
 def test_fit__keeps_bf16_autocast_finite(run_of):
-    run = run_of("featsharp", steps=2)
-    recipe = run.stage.recipe
-    recipe = replace(recipe, engine=replace(recipe.engine, precision="bfloat16"))
-    run.stage = replace(run.stage, recipe=recipe)
+    run = run_of("featsharp", steps=2, precision="bfloat16")
     fit(run)
     assert np.isfinite(losses(run)).all()
 
@@ -176,13 +186,12 @@ def test_fit__resumed_at_half_ends_bit_for_bit_the_same(run_of, pool, downsample
     settings = {"pool": pool, "downsampler": downsampler, "uncertainty": True, "crf": 0.001}
     whole = run_of(folder="whole", **settings)
     fit(whole)
-    assert sorted(path.name for path in (whole.folder / "checkpoints").iterdir()) == [
+    assert sorted(path.name for path in (whole.stage.folder / "checkpoints").iterdir()) == [
         "step-00000003",
         "step-00000006",
     ]
     half = run_of(folder="half", **settings)
-    half.resumed = checkpoints.read(whole.folder / "checkpoints" / "step-00000003")
-    fit(half)
+    fit(half, checkpoints.read(whole.stage.folder / "checkpoints" / "step-00000003"))
     assert losses(half) == losses(whole)[3:]
     for part in (MODULES, checkpoints.OPTIMIZER):
         expected, found = tensors(whole, part), tensors(half, part)
@@ -194,41 +203,43 @@ def test_fit__resumed_at_half_ends_bit_for_bit_the_same(run_of, pool, downsample
 def test_fit__images_are_written_where_asked(run_of):
     run = run_of("featsharp", steps=2, images_every=1)
     fit(run)
-    names = sorted(path.name for path in (run.folder / "images").iterdir())
+    names = sorted(path.name for path in (run.stage.folder / "images").iterdir())
     assert names == ["step-00000001.png", "step-00000002.png"]
 
 
-def test_lessons__a_pool_comes_again_and_is_read_once(run_of):
+def test_batches__a_pool_comes_again_and_is_read_once(run_of):
     run = run_of("featsharp", pool=6)
-    first, second, third, fourth = lessons_of(run, 4)
+    first, second, third, fourth = batches_of(run, 4)
     assert run.source.steps == [0, 1]
     for early, late in ((first, third), (second, fourth)):
         assert torch.equal(early[0].homographies, late[0].homographies)
-        assert torch.equal(early[0].seen.further, late[0].seen.further)
-        assert torch.equal(early[0].seen.observation.tiles[2], late[0].seen.observation.tiles[2])
+        assert torch.equal(early[0].output.further, late[0].output.further)
+        assert torch.equal(
+            early[0].output.observation.tiles[2], late[0].output.observation.tiles[2]
+        )
     assert not torch.equal(first[0].homographies, second[0].homographies)
-    fresh = lessons_of(run_of("featsharp"), 2)
+    fresh = batches_of(run_of("featsharp"), 2)
     for kept, new in zip((first, second), fresh, strict=True):
         assert torch.equal(kept[0].homographies, new[0].homographies)
         torch.testing.assert_close(
-            kept[0].seen.observation.low, new[0].seen.observation.low, rtol=1e-3, atol=1e-3
+            kept[0].output.observation.low, new[0].output.observation.low, rtol=1e-3, atol=1e-3
         )
 
 
-def test_lessons__a_pool_that_another_fit_began_is_filled_in_order(run_of):
-    expected = lessons_of(run_of(pool=9), 3)
+def test_batches__a_pool_that_another_fit_began_is_filled_in_order(run_of):
+    expected = batches_of(run_of(pool=9), 3)
     begun = run_of(pool=9)
-    lessons_of(begun, 1)
+    batches_of(begun, 1)
     other = run_of(pool=9)
     other.pool = begun.pool
-    found = lessons_of(other, 3)
+    found = batches_of(other, 3)
     assert other.source.steps == [1, 2]
     for one, two in zip(expected, found, strict=True):
         assert torch.equal(one[0].homographies, two[0].homographies)
-        assert torch.equal(one[0].seen.further, two[0].seen.further)
+        assert torch.equal(one[0].output.further, two[0].output.further)
 
 
-def test_lessons__a_pool_refuses_features_that_half_precision_cannot_hold(run_of, tiny):
+def test_batches__a_pool_refuses_features_that_half_precision_cannot_hold(run_of, tiny):
     class Loud:
         spec = tiny("tiny_vit").spec
 
@@ -237,24 +248,22 @@ def test_lessons__a_pool_refuses_features_that_half_precision_cannot_hold(run_of
             return Features(summary, spatial * 1e7)
 
     with pytest.raises(ConfigError, match=r"fit.pool .*'tiny_vit' overflow.*phi_s.*fit.pool to 0"):
-        lessons_of(run_of(pool=6, teacher=Loud()), 1)
-    (lesson,) = lessons_of(run_of(teacher=Loud()), 1)
-    assert lesson[0].seen.further.isfinite().all()
+        batches_of(run_of(pool=6, teacher=Loud()), 1)
+    (lesson,) = batches_of(run_of(teacher=Loud()), 1)
+    assert lesson[0].output.further.isfinite().all()
 
 
 @pytest.mark.parametrize("pool", [0, 6])
-def test_lessons__from_a_later_step_on_are_the_same(run_of, pool):
-    expected = lessons_of(run_of(pool=pool), 4)[3]
-    later = run_of(pool=pool)
-    later.resumed = SimpleNamespace(step=3)
-    (found,) = lessons_of(later, 1)
+def test_batches__from_a_later_step_on_are_the_same(run_of, pool):
+    expected = batches_of(run_of(pool=pool), 4)[3]
+    (found,) = batches_of(run_of(pool=pool), 1, start=3)
     assert torch.equal(found[0].homographies, expected[0].homographies)
-    assert torch.equal(found[0].seen.further, expected[0].seen.further)
+    assert torch.equal(found[0].output.further, expected[0].output.further)
 
 
-def test_lessons__encode_image_tiles_and_views_in_one_call(run_of, spy):
+def test_batches__encode_image_tiles_and_views_in_one_call(run_of, spy):
     teacher = spy("tiny_vit")
-    lessons_of(run_of("featsharp", teacher=teacher), 2)
+    batches_of(run_of("featsharp", teacher=teacher), 2)
     assert teacher.calls == [3 * (1 + 4 + 2)] * 2
 
 
@@ -270,19 +279,30 @@ def test_step_homographies__are_of_seed_and_step_alone():
     assert torch.equal(few, drawn[:2])
 
 
+def terms_of(run: Fit):
+    """Run forward and backward of the first step; returns its terms on this process."""
+    guard = NonFiniteGuard()
+    run.forward_backward(0, next(run.batches(0)), guard, agree)
+    assert not guard.causes()
+    return {
+        name: value
+        for name, value in run.log_values().items()
+        if "_" not in name or name == "total_variation"
+    }
+
+
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_accumulate__processes_and_passes_add_up_to_one(run_of, world_size):
+def test_forward_backward__processes_and_passes_add_up_to_one(run_of, world_size):
     """Nothing is dropped by the simple downsampler, so that the draws are all there is."""
     settings = {"downsampler": "simple", "total_variation": 0.1, "crf": 0.01}
     whole = run_of("featsharp", **settings)
-    terms, findings = accumulate(whole, 0, lessons_of(whole, 1)[0])
-    assert not findings.causes()
+    terms = terms_of(whole)
     expected = [item.grad.clone() for item in whole.consistency.parameters()]
     summed = [torch.zeros_like(item) for item in expected]
     totals = dict.fromkeys(terms, 0.0)
     for rank in range(world_size):
         run = run_of("featsharp", world=World(rank, world_size), micro_batch=1, **settings)
-        for name, value in accumulate(run, 0, lessons_of(run, 1)[0])[0].items():
+        for name, value in terms_of(run).items():
             totals[name] += float(value)
         for total, item in zip(summed, run.consistency.parameters(), strict=True):
             total += item.grad
@@ -295,10 +315,10 @@ def test_accumulate__processes_and_passes_add_up_to_one(run_of, world_size):
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])
 @pytest.mark.parametrize("micro_batch", [0, 1, 2])
-def test_share_of__every_image_once_in_passes_of_the_micro_batch(world_size, micro_batch):
+def test_assign_images__every_image_once_in_passes_of_the_micro_batch(world_size, micro_batch):
     config = FitConfig(batch_size=5)
     shares = [
-        share_of(config, World(r, world_size), micro_batch, (8, 8)) for r in range(world_size)
+        assign_images(config, World(r, world_size), micro_batch, (8, 8)) for r in range(world_size)
     ]
     flat = [at for share in shares for item in share for at in range(item.start, item.stop)]
     assert flat == list(range(5))
@@ -310,11 +330,13 @@ def test_share_of__every_image_once_in_passes_of_the_micro_batch(world_size, mic
     assert shares[0][0].size == (8, 8)
 
 
-def test_share_of__more_processes_than_images():
+def test_assign_images__more_processes_than_images():
     message = "fit.batch_size: 2 images cannot be shared out to 3 processes"
     with pytest.raises(ConfigError, match=message):
-        share_of(FitConfig(batch_size=2), World(0, 3), 0, (8, 8))
-    assert share_of(FitConfig(batch_size=3), World(2, 3), 0, (8, 8)) == [StepSlice(2, 3, (8, 8))]
+        assign_images(FitConfig(batch_size=2), World(0, 3), 0, (8, 8))
+    assert assign_images(FitConfig(batch_size=3), World(2, 3), 0, (8, 8)) == [
+        StepSlice(2, 3, (8, 8))
+    ]
 
 
 @pytest.mark.parametrize(
@@ -426,7 +448,7 @@ def test_consistency__of_the_teacher_s_own_map_and_the_whole_image(run_of):
 def test_parameter_groups__a_part_of_a_name_has_its_own_rate(run_of):
     run = run_of("featup", rates={"bias": 0.5}, learning_rate=0.25)
     modules = run.consistency
-    groups = parameter_groups(modules, run.config)
+    groups = parameter_groups(modules, run.stage.fit)
     rates = {id(item): group["lr"] for group in groups for item in group["params"]}
     assert len(rates) == len(list(modules.parameters()))
     assert rates[id(modules.model.bias)] == 0.5
@@ -435,7 +457,7 @@ def test_parameter_groups__a_part_of_a_name_has_its_own_rate(run_of):
 
 def test_parameter_groups__an_unknown_part_is_warned_of_with_the_nearest(run_of, caplog):
     run = run_of("featup", rates={"satck": 0.5}, learning_rate=0.25)
-    groups = parameter_groups(run.consistency, run.config)
+    groups = parameter_groups(run.consistency, run.stage.fit)
     assert [group["lr"] for group in groups] == [0.25]
     assert "fit.rates: no parameter of featup is part of 'satck' (did you mean 'stack'?)" in (
         caplog.text
@@ -464,10 +486,12 @@ def test_fit__a_teacher_s_nan_stops_it_and_names_the_teacher(run_of, tiny, views
         fit(run)
     first = "1, 4, 7" if not views_alone else "2, 5, 8"
     assert f"teacher tiny_vit for {first.split(', ')[-1]};" in str(error.value)
-    found = [json.loads(line) for line in (run.folder / "skipped.jsonl").read_text().splitlines()]
+    found = [
+        json.loads(line) for line in (run.stage.folder / "skipped.jsonl").read_text().splitlines()
+    ]
     expected = [["teacher tiny_vit", [key]] for key in first.split(", ")]
     assert [[row["found"][0]["cause"], row["found"][0]["keys"]] for row in found] == expected
-    assert not (run.folder / "checkpoints").exists()
+    assert not (run.stage.folder / "checkpoints").exists()
 
 
 def test_fit__a_loss_that_diverges_names_the_last_good_checkpoint(run_of):

@@ -1,23 +1,22 @@
-"""Fits an upsampler to a frozen teacher, by the consistency of random views.
+"""The fit of an upsampler to a frozen teacher, by the consistency of random views, as a task.
 
 ::
 
     image ─┬─► teacher (whole, tiles) ─► model ─► fine map ─► warp ─► downsample ─┐
-             │                                                                     ├─► loss
-             └─► render views ────────────► teacher ─► PHI-S, + bias ──────────────┘
+           │                                                                      ├─► loss
+           └─► render views ────────────► teacher ─► PHI-S, + bias ───────────────┘
 
 A fine map is right where each view of it, made as coarse as the teacher, is what the teacher says
 of that view of the image (FeatUp, arXiv 2403.10516, section 3; FeatSharp, arXiv 2502.16025,
-section 3.1). Whole, tiles and views of a step are encoded in one batch. Every draw is a function of
-seed and step, so an interrupted fit goes on with the same numbers, and the images and views of a
-step do not depend on the number of processes.
+section 3.1). Every draw is a function of seed and step, so an interrupted fit goes on with the same
+numbers, and the images and views of a step do not depend on the number of processes.
 """
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,26 +26,24 @@ from torch import Tensor, nn
 
 from radio_distill.config import FitConfig, plain
 from radio_distill.data.loader import StepSlice
-from radio_distill.protocols import BatchSource, Teacher
+from radio_distill.errors import ConfigError
+from radio_distill.protocols import BatchSource, Engine, Teacher
 from radio_distill.registry import nearest
 from radio_distill.stage import Stage
 from radio_distill.system.distributed import World, all_reduce_sum
 from radio_distill.system.memory import explain_oom, lower
-from radio_distill.system.precision import autocast
-from radio_distill.system.progress import Progress
 from radio_distill.train import checkpoint as checkpoints
 from radio_distill.train.checkpoint import Checkpoint
-from radio_distill.train.engine import on_host
+from radio_distill.train.engine import build_engine
 from radio_distill.train.health import NonFiniteGuard
-from radio_distill.train.lifeline import Lifeline
-from radio_distill.train.optim import cosine, every, load_optimizer_tensors, optimizer_tensors
-from radio_distill.train.run_dir import RunLock
-from radio_distill.train.trackers import Sinks, open_sinks
-from radio_distill.types import Features, Size
+from radio_distill.train.optim import build_optimizer, cosine
+from radio_distill.train.trackers import WriteImage
+from radio_distill.train.trainer import Agree, StepStatus
+from radio_distill.types import Features, ImageBatch, Score, Size
 
-from ..fitted import TeacherOutput
+from .batches import FitBatch, TeacherTimer, halved, step_homographies
 from .consistency import Consistency
-from .lessons import Clock, Lesson, lessons
+from .views import render
 
 logger = logging.getLogger(__name__)
 
@@ -55,124 +52,216 @@ MODULES = "upsampler"
 
 
 @dataclass
-class FitRun:
-    """Everything that one process needs to fit an upsampler."""
+class Fit:
+    """A fit on one process; a :class:`radio_distill.protocols.Task`."""
 
     stage: Stage
     world: World
-    device: torch.device
     teacher: Teacher
     consistency: Consistency
+    """Everything that is trained, on the engine's device."""
+    engine: Engine
     source: BatchSource
-    """This process's images, ``factor`` times that size."""
+    """This process's images, at the size that their views are rendered from."""
     slices: Sequence[StepSlice]
-    """Which images of a step they are."""
-    resumed: Checkpoint | None = None
-    """What the fit goes on from."""
-    ownership: RunLock | None = None
-    """Rank 0's claim on the folder."""
-    pool: list[list[Lesson]] = field(default_factory=list)
+    """Which images of a step they are, one slice for each pass."""
+    num_passes: int
+    """Passes of a step on every process; those beyond the slices repeat the last at weight zero."""
+    pool: list[list[FitBatch]] = field(default_factory=list)
     """What is kept with ``fit.pool``; fits of one teacher, size and factor can share one list,
     where the first of them looks at all tiles that any looks at."""
 
-    @property
-    def start_step(self) -> int:
-        """Steps that were done before."""
-        return self.resumed.step if self.resumed else 0
-
-    @property
-    def config(self) -> FitConfig:
-        return self.stage.fit
-
-    @property
-    def seed(self) -> int:
-        return self.stage.seed
-
-    @property
-    def folder(self) -> Path:
-        return self.stage.folder
+    def __post_init__(self) -> None:
+        config = self.stage.fit
+        self.timer = TeacherTimer()
+        self._view = self.stage.views(config.teacher)[0][1]
+        self._decay = cosine(self.stage.steps, 1.0, 0.0, plain(config.warmup_steps))
+        groups = parameter_groups(self.consistency, config)
+        self._peaks: dict[str, float] = {group["name"]: group["lr"] for group in groups}
+        self._kept = config.pool // config.batch_size  # steps whose batches are in the pool
+        self._step = 0
+        self._terms: dict[str, Tensor] = {}
+        self._shown: FitBatch | None = None
 
     @property
     def size(self) -> Size:
         """The teacher's input, in pixels."""
-        return self.stage.partitions[0].sizes[0]
+        return self._view.size
+
+    @property
+    def evaluate_every(self) -> int:
+        """Steps between images of fine maps, which a fit draws in the place of scores."""
+        return self.stage.fit.images_every or self.stage.steps
+
+    def batches(self, start_step: int) -> Iterator[Sequence[ImageBatch]]:
+        """Yield this process's images of each step; none where the pool has them."""
+        if not self._kept:
+            yield from self.source.batches(start_step)
+        new = self.source.batches(len(self.pool))
+        for step in range(len(self.pool), min(start_step, self._kept)):  # of a resumed fit
+            self._fill_pool(step, next(new))
+        step = start_step
+        while True:
+            yield next(new) if step == len(self.pool) < self._kept else ()
+            step += 1
+
+    def fit_batches(self, step: int, images: Sequence[ImageBatch]) -> list[FitBatch]:
+        """Return what the teacher says of a step's images and views, one batch for each pass.
+
+        With ``fit.pool`` the batches of the first steps are kept in memory, in half precision, and
+        come again.
+        """
+        if not self._kept:
+            return self._encode(step, images)
+        if images:
+            self._fill_pool(step, images)
+        return [batch.to(torch.float32) for batch in self.pool[step % self._kept]]
+
+    def learning_rates(self, step: int) -> dict[str, float]:
+        """Return the rate of each group of parameters in a step."""
+        return {name: peak * float(self._decay[step]) for name, peak in self._peaks.items()}
+
+    def forward_backward(
+        self, step: int, batches: Sequence[ImageBatch], guard: NonFiniteGuard, agree: Agree
+    ) -> StepStatus:
+        """Run forward and backward on this process's part of a step."""
+        config, teacher = self.stage.fit, self.teacher.spec.name
+        fit_batches = self.fit_batches(step, batches)
+        # Dropout of the networks and of the downsampler draws from the global generator.
+        torch.manual_seed(self.stage.seed * 7919 + step * 131 + self.world.rank)
+        self._step, self._shown, self._terms = step, fit_batches[0], {}
+        status = None
+        for number in range(self.num_passes):
+            batch = fit_batches[min(number, len(fit_batches) - 1)]
+            weight = 1.0 if number < len(fit_batches) else 0.0  # of a padding pass
+            for maps, keys in batch.maps():
+                guard.add_targets({teacher: Features(None, maps)}, keys)
+            generator = torch.Generator().manual_seed(self.stage.seed + step)
+            with self._explain_oom(batch):
+                loss, terms = self.engine.forward(batch.output, batch.homographies, generator)
+            means = {name: value.detach().mean() for name, value in terms.items()}
+            guard.add_loss(loss, means, batch.keys)
+            for name, value in {"loss": loss, **terms}.items():
+                part = weight * value.detach().sum() / config.batch_size
+                self._terms[name] = self._terms.get(name, torch.zeros_like(part)) + part
+            is_last = number == self.num_passes - 1
+            if is_last:
+                status = agree(self._terms["loss"], guard)
+            skip = status is not None and status.is_bad
+            self.engine.backward(weight * loss.sum() / config.batch_size, is_last, skip)
+        assert status is not None, "a step has a pass"
+        return status
+
+    def end_step(self, is_taken: bool) -> None:
+        """Do nothing: nothing follows the update."""
+
+    def log_values(self) -> dict[str, float]:
+        """Return the terms of the last step, its learning rate, and the teacher's share of time."""
+        values = {name: float(all_reduce_sum(value)) for name, value in self._terms.items()}
+        values["learning_rate"] = self.stage.fit.learning_rate * float(self._decay[self._step])
+        return {**values, "teacher_share": self.timer.share}
+
+    @torch.no_grad()
+    def evaluate(self, step: int, beat: Callable[[], None], write_image: WriteImage) -> list[Score]:
+        """Draw images, coarse and fine maps side by side, for the trackers and as a file."""
+        del beat
+        if not self.world.is_main:
+            return []
+        from PIL import Image
+
+        from radio_distill.report.feature_images import image_grid, pca_images
+
+        assert self._shown is not None, "a step comes before"
+        observation, model = self._shown.output.observation, self.consistency.model.eval()
+        with self.engine.autocast():
+            fine = model(observation).float()
+        model.train()
+        low = model.de_biased(observation.low)
+        photographs = rearrange((observation.guidance * 255).byte().cpu(), "b c h w -> b h w c")
+        rows = [
+            [Image.fromarray(image.numpy()).resize((224, 224)), *pca_images(maps)]
+            for image, *maps in zip(photographs[:4], low, fine, strict=False)
+        ]
+        sheet = image_grid(rows, [""] * len(rows), ["image", "teacher", "upsampled"])
+        write_image(step, "features", np.asarray(sheet))
+        folder = self.stage.folder / "images"
+        folder.mkdir(exist_ok=True)
+        sheet.save(folder / f"step-{step:08d}.png")
+        return []
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Gather what a checkpoint holds, on the host of rank 0; every rank must call."""
+        return {
+            MODULES: self.engine.model_tensors(),
+            checkpoints.OPTIMIZER: self.engine.optimizer_tensors(),
+        }
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Load weights and optimizer state of a fit's checkpoint."""
+        self.engine.load(checkpoint.tensors(MODULES), checkpoint.tensors(checkpoints.OPTIMIZER))
+
+    def _fill_pool(self, step: int, images: Sequence[ImageBatch]) -> None:
+        name = self.teacher.spec.name
+        self.pool.append([halved(batch, name) for batch in self._encode(step, images)])
+
+    def _encode(self, step: int, images: Sequence[ImageBatch]) -> list[FitBatch]:
+        device = self.engine.device
+        return [
+            self.timer.time(partial(self._encode_pass, step, part, batch), device)
+            for part, batch in zip(self.slices, images, strict=True)
+        ]
+
+    def _encode_pass(self, step: int, part: StepSlice, batch: ImageBatch) -> FitBatch:
+        """Encode images, their tiles and their views in one batch."""
+        config, device, view = self.stage.fit, self.engine.device, self._view
+        pixels = batch.pixels.to(device, non_blocking=True)  # [B, 3, H, W]
+        drawn = step_homographies(self.stage.seed, step, config)[part.start : part.stop].to(device)
+        views = render(pixels, drawn.flatten(0, 1), view.size)  # [(B V), 3, H', W']
+        output = self.consistency.model.encode(
+            self.teacher, pixels, view.grid, config.factor, further=views
+        )
+        return FitBatch(output, drawn, batch.keys)
+
+    def _explain_oom(self, batch: FitBatch) -> Any:
+        config, limit = self.stage.fit, self.stage.engine.micro_batch
+        (height, width), images = self._view.size, len(batch.keys)
+        size = f"{height}x{width} px, {images} images, {config.views} views"
+        hint = lower("engine.micro_batch", limit, images, "lower fit.size")
+        return explain_oom(f"the fit of {config.upsampler}", size, hint)
 
 
-def fit(run: FitRun) -> None:
-    """Fit from ``run.start_step`` to the end; the last checkpoint holds the result.
+def build_fit_engine(
+    consistency: Consistency, stage: Stage, world: World, device: torch.device
+) -> Engine:
+    """Make the engine of a fit, with NAdam; moves ``consistency`` to the device.
 
-    Raises:
-        DivergedError: where numbers stay not finite; the message names the last good checkpoint.
-        CheckpointError: where a checkpoint cannot be written.
-        InterruptedRunError: where a signal asked to stop; everything is saved.
+    Raises ConfigError for ZeRO 3, which takes weights away that a fit reads outside of forward.
     """
-    config, log, total = run.config, run.stage.log, run.stage.steps
-    modules = run.consistency.to(run.device).train()
-    optimizer = torch.optim.NAdam(parameter_groups(modules, config))
-    if run.resumed is not None:
-        restore(modules, optimizer, run.resumed)
-    rates = cosine(total, 1.0, 0.0, plain(config.warmup_steps))
-    images = config.batch_size
-    seen = Progress(run.folder.name, total, "steps", run.start_step, run.world.is_main, images)
-    sinks = open_sinks(run.folder, log.tensorboard, run.world.is_main, run.start_step)
-    clock = Clock()
-    steps = lessons(run, clock)
-    with open_lifeline(run) as life, seen, sinks:
-        for step in range(run.start_step, total):
-            clock.start(run.device)
-            step_lessons = next(steps)
-            terms, findings = accumulate(run, step, step_lessons)
-            signs = life.agree(terms["loss"], findings)
-            norm = _reduce_gradient(modules, config.gradient_clip)
-            done = step + 1
-            if math.isfinite(norm) and not signs.trouble:
-                for group in optimizer.param_groups:
-                    group["lr"] = group["peak"] * float(rates[step])
-                optimizer.step()
-                life.skips.reset()
-            else:
-                life.skip(done, findings.causes() if signs.trouble else findings.gradient())
-            optimizer.zero_grad()
-            clock.stop(run.device)
-            seen.update(done, f"loss {signs.loss:.4f}")
-            life.end_step(done, signs)
-            if every(done, plain(log.every), total):
-                values = {name: float(all_reduce_sum(value)) for name, value in terms.items()}
-                values |= {
-                    "learning_rate": config.learning_rate * float(rates[step]),
-                    "gradient_norm": norm,
-                }
-                values["teacher_share"] = clock.teacher_share
-                values |= life.end_log(done * images, 0.0)
-                with life.writing("its metrics"):
-                    sinks.write(done, values)
-            if every(done, config.images_every, total) and run.world.is_main:
-                _write_images(run, done, step_lessons[0].seen, sinks)
-            if life.due(done, signs):
-                life.save(done, lambda: _tensors(modules, optimizer))
-            if signs.signal and done < total:
-                life.stop(signs.signal)
-        life.finish()
-    logger.info("%s: %.0f %% of a step is the teacher", run.folder.name, 100 * clock.teacher_share)
-
-
-def open_lifeline(run: FitRun) -> Lifeline:
-    """Make what keeps the fit alive."""
-    return Lifeline(
-        run.stage,
-        {run.teacher.spec.name: run.teacher.spec},
-        run.world,
-        run.ownership,
-        run.resumed,
-        run.source.fingerprint,
-    )
+    if stage.engine.zero_stage == 3:
+        raise ConfigError(
+            "engine.zero_stage: a fit reads its bias where ZeRO 3 has taken it away; set it to 2"
+        )
+    _warn_of_unknown_rates(consistency, stage.fit)
+    optimizer = build_optimizer("nadam", parameter_groups(consistency.to(device), stage.fit))
+    clip = stage.fit.gradient_clip
+    return build_engine(consistency.train(), optimizer, stage.engine, clip, world, device)
 
 
 def parameter_groups(modules: nn.Module, config: FitConfig) -> list[dict[str, Any]]:
-    """Group parameters by learning rate: ``fit.rates`` by a part of the name, else the common one.
+    """Group parameters by learning rate: ``fit.rates`` by a part of the name, else the common."""
+    groups: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in modules.named_parameters():
+        parts = name.split(".")
+        own = [rate for part, rate in config.rates.items() if part in parts]
+        groups.setdefault(own[0] if own else config.learning_rate, []).append(parameter)
+    return [
+        {"name": f"rate{number}", "params": members, "lr": peak}
+        for number, (peak, members) in enumerate(groups.items())
+    ]
 
-    A recipe may serve several networks, so a part that this one does not have is only warned of.
-    """
+
+def _warn_of_unknown_rates(modules: nn.Module, config: FitConfig) -> None:
+    """Warn of parts that this network does not have: a recipe may serve several networks."""
     names = [name for name, _ in modules.named_parameters()]
     known = sorted({piece for name in names for piece in name.split(".")})
     for part in config.rates:
@@ -181,89 +270,12 @@ def parameter_groups(modules: nn.Module, config: FitConfig) -> list[dict[str, An
                 "fit.rates: no parameter of %s is part of %r (%s)",
                 config.upsampler, part, nearest(part, known),
             )  # fmt: skip
-    groups: dict[float, list[nn.Parameter]] = {}
-    for name, parameter in modules.named_parameters():
-        parts = name.split(".")
-        own = [rate for part, rate in config.rates.items() if part in parts]
-        groups.setdefault(own[0] if own else config.learning_rate, []).append(parameter)
-    return [{"params": members, "lr": peak, "peak": peak} for peak, members in groups.items()]
 
 
-def accumulate(
-    run: FitRun, step: int, step_lessons: Sequence[Lesson]
-) -> tuple[dict[str, Tensor], NonFiniteGuard]:
-    """Run forward and backward on this process's part of a step.
+def passes_of_step(config: FitConfig, world_size: int, micro_batch: int) -> int:
+    """Return the passes of a step on every process, as many as the busiest needs.
 
-    Returns this process's part of the step's loss and of its terms, which add up over processes,
-    and which images gave numbers that are not finite.
+    ZeRO reduces gradients in each backward pass, so all processes must run equally many.
     """
-    # Dropout of the networks and of the downsampler draws from the global generator.
-    torch.manual_seed(run.seed * 7919 + step * 131 + run.world.rank)
-    totals: dict[str, Tensor] = {}
-    findings = NonFiniteGuard()
-    for lesson in step_lessons:
-        generator = torch.Generator().manual_seed(run.seed + step)
-        for maps, keys in lesson.maps():
-            findings.add_targets({run.teacher.spec.name: Features(None, maps)}, keys)
-        images = len(lesson.keys)
-        hint = lower("engine.micro_batch", run.stage.engine.micro_batch, images, "lower fit.size")
-        size = f"{run.size[0]}x{run.size[1]} px, {images} images, {run.config.views} views"
-        with explain_oom(f"the fit of {run.config.upsampler}", size, hint), _autocast(run):
-            loss, terms = run.consistency(lesson.seen, lesson.homographies, generator)
-        means = {name: value.detach().mean() for name, value in terms.items()}
-        findings.add_loss(loss, means, lesson.keys)
-        (loss.sum() / run.config.batch_size).backward()
-        for name, value in {"loss": loss, **terms}.items():
-            part = value.detach().sum() / run.config.batch_size
-            totals[name] = totals.get(name, torch.zeros_like(part)) + part
-    return totals, findings
-
-
-def restore(modules: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: Checkpoint) -> None:
-    """Load weights and optimizer state of a fit's checkpoint."""
-    modules.load_state_dict(checkpoint.tensors(MODULES))
-    load_optimizer_tensors(optimizer, modules, checkpoint.tensors(checkpoints.OPTIMIZER))
-
-
-def _autocast(run: FitRun) -> torch.autocast:
-    return autocast(run.stage.engine.precision, run.device)
-
-
-def _reduce_gradient(modules: nn.Module, clip: float) -> float:
-    """Sum gradients over processes and clip them; returns the norm before clipping."""
-    gradients = [item.grad for item in modules.parameters() if item.grad is not None]
-    for gradient in gradients:
-        gradient.copy_(all_reduce_sum(gradient))
-    limit = clip or float("inf")
-    return float(nn.utils.clip_grad_norm_(modules.parameters(), limit))
-
-
-def _tensors(modules: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
-    return {
-        MODULES: on_host(modules.state_dict()),
-        checkpoints.OPTIMIZER: on_host(optimizer_tensors(optimizer, modules)),
-    }
-
-
-@torch.no_grad()
-def _write_images(run: FitRun, step: int, seen: TeacherOutput, sinks: Sinks) -> None:
-    """Show images, coarse and fine maps side by side, in TensorBoard and as a file."""
-    from PIL import Image
-
-    from radio_distill.report.feature_images import image_grid, pca_images
-
-    model = run.consistency.model.eval()
-    with _autocast(run):
-        fine = model(seen.observation).float()
-    model.train()
-    low = model.de_biased(seen.observation.low)
-    photographs = rearrange((seen.observation.guidance * 255).byte().cpu(), "b c h w -> b h w c")
-    rows = [
-        [Image.fromarray(image.numpy()).resize((224, 224)), *pca_images(maps)]
-        for image, *maps in zip(photographs[:4], low, fine, strict=False)
-    ]
-    sheet = image_grid(rows, [""] * len(rows), ["image", "teacher", "upsampled"])
-    sinks.write_image(step, "features", np.asarray(sheet))
-    folder = run.folder / "images"
-    folder.mkdir(exist_ok=True)
-    sheet.save(folder / f"step-{step:08d}.png")
+    images = -(-config.batch_size // world_size)
+    return math.ceil(images / micro_batch) if micro_batch else 1

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 CHECKOUT = Path(__file__).resolve().parents[3]
-SHARED_IMPORTS = ("torch", "timm", "deepspeed", "stages.build", "radio_distill.train.loop")
+SHARED_IMPORTS = ("torch", "timm", "deepspeed", "stages.build", "radio_distill.distill.task")
 LAUNCHERS_OWN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 

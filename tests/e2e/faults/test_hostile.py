@@ -48,7 +48,7 @@ stages:
       - {name: low, size: 64, teachers: [vit, cnn], batch_size: 3}
 fit: {teacher: vit, upsampler: bilinear, steps: 1, batch_size: 2, views: 1}
 engine: {precision: float32, device: auto}
-log: {every: 1, save_every: 1, keep_last: 10, tensorboard: false}
+log: {every: 1, save_every: 1, keep_last: 10, trackers: []}
 evaluation:
   {images: PICTURES/held_out, size: 64, dense_size: 64, benchmarks: [fidelity], limit: 1}
 """

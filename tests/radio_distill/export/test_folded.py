@@ -9,8 +9,9 @@ from torch import nn
 from radio_distill.errors import ConfigError
 from radio_distill.export.folded import folded
 from radio_distill.models.spectral import ReparametrizedLinear
+from radio_distill.normalize.normalizers import normalizers_of
 from radio_distill.train.checkpoint import Checkpoint
-from radio_distill.train.restore import load_student, normalizers_of
+from radio_distill.train.restore import load_student
 
 MakeCheckpoint = Callable[..., Checkpoint]
 NAMES = ("clip", "sam", "dino")

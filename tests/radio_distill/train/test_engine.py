@@ -5,8 +5,9 @@ import torch
 
 from radio_distill.config import EngineConfig, PartitionConfig, StageConfig, StudentConfig
 from radio_distill.errors import ConfigError
-from radio_distill.models.heads import build_student
+from radio_distill.models.heads import build_student, parameter_groups
 from radio_distill.train.engine import SingleProcessEngine, engine_name
+from radio_distill.train.optim import build_optimizer
 from radio_distill.types import TeacherSpec
 
 STUDENT = StudentConfig(architecture="test_vit", max_size=128, head_hidden=16)
@@ -22,7 +23,10 @@ def engine_of(stage: StageConfig) -> SingleProcessEngine:
     torch.manual_seed(0)
     spec = TeacherSpec("t", 6, 4, 16, (32, 32), None, (0.5,) * 3, (0.5,) * 3)
     model = build_student(STUDENT, {"t": spec})
-    return SingleProcessEngine(model, EngineConfig(precision="float32"), stage, torch.device("cpu"))
+    groups = parameter_groups(model, stage.weight_decay)
+    optimizer = build_optimizer(stage.optimizer, groups, stage.betas)
+    config, cpu = EngineConfig(precision="float32"), torch.device("cpu")
+    return SingleProcessEngine(model, optimizer, config, stage.gradient_clip, cpu)
 
 
 def take_step(engine: SingleProcessEngine, scale: float = 1.0) -> float:
@@ -74,7 +78,8 @@ def test_step__clipping_limits_the_gradient_and_reports_it_whole():
     ],
 )
 def test_engine_name__choice_and_refusals(engine, stage, world_size, expected):
-    arguments = (EngineConfig(**engine), stage_of(**stage), world_size)
+    config = stage_of(**stage)
+    arguments = (EngineConfig(**engine), world_size, config.optimizer, bool(config.ema_decay))
     if expected in ("single", "deepspeed"):
         assert engine_name(*arguments) == expected
     else:

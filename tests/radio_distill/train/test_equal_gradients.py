@@ -30,15 +30,16 @@ from radio_distill.distill.loss_weights import TermWeights
 from radio_distill.distill.micro_batches import MicroBatchSchedule
 from radio_distill.distill.randomness import StepRandomness
 from radio_distill.distill.targets import TargetMaker
+from radio_distill.distill.task import Distillation
 from radio_distill.models.ema import Ema
-from radio_distill.models.heads import build_student
+from radio_distill.models.heads import build_student, parameter_groups
 from radio_distill.normalize.normalizers import build_normalizers
 from radio_distill.stage import resolve_stage
 from radio_distill.system.distributed import World
 from radio_distill.train.engine import build_engine
-from radio_distill.train.lifeline import agree
-from radio_distill.train.loop import StageRun, accumulate, take_in
-from radio_distill.train.trackers import Meter
+from radio_distill.train.health import NonFiniteGuard
+from radio_distill.train.optim import build_optimizer
+from radio_distill.train.trainer import agree
 from radio_distill.types import ImageBatch
 from teachers import build_teacher
 from upsamplers import build_upsampler
@@ -113,7 +114,7 @@ def recipes(draw) -> Recipe:
     return recipe
 
 
-def build(recipe: Recipe, world: World) -> StageRun:
+def build(recipe: Recipe, world: World) -> Distillation:
     """One process of a run, the same student and teachers whoever asks."""
     torch.manual_seed(0)
     teachers = {name: build_teacher(name, config) for name, config in TEACHERS.items()}
@@ -130,15 +131,16 @@ def build(recipe: Recipe, world: World) -> StageRun:
     draws = StepRandomness.of_stage(stage)
     schedule = MicroBatchSchedule(stage, world, draws)
     weights = TermWeights(stage, {"vit": 0.5, "cnn": 2.0}, CPU)
-    engine = build_engine(model, stage.engine, stage.config, World(), CPU)
+    optimizer = build_optimizer(stage.config.optimizer, parameter_groups(model, 0.02))
+    engine = build_engine(model, optimizer, stage.engine, stage.config.gradient_clip, World(), CPU)
     ema = Ema(model)
     with torch.no_grad():  # an average that is not the student, so that MESA has a gradient
         for average in ema.model.parameters():
             average.mul_(1.1)
-    return StageRun(stage, world, engine, targets, None, schedule, draws, weights, ema)  # type: ignore[arg-type]
+    return Distillation(stage, world, engine, targets, None, schedule, draws, weights, ema)  # type: ignore[arg-type]
 
 
-def images(run: StageRun, step: int) -> list[ImageBatch]:
+def images(run: Distillation, step: int) -> list[ImageBatch]:
     """The views of each micro-batch; an image looks the same wherever it is rendered."""
     batches = []
     for item in run.schedule.slices(step):
@@ -157,15 +159,18 @@ def images(run: StageRun, step: int) -> list[ImageBatch]:
 def gradient(recipe: Recipe, world: World, steps: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
     """This process's part of the gradient, one step after another, and of the loss."""
     run = build(recipe, world)
-    meter = Meter([], CPU)
-    meter.add = lambda values, weight: None
     gradients, losses = [], []
     for step in range(steps):
-        report = accumulate(run, step, images(run, step), agree)
-        assert not report.signs.trouble
-        take_in(run, report, meter)
+        guard, parts = NonFiniteGuard(), []
+
+        def agree_here(loss, guard, parts=parts):
+            parts.append(loss)
+            return agree(loss, guard)
+
+        assert not run.forward_backward(step, images(run, step), guard, agree_here).is_bad
+        run.end_step(is_taken=True)
         gradients.append(torch.cat([p.grad.flatten() for p in run.engine.model.parameters()]))
-        losses.append(report.loss)
+        losses += parts
         run.engine.model.zero_grad()
     return torch.stack(gradients), torch.stack(losses)
 

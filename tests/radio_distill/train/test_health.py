@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from radio_distill.config import WatchConfig
-from radio_distill.distill.targets import check_targets
 from radio_distill.errors import DivergedError
 from radio_distill.train.health import (
     QUIET_STEPS,
@@ -16,6 +15,7 @@ from radio_distill.train.health import (
     NonFinite,
     NonFiniteGuard,
     SkipCounter,
+    check_targets,
     describe,
 )
 from radio_distill.types import Features

@@ -1,30 +1,40 @@
-"""Means between log lines, and where they are written."""
+"""Where the numbers of a run go, and that no tracker ends a run."""
 
 import io
 import json
+from importlib.util import find_spec
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-from radio_distill.train.trackers import JsonLines, Meter, open_sinks, read_json_lines
+from radio_distill.config import Recipe, build
+from radio_distill.errors import ConfigError
+from radio_distill.train import trackers
+from radio_distill.train.trackers import JsonLines, check_trackers, open_trackers, read_json_lines
 
 
-def test_means__are_weighted_and_start_anew():
-    meter = Meter(["a", "b", "never"], torch.device("cpu"))
-    meter.add({"a": torch.tensor(1.0), "b": torch.tensor(5.0)}, weight=1)
-    meter.add({"a": torch.tensor(4.0)}, weight=2)
-    assert meter.means() == {"a": 3.0, "b": 5.0}
-    assert meter.means() == {}
+def stage_of(folder, *names, options=None):
+    """What trackers read of a stage."""
+    data = {
+        "name": "demo",
+        "data": {"shards": ["x"]},
+        "teachers": {"t": {"preset": "p", "options": options or {}}},
+        "log": {"trackers": list(names)},
+        "stages": {},
+    }
+    recipe = build(Recipe, data)
+    folder.mkdir(exist_ok=True)
+    return SimpleNamespace(folder=folder, recipe=recipe, log=recipe.log)
 
 
 def test_json_lines__a_resumed_run_drops_what_it_will_run_again(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    sink = JsonLines(path)
+    log = JsonLines(path)
     for step in (10, 20, 30):
-        sink.write(step, {"loss": step / 10})
-    sink.close()
+        log.write(step, {"loss": step / 10})
+    log.close()
     with path.open("a") as file:
         file.write('{"step": 40, "lo')  # killed in the middle of a line
     resumed = JsonLines(path, resume_step=20)
@@ -34,35 +44,106 @@ def test_json_lines__a_resumed_run_drops_what_it_will_run_again(tmp_path):
     assert [(row["step"], row["loss"]) for row in rows] == [(10, 1.0), (20, 2.0), (30, 99.0)]
 
 
-def test_open_sinks__tensorboard_holds_the_same_numbers(tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    with open_sinks(tmp_path, tensorboard=True, is_main=True) as sinks:
-        sinks.write(1, {"loss": 0.25})
-        sinks.write(2, {"loss": 0.125})
-    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss")
-    assert [(event.step, event.value) for event in events] == [(1, 0.25), (2, 0.125)]
-    assert [row["loss"] for row in read_json_lines(tmp_path / "metrics.jsonl")] == [0.25, 0.125]
-
-
-def test_open_sinks__tensorboard_holds_images_and_the_log_of_numbers_none(tmp_path):
+def test_tensorboard__holds_the_same_numbers_and_images(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     image = np.random.default_rng(0).integers(0, 255, (5, 7, 3), dtype=np.uint8)
-    with open_sinks(tmp_path, tensorboard=True, is_main=True) as sinks:
-        sinks.write_image(3, "features", image)
-    (event,) = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Images("features")
+    with open_trackers(stage_of(tmp_path, "tensorboard"), is_main=True) as opened:
+        opened.write(1, {"loss": 0.25})
+        opened.write(2, {"loss": 0.125})
+        opened.write_image(3, "features", image)
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(one.step, one.value) for one in events.Scalars("loss")] == [(1, 0.25), (2, 0.125)]
+    (event,) = events.Images("features")
     assert event.step == 3
     assert np.array_equal(Image.open(io.BytesIO(event.encoded_image_string)), image)
-    assert read_json_lines(tmp_path / "metrics.jsonl") == []
+    rows = read_json_lines(tmp_path / "metrics.jsonl")
+    assert [row["loss"] for row in rows] == [0.25, 0.125], "numbers alone"
 
 
-def test_open_sinks__only_the_main_process_writes(tmp_path):
-    with open_sinks(tmp_path / "none", tensorboard=True, is_main=False) as sinks:
-        sinks.write(1, {"loss": 1.0})
-    assert not (tmp_path / "none").exists()
+def test_open_trackers__only_the_main_process_writes(tmp_path):
+    with open_trackers(stage_of(tmp_path, "tensorboard"), is_main=False) as opened:
+        opened.write(1, {"loss": 1.0})
+    assert not list(tmp_path.iterdir())
 
 
-def test_meter__an_unknown_name_is_a_bug():
-    with pytest.raises(ValueError, match="not in list"):
-        Meter(["a"], torch.device("cpu")).add({"b": torch.tensor(1.0)}, 1)
+@pytest.mark.parametrize("moment", ["open", "write", "write_image", "close"])
+def test_trackers__one_that_fails_is_warned_of_once_and_left_out(
+    tmp_path, monkeypatch, caplog, moment
+):
+    class Failing:
+        def __init__(self, stage, resume_step):
+            self.fail("open")
+
+        def fail(self, name):
+            if name == moment:
+                raise RuntimeError("the server is away")
+
+        def write(self, step, values):
+            self.fail("write")
+
+        def write_image(self, step, name, image):
+            self.fail("write_image")
+
+        def close(self):
+            self.fail("close")
+
+    monkeypatch.setitem(trackers.TRACKERS, "wandb", Failing)
+    with open_trackers(stage_of(tmp_path, "wandb"), is_main=True) as opened:
+        for step in (1, 2):
+            opened.write(step, {"loss": 1.0})
+            opened.write_image(step, "features", np.zeros((2, 2, 3), np.uint8))
+    assert len(read_json_lines(tmp_path / "metrics.jsonl")) == 2
+    (record,) = caplog.records
+    assert "wandb failed and is left out: the server is away" in record.getMessage()
+
+
+def test_trackers__a_log_that_cannot_be_written_is_the_caller_s(tmp_path):
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(ConfigError, match="cannot write logs"):
+        open_trackers(stage_of(tmp_path), is_main=True)
+
+
+def test_check_trackers__says_what_to_install(monkeypatch):
+    monkeypatch.setattr(trackers, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"pip install radio-distill\[mlflow\]"):
+        check_trackers(["mlflow"])
+
+
+@pytest.fixture
+def offline(tmp_path, monkeypatch):
+    """Every tracker writes below the test's folder, and none asks a server."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio", "mlflow"])
+def test_tracker__takes_numbers_and_goes_on_in_the_run_that_is_resumed(offline, caplog, name):
+    pytest.importorskip(name)
+    ids = []
+    for start in (0, 2):
+        stage = stage_of(offline / "stage1", name, options={"url": "https://u:pass@host/x"})
+        with open_trackers(stage, is_main=True, resume_step=start) as opened:
+            for step in (start + 1, start + 2):
+                opened.write(step, {"loss/total": 1.0 / step})
+            opened.write_image(start + 2, "features", np.zeros((4, 4, 3), np.uint8))
+        ids.append(json.loads((offline / "stage1" / "trackers.json").read_text()))
+    assert ids[0] == ids[1], "the same run"
+    assert "left out" not in caplog.text
+    texts = [path.read_bytes() for path in offline.rglob("*") if path.is_file()]
+    assert not any(b"u:pass@" in text for text in texts), "secrets are taken out"
+
+
+@pytest.mark.skipif(find_spec("mlflow") is None, reason="mlflow is not installed")
+def test_mlflow__holds_the_steps(offline):
+    from mlflow import MlflowClient
+
+    with open_trackers(stage_of(offline / "stage1", "mlflow"), is_main=True) as opened:
+        opened.write(1, {"loss/total": 0.5})
+        opened.write(2, {"loss/total": 0.25})
+    run = json.loads((offline / "stage1" / "trackers.json").read_text())["mlflow"]
+    history = MlflowClient().get_metric_history(run, "loss/total")
+    assert [(one.step, one.value) for one in history] == [(1, 0.5), (2, 0.25)]
