@@ -65,12 +65,21 @@ class Agreement:
         if not rows:
             logger.warning("agreement: %s takes one size only, no score", encoder.name)
             return []
-        agreement = 100 * sum(row.cosine for row in rows) / len(rows)
-        switch = 100 * max(row.shift for row in rows)
+        cosine, switch, count = mean_cosine(rows), largest_shift(rows), len(images)
         return [
-            Score(self.name, "cosine", agreement, "%", True, "Agreement", len(images)),
-            Score(self.name, "mode_switch", switch, "%", False, "Agreement", len(images), False),
+            Score(self.name, "cosine", cosine, "%", True, "Agreement", count),
+            Score(self.name, "mode_switch", switch, "%", False, "Agreement", count, False),
         ]
+
+
+def mean_cosine(rows: Sequence[SizeAgreement]) -> float:
+    """Return the mean over sizes of their agreement with the reference, in %."""
+    return 100 * sum(row.cosine for row in rows) / len(rows)
+
+
+def largest_shift(rows: Sequence[SizeAgreement]) -> float:
+    """Return the largest shift of any size from the reference, in %."""
+    return 100 * max(row.shift for row in rows)
 
 
 def across_sizes(

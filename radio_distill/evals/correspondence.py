@@ -73,9 +73,8 @@ class Correspondence:
             errors.append(self._errors(encoder, to_pixels(image, size), matrix))
             if progress is not None:
                 progress(index + 1, len(images))
-        return recalls(
-            self.name, torch.cat(errors), size, self.thresholds, self.shares, len(images)
-        )
+        thresholds = self.thresholds, self.shares
+        return recalls(self.name, torch.cat(errors), size, *thresholds, len(images))
 
     def _errors(self, encoder: Encoder, pixels: Tensor, matrix: Tensor) -> Tensor:
         """Return the distances, in pixels, between where points are matched and where they are."""
@@ -184,18 +183,11 @@ def recalls(
     headline = f"recall@{thresholds[len(thresholds) // 2]:g}px"
     limits = {f"recall@{threshold:g}px": threshold for threshold in thresholds}
     limits |= {f"recall@{share:g}%": share / 100 * hypot(*size) for share in shares}
+    values = {metric: 100 * (errors <= limit).double().mean() for metric, limit in limits.items()}
+    about = "%", True, "Correspondence", num_samples
     return [
-        Score(
-            benchmark,
-            metric,
-            100 * (errors <= limit).double().mean().item(),
-            "%",
-            True,
-            "Correspondence",
-            num_samples,
-            headline=metric == headline,
-        )
-        for metric, limit in limits.items()
+        Score(benchmark, metric, value.item(), *about, headline=metric == headline)
+        for metric, value in values.items()
     ]
 
 

@@ -99,22 +99,14 @@ class _Sums:
         }
         if self.summary_cosine is not None:
             values["summary_cosine"] = (self.summary_cosine / self.num_images, True)
+        # The others show the same error otherwise, or can be zero, which has no gain.
         return [
             Score(
-                "fidelity",
-                f"{metric}/{teacher}",
-                value,
-                "1",
-                higher,
-                "Fidelity",
-                self.num_images,
-                # The others show the same error otherwise, or can be zero, which has no gain.
-                headline=metric == "fidelity",
-                trained_for=True,
-                against=target.digest,
+                "fidelity", f"{metric}/{teacher}", value, "1", higher, "Fidelity", self.num_images,
+                headline=metric == "fidelity", trained_for=True, against=target.digest,
             )
             for metric, (value, higher) in values.items()
-        ]
+        ]  # fmt: skip
 
 
 def targets_of(

@@ -61,15 +61,10 @@ class Knn:
         _log_contents(train, val, len(names))
         embeddings = self._embed(encoder, [path for path, _ in train + val], progress)
         labels = torch.tensor([label for _, label in train + val])
-        votes = knn_votes(
-            embeddings[: len(train)],
-            labels[: len(train)],
-            embeddings[len(train) :],
-            len(names),
-            self.k,
-            self.temperature,
+        (bank, queries), (known, truth) = (
+            (both[: len(train)], both[len(train) :]) for both in (embeddings, labels)
         )
-        truth = labels[len(train) :]
+        votes = knn_votes(bank, known, queries, len(names), self.k, self.temperature)
         correct = votes.argmax(dim=1) == truth
         accuracy = {
             "top1": correct.double().mean().item(),

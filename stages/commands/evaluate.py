@@ -12,7 +12,6 @@ tables of them. A student is encoded at the size asked for, as `radio_distill.lo
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,7 +20,7 @@ import yaml
 from radio_distill.config import EvaluationConfig, Recipe, build, dump, override
 from radio_distill.evals.subjects import SCORES
 
-from ..arguments import add_trust_argument, run_script
+from ..arguments import add_trust_argument
 
 TAKES_FIELDS = True
 
@@ -83,8 +82,3 @@ def show(*paths: Path) -> None:
     print_tables(score_tables(scores.results, scores.definitions, scores.measured))
     for text in (*scores.notes, *(f"scores: {path}" for path in paths)):
         print(text)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run as a script; returns the exit status."""
-    return run_script(sys.modules[__name__], argv)

@@ -18,7 +18,6 @@ import argparse
 import itertools
 import json
 import logging
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +30,6 @@ from ..arguments import (
     add_images_argument,
     add_trust_argument,
     check_output,
-    run_script,
     side_of,
 )
 
@@ -39,7 +37,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from radio_distill.data.folder import ImageRef
-    from radio_distill.evals.agreement import SizeAgreement
     from radio_distill.evals.encoder import Encoder
     from radio_distill.report.tables import Table
     from radio_distill.train.checkpoint import Checkpoint
@@ -53,34 +50,28 @@ MEASURES: tuple[tuple[str, str, str, str, "Literal['higher', 'lower']"], ...] = 
     ("Agreement with", "cosine", "agreement", "mean", "higher"),
     ("Shift of the mean feature from", "shift", "mode_switch", "largest", "lower"),
 )
-"""Title, value of a :class:`SizeAgreement`, of a :class:`Curve`, what that is, which is better."""
+"""Title, value of a :class:`SizeAgreement`, its name in files, what sums it up, what is better."""
 SIDE = 160
 """Of one image on the sheet, in pixels."""
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One encoder at every size that it takes, two or more."""
+    """One encoder at every size that it takes, two or more; measures are in %."""
 
     encoder: "Encoder"
-    rows: "Sequence[SizeAgreement]"
-    """The reference first."""
+    reference: "Size"
+    values: "Mapping[str, Mapping[Size, float]]"
+    """``values[measure][size]``, the reference among the sizes, which rise."""
+    totals: Mapping[str, float]
+    """The mean agreement and the largest shift, by measure."""
     is_teacher: bool
 
-    def size_near(self, side: int) -> "Size | None":
-        """Return the size that the encoder takes for a side; None where it is a patch away."""
+    def value_near(self, measure: str, side: int) -> float | None:
+        """Return the value at the size taken for a side; None where that is a patch away."""
         size = self.encoder.nearest_size((side, side))
-        return size if max(abs(edge - side) for edge in size) < self.encoder.size_multiple else None
-
-    @property
-    def agreement(self) -> float:
-        """Mean over the sizes but the reference, in %."""
-        return 100 * sum(row.cosine for row in self.rows[1:]) / (len(self.rows) - 1)
-
-    @property
-    def mode_switch(self) -> float:
-        """Largest over the sizes, in %."""
-        return 100 * max(row.shift for row in self.rows)
+        is_near = max(abs(edge - side) for edge in size) < self.encoder.size_multiple
+        return self.values[measure][size] if is_near else None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -199,7 +190,7 @@ def measure(
 
     An encoder that takes one size only is left out, with a warning.
     """
-    from radio_distill.evals.agreement import across_sizes
+    from radio_distill.evals.agreement import across_sizes, largest_shift, mean_cosine
     from radio_distill.system.progress import Progress
 
     curves = []
@@ -210,10 +201,16 @@ def measure(
                 bar.update(done, total=total)
 
             rows = across_sizes(encoder, images, sizes, progress=update)
-        if len(rows) > 1:
-            curves.append(Curve(encoder, rows, are_teachers))
-        else:
+        if len(rows) == 1:
             logger.warning("%s takes one size only: left out", encoder.name)
+            continue
+        rising = sorted(rows, key=lambda row: row.size)
+        values = {
+            measure: {row.size: 100 * getattr(row, measure) for row in rising}
+            for _, measure, *_ in MEASURES
+        }
+        totals = {"cosine": mean_cosine(rows[1:]), "shift": largest_shift(rows)}
+        curves.append(Curve(encoder, rows[0].size, values, totals, are_teachers))
     return curves
 
 
@@ -227,58 +224,48 @@ def tables(curves: Sequence[Curve], sizes: Sequence[int], num_images: int) -> "l
         "multiple, and has no value where it takes none within a patch"
     )
     made = []
-    for title, measure, total, kind, better in MEASURES:
+    for title, measure, _, kind, better in MEASURES:
         columns = [Column(f"{side} px", ".1f", better) for side in others]
-        rows = []
-        for curve in curves:
-            values = {row.size: 100 * getattr(row, measure) for row in curve.rows}
-            cells = [values[taken] if taken else None for taken in map(curve.size_near, others)]
-            rows.append((curve.encoder.name, *cells, getattr(curve, total)))
+        rows = [
+            (
+                curve.encoder.name,
+                *(curve.value_near(measure, side) for side in others),
+                curve.totals[measure],
+            )
+            for curve in curves
+        ]
         columns = [Column("encoder"), *columns, Column(kind, ".1f", better)]
         made.append(Table(f"{title} {reference} px, %", tuple(columns), tuple(rows), (note,)))
     return made
 
 
 def draw(curves: Sequence[Curve], png: Path, svg: Path) -> None:
-    """Draw both measures over the size, in two panels."""
+    """Draw both measures over the size, in two panels; teachers are dashed."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    reference = curves[0].rows[0].size[0]
+    from radio_distill.report.charts import PALETTE
+
+    reference = curves[0].reference[0]
     with rc_context({"svg.hashsalt": "radio_distill"}):  # the same file for the same numbers
         figure = Figure(figsize=(8.4, 3.8), layout="constrained")
         panels = figure.subplots(1, 2)
         for axes, (title, measure, *_) in zip(panels, MEASURES, strict=True):
-            _draw_lines(axes, curves, measure)
+            for curve, colour in zip(curves, itertools.cycle(PALETTE), strict=False):
+                points = curve.values[measure]
+                axes.plot(
+                    [size[0] for size in points], [*points.values()],
+                    "--" if curve.is_teacher else "-", color=colour, label=curve.encoder.name,
+                    linewidth=1.6, marker="o", markersize=3,
+                )  # fmt: skip
             axes.axvline(reference, color="#808080", linewidth=0.8, linestyle=":")
             axes.set_xlabel("input, px")
             axes.set_title(f"{title} {reference} px, %", fontsize=10)
             axes.spines[["top", "right"]].set_visible(False)
-        figure.legend(
-            *panels[0].get_legend_handles_labels(),
-            loc="outside lower center",
-            ncols=4,
-            frameon=False,
-        )
+        legend = panels[0].get_legend_handles_labels()
+        figure.legend(*legend, loc="outside lower center", ncols=4, frameon=False)
         figure.savefig(png, format="png", dpi=150)
         figure.savefig(svg, format="svg", metadata={"Date": None})
-
-
-def _draw_lines(axes: Any, curves: Sequence[Curve], measure: str) -> None:
-    from radio_distill.report.charts import PALETTE
-
-    for curve, colour in zip(curves, itertools.cycle(PALETTE), strict=False):
-        rows = sorted(curve.rows, key=lambda row: row.size)
-        axes.plot(
-            [row.size[0] for row in rows],
-            [100 * getattr(row, measure) for row in rows],
-            "--" if curve.is_teacher else "-",
-            color=colour,
-            label=curve.encoder.name,
-            linewidth=1.6,
-            marker="o",
-            markersize=3,
-        )
 
 
 def _write(folder: Path, curves: Sequence[Curve], sheet: "Image", facts: Mapping[str, Any]) -> None:
@@ -297,20 +284,15 @@ def _write(folder: Path, curves: Sequence[Curve], sheet: "Image", facts: Mapping
 
 
 def _plain(curve: Curve) -> dict[str, Any]:
-    """Return a curve as JSON holds it; measures in %."""
+    """Return a curve as JSON holds it."""
+    names = {measure: name for _, measure, name, *_ in MEASURES}
     return {
         "name": curve.encoder.name,
         "is_teacher": curve.is_teacher,
-        "reference": curve.rows[0].size,
-        "agreement": curve.agreement,
-        "mode_switch": curve.mode_switch,
+        "reference": curve.reference,
+        **{name: curve.totals[measure] for measure, name in names.items()},
         "sizes": [
-            {"size": row.size, "agreement": 100 * row.cosine, "mode_switch": 100 * row.shift}
-            for row in sorted(curve.rows, key=lambda row: row.size)
+            {"size": size} | {name: curve.values[m][size] for m, name in names.items()}
+            for size in curve.values["cosine"]
         ],
     }
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run as a script; returns the exit status."""
-    return run_script(sys.modules[__name__], argv)

@@ -10,7 +10,6 @@ fidelity to the teachers is shown beside it. docs/multi_task_gain.md explains nu
 """
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 
 from radio_distill.errors import ConfigError
@@ -49,15 +48,6 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         print(render(tables, arguments.format), end="")
     return 0
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command with its own argument list; errors are the caller's to print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_arguments(parser)
-    return run(parser.parse_args(argv))
 
 
 def _tables(arguments: argparse.Namespace) -> list[Table]:

@@ -6,7 +6,6 @@ Stages that are complete are passed over, so a sweep that was stopped goes on wh
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +20,6 @@ from ..arguments import (
     add_run_folder_argument,
     add_trust_argument,
     check_output,
-    run_script,
 )
 from ..recipes import Asked, load_recipe
 
@@ -133,8 +131,3 @@ def sweep(
         students, [recipe.evaluation] * len(students), references, references
     )
     return gain_of(path, students, trained[baseline]), path
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run as a script; returns the exit status."""
-    return run_script(sys.modules[__name__], argv)

@@ -1,3 +1,4 @@
+import argparse
 import csv
 import io
 import json
@@ -22,6 +23,13 @@ rmse: {group: Dense, higher_is_better: false}
 SCORES = "model,top1,rmse\nbase,50,4\nnew,55,5\n"
 
 
+def main(arguments: list[str]) -> int:
+    """Run the command; errors are raised."""
+    parser = argparse.ArgumentParser()
+    score.add_arguments(parser)
+    return score.run(parser.parse_args(arguments))
+
+
 @pytest.fixture
 def files(tmp_path: Path) -> list[str]:
     (tmp_path / "metrics.yaml").write_text(METRICS)
@@ -30,7 +38,7 @@ def files(tmp_path: Path) -> list[str]:
 
 
 def test_main__json_is_right(files: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert score.main([*files, "--baseline", "base", "--format", "json"]) == 0
+    assert main([*files, "--baseline", "base", "--format", "json"]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert rows[0] == {"Model": "base", "Δm": 0, "Classification": 0, "Dense": 0}
     assert rows[1]["Classification"] == pytest.approx(10)
@@ -43,7 +51,7 @@ def test_main__every_format_to_a_file(
     files: list[str], tmp_path: Path, form: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     target = tmp_path / "new" / "table.txt"
-    score.main([*files, "--baseline", "base", "--format", form, "--output", str(target)])
+    main([*files, "--baseline", "base", "--format", form, "--output", str(target)])
     assert capsys.readouterr().out == ""
     text = target.read_text(encoding="utf-8")
     assert "7.5" in text
@@ -60,9 +68,9 @@ def test_main__definitions_override_those_of_the_file(
     (tmp_path / "scores.jsonl").write_text("\n".join(map(json.dumps, lines)))
     (tmp_path / "d.yaml").write_text("b/m: {group: New, higher_is_better: false}\n")
     arguments = [str(tmp_path), "--baseline", "base", "--format", "csv"]
-    score.main(arguments)
+    main(arguments)
     assert next(csv.reader(io.StringIO(capsys.readouterr().out))) == ["Model", "Δm", "Old"]
-    score.main([*arguments, "--definitions", str(tmp_path / "d.yaml")])
+    main([*arguments, "--definitions", str(tmp_path / "d.yaml")])
     head, _, new = csv.reader(io.StringIO(capsys.readouterr().out))
     assert head == ["Model", "Δm", "New"]
     assert new == ["new", "-50.0", "-50.0"]
@@ -74,17 +82,17 @@ def test_main__missing_metric_and_chosen_models(
     (tmp_path / "scores.csv").write_text(SCORES + "teacher,60,\n")
     arguments = [*files, "--baseline", "base", "--format", "csv"]
     with pytest.raises(ConfigError, match="'teacher' lacks metric 'rmse'"):
-        score.main(arguments)
-    score.main([*arguments, "--exclude-missing"])
+        main(arguments)
+    main([*arguments, "--exclude-missing"])
     assert "Dense" not in capsys.readouterr().out
-    score.main([*arguments, "--models", "base", "new"])
+    main([*arguments, "--models", "base", "new"])
     assert "teacher" not in capsys.readouterr().out
 
 
 def test_main__scores_are_shown_on_demand(
     files: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    score.main([*files, "--baseline", "base", "--scores", "--format", "markdown"])
+    main([*files, "--baseline", "base", "--scores", "--format", "markdown"])
     text = capsys.readouterr().out
     assert "top1 (%) ↑" in text
     assert "rmse ↓" in text
@@ -111,7 +119,7 @@ def test_main__the_first_example_of_the_help(
 ) -> None:
     """The baseline by its upsampler alone; teachers, which have no fidelity, do not stop it."""
     folder = run_of(tmp_path, "demo", "stage3-bilinear", "stage3-tile")
-    score.main([str(folder), "--baseline", "bilinear", "--format", "json"])
+    main([str(folder), "--baseline", "bilinear", "--format", "json"])
     table = json.loads(capsys.readouterr().out)
     assert {row["Model"]: (row["Δm"], row["Classification"]) for row in table["rows"]} == {
         "stage3-bilinear": (0, 0),
@@ -119,7 +127,7 @@ def test_main__the_first_example_of_the_help(
         "teacher sam": (None, pytest.approx(50)),
     }
     assert "Fidelity" not in table["rows"][0]
-    score.main([str(folder), "--baseline", "bilinear"])
+    main([str(folder), "--baseline", "bilinear"])
     printed = capsys.readouterr().out
     assert "Fidelity does not count" in printed
     assert printed.index("Multi-task gain") < printed.index("\nFidelity\n")
@@ -130,14 +138,14 @@ def test_main__runs_are_told_apart_and_seeds_are_averaged(
 ) -> None:
     for name, recipe, seed in (("mine", "r", 0), ("again", "r", 1), ("other", "another", 0)):
         run_of(tmp_path, name, "stage3-bilinear", recipe=recipe, seed=seed)
-    score.main([str(tmp_path), "--baseline", "other/bilinear", "--format", "json"])
+    main([str(tmp_path), "--baseline", "other/bilinear", "--format", "json"])
     rows = json.loads(capsys.readouterr().out)["rows"]
     labels = [row["Model"] for row in rows]
     assert sorted(labels) == ["again+mine/stage3-bilinear", "other/stage3-bilinear", "teacher sam"]
     seeds = next(row for row in rows if row["Model"].startswith("again"))
     assert seeds["Δm"] == {"mean": 0, "deviation": 0}
     with pytest.raises(RadioDistillError, match=r"may be again\+mine/stage3-bilinear or other/"):
-        score.main([str(tmp_path), "--baseline", "bilinear"])
+        main([str(tmp_path), "--baseline", "bilinear"])
 
 
 def test_main__models_by_a_part_of_their_label(
@@ -145,11 +153,11 @@ def test_main__models_by_a_part_of_their_label(
 ) -> None:
     folder = run_of(tmp_path, "demo", "stage2", "stage3-bilinear", "stage3-tile")
     arguments = [str(folder), "--baseline", "bilinear", "--format", "csv", "--models", "tile"]
-    score.main(arguments)
+    main(arguments)
     rows = list(csv.reader(io.StringIO(capsys.readouterr().out)))
     assert [row[0] for row in rows] == ["Model", "stage3-tile", "stage3-bilinear"]
     with pytest.raises(ConfigError, match="'teacher sam' lacks metric"):
-        score.main([*arguments, "teacher sam"])
+        main([*arguments, "teacher sam"])
 
 
 @pytest.mark.parametrize(
@@ -172,7 +180,7 @@ def test_main__bad_arguments_are_one_line(
     names = {"SCORES": files[0], "METRICS": files[2]}
     arguments = [names.get(item, item) for item in arguments]
     with pytest.raises(RadioDistillError, match=message):
-        score.main(arguments)
+        main(arguments)
     assert cli.main(["score", *arguments]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
 
@@ -181,7 +189,7 @@ def test_main__unwritable_output(files: list[str], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     arguments = [*files, "--baseline", "base", "--output", str(tmp_path / "file" / "table.md")]
     with pytest.raises(ConfigError, match="cannot write"):
-        score.main(arguments)
+        main(arguments)
 
 
 def test_script__runs_as_a_file_from_anywhere_without_torch(
