@@ -3,9 +3,7 @@
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -23,7 +21,7 @@ stages:
 
 
 @pytest.fixture
-def recipe(tmp_path: Path) -> Path:
+def recipe(tmp_path):
     """A valid recipe of three stages."""
     path = tmp_path / "tiny.yaml"
     path.write_text(RECIPE.format(output=tmp_path / "runs"), encoding="utf-8")
@@ -31,16 +29,14 @@ def recipe(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def recorded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Callable[[], list[dict[str, Any]]]]:
+def recorded(tmp_path, monkeypatch):
     """Make ``recording_stage`` importable in jobs; returns the calls written so far."""
     here, root = str(Path(__file__).parent), str(Path(__file__).resolve().parents[2])
     monkeypatch.syspath_prepend(here)
     known = os.environ.get("PYTHONPATH", "")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (here, root, known))))
 
-    def calls() -> list[dict[str, Any]]:
+    def calls():
         return [json.loads(line) for line in (tmp_path / "calls.jsonl").read_text().splitlines()]
 
     with patch.dict(os.environ):  # a job that runs in this process sets its rank
@@ -66,7 +62,7 @@ echo Submitted batch job $number
 
 
 @pytest.fixture
-def login_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def login_node(tmp_path, monkeypatch):
     """A folder first on the path, with stand-ins for Slurm's commands.
 
     ``sbatch`` counts from 41 and keeps the scripts. ``scontrol show job N`` prints the file
@@ -91,10 +87,10 @@ def login_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def slurm_task(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+def slurm_task(monkeypatch):
     """Set the variables that Slurm sets in a task; keywords replace or add some."""
 
-    def set_variables(**changed: str) -> None:
+    def set_variables(**changed):
         values = {
             "SUBMITIT_EXECUTOR": "slurm",
             "SLURM_JOB_ID": "41",

@@ -10,7 +10,7 @@ from pathlib import Path
 from radio_distill.system.signals import requested
 
 
-def main(argv: list[str]) -> int:
+def main(argv):
     """Append one line for this process to ``calls.jsonl``."""
     names = (
         "RANK",
@@ -27,7 +27,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def slow_start(argv: list[str]) -> int:
+def slow_start(argv):
     """Go on until a signal asks to stop, unless asked to resume."""
     main(argv)
     while "--resume" not in argv:
@@ -37,29 +37,29 @@ def slow_start(argv: list[str]) -> int:
     return 0
 
 
-def failing(argv: list[str]) -> int:
+def failing(argv):
     """Write down the call, then end with status 3."""
     main(argv)
     return 3
 
 
-def interrupted(argv: list[str]) -> int:
+def interrupted(argv):
     """Behave as a run that is told to stop."""
     os.kill(os.getpid(), signal.SIGUSR2)
     return 75 if requested() == signal.SIGUSR2 else 1
 
 
-def raising(argv: list[str]) -> int:
+def raising(argv):
     """Meet a bug of ours."""
     raise ValueError("not\n  so")
 
 
-def leaving(argv: list[str]) -> int:
+def leaving(argv):
     """End by an exception that is no error."""
     sys.exit(4)
 
 
-def killed(argv: list[str]) -> int:
+def killed(argv):
     """Die without a word."""
     os.kill(os.getpid(), signal.SIGKILL)
     return 0

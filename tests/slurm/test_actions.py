@@ -13,21 +13,21 @@ from stages.cli import main as cli
 
 
 @pytest.fixture(autouse=True)
-def _prepared(monkeypatch) -> None:
+def _prepared(monkeypatch):
     """Leave out what is looked at before; test_submission.py has that."""
     monkeypatch.setattr("stages.commands.submission.prepare", lambda request, *_: request)
 
 
-def slurm(*arguments: str | Path) -> int:
+def slurm(*arguments):
     return cli(["slurm", *map(str, arguments)])
 
 
 @pytest.fixture
-def run(tmp_path) -> Path:
+def run(tmp_path):
     return tmp_path / "runs" / "tiny"
 
 
-def know(login_node: Path, job_id: str, state: str, **fields: str) -> None:
+def know(login_node, job_id, state, **fields):
     """Let the stand-in for scontrol know a job."""
     items = {"JobId": job_id, "JobState": state, "Reason": "None", "Restarts": "0", **fields}
     text = " ".join(f"{key}={value}" for key, value in items.items())

@@ -24,7 +24,7 @@ from stages.recipes import load_recipe
 
 
 @pytest.fixture
-def chain() -> Chain:
+def chain():
     tasks = tuple(Task(label=name, arguments=("--x", name), job_id="") for name in "ab")
     return Chain(
         jobs=(
@@ -91,7 +91,7 @@ def test_cluster__what_is_no_stage_is_one_process(chain):
 
 
 @pytest.fixture
-def upsampled(recipe: Path) -> Path:
+def upsampled(recipe):
     """The recipe with a teacher of stage 3 that goes through the upsampler."""
     text = recipe.read_text().replace(
         "start_from: stage2}",
@@ -102,7 +102,7 @@ def upsampled(recipe: Path) -> Path:
     return recipe
 
 
-def names(jobs: tuple[Job, ...]) -> list[str]:
+def names(jobs):
     return [job.name for job in jobs]
 
 

@@ -11,13 +11,13 @@ from slurm.cluster import Cluster, add_cluster_flags, cluster_from, load_cluster
 EXAMPLES = Path(__file__).resolve().parents[2] / "slurm" / "clusters"
 
 
-def parse(*flags: str) -> argparse.Namespace:
+def parse(*flags):
     parser = argparse.ArgumentParser()
     add_cluster_flags(parser)
     return parser.parse_args(flags)
 
 
-def write(folder: Path, text: str) -> Path:
+def write(folder, text):
     path = folder / "cluster.yaml"
     path.write_text(text, encoding="utf-8")
     return path

@@ -13,7 +13,6 @@ import submitit
 from radio_distill.errors import RadioDistillError
 from slurm.job import Call, launch_command, main, meeting_point, process_environment
 from slurm.requeue import (
-    Outcome,
     Start,
     Stop,
     append_stop,
@@ -163,7 +162,7 @@ def _rank(monkeypatch, slurm_task, recorded):
     monkeypatch.setenv("RANK", "3")
 
 
-def outcome(folder) -> Outcome:
+def outcome(folder):
     (found,) = read_outcomes(folder, Start(job="41"))
     return found
 
@@ -209,7 +208,7 @@ def test_main__a_killed_process_leaves_its_start(tmp_path):
 
 
 @pytest.fixture
-def environment() -> SimpleNamespace:
+def environment():
     return SimpleNamespace(
         num_nodes=2,
         node=1,

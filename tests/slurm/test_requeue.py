@@ -110,22 +110,22 @@ def test_read_stops__passes_over_a_line_that_was_cut_short(tmp_path):
     assert read_stops(tmp_path / "none") == []
 
 
-def outcome(rank: int = 0, status: int | None = 0, host: str = "", **more) -> Outcome:
+def outcome(rank=0, status=0, host="", **more):
     more = {"ended": 100.0 if status is not None else 0.0, **more}
     host = host or f"n{rank + 1}"
     return Outcome(rank=rank, host=host, process=1, started=1.0, status=status, **more)
 
 
-def ending(*statuses: int | None, **more) -> Ending:
+def ending(*statuses, **more):
     outcomes = [outcome(rank, status) for rank, status in enumerate(statuses)]
     return Ending(outcomes=outcomes, processes=more.pop("processes", len(statuses)), **more)
 
 
-def stop(kind: str, step: int | None = None) -> Stop:
+def stop(kind, step=None):
     return Stop(name="stage1", job="41", restart=0, kind=kind, reason="", step=step)
 
 
-def decided(end: Ending, max_requeues: int = 30, max_retries: int = 3) -> Decision:
+def decided(end, max_requeues=30, max_retries=3):
     return decide(end, max_requeues, max_retries)
 
 
@@ -292,7 +292,7 @@ JOB += "ExcNodeList=(null)"
 
 
 @pytest.fixture
-def folder(tmp_path, slurm_task, login_node) -> Path:
+def folder(tmp_path, slurm_task, login_node):
     """The folder of a chain with one job of one process, which has reached step 7."""
     slurm_task()
     folder = private_folder(tmp_path / "slurm")
@@ -306,21 +306,21 @@ def folder(tmp_path, slurm_task, login_node) -> Path:
     return folder
 
 
-def know(login_node: Path, state="RUNNING", reason="None", restarts=0) -> None:
+def know(login_node, state="RUNNING", reason="None", restarts=0):
     (login_node / "job-41").write_text(JOB.format(state=state, reason=reason, restarts=restarts))
 
 
-def ended(folder: Path, status: int, **more) -> None:
+def ended(folder, status, **more):
     outcome = Outcome(rank=0, host="n1", process=1, started=1.0)
     note_end(folder, Start(job="41"), outcome, status, **more)
 
 
-def requeue(folder: Path, *flags: str, status: str = "0") -> tuple[int, Stop]:
+def requeue(folder, *flags, status="0"):
     result = main([str(folder), "stage1", status, *flags])
     return result, read_stops(folder)[-1]
 
 
-def changes(login_node: Path) -> list[str]:
+def changes(login_node):
     """What Slurm was asked to change."""
     lines = (login_node / "calls").read_text().splitlines()
     return [line for line in lines if line.startswith(("requeue", "update"))]

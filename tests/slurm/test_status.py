@@ -10,11 +10,11 @@ from slurm.requeue import Stop, append_stop
 from slurm.status import print_rows, rows_of
 
 
-def chain_of(*tasks: Task, name: str = "stage1") -> Chain:
+def chain_of(*tasks, name="stage1"):
     return Chain(jobs=(Job(name=name, target="a:main", tasks=tasks),))
 
 
-def know(login_node, job_id: str, *lines: str) -> None:
+def know(login_node, job_id, *lines):
     (login_node / f"job-{job_id}").write_text("".join(f"{line}\n" for line in lines))
 
 

@@ -1,7 +1,6 @@
 """What is looked at before jobs are submitted, and the fits that become jobs."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -40,7 +39,7 @@ evaluation: {{benchmarks: [fidelity], images: {folder}/shards}}
 
 
 @pytest.fixture
-def recipe(tmp_path: Path) -> Path:
+def recipe(tmp_path):
     """A recipe that could run, but that the upsampler of its stage 3 is not fitted yet."""
     (tmp_path / "shards").mkdir()
     (tmp_path / "shards" / "0.tar").touch()
@@ -50,27 +49,27 @@ def recipe(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Path:
+def run(tmp_path):
     return tmp_path / "runs" / "whole"
 
 
 @pytest.fixture
-def free(monkeypatch: pytest.MonkeyPatch) -> None:
+def free(monkeypatch):
     """Leave out what takes longest: measuring models for the cost."""
     monkeypatch.setattr("stages.commands.submission.cost_of", lambda *_: "cost: nothing")
 
 
-def slurm(*arguments: object) -> int:
+def slurm(*arguments):
     return cli(["slurm", *map(str, arguments)])
 
 
-def jobs(run: Path) -> dict[str, Job]:
+def jobs(run):
     chain = read_chain(run / "slurm")
     assert chain is not None
     return {job.name: job for job in chain.jobs}
 
 
-def write_fitted(path: Path, **changes: object) -> None:
+def write_fitted(path, **changes):
     values = {"upsampler": "featup", "teacher": "vit", "weights_hash": "", "channels": 32}
     header = FittedHeader(**{**values, "factor": 2, "size": (32, 32), **changes})
     fitted.write(path, {"bias": torch.zeros(1)}, header)

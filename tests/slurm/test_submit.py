@@ -19,7 +19,7 @@ from slurm.submit import run_here, sbatch_parameters, sbatch_script, scripts, su
 STAGES = ["stage1", "stage2", "stage3"]
 
 
-def recording(folder: Path, *functions: str, **settings) -> Chain:
+def recording(folder, *functions, **settings):
     jobs = tuple(
         Job(
             name=stage,
@@ -32,7 +32,7 @@ def recording(folder: Path, *functions: str, **settings) -> Chain:
 
 
 @pytest.fixture
-def chain(recipe) -> Chain:
+def chain(recipe):
     _, jobs = jobs_of(Request(recipe=recipe))
     cluster = Cluster(nodes=2, gpus_per_node=8, setup=("module load cuda",), sbatch={"wckey": "a"})
     return Chain(jobs=jobs, cluster=cluster)
@@ -139,13 +139,13 @@ def test_submit__without_sbatch_is_one_line(tmp_path, chain, monkeypatch):
 EXAMPLES = Path(__file__).resolve().parents[2] / "slurm" / "clusters"
 
 
-def script(cluster: Cluster, tasks: int = 1, after: str = "") -> str:
+def script(cluster, tasks=1, after=""):
     folder = Path("/runs/a/slurm")
     parameters = sbatch_parameters(cluster, "stage1", folder, after, tasks)
     return sbatch_script(folder, cluster, parameters, tasks)
 
 
-def srun_of(text: str) -> list[str]:
+def srun_of(text):
     return shlex.split(next(line for line in text.splitlines() if line.startswith("srun ")))
 
 

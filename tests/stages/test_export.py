@@ -1,7 +1,6 @@
 """``radio-distill export``: which checkpoint is taken, where it goes, and what is refused."""
 
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +17,7 @@ HALF = (0.5, 0.5, 0.5)
 SPEC = TeacherSpec("t", 8, 4, 16, (224, 224), None, HALF, HALF, licence="mit")
 
 
-def write_stage(run: Path, stage: str, **student: object) -> Path:
+def write_stage(run, stage, **student):
     partition = {"name": "a", "size": 32, "teachers": ["t"], "batch_size": 2}
     fields = {"architecture": "test_vit", "max_size": 64, "head_hidden": 8, **student}
     recipe = build(
@@ -41,14 +40,14 @@ def write_stage(run: Path, stage: str, **student: object) -> Path:
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Path:
+def run(tmp_path):
     """A run folder of two stages."""
     write_stage(tmp_path / "mine", "stage1")
     write_stage(tmp_path / "mine", "stage3-tile")
     return tmp_path / "mine"
 
 
-def refusal(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
+def refusal(capsys, *argv):
     capsys.readouterr()
     assert main(["export", *map(str, argv)]) == 2
     lines = capsys.readouterr().err.splitlines()
@@ -57,7 +56,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
     return refusals[0]
 
 
-def test_export__a_run_gives_its_last_stage(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_export__a_run_gives_its_last_stage(run, capsys):
     transformers = pytest.importorskip("transformers")
     assert main(["export", str(run), "--format", "transformers"]) == 0
     assert capsys.readouterr().out.strip() == str(run / "export" / "transformers")
@@ -66,7 +65,7 @@ def test_export__a_run_gives_its_last_stage(run: Path, capsys: pytest.CaptureFix
     assert model(torch.rand(1, 3, 32, 48)).features.shape == (1, 6, 64)
 
 
-def test_export__a_stage_a_checkpoint_and_a_folder_of_choice(run: Path, tmp_path: Path) -> None:
+def test_export__a_stage_a_checkpoint_and_a_folder_of_choice(run, tmp_path):
     pytest.importorskip("transformers")
     stage = run / "stage1"
     assert main(["export", str(stage), "--format", "transformers"]) == 0
@@ -80,7 +79,7 @@ def test_export__a_stage_a_checkpoint_and_a_folder_of_choice(run: Path, tmp_path
     assert '"stage": "stage1"' in (run / "export/transformers/radio_distill.json").read_text()
 
 
-def test_export__nothing_is_written_over(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_export__nothing_is_written_over(run, capsys):
     pytest.importorskip("transformers")
     first = run / "export" / "transformers"
     assert main(["export", str(run), "--format", "transformers"]) == 0
@@ -92,9 +91,7 @@ def test_export__nothing_is_written_over(run: Path, capsys: pytest.CaptureFixtur
     assert "exists already; choose another folder" in message
 
 
-def test_export__a_format_that_cannot_hold_the_student(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_export__a_format_that_cannot_hold_the_student(tmp_path, capsys):
     write_stage(tmp_path / "windows", "stage1", window_size=2, global_blocks=2)
     kept = tmp_path / "windows" / "export" / "radio"
     kept.mkdir(parents=True)
@@ -105,9 +102,7 @@ def test_export__a_format_that_cannot_hold_the_student(
     assert kept.is_dir()
 
 
-def test_export__bad_arguments(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_export__bad_arguments(run, tmp_path, capsys):
     message = refusal(capsys, run, "--format", "transfomers")
     assert "unknown format 'transfomers' (did you mean 'transformers'?)" in message
     message = refusal(capsys, tmp_path / "none", "--format", "radio")
@@ -131,14 +126,14 @@ def test_export__bad_arguments(
 
 
 @pytest.mark.parametrize("size", [["64", "32"], ["64x32"]])
-def test_export__a_plain_vit_of_one_size(run: Path, size: list[str]) -> None:
+def test_export__a_plain_vit_of_one_size(run, size):
     timm = pytest.importorskip("timm")
     assert main(["export", str(run), "--format", "timm", "--size", *size]) == 0
     model = timm.create_model(f"local-dir:{run / 'export' / 'timm'}", pretrained=True)
     assert model.patch_embed.grid_size == (4, 2)
 
 
-def test_export__several_last_stages(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_export__several_last_stages(run, capsys):
     shutil.copytree(run / "stage3-tile", run / "stage3-s2")
     shutil.copytree(run / "stage3-tile", run / "stage3-tile.1")
     message = refusal(capsys, run, "--format", "transformers")

@@ -28,7 +28,7 @@ engine: {{device: cpu}}
 
 
 class Bomb:
-    def __init__(self, marker: Path):
+    def __init__(self, marker):
         self.marker = marker
 
     def __reduce__(self):
@@ -36,7 +36,7 @@ class Bomb:
 
 
 @pytest.fixture
-def hostile(tmp_path: Path) -> tuple[Path, Path]:
+def hostile(tmp_path):
     """A recipe whose teacher's weights hold code, and the file that the code would make."""
     marker = tmp_path / "executed"
     torch.save({"state_dict": {"w": torch.zeros(1)}, "more": Bomb(marker)}, tmp_path / "w.pth")

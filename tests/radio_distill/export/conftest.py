@@ -1,15 +1,11 @@
 """Checkpoints of small students whose every number is random, so that a slip shows."""
 
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
 
 from radio_distill.config import Recipe, build
-from radio_distill.export.folded import FoldedStudent, folded
-from radio_distill.models.heads import DistilledStudent, build_student
+from radio_distill.export.folded import folded
+from radio_distill.models.heads import build_student
 from radio_distill.train import checkpoint as checkpoints
 from radio_distill.train.checkpoint import Checkpoint
 from radio_distill.train.checkpointer import save
@@ -19,9 +15,7 @@ CHANNELS = {"clip": (12, 5), "sam": (8, None), "dino": (4, 4)}
 LICENCES = {"clip": "apple-ascl (research only)", "sam": "apache-2.0", "dino": "dinov3-license"}
 
 
-def _recipe(
-    folder: Path, normalizer: str, teachers: tuple[str, ...], student: dict[str, Any]
-) -> Recipe:
+def _recipe(folder, normalizer, teachers, student):
     partition = {"name": "a", "size": [32, 48], "teachers": list(teachers), "batch_size": 2}
     recipe: Recipe = build(
         Recipe,
@@ -38,7 +32,7 @@ def _recipe(
     return recipe
 
 
-def _spec(name: str) -> TeacherSpec:
+def _spec(name):
     channels, summary = CHANNELS[name]
     half = (0.5, 0.5, 0.5)
     return TeacherSpec(
@@ -46,7 +40,7 @@ def _spec(name: str) -> TeacherSpec:
     )
 
 
-def _randomise(model: DistilledStudent) -> None:
+def _randomise(model):
     """Give vectors random values too: new norms, biases and LayerScale are all 0, 1 or 1e-5."""
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1:
@@ -56,18 +50,10 @@ def _randomise(model: DistilledStudent) -> None:
 
 
 @pytest.fixture
-def make_checkpoint(
-    tmp_path: Path, random_statistics: Callable[..., dict[str, torch.Tensor]]
-) -> Callable[..., Checkpoint]:
+def make_checkpoint(tmp_path, random_statistics):
     """Write and open the checkpoint of a new student; its run folder is ``tmp_path / "tiny"``."""
 
-    def make(
-        normalizer: str = "phi_s",
-        stage: str = "stage1",
-        step: int = 7,
-        teachers: tuple[str, ...] = tuple(CHANNELS),
-        **student: Any,
-    ) -> Checkpoint:
+    def make(normalizer="phi_s", stage="stage1", step=7, teachers=tuple(CHANNELS), **student):
         torch.manual_seed(0)
         student = {"architecture": "test_vit", **student}
         recipe = _recipe(tmp_path, normalizer, teachers, student)
@@ -83,10 +69,10 @@ def make_checkpoint(
 
 
 @pytest.fixture
-def make_student(make_checkpoint: Callable[..., Checkpoint]) -> Callable[..., FoldedStudent]:
+def make_student(make_checkpoint):
     """Make a folded student out of a checkpoint."""
 
-    def make(**fields: Any) -> FoldedStudent:
+    def make(**fields):
         return folded(make_checkpoint(**fields))
 
     return make

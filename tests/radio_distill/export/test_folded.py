@@ -1,7 +1,5 @@
 """Heads of a folded student speak in the teachers' space; its body is plain."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import nn
@@ -10,10 +8,8 @@ from radio_distill.errors import ConfigError
 from radio_distill.export.folded import folded
 from radio_distill.models.spectral import ReparametrizedLinear
 from radio_distill.normalize.normalizers import normalizers_of
-from radio_distill.train.checkpoint import Checkpoint
 from radio_distill.train.restore import load_student
 
-MakeCheckpoint = Callable[..., Checkpoint]
 NAMES = ("clip", "sam", "dino")
 
 
@@ -21,9 +17,7 @@ NAMES = ("clip", "sam", "dino")
     "normalizer", ["phi_s", "none", "global_standardise", "per_channel_standardise"]
 )
 @torch.no_grad()
-def test_folded__heads_predict_in_the_teachers_space(
-    make_checkpoint: MakeCheckpoint, normalizer: str
-) -> None:
+def test_folded__heads_predict_in_the_teachers_space(make_checkpoint, normalizer):
     checkpoint = make_checkpoint(normalizer)
     pixels = torch.rand(2, 3, 48, 64)
     before = load_student(checkpoint, torch.device("cpu"))(pixels, NAMES).features
@@ -38,14 +32,14 @@ def test_folded__heads_predict_in_the_teachers_space(
             assert torch.equal(after[name].summary, before[name].summary)
 
 
-def test_folded__layer_norm_has_no_inverse(make_checkpoint: MakeCheckpoint) -> None:
+def test_folded__layer_norm_has_no_inverse(make_checkpoint):
     with pytest.raises(ConfigError, match="layer_norm cannot be inverted") as caught:
         folded(make_checkpoint("layer_norm"))
     assert "\n" not in str(caught.value)
 
 
 @torch.no_grad()
-def test_folded__spectral_reparametrisation_is_gone(make_checkpoint: MakeCheckpoint) -> None:
+def test_folded__spectral_reparametrisation_is_gone(make_checkpoint):
     checkpoint = make_checkpoint("none", spectral_reparametrization=True)
     trained = load_student(checkpoint, torch.device("cpu"))
     assert any(isinstance(module, ReparametrizedLinear) for module in trained.modules())
@@ -57,7 +51,7 @@ def test_folded__spectral_reparametrisation_is_gone(make_checkpoint: MakeCheckpo
         torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
 
 
-def test_folded__is_ready_to_be_written(make_checkpoint: MakeCheckpoint) -> None:
+def test_folded__is_ready_to_be_written(make_checkpoint):
     student = folded(make_checkpoint())
     assert not student.model.training
     assert not any(parameter.requires_grad for parameter in student.model.parameters())

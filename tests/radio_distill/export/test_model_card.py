@@ -1,7 +1,6 @@
 """The model card says what is known, and nothing else."""
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -10,19 +9,17 @@ import yaml
 from radio_distill.config import Recipe, build
 from radio_distill.export.folded import folded
 from radio_distill.export.model_card import licence_note, model_card
-from radio_distill.train.checkpoint import Checkpoint
 
-MakeCheckpoint = Callable[..., Checkpoint]
 SCORE = {"benchmark": "knn", "metric": "top1", "value": 56.04, "unit": "%", "group": "knn",
          "higher_is_better": True, "num_samples": 9}  # fmt: skip
 
 
-def write_scores(checkpoint: Checkpoint, subject: str) -> None:
+def write_scores(checkpoint, subject):
     path = checkpoint.folder.parents[2] / "scores.jsonl"
     path.write_text(json.dumps({"subject": subject, **SCORE}) + "\n")
 
 
-def test_model_card__is_filled(make_checkpoint: MakeCheckpoint) -> None:
+def test_model_card__is_filled(make_checkpoint):
     checkpoint = make_checkpoint(step=5)
     card = model_card(folded(checkpoint), "USAGE", library="transformers")
     _, front, text = card.split("---\n", 2)
@@ -38,7 +35,7 @@ def test_model_card__is_filled(make_checkpoint: MakeCheckpoint) -> None:
     assert build(Recipe, yaml.safe_load(recipe)) == checkpoint.recipe
 
 
-def test_model_card__scores_of_this_student_alone(make_checkpoint: MakeCheckpoint) -> None:
+def test_model_card__scores_of_this_student_alone(make_checkpoint):
     checkpoint = make_checkpoint()
     student = folded(checkpoint)
     assert "## Scores" not in model_card(student, "", library="timm")
@@ -50,7 +47,7 @@ def test_model_card__scores_of_this_student_alone(make_checkpoint: MakeCheckpoin
     assert "## Scores" not in model_card(student, "", library="timm")
 
 
-def test_licence_note__weights_that_it_started_from(make_checkpoint: MakeCheckpoint) -> None:
+def test_licence_note__weights_that_it_started_from(make_checkpoint):
     checkpoint = make_checkpoint(teachers=("sam",), pretrained="")
     assert "started from" not in licence_note(checkpoint)
     student = replace(checkpoint.recipe.student, pretrained="timm")
@@ -73,9 +70,7 @@ def test_licence_note__weights_that_it_started_from(make_checkpoint: MakeCheckpo
         (("dinov3-license", "sam-license"), ["clip (dinov3-license) and sam (sam-license)"]),
     ],
 )
-def test_licence_note__what_follows_from_the_teachers(
-    make_checkpoint: MakeCheckpoint, licences: tuple[str, ...], sentences: list[str]
-) -> None:
+def test_licence_note__what_follows_from_the_teachers(make_checkpoint, licences, sentences):
     checkpoint = make_checkpoint(teachers=("clip", "sam"))
     for (name, spec), licence in zip(checkpoint.teachers.items(), licences, strict=True):
         checkpoint.teachers[name] = replace(spec, licence=licence)

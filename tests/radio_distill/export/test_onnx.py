@@ -2,27 +2,22 @@
 
 import json
 import re
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from radio_distill.errors import UnknownNameError
-from radio_distill.export.folded import FoldedStudent
 from radio_distill.export.onnx import Onnx
 from radio_distill.export.write import export
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
-MakeStudent = Callable[..., FoldedStudent]
 
 
-def _shallow(student: FoldedStudent, depth: int) -> FoldedStudent:
+def _shallow(student, depth):
     """Keep the first blocks, because the time of an export grows with their number."""
     body = student.model.student
     body.blocks = body.blocks[:depth]
@@ -30,7 +25,7 @@ def _shallow(student: FoldedStudent, depth: int) -> FoldedStudent:
 
 
 @torch.no_grad()
-def _expected(student: FoldedStudent, pixels: Tensor) -> dict[str, Tensor]:
+def _expected(student, pixels):
     """Outputs by name, put together from the student by hand: clip, sam, dino have slots 0 to 2."""
     tokens, spatial = student.model.student(pixels)
     predictions = student.model(pixels, ("clip", "sam", "dino")).features
@@ -42,7 +37,7 @@ def _expected(student: FoldedStudent, pixels: Tensor) -> dict[str, Tensor]:
     return outputs
 
 
-def _check_outputs(student: FoldedStudent, path: Path, pixels: Tensor) -> list[str]:
+def _check_outputs(student, path, pixels):
     """Compare all outputs of a file with the student's; returns their names."""
     session = onnxruntime.InferenceSession(str(path))
     names = [output.name for output in session.get_outputs()]
@@ -53,7 +48,7 @@ def _check_outputs(student: FoldedStudent, path: Path, pixels: Tensor) -> list[s
     return names
 
 
-def test_export__every_batch_and_size(make_student: MakeStudent, tmp_path: Path) -> None:
+def test_export__every_batch_and_size(make_student, tmp_path):
     student = _shallow(make_student(spectral_reparametrization=True), depth=2)
     path = export(student, tmp_path / "out", Onnx(("dino", "sam")))
     assert path == tmp_path / "out" / "model.onnx"
@@ -66,7 +61,7 @@ def test_export__every_batch_and_size(make_student: MakeStudent, tmp_path: Path)
     _check_example(student, path)
 
 
-def _check_metadata(path: Path) -> None:
+def _check_metadata(path):
     model = onnx.load(path)
     onnx.checker.check_model(model)
     assert [entry.version for entry in model.opset_import if not entry.domain] == [18]
@@ -80,7 +75,7 @@ def _check_metadata(path: Path) -> None:
     assert licences["sam"] == "apache-2.0"
 
 
-def _check_example(student: FoldedStudent, path: Path) -> None:
+def _check_example(student, path):
     """Run the example of the model card."""
     card = (path.parent / "README.md").read_text()
     example = re.search(r"```python\n(.*?)```", card, re.DOTALL)
@@ -92,15 +87,13 @@ def _check_example(student: FoldedStudent, path: Path) -> None:
         assert np.abs(found - expected[name].numpy()).max() <= 1e-4
 
 
-def test_export__unknown_head(make_student: MakeStudent, tmp_path: Path) -> None:
+def test_export__unknown_head(make_student, tmp_path):
     with pytest.raises(UnknownNameError, match=r"no head 'dini' \(did you mean 'dino'\?\)"):
         export(make_student(), tmp_path / "out", Onnx(("dini",)))
     assert not (tmp_path / "out").exists()
 
 
-def test_export__windows_and_teachers_without_summary(
-    make_student: MakeStudent, tmp_path: Path
-) -> None:
+def test_export__windows_and_teachers_without_summary(make_student, tmp_path):
     student = make_student(window_size=2, global_blocks=2, registers=0, final_norm=True)
     student = _shallow(student, depth=3)  # the third is the first that attends globally
     specs = student.checkpoint.teachers

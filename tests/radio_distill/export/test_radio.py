@@ -1,8 +1,6 @@
 """The torch.hub layout, read back by the project's own reader of it and by hand."""
 
 from argparse import Namespace
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,39 +10,34 @@ from timm.models import create_model
 from radio_distill.config import StudentConfig, TeacherConfig
 from radio_distill.errors import ExportError
 from radio_distill.export import radio as format_
-from radio_distill.export.folded import FoldedStudent
 from radio_distill.export.radio import Radio
 from radio_distill.export.write import export as write
 from radio_distill.models.heads import Head
 from teachers import build_teacher
 
-MakeStudent = Callable[..., FoldedStudent]
 
-
-def export(student: FoldedStudent, folder: Path) -> Path:
+def export(student, folder):
     return write(student, folder, Radio())
 
 
-def read(path: Path) -> dict[str, Any]:
+def read(path):
     with torch.serialization.safe_globals([Namespace]):
         content: dict[str, Any] = torch.load(path, weights_only=True)
     return content
 
 
 @pytest.fixture
-def make_tiny(make_student: MakeStudent) -> MakeStudent:
+def make_tiny(make_student):
     """Make a student of the smallest body that the hub's code knows."""
 
-    def make(**fields: Any) -> FoldedStudent:
+    def make(**fields):
         return make_student(architecture="vit_tiny_patch16_224", **fields)
 
     return make
 
 
 @torch.no_grad()
-def test_export__the_reader_of_published_checkpoints_sees_the_student(
-    make_tiny: MakeStudent, tmp_path: Path
-) -> None:
+def test_export__the_reader_of_published_checkpoints_sees_the_student(make_tiny, tmp_path):
     pytest.importorskip("transformers")
     student = make_tiny(registers=3, spectral_reparametrization=True)
     path = export(student, tmp_path / "out")
@@ -59,7 +52,7 @@ def test_export__the_reader_of_published_checkpoints_sees_the_student(
 
 
 @torch.no_grad()
-def test_export__heads_by_teacher(make_tiny: MakeStudent, tmp_path: Path) -> None:
+def test_export__heads_by_teacher(make_tiny, tmp_path):
     student = make_tiny(teachers=("dino", "sam", "clip"))
     content = read(export(student, tmp_path / "out"))
     state = content["state_dict"]
@@ -79,7 +72,7 @@ def test_export__heads_by_teacher(make_tiny: MakeStudent, tmp_path: Path) -> Non
 HEADS = StudentConfig(head_hidden=16, head_layers=1)
 
 
-def test_export__arguments_bind_tokens_to_teachers(make_tiny: MakeStudent, tmp_path: Path) -> None:
+def test_export__arguments_bind_tokens_to_teachers(make_tiny, tmp_path):
     content = read(export(make_tiny(registers=5), tmp_path / "out"))
     assert content.keys() == {"state_dict", "args", "arch", "epoch"}
     arguments = content["args"]
@@ -97,8 +90,8 @@ def test_export__arguments_bind_tokens_to_teachers(make_tiny: MakeStudent, tmp_p
 
 @pytest.mark.parametrize("final_norm", [False, True])
 def test_export__timm_body_of_the_named_architecture_takes_the_blocks(
-    make_tiny: MakeStudent, tmp_path: Path, final_norm: bool
-) -> None:
+    make_tiny, tmp_path, final_norm
+):
     """The hub's code builds this body by its name; all but position and tokens fills it."""
     student = make_tiny(final_norm=final_norm, patch_size=32)
     content = read(export(student, tmp_path / "out"))
@@ -118,9 +111,7 @@ def test_export__timm_body_of_the_named_architecture_takes_the_blocks(
     assert arguments.model_norm is final_norm
 
 
-def test_export__layer_scale_goes_by_its_published_name(
-    make_student: MakeStudent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_export__layer_scale_goes_by_its_published_name(make_student, tmp_path, monkeypatch):
     """Only the v2 bodies of the hub's code have it; here a small one joins them."""
     student = make_student(architecture="test_vit2")
     with pytest.raises(ExportError, match="knows no body of these sizes"):
@@ -135,16 +126,14 @@ def test_export__layer_scale_goes_by_its_published_name(
     assert state["base_model.reg_token"].shape == (1, 4, 64)
 
 
-def test_check__no_bias_on_queries(make_student: MakeStudent) -> None:
+def test_check__no_bias_on_queries(make_student):
     student = make_student()
     student.model.student.blocks[0].attn.qkv.bias = None
     with pytest.raises(ExportError, match=r"a bias on queries, keys and values.*transformers or"):
         Radio().check(student)
 
 
-def test_export__names_that_begin_alike_are_told_apart_by_place(
-    make_tiny: MakeStudent, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_export__names_that_begin_alike_are_told_apart_by_place(make_tiny, monkeypatch):
     student = make_tiny()
     assert format_._labels(student) == ["clip", "sam", "dino"]
     specs = student.checkpoint.teachers
@@ -160,9 +149,7 @@ def test_export__names_that_begin_alike_are_told_apart_by_place(
         ({"architecture": "vit_xsmall_patch16_clip_224"}, "a norm before its blocks"),
     ],
 )
-def test_check__what_the_layout_cannot_hold(
-    make_student: MakeStudent, tmp_path: Path, fields: dict[str, Any], reason: str
-) -> None:
+def test_check__what_the_layout_cannot_hold(make_student, tmp_path, fields, reason):
     with pytest.raises(ExportError) as caught:
         export(make_student(**fields), tmp_path / "out")
     message = str(caught.value)

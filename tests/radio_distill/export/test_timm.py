@@ -2,9 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,29 +11,26 @@ import torch
 from einops import rearrange
 from timm.models.naflexvit import NaFlexVit
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
 
 from radio_distill.errors import ConfigError, ExportError
 from radio_distill.export.folded import FoldedStudent
 from radio_distill.export.timm import Timm
 from radio_distill.export.write import export as write
 from radio_distill.models.heads import build_student
-from radio_distill.types import Size
 
-MakeStudent = Callable[..., FoldedStudent]
 SIZES = [(224, 224), (224, 192), (160, 320), (512, 512), (768, 512)]
 
 
-def export(student: FoldedStudent, folder: Path, size: Size | None = None) -> Path:
+def export(student, folder, size=None):
     return write(student, folder, Timm(size))
 
 
-def _load(folder: Path) -> Any:
+def _load(folder):
     return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
 
 
 @torch.no_grad()
-def _difference(student: FoldedStudent, model: Any, pixels: Tensor) -> float:
+def _difference(student, model, pixels):
     """Largest absolute difference over summary tokens and features."""
     body = student.model.student
     config = timm.data.resolve_model_data_config(model)
@@ -51,9 +46,7 @@ def _difference(student: FoldedStudent, model: Any, pixels: Tensor) -> float:
 
 
 @pytest.mark.parametrize("architecture", ["test_vit", "test_vit2"])  # the latter has LayerScale
-def test_export__same_tokens_at_every_size(
-    make_student: MakeStudent, tmp_path: Path, architecture: str
-) -> None:
+def test_export__same_tokens_at_every_size(make_student, tmp_path, architecture):
     student = make_student(architecture=architecture)
     model = _load(export(student, tmp_path / "out"))
     assert type(model) is NaFlexVit
@@ -71,9 +64,7 @@ def test_export__same_tokens_at_every_size(
     ],
     ids=["pooled", "final_norm", "spectral"],
 )
-def test_export__same_tokens_of_other_students(
-    make_student: MakeStudent, tmp_path: Path, fields: dict[str, Any]
-) -> None:
+def test_export__same_tokens_of_other_students(make_student, tmp_path, fields):
     student = make_student(**fields)
     model = _load(export(student, tmp_path / "out"))
     assert _difference(student, model, torch.rand(2, 3, 160, 320)) <= 1e-5
@@ -87,9 +78,7 @@ def test_export__same_tokens_of_other_students(
         ("deit_tiny_patch16_224", (96, 64)),
     ],
 )
-def test_export_plain__same_tokens_at_its_size(
-    make_student: MakeStudent, tmp_path: Path, architecture: str, size: tuple[int, int]
-) -> None:
+def test_export_plain__same_tokens_at_its_size(make_student, tmp_path, architecture, size):
     student = make_student(architecture=architecture)
     model = _load(export(student, tmp_path / "out", size))
     assert type(model) is VisionTransformer
@@ -98,9 +87,7 @@ def test_export_plain__same_tokens_at_its_size(
         model(torch.rand(1, 3, 256, 256))
 
 
-def test_export__takes_the_name_of_timms_radio_model_that_fits(
-    make_student: MakeStudent, tmp_path: Path
-) -> None:
+def test_export__takes_the_name_of_timms_radio_model_that_fits(make_student, tmp_path):
     """One whose positions timm would resize with other corners, were it not told."""
     small = make_student()
     config = replace(small.config, architecture="vit_base_patch14_dinov2", max_size=256)
@@ -114,7 +101,7 @@ def test_export__takes_the_name_of_timms_radio_model_that_fits(
     assert json.loads((plain / "config.json").read_text())["architecture"] == "test_vit"
 
 
-def test_export__file_loads_by_its_path_too(make_student: MakeStudent, tmp_path: Path) -> None:
+def test_export__file_loads_by_its_path_too(make_student, tmp_path):
     student = make_student()
     folder = export(student, tmp_path / "out")
     config = json.loads((folder / "config.json").read_text())
@@ -129,7 +116,7 @@ def test_export__file_loads_by_its_path_too(make_student: MakeStudent, tmp_path:
 
 
 @torch.no_grad()
-def test_export__the_cards_example_runs(make_student: MakeStudent, tmp_path: Path) -> None:
+def test_export__the_cards_example_runs(make_student, tmp_path):
     student = make_student()
     folder = export(student, tmp_path / "out")
     example = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
@@ -144,7 +131,7 @@ def test_export__the_cards_example_runs(make_student: MakeStudent, tmp_path: Pat
     assert "for sam" not in example[1]
 
 
-def test_check__refuses_windows(make_student: MakeStudent, tmp_path: Path) -> None:
+def test_check__refuses_windows(make_student, tmp_path):
     student = make_student(window_size=2, global_blocks=2)
     message = r"timm cannot hold student\.window_size 2: .*; export it as onnx"
     with pytest.raises(ExportError, match=message):
@@ -154,23 +141,19 @@ def test_check__refuses_windows(make_student: MakeStudent, tmp_path: Path) -> No
     assert not (tmp_path / "out").exists()
 
 
-def test_check__refuses_what_naflexvit_cannot_be(make_student: MakeStudent) -> None:
+def test_check__refuses_what_naflexvit_cannot_be(make_student):
     student = make_student(architecture="deit_tiny_patch16_224")
     message = r"no NaFlexViT, .*'deit_tiny_patch16_224'; export it for one size, or as onnx"
     with pytest.raises(ExportError, match=message):
         Timm().check(student)
 
 
-def test_export_plain__refuses_a_size_that_the_patch_does_not_divide(
-    make_student: MakeStudent, tmp_path: Path
-) -> None:
+def test_export_plain__refuses_a_size_that_the_patch_does_not_divide(make_student, tmp_path):
     with pytest.raises(ConfigError, match="100x64 px is not a multiple of patch 16"):
         export(make_student(), tmp_path / "out", (100, 64))
 
 
-def test_export__writes_nothing_where_timm_reads_another_model(
-    make_student: MakeStudent, tmp_path: Path
-) -> None:
+def test_export__writes_nothing_where_timm_reads_another_model(make_student, tmp_path):
     student = make_student()
     student.model.student.blocks[1].norm1.eps = 0.1  # which no file of weights can hold
     with pytest.raises(ExportError, match="of the written model differs by"):

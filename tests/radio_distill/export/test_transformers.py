@@ -2,10 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable
-from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
@@ -15,32 +12,30 @@ from torch import nn
 
 from radio_distill.errors import ExportError
 from radio_distill.export import transformers as format_
-from radio_distill.export.folded import FoldedStudent
 from radio_distill.export.transformers import Transformers
 from radio_distill.export.write import export as write
 
 transformers = pytest.importorskip("transformers")
-MakeStudent = Callable[..., FoldedStudent]
 SIZES = [(224, 224), (224, 192), (160, 320), (512, 512), (768, 512)]
 
 
 @pytest.fixture(autouse=True)
-def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
+def _offline(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
-def export(student: FoldedStudent, folder: Path) -> Path:
+def export(student, folder):
     return write(student, folder, Transformers())
 
 
-def loaded(folder: Path) -> nn.Module:
+def loaded(folder):
     model = transformers.AutoModel.from_pretrained(folder)
     assert type(model) is transformers.RadioModel
     return model.eval()
 
 
 @torch.no_grad()
-def check_equal(student: FoldedStudent, model: Any, size: tuple[int, int]) -> None:
+def check_equal(student, model, size):
     pixels = torch.rand(2, 3, *size)
     tokens, spatial = student.model.student(pixels)
     found = model(pixels)
@@ -60,9 +55,7 @@ def check_equal(student: FoldedStudent, model: Any, size: tuple[int, int]) -> No
     ],
     ids=["plain", "layer scale", "spectral"],
 )
-def test_export__auto_model_equals_the_student(
-    make_student: MakeStudent, tmp_path: Path, fields: dict[str, Any]
-) -> None:
+def test_export__auto_model_equals_the_student(make_student, tmp_path, fields):
     student = make_student(**fields)
     folder = export(student, tmp_path / "out")
     model = loaded(folder)
@@ -70,9 +63,7 @@ def test_export__auto_model_equals_the_student(
         check_equal(student, model, size)
 
 
-def test_export__published_width_equals_the_student(
-    make_student: MakeStudent, tmp_path: Path
-) -> None:
+def test_export__published_width_equals_the_student(make_student, tmp_path):
     student = make_student(architecture="vit_tiny_patch16_224", registers=7)
     model = loaded(export(student, tmp_path / "out"))
     assert (model.config.hidden_size, model.config.num_hidden_layers) == (192, 12)
@@ -80,9 +71,7 @@ def test_export__published_width_equals_the_student(
         check_equal(student, model, size)
 
 
-def test_export__layer_scale_under_the_published_name_would_be_lost(
-    make_student: MakeStudent, tmp_path: Path
-) -> None:
+def test_export__layer_scale_under_the_published_name_would_be_lost(make_student, tmp_path):
     """The trap exists: transformers reads such a file without an error, as another model."""
     student = make_student(architecture="test_vit2")
     folder = export(student, tmp_path / "out")
@@ -99,9 +88,7 @@ def test_export__layer_scale_under_the_published_name_would_be_lost(
         list(Transformers().read_back(student, folder))
 
 
-def test_export__without_a_transformers_that_knows_radio(
-    make_student: MakeStudent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_export__without_a_transformers_that_knows_radio(make_student, tmp_path, monkeypatch):
     student = make_student()
     monkeypatch.setitem(sys.modules, "transformers", ModuleType("transformers"))
     sys.modules["transformers"].__version__ = "5.0"
@@ -115,8 +102,8 @@ def test_export__without_a_transformers_that_knows_radio(
 
 @pytest.mark.parametrize("damage", ["another value", "another epsilon", "another activation"])
 def test_export__what_reads_back_differently_gets_no_folder(
-    make_student: MakeStudent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
-) -> None:
+    make_student, tmp_path, monkeypatch, damage
+):
     student = make_student()
     config, tensors = format_._config(student), format_._tensors(student)
     if damage == "another value":
@@ -133,7 +120,7 @@ def test_export__what_reads_back_differently_gets_no_folder(
     assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
 
 
-def swiglu(student: FoldedStudent, hidden: int) -> FoldedStudent:
+def swiglu(student, hidden):
     """Give a student the MLP of DINOv2's giant."""
     for block in student.model.student.blocks:
         block.mlp = SwiGLUPacked(64, 2 * hidden)
@@ -142,7 +129,7 @@ def swiglu(student: FoldedStudent, hidden: int) -> FoldedStudent:
     return student
 
 
-def test_export__swiglu(make_student: MakeStudent, tmp_path: Path) -> None:
+def test_export__swiglu(make_student, tmp_path):
     student = swiglu(make_student(), hidden=168)
     check_equal(student, loaded(export(student, tmp_path / "out")), (64, 96))
     with pytest.raises(ExportError, match=r"SwiGLU of 172 channels.*multiples of 8"):
@@ -150,25 +137,21 @@ def test_export__swiglu(make_student: MakeStudent, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("activation", [GELUTanh, QuickGELU])
-def test_export__activation(
-    make_student: MakeStudent, tmp_path: Path, activation: type[nn.Module]
-) -> None:
+def test_export__activation(make_student, tmp_path, activation):
     student = make_student()
     for block in student.model.student.blocks:
         block.mlp.act = activation()
     check_equal(student, loaded(export(student, tmp_path / "out")), (64, 96))
 
 
-def test_export__every_width_of_mlp_survives_the_ratio(make_student: MakeStudent) -> None:
+def test_export__every_width_of_mlp_survives_the_ratio(make_student):
     """RadioModel keeps no width of the MLP but a ratio, and cuts the product down."""
     for width, hidden in [(1152, 4304), (1152, 4320), (320, 1792), (832, 2176), (64, 192)]:
         shape = format_.BlockShape(2, hidden, "gelu", 1e-6, True, False, False)
         assert int(width * format_._mlp_ratio(shape, width)) == hidden
 
 
-def test_export__preprocessor_gives_pixels_in_zero_to_one(
-    make_student: MakeStudent, tmp_path: Path
-) -> None:
+def test_export__preprocessor_gives_pixels_in_zero_to_one(make_student, tmp_path):
     from PIL import Image
 
     folder = export(make_student(), tmp_path / "out")
@@ -178,7 +161,7 @@ def test_export__preprocessor_gives_pixels_in_zero_to_one(
     torch.testing.assert_close(pixels[0, :, 0, 0], torch.tensor([1.0, 0.2, 0.0]))
 
 
-def test_export__heads_and_their_description(make_student: MakeStudent, tmp_path: Path) -> None:
+def test_export__heads_and_their_description(make_student, tmp_path):
     student = make_student()
     folder = export(student, tmp_path / "out")
     heads = load_file(folder / "adaptors.safetensors")
@@ -194,7 +177,7 @@ def test_export__heads_and_their_description(make_student: MakeStudent, tmp_path
     assert (described["recipe"], described["stage"], described["step"]) == ("tiny", "stage1", 7)
 
 
-def test_export__no_teacher_has_a_summary(make_student: MakeStudent, tmp_path: Path) -> None:
+def test_export__no_teacher_has_a_summary(make_student, tmp_path):
     student = make_student(teachers=("sam",))
     model = loaded(export(student, tmp_path / "out"))
     assert model(torch.rand(1, 3, 32, 32)).summary.shape == (1, 0)
@@ -210,9 +193,7 @@ def test_export__no_teacher_has_a_summary(make_student: MakeStudent, tmp_path: P
         ({"architecture": "vit_pwee_patch16_reg1_gap_256"}, "its blocks are ParallelScalingBlock"),
     ],
 )
-def test_check__what_radio_model_cannot_hold(
-    make_student: MakeStudent, tmp_path: Path, fields: dict[str, Any], reason: str
-) -> None:
+def test_check__what_radio_model_cannot_hold(make_student, tmp_path, fields, reason):
     student = make_student(**fields)
     with pytest.raises(ExportError) as caught:
         export(student, tmp_path / "out")
@@ -223,7 +204,7 @@ def test_check__what_radio_model_cannot_hold(
     assert not (tmp_path / "out").exists()
 
 
-def test_check__norms_of_queries_and_keys(make_student: MakeStudent) -> None:
+def test_check__norms_of_queries_and_keys(make_student):
     student = make_student()
     student.model.student.blocks[1].attn.q_norm = nn.LayerNorm(32)
     with pytest.raises(ExportError, match="queries and keys are normalised"):

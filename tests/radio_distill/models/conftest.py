@@ -1,25 +1,22 @@
 """Small students with random weights, and a hand-made set of teachers."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
 
-from radio_distill.config import StudentConfig
 from radio_distill.models.student import Student
 from radio_distill.types import TeacherSpec
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> None:
+def _seed():
     torch.manual_seed(0)
 
 
 @pytest.fixture
-def make_student(student_config: Callable[..., StudentConfig]) -> Callable[..., Student]:
+def make_student(student_config):
     """Make a student with two summary tokens, of which only the first three blocks are kept."""
 
-    def make(**fields: object) -> Student:
+    def make(**fields):
         config = student_config(**fields)
         student = Student(config, num_summary_tokens=2)
         del student.blocks[3:]
@@ -29,7 +26,7 @@ def make_student(student_config: Callable[..., StudentConfig]) -> Callable[..., 
 
 
 @pytest.fixture
-def teachers() -> dict[str, TeacherSpec]:
+def teachers():
     """Return one teacher with a summary and one without."""
     shared = {
         "patch_size": 14,

@@ -8,12 +8,12 @@ from radio_distill.models.ema import Ema
 
 
 @pytest.fixture
-def model() -> nn.Module:
+def model():
     model = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5), nn.BatchNorm1d(4))
     return model.train()
 
 
-def walk(model: nn.Module, steps: int) -> list[torch.Tensor]:
+def walk(model, steps):
     """Return the weight at each of some random steps, made in place."""
     path = []
     for _ in range(steps):
@@ -23,7 +23,7 @@ def walk(model: nn.Module, steps: int) -> list[torch.Tensor]:
     return path
 
 
-def test_update__equals_the_closed_form(model: nn.Module) -> None:
+def test_update__equals_the_closed_form(model):
     """After n steps: decay**n of the start, (1 - decay) decay**(n - 1 - i) of step i."""
     start, decay = model[0].weight.detach().clone(), 0.9
     ema = Ema(model)
@@ -36,7 +36,7 @@ def test_update__equals_the_closed_form(model: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("decay", [0.0, 1.0])
-def test_update__limits(model: nn.Module, decay: float) -> None:
+def test_update__limits(model, decay):
     start = model[0].weight.detach().clone()
     ema = Ema(model)
     (last,) = walk(model, 1)
@@ -44,7 +44,7 @@ def test_update__limits(model: nn.Module, decay: float) -> None:
     assert torch.equal(ema.model[0].weight, last if decay == 0 else start)
 
 
-def test_update__buffers_are_copied(model: nn.Module) -> None:
+def test_update__buffers_are_copied(model):
     ema = Ema(model)
     model(torch.randn(8, 3))
     ema.update(model, 0.99)
@@ -52,7 +52,7 @@ def test_update__buffers_are_copied(model: nn.Module) -> None:
     assert ema.model[2].num_batches_tracked == 1
 
 
-def test_update__averages_bfloat16_in_float32(model: nn.Module) -> None:
+def test_update__averages_bfloat16_in_float32(model):
     """A step of 2**-10 of the value is below bfloat16's resolution and must not be lost."""
     low = nn.Linear(1, 1, bias=False).bfloat16()
     nn.init.ones_(low.weight)
@@ -62,14 +62,14 @@ def test_update__averages_bfloat16_in_float32(model: nn.Module) -> None:
     assert ema.model.weight.item() == 1 + 2**-10
 
 
-def test_update__partial_parameter_is_a_bug_of_the_caller(model: nn.Module) -> None:
+def test_update__partial_parameter_is_a_bug_of_the_caller(model):
     ema, part = Ema(model), copy.deepcopy(model)
     part[0].weight = nn.Parameter(torch.empty(0))
     with pytest.raises(AssertionError, match=r"0\.weight is not whole"):
         ema.update(part, 0.9)
 
 
-def test_model__is_its_own_and_ready_to_evaluate(model: nn.Module) -> None:
+def test_model__is_its_own_and_ready_to_evaluate(model):
     ema = Ema(model)
     walk(model, 1)
     assert not torch.equal(ema.model[0].weight, model[0].weight)
@@ -79,7 +79,7 @@ def test_model__is_its_own_and_ready_to_evaluate(model: nn.Module) -> None:
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_state_dict__resumes_to_the_same_numbers(model: nn.Module) -> None:
+def test_state_dict__resumes_to_the_same_numbers(model):
     ema = Ema(model)
     walk(model, 1)
     ema.update(model, 0.9)

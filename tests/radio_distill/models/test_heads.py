@@ -1,15 +1,11 @@
 """Every parameter takes part in every pass; what is not asked or frozen gets exact zeros."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from radio_distill.config import StudentConfig
 from radio_distill.errors import ConfigError, UnknownNameError
 from radio_distill.models.heads import (
-    DistilledStudent,
     Head,
     MLPHead,
     build_student,
@@ -21,20 +17,20 @@ from radio_distill.models.position import NUM_DRAWS
 from radio_distill.types import TeacherSpec
 
 
-def teacher(summary_channels: int | None) -> TeacherSpec:
+def teacher(summary_channels):
     half = (0.5, 0.5, 0.5)
     return TeacherSpec("a", 4, summary_channels, 14, (224, 224), None, half, half)
 
 
 @pytest.mark.parametrize("num_layers", [0, 2])
 @torch.no_grad()
-def test_mlp_head__equals_the_formula(num_layers: int) -> None:
+def test_mlp_head__equals_the_formula(num_layers):
     head = MLPHead(5, 8, 3, num_layers)
     for parameter in head.parameters():
         parameter.normal_()
     state = head.state_dict()
 
-    def norm_gelu_linear(x: torch.Tensor, name: str) -> torch.Tensor:
+    def norm_gelu_linear(x, name):
         normed = (x - x.mean(1, keepdim=True)) / (
             x.var(1, correction=0, keepdim=True) + 1e-5
         ).sqrt()
@@ -51,9 +47,7 @@ def test_mlp_head__equals_the_formula(num_layers: int) -> None:
 
 
 @torch.no_grad()
-def test_head__each_cell_is_the_head_of_its_own_token(
-    student_config: Callable[..., StudentConfig],
-) -> None:
+def test_head__each_cell_is_the_head_of_its_own_token(student_config):
     head = Head(6, teacher(3), student_config(head_layers=1))
     token, spatial = torch.randn(2, 6), torch.randn(2, 6, 3, 5)
     features = head(token, spatial)
@@ -65,17 +59,13 @@ def test_head__each_cell_is_the_head_of_its_own_token(
         torch.testing.assert_close(features.spatial[:, :, row, column], expected)
 
 
-def test_head__without_summary_has_no_parameters_for_it(
-    student_config: Callable[..., StudentConfig],
-) -> None:
+def test_head__without_summary_has_no_parameters_for_it(student_config):
     head = Head(6, teacher(None), student_config())
     assert head(torch.randn(2, 6), torch.randn(2, 6, 3, 5)).summary is None
     assert all(name.startswith("spatial.") for name, _ in head.named_parameters())
 
 
-def test_head__last_linear_can_be_exchanged(
-    student_config: Callable[..., StudentConfig],
-) -> None:
+def test_head__last_linear_can_be_exchanged(student_config):
     """Folding a normalizer replaces ``final[-1]``."""
     head = Head(6, teacher(None), student_config())
     token, spatial = torch.randn(1, 6), torch.randn(1, 6, 2, 2)
@@ -91,9 +81,7 @@ def test_head__last_linear_can_be_exchanged(
 
 
 @pytest.fixture
-def model(
-    student_config: Callable[..., StudentConfig], teachers: dict[str, TeacherSpec]
-) -> DistilledStudent:
+def model(student_config, teachers):
     config = student_config(head_layers=1, window_size=2, global_blocks=2)
     model = build_student(config, teachers)
     model.student.global_blocks = frozenset({1})
@@ -102,11 +90,11 @@ def model(
 
 
 @pytest.fixture
-def pixels() -> Tensor:
+def pixels():
     return torch.rand(2, 3, 32, 64)
 
 
-def changed(model: DistilledStudent) -> set[str]:
+def changed(model):
     """Return the parts with a gradient that is not zero; no gradient may be None."""
     parts = set()
     for name, parameter in model.named_parameters():
@@ -116,7 +104,7 @@ def changed(model: DistilledStudent) -> set[str]:
     return parts
 
 
-def test_forward__shapes(model: DistilledStudent, pixels: Tensor) -> None:
+def test_forward__shapes(model, pixels):
     predictions = model(pixels, ("sam", "clip")).features
     assert list(predictions) == ["sam", "clip"]
     assert predictions["clip"].summary.shape == (2, 5)
@@ -140,14 +128,7 @@ def test_forward__shapes(model: DistilledStudent, pixels: Tensor) -> None:
     ],
 )
 @pytest.mark.parametrize("freeze_body", [False, True])
-def test_forward__who_learns(
-    model: DistilledStudent,
-    pixels: Tensor,
-    asked: tuple[str, ...],
-    part: str,
-    expected: set[str],
-    freeze_body: bool,
-) -> None:
+def test_forward__who_learns(model, pixels, asked, part, expected, freeze_body):
     predictions = model(pixels, asked, torch.rand(2, NUM_DRAWS), freeze_body).features
     loss = torch.zeros(())
     for features in predictions.values():
@@ -159,9 +140,7 @@ def test_forward__who_learns(
     assert changed(model) == (expected - {"body"} if freeze_body else expected)
 
 
-def gradients(
-    model: DistilledStudent, pixels: Tensor, asked: tuple[str, ...], freeze_body: bool = False
-) -> dict[str, Tensor]:
+def gradients(model, pixels, asked, freeze_body=False):
     features = model(pixels, asked, freeze_body=freeze_body).features["clip"]
     (features.summary.square().sum() + features.spatial.square().sum()).backward()
     found = {name: p.grad for name, p in model.named_parameters()}
@@ -169,9 +148,7 @@ def gradients(
     return found
 
 
-def test_forward__other_heads_do_not_touch_values_or_gradients(
-    model: DistilledStudent, pixels: Tensor
-) -> None:
+def test_forward__other_heads_do_not_touch_values_or_gradients(model, pixels):
     """Bit for bit, as if there were no other head: also where that head is full of infinities."""
     expected = model.heads["clip"](*_tokens(model, pixels))
     alone, asked = gradients(model, pixels, ("clip",)), gradients(model, pixels, ("clip", "sam"))
@@ -185,14 +162,12 @@ def test_forward__other_heads_do_not_touch_values_or_gradients(
         assert torch.equal(value, alone[name]) or name.startswith("adaptors.sam"), name
 
 
-def _tokens(model: DistilledStudent, pixels: Tensor) -> tuple[Tensor, Tensor]:
+def _tokens(model, pixels):
     summary, spatial = model.student(pixels)
     return summary[:, 0], spatial
 
 
-def test_forward__frozen_body_teaches_the_heads_the_same(
-    model: DistilledStudent, pixels: Tensor
-) -> None:
+def test_forward__frozen_body_teaches_the_heads_the_same(model, pixels):
     free = gradients(model, pixels, ("clip",))
     frozen = gradients(model, pixels, ("clip",), freeze_body=True)
     for name, value in frozen.items():
@@ -200,19 +175,17 @@ def test_forward__frozen_body_teaches_the_heads_the_same(
         assert torch.equal(value, expected), name
 
 
-def test_forward__each_teacher_has_its_own_summary_token(
-    model: DistilledStudent, pixels: Tensor
-) -> None:
+def test_forward__each_teacher_has_its_own_summary_token(model, pixels):
     with torch.no_grad():
         summary, spatial = model.student(pixels)
         second = model.heads["clip"](summary[:, 1], spatial)
         assert not torch.allclose(model(pixels, ("clip",)).features["clip"].summary, second.summary)
 
 
-def test_forward__micro_batches_add_up_to_the_batch(model: DistilledStudent) -> None:
+def test_forward__micro_batches_add_up_to_the_batch(model):
     pixels, draws = torch.rand(4, 3, 32, 32), torch.rand(4, NUM_DRAWS)
 
-    def accumulate(parts: list[slice]) -> dict[str, Tensor]:
+    def accumulate(parts):
         for part in parts:
             predictions = model(pixels[part], ("clip", "sam"), draws=draws[part]).features
             sum(f.spatial.square().sum() for f in predictions.values()).backward()
@@ -228,7 +201,7 @@ def test_forward__micro_batches_add_up_to_the_batch(model: DistilledStudent) -> 
         )
 
 
-def test_forward__bfloat16_autocast(model: DistilledStudent, pixels: Tensor) -> None:
+def test_forward__bfloat16_autocast(model, pixels):
     with torch.autocast("cpu", torch.bfloat16):
         features = model(pixels, ("clip",)).features["clip"]
         features.spatial.float().square().mean().backward()
@@ -237,24 +210,17 @@ def test_forward__bfloat16_autocast(model: DistilledStudent, pixels: Tensor) -> 
     assert "body" in changed(model)
 
 
-def test_forward__unknown_teacher(model: DistilledStudent, pixels: Tensor) -> None:
+def test_forward__unknown_teacher(model, pixels):
     with pytest.raises(UnknownNameError, match=r"no head 'clipp' \(did you mean 'clip'\?\)"):
         model(pixels, ("clipp",))
 
 
-def test_build_student__name_that_a_module_cannot_have(
-    student_config: Callable[..., StudentConfig], teachers: dict[str, TeacherSpec]
-) -> None:
+def test_build_student__name_that_a_module_cannot_have(student_config, teachers):
     with pytest.raises(ConfigError, match="a teacher cannot have this name"):
         build_student(student_config(), {"type": teachers["clip"]})
 
 
-def test_state_dict__round_trip(
-    model: DistilledStudent,
-    pixels: Tensor,
-    student_config: Callable[..., StudentConfig],
-    teachers: dict[str, TeacherSpec],
-) -> None:
+def test_state_dict__round_trip(model, pixels, student_config, teachers):
     other = build_student(student_config(head_layers=1, window_size=2), teachers)
     other.student.global_blocks = frozenset({1})
     del other.student.blocks[2:]
@@ -264,7 +230,7 @@ def test_state_dict__round_trip(
     assert torch.equal(expected["clip"].spatial, found["clip"].spatial)
 
 
-def test_state_dict__names_are_those_of_earlier_files(teachers, student_config) -> None:
+def test_state_dict__names_are_those_of_earlier_files(teachers, student_config):
     """In checkpoints, exports, and the sums of a student's weights as a teacher."""
     model = build_student(student_config(), teachers, learned_weights=True)
     names = set(model.state_dict())
@@ -277,7 +243,7 @@ def test_state_dict__names_are_those_of_earlier_files(teachers, student_config) 
     assert own == {*(f"student.{part}" for part in parts), "uncertainty.log_variances"}
 
 
-def test_parameter_groups__each_parameter_once(model: DistilledStudent) -> None:
+def test_parameter_groups__each_parameter_once(model):
     groups = parameter_groups(model, weight_decay=0.02)
     assert [group["name"] for group in groups] == ["body_decay", "body", "head_decay", "head"]
     listed = [id(parameter) for group in groups for parameter in group["params"]]
@@ -286,7 +252,7 @@ def test_parameter_groups__each_parameter_once(model: DistilledStudent) -> None:
     torch.optim.AdamW(groups, lr=1e-3)  # also refuses parameters that appear twice
 
 
-def test_parameter_groups__what_decays(model: DistilledStudent) -> None:
+def test_parameter_groups__what_decays(model):
     groups = {group["name"]: group for group in parameter_groups(model, weight_decay=0.02)}
     members = {name: {id(p) for p in group["params"]} for name, group in groups.items()}
     assert {name: group["weight_decay"] for name, group in groups.items()} == {
@@ -301,7 +267,7 @@ def test_parameter_groups__what_decays(model: DistilledStudent) -> None:
         assert id(parameter) in members[part if spared else f"{part}_decay"], name
 
 
-def test_join_gradients__unused_ones_get_zeros() -> None:
+def test_join_gradients__unused_ones_get_zeros():
     first, second = torch.randn(3, requires_grad=True), torch.full((2,), torch.nan).requires_grad_()
     joined = join_gradients(first, second)
     assert torch.equal(joined[0], first)
@@ -310,7 +276,7 @@ def test_join_gradients__unused_ones_get_zeros() -> None:
     assert second.grad.tolist() == [0, 0]
 
 
-def test_zero_gradient__is_exact_also_for_infinite_gradients() -> None:
+def test_zero_gradient__is_exact_also_for_infinite_gradients():
     value = torch.randn(3, requires_grad=True)
     result = zero_gradient(value)
     assert torch.equal(result, value)

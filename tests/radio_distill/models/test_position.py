@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from radio_distill.models.position import NUM_DRAWS, CroppedPositions
 
@@ -16,7 +15,7 @@ unit = st.floats(0, 1, exclude_max=True, width=32)
 grids = st.tuples(st.integers(2, 9), st.integers(2, 9))
 
 
-def coordinate_positions(dropout: float = 0.0) -> CroppedPositions:
+def coordinate_positions(dropout=0.0):
     """A table of two channels, (y, x) of each cell in [0, 1], which bilinear sampling keeps."""
     positions = CroppedPositions(2, SIDE, dropout)
     axis = torch.linspace(0, 1, SIDE)
@@ -25,15 +24,13 @@ def coordinate_positions(dropout: float = 0.0) -> CroppedPositions:
     return positions
 
 
-def sample(draws: list[float], grid: tuple[int, int]) -> Tensor:
+def sample(draws, grid):
     return coordinate_positions()(grid, torch.tensor([draws], dtype=torch.float32))[0].detach()
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(unit, min_size=NUM_DRAWS, max_size=NUM_DRAWS), grids)
-def test_forward__crop_stays_inside_the_table_at_even_steps(
-    draws: list[float], grid: tuple[int, int]
-) -> None:
+def test_forward__crop_stays_inside_the_table_at_even_steps(draws, grid):
     points = sample(draws, grid)  # [h, w, 2]
     assert points.shape == (*grid, 2)
     assert points.min() >= -1e-5
@@ -50,7 +47,7 @@ def test_forward__crop_stays_inside_the_table_at_even_steps(
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(unit, min_size=NUM_DRAWS, max_size=NUM_DRAWS))
-def test_forward__crop_extents_follow_scale_and_aspect(draws: list[float]) -> None:
+def test_forward__crop_extents_follow_scale_and_aspect(draws):
     points = sample(draws, (4, 4))
     height, width = (points[-1, -1] - points[0, 0]).tolist()
     scale = math.sqrt(0.1) + (1 - math.sqrt(0.1)) * draws[1]
@@ -62,13 +59,13 @@ def test_forward__crop_extents_follow_scale_and_aspect(draws: list[float]) -> No
     assert left == pytest.approx(draws[4] * (1 - width), abs=1e-5)
 
 
-def test_forward__oblong_grid_keeps_the_aspect_of_its_crop() -> None:
+def test_forward__oblong_grid_keeps_the_aspect_of_its_crop():
     """With aspect 1, rows and columns of a 3x7 grid are equally far apart in the table."""
     points = sample([0.0, 0.5, 0.5, 0.2, 0.2], (3, 7))
     torch.testing.assert_close(points[1, 0, 0] - points[0, 0, 0], points[0, 1, 1] - points[0, 0, 1])
 
 
-def test_forward__dropout_takes_whole_images_by_their_draw() -> None:
+def test_forward__dropout_takes_whole_images_by_their_draw():
     positions = CroppedPositions(8, SIDE, dropout=0.3)
     draws = torch.rand(4, NUM_DRAWS)
     draws[:, 0] = torch.tensor([0.0, 0.29, 0.31, 0.99])
@@ -76,20 +73,20 @@ def test_forward__dropout_takes_whole_images_by_their_draw() -> None:
     assert dropped.tolist() == [True, True, False, False]
 
 
-def test_forward__drop_share_is_the_probability() -> None:
+def test_forward__drop_share_is_the_probability():
     positions = CroppedPositions(4, SIDE, dropout=0.1)
     encoded = positions((1, 1), torch.rand(4000, NUM_DRAWS))
     assert (encoded == 0).all(dim=-1).float().mean().item() == pytest.approx(0.1, abs=0.02)
 
 
-def test_forward__an_image_sees_the_same_crop_in_any_batch() -> None:
+def test_forward__an_image_sees_the_same_crop_in_any_batch():
     positions, draws = CroppedPositions(8, SIDE, dropout=0.2), torch.rand(6, NUM_DRAWS)
     whole = positions((5, 4), draws)
     parts = torch.cat([positions((5, 4), part) for part in draws.split([1, 3, 2])])
     assert torch.equal(whole, parts)
 
 
-def test_forward__batch_gradient_is_the_sum_over_images() -> None:
+def test_forward__batch_gradient_is_the_sum_over_images():
     positions, draws = CroppedPositions(8, SIDE, dropout=0.0), torch.rand(3, NUM_DRAWS)
     upstream = torch.randn(3, 4, 4, 8)
     (positions((4, 4), draws) * upstream).sum().backward()
@@ -100,7 +97,7 @@ def test_forward__batch_gradient_is_the_sum_over_images() -> None:
 
 
 @pytest.mark.parametrize("grid", [(4, 4), (3, 8), (8, 3), (16, 16), (20, 5)])
-def test_forward__without_draws_is_the_top_left_of_a_resized_square(grid: tuple[int, int]) -> None:
+def test_forward__without_draws_is_the_top_left_of_a_resized_square(grid):
     positions = CroppedPositions(8, SIDE, dropout=0.5)
     table = positions.table.permute(2, 0, 1)[None]
     square = F.interpolate(table, size=max(grid), mode="bilinear", align_corners=False)
@@ -108,11 +105,11 @@ def test_forward__without_draws_is_the_top_left_of_a_resized_square(grid: tuple[
     torch.testing.assert_close(positions(grid)[0], expected)
 
 
-def test_forward__without_draws_at_table_size_is_the_table() -> None:
+def test_forward__without_draws_at_table_size_is_the_table():
     positions = CroppedPositions(8, SIDE, dropout=0.5)
     assert torch.equal(positions((SIDE, SIDE))[0], positions.table)
 
 
-def test_init__spread_is_one_over_root_of_the_width() -> None:
+def test_init__spread_is_one_over_root_of_the_width():
     table = CroppedPositions(64, 64, dropout=0.0).table
     assert table.std().item() == pytest.approx(64**-0.5, rel=0.02)

@@ -1,7 +1,6 @@
 """Spectral reparametrisation and weight noise, on blocks of timm's ``test_vit`` (width 64)."""
 
 import copy
-from collections.abc import Callable
 
 import pytest
 import timm
@@ -34,7 +33,7 @@ KINDS = pytest.mark.parametrize(
 )
 
 
-def make_blocks(spectral: bool = False, noise: float = 0.0) -> nn.Module:
+def make_blocks(spectral=False, noise=0.0):
     """Two transformer blocks, the same ones each time."""
     torch.manual_seed(3)
     blocks: nn.Module = timm.create_model("test_vit").blocks[:2]
@@ -44,27 +43,25 @@ def make_blocks(spectral: bool = False, noise: float = 0.0) -> nn.Module:
     return blocks
 
 
-def layers_of(model: nn.Module) -> list[ReparametrizedLinear]:
+def layers_of(model):
     return [module for module in model.modules() if isinstance(module, ReparametrizedLinear)]
 
 
-def make_layer(
-    groups: int = 1, noise: float = 0.0, out_features: int = 6, in_features: int = 4
-) -> ReparametrizedLinear:
+def make_layer(groups=1, noise=0.0, out_features=6, in_features=4):
     return ReparametrizedLinear(nn.Linear(in_features, out_features), groups, noise)
 
 
-def largest(matrix: Tensor, groups: int) -> Tensor:
+def largest(matrix, groups):
     """Largest singular value of each block of rows, in float64."""
     blocks = rearrange(matrix.detach().double(), "(g o) i -> g o i", g=groups)
     return torch.linalg.svdvals(blocks)[:, 0]
 
 
-def scale_of(layer: ReparametrizedLinear) -> Tensor:
+def scale_of(layer):
     return F.softplus(layer.spectral_scale.detach().double()) + 0.05
 
 
-def perturb(model: nn.Module) -> None:
+def perturb(model):
     """Move every parameter, as a few updates would."""
     with torch.no_grad():
         for parameter in model.parameters():
@@ -72,7 +69,7 @@ def perturb(model: nn.Module) -> None:
 
 
 @pytest.fixture
-def tokens() -> Tensor:
+def tokens():
     return torch.randn(3, 7, 64)
 
 
@@ -80,9 +77,7 @@ def tokens() -> Tensor:
 
 
 @KINDS
-def test_reparametrize__computes_the_same_at_first(
-    tokens: Tensor, spectral: bool, noise: float
-) -> None:
+def test_reparametrize__computes_the_same_at_first(tokens, spectral, noise):
     blocks = make_blocks().eval()
     expected = blocks(tokens)
     parameters = dict(blocks.named_parameters())
@@ -92,14 +87,14 @@ def test_reparametrize__computes_the_same_at_first(
     assert all(dict(blocks.named_parameters())[name] is p for name, p in parameters.items())
 
 
-def test_reparametrize__nothing_asked() -> None:
+def test_reparametrize__nothing_asked():
     blocks = make_blocks()
     before = list(blocks.modules())
     reparametrize(blocks, spectral=False, noise=0.0)
     assert list(blocks.modules()) == before
 
 
-def test_reparametrize__groups() -> None:
+def test_reparametrize__groups():
     blocks = make_blocks(spectral=True)
     gated = nn.Sequential(GluMlp(8, 16))
     reparametrize(gated, spectral=True, noise=0.0)
@@ -108,7 +103,7 @@ def test_reparametrize__groups() -> None:
     assert (gated[0].fc1.groups, gated[0].fc2.groups) == (2, 1)
 
 
-def test_reparametrize__random_numbers_are_not_taken() -> None:
+def test_reparametrize__random_numbers_are_not_taken():
     """Otherwise a recipe's augmentations would change with the option."""
     blocks = make_blocks()
     state = torch.get_rng_state()
@@ -116,7 +111,7 @@ def test_reparametrize__random_numbers_are_not_taken() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_reparametrize__twice_adds_the_noise() -> None:
+def test_reparametrize__twice_adds_the_noise():
     blocks, both = make_blocks(spectral=True), make_blocks(spectral=True, noise=0.1)
     reparametrize(blocks, spectral=False, noise=0.1)
     begin_step(blocks, 0)
@@ -126,13 +121,13 @@ def test_reparametrize__twice_adds_the_noise() -> None:
 
 
 @pytest.mark.parametrize(("spectral", "noise"), [(True, 0.0), (False, 0.1)])
-def test_reparametrize__fused_block_is_refused(spectral: bool, noise: float) -> None:
+def test_reparametrize__fused_block_is_refused(spectral, noise):
     body = nn.ModuleList([ParallelScalingBlock(32, 2)])
     with pytest.raises(ConfigError, match=r"student\.architecture: a ParallelScalingBlock fuses"):
         reparametrize(body, spectral, noise)
 
 
-def test_reparametrize__state_names() -> None:
+def test_reparametrize__state_names():
     plain = set(make_blocks().state_dict())
     assert set(make_blocks(noise=0.1).state_dict()) == plain
     added = set(make_blocks(spectral=True).state_dict()) - plain
@@ -140,7 +135,7 @@ def test_reparametrize__state_names() -> None:
     assert len(added) == 3 * 8
 
 
-def test_reparametrize__on_the_meta_device() -> None:
+def test_reparametrize__on_the_meta_device():
     with torch.device("meta"):
         blocks = timm.create_model("test_vit").blocks
         reparametrize(blocks, spectral=True, noise=0.0)
@@ -150,7 +145,7 @@ def test_reparametrize__on_the_meta_device() -> None:
 # ------------------------------------------------------------------------------ the matrix in use
 
 
-def test_matrix__largest_singular_values_are_the_scales() -> None:
+def test_matrix__largest_singular_values_are_the_scales():
     for layer in layers_of(make_blocks(spectral=True)):
         before = largest(layer.weight, layer.groups)
         torch.testing.assert_close(scale_of(layer), before, rtol=1e-6, atol=0)
@@ -166,9 +161,7 @@ def test_matrix__largest_singular_values_are_the_scales() -> None:
     size=st.sampled_from([1e-20, 1e-3, 0.05, 1.0, 1e6]),
 )
 @settings(max_examples=60, deadline=None)
-def test_matrix__equals_the_weight_at_first(
-    groups: int, rows: int, columns: int, size: float
-) -> None:
+def test_matrix__equals_the_weight_at_first(groups, rows, columns, size):
     linear = nn.Linear(columns, groups * rows)
     nn.init.normal_(linear.weight, std=size)
     layer = ReparametrizedLinear(linear, groups, noise=0.0)
@@ -177,7 +170,7 @@ def test_matrix__equals_the_weight_at_first(
     assert (layer.matrix() - linear.weight).abs().max() <= allowed
 
 
-def test_matrix__size_of_the_weight_has_no_effect() -> None:
+def test_matrix__size_of_the_weight_has_no_effect():
     layer = make_layer(groups=2)
     before = layer.matrix()
     (layer.matrix() * torch.randn(6, 4)).sum().backward()
@@ -188,7 +181,7 @@ def test_matrix__size_of_the_weight_has_no_effect() -> None:
     torch.testing.assert_close(layer.matrix(), before)
 
 
-def test_matrix__groups_do_not_mix() -> None:
+def test_matrix__groups_do_not_mix():
     """Each block of rows gives the matrix of a layer of its own."""
     fused = make_layer(groups=3, out_features=15, in_features=7)
     perturb(fused)
@@ -201,11 +194,11 @@ def test_matrix__groups_do_not_mix() -> None:
         torch.testing.assert_close(fused.matrix()[5 * i : 5 * i + 5], alone.matrix())
 
 
-def test_matrix__gradient() -> None:
+def test_matrix__gradient():
     layer = make_layer(groups=2).double()
     perturb(layer)
 
-    def matrix(weight: Tensor, scale: Tensor) -> Tensor:
+    def matrix(weight, scale):
         values = {"weight": weight, "spectral_scale": scale}
         return torch.func.functional_call(_Matrix(layer), {f"0.{k}": v for k, v in values.items()})
 
@@ -215,13 +208,13 @@ def test_matrix__gradient() -> None:
 class _Matrix(nn.Sequential):
     """A module whose forward is the layer's matrix."""
 
-    def forward(self) -> Tensor:
+    def forward(self):
         matrix: Tensor = self[0].matrix()
         return matrix
 
 
 @pytest.mark.parametrize("size", [0.0, 1e-3])
-def test_matrix__small_weights_are_kept_and_have_finite_gradients(size: float) -> None:
+def test_matrix__small_weights_are_kept_and_have_finite_gradients(size):
     """Below a largest singular value of 0.05 a matrix is W times a number near 1."""
     layer = make_layer(groups=2)
     nn.init.normal_(layer.weight, std=size)
@@ -235,7 +228,7 @@ def test_matrix__small_weights_are_kept_and_have_finite_gradients(size: float) -
     torch.testing.assert_close(layer.right.norm(dim=1), torch.ones(2))
 
 
-def test_matrix__zeros_can_be_trained() -> None:
+def test_matrix__zeros_can_be_trained():
     layer = make_layer()
     nn.init.zeros_(layer.weight)
     layer = ReparametrizedLinear(layer, groups=1, noise=0.0)
@@ -250,7 +243,7 @@ def test_matrix__zeros_can_be_trained() -> None:
     assert loss.item() < 1e-3
 
 
-def test_matrix__without_spectral_is_the_weight() -> None:
+def test_matrix__without_spectral_is_the_weight():
     layer = make_layer(groups=0, noise=0.3)
     assert layer.matrix() is layer.weight
     assert not layer.spectral
@@ -260,7 +253,7 @@ def test_matrix__without_spectral_is_the_weight() -> None:
 
 
 @pytest.mark.parametrize("shape", [(3, 5, 9), (2, 9, 5), (1, 1, 4)])
-def test_top_singular_vectors__against_the_svd(shape: tuple[int, int, int]) -> None:
+def test_top_singular_vectors__against_the_svd(shape):
     blocks = torch.randn(shape, dtype=torch.float64)
     left, right = top_singular_vectors(blocks)
     _, values, _ = torch.linalg.svd(blocks)
@@ -269,7 +262,7 @@ def test_top_singular_vectors__against_the_svd(shape: tuple[int, int, int]) -> N
     torch.testing.assert_close(torch.einsum("goi,go->gi", blocks, left), right * values[:, :1])
 
 
-def test_power_iteration__converges_to_the_largest_singular_value() -> None:
+def test_power_iteration__converges_to_the_largest_singular_value():
     """From below, and never back, as the Rayleigh quotient of W^T W does."""
     blocks = torch.randn(3, 20, 12, dtype=torch.float64)
     expected = torch.linalg.svdvals(blocks)[:, 0]
@@ -284,14 +277,14 @@ def test_power_iteration__converges_to_the_largest_singular_value() -> None:
     torch.testing.assert_close(sigma, expected)
 
 
-def test_power_iteration__zeros_and_nan_leave_the_estimates() -> None:
+def test_power_iteration__zeros_and_nan_leave_the_estimates():
     left, right = torch.eye(3)[:2], torch.eye(4)[:2]
     blocks = torch.stack((torch.zeros(3, 4), torch.full((3, 4), torch.nan)))
     for before, after in zip((left, right), power_iteration(blocks, left, right), strict=True):
         assert torch.equal(before, after)
 
 
-def test_forward__estimates_follow_the_weight() -> None:
+def test_forward__estimates_follow_the_weight():
     blocks = make_blocks(spectral=True)
     perturb(blocks)
     for step in range(300):
@@ -306,15 +299,15 @@ def test_forward__estimates_follow_the_weight() -> None:
 # ------------------------------------------------------------------------------ steps
 
 
-def buffers_of(model: nn.Module) -> list[Tensor]:
+def buffers_of(model):
     return [buffer.clone() for buffer in model.buffers()]
 
 
-def same(these: list[Tensor], those: list[Tensor]) -> bool:
+def same(these, those):
     return all(torch.equal(a, b) for a, b in zip(these, those, strict=True))
 
 
-def test_begin_step__one_iteration_however_many_forwards(tokens: Tensor) -> None:
+def test_begin_step__one_iteration_however_many_forwards(tokens):
     blocks = make_blocks(spectral=True)
     perturb(blocks)
     before = buffers_of(blocks)
@@ -334,7 +327,7 @@ def test_begin_step__one_iteration_however_many_forwards(tokens: Tensor) -> None
     assert not same(once, buffers_of(blocks))
 
 
-def test_forward__first_one_of_a_step_uses_the_refined_vectors() -> None:
+def test_forward__first_one_of_a_step_uses_the_refined_vectors():
     layer = make_layer(groups=2, out_features=10, in_features=8).train()
     perturb(layer)
     layer.begin_step(0)
@@ -342,9 +335,7 @@ def test_forward__first_one_of_a_step_uses_the_refined_vectors() -> None:
     assert torch.equal(layer(x), layer(x))
 
 
-def gradients(
-    blocks: nn.Module, run: Callable[[nn.Module, Tensor], Tensor], *batches: Tensor
-) -> dict[str, Tensor]:
+def gradients(blocks, run, *batches):
     """Gradient of one step, summed over micro-batches."""
     begin_step(blocks, 11)
     for batch in batches:
@@ -352,16 +343,14 @@ def gradients(
     return {name: parameter.grad for name, parameter in blocks.named_parameters()}
 
 
-def run_checkpointed(blocks: nn.Module, tokens: Tensor) -> Tensor:
+def run_checkpointed(blocks, tokens):
     for block in blocks:
         tokens = checkpoint(block, tokens, use_reentrant=False)
     return tokens
 
 
 @KINDS
-def test_forward__gradient_checkpointing_recomputes_the_same(
-    tokens: Tensor, spectral: bool, noise: float
-) -> None:
+def test_forward__gradient_checkpointing_recomputes_the_same(tokens, spectral, noise):
     kept, recomputed = make_blocks(spectral, noise), make_blocks(spectral, noise)
     torch.manual_seed(0)
     perturb(kept)
@@ -373,9 +362,7 @@ def test_forward__gradient_checkpointing_recomputes_the_same(
 
 
 @KINDS
-def test_forward__micro_batches_give_the_gradient_of_the_batch(
-    tokens: Tensor, spectral: bool, noise: float
-) -> None:
+def test_forward__micro_batches_give_the_gradient_of_the_batch(tokens, spectral, noise):
     whole, parts = make_blocks(spectral, noise), make_blocks(spectral, noise)
     expected = gradients(whole, lambda blocks, x: blocks(x), tokens)
     measured = gradients(parts, lambda blocks, x: blocks(x), *tokens.split(1))
@@ -388,7 +375,7 @@ def test_forward__micro_batches_give_the_gradient_of_the_batch(
 # ------------------------------------------------------------------------------ noise
 
 
-def test_noise__one_draw_a_step_and_layer() -> None:
+def test_noise__one_draw_a_step_and_layer():
     model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
     model[1].load_state_dict(model[0].state_dict())
     reparametrize(model, spectral=False, noise=0.2)
@@ -408,21 +395,21 @@ def test_noise__one_draw_a_step_and_layer() -> None:
     assert not torch.equal(draws[0], draws[1])
 
 
-def test_noise__off_in_evaluation(tokens: Tensor) -> None:
+def test_noise__off_in_evaluation(tokens):
     blocks, plain = make_blocks(noise=0.5).eval(), make_blocks().eval()
     begin_step(blocks, 0)
     assert torch.equal(blocks(tokens), plain(tokens))
     assert not torch.equal(blocks.train()(tokens), plain(tokens))
 
 
-def test_noise__needs_begin_step() -> None:
+def test_noise__needs_begin_step():
     layer = make_layer(groups=0, noise=0.1)
     with pytest.raises(AssertionError, match="needs begin_step"):
         layer.train()(torch.randn(2, 4))
 
 
 @pytest.mark.parametrize("groups", [0, 1])
-def test_noise__is_normal_around_one_and_independent(groups: int) -> None:
+def test_noise__is_normal_around_one_and_independent(groups):
     layer = make_layer(groups, noise=0.25, out_features=400, in_features=300)
     nn.init.uniform_(layer.weight, 1, 2)
     layer = ReparametrizedLinear(layer, groups, noise=0.25)
@@ -438,7 +425,7 @@ def test_noise__is_normal_around_one_and_independent(groups: int) -> None:
     assert (rows - torch.eye(400)).abs().max() < 6 / 300**0.5
 
 
-def test_noise__gradient_flows_through_the_product() -> None:
+def test_noise__gradient_flows_through_the_product():
     """dL/dW = xi * G with G the gradient at the perturbed weight xi * W."""
     layer = make_layer(groups=0, noise=0.5)
     layer.begin_step(2)
@@ -456,7 +443,7 @@ def test_noise__gradient_flows_through_the_product() -> None:
 
 
 @KINDS
-def test_state__of_another_model(tokens: Tensor, spectral: bool, noise: float) -> None:
+def test_state__of_another_model(tokens, spectral, noise):
     trained, fresh = make_blocks(spectral, noise), make_blocks(spectral, noise)
     perturb(trained)
     begin_step(trained, 0)
@@ -470,7 +457,7 @@ def test_state__of_another_model(tokens: Tensor, spectral: bool, noise: float) -
     assert same(buffers_of(fresh), buffers_of(trained))
 
 
-def test_deepcopy__is_independent(tokens: Tensor) -> None:
+def test_deepcopy__is_independent(tokens):
     blocks = make_blocks(spectral=True, noise=0.1)
     copied = copy.deepcopy(blocks).eval()
     before = copied(tokens)
@@ -480,7 +467,7 @@ def test_deepcopy__is_independent(tokens: Tensor) -> None:
     assert torch.equal(copied(tokens), before)
 
 
-def test_ema__of_a_spectral_model(tokens: Tensor) -> None:
+def test_ema__of_a_spectral_model(tokens):
     blocks = make_blocks(spectral=True, noise=0.1)
     ema = Ema(blocks)
     assert torch.equal(ema.model(tokens), blocks.eval()(tokens))
@@ -495,7 +482,7 @@ def test_ema__of_a_spectral_model(tokens: Tensor) -> None:
 
 
 @KINDS
-def test_fold__computes_the_same(tokens: Tensor, spectral: bool, noise: float) -> None:
+def test_fold__computes_the_same(tokens, spectral, noise):
     blocks = make_blocks(spectral, noise)
     perturb(blocks)
     begin_step(blocks, 0)
@@ -511,7 +498,7 @@ def test_fold__computes_the_same(tokens: Tensor, spectral: bool, noise: float) -
 
 
 @pytest.mark.parametrize("groups", [0, 1])
-def test_folded__shares_no_memory(groups: int) -> None:
+def test_folded__shares_no_memory(groups):
     layer = make_layer(groups, noise=0.1)
     folded = layer.folded()
     assert type(folded) is nn.Linear
@@ -522,7 +509,7 @@ def test_folded__shares_no_memory(groups: int) -> None:
     assert folded.weight.is_leaf
 
 
-def test_folded__without_bias() -> None:
+def test_folded__without_bias():
     layer = ReparametrizedLinear(nn.Linear(4, 6, bias=False), groups=1, noise=0.0)
     assert layer.folded().bias is None
     x = torch.randn(2, 4)
@@ -532,7 +519,7 @@ def test_folded__without_bias() -> None:
 # ------------------------------------------------------------------------------ precision, compile
 
 
-def test_autocast__matrix_and_vectors_in_float32(tokens: Tensor) -> None:
+def test_autocast__matrix_and_vectors_in_float32(tokens):
     plain, cast = make_blocks(spectral=True), make_blocks(spectral=True)
     for model in (plain, cast):
         torch.manual_seed(0)
@@ -551,7 +538,7 @@ def test_autocast__matrix_and_vectors_in_float32(tokens: Tensor) -> None:
     assert cast[0].attn.qkv.weight.grad.dtype == torch.float32
 
 
-def test_forward__bfloat16_model(tokens: Tensor) -> None:
+def test_forward__bfloat16_model(tokens):
     expected = make_blocks(spectral=True).eval()(tokens)
     blocks = make_blocks(spectral=True, noise=0.1).bfloat16()
     measured = blocks.eval()(tokens.bfloat16())
@@ -562,7 +549,7 @@ def test_forward__bfloat16_model(tokens: Tensor) -> None:
     assert blocks[0].attn.qkv.weight.grad.dtype == torch.bfloat16
 
 
-def test_compile__same_numbers_in_every_step() -> None:
+def test_compile__same_numbers_in_every_step():
     eager = make_layer(groups=2, noise=0.1)
     traced = copy.deepcopy(eager)
     compiled = torch.compile(traced, backend="eager")

@@ -1,12 +1,9 @@
 """The student against transformers' RADIO, timm's ViT, and itself."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from radio_distill.config import StudentConfig
 from radio_distill.errors import ConfigError
 from radio_distill.models.position import NUM_DRAWS
 from radio_distill.models.student import (
@@ -18,10 +15,8 @@ from radio_distill.models.student import (
     to_windows,
 )
 
-MakeStudent = Callable[..., Student]
 
-
-def radio_model(student: Student) -> torch.nn.Module:
+def radio_model(student):
     """Return transformers' RadioModel with the student's weights; its code is NVIDIA's design."""
     transformers = pytest.importorskip("transformers")
     config = transformers.RadioConfig(
@@ -58,9 +53,7 @@ def radio_model(student: Student) -> torch.nn.Module:
 
 @pytest.mark.parametrize("size", [(224, 224), (224, 192), (160, 320), (320, 64)])
 @torch.no_grad()
-def test_forward__equals_transformers_radio(
-    make_student: MakeStudent, size: tuple[int, int]
-) -> None:
+def test_forward__equals_transformers_radio(make_student, size):
     student = make_student(max_size=512, registers=3).eval()
     student.prefix_tokens.mul_(10)  # so that a slip of the tokens shows
     pixels = torch.rand(2, 3, *size)
@@ -74,7 +67,7 @@ def test_forward__equals_transformers_radio(
 
 
 @torch.no_grad()
-def test_forward__images_of_a_batch_do_not_meet(make_student: MakeStudent) -> None:
+def test_forward__images_of_a_batch_do_not_meet(make_student):
     student, pixels = make_student().eval(), torch.rand(3, 3, 64, 96)
     alone = [student(pixels[i : i + 1]) for i in range(3)]
     summary, spatial = student(pixels)
@@ -85,9 +78,7 @@ def test_forward__images_of_a_batch_do_not_meet(make_student: MakeStudent) -> No
 @pytest.mark.parametrize("registers", [0, 5])
 @pytest.mark.parametrize("cell", [(0, 0), (1, 4), (3, 2), (3, 5)])
 @torch.no_grad()
-def test_forward__moving_an_object_moves_its_features(
-    make_student: MakeStudent, cell: tuple[int, int], registers: int
-) -> None:
+def test_forward__moving_an_object_moves_its_features(make_student, cell, registers):
     """No summary or register token may shift the map by a cell."""
     student = make_student(registers=registers).eval()
     empty = torch.full((1, 3, 64, 96), 0.5)
@@ -98,7 +89,7 @@ def test_forward__moving_an_object_moves_its_features(
 
 
 @torch.no_grad()
-def test_forward__spatial_has_one_cell_a_patch_and_no_prefix(make_student: MakeStudent) -> None:
+def test_forward__spatial_has_one_cell_a_patch_and_no_prefix(make_student):
     """Without blocks, spatial features are embedded patches, whatever the tokens before them."""
     student = make_student(registers=4).eval()
     del student.blocks[:]
@@ -113,7 +104,7 @@ def test_forward__spatial_has_one_cell_a_patch_and_no_prefix(make_student: MakeS
 
 
 @torch.no_grad()
-def test_forward__input_is_normalised_inside(make_student: MakeStudent) -> None:
+def test_forward__input_is_normalised_inside(make_student):
     student = make_student().eval()
     pixels = torch.rand(1, 3, 32, 32)
     expected = student(pixels)[1]
@@ -122,7 +113,7 @@ def test_forward__input_is_normalised_inside(make_student: MakeStudent) -> None:
     torch.testing.assert_close(student((pixels - 0.5) / 0.5)[1], expected, atol=1e-5, rtol=0)
 
 
-def test_forward__draws_matter_in_training_alone(make_student: MakeStudent) -> None:
+def test_forward__draws_matter_in_training_alone(make_student):
     student, pixels, draws = make_student(), torch.rand(1, 3, 32, 32), torch.rand(1, NUM_DRAWS)
     with torch.no_grad():
         plain = student(pixels)[1]
@@ -132,7 +123,7 @@ def test_forward__draws_matter_in_training_alone(make_student: MakeStudent) -> N
 
 
 @torch.no_grad()
-def test_forward__a_split_batch_sees_the_same_crops(make_student: MakeStudent) -> None:
+def test_forward__a_split_batch_sees_the_same_crops(make_student):
     student, pixels, draws = make_student(), torch.rand(4, 3, 64, 48), torch.rand(4, NUM_DRAWS)
     whole = student(pixels, draws)
     halves = [student(pixels[part], draws[part]) for part in (slice(0, 1), slice(1, 4))]
@@ -142,9 +133,7 @@ def test_forward__a_split_batch_sees_the_same_crops(make_student: MakeStudent) -
 
 
 @pytest.mark.parametrize("size", [(60, 64), (64, 8), (65, 33)])
-def test_forward__size_that_the_patch_does_not_divide(
-    make_student: MakeStudent, size: tuple[int, int]
-) -> None:
+def test_forward__size_that_the_patch_does_not_divide(make_student, size):
     with pytest.raises(ConfigError) as caught:
         make_student()(torch.rand(1, 3, *size))
     message = str(caught.value)
@@ -156,7 +145,7 @@ def test_forward__size_that_the_patch_does_not_divide(
     assert "\n" not in message
 
 
-def test_forward__size_that_the_window_does_not_divide(make_student: MakeStudent) -> None:
+def test_forward__size_that_the_window_does_not_divide(make_student):
     student = make_student(window_size=4, global_blocks=1)
     with pytest.raises(
         ConfigError, match=r"patch 16 times window 4 \(nearest 64x128 and 128x128\)"
@@ -165,7 +154,7 @@ def test_forward__size_that_the_window_does_not_divide(make_student: MakeStudent
 
 
 @torch.no_grad()
-def test_forward__one_window_is_global_attention(make_student: MakeStudent) -> None:
+def test_forward__one_window_is_global_attention(make_student):
     student, pixels = make_student(window_size=4, global_blocks=1).eval(), torch.rand(2, 3, 64, 64)
     student.global_blocks = frozenset({2})
     windowed = student(pixels)
@@ -176,9 +165,7 @@ def test_forward__one_window_is_global_attention(make_student: MakeStudent) -> N
 
 
 @torch.no_grad()
-def test_forward__windows_see_each_other_through_global_blocks_alone(
-    make_student: MakeStudent,
-) -> None:
+def test_forward__windows_see_each_other_through_global_blocks_alone(make_student):
     student = make_student(window_size=2, registers=0).eval()
     student.global_blocks = frozenset()
     del student.blocks[1:]
@@ -193,7 +180,7 @@ def test_forward__windows_see_each_other_through_global_blocks_alone(
     assert ((student(changed)[1] - student(pixels)[1]).abs().amax(dim=1) > 0).all()
 
 
-def gradients(student: Student, pixels: Tensor, draws: Tensor) -> dict[str, Tensor]:
+def gradients(student, pixels, draws):
     summary, spatial = student(pixels, draws)
     (summary.square().sum() + spatial.square().sum()).backward()
     found = {name: p.grad for name, p in student.named_parameters()}
@@ -202,9 +189,7 @@ def gradients(student: Student, pixels: Tensor, draws: Tensor) -> dict[str, Tens
 
 
 @pytest.mark.parametrize("global_blocks", [{1}, {0, 1, 2}])
-def test_forward__checkpointing_gives_equal_gradients(
-    make_student: MakeStudent, global_blocks: set[int]
-) -> None:
+def test_forward__checkpointing_gives_equal_gradients(make_student, global_blocks):
     student = make_student(window_size=2, gradient_checkpointing=True)
     student.global_blocks = frozenset(global_blocks)
     pixels, draws = torch.rand(2, 3, 64, 64), torch.rand(2, NUM_DRAWS)
@@ -213,10 +198,10 @@ def test_forward__checkpointing_gives_equal_gradients(
     torch.testing.assert_close(recomputed, gradients(student, pixels, draws))
 
 
-def test_forward__checkpointing_keeps_fewer_activations(make_student: MakeStudent) -> None:
+def test_forward__checkpointing_keeps_fewer_activations(make_student):
     student, pixels = make_student(gradient_checkpointing=True), torch.rand(1, 3, 64, 64)
 
-    def saved_elements() -> int:
+    def saved_elements():
         sizes: list[int] = []
         with torch.autograd.graph.saved_tensors_hooks(
             lambda tensor: sizes.append(tensor.numel()) or tensor, lambda tensor: tensor
@@ -229,7 +214,7 @@ def test_forward__checkpointing_keeps_fewer_activations(make_student: MakeStuden
     assert with_checkpoints < saved_elements() / 3
 
 
-def test_init__drop_path_is_active_in_training_only(make_student: MakeStudent) -> None:
+def test_init__drop_path_is_active_in_training_only(make_student):
     student, pixels = make_student(drop_path=0.9), torch.rand(1, 3, 32, 32)
     student.blocks[2].drop_path1.drop_prob = 0.9
     with torch.no_grad():
@@ -239,7 +224,7 @@ def test_init__drop_path_is_active_in_training_only(make_student: MakeStudent) -
         assert torch.equal(student(pixels)[1], student(pixels)[1])
 
 
-def test_init__sizes(student_config: Callable[..., StudentConfig]) -> None:
+def test_init__sizes(student_config):
     config = student_config(registers=3, patch_size=32, max_size=512)
     student = Student(config, num_summary_tokens=4)
     assert (student.embed_dim, student.depth, student.patch_size) == (192, 12, 32)
@@ -255,9 +240,7 @@ def test_init__sizes(student_config: Callable[..., StudentConfig]) -> None:
     "architecture",
     ["deit3_small_patch16_224", "vit_small_patch14_reg4_dinov2", "vit_base_patch16_siglip_224"],
 )
-def test_init__other_families(
-    student_config: Callable[..., StudentConfig], architecture: str
-) -> None:
+def test_init__other_families(student_config, architecture):
     """LayerScale, registers of their own, and pooling without a class token."""
     student = Student(student_config(architecture=architecture), num_summary_tokens=1)
     with torch.no_grad():
@@ -277,13 +260,13 @@ def test_init__other_families(
         ("deit3_small", "'deit3_small_patch16_224'"),
     ],
 )
-def test_create_body__what_is_no_plain_vit(architecture: str, near: str) -> None:
+def test_create_body__what_is_no_plain_vit(architecture, near):
     with pytest.raises(ConfigError, match=f"'{architecture}' is not a plain .*{near}") as error:
         create_body(architecture, pretrained=False, drop_path=0.0)
     assert len(str(error.value)) < 250
 
 
-def test_create_body__drop_path_grows_with_depth() -> None:
+def test_create_body__drop_path_grows_with_depth():
     body = create_body("vit_tiny_patch16_224", pretrained=False, drop_path=0.1)
     rates = [getattr(block.drop_path1, "drop_prob", 0.0) for block in body.blocks]
     assert rates[0] == 0
@@ -301,19 +284,17 @@ def test_create_body__drop_path_grows_with_depth() -> None:
         (3, 3, {0, 1, 2}),
     ],
 )
-def test_spread_global_blocks__even_and_the_last(
-    depth: int, num_global: int, expected: set[int]
-) -> None:
+def test_spread_global_blocks__even_and_the_last(depth, num_global, expected):
     assert spread_global_blocks(depth, num_global) == expected
 
 
 @pytest.mark.parametrize("num_global", [0, 13])
-def test_spread_global_blocks__impossible_number(num_global: int) -> None:
+def test_spread_global_blocks__impossible_number(num_global):
     with pytest.raises(ConfigError, match=f"global_blocks: {num_global} is not between 1 and 12"):
         spread_global_blocks(12, num_global)
 
 
-def test_to_windows__each_window_is_a_square_of_neighbours() -> None:
+def test_to_windows__each_window_is_a_square_of_neighbours():
     patches = torch.arange(4 * 6).view(1, 4, 6, 1)
     first, second, *_ = to_windows(patches, 2)[0, :, 0].split(4)
     assert first.tolist() == [0, 1, 6, 7]
@@ -321,12 +302,12 @@ def test_to_windows__each_window_is_a_square_of_neighbours() -> None:
 
 
 @pytest.mark.parametrize("window", [1, 2, 3])
-def test_from_windows__undoes_to_windows(window: int) -> None:
+def test_from_windows__undoes_to_windows(window):
     patches = torch.randn(2, 6, 12, 5)
     assert torch.equal(from_windows(to_windows(patches, window), (6, 12), window), patches)
 
 
-def test_attend_in_windows__equals_a_loop_over_windows() -> None:
+def test_attend_in_windows__equals_a_loop_over_windows():
     block = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
     tokens = torch.randn(2, 3 + 5 * 4, 8)
     prefix, windows = tokens[:, :3], tokens[:, 3:].split(4, dim=1)

@@ -1,16 +1,13 @@
 """Weights of timm models: what arrives, at other patch sizes and grids, and what is refused."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from hashlib import sha256
-from pathlib import Path
 
 import pytest
 import timm
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 
 from radio_distill.config import StudentConfig
 from radio_distill.errors import ConfigError, WeightsError
@@ -18,13 +15,12 @@ from radio_distill.models import student as students
 from radio_distill.system.trust import trusting_pickles
 from radio_distill.weights.pretrained import initialise, read_pretrained
 
-MakeConfig = Callable[..., StudentConfig]
 ARCHITECTURE = "vit_tiny_patch16_224"
 Student = partial(students.Student, initialise=initialise)
 
 
 @pytest.fixture
-def reference() -> torch.nn.Module:
+def reference():
     model = timm.create_model(ARCHITECTURE, num_classes=10, final_norm=False).eval()
     with torch.no_grad():
         model.cls_token.normal_()
@@ -34,19 +30,17 @@ def reference() -> torch.nn.Module:
 
 
 @pytest.fixture
-def weights_file(reference: torch.nn.Module, tmp_path: Path) -> Path:
+def weights_file(reference, tmp_path):
     return save(reference.state_dict(), tmp_path / "weights.safetensors")
 
 
-def save(state: dict[str, Tensor], path: Path) -> Path:
+def save(state, path):
     save_file({name: value.contiguous() for name, value in state.items()}, path)
     return path
 
 
 @torch.no_grad()
-def test_file__same_grid_gives_timms_features(
-    reference: torch.nn.Module, weights_file: Path, student_config: MakeConfig
-) -> None:
+def test_file__same_grid_gives_timms_features(reference, weights_file, student_config):
     """Also class token, its position, and the bias of the patch embedding find their place."""
     config = student_config(pretrained=str(weights_file), max_size=224, registers=0)
     student, pixels = Student(config, num_summary_tokens=1).eval(), torch.rand(2, 3, 224, 224)
@@ -59,8 +53,8 @@ def test_file__same_grid_gives_timms_features(
 
 
 def test_file__torch_and_safetensors_are_read_alike(
-    reference: torch.nn.Module, weights_file: Path, student_config: MakeConfig, tmp_path: Path
-) -> None:
+    reference, weights_file, student_config, tmp_path
+):
     torch.save(reference.state_dict(), tmp_path / "weights.pth")
     students = []
     for name in ("weights.pth", weights_file.name):
@@ -70,9 +64,7 @@ def test_file__torch_and_safetensors_are_read_alike(
 
 
 @torch.no_grad()
-def test_file__patch_size_is_resampled_for_a_resized_image(
-    weights_file: Path, student_config: MakeConfig
-) -> None:
+def test_file__patch_size_is_resampled_for_a_resized_image(weights_file, student_config):
     """An image of twice the size, in patches of twice the size, has nearly equal embeddings."""
     sizes = {}
     smooth = torch.nn.functional.interpolate(torch.rand(1, 3, 4, 4), size=64, mode="bicubic")
@@ -87,9 +79,7 @@ def test_file__patch_size_is_resampled_for_a_resized_image(
 
 
 @torch.no_grad()
-def test_file__positions_are_resampled_to_the_table(
-    reference: torch.nn.Module, weights_file: Path, student_config: MakeConfig
-) -> None:
+def test_file__positions_are_resampled_to_the_table(reference, weights_file, student_config):
     """Smooth positions survive the way to a larger table and back to timm's grid."""
     rows = torch.linspace(0, 1, 14)
     smooth = (torch.sin(3 * rows)[:, None] + torch.cos(2 * rows)[None, :])[..., None] * torch.randn(
@@ -103,7 +93,7 @@ def test_file__positions_are_resampled_to_the_table(
     assert (found - smooth).abs().max() < 0.03 * smooth.abs().max()
 
 
-def test_file__of_another_image_size(student_config: MakeConfig, tmp_path: Path) -> None:
+def test_file__of_another_image_size(student_config, tmp_path):
     larger = timm.create_model(ARCHITECTURE, num_classes=0, img_size=384)
     path = save(larger.state_dict(), tmp_path / "larger.safetensors")
     student = Student(student_config(pretrained=str(path), max_size=384), num_summary_tokens=1)
@@ -111,9 +101,7 @@ def test_file__of_another_image_size(student_config: MakeConfig, tmp_path: Path)
     torch.testing.assert_close(student.positions.table, expected)
 
 
-def test_file__registers_take_those_of_the_model(
-    student_config: MakeConfig, tmp_path: Path
-) -> None:
+def test_file__registers_take_those_of_the_model(student_config, tmp_path):
     architecture = "vit_small_patch14_reg4_dinov2"
     model = timm.create_model(architecture, num_classes=0, img_size=56)
     torch.nn.init.normal_(model.reg_token)
@@ -126,9 +114,7 @@ def test_file__registers_take_those_of_the_model(
     assert tokens[6:].std() > 0.01  # two new registers
 
 
-def test_file__without_class_token_leaves_summary_tokens_random(
-    student_config: MakeConfig, tmp_path: Path
-) -> None:
+def test_file__without_class_token_leaves_summary_tokens_random(student_config, tmp_path):
     architecture = "vit_wee_patch16_reg1_gap_256"
     model = timm.create_model(architecture, num_classes=0)
     path = save(model.state_dict(), tmp_path / "pooled.safetensors")
@@ -140,7 +126,7 @@ def test_file__without_class_token_leaves_summary_tokens_random(
         assert torch.equal(value, expected[name])
 
 
-def broken(change: Callable[[dict[str, Tensor]], object], path: Path) -> Path:
+def broken(change, path):
     state = timm.create_model(ARCHITECTURE, num_classes=0).state_dict()
     change(state)
     return save(state, path)
@@ -165,12 +151,7 @@ def broken(change: Callable[[dict[str, Tensor]], object], path: Path) -> Path:
         ),
     ],
 )
-def test_file__wrong_weights_name_the_key(
-    change: Callable[[dict[str, Tensor]], object],
-    message: str,
-    student_config: MakeConfig,
-    tmp_path: Path,
-) -> None:
+def test_file__wrong_weights_name_the_key(change, message, student_config, tmp_path):
     path = broken(change, tmp_path / "wrong.safetensors")
     with pytest.raises(WeightsError, match=message) as caught:
         Student(student_config(pretrained=str(path)), num_summary_tokens=1)
@@ -178,7 +159,7 @@ def test_file__wrong_weights_name_the_key(
     assert str(path) in str(caught.value)
 
 
-def test_file__of_another_architecture(student_config: MakeConfig, tmp_path: Path) -> None:
+def test_file__of_another_architecture(student_config, tmp_path):
     path = save(timm.create_model("resnet18").state_dict(), tmp_path / "resnet.safetensors")
     with pytest.raises(
         WeightsError, match=rf"{path} does not hold weights of {ARCHITECTURE}: .* is missing"
@@ -187,7 +168,7 @@ def test_file__of_another_architecture(student_config: MakeConfig, tmp_path: Pat
 
 
 @pytest.mark.parametrize("name", ["weights.safetensors", "weights.pth"])
-def test_file__missing_or_damaged(name: str, student_config: MakeConfig, tmp_path: Path) -> None:
+def test_file__missing_or_damaged(name, student_config, tmp_path):
     config = student_config(pretrained=str(tmp_path / name))
     with pytest.raises(WeightsError, match="no weights file"):
         Student(config, num_summary_tokens=1)
@@ -199,16 +180,14 @@ def test_file__missing_or_damaged(name: str, student_config: MakeConfig, tmp_pat
 class Bomb:
     """Unpickles by creating a file."""
 
-    def __init__(self, path: str):
+    def __init__(self, path):
         self.path = path
 
-    def __reduce__(self) -> tuple[object, ...]:
+    def __reduce__(self):
         return open, (self.path, "w")
 
 
-def test_file__code_in_it_runs_only_where_it_is_trusted(
-    student_config: MakeConfig, reference: torch.nn.Module, tmp_path: Path
-) -> None:
+def test_file__code_in_it_runs_only_where_it_is_trusted(student_config, reference, tmp_path):
     path = tmp_path / "bomb.pth"
     torch.save({"model": reference.state_dict(), "cfg": Bomb(str(tmp_path / "ran"))}, path)
     config = student_config(pretrained=str(path))
@@ -221,8 +200,8 @@ def test_file__code_in_it_runs_only_where_it_is_trusted(
 
 
 def test_student__starts_from_the_file_with_the_sum_that_the_recipe_says(
-    weights_file: Path, student_config: MakeConfig
-) -> None:
+    weights_file, student_config
+):
     found = sha256(weights_file.read_bytes()).hexdigest()
     config = student_config(pretrained=str(weights_file), pretrained_sha256=found)
     Student(config, num_summary_tokens=1)
@@ -230,9 +209,7 @@ def test_student__starts_from_the_file_with_the_sum_that_the_recipe_says(
         Student(replace(config, pretrained_sha256="0" * 64), num_summary_tokens=1)
 
 
-def test_read_pretrained__has_the_sum_that_the_recipe_says(
-    reference: torch.nn.Module, write_run: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_read_pretrained__has_the_sum_that_the_recipe_says(reference, write_run, tmp_path):
     file, folder, run = tmp_path / "w.pth", tmp_path / "folder", write_run()
     torch.save(reference.state_dict(), file)
     folder.mkdir()
@@ -259,14 +236,14 @@ def test_read_pretrained__has_the_sum_that_the_recipe_says(
         read_pretrained(config, reference)
 
 
-def test_file__that_is_no_state_dict(student_config: MakeConfig, tmp_path: Path) -> None:
+def test_file__that_is_no_state_dict(student_config, tmp_path):
     torch.save({"model": {"epoch": 3}}, tmp_path / "empty.pth")
     with pytest.raises(WeightsError, match="holds no tensors"):
         Student(student_config(pretrained=str(tmp_path / "empty.pth")), num_summary_tokens=1)
 
 
 @pytest.fixture
-def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def hub_cache(tmp_path, monkeypatch):
     """Return an empty hub cache that is the hub's only source."""
     constants = pytest.importorskip("huggingface_hub.constants")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
@@ -274,9 +251,7 @@ def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_timm__weights_come_from_the_hub(
-    hub_cache: Path, reference: torch.nn.Module, student_config: MakeConfig
-) -> None:
+def test_timm__weights_come_from_the_hub(hub_cache, reference, student_config):
     state = timm.create_model(ARCHITECTURE).state_dict()
     hub_id = timm.get_pretrained_cfg(ARCHITECTURE).hf_hub_id.removesuffix("/")
     folder = hub_cache / ("models--" + hub_id.replace("/", "--"))
@@ -293,7 +268,7 @@ def test_timm__weights_come_from_the_hub(
 
 
 @pytest.mark.usefixtures("hub_cache")
-def test_timm__hub_out_of_reach(student_config: MakeConfig) -> None:
+def test_timm__hub_out_of_reach(student_config):
     with pytest.raises(
         WeightsError, match=f"cannot get timm's weights of {ARCHITECTURE}"
     ) as caught:

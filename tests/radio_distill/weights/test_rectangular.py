@@ -2,10 +2,7 @@
 
 import json
 from argparse import Namespace
-from collections.abc import Callable
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import pytest
 import timm
@@ -13,17 +10,16 @@ import torch
 from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 
-from radio_distill.config import Recipe, StudentConfig, build, check
+from radio_distill.config import Recipe, build, check
 from radio_distill.errors import ConfigError, WeightsError
 from radio_distill.models import student as students
 from radio_distill.weights.pretrained import initialise
 from radio_distill.weights.radio import read_radio
 
-MakeConfig = Callable[..., StudentConfig]
 Student = partial(students.Student, initialise=initialise)
 
 
-def vit(rows: int, columns: int, **options: Any) -> torch.nn.Module:
+def vit(rows, columns, **options):
     torch.manual_seed(0)
     size = (16 * rows, 16 * columns)
     model = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=size, **options)
@@ -31,7 +27,7 @@ def vit(rows: int, columns: int, **options: Any) -> torch.nn.Module:
     return model
 
 
-def write(model: torch.nn.Module, folder: Path, **settings: Any) -> Path:
+def write(model, folder, **settings):
     save_file(model.state_dict(), folder / "model.safetensors")
     if settings:
         (folder / "config.json").write_text(json.dumps(settings))
@@ -39,7 +35,7 @@ def write(model: torch.nn.Module, folder: Path, **settings: Any) -> Path:
     return folder / "model.safetensors"
 
 
-def expected(model: torch.nn.Module, grid: tuple[int, int], side: int) -> torch.Tensor:
+def expected(model, grid, side):
     """timm's own resampling, and the bias of the patches, which has its place in the table."""
     rows = model.get_parameter("pos_embed")[:, 1:]
     table = resample_abs_pos_embed(rows, [side, side], list(grid), num_prefix_tokens=0)
@@ -58,18 +54,14 @@ SETTINGS = {
 
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("kind", SETTINGS)
-def test_folder__its_configuration_says_the_grid(
-    grid: tuple[int, int], kind: str, tmp_path: Path, student_config: MakeConfig
-) -> None:
+def test_folder__its_configuration_says_the_grid(grid, kind, tmp_path, student_config):
     model = vit(*grid)
     folder = write(model, tmp_path, architecture="vit_tiny_patch16_224", **SETTINGS[kind](*grid))
     student = Student(student_config(pretrained=str(folder), max_size=128), 1)
     torch.testing.assert_close(student.positions.table.data, expected(model, grid, 8))
 
 
-def test_folder__a_configuration_of_another_size_is_not_believed(
-    tmp_path: Path, student_config: MakeConfig
-) -> None:
+def test_folder__a_configuration_of_another_size_is_not_believed(tmp_path, student_config):
     """A square table stays a square where config.json was not changed with it."""
     model = vit(6, 6)
     folder = write(model, tmp_path, pretrained_cfg={"input_size": [3, 224, 224]})
@@ -77,9 +69,7 @@ def test_folder__a_configuration_of_another_size_is_not_believed(
     torch.testing.assert_close(student.positions.table.data, expected(model, (6, 6), 6))
 
 
-def test_file__a_table_that_is_no_square_must_be_said(
-    tmp_path: Path, student_config: MakeConfig
-) -> None:
+def test_file__a_table_that_is_no_square_must_be_said(tmp_path, student_config):
     model = vit(3, 5)
     file = write(model, tmp_path)
     with pytest.raises(WeightsError, match=r"15 patch positions.*\.pretrained_grid:") as error:
@@ -91,9 +81,7 @@ def test_file__a_table_that_is_no_square_must_be_said(
         Student(student_config(pretrained=str(file), pretrained_grid=(5, 5)), 1)
 
 
-def test_file__what_is_said_goes_before_a_square(
-    tmp_path: Path, student_config: MakeConfig
-) -> None:
+def test_file__what_is_said_goes_before_a_square(tmp_path, student_config):
     model = vit(4, 9)
     config = student_config(pretrained=str(write(model, tmp_path)), max_size=96)
     square = Student(config, 1).positions.table.data
@@ -103,9 +91,7 @@ def test_file__what_is_said_goes_before_a_square(
 
 
 @pytest.mark.parametrize("grid", [(3, 5), (4, 9)])
-def test_naflex__its_table_has_a_shape(
-    grid: tuple[int, int], tmp_path: Path, student_config: MakeConfig
-) -> None:
+def test_naflex__its_table_has_a_shape(grid, tmp_path, student_config):
     torch.manual_seed(0)
     model = timm.create_model("vit_tiny_patch16_224", num_classes=0, use_naflex=True,
                               pos_embed_grid_size=grid)  # fmt: skip
@@ -120,7 +106,7 @@ def test_naflex__its_table_has_a_shape(
     assert table[-1, 0, 0] > 0.9
 
 
-def radio(rows: int, columns: int) -> dict[str, torch.Tensor]:
+def radio(rows, columns):
     torch.manual_seed(0)
     blocks = timm.create_model("vit_tiny_patch16_224", num_classes=0, final_norm=False).blocks
     return {
@@ -131,7 +117,7 @@ def radio(rows: int, columns: int) -> dict[str, torch.Tensor]:
     }
 
 
-def test_radio__a_table_that_is_no_square(tmp_path: Path, student_config: MakeConfig) -> None:
+def test_radio__a_table_that_is_no_square(tmp_path, student_config):
     state, path = radio(4, 9), tmp_path / "radio.pth"
     said = Namespace(cpe_max_size=(64, 144))
     torch.save({"state_dict": state, "args": said}, path)
@@ -148,7 +134,7 @@ def test_radio__a_table_that_is_no_square(tmp_path: Path, student_config: MakeCo
             read(path)
 
 
-def test_radio__a_square_is_as_before(tmp_path: Path, student_config: MakeConfig) -> None:
+def test_radio__a_square_is_as_before(tmp_path, student_config):
     state, path = radio(6, 6), tmp_path / "radio.pth"
     torch.save({"state_dict": state, "args": Namespace(cpe_max_size=96)}, path)
     table = Student(student_config(pretrained=str(path), max_size=96), 1).positions.table.data
@@ -164,7 +150,7 @@ def test_radio__a_square_is_as_before(tmp_path: Path, student_config: MakeConfig
         ({"pretrained_grid": [3, 5]}, "a grid without student.pretrained"),
     ],
 )
-def test_recipe__a_grid_that_cannot_be(student: dict[str, Any], message: str) -> None:
+def test_recipe__a_grid_that_cannot_be(student, message):
     partition = {"name": "a", "size": 64, "teachers": ["t"], "batch_size": 2}
     recipe = {
         "name": "r", "data": {"shards": ["x"]}, "student": student,
