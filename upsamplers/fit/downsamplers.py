@@ -293,32 +293,20 @@ class FeatSharpAttentionDownsampler(nn.Module):
 class SimpleDownsampler(nn.Module):
     """FeatUp's simple downsampler: one learned kernel ``|p| / sum |p|`` for all cells and channels.
 
-    It starts as a Gaussian of about the cell's width (published: flat, in windows of one cell).
+    It starts as a Gaussian of about the cell's width (published: flat, in windows of one cell). In
+    FeatSharp's released form it is ``softplus(p) / sum softplus(p)``, flat, in that form's windows.
     """
 
-    def __init__(self, factor: int, kernel_size: int = 7):
+    def __init__(self, channels: int, factor: int, kernel_size: int = 7, featsharp: bool = False):
         super().__init__()
-        self.windows = centred_windows(factor, kernel_size)
-        self.kernel_params = nn.Parameter(_cell_logits(self.windows).exp())
+        self.featsharp = featsharp
+        self.windows = (featsharp_windows if featsharp else centred_windows)(factor, kernel_size)
+        flat = torch.ones(kernel_size, kernel_size)
+        self.kernel_params = nn.Parameter(flat if featsharp else _cell_logits(self.windows).exp())
 
     def forward(self, maps: Tensor) -> Tensor:
         """Downsample."""
-        kernel = self.kernel_params.abs()
-        kernel = rearrange(kernel / kernel.sum(), "i j -> 1 (i j) 1 1")
-        return pool(maps, kernel, self.windows)
-
-
-class FeatSharpSimpleDownsampler(nn.Module):
-    """The simple downsampler in FeatSharp's released form: ``softplus(p) / sum softplus(p)``."""
-
-    def __init__(self, factor: int, kernel_size: int = 7):
-        super().__init__()
-        self.windows = featsharp_windows(factor, kernel_size)
-        self.kernel_params = nn.Parameter(torch.ones(kernel_size, kernel_size))
-
-    def forward(self, maps: Tensor) -> Tensor:
-        """Downsample."""
-        kernel = F.softplus(self.kernel_params)
+        kernel = F.softplus(self.kernel_params) if self.featsharp else self.kernel_params.abs()
         kernel = rearrange(kernel / kernel.sum(), "i j -> 1 (i j) 1 1")
         return pool(maps, kernel, self.windows)
 
@@ -326,11 +314,9 @@ class FeatSharpSimpleDownsampler(nn.Module):
 DOWNSAMPLERS: dict[str, Callable[[int, int, int], nn.Module]] = {
     "attention": AttentionDownsampler,
     "featup": partial(AttentionDownsampler, blur=True, flat=True),
-    "simple": lambda channels, factor, kernel_size: SimpleDownsampler(factor, kernel_size),
+    "simple": SimpleDownsampler,
     "featsharp_attention": FeatSharpAttentionDownsampler,
-    "featsharp_simple": lambda channels, factor, kernel_size: FeatSharpSimpleDownsampler(
-        factor, kernel_size
-    ),
+    "featsharp_simple": partial(SimpleDownsampler, featsharp=True),
 }
 """Name to ``(channels, factor, kernel_size) -> module``."""
 
@@ -338,9 +324,8 @@ DOWNSAMPLERS: dict[str, Callable[[int, int, int], nn.Module]] = {
 def build_downsampler(name: str, channels: int, factor: int, kernel_size: int = 7) -> nn.Module:
     """Build a downsampler with fresh weights; raises UnknownNameError, ConfigError."""
     if name not in DOWNSAMPLERS:
-        raise UnknownNameError(
-            f"unknown downsampler {name!r} ({nearest(name, list(DOWNSAMPLERS))})"
-        )
+        hint = nearest(name, list(DOWNSAMPLERS))
+        raise UnknownNameError(f"unknown downsampler {name!r} ({hint})")
     return DOWNSAMPLERS[name](channels, factor, kernel_size)
 
 

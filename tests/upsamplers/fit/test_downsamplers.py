@@ -10,7 +10,6 @@ from upsamplers.fit.downsamplers import (
     DOWNSAMPLERS,
     AttentionDownsampler,
     FeatSharpAttentionDownsampler,
-    FeatSharpSimpleDownsampler,
     SimpleDownsampler,
     build_downsampler,
     centred_windows,
@@ -232,7 +231,7 @@ def test_featup__starts_as_the_published_program_does():
 
 def test_simple__is_featups_in_windows_of_one_cell(published):
     case, weights = published("featup_simple_down")
-    module = SimpleDownsampler(factor=4, kernel_size=4)
+    module = SimpleDownsampler(3, factor=4, kernel_size=4)
     module.load_state_dict(weights)
     torch.testing.assert_close(module(case["hr_feats"]), case["out"])
 
@@ -248,7 +247,7 @@ def test_featsharp_attention__is_the_released_one(published):
 
 def test_featsharp_simple__is_the_released_one(published):
     case, weights = published("featsharp_simple_down")
-    module = FeatSharpSimpleDownsampler(factor=2, kernel_size=3)
+    module = SimpleDownsampler(3, factor=2, kernel_size=3, featsharp=True)
     module.load_state_dict(weights)
     torch.testing.assert_close(module(case["hr_feats"]), case["out"])
 
