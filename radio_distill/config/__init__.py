@@ -5,7 +5,7 @@ way in and out, :mod:`.rules` what must hold between fields,
 :mod:`.resolve` what `auto` means, :mod:`.recipes` the project's own. Nothing here imports torch.
 """
 
-from .fields import describe, option, plain, share_of, size_pair
+from .fields import option, plain, share_of, size_pair
 from .reading import (
     assignments_of,
     build,
@@ -45,5 +45,6 @@ from .schema import (
     TeacherConfig,
     UpsamplerConfig,
     WatchConfig,
+    describe,
     partition_sizes,
 )

@@ -81,24 +81,22 @@ def joined(path: str, key: Any) -> str:
     return f"{path}.{key}" if path else str(key)
 
 
-def describe(cls: type | None = None, path: str = "") -> list[tuple[str, str, str, str]]:
+def describe_fields(cls: type, path: str = "") -> list[tuple[str, str, str, str]]:
     """List every field as (name, default, unit, explanation), for ``--help`` and the docs.
 
     ``NAME`` stands for a key of the user's, ``N`` for a position in a list.
 
     Args:
-        cls: whose fields; a whole recipe's by default.
+        cls: dataclass of a section.
         path: name of the section itself.
     """
-    from .schema import Recipe  # which is made of the above
-
-    cls, rows = cls or Recipe, []
+    rows = []
     kinds = typing.get_type_hints(cls)
     for item in dataclasses.fields(cls):
         name, kind = joined(path, item.name), kinds[item.name]
         section, suffix = _section_of(kind)
         if section is not None:
-            rows += describe(section, name + suffix)
+            rows += describe_fields(section, name + suffix)
             continue
         text = item.metadata["help"] + (" [our choice]" if item.metadata["ours"] else "")
         if typing.get_origin(kind) is Literal:

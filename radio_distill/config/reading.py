@@ -20,9 +20,9 @@ from ..errors import ConfigError
 from ..registry import nearest
 from ..system.files import reason_of
 from ..system.nested import leaves, plain_data
-from .fields import Range, describe, joined
+from .fields import Range, joined
 from .rules import check
-from .schema import Recipe
+from .schema import Recipe, describe
 
 _FIELD_NAMES = frozenset(part for name, *_ in describe() for part in name.split("."))
 

@@ -15,8 +15,7 @@ from PIL.Image import Image
 from ..errors import DataError
 from ..system.files import printable, reason_of
 from .find import Tree, find_shards, is_hidden, list_tree, refuse_unreadable, say_once
-from .images import BadImageError, decode_image
-from .shards import read_image
+from .images import BadImageError, decode_image, read_image
 from .sources import describe_notes
 from .tar_index import open_shards
 from .tar_reader import ShardReader

@@ -12,6 +12,7 @@ import struct
 from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
+from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from ..config import DataConfig
 from ..errors import DataError
-from ..system.files import printable
+from ..system.files import open_regular, printable, reason_of
 from ..types import Size, ViewOrigin
 
 SUFFIX_OF_FORMAT = {
@@ -50,6 +51,8 @@ _NEEDED = {
     **dict.fromkeys(_HEIC_SUFFIXES, "pillow-heif: pip install pillow-heif"),
 }
 MAX_PIXELS = 100_000_000
+MAX_MEMBER_BYTES = 256 << 20
+"""Of one file in a shard, or in a folder of images."""
 FIELD_OF_KIND = {"too_small": "data.min_size", "too_large": "data.max_pixels"}
 """The field whose limit an image of this kind of badness is beyond."""
 
@@ -128,6 +131,18 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS, min_size: int = 1
         raise
     except Exception as error:  # decoders fail on hostile bytes with nearly any exception
         raise BadImageError("undecodable", _reason(error)) from error
+
+
+def read_image(path: Path) -> bytes:
+    """Read a file of a folder; raises BadImageError where it is too large, or no file at all."""
+    try:
+        with open_regular(path) as file:
+            data = file.read(MAX_MEMBER_BYTES + 1)
+    except OSError as error:
+        raise BadImageError("unreadable", reason_of(error)) from error
+    if len(data) > MAX_MEMBER_BYTES:
+        raise BadImageError("too_large", f"more than {MAX_MEMBER_BYTES} bytes")
+    return data
 
 
 def image_suffix(data: bytes) -> str:

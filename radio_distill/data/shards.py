@@ -17,10 +17,9 @@ from typing import Any
 
 from ..config import DataConfig
 from ..errors import ConfigError, DataError
-from ..system.files import flush, open_regular, printable, reason_of
+from ..system.files import flush, printable, reason_of
 from .find import Tree, list_tree
-from .images import FIELD_OF_KIND, BadImageError, decode_image, image_suffix
-from .tar_scan import MAX_MEMBER_BYTES
+from .images import FIELD_OF_KIND, BadImageError, decode_image, image_suffix, read_image
 
 _COMPANIONS = ("txt", "cls", "json")  # kept where they lie beside an image under its name
 _SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing", "dev")
@@ -49,18 +48,6 @@ class ShardSummary:
         bad = [f"left out {name}: {reason}" for name, reason in islice(self.bad.items(), _SHOWN)]
         made = f"{self.num_images} images in {len(self.shards)} shards: {self.shards[0].parent}"
         return [made, *self.notes, *bad]
-
-
-def read_image(path: Path) -> bytes:
-    """Read a file of a folder; raises BadImageError where it is too large, or no file at all."""
-    try:
-        with open_regular(path) as file:
-            data = file.read(MAX_MEMBER_BYTES + 1)
-    except OSError as error:
-        raise BadImageError("unreadable", reason_of(error)) from error
-    if len(data) > MAX_MEMBER_BYTES:
-        raise BadImageError("too_large", f"more than {MAX_MEMBER_BYTES} bytes")
-    return data
 
 
 def write_shards(

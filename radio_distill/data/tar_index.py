@@ -27,7 +27,8 @@ from typing import Any, NamedTuple, TypeVar
 
 from ..errors import DataError
 from ..system.files import open_regular, printable, reason_of, replacing
-from .tar_scan import MAX_MEMBER_BYTES, DamagedShardError, LeftOut, Member, Sample, scan_shard
+from .images import MAX_MEMBER_BYTES
+from .tar_scan import DamagedShardError, LeftOut, Member, Sample, scan_shard
 
 logger = logging.getLogger(__name__)
 Value = TypeVar("Value")

@@ -32,9 +32,8 @@ from typing import Any, BinaryIO, NamedTuple
 from ..errors import DataError
 from ..system.files import open_regular, printable, reason_of, shortened
 from .find import is_hidden
-from .images import IMAGE_SUFFIXES
+from .images import IMAGE_SUFFIXES, MAX_MEMBER_BYTES
 
-MAX_MEMBER_BYTES = 256 << 20
 _BLOCK = 512
 _MOST_PADDING = 4 << 20  # bytes; tar's own default is 10 KiB
 _MAX_HEADER_BYTES = 16 << 10  # long names and extended headers; tarfile would read gigabytes
