@@ -9,8 +9,8 @@ class RadioDistillError(Exception):
     """Base of every error that the command line prints as one line, without a stack trace."""
 
     exit_status = 2
-    """Of the process that ends with it. A process that ends with 2 would fail again; one that ends
-    with anything else but 0 may be started again."""
+    """Exit status of a process that ends with it: 2 would fail again; after any other but 0 it may
+    be started again."""
 
     def __str__(self) -> str:
         """Return one line for each argument: each is a problem."""

@@ -49,7 +49,7 @@ class Upsampler(Protocol):
 
     @property
     def factor(self) -> int:
-        """How much finer than the teacher's own grid, an integer."""
+        """Integer by which the grid is finer than the teacher's own."""
         ...
 
     def __call__(self, teacher: Teacher, pixels: "Tensor", grid: Size) -> Features:

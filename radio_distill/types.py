@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 Size = tuple[int, int]
 """(height, width), of pixels or of grid cells."""
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""Of ImageNet's red, green and blue, for pixels in [0, 1]."""
+"""Mean and deviation of ImageNet's red, green and blue, for pixels in [0, 1]."""
 
 
 class Features(NamedTuple):
-    """What an encoder says of a batch of images."""
+    """An encoder's output for a batch of images."""
 
     summary: "Tensor | None"
     """``[B, S]``, or None for an encoder without a summary (SAM)."""
@@ -36,7 +36,7 @@ class Features(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ViewOrigin:
-    """Where one view was cut from its source image: crop first, then flip, then resize."""
+    """The place of one view in its source image: crop first, then flip, then resize."""
 
     source_size: Size
     """Height and width of the decoded source, in pixels."""
@@ -51,7 +51,7 @@ class View(NamedTuple):
     """One rendering of the images of a batch, straight from the photographs."""
 
     size: Size
-    """In pixels."""
+    """(height, width) in pixels."""
     crop: str = ""
     """Whose crop it is, where encoders have crops of their own; empty for the whole view."""
 
@@ -75,7 +75,7 @@ class ImageBatch:
 
 @dataclass(frozen=True, slots=True)
 class TeacherSpec:
-    """What must be known of a frozen encoder before it runs."""
+    """Properties of a frozen encoder that are known before it runs."""
 
     name: str
     """Name of the teacher in the recipe."""
@@ -117,13 +117,13 @@ class Score:
     group: str
     """The column of the gain table that this metric belongs to."""
     num_samples: int
-    """How many images (or pairs) the value was measured on."""
+    """Number of images (or pairs) that the value was measured on."""
     headline: bool = True
-    """Whether it counts in the gain table; a benchmark's further numbers are reported only."""
+    """True where it counts in the gain table; a benchmark's further numbers are reported only."""
     details: Mapping[str, int | str] = field(default_factory=dict)
-    """What else must be known to compare it with another, for instance the number of classes."""
+    """Further facts that a comparison with another needs, for instance the number of classes."""
     trained_for: bool = False
-    """Whether students are trained for it (fidelity): then it is shown and does not count."""
+    """True where students are trained for it (fidelity): then it is shown and does not count."""
     pixels: str = ""
     """Sizes that the encoder was given, ``HEIGHTxWIDTH``, as they came; empty where not known."""
     against: str = ""

@@ -1,4 +1,4 @@
-"""What must hold between the fields of a recipe.
+"""Rules that hold between the fields of a recipe.
 
 Which numbers a single field takes stands in its type (:mod:`.schema`).
 """

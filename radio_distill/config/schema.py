@@ -89,7 +89,7 @@ class StudentConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NormalizerConfig:
-    """How teachers are brought to one scale."""
+    """The scale that teachers are brought to."""
 
     name: str = option("phi_s", "name in `radio-distill list normalizers`")
     images: int | float | Auto = option(
@@ -102,7 +102,7 @@ class NormalizerConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LossConfig:
-    """What the student is asked for."""
+    """Losses between student and teachers."""
 
     summary: Literal["cosine", "mse", "angle"] = option(
         "cosine",
@@ -130,7 +130,7 @@ class LossConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AugmentationConfig:
-    """What is drawn anew in every step, beside crops and positions; see C-RADIOv4."""
+    """Draws that are made anew in every step, beside crops and positions; see C-RADIOv4."""
 
     shift: Count = our_option(
         0, "most by which each encoder's crop is shifted; losses cover the overlap", "patches"
@@ -146,7 +146,7 @@ class AugmentationConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class UpsamplerConfig:
-    """How the teachers that a partition upsamples get a finer grid."""
+    """The upsampler of the teachers that a partition upsamples."""
 
     name: str = option("bilinear", "name in `radio-distill list upsamplers`")
     factor: Positive = option(2, "how much finer than the teacher's own grid", "x")
@@ -237,7 +237,7 @@ class StageConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FitConfig:
-    """How an upsampler is fitted to a teacher; defaults are FeatSharp's `regular` (its table 11)."""
+    """The fit of an upsampler to a teacher; defaults are FeatSharp's `regular` (its table 11)."""
 
     teacher: str = option("", "name of the teacher; empty where the recipe has only one")
     upsampler: str = option(
@@ -279,7 +279,7 @@ class FitConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
-    """Which images, and what is done to them."""
+    """Images, and what is done to them."""
 
     shards: tuple[str, ...] = option(
         help="tar shards, folders of shards, patterns with * or braces, or text files that list shards"
@@ -334,7 +334,7 @@ class EngineConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LogConfig:
-    """What is written, and how often."""
+    """Logs and checkpoints, and how often they are written."""
 
     every: Positive | Auto = option(
         "auto", "steps between log lines; auto: a twentieth of the steps, at most 50", "steps"
@@ -352,7 +352,7 @@ class LogConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WatchConfig:
-    """What a run is watched for."""
+    """Signs of trouble that a run is watched for."""
 
     max_skipped: Count = our_option(
         10,
@@ -374,7 +374,7 @@ class WatchConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluationConfig:
-    """How students and teachers are scored."""
+    """Benchmarks, and the images of each."""
 
     benchmarks: tuple[str, ...] = option(
         ("fidelity", "correspondence", "agreement"), "names in `radio-distill list benchmarks`"

@@ -23,7 +23,7 @@ SIZE_STEPS = (0, 64, 128, 256, 512, 1024, 2048, 4096)
 
 @dataclass
 class ShardReport:
-    """What :func:`check_shards` found."""
+    """The findings of :func:`check_shards`."""
 
     num_shards: int = 0
     num_images: int = 0
@@ -37,7 +37,7 @@ class ShardReport:
     empty: list[str] = field(default_factory=list)
     """Names of shards without an image."""
     notes: list[str] = field(default_factory=list)
-    """What is notable and no fault, one line each."""
+    """Notable things that are no fault, one line each."""
     bad: dict[str, list[str]] = field(default_factory=dict)
     """``shard:member: reason`` of each image that training would replace, by kind."""
     sizes: Counter[str] = field(default_factory=Counter)
@@ -50,13 +50,13 @@ class ShardReport:
 
     @property
     def is_clean(self) -> bool:
-        """Whether training can use all that is meant for it; an empty shard is no fault."""
+        """True where training can use all that is meant for it; an empty shard is no fault."""
         return not (self.damaged or self.left_out or self.bad)
 
 
 @dataclass
 class _Checked:
-    """What was found in one shard."""
+    """The findings in one shard."""
 
     shard: Shard
     bad: list[tuple[str, str]] = field(default_factory=list)

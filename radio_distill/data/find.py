@@ -1,4 +1,4 @@
-"""What lies below folders, and which shards the entries of `data.shards` name.
+"""Lists the files below folders, and the shards that the entries of `data.shards` name.
 
 One rule holds for images, shards, held-out and labelled sets: links are followed, but not back to a
 folder that one comes from; hidden files and folders are passed over; what is passed over, leads
@@ -155,12 +155,12 @@ def say_once(line: str, level: int = logging.WARNING) -> None:
 
 @dataclass
 class FoundShards:
-    """What the entries of `data.shards` name."""
+    """The shards that the entries of `data.shards` name."""
 
     paths: list[Path]
     """Each shard once, in the order of the entries, sorted within each."""
     notes: list[str]
-    """What was passed over on the way, one line each."""
+    """One line for each kind of thing that was passed over."""
 
 
 def find_shards(patterns: Sequence[str]) -> FoundShards:

@@ -41,7 +41,7 @@ IMAGE_SUFFIXES = (
     *("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"),
     *("jfif", "jfi", "jif", "jpe", "pjpeg", "pjp", "apng", "avif", "heic", "heif", "hif"),
 )
-"""Of members of shards that are images, the first being preferred where two bear one name.
+"""Suffixes of members of shards that are images, the first being preferred where two bear one name.
 
 They do not depend on what this machine can decode, for an index is used by others too.
 """
@@ -52,7 +52,7 @@ _NEEDED = {
 }
 MAX_PIXELS = 100_000_000
 MAX_MEMBER_BYTES = 256 << 20
-"""Of one file in a shard, or in a folder of images."""
+"""Largest file in a shard or in a folder of images that is read, in bytes."""
 FIELD_OF_KIND = {"too_small": "data.min_size", "too_large": "data.max_pixels"}
 """The field whose limit an image of this kind of badness is beyond."""
 
@@ -196,7 +196,7 @@ class Shape(NamedTuple):
 
     @property
     def turned(self) -> bool:
-        """Whether width and height change places."""
+        """True where width and height change places."""
         return self.orientation >= 5
 
     @property

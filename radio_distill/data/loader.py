@@ -198,7 +198,7 @@ class ShardBatches:
 
     @property
     def bad(self) -> dict[str, int]:
-        """Those of ``num_reads`` that were bad, by kind."""
+        """Number of those reads that were bad, by kind."""
         return dict(self._counter.bad)
 
     def batches(self, start_step: int) -> Iterator[list[ImageBatch]]:
@@ -222,7 +222,7 @@ class ShardBatches:
     def _loader(self, start_step: int) -> "DataLoader[Any]":
         return DataLoader(
             self._views,
-            sampler=_Tasks(self._slices, self._images_per_step, start_step),
+            sampler=_tasks(self._slices, self._images_per_step, start_step),
             batch_size=None,  # a task is a whole micro-batch
             num_workers=plain(self._config.workers),
             collate_fn=_as_is,
@@ -261,19 +261,14 @@ class _Batch(NamedTuple):
     bad: tuple[BadImage, ...]
 
 
-class _Tasks:
-    """One micro-batch after the other, without end."""
-
-    def __init__(self, slices: Slices, images_per_step: int, start_step: int):
-        self._slices, self._images_per_step, self._start = slices, images_per_step, start_step
-
-    def __iter__(self) -> Iterator[_Task]:
-        for step in itertools.count(self._start):
-            first = step * self._images_per_step
-            for piece in self._slices(step):
-                assert 0 <= piece.start < piece.stop <= self._images_per_step, str(piece)
-                views = piece.views or {View(piece.size): None}
-                yield _Task(first + piece.start, first + piece.stop, piece.size, views)
+def _tasks(slices: Slices, images_per_step: int, start_step: int) -> Iterator[_Task]:
+    """Yield one micro-batch after the other, without end."""
+    for step in itertools.count(start_step):
+        first = step * images_per_step
+        for piece in slices(step):
+            assert 0 <= piece.start < piece.stop <= images_per_step, str(piece)
+            views = piece.views or {View(piece.size): None}
+            yield _Task(first + piece.start, first + piece.stop, piece.size, views)
 
 
 class _Views(Dataset[Any]):

@@ -1,4 +1,4 @@
-"""Which sample comes when: a pure function of seed and position.
+"""The order of the samples: a pure function of seed and position.
 
 The position is one whole number, the images that training has used up so far. A run is resumed, or
 shared out over any number of processes, by counting; there is no state to save.

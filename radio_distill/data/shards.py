@@ -30,18 +30,18 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class ShardSummary:
-    """What :func:`write_shards` made."""
+    """The result of :func:`write_shards`."""
 
     shards: tuple[Path, ...]
     num_images: int
     bad: Mapping[str, str]
     """Reason for each image that was left out, by its path within the source."""
     class_names: tuple[str, ...]
-    """What the numbers in ``.cls`` stand for; empty without labels."""
+    """Names of the classes that the numbers in ``.cls`` stand for; empty without labels."""
     held_out: tuple[Path, ...] = ()
     """Shards of the images that were held out."""
     notes: tuple[str, ...] = ()
-    """What else there is to say, one line each."""
+    """Further lines for a person."""
 
     def describe(self) -> list[str]:
         """Return lines for a person: what was made, passed over, and left out."""
@@ -126,7 +126,7 @@ def write_shards(
 
 
 def held_out_folder(out: Path) -> Path:
-    """Where the images go that are held out of the shards in ``out``."""
+    """Return the folder of the images that are held out of the shards in ``out``."""
     return out.with_name(f"{out.name}_held_out")
 
 
@@ -199,7 +199,7 @@ class _Packer:
         self._side_files = _SideFiles(tree, without=("cls",) if classes else ())
         self._num_done = 0
         self.num_packed = 0
-        """Of the last call of ``samples``."""
+        """Samples that the last call of ``samples`` gave."""
         self.bad: dict[str, str] = {}
         self._kinds: Counter[str] = Counter()
         self._class_sizes: Counter[str] = Counter()

@@ -1,4 +1,4 @@
-"""What tar shards hold, found out once and kept in a file.
+"""Indexes of tar shards: their contents, found out once and kept in a file.
 
 :mod:`.tar_scan` checks a shard and lists its samples; the CRC of each member is noted, and checked
 whenever the member is read. An index has one head line, which is all that is read at the start of a
@@ -53,13 +53,13 @@ class Shard:
     digest: str
     """sha256 of the sample lines, so of names, places and CRCs of all members."""
     left_out: Mapping[str, LeftOut] = field(default_factory=dict)
-    """What the shard holds besides and must not be used, by kind; see :mod:`.tar_scan`."""
+    """Samples that must not be used, by kind; see :mod:`.tar_scan`."""
     notes: Mapping[str, LeftOut] = field(default_factory=dict)
-    """What is notable but no fault, by kind."""
+    """Members that are notable but no fault, by kind."""
     damage: str = ""
-    """What is wrong with the whole shard; then it has no samples."""
+    """The reason why nothing of the shard can be used; empty where it can."""
     index: Path | None = None
-    """Where the sample lines are stored."""
+    """The file that stores the sample lines."""
     kept: tuple[bytes, ...] = field(default=(), repr=False)
     """The sample lines, where they could not be stored."""
 
@@ -85,7 +85,7 @@ class Shard:
 
 
 def index_path(shard: Path, folder: str = BESIDE) -> Path:
-    """Where the index of a shard is stored in a folder."""
+    """Return the place of a shard's index in a folder."""
     if folder == BESIDE:
         return shard.with_name(shard.name + ".index.jsonl")
     place = hashlib.sha256(os.fsencode(os.path.abspath(shard.parent))).hexdigest()[:16]

@@ -59,7 +59,7 @@ NOTES = {
     "hidden": "passed over as hidden",
     "side_file": "passed over, for they belong to no image",
 }
-"""What is said of members that are notable but no fault, by kind."""
+"""Words for members that are notable but no fault, by kind."""
 
 _OTHER_FORMATS = {
     b"\x1f\x8b": "it is compressed with gzip; unpack it with `gunzip`",
@@ -103,14 +103,14 @@ class LeftOut(NamedTuple):
 
 
 class Contents(NamedTuple):
-    """What a shard holds."""
+    """The contents of a shard."""
 
     samples: list[Sample]
     """Each with an image; none where the shard is empty."""
     left_out: dict[str, LeftOut]
-    """What must not be used, by kind."""
+    """Samples that must not be used, by kind."""
     notes: dict[str, LeftOut]
-    """What is notable but no fault, by kind."""
+    """Members that are notable but no fault, by kind."""
 
 
 class DamagedShardError(DataError):
@@ -216,7 +216,7 @@ def _scan(file: BinaryIO) -> Contents:
 
 
 class _Headers:
-    """What tarfile itself reads of a shard: headers, and nothing large."""
+    """The part of a shard that tarfile itself reads: headers, and nothing large."""
 
     def __init__(self, file: BinaryIO):
         self._file, self.seek, self.tell = file, file.seek, file.tell

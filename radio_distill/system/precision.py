@@ -1,4 +1,4 @@
-"""Which number types a device computes natively, and what a type costs where it does not.
+"""Number types: which a device computes natively, and what one costs where it does not.
 
 bfloat16 halves memory and time on devices that have instructions for it: NVIDIA GPUs from Ampere
 on, processors with AMX or AVX512-BF16, Arm processors with BF16. Everywhere else it is emulated, on

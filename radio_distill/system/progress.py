@@ -1,4 +1,4 @@
-"""What the terminal shows: a progress bar with rate and time left, or plain lines in Slurm logs."""
+"""Output for the terminal: a progress bar with rate and time left, or plain lines in Slurm logs."""
 
 import sys
 import time
