@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from radio_distill.config import Recipe
-from stages.commands.plan import build_models, measured, plan_stages
+from stages.planning import build_models, measured, plan_stages
 from stages.recipes import load_recipe
 
 from .published import markdown, published
@@ -130,7 +130,7 @@ def cells(item: Comparison) -> list[str]:
     fits = [
         kind
         for kind, plans in item.plans.items()
-        if all(plan.memory.fits(DEVICES[kind]) for plan in plans)
+        if all(plan.memory.fits(DEVICES[kind].memory) for plan in plans)
     ]
     memory = (f"{plan.memory.total / 2**30:.0f}" for plan in item.plans[KINDS[0]])
     row = [item.recipe, str(item.devices), " / ".join(memory)]

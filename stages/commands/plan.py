@@ -4,31 +4,28 @@ radio-distill plan phi_s_b --devices 32 64 128 --device a100-80 --price 2.5
 """
 
 import argparse
-import itertools
-import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from radio_distill.config import Facts, Recipe, resolve_dtypes
-from radio_distill.errors import ConfigError, RadioDistillError
+from rich.console import Console
+from rich.table import Table
+
+from radio_distill.config import Recipe, share_of
+from radio_distill.errors import ConfigError
 from radio_distill.hints import hints
 from radio_distill.registry import nearest
+from radio_distill.system.progress import duration
 
 from ..arguments import add_recipe_argument, add_trust_argument
 from ..recipes import Asked, load_recipe
 
 if TYPE_CHECKING:
-    from rich.console import Console
     from torch import nn
 
-    from radio_distill.models.heads import DistilledStudent
-    from radio_distill.plan.cost import ModelCosts
     from radio_distill.plan.time import DeviceType, StagePlan
-    from radio_distill.protocols import Upsampler
-    from radio_distill.stage import Stage
-    from teachers.base import FrozenTeacher
+
+    from ..planning import Models
 
 TAKES_FIELDS = True
 EMULATION = 5
@@ -66,14 +63,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Print the plan."""
     if not 0 < arguments.utilisation <= 1:
         raise ConfigError(f"--utilisation: {arguments.utilisation} is not between 0 and 1")
-    return _print_plan(arguments)
-
-
-def _print_plan(arguments: argparse.Namespace) -> int:
-    from rich.console import Console
-
+    from ..planning import build_models, plan_stages
     from .missing import find_missing
-    from .plan_tables import all_tables
 
     asked = Asked(arguments.recipe, tuple(arguments.fields))
     recipe = load_recipe(asked.recipe, asked.fields)
@@ -84,7 +75,7 @@ def _print_plan(arguments: argparse.Namespace) -> int:
     if not (arguments.devices and arguments.device):
         console.print(_assumed(arguments, counts, kind), soft_wrap=True)
     plans = plan_stages(models, counts, device, arguments.utilisation)
-    for table in all_tables(models, plans, device, arguments.price):
+    for table in _tables(models, plans, device, arguments.price):
         console.print(table)
     console.print(
         f"At an assumed {arguments.utilisation:.0%} of the {device.bfloat16:g} TFLOP/s (bfloat16) "
@@ -92,8 +83,8 @@ def _print_plan(arguments: argparse.Namespace) -> int:
         "communication and evaluation. Times hold the statistics of the teachers, which each stage "
         "begins with.\n"
     )
-    for name in recipe.stages:
-        for line in hints(models.stage(name)):
+    for plan in plans:
+        for line in hints(plan.stage):
             console.print(f"Note: {line}", markup=False, highlight=False, soft_wrap=True)
     found = find_missing(recipe, asked)
     built = [problem.partition(" (above, ")[0] for problem in models.problems]
@@ -107,7 +98,7 @@ def _print_plan(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _print_lines(console: "Console", lines: Sequence[str]) -> None:
+def _print_lines(console: Console, lines: Sequence[str]) -> None:
     for line in lines:
         console.print(f"- {line}", markup=False, highlight=False, soft_wrap=True)
 
@@ -152,145 +143,176 @@ def _counts(counts: list[int], recipe: Recipe) -> dict[str, int]:
     return dict(zip(stages, counts, strict=True))
 
 
-@dataclass(frozen=True)
-class Models:
-    """What a recipe trains with, without data in its tensors."""
-
-    recipe: Recipe
-    student: "DistilledStudent"
-    teachers: "dict[str, FrozenTeacher]"
-    problems: list[str]
-    """What could not be built, and what stands for it."""
-
-    def stage(self, name: str) -> "Stage":
-        """Resolve a stage, but for what the shards and the machine decide."""
-        from radio_distill.stage import resolve_stage
-
-        specs = {teacher: item.spec for teacher, item in self.teachers.items()}
-        return resolve_stage(self.recipe, name, specs, Facts())
-
-    def tower(self, teacher: str) -> "nn.Module":
-        """Return a teacher's encoder."""
-        from torch import nn
-
-        tower = self.teachers[teacher].tower
-        assert isinstance(tower, nn.Module), f"{teacher} is no module"
-        return tower
-
-    def teacher_bytes(self, teacher: str) -> int:
-        """Return the bytes of a teacher's weights, in the types they are stored in."""
-        return sum(tensor.nbytes for tensor in self.tower(teacher).state_dict().values())
-
-    @property
-    def all_teacher_bytes(self) -> int:
-        """Bytes of all teachers, which every device holds."""
-        return sum(map(self.teacher_bytes, self.teachers))
-
-
-def build_models(recipe: Recipe, native: Literal["float32", "bfloat16"] = "bfloat16") -> Models:
-    """Build a recipe's models on the meta device, so without memory and without weights.
-
-    ``native`` is what ``auto`` means for number types, on the devices that are planned for.
-    """
-    import torch
-
-    from radio_distill.models.heads import build_student
-    from teachers import build_module, teacher_spec
-    from teachers.base import FrozenTeacher
-
-    recipe = resolve_dtypes(recipe, native)
-    specs = {name: teacher_spec(name, config) for name, config in recipe.teachers.items()}
-    with _quiet(), torch.device("meta"):
-        student = build_student(replace(recipe.student, pretrained=""), specs)
-        towers = {name: build_module(config) for name, config in recipe.teachers.items()}
-    teachers = {
-        name: FrozenTeacher(towers[name], specs[name], config.dtype, config.micro_batch)
-        for name, config in recipe.teachers.items()
-    }
-    return Models(recipe, student, teachers, [])
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep libraries from warning that a model has no weights."""
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(logging.NOTSET)
-
-
-def _upsampler(models: Models, name: str) -> "Upsampler":
-    """Build a stage's upsampler, a fitted one without its weights, under fake tensors.
-
-    One that cannot be built is replaced by ``tile``, and noted.
-    """
-    from upsamplers import UPSAMPLERS, build_upsampler
-
-    stage = models.recipe.stages[name]
-    config, teachers = stage.upsampler, models.teachers
-    used = {teacher: teachers[teacher] for item in stage.partitions for teacher in item.upsample}
-    try:
-        kind = UPSAMPLERS.get(config.name)
-        if hasattr(kind, "untrained"):
-            return kind.untrained(config.factor, {key: item.spec for key, item in used.items()})
-        return build_upsampler(config, used)
-    except RadioDistillError as error:
-        models.problems.append(f"stages.{name}.upsampler: {error} (above, `tile` stands for it)")
-        plain = replace(config, name="tile", weights={}, sha256={}, sizes={}, options={})
-        return build_upsampler(plain, used)
-
-
-@contextmanager
-def measured(models: Models) -> "Iterator[ModelCosts]":
-    """Give a recipe's models tensors of shapes without data, and what measures them."""
-    from radio_distill.plan.cost import ModelCosts
-    from radio_distill.plan.measure import fake_module, fake_tensors
-
-    with fake_tensors():
-        fake_module(models.student)
-        for teacher in models.teachers:
-            fake_module(models.tower(teacher))
-        upsamplers = {name: _upsampler(models, name) for name in models.recipe.stages}
-        yield ModelCosts(models.recipe, models.student, models.teachers, upsamplers)
-
-
-def plan_stages(
-    models: Models,
-    counts: Mapping[str, int],
-    device: "DeviceType",
-    utilisation: float = 0.35,
-    with_memory: bool = True,
-) -> "list[StagePlan]":
-    """Plan every stage, each on its own number of devices.
+def _tables(
+    models: "Models", plans: "Sequence[StagePlan]", device: "DeviceType", price: float
+) -> list[Table]:
+    """Make every table, in the order they are read.
 
     Args:
         models: of the recipe.
-        counts: devices of each stage.
-        device: their kind.
-        utilisation: share of the peak that is reached.
-        with_memory: measure memory too, which is most of the work.
+        plans: of its stages.
+        device: kind of device.
+        price: of one device for an hour; 0 leaves the column out.
     """
-    from radio_distill.plan.time import measurements, plan_stage
-    from radio_distill.system.progress import Progress
+    return [
+        _student_table(models),
+        _teacher_table(models, plans),
+        _partition_table(plans),
+        _memory_table(plans, device),
+        _time_table(plans, price),
+        _resolved_table(plans),
+    ]
 
-    stages = [models.recipe.stages[name] for name in counts]
-    total, done = sum(measurements(stage, with_memory) for stage in stages), itertools.count(1)
-    plans = []
-    with (
-        Progress("measuring models without data", total, "passes") as bar,
-        measured(models) as costs,
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, title_style="bold")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index else "left", overflow="fold")
+    return table
+
+
+def _student_table(models: "Models") -> Table:
+    """Describe the student."""
+    config, student = models.recipe.student, models.student
+    table = _table("Student", "architecture", "body", "heads", "patch", "prefix tokens", "start")
+    table.add_row(
+        config.architecture,
+        _count(student.student),
+        _count(student.adaptors),
+        f"{config.patch_size} px",
+        str(student.student.num_prefix_tokens),
+        config.pretrained or "random",
+    )
+    return table
+
+
+def _teacher_table(models: "Models", plans: "Sequence[StagePlan]") -> Table:
+    """Describe the teachers: a row for each way in which one is used."""
+    table = _table(
+        "Teachers", "name", "preset", "parameters", "GiB", "input", "target grid",
+        "images / image", "GFLOP / image", "licence",
+    )  # fmt: skip
+    costs = [cost for plan in plans for item in plan.partitions for cost in item.teachers]
+    for cost in dict.fromkeys(
+        cost for name in models.teachers for cost in costs if cost.view.teacher == name
     ):
-        for name, count in counts.items():
-            plan = plan_stage(
-                costs,
-                name,
-                count,
-                device,
-                models.all_teacher_bytes,
-                utilisation,
-                with_memory,
-                lambda: bar.update(next(done)),
+        name, images = cost.view.teacher, cost.view.images_per_input
+        table.add_row(
+            name,
+            models.recipe.teachers[name].preset,
+            _count(models.tower(name)),
+            f"{models.teacher_bytes(name) / 2**30:.1f}",
+            _size(cost.view.encoded),
+            _size(cost.view.grid),
+            str(cost.calls) if images == 1 else f"1/{images}",
+            f"{cost.flops / 1e9:,.1f}",
+            models.teachers[name].spec.licence,
+        )
+    return table
+
+
+def _partition_table(plans: "Sequence[StagePlan]") -> Table:
+    """Describe the partitions; where a size is drawn, by their means."""
+    table = _table(
+        "Partitions (shares of the work make good `ranks`)", "stage", "partition", "student",
+        "rendered at",
+        "images / step", "tokens / image", "student GFLOP", "teachers GFLOP", "share of work",
+    )  # fmt: skip
+    for plan in plans:
+        total = plan.student_flops + plan.teacher_flops
+        for cost in plan.partitions:
+            images = cost.partition.batch_size
+            work = images * (cost.student_flops + cost.teacher_flops)
+            table.add_row(
+                plan.stage.name,
+                cost.partition.name,
+                ", ".join(map(_size, cost.partition.sizes)),
+                ", ".join(map(_size, cost.rendered)),
+                f"{images:,}",
+                f"{cost.tokens:,.0f}",
+                f"{cost.student_flops / 1e9:,.1f}",
+                f"{cost.teacher_flops / 1e9:,.1f}",
+                f"{work / total:.1%}",
             )
-            plans.append(plan)
-    return plans
+    return table
+
+
+_HINT = "lower engine.micro_batch or raise engine.zero_stage"
+
+
+def _memory_table(plans: "Sequence[StagePlan]", device: "DeviceType") -> Table:
+    """Say what lies on the fullest device."""
+    parts = ("weights", "gradients", "optimizer", "average", "teachers", "step")
+    table = _table("Memory of a device, GiB", "stage", *parts, "total", "of", "")
+    for plan in plans:
+        memory = plan.memory
+        sizes = [*(getattr(memory, part) for part in parts), memory.total]
+        verdict = "fits" if memory.fits(device.memory) else f"[bold red]does not fit[/]: {_HINT}"
+        table.add_row(
+            plan.stage.name,
+            *(f"{size / 2**30:.2f}" for size in sizes),
+            f"{device.memory:g}",
+            verdict,
+        )
+    return table
+
+
+def _time_table(plans: "Sequence[StagePlan]", price: float) -> Table:
+    """Say how long each stage takes."""
+    table = _table(
+        "Time", "stage", "devices", "steps", "images / step", "tokens / step", "student FLOP",
+        "teachers FLOP", "a step", "devices busy", "decoding cores", "time", "device time",
+        *(["price"] if price else []),
+    )  # fmt: skip
+    for plan in plans:
+        table.add_row(
+            plan.stage.name, str(plan.devices), f"{plan.stage.steps:,}",
+            f"{plan.stage.images_per_step:,}", f"{plan.tokens:,.0f}",
+            _flops(plan.student_flops), _flops(plan.teacher_flops),
+            duration(plan.step_seconds), f"{plan.busy:.0%}",
+            f"{plan.decoding_cores:.1f}", *_times([plan], price),
+        )  # fmt: skip
+    table.add_row("all", *[""] * 9, *_times(plans, price), style="bold")
+    return table
+
+
+def _resolved_table(plans: "Sequence[StagePlan]") -> Table:
+    """Say what each stage makes of fields that are `auto`, and of shares."""
+    table = _table(
+        "Resolved; the shards may hold fewer images", "stage", "body frozen for",
+        "images of statistics", "precision", "ZeRO stage", "log every",
+        "save every",
+    )  # fmt: skip
+    for plan in plans:
+        stage = plan.stage
+        table.add_row(
+            plan.stage.name,
+            f"{stage.frozen_steps:,} of {stage.steps:,} steps",
+            f"{share_of(stage.normalizer.images, stage.steps * stage.images_per_step):,}",
+            stage.engine.precision,
+            str(stage.engine.zero_stage) if plan.devices > 1 else "-",
+            f"{stage.log.every} steps",
+            f"{stage.log.save_every} steps",
+        )
+    return table
+
+
+def _times(plans: "Sequence[StagePlan]", price: float) -> list[str]:
+    device_hours = sum(plan.device_hours for plan in plans)
+    cells = [duration(3600 * sum(plan.hours for plan in plans)), duration(3600 * device_hours)]
+    return [*cells, f"{device_hours * price:,.2f}"] if price else cells
+
+
+def _flops(value: float) -> str:
+    for unit, size in (("P", 1e15), ("T", 1e12)):
+        if value >= size:
+            return f"{value / size:,.3g} {unit}"
+    return f"{value / 1e9:.3g} G"
+
+
+def _size(size: tuple[int, int]) -> str:
+    return "x".join(map(str, size))
+
+
+def _count(module: "nn.Module") -> str:
+    return f"{sum(parameter.numel() for parameter in module.parameters()) / 1e6:,.1f} M"

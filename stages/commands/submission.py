@@ -355,7 +355,7 @@ def hours_of(
     """
     from radio_distill.plan.time import DEVICES
 
-    from .plan import build_models, plan_stages
+    from ..planning import build_models, plan_stages
 
     names = [f"{item.stage} {item.label}".strip() for item in variants]
     first = {item.stage: name for item, name in reversed(list(zip(variants, names, strict=True)))}
@@ -369,7 +369,7 @@ def hours_of(
     device = DEVICES[kind]
     models = build_models(recipe, device.native_dtype)
     plans = plan_stages(models, counts, device, with_memory=False)
-    hours = {plan.name: plan.hours for plan in plans}
+    hours = {plan.stage.name: plan.hours for plan in plans}
     return {
         name: hours[first[item.stage] if one_for_all else name]
         for item, name in zip(variants, names, strict=True)

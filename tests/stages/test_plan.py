@@ -11,6 +11,7 @@ from radio_distill.config import dtypes_of
 from radio_distill.errors import ConfigError
 from radio_distill.plan.time import DEVICES
 from radio_distill.system.files import sha256_of
+from stages import planning
 from stages.cli import main
 from stages.commands import plan
 from stages.commands.missing import check_stages, find_missing
@@ -70,7 +71,7 @@ def test_plan__auto_is_the_number_type_of_the_device(recipe, own_dtype):
     loaded = load_recipe(recipe)
     assert dtypes_of(loaded) == {**written, "teachers.sam.dtype": "auto"}
     for native in ("float32", "bfloat16"):
-        planned = dtypes_of(plan.build_models(loaded, native).recipe)
+        planned = dtypes_of(planning.build_models(loaded, native).recipe)
         assert planned["engine.precision"] == planned["teachers.sam.dtype"] == native
         assert planned["teachers.clip.dtype"] == "bfloat16"
     assert {plan._device(kind).native_dtype for kind in DEVICES if kind != "cpu"} == {"bfloat16"}

@@ -14,6 +14,7 @@ from radio_distill.config import (
     AugmentationConfig,
     DataConfig,
     EngineConfig,
+    Facts,
     LossConfig,
     NormalizerConfig,
     PartitionConfig,
@@ -27,19 +28,22 @@ from radio_distill.distill.losses import distillation_loss
 from radio_distill.distill.micro_batches import Pass
 from radio_distill.models.heads import build_student
 from radio_distill.models.position import NUM_DRAWS
-from radio_distill.plan.cost import ModelCosts
-from radio_distill.plan.measure import count_flops, fake_module, fake_tensors, peak_memory
+from radio_distill.plan.cost import (
+    FlopsBySize,
+    ModelCosts,
+    count_flops,
+    fake_module,
+    fake_tensors,
+)
+from radio_distill.plan.memory import GIB, Memory, peak_memory, state_memory, step_memory
 from radio_distill.plan.time import (
     DECODE_SECONDS,
-    GIB,
     RENDER_SECONDS,
     DeviceType,
-    Memory,
     StagePlan,
     plan_stage,
-    state_memory,
 )
-from radio_distill.stage import Mosaic, Partition, Stage, TeacherView
+from radio_distill.stage import Mosaic, Partition, Stage, TeacherView, resolve_stage
 from radio_distill.types import Features, TeacherSpec
 from upsamplers import build_upsampler
 
@@ -99,11 +103,13 @@ def fake_costs(recipe: Recipe) -> Iterator[ModelCosts]:
     with fake_tensors():
         fake_module(student)
         fake_module(teachers["patches"].tower)
-        yield ModelCosts(recipe, student, teachers, upsamplers)
+        specs = {"patches": PatchTeacher.spec}
+        stages = {name: resolve_stage(recipe, name, specs, Facts()) for name in recipe.stages}
+        yield ModelCosts(stages, student, teachers, upsamplers)
 
 
 def stage_and(costs: ModelCosts, name: str) -> tuple[Stage, Partition]:
-    stage = costs.stage("stage1")
+    stage = costs.stages["stage1"]
     return stage, next(item for item in stage.partitions if item.name == name)
 
 
@@ -205,7 +211,7 @@ def test_step_memory__is_that_of_a_real_step(precision, checkpointing, tolerance
     recipe = make_recipe(precision=precision)
     recipe = replace(recipe, student=replace(recipe.student, gradient_checkpointing=checkpointing))
     with fake_costs(recipe) as costs:
-        estimate = costs.step_memory(*stage_and_pass(costs), 4)
+        estimate = step_memory(costs, *stage_and_pass(costs), 4)
 
     student, teacher = build_student(recipe.student, {"patches": PatchTeacher.spec}), PatchTeacher()
     for parameter in student.parameters():
@@ -229,7 +235,7 @@ def test_step_memory__grows_with_the_images_and_not_with_the_weights():
     recipe = make_recipe()
     with fake_costs(recipe) as costs:
         one, two, four = (
-            costs.step_memory(*stage_and_pass(costs), images) for images in (8, 16, 32)
+            step_memory(costs, *stage_and_pass(costs), images) for images in (8, 16, 32)
         )
     assert four - two == pytest.approx(2 * (two - one), rel=0.02)
 
@@ -245,8 +251,8 @@ def test_state_memory__for_each_zero_stage(zero_stage, weights, gradients, optim
 
 
 def test_fits__leaves_a_tenth_of_the_device():
-    assert Memory(0.89 * GIB, 0, 0).fits(DEVICE)
-    assert not Memory(0.91 * GIB, 0, 0).fits(DEVICE)
+    assert Memory(0.89 * GIB, 0, 0).fits(DEVICE.memory)
+    assert not Memory(0.91 * GIB, 0, 0).fits(DEVICE.memory)
 
 
 def test_plan_stage__adds_up_on_one_device():
@@ -254,7 +260,7 @@ def test_plan_stage__adds_up_on_one_device():
     with fake_costs(recipe) as costs:
         plan = plan_stage(costs, "stage1", 1, DEVICE, teacher_bytes=77, utilisation=0.5)
     low, high = plan.partitions
-    assert plan.images == 8
+    assert plan.stage.images_per_step == 8
     assert plan.tokens == 6 * low.tokens + 2 * high.tokens
     assert plan.student_flops == 6 * low.student_flops + 2 * high.student_flops
     assert plan.teacher_flops == 6 * low.teacher_flops + 2 * high.teacher_flops
@@ -346,16 +352,31 @@ def test_plan_stage__takes_the_mean_time_and_the_largest_memory_of_the_sizes():
     assert small.memory.step < large.memory.step
 
 
-def test_plan_stage__many_sizes_are_sampled():
-    sizes = tuple(range(16, 96, 16))  # 5^4 steps that differ
-    partitions = [
-        PartitionConfig(name=name, sizes=sizes, teachers=("patches",), batch_size=1)
-        for name in "abcd"
+def test_flops_by_size__between_three_sizes_lies_a_parabola():
+    """Attention, and so a transformer, is a parabola in its tokens: nothing is lost."""
+    counted = []
+
+    def count(size: tuple[int, int]) -> int:
+        counted.append(size)
+        return DEPTH * block_flops(size[0] // 16 * (size[1] // 16))
+
+    sizes = [(16 * side, 32 * side) for side in range(1, 9)]
+    flops = FlopsBySize(count, sizes)
+    assert [flops(size) for size in sizes] == [
+        DEPTH * block_flops(2 * side * side) for side in range(1, 9)
     ]
-    with fake_costs(with_partitions(*partitions)) as costs:
-        plan = plan_stage(costs, "stage1", 1, DEVICE, 0, utilisation=1)
-    exact = sum(cost.student_flops for cost in plan.partitions) / 2e12 + plan.teacher_flops / 0.5e12
-    assert plan.step_seconds == pytest.approx(exact, rel=0.05)
+    assert counted == [sizes[0], sizes[4], sizes[-1]]
+
+
+def test_partition__many_sizes_cost_what_each_of_them_costs_alone():
+    sizes = tuple(range(16, 96, 16))
+    part = {"name": "low", "teachers": ("patches",), "batch_size": 4}
+    with fake_costs(with_partitions(PartitionConfig(sizes=sizes, **part))) as costs:
+        together = costs.partition(*stage_and(costs, "low"))
+    for size in sizes:
+        with fake_costs(with_partitions(PartitionConfig(size=size, **part))) as costs:
+            alone = costs.partition(*stage_and(costs, "low"))
+        assert together.passes[size, size] == alone.passes[size, size]
 
 
 @pytest.mark.parametrize(("shift", "runs"), [(0, 1), (2, 2)])
@@ -366,7 +387,7 @@ def test_plan_stage__a_teacher_that_sees_the_same_twice_runs_once(shift, runs):
     recipe = replace(recipe, augmentation=AugmentationConfig(shift=shift))
     with fake_costs(recipe) as costs:
         plan = plan_stage(costs, "stage1", 1, DEVICE, 0, utilisation=1)
-    assert plan.images == 3
+    assert plan.stage.images_per_step == 3
     assert plan.teacher_flops == runs * 3 * (encode_flops(36) + rotate_flops(36))
     seconds = plan.student_flops / 2e12 + plan.teacher_flops / 0.5e12
     assert plan.step_seconds == pytest.approx(seconds)

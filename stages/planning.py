@@ -1,0 +1,151 @@
+"""A recipe's models without data in their tensors, and what their stages cost.
+
+Needs neither weights nor images nor a network.
+"""
+
+import itertools
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import nn
+
+from radio_distill.config import Facts, Recipe, resolve_dtypes
+from radio_distill.errors import RadioDistillError
+from radio_distill.models.heads import DistilledStudent, build_student
+from radio_distill.plan.cost import ModelCosts, fake_module, fake_tensors
+from radio_distill.plan.time import DeviceType, StagePlan, measurements, plan_stage
+from radio_distill.protocols import Upsampler
+from radio_distill.stage import Stage, resolve_stage
+from radio_distill.system.progress import Progress
+from teachers import build_module, teacher_spec
+from teachers.base import FrozenTeacher
+from upsamplers import UPSAMPLERS, build_upsampler
+
+
+@dataclass(frozen=True)
+class Models:
+    """What a recipe trains with, without data in its tensors."""
+
+    recipe: Recipe
+    student: DistilledStudent
+    teachers: dict[str, FrozenTeacher]
+    problems: list[str]
+    """What could not be built, and what stands for it."""
+
+    def stages(self) -> dict[str, Stage]:
+        """Resolve the stages, but for what the shards and the machine decide."""
+        specs = {name: teacher.spec for name, teacher in self.teachers.items()}
+        return {
+            name: resolve_stage(self.recipe, name, specs, Facts()) for name in self.recipe.stages
+        }
+
+    def tower(self, teacher: str) -> nn.Module:
+        """Return a teacher's encoder."""
+        tower = self.teachers[teacher].tower
+        assert isinstance(tower, nn.Module), f"{teacher} is no module"
+        return tower
+
+    def teacher_bytes(self, teacher: str) -> int:
+        """Return the bytes of a teacher's weights, in the types they are stored in."""
+        return sum(tensor.nbytes for tensor in self.tower(teacher).state_dict().values())
+
+    @property
+    def all_teacher_bytes(self) -> int:
+        """Bytes of all teachers, which every device holds."""
+        return sum(map(self.teacher_bytes, self.teachers))
+
+
+def build_models(recipe: Recipe, native: Literal["float32", "bfloat16"] = "bfloat16") -> Models:
+    """Build a recipe's models on the meta device, so without memory and without weights.
+
+    ``native`` is what ``auto`` means for number types, on the devices that are planned for.
+    """
+    recipe = resolve_dtypes(recipe, native)
+    specs = {name: teacher_spec(name, config) for name, config in recipe.teachers.items()}
+    logging.disable(logging.WARNING)  # libraries warn that a model has no weights
+    try:
+        with torch.device("meta"):
+            student = build_student(replace(recipe.student, pretrained=""), specs)
+            towers = {name: build_module(config) for name, config in recipe.teachers.items()}
+    finally:
+        logging.disable(logging.NOTSET)
+    teachers = {
+        name: FrozenTeacher(towers[name], specs[name], config.dtype, config.micro_batch)
+        for name, config in recipe.teachers.items()
+    }
+    return Models(recipe, student, teachers, [])
+
+
+def _upsampler(models: Models, name: str) -> Upsampler:
+    """Build a stage's upsampler, a fitted one without its weights, under fake tensors.
+
+    One that cannot be built is replaced by ``tile``, and noted.
+    """
+    stage = models.recipe.stages[name]
+    config, teachers = stage.upsampler, models.teachers
+    used = {teacher: teachers[teacher] for item in stage.partitions for teacher in item.upsample}
+    try:
+        kind = UPSAMPLERS.get(config.name)
+        if hasattr(kind, "untrained"):
+            return kind.untrained(config.factor, {key: item.spec for key, item in used.items()})
+        return build_upsampler(config, used)
+    except RadioDistillError as error:
+        models.problems.append(f"stages.{name}.upsampler: {error} (above, `tile` stands for it)")
+        plain = replace(config, name="tile", weights={}, sha256={}, sizes={}, options={})
+        return build_upsampler(plain, used)
+
+
+@contextmanager
+def measured(models: Models) -> Iterator[ModelCosts]:
+    """Give a recipe's models tensors of shapes without data, and what measures them."""
+    with fake_tensors():
+        fake_module(models.student)
+        for teacher in models.teachers:
+            fake_module(models.tower(teacher))
+        upsamplers = {name: _upsampler(models, name) for name in models.recipe.stages}
+        yield ModelCosts(models.stages(), models.student, models.teachers, upsamplers)
+
+
+def plan_stages(
+    models: Models,
+    counts: Mapping[str, int],
+    device: DeviceType,
+    utilisation: float = 0.35,
+    with_memory: bool = True,
+) -> list[StagePlan]:
+    """Plan every stage, each on its own number of devices.
+
+    Args:
+        models: of the recipe.
+        counts: devices of each stage.
+        device: their kind.
+        utilisation: share of the peak that is reached.
+        with_memory: measure memory too, which is most of the work.
+    """
+    stages = models.stages()
+    total, done = (
+        sum(measurements(stages[name], with_memory) for name in counts),
+        itertools.count(1),
+    )
+    plans = []
+    with (
+        Progress("measuring models without data", total, "passes") as bar,
+        measured(models) as costs,
+    ):
+        for name, count in counts.items():
+            plan = plan_stage(
+                costs,
+                name,
+                count,
+                device,
+                models.all_teacher_bytes,
+                utilisation,
+                with_memory,
+                lambda: bar.update(next(done)),
+            )
+            plans.append(plan)
+    return plans
