@@ -36,12 +36,12 @@ class Range:
 
     def problem(self, value: float) -> str:
         """Say why a number is not one of them; empty where it is."""
-        least = f"{self.least:g}" if self.including else f"above {self.least:g}"
         if (value >= self.least if self.including else value > self.least) and value <= self.most:
             return ""
-        if self.most < math.inf:
-            return f"is not {least} to {self.most:g}"
-        return f"is below {least}" if self.including else f"is not {least}"
+        least, most = f"{self.least:,.10g}", f"{self.most:,.10g}"
+        if not self.including:
+            return f"is not above {least}" + (f", at most {most}" if self.most < math.inf else "")
+        return f"is not {least} to {most}" if self.most < math.inf else f"is below {least}"
 
 
 Count = Annotated[int, Range(0)]

@@ -232,7 +232,7 @@ def build(cls: type, data: Any, path: str = "") -> Any:
             one line each.
     """
     if not isinstance(data, Mapping):
-        raise ConfigError(f"{path or 'recipe'}: expected fields of {cls.__name__}, got {data!r}")
+        raise ConfigError(f"{path or 'recipe'}: expected a mapping of fields, got {data!r}")
     fields = {item.name: item for item in dataclasses.fields(cls)}
     kinds = typing.get_type_hints(cls, include_extras=True)
     problems: list[str] = []

@@ -58,7 +58,7 @@ def test_tasks_per_node__a_launcher_is_one_task(launcher):
         ("nodes: 0", "cluster.nodes: 0 is below 1"),
         ("gpus_per_node: -1", "cluster.gpus_per_node: -1 is below 0"),
         ("launcher: mpirun", "cluster.launcher: 'mpirun' is not one of srun, torchrun, accelerate"),
-        ("master_port: 70000", "cluster.master_port: 70000 is not 0 to 65535"),
+        ("master_port: 70000", "cluster.master_port: 70000 is not 0 to 65,535"),
         ("max_retries: -1", "cluster.max_retries: -1 is below 0"),
         ("max_running: 0", "cluster.max_running: 0 is below 1"),
         ("exclude_crashed: 3", "cluster.exclude_crashed: 3 is not true or false"),

@@ -129,7 +129,7 @@ def test_override__leaves_its_input_alone():
         ("stage.partitions.high.name=low", "two partitions are called 'low'"),
         ("data.weights=[1, 2]", "2 weights for 1 shards entries"),
         ("data.crop_scale=[0.9, 0.5]", "crop_scale: 0.9, 0.5 is not 0 < low"),
-        ("data.workers=-1", "data.workers: -1 is not 0 to 1024"),
+        ("data.workers=-1", "data.workers: -1 is not 0 to 1,024"),
         ("data.max_bad_share=2", "data.max_bad_share: 2.0 is not 0 to 1"),
         ("stage.partitions=[]", "a stage needs at least one partition"),
         ("teachers={}", "a recipe needs at least one teacher"),
