@@ -188,12 +188,7 @@ def launch_command(
 ) -> list[str]:
     """Return the command line that starts a node's processes, or this task's one process.
 
-    Args:
-        launcher: which one.
-        environment: of the job.
-        processes_per_node: started on each node.
-        meeting: host and port.
-        arguments: of :func:`main`.
+    They meet at a host and port, and get the ``arguments`` of :func:`main`.
     """
     host, port = meeting[0], str(meeting[1])
     nodes, node = str(environment.num_nodes), str(environment.node)

@@ -296,11 +296,7 @@ def exclusion(
 ) -> tuple[str, ...]:
     """Return all nodes to exclude: those of before, and as many of the blamed as can be spared.
 
-    Args:
-        blamed: nodes that a crash came from.
-        excluded: nodes that are excluded already.
-        usable: nodes of the partition that can run jobs.
-        nodes: how many the job needs.
+    ``usable`` are the nodes of the partition that can run jobs, of which the job needs ``nodes``.
     """
     result = list(excluded)
     for node in blamed:

@@ -126,12 +126,7 @@ def _is(record: Mapping[str, str], job_id: str) -> bool:
 
 
 def print_rows(rows: Sequence[Row], source: str = "Slurm") -> None:
-    """Print the table; in full width where nobody looks at a terminal.
-
-    Args:
-        rows: one for each line.
-        source: who tells the state.
-    """
+    """Print the table, in full width where nobody looks; ``source`` is who tells the state."""
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)

@@ -172,14 +172,9 @@ def sbatch_script(folder: Path, cluster: Cluster, parameters: dict[str, Any], ta
 def sbatch_parameters(
     cluster: Cluster, name: str, folder: Path, after: str = "", tasks: int = 1
 ) -> dict[str, Any]:
-    """Return submitit's Slurm parameters of one job.
+    """Return submitit's Slurm parameters of a job, which waits for the job with the id ``after``.
 
-    Args:
-        cluster: what it asks for.
-        name: of the job.
-        folder: of the chain.
-        after: id of the job that it waits for.
-        tasks: more than 1 for an array.
+    With several ``tasks`` it is an array.
     """
     extra = {"requeue": True, **cluster.sbatch}
     if after:

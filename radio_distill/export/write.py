@@ -116,9 +116,7 @@ def write_json(path: Path, data: Any) -> None:
 def probe_images(step: int, shapes: Sequence[tuple[int, Size]]) -> Iterator[Tensor]:
     """Yield the same random images ``[B, 3, H, W]`` in [0, 1] in every run.
 
-    Args:
-        step: what each side is a multiple of, in pixels.
-        shapes: (B, (H, W)) of each batch, sides in steps.
+    ``shapes`` has (B, (H, W)) of each batch, sides in steps of so many pixels.
     """
     generator = torch.Generator().manual_seed(0)
     for batch, (height, width) in shapes:

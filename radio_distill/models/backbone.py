@@ -211,11 +211,7 @@ class StudentEncoder(nn.Module):
 
 
 def summary_slots(teachers: Mapping[str, TeacherSpec]) -> list[int]:
-    """Return the indices of the summary tokens that make up a student's summary.
-
-    They are those of the teachers that have a summary, in the order of ``teachers``, which has a
-    token for each.
-    """
+    """Return the indices of the summary tokens of those teachers that have a summary."""
     return [
         slot for slot, spec in enumerate(teachers.values()) if spec.summary_channels is not None
     ]
@@ -229,13 +225,8 @@ def as_encoder(
 ) -> StudentEncoder:
     """Present a student with its training heads as its users will meet it; nothing is copied.
 
-    Where the normalizers are not folded, its heads speak in the teachers' normalised spaces.
-
-    Args:
-        model: in training or evaluation mode, which stays as it is.
-        config: what it was built from.
-        teachers: all of them, in the order of its heads.
-        native_size: longest side that it was trained at, in pixels.
+    It stays in training or evaluation mode. Where the normalizers are not folded, its heads speak
+    in the teachers' normalised spaces.
     """
     slots = summary_slots(teachers)
     return StudentEncoder(model.student, config, teachers, model.heads, slots, native_size)

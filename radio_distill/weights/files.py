@@ -109,11 +109,8 @@ def named_as(
     Tensors that do not have the prefix are left out, and counted in the log. Several models in one
     file are told apart by their prefixes: EMA weights and a teacher go before a student.
 
-    Args:
-        state: tensors of a file.
-        wanted: names of the model's tensors.
-        where: the file, for messages.
-        prefix: as the user gives it; empty to find it.
+    ``wanted`` are the names of the model's tensors, ``where`` is the file. A ``prefix`` that the
+    user gives is taken as it is.
 
     Raises:
         WeightsError: a given prefix that no tensor has, or several models of one rank.
@@ -217,9 +214,8 @@ def files_of(path: Path) -> list[Path]:
 def hub_model(name: str, field: str = "`weights`") -> Path:
     """Return the folder of a model of the hub: JSON files and weights, safetensors if it has them.
 
-    Args:
-        name: ``owner/name`` or ``owner/name@revision``, also behind ``hf-hub:``.
-        field: of the recipe that takes a local copy instead, for the message.
+    ``name`` is ``owner/name`` or ``owner/name@revision``, also behind ``hf-hub:``; ``field`` of the
+    recipe takes a local copy instead.
 
     Raises:
         WeightsError: neither on the hub, nor in its local cache where the hub cannot be reached.

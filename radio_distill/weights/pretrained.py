@@ -80,12 +80,9 @@ class PretrainedWeights:
 
 
 def initialise(student: Student, body: Any, config: StudentConfig) -> None:
-    """Give a student the weights of ``config.pretrained``.
+    """Give a student, whose blocks are not yet reparametrised, the weights of ``pretrained``.
 
-    Args:
-        student: changed in place; its blocks are not yet reparametrised.
-        body: timm model of the architecture, with timm's weights for ``timm``.
-        config: the recipe's student section.
+    ``body`` is the timm model of the architecture, with timm's weights for ``timm``.
 
     Raises:
         ConfigError: a checksum for ``timm``, whose file is not in our hands.
@@ -151,11 +148,8 @@ def _read(path: Path, body: Any, sha256: str, grid: tuple[int, ...]) -> Pretrain
 def _from_timm(state: dict[str, Tensor], settings: Mapping[str, Any]) -> PretrainedWeights:
     """Sort timm's tensors; those of its NaFlexViT (``embeds.*``) get the plain model's names.
 
-    DINOv2's own names of its tokens are read too.
-
-    Args:
-        state: the tensors.
-        settings: ``config.json`` of a timm folder; empty for a bare file.
+    DINOv2's own names of its tokens are read too. ``settings`` are the ``config.json`` of a timm
+    folder; empty for a bare file.
     """
     published, arguments = (
         settings.get("pretrained_cfg", settings),
@@ -208,11 +202,8 @@ def weights_of(student: Student) -> PretrainedWeights:
 def check_architecture(pretrained: PretrainedWeights, body: Any, source: str, name: str) -> None:
     """Raise WeightsError, naming the first difference, where weights are another architecture's.
 
-    Args:
-        pretrained: to check; patch size, grid, tokens and LayerScale are free.
-        body: timm model of the architecture.
-        source: where the weights are from, for the message.
-        name: the architecture, for the message.
+    That of ``body``, a timm model. Patch size, grid, tokens and LayerScale are free. ``source`` and
+    ``name``, of the architecture, stand in the message.
     """
     weights, wanted = pretrained.weights, body.state_dict()
     found, expected = _fixed_shapes(weights), _fixed_shapes(wanted)

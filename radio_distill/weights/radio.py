@@ -129,12 +129,8 @@ def radio_checkpoint(
 ) -> RadioCheckpoint:
     """Sort tensors and settings that were read from ``where``.
 
-    Args:
-        settings: ``config.json`` of a folder, or a torch.hub file's table.
-        state: its tensors.
-        where: file or folder, for messages.
-        grid: rows and columns of the position table; empty to take what the settings say, or a
-            square.
+    ``settings`` are the ``config.json`` of a folder, or a torch.hub file's table. ``grid`` has the
+    rows and columns of the position table; empty, the settings say it, or it is a square.
     """
     if not holds_radio(state):
         raise WeightsError(f"{where} is not a RADIO vision transformer, which is read here")
@@ -171,12 +167,8 @@ def _grid(
 ) -> Size:
     """Return the rows and columns of the position table.
 
-    Args:
-        state: tensors, under any of the layouts' names.
-        size: side, or height and width, of the largest image in pixels, as the settings say.
-        config: with ``patch_size``.
-        where: file or folder, for messages.
-        given: what the user says of the grid; empty for nothing.
+    ``size`` is the side, or height and width, of the largest image in pixels, as the settings say;
+    ``given`` is what the user says of the grid.
     """
     tables = [value for key, value in state.items() if _unwrapped(key) in _POSITIONS]
     if not tables:

@@ -220,10 +220,7 @@ def _resume(args: argparse.Namespace) -> int:
 def prepare(request: Request, cluster: Cluster, refuses: bool) -> Request:
     """Look up what the jobs of a request need, say what they cost, and add the fits before them.
 
-    Args:
-        request: what is to be submitted.
-        cluster: what each job asks for.
-        refuses: whether to raise ConfigError for what is missing, instead of only naming it.
+    What is missing is named, and a ConfigError where it ``refuses``.
     """
     variants = variants_of(request)
     missing, notes, fits, fitted = look_up(request, variants)
@@ -347,11 +344,7 @@ def hours_of(
 ) -> dict[str, float]:
     """Return the hours of each stage, of a sweep's of each task, by their names.
 
-    Args:
-        variants: of the recipe.
-        devices: how many each job has.
-        kind: of device.
-        one_for_all: take the hours of the first task of a sweep for each of them.
+    ``one_for_all`` takes the hours of the first task of a sweep for each of them.
     """
     from radio_distill.plan.time import DEVICES
 
