@@ -36,10 +36,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--teachers", action="store_true", help="score the teachers too")
     parser.add_argument("--untrained", action="store_true", help="score an untrained student too")
-    parser.add_argument("--output", type=Path, help=f"file (default: {SCORES} in each run folder)")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help=f"(default: {SCORES} in each run folder)"
+    )
     parser.add_argument(
         "--labels",
         nargs="+",
+        metavar="NAME",
         help="what tables call them, one for each (default: STAGE, or RUN/STAGE/step-N)",
     )
 

@@ -90,7 +90,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="most images; 0 for all (default: evaluation.limit)",
     )
-    add("--labels", nargs="+", help="names of the runs, one for each (default: RUN/STAGE)")
+    add(
+        "--labels",
+        nargs="+",
+        metavar="NAME",
+        help="names of the runs, one for each (default: RUN/STAGE)",
+    )
     add("--teachers", action="store_true", help="measure the first run's teachers too")
     add(
         "--output", type=Path, metavar="DIR", help="default: mode_switching in the first run folder"

@@ -44,7 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--baseline", help="student that the others are compared with (default: the first stage 3)"
     )
-    parser.add_argument("--output", type=Path, help="file (default: report.html in the run folder)")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="(default: report.html in the run folder)"
+    )
     add_num_images_argument(parser, 3)
     add_images_argument(parser)
 

@@ -33,9 +33,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``radio-distill sweep``."""
     add_trust_argument(parser)
     add_recipe_argument(parser)
-    parser.add_argument("--upsamplers", nargs="+", default=["bilinear", "tile", "s2"])
+    parser.add_argument(
+        "--upsamplers", nargs="+", metavar="NAME", default=["bilinear", "tile", "s2"]
+    )
     parser.add_argument(
         "--baseline",
+        metavar="NAME",
         default="bilinear",
         help="what the others are compared with: tile, stage3-tile",
     )
