@@ -8,15 +8,13 @@ teacher of one's own is a :class:`~teachers.presets.Preset` under the entry poin
 Importing this package imports no model library, nor torch.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from radio_distill.config import TeacherConfig
-from radio_distill.errors import ConfigError, WeightsError
+from radio_distill.errors import ConfigError
 from radio_distill.types import TeacherSpec
 
-from .options import FIELDS, TEACHERS, resolve
+from .options import FIELDS, TEACHERS, naming_teacher, resolve
 from .presets import Preset
 from .sources import SOURCES, find_source
 
@@ -24,7 +22,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from .base import FrozenTeacher
-    from .sources.open_clip import TextEncoder
 
 PROJECT = "radio-distill"
 
@@ -34,7 +31,6 @@ __all__ = [
     "TEACHERS",
     "build_module",
     "build_teacher",
-    "build_text_encoder",
     "resolve",
     "teacher_spec",
 ]
@@ -54,7 +50,7 @@ def build_teacher(name: str, config: TeacherConfig, device: Any = "cpu") -> "Fro
     from .base import FrozenTeacher
     from .weights import fingerprint
 
-    with _naming(name):
+    with naming_teacher(name):
         preset = resolve(config)
         is_random = preset.random and not config.weights
         tower = _random(preset, config) if is_random else _loaded(preset, config)
@@ -65,7 +61,7 @@ def build_teacher(name: str, config: TeacherConfig, device: Any = "cpu") -> "Fro
 
 def teacher_spec(name: str, config: TeacherConfig) -> TeacherSpec:
     """Describe a teacher without reading its weights (so without their hash)."""
-    with _naming(name):
+    with naming_teacher(name):
         return _spec(name, resolve(config), "")
 
 
@@ -79,36 +75,6 @@ def build_module(config: TeacherConfig, device: Any = "meta") -> "nn.Module":
     preset = resolve(config)
     with torch.device(device):
         return find_source(preset.source).build(preset).eval()
-
-
-def build_text_encoder(
-    name: str, config: TeacherConfig, device: Any = "cpu", weights: str = ""
-) -> "TextEncoder":
-    """Build the text tower that shares a space with a teacher's summary, for zero-shot labels.
-
-    Args:
-        name: the teacher's name in the recipe.
-        config: the teacher's section of the recipe.
-        device: where to run.
-        weights: open_clip file of the whole model; empty takes the teacher's own where that is
-            one, else the hub's.
-    """
-    from .sources.open_clip import build_text_encoder
-    from .weights import local_path
-
-    with _naming(name):
-        preset = resolve(config)
-        path = weights or (config.weights if preset.source == "open_clip" else "")
-        return build_text_encoder(preset, local_path(path) if path else None, device)
-
-
-@contextmanager
-def _naming(name: str) -> Iterator[None]:
-    """Say in an error which teacher of the recipe it is about."""
-    try:
-        yield
-    except (ConfigError, WeightsError) as error:
-        raise type(error)(f"teachers.{name}: {error}") from error
 
 
 def _random(preset: Preset, config: TeacherConfig) -> "nn.Module":
@@ -131,12 +97,7 @@ def _loaded(preset: Preset, config: TeacherConfig) -> "nn.Module":
     if config.weights:
         check_local(config)
         return source.load(preset, local_path(config.weights))
-    if preset.package:
-        from .sources.packaged import packaged_weights
-
-        path = packaged_weights(preset.package)
-    else:
-        path = source.locate(preset)
+    path = source.locate(preset)
     if config.sha256:
         check_sha256(checksummed_files(path), config.sha256, "sha256")
     return source.load(preset, path)

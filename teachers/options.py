@@ -1,11 +1,12 @@
 """From a teacher's section of a recipe to a preset with everything filled in."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 from radio_distill.config import TeacherConfig
-from radio_distill.errors import ConfigError
+from radio_distill.errors import ConfigError, WeightsError
 from radio_distill.registry import Registry, nearest
 
 from .presets import PRESETS, Preset
@@ -55,6 +56,15 @@ _KINDS: dict[str, Kind] = {
     **dict.fromkeys(("config", "create"), ("a mapping", lambda v: isinstance(v, Mapping))),
 }
 """Options of the project's own sources: what each is, and whether a value can be that."""
+
+
+@contextmanager
+def naming_teacher(name: str) -> Iterator[None]:
+    """Say in an error which teacher of the recipe it is about."""
+    try:
+        yield
+    except (ConfigError, WeightsError) as error:
+        raise type(error)(f"teachers.{name}: {error}") from error
 
 
 def resolve(config: TeacherConfig) -> Preset:

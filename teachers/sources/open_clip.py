@@ -13,12 +13,14 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from radio_distill.config import TeacherConfig
 from radio_distill.errors import ConfigError, WeightsError
 from radio_distill.registry import nearest
 from radio_distill.system.files import reason_of
 from radio_distill.system.redaction import redact
 
 from .. import weights
+from ..options import naming_teacher, resolve
 from ..presets import CLIP_MEAN, CLIP_STD, Preset
 
 ARGUMENTS = {
@@ -114,9 +116,24 @@ def load(preset: Preset, path: Path) -> OpenClipTower:
 
 
 def build_text_encoder(
-    preset: Preset, path: Path | None = None, device: Any = "cpu"
+    name: str, config: TeacherConfig, device: Any = "cpu", weights_path: str = ""
 ) -> TextEncoder:
-    """Build the text tower that belongs to a preset, without ``path`` with the hub's weights."""
+    """Build the text tower that shares a space with a teacher's summary, for zero-shot labels.
+
+    Args:
+        name: the teacher's name in the recipe.
+        config: the teacher's section of the recipe.
+        device: where to run.
+        weights_path: open_clip file of the whole model; empty takes the teacher's own where that
+            is one, else the hub's.
+    """
+    with naming_teacher(name):
+        preset = resolve(config)
+        given = weights_path or (config.weights if preset.source == "open_clip" else "")
+        return _text_encoder(preset, weights.local_path(given) if given else None, device)
+
+
+def _text_encoder(preset: Preset, path: Path | None, device: Any) -> TextEncoder:
     import open_clip
 
     if preset.random:

@@ -24,6 +24,7 @@ from radio_distill.system.files import reason_of
 
 from .. import weights
 from ..presets import Preset
+from .packaged import packaged_weights
 
 logger = logging.getLogger(__name__)
 
@@ -124,7 +125,9 @@ def build(preset: Preset) -> TimmTower:
 
 
 def locate(preset: Preset) -> Path:
-    """Return the model folder, or fetch the weights from the hub; returns the file or folder."""
+    """Return the model's folder or file: of a package or a folder, else fetched from the hub."""
+    if preset.package:
+        return packaged_weights(preset.package)
     if _PLACE in preset.arguments:
         return _folder_of(preset.arguments[_PLACE])
     repository = _published(preset.model).hf_hub_id

@@ -6,8 +6,9 @@ from torch.nn.functional import normalize
 
 from radio_distill.config import TeacherConfig
 from radio_distill.errors import ConfigError
-from teachers import build_teacher, build_text_encoder
+from teachers import build_teacher
 from teachers.presets import PRESETS
+from teachers.sources.open_clip import build_text_encoder
 
 
 def tower_and_pixels(name, size=None):
