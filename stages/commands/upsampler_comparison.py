@@ -46,7 +46,7 @@ from ..arguments import check_output
 from ..fit_upsampler import held_out
 from ..fits import fit_name, fit_of
 from . import upsampler_tables as show
-from .upsampler_report import Request, is_network
+from .upsampler_rows import Request, is_network
 
 logger = logging.getLogger(__name__)
 

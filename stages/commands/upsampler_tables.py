@@ -27,7 +27,7 @@ from upsamplers.methods.tiling import fine_grid
 from upsamplers.metrics import VIEWS_PER_IMAGE
 
 from ..fits import fit_name
-from .upsampler_report import Row, is_network
+from .upsampler_rows import Row, is_network
 
 if TYPE_CHECKING:
     from .upsampler_comparison import Comparison

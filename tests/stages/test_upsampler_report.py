@@ -23,7 +23,7 @@ from radio_distill.protocols import Teacher
 from radio_distill.stage import FIT, resolve_stage
 from stages import cli, fit_upsampler
 from stages.arguments import Parser
-from stages.commands.upsampler_report import BLOCKS, INPUTS, Request, rows_of
+from stages.commands.upsampler_rows import BLOCKS, INPUTS, Request, rows_of
 from stages.commands.upsampler_tables import unequal_settings
 from stages.fit_upsampler import fit_recipe
 from stages.fits import FITTED, fit_command, fit_folder, fit_name, fit_of, upsampler_of
