@@ -31,7 +31,7 @@ from radio_distill.config import TeacherConfig
 from radio_distill.data.find import list_tree
 from radio_distill.distill.mosaic import pack, unpack
 from radio_distill.protocols import Teacher
-from radio_distill.stage import Mosaic, plan_mosaic
+from radio_distill.teacher_view import Mosaic, plan_mosaic
 from teachers import build_teacher
 from tools.demo_images import photograph
 

@@ -135,14 +135,14 @@ def dtypes_of(recipe: Recipe) -> dict[str, str]:
     return {"engine.precision": recipe.engine.precision, **teachers}
 
 
-def _resolve_stage(stage: StageConfig, recipe: Recipe) -> StageConfig:
-    if stage.freeze_body_steps != AUTO:
-        return stage
-    has_start = bool(stage.start_from or recipe.student.pretrained)
+def _resolve_stage(config: StageConfig, recipe: Recipe) -> StageConfig:
+    if config.freeze_body_steps != AUTO:
+        return config
+    has_start = bool(config.start_from or recipe.student.pretrained)
     # Heads that were not trained yet would pull a trained body away; a random body has nothing to
     # lose. A stage that starts from another carries its heads over, and a short freeze does.
-    frozen = min(_FROZEN, stage.steps // _FROZEN_SHARE) if has_start else 0
-    return replace(stage, freeze_body_steps=frozen)
+    frozen = min(_FROZEN, config.steps // _FROZEN_SHARE) if has_start else 0
+    return replace(config, freeze_body_steps=frozen)
 
 
 def _resolve_normalizer(

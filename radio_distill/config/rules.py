@@ -121,30 +121,30 @@ def _check_known(recipe: Recipe, path: str, teachers: Sequence[str]) -> Iterator
             yield f"{path}: no teacher {teacher!r} ({nearest(teacher, list(recipe.teachers))})"
 
 
-def _check_stage(recipe: Recipe, name: str, stage: StageConfig) -> Iterator[str]:
+def _check_stage(recipe: Recipe, name: str, config: StageConfig) -> Iterator[str]:
     path = f"stages.{name}"
-    if not stage.partitions:
+    if not config.partitions:
         yield f"{path}.partitions: a stage needs at least one partition"
-    if stage.start_from == name:
+    if config.start_from == name:
         yield f"{path}.start_from: a stage cannot start from itself"
-    names = [partition.name for partition in stage.partitions]
+    names = [partition.name for partition in config.partitions]
     for double in sorted({item for item in names if names.count(item) > 1}):
         yield f"{path}.partitions: two partitions are called {double!r}"
     for field in ("weights", "sha256", "sizes"):
-        known = getattr(stage.upsampler, field)
+        known = getattr(config.upsampler, field)
         yield from _check_known(recipe, f"{path}.upsampler.{field}", list(known))
-    yield from _check_frozen(f"{path}.freeze_body_steps", stage)
-    if recipe.loss.mesa and not stage.ema_decay:
+    yield from _check_frozen(f"{path}.freeze_body_steps", config)
+    if recipe.loss.mesa and not config.ema_decay:
         yield (
             f"{path}.ema_decay: loss.mesa compares with an averaged student, which 0 switches off; "
             "set it, for instance to 0.999"
         )
-    for index, partition in enumerate(stage.partitions):
+    for index, partition in enumerate(config.partitions):
         where = f"{path}.partitions.{partition.name}"
         yield from _check_sizes(recipe, where, partition)
         yield from _check_teachers_of(recipe, where, partition)
         if partition.images_of:
-            yield from _check_shared_images(where, partition, stage.partitions[:index])
+            yield from _check_shared_images(where, partition, config.partitions[:index])
 
 
 def _check_frozen(path: str, stage: StageConfig) -> list[str]:

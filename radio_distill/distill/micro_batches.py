@@ -22,11 +22,12 @@ from functools import lru_cache
 import numpy as np
 
 from ..data.loader import StepSlice
-from ..stage import Partition, Stage, TeacherView
+from ..stage import Partition, Stage
 from ..system.distributed import World
+from ..teacher_view import TeacherView
 from ..types import Size, View
 from .randomness import StepRandomness
-from .views import AVERAGE, STUDENT
+from .views import EMA, STUDENT
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class MicroBatchSchedule:
             for item in micro.passes:
                 sizes = {STUDENT: item.size}
                 if self._stage.loss.mesa:
-                    sizes[AVERAGE] = item.size
+                    sizes[EMA] = item.size
                 sizes |= {name: view.rendered for name, view in item.views.items()}
                 views |= self._draws.renderings(step, micro, item, sizes)
             shape = self._draws.shape(micro.size)

@@ -26,7 +26,7 @@ views to the teacher's scale, which is the caller's.
 import torch
 from torch import Tensor
 
-from ..stage import Mosaic
+from ..teacher_view import Mosaic
 
 
 def pack(mosaic: Mosaic, images: Tensor, mean: tuple[float, float, float]) -> Tensor:

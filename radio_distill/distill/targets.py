@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping, MutableMapping
 from torch import Tensor
 
 from ..protocols import Corrector, Normalizer, Teacher, Upsampler
-from ..stage import TeacherView
 from ..system.memory import explain_oom
+from ..teacher_view import TeacherView
 from ..types import Features
 from .mosaic import pack, unpack
 from .views import Views

@@ -35,12 +35,11 @@ from ..train.trackers import WriteImage
 from ..train.trainer import Agree, StepStatus
 from ..types import Features, ImageBatch, Score
 from .loss_weights import TermWeights
-from .losses import KINDS, LossReport, distillation_loss
+from .losses import KINDS, LossReport, distillation_loss, mesa
 from .micro_batches import MicroBatch, MicroBatchSchedule, Pass
 from .randomness import StepRandomness
 from .targets import TargetCache, TargetMaker
-from .terms import mesa
-from .views import AVERAGE, Views, follow
+from .views import EMA, Views, warp_to_student
 
 MESA = "mesa"
 """Name of the term that compares with the EMA of the student; no teacher can be called that."""
@@ -219,10 +218,10 @@ class Distillation:
         hint = "lower engine.micro_batch, or set loss.mesa to 0"
         explained = explain_oom("the EMA of the student", size, hint)
         with explained, torch.no_grad(), self.engine.autocast():
-            _, average = self.ema.model.get_submodule("student")(views.of_student(AVERAGE))
-        shift, cells = views.shift(AVERAGE), None
+            _, average = self.ema.model.get_submodule("student")(views.of_student(EMA))
+        shift, cells = views.shift(EMA), None
         if shift is not None:
-            average, cells = follow(average, shift)
+            average, cells = warp_to_student(average, shift)
         distance = mesa(predictions.spatial, average, cells)  # [B]
         terms = {**report.terms, MESA: distance.detach().mean()}
         return LossReport(report.total + config.mesa * distance, terms)

@@ -8,7 +8,8 @@ resizes its teacher's low-resolution input from the larger view that it looks at
 With shifts (C-RADIOv4, arXiv 2601.17237: shift-equivariant loss) every encoder gets a crop of its
 own, moved by whole patches of the student within a view that is larger by the range of the shifts.
 What a teacher adds to fixed places of its map then has no fixed place in the image, and cannot be
-learned. Losses are taken over the part that both crops show; :func:`follow` brings a map there.
+learned. Losses are taken over the part that both crops show; :func:`warp_to_student` brings a map
+there.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from ..types import Size, View
 
-STUDENT, AVERAGE = "the student", "the average student"
+STUDENT, EMA = "the student", "the average student"
 """Names of the encoders that are no teachers; a teacher's name is an identifier without blanks."""
 
 
@@ -91,8 +92,8 @@ def crop_of(partition: str, encoder: str) -> str:
     return f"{partition}/{encoder}"
 
 
-def follow(features: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-    """Move another encoder's map to where the student's crop lies.
+def warp_to_student(features: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """Warp another encoder's map to where the student's crop lies.
 
     Args:
         features: ``[B, C, h, w]``, at the grid of the comparison.
@@ -100,7 +101,7 @@ def follow(features: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
             is no whole number of cells the map is interpolated bilinearly.
 
     Returns:
-        The moved map ``[B, C, h, w]``, and which cells both crops show, ``[B, h, w]``.
+        The warped map ``[B, C, h, w]``, and which cells both crops show, ``[B, h, w]``.
     """
     height, width = features.shape[-2:]
     down, right = shift.to(features.device, torch.float32).unbind(1)  # [B] each
@@ -112,15 +113,15 @@ def follow(features: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
         ),
         dim=-1,
     )
-    moved = F.grid_sample(
+    warped = F.grid_sample(
         features,
         points.to(features.dtype),
         mode="bilinear",
         padding_mode="border",
         align_corners=False,
     )
-    seen = _inside(rows, height)[:, :, None] & _inside(columns, width)[:, None, :]
-    return moved, seen
+    shown = _inside(rows, height)[:, :, None] & _inside(columns, width)[:, None, :]
+    return warped, shown
 
 
 def _inside(positions: Tensor, length: int) -> Tensor:

@@ -17,7 +17,7 @@ from ..config import TeacherConfig, size_pair
 from ..data.folder import load_images
 from ..distill.alignment import align
 from ..protocols import Normalizer, Teacher
-from ..stage import input_size
+from ..teacher_view import input_size
 from ..types import Features, Score, Size
 from . import metrics
 from .encoder import Encoder, Target, open_image, to_pixels

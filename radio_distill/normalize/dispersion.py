@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..distill.terms import angle
+from ..distill.losses import angle
 from ..errors import DataError
 
 FLOOR = 1e-8

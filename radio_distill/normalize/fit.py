@@ -19,9 +19,10 @@ from ..distill.randomness import StepRandomness
 from ..distill.targets import encode
 from ..distill.views import Views
 from ..protocols import Normalizer, Teacher
-from ..stage import Partition, Stage, TeacherView
+from ..stage import Partition, Stage
 from ..system.distributed import World, broadcast_object, run_on_main
 from ..system.progress import Progress
+from ..teacher_view import TeacherView
 from ..train.health import check_targets
 from ..types import Size, View
 from .cache import Statistics, check_can_save, load_statistics, save_statistics

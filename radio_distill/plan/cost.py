@@ -25,7 +25,8 @@ from ..distill.views import STUDENT
 from ..models.heads import DistilledStudent
 from ..normalize import NORMALIZERS
 from ..protocols import Normalizer, Teacher, Upsampler
-from ..stage import Partition, Stage, TeacherView
+from ..stage import Partition, Stage
+from ..teacher_view import TeacherView
 from ..types import Features, Size
 
 

@@ -26,8 +26,9 @@ from torch.utils._pytree import tree_leaves
 from ..distill.losses import KINDS, distillation_loss
 from ..distill.micro_batches import Pass
 from ..models.position import NUM_DRAWS
-from ..stage import Stage, TeacherView
+from ..stage import Stage
 from ..system.precision import autocast
+from ..teacher_view import TeacherView
 from ..types import Features
 from .cost import ModelCosts
 

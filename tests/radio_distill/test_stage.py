@@ -16,7 +16,8 @@ from radio_distill.config import (
     size_pair,
 )
 from radio_distill.errors import ConfigError
-from radio_distill.stage import FIT, Stage, TeacherView, resolve_stage
+from radio_distill.stage import FIT, Stage, resolve_stage
+from radio_distill.teacher_view import TeacherView
 from radio_distill.types import TeacherSpec
 
 SPEC = TeacherSpec("t", 8, None, 14, (224, 224), None, (0.5,) * 3, (0.5,) * 3)

@@ -6,7 +6,7 @@ from torch import nn
 
 from radio_distill.config import TeacherConfig
 from radio_distill.errors import ConfigError
-from radio_distill.stage import input_size
+from radio_distill.teacher_view import input_size
 from teachers import build_teacher, teacher_spec
 from teachers.measuring import measured
 from teachers.presets import Preset

@@ -5,8 +5,13 @@ import torch
 import torch.nn.functional as F
 
 from radio_distill.config import LossConfig
-from radio_distill.distill.losses import KINDS, distillation_loss
-from radio_distill.distill.terms import am_radio, feature_loss, summary_loss
+from radio_distill.distill.losses import (
+    KINDS,
+    am_radio,
+    distillation_loss,
+    feature_loss,
+    summary_loss,
+)
 from radio_distill.errors import ConfigError, UnknownNameError
 from radio_distill.types import Features
 

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from radio_distill.config import DataConfig, PartitionConfig, Recipe, StageConfig, TeacherConfig
 from radio_distill.distill.micro_batches import assign_micro_batches
-from radio_distill.stage import Mosaic, Stage, resolve_stage
+from radio_distill.stage import Stage, resolve_stage
+from radio_distill.teacher_view import Mosaic
 from radio_distill.types import TeacherSpec
 
 PARTITION = st.builds(

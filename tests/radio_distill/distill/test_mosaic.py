@@ -11,7 +11,7 @@ from torch import nn
 from radio_distill.config import TeacherConfig
 from radio_distill.distill.mosaic import pack, unpack
 from radio_distill.errors import ConfigError
-from radio_distill.stage import plan_mosaic
+from radio_distill.teacher_view import plan_mosaic
 from radio_distill.types import TeacherSpec
 from teachers import build_teacher
 from teachers.base import FrozenTeacher

@@ -9,7 +9,7 @@ import torch
 from radio_distill.config import AugmentationConfig, size_pair
 from radio_distill.distill.micro_batches import MicroBatch, Pass
 from radio_distill.distill.randomness import StepRandomness
-from radio_distill.distill.views import AVERAGE, STUDENT
+from radio_distill.distill.views import EMA, STUDENT
 from radio_distill.stage import Partition
 from radio_distill.types import View
 
@@ -42,7 +42,7 @@ def test_window__tiles_the_grid_on_the_wanted_share_of_steps():
     assert {draws_of(window_share=1).window(step, prime) for step in range(20)} == {0}
 
 
-SIZES = {STUDENT: (64, 64), AVERAGE: (64, 64), "dino": (96, 96)}
+SIZES = {STUDENT: (64, 64), EMA: (64, 64), "dino": (96, 96)}
 
 
 def test_renderings__an_image_has_the_same_crops_in_any_micro_batch():
@@ -66,7 +66,7 @@ def test_views__shifts_are_the_distances_of_the_crops():
     shifts = shown.shift("dino") * 64 / 16
     assert torch.equal(shifts, shifts.round()), "whole patches"
     assert 1 <= shifts.abs().max() <= 3
-    assert not torch.equal(shifts, shown.shift(AVERAGE) * 64 / 16), "each has its own crop"
+    assert not torch.equal(shifts, shown.shift(EMA) * 64 / 16), "each has its own crop"
     student, dino = crops[View((64, 64), f"low/{STUDENT}")], crops[View((96, 96), "low/dino")]
     apart = (student - dino)[:, :2] * draws.shape((64, 64)) / 64
     assert np.allclose(apart, shown.shift("dino").numpy(), atol=1e-6)
@@ -87,4 +87,4 @@ def test_positions__rows_belong_to_images():
 
 def test_student__no_teacher_can_have_its_name():
     assert not STUDENT.isidentifier()
-    assert not AVERAGE.isidentifier()
+    assert not EMA.isidentifier()

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from radio_distill.distill.terms import angle, mesa, summary_loss
+from radio_distill.distill.losses import angle, mesa, summary_loss
 
 DOUBLE = torch.float64
 

@@ -3,7 +3,8 @@ import math
 import pytest
 import torch
 
-from radio_distill.distill.weighting import SMALLEST, AdaLoss, uncertain
+from radio_distill.distill.loss_weights import SMALLEST, AdaLoss
+from radio_distill.distill.losses import uncertain
 from radio_distill.models.heads import Uncertainty
 
 CLIP, SAM = "clip/summary", "sam/features"

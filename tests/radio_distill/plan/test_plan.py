@@ -43,7 +43,8 @@ from radio_distill.plan.time import (
     StagePlan,
     plan_stage,
 )
-from radio_distill.stage import Mosaic, Partition, Stage, TeacherView, resolve_stage
+from radio_distill.stage import Partition, Stage, resolve_stage
+from radio_distill.teacher_view import Mosaic, TeacherView
 from radio_distill.types import Features, TeacherSpec
 from upsamplers import build_upsampler
 
