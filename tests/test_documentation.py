@@ -245,3 +245,17 @@ def test_architecture__names_rooms_and_files_that_are_there():
     assert len(rooms) > 5
     for name in [*rooms, *files]:
         assert any((place / name).exists() for place in places), name
+
+
+def test_architecture__walks_through_files_as_they_are():
+    """Each step names a file, about as long as the page says, and things that are in it."""
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    walk = page.partition("## One image on its way")[2].partition("Beside the path")[0]
+    steps = re.split(r"^\d+\. ", walk, flags=re.MULTILINE)[1:]
+    assert 12 <= len(steps) <= 16
+    for step in steps:
+        file, lines = re.match(r"\*\*`([\w/.]+)`\*\* \((\d+) lines\)", step).groups()
+        text = (ROOT / file).read_text()
+        assert text.count("\n") == pytest.approx(int(lines), rel=0.15), file
+        for name in re.findall(r"`(\w+)`", step):
+            assert re.search(rf"\b{name}\b", text), f"{file} has no {name}"
