@@ -18,7 +18,6 @@ from radio_distill.train.run_dir import Status, write_status
 from slurm.chain import Chain, Job, Task, private_folder, read_chain, write_chain
 from slurm.cluster import Cluster
 from slurm.requeue import (
-    Decision,
     Ending,
     Outcome,
     Start,
@@ -129,27 +128,57 @@ def decided(end, max_requeues=30, max_retries=3):
     return decide(end, max_requeues, max_retries)
 
 
-def test_decide__done_where_all_processes_say_so():
-    assert decided(ending(0, 0)).kind == "done"
-    assert decided(ending(0, 0, status=1)).kind == "done"  # say the container's clean-up failed
+def saved(*statuses, signal):
+    end = ending(*statuses)
+    return replace(end, outcomes=[replace(one, signal=signal) for one in end.outcomes])
 
 
-@pytest.mark.parametrize("statuses", [(0,), (0, None), ()])
-def test_decide__silence_is_not_done(statuses):
-    assert decided(ending(*statuses, processes=2)).kind == "retry"
+@pytest.mark.parametrize(
+    ("end", "kind", "words", "blamed"),
+    [
+        (ending(0, 0), "done", "complete", ()),
+        (ending(0, 0, status=1), "done", "complete", ()),  # say the container's clean-up failed
+        # Silence is not done. Nobody is blamed where nothing is known.
+        (ending(0, processes=2), "retry", "1 of 2 processes ended without a word", ()),
+        (ending(processes=2), "retry", "2 of 2 processes ended without a word", ()),
+        (ending(0, None), "retry", "1 of 2 processes ended without a word", ("n2",)),
+        (ending(None, None, status=1), "retry", "ended without a word (srun: 1)", ()),
+        (saved(75, 75, signal=12), "requeue", "saved after SIGUSR2", ()),
+        (saved(0, 75, signal=12), "requeue", "saved after SIGUSR2", ()),
+        # With a GraceTime the processes get SIGTERM while the batch script gets nothing.
+        (saved(75, signal=15), "requeue", "saved after SIGTERM", ()),
+        # The time limit requeues even what did not save.
+        *(
+            (ending(*statuses, ending=True, time_limit=True), "requeue", "its time limit", ())
+            for statuses in [(75, 75), (None, None), (1, 75)]
+        ),
+        # What Slurm ends or has started again is left to it.
+        *(
+            (ending(*statuses, ending=True, restarted=restarted), "left", "", ())
+            for statuses in [(75, 75), (1, None), (2,), (None, None), (-9, 1)]
+            for restarted in (False, True)
+        ),
+        (ending(75, restarted=True), "left", "lost node", ()),
+        (ending(None, restarted=True, dead_nodes={"n1"}), "left", "n1 was lost", ()),
+        (ending(76, 1), "left", "taken over", ()),
+        # A crash is tried again elsewhere; an error of the user's is not.
+        (ending(75, 1), "retry", "rank 1 on n2: ended with status 1", ("n2",)),
+        (ending(75, -11), "retry", "rank 1 on n2: killed by SIGSEGV", ("n2",)),
+        (ending(75, 70), "retry", "rank 1 on n2: no step was finished", ("n2",)),
+        (ending(1, 2), "failed", "rank 1 on n2: ended with status 2", ()),
+        # A node out of reach is blamed before the errors of its peers.
+        (ending(1, None, dead_nodes={"n2", "n7"}), "retry", "rank 0 on n1", ("n2",)),
+    ],
+)
+def test_decide__the_table(end, kind, words, blamed):
+    decision = decided(end)
+    assert (decision.kind, decision.blamed) == (kind, blamed)
+    assert words in decision.reason
 
 
-@pytest.mark.parametrize("end", [ending(75, 75), ending(0, 75)])
-def test_decide__requeues_what_has_saved(end):
-    outcomes = [replace(item, signal=12) for item in end.outcomes]
-    decision = decided(replace(end, outcomes=outcomes))
-    assert decision == Decision(kind="requeue", reason="saved after SIGUSR2")
-
-
-def test_decide__requeues_after_a_preemption_that_left_time_to_save():
-    """With a GraceTime the processes get SIGTERM while the batch script gets nothing."""
-    end = Ending(outcomes=[outcome(0, 75, signal=15)], processes=1)
-    assert decided(end) == Decision(kind="requeue", reason="saved after SIGTERM")
+def test_decide__an_error_of_the_user_carries_its_reason():
+    end = Ending(outcomes=[outcome(0, 1), outcome(1, 2, reason="no shards")], processes=2)
+    assert decided(end).reason == "rank 1 on n2: no shards"
 
 
 def test_decide__max_requeues_bounds_them():
@@ -158,47 +187,6 @@ def test_decide__max_requeues_bounds_them():
     decision = decided(ending(75, history=history), max_requeues=2)
     assert decision.kind == "failed"
     assert "max_requeues = 2 is spent" in decision.reason
-
-
-@pytest.mark.parametrize("statuses", [(75, 75), (1, None), (2,), (None, None), (-9, 1)])
-def test_decide__what_slurm_ends_is_left_to_slurm(statuses):
-    assert decided(ending(*statuses, ending=True)).kind == "left"
-    assert decided(ending(*statuses, restarted=True, ending=True)).kind == "left"
-
-
-def test_decide__an_orphan_does_nothing():
-    decision = decided(ending(75, restarted=True))
-    assert decision.kind == "left"
-    assert "lost node" in decision.reason
-    decision = decided(ending(None, restarted=True, dead_nodes={"n1"}))
-    assert decision.reason == "Slurm had it queue again: n1 was lost"
-
-
-@pytest.mark.parametrize("statuses", [(75, 75), (None, None), (1, 75)])
-def test_decide__its_time_limit_requeues_even_what_did_not_save(statuses):
-    decision = decided(ending(*statuses, ending=True, time_limit=True))
-    assert decision == Decision(kind="requeue", reason="reached its time limit")
-
-
-def test_decide__taken_over_is_left():
-    assert decided(ending(76, 1)).kind == "left"
-
-
-def test_decide__an_error_of_the_user_is_not_tried_again():
-    end = Ending(outcomes=[outcome(0, 1), outcome(1, 2, reason="no shards")], processes=2)
-    assert decided(end) == Decision(kind="failed", reason="rank 1 on n2: no shards")
-
-
-@pytest.mark.parametrize(
-    ("status", "words"),
-    [(1, "ended with status 1"), (-11, "killed by SIGSEGV"), (70, "no step was finished")],
-)
-def test_decide__a_crash_is_tried_again_elsewhere(status, words):
-    decision = decided(ending(75, status))
-    assert decision.kind == "retry"
-    assert decision.blamed == ("n2",)
-    assert decision.reason.startswith("rank 1 on n2: ")
-    assert words in decision.reason
 
 
 def test_decide__max_retries_bounds_them():
@@ -219,20 +207,6 @@ def test_decide__a_crash_at_the_same_step_is_final(step, kind):
 def test_decide__a_job_without_steps_is_tried_once_more():
     assert decided(ending(1)).kind == "retry"
     assert decided(ending(1, history=[stop("retry")])).kind == "failed"
-
-
-def test_decide__nobody_is_blamed_where_nothing_is_known():
-    decision = decided(ending(None, None, status=1))
-    assert decision.blamed == ()
-    assert decision.reason == "2 of 2 processes ended without a word (srun: 1)"
-
-
-def test_decide__the_silent_one_is_blamed_where_others_ended_well():
-    assert decided(ending(0, None)).blamed == ("n2",)
-
-
-def test_decide__a_node_out_of_reach_is_blamed_before_the_errors_of_its_peers():
-    assert decided(ending(1, None, dead_nodes={"n2", "n7"})).blamed == ("n2",)
 
 
 def test_cause_of__a_kill_comes_before_the_errors_that_follow_from_it():
