@@ -13,7 +13,7 @@ from .types import Size, TeacherSpec
 
 @dataclass(frozen=True, slots=True)
 class Mosaic:
-    """Where images lie on a canvas: each in the top left corner of its tile.
+    """The places of images on a canvas, each in the top left corner of its tile.
 
     Images follow one another along the rows, canvas after canvas. :func:`plan_mosaic` makes one
     from sizes that it has checked; :mod:`.distill.mosaic` fills canvases and cuts maps.
@@ -62,7 +62,7 @@ class Mosaic:
 
 @dataclass(frozen=True, slots=True)
 class TeacherView:
-    """How one teacher sees an image of a partition. Equal views of an image give equal targets."""
+    """The way in which one teacher sees an image. Equal views of an image give equal targets."""
 
     teacher: str
     size: Size

@@ -45,7 +45,7 @@ from radio_distill.train.optim import build_optimizer
 from radio_distill.train.restore import check_tensors, load_weights
 from radio_distill.train.run_dir import RunLock
 from radio_distill.train.trainer import Trainer
-from radio_distill.types import Score
+from radio_distill.types import Score, TeacherSpec
 from radio_distill.weights.pretrained import initialise
 from teachers import build_teacher
 from upsamplers import build_upsampler
@@ -128,22 +128,11 @@ def build_distillation(
     )
     check_same_shards(source.fingerprint)
     run_on_main(world, lambda: check_evaluation(stage.evaluation))
-    if resumed is not None:
-        check_shards(resumed, source.fingerprint, allow_changed)
     specs = {name: teacher.spec for name, teacher in targets.teachers.items()}
     if resumed is not None:
+        check_shards(resumed, source.fingerprint, allow_changed)
         check_same_teachers(resumed, specs, allow_changed)
-    student = stage.student if start is None else replace(stage.student, pretrained="")
-    model = build_student(
-        student,
-        specs,
-        learned_weights=stage.loss.weighting == "uncertainty",
-        weight_noise=stage.augmentation.weight_noise,
-        initialise=initialise,
-    )
-    if start is not None:
-        checkpoints.check_teachers(start, specs)
-        load_weights(model, start)
+    model = _student_from(stage, specs, start)
     if resumed is not None:
         check_tensors(resumed, model)
     config = stage.config
@@ -151,18 +140,7 @@ def build_distillation(
     dispersions: dict[str, float] = {}
     if resumed is None:
         run_on_main(world, lambda: make_private(stage.run_folder))
-        normalizers = targets.normalizers
-        dispersions = fit_normalizers(stage, targets.teachers, normalizers, world, device)
-        unseen = [name for name in specs if stage.statistics_partition(name) is None]
-        if start is not None:
-            logger.info("%s starts from %s", stage.name, start.folder)
-            before = normalizers_of(start)
-            for name in unseen:  # their heads stay as they were, in the space that they had
-                normalizers[name].load_state(before[name].state())
-            refold_heads(model, before, normalizers)
-        else:
-            for name in unseen:
-                normalizers[name].fit(Moments.standard(specs[name].channels))
+        dispersions = _fit_scales(stage, targets, model, start, world, device)
     keeps_ema = config.ema_decay and (world.is_main or stage.loss.mesa)
     hint = "set ema_decay to 0, or take a smaller student"
     with explain_oom("the EMA of the student", "the start", hint):
@@ -182,6 +160,50 @@ def build_distillation(
         _restore(task, resumed)
         origin = origin_of(resumed, stage, specs, source.fingerprint)
     return task, origin
+
+
+def _student_from(
+    stage: Stage, specs: Mapping[str, TeacherSpec], start: Checkpoint | None
+) -> DistilledStudent:
+    """Build the student of a stage: with a checkpoint's weights, else as its recipe begins."""
+    model = build_student(
+        stage.student if start is None else replace(stage.student, pretrained=""),
+        specs,
+        learned_weights=stage.loss.weighting == "uncertainty",
+        weight_noise=stage.augmentation.weight_noise,
+        initialise=initialise,
+    )
+    if start is not None:
+        checkpoints.check_teachers(start, specs)
+        load_weights(model, start)
+    return model
+
+
+def _fit_scales(
+    stage: Stage,
+    targets: TargetMaker,
+    model: DistilledStudent,
+    start: Checkpoint | None,
+    world: World,
+    device: torch.device,
+) -> dict[str, float]:
+    """Fit the normalizers of a stage that begins, and fold its heads into the new scales.
+
+    Returns the dispersions of the teachers' summaries, where the loss asks for them.
+    """
+    teachers, normalizers = targets.teachers, targets.normalizers
+    dispersions = fit_normalizers(stage, teachers, normalizers, world, device)
+    unseen = [name for name in teachers if stage.statistics_partition(name) is None]
+    if start is None:
+        for name in unseen:
+            normalizers[name].fit(Moments.standard(teachers[name].spec.channels))
+        return dispersions
+    logger.info("%s starts from %s", stage.name, start.folder)
+    before = normalizers_of(start)
+    for name in unseen:  # their heads stay as they were, in the space that they had
+        normalizers[name].load_state(before[name].state())
+    refold_heads(model, before, normalizers)
+    return dispersions
 
 
 def score_student(

@@ -106,7 +106,7 @@ class Need:
 
     @property
     def fit(self) -> FitConfig:
-        """How the recipe fits it, at the first of its sizes."""
+        """The recipe's section `fit` for it, at the first of its sizes."""
         recipe, config = self.stage.recipe, self.config
         fit = fit_of(recipe, self.teacher, config.name, config.factor)
         return replace(fit, size=self.sides[0])

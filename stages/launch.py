@@ -47,7 +47,7 @@ from .resume import aside_with_checkpoints, checkpoint_to_resume
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """How a stage or a fit is started."""
+    """The ways in which a stage or a fit is started."""
 
     resume: bool = False
     """Go on from the newest checkpoint; what is complete returns at once."""

@@ -28,7 +28,7 @@ from upsamplers import UPSAMPLERS, build_upsampler
 
 @dataclass(frozen=True)
 class Models:
-    """What a recipe trains with, without data in its tensors."""
+    """The models of a recipe, without data in their tensors."""
 
     recipe: Recipe
     student: DistilledStudent

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Asked:
-    """How a recipe was named on a command line, for the commands in messages."""
+    """The words that named a recipe on a command line, for the commands in messages."""
 
     recipe: str
     fields: tuple[str, ...] = ()

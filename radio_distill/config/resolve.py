@@ -56,7 +56,7 @@ _MOST_WORKERS = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What is known when a stage or a fit starts, and decides what `auto` means."""
+    """The facts that are known when a stage or a fit starts, and decide what `auto` means."""
 
     native_dtype: Literal["float32", "bfloat16"] = "float32"
     """The fastest type that the device computes natively, see :mod:`..precision`."""

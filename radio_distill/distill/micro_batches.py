@@ -42,7 +42,7 @@ class Pass:
 
     @property
     def views(self) -> Mapping[str, TeacherView]:
-        """How each teacher sees the images, by name."""
+        """The view that each teacher has of the images, by name."""
         return self.partition.views[self.size]
 
 

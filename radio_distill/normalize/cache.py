@@ -23,7 +23,7 @@ DISPERSION = "dispersion"
 
 
 class Statistics(NamedTuple):
-    """What is known of a teacher's outputs on a set of images."""
+    """Mean, covariance and dispersion of a teacher's outputs on a set of images."""
 
     moments: Moments
     """Of its spatial features."""

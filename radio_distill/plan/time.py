@@ -43,7 +43,7 @@ class DeviceType:
 
     @property
     def native_dtype(self) -> Literal["float32", "bfloat16"]:
-        """What ``auto`` means on it."""
+        """The type that ``auto`` means on it."""
         return "bfloat16" if self.bfloat16 > self.float32 else "float32"
 
 
@@ -63,7 +63,7 @@ DEVICES = {
 
 @dataclass(frozen=True)
 class StagePlan:
-    """What a stage costs; tokens and operations are the mean step's, on all devices together."""
+    """The costs of a stage; tokens and operations are the mean step's, on all devices together."""
 
     stage: Stage
     devices: int

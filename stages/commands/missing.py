@@ -25,7 +25,7 @@ from ..recipes import Asked
 
 @dataclass
 class Findings:
-    """What a recipe lacks, a line for each thing: its field, what is not there, the hint."""
+    """The things that a recipe lacks, a line for each: its field, what is not there, the hint."""
 
     missing: list[str] = field(default_factory=list)
     """What its stages, or their scores, would stop at."""
