@@ -255,8 +255,10 @@ def write_result(task: "Fit") -> None:
     from upsamplers.fitted import FittedHeader, save_model
 
     stage, spec, config = task.stage, task.teacher.spec, task.stage.fit
-    newest = checkpoints.find(task.stage.folder)
-    task.consistency.load_state_dict(newest.tensors(MODULES))
+    weights = checkpoints.find(task.stage.folder).tensors(MODULES)
+    for name, parameter in task.consistency.named_parameters():
+        parameter.data = parameter.data.view(weights[name].shape)  # ZeRO has no scalars
+    task.consistency.load_state_dict(weights)
     header = FittedHeader(
         upsampler=config.upsampler,
         teacher=spec.name,

@@ -36,7 +36,7 @@ def check(recipe: Recipe) -> None:
 
 
 def _check_evaluation(recipe: Recipe) -> Iterator[str]:
-    """Evaluations during training: which scores there will be, and of which weights."""
+    """The best score must be one that there will be."""
     config = recipe.evaluation
     if config.best and not config.every:
         yield "evaluation.best: nothing is scored during training; set evaluation.every"
@@ -46,9 +46,6 @@ def _check_evaluation(recipe: Recipe) -> Iterator[str]:
             f"evaluation.best: {config.best!r} is no BENCHMARK/METRIC of a benchmark that is run "
             f"during training ({', '.join(names)})"
         )
-    for name, stage in recipe.stages.items():
-        if config.every and config.of == "ema" and not stage.ema_decay:
-            yield f"evaluation.of: {name} has no EMA to score; set stages.{name}.ema_decay"
 
 
 def _check_names(recipe: Recipe) -> Iterator[str]:

@@ -385,9 +385,8 @@ class EvaluationConfig:
     during: tuple[str, ...] = option(
         tuple, "benchmarks that are run during training; empty for all of `benchmarks`"
     )
-    of: Literal["exported", "student", "ema"] = option(
-        "exported",
-        "weights that are scored during training; exported: the EMA where the stage has one",
+    of: Literal["ema", "student"] = option(
+        "ema", "weights that are scored during training; the student's in a stage without EMA"
     )
     best: str = option(
         "", "score whose best checkpoint is kept, for instance knn/top1; empty for none"

@@ -148,8 +148,7 @@ class Distillation:
         """Score the student, or its EMA, on rank 0; the others wait."""
         assert self.scores is not None
         del step, write_image
-        wanted = self.stage.evaluation.of
-        if wanted == "ema" or (wanted == "exported" and self.stage.config.ema_decay):
+        if self.stage.evaluation.of == "ema" and self.stage.config.ema_decay:
             tensors = {} if self.ema is None else self.ema.state_dict()
         else:
             tensors = self.engine.model_tensors()  # every rank gathers

@@ -1,0 +1,138 @@
+"""An evaluation inside a run: it moves no number of training, and the best checkpoint is kept."""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from e2e import CHECKOUT, assert_equal, rows, run, run_folder, tensors
+from radio_distill.errors import DataError
+from radio_distill.train.checkpoint import find
+from stages import stage1
+
+TIMES = ("time", "images_per_second", "data_wait_share", "checkpoint_wait_share")
+EVERY = ["--evaluation.every", "2", "--evaluation.during", "fidelity,agreement"]
+METRIC = "fidelity/fidelity/vit"
+
+
+def trained(row: dict) -> dict:
+    """The numbers of a log line that training alone decides."""
+    return {
+        name: value
+        for name, value in row.items()
+        if name not in TIMES and not name.startswith("eval/")
+    }
+
+
+def scores(folder) -> dict[int, dict[str, float]]:
+    """The scores of each step that was evaluated."""
+    named = {
+        row["step"]: {name: row[name] for name in row if name.startswith("eval/")}
+        for row in rows(folder)
+    }
+    return {step: values for step, values in named.items() if values}
+
+
+@pytest.mark.parametrize("weights", ["student", "ema"])
+def test_evaluation__moves_no_number_of_training(recipe_file, weights):
+    folder = run_folder(recipe_file) / "stage1"
+    assert run(stage1, recipe_file) == 0
+    expected = [trained(row) for row in rows(folder)]
+    parts = {part: tensors(folder, 6, part) for part in ("student", "ema", "optimizer")}
+    assert run(stage1, recipe_file, *EVERY, "--evaluation.of", weights) == 0
+    assert [trained(row) for row in rows(folder)] == expected
+    for part, values in parts.items():
+        assert_equal(values, tensors(folder, 6, part), part)
+    assert list(scores(folder)) == [2, 4, 6]
+    for values in scores(folder).values():
+        assert f"eval/{METRIC}" in values
+        assert any(name.startswith("eval/agreement/") for name in values)
+        assert all(map(math.isfinite, values.values()))
+
+
+def test_evaluation__is_the_same_in_a_resumed_run_which_knows_the_best(recipe_file):
+    fields = [*EVERY, "--evaluation.best", METRIC, "--log.keep_last", "1"]
+    folder = run_folder(recipe_file) / "stage1"
+    assert run(stage1, recipe_file, *fields) == 0
+    expected = scores(folder)
+    best = max(expected, key=lambda step: expected[step][f"eval/{METRIC}"])
+    assert find(folder / "checkpoints" / "best").step == best
+    kept = sorted(path.name for path in (folder / "checkpoints").glob("step-*"))
+    assert kept == sorted({f"step-{best:08d}", "step-00000006"})
+    assert find(folder).best.score == expected[best][f"eval/{METRIC}"]
+
+    assert run(stage1, recipe_file, *fields, "--log.keep_last", "9") == 0
+    for step in ("step-00000004", "step-00000006"):
+        shutil.rmtree(folder / "checkpoints" / step)
+    (folder / "checkpoints" / "best").unlink()
+    assert run(stage1, recipe_file, *fields, "--resume") == 0
+    assert scores(folder) == expected
+    assert find(folder / "checkpoints" / "best").step == best
+
+
+def test_evaluation__a_best_step_that_is_no_save_is_saved(recipe_file):
+    """Every step is evaluated, none but the last would be saved."""
+    fields = ["--evaluation.every", "1", "--evaluation.best", METRIC, "--log.save_every", "100"]
+    folder = run_folder(recipe_file) / "stage1"
+    assert run(stage1, recipe_file, *fields) == 0
+    best, values = 0.0, []
+    for step, found in scores(folder).items():
+        if found[f"eval/{METRIC}"] > best:
+            best = found[f"eval/{METRIC}"]
+            values.append(step)
+    assert (folder / "checkpoints" / f"step-{values[-1]:08d}").is_dir()
+
+
+def test_evaluation__that_fails_is_warned_of_and_the_run_goes_on(recipe_file, monkeypatch, caplog):
+    def fail(*_):
+        raise DataError("the disk of the held-out images is gone")
+
+    monkeypatch.setattr("stages.build.evaluate", fail)
+    assert run(stage1, recipe_file, *EVERY) == 0
+    assert "step 2 is not evaluated: the disk of the held-out images is gone" in caplog.text
+    assert find(run_folder(recipe_file) / "stage1").step == 6
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        (["--evaluation.images", "nowhere"], ("nowhere",)),
+        (["--evaluation.during", "knn"], ("evaluation.labels",)),
+        (["--evaluation.during", "konn"], ("konn", "knn")),
+        (["--evaluation.best", "knn/top1"], ("evaluation.best", "fidelity")),
+        (["--evaluation.every", "0", "--evaluation.best", METRIC], ("evaluation.every",)),
+    ],
+)
+def test_evaluation__what_cannot_be_scored_is_one_line_before_the_run(
+    recipe_file, capfd, fields, words
+):
+    every = ["--evaluation.every", "2", "--evaluation.during", "fidelity"]
+    assert run(stage1, recipe_file, *every, *fields) == 2
+    error = capfd.readouterr().err
+    assert all(word in error for word in words), error
+    assert "Traceback" not in error
+    assert not (run_folder(recipe_file) / "stage1").exists()
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("zero_stage", [1, 3])
+def test_evaluation__moves_no_number_of_two_processes(recipe_file, zero_stage):
+    """ZeRO 3 has cut up the student that rank 0 scores."""
+    fields = ["--stage.steps", "3", "--stage.ema_decay", "0", "--engine.zero_stage"]
+    fields += [str(zero_stage), "--engine.device", "cpu", "--stage.freeze_body_steps", "0"]
+    folder = run_folder(recipe_file) / "stage1"
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(CHECKOUT)}
+    script = str(CHECKOUT / "stages" / "stage1.py")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    found = []
+    for more in ([], ["--evaluation.every", "1"]):
+        command = [sys.executable, *launcher, script, str(recipe_file), *fields, *more]
+        subprocess.run(command, env=environment, cwd=CHECKOUT, check=True, timeout=240)
+        found.append(([trained(row) for row in rows(folder)], tensors(folder, 3)))
+    assert json.dumps(found[0][0]) == json.dumps(found[1][0])
+    assert_equal(found[0][1], found[1][1])
+    assert list(scores(folder)) == [1, 2, 3]
