@@ -5,68 +5,53 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
+import yaml
 from safetensors.torch import load_file
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 
-RECIPE = {
-    "name": "tiny",
-    "seed": 3,
-    "data": {"workers": 0, "crop_scale": [0.3, 1.0]},
-    "student": {
-        "architecture": "test_vit",
-        "max_size": 256,
-        "registers": 2,
-        "head_hidden": 32,
-    },
-    "teachers": {
-        "vit": {"preset": "tiny_vit", "input_size": "match", "dtype": "float32"},
-        "cnn": {"preset": "tiny_cnn", "dtype": "float32"},
-        "sam": {"preset": "tiny_samvit", "summary_weight": 0, "dtype": "float32"},
-    },
-    "normalizer": {"images": 24},
-    "stages": {
-        "stage1": {
-            "steps": 6,
-            "optimizer": "adamw",
-            "freeze_body_steps": 0.3,
-            "ema_decay": 0.5,
-            "partitions": [
-                {"name": "low", "size": 64, "teachers": ["vit", "cnn", "sam"], "batch_size": 6}
-            ],
-        },
-        "stage2": {
-            "steps": 4,
-            "start_from": "stage1",
-            "freeze_body_steps": 0.25,
-            "partitions": [
-                {"name": "a", "size": 64, "teachers": ["vit", "cnn"], "batch_size": 5},
-                {"name": "b", "size": [64, 96], "teachers": ["sam"], "batch_size": 3, "weight": 2},
-            ],
-        },
-        "stage3": {
-            "steps": 4,
-            "start_from": "stage2",
-            "optimizer": "adamw",
-            "freeze_body_steps": 0.25,
-            "upsampler": {"name": "bilinear", "factor": 2},
-            "partitions": [
-                {"name": "low", "size": 64, "teachers": ["vit", "cnn"], "batch_size": 4},
-                {
-                    "name": "high",
-                    "size": 128,
-                    "teachers": ["vit", "sam"],
-                    "upsample": ["vit"],
-                    "teacher_sizes": {"vit": 64},
-                    "batch_size": 2,
-                },
-            ],
-        },
-    },
-    "engine": {"precision": "float32", "device": "auto"},
-    "log": {"every": 1, "save_every": 2, "keep_last": 10, "trackers": []},
-    "evaluation": {"size": 64, "dense_size": 128, "benchmarks": ["fidelity"], "limit": 4},
-}
+RECIPE = yaml.safe_load("""
+name: tiny
+seed: 3
+data: {workers: 0, crop_scale: [0.3, 1.0]}
+student: {architecture: test_vit, max_size: 256, registers: 2, head_hidden: 32}
+teachers:
+  vit: {preset: tiny_vit, input_size: match, dtype: float32}
+  cnn: {preset: tiny_cnn, dtype: float32}
+  sam: {preset: tiny_samvit, summary_weight: 0, dtype: float32}
+normalizer: {images: 24}
+stages:
+  stage1:
+    steps: 6
+    optimizer: adamw
+    freeze_body_steps: 0.3
+    ema_decay: 0.5
+    partitions: [{name: low, size: 64, teachers: [vit, cnn, sam], batch_size: 6}]
+  stage2:
+    steps: 4
+    start_from: stage1
+    freeze_body_steps: 0.25
+    partitions:
+      - {name: a, size: 64, teachers: [vit, cnn], batch_size: 5}
+      - {name: b, size: [64, 96], teachers: [sam], batch_size: 3, weight: 2}
+  stage3:
+    steps: 4
+    start_from: stage2
+    optimizer: adamw
+    freeze_body_steps: 0.25
+    upsampler: {name: bilinear, factor: 2}
+    partitions:
+      - {name: low, size: 64, teachers: [vit, cnn], batch_size: 4}
+      - name: high
+        size: 128
+        teachers: [vit, sam]
+        upsample: [vit]
+        teacher_sizes: {vit: 64}
+        batch_size: 2
+engine: {precision: float32, device: auto}
+log: {every: 1, save_every: 2, keep_last: 10, trackers: []}
+evaluation: {size: 64, dense_size: 128, benchmarks: [fidelity], limit: 4}
+""")
 
 
 def run(stage: ModuleType, recipe_file: Path, *arguments: str) -> int:

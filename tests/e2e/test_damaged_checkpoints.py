@@ -148,8 +148,8 @@ def is_told(lines: list[str], start: str, named: str) -> bool:
 
 @pytest.mark.parametrize(
     "damage",
-    [cut("student.safetensors", 0.5), flipped("optimizer.safetensors"), empty, meta_of("[]")],
-    ids=["cut", "flipped", "empty", "no meta"],
+    [flipped("optimizer.safetensors"), empty],
+    ids=["flipped", "empty"],
 )
 def test_resume__goes_on_from_the_one_before_a_damaged_one(trained, caplog, damage):
     damage(root_of(trained) / "step-00000004")
@@ -228,8 +228,6 @@ def test_resume__clears_away_what_a_killed_process_left(trained):
 
 CHANGES = [  # a field, its new value, and how the message names it
     ("--stage.partitions.low.batch_size", "5", "batch_size: 6 -> 5"),
-    ("--stage.learning_rate", "0.01", "stages.stage1.learning_rate: "),
-    ("--seed", "4", "seed: 3 -> 4"),
     ("--teachers.vit.input_size", "64", "teachers.vit.input_size: match -> 64"),
 ]
 
