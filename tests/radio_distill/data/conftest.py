@@ -72,3 +72,17 @@ def shard_folder(tmp_path, encode, write_tar) -> Path:
         members = {f"s{shard}_{i}.png": encode(10 * shard + i) for i in range(3 + shard)}
         write_tar(tmp_path / f"part-{shard}.tar", members)
     return tmp_path
+
+
+@pytest.fixture
+def put(encode) -> Callable[..., Path]:
+    """Write an image of its own to each of some places below a folder; returns the folder."""
+
+    def put_images(folder: Path, names: Iterable[str]) -> Path:
+        for number, name in enumerate(names):
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(encode(number))
+        return folder
+
+    return put_images

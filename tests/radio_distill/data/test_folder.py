@@ -10,12 +10,8 @@ from radio_distill.errors import DataError
 
 
 @pytest.fixture
-def folder(tmp_path, encode):
-    for name in ("b/2.png", "b/10.png", "a/1.png", "c.png"):
-        path = tmp_path / "images" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(encode(len(name)))
-    return tmp_path / "images"
+def folder(tmp_path, put):
+    return put(tmp_path / "images", ("b/2.png", "b/10.png", "a/1.png", "c.png"))
 
 
 def test_load_images__folder_is_sorted_and_lazy(folder, encode):
@@ -74,12 +70,9 @@ def test_list_images__unclean_shard_is_refused(tmp_path, encode, write_tar):
 
 
 @pytest.fixture
-def classes(tmp_path, encode):
-    for name in ("train/dog/1", "train/dog/0", "train/cat/0", "val/dog/5"):
-        path = tmp_path / "set" / f"{name}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(encode(0))
-    return tmp_path / "set"
+def classes(tmp_path, put):
+    names = ("train/dog/1.png", "train/dog/0.png", "train/cat/0.png", "val/dog/5.png")
+    return put(tmp_path / "set", names)
 
 
 @pytest.mark.parametrize("level", ["set", "."])
@@ -153,10 +146,8 @@ def test_labelled_images__one_class_alone_is_refused(classes):
         labelled_images(str(classes))
 
 
-def test_labelled_images__numbers_as_names(tmp_path, encode):
-    for name in ("train/10", "train/9", "train/09", "val/9"):
-        (tmp_path / name).mkdir(parents=True)
-        (tmp_path / name / "0.png").write_bytes(encode(0))
+def test_labelled_images__numbers_as_names(tmp_path, put):
+    put(tmp_path, ("train/10/0.png", "train/9/0.png", "train/09/0.png", "val/9/0.png"))
     train, val, names = labelled_images(str(tmp_path))
     assert names == ("09", "10", "9")
     assert [names[label] for _, label in train] == ["09", "10", "9"]
@@ -198,12 +189,10 @@ def test_list_images__empty_shards(tmp_path, encode, write_tar):
     assert len(list_images(str(tmp_path))) == 1
 
 
-def test_labelled_images__hidden_folders_are_no_classes(classes, encode, caplog):
+def test_labelled_images__hidden_folders_are_no_classes(classes, encode, put, caplog):
     caplog.set_level(logging.INFO)
-    for name in ("train/.ipynb_checkpoints/a", "val/.ipynb_checkpoints/a", "train/loose"):
-        path = classes / f"{name}.png"
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(encode(0))
+    hidden = ("train/.ipynb_checkpoints/a.png", "val/.ipynb_checkpoints/a.png")
+    put(classes, (*hidden, "train/loose.png"))
     (classes / "train" / ".DS_Store").write_bytes(b"")
     (classes / "train" / "emu").mkdir()
     (classes / "train" / "dog" / "deep").mkdir()

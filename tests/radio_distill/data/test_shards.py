@@ -229,31 +229,23 @@ def test_write_shards__captions_of_every_spelling(tmp_path, encode):
         (["train/n1/images/a"], ("n1",)),
     ],
 )
-def test_write_shards__class_is_the_folder_of_the_first_level(tmp_path, encode, names, classes):
-    for name in names:
-        path = tmp_path / "in" / f"{name}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(encode(1))
+def test_write_shards__class_is_the_folder_of_the_first_level(tmp_path, put, names, classes):
+    put(tmp_path / "in", [f"{name}.png" for name in names])
     summary = write_shards(tmp_path / "in", tmp_path / "out", labels=True)
     assert summary.class_names == classes
     assert f"classes: {len(classes)}" in "\n".join(summary.notes)
 
 
-def test_write_shards__splits_are_no_classes(tmp_path, encode):
-    for name in ("train/cat/a", "train/dog/b", "val/cat/c"):
-        path = tmp_path / "in" / f"{name}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(encode(1))
+def test_write_shards__splits_are_no_classes(tmp_path, put):
+    put(tmp_path / "in", ("train/cat/a.png", "train/dog/b.png", "val/cat/c.png"))
     with pytest.raises(DataError, match=r"splits train, val.*shards .*in/train OUT --labels"):
         write_shards(tmp_path / "in", tmp_path / "out", labels=True)
     summary = write_shards(tmp_path / "in", tmp_path / "out")
     assert any("train and val are packed together" in line for line in summary.notes)
 
 
-def test_write_shards__holds_a_share_out(tmp_path, encode):
-    (tmp_path / "in").mkdir()
-    for number in range(20):
-        (tmp_path / "in" / f"{number:02}.png").write_bytes(encode(number))
+def test_write_shards__holds_a_share_out(tmp_path, put):
+    put(tmp_path / "in", [f"{number:02}.png" for number in range(20)])
     summary = write_shards(tmp_path / "in", tmp_path / "out", hold_out=0.2)
     assert summary.num_images == 16
     assert summary.held_out == (tmp_path / "out_held_out" / "shard-000000.tar",)
