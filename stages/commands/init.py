@@ -67,6 +67,8 @@ stages:
   #     - {{name: high, size: 448, teachers: [{names}], batch_size: 16}}
 evaluation:
   images: {held_out:21} # a folder or shards of images that no stage saw
+  every: 1000                   # steps between scores during training; 0 for none
+  limit: 200                    # of these images, each time
 """
 TEACHER = """\
   {name:29} # patches of {patch} px, {channels} channels; licence: {licence}
