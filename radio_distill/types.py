@@ -10,7 +10,7 @@ cares), images ``[B, 3, H, W]`` RGB in [0, 1]; sizes and grids are ``(height, wi
 This module imports torch for annotations only, so that the command line answers without it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -23,6 +23,11 @@ Size = tuple[int, int]
 """(height, width), of pixels or of grid cells."""
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Mean and deviation of ImageNet's red, green and blue, for pixels in [0, 1]."""
+
+
+def format_size(size: Sequence[int]) -> str:
+    """Write a size as people do: ``112x112``."""
+    return "x".join(map(str, size))
 
 
 class Features(NamedTuple):

@@ -29,6 +29,7 @@ from radio_distill.config import (
 from radio_distill.errors import RadioDistillError
 from radio_distill.stage import Stage
 from radio_distill.system.files import sha256_of
+from radio_distill.types import format_size
 
 from .recipes import Asked, describe_stage
 
@@ -259,12 +260,11 @@ def _mismatch(need: Need, path: Path, check_weights: bool, any_size: bool) -> st
 
 def _size_mismatch(header: "FittedHeader", need: Need) -> str:
     """Views that are not square keep their longer side, as the recipe's input sizes do."""
-    from upsamplers.fitted import times
-
     for partition, size in need.views:
         if max(size) != max(header.size):
+            fitted, given = format_size(header.size), format_size(size)
             return (
-                f"was fitted at {times(header.size)} px, the partition shows it {times(size)}: set "
+                f"was fitted at {fitted} px, the partition shows it {given}: set "
                 f"teacher_sizes.{need.teacher} of {need.stage.name}'s partition {partition!r}"
             )
     return ""

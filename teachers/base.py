@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from radio_distill.errors import ConfigError
 from radio_distill.system.memory import explain_oom, lower
-from radio_distill.types import Features, Size, TeacherSpec
+from radio_distill.types import Features, Size, TeacherSpec, format_size
 
 Tower = Callable[[Tensor], tuple[Tensor | None, Tensor]]
 """Normalised pixels ``[B, 3, H, W]`` to summary ``[B, S]`` (or None) and map ``[B, C, h, w]``."""
@@ -87,19 +87,19 @@ class FrozenTeacher:
         grid = self.spec.grid((height, width))
         if tuple(spatial.shape[-2:]) != grid:
             raise ConfigError(
-                f"teacher {self.spec.name!r} gives {_times(spatial.shape[-2:])} cells for "
-                f"{height}x{width} pixels, not {_times(grid)} as its patch {self.spec.patch_size} "
-                f"says; show it {_times(self.spec.native_size)}"
+                f"teacher {self.spec.name!r} gives {format_size(spatial.shape[-2:])} cells for "
+                f"{height}x{width} pixels, not {format_size(grid)} as its patch "
+                f"{self.spec.patch_size} says; show it {format_size(self.spec.native_size)}"
             )
         return Features(None if summary is None else summary.float(), spatial.float())
 
 
 def check_size(spec: TeacherSpec, size: Size) -> None:
     """Raise ConfigError, naming the nearest sizes, where a teacher cannot take ``size`` pixels."""
-    shown = f"teacher {spec.name!r} cannot take {_times(size)} pixels"
+    shown = f"teacher {spec.name!r} cannot take {format_size(size)} pixels"
     if spec.fixed_size:
         if size != spec.native_size:
-            raise ConfigError(f"{shown}: it takes {_times(spec.native_size)} only")
+            raise ConfigError(f"{shown}: it takes {format_size(spec.native_size)} only")
         return
     patch = spec.patch_size
     most_cells = (spec.max_size or max(size) + patch) // patch
@@ -107,15 +107,11 @@ def check_size(spec: TeacherSpec, size: Size) -> None:
     upper = tuple(min(-(-side // patch), most_cells) * patch for side in size)
     if lower == upper == size:
         return
-    near = " and ".join(dict.fromkeys([_times(lower), _times(upper)]))
+    near = " and ".join(dict.fromkeys([format_size(lower), format_size(upper)]))
     limit = f" up to {spec.max_size}" if spec.max_size else ""
     raise ConfigError(
         f"{shown}: sides must be multiples of its patch {patch}{limit}; nearest {near}"
     )
-
-
-def _times(size: tuple[int, ...]) -> str:
-    return "x".join(str(side) for side in size)
 
 
 def _store_matrices(tower: nn.Module, dtype: torch.dtype) -> None:

@@ -42,7 +42,7 @@ from radio_distill.normalize.phi_s import PhiS
 from radio_distill.protocols import Normalizer, Teacher
 from radio_distill.system.files import reason_of, replacing
 from radio_distill.system.precision import AUTO, autocast
-from radio_distill.types import Features, Size, TeacherSpec
+from radio_distill.types import Features, Size, TeacherSpec, format_size
 
 from .methods import tiling
 from .networks import Observation, build_network
@@ -240,10 +240,11 @@ class FittedUpsampler:
     def _check_size(self, name: str, size: Size) -> None:
         """Views that are not square keep their longer side, as the recipe's input sizes do."""
         if not self._any_size and max(size) != max(self._sizes[name]):
+            fitted, given = format_size(self._sizes[name]), format_size(size)
             raise ConfigError(
-                f"the {self.network} of teacher {name!r} was fitted at {times(self._sizes[name])} "
-                f"px, the partition shows it {times(size)}; set teacher_sizes.{name} of the "
-                "partition, fit one at that size, or set upsampler.options.any_size"
+                f"the {self.network} of teacher {name!r} was fitted at {fitted} px, the partition "
+                f"shows it {given}; set teacher_sizes.{name} of the partition, fit one at that "
+                "size, or set upsampler.options.any_size"
             )
 
 
@@ -442,10 +443,5 @@ def check_fitted_for(header: FittedHeader, upsampler: str, spec: TeacherSpec, fa
 def check_size(header: FittedHeader, expected: int | Size | None, field: str) -> None:
     """Raise WeightsError where a file was not fitted at the size that a recipe's field says."""
     if expected is not None and header.size != size_pair(expected):
-        asked = times(size_pair(expected))
-        raise WeightsError(f"{field}: it was fitted at {times(header.size)} px, not at {asked}")
-
-
-def times(size: Size) -> str:
-    """Write a size as people do: ``112x112``."""
-    return "x".join(map(str, size))
+        fitted, asked = format_size(header.size), format_size(size_pair(expected))
+        raise WeightsError(f"{field}: it was fitted at {fitted} px, not at {asked}")

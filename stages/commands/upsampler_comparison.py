@@ -32,12 +32,11 @@ from radio_distill.system.distributed import World, choose_device
 from radio_distill.system.files import write_text
 from radio_distill.system.precision import resolved_dtype
 from radio_distill.system.progress import Progress
-from radio_distill.types import Size
+from radio_distill.types import Size, format_size
 from teachers import build_teacher
 from upsamplers import UPSAMPLERS
 from upsamplers import comparison as compare
 from upsamplers.fit.consistency import Consistency
-from upsamplers.fitted import times
 from upsamplers.methods.interpolate import Bilinear
 from upsamplers.methods.tile import Tile
 from upsamplers.metrics import measure
@@ -110,7 +109,8 @@ class Comparison:
         plan = f"{missing} to fit, {config.steps} steps of {config.batch_size} images each"
         logger.info(
             "teacher %s at %s px, factors %s: %d fitted upsamplers found, %s; %d held-out images",
-            self.teacher.spec.name, times(self.size), ", ".join(map(str, self.request.factors)),
+            self.teacher.spec.name, format_size(self.size),
+            ", ".join(map(str, self.request.factors)),
             len(self.request.fits(self.recipe)) - missing,
             plan if fit and missing else f"{missing} missing",
             len(load_images(evaluation.images, evaluation.limit or None)),
@@ -265,7 +265,7 @@ def _summary(report: Comparison) -> list[tuple[str, str]]:
     dtype = resolved_dtype(config.dtype, report.device)
     lines = {
         "teacher": f"{spec.name} ({config.preset}, {dtype}), {spec.channels} channels",
-        "input": f"{times(report.size)} px, patch {spec.patch_size}",
+        "input": f"{format_size(report.size)} px, patch {spec.patch_size}",
         "held-out images": f"{report.num_images} of {report.recipe.evaluation.images}",
         "not fitted": "\n".join(report.missing),
         "not measured": "\n".join(report.notes),

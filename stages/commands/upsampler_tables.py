@@ -19,8 +19,9 @@ from radio_distill.report.charts import line_chart
 from radio_distill.report.feature_images import difference_image, image_grid, pca_images
 from radio_distill.report.page import Figure
 from radio_distill.report.tables import Cell, Column, Table
+from radio_distill.types import format_size
 from upsamplers.comparison import maps_of
-from upsamplers.fitted import read_header, times
+from upsamplers.fitted import read_header
 from upsamplers.methods.native import Native
 from upsamplers.methods.tile import Tile
 from upsamplers.methods.tiling import fine_grid
@@ -173,7 +174,7 @@ def measured_on(report: "Comparison", views: bool = True) -> str:
     """Say what a table was measured on."""
     name = report.recipe.normalizer.name
     return (
-        f"Teacher {report.teacher.spec.name} at {times(report.size)} px; {report.num_images} "
+        f"Teacher {report.teacher.spec.name} at {format_size(report.size)} px; {report.num_images} "
         f"held-out images of {report.recipe.evaluation.images}"
         + (f", {VIEWS_PER_IMAGE} random views each" if views else "")
         + f"; in the space normalised by {'PHI-S' if name == 'phi_s' else name}."
@@ -227,9 +228,9 @@ def times_of(report: "Comparison") -> tuple[list[Table], list[Figure]]:
         token.setdefault(name, []).append((factor, microseconds))
     heads = (Column("ms an image", ".1f"), Column("µs a token", ".2f"))
     note = (
-        f"Teacher {report.teacher.spec.name}, low resolution {times(report.size)} px, one image at "
-        "a time, medians. The teacher is shown the full resolution; featup and featsharp make a "
-        "map of that grid, the teacher's forwards included."
+        f"Teacher {report.teacher.spec.name}, low resolution {format_size(report.size)} px, one "
+        "image at a time, medians. The teacher is shown the full resolution; featup and featsharp "
+        "make a map of that grid, the teacher's forwards included."
     )
     columns = (Column("method"), Column("factor"), Column("tokens"), *heads)
     table = Table("Throughput (FeatSharp, Figure 14)", columns, tuple(rows), (note,))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from radio_distill.errors import ConfigError
+from radio_distill.types import format_size
 
 from . import folded, reference
 
@@ -82,8 +83,9 @@ def apply_kernel(
     chosen = _choose(implementation, low)
     sizes = zip(low.shape[-2:], kernel.shape[-2:], strict=True)
     if chosen is not reference and any(fine % coarse for coarse, fine in sizes):
+        fine, coarse = format_size(kernel.shape[-2:]), format_size(low.shape[-2:])
         raise ConfigError(
-            f"joint-bilateral target {_by(kernel)} is no multiple of the map's {_by(low)}; "
+            f"joint-bilateral target {fine} is no multiple of the map's {coarse}; "
             "choose a target that is, or implementation 'reference'"
         )
     return chosen.apply_kernel(low, kernel, base)
@@ -124,10 +126,7 @@ def _check_window(tensor: Tensor, radius: int) -> None:
         raise ConfigError(f"joint-bilateral radius is {radius}; it must be at least 1")
     if min(tensor.shape[-2:]) <= radius:
         raise ConfigError(
-            f"joint-bilateral target {_by(tensor)} is smaller than the window: radius {radius} "
-            f"needs {radius + 1} pixels a side; use larger images or a smaller radius"
+            f"joint-bilateral target {format_size(tensor.shape[-2:])} is smaller than the window: "
+            f"radius {radius} needs {radius + 1} pixels a side; use larger images or a smaller "
+            "radius"
         )
-
-
-def _by(tensor: Tensor) -> str:
-    return f"{tensor.shape[-2]}x{tensor.shape[-1]}"
