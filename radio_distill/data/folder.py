@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, overload
+from typing import NamedTuple, TypeVar, overload
 
 from PIL.Image import Image
 
@@ -20,6 +20,8 @@ from .sources import describe_notes
 from .tar_index import open_shards
 from .tar_reader import ShardReader
 from .tar_scan import describe
+
+T = TypeVar("T")
 
 _SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation")}
 """Names of the folders of a split, in lower case."""
@@ -79,10 +81,14 @@ def load_images(source: str, limit: int | None = None) -> Images:
     With a ``limit``, that many are taken at even distances, so that no class of a sorted folder is
     left out; 0 or None takes all.
     """
-    refs = list_images(source)
-    if limit and limit < len(refs):
-        refs = [refs[index * len(refs) // limit] for index in range(limit)]
-    return Images(refs)
+    return Images(spread(list_images(source), limit))
+
+
+def spread(items: Sequence[T], limit: int | None) -> list[T]:
+    """Return at most ``limit`` items at even distances, so that sorted classes all stay present."""
+    if not limit or limit >= len(items):
+        return list(items)
+    return [items[index * len(items) // limit] for index in range(limit)]
 
 
 def list_images(source: str) -> list[ImageRef]:

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..data.folder import list_images
+from ..data.folder import list_images, spread
 from ..types import Score, Size
-from .encoder import AnyImage, Encoder, encode_images, spread
+from .encoder import AnyImage, Encoder, encode_images
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,6 @@ different patch size are measured with one ruler.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -23,7 +22,6 @@ from ..protocols import Normalizer, Teacher
 from ..types import Features, Size
 
 AnyImage = Image.Image | Path | ImageRef
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,13 +163,6 @@ def encode_images(
         yield encoder(torch.stack(batch))
         if progress is not None:
             progress(start + len(batch), len(images))
-
-
-def spread(items: Sequence[T], limit: int | None) -> list[T]:
-    """Return at most ``limit`` items at even distances, so that sorted classes all stay present."""
-    if not limit or limit >= len(items):
-        return list(items)
-    return [items[index * len(items) // limit] for index in range(limit)]
 
 
 def size_text(size: Size) -> str:

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..data.folder import labelled_images
+from ..data.folder import labelled_images, spread
 from ..errors import ConfigError
 from ..types import Score
-from .encoder import Encoder, encode_images, spread
+from .encoder import Encoder, encode_images
 from .metrics import macro_accuracy
 
 logger = logging.getLogger(__name__)

@@ -24,11 +24,10 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from ..data.find import list_tree, say_once
-from ..data.folder import split_folder
+from ..data.folder import split_folder, spread
 from ..data.images import BadImageError, Shape, image_shape, upright
 from ..errors import DataError
 from ..system.files import open_regular, printable, reason_of
-from .encoder import spread
 from .metrics import IGNORED
 
 logger = logging.getLogger(__name__)

@@ -104,8 +104,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure, print the tables, write the files."""
-    from radio_distill.data.folder import list_images
-    from radio_distill.evals.encoder import open_image, spread
+    from radio_distill.data.folder import list_images, spread
+    from radio_distill.evals.encoder import open_image
     from radio_distill.report.feature_images import size_sheet
     from radio_distill.report.tables import print_tables
     from radio_distill.weights.files import find_checkpoint

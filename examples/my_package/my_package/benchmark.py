@@ -5,8 +5,8 @@ from typing import ClassVar
 
 from torch.nn import functional as F
 
-from radio_distill.data.folder import list_images
-from radio_distill.evals.encoder import encode_images, spread
+from radio_distill.data.folder import list_images, spread
+from radio_distill.evals.encoder import encode_images
 from radio_distill.types import Score
 
 

@@ -5,8 +5,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from radio_distill.config import EvaluationConfig
+from radio_distill.data.folder import spread
 from radio_distill.errors import ConfigError, DataError, UnknownNameError
-from radio_distill.evals.encoder import Encoder, encode_images, open_image, spread, to_pixels
+from radio_distill.evals.encoder import Encoder, encode_images, open_image, to_pixels
 from radio_distill.evals.run import evaluate, make
 from radio_distill.types import Features
 

@@ -8,8 +8,9 @@ import torch
 import yaml
 from PIL import Image
 
+from radio_distill.data.folder import spread
 from radio_distill.errors import ConfigError
-from radio_distill.evals.encoder import Encoder, spread
+from radio_distill.evals.encoder import Encoder
 from radio_distill.evals.knn import Knn, knn_votes, thin_out
 from radio_distill.evals.metrics import macro_accuracy
 from radio_distill.types import Features
