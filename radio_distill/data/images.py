@@ -288,21 +288,6 @@ def _sixteen_bit_to_rgb(image: Image.Image) -> Image.Image:
     return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
 
 
-def random_view(
-    image: Image.Image, size: Size, config: DataConfig, generator: np.random.Generator
-) -> tuple[Tensor, ViewOrigin]:
-    """Cut a :func:`random_origin` and render it at ``size`` pixels, ``[3, H, W]`` uint8."""
-    origin = random_origin(image, size, config, generator)
-    return render(cut(image, origin), size), origin
-
-
-def centre_view(image: Image.Image, size: Size) -> tuple[Tensor, ViewOrigin]:
-    """Render the largest centred crop of the aspect ratio of ``size``, ``[3, H, W]`` uint8."""
-    source = image.height, image.width
-    origin = ViewOrigin(source, *_centre_box(source, size))
-    return render(cut(image, origin), size), origin
-
-
 def random_origin(
     image: Image.Image, shape: Size, config: DataConfig, generator: np.random.Generator
 ) -> ViewOrigin:

@@ -12,11 +12,12 @@ from torchvision.transforms import functional as TF
 from radio_distill.config import DataConfig
 from radio_distill.data.images import (
     BadImageError,
-    centre_view,
+    cut,
     decode_image,
     image_suffix,
-    random_view,
+    random_origin,
     readable_suffixes,
+    render,
     to_float,
 )
 from radio_distill.data.order import view_generator
@@ -29,6 +30,11 @@ def gradient(height: int, width: int) -> Image.Image:
     row, column = np.mgrid[0:height, 0:width]
     pixels = np.stack([column * 255 // width, row * 255 // height, 0 * row], axis=-1)
     return Image.fromarray(pixels.astype(np.uint8))
+
+
+def random_view(image, size, config, generator):
+    origin = random_origin(image, size, config, generator)
+    return render(cut(image, origin), size), origin
 
 
 def pixels_of(image: Image.Image) -> np.ndarray:
@@ -211,7 +217,7 @@ def test_random_view__antialiases_as_torch_does():
     image = Image.fromarray(
         np.random.default_rng(0).integers(0, 256, (160, 160, 3), dtype=np.uint8)
     )
-    view, _ = centre_view(image, (20, 20))
+    view = render(image, (20, 20))
     exact = torch.nn.functional.interpolate(
         TF.pil_to_tensor(image)[None].float(), (20, 20), mode="bicubic", antialias=True
     )[0]
@@ -226,17 +232,12 @@ def test_random_view__antialiases_as_torch_does():
 )
 def test_random_view__crop_lies_inside_and_fills_the_view(height, width, size, position):
     image = Image.new("RGB", (width, height))
-    for view, origin in (
-        random_view(image, size, CONFIG, view_generator(0, position)),
-        centre_view(image, size),
-    ):
-        assert view.shape == (3, *size)
-        assert view.dtype == torch.uint8
-        assert origin.source_size == (height, width)
-        assert 0 <= origin.top <= origin.top + origin.height <= height
-        assert 0 <= origin.left <= origin.left + origin.width <= width
-        assert origin.height > 0
-        assert origin.width > 0
+    view, origin = random_view(image, size, CONFIG, view_generator(0, position))
+    assert view.shape == (3, *size)
+    assert view.dtype == torch.uint8
+    assert origin.source_size == (height, width)
+    assert 0 <= origin.top < origin.top + origin.height <= height
+    assert 0 <= origin.left < origin.left + origin.width <= width
 
 
 def test_random_view__keeps_to_scale_and_ratio():
@@ -260,10 +261,9 @@ def test_random_view__flip_mirrors_the_crop():
     assert (flipped.flip(-1).int() - plain.int()).abs().max() <= 1
 
 
-def test_centre_view__takes_the_middle():
-    view, origin = centre_view(gradient(100, 300), (50, 50))
-    assert (origin.top, origin.left, origin.height, origin.width) == (0, 100, 100, 100)
-    assert abs(view[0].float().mean() - 127) < 1.5
+def test_random_view__takes_the_middle_where_no_crop_fits():
+    _, origin = random_view(gradient(1, 300), (50, 50), CONFIG, view_generator(0, 0))
+    assert (origin.top, origin.left, origin.height, origin.width) == (0, 149, 1, 1)
 
 
 def test_to_float__spans_zero_to_one():
