@@ -17,9 +17,8 @@ if TYPE_CHECKING:
 
     from .evals.encoder import Encoder
     from .normalize.moments import Moments
-    from .train.health import NonFiniteGuard
+    from .train.health import Agree, NonFiniteGuard, StepStatus
     from .train.trackers import WriteImage
-    from .train.trainer import Agree, StepStatus
 
 
 @runtime_checkable

@@ -28,11 +28,10 @@ from ..system.distributed import World, all_reduce_sum, run_on_main
 from ..system.memory import explain_oom, lower
 from ..train import checkpoint as checkpoints
 from ..train.engine import on_host
-from ..train.health import NonFiniteGuard
+from ..train.health import Agree, NonFiniteGuard, StepStatus
 from ..train.meters import Meter
 from ..train.optim import learning_rates
 from ..train.trackers import WriteImage
-from ..train.trainer import Agree, StepStatus
 from ..types import Features, ImageBatch, Score
 from .loss_weights import TermWeights
 from .losses import KINDS, LossReport, distillation_loss, mesa

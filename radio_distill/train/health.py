@@ -8,7 +8,7 @@ or one overflow of a teacher in half precision, must not end a run of days; one 
 
 import math
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, median
 from typing import NamedTuple
@@ -18,6 +18,8 @@ from torch import Tensor
 
 from ..config import WatchConfig
 from ..errors import DivergedError
+from ..system import signals
+from ..system.distributed import all_reduce_sum
 from ..types import Features
 
 WINDOW = 100
@@ -96,6 +98,50 @@ class NonFiniteGuard:
     def gradient(self) -> list[NonFinite]:
         """Name all images of the step: a gradient that is not finite may come from any of them."""
         return [NonFinite("gradient", tuple(dict.fromkeys(self._keys)))]
+
+
+class StepStatus(NamedTuple):
+    """What all processes know of a step before any of them ends it."""
+
+    loss: float
+    """The loss of the whole step."""
+    is_bad: bool
+    """Something is not finite, on some process; the step is skipped."""
+    signal: int
+    """The signal that asked some process to stop; 0 for none."""
+
+
+Agree = Callable[[Tensor, NonFiniteGuard], StepStatus]
+"""Takes this process's part of a step's loss; returns what all processes know of the step."""
+
+
+class WriteError(Exception):
+    """Rank 0 cannot write; its error is raised on every process."""
+
+
+def agree(loss: Tensor, guard: NonFiniteGuard, cannot_write: bool = False) -> StepStatus:
+    """Sum up a step over all processes; each calls once.
+
+    Args:
+        loss: this process's part of the step's loss.
+        guard: what is not finite in its passes.
+        cannot_write: whether this process, rank 0, cannot go on.
+
+    Raises:
+        WriteError: on every process, where rank 0 cannot go on.
+    """
+    requested = signals.requested()
+    flags = torch.tensor(
+        [requested == number for number in signals.SIGNALS] + [cannot_write],
+        dtype=torch.float64,
+        device=loss.device,
+    )
+    values = torch.stack([loss.detach().double(), guard.flag(loss.device)])
+    total, bad, *asked, errors = all_reduce_sum(torch.cat([values, flags])).tolist()
+    if errors:
+        raise WriteError
+    numbers = zip(signals.SIGNALS, asked, strict=True)
+    return StepStatus(total, bad > 0, next((int(number) for number, by in numbers if by), 0))
 
 
 def finite_images(features: Features) -> Tensor:

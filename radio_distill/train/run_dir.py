@@ -41,6 +41,8 @@ FRESH = "RADIO_DISTILL_FRESH"
 it goes on with nothing but what it has begun itself."""
 BEAT = 5.0
 """Seconds between two signs of life."""
+STATUS_SECONDS = 5.0
+"""Seconds between two writes of the status."""
 SILENCE = 60.0
 """Seconds without one after which an owner on another machine is taken for dead."""
 
@@ -292,12 +294,15 @@ def _machine() -> str:
         return ""
 
 
+State = Literal["running", "complete", "interrupted", "failed", "hung"]
+"""``interrupted``: a signal asked it to stop, and it saved. ``failed``: the status has a reason."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Status:
     """A stage at one moment. A process that is killed leaves ``running`` behind, with its time."""
 
-    state: Literal["running", "complete", "interrupted", "failed", "hung"]
-    """``interrupted``: a signal asked it to stop, and it saved. ``failed``: see ``reason``."""
+    state: State
     step: int
     steps: int
     """Steps of the whole stage."""
@@ -321,4 +326,49 @@ def read_status(folder: Path) -> Status | None:
     try:
         return Status(**json.loads((folder / STATUS).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
+        return None
+
+
+class StatusFile:
+    """Writes the status of a stage, which may be a file on a network, every few seconds.
+
+    Args:
+        folder: of the stage.
+        steps: of the whole stage.
+        images_per_step: over all processes.
+        lock: of rank 0 on the folder.
+    """
+
+    def __init__(self, folder: Path, steps: int, images_per_step: int, lock: RunLock | None):
+        self._folder, self._steps, self._lock = folder, steps, lock
+        self._images_per_step = images_per_step
+        self._time = -STATUS_SECONDS
+
+    @property
+    def is_due(self) -> bool:
+        """Whether it was written long enough ago."""
+        return time.monotonic() - self._time >= STATUS_SECONDS
+
+    def write(
+        self, state: State, step: int, images_per_second: float, reason: str = ""
+    ) -> TakenOverError | None:
+        """Write the status, unless the disk is full; returns an error where the folder is lost."""
+        self._time = time.monotonic()
+        left = (self._steps - step) * self._images_per_step
+        status = Status(
+            state=state,
+            step=step,
+            steps=self._steps,
+            images_per_second=images_per_second,
+            seconds_left=left / images_per_second if images_per_second else 0.0,
+            reason=reason,
+        )
+        try:
+            if self._lock is not None:
+                self._lock.check()
+            write_status(self._folder, status)
+        except TakenOverError as error:
+            return error
+        except OSError as error:
+            logger.warning("cannot write the status of %s: %s", self._folder, error)
         return None

@@ -18,13 +18,12 @@ import logging
 import math
 import random
 import signal
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import fmean
 from types import TracebackType
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,7 +34,7 @@ from ..errors import CheckpointError, InterruptedRunError, RadioDistillError
 from ..protocols import Task
 from ..stage import Stage
 from ..system import signals
-from ..system.distributed import World, all_gather_object, all_reduce_sum, run_on_main
+from ..system.distributed import World, all_gather_object, run_on_main
 from ..system.files import reason_of
 from ..system.memory import explain_oom
 from ..system.progress import Progress
@@ -43,10 +42,19 @@ from ..types import Score
 from .checkpoint import Best, Checkpoint, Origin, folder_of
 from .checkpointer import AsyncCheckpointer, clear_unfinished, save
 from .engine import zero_hint
-from .health import LossMonitor, NonFinite, NonFiniteGuard, SkipCounter, describe
+from .health import (
+    LossMonitor,
+    NonFinite,
+    NonFiniteGuard,
+    SkipCounter,
+    StepStatus,
+    WriteError,
+    agree,
+    describe,
+)
 from .meters import Throughput
 from .optim import every
-from .run_dir import RunLock, Status, write_status
+from .run_dir import RunLock, State, StatusFile
 from .trackers import WriteImage, open_trackers
 from .watchdog import Watchdog
 
@@ -57,51 +65,6 @@ SKIPPED = "skipped.jsonl"
 
 _ABORT_SECONDS = 1.0
 """Time that an aborted run waits for a checkpoint which is nearly written."""
-_STATUS_SECONDS = 5.0  # between two writes of the status, which may be a network file
-
-
-class StepStatus(NamedTuple):
-    """What all processes know of a step before any of them ends it."""
-
-    loss: float
-    """The loss of the whole step."""
-    is_bad: bool
-    """Something is not finite, on some process; the step is skipped."""
-    signal: int
-    """The signal that asked some process to stop; 0 for none."""
-
-
-Agree = Callable[[Tensor, NonFiniteGuard], StepStatus]
-"""Takes this process's part of a step's loss; returns what all processes know of the step."""
-
-
-class _WriteError(Exception):
-    """Rank 0 cannot write; its error is raised on every process."""
-
-
-def agree(loss: Tensor, guard: NonFiniteGuard, cannot_write: bool = False) -> StepStatus:
-    """Sum up a step over all processes; each calls once.
-
-    Args:
-        loss: this process's part of the step's loss.
-        guard: what is not finite in its passes.
-        cannot_write: whether this process, rank 0, cannot go on.
-
-    Raises:
-        _WriteError: on every process, where rank 0 cannot go on.
-    """
-    requested = signals.requested()
-    flags = torch.tensor(
-        [requested == number for number in signals.SIGNALS] + [cannot_write],
-        dtype=torch.float64,
-        device=loss.device,
-    )
-    values = torch.stack([loss.detach().double(), guard.flag(loss.device)])
-    total, bad, *asked, errors = all_reduce_sum(torch.cat([values, flags])).tolist()
-    if errors:
-        raise _WriteError
-    numbers = zip(signals.SIGNALS, asked, strict=True)
-    return StepStatus(total, bad > 0, next((int(number) for number, by in numbers if by), 0))
 
 
 class Trainer:
@@ -142,7 +105,7 @@ class Trainer:
         )
         self._throughput = Throughput(self._start * stage.images_per_step)
         self._losses: list[float] = []
-        self._status_time = -math.inf
+        self._status = StatusFile(stage.folder, stage.steps, stage.images_per_step, lock)
         self._is_aborted = False
 
     def run(self) -> Path:
@@ -216,7 +179,7 @@ class Trainer:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        state: Literal["complete", "interrupted", "failed"] = "failed"
+        state: State = "failed"
         reason = " ".join(str(error).split())
         is_interrupted = isinstance(error, InterruptedRunError)
         if error is None or (is_interrupted and self._done == self._stage.steps):
@@ -232,7 +195,7 @@ class Trainer:
     def _agree(self, loss: Tensor, guard: NonFiniteGuard) -> StepStatus:
         try:
             return agree(loss, guard, cannot_write=self._checkpointer.error is not None)
-        except _WriteError:
+        except WriteError:
             self._raise_error()
             raise
 
@@ -249,7 +212,7 @@ class Trainer:
         self._watchdog.beat(done)
         if self._world.is_main and not status.is_bad:
             _warn(self._monitor.loss(done, status.loss))
-        if time.monotonic() - self._status_time >= _STATUS_SECONDS:
+        if self._status.is_due:
             self._report("running")
 
     def _skip(self, done: int, causes: list[NonFinite]) -> None:
@@ -393,29 +356,10 @@ class Trainer:
 
         run_on_main(self._world, check)
 
-    def _report(
-        self,
-        state: Literal["running", "complete", "interrupted", "failed", "hung"],
-        reason: str = "",
-    ) -> None:
-        """Write the status, unless another process has taken over, or the disk is full."""
-        if not self._world.is_main:
-            return
-        self._status_time = time.monotonic()
-        stage, rate = self._stage, self._throughput.rate
-        left = (stage.steps - self._done) * stage.images_per_step
-        seconds = left / rate if rate else 0.0
-        status = Status(
-            state=state, step=self._done, steps=stage.steps, images_per_second=rate,
-            seconds_left=seconds, reason=reason,
-        )  # fmt: skip
-        try:
-            if self._lock is not None:
-                self._lock.check()
-            write_status(stage.folder, status)
-        except OSError as error:
-            logger.warning("cannot write the status of %s: %s", stage.folder, error)
-        except RadioDistillError as error:
+    def _report(self, state: State, reason: str = "") -> None:
+        """Write the status on rank 0; where another process has the folder, the run is to end."""
+        if self._world.is_main:
+            error = self._status.write(state, self._done, self._throughput.rate, reason)
             self._checkpointer.error = self._checkpointer.error or error
 
     def _on_hang(self, step: int, reason: str) -> None:

@@ -15,8 +15,7 @@ from radio_distill.config import Facts
 from radio_distill.data.images import decode_image
 from radio_distill.stage import resolve_stage
 from radio_distill.system.distributed import World
-from radio_distill.train.health import NonFiniteGuard
-from radio_distill.train.trainer import agree
+from radio_distill.train.health import NonFiniteGuard, agree
 from stages.build import build_distillation
 from stages.recipes import load_recipe
 from teachers import teacher_spec

@@ -17,8 +17,8 @@ from radio_distill.stage import resolve_stage
 from radio_distill.system.distributed import World
 from radio_distill.train import checkpoint as checkpoints
 from radio_distill.train.checkpoint import Checkpoint
-from radio_distill.train.health import NonFiniteGuard
-from radio_distill.train.trainer import Trainer, agree
+from radio_distill.train.health import NonFiniteGuard, agree
+from radio_distill.train.trainer import Trainer
 from radio_distill.types import Features, ImageBatch, View
 from upsamplers.fit.batches import assign_images, step_homographies
 from upsamplers.fit.consistency import Consistency

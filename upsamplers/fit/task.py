@@ -35,10 +35,9 @@ from radio_distill.system.memory import explain_oom, lower
 from radio_distill.train import checkpoint as checkpoints
 from radio_distill.train.checkpoint import Checkpoint
 from radio_distill.train.engine import build_engine
-from radio_distill.train.health import NonFiniteGuard
+from radio_distill.train.health import Agree, NonFiniteGuard, StepStatus
 from radio_distill.train.optim import build_optimizer, cosine
 from radio_distill.train.trackers import WriteImage
-from radio_distill.train.trainer import Agree, StepStatus
 from radio_distill.types import Features, ImageBatch, Score, Size
 
 from .batches import FitBatch, TeacherTimer, halved, step_homographies
