@@ -1,4 +1,4 @@
-"""Processes: who am I, how many are we, and the few collectives that the trainer needs.
+"""The processes of a run: rank and world size, joining, and the collectives that training needs.
 
 The same code runs under plain python, ``torchrun``, ``accelerate launch`` and ``srun``: whichever
 of their environment variables is present says rank and world size. accelerate's ``Accelerator``
@@ -29,9 +29,9 @@ _LEAST_TIMEOUT = 1800.0  # seconds; torch's own default for gloo
 _ONE_EACH = "start at most one process for each GPU"
 
 _store: dist.Store | None = None
-"""Of the run's processes, once they have joined."""
-_turns = 0
-"""How often they have waited for rank 0."""
+"""The store of the run's processes, once they have joined."""
+_waits = 0
+"""Number of times they have waited for rank 0."""
 
 
 @dataclass(frozen=True)
@@ -179,8 +179,8 @@ def join(
 def _interruptible(world: World) -> Iterator[None]:
     """Let Ctrl-C end a process that waits for others, which Python's own handler does not.
 
-    Rank 0 has it back behind the block, for it has something to say; the others keep it, until the
-    training loop listens.
+    Rank 0 gets Python's handler back behind the block, to say what is left; the others keep the
+    system's, until the trainer listens.
     """
     is_ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     if is_ignored or threading.current_thread() is not threading.main_thread():
@@ -268,14 +268,14 @@ def _wait_for_main(world: World, waiting: Callable[[], None] | None) -> None:
 
     A collective would time out: rank 0 may read every byte of the shards, which takes hours.
     """
-    global _turns
+    global _waits
     if _store is None:
         return
-    _turns += 1
-    turn, pause = f"run_on_main/{_turns}", 0.001
+    _waits += 1
+    key, pause = f"run_on_main/{_waits}", 0.001
     if world.is_main:
-        _store.set(turn, "done")
-    while not _store.check([turn]):
+        _store.set(key, "done")
+    while not _store.check([key]):
         time.sleep(pause)
         pause = min(2 * pause, 1.0)
         if waiting is not None:

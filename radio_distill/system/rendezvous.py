@@ -1,7 +1,7 @@
-"""Where the processes of a run find each other, and what is said while some do not come.
+"""The meeting of a run's processes, with a message while some are missing, and an end.
 
 torch waits without a word for processes that were never started, for instance because RANK and
-WORLD_SIZE are left over in a shell from another run. Here the wait is announced, and ends.
+WORLD_SIZE are left over in a shell from another run. This wait is announced, and ends.
 """
 
 import ipaddress
@@ -18,7 +18,7 @@ from ..errors import ConfigError
 logger = logging.getLogger(__name__)
 
 FORGET = "unset RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR MASTER_PORT"
-"""What makes a shell forget an earlier run."""
+"""Command that makes a shell forget an earlier run."""
 ANNOUNCED = 3.0
 """Seconds after which a wait is announced."""
 HERE, ELSEWHERE = 40.0, 600.0
@@ -40,11 +40,11 @@ def meet(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
         ConfigError: some do not come, or the place is taken.
     """
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    wait = _Wait(f"{address}:{port}", rank, world_size, _patience(address))
+    wait = _Wait(f"{address}:{port}", rank, world_size, _longest_wait(address))
     by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if by_torchrun or rank > 0:
         while not _answers(address, port):
-            wait.on("process 0")
+            wait.for_process("process 0")
     if by_torchrun:
         store, *_ = next(
             dist.rendezvous("env://", rank=rank, world_size=world_size, timeout=timeout)
@@ -63,7 +63,7 @@ def meet(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
         store.set(f"here/{rank}", "")
         for other in range(world_size):
             while not store.check([f"here/{other}"]):
-                wait.on(f"process {other}")
+                wait.for_process(f"process {other}")
     except dist.DistError as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(
@@ -76,25 +76,25 @@ def meet(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
 class _Wait:
     """A wait that is announced, and ends with an error."""
 
-    def __init__(self, place: str, rank: int, world_size: int, patience: float):
+    def __init__(self, place: str, rank: int, world_size: int, limit: float):
         self._place, self._rank, self._world_size = place, rank, world_size
-        self._patience, self._start, self._is_announced = patience, time.monotonic(), False
+        self._limit, self._start, self._is_announced = limit, time.monotonic(), False
 
-    def on(self, whom: str) -> None:
-        """Wait a moment for another process."""
+    def for_process(self, name: str) -> None:
+        """Wait a moment for another process; raises ConfigError where it has taken too long."""
         waited = time.monotonic() - self._start
-        said = f"RANK={self._rank} WORLD_SIZE={self._world_size}"
-        if waited > self._patience:
+        variables = f"RANK={self._rank} WORLD_SIZE={self._world_size}"
+        if waited > self._limit:
             raise ConfigError(
-                f"{whom} of {self._world_size} did not come to {self._place} in {waited:.0f} s "
-                f"({said}); start all of them, or `{FORGET}` for one process"
+                f"{name} of {self._world_size} did not come to {self._place} in {waited:.0f} s "
+                f"({variables}); start all of them, or `{FORGET}` for one process"
             )
         if waited > ANNOUNCED and not self._is_announced:
             self._is_announced = True
             logger.warning(
                 "waiting at %s for %s of %d, at most %.0f s (%s); for one process, stop this and "
                 "`%s`",
-                self._place, whom, self._world_size, self._patience, said, FORGET,
+                self._place, name, self._world_size, self._limit, variables, FORGET,
             )  # fmt: skip
         time.sleep(min(0.05 + waited / 20, 1.0))
 
@@ -107,7 +107,7 @@ def _answers(address: str, port: int) -> bool:
     return True
 
 
-def _patience(address: str) -> float:
+def _longest_wait(address: str) -> float:
     try:
         is_here = address == "localhost" or ipaddress.ip_address(address).is_loopback
     except ValueError:

@@ -1,7 +1,7 @@
-"""Asks a run to stop at the end of its step: Slurm is about to end the job, or a person wants it.
+"""Signals that ask a run to stop at the end of its step: from Slurm, or from a person.
 
-A handler that saves by itself would save in the middle of a step, and on one process alone. Here it
-only notes the signal; the training loop lets all processes agree, saves once, and ends.
+A handler that saves by itself would save in the middle of a step, and on one process alone. This
+one only notes the signal; the trainer lets all processes agree, saves once, and ends.
 
 SIGUSR2 is what submitit has Slurm send before the time limit; SIGTERM is what Slurm sends when it
 preempts, requeues or cancels a job; SIGINT is Ctrl-C, whose second one aborts at once.
