@@ -145,14 +145,12 @@ class Distillation:
 
     def evaluate(self, step: int, beat: Callable[[], None], write_image: WriteImage) -> list[Score]:
         """Score the student, or its EMA, on rank 0; the others wait."""
-        assert self.scores is not None
-        del step, write_image
+        del write_image
         if self.stage.evaluation.of == "ema" and self.stage.config.ema_decay:
             tensors = {} if self.ema is None else self.ema.state_dict()
         else:
             tensors = self.engine.model_tensors()  # every rank gathers
-        scores = self.scores
-        return run_on_main(self.world, lambda: scores(tensors, beat), beat)
+        return run_on_main(self.world, lambda: self._score(step, tensors, beat), beat)
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Gather what a checkpoint holds, on the host of rank 0; every rank must call."""
@@ -172,6 +170,14 @@ class Distillation:
             if weights := self.weights.state():
                 parts[checkpoints.LOSS] = on_host(weights)
         return parts
+
+    def _score(
+        self, step: int, tensors: Mapping[str, Tensor], beat: Callable[[], None]
+    ) -> list[Score]:
+        assert self.scores is not None
+        hint = "lower evaluation.size and evaluation.dense_size"
+        with explain_oom("the evaluation", f"step {step}", hint):
+            return self.scores(tensors, beat)
 
     def _seed_generators(self, step: int) -> None:
         """Let every global generator begin at a function of seed, step and rank.

@@ -139,6 +139,8 @@ def clear_unfinished(root: Path) -> None:
     """Delete what a killed process has begun to write; only the owner of the folder may call."""
     for folder in root.glob(".step-*.tmp"):
         shutil.rmtree(folder, ignore_errors=True)
+    for link in root.glob(f".{BEST}.*.tmp"):
+        link.unlink(missing_ok=True)
 
 
 def _link_best(root: Path, step: int) -> None:

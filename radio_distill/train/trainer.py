@@ -251,7 +251,8 @@ class Trainer:
 
         def beat() -> None:
             self._watchdog.beat(done)
-            if signals.requested():  # there may be no time left to save after it
+            # There may be no time left to save after it; the others wait for rank 0 to say so.
+            if self._world.is_main and signals.requested():
                 raise InterruptedRunError("a signal asks the run to stop")
 
         try:
