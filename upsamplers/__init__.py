@@ -61,7 +61,7 @@ def build_upsampler(
     Raises:
         ConfigError: an unknown name or option, a factor below 1, no file for a teacher, or files
             for an upsampler without parameters.
-        WeightsError: a file that was fitted for another teacher or factor, or has another sum.
+        WeightsError: a file that was fitted for another teacher or factor, or has another checksum.
     """
     check_config(config)
     arguments: dict[str, Any] = {"factor": config.factor, "micro_batch": config.micro_batch}

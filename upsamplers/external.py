@@ -52,9 +52,9 @@ class External:
     checkpoint: str = ""
     """File of weights; empty lets the repository's entry function find its own."""
     checkpoint_sha256: str = ""
-    """Sum that the file must have; empty for any."""
+    """Checksum that the file must have; empty for any."""
     entry: str = ""
-    """Which function of the clone's ``hubconf.py`` builds the network."""
+    """Function of the clone's ``hubconf.py`` that builds the network."""
     network: nn.Module = field(init=False, repr=False, compare=False)
     name: ClassVar[str]
     source: ClassVar[str]
