@@ -10,7 +10,6 @@ import sys
 import pytest
 
 from e2e import CHECKOUT, assert_equal, rows, run, run_folder, tensors
-from radio_distill.errors import DataError
 from radio_distill.train.checkpoint import find
 from stages import stage1
 
@@ -72,29 +71,6 @@ def test_evaluation__is_the_same_in_a_resumed_run_which_knows_the_best(recipe_fi
     assert run(stage1, recipe_file, *fields, "--resume") == 0
     assert scores(folder) == expected
     assert find(folder / "checkpoints" / "best").step == best
-
-
-def test_evaluation__a_best_step_that_is_no_save_is_saved(recipe_file):
-    """Every step is evaluated, none but the last would be saved."""
-    fields = ["--evaluation.every", "1", "--evaluation.best", METRIC, "--log.save_every", "100"]
-    folder = run_folder(recipe_file) / "stage1"
-    assert run(stage1, recipe_file, *fields) == 0
-    best, values = 0.0, []
-    for step, found in scores(folder).items():
-        if found[f"eval/{METRIC}"] > best:
-            best = found[f"eval/{METRIC}"]
-            values.append(step)
-    assert (folder / "checkpoints" / f"step-{values[-1]:08d}").is_dir()
-
-
-def test_evaluation__that_fails_is_warned_of_and_the_run_goes_on(recipe_file, monkeypatch, caplog):
-    def fail(*_):
-        raise DataError("the disk of the held-out images is gone")
-
-    monkeypatch.setattr("stages.build.evaluate", fail)
-    assert run(stage1, recipe_file, *EVERY) == 0
-    assert "step 2 is not evaluated: the disk of the held-out images is gone" in caplog.text
-    assert find(run_folder(recipe_file) / "stage1").step == 6
 
 
 @pytest.mark.parametrize(
