@@ -60,6 +60,16 @@ print(sorted({{"torch", "timm", "transformers", "open_clip", "deepspeed"}} & set
     assert 3 < len(text) < 150
 
 
+def test_help__takes_about_a_fifth_of_a_second_of_cpu():
+    code = "from stages.cli import main\nimport time\nmain([])\nprint(time.process_time())"
+    command = [sys.executable, "-c", code]
+    seconds = [
+        float(subprocess.run(command, capture_output=True, text=True).stdout.splitlines()[-1])
+        for _ in range(3)
+    ]
+    assert min(seconds) < 0.25, seconds
+
+
 def test_parser__unknown_flags_name_the_nearest():
     parser = Parser(prog="x")
     parser.add_argument("--resume", action="store_true")
