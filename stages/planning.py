@@ -133,7 +133,7 @@ def plan_stages(
     )
     plans = []
     with (
-        Progress("measuring models without data", total, "passes") as bar,
+        Progress("measuring models without data", total, "views") as bar,
         measured(models) as costs,
     ):
         for name, count in counts.items():
