@@ -9,6 +9,7 @@ from .fields import option, plain, share_of, size_pair
 from .reading import (
     assignments_of,
     build,
+    describe,
     differences,
     dump,
     load,
@@ -45,6 +46,5 @@ from .schema import (
     TeacherConfig,
     UpsamplerConfig,
     WatchConfig,
-    describe,
     partition_sizes,
 )

@@ -20,9 +20,15 @@ from ..errors import ConfigError
 from ..registry import nearest
 from ..system.files import reason_of
 from ..system.nested import leaves, plain_data
-from .fields import Range, joined
+from .fields import Range, describe_fields, joined
 from .rules import check
-from .schema import Recipe, describe
+from .schema import Recipe
+
+
+def describe(cls: type = Recipe, path: str = "") -> list[tuple[str, str, str, str]]:
+    """List every field of a recipe, or of a section; see :func:`.fields.describe_fields`."""
+    return describe_fields(cls, path)
+
 
 _FIELD_NAMES = frozenset(part for name, *_ in describe() for part in name.split("."))
 

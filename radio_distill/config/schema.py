@@ -19,7 +19,6 @@ from .fields import (
     Side,
     SmallCount,
     Weight,
-    describe_fields,
     option,
     our_option,
     share_of,
@@ -448,8 +447,3 @@ class Recipe:
 def partition_sizes(partition: PartitionConfig) -> tuple[tuple[int, int], ...]:
     """Return the sizes (height, width) that a partition's images may have."""
     return tuple(size_pair(size) for size in partition.sizes or (partition.size,))
-
-
-def describe(cls: type = Recipe, path: str = "") -> list[tuple[str, str, str, str]]:
-    """List every field of a recipe, or of a section; see :func:`.fields.describe_fields`."""
-    return describe_fields(cls, path)
