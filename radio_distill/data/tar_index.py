@@ -218,9 +218,8 @@ def _make_indexes(
     number, size = len(unindexed), sum(item.status.st_size for item in unindexed)
     reasons = Counter(item.why for item in unindexed).most_common()
     why = ", ".join(f"{count} {reason}" for reason, count in reasons)
-    logger.info(
-        "reading %d shards whole, once, to index them (%.3g GB): %s", number, size / 1e9, why
-    )
+    volume = f"{size / 1e9:.3g} GB" if size >= 1e9 else f"{size / 1e6:.3g} MB"
+    logger.info("reading %d shards whole, once, to index them (%s): %s", number, volume, why)
     results: list[Shard | DataError] = []
     said, done = time.monotonic(), 0
     indexing = pool.map(lambda item: _trying(_make_index, item, folders), unindexed)
