@@ -39,7 +39,7 @@ def _of_stage(stage: Stage, images_in_shards: int | None) -> list[str]:
     left = config.ema_decay**steps
     if left > 0.5:
         lines.append(
-            f"{path}.ema_decay: after {steps} steps {left:.0%} of the averaged student is "
+            f"{path}.ema_decay: after {steps} steps {left:.0%} of the EMA is "
             f"still the start; for so few set it to {1 - 10 / max(steps, 20):.2g} or below"
         )
     if images_in_shards is not None and stage.images_per_step > images_in_shards:

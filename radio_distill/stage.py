@@ -111,6 +111,16 @@ class Stage:
         return self.recipe.fit
 
     @property
+    def optimizer(self) -> str:
+        """Name of the optimizer; that of a fit is NAdam (FeatSharp, arXiv 2502.16025, Table 11)."""
+        return "nadam" if self.is_fit else self.config.optimizer
+
+    @property
+    def ema_decay(self) -> float:
+        """Decay of the student's EMA for each step; 0 for none, as in a fit."""
+        return 0.0 if self.is_fit else self.config.ema_decay
+
+    @property
     def frozen_steps(self) -> int:
         """First steps in which only the heads learn."""
         return self.config.frozen_steps

@@ -136,18 +136,18 @@ def build_distillation(
     if resumed is not None:
         check_tensors(resumed, model)
     config = stage.config
-    run_on_main(world, lambda: check_room(stage.folder, model, bool(config.ema_decay)))
+    run_on_main(world, lambda: check_room(stage.folder, model, bool(stage.ema_decay)))
     dispersions: dict[str, float] = {}
     if resumed is None:
         run_on_main(world, lambda: make_private(stage.run_folder))
         dispersions = _fit_scales(stage, targets, model, start, world, device)
-    keeps_ema = config.ema_decay and (world.is_main or stage.loss.mesa)
+    keeps_ema = stage.ema_decay and (world.is_main or stage.loss.mesa)
     hint = "set ema_decay to 0, or take a smaller student"
     with explain_oom("the EMA of the student", "the start", hint):
         ema = Ema(model.to(device)) if keeps_ema else None
     with explain_oom("the student and its optimizer", "the start", zero_hint(stage.engine)):
         groups = parameter_groups(model.to(device), config.weight_decay)
-        optimizer = build_optimizer(config.optimizer, groups, config.betas)
+        optimizer = build_optimizer(stage.optimizer, groups, config.betas)
         clip = config.gradient_clip
         engine = build_engine(model, optimizer, stage.engine, clip, world, device)
     extend_timeouts(stage.watch.hang_seconds)
@@ -258,12 +258,12 @@ def refold_heads(
         final[-1] = now[name].unfold(before[name].fold(last))
 
 
-def check_room(folder: Path, model: nn.Module, with_average: bool = False) -> None:
+def check_room(folder: Path, model: nn.Module, with_ema: bool = False) -> None:
     """Raise ConfigError where the disk of a folder has no room for one checkpoint of a model.
 
-    Weights, two moments and the average are counted, in float32.
+    Weights, two moments and the EMA are counted, in float32.
     """
-    needed = sum(map(torch.Tensor.numel, model.parameters())) * 4 * (3 + with_average)
+    needed = sum(map(torch.Tensor.numel, model.parameters())) * 4 * (3 + with_ema)
     places = (folder.absolute(), *folder.absolute().parents)
     free = shutil.disk_usage(next(path for path in places if os.path.exists(path))).free
     if free < needed:

@@ -81,10 +81,7 @@ def launch(
     if not world.is_main:
         logging.getLogger().setLevel(logging.WARNING)
     check_trackers(stage.log.trackers)
-    optimizer, ema = (
-        ("nadam", 0.0) if stage.is_fit else (stage.config.optimizer, stage.config.ema_decay)
-    )
-    engine = engine_name(stage.engine, world.world_size, optimizer, ema > 0)
+    engine = engine_name(stage.engine, world.world_size, stage.optimizer, stage.ema_decay > 0)
     device = choose_device(stage.engine.device, world)
     join(world, device, stage.watch.hang_seconds, alone=engine == "deepspeed")
     stage, problems = with_files(stage, options.asked)

@@ -133,7 +133,7 @@ def _check_stage(recipe: Recipe, name: str, config: StageConfig) -> Iterator[str
     yield from _check_frozen(f"{path}.freeze_body_steps", config)
     if recipe.loss.mesa and not config.ema_decay:
         yield (
-            f"{path}.ema_decay: loss.mesa compares with an averaged student, which 0 switches off; "
+            f"{path}.ema_decay: loss.mesa compares with the student's EMA, which 0 switches off; "
             "set it, for instance to 0.999"
         )
     for index, partition in enumerate(config.partitions):

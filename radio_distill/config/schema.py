@@ -220,7 +220,7 @@ class StageConfig:
         "first steps in which only the heads learn; a number below 1 is a share of the steps; auto: 0 for a student without a start, else a sixtieth of the steps, at most 5,000",
         "steps",
     )
-    ema_decay: Share = our_option(0.0, "decay of the averaged student (EMA); 0 for none")
+    ema_decay: Share = our_option(0.0, "decay of the student's EMA for each step; 0 for none")
     upsampler: UpsamplerConfig = option(UpsamplerConfig, "how upsampled teachers are upsampled")
 
     @property

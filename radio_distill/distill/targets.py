@@ -1,8 +1,9 @@
 """What the student learns from: teachers x upsampler x normalizer, the only place where they meet.
 
 The trainer asks for the targets of a micro-batch and never learns which upsampler is in use. How
-each teacher sees the images is its :class:`~radio_distill.stage.TeacherView`: through the upsampler
-at ``factor`` times its own grid, several images on one canvas (:mod:`.mosaic`), or at its own grid.
+each teacher sees the images is its :class:`~radio_distill.teacher_view.TeacherView`: through the
+upsampler at ``factor`` times its own grid, several images on one canvas (:mod:`.mosaic`), or at its
+own grid.
 :mod:`.alignment` brings student and teacher together.
 """
 

@@ -134,7 +134,7 @@ class Distillation:
                 self.weights.add({name: terms[name] for name in terms if name != MESA}, images)
         self.weights.end_step()
         if self.ema is not None:
-            self.ema.update(self.engine.model, self.stage.config.ema_decay)
+            self.ema.update(self.engine.model, self.stage.ema_decay)
 
     def log_values(self) -> dict[str, float]:
         """Return mean terms, learning rates, and the number of bad images."""
@@ -146,7 +146,7 @@ class Distillation:
     def evaluate(self, step: int, beat: Callable[[], None], write_image: WriteImage) -> list[Score]:
         """Score the student, or its EMA, on rank 0; the others wait."""
         del write_image
-        if self.stage.evaluation.of == "ema" and self.stage.config.ema_decay:
+        if self.stage.evaluation.of == "ema" and self.stage.ema_decay:
             tensors = {} if self.ema is None else self.ema.state_dict()
         else:
             tensors = self.engine.model_tensors()  # every rank gathers

@@ -123,7 +123,7 @@ class PassCost:
     tokens: int
     """Student tokens of one image, summary tokens and registers included."""
     student_flops: int
-    """Forward, backward and recomputation; with MESA, the averaged student's forward too."""
+    """Forward, backward and recomputation; with MESA, the EMA's forward too."""
     teachers: tuple[TeacherCost, ...]
 
 

@@ -3,7 +3,7 @@
     weights    4 P, under z = 3 divided by W; from z = 1 on also DeepSpeed's master copy, 4 P / W
     gradients  4 P, from z = 2 on divided by W
     optimizer  8 P (two moments), from z = 1 on divided by W
-    average    4 P for the averaged student: of the first device, of all where it teaches (MESA)
+    average    4 P for the student's EMA: of the first device, of all where it teaches (MESA)
     teachers   every teacher of the recipe, matrices in its dtype: each device holds all of them
     step       what the largest micro-batch takes beside these, see :func:`step_memory`
 

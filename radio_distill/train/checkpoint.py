@@ -114,7 +114,7 @@ class Checkpoint:
             raise CheckpointError(f"{path} is damaged: {reason_of(error)}") from error
 
     def student_tensors(self) -> dict[str, Tensor]:
-        """Weights to use: the averaged ones where there are any."""
+        """Weights to use: those of the EMA where there is one."""
         return self.tensors(EMA if self.has(EMA) else STUDENT)
 
     @property

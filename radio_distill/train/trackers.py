@@ -60,9 +60,6 @@ class JsonLines:
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
 
-    def write_image(self, step: int, name: str, image: np.ndarray) -> None:
-        """Write nothing: the file is for numbers."""
-
     def close(self) -> None:
         """Close the file; what a full disk did not take is lost."""
         with suppress(OSError):

@@ -23,7 +23,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import fmean
 from types import TracebackType
-from typing import Any
 
 import numpy as np
 import torch
@@ -55,7 +54,7 @@ from .health import (
 from .meters import Throughput
 from .optim import every
 from .run_dir import RunLock, State, StatusFile
-from .trackers import WriteImage, open_trackers
+from .trackers import Trackers, WriteImage, open_trackers
 from .watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
@@ -95,7 +94,11 @@ class Trainer:
         self._checkpointer = AsyncCheckpointer(resumed.folder if resumed else None)
         self._monitor = LossMonitor(stage.watch)
         self._watchdog = Watchdog(
-            stage.watch.hang_seconds, world.rank, stage.folder, self._on_hang, self._start
+            stage.watch.hang_seconds,
+            world.rank,
+            stage.folder,
+            lambda _, reason: self._report("hung", reason),
+            self._start,
         )
         counts = resumed.counts if resumed else {}
         self._skips = SkipCounter(
@@ -146,7 +149,7 @@ class Trainer:
             return self._finish()
 
     @contextmanager
-    def _running(self) -> "Iterator[tuple[Progress, Any]]":
+    def _running(self) -> Iterator[tuple[Progress, Trackers]]:
         """Listen to signals, watch for hangs, and say in the status how the run ends."""
         stage, is_main = self._stage, self._world.is_main
         name, steps = stage.folder.name, stage.steps
@@ -362,10 +365,6 @@ class Trainer:
         if self._world.is_main:
             error = self._status.write(state, self._done, self._throughput.rate, reason)
             self._checkpointer.error = self._checkpointer.error or error
-
-    def _on_hang(self, step: int, reason: str) -> None:
-        del step
-        self._report("hung", reason)
 
 
 @contextmanager

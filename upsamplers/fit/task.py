@@ -241,7 +241,9 @@ def build_fit_engine(
             "engine.zero_stage: a fit reads its bias where ZeRO 3 has taken it away; set it to 2"
         )
     _warn_of_unknown_rates(consistency, stage.fit)
-    optimizer = build_optimizer("nadam", parameter_groups(consistency.to(device), stage.fit))
+    optimizer = build_optimizer(
+        stage.optimizer, parameter_groups(consistency.to(device), stage.fit)
+    )
     clip = stage.fit.gradient_clip
     return build_engine(consistency.train(), optimizer, stage.engine, clip, world, device)
 

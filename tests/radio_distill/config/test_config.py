@@ -249,7 +249,7 @@ SHARED = (
         (["augmentation.window_share=0.5", "student.window_size=2"], "always attends in windows"),
         (["augmentation.window_sizes=[5, 3]"], "5, 3 is not smallest <="),
         (["augmentation.weight_noise=-1"], "weight_noise: -1.0 is below 0"),
-        (["loss.mesa=1"], "loss.mesa compares with an averaged student"),
+        (["loss.mesa=1"], "loss.mesa compares with the student's EMA"),
         (["stage.partitions.a.sizes=[64, 80]"], "give either size or sizes"),
         (["stage.partitions.a.size=0"], "give either size or sizes"),
         (["stage.partitions.a.size=0", "stage.partitions.a.sizes=[64, 70]"], "sizes: 70 is not a multiple"),  # noqa: E501

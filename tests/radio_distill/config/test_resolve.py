@@ -223,7 +223,7 @@ def test_defaults__train_the_body_of_any_student_for_any_number_of_steps(
     ("stage", "images", "hint"),
     [
         ({"steps": 20, "warmup_steps": 20}, 9, "the rate is still rising in the last of 20 steps"),
-        ({"steps": 20, "ema_decay": 0.999}, 9, "98% of the averaged student is still the start"),
+        ({"steps": 20, "ema_decay": 0.999}, 9, "98% of the EMA is still the start"),
         ({"steps": 20, "freeze_body_steps": 19}, 9, "the body does not learn"),
         ({"steps": 20}, 3, "a step takes 4 images, and data.shards holds 3"),
     ],
