@@ -264,7 +264,12 @@ class Trainer:
         except (RadioDistillError, OSError) as error:  # a run of days does not end for a score
             logger.warning("step %d is not evaluated: %s", done, reason_of(error))
             return {}
-        wanted = self._stage.evaluation.best
+        wanted, names = self._stage.evaluation.best, [score.name for score in scores]
+        if wanted and names and wanted not in names and self._world.is_main:
+            logger.warning(
+                "evaluation.best: step %d has no score %s, so none is the best; it has %s",
+                done, wanted, ", ".join(names),
+            )  # fmt: skip
         for score in scores:
             if score.name == wanted and not self._skips.in_a_row and _is_better(score, self._best):
                 self._best = Best(wanted, score.value, done)

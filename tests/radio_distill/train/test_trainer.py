@@ -150,6 +150,14 @@ def test_run__a_resumed_run_compares_with_the_best_before(tmp_path):
     assert find(tmp_path / "checkpoints" / "best").step == 1
 
 
+def test_run__a_best_score_that_no_benchmark_gives_is_warned_of(tmp_path, caplog):
+    stage = stage_of(tmp_path, best="toy/hieght")
+    Trainer(stage, Descent(every=3), World()).run()
+    assert "no score toy/hieght" in caplog.text
+    assert "toy/height" in caplog.text
+    assert not (tmp_path / "checkpoints" / "best").exists()
+
+
 def test_run__an_evaluation_that_fails_is_warned_of(tmp_path, caplog):
     def fail(step):
         raise DataError("no images")
