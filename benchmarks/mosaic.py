@@ -10,7 +10,7 @@ the mirrored view, mirrored back, and against that of another image.
     python -m benchmarks.mosaic [--images FOLDER] [--view 224] [--threads 1]
 
 A mosaic equals the view alone only where no layer mixes cells of two views: for a patch embedding,
-or attention in windows of which none touches two views; the tests of ``distill.mosaic`` build
+or attention in windows of which none touches two views; the tests of mosaics build
 such encoders. It cannot for the two teachers here: a ViT attends to the whole canvas, so that a
 neighbour reaches every cell, and the receptive field of a deep CNN crosses into the next view. Nor
 can it for SAM, for which the mosaic is made, because of its four global blocks; its weights are in
@@ -29,7 +29,7 @@ from torch import Tensor
 
 from radio_distill.config import TeacherConfig
 from radio_distill.data.find import list_tree
-from radio_distill.distill.mosaic import pack, unpack
+from radio_distill.distill.targets import pack, unpack
 from radio_distill.protocols import Teacher
 from radio_distill.teacher_view import Mosaic, plan_mosaic
 from teachers import build_teacher

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from .evals.encoder import Encoder
-    from .normalize.moments import Moments
+    from .normalize.statistics import Moments
     from .train.health import Agree, NonFiniteGuard, StepStatus
     from .train.trackers import WriteImage
 

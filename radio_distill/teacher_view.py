@@ -16,7 +16,7 @@ class Mosaic:
     """The places of images on a canvas, each in the top left corner of its tile.
 
     Images follow one another along the rows, canvas after canvas. :func:`plan_mosaic` makes one
-    from sizes that it has checked; :mod:`.distill.mosaic` fills canvases and cuts maps.
+    from sizes that it has checked; :mod:`.distill.targets` fills canvases and cuts maps.
     """
 
     canvas: Size

@@ -26,13 +26,13 @@ from radio_distill.models.backbone import as_encoder
 from radio_distill.models.ema import Ema
 from radio_distill.models.heads import DistilledStudent, build_student, parameter_groups
 from radio_distill.normalize.fit import fit_normalizers
-from radio_distill.normalize.moments import Moments
 from radio_distill.normalize.normalizers import (
     LayerNorm,
     build_normalizers,
     normalizers_of,
     restore_normalizers,
 )
+from radio_distill.normalize.statistics import Moments
 from radio_distill.protocols import Normalizer, Teacher
 from radio_distill.stage import Stage
 from radio_distill.system.distributed import World, all_gather_object, extend_timeouts, run_on_main

@@ -75,8 +75,8 @@ def random_statistics() -> Callable[..., dict[str, torch.Tensor]]:
     """Statistics of random features: of a recipe and its teachers' channels, by name."""
 
     def make(recipe: Any, channels: dict[str, int]) -> dict[str, torch.Tensor]:
-        from radio_distill.normalize.moments import Moments
         from radio_distill.normalize.normalizers import build_normalizers, normalizer_tensors
+        from radio_distill.normalize.statistics import Moments
 
         normalizers = build_normalizers(recipe.normalizer.name, recipe.teachers)
         for name, normalizer in normalizers.items():

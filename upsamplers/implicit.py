@@ -40,7 +40,7 @@ from radio_distill.distill.views import resize
 from radio_distill.errors import ConfigError, DataError, DivergedError
 from radio_distill.geometry import valid_mask, warp
 from radio_distill.normalize.affine import mean_variance
-from radio_distill.normalize.moments import Moments
+from radio_distill.normalize.statistics import Moments
 from radio_distill.protocols import Teacher
 from radio_distill.system.precision import AUTO, autocast
 from radio_distill.system.progress import Progress

@@ -119,7 +119,7 @@ def angle(prediction: Tensor, target: Tensor) -> Tensor:
     """Return the squared angle over C of ``[B, C, ...]``: ``[B, ...]``, from 0 to π².
 
     C-RADIOv4 (arXiv 2601.17237) divides it by the teacher's dispersion, see
-    :mod:`radio_distill.normalize.dispersion`; here it is not divided. A zero vector is at a right
+    :mod:`radio_distill.normalize.statistics`; here it is not divided. A zero vector is at a right
     angle to every other.
     """
     # arccos(cos) has an infinite slope at 0 and π and loses half the digits there; clamping the

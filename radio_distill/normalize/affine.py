@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 from ..errors import CheckpointError, ConfigError, DataError
-from .moments import Moments
+from .statistics import Moments
 
 Kind = TypeVar("Kind", bound="Affine")
 

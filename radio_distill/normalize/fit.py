@@ -25,9 +25,14 @@ from ..system.progress import Progress
 from ..teacher_view import TeacherView
 from ..train.health import check_targets
 from ..types import Size, View
-from .cache import Statistics, check_can_save, load_statistics, save_statistics
-from .dispersion import SummaryMoments
-from .moments import Moments
+from .statistics import (
+    Moments,
+    Statistics,
+    SummaryMoments,
+    check_can_save,
+    load_statistics,
+    save_statistics,
+)
 
 BATCH = 32
 """Images that one process encodes at once; with mosaics, those that share canvases."""

@@ -18,7 +18,7 @@ from ..system.files import reason_of
 from ..train.checkpoint import STATISTICS, Checkpoint
 from . import NORMALIZERS as NORMALIZERS
 from .affine import Affine, mean_variance
-from .moments import Moments
+from .statistics import Moments
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .affine import Affine, mean_variance
 from .hadamard import hadamard
-from .moments import Moments
+from .statistics import Moments
 
 
 class PhiS(Affine):

@@ -9,7 +9,7 @@ import torch
 from radio_distill.config import TeacherConfig, UpsamplerConfig
 from radio_distill.errors import ConfigError
 from radio_distill.normalize import NORMALIZERS
-from radio_distill.normalize.moments import Moments
+from radio_distill.normalize.statistics import Moments
 from radio_distill.protocols import Upsampler
 from radio_distill.types import TeacherSpec
 from teachers import build_teacher

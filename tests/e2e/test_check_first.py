@@ -9,7 +9,7 @@ import pytest
 
 from e2e import one_line, run, run_folder
 from radio_distill.errors import TakenOverError
-from radio_distill.normalize.moments import Moments
+from radio_distill.normalize.statistics import Moments
 from radio_distill.train.run_dir import FRESH, RunLock, read_status
 from stages import fit_upsampler, stage1, stage2, stage3
 

@@ -223,8 +223,8 @@ def test_recipe_and_override__that_may_not_be_read(recipe_file, tmp_path, capfd)
 
 def test_statistics__that_cannot_be_kept_are_not_estimated(tmp_path):
     """Those that others have kept can be read all the same."""
-    from radio_distill.normalize import cache
-    from radio_distill.normalize.moments import Moments
+    from radio_distill.normalize import statistics as cache
+    from radio_distill.normalize.statistics import Moments
 
     moments = Moments(2)
     moments.update(torch.ones(1, 2, 1, 3))

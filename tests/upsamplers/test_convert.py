@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from radio_distill.errors import WeightsError
-from radio_distill.normalize.moments import Moments
 from radio_distill.normalize.phi_s import PhiS
+from radio_distill.normalize.statistics import Moments
 from radio_distill.system.trust import trusting_pickles
 from upsamplers.convert import convert_featsharp, convert_featup, fold_spectral, phi_s_state
 from upsamplers.methods.tiling import cut, stitch

@@ -12,7 +12,7 @@ from radio_distill.config import FitConfig, Recipe, build, check
 from radio_distill.data.loader import StepSlice
 from radio_distill.errors import ConfigError, DivergedError
 from radio_distill.normalize import NORMALIZERS
-from radio_distill.normalize.moments import Moments
+from radio_distill.normalize.statistics import Moments
 from radio_distill.stage import resolve_stage
 from radio_distill.system.distributed import World
 from radio_distill.train import checkpoint as checkpoints

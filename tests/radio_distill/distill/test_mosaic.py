@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from radio_distill.config import TeacherConfig
-from radio_distill.distill.mosaic import pack, unpack
+from radio_distill.distill.targets import pack, unpack
 from radio_distill.errors import ConfigError
 from radio_distill.teacher_view import plan_mosaic
 from radio_distill.types import TeacherSpec

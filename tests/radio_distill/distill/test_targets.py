@@ -14,7 +14,7 @@ from radio_distill.config import (
 from radio_distill.distill.targets import TargetMaker, encode
 from radio_distill.distill.views import Views, resize
 from radio_distill.normalize import NORMALIZERS
-from radio_distill.normalize.moments import Moments
+from radio_distill.normalize.statistics import Moments
 from radio_distill.protocols import Corrector
 from radio_distill.stage import resolve_stage
 from teachers import build_teacher

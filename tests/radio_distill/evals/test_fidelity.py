@@ -10,7 +10,6 @@ from torch.nn import functional as F
 from radio_distill.errors import ConfigError, DataError
 from radio_distill.evals.encoder import Encoder, Heads, Target
 from radio_distill.evals.fidelity import Fidelity
-from radio_distill.normalize.moments import Moments
 from radio_distill.normalize.normalizers import (
     GlobalStandardise,
     Identity,
@@ -18,6 +17,7 @@ from radio_distill.normalize.normalizers import (
     PerChannelStandardise,
 )
 from radio_distill.normalize.phi_s import PhiS
+from radio_distill.normalize.statistics import Moments
 from radio_distill.types import Features
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from radio_distill.normalize.moments import Moments
+from radio_distill.normalize.statistics import Moments
 
 GOLDEN = Path(__file__).resolve().parents[3] / ".." / "shared" / "golden"
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from radio_distill.errors import DataError
-from radio_distill.normalize.dispersion import FLOOR, SummaryMoments
+from radio_distill.normalize.statistics import FLOOR, SummaryMoments
 
 
 def of_parts(parts: list[torch.Tensor], starts: list[int], kept: int = 64) -> SummaryMoments:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from radio_distill.errors import DataError
-from radio_distill.normalize.moments import CHUNK, Moments
+from radio_distill.normalize.statistics import CHUNK, Moments
 
 
 def assert_same(moments: Moments, other: Moments, rtol: float = 1e-12) -> None:

@@ -6,7 +6,7 @@ from torch import nn
 
 from radio_distill.errors import CheckpointError, ConfigError, DataError, UnknownNameError
 from radio_distill.normalize import NORMALIZERS
-from radio_distill.normalize.moments import Moments
+from radio_distill.normalize.statistics import Moments
 from radio_distill.protocols import Normalizer
 
 AFFINE = ["phi_s", "none", "global_standardise", "per_channel_standardise"]

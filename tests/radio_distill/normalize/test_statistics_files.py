@@ -6,9 +6,8 @@ import torch
 from safetensors.torch import save_file
 
 from radio_distill.errors import CheckpointError
-from radio_distill.normalize import cache
-from radio_distill.normalize.cache import Statistics, load_statistics, save_statistics
-from radio_distill.normalize.moments import Moments
+from radio_distill.normalize import statistics as cache
+from radio_distill.normalize.statistics import Moments, Statistics, load_statistics, save_statistics
 
 
 @pytest.fixture
