@@ -12,7 +12,7 @@ enlarges the teacher (section 4.5). All of these are bilinear. Here that means
 """
 
 import torch
-import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from ..errors import ConfigError, UnknownNameError
@@ -62,18 +62,39 @@ def common_grid(student: Size, teacher: Size, rule: str) -> Size:
 
 
 def resample(features: Tensor, grid: Size) -> Tensor:
-    """Resample ``[B, C, h, w]`` to ``[B, C, *grid]``, bilinearly, in float32 or float64."""
+    """Resample ``[B, C, h, w]`` to ``[B, C, *grid]``, bilinearly, in float32 or float64.
+
+    The filter is separable: a small matrix for each axis. ``F.interpolate`` computes the same, but
+    adds gradients on a GPU in no fixed order.
+    """
     height, width = features.shape[-2:]
     if (height, width) == grid:
         return features
     features = features.to(torch.promote_types(features.dtype, torch.float32))
-    if grid[1] == 1:
-        # torch's CPU kernel (seen in 2.15) reads wrong rows where one column remains: keep two.
-        features = _interpolate(features, (height, 1)).expand(-1, -1, -1, 2)
-        return _interpolate(features, (grid[0], 2))[..., :1]
-    return _interpolate(features, grid)
+    # Channels come last, as tokens leave a head, so that each product is one for all channels.
+    maps = rearrange(features, "b c h w -> b h (w c)")
+    with torch.autocast(features.device.type, enabled=False):
+        maps = _apply(triangle_filter(height, grid[0], features), maps)
+        maps = rearrange(maps, "b h (w c) -> (b h) w c", w=width)
+        maps = _apply(triangle_filter(width, grid[1], features), maps)
+    return rearrange(maps, "(b h) w c -> b c h w", h=grid[0])
 
 
-def _interpolate(features: Tensor, grid: Size) -> Tensor:
-    shrinks = grid[0] < features.shape[-2] or grid[1] < features.shape[-1]
-    return F.interpolate(features, grid, mode="bilinear", align_corners=False, antialias=shrinks)
+def triangle_filter(old: int, new: int, like: Tensor) -> Tensor:
+    """Return the matrix ``[new, old]`` that resamples an axis, of a tensor's type and device.
+
+    A new cell weighs old ones by a triangle about its centre, as wide as the larger of the two
+    kinds of cells.
+    """
+    centres = torch.arange(1, 2 * old, 2, device=like.device) * new
+    targets = torch.arange(1, 2 * new, 2, device=like.device) * old
+    distances = (centres - targets[:, None]).abs().to(like.dtype)  # whole numbers: exact
+    weights = (1 - distances / (2 * max(old, new))).clamp(min=0)
+    return weights / weights.sum(dim=1, keepdim=True)
+
+
+def _apply(matrix: Tensor, maps: Tensor) -> Tensor:
+    """``[new, old]`` times each ``[old, n]`` of ``[batch, old, n]``."""
+    if matrix.shape[0] == matrix.shape[1]:
+        return maps
+    return torch.bmm(matrix.expand(len(maps), -1, -1), maps)

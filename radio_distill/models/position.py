@@ -43,24 +43,32 @@ class CroppedPositions(nn.Module):
             grid: (h, w).
             draws: ``[B, NUM_DRAWS]`` in [0, 1) for a random crop an image; None resizes the table.
         """
-        table = rearrange(self.table, "y x d -> 1 d y x")
         if draws is None:
-            return rearrange(_resize(table, grid), "1 d h w -> 1 h w d")
-        # The crops are laid out below each other in one image, because a table that is expanded
-        # over the batch would get a gradient of the batch's size.
-        points = rearrange(crop_points(grid, draws), "b h w xy -> 1 (b h) w xy")
-        positions = F.grid_sample(table, points, mode="bilinear", align_corners=True)
-        positions = rearrange(positions, "1 d (b h) w -> b h w d", h=grid[0])
+            return _resize(self.table, grid)
+        rows, columns = crop_axes(grid, draws)  # [B, h], [B, w]
+        side = len(self.table)
+        cells, weights = _corners(rows * (side - 1), columns * (side - 1), side)
+        # Cells are rows of the table, read and added to side by side, and no gradient of the
+        # batch's size is kept; a sampler of maps has one thread for all channels of a point, and
+        # adds gradients on a GPU in no fixed order.
+        positions = F.embedding_bag(
+            rearrange(cells, "b h w k -> (b h w) k"),
+            rearrange(self.table, "y x d -> (y x) d"),
+            mode="sum",
+            per_sample_weights=rearrange(weights, "b h w k -> (b h w) k").to(self.table.dtype),
+        )
+        positions = rearrange(positions, "(b h w) d -> b h w d", h=grid[0], w=grid[1])
         kept = draws[:, 0] >= self.dropout
         return positions * rearrange(kept, "b -> b 1 1 1")
 
 
-def crop_points(grid: Size, draws: Tensor) -> Tensor:
-    """Return where a random crop of each image samples the table: ``[B, h, w, (x, y)]`` in [-1, 1].
+def crop_axes(grid: Size, draws: Tensor) -> tuple[Tensor, Tensor]:
+    """Return where a random crop of each image samples the table: ``[B, h]`` and ``[B, w]``.
 
-    The crop covers (scale / aspect) x (scale * aspect) of a square table, scale ~ U[sqrt(0.1), 1]
-    and log aspect ~ U[log 3/4, log 4/3]. A grid that is not square takes the crop's top left part
-    of its own shape, as at evaluation.
+    Rows and columns are in [0, 1], from the first cell of the table to the last. The crop covers
+    (scale / aspect) x (scale * aspect) of a square table, scale ~ U[sqrt(0.1), 1] and log aspect
+    ~ U[log 3/4, log 4/3]. A grid that is not square takes the crop's top left part of its own
+    shape, as at evaluation.
     """
     scale = MIN_SCALE + (1 - MIN_SCALE) * draws[:, 1]
     aspect = torch.exp(MAX_LOG_ASPECT * (2 * draws[:, 2] - 1))
@@ -71,12 +79,30 @@ def crop_points(grid: Size, draws: Tensor) -> Tensor:
         offsets[:, axis, None] + steps[:, axis, None] * torch.arange(length, device=draws.device)
         for axis, length in enumerate(grid)
     )
-    rows, columns = torch.broadcast_tensors(rows[:, :, None], columns[:, None, :])  # [B, h, w]
-    return 2 * torch.stack((columns, rows), dim=-1) - 1
+    return rows, columns
+
+
+def _corners(rows: Tensor, columns: Tensor, side: int) -> tuple[Tensor, Tensor]:
+    """Return the four cells around each point and their bilinear weights, ``[B, h, w, 4]`` each.
+
+    Args:
+        rows: of the points, ``[B, h]`` in cells of the table.
+        columns: likewise, ``[B, w]``.
+        side: cells a side of the table; cells are numbered row by row.
+    """
+    first = [axis.floor().clamp(0, side - 1)[..., None] for axis in (rows, columns)]
+    pairs = [(cell.long() + torch.arange(2, device=cell.device)) for cell in first]
+    seconds = [axis[..., None] - cell for axis, cell in zip((rows, columns), first, strict=True)]
+    shares = [torch.cat((1 - second, second), dim=-1) for second in seconds]  # [B, h | w, 2]
+    pairs = [pair.clamp(max=side - 1) for pair in pairs]  # behind the last cell, its share is 0
+    cells = pairs[0][:, :, None, :, None] * side + pairs[1][:, None, :, None, :]
+    weights = shares[0][:, :, None, :, None] * shares[1][:, None, :, None, :]  # [B, h, w, 2, 2]
+    return cells.flatten(-2), weights.flatten(-2)
 
 
 def _resize(table: Tensor, grid: Size) -> Tensor:
-    """Resize to a square of the longer side and keep the top left: ``[1, D, h, w]``."""
+    """Resize to a square of the longer side and keep the top left: ``[1, h, w, D]``."""
     side = max(grid)
+    table = rearrange(table, "y x d -> 1 d y x")
     square = F.interpolate(table, size=(side, side), mode="bilinear", align_corners=False)
-    return square[:, :, : grid[0], : grid[1]]
+    return rearrange(square[:, :, : grid[0], : grid[1]], "1 d h w -> 1 h w d")

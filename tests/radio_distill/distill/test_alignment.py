@@ -104,24 +104,19 @@ def test_resample__one_axis_shrinks_while_the_other_grows():
     torch.testing.assert_close(both, resample(resample(features, (12, 6)), (4, 6)))
 
 
-def triangle_filter(size: int, new: int) -> torch.Tensor:
-    """``[new, size]``: triangles about the new cells, wide as a new or an old cell."""
-    span = max(size / new, 1)
-    old = torch.arange(size, dtype=torch.float64) + 0.5
-    centres = (torch.arange(new, dtype=torch.float64) + 0.5) * size / new
-    weights = (1 - (old - centres[:, None]).abs() / span).clamp(min=0)
-    return weights / weights.sum(1, keepdim=True)
+# Where one column remains, torch's CPU kernel (seen in 2.15) reads wrong rows.
+wider_grids = st.tuples(st.integers(1, 9), st.integers(2, 9))
 
 
 @settings(max_examples=80, deadline=None)
-@given(old=grids, new=grids, channels=st.integers(1, 3), channels_last=st.booleans())
-def test_resample__equals_two_triangle_filters(old, new, channels, channels_last):
+@given(old=grids, new=wider_grids, channels=st.integers(1, 3), channels_last=st.booleans())
+def test_resample__equals_torchs_antialiased_filter(old, new, channels, channels_last):
     features = torch.rand(2, channels, *old, dtype=torch.float64)
-    rows, columns = triangle_filter(old[0], new[0]), triangle_filter(old[1], new[1])
-    expected = rows @ features @ columns.T
     if channels_last:
         features = features.contiguous(memory_format=torch.channels_last)
+    expected = F.interpolate(features, new, mode="bilinear", align_corners=False, antialias=True)
     torch.testing.assert_close(resample(features, new), expected)
+    torch.testing.assert_close(resample(features.mT, new[::-1]), expected.mT)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

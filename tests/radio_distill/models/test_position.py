@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from radio_distill.models.position import NUM_DRAWS, CroppedPositions
+from radio_distill.models.position import NUM_DRAWS, CroppedPositions, crop_axes
 
 SIDE = 16
 unit = st.floats(0, 1, exclude_max=True, width=32)
@@ -84,6 +84,28 @@ def test_forward__an_image_sees_the_same_crop_in_any_batch():
     whole = positions((5, 4), draws)
     parts = torch.cat([positions((5, 4), part) for part in draws.split([1, 3, 2])])
     assert torch.equal(whole, parts)
+
+
+@pytest.mark.parametrize("grid", [(5, 4), (1, 1), (24, 24)])
+def test_forward__equals_torchs_sampler(grid):
+    positions, draws = CroppedPositions(6, SIDE, dropout=0.0).double(), torch.rand(3, NUM_DRAWS)
+    rows, columns = crop_axes(grid, draws.double())
+    points = torch.stack(torch.broadcast_tensors(columns[:, None], rows[:, :, None]), dim=-1)
+    table = positions.table.permute(2, 0, 1).expand(3, -1, -1, -1)
+    sampled = F.grid_sample(table, 2 * points - 1, mode="bilinear", align_corners=True)
+    torch.testing.assert_close(positions(grid, draws.double()), sampled.permute(0, 2, 3, 1))
+
+
+@pytest.mark.parametrize("side", [1, 2, 5])
+def test_forward__gradient_of_the_table_is_that_of_its_values(side):
+    positions, draws = CroppedPositions(3, side, dropout=0.0).double(), torch.rand(2, NUM_DRAWS)
+    positions.table.requires_grad_(False)
+
+    def crops(table):
+        replaced = {"table": table}
+        return torch.func.functional_call(positions, replaced, ((3, 4), draws.double()))
+
+    assert torch.autograd.gradcheck(crops, positions.table.clone().requires_grad_())
 
 
 def test_forward__batch_gradient_is_the_sum_over_images():
