@@ -19,6 +19,7 @@ from radio_distill.errors import ConfigError
 from radio_distill.hints import hints
 from radio_distill.stage import Stage, resolve_stage
 from radio_distill.system import precision
+from radio_distill.system.determinism import deterministic
 from radio_distill.system.distributed import (
     World,
     choose_device,
@@ -92,7 +93,10 @@ def launch(
     if problems:
         raise ConfigError(*problems)
     run_on_main(world, lambda: check_folder(stage.folder, resumed, options.take_over))
-    with saying_what_is_left(stage.folder, begun=False):
+    with (
+        saying_what_is_left(stage.folder, begun=False),
+        deterministic(stage.engine.deterministic, warn_only=stage.is_fit),
+    ):
         stage = resolve_at_start(stage, world, device, resumed)
         train = build(stage, world, device, resumed, options)
         with (

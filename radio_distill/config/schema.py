@@ -329,6 +329,10 @@ class EngineConfig:
     )
     device: Literal["auto", "cpu", "cuda"] = option("auto", "where to run")
     compile: bool = option(False, "torch.compile the student")
+    deterministic: bool = our_option(
+        False,
+        "add in a fixed order on a GPU too, so that the same run ends with the same bits; slower, and not for a fit",
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
