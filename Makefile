@@ -15,7 +15,7 @@ timed = begin=$$(date +%s); $(1); status=$$?; spent=$$(($$(date +%s) - begin)); 
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test faults lint clean
+.PHONY: help setup demo test faults gpu lint clean
 
 help:  ## show this
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s %s\n", $$1, $$2}' Makefile
@@ -31,6 +31,9 @@ test: .venv/.ready-test  ## run every test (WORKERS=2)
 faults: .venv/.ready-test  ## kill, damage and flood runs; 10 minutes (as root with Slurm's packages: a real Slurm too)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m faults -n $(WORKERS) --dist loadfile -rPs \
 		--show-capture=stdout $(or $(ARGS),tests)
+
+gpu: .venv/.ready-test  ## measure everything that needs a GPU, in 10 minutes, on one page (PAGE=gpu.md)
+	$(BIN)/python -m benchmarks.gpu --output "$(or $(PAGE),gpu.md)" $(ARGS)
 
 lint: .venv/.ready-dev  ## check style, format, types and the direction of imports
 	$(BIN)/ruff check .

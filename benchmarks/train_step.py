@@ -208,17 +208,17 @@ class Stepping:
 
     def __init__(self, task: Distillation, batches: Sequence[ImageBatch]):
         self.task, self._batches = task, batches
-        self._number = 0
+        self.number = 0
 
     def __call__(self) -> None:
         """Take a step; raises AssertionError where a number is not finite."""
         task, guard = self.task, NonFiniteGuard()
-        status = task.forward_backward(self._number, self._batches, guard, agree)
-        norm = task.engine.step(task.learning_rates(self._number))
+        status = task.forward_backward(self.number, self._batches, guard, agree)
+        norm = task.engine.step(task.learning_rates(self.number))
         is_taken = math.isfinite(norm) and not status.is_bad
         task.end_step(is_taken)
-        assert is_taken, f"step {self._number} is not finite: {guard.causes()}"
-        self._number += 1
+        assert is_taken, f"step {self.number} is not finite: {guard.causes()}"
+        self.number += 1
 
 
 class Clock:
