@@ -79,6 +79,20 @@ class Partition:
 
 
 @dataclass(frozen=True)
+class ImageWork:
+    """Operations of a partition at one size, those in float32 weighed by how slow they are."""
+
+    image: float
+    """Of the student and the upsamplers, for each image."""
+    inputs: Mapping[str, float]
+    """Of each teacher's encoder, for each of its inputs: an image, or a canvas."""
+
+
+StageWork = Mapping[tuple[str, Size], ImageWork]
+"""By partition and size."""
+
+
+@dataclass(frozen=True)
 class Stage:
     """A stage, or the fit of an upsampler, resolved: everything that decides what is computed."""
 
@@ -96,6 +110,8 @@ class Stage:
     partitions: tuple[Partition, ...]
     specs: Mapping[str, TeacherSpec]
     """Of every teacher, by name, in the order of the recipe."""
+    work: StageWork = field(default_factory=dict)
+    """What the processes share out by; empty where it need not be known."""
 
     @property
     def is_fit(self) -> bool:

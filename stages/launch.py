@@ -8,7 +8,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,7 +17,8 @@ from radio_distill.config import Facts, check, dtypes_of, dump, place_indexes
 from radio_distill.data.sources import open_sources
 from radio_distill.errors import ConfigError
 from radio_distill.hints import hints
-from radio_distill.stage import Stage, resolve_stage
+from radio_distill.plan.work import needs_work
+from radio_distill.stage import Stage, StageWork, resolve_stage
 from radio_distill.system import precision
 from radio_distill.system.determinism import deterministic
 from radio_distill.system.distributed import (
@@ -126,11 +127,31 @@ def resolve_at_start(
     earlier = resumed.recipe if resumed else None
     stage = resolve_stage(recipe, stage.name, stage.specs, facts, earlier, stage.folder)
     check(stage.recipe)  # what a checkpoint said may not go with what is asked for now
+    if needs_work(stage, world.world_size):
+        stage = replace(stage, work=run_on_main(world, lambda: work_or_pixels(stage)))
     for line in hints(stage, in_shards):
         logging.warning("%s", line)
     if world.is_main and (line := precision.emulation_warning(dtypes_of(stage.recipe), device)):
         logging.warning("%s", line)
     return stage
+
+
+def work_or_pixels(stage: Stage) -> StageWork:
+    """Count what the images of a stage cost; nothing, with a warning, where that cannot be done.
+
+    A teacher of a user's own may compute in ways that cannot be counted without its weights.
+    """
+    from .planning import count_work
+
+    try:
+        return count_work(stage)
+    except Exception as error:
+        logging.warning(
+            "%s: processes share the images by their pixels, since what they cost cannot be "
+            "counted: %s: %s",
+            stage.name, type(error).__name__, str(error).partition("\n")[0],
+        )  # fmt: skip
+        return {}
 
 
 def check_folder(folder: Path, resumed: Checkpoint | None, take_over: bool) -> None:

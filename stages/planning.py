@@ -18,8 +18,9 @@ from radio_distill.errors import RadioDistillError
 from radio_distill.models.heads import DistilledStudent, build_student
 from radio_distill.plan.cost import ModelCosts, fake_module, fake_tensors
 from radio_distill.plan.time import DeviceType, StagePlan, measurements, plan_stage
+from radio_distill.plan.work import with_work
 from radio_distill.protocols import Upsampler
-from radio_distill.stage import Stage, resolve_stage
+from radio_distill.stage import Stage, StageWork, resolve_stage
 from radio_distill.system.progress import Progress
 from teachers import build_module, teacher_spec
 from teachers.base import FrozenTeacher
@@ -108,6 +109,12 @@ def measured(models: Models) -> Iterator[ModelCosts]:
             fake_module(models.tower(teacher))
         upsamplers = {name: _upsampler(models, name) for name in models.recipe.stages}
         yield ModelCosts(models.stages(), models.student, models.teachers, upsamplers)
+
+
+def count_work(stage: Stage) -> StageWork:
+    """Count what the images of a resolved stage cost."""
+    with measured(build_models(stage.recipe)) as costs:
+        return with_work(stage, costs).work
 
 
 def plan_stages(

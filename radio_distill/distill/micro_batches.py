@@ -3,17 +3,17 @@
 :func:`assign_micro_batches` turns the partitions of a stage into work for each rank so that the
 gradient, summed over ranks, is always the same:
 
-* with at least as many ranks as partitions, each partition has ranks of its own (PHI-S paper,
-  App. A.7: "partitions"), shared out by cost;
-* with fewer, every rank runs all partitions one after another, as micro-batches of one step.
-
-Partitions that show the same images (``images_of``) go together. Images that share a mosaic canvas
-are never parted, or what a teacher sees would depend on the number of processes.
+* each partition's images are cut where the work of ranks comes out even (:mod:`.dealing`), by the
+  operations that the planner counts; a rank may serve several partitions, one after another;
+* partitions that show the same images (``images_of``) go together;
+* images that share a mosaic canvas are never parted, or what a teacher sees would depend on the
+  number of processes.
 
 ZeRO reduces gradients in every backward pass, so all ranks must run equally many passes: a rank
 that has fewer repeats one image at weight zero, a padding pass.
 """
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,8 +26,11 @@ from ..stage import Partition, Stage
 from ..system.distributed import World
 from ..teacher_view import TeacherView
 from ..types import Size, View
+from .dealing import deal
 from .randomness import StepRandomness
 from .views import EMA, STUDENT
+
+_MOST_DRAWS = 256
 
 
 @dataclass(frozen=True)
@@ -96,77 +99,89 @@ class MicroBatchSchedule:
         return slices
 
     def _assign(self, sizes: tuple[tuple[str, Size], ...]) -> Sequence[MicroBatch]:
-        limit = self._stage.engine.micro_batch
-        ranks = assign_micro_batches(
-            self._stage.partitions, dict(sizes), self._world.world_size, limit
-        )
+        ranks = assign_micro_batches(self._stage, dict(sizes), self._world.world_size)
         return ranks[self._world.rank]
 
 
 def assign_micro_batches(
-    partitions: Sequence[Partition],
-    sizes: Mapping[str, Size],
-    world_size: int,
-    micro_batch: int = 0,
+    stage: Stage, sizes: Mapping[str, Size], world_size: int
 ) -> list[list[MicroBatch]]:
     """Return each rank's micro-batches of one step, with equally many passes on every rank.
 
     Args:
-        partitions: of one stage.
-        sizes: the student input of each in this step, by name.
+        stage: what its images cost is :attr:`Stage.work`, or where that is not known, their pixels.
+        sizes: the student input of each partition in this step, by name.
         world_size: number of ranks.
-        micro_batch: most images in one micro-batch; 0 for no limit. Images of one canvas are never
-            parted: a micro-batch has at least as many, or a divisible number of them.
     """
     groups: dict[str, list[Partition]] = {}  # partitions that show the same images
-    for partition in partitions:
+    for partition in stage.partitions:
         groups.setdefault(partition.images_of or partition.name, []).append(partition)
+    passes = [
+        tuple(Pass(item, sizes[item.name], item.image_weight) for item in group)
+        for group in groups.values()
+    ]
+    units = [_images_together(item) for item in passes]
+    counts = [
+        math.ceil(item[0].partition.batch_size / unit)
+        for item, unit in zip(passes, units, strict=True)
+    ]
+    costs = [_cost(stage, item, unit) for item, unit in zip(passes, units, strict=True)]
+    if all(shares := [sum(item.ranks for item in group) for group in groups.values()]):
+        costs = [share / count for share, count in zip(shares, counts, strict=True)]
     ranks: list[list[MicroBatch]] = [[] for _ in range(world_size)]
-    rank = 0
-    dedicated = world_size >= len(groups) > 1
-    counts = _rank_counts([*groups.values()], world_size)
-    for group, dedicated_ranks in zip(groups.values(), counts, strict=True):
-        count = dedicated_ranks if dedicated else world_size
-        passes = tuple(Pass(item, sizes[item.name], item.image_weight) for item in group)
-        together = math.lcm(
-            *(view.images_per_input for item in passes for view in item.views.values())
-        )
-        for part in range(count):
-            spans = _spans(group[0], part, count, micro_batch, together)
-            ranks[rank + part] += [MicroBatch(start, stop, passes) for start, stop in spans]
-        rank += count if dedicated else 0
-    return _pad(ranks, partitions, sizes)
+    for one, unit, dealt in zip(passes, units, deal(counts, costs, world_size), strict=True):
+        first = 0
+        for rank, count in enumerate(dealt):
+            spans = _spans(one[0].partition, first, first + count, stage.engine.micro_batch, unit)
+            ranks[rank] += [MicroBatch(start, stop, one) for start, stop in spans]
+            first += count
+    return _pad(ranks, stage.partitions, sizes)
 
 
-def _rank_counts(groups: Sequence[Sequence[Partition]], world_size: int) -> list[int]:
-    """Share ranks out in proportion to ``ranks`` where given, else to pixels; at least one each."""
-    costs: list[float] = [sum(item.ranks for item in group) for group in groups]
-    if not all(costs):
-        costs = [sum(_mean_pixels(item) for item in group) for group in groups]
-    counts = [1] * len(groups)
-    for _ in range(world_size - len(groups)):
-        busiest = max(range(len(costs)), key=lambda index: costs[index] / counts[index])
-        counts[busiest] += 1
-    return counts
+def teachers_of(stage: Stage, world: World) -> list[str]:
+    """Return the teachers that a rank runs in the steps of a stage, in the order of the recipe.
+
+    Those of all partitions where sizes are drawn in more ways than are worth looking at.
+    """
+    choices = [[(item.name, size) for size in item.sizes] for item in stage.partitions]
+    names: set[str] = set()
+    if math.prod(map(len, choices)) > _MOST_DRAWS:
+        names.update(*(item.teachers for item in stage.partitions))
+        choices = []
+    for draw in itertools.product(*choices) if choices else ():
+        dealt = assign_micro_batches(stage, dict(draw), world.world_size)[world.rank]
+        names.update(*(item.partition.teachers for micro in dealt for item in micro.passes))
+    return [name for name in stage.teachers if name in names]
 
 
-def _mean_pixels(partition: Partition) -> float:
-    pixels = [math.prod(size) for size in partition.sizes]
-    return partition.batch_size * sum(pixels) / len(pixels)
+def _images_together(passes: Sequence[Pass]) -> int:
+    """Return how many images are never parted: those that fill whole canvases of every pass."""
+    return math.lcm(*(view.images_per_input for item in passes for view in item.views.values()))
+
+
+def _cost(stage: Stage, passes: Sequence[Pass], images: int) -> float:
+    """Return what some images cost; what passes ask alike of a teacher runs once."""
+    cost, inputs = 0.0, dict[tuple[str, TeacherView], float]()
+    for item in passes:
+        name = item.partition.name
+        work = stage.work.get((name, item.size))
+        cost += images * (math.prod(item.size) if work is None else work.image)
+        for teacher, view in item.views.items():
+            each = math.prod(view.encoded) if work is None else work.inputs[teacher]
+            # Where crops are shifted, each partition has its own.
+            inputs[name if stage.augmentation.shift else "", view] = view.inputs(images) * each
+    return cost + sum(inputs.values())
 
 
 def _spans(
-    partition: Partition, part: int, parts: int, micro_batch: int, unit: int
+    partition: Partition, first: int, last: int, micro_batch: int, unit: int
 ) -> list[tuple[int, int]]:
-    """Cut one rank's part of a partition's images into micro-batches, at multiples of ``unit``."""
-    num_units = math.ceil(partition.batch_size / unit)
-    start, stop = (
-        min(num_units * index // parts * unit, partition.batch_size) for index in (part, part + 1)
-    )
+    """Cut units ``[first, last)`` of a partition's images into micro-batches of whole units."""
+    start, stop = (min(index * unit, partition.batch_size) for index in (first, last))
     step = max(micro_batch // unit * unit, unit) if micro_batch else max(stop - start, 1)
     return [
-        (partition.start + first, partition.start + min(first + step, stop))
-        for first in range(start, stop, step)
+        (partition.start + begin, partition.start + min(begin + step, stop))
+        for begin in range(start, stop, step)
     ]
 
 

@@ -19,6 +19,7 @@ from ..stage import Stage
 from ..types import Size
 from .cost import ModelCosts, PartitionCost, PassCost, TeacherCost
 from .memory import Memory, state_memory, step_memory
+from .work import other_dtype, with_work
 
 UTILISATION = 0.35
 """Share of the peak that a step reaches. Assumed: transformers are trained at 0.3 to 0.5."""
@@ -117,10 +118,8 @@ def plan_stage(
     for item in stage.partitions:
         measured[item.name] = costs.partition(stage, item)
         progress()
-    limit = stage.engine.micro_batch
-    steps = [
-        assign_micro_batches(stage.partitions, sizes, devices, limit) for sizes in _draws(stage)
-    ]
+    stage = with_work(stage, costs)
+    steps = [assign_micro_batches(stage, sizes, devices) for sizes in _draws(stage)]
     seconds = [
         [sum(_seconds(stage, micro, measured, device) for micro in work) for work in ranks]
         for ranks in steps
@@ -205,7 +204,8 @@ def _seconds(
         flops = teacher.view.inputs(images) * teacher.encode_flops
         dtype = stage.teachers[teacher.view.teacher].dtype
         seconds += flops / device.flops_per_second(dtype)
-        seconds += images * teacher.other_flops / device.flops_per_second("float32")
+        dtype = other_dtype(stage, teacher)
+        seconds += images * teacher.other_flops / device.flops_per_second(dtype)
     return seconds
 
 

@@ -214,7 +214,7 @@ def _teacher_table(models: "Models", plans: "Sequence[StagePlan]") -> Table:
 def _partition_table(plans: "Sequence[StagePlan]") -> Table:
     """Describe the partitions; where a size is drawn, by their means."""
     table = _table(
-        "Partitions (shares of the work make good `ranks`)", "stage", "partition", "student",
+        "Partitions", "stage", "partition", "student",
         "rendered at",
         "images / step", "tokens / image", "student GFLOP", "teachers GFLOP", "share of work",
     )  # fmt: skip

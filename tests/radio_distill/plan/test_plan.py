@@ -265,8 +265,11 @@ def test_plan_stage__adds_up_on_one_device():
     assert plan.tokens == 6 * low.tokens + 2 * high.tokens
     assert plan.student_flops == 6 * low.student_flops + 2 * high.student_flops
     assert plan.teacher_flops == 6 * low.teacher_flops + 2 * high.teacher_flops
-    # the student in bfloat16 at 2 TFLOP/s, the teacher in float32 at 0.5 TFLOP/s, half of it each
-    seconds = plan.student_flops / 1e12 + plan.teacher_flops / 0.25e12
+    # half of 2 TFLOP/s in bfloat16, for the student and what comes behind an upsampled teacher, and
+    # half of 0.5 TFLOP/s in float32, for teachers and what comes behind the others
+    upsampling = 2 * high.teachers[0].other_flops
+    seconds = (plan.student_flops + upsampling) / 1e12
+    seconds += (plan.teacher_flops - upsampling) / 0.25e12
     assert plan.step_seconds == pytest.approx(seconds)
     assert plan.busy == 1
     encode = 2 * 36 * 3 * 64 * CHANNELS
@@ -288,18 +291,15 @@ def test_plan_stage__counts_the_decoding_of_every_size_once():
     assert plan.decoding_cores == pytest.approx(seconds / plan.step_seconds)
 
 
-def test_plan_stage__waits_for_the_busiest_device():
+def test_plan_stage__shares_the_work_out_evenly():
     recipe = make_recipe(zero_stage=2)
     with fake_costs(recipe) as costs:
         one = plan_stage(costs, "stage1", 1, DEVICE, 0, utilisation=1)
         two = plan_stage(costs, "stage1", 2, DEVICE, 0, utilisation=1)
-    low, high = two.partitions  # each has a device of its own
-    work = [
-        cost.partition.batch_size * (cost.student_flops / 2e12 + cost.teacher_flops / 0.5e12)
-        for cost in (low, high)
-    ]
-    assert two.step_seconds == pytest.approx(max(work))
-    assert two.busy == pytest.approx(sum(work) / 2 / max(work))
+    low, high = (item.student_flops / 2e12 + item.teacher_flops / 0.5e12 for item in two.partitions)
+    high += two.partitions[1].teachers[0].other_flops * (1 / 2e12 - 1 / 0.5e12)
+    assert two.step_seconds == pytest.approx(high + 3 * low)  # half of both partitions
+    assert two.busy == pytest.approx(1)
     assert two.device_hours == pytest.approx(2 * two.hours)
     assert 2 * two.step_seconds * two.busy == pytest.approx(one.step_seconds)
     assert two.memory.gradients == 2 * costs.parameters
