@@ -204,8 +204,8 @@ def _seconds(
         flops = teacher.view.inputs(images) * teacher.encode_flops
         dtype = stage.teachers[teacher.view.teacher].dtype
         seconds += flops / device.flops_per_second(dtype)
-        dtype = other_dtype(stage, teacher)
-        seconds += images * teacher.other_flops / device.flops_per_second(dtype)
+        peak = device.flops_per_second(other_dtype(stage, teacher))
+        seconds += images * teacher.other_flops / peak
     return seconds
 
 
