@@ -51,7 +51,7 @@ _FIT_WARMUP, _FIT_WARMUP_SHARE = 100, 30  # FeatSharp, Table 11: 100 of 3,000 st
 _LOG_EVERY, _LOG_SHARE = 50, 20  # a curve has at least 20 points
 _SAVE_SHARE = 5  # at most a fifth of a stage is lost with its machine
 _LEAST_SAVE_EVERY, _MOST_SAVE_EVERY = 20, 1000  # a try of a few steps is not spent on writing
-_MOST_WORKERS = 8
+_MOST_WORKERS = 12
 
 
 @dataclass(frozen=True, kw_only=True)

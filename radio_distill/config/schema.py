@@ -301,7 +301,7 @@ class DataConfig:
         16, "shards whose samples are shuffled together", "shards"
     )
     workers: SmallCount | Auto = our_option(
-        "auto", "decoding processes of each process; auto: its cores but one, 1 to 8", "processes"
+        "auto", "decoding processes of each process; auto: its cores but one, 1 to 12", "processes"
     )
     max_bad_share: Share = our_option(0.01, "share of bad images at which the run stops")
     max_bad_shards: Share = our_option(0.0, "share of the shards that may be damaged and left out")

@@ -12,7 +12,7 @@ from ..config import DataConfig
 from ..errors import DataError
 from ..system.files import printable
 from .find import find_shards
-from .images import FIELD_OF_KIND, BadImageError, decode_image
+from .images import FIELD_OF_KIND, BadImageError, decode_pixels
 from .sources import describe_notes, index_folders
 from .tar_index import Shard, open_shard
 from .tar_reader import ShardReader
@@ -114,7 +114,7 @@ def _check_shard(path: Path, config: DataConfig) -> _Checked | DataError:
             try:
                 data = reader.image_bytes(0, sample)
                 limits = {"max_pixels": config.max_pixels, "min_size": config.min_size}
-                checked.sizes[_bucket(min(decode_image(data, **limits).size))] += 1
+                checked.sizes[_bucket(min(decode_pixels(data, **limits).shape[1:]))] += 1
             except BadImageError as error:
                 checked.bad.append((error.kind, f"{reader.key(0, sample)}: {error}"))
     except DataError as error:

@@ -1,4 +1,9 @@
-"""From the bytes of one image to a view of it: decode, crop, flip, resize.
+"""From the bytes of one image to a view of it: decode, crop, resize, flip.
+
+Pillow reads every header, and libjpeg-turbo (by simplejpeg) the pixels of JPEGs in which nothing is
+amiss; all others are Pillow's, which says what is damaged. Both give a JPEG the same pixels. Views
+are resized by torch, on uint8 and with the colours of a pixel side by side ("channels last"), its
+fastest way; ``python -m benchmarks.decoding`` has the figures.
 
 Only formats whose decoders are common and whose size stands in the header are read; AVIF where
 Pillow was built with it, HEIC where pillow-heif is installed. Colour profiles
@@ -9,15 +14,16 @@ and teachers must see the same pixels, and the AM-RADIO recipe has none.
 import io
 import math
 import struct
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
+import simplejpeg
 import torch
-from einops import rearrange
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -73,19 +79,22 @@ _NO_IMAGES = {  # what stands in place of images, by the first bytes
     b"version https://git-lfs": "a pointer of Git LFS, whose file was not fetched",
 }
 _ORIENTATION = 0x0112  # tag of EXIF
-_TRANSPOSE = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
+_UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+    2: np.fliplr,
+    3: partial(np.rot90, k=2),
+    4: np.flipud,
+    5: partial(np.swapaxes, axis1=0, axis2=1),
+    6: partial(np.rot90, k=-1),
+    7: lambda pixels: np.rot90(pixels, 2).swapaxes(0, 1),
+    8: np.rot90,
 }
 _JPEG_PIXELS_PER_BYTE = 512
 """Huffman codes take a bit at least for each block of 8x8 pixels. What is missing at the end of a
 JPEG libjpeg makes up in grey, and no one is told."""
 _CROP_ATTEMPTS = 10  # as torchvision's RandomResizedCrop
+PIXELS = 2
+"""Counts how often the pixels of views have changed from one version to the next; part of the name
+of what is kept of them. 1: resized by Pillow."""
 
 
 class BadImageError(DataError):
@@ -103,7 +112,13 @@ class BadImageError(DataError):
 
 
 def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS, min_size: int = 1) -> Image.Image:
-    """Decode an image to upright 8-bit RGB.
+    """Decode an image as :func:`decode_pixels` does, for those who draw or resize with Pillow."""
+    pixels = decode_pixels(data, max_pixels=max_pixels, min_size=min_size)
+    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
+
+
+def decode_pixels(data: bytes, *, max_pixels: int = MAX_PIXELS, min_size: int = 1) -> Tensor:
+    """Decode an image to upright 8-bit RGB, ``[3, H, W]`` uint8, channels last.
 
     EXIF orientation is applied, transparency is put on white, 16-bit grey is scaled, and of an
     animation the first frame is taken. Size is judged by the header, before any pixel is decoded.
@@ -119,18 +134,40 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS, min_size: int = 1
         raise BadImageError("too_large", f"{width}x{height} pixels, more than {max_pixels}")
     if min(width, height) < min_size:
         raise BadImageError("too_small", f"{width}x{height}, shortest side below {min_size}")
-    if image.format in ("JPEG", "MPO") and width * height > _JPEG_PIXELS_PER_BYTE * len(data):
+    is_jpeg = image.format in ("JPEG", "MPO")
+    if is_jpeg and width * height > _JPEG_PIXELS_PER_BYTE * len(data):
         reason = f"header claims {width}x{height} pixels, more than {len(data)} bytes can hold"
         raise BadImageError("undecodable", reason)
     if Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS:
         Image.MAX_IMAGE_PIXELS = max_pixels  # else each crop would warn, or fail
     try:
-        image.load()
-        return _to_rgb(upright(image))
+        pixels = _flawless_jpeg(data, image) if is_jpeg else None
+        if pixels is None:
+            image.load()
+            pixels = np.array(_to_rgb(image))
+        return torch.from_numpy(upright(pixels, image)).permute(2, 0, 1)
     except BadImageError:
         raise
     except Exception as error:  # decoders fail on hostile bytes with nearly any exception
         raise BadImageError("undecodable", _reason(error)) from error
+
+
+def _flawless_jpeg(data: bytes, image: Image.Image) -> np.ndarray | None:
+    """Decode a JPEG to RGB ``[H, W, 3]``; None for one that Pillow must judge, or convert.
+
+    Args:
+        data: the file.
+        image: its header. The pixels must fit into what it says, so that a second header
+            costs nothing.
+    """
+    if image.mode not in ("RGB", "L"):
+        return None
+    pixels = np.empty((image.height, image.width, 3), np.uint8)
+    try:
+        decoded = simplejpeg.decode_jpeg(data, "RGB", buffer=pixels, strict=True)
+    except ValueError:  # also of what libjpeg only warns of
+        return None
+    return pixels if decoded.shape == pixels.shape else None
 
 
 def read_image(path: Path) -> bytes:
@@ -255,10 +292,10 @@ def _reason(error: Exception) -> str:
     return printable(" ".join(str(error).split())) or type(error).__name__
 
 
-def upright(image: Image.Image) -> Image.Image:
-    """Turn an image as EXIF says."""
+def upright(pixels: np.ndarray, image: Image.Image) -> np.ndarray:
+    """Turn the pixels of an image, ``[H, W]`` or ``[H, W, 3]``, as its EXIF says."""
     orientation = _orientation(image)
-    return image if orientation == 1 else image.transpose(_TRANSPOSE[orientation])
+    return pixels if orientation == 1 else np.ascontiguousarray(_UPRIGHT[orientation](pixels))
 
 
 def _orientation(image: Image.Image) -> int:
@@ -267,7 +304,7 @@ def _orientation(image: Image.Image) -> int:
         orientation = image.getexif().get(_ORIENTATION)
     except Exception:  # damaged EXIF is frequent on the web, and the pixels are fine
         return 1
-    return orientation if orientation in _TRANSPOSE else 1
+    return orientation if orientation in _UPRIGHT else 1
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -289,49 +326,59 @@ def _sixteen_bit_to_rgb(image: Image.Image) -> Image.Image:
 
 
 def random_origin(
-    image: Image.Image, shape: Size, config: DataConfig, generator: np.random.Generator
+    source: Size, shape: Size, config: DataConfig, generator: np.random.Generator
 ) -> ViewOrigin:
-    """Draw a crop, perhaps flipped.
+    """Draw a crop of an image of ``source`` pixels, perhaps flipped.
 
     It covers ``crop_scale`` of the area; ``crop_ratio`` is its width to height in relation to that
     of ``shape``, so that a wide view distorts no more than a square one.
     """
     flipped = generator.random() < config.flip
-    source = image.height, image.width
     return ViewOrigin(source, *_random_box(source, shape, config, generator), flipped)
 
 
-def cut(image: Image.Image, origin: ViewOrigin) -> Image.Image:
-    """Cut a view out of a photograph, at the photograph's own resolution."""
-    right, bottom = origin.left + origin.width, origin.top + origin.height
-    view = image.crop((origin.left, origin.top, right, bottom))
-    return view.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if origin.flipped else view
-
-
-def render(view: Image.Image, size: Size, crop: Sequence[float] | None = None) -> Tensor:
-    """Resize a view, or a part of it, with antialiased bicubic resampling.
+def render(
+    image: Tensor, origin: ViewOrigin, size: Size, crop: Sequence[float] | None = None
+) -> Tensor:
+    """Resize a view of a photograph, or a part of it, with antialiased bicubic resampling.
 
     Args:
-        view: at the photograph's own resolution.
+        image: the photograph, ``[3, H, W]`` uint8, channels last.
+        origin: where the view lies in it.
         size: (height, width) in pixels.
         crop: (top, left, height, width) as shares of the view's height and width; None for all.
 
     Returns:
-        Pixels ``[3, H, W]`` uint8.
+        Pixels ``[3, *size]`` uint8, channels last.
     """
-    box = None
-    if crop is not None:
-        top, left, height, width = crop
-        right, bottom = min(left + width, 1.0), min(top + height, 1.0)  # a rounding error above
-        across, down = view.width, view.height
-        box = (left * across, top * down, right * across, bottom * down)
-    rendered = view.resize((size[1], size[0]), Image.Resampling.BICUBIC, box)
-    return rearrange(torch.from_numpy(np.array(rendered)), "h w c -> c h w").contiguous()
+    bottom, right = origin.top + origin.height, origin.left + origin.width
+    view = image[:, origin.top : bottom, origin.left : right]
+    if crop is None:
+        batch = view.permute(1, 2, 0)[None].permute(0, 3, 1, 2)  # with strides of channels last
+        rendered = F.interpolate(batch, size, mode="bicubic", antialias=True)[0]
+    else:
+        rendered = _render_part(view, size, crop, origin.flipped)
+    return rendered.flip(-1) if origin.flipped else rendered  # last, as it is smaller by then
+
+
+def _render_part(view: Tensor, size: Size, crop: Sequence[float], flipped: bool) -> Tensor:
+    """Resize a part of a view, with Pillow: torch knows no crops at fractions of a pixel.
+
+    The part is one of the flipped view, where that is what will be shown.
+    """
+    top, left, height, width = crop
+    left = 1 - left - width if flipped else left
+    down, across = view.shape[1:]
+    box = (left * across, top * down, (left + width) * across, (top + height) * down)
+    inside = np.clip(box, 0, (across, down, across, down))  # a rounding error may lead out
+    whole = Image.fromarray(view.permute(1, 2, 0).numpy())
+    part = whole.resize((size[1], size[0]), Image.Resampling.BICUBIC, tuple(inside.tolist()))
+    return torch.from_numpy(np.array(part)).permute(2, 0, 1)
 
 
 def to_float(pixels: Tensor) -> Tensor:
-    """Bring uint8 pixels to float32 in [0, 1]."""
-    return pixels.to(torch.float32).div_(255)
+    """Bring uint8 pixels to float32 in [0, 1], where they lie, each colour a plane of its own."""
+    return pixels.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
 
 
 def _random_box(

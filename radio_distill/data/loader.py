@@ -25,7 +25,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL.Image import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -36,8 +35,7 @@ from ..types import ImageBatch, Size, View, ViewOrigin
 from .images import (
     FIELD_OF_KIND,
     BadImageError,
-    cut,
-    decode_image,
+    decode_pixels,
     random_origin,
     render,
     to_float,
@@ -255,7 +253,7 @@ class _Batch(NamedTuple):
     """One micro-batch on its way from a worker."""
 
     views: dict[View, Tensor] | None
-    """uint8, a quarter of the bytes of float32; None when a position met only bad images."""
+    """uint8, channels last; None when a position met only bad images."""
     keys: tuple[str, ...]
     origins: tuple[ViewOrigin, ...]
     bad: tuple[BadImage, ...]
@@ -284,28 +282,34 @@ class _Views(Dataset[Any]):
             return error
 
     def _batch(self, task: _Task) -> _Batch:
-        pixels: dict[View, list[Tensor]] = {view: [] for view in task.views}
+        pixels = {
+            view: torch.empty(
+                (task.stop - task.start, 3, *view.size),
+                dtype=torch.uint8,
+                memory_format=torch.channels_last,
+            )
+            for view in task.views
+        }
         keys: list[str] = []
         origins: list[ViewOrigin] = []
         bad: list[BadImage] = []
-        for position in range(task.start, task.stop):
+        for row, position in enumerate(range(task.start, task.stop)):
             readable = self._readable(position, bad)
             if readable is None:
                 return _Batch(None, tuple(keys), tuple(origins), tuple(bad))
             key, image = readable
             generator = view_generator(self._seed, position)
-            origin = random_origin(image, task.size, self._config, generator)
-            whole = cut(image, origin)
+            source = image.shape[1], image.shape[2]
+            origin = random_origin(source, task.size, self._config, generator)
             for view, crops in task.views.items():
-                crop = None if crops is None else crops[position - task.start]
-                pixels[view].append(render(whole, view.size, crop))
+                crop = None if crops is None else crops[row]
+                pixels[view][row] = render(image, origin, view.size, crop)
             keys.append(key)
             origins.append(origin)
-        views = {view: torch.stack(rows) for view, rows in pixels.items()}
-        return _Batch(views, tuple(keys), tuple(origins), tuple(bad))
+        return _Batch(pixels, tuple(keys), tuple(origins), tuple(bad))
 
-    def _readable(self, position: int, bad: list[BadImage]) -> tuple[str, Image] | None:
-        """Return key and image of a position, or of its first good substitute."""
+    def _readable(self, position: int, bad: list[BadImage]) -> tuple[str, Tensor] | None:
+        """Return key and pixels of a position, or of its first good substitute."""
         config, place = self._config, self._order.at(position)
         for attempt in range(1, MAX_ATTEMPTS + 1):
             key = self._reader.key(*place)  # by number, as the index may not be readable
@@ -313,7 +317,7 @@ class _Views(Dataset[Any]):
                 sample = self._reader.sample(*place)
                 key = self._reader.key(place.shard, sample)
                 data = self._reader.image_bytes(place.shard, sample)
-                return key, decode_image(
+                return key, decode_pixels(
                     data, max_pixels=config.max_pixels, min_size=config.min_size
                 )
             except BadImageError as error:

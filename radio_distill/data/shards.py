@@ -19,7 +19,7 @@ from ..config import DataConfig
 from ..errors import ConfigError, DataError
 from ..system.files import flush, printable, reason_of
 from .find import Tree, list_tree
-from .images import FIELD_OF_KIND, BadImageError, decode_image, image_suffix, read_image
+from .images import FIELD_OF_KIND, BadImageError, decode_pixels, image_suffix, read_image
 
 _COMPANIONS = ("txt", "cls", "json")  # kept where they lie beside an image under its name
 _SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing", "dev")
@@ -251,7 +251,7 @@ class _Packer:
 
     def _sample(self, image: Path) -> dict[str, Any]:
         data = read_image(image)
-        decode_image(data, min_size=self._limits.min_size, max_pixels=self._limits.max_pixels)
+        decode_pixels(data, min_size=self._limits.min_size, max_pixels=self._limits.max_pixels)
         # Keys are ours: numbered, so that they are unique; ASCII without dots, so that every reader
         # splits them alike; with a trace of the old name, so that a person finds the file again.
         stem = re.sub(r"[^A-Za-z0-9_-]+", "_", image.stem)[:40]

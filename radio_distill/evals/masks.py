@@ -282,7 +282,7 @@ def _numbers(path: Path) -> np.ndarray:
             file.seek(0)
             image = Image.open(file, formats=["PNG"])
             image.load()
-            numbers = np.array(upright(image))
+            numbers = upright(np.array(image), image)
     except Image.UnidentifiedImageError as error:
         raise DataError(
             f"{printable(path)}: not a PNG file, whatever its name says; masks are PNG, since "

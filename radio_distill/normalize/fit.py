@@ -14,6 +14,7 @@ from fractions import Fraction
 import torch
 
 from ..config import DataConfig, share_of
+from ..data.images import PIXELS
 from ..data.loader import ShardBatches, StepSlice
 from ..distill.randomness import StepRandomness
 from ..distill.targets import encode
@@ -220,6 +221,7 @@ def _file_name(stage: Stage, teacher: Teacher, stream: ImageStream) -> str:
         _without_effect(stage.data),
         stage.teachers[name].options,
         stage.teachers[name].dtype,
+        PIXELS,
     )
     digest = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
     height, width = max(sizes)

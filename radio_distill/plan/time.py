@@ -25,7 +25,7 @@ UTILISATION = 0.35
 """Share of the peak that a step reaches. Assumed: transformers are trained at 0.3 to 0.5."""
 MOST_DRAWS = 60
 """Steps that are looked at where sizes are drawn."""
-DECODE_SECONDS, RENDER_SECONDS = 3.7e-3, 14e-9
+DECODE_SECONDS, RENDER_SECONDS = 2.7e-3, 1.7e-9
 """Of one core, for a photograph of 640x427 px and for each pixel that is rendered of it, as
 ``python -m benchmarks.decoding`` measured on 48 photographs of COCO."""
 

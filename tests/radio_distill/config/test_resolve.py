@@ -194,7 +194,7 @@ def test_fit_warmup__a_thirtieth(steps, expected):
     assert resolve(recipe, "fit", Facts()).fit.warmup_steps == expected
 
 
-@pytest.mark.parametrize(("cores", "expected"), [(1, 1), (2, 1), (5, 4), (64, 8)])
+@pytest.mark.parametrize(("cores", "expected"), [(1, 1), (2, 1), (5, 4), (64, 12)])
 def test_workers__one_core_is_left_to_training(cores, expected):
     facts = Facts(cores=cores)
     assert resolve(recipe_of(), "one", facts).data.workers == expected

@@ -17,7 +17,7 @@ import torch
 from radio_distill.config import DataConfig
 from radio_distill.data import loader
 from radio_distill.data import tar_reader as reader
-from radio_distill.data.images import cut, decode_image, random_origin, render, to_float
+from radio_distill.data.images import decode_pixels, random_origin, render, to_float
 from radio_distill.data.loader import (
     BadImage,
     BadImageCounter,
@@ -67,11 +67,11 @@ def test_batches__are_the_views_at_their_positions(shard_folder, encode):
         assert batch.pixels.shape == (item.stop - item.start, 3, *item.size)
         for row, position in enumerate(range(24 + item.start, 24 + item.stop)):
             shard, sample = order.at(position)
-            image = decode_image(encode(10 * shard + sample))
-            origin = random_origin(image, item.size, config, view_generator(11, position))
+            image = decode_pixels(encode(10 * shard + sample))
+            origin = random_origin((40, 48), item.size, config, view_generator(11, position))
             assert batch.keys[row] == f"part-{shard}.tar:s{shard}_{sample}.png"
             assert batch.origins[row] == origin
-            view = render(cut(image, origin), item.size)
+            view = render(image, origin, item.size)
             assert torch.equal(batch.pixels[row], to_float(view))
     assert source.num_images == 25
     assert source.bad == {}

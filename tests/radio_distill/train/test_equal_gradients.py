@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
 from radio_distill.config import (
     AugmentationConfig,
@@ -39,7 +38,7 @@ from radio_distill.system.distributed import World
 from radio_distill.train.engine import build_engine
 from radio_distill.train.health import NonFiniteGuard, agree
 from radio_distill.train.optim import build_optimizer
-from radio_distill.types import ImageBatch
+from radio_distill.types import ImageBatch, ViewOrigin
 from teachers import build_teacher
 from upsamplers import build_upsampler
 
@@ -146,10 +145,12 @@ def images(run: Distillation, step: int) -> list[ImageBatch]:
         pixels = {view: [] for view in item.views}
         for index in range(item.start, item.stop):
             noise = np.random.default_rng(100 * step + index).integers(0, 256, (24, 24, 3))
-            image = Image.fromarray(noise.astype(np.uint8))
+            image = torch.from_numpy(noise.astype(np.uint8)).permute(2, 0, 1)
             for view, crops in item.views.items():
                 crop = None if crops is None else crops[index - item.start]
-                pixels[view].append(to_float(render(image, view.size, crop)))
+                pixels[view].append(
+                    to_float(render(image, ViewOrigin((24, 24), 0, 0, 24, 24), view.size, crop))
+                )
         views = {view: torch.stack(rows) for view, rows in pixels.items()}
         batches.append(ImageBatch(views, tuple(map(str, range(item.start, item.stop)))))
     return batches
