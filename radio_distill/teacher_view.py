@@ -25,16 +25,26 @@ class Mosaic:
     """What one image measures on the canvas, in pixels; a multiple of ``patch_size``."""
     patch_size: int
     """The teacher's: pixels a side of one cell of its map."""
+    most: int = 0
+    """Most images on a canvas; 0 for as many as fit."""
+
+    @property
+    def _layout(self) -> tuple[int, int]:
+        """Rows and columns: as many as fit, of which the more are made fewer where a limit is."""
+        rows, columns = (side // of for side, of in zip(self.canvas, self.view, strict=True))
+        while self.most and rows * columns > self.most:
+            rows, columns = (rows - 1, columns) if rows >= columns else (rows, columns - 1)
+        return rows, columns
 
     @property
     def rows(self) -> int:
-        """Images that fit above one another."""
-        return self.canvas[0] // self.view[0]
+        """Images above one another."""
+        return self._layout[0]
 
     @property
     def columns(self) -> int:
-        """Images that fit side by side."""
-        return self.canvas[1] // self.view[1]
+        """Images side by side."""
+        return self._layout[1]
 
     @property
     def images(self) -> int:
@@ -125,7 +135,9 @@ def view_of(
     wanted = partition.teacher_sizes.get(spec.name, "match" if in_mosaic else teacher.input_size)
     own = input_size(spec, wanted, size, recipe.student.patch_size, in_mosaic)
     if in_mosaic:
-        mosaic = plan_mosaic(spec.name, spec.native_size, own, spec.patch_size)
+        mosaic = plan_mosaic(
+            spec.name, spec.native_size, own, spec.patch_size, partition.mosaic_images
+        )
         return TeacherView(spec.name, own, spec.grid(own), mosaic=mosaic)
     if spec.name in partition.upsample:
         (rows, columns), factor = spec.grid(own), config.upsampler.factor
@@ -187,8 +199,10 @@ def _within(spec: TeacherSpec, size: Size) -> Size:
     return size
 
 
-def plan_mosaic(teacher: str, canvas: Size, view: Size, patch_size: int) -> Mosaic:
-    """Lay as many images as fit on a teacher's canvas, each axis by itself; sizes in pixels.
+def plan_mosaic(teacher: str, canvas: Size, view: Size, patch_size: int, most: int = 0) -> Mosaic:
+    """Lay images on a teacher's canvas, each axis by itself: as many as fit, or ``most``.
+
+    Sizes are in pixels.
 
     Raises:
         ConfigError: an image larger than the canvas, or sides that are not whole patches.
@@ -207,4 +221,4 @@ def plan_mosaic(teacher: str, canvas: Size, view: Size, patch_size: int) -> Mosa
             f"{canvas[0]}x{canvas[1]}; make the partition's size smaller, or take the teacher out "
             "of its `mosaic`"
         )
-    return Mosaic(canvas, view, patch_size)
+    return Mosaic(canvas, view, patch_size, most)

@@ -191,6 +191,9 @@ class PartitionConfig:
         tuple,
         "names of the teachers that see several images on one canvas of their native size, at the student's grid and without summary",
     )
+    mosaic_images: Count = our_option(
+        0, "most images on one canvas, whose images go to one process; 0 for as many as fit"
+    )
     images_of: str = our_option(
         "", "an earlier partition whose images are shown; what both ask of a teacher runs once"
     )

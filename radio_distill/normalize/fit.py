@@ -207,13 +207,14 @@ def _file_name(stage: Stage, teacher: Teacher, stream: ImageStream) -> str:
     """
     spec, partition = teacher.spec, stream.partition
     name = spec.name
-    sizes = [partition.views[size][name].size for size in partition.sizes]
+    views = [partition.views[size][name] for size in partition.sizes]
+    sizes, mosaic = [view.size for view in views], views[0].mosaic
     parts = (
         spec.weights_hash,
         spec.channels,
         sizes,
         [Fraction(*size) for size in partition.sizes],
-        not partition.has_summaries[name],
+        mosaic is not None and (mosaic.most or True),
         _asks_dispersion(stage, name),
         stream.source.fingerprint,
         stream.images,

@@ -71,6 +71,19 @@ def test_plan_mosaic__no_further_view_would_fit_and_tiles_start_on_whole_cells(m
         assert mosaic.canvas[axis] - number * pitch < number * mosaic.patch_size
 
 
+def test_plan_mosaic__a_limit_of_images_spreads_them_over_the_canvas():
+    def layout(view: int, most: int) -> tuple[int, int, int]:
+        mosaic = plan_mosaic("sam", (1008, 1008), (view, view), 14, most)
+        return mosaic.rows, mosaic.columns, mosaic.images
+
+    assert layout(112, 0) == (9, 9, 81)
+    assert layout(112, 16) == layout(196, 16) == (4, 4, 16)
+    assert layout(112, 8) == (2, 3, 6)
+    assert layout(336, 16) == (3, 3, 9), "as many as fit"
+    assert plan_mosaic("sam", (1008, 1008), (112, 112), 14, 16).pitch == (252, 252)
+    assert plan_mosaic("sam", (1008, 1008), (112, 112), 14, 16).canvases(1024) == 64
+
+
 @pytest.mark.parametrize(
     ("canvas", "view", "words"),
     [
