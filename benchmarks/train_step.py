@@ -22,7 +22,6 @@ weights too. The loader is left out: images lie in memory.
 """
 
 import argparse
-import math
 import resource
 import statistics
 import sys
@@ -213,9 +212,9 @@ class Stepping:
     def __call__(self) -> None:
         """Take a step; raises AssertionError where a number is not finite."""
         task, guard = self.task, NonFiniteGuard()
-        status = task.forward_backward(self.number, self._batches, guard, agree)
-        norm = task.engine.step(task.learning_rates(self.number))
-        is_taken = math.isfinite(norm) and not status.is_bad
+        agreement = task.forward_backward(self.number, self._batches, guard, agree)
+        is_taken = task.engine.step(task.learning_rates(self.number))
+        is_taken = is_taken and not agreement.read().is_bad
         task.end_step(is_taken)
         assert is_taken, f"step {self.number} is not finite: {guard.causes()}"
         self.number += 1

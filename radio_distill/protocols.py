@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from .evals.encoder import Encoder
     from .normalize.statistics import Moments
-    from .train.health import Agree, NonFiniteGuard, StepStatus
+    from .train.health import Agree, Agreement, NonFiniteGuard
     from .train.trackers import WriteImage
 
 
@@ -124,18 +124,20 @@ class Engine(Protocol):
         """Return the context in which the model computes in the recipe's precision."""
         ...
 
-    def backward(self, loss: "Tensor", last: bool, skip: bool = False) -> None:
+    def backward(self, loss: "Tensor", last: bool, skip: "Tensor | None" = None) -> None:
         """Add the gradient of ``loss`` to the step's, summed over ranks; ``last`` closes it.
 
-        With ``skip`` the gradient is made NaN, so that :meth:`step` clears it and updates nothing.
+        Where ``skip``, a scalar bool on the device, is true, the gradient is made NaN, so that
+        :meth:`step` clears it and updates nothing. The host does not wait to learn it.
         """
         ...
 
-    def step(self, learning_rates: Mapping[str, float]) -> float:
-        """Update each group at its rate; returns the norm of the gradient before clipping.
+    def step(self, learning_rates: Mapping[str, float]) -> bool:
+        """Update each group at its rate; returns whether it did, for the norm was finite."""
+        ...
 
-        Nothing is updated where the norm is not finite.
-        """
+    def gradient_norm(self) -> float:
+        """Return the norm of the last step's gradient before clipping, which may wait for it."""
         ...
 
     def model_tensors(self) -> "dict[str, Tensor]":
@@ -175,12 +177,12 @@ class Task(Protocol):
 
     def forward_backward(
         self, step: int, batches: Any, guard: "NonFiniteGuard", agree: "Agree"
-    ) -> "StepStatus":
+    ) -> "Agreement":
         """Run the passes of one step on this process.
 
         ``guard`` is told of every target and loss. ``agree`` is called once on every rank, with
-        this process's part of the loss, before the last backward pass; where its status is bad, the
-        last loss is made NaN, so that no engine takes the step.
+        this process's part of the loss, before the last backward pass. What it returns stays on
+        the device until the step is launched; its ``is_bad`` is the ``skip`` of that pass.
         """
         ...
 

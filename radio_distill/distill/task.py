@@ -28,7 +28,7 @@ from ..system.distributed import World, all_reduce_sum, run_on_main
 from ..system.memory import explain_oom, lower
 from ..train import checkpoint as checkpoints
 from ..train.engine import on_host
-from ..train.health import Agree, NonFiniteGuard, StepStatus
+from ..train.health import Agree, Agreement, NonFiniteGuard
 from ..train.meters import Meter
 from ..train.optim import learning_rates
 from ..train.trackers import WriteImage
@@ -89,13 +89,13 @@ class Distillation:
 
     def forward_backward(
         self, step: int, batches: Sequence[ImageBatch], guard: NonFiniteGuard, agree: Agree
-    ) -> StepStatus:
+    ) -> Agreement:
         """Run forward and backward of one step's micro-batches on this rank."""
         self._seed_generators(step)
         begin_step(self.engine.model, self.draws.noise(step))
         micro_batches = self.schedule.micro_batches(step)
         left = sum(len(micro.passes) for micro in micro_batches)
-        total, status = torch.zeros((), device=self.engine.device), None
+        total, agreement = torch.zeros((), device=self.engine.device), None
         self._terms.clear()
         for micro, batch in zip(micro_batches, batches, strict=True):
             pixels = {
@@ -113,14 +113,12 @@ class Distillation:
                 total = total + loss.detach()
                 left -= 1
                 if left == 0:
-                    status = agree(total, guard)
+                    agreement = agree(total, guard)
                 with self._explain_oom(one, micro, "the backward pass of the student"):
-                    self.engine.backward(
-                        loss, last=left == 0, skip=status is not None and status.is_bad
-                    )
+                    self.engine.backward(loss, left == 0, agreement.is_bad if agreement else None)
                 self._terms.append((one, report.terms, micro.stop - micro.start))
-        assert status is not None, "a rank always has a pass, if only one of padding"
-        return status
+        assert agreement is not None, "a rank always has a pass, if only one of padding"
+        return agreement
 
     def end_step(self, is_taken: bool) -> None:
         """Let a step that was taken count for the log, the loss's weights and the EMA."""
@@ -203,7 +201,7 @@ class Distillation:
             predictions: Predictions = self.engine.forward(
                 views.of_student(),
                 one.partition.teachers,
-                draws=self.draws.positions(step, micro).to(self.engine.device),
+                draws=self.draws.positions(step, micro).to(self.engine.device, non_blocking=True),
                 freeze_body=step < self.stage.frozen_steps,
                 window_size=self.draws.window(step, one) or None,
             )

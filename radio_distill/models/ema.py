@@ -29,10 +29,14 @@ class Ema:
     def update(self, model: nn.Module, decay: float) -> None:
         """Set average = decay * average + (1 - decay) * parameter; buffers are copied."""
         parameters = dict(model.named_parameters())
+        averages: list[Tensor] = []
+        targets: list[Tensor] = []
         for name, average in self.model.named_parameters():
             parameter = parameters[name]
             assert parameter.shape == average.shape, f"{name} is not whole; gather it first"
-            average.lerp_(parameter.to(average), 1 - decay)
+            averages.append(average)
+            targets.append(parameter.to(average))
+        torch._foreach_lerp_(averages, targets, 1 - decay)  # a few kernels for all on a GPU
         buffers = dict(model.named_buffers())
         for name, copy in self.model.named_buffers():
             copy.copy_(buffers[name])

@@ -115,25 +115,28 @@ class SingleProcessEngine(_Forward):
         device: torch.device,
     ):
         self.device, self.model, self._optimizer = device, model, optimizer
+        self._norm = math.nan
         self._callable: Any = torch.compile(model) if config.compile else model
         self._precision, self._clip = config.precision, gradient_clip
 
-    def backward(self, loss: Tensor, last: bool, skip: bool = False) -> None:
+    def backward(self, loss: Tensor, last: bool, skip: Tensor | None = None) -> None:
         """Add the gradient of ``loss`` to the step's; ``last`` closes it, ``skip`` spoils it."""
         del last
-        (loss * math.nan if skip else loss).backward()
+        _spoiled(loss, skip).backward()
 
-    def step(self, learning_rates: Mapping[str, float]) -> float:
-        """Clip, update at these rates, clear; returns the norm of the gradient before clipping.
-
-        Nothing is updated where the norm is not finite.
-        """
+    def step(self, learning_rates: Mapping[str, float]) -> bool:
+        """Clip, update at these rates, clear; returns whether the norm was finite, so updated."""
         set_learning_rates(self._optimizer, learning_rates)
-        norm = _clip_gradient(self.model, self._clip)
-        if torch.isfinite(norm):
+        self._norm = float(_clip_gradient(self.model, self._clip))  # the host waits here alone
+        is_taken = math.isfinite(self._norm)
+        if is_taken:
             self._optimizer.step()
         self._optimizer.zero_grad()
-        return float(norm)
+        return is_taken
+
+    def gradient_norm(self) -> float:
+        """Return the norm of the last step's gradient before clipping."""
+        return self._norm
 
     def model_tensors(self) -> dict[str, Tensor]:
         """Whole float32 weights and buffers, by name."""
@@ -167,6 +170,7 @@ class DeepSpeedEngine(_Forward):
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.rank, self.world_size = world.rank, world.world_size
         self.device, self.model = device, model
+        self._norm: float | Tensor = math.nan
         self._precision, self._clip = config.precision, gradient_clip
         self._zero_stage = config.zero_stage
         # DeepSpeed broadcasts parameters as bytes, which a tensor without dimensions cannot be
@@ -187,32 +191,34 @@ class DeepSpeedEngine(_Forward):
             self._engine.compile()
         self._callable = self._engine
 
-    def backward(self, loss: Tensor, last: bool, skip: bool = False) -> None:
+    def backward(self, loss: Tensor, last: bool, skip: Tensor | None = None) -> None:
         """Add the gradient of ``loss`` to the step's; ``last`` closes it, ``skip`` spoils it."""
         self._engine.set_gradient_accumulation_boundary(last)
         # DeepSpeed averages over ranks; times the world size is the sum. A step is skipped by a
         # gradient that is not finite: ZeRO 1 to 3 hold parts of it in buffers of their own, which
         # they clear where they find an overflow themselves, and in no public way else.
-        factor = math.nan if skip else float(self.world_size)
-        self._engine.backward(loss * factor, scale_wrt_gas=False)
+        self._engine.backward(_spoiled(loss, skip) * float(self.world_size), scale_wrt_gas=False)
 
-    def step(self, learning_rates: Mapping[str, float]) -> float:
-        """Clip, update at these rates, clear; returns the norm of the gradient before clipping.
-
-        Nothing is updated where the norm is not finite.
-        """
+    def step(self, learning_rates: Mapping[str, float]) -> bool:
+        """Clip, update at these rates, clear; returns whether the norm was finite, so updated."""
         set_learning_rates(self._engine.optimizer, learning_rates)
         if self._zero_stage == 0:  # DeepSpeed tells no norm there, so it is left to us to clip
-            norm = float(_clip_gradient(self.model, self._clip))
-            if math.isfinite(norm):
+            self._norm = float(_clip_gradient(self.model, self._clip))
+            is_taken = math.isfinite(self._norm)
+            if is_taken:
                 self._engine.step()
             else:
                 self._engine.zero_grad()
-            return norm
-        self._engine.step()
+            return is_taken
+        self._engine.step()  # which waits once, for whether the norm is finite
+        is_taken = bool(self._engine.was_step_applied())
         # A step that was not taken leaves the norm of another one behind in some versions.
-        applied = self._engine.was_step_applied()
-        return float(self._engine.get_global_grad_norm()) if applied else math.nan
+        self._norm = self._engine.get_global_grad_norm() if is_taken else math.nan
+        return is_taken
+
+    def gradient_norm(self) -> float:
+        """Return the norm of the last step's gradient before clipping; NaN where none was taken."""
+        return float(self._norm)
 
     def model_tensors(self) -> dict[str, Tensor]:
         """Whole float32 weights and buffers, by name; every rank must call, rank 0 gets them."""
@@ -260,6 +266,11 @@ def on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.detach().to("cpu", copy=True) for name, value in tensors.items()}
 
 
+def _spoiled(loss: Tensor, skip: Tensor | None) -> Tensor:
+    """Return ``loss``, NaN where ``skip`` (scalar bool, on the device) says so; nobody waits."""
+    return loss if skip is None else loss * torch.where(skip, math.nan, 1.0)
+
+
 def _clip_gradient(model: nn.Module, limit: float) -> Tensor:
     """Scale the gradient down to norm ``limit`` (0: leave it); returns the norm before."""
     return nn.utils.clip_grad_norm_(model.parameters(), limit or float("inf"))
@@ -280,4 +291,6 @@ def _deepspeed_config(config: EngineConfig, gradient_clip: float) -> dict[str, A
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**12,
         "wall_clock_breakdown": False,
+        # It would wait for the device before every forward pass.
+        "timers": {"throughput": {"enabled": False}},
     }

@@ -75,7 +75,7 @@ class NonFiniteGuard:
     def flag(self, device: torch.device) -> Tensor:
         """Return 1 where anything is not finite, else 0, on the device."""
         flags = [~checked.finite.all() for checked in self._checked]
-        flag = torch.stack(flags).any() if flags else torch.tensor(False, device=device)
+        flag = torch.stack(flags).any() if flags else torch.zeros((), device=device)
         return flag.to(device, torch.float64)
 
     def causes(self) -> list[NonFinite]:
@@ -111,7 +111,37 @@ class StepStatus(NamedTuple):
     """The signal that asked some process to stop; 0 for none."""
 
 
-Agree = Callable[[Tensor, NonFiniteGuard], StepStatus]
+class Agreement:
+    """What all processes know of a step, summed on the device, where it stays until it is read.
+
+    Args:
+        sums: over all processes: the loss, what is not finite, each signal, errors of writing.
+    """
+
+    def __init__(self, sums: Tensor):
+        self.is_bad = sums[1] > 0
+        """Scalar bool on the device; see :attr:`StepStatus.is_bad`."""
+        self._sums = sums.to("cpu", non_blocking=True)
+        self._copied = torch.cuda.Event() if sums.is_cuda else None
+        if self._copied is not None:
+            self._copied.record()
+
+    def read(self) -> StepStatus:
+        """Wait for the numbers, which are there once the engine's step is.
+
+        Raises:
+            WriteError: on every process, where rank 0 cannot go on.
+        """
+        if self._copied is not None:
+            self._copied.synchronize()
+        total, bad, *asked, errors = self._sums.tolist()
+        if errors:
+            raise WriteError
+        numbers = zip(signals.SIGNALS, asked, strict=True)
+        return StepStatus(total, bad > 0, next((int(number) for number, by in numbers if by), 0))
+
+
+Agree = Callable[[Tensor, NonFiniteGuard], Agreement]
 """Takes this process's part of a step's loss; returns what all processes know of the step."""
 
 
@@ -119,29 +149,21 @@ class WriteError(Exception):
     """Rank 0 cannot write; its error is raised on every process."""
 
 
-def agree(loss: Tensor, guard: NonFiniteGuard, cannot_write: bool = False) -> StepStatus:
-    """Sum up a step over all processes; each calls once.
+def agree(loss: Tensor, guard: NonFiniteGuard, cannot_write: bool = False) -> Agreement:
+    """Sum up a step over all processes; each calls once, and does not wait for the device.
 
     Args:
         loss: this process's part of the step's loss.
         guard: what is not finite in its passes.
         cannot_write: whether this process, rank 0, cannot go on.
-
-    Raises:
-        WriteError: on every process, where rank 0 cannot go on.
     """
     requested = signals.requested()
     flags = torch.tensor(
         [requested == number for number in signals.SIGNALS] + [cannot_write],
         dtype=torch.float64,
-        device=loss.device,
-    )
+    ).to(loss.device, non_blocking=True)
     values = torch.stack([loss.detach().double(), guard.flag(loss.device)])
-    total, bad, *asked, errors = all_reduce_sum(torch.cat([values, flags])).tolist()
-    if errors:
-        raise WriteError
-    numbers = zip(signals.SIGNALS, asked, strict=True)
-    return StepStatus(total, bad > 0, next((int(number) for number, by in numbers if by), 0))
+    return Agreement(all_reduce_sum(torch.cat([values, flags])))
 
 
 def finite_images(features: Features) -> Tensor:

@@ -6,7 +6,9 @@
                         │ agree
 
 All processes agree on every step before its last backward pass: on its loss, on numbers that are
-not finite, on signals, and on whether rank 0 can still write. One small sum carries all of it.
+not finite, on signals, and on whether rank 0 can still write. One small sum carries all of it. It
+stays on the device until the step is launched: the host waits for the device once a step, for the
+norm of the gradient.
 
 Parts around the loop keep a run of days alive: :mod:`.health` (skipped steps, warnings of losses
 and rates), :mod:`.watchdog` (ends a process that hangs), :mod:`.checkpointer` (writes in the
@@ -42,6 +44,7 @@ from .checkpoint import Best, Checkpoint, Origin, folder_of
 from .checkpointer import AsyncCheckpointer, clear_unfinished, save
 from .engine import zero_hint
 from .health import (
+    Agreement,
     LossMonitor,
     NonFinite,
     NonFiniteGuard,
@@ -126,17 +129,17 @@ class Trainer:
             for step in range(self._start, total):
                 step_batches = self._throughput.next(batches)
                 guard = NonFiniteGuard()
-                status = task.forward_backward(step, step_batches, guard, self._agree)
+                agreement = task.forward_backward(step, step_batches, guard, self._agree)
                 with explain_oom("the update", f"step {step + 1}", zero_hint(stage.engine)):
-                    norm = task.engine.step(task.learning_rates(step))
-                done = step + 1
-                is_taken = math.isfinite(norm) and not status.is_bad
+                    is_taken = task.engine.step(task.learning_rates(step))
+                status, done = self._read(agreement), step + 1
+                is_taken = is_taken and not status.is_bad
                 task.end_step(is_taken)
                 self._end_step(done, status, is_taken, guard)
                 progress.update(done, f"loss {status.loss:.4f}")
                 values: dict[str, float] = {}
                 if every(done, plain(stage.log.every), total):
-                    values |= self._log_values(done, norm)
+                    values |= self._log_values(done)
                 if self._evaluation_is_due(done, status):
                     values |= self._evaluate(done, trackers.write_image)
                 if values:
@@ -195,9 +198,12 @@ class Trainer:
             reason = f"{type(error).__name__}: {reason}"
         self._report(state, reason)
 
-    def _agree(self, loss: Tensor, guard: NonFiniteGuard) -> StepStatus:
+    def _agree(self, loss: Tensor, guard: NonFiniteGuard) -> Agreement:
+        return agree(loss, guard, cannot_write=self._checkpointer.error is not None)
+
+    def _read(self, agreement: Agreement) -> StepStatus:
         try:
-            return agree(loss, guard, cannot_write=self._checkpointer.error is not None)
+            return agreement.read()
         except WriteError:
             self._raise_error()
             raise
@@ -231,12 +237,12 @@ class Trainer:
                 file.write(json.dumps(row) + "\n")
         self._skips.add(done, causes, last_good)
 
-    def _log_values(self, done: int, norm: float) -> dict[str, float]:
+    def _log_values(self, done: int) -> dict[str, float]:
         """Return what is logged of the steps since the last log line; every rank must call."""
         values = {"loss/total": fmean(self._losses)} if self._losses else {}
         self._losses.clear()
         values |= self._task.log_values()
-        values["gradient_norm"] = norm
+        values["gradient_norm"] = self._task.engine.gradient_norm()
         rates = self._throughput.end_window(
             done * self._stage.images_per_step, self._world.world_size
         )

@@ -35,7 +35,7 @@ from radio_distill.system.memory import explain_oom, lower
 from radio_distill.train import checkpoint as checkpoints
 from radio_distill.train.checkpoint import Checkpoint
 from radio_distill.train.engine import build_engine
-from radio_distill.train.health import Agree, NonFiniteGuard, StepStatus
+from radio_distill.train.health import Agree, Agreement, NonFiniteGuard
 from radio_distill.train.optim import build_optimizer, cosine
 from radio_distill.train.trackers import WriteImage
 from radio_distill.types import Features, ImageBatch, Score, Size
@@ -122,14 +122,14 @@ class Fit:
 
     def forward_backward(
         self, step: int, batches: Sequence[ImageBatch], guard: NonFiniteGuard, agree: Agree
-    ) -> StepStatus:
+    ) -> Agreement:
         """Run forward and backward on this process's part of a step."""
         config, teacher = self.stage.fit, self.teacher.spec.name
         fit_batches = self.fit_batches(step, batches)
         # Dropout of the networks and of the downsampler draws from the global generator.
         torch.manual_seed(self.stage.seed * 7919 + step * 131 + self.world.rank)
         self._step, self._shown, self._terms = step, fit_batches[0], {}
-        status = None
+        agreement = None
         for number in range(self.num_passes):
             batch = fit_batches[min(number, len(fit_batches) - 1)]
             weight = 1.0 if number < len(fit_batches) else 0.0  # of a padding pass
@@ -145,11 +145,11 @@ class Fit:
                 self._terms[name] = self._terms.get(name, torch.zeros_like(part)) + part
             is_last = number == self.num_passes - 1
             if is_last:
-                status = agree(self._terms["loss"], guard)
-            skip = status is not None and status.is_bad
+                agreement = agree(self._terms["loss"], guard)
+            skip = agreement.is_bad if agreement else None
             self.engine.backward(weight * loss.sum() / config.batch_size, is_last, skip)
-        assert status is not None, "a step has a pass"
-        return status
+        assert agreement is not None, "a step has a pass"
+        return agreement
 
     def end_step(self, is_taken: bool) -> None:
         """Do nothing: nothing follows the update."""

@@ -1,5 +1,7 @@
 """What an engine promises, on one process; several are compared in tests/e2e."""
 
+import math
+
 import pytest
 import torch
 
@@ -32,7 +34,8 @@ def engine_of(stage: StageConfig) -> SingleProcessEngine:
 def take_step(engine: SingleProcessEngine, scale: float = 1.0) -> float:
     predicted = engine.forward(torch.full((2, 3, 32, 32), 0.4), ("t",)).features["t"]
     engine.backward(scale * predicted.spatial.square().sum(), last=True)
-    return engine.step(RATES)
+    assert engine.step(RATES) == math.isfinite(engine.gradient_norm())
+    return engine.gradient_norm()
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "lamb"])
