@@ -16,7 +16,8 @@ from torch import nn
 from radio_distill.config import Facts, Recipe, resolve_dtypes
 from radio_distill.errors import RadioDistillError
 from radio_distill.models.heads import DistilledStudent, build_student
-from radio_distill.plan.cost import ModelCosts, fake_module, fake_tensors
+from radio_distill.plan.cost import ModelCosts
+from radio_distill.plan.meter import fake_module, fake_tensors
 from radio_distill.plan.time import DeviceType, StagePlan, measurements, plan_stage
 from radio_distill.plan.work import with_work
 from radio_distill.protocols import Upsampler

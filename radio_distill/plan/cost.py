@@ -1,99 +1,91 @@
-"""Floating-point operations of a recipe's models for one image, counted without running them.
+"""Work of a recipe's models: operations, memory traffic and kernels, counted without running them.
 
-The models run on fake tensors, which have shape, type and device but no data, so a training step of
-any size is measured in seconds on any machine. Code whose course depends on values cannot be.
-Counted as usual: matrix products, convolutions and attention, a multiplication and an addition as
-two. Attention is its two products, once more for each in the backward pass; what a fused kernel
-computes twice is left out. So are, being small: the margin of shifted crops, the noise on weights,
-and the windows that are drawn in some steps (they save attention).
+The costs of one micro-batch of a partition are those of :attr:`PartitionCost.passes` at its size:
+``costs.partition(stage, partition).passes[size]`` gives ``student(images)``, and for each teacher
+``encode(inputs)``; both are :class:`.meter.Work`, whose ``flops`` serve to deal work by cost.
+
+Left out, being small: the losses, the margin of shifted crops, the noise on weights, and the
+windows that are drawn in some steps (they save attention).
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from ..distill.views import STUDENT
 from ..models.heads import DistilledStudent
 from ..normalize import NORMALIZERS
 from ..protocols import Normalizer, Teacher, Upsampler
 from ..stage import Partition, Stage
+from ..system.precision import autocast
 from ..teacher_view import TeacherView
 from ..types import Features, Size
+from .meter import Work, measure_work, share_equal_blocks, structure
 
 
-def fake_tensors() -> FakeTensorMode:
-    """Return the mode under which to build and run what is measured."""
-    return FakeTensorMode(allow_non_fake_inputs=True)
+@dataclass(frozen=True)
+class BatchWork:
+    """The work of a network on some inputs of one size."""
+
+    one: Work
+    """On one input."""
+    fixed: float = 0
+    """Bytes of its traffic that do not grow with the inputs: weights that are cast or derived."""
+
+    def __call__(self, inputs: float) -> Work:
+        """Return the work on some inputs at once."""
+        traffic = self.fixed + inputs * (self.one.traffic - self.fixed)
+        return Work(inputs * self.one.flops, traffic, self.one.kernels)
+
+    def __add__(self, other: "BatchWork") -> "BatchWork":
+        return BatchWork(self.one + other.one, self.fixed + other.fixed)
 
 
-def fake_module(module: nn.Module) -> nn.Module:
-    """Turn a module of the meta device, in place, into one of fake tensors on the CPU.
+class WorkBySize:
+    """The work of a network by the size of its input.
 
-    Must run under :func:`fake_tensors`. Returns the module.
-    """
-    return module.to_empty(device="cpu")
-
-
-def count_flops(run: Callable[[], Any]) -> int:
-    """Return the operations of ``run``, backward pass and recomputation included."""
-    with _slow_attention(), FlopCounterMode(display=False) as counter:
-        run()
-    return int(counter.get_total_flops())
-
-
-@contextmanager
-def _slow_attention() -> Iterator[None]:
-    """Keep attention in parts that every supported version of the counter knows."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-
-
-class FlopsBySize:
-    """The operations of a network by the size of its input.
-
-    They are counted at three sizes at most. Between these lies a parabola in the input's area:
-    exact for transformers, whose attention grows with the square of the tokens, and for
+    It is measured at three sizes at most. Between these lies a parabola in the input's area: exact
+    for the operations of transformers, whose attention grows with the square of the tokens, and of
     convolutions.
 
     Args:
-        count: counts them at one size, (height, width) in pixels.
+        measure: measures it for some inputs of one size, (height, width) in pixels.
         sizes: that will be asked for.
     """
 
-    def __init__(self, count: Callable[[Size], int], sizes: Sequence[Size]):
-        self._count = count
+    def __init__(self, measure: Callable[[Size, int], Work], sizes: Sequence[Size]):
+        self._measure = measure
         self._areas = {math.prod(size): size for size in sizes}
         areas = sorted(self._areas)
         self._nodes = [areas[0], areas[len(areas) // 2], areas[-1]] if len(areas) > 3 else areas
-        self._counted: dict[int, int] = {}
+        self._measured: dict[int, Work] = {}
 
-    def __call__(self, size: Size) -> int:
-        """Return the operations for one input."""
+    def __call__(self, size: Size) -> BatchWork:
+        """Return the work on inputs of one size."""
+        return BatchWork(self._one(size), self._fixed)
+
+    def _one(self, size: Size) -> Work:
         area = math.prod(size)
         if area in self._nodes or area not in self._areas:
-            if area not in self._counted:
-                self._counted[area] = self._count(self._areas.get(area, size))
-            return self._counted[area]
-        flops = 0.0
+            if area not in self._measured:
+                self._measured[area] = self._measure(self._areas.get(area, size), 1)
+            return self._measured[area]
+        work = Work()
         for node in self._nodes:
             others = [other for other in self._nodes if other != node]
             share = math.prod((area - other) / (node - other) for other in others)
-            flops += share * self(self._areas[node])
-        return round(flops)
+            work += self._one(self._areas[node]) * share
+        return Work(round(work.flops), round(work.traffic), round(work.kernels))
+
+    @cached_property
+    def _fixed(self) -> float:
+        size = self._areas[self._nodes[0]]
+        return max(2 * self._one(size).traffic - self._measure(size, 2).traffic, 0)
 
 
 @dataclass(frozen=True)
@@ -103,10 +95,20 @@ class TeacherCost:
     view: TeacherView
     calls: int
     """Teacher images for one image: 1, or what the upsampler needs."""
-    encode_flops: int
-    """Of all calls for one image, or of one canvas; in the teacher's dtype."""
-    other_flops: int
-    """Of upsampler and normalizer for one image, in float32."""
+    encode: BatchWork
+    """Of one call on some inputs: images or tiles of them, or canvases; in the teacher's dtype."""
+    other: BatchWork
+    """Of upsampler and normalizer for some images, in float32."""
+
+    @property
+    def encode_flops(self) -> float:
+        """Operations of all calls for one image, or of one canvas."""
+        return self.calls * self.encode.one.flops
+
+    @property
+    def other_flops(self) -> float:
+        """Operations of upsampler and normalizer for one image."""
+        return self.other.one.flops
 
     @property
     def flops(self) -> float:
@@ -116,15 +118,20 @@ class TeacherCost:
 
 @dataclass(frozen=True)
 class PassCost:
-    """One partition at one size; operations are for one image."""
+    """One partition at one size."""
 
     rendered: Mapping[str, Size]
     """Size of each encoder's view, in pixels."""
     tokens: int
     """Student tokens of one image, summary tokens and registers included."""
-    student_flops: int
+    student: BatchWork
     """Forward, backward and recomputation; with MESA, the EMA's forward too."""
     teachers: tuple[TeacherCost, ...]
+
+    @property
+    def student_flops(self) -> float:
+        """Operations for one image."""
+        return self.student.one.flops
 
 
 @dataclass(frozen=True)
@@ -186,20 +193,28 @@ class ModelCosts:
         self.teachers, self.upsamplers = teachers, upsamplers
         partitions = [item for stage in stages.values() for item in stage.partitions]
         sizes = [size for item in partitions for size in item.sizes]
-        self._body = FlopsBySize(self._count_body, sizes)
-        self._forward = FlopsBySize(self._count_forward, sizes)
+        self._body = WorkBySize(self._measure_body, sizes)
+        self._forward = WorkBySize(self._measure_forward, sizes)
         self._encode = {
-            name: FlopsBySize(
-                lambda size, teacher=teacher: count_flops(  # type: ignore[misc]
-                    lambda: teacher.encode(torch.empty(1, 3, *size))
+            name: WorkBySize(
+                lambda size, images, teacher=teacher: measure_work(  # type: ignore[misc]
+                    lambda: teacher.encode(torch.empty(images, 3, *size))
                 ),
                 [view.encoded for stage in stages.values() for _, view in stage.views(name)],
             )
             for name, teacher in teachers.items()
         }
+        for teacher in teachers.values():
+            if isinstance(tower := getattr(teacher, "tower", None), nn.Module):
+                share_equal_blocks(tower)
+        self.precision = next(iter(stages.values())).engine.precision
         for parameter in student.parameters():
             parameter.grad = torch.empty_like(parameter)  # memory of a step does not include it
         self._partitions: dict[tuple[str, str], PartitionCost] = {}
+        self._heads: dict[tuple[str, Size], BatchWork] = {}
+        self.known_peaks: dict[Hashable, int] = {}
+        self.known_growth: dict[Hashable, Sequence[int]] = {}
+        """What :mod:`.memory` has measured."""
 
     @cached_property
     def parameters(self) -> int:
@@ -230,7 +245,9 @@ class ModelCosts:
     def own_grid_flops(self, partition: Partition, name: str) -> float:
         """Return a teacher's operations for one image of a partition, without upsampler."""
         views = [partition.views[size][name] for size in partition.sizes]
-        flops = [self._encode[name](view.encoded) / view.images_per_input for view in views]
+        flops = [
+            self._encode[name](view.encoded).one.flops / view.images_per_input for view in views
+        ]
         return sum(flops) / len(flops)
 
     def target(self, view: TeacherView, images: int) -> Features:
@@ -240,48 +257,99 @@ class ModelCosts:
         summary = None if width is None else torch.empty(images, width)
         return Features(summary, torch.empty(images, spec.channels, *view.grid))
 
+    @cached_property
+    def few_blocks(self) -> int:
+        """How many of the student's first blocks tell of all: those unlike the last, and one."""
+        body = self.student.student
+        kinds = [structure(block) for block in body.blocks]
+        if body.window_size:  # global blocks among others are not equal
+            return len(kinds)
+        return next(at for at in range(len(kinds)) if len(set(kinds[at:])) == 1) + 1
+
+    @contextmanager
+    def with_blocks(self, blocks: Sequence[nn.Module]) -> Iterator[None]:
+        """Give the student other blocks for a while."""
+        body = self.student.student
+        own = body.blocks
+        body.blocks = nn.ModuleList(blocks)
+        try:
+            yield
+        finally:
+            body.blocks = own
+
+    def _by_depth(self, run: Callable[[], None]) -> Work:
+        """Measure the student with few blocks: its work grows by the same with each equal one."""
+        blocks, few = self.student.student.blocks, self.few_blocks
+        rest = len(blocks) - few
+        if rest < 2:
+            return measure_work(run)
+        with self.with_blocks(blocks[:few]):
+            work = measure_work(run)
+        with self.with_blocks(blocks[: few + 1]):
+            return work + (measure_work(run) - work) * rest
+
     def _pass(self, stage: Stage, partition: Partition, size: Size) -> PassCost:
         body, views = self.student.student, partition.views[size]
         grid = body.grid(size)
-        flops = self._body(size) + (self._forward(size) if stage.loss.mesa else 0)
-        flops += sum(self._count_head(name, grid) for name in partition.teachers)
+        work = self._body(size)
+        if stage.loss.mesa:
+            work += self._forward(size)
+        for name in partition.teachers:
+            work += self._head(name, grid)
         return PassCost(
             rendered={STUDENT: size, **{name: view.rendered for name, view in views.items()}},
             tokens=grid[0] * grid[1] + body.num_prefix_tokens,
-            student_flops=flops,
+            student=work,
             teachers=tuple(self._teacher(stage, view, size) for view in views.values()),
         )
 
     def _teacher(self, stage: Stage, view: TeacherView, size: Size) -> TeacherCost:
         name, upsampler = view.teacher, self.upsamplers[stage.name]
         target = self.target(view, 1)
-        other = count_flops(lambda: self.normalizers[name].apply(target.spatial))
+        other = measure_work(lambda: self.normalizers[name].apply(target.spatial))
         calls, encode = 1, self._encode[name](view.encoded)
         if view.is_upsampled:
             calls = upsampler.cost(view.grid)
-            encode *= calls
             teacher, pixels = self.teachers[name], torch.empty(1, 3, *size)
-            other += count_flops(lambda: upsampler(teacher, pixels, view.grid)) - encode
-        return TeacherCost(view, calls, encode, other)
+            whole = measure_work(lambda: upsampler(teacher, pixels, view.grid))
+            encodes = encode(calls)
+            other += Work(
+                whole.flops - encodes.flops,
+                max(whole.traffic - encodes.traffic, 0),
+                max(whole.kernels - encodes.kernels, 0),
+            )
+        return TeacherCost(view, calls, encode, BatchWork(other))
 
-    def _count_body(self, size: Size) -> int:
+    def _measure_body(self, size: Size, images: int) -> Work:
         def run() -> None:
-            summary, spatial = self.student.student(torch.empty(1, 3, *size))
+            with autocast(self.precision, torch.device("cpu")):
+                summary, spatial = self.student.student(torch.empty(images, 3, *size))
             (summary.sum() + spatial.sum()).backward()
 
-        return count_flops(run)
+        return self._by_depth(run)
 
-    def _count_forward(self, size: Size) -> int:
-        with torch.no_grad():
-            return count_flops(lambda: self.student.student(torch.empty(1, 3, *size)))
+    def _measure_forward(self, size: Size, images: int) -> Work:
+        def run() -> None:
+            with torch.no_grad(), autocast(self.precision, torch.device("cpu")):
+                self.student.student(torch.empty(images, 3, *size))
 
-    def _count_head(self, name: str, grid: Size) -> int:
+        return self._by_depth(run)
+
+    def _head(self, name: str, grid: Size) -> BatchWork:
+        if (name, grid) not in self._heads:
+            one, two = self._measure_head(name, grid, 1), self._measure_head(name, grid, 2)
+            fixed = max(2 * one.traffic - two.traffic, 0)
+            self._heads[name, grid] = BatchWork(one, fixed)
+        return self._heads[name, grid]
+
+    def _measure_head(self, name: str, grid: Size, images: int) -> Work:
         width = self.student.student.embed_dim
-        token = torch.empty(1, width, requires_grad=True)
-        tokens = torch.empty(1, width, *grid, requires_grad=True)
+        token = torch.empty(images, width, requires_grad=True)
+        tokens = torch.empty(images, width, *grid, requires_grad=True)
 
         def run() -> None:
-            prediction = self.student.heads[name](token, tokens)
+            with autocast(self.precision, torch.device("cpu")):
+                prediction = self.student.heads[name](token, tokens)
             sum(part.sum() for part in prediction if part is not None).backward()
 
-        return count_flops(run)
+        return measure_work(run)

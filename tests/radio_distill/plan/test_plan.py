@@ -28,14 +28,16 @@ from radio_distill.distill.losses import distillation_loss
 from radio_distill.distill.micro_batches import Pass
 from radio_distill.models.heads import build_student
 from radio_distill.models.position import NUM_DRAWS
-from radio_distill.plan.cost import (
-    FlopsBySize,
-    ModelCosts,
-    count_flops,
+from radio_distill.plan.cost import ModelCosts, WorkBySize
+from radio_distill.plan.memory import GIB, Memory, state_memory, step_memory
+from radio_distill.plan.meter import (
+    Work,
     fake_module,
     fake_tensors,
+    measure_work,
+    peak_memory,
+    share_equal_blocks,
 )
-from radio_distill.plan.memory import GIB, Memory, peak_memory, state_memory, step_memory
 from radio_distill.plan.time import (
     DECODE_SECONDS,
     RENDER_SECONDS,
@@ -129,19 +131,42 @@ def head_flops(cells: int) -> int:
     return 2 * cells * (WIDTH * HIDDEN + HIDDEN * CHANNELS)
 
 
-def test_count_flops__of_a_product_and_its_backward():
+def test_measure_work__of_a_product_and_its_backward():
     with fake_tensors():
         left, right = torch.empty(3, 5, requires_grad=True), torch.empty(5, 7, requires_grad=True)
-        assert count_flops(lambda: left @ right) == 2 * 3 * 5 * 7
-        assert count_flops(lambda: (left @ right).sum().backward()) == 3 * (2 * 3 * 5 * 7)
+        assert measure_work(lambda: left @ right).flops == 2 * 3 * 5 * 7
+        assert measure_work(lambda: (left @ right).sum().backward()).flops == 3 * (2 * 3 * 5 * 7)
 
 
 @pytest.mark.parametrize("grad", [False, True])
-def test_count_flops__of_attention_is_two_products(grad):
+def test_measure_work__of_attention_is_two_products(grad):
     with fake_tensors():
         query = torch.empty(2, 3, 11, 8, requires_grad=grad)
-        flops = count_flops(lambda: F.scaled_dot_product_attention(query, query, query))
+        flops = measure_work(lambda: F.scaled_dot_product_attention(query, query, query)).flops
     assert flops == 2 * (2 * 2 * 3 * 11 * 11 * 8)
+
+
+def test_share_equal_blocks__counts_and_remembers_what_all_blocks_take():
+    def blocks() -> nn.Sequential:
+        parts = [
+            nn.Sequential(nn.Linear(width, 8), nn.GELU(), nn.Linear(8, 16))
+            for width in (4, 16, 16, 16)
+        ]
+        return nn.Sequential(*parts)
+
+    with fake_tensors(), torch.no_grad():
+        whole, shared = blocks(), blocks()
+        runs: list[int] = []
+        for block in shared:
+            block[0].register_forward_hook(lambda *_: runs.append(1))
+        share_equal_blocks(shared)
+        for images in (2, 5):
+            pixels = torch.empty(images, 4)
+            expected = measure_work(lambda pixels=pixels: whole(pixels))
+            assert measure_work(lambda pixels=pixels: shared(pixels)) == expected
+            peak = peak_memory(lambda pixels=pixels: whole(pixels))
+            assert peak_memory(lambda pixels=pixels: shared(pixels)) == peak
+    assert len(runs) == 2 * 2 * 2, "two kinds of blocks, for two inputs, by two meters"
 
 
 def test_peak_memory__of_tensors_that_come_and_go():
@@ -353,20 +378,20 @@ def test_plan_stage__takes_the_mean_time_and_the_largest_memory_of_the_sizes():
     assert small.memory.step < large.memory.step
 
 
-def test_flops_by_size__between_three_sizes_lies_a_parabola():
+def test_work_by_size__between_three_sizes_lies_a_parabola():
     """Attention, and so a transformer, is a parabola in its tokens: nothing is lost."""
     counted = []
 
-    def count(size: tuple[int, int]) -> int:
-        counted.append(size)
-        return DEPTH * block_flops(size[0] // 16 * (size[1] // 16))
+    def count(size: tuple[int, int], images: int) -> Work:
+        counted.append((size, images))
+        return Work(flops=DEPTH * block_flops(size[0] // 16 * (size[1] // 16)))
 
     sizes = [(16 * side, 32 * side) for side in range(1, 9)]
-    flops = FlopsBySize(count, sizes)
-    assert [flops(size) for size in sizes] == [
+    work = WorkBySize(count, sizes)
+    assert [work(size).one.flops for size in sizes] == [
         DEPTH * block_flops(2 * side * side) for side in range(1, 9)
     ]
-    assert counted == [sizes[0], sizes[4], sizes[-1]]
+    assert sorted(counted) == sorted([(sizes[0], 1), (sizes[0], 2), (sizes[4], 1), (sizes[-1], 1)])
 
 
 def test_partition__many_sizes_cost_what_each_of_them_costs_alone():
@@ -377,7 +402,11 @@ def test_partition__many_sizes_cost_what_each_of_them_costs_alone():
     for size in sizes:
         with fake_costs(with_partitions(PartitionConfig(size=size, **part))) as costs:
             alone = costs.partition(*stage_and(costs, "low"))
-        assert together.passes[size, size] == alone.passes[size, size]
+        one, other = together.passes[size, size], alone.passes[size, size]
+        assert (one.student_flops, one.tokens) == (other.student_flops, other.tokens)
+        assert one.teachers[0].flops == other.teachers[0].flops
+        for work, exact in ((one.student, other.student), (one.teachers[0].encode,) * 2):
+            assert work.one.traffic == pytest.approx(exact.one.traffic, rel=0.01)
 
 
 @pytest.mark.parametrize(("shift", "runs"), [(0, 1), (2, 2)])

@@ -191,7 +191,7 @@ def test_stack__bad_input():
 
 
 def test_stack__a_measurement_without_data_leaves_later_runs_alone():
-    from radio_distill.plan.cost import fake_tensors
+    from radio_distill.plan.meter import fake_tensors
 
     stack = JointBilateralStack(channels=6, factor=3, implementation="folded").eval()
     low, guidance = torch.randn(1, 6, 5, 7), torch.rand(1, 3, 40, 56)
