@@ -9,7 +9,7 @@ windows that are drawn in some steps (they save attention).
 """
 
 import math
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -267,7 +267,7 @@ class ModelCosts:
         return next(at for at in range(len(kinds)) if len(set(kinds[at:])) == 1) + 1
 
     @contextmanager
-    def with_blocks(self, blocks: Sequence[nn.Module]) -> Iterator[None]:
+    def with_blocks(self, blocks: Iterable[nn.Module]) -> Iterator[None]:
         """Give the student other blocks for a while."""
         body = self.student.student
         own = body.blocks

@@ -263,7 +263,7 @@ def share_equal_blocks(model: nn.Module) -> None:
             for block in parent:
                 if any(True for _ in block.children()):
                     known = shared.setdefault(structure(block), {})
-                    block.forward = _measured_once(block.forward, known)  # type: ignore[method-assign]
+                    block.forward = _measured_once(block.forward, known)
 
 
 def structure(module: nn.Module) -> Hashable:
