@@ -43,7 +43,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.synthetic import build_task, one_partition
 from radio_distill.config import Recipe
 from radio_distill.distill.task import Distillation
-from radio_distill.plan.cost import count_flops
+from radio_distill.plan.meter import measure_work
 from radio_distill.plan.time import DEVICES
 from radio_distill.report.tables import Cell, Column, Table, print_tables
 from radio_distill.system.distributed import World, choose_device
@@ -288,7 +288,7 @@ def reading(
 def step_flops(stepping: Stepping, device: torch.device) -> int:
     """Return the matrix operations of a step, of student and teachers."""
     if device.type == "cpu":  # whose fused attention the counter does not know
-        return count_flops(stepping)
+        return int(measure_work(stepping).flops)
     with FlopCounterMode(display=False) as counter:
         stepping()
     return int(counter.get_total_flops())
