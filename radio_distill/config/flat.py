@@ -9,6 +9,7 @@ from .schema import Recipe
 NO_NUMBER = (
     "output", "log", "watch", "evaluation", "normalizer.cache",
     "data.index", "data.workers", "data.max_bad_share", "data.max_bad_shards", "data.read_timeout",
+    "data.cache", "data.cache_gb", "data.commands",
 )  # fmt: skip
 """Fields, or sections, that change no number of a run."""
 ROUNDING = (

@@ -306,6 +306,14 @@ class DataConfig:
     workers: SmallCount | Auto = our_option(
         "auto", "decoding processes of each process; auto: its cores but one, 1 to 12", "processes"
     )
+    cache: str = our_option(
+        "",
+        "folder on a local disk for copies of shards that lie elsewhere (`s3://`, `https://`, …)",
+    )
+    cache_gb: AboveZero = our_option(100.0, "size that the copies may take together", "GB")
+    commands: bool = our_option(
+        False, "let entries of shards that begin with `pipe:` be run by a shell"
+    )
     max_bad_share: Share = our_option(0.01, "share of bad images at which the run stops")
     max_bad_shards: Share = our_option(0.0, "share of the shards that may be damaged and left out")
     read_timeout: Annotated[float, Range(0, 1e9, including=False)] = our_option(

@@ -6,13 +6,13 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from ..config import DataConfig
 from ..errors import DataError
 from ..system.files import printable
 from .find import find_shards
 from .images import FIELD_OF_KIND, BadImageError, decode_pixels
+from .remote import Place, cache_of
 from .sources import describe_notes, index_folders
 from .tar_index import Shard, open_shard
 from .tar_reader import ShardReader
@@ -82,7 +82,7 @@ def check_shards(
     Raises:
         DataError: no shards found. Damage is reported, not raised.
     """
-    found = find_shards(patterns)
+    found = find_shards(patterns, cache_of(config))
     report, shards = ShardReport(num_shards=len(found.paths)), []
     with warnings.catch_warnings(), ThreadPoolExecutor(threads) as pool:
         warnings.filterwarnings("ignore", module="PIL")  # what matters is reported
@@ -105,7 +105,7 @@ def limits_of(kind: str, config: DataConfig) -> str:
     return f"{name} is {getattr(config, name.removeprefix('data.'))}" if name else ""
 
 
-def _check_shard(path: Path, config: DataConfig) -> _Checked | DataError:
+def _check_shard(path: Place, config: DataConfig) -> _Checked | DataError:
     try:
         checked = _Checked(open_shard(path, index_folders(config)))
         reader = ShardReader([checked.shard], timeout=config.read_timeout)

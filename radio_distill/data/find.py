@@ -7,8 +7,8 @@ nowhere or cannot be read is counted, so that it can be said.
 An entry of `data.shards` is a file, a folder that is searched for ``*.tar``, a pattern with ``*``,
 ``?``, ``[]`` or braces (``{000000..000127}``, ``{a,b}``), several of these joined by ``::``, or a
 text file that names one a line. What exists under the very name that is written is taken for that,
-whatever signs are in it. Addresses and commands are refused: shards are read in any order, so they
-must be files.
+whatever signs are in it. An address (``s3://…``) or a command (``pipe:…``) names a shard that lies
+elsewhere, where there is a cache for it; see :mod:`.remote`.
 """
 
 import glob
@@ -28,6 +28,7 @@ from braceexpand import braceexpand
 from ..errors import DataError
 from ..system.files import check_readable, printable, reason_of, shortened, unreadable
 from .images import IMAGE_SUFFIXES, readable_suffixes, what_reads
+from .remote import PACKAGES, PIPE, Cache, FetchError, Place, Remote, matching, shown
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,7 @@ _MADE_BY_SYSTEMS = {
 _MAX_EXPANDED = 1_000_000
 _MAX_LIST_BYTES = 64 << 20
 _ADDRESS = re.compile(r"(?i)\s*\||\w[\w+.-]*://|(pipe|s3a?|gs|gcs|hdfs|hf|https?|ftp|ssh|file):")
+_JOINT = re.compile(r"(?<!\[)::")  # not that of an IPv6 address
 _RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)")
 _LISTS = (".txt", ".lst", ".list")
 _UNPACK = {
@@ -157,23 +159,29 @@ def say_once(line: str, level: int = logging.WARNING) -> None:
 class FoundShards:
     """The shards that the entries of `data.shards` name."""
 
-    paths: list[Path]
+    paths: list[Place]
     """Each shard once, in the order of the entries, sorted within each."""
     notes: list[str]
     """One line for each kind of thing that was passed over."""
 
 
-def find_shards(patterns: Sequence[str]) -> FoundShards:
+def find_shards(patterns: Sequence[str], cache: Cache | None = None) -> FoundShards:
     """List the shards that entries name, each once, and what is passed over.
+
+    Args:
+        patterns: the entries.
+        cache: where shards that lie elsewhere are copied to; without one they are refused.
 
     Raises:
         DataError: an entry names no shard, or what is none; one line with what it is.
     """
     notes: list[str] = []
-    paths = [path for pattern in patterns for path in _shards_of(pattern, notes)]
-    by_place: dict[str, Path] = {}
+    paths = [path for pattern in patterns for path in _shards_of(pattern, notes, cache)]
+    by_place: dict[str, Place] = {}
     for path in paths:
-        by_place.setdefault(os.path.realpath(path), path)
+        name = path.key if isinstance(path, Remote) else os.path.realpath(path)
+        if by_place.setdefault(name, path) != path and isinstance(path, Remote):
+            raise DataError(f"data.shards: {path} is named with two users or queries; name it once")
     if num_again := len(paths) - len(by_place):
         notes.append(
             f"{num_again} shards are named more than once and used once; data.weights gives a "
@@ -182,20 +190,21 @@ def find_shards(patterns: Sequence[str]) -> FoundShards:
     return FoundShards(list(by_place.values()), notes)
 
 
-def _shards_of(pattern: str, notes: list[str]) -> list[Path]:
+def _shards_of(pattern: str, notes: list[str], cache: Cache | None) -> list[Place]:
     text = os.path.expanduser(pattern)
     literal = re.split(r"[*?\[{]", text)[0]  # up to the folder in which a pattern begins to match
     refuse_unreadable(Path(text if literal == text else os.path.dirname(literal) or "."))
     if os.path.isdir(text):
         return _in_folder(Path(text), pattern, notes)
     if os.path.isfile(text):
-        return _in_file(Path(text), pattern)
+        return _in_file(Path(text), pattern, cache)
     if os.path.lexists(text):
         return [Path(text)]  # a pipe, a link to nothing: whoever reads it says so
+    if _JOINT.search(text):
+        parts = filter(None, _JOINT.split(text))
+        return [path for part in parts for path in _shards_of(part, notes, cache)]
     if _ADDRESS.match(text):
-        raise _no_shards(pattern, _about_address(text))
-    if "::" in text:
-        return [path for part in text.split("::") if part for path in _shards_of(part, notes)]
+        return _elsewhere(text, pattern, cache)
     names = _expanded(text, pattern)
     by_name = [_named(name, pattern, notes) for name in names]
     missing = [name for name, paths in zip(names, by_name, strict=True) if not paths]
@@ -209,6 +218,27 @@ def _shards_of(pattern: str, notes: list[str]) -> list[Path]:
     if missing:
         raise _no_shards(pattern, _about_nothing(text), _MAKE_THEM)
     return [path for paths in by_name for path in paths]
+
+
+def _elsewhere(text: str, pattern: str, cache: Cache | None) -> list[Place]:
+    """Return the shards of an address or a command; nothing but ``*`` asks its server."""
+    scheme = text.partition(":")[0].lower()
+    is_command = text.startswith(PIPE)
+    if not is_command and (scheme not in PACKAGES or "://" not in text):
+        raise _no_shards(shown(text), _about_address(text))
+    if cache is None:
+        raise _no_shards(shown(text), _about_address(text))
+    if is_command and not cache.commands:
+        reason = "it is a command, and data.commands is not set, so nothing is run"
+        raise _no_shards(shown(text), reason)
+    try:
+        places = [matching(name, cache) for name in _expanded(text, shown(text))]
+    except FetchError as error:
+        raise _no_shards(shown(text), str(error)) from None
+    if not all(places):
+        hint = "name shards one by one, with braces, or in a text file"
+        raise _no_shards(shown(text), "no file matches", hint)
+    return [place for names in places for place in names]
 
 
 def _expanded(text: str, pattern: str) -> list[str]:
@@ -225,7 +255,7 @@ def _expanded(text: str, pattern: str) -> list[str]:
     return names
 
 
-def _named(name: str, pattern: str, notes: list[str]) -> list[Path]:
+def _named(name: str, pattern: str, notes: list[str]) -> list[Place]:
     """Return the shards of one name, whose braces are expanded."""
     if os.path.isdir(name):
         return _in_folder(Path(name), pattern, notes)
@@ -234,7 +264,7 @@ def _named(name: str, pattern: str, notes: list[str]) -> list[Path]:
     return _matching(name, pattern, notes) if glob.has_magic(name) else []
 
 
-def _matching(text: str, pattern: str, notes: list[str]) -> list[Path]:
+def _matching(text: str, pattern: str, notes: list[str]) -> list[Place]:
     """Match a pattern; the folders that it begins with and that exist are no pattern."""
     base = next((str(path) for path in Path(text).parents if os.path.isdir(path)), ".")
     literal = "" if base == "." else os.path.join(base, "")
@@ -247,26 +277,26 @@ def _matching(text: str, pattern: str, notes: list[str]) -> list[Path]:
         if shards and others:
             notes.append(f"passed over of {pattern}: {_count_suffixes(others)}")
         if shards or others:
-            return sorted(path for file in shards or others for path in _in_file(file, pattern))
+            return [path for file in sorted(shards or others) for path in _in_file(file, pattern)]
         if folders := sorted(filter(Path.is_dir, matches)):
             return [path for folder in folders for path in _in_folder(folder, pattern, notes)]
     return []
 
 
-def _in_folder(folder: Path, pattern: str, notes: list[str]) -> list[Path]:
+def _in_folder(folder: Path, pattern: str, notes: list[str]) -> list[Place]:
     tree = list_tree(folder)
     shards = list(filter(_is_tar, tree.files))
     if not shards:
         raise _no_shards(pattern, *_about_folder(folder, tree))
     if rest := tree.describe_rest([*shards, *filter(_is_ours, tree.files)]):
         notes.append(f"passed over beside {len(shards)} shards in {printable(folder)}: {rest}")
-    return shards
+    return list(shards)
 
 
-def _in_file(path: Path, pattern: str) -> list[Path]:
+def _in_file(path: Path, pattern: str, cache: Cache | None = None) -> list[Place]:
     suffix = _suffix(path)
     if suffix in _LISTS:
-        return _listed(path, pattern)
+        return _listed(path, pattern, cache)
     if suffix in _UNPACK or suffix in _ARCHIVES:
         raise _no_shards(pattern, *_about_packed([path], path))
     if suffix.lstrip(".") in IMAGE_SUFFIXES:
@@ -277,7 +307,7 @@ def _in_file(path: Path, pattern: str) -> list[Path]:
     return [path]
 
 
-def _listed(file: Path, pattern: str) -> list[Path]:
+def _listed(file: Path, pattern: str, cache: Cache | None) -> list[Place]:
     """Read a list of shards, one a line, found from here or from the folder of the list."""
     try:
         with file.open("rb") as stream:
@@ -286,9 +316,12 @@ def _listed(file: Path, pattern: str) -> list[Path]:
         raise _no_shards(pattern, reason_of(error)) from error
     except UnicodeDecodeError as error:
         raise _no_shards(pattern, "it is no text, so no list of shards") from error
-    paths: list[Path] = []
+    paths: list[Place] = []
     for line in map(str.strip, lines):
         if not line or line.startswith("#"):
+            continue
+        if _ADDRESS.match(line):
+            paths += _elsewhere(line, pattern, cache)
             continue
         places = [os.path.expanduser(line), os.path.join(file.parent, line)]
         place = next(filter(os.path.isfile, places), None)
@@ -331,15 +364,17 @@ def _is_ours(path: Path) -> bool:
 
 
 def _about_address(text: str) -> str:
-    if text.lstrip().startswith("|") or text.lower().startswith("pipe:"):
-        return "it is a command, and nothing is run; write what it gives to a file and name that"
+    if text.lstrip().startswith("|"):
+        return "it is a command; write it as `pipe:COMMAND`"
     if text.lower().startswith("file:"):
         return "it is an address; write the path alone"
-    how = "`aws s3 cp --recursive`" if text.lower().startswith("s3") else "its own tool"
-    return (
-        "it is an address, and shards are read from disks alone; copy them to one, for instance "
-        f"with {how}, and name that folder"
-    )
+    if text.startswith(PIPE) or text.partition("://")[0] in PACKAGES:
+        return (
+            "it lies elsewhere; name a folder on a local disk for copies with data.cache, or copy "
+            "it to a disk by hand"
+        )
+    schemes = ", ".join(f"{scheme}://" for scheme in PACKAGES)
+    return f"it is an address of a kind that is not read ({schemes} are); copy it to a disk"
 
 
 def _about_nothing(text: str) -> str:

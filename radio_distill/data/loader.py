@@ -26,12 +26,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from ..config import DataConfig, plain
 from ..errors import DataError
 from ..system.signals import SIGNALS
 from ..types import ImageBatch, Size, View, ViewOrigin
+from .ahead import Ahead
 from .images import (
     FIELD_OF_KIND,
     BadImageError,
@@ -41,6 +42,7 @@ from .images import (
     to_float,
 )
 from .order import SampleOrder, view_generator
+from .remote import Remote
 from .sources import open_sources
 from .tar_reader import ShardReader
 
@@ -175,7 +177,9 @@ class ShardBatches:
             window=config.shuffle_shards,
         )
         max_open = min(_MAX_OPEN, 2 * config.shuffle_shards * len(self._sources.by_source))
-        reader = ShardReader(self._sources.shards, max_open, config.read_timeout)
+        reader = ShardReader(
+            self._sources.shards, max_open, config.read_timeout, config.max_bad_shards
+        )
         self._views = _Views(reader, self._order, config, seed)
         self._counter = BadImageCounter(config.max_bad_share)
 
@@ -274,12 +278,24 @@ class _Views(Dataset[Any]):
 
     def __init__(self, reader: ShardReader, order: SampleOrder, config: DataConfig, seed: int):
         self._reader, self._order, self._config, self._seed = reader, order, config, seed
+        self._has_remote = any(isinstance(shard.path, Remote) for shard in reader.shards)
+        self._ahead: Ahead | None = None
 
     def __getitem__(self, task: _Task) -> "_Batch | DataError":
         try:
+            self._fetch_ahead(task.start)
             return self._batch(task)
         except DataError as error:  # as a value, for DataLoader would wrap it in a stack trace
             return error
+
+    def _fetch_ahead(self, position: int) -> None:
+        """Let the first worker fill the cache of remote shards, in threads of its own."""
+        worker = get_worker_info()
+        if not self._has_remote or (worker is not None and worker.id > 0):
+            return
+        if self._ahead is None:  # here, for threads do not go from process to process
+            self._ahead = Ahead(self._reader.shards, self._order)
+        self._ahead.move(position)
 
     def _batch(self, task: _Task) -> _Batch:
         pixels = {

@@ -12,8 +12,10 @@ Permutations sort raw output of Philox, which numpy promises never to change, un
 ``Generator.permutation``: a run resumed with another numpy goes on in the same order.
 """
 
+import heapq
+import itertools
 from bisect import bisect_right
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from fractions import Fraction
 from itertools import accumulate
 from typing import NamedTuple, TypeVar
@@ -96,6 +98,17 @@ class SourceOrder:
         place = _locate(int(shuffled[rest - window_starts[window]]), starts)
         return Location(int(members[place.shard]), place.sample)
 
+    def windows_from(self, position: int) -> Iterator[tuple[int, list[int]]]:
+        """Yield the windows of shards from that at a position on, and where each begins."""
+        for epoch in itertools.count(position // self.num_samples):
+            shards, starts = self._shards(epoch)
+            begin = epoch * self.num_samples
+            first = max(0, bisect_right(starts, position - begin) - 1)
+            for window in range(first, len(starts)):
+                members = shards[window * self._window :][: self._window]
+                if len(members):  # the last start may be the end
+                    yield begin + starts[window], members.tolist()
+
     def any(self, *draw: int) -> Location:
         """Return a random sample, by a draw that ``draw`` names."""
         number = int(random_stream(_SUBSTITUTE, *self._key, *draw).random_raw())
@@ -142,6 +155,25 @@ class SampleOrder:
         """Return another sample of the same source, for a position whose sample is bad."""
         source, _ = split_position(position, self._shares)
         return self._numbered(source, self._sources[source].any(position, attempt))
+
+    def shards_from(self, position: int) -> Iterator[int]:
+        """Yield shards in the order in which they are needed from a position on, without end.
+
+        Sources with weights are merged by the positions where their windows begin.
+        """
+        streams, rest, left = [], position, Fraction(1)
+        for number, (source, share) in enumerate(zip(self._sources, self._shares, strict=True)):
+            index, whole = rest * share.numerator // share.denominator, float(left * share)
+            rest, left = rest - index, left * (1 - share)
+            streams.append(self._needs(number, source.windows_from(index), whole))
+        return (shard for _, shard in heapq.merge(*streams))
+
+    def _needs(
+        self, number: int, windows: Iterator[tuple[int, list[int]]], share: float
+    ) -> Iterator[tuple[float, int]]:
+        for begin, members in windows:
+            for member in members:
+                yield begin / share, self._first_shard[number] + member
 
     def _numbered(self, source: int, place: Location) -> Location:
         return Location(self._first_shard[source] + place.shard, place.sample)

@@ -18,6 +18,7 @@ from ..config import DataConfig
 from ..errors import DataError
 from ..system.files import printable
 from .find import find_shards, say_once
+from .remote import cache_of, without_secrets
 from .tar_index import BESIDE, Shard, try_open_shards
 from .tar_scan import NOTES, describe
 
@@ -68,7 +69,7 @@ def open_sources(config: DataConfig) -> Sources:
     entries = [[entry] for entry in config.shards] if config.weights else [config.shards]
     by_source, damaged, empty = [], [], []
     for patterns in entries:
-        found = find_shards(patterns)
+        found = find_shards(patterns, cache_of(config))
         for note in found.notes:
             say_once(f"data.shards: {note}", logging.INFO)
         results = try_open_shards(found.paths, index_folders(config))
@@ -76,7 +77,7 @@ def open_sources(config: DataConfig) -> Sources:
         _warn(f"damaged: {error}" for error in errors)
         shards = [result for result in results if isinstance(result, Shard)]
         if not any(shard.num_samples for shard in shards):
-            names = printable(", ".join(patterns))
+            names = printable(", ".join(map(without_secrets, patterns)))
             raise DataError(_why_none(names, shards, errors))
         by_source.append(tuple(shard for shard in shards if shard.num_samples))
         empty += [shard for shard in shards if not shard.num_samples]

@@ -21,6 +21,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -28,6 +29,7 @@ from typing import Any, NamedTuple, TypeVar
 from ..errors import DataError
 from ..system.files import open_regular, printable, reason_of, replacing
 from .images import MAX_MEMBER_BYTES
+from .remote import CacheError, Place, Remote, make_room, open_place
 from .tar_scan import DamagedShardError, LeftOut, Member, Sample, scan_shard
 
 logger = logging.getLogger(__name__)
@@ -46,9 +48,10 @@ _SECONDS_A_LINE = 60.0  # between lines that say how far a long reading is
 class Shard:
     """A checked shard: the head of its index."""
 
-    path: Path
+    path: Place
     size: int
     mtime_ns: int
+    """Time of the last change; of a remote shard a number that stands for its version."""
     num_samples: int
     digest: str
     """sha256 of the sample lines, so of names, places and CRCs of all members."""
@@ -84,15 +87,18 @@ class Shard:
         return lines
 
 
-def index_path(shard: Path, folder: str = BESIDE) -> Path:
-    """Return the place of a shard's index in a folder."""
+def index_path(shard: Place, folder: str = BESIDE) -> Path:
+    """Return the place of a shard's index in a folder; beside a remote shard is in the cache."""
+    if isinstance(shard, Remote):
+        parent = shard.cache.folder if folder == BESIDE else Path(folder).expanduser()
+        return parent / f"{shard.name[:100]}.{shard.key}.index.jsonl"
     if folder == BESIDE:
         return shard.with_name(shard.name + ".index.jsonl")
     place = hashlib.sha256(os.fsencode(os.path.abspath(shard.parent))).hexdigest()[:16]
     return Path(folder).expanduser() / f"{shard.name}.{place}.index.jsonl"
 
 
-def open_shard(path: Path, folders: Sequence[str] = (BESIDE,)) -> Shard:
+def open_shard(path: Place, folders: Sequence[str] = (BESIDE,)) -> Shard:
     """Read the stored index of a shard, or make it.
 
     Raises:
@@ -102,7 +108,7 @@ def open_shard(path: Path, folders: Sequence[str] = (BESIDE,)) -> Shard:
     return _make_index(shard, folders) if isinstance(shard, _Unindexed) else shard
 
 
-def open_shards(paths: Sequence[Path]) -> list[Shard]:
+def open_shards(paths: Sequence[Place]) -> list[Shard]:
     """Open the indexes of many shards at once, in order; raises as :func:`open_shard` does."""
     shards = []
     for result in try_open_shards(paths):
@@ -113,7 +119,7 @@ def open_shards(paths: Sequence[Path]) -> list[Shard]:
 
 
 def try_open_shards(
-    paths: Sequence[Path], folders: Sequence[str] = (BESIDE,)
+    paths: Sequence[Place], folders: Sequence[str] = (BESIDE,)
 ) -> list[Shard | DataError]:
     """Open the indexes of many shards at once; in place of a damaged one stands its error.
 
@@ -145,30 +151,38 @@ def parse_sample(line: bytes) -> Sample:
 class _Unindexed(NamedTuple):
     """A shard whose index must be made."""
 
-    path: Path
-    status: os.stat_result
+    path: Place
+    size: int
+    mtime_ns: int
     why: str
 
 
 def _trying(function: Callable[..., Value], *arguments: Any) -> Value | DataError:
     try:
         return function(*arguments)
+    except CacheError:
+        raise
     except DataError as error:
         return error
 
 
-def _stored(path: Path, folders: Sequence[str]) -> Shard | _Unindexed:
+def _stored(path: Place, folders: Sequence[str]) -> Shard | _Unindexed:
     """Return what the first index says that fits the shard."""
     try:
-        status = path.stat()
+        if isinstance(path, Remote):
+            path = path.look()
+            size, mtime_ns = path.size, path.mtime_ns
+        else:
+            status = path.stat()
+            size, mtime_ns = status.st_size, status.st_mtime_ns
     except OSError as error:
         raise DataError(f"shard {printable(path)}: {reason_of(error)}") from error
     reasons = []
-    for folder in dict.fromkeys([*folders, BESIDE]):
-        shard = _read_head(path, index_path(path, folder))
+    for place in _places(path, folders):
+        shard = _read_head(path, place)
         if isinstance(shard, str):
             reasons.append(shard)
-        elif (shard.size, shard.mtime_ns) != (status.st_size, status.st_mtime_ns):
+        elif shard.mtime_ns != mtime_ns or size not in (-1, shard.size):
             reasons.append("whose index is of other contents")
         elif shard.damage:
             raise DataError(
@@ -176,18 +190,34 @@ def _stored(path: Path, folders: Sequence[str]) -> Shard | _Unindexed:
                 f"bytes changed, delete {printable(shard.index)})"
             )
         else:
+            if isinstance(path, Remote) and reasons:  # other machines look in the first places
+                with suppress(OSError):
+                    return _store(shard, list(shard.lines()), folders)
             return shard
-    return _Unindexed(path, status, next(filter(None, reasons), "without an index"))
+    return _Unindexed(path, size, mtime_ns, next(filter(None, reasons), "without an index"))
+
+
+def _places(path: Place, folders: Sequence[str]) -> list[Path]:
+    """Return where indexes of a shard are looked for; of a remote one in the cache last."""
+    names = list(dict.fromkeys([*folders, BESIDE]))
+    if isinstance(path, Remote):
+        names = [*(name for name in names if name != BESIDE), BESIDE]
+    return [index_path(path, name) for name in names]
 
 
 def _make_index(shard: _Unindexed, folders: Sequence[str]) -> Shard:
-    path, size, mtime_ns = shard.path, shard.status.st_size, shard.status.st_mtime_ns
+    path, size, mtime_ns, _ = shard
     try:
         contents = scan_shard(path)
+        if size < 0:  # nobody knew before it was read
+            with open_place(path) as file:
+                size = os.fstat(file.fileno()).st_size
     except DamagedShardError as error:
         if path.suffix.lower() == ".tar":  # else it may be anything, and gets no file of ours
             _store(Shard(path, size, mtime_ns, 0, "", damage=error.reason), [], folders)
         raise
+    if isinstance(path, Remote):
+        make_room(path.cache)  # many at once are above the bound while they are in use
     lines = [json.dumps(sample, separators=(",", ":")).encode() for sample in contents.samples]
     digest = _digest(lines)
     indexed = Shard(path, size, mtime_ns, len(lines), digest, contents.left_out, contents.notes)
@@ -195,27 +225,29 @@ def _make_index(shard: _Unindexed, folders: Sequence[str]) -> Shard:
 
 
 def _store(shard: Shard, lines: list[bytes], folders: Sequence[str]) -> Shard:
-    """Write an index to the first folder that can be written."""
+    """Write an index to the first folder that can be written; of a remote shard, to all."""
     head = {"version": _VERSION, **asdict(shard)}
     del head["path"], head["kept"], head["index"]
     head_line = json.dumps({**head, "crc32": _crc32(head)}).encode()
-    for folder in folders:
-        place = index_path(shard.path, folder)
+    is_remote, stored = isinstance(shard.path, Remote), None
+    for place in _places(shard.path, folders)[: None if is_remote else len(folders)]:
         try:
             with replacing(place) as temporary:
                 temporary.write_bytes(b"\n".join([head_line, *lines]) + b"\n")
         except OSError as error:
             logger.debug("no index at %s: %s", printable(place), reason_of(error))
         else:
-            return replace(shard, index=place)
-    return replace(shard, kept=tuple(lines))
+            stored = stored or place
+            if not is_remote:
+                break
+    return replace(shard, index=stored, kept=() if stored else tuple(lines))
 
 
 def _make_indexes(
     pool: Executor, unindexed: Sequence[_Unindexed], folders: Sequence[str]
 ) -> list[Shard | DataError]:
     """Index many shards; says why, how far that is, and which indexes lie elsewhere or nowhere."""
-    number, size = len(unindexed), sum(item.status.st_size for item in unindexed)
+    number, size = len(unindexed), sum(max(0, item.size) for item in unindexed)
     reasons = Counter(item.why for item in unindexed).most_common()
     why = ", ".join(f"{count} {reason}" for reason, count in reasons)
     volume = f"{size / 1e9:.3g} GB" if size >= 1e9 else f"{size / 1e6:.3g} MB"
@@ -225,13 +257,13 @@ def _make_indexes(
     indexing = pool.map(lambda item: _trying(_make_index, item, folders), unindexed)
     for item, result in zip(unindexed, indexing, strict=True):
         results.append(result)
-        done += item.status.st_size
+        done += max(0, item.size)
         if time.monotonic() - said > _SECONDS_A_LINE:
             said = time.monotonic()
             numbers = len(results), number, done / 1e9, size / 1e9
             logger.info("indexed %d of %d shards, %.3g of %.3g GB", *numbers)
     shards = [result for result in results if isinstance(result, Shard)]
-    wanted = [index_path(shard.path, folders[0]) for shard in shards]
+    wanted = [_places(shard.path, folders)[0] for shard in shards]
     pairs = [(shard.index, place) for shard, place in zip(shards, wanted, strict=True)]
     elsewhere = [(index, place) for index, place in pairs if index not in (None, place)]
     if elsewhere:
@@ -249,7 +281,7 @@ def _make_indexes(
     return results
 
 
-def _read_head(path: Path, place: Path) -> Shard | str:
+def _read_head(path: Place, place: Path) -> Shard | str:
     """Return what is stored; else why that cannot be used, which is nothing where it is missing."""
     try:
         with open_regular(place) as file:

@@ -26,13 +26,13 @@ import re
 import tarfile
 import zlib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from ..errors import DataError
-from ..system.files import open_regular, printable, reason_of, shortened
+from ..system.files import printable, reason_of, shortened
 from .find import is_hidden
 from .images import IMAGE_SUFFIXES, MAX_MEMBER_BYTES
+from .remote import CacheError, Place, open_place
 
 _BLOCK = 512
 _MOST_PADDING = 4 << 20  # bytes; tar's own default is 10 KiB
@@ -129,7 +129,7 @@ class _OtherFormatError(ValueError):
     """A file that is no damaged tar but something else; the text says what to do with it."""
 
 
-def scan_shard(path: Path) -> Contents:
+def scan_shard(path: Place) -> Contents:
     """List the samples of a tar file, and what is left out.
 
     Raises:
@@ -138,12 +138,14 @@ def scan_shard(path: Path) -> Contents:
     """
     shard = f"shard {printable(path)}"
     try:
-        with open_regular(path) as file:
+        with open_place(path) as file:
             before = os.fstat(file.fileno())
             contents = _scan(file)
             after = os.fstat(file.fileno())
     except OSError as error:
         raise DataError(f"{shard}: {reason_of(error)}") from error
+    except CacheError:
+        raise
     except Exception as error:  # tarfile fails on hostile bytes with nearly any exception
         reason = printable(reason_of(error)) or type(error).__name__
         hint = "" if isinstance(error, _OtherFormatError) else "; make it anew"

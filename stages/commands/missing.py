@@ -12,6 +12,7 @@ from pathlib import Path
 
 from radio_distill.config import Recipe, TeacherConfig, UpsamplerConfig
 from radio_distill.data.find import find_shards
+from radio_distill.data.remote import cache_of
 from radio_distill.errors import ConfigError, DataError, RadioDistillError
 from radio_distill.stage import check_has_stage, resolve_stage
 from radio_distill.system.files import check_readable, unreadable
@@ -175,7 +176,7 @@ def _look(found: Findings, where: str, lines: "Iterator[tuple[str, bool]]") -> N
 def _shards(recipe: Recipe) -> Iterator[str]:
     for pattern in recipe.data.shards:
         try:
-            find_shards([pattern])
+            find_shards([pattern], cache_of(recipe.data))
         except DataError as error:
             yield f"data.shards: {error}"
 

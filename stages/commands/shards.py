@@ -54,6 +54,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         dest="index",
         help="with --check: folder for the indexes of shards (default: beside them)",
     )
+    parser.add_argument(
+        "--data.cache", metavar="FOLDER", dest="cache", default=defaults.cache,
+        help="with --check: folder for copies of shards that lie elsewhere",
+    )  # fmt: skip
+    parser.add_argument(
+        "--data.cache_gb", metavar="GB", dest="cache_gb", type=float, default=defaults.cache_gb,
+        help=f"size that the copies may take together (default {defaults.cache_gb:g})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--data.commands", dest="commands", action="store_true",
+        help="with --check: let pipe: run a shell",
+    )  # fmt: skip
     parser.add_argument("--check", action="store_true", help="read shards whole and report")
 
 
@@ -64,9 +76,15 @@ def run(arguments: argparse.Namespace) -> int:
         min_size=arguments.min_size,
         max_pixels=arguments.max_pixels,
         index=(arguments.index,) if arguments.index else "auto",
+        cache=arguments.cache,
+        cache_gb=arguments.cache_gb,
+        commands=arguments.commands,
     )
-    if limits.min_size < 1 or limits.max_pixels < 1:
-        raise ConfigError("shards: --data.min_size and --data.max_pixels are at least 1")
+    if limits.min_size < 1 or limits.max_pixels < 1 or limits.cache_gb <= 0:
+        raise ConfigError(
+            "shards: --data.min_size and --data.max_pixels are at least 1, and --data.cache_gb is "
+            "above 0"
+        )
     if arguments.check:
         return _check(arguments.source, limits)
     if arguments.out is None:

@@ -104,10 +104,12 @@ def test_find_shards__lists_of_shards(shard_folder, monkeypatch):
 @pytest.mark.parametrize(
     ("entry", "reason"),
     [
-        ("pipe:cat a.tar", "command"),
-        ("s3://bucket/a.tar", "address.*aws s3 cp"),
-        ("gs://bucket/{000..999}.tar", "address"),
-        ("https://x.org/a.tar::b.tar", "address"),
+        ("pipe:cat a.tar", "elsewhere.*data.cache"),
+        ("| cat a.tar", "command.*pipe:"),
+        ("s3://bucket/a.tar", "elsewhere.*data.cache"),
+        ("gs://bucket/{000..999}.tar", "elsewhere"),
+        ("hdfs://host/a.tar", "kind that is not read.*s3://"),
+        ("https://x.org/a.tar::b.tar", "elsewhere"),
         ("a.tar.gz", r"compressed.*`gunzip -k .*a\.tar\.gz`"),
         ("a.tgz", "compressed.*gunzip"),
         ("a.zip", "unzip"),

@@ -15,14 +15,14 @@ import pytest
 
 from radio_distill.data import tar_reader as reader_module
 from radio_distill.data.images import BadImageError
-from radio_distill.data.tar_index import index_path, open_shards
-from radio_distill.data.tar_reader import (
+from radio_distill.data.read_timeout import (
     MAX_STALLED,
     DiskStalledError,
     NoAnswerError,
     ReadTimeout,
-    ShardReader,
 )
+from radio_distill.data.tar_index import index_path, open_shards
+from radio_distill.data.tar_reader import ShardReader
 
 
 @pytest.fixture
@@ -307,7 +307,7 @@ def test_read_timeout__interrupted_call_gives_its_answer_to_nobody():
 def test_read_timeout__program_ends_with_a_call_still_out():
     program = """
 import os
-from radio_distill.data.tar_reader import NoAnswerError, ReadTimeout
+from radio_distill.data.read_timeout import NoAnswerError, ReadTimeout
 try:
     ReadTimeout(0.4).run(os.read, os.pipe()[0], 1)
 except NoAnswerError:
