@@ -51,7 +51,12 @@ class RandomImages:
 
     def _batch(self, images: int, views: Iterable[View]) -> ImageBatch:
         generator = torch.Generator().manual_seed(0)
-        pixels = {view: torch.rand(images, 3, *view.size, generator=generator) for view in views}
+        pixels = {
+            view: torch.randint(
+                256, (images, 3, *view.size), generator=generator, dtype=torch.uint8
+            ).contiguous(memory_format=torch.channels_last)
+            for view in views
+        }
         return ImageBatch(pixels, ("noise",) * images)
 
 

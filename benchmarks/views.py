@@ -65,9 +65,9 @@ def run(arguments: argparse.Namespace) -> int:
         batch = _load(images, [(small, small), own, (large, large)])
         reference = to_float(torch.stack(_direct(images, batch, arguments.size)))
         ways = [
-            resize(batch.views[View((small, small))], own),
-            resize(batch.views[View((large, large))], own),
-            batch.views[View(own)],
+            resize(to_float(batch.views[View((small, small))]), own),
+            resize(to_float(batch.views[View((large, large))]), own),
+            to_float(batch.views[View(own)]),
         ]
         for teacher in teachers:
             right = _spatial(teacher, reference)

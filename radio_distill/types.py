@@ -66,7 +66,8 @@ class ImageBatch:
     """Images, at each size that an encoder asks for (each encoder normalises inside)."""
 
     views: "Mapping[View, Tensor]"
-    """``[B, 3, H, W]`` float RGB in [0, 1] of each view."""
+    """``[B, 3, H, W]`` RGB of each view: uint8 on the host (the loader's are channels last),
+    float32 in [0, 1] once ``data.device.on_device`` has brought them to the device."""
     keys: tuple[str, ...]
     """``shard:member`` of each image, for logs."""
     origins: tuple[ViewOrigin, ...] = ()

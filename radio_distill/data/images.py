@@ -378,6 +378,7 @@ def _render_part(view: Tensor, size: Size, crop: Sequence[float], flipped: bool)
 
 def to_float(pixels: Tensor) -> Tensor:
     """Bring uint8 pixels to float32 in [0, 1], where they lie, each colour a plane of its own."""
+    assert pixels.dtype == torch.uint8, str(pixels.dtype)
     return pixels.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
 
 

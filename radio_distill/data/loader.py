@@ -39,7 +39,6 @@ from .images import (
     decode_pixels,
     random_origin,
     render,
-    to_float,
 )
 from .order import SampleOrder, view_generator
 from .remote import Remote
@@ -222,11 +221,16 @@ class ShardBatches:
             ) from error
 
     def _loader(self, start_step: int) -> "DataLoader[Any]":
+        workers = plain(self._config.workers)
+        in_a_step = len(self._slices(start_step))
         return DataLoader(
             self._views,
             sampler=_tasks(self._slices, self._images_per_step, start_step),
             batch_size=None,  # a task is a whole micro-batch
-            num_workers=plain(self._config.workers),
+            num_workers=workers,
+            # A whole step is made ahead, whatever the number of its micro-batches.
+            prefetch_factor=max(2, math.ceil(in_a_step / workers)) if workers else None,
+            pin_memory=torch.cuda.is_available(),
             collate_fn=_as_is,
             worker_init_fn=_prepare_worker,
             generator=torch.Generator(),  # else it draws from the global one
@@ -240,8 +244,7 @@ class ShardBatches:
             verdict = self._counter.verdict()
             raise DataError(f"{MAX_ATTEMPTS} images in a row are bad: {verdict}")
         self._counter.check()
-        views = {view: to_float(pixels) for view, pixels in batch.views.items()}
-        return ImageBatch(views, batch.keys, batch.origins)
+        return ImageBatch(batch.views, batch.keys, batch.origins)
 
 
 class _Task(NamedTuple):

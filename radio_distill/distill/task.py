@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..data.device import on_device
 from ..models.ema import Ema
 from ..models.heads import Predictions
 from ..models.spectral import begin_step
@@ -97,14 +98,11 @@ class Distillation:
         left = sum(len(micro.passes) for micro in micro_batches)
         total, agreement = torch.zeros((), device=self.engine.device), None
         self._terms.clear()
-        for micro, batch in zip(micro_batches, batches, strict=True):
-            pixels = {
-                view: tensor.to(self.engine.device, non_blocking=True)  # [B, 3, H, W]
-                for view, tensor in batch.views.items()
-            }
+        arrived = on_device(batches, self.engine.device)
+        for micro, batch in zip(micro_batches, arrived, strict=True):
             cache: TargetCache = {}
             for one in micro.passes:
-                views = self.draws.views(step, micro, one, pixels)
+                views = self.draws.views(step, micro, one, batch.views)
                 targets = self.targets(views, one.views.values(), cache)
                 guard.add_targets(targets, batch.keys)
                 report = self._losses(step, micro, one, views, targets)

@@ -66,11 +66,6 @@ class Views:
         """Whether each encoder has a crop of its own."""
         return self._offsets is not None
 
-    def to(self, device: torch.device) -> "Views":
-        """Return the same views on a device."""
-        pixels = {view: tensor.to(device) for view, tensor in self._pixels.items()}
-        return Views(pixels, self.size, self._offsets, self._cells, self._partition)
-
     def of_student(self, name: str = STUDENT) -> Tensor:
         """Return the student's pixels ``[B, 3, *self.size]``."""
         return self.of_teacher(name, self.size)

@@ -14,6 +14,7 @@ from fractions import Fraction
 import torch
 
 from ..config import DataConfig, share_of
+from ..data.device import on_device
 from ..data.images import PIXELS
 from ..data.loader import ShardBatches, StepSlice
 from ..distill.randomness import StepRandomness
@@ -141,8 +142,8 @@ class ImageStream:
         views = self.partition.views[size]
         return {name: views[name].without_upsampler() for name in self._teachers}
 
-    def batches(self) -> Iterator[tuple[int, Views, tuple[str, ...]]]:
-        """Yield this process's images: the index of the first, their views, their keys."""
+    def batches(self, device: torch.device) -> Iterator[tuple[int, Views, tuple[str, ...]]]:
+        """Yield this process's images: index of the first, views on a device, keys."""
         per_step = self.world.world_size * BATCH
         label = f"statistics of {self.partition.name}"
         with Progress(label, self.images, visible=self.world.is_main) as progress:
@@ -153,7 +154,8 @@ class ImageStream:
                 # The last step is cut, so that the images are the same on any number of processes.
                 used = min(max(self.images - first, 0), BATCH)
                 if used:
-                    pixels = {view: tensor[:used] for view, tensor in batch.views.items()}
+                    (arrived,) = on_device([batch], device)
+                    pixels = {view: tensor[:used] for view, tensor in arrived.views.items()}
                     yield first, Views(pixels, self._size(step)), batch.keys[:used]
                 progress.update(min((step + 1) * per_step, self.images))
 
@@ -179,11 +181,10 @@ def _estimate(
         for name, spec in specs.items()
         if _asks_dispersion(stage, name) and stream.partition.has_summaries[name]
     }
-    for first, views, keys in stream.batches():
-        on_device = views.to(device)
+    for first, views, keys in stream.batches(device):
         teacher_views = stream.views(views.size)
         for name, teacher in teachers.items():
-            pixels = on_device.of_teacher(name, teacher_views[name].size)
+            pixels = views.of_teacher(name, teacher_views[name].size)
             features = encode(teacher, pixels, teacher_views[name])
             check_targets({name: features}, keys)
             moments[name].update(features.spatial)

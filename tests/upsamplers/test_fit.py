@@ -94,6 +94,7 @@ class Images:
     def batch(self, step, item):
         numbers = [step * self.batch_size + at for at in range(item.start, item.stop)]
         pixels = torch.stack([image(number, item.size) for number in numbers])
+        pixels = (pixels * 255).round().to(torch.uint8)
         return ImageBatch({View(item.size): pixels}, tuple(map(str, numbers)))
 
 

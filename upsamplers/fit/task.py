@@ -25,6 +25,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from radio_distill.config import FitConfig, plain
+from radio_distill.data.device import on_device
 from radio_distill.data.loader import StepSlice
 from radio_distill.errors import ConfigError
 from radio_distill.protocols import BatchSource, Engine, Teacher
@@ -207,13 +208,13 @@ class Fit:
         device = self.engine.device
         return [
             self.timer.time(partial(self._encode_pass, step, part, batch), device)
-            for part, batch in zip(self.slices, images, strict=True)
+            for part, batch in zip(self.slices, on_device(images, device), strict=True)
         ]
 
     def _encode_pass(self, step: int, part: StepSlice, batch: ImageBatch) -> FitBatch:
         """Encode images, their tiles and their views in one batch."""
         config, device, view = self.stage.fit, self.engine.device, self._view
-        pixels = batch.pixels.to(device, non_blocking=True)  # [B, 3, H, W]
+        pixels = batch.pixels  # [B, 3, H, W]
         drawn = step_homographies(self.stage.seed, step, config)[part.start : part.stop].to(device)
         views = render(pixels, drawn.flatten(0, 1), view.size)  # [(B V), 3, H', W']
         output = self.consistency.model.encode(

@@ -17,7 +17,7 @@ import torch
 from radio_distill.config import DataConfig
 from radio_distill.data import loader
 from radio_distill.data import tar_reader as reader
-from radio_distill.data.images import decode_pixels, random_origin, render, to_float
+from radio_distill.data.images import decode_pixels, random_origin, render
 from radio_distill.data.loader import (
     BadImage,
     BadImageCounter,
@@ -72,7 +72,7 @@ def test_batches__are_the_views_at_their_positions(shard_folder, encode):
             assert batch.keys[row] == f"part-{shard}.tar:s{shard}_{sample}.png"
             assert batch.origins[row] == origin
             view = render(image, origin, item.size)
-            assert torch.equal(batch.pixels[row], to_float(view))
+            assert torch.equal(batch.pixels[row], view)
     assert source.num_images == 25
     assert source.bad == {}
 

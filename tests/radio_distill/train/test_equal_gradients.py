@@ -24,7 +24,7 @@ from radio_distill.config import (
     UpsamplerConfig,
     check,
 )
-from radio_distill.data.images import render, to_float
+from radio_distill.data.images import render
 from radio_distill.distill.loss_weights import TermWeights
 from radio_distill.distill.micro_batches import MicroBatchSchedule
 from radio_distill.distill.randomness import StepRandomness
@@ -149,7 +149,7 @@ def images(run: Distillation, step: int) -> list[ImageBatch]:
             for view, crops in item.views.items():
                 crop = None if crops is None else crops[index - item.start]
                 pixels[view].append(
-                    to_float(render(image, ViewOrigin((24, 24), 0, 0, 24, 24), view.size, crop))
+                    render(image, ViewOrigin((24, 24), 0, 0, 24, 24), view.size, crop)
                 )
         views = {view: torch.stack(rows) for view, rows in pixels.items()}
         batches.append(ImageBatch(views, tuple(map(str, range(item.start, item.stop)))))
