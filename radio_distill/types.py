@@ -38,6 +38,17 @@ class Features(NamedTuple):
     spatial: "Tensor"
     """``[B, C, h, w]``: patch tokens only, never class or register tokens."""
 
+    @classmethod
+    def joined(cls, parts: "Sequence[Features]") -> "Features":
+        """Put the batches of some parts of a batch together; one part is not copied."""
+        if len(parts) == 1:
+            return parts[0]
+        import torch
+
+        summaries = [part.summary for part in parts if part.summary is not None]
+        summary = torch.cat(summaries) if summaries else None
+        return cls(summary, torch.cat([part.spatial for part in parts]))
+
 
 @dataclass(frozen=True, slots=True)
 class ViewOrigin:

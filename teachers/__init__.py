@@ -45,16 +45,18 @@ def build_teacher(name: str, config: TeacherConfig, device: Any = "cpu") -> "Fro
         ConfigError: options that do not fit the preset or its source.
         WeightsError: weights that are missing, damaged, or belong to another model.
     """
+    import torch
+
     from radio_distill.system.precision import resolved_dtype
 
     from .base import FrozenTeacher
-    from .weights import fingerprint
 
-    with naming_teacher(name):
+    # What else is made with random numbers must not depend on which teachers a process has.
+    with naming_teacher(name), torch.random.fork_rng(devices=[]):
         preset = resolve(config)
         is_random = preset.random and not config.weights
-        tower = _random(preset, config) if is_random else _loaded(preset, config)
-    spec = _spec(name, preset, "" if is_random else fingerprint(tower))
+        tower, weights_hash = _random(preset, config) if is_random else _loaded(preset, config)
+    spec = _spec(name, preset, weights_hash)
     dtype = resolved_dtype(config.dtype, device)
     return FrozenTeacher(tower, spec, dtype, config.micro_batch).to(device)
 
@@ -77,7 +79,7 @@ def build_module(config: TeacherConfig, device: Any = "meta") -> "nn.Module":
         return find_source(preset.source).build(preset).eval()
 
 
-def _random(preset: Preset, config: TeacherConfig) -> "nn.Module":
+def _random(preset: Preset, config: TeacherConfig) -> "tuple[nn.Module, str]":
     import torch
 
     if config.sha256:
@@ -85,22 +87,34 @@ def _random(preset: Preset, config: TeacherConfig) -> "nn.Module":
             f"sha256: preset {config.preset} has random weights and no file; drop the checksum, or "
             "name a file in `weights`"
         )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return find_source(preset.source).build(preset)
+    torch.manual_seed(0)
+    return find_source(preset.source).build(preset), ""
 
 
-def _loaded(preset: Preset, config: TeacherConfig) -> "nn.Module":
-    from .weights import check_local, check_sha256, checksummed_files, local_path
+def _loaded(preset: Preset, config: TeacherConfig) -> "tuple[nn.Module, str]":
+    """Return a tower with its weights, maybe still in their file, and their fingerprint."""
+    from .fingerprints import FingerprintNote
+    from .weights import (
+        check_local,
+        check_sha256,
+        checksummed_files,
+        files_of,
+        fingerprint,
+        local_path,
+    )
 
     source = find_source(preset.source)
+    path = local_path(config.weights) if config.weights else source.locate(preset)
     if config.weights:
         check_local(config)
-        return source.load(preset, local_path(config.weights))
-    path = source.locate(preset)
-    if config.sha256:
+    elif config.sha256:
         check_sha256(checksummed_files(path), config.sha256, "sha256")
-    return source.load(preset, path)
+    if preset.source not in SOURCES or preset.source == "student":
+        tower = source.load(preset, path)  # of files that are not all known here
+        return tower, fingerprint(tower)
+    note = FingerprintNote(preset, files_of(path))
+    tower = source.load(preset, path)
+    return tower, note.fingerprint(lambda: fingerprint(tower))
 
 
 def _spec(name: str, preset: Preset, weights_hash: str) -> TeacherSpec:

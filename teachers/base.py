@@ -27,6 +27,7 @@ class FrozenTeacher:
         spec: what it is; its mean and std are applied here.
         dtype: type of the matrix products (``float32``, ``bfloat16``, ``float16``). The matrices
             are stored in it; norms, tokens and position tables stay float32, as autocast wants it.
+            All are copied, one by one: ``tower`` may be a view of a file.
         micro_batch: most images in one forward pass; 0 for all at once.
     """
 
@@ -42,7 +43,7 @@ class FrozenTeacher:
         self._std = torch.tensor(spec.std).view(3, 1, 1)
         if isinstance(tower, nn.Module):
             tower.eval().requires_grad_(False)
-            _store_matrices(tower, self.dtype)
+            _store(tower, self.dtype)
 
     def to(self, device: Any) -> "FrozenTeacher":
         """Move to ``device``, in place; returns self."""
@@ -65,12 +66,8 @@ class FrozenTeacher:
         size = f"{height}x{width} px, {at_once} images at once"
         with explain_oom(f"teacher {self.spec.name!r}", size, self._hint(at_once)):
             parts = [self._encode(part) for part in pixels.split(at_once)]
-            spatial = torch.cat([part.spatial for part in parts])  # [B, C, h, w]
-        summaries = [part.summary for part in parts if part.summary is not None]
-        return Features(
-            torch.cat(summaries) if summaries else None,
-            spatial.contiguous(memory_format=torch.channels_last),
-        )
+            summary, spatial = Features.joined(parts)
+        return Features(summary, spatial.contiguous(memory_format=torch.channels_last))
 
     def _hint(self, at_once: int) -> str:
         field = f"teachers.{self.spec.name}"
@@ -114,7 +111,16 @@ def check_size(spec: TeacherSpec, size: Size) -> None:
     )
 
 
-def _store_matrices(tower: nn.Module, dtype: torch.dtype) -> None:
+@torch.no_grad()
+def _store(tower: nn.Module, dtype: torch.dtype) -> None:
+    """Give a tower memory of its own, tensor by tensor, its matrices in ``dtype``."""
+    matrices: set[int] = set()
     for module in tower.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
-            module.to(dtype)
+            matrices.update(map(id, module.parameters(recurse=False)))
+        elif isinstance(module, nn.MultiheadAttention):  # whose products of Q, K, V are no Linear
+            matrices.update(
+                id(value) for key, value in module.named_parameters(recurse=False) if "proj" in key
+            )
+    for value in (*tower.parameters(), *tower.buffers()):
+        value.data = value.data.to(dtype if id(value) in matrices else value.dtype, copy=True)

@@ -8,9 +8,11 @@ import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from radio_distill.config import TeacherConfig
 from radio_distill.errors import WeightsError
@@ -18,6 +20,7 @@ from radio_distill.system.trust import check_sha256 as check_sha256
 from radio_distill.weights.files import FOLDER as FOLDER
 from radio_distill.weights.files import HUB as HUB
 from radio_distill.weights.files import checksummed_files as checksummed_files
+from radio_distill.weights.files import files_of as files_of
 from radio_distill.weights.files import from_hub as from_hub
 from radio_distill.weights.files import hub_folder as hub_folder
 from radio_distill.weights.files import hub_model as hub_model
@@ -52,8 +55,14 @@ def check_local(config: TeacherConfig) -> None:
         check_sha256(checksummed_files(local_path(config.weights)), config.sha256, "sha256")
 
 
-def load_strict(module: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
-    """Load ``state`` into ``module``; raises WeightsError unless keys and shapes agree."""
+def load_strict(
+    module: nn.Module, state: Mapping[str, Tensor], where: str, take: bool = False
+) -> None:
+    """Load ``state``, read from ``where``; raises WeightsError unless keys and shapes agree.
+
+    With ``take`` the module gets the tensors themselves, so what was mapped from a file stays there
+    until it is read; else they are copied.
+    """
     wanted = module.state_dict()
     missing = [key for key in wanted if key not in state]
     unexpected = [key for key in state if key not in wanted]
@@ -63,7 +72,28 @@ def load_strict(module: nn.Module, state: Mapping[str, Tensor], where: str) -> N
         if key in state and state[key].shape != value.shape
     ]
     refuse_gaps(where, missing, unexpected, mismatched)
-    module.load_state_dict(state)
+    if take:
+        state = {key: state[key].to(value.dtype).contiguous() for key, value in wanted.items()}
+    module.load_state_dict(state, assign=take)
+
+
+class WithoutValues(TorchFunctionMode):
+    """A context in which modules are built whose parameters are left as they are allocated.
+
+    Nothing draws or writes them, so they take address space and no memory until they are loaded.
+    Buffers are computed as ever, for no file has those that a state leaves out (indices of
+    positions, rotary tables); on the meta device they would be lost.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Leave out what works in place on a parameter."""
+        kwargs = kwargs or {}
+        first = args[0] if args else kwargs.get("tensor")
+        name = getattr(func, "__name__", "")
+        in_place = name.endswith("_") and not name.endswith("__")
+        if in_place and isinstance(first, nn.Parameter) and name != "requires_grad_":
+            return first
+        return func(*args, **kwargs)
 
 
 def refuse_gaps(

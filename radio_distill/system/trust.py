@@ -45,7 +45,8 @@ def trusting_pickles(trusted: bool = True) -> Iterator[None]:
 def read_torch_file(path: Path) -> Any:
     """Read a torch file on the host; what is in it runs only inside :func:`trusting_pickles`.
 
-    A whole module, which only a trusted file can hold, gives its state.
+    Tensors of a zip file, which all but the oldest are, stay in it until they are touched. A whole
+    module, which only a trusted file can hold, gives its state.
 
     Raises:
         WeightsError: missing, damaged, or not to be read without running what is in it.
@@ -54,7 +55,8 @@ def read_torch_file(path: Path) -> Any:
 
     try:
         with torch.serialization.safe_globals([Namespace]):  # the arguments in RADIO's checkpoints
-            return torch.load(path, map_location="cpu", weights_only=True)
+            mapped = is_zipfile(path)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # a damaged file fails in a dozen ways
         needed = _refused(path, error)
         if needed is None:

@@ -34,6 +34,7 @@ class OpenClipTower(nn.Module):
     def __init__(self, visual: Any):
         super().__init__()
         visual.output_tokens = True
+        _run_sequence_first(visual.transformer)
         self.visual: Any = visual
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -109,9 +110,10 @@ def locate(preset: Preset) -> Path:
 
 def load(preset: Preset, path: Path) -> OpenClipTower:
     """Build the image tower with the weights at ``path``, of a whole CLIP or that tower."""
-    visual = _visual(preset)
+    with weights.WithoutValues():
+        visual = _visual(preset)
     state = weights.named_as(weights.read_state(path), visual.state_dict(), str(path))
-    weights.load_strict(visual, state, str(path))
+    weights.load_strict(visual, state, str(path), take=True)
     return OpenClipTower(visual)
 
 
@@ -170,6 +172,17 @@ def _visual(preset: Preset) -> nn.Module:
             f"{preset.model}: its image tower is {type(visual).__name__}; take preset: timm"
         )
     return visual
+
+
+def _run_sequence_first(transformer: Any) -> None:
+    """Have tokens laid ``[L, B, C]`` once: batch first, each attention would turn them in place.
+
+    The products of Q, K and V are then one of all tokens, in place of one for each image.
+    """
+    transformer.batch_first = False
+    for module in transformer.modules():
+        if isinstance(module, nn.MultiheadAttention):
+            module.batch_first = False
 
 
 def _model(preset: Preset) -> Any:

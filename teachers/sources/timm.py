@@ -144,16 +144,18 @@ def load(preset: Preset, path: Path) -> TimmTower:
     Names may have a prefix, as :func:`weights.named_as` reads them.
     """
     state = weights.read_state(path)
-    model = _create(preset, state)
+    with weights.WithoutValues():
+        model = _create(preset, state)
     prefix = preset.arguments.get("prefix", "")
     state = weights.named_as(state, model.state_dict(), str(path), prefix)
     side = _table_side(state, model)
     if side:
-        model = _create(_at_side(preset, side, str(path)), state)
+        with weights.WithoutValues():
+            model = _create(_at_side(preset, side, str(path)), state)
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     if convert and _without_classifier(state, model).keys() != model.state_dict().keys():
         state = _converted(convert, state, model)
-    weights.load_strict(model, _without_classifier(state, model), str(path))
+    weights.load_strict(model, _without_classifier(state, model), str(path), take=True)
     return _tower(model, preset.arguments)
 
 

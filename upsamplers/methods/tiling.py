@@ -72,9 +72,7 @@ def encode(teacher: Teacher, pixels: Tensor, grid: Size, micro_batch: int) -> Fe
         parts = [teacher.encode(part) for part in pixels.split(micro_batch or len(pixels))]
     except ConfigError as error:
         raise ConfigError(f"no grid {grid[0]}x{grid[1]} from the upsampler: {error}") from error
-    summaries = [part.summary for part in parts if part.summary is not None]
-    spatial = torch.cat([part.spatial for part in parts])  # [B, C, h, w]
-    return Features(torch.cat(summaries) if summaries else None, spatial)
+    return Features.joined(parts)
 
 
 def encode_low(
