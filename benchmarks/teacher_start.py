@@ -54,7 +54,7 @@ def memory(field: str) -> int:
 
 def start(preset: str, path: str, dtype: str) -> None:
     """Build the teacher in this process and print what it took as JSON."""
-    import torch  # noqa: F401
+    import torch
 
     from teachers import build_teacher
     from teachers.base import FrozenTeacher  # noqa: F401
