@@ -53,8 +53,9 @@ def run(arguments: argparse.Namespace) -> int:
             for worker in workers.values():
                 worker.round()
             for _ in range(arguments.rounds):
-                for worker in workers.values():
+                for item, worker in workers.items():
                     worker.round()
+                    print(f"{item}: {worker.rounds[-1]}", file=sys.stderr, flush=True)
         finally:
             for worker in workers.values():
                 worker.end()
