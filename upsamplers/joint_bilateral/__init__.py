@@ -4,7 +4,7 @@ Two functions (:mod:`.dispatch`) under one module (:mod:`.layer`), each in three
 that agree: ``reference``, ``folded`` (torch only) and ``triton_kernels``.
 """
 
-from .dispatch import IMPLEMENTATIONS, apply_kernel, range_weights
+from .dispatch import IMPLEMENTATIONS, apply_kernel, joint_bilateral, range_weights
 from .layer import JointBilateralLevel, JointBilateralStack, prime_factors
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "JointBilateralLevel",
     "JointBilateralStack",
     "apply_kernel",
+    "joint_bilateral",
     "prime_factors",
     "range_weights",
 ]

@@ -1,4 +1,4 @@
-"""The two functions of the joint-bilateral layer, and the one rule that chooses who computes them.
+"""The functions of the joint-bilateral layer, and the one rule that chooses who computes them.
 
 ``reference`` writes out the formula and is for tests; ``folded`` is torch only; ``triton`` is for
 GPUs; ``auto`` takes Triton for CUDA tensors of at most 32 bits where Triton works, else the folded
@@ -48,12 +48,29 @@ def range_weights(
         ConfigError: a map smaller than the window, or an implementation that cannot do it.
     """
     _check_window(projected, radius)
-    wide = torch.promote_types(projected.dtype, torch.float32)
-    temperature = torch.as_tensor(temperature, dtype=wide, device=projected.device)
-    sigma = torch.as_tensor(sigma, dtype=wide, device=projected.device)
-    sigma = sigma.abs().clamp_min(_SMALLEST_SIGMA)
     chosen = _choose(implementation, projected)
-    return chosen.range_weights(projected, temperature, sigma, radius)
+    return chosen.range_weights(projected, *_scalars(projected, temperature, sigma), radius)
+
+
+def joint_bilateral(
+    low: Tensor,
+    projected: Tensor,
+    temperature: Tensor | float,
+    sigma: Tensor | float,
+    radius: int = 3,
+    base: Base = "bilinear",
+    implementation: str = "auto",
+) -> Tensor:
+    """Upsample ``low [B, C, h, w]`` under the weights of ``projected [B, K, H, W]``.
+
+    ``apply_kernel(low, range_weights(projected, temperature, sigma, radius), base)``, whose
+    arguments and errors it has; Triton makes and folds the weights in one kernel.
+    """
+    _check_window(projected, radius)
+    chosen = _choose(implementation, low)
+    _check_filter(low, projected, base, exact=chosen is not reference)
+    scalars = _scalars(projected, temperature, sigma)
+    return chosen.joint_bilateral(low, projected, *scalars, radius, base)
 
 
 def apply_kernel(
@@ -78,16 +95,8 @@ def apply_kernel(
     """
     radius = _radius(kernel)
     _check_window(kernel, radius)
-    if base not in ("bilinear", "bicubic"):
-        raise ConfigError(f"joint-bilateral base {base!r} is not known; use bilinear or bicubic")
     chosen = _choose(implementation, low)
-    sizes = zip(low.shape[-2:], kernel.shape[-2:], strict=True)
-    if chosen is not reference and any(fine % coarse for coarse, fine in sizes):
-        fine, coarse = format_size(kernel.shape[-2:]), format_size(low.shape[-2:])
-        raise ConfigError(
-            f"joint-bilateral target {fine} is no multiple of the map's {coarse}; "
-            "choose a target that is, or implementation 'reference'"
-        )
+    _check_filter(low, kernel, base, exact=chosen is not reference)
     return chosen.apply_kernel(low, kernel, base)
 
 
@@ -110,6 +119,29 @@ def _choose(implementation: str, tensor: Tensor) -> ModuleType:
     raise ConfigError(
         f"Triton does not run on {tensor.device} here; use implementation 'folded' or 'auto'"
     )
+
+
+def _scalars(
+    projected: Tensor, temperature: Tensor | float, sigma: Tensor | float
+) -> tuple[Tensor, Tensor]:
+    """Return temperature and sigma as tensors of 32 bits at least; sigma is positive."""
+    wide = torch.promote_types(projected.dtype, torch.float32)
+    temperature = torch.as_tensor(temperature, dtype=wide, device=projected.device)
+    sigma = torch.as_tensor(sigma, dtype=wide, device=projected.device)
+    return temperature, sigma.abs().clamp_min(_SMALLEST_SIGMA)
+
+
+def _check_filter(low: Tensor, fine: Tensor, base: str, exact: bool) -> None:
+    """Raise for a base that is not known; where ``exact``, for sizes that do not divide."""
+    if base not in ("bilinear", "bicubic"):
+        raise ConfigError(f"joint-bilateral base {base!r} is not known; use bilinear or bicubic")
+    sizes = zip(low.shape[-2:], fine.shape[-2:], strict=True)
+    if exact and any(fine_length % coarse for coarse, fine_length in sizes):
+        target, coarse_size = format_size(fine.shape[-2:]), format_size(low.shape[-2:])
+        raise ConfigError(
+            f"joint-bilateral target {target} is no multiple of the map's {coarse_size}; "
+            "choose a target that is, or implementation 'reference'"
+        )
 
 
 def _radius(kernel: Tensor) -> int:

@@ -57,6 +57,13 @@ def apply_kernel(low: Tensor, kernel: Tensor, base: str) -> Tensor:
     return rearrange(out, "b h w c -> b c h w")
 
 
+def joint_bilateral(
+    low: Tensor, projected: Tensor, temperature: Tensor, sigma: Tensor, radius: int, base: str
+) -> Tensor:
+    """Upsample ``low [B, C, h, w]`` under the weights of ``projected [B, K, H, W]``."""
+    return apply_kernel(low, range_weights(projected, temperature, sigma, radius), base)
+
+
 def _as_given(tensor: Tensor) -> torch.autocast:
     """Return the context in which products keep the type of their operands."""
     return torch.autocast(tensor.device.type, enabled=False)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from radio_distill.errors import ConfigError
 from radio_distill.types import Size
 
-from .dispatch import Base, apply_kernel, range_weights
+from .dispatch import apply_kernel, joint_bilateral, range_weights
 
 Variant = Literal["featup", "featsharp"]
 
@@ -62,22 +62,22 @@ class JointBilateralLevel(nn.Module):
 
     def kernel(self, guidance: Tensor) -> Tensor:
         """Return the filter ``[B, T, H, W]`` of each pixel of ``guidance [B, 3, H, W]``."""
-        temperature = self.range_temp.exp().clamp(1e-4, 1e4)
-        kernel = range_weights(
-            self.range_proj(guidance),
-            temperature,
-            self.sigma_spatial,
-            self.radius,
-            self.implementation,
-        )
+        kernel = range_weights(*self._range(guidance), self.radius, self.implementation)
         if self.fixup_proj is None:
             return kernel
         return kernel + 0.1 * self.fixup_proj(torch.cat([kernel, guidance], dim=1))
 
     def forward(self, low: Tensor, guidance: Tensor) -> Tensor:
         """Upsample ``low [B, C, h, w]`` to ``[B, C, H, W]`` under ``guidance [B, 3, H, W]``."""
-        base: Base = "bicubic" if self.variant == "featup" else "bilinear"
-        return apply_kernel(low, self.kernel(guidance), base, self.implementation)
+        if self.fixup_proj is None:
+            range_ = self._range(guidance)
+            return joint_bilateral(low, *range_, self.radius, "bilinear", self.implementation)
+        return apply_kernel(low, self.kernel(guidance), "bicubic", self.implementation)
+
+    def _range(self, guidance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the projected guidance ``[B, K, H, W]``, temperature and sigma."""
+        temperature = self.range_temp.exp().clamp(1e-4, 1e4)
+        return self.range_proj(guidance), temperature, self.sigma_spatial
 
 
 class JointBilateralStack(nn.Module):

@@ -32,6 +32,13 @@ def apply_kernel(low: Tensor, kernel: Tensor, base: str) -> Tensor:
     return out.to(low.dtype)
 
 
+def joint_bilateral(
+    low: Tensor, projected: Tensor, temperature: Tensor, sigma: Tensor, radius: int, base: str
+) -> Tensor:
+    """Upsample ``low [B, C, h, w]`` under the weights of ``projected [B, K, H, W]``."""
+    return apply_kernel(low, range_weights(projected, temperature, sigma, radius), base)
+
+
 def _windows(map_: Tensor, radius: int) -> Tensor:
     """Return the neighbourhoods ``[B, C, T, H, W]``, borders reflected."""
     height, width = map_.shape[-2:]

@@ -29,7 +29,10 @@ LAUNCH = {
     "grad_folded": {"BLOCK": 64, "num_warps": 4, "num_stages": 3},
     "grad_low": {"BLOCK": 256, "num_warps": 8, "num_stages": 3},
 }
-"""Channels of a block (half for 32 bits), warps, depth of pipeline: at most 64 sums a thread."""
+"""Channels of a block (half for 32 bits), warps, depth of pipeline: at most 64 sums a thread.
+
+``multiply`` and ``grad_folded`` take these warps for each 64 target pixels of a product.
+"""
 _PROGRAMS = 1024
 """Programs that fill a large GPU, assumed; fewer tiles than that are split by channel."""
 _ROWS = 4 if INTERPRETED else 16
@@ -44,7 +47,7 @@ def multiply(low: Tensor, folded: Tensor, folding: Folding) -> Tensor:
     out = low.new_empty(len(low), *folded.shape[2:], channels)
     products = _products(low, folding)
     chunks = max(1, min(triton.cdiv(channels, 256), _PROGRAMS // products))
-    constants = _constants("multiply", low, folding) | folding.tile.constants
+    constants = _tile_constants("multiply", low, folding)
     chunk = triton.cdiv(triton.cdiv(channels, chunks), constants["BLOCK"]) * constants["BLOCK"]
     saturate = low.dtype == torch.float16
     _multiply_kernel[(products, triton.cdiv(channels, chunk))](
@@ -59,7 +62,7 @@ def grad_folded(low: Tensor, grad: Tensor, folding: Folding) -> Tensor:
     rows, columns = folding.window
     wide = torch.promote_types(low.dtype, torch.float32)
     out = low.new_empty(len(low), rows * columns, *grad.shape[1:3], dtype=wide)
-    constants = _constants("grad_folded", low, folding) | folding.tile.constants
+    constants = _tile_constants("grad_folded", low, folding)
     _grad_folded_kernel[(_products(low, folding),)](low, grad, out, height, width, **constants)
     return out
 
@@ -97,6 +100,16 @@ def _constants(name: str, map_: Tensor, folding: Folding) -> dict[str, Any]:
     block = min(settings["BLOCK"] * 2 // map_.itemsize, power_of_two(channels, 16))
     own = {"SUM": accumulator(map_), "CHANNELS": channels, "BLOCK": block}
     return {**settings, **folding.constants, **own}
+
+
+def _tile_constants(name: str, low: Tensor, folding: Folding) -> dict[str, Any]:
+    """Return those of a kernel whose programs make one product of a tile each."""
+    constants, tile = _constants(name, low, folding), folding.tile
+    return {
+        **constants,
+        **tile.constants,
+        "num_warps": constants["num_warps"] * tile.warp_groups,
+    }
 
 
 @triton.jit

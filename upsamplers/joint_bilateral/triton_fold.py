@@ -1,9 +1,13 @@
 """Triton kernels that fold interpolation and filter into one, and the transpose.
 
 Per target pixel, ``T`` weights of interpolated pixels become those of the low-resolution cells
-under them (:mod:`.triton_tiles`): a few per cent of the output in bytes. A thread keeps all weights
-of a pixel in registers, so every loop is unrolled: code and the time to compile it grow with ``T``.
-Kernels are ``[B, T, H, W]``, folded kernels ``[B, cells, H, W]``, both contiguous.
+under them (:mod:`.triton_tiles`): a few per cent of the output in bytes. Where the weights are
+those of a projected guidance, one kernel makes and folds them, and they are never written:
+interpolation is the same for all pixels, so a block's weights ``[pixels, places]`` are multiplied
+with the shares ``[places, cells]``. Any other kernel is folded a pixel a thread, which keeps all
+weights of the pixel in registers, so every loop is unrolled: code and the time to compile it grow
+with ``T``. Kernels are ``[B, T, H, W]``, folded kernels ``[B, cells, H, W]``, both contiguous. The
+number of pixels is no part of what is compiled: another batch size compiles nothing anew.
 """
 
 # ruff: noqa: N803, RUF005 - constants of a kernel are in capitals, as Triton writes them, and its
@@ -18,17 +22,44 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_range import INTERPRETED, accumulator, reflect
-from .triton_tiles import Folding
+from .triton_range import INTERPRETED, accumulator, block_weights, dot, reflect, run_blocks
+from .triton_tiles import Folding, power_of_two
 
 _ROW = 1024 if INTERPRETED else 128
 """Pixels of a program: one a thread. The interpreter likes few and large programs."""
+
+
+_REGISTERS = {} if INTERPRETED else {"maxnreg": 128}
+"""Two programs of 8 warps a multiprocessor; at 135 registers of a thread it would be one."""
 
 
 def fold(kernel: Tensor, folding: Folding, dtype: torch.dtype) -> Tensor:
     """Return the weights ``[B, cells, H, W]`` of ``kernel [B, T, H, W]``."""
     folded = kernel.new_empty(len(kernel), folding.cells, *kernel.shape[2:], dtype=dtype)
     return _run(_fold_kernel, kernel, folded, folding, folded)
+
+
+def fold_weights(
+    projected: Tensor, temperature: Tensor, sigma: Tensor, folding: Folding, dtype: torch.dtype
+) -> Tensor:
+    """Return the weights ``[B, cells, H, W]`` of ``projected [B, H, W, K]``.
+
+    They equal :func:`fold` of :func:`.triton_range.weights`, without the rounding of those.
+    """
+    batch, height, width, _ = projected.shape
+    folded = projected.new_empty(batch, folding.cells, height, width, dtype=dtype)
+    # A block of 4 pixels spans so many cells of its own; around them lies the window.
+    rows, columns = (
+        (factor + 2) // factor + window
+        for factor, window in zip(folding.factor, folding.window, strict=True)
+    )
+    tensors = (projected, temperature, sigma, folded)
+    run_blocks(
+        _fold_weights_kernel, projected, folding.radius, 8, *tensors, **folding.constants,
+        BICUBIC=folding.bicubic, COLUMNS=columns, CELLS=power_of_two(rows * columns, 16),
+        **_REGISTERS,
+    )  # fmt: skip
+    return folded
 
 
 def unfold(grad_folded: Tensor, folding: Folding, dtype: torch.dtype) -> Tensor:
@@ -90,6 +121,45 @@ def _axis(position, length, RADIUS: tl.constexpr, FACTOR: tl.constexpr, WINDOW: 
 
 
 @triton.jit
+def _shares(fine, cell, length, FACTOR: tl.constexpr, BICUBIC: tl.constexpr, SUM: tl.constexpr):
+    """Return the shares ``[places, cells]`` of cells in places of the interpolated map."""
+    cells, shares = _nodes(reflect(fine, length), length // FACTOR, FACTOR, BICUBIC, SUM)
+    total = tl.where(cells[0][:, None] == cell[None, :], shares[0][:, None], 0.0)
+    for node in tl.static_range(1, 4 if BICUBIC else 2):
+        total += tl.where(cells[node][:, None] == cell[None, :], shares[node][:, None], 0.0)
+    return total
+
+
+@triton.jit
+def _fold_weights_kernel(
+    projected_ptr,  # [B, H, W, K]
+    temperature_ptr,
+    sigma_ptr,
+    folded_ptr,  # [B, cells, H, W]
+    height, width, keys,
+    KEYS: tl.constexpr, PLACES: tl.constexpr, FACTOR_Y: tl.constexpr, FACTOR_X: tl.constexpr,
+    WINDOW_Y: tl.constexpr, WINDOW_X: tl.constexpr, BICUBIC: tl.constexpr, COLUMNS: tl.constexpr,
+    CELLS: tl.constexpr, RADIUS: tl.constexpr, SUM: tl.constexpr,
+):  # fmt: skip
+    weights, _, image, y, x, row, column = block_weights(
+        projected_ptr, temperature_ptr, sigma_ptr, height, width, keys, KEYS, PLACES, RADIUS, SUM
+    )
+    number = tl.arange(0, CELLS)
+    cell_y = tl.min(y) // FACTOR_Y - WINDOW_Y // 2 + number // COLUMNS
+    cell_x = tl.min(x) // FACTOR_X - WINDOW_X // 2 + number % COLUMNS
+    shares = _shares(row, cell_y, height, FACTOR_Y, BICUBIC, SUM)
+    shares *= _shares(column, cell_x, width, FACTOR_X, BICUBIC, SUM)
+    folded = dot(weights, shares, tl.zeros([weights.shape[0], CELLS], SUM))
+    down = cell_y[None, :] - (y // FACTOR_Y - WINDOW_Y // 2)[:, None]
+    right = cell_x[None, :] - (x // FACTOR_X - WINDOW_X // 2)[:, None]
+    valid = (down >= 0) & (down < WINDOW_Y) & (right >= 0) & (right < WINDOW_X)
+    valid &= ((y < height) & (x < width))[:, None]
+    area = height * width
+    entry = (down * WINDOW_X + right) * area + (y * width + x)[:, None]
+    tl.store(folded_ptr + image * (WINDOW_Y * WINDOW_X) * area + entry, folded, valid)
+
+
+@triton.jit
 def _planes(pointer, pixel, valid, area, NUMBER: tl.constexpr, SUM: tl.constexpr):
     """Return NUMBER planes of a map ``[B, NUMBER, H, W]`` at the pixels, one tensor each."""
     planes = ()
@@ -99,7 +169,7 @@ def _planes(pointer, pixel, valid, area, NUMBER: tl.constexpr, SUM: tl.constexpr
     return planes
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pixels"])
 def _fold_kernel(
     kernel_ptr,  # [B, T, H, W]
     folded_ptr,  # [B, cells, H, W]
@@ -129,7 +199,7 @@ def _fold_kernel(
             tl.store(first + tl.cast(row * WINDOW_X + column, tl.int64) * area, total, valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pixels"])
 def _unfold_kernel(
     grad_folded_ptr,  # [B, cells, H, W]
     grad_ptr,  # [B, T, H, W]

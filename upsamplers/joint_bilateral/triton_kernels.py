@@ -9,7 +9,7 @@ the backward pass needs beyond the inputs is computed again. Not differentiable 
 """
 
 import importlib.util
-import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -50,6 +50,17 @@ def apply_kernel(low: Tensor, kernel: Tensor, base: str = "bilinear") -> Tensor:
     return _ApplyKernel.apply(low, kernel, base)
 
 
+def joint_bilateral(
+    low: Tensor, projected: Tensor, temperature: Tensor, sigma: Tensor, radius: int, base: str
+) -> Tensor:
+    """Do both at once: the weights ``[B, T, H, W]`` are never written.
+
+    Returns:
+        ``[B, C, H, W]``, channels last, in the type of ``low``.
+    """
+    return _JointBilateral.apply(low, projected, temperature, sigma, radius, base)
+
+
 class _RangeWeights(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -67,23 +78,9 @@ class _RangeWeights(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        from . import triton_range
-
         projected, temperature, sigma, weights = ctx.saved_tensors
         with torch.cuda.device_of(grad):
-            grad_logits, distances = triton_range.grad_logits(
-                weights, grad.contiguous(), ctx.radius
-            )
-            grad_projected, products = triton_range.grad_projected(
-                _rows(projected), grad_logits, temperature, ctx.radius
-            )
-        grad_sigma = distances / sigma**3  # of -distance ** 2 / (2 sigma ** 2)
-        return (
-            _columns(grad_projected),
-            products.to(temperature.dtype).view_as(temperature),
-            grad_sigma.to(sigma.dtype).view_as(sigma),
-            None,
-        )
+            return *_grad_of_weights(projected, temperature, sigma, weights, grad, ctx.radius), None
 
 
 class _ApplyKernel(torch.autograd.Function):
@@ -91,7 +88,8 @@ class _ApplyKernel(torch.autograd.Function):
     def forward(ctx: Any, low: Tensor, kernel: Tensor, base: str) -> Tensor:
         from . import triton_apply, triton_fold
 
-        folding = _folding(low, kernel, base)
+        radius = (round(kernel.shape[1] ** 0.5) - 1) // 2
+        folding = _folding(low, kernel, radius, base)
         with torch.cuda.device_of(low):
             folded = triton_fold.fold(kernel.contiguous(), folding, low.dtype)
             out = triton_apply.multiply(_rows(low), folded, folding)
@@ -102,28 +100,101 @@ class _ApplyKernel(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        low, kernel = ctx.saved_tensors
+        with torch.cuda.device_of(grad):
+            return *_grad_of_filter(low, kernel, ctx.folding, grad, ctx.needs_input_grad), None
+
+
+class _JointBilateral(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        low: Tensor,
+        projected: Tensor,
+        temperature: Tensor,
+        sigma: Tensor,
+        radius: int,
+        base: str,
+    ) -> Tensor:
         from . import triton_apply, triton_fold
 
-        low, kernel = ctx.saved_tensors
-        folding, grad = ctx.folding, _rows(grad)
-        grad_low = grad_kernel = None
+        folding = _folding(low, projected, radius, base)
+        with torch.cuda.device_of(low):
+            folded = triton_fold.fold_weights(
+                _rows(projected), temperature, sigma, folding, low.dtype
+            )
+            out = triton_apply.multiply(_rows(low), folded, folding)
+        ctx.save_for_backward(low, projected, temperature, sigma)
+        ctx.folding = folding
+        return _columns(out)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        from . import triton_range
+
+        low, *guidance = ctx.saved_tensors
+        projected, temperature, sigma = guidance
+        folding, of_guidance = ctx.folding, any(ctx.needs_input_grad[1:4])
         with torch.cuda.device_of(grad):
-            if ctx.needs_input_grad[0]:
-                folded = triton_fold.fold(kernel.contiguous(), folding, low.dtype)
-                grad_low = _columns(triton_apply.grad_low(folded, grad, folding))
-            if ctx.needs_input_grad[1]:
-                grad_folded = triton_apply.grad_folded(_rows(low), grad, folding)
-                grad_kernel = triton_fold.unfold(grad_folded, folding, kernel.dtype)
-        return grad_low, grad_kernel, None
+            weights = triton_range.weights(_rows(projected), temperature, sigma, folding.radius)
+            needed = ctx.needs_input_grad[0], of_guidance
+            grad_low, grad_weights = _grad_of_filter(low, weights, folding, grad, needed)
+            if grad_weights is None:
+                return grad_low, *(None,) * 5
+            grads = _grad_of_weights(
+                projected, temperature, sigma, weights, grad_weights, folding.radius
+            )
+        return grad_low, *grads, None, None
 
 
-def _folding(low: Tensor, kernel: Tensor, base: str) -> Folding:
-    (height, width), (fine_height, fine_width) = low.shape[-2:], kernel.shape[-2:]
+def _grad_of_weights(
+    projected: Tensor,
+    temperature: Tensor,
+    sigma: Tensor,
+    weights: Tensor,
+    grad: Tensor,
+    radius: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of guidance, temperature and sigma from ``grad [B, T, H, W]``."""
+    from . import triton_range
+
+    grad_logits, distances = triton_range.grad_logits(weights, grad.contiguous(), radius)
+    grad_projected, products = triton_range.grad_projected(
+        _rows(projected), grad_logits, temperature, radius
+    )
+    grad_sigma = distances / sigma**3  # of -distance ** 2 / (2 sigma ** 2)
+    return (
+        _columns(grad_projected),
+        products.to(temperature.dtype).view_as(temperature),
+        grad_sigma.to(sigma.dtype).view_as(sigma),
+    )
+
+
+def _grad_of_filter(
+    low: Tensor, kernel: Tensor, folding: Folding, grad: Tensor, needed: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the gradients of map and kernel, where needed, from ``grad [B, C, H, W]``."""
+    from . import triton_apply, triton_fold
+
+    grad = _rows(grad)
+    grad_low = grad_kernel = None
+    if needed[0]:
+        folded = triton_fold.fold(kernel.contiguous(), folding, low.dtype)
+        grad_low = _columns(triton_apply.grad_low(folded, grad, folding))
+    if needed[1]:
+        grad_folded = triton_apply.grad_folded(_rows(low), grad, folding)
+        grad_kernel = triton_fold.unfold(grad_folded, folding, kernel.dtype)
+    return grad_low, grad_kernel
+
+
+def _folding(low: Tensor, fine: Tensor, radius: int, base: str) -> Folding:
+    """Return how a map of the size of ``fine`` is made of ``low``."""
+    (height, width), (fine_height, fine_width) = low.shape[-2:], fine.shape[-2:]
     assert fine_height % height == 0, "checked by the dispatch"
     assert fine_width % width == 0, "checked by the dispatch"
-    radius = (round(kernel.shape[1] ** 0.5) - 1) // 2
     folding = Folding((fine_height // height, fine_width // width), radius, base == "bicubic")
-    _check_size(math.prod(folding.window), kernel)
+    _check_size(max(folding.cells, (2 * radius + 1) ** 2), fine)
     return folding
 
 

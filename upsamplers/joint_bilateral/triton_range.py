@@ -34,7 +34,7 @@ def weights(projected: Tensor, temperature: Tensor, sigma: Tensor, radius: int) 
     """Return the weights ``[B, T, H, W]`` of ``projected [B, H, W, K]``."""
     batch, height, width, _ = projected.shape
     out = projected.new_empty(batch, (2 * radius + 1) ** 2, height, width)
-    _run(_weights_kernel, projected, radius, 2, projected, temperature, sigma, out)
+    run_blocks(_weights_kernel, projected, radius, 2, projected, temperature, sigma, out)
     return out
 
 
@@ -58,16 +58,18 @@ def grad_projected(
     """Return the gradients of ``projected [B, H, W, K]`` and of the temperature."""
     out, products = torch.empty_like(projected), grad_logits.new_empty(_blocks(projected))
     tensors = (projected, grad_logits, temperature, out, products)
-    _run(_grad_projected_kernel, projected, radius, 4, *tensors)
+    run_blocks(_grad_projected_kernel, projected, radius, 4, *tensors)
     return out, products.sum()
 
 
-def _run(function: Any, map_: Tensor, radius: int, warps: int, *tensors: Tensor) -> None:
+def run_blocks(
+    function: Any, map_: Tensor, radius: int, warps: int, *tensors: Tensor, **own: Any
+) -> None:
     """Launch over the blocks of ``map_ [B, H, W, K]``; surroundings are padded to powers of two."""
     _, height, width, keys = map_.shape
     constants = {"KEYS": power_of_two(keys, 16), "PLACES": power_of_two((4 + 2 * radius) ** 2, 16)}
     function[(_blocks(map_),)](
-        *tensors, height, width, keys, **constants, RADIUS=radius, SUM=accumulator(map_),
+        *tensors, height, width, keys, **constants, **own, RADIUS=radius, SUM=accumulator(map_),
         num_warps=warps,
     )  # fmt: skip
 
@@ -112,15 +114,14 @@ def _block(height, width, PLACES: tl.constexpr, RADIUS: tl.constexpr):
 
 
 @triton.jit
-def _weights_kernel(
-    projected_ptr,  # [B, H, W, K]
-    temperature_ptr,
-    sigma_ptr,
-    weights_ptr,  # [B, T, H, W]
-    height, width, keys,
+def block_weights(
+    projected_ptr, temperature_ptr, sigma_ptr, height, width, keys,
     KEYS: tl.constexpr, PLACES: tl.constexpr, RADIUS: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
-    side: tl.constexpr = 2 * RADIUS + 1
+    """Return the weights ``[pixels, places]`` of a block, zero where no pixel sees a place.
+
+    With them come what :func:`_block` returns of pixels and places, and which of them meet.
+    """
     image, y, x, row, column, real = _block(height, width, PLACES, RADIUS)
     inside, key = (y < height) & (x < width), tl.arange(0, KEYS)[None, :]
     entry = ((image * height + y) * width + x)[:, None] * keys + key
@@ -140,14 +141,30 @@ def _weights_kernel(
     logits = tl.where(neighbours, logits, float("-inf"))
     weights = tl.exp(logits - tl.max(logits, axis=1)[:, None])
     weights = weights * (1 / tl.sum(weights, axis=1))[:, None]
+    return weights, neighbours & inside[:, None], image, y, x, row, column
+
+
+@triton.jit
+def _weights_kernel(
+    projected_ptr,  # [B, H, W, K]
+    temperature_ptr,
+    sigma_ptr,
+    weights_ptr,  # [B, T, H, W]
+    height, width, keys,
+    KEYS: tl.constexpr, PLACES: tl.constexpr, RADIUS: tl.constexpr, SUM: tl.constexpr,
+):  # fmt: skip
+    side: tl.constexpr = 2 * RADIUS + 1
+    weights, met, image, y, x, row, column = block_weights(
+        projected_ptr, temperature_ptr, sigma_ptr, height, width, keys, KEYS, PLACES, RADIUS, SUM
+    )
     area = height * width
     entry = (y * width + x + (side + 1) * RADIUS * area - (y * side + x) * area)[:, None]
     entry += ((row * side + column) * area)[None, :]  # tap * area + pixel
     weights_ptr += image * (side * side) * area
-    tl.store(weights_ptr + entry, weights, neighbours & inside[:, None])
+    tl.store(weights_ptr + entry, weights, met)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pixels"])
 def _grad_logits_kernel(
     weights_ptr,  # [B, T, H, W]
     grad_ptr,  # [B, T, H, W]

@@ -7,10 +7,13 @@ neighbourhoods overlap, and multiply more zeros.
 """
 
 from functools import lru_cache
+from operator import le
 from typing import NamedTuple
 
-_LARGEST = 64
-"""Rows and columns of a product: one warp group's matrix instruction has 64 rows."""
+_WARP_GROUP = 64
+"""Rows of one warp group's matrix instruction; a group is 4 warps."""
+_LARGEST_PIXELS, _LARGEST_CELLS = 128, 64
+"""Rows and columns of a product; more cells would be mostly zeros, and spill."""
 _LARGEST_STRIP = 32
 """Low-resolution cells whose gradients a program sums at a time."""
 
@@ -64,6 +67,11 @@ class Tile(NamedTuple):
         """The same as constants of a kernel."""
         return {name.upper(): value for name, value in self._asdict().items()}
 
+    @property
+    def warp_groups(self) -> int:
+        """Groups of 4 warps that share a product."""
+        return max(1, self.pixels // _WARP_GROUP)
+
     def products(self, factor: tuple[int, int]) -> int:
         """Return how many products of ``pixels`` target pixels a tile takes."""
         return -(-self.rows * self.columns * factor[0] * factor[1] // self.pixels)
@@ -93,7 +101,8 @@ def _tile(factor: tuple[int, int], window: tuple[int, int]) -> Tile:
     """Return the tile that reads the fewest cells for each of its own, then multiplies least."""
     sides = [(rows, columns) for rows in range(1, 9) for columns in range(1, 9)]
     shapes = {side: _shape(side, factor, window) for side in sides}
-    fitting = [side for side in sides if max(shapes[side]) <= _LARGEST] or [(1, 1)]
+    largest = (_LARGEST_PIXELS, _LARGEST_CELLS)
+    fitting = [side for side in sides if all(map(le, shapes[side], largest))] or [(1, 1)]
 
     def cost(side: tuple[int, int]) -> tuple[float, float]:
         own = side[0] * side[1]
@@ -102,7 +111,7 @@ def _tile(factor: tuple[int, int], window: tuple[int, int]) -> Tile:
 
     best = min(fitting, key=cost)
     pixels, cells = shapes[best]
-    return Tile(*best, min(pixels, _LARGEST), cells)
+    return Tile(*best, min(pixels, _LARGEST_PIXELS), cells)
 
 
 def _shape(

@@ -8,7 +8,12 @@ import torch
 import torch.nn.functional as F
 
 from radio_distill.errors import ConfigError
-from upsamplers.joint_bilateral import apply_kernel, range_weights, triton_kernels
+from upsamplers.joint_bilateral import (
+    apply_kernel,
+    joint_bilateral,
+    range_weights,
+    triton_kernels,
+)
 
 # Sizes that leave a rest: against tiles of cells, blocks of channels, strips and rows of strips.
 LAYERS = [
@@ -58,6 +63,29 @@ def test_apply_kernel__is_reference(batch, channels, cells, factors, radius, bas
     )
     assert_close(ours, reference, 2e-6)
     assert ours[0].is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(("batch", "channels", "cells", "factors", "radius", "base"), LAYERS[::2])
+def test_joint_bilateral__is_reference(batch, channels, cells, factors, radius, base):
+    low, _, given = layer(batch, channels, cells, factors, radius)
+    projected = normal(batch, 6, *given.shape[2:]) * 0.7
+    tensors = low, projected, torch.tensor(0.7), torch.tensor(0.6)
+    ours = run(lambda *t: joint_bilateral(*t, radius, base, "triton"), given, *tensors)
+    wide = [tensor.double() for tensor in tensors]
+    reference = run(lambda *t: joint_bilateral(*t, radius, base, "reference"), given, *wide)
+    assert_close(ours[:2], reference[:2], 2e-6)
+    assert_close(ours[2:3], reference[2:3], 1e-5)
+    assert_close(ours[3:], reference[3:], 1e-4)  # sums that nearly cancel, in 32 bits
+
+
+def test_joint_bilateral__16_bit_is_reference():
+    low, _, given = layer(1, 5, (5, 6), (2, 2), 3, torch.bfloat16)
+    projected = normal(1, 6, 10, 12, dtype=torch.bfloat16) * 0.7
+    tensors = low, projected, torch.tensor(0.7), torch.tensor(0.6)
+    ours = run(lambda *t: joint_bilateral(*t, 3, "bilinear", "triton"), given, *tensors)
+    wide = [tensor.double() for tensor in tensors]
+    reference = run(lambda *t: joint_bilateral(*t, 3, "bilinear", "reference"), given, *wide)
+    assert_close(ours[:3], reference[:3], 2e-2)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 2e-3)])

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.joint_bilateral_compiled import compiled, launches
 from upsamplers.joint_bilateral import triton_kernels
 from upsamplers.joint_bilateral.triton_tiles import Folding
 
@@ -33,66 +34,40 @@ def test_triton_kernels__in_the_interpreter():
     assert " passed" in done.stdout
 
 
-class Recorder:
-    """Stands for a kernel and notes how it would have been launched."""
-
-    def __init__(self, kernel, launches):
-        self.kernel, self.launches = kernel, launches
-
-    def __getitem__(self, grid):
-        return lambda *args, **kwargs: self.launches.append((self.kernel, args, kwargs))
-
-
-def launches(patch, dtype):
-    """Return every launch of a forward and a backward pass."""
-    from upsamplers.joint_bilateral import triton_apply, triton_fold, triton_range
-
-    seen = []
-    for module in (triton_apply, triton_fold, triton_range):
-        for name in [name for name in vars(module) if name.endswith("_kernel")]:
-            patch.setattr(module, name, Recorder(getattr(module, name), seen))
-    low = torch.zeros(1, 256, 8, 8, dtype=dtype, requires_grad=True)
-    projected = torch.zeros(1, 32, 24, 24, dtype=dtype, requires_grad=True)
-    scalar = torch.ones((), requires_grad=True)
-    kernel = triton_kernels.range_weights(projected, scalar, scalar, 1)
-    triton_kernels.apply_kernel(low, kernel).sum().backward()
-    return seen
-
-
-def signature(kernel, args, kwargs):
-    """Return types, constants and alignments of a launch, as the compiler takes them."""
-    pointers = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
-    named = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
-    types, constants, alignments = {}, {}, {}
-    for number, name in enumerate(kernel.arg_names):
-        value = named[name]
-        if kernel.params[number].is_constexpr:
-            types[name], constants[name] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
-            types[name], alignments[(number,)] = pointers[value.dtype], [["tt.divisibility", 16]]
-        else:
-            types[name] = "i32"
-    return types, constants, alignments
-
-
 @pytest.mark.skipif(triton.knobs.runtime.interpret, reason="nothing is compiled in the interpreter")
 @pytest.mark.parametrize(
     ("dtype", "capability", "shared_memory"),
     [(torch.bfloat16, 90, 227 * 1024), (torch.float32, 80, 163 * 1024)],
 )
-def test_triton_kernels__compile(monkeypatch, dtype, capability, shared_memory):
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    seen = launches(monkeypatch, dtype)
-    assert len({kernel for kernel, *_ in seen}) == 8
-    for kernel, args, kwargs in seen:
-        source = ASTSource(kernel, *signature(kernel, args, kwargs))
-        options = {name: kwargs[name] for name in ("num_warps", "num_stages") if name in kwargs}
-        done = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+def test_triton_kernels__compile(dtype, capability, shared_memory):
+    seen = launches(dtype, batch=1, channels=256, cells=8, radius=1)
+    assert len({launch.kernel for launch in seen}) == 9
+    for launch in seen:
+        done = compiled(launch, capability)
         assert done.metadata.shared <= shared_memory
-        if kernel.__name__ in ("_multiply_kernel", "_grad_low_kernel", "_grad_folded_kernel"):
+        if launch.kernel.__name__ in (
+            "_multiply_kernel",
+            "_grad_low_kernel",
+            "_grad_folded_kernel",
+        ):
             assert "mma" in done.asm["ptx"]
+
+
+@pytest.mark.skipif(triton.knobs.runtime.interpret, reason="nothing is compiled in the interpreter")
+def test_triton_kernels__another_batch_size_compiles_nothing_anew():
+    size = {"channels": 256, "cells": 8, "radius": 1}
+    one, three = (launches(torch.float32, batch=batch, **size) for batch in (1, 3))
+    for first, second in zip(one, three, strict=True):
+        assert first.constants == second.constants
+        variable = [param for param in first.kernel.params if not param.is_constexpr]
+        changing = [
+            param
+            for param, before, after in zip(
+                variable, first.arguments, second.arguments, strict=True
+            )
+            if isinstance(before, int) and before != after
+        ]
+        assert all(param.do_not_specialize for param in changing), first.kernel.__name__
 
 
 @pytest.mark.parametrize("factor", [1, 2, 3, 5, 7, 11])
