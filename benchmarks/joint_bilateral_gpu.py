@@ -26,7 +26,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from upsamplers.joint_bilateral import apply_kernel, range_weights, triton_kernels
+from upsamplers.joint_bilateral import (
+    apply_kernel,
+    joint_bilateral,
+    range_weights,
+    triton_kernels,
+)
 from upsamplers.joint_bilateral.triton_tiles import Folding, power_of_two
 
 RADIUS, KEYS = 3, 32
@@ -102,7 +107,7 @@ def forward_work(case: Case, cells: int, folding: Folding) -> list[Work]:
     """Count the kernels of one level, forward."""
     tile, window = folding.tile, folding.window
     pixels = case.batch * (cells * folding.factor[0]) ** 2
-    keys, taps = pixels * KEYS * case.bytes, pixels * TAPS * case.bytes
+    keys = pixels * KEYS * case.bytes
     folded, out = pixels * prod(window) * case.bytes, pixels * case.channels * case.bytes
     low = case.batch * cells**2 * case.channels * case.bytes
     tiles = case.batch * ceil(cells / tile.rows) * ceil(cells / tile.columns)
@@ -111,11 +116,20 @@ def forward_work(case: Case, cells: int, folding: Folding) -> list[Work]:
     )
     matrix = tile.products(folding.factor) * tile.pixels * tile.cells
     matrix *= case.products
-    places = (4 + 2 * RADIUS) ** 2  # around a block of 16 pixels
-    scores = 2 * pixels * power_of_two(places) * KEYS * case.products
+    reach = 4 + 2 * RADIUS  # around a block of 16 pixels
+    # Shares of cells in the places of a block, on tensor cores: 32-bit products in three parts.
+    spans = [
+        (factor + 2) // factor + side for factor, side in zip(folding.factor, window, strict=True)
+    ]
+    shares = 2 * pixels * power_of_two(reach**2) * power_of_two(prod(spans)) * 3
     return [
-        Work("weights", keys, taps, keys * (places + 16) / 16, scores),
-        Work("fold", taps, folded, taps, 0),
+        Work(
+            "fold_weights",
+            keys,
+            folded,
+            keys * (reach**2 + 16) / 16,
+            _scores(case, pixels) + shares,
+        ),
         Work(
             "multiply",
             low + folded,
@@ -126,9 +140,19 @@ def forward_work(case: Case, cells: int, folding: Folding) -> list[Work]:
     ]
 
 
+def _scores(case: Case, pixels: int) -> int:
+    """Return the operations that compare pixels with their surroundings, a block at a time."""
+    return 2 * pixels * power_of_two((4 + 2 * RADIUS) ** 2) * KEYS * case.products
+
+
 def backward_work(case: Case, cells: int, folding: Folding) -> list[Work]:
     """Count the kernels of one level, backward; :mod:`.triton_apply` names their sizes."""
-    weights, fold, multiply = forward_work(case, cells, folding)
+    fold_weights, multiply = forward_work(case, cells, folding)
+    taps = fold_weights.read * TAPS // KEYS
+    around = fold_weights.loaded
+    scores = _scores(case, case.batch * (cells * folding.factor[0]) ** 2)
+    weights = Work("weights", fold_weights.read, taps, around, scores)
+    fold = Work("fold", taps, fold_weights.written, taps, 0)
     out, low, wide, logits = (
         multiply.written,
         multiply.read - fold.written,
@@ -146,6 +170,7 @@ def backward_work(case: Case, cells: int, folding: Folding) -> list[Work]:
     padded = case.batch * strips * rows * factor * ceil(across / 32) * 32
     sums = 2 * padded * power_of_two(window * strip, 16) * case.channels * case.products
     return [
+        weights,
         fold,
         Work("grad_low", out + fold.written, low, given + weighed, sums),
         Work(
@@ -172,30 +197,21 @@ def count(case: Case) -> None:
     columns = ["kernel", "read MB", "written MB", "loaded MB", "GFLOP"]
     row(f"{case}", *columns[1:], *(f"bound {gpu} µs" for gpu in DATA_SHEETS))
     row(*["---"] + ["---:"] * (len(columns) - 1 + len(DATA_SHEETS)))
-    totals = {name: [0.0] * len(DATA_SHEETS) for name in ("apply", "layer")}
     for title, works in (("forward", forward_work), ("backward", backward_work)):
-        totals = {name: [0.0] * len(DATA_SHEETS) for name in totals}
+        total = [0.0] * len(DATA_SHEETS)
         for cells, folding in case.levels():
             for work in works(case, cells, folding):
                 bounds = [work.seconds(*sheet) for sheet in DATA_SHEETS.values()]
+                total = [old + new for old, new in zip(total, bounds, strict=True)]
                 numbers = (work.read, work.written, work.loaded, work.operations / 1e3)
                 label = f"{work.kernel} →{cells * folding.factor[0]}"
                 row(
                     label, *(f"{n / 1e6:.1f}" for n in numbers), *(f"{b * 1e6:.1f}" for b in bounds)
                 )
-                for name, total in totals.items():
-                    if name == "layer" or work.kernel in APPLY:
-                        total[:] = [old + new for old, new in zip(total, bounds, strict=True)]
-        for name, total in totals.items():
-            write = [case.output_bytes() / bandwidth for bandwidth, _ in DATA_SHEETS.values()]
-            shown = [
-                f"{t * 1e6:.0f} = {t / w:.2f}x write" for t, w in zip(total, write, strict=True)
-            ]
-            row(f"**{name}, {title}**", "", "", "", "", *shown)
+        write = [case.output_bytes() / bandwidth for bandwidth, _ in DATA_SHEETS.values()]
+        shown = [f"{t * 1e6:.0f} = {t / w:.2f}x write" for t, w in zip(total, write, strict=True)]
+        row(f"**layer, {title}**", "", "", "", "", *shown)
     print()
-
-
-APPLY = ("fold", "multiply", "grad_low", "grad_folded", "unfold")
 
 
 # --- measuring --------------------------------------------------------------------------------
@@ -237,8 +253,10 @@ def apply(given: Inputs, how: str) -> Tensor:
 
 def layer(given: Inputs, how: str) -> Tensor:
     """Run all levels, weights included."""
-    kernels = [range_weights(keys, 1.0, 1.0, RADIUS, how) for keys in given.projected]
-    return apply(given._replace(kernels=kernels), how)
+    low = given.low
+    for projected in given.projected:
+        low = joint_bilateral(low, projected, 1.0, 1.0, RADIUS, "bilinear", how)
+    return low
 
 
 def leaves(given: Inputs, function: Callable[[Inputs, str], Tensor], how: str) -> list[Tensor]:
