@@ -1,4 +1,5 @@
 from fractions import Fraction
+from itertools import islice
 
 import numpy as np
 from hypothesis import given, settings
@@ -26,6 +27,27 @@ def test_sample_order__every_epoch_has_every_sample_once(counts, window, seed, e
         found = [order.at(p) for p in range(first, first + order.num_samples)]
         assert len(set(found)) == len(found)
         assert set(found) == expected
+
+
+@settings(max_examples=25)
+@given(counts_of_shards, st.integers(1, 5), st.integers(0, 200))
+def test_shards_from__names_every_shard_before_or_when_it_is_needed(counts, window, position):
+    order = SampleOrder([counts], seed=5, window=window)
+    coming = list(dict.fromkeys(islice(order.shards_from(position), 4 * len(counts))))
+    needed = list(dict.fromkeys(order.at(position + i).shard for i in range(order.num_samples)))
+    assert needed[0] in coming[:window]
+    assert window > 1 or coming[: len(needed)] == needed
+    for number, shard in enumerate(needed):
+        assert coming.index(shard) < number + 2 * window, "those of a window come together"
+
+
+def test_shards_from__sources_come_as_their_weights_have_them():
+    order = SampleOrder([[4] * 30, [4] * 30], weights=[0.75, 0.25], seed=0, window=1)
+    for position in (0, 37, 500):
+        coming = list(islice(order.shards_from(position), 24))
+        needed = {order.at(position + i).shard for i in range(60)}
+        assert needed <= set(coming)
+        assert abs(sum(shard < 30 for shard in coming) - 18) <= 2
 
 
 @settings(max_examples=25)
