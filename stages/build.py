@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from radio_distill.config import EvaluationConfig, Recipe
 from radio_distill.data.loader import ShardBatches
 from radio_distill.distill.loss_weights import TermWeights
-from radio_distill.distill.micro_batches import MicroBatchSchedule
+from radio_distill.distill.micro_batches import MicroBatchSchedule, teachers_of
 from radio_distill.distill.randomness import StepRandomness
 from radio_distill.distill.targets import TargetMaker
 from radio_distill.distill.task import Distillation
@@ -48,6 +48,7 @@ from radio_distill.train.trainer import Trainer
 from radio_distill.types import Score, TeacherSpec
 from radio_distill.weights.pretrained import initialise
 from teachers import build_teacher
+from teachers.late import LateTeacher
 from upsamplers import build_upsampler
 
 from .launch import Options, Train, launch
@@ -118,7 +119,7 @@ def build_distillation(
     start = resumed or start_checkpoint(stage, asked)
     torch.manual_seed(stage.base_seed)
     draws = StepRandomness.of_stage(stage)
-    targets = build_targets(stage, device)
+    targets = build_targets(stage, world, device)
     schedule = MicroBatchSchedule(stage, world, draws)
     source = ShardBatches(
         stage.data,
@@ -141,6 +142,9 @@ def build_distillation(
     if resumed is None:
         run_on_main(world, lambda: make_private(stage.run_folder))
         dispersions = _fit_scales(stage, targets, model, start, world, device)
+        for teacher in targets.teachers.values():
+            if isinstance(teacher, LateTeacher):
+                teacher.release()
     keeps_ema = stage.ema_decay and (world.is_main or stage.loss.mesa)
     hint = "set ema_decay to 0, or take a smaller student"
     with explain_oom("the EMA of the student", "the start", hint):
@@ -284,9 +288,9 @@ def check_same_shards(fingerprint: str) -> None:
         )
 
 
-def build_targets(stage: Stage, device: torch.device) -> TargetMaker:
+def build_targets(stage: Stage, world: World, device: torch.device) -> TargetMaker:
     """Build the teachers of a stage, its upsampler, and unfitted normalizers."""
-    teachers = build_teachers(stage.recipe, device)
+    teachers = _teachers_for(stage, world, device)
     upsampled = {
         name: teacher
         for name, teacher in teachers.items()
@@ -295,6 +299,28 @@ def build_targets(stage: Stage, device: torch.device) -> TargetMaker:
     upsampler = build_upsampler(stage.upsampler, upsampled, stage.engine.precision)
     normalizers = build_normalizers(stage.normalizer.name, teachers)
     return TargetMaker(teachers, normalizers, upsampler)
+
+
+def _teachers_for(stage: Stage, world: World, device: torch.device) -> dict[str, Teacher]:
+    """Load the teachers that this process runs in a step; of the others it knows what they are.
+
+    The first process reads those that none runs, since checkpoints name all of the recipe.
+    """
+
+    def load(name: str) -> Teacher:
+        return build_teacher(name, stage.teachers[name], device)
+
+    names = teachers_of(stage, world)
+    run_somewhere = set(all_gather_object(names))
+    own = {name: load(name) for name in names}
+    found = {name: teacher.spec for name, teacher in own.items()}
+    if world.is_main:
+        found |= {name: load(name).spec for name in stage.teachers if name not in run_somewhere}
+    specs = dict(all_gather_object([*found.items()]))
+    return {
+        name: own[name] if name in own else LateTeacher(specs[name], partial(load, name))
+        for name in stage.teachers
+    }
 
 
 def build_teachers(recipe: Recipe, device: torch.device) -> dict[str, Teacher]:

@@ -1,0 +1,46 @@
+"""A teacher that other processes run: it is loaded when it is needed, and given back after."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from radio_distill.protocols import Teacher
+from radio_distill.types import Features, TeacherSpec
+
+
+class LateTeacher:
+    """Describes a teacher without its weights, and loads them where it is asked to encode.
+
+    Statistics are taken by all processes and an evaluation by the first, of all teachers; in a
+    step a process runs but some.
+
+    Args:
+        spec: what it is, with the fingerprint of its weights.
+        load: builds it.
+    """
+
+    def __init__(self, spec: TeacherSpec, load: Callable[[], Teacher]):
+        self.spec = spec
+        self._load = load
+        self._teacher: Teacher | None = None
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether it holds weights now."""
+        return self._teacher is not None
+
+    def encode(self, pixels: Tensor) -> Features:
+        """Encode ``[B, 3, H, W]`` as the teacher does, which stays until :meth:`release`."""
+        if self._teacher is None:
+            self._teacher = self._load()
+        return self._teacher.encode(pixels)
+
+    def release(self) -> None:
+        """Give the weights back."""
+        self._teacher = None
+
+    def to(self, device: Any) -> "LateTeacher":
+        """Return itself: ``load`` knows where it is to run."""
+        del device
+        return self
