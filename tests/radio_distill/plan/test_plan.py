@@ -1,5 +1,6 @@
 """The arithmetic of a plan against operations counted by hand and memory measured for real."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -25,7 +26,7 @@ from radio_distill.config import (
     UpsamplerConfig,
 )
 from radio_distill.distill.losses import distillation_loss
-from radio_distill.distill.micro_batches import Pass
+from radio_distill.distill.micro_batches import Pass, assign_micro_batches
 from radio_distill.models.heads import build_student
 from radio_distill.models.position import NUM_DRAWS
 from radio_distill.plan.cost import ModelCosts, WorkBySize
@@ -38,6 +39,7 @@ from radio_distill.plan.meter import (
     peak_memory,
     share_equal_blocks,
 )
+from radio_distill.plan.step_time import Schedule, Speed, StepTime, step_time
 from radio_distill.plan.time import (
     DECODE_SECONDS,
     RENDER_SECONDS,
@@ -407,6 +409,30 @@ def test_partition__many_sizes_cost_what_each_of_them_costs_alone():
         assert one.teachers[0].flops == other.teachers[0].flops
         for work, exact in ((one.student, other.student), (one.teachers[0].encode,) * 2):
             assert work.one.traffic == pytest.approx(exact.one.traffic, rel=0.01)
+
+
+def test_step_time__products_alone_are_operations_over_rate_and_launches_hide_behind_them():
+    with fake_costs(make_recipe()) as costs:
+        stage = costs.stages["stage1"]
+        counted = {item.name: costs.partition(stage, item) for item in stage.partitions}
+        ranks = assign_micro_batches(
+            stage, {item.name: item.sizes[0] for item in stage.partitions}, 1
+        )
+
+        def price(speed: Speed, **schedule: object) -> StepTime:
+            return step_time(costs, stage, counted, ranks, speed, Schedule(**schedule))
+
+        still = price(Speed(2e12, 0.5e12, math.inf), launch=0)
+        student = sum(cost.student_flops * cost.partition.batch_size for cost in counted.values())
+        assert still.learn == pytest.approx(student / 2e12)
+        assert still.total == pytest.approx(still.device)
+        assert still.exchange == still.elementwise == still.optimizer == 0
+        real = Speed(2e12, 0.5e12, 1e9)
+        slow, fast = price(real, launch=1.0), price(real, launch=1e-12)
+        assert (slow.bound, fast.bound) == ("launches", "elementwise")
+        assert fast.total < slow.total < price(real, launch=1.0, float_copies=True).total
+        assert slow.passes == pytest.approx(slow.launches)
+        assert price(real, waits=True).passes >= price(real).passes
 
 
 @pytest.mark.parametrize(("shift", "runs"), [(0, 1), (2, 2)])
