@@ -23,14 +23,15 @@ PRODUCTS = 0.6
 STREAMING = 0.8
 """Share of the bandwidth that elementwise kernels reach. Assumed: 2.7 of 3.35 TB/s on an H100."""
 LAUNCH = 16e-6
-"""Seconds of the host for one operator, autograd included. A forward and backward pass of ViT-B
-with spectral matrices, 2,730 operators of width 32, took 43.7 ms of one core of an EPYC Milan."""
+"""Seconds of the host for one operator, autograd included: a pass of ViT-B with spectral matrices
+took 43.7 ms of one core of an EPYC Milan, over 2,234 operators without heads and losses and about
+2,730 with them; which of them the time holds is not certain, so it is 16 to 20 microseconds."""
 NODE, NVLINK, NETWORK = 8, 370e9, 40e9
 """Devices of a node, and bytes a second that a device's all-reduce moves in it and beyond. Assumed:
 four fifths of NVLink's 450 GB/s in one direction (H100), and of one 400 Gb/s port a device."""
 OPTIMIZER_PASSES = {"lamb": 20}
-"""How often an optimizer reads or writes a float32 tensor of the parameters' size. Counted in
-timm's code; AdamW's foreach form has :data:`OTHER_PASSES`."""
+"""How often an optimizer reads or writes a float32 tensor of the parameters' size. Estimated, not
+counted; others, AdamW, take :data:`OTHER_PASSES`."""
 OTHER_PASSES = 14
 PAGEABLE = 6e9
 """Bytes a second of a copy from memory that is not pinned. Assumed."""
