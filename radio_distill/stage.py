@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .config import (
+    AUTO_MICRO_BATCH,
     AugmentationConfig,
     DataConfig,
     EngineConfig,
@@ -112,6 +113,8 @@ class Stage:
     """Of every teacher, by name, in the order of the recipe."""
     work: StageWork = field(default_factory=dict)
     """What the processes share out by; empty where it need not be known."""
+    micro_batches: Mapping[tuple[str, Size], int] = field(default_factory=dict)
+    """Most images of a pass by partition and size, where they were found for a device's memory."""
 
     @property
     def is_fit(self) -> bool:
@@ -197,6 +200,12 @@ class Stage:
     @property
     def evaluation(self) -> EvaluationConfig:
         return self.recipe.evaluation
+
+    def micro_batch(self, partition: str, size: Size) -> int:
+        """Return the most images in one pass of a partition at a size; 0 for no limit."""
+        if self.engine.micro_batch != "auto":
+            return self.engine.micro_batch
+        return self.micro_batches.get((partition, size), AUTO_MICRO_BATCH)
 
     def views(self, teacher: str) -> list[tuple[Partition, TeacherView]]:
         """List a teacher's views, one for each size of each partition that shows it."""

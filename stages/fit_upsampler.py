@@ -220,8 +220,9 @@ def build_fit(
     torch.manual_seed(stage.base_seed)
     teacher = build_teacher(config.teacher, stage.teachers[config.teacher], device)
     spec, (_, view) = teacher.spec, stage.views(config.teacher)[0]
+    micro_batch = stage.micro_batch(FIT, view.size)
     network = build_network(config.upsampler, spec.channels, config.factor, config.options)
-    slices = assign_images(config, world, stage.engine.micro_batch, view.rendered)
+    slices = assign_images(config, world, micro_batch, view.rendered)
     source = ShardBatches(
         stage.data,
         seed=stage.seed,
@@ -240,7 +241,7 @@ def build_fit(
     model = UpsamplerModel(network, normalizers[spec.name], spec.channels, grid)
     consistency = Consistency(model, config, spec.channels)
     engine = build_fit_engine(consistency, stage, world, device)
-    num_passes = passes_of_step(config, world.world_size, stage.engine.micro_batch)
+    num_passes = passes_of_step(config, world.world_size, micro_batch)
     task = Fit(stage, world, teacher, consistency, engine, source, slices, num_passes)
     if resumed is not None:
         task.restore(resumed)

@@ -8,17 +8,25 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from radio_distill.config import Facts, check, dtypes_of, dump, place_indexes
+from radio_distill.config import (
+    AUTO,
+    AUTO_MICRO_BATCH,
+    Facts,
+    check,
+    dtypes_of,
+    dump,
+    place_indexes,
+)
 from radio_distill.data.sources import open_sources
 from radio_distill.errors import ConfigError
 from radio_distill.hints import hints
 from radio_distill.plan.work import needs_work
-from radio_distill.stage import Stage, StageWork, resolve_stage
+from radio_distill.stage import Stage, resolve_stage
 from radio_distill.system import precision
 from radio_distill.system.determinism import deterministic
 from radio_distill.system.distributed import (
@@ -127,8 +135,7 @@ def resolve_at_start(
     earlier = resumed.recipe if resumed else None
     stage = resolve_stage(recipe, stage.name, stage.specs, facts, earlier, stage.folder)
     check(stage.recipe)  # what a checkpoint said may not go with what is asked for now
-    if needs_work(stage, world.world_size):
-        stage = replace(stage, work=run_on_main(world, lambda: work_or_pixels(stage)))
+    stage = run_on_main(world, lambda: measured_or_plain(stage, world.world_size, device))
     for line in hints(stage, in_shards):
         logging.warning("%s", line)
     if world.is_main and (line := precision.emulation_warning(dtypes_of(stage.recipe), device)):
@@ -136,22 +143,27 @@ def resolve_at_start(
     return stage
 
 
-def work_or_pixels(stage: Stage) -> StageWork:
-    """Count what the images of a stage cost; nothing, with a warning, where that cannot be done.
+def measured_or_plain(stage: Stage, devices: int, device: torch.device) -> Stage:
+    """Return a stage with what is known of its work and memory, where that decides anything.
 
-    A teacher of a user's own may compute in ways that cannot be counted without its weights.
+    A teacher of a user's own may compute in ways that cannot be measured without its weights: then
+    there is a warning instead.
     """
-    from .planning import count_work
+    is_auto = stage.engine.micro_batch == AUTO and device.type == "cuda"
+    if stage.is_fit or not (needs_work(stage, devices) or is_auto):
+        return stage
+    from .planning import measure_stage
 
+    total = torch.cuda.get_device_properties(device).total_memory if is_auto else 0
     try:
-        return count_work(stage)
+        return measure_stage(stage, devices, total / 2**30)
     except Exception as error:
         logging.warning(
-            "%s: processes share the images by their pixels, since what they cost cannot be "
-            "counted: %s: %s",
+            "%s: its work cannot be measured (%s: %s); processes share images by their pixels%s",
             stage.name, type(error).__name__, str(error).partition("\n")[0],
+            f", and engine.micro_batch is {AUTO_MICRO_BATCH}" if is_auto else "",
         )  # fmt: skip
-        return {}
+        return stage
 
 
 def check_folder(folder: Path, resumed: Checkpoint | None, take_over: bool) -> None:

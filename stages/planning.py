@@ -18,10 +18,17 @@ from radio_distill.errors import RadioDistillError
 from radio_distill.models.heads import DistilledStudent, build_student
 from radio_distill.plan.cost import ModelCosts
 from radio_distill.plan.meter import fake_module, fake_tensors
-from radio_distill.plan.time import DeviceType, StagePlan, measurements, plan_stage
+from radio_distill.plan.time import (
+    DeviceType,
+    StagePlan,
+    measurements,
+    plan_stage,
+    resident_memory,
+    with_micro_batches,
+)
 from radio_distill.plan.work import with_work
 from radio_distill.protocols import Upsampler
-from radio_distill.stage import Stage, StageWork, resolve_stage
+from radio_distill.stage import Stage, resolve_stage
 from radio_distill.system.progress import Progress
 from teachers import build_module, teacher_spec
 from teachers.base import FrozenTeacher
@@ -112,10 +119,18 @@ def measured(models: Models) -> Iterator[ModelCosts]:
         yield ModelCosts(models.stages(), models.student, models.teachers, upsamplers)
 
 
-def count_work(stage: Stage) -> StageWork:
-    """Count what the images of a resolved stage cost."""
-    with measured(build_models(stage.recipe)) as costs:
-        return with_work(stage, costs).work
+def measure_stage(stage: Stage, devices: int, gib: float) -> Stage:
+    """Return a resolved stage with what its images cost, and the micro-batches that `auto` means.
+
+    ``gib`` is the memory of a device; 0 where it is a CPU, for which nothing is measured.
+    """
+    models = build_models(stage.recipe)
+    with measured(models) as costs:
+        stage = with_work(stage, costs)
+        if not gib:
+            return stage
+        resident = resident_memory(costs, stage, devices, models.all_teacher_bytes)
+        return with_micro_batches(stage, costs, resident, gib)
 
 
 def plan_stages(

@@ -19,6 +19,8 @@ from .reading import (
     with_new_names,
 )
 from .resolve import (
+    AUTO,
+    AUTO_MICRO_BATCH,
     CHOSEN_ANEW,
     KEPT,
     Facts,

@@ -35,7 +35,8 @@ KEPT = (
 CHOSEN_ANEW = ("data.index", "data.workers", "engine.zero_stage", "log.every", "log.save_every")
 """Fields whose `auto` is resolved anew at every start: they change no number, but by rounding.
 
-Neither here nor there are engine.name and engine.device, which stay `auto` in a run folder.
+Neither here nor there are engine.name, engine.device and engine.micro_batch, which stay `auto` in a
+run folder; the last means another number at each size.
 """
 
 MOST_STATISTICS = 3_072_000
@@ -52,6 +53,8 @@ _LOG_EVERY, _LOG_SHARE = 50, 20  # a curve has at least 20 points
 _SAVE_SHARE = 5  # at most a fifth of a stage is lost with its machine
 _LEAST_SAVE_EVERY, _MOST_SAVE_EVERY = 20, 1000  # a try of a few steps is not spent on writing
 _MOST_WORKERS = 12
+AUTO_MICRO_BATCH = 16
+"""What engine.micro_batch's `auto` is where no memory is measured: more gains nothing on a CPU."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -335,8 +335,10 @@ class EngineConfig:
         "auto",
         "type of the matrix products of students and upsamplers, whose weights stay float32; auto: bfloat16 where the device has instructions for it, else float32",
     )
-    micro_batch: Count = option(
-        0, "most images in one forward pass; 0 for all of a partition", "images"
+    micro_batch: Count | Auto = option(
+        0,
+        "most images in one forward pass; 0 for all of a partition; auto: the most that the GPU's memory holds by the plan's model, at each size of each partition, 128 at most; 16 on a CPU and in a fit",
+        "images",
     )
     device: Literal["auto", "cpu", "cuda"] = option("auto", "where to run")
     compile: bool = option(False, "torch.compile the student")

@@ -120,7 +120,7 @@ def assign_micro_batches(
         tuple(Pass(item, sizes[item.name], item.image_weight) for item in group)
         for group in groups.values()
     ]
-    units = [_images_together(item) for item in passes]
+    units = [images_together(item) for item in passes]
     counts = [
         math.ceil(item[0].partition.batch_size / unit)
         for item, unit in zip(passes, units, strict=True)
@@ -130,9 +130,11 @@ def assign_micro_batches(
         costs = [share / count for share, count in zip(shares, counts, strict=True)]
     ranks: list[list[MicroBatch]] = [[] for _ in range(world_size)]
     for one, unit, dealt in zip(passes, units, deal(counts, costs, world_size), strict=True):
+        limits = [stage.micro_batch(item.partition.name, item.size) for item in one]
+        limit = min(filter(None, limits), default=0)
         first = 0
         for rank, count in enumerate(dealt):
-            spans = _spans(one[0].partition, first, first + count, stage.engine.micro_batch, unit)
+            spans = _spans(one[0].partition, first, first + count, limit, unit)
             ranks[rank] += [MicroBatch(start, stop, one) for start, stop in spans]
             first += count
     return _pad(ranks, stage.partitions, sizes)
@@ -154,7 +156,7 @@ def teachers_of(stage: Stage, world: World) -> list[str]:
     return [name for name in stage.teachers if name in names]
 
 
-def _images_together(passes: Sequence[Pass]) -> int:
+def images_together(passes: Sequence[Pass]) -> int:
     """Return how many images are never parted: those that fill whole canvases of every pass."""
     return math.lcm(*(view.images_per_input for item in passes for view in item.views.values()))
 

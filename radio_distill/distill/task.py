@@ -241,5 +241,6 @@ class Distillation:
         other = "set student.gradient_checkpointing to true"
         if stage.student.gradient_checkpointing:
             other = "take a smaller student, or lower the sizes of the partitions"
-        hint = lower("engine.micro_batch", stage.engine.micro_batch, images, other)
+        limit = stage.micro_batch(one.partition.name, one.size)
+        hint = lower("engine.micro_batch", limit, images, other)
         return explain_oom(part, f"{height}x{width} px, {images} images", hint)

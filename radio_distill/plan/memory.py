@@ -20,18 +20,22 @@ import torch
 from torch import Tensor
 
 from ..distill.losses import KINDS, distillation_loss
-from ..distill.micro_batches import Pass
+from ..distill.micro_batches import Pass, images_together
 from ..models.position import NUM_DRAWS
-from ..stage import Stage
+from ..stage import Partition, Stage
 from ..system.precision import autocast
 from ..teacher_view import TeacherView
-from ..types import Features
+from ..types import Features, Size
 from .cost import ModelCosts
 from .meter import peak_memory, peaks_memory
 
 GIB = 2**30
 USABLE = 0.9
 """Share of a device's memory that tensors may fill. Assumed."""
+SAFETY = 0.8
+"""Share of the room for a step that an automatic micro-batch may fill: kernels differ. Assumed."""
+MOST_IMAGES = 128
+"""Images of an automatic micro-batch: with more, launches are no smaller part of the time."""
 _FLOAT = 4  # bytes
 
 
@@ -64,6 +68,49 @@ def state_memory(parameters: int, zero_stage: int, devices: int) -> Memory:
         gradients=part if zero_stage >= 2 else whole,
         optimizer=2 * (part if zero_stage else whole),
     )
+
+
+def micro_batches_that_fit(
+    costs: ModelCosts, stage: Stage, room: float
+) -> dict[tuple[str, Size], int]:
+    """Return the most images of a pass, by partition and size, for which a step has room.
+
+    That is a number of canvases, or of images, which is a power of two; at least one. Partitions
+    that show the same images are looked at together, the others at their largest sizes.
+
+    Args:
+        costs: of the recipe's models.
+        stage: resolved.
+        room: bytes beside weights, gradients, moments and teachers; a part is left free of it.
+    """
+    groups: dict[str, list[Partition]] = {}
+    for partition in stage.partitions:
+        groups.setdefault(partition.images_of or partition.name, []).append(partition)
+    found = {}
+    for group in groups.values():
+        largest = [max(item.sizes, key=math.prod) for item in group]
+        for at, partition in enumerate(group):
+            for size in partition.sizes:
+                sizes = [*largest[:at], size, *largest[at + 1 :]]
+                passes = [
+                    Pass(item, shown, item.image_weight)
+                    for item, shown in zip(group, sizes, strict=True)
+                ]
+                found[partition.name, size] = _most_images(costs, stage, passes, room * SAFETY)
+    return found
+
+
+def _most_images(costs: ModelCosts, stage: Stage, passes: Sequence[Pass], room: float) -> int:
+    """Return the most images of a micro-batch whose step takes no more than ``room`` bytes."""
+    unit = images_together(passes)
+    most = min(passes[0].partition.batch_size, MOST_IMAGES)
+    first = step_memory(costs, stage, passes, unit)
+    each = max(step_memory(costs, stage, passes, 2 * unit) - first, 1)
+    units = max(min(1 + int((room - first) / each), most // unit), 1)
+    units = 1 << (units.bit_length() - 1)  # a power of two
+    while units > 1 and step_memory(costs, stage, passes, units * unit) > room:
+        units //= 2
+    return units * unit
 
 
 def step_memory(costs: ModelCosts, stage: Stage, passes: Sequence[Pass], images: int) -> int:

@@ -18,7 +18,14 @@ from ..distill.micro_batches import MicroBatch, assign_micro_batches
 from ..stage import Stage
 from ..types import Size
 from .cost import ModelCosts, PartitionCost, PassCost, TeacherCost
-from .memory import Memory, state_memory, step_memory
+from .memory import (
+    GIB,
+    USABLE,
+    Memory,
+    micro_batches_that_fit,
+    state_memory,
+    step_memory,
+)
 from .work import other_dtype, with_work
 
 UTILISATION = 0.35
@@ -119,6 +126,9 @@ def plan_stage(
         measured[item.name] = costs.partition(stage, item)
         progress()
     stage = with_work(stage, costs)
+    resident = resident_memory(costs, stage, devices, teacher_bytes)
+    if with_memory and device is not DEVICES["cpu"]:
+        stage = with_micro_batches(stage, costs, resident, device.memory)
     steps = [assign_micro_batches(stage, sizes, devices) for sizes in _draws(stage)]
     seconds = [
         [sum(_seconds(stage, micro, measured, device) for micro in work) for work in ranks]
@@ -136,7 +146,6 @@ def plan_stage(
         step_bytes = max(step_bytes, step_memory(costs, stage, micro.passes, images))
         progress()
     sums = [(cost, cost.partition.batch_size) for cost in measured.values()]
-    state = state_memory(costs.parameters, _zero_stage(stage.engine, devices), devices)
     return StagePlan(
         stage=stage,
         devices=devices,
@@ -144,17 +153,29 @@ def plan_stage(
         tokens=sum(cost.tokens * images for cost, images in sums),
         student_flops=sum(cost.student_flops * images for cost, images in sums),
         teacher_flops=sum(_teacher_flops(stage, micro, measured) for micro in every) / len(steps),
-        memory=replace(
-            state,
-            average=4 * costs.parameters if stage.config.ema_decay else 0,
-            teachers=teacher_bytes,
-            step=step_bytes,
-        ),
+        memory=replace(resident, step=step_bytes),
         step_seconds=waits / len(steps) / utilisation,
         busy=sum(map(sum, seconds)) / devices / waits,
         decoding_cores=decoding / waits * utilisation,
         statistics_seconds=_statistics_seconds(costs, stage, device) / devices / utilisation,
     )
+
+
+def resident_memory(costs: ModelCosts, stage: Stage, devices: int, teacher_bytes: int) -> Memory:
+    """Return what stays on the fullest device from step to step."""
+    return replace(
+        state_memory(costs.parameters, _zero_stage(stage.engine, devices), devices),
+        average=4 * costs.parameters if stage.config.ema_decay else 0,
+        teachers=teacher_bytes,
+    )
+
+
+def with_micro_batches(stage: Stage, costs: ModelCosts, resident: Memory, gib: float) -> Stage:
+    """Return a stage with the micro-batches that `auto` means on devices of so much memory."""
+    if stage.engine.micro_batch != "auto":
+        return stage
+    room = USABLE * gib * GIB - resident.total
+    return replace(stage, micro_batches=micro_batches_that_fit(costs, stage, room))
 
 
 def measurements(stage: Stage, with_memory: bool = True) -> int:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from radio_distill.plan.time import DeviceType, StagePlan
+    from radio_distill.stage import Partition, Stage
 
     from ..planning import Models
 
@@ -216,7 +217,8 @@ def _partition_table(plans: "Sequence[StagePlan]") -> Table:
     table = _table(
         "Partitions", "stage", "partition", "student",
         "rendered at",
-        "images / step", "tokens / image", "student GFLOP", "teachers GFLOP", "share of work",
+        "images / step", "micro-batch", "tokens / image", "student GFLOP", "teachers GFLOP",
+        "share of work",
     )  # fmt: skip
     for plan in plans:
         total = plan.student_flops + plan.teacher_flops
@@ -229,12 +231,21 @@ def _partition_table(plans: "Sequence[StagePlan]") -> Table:
                 ", ".join(map(_size, cost.partition.sizes)),
                 ", ".join(map(_size, cost.rendered)),
                 f"{images:,}",
+                _micro_batches(plan.stage, cost.partition),
                 f"{cost.tokens:,.0f}",
                 f"{cost.student_flops / 1e9:,.1f}",
                 f"{cost.teacher_flops / 1e9:,.1f}",
                 f"{work / total:.1%}",
             )
     return table
+
+
+def _micro_batches(stage: "Stage", partition: "Partition") -> str:
+    """Return the most images of a pass, in the order of the sizes where they differ."""
+    limits = [stage.micro_batch(partition.name, size) for size in partition.sizes]
+    return ", ".join(
+        str(limit or "all") for limit in (limits if len({*limits}) > 1 else limits[:1])
+    )
 
 
 _HINT = "lower engine.micro_batch or raise engine.zero_stage"

@@ -11,7 +11,7 @@ from radio_distill.system.distributed import World
 from stages.recipes import describe_stage, load_recipe
 
 # TFLOP of one image, without teachers' encoders, by the student's size; and of each encoder's
-# input, by the image's size where it depends on that: as `stages.planning.count_work` counts them.
+# input, by the image's size where it depends on that: as `plan` counts them.
 WORK = {
     "phi_s_b": (
         {256: 0.15, 432: 0.45, 1024: 4.02},

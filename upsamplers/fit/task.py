@@ -30,7 +30,7 @@ from radio_distill.data.loader import StepSlice
 from radio_distill.errors import ConfigError
 from radio_distill.protocols import BatchSource, Engine, Teacher
 from radio_distill.registry import nearest
-from radio_distill.stage import Stage
+from radio_distill.stage import FIT, Stage
 from radio_distill.system.distributed import World, all_reduce_sum
 from radio_distill.system.memory import explain_oom, lower
 from radio_distill.train import checkpoint as checkpoints
@@ -223,7 +223,7 @@ class Fit:
         return FitBatch(output, drawn, batch.keys)
 
     def _explain_oom(self, batch: FitBatch) -> Any:
-        config, limit = self.stage.fit, self.stage.engine.micro_batch
+        config, limit = self.stage.fit, self.stage.micro_batch(FIT, self._view.size)
         (height, width), images = self._view.size, len(batch.keys)
         size = f"{height}x{width} px, {images} images, {config.views} views"
         hint = lower("engine.micro_batch", limit, images, "lower fit.size")

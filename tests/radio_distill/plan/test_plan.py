@@ -30,7 +30,15 @@ from radio_distill.distill.micro_batches import Pass, assign_micro_batches
 from radio_distill.models.heads import build_student
 from radio_distill.models.position import NUM_DRAWS
 from radio_distill.plan.cost import ModelCosts, WorkBySize
-from radio_distill.plan.memory import GIB, Memory, state_memory, step_memory
+from radio_distill.plan.memory import (
+    GIB,
+    SAFETY,
+    Memory,
+    micro_batches_that_fit,
+    peak_memory,
+    state_memory,
+    step_memory,
+)
 from radio_distill.plan.meter import (
     Work,
     fake_module,
@@ -480,3 +488,36 @@ def test_plan_stage__micro_batch_saves_memory_and_changes_no_count():
     assert plans[1].memory.step < plans[0].memory.step
     assert plans[1].student_flops == plans[0].student_flops
     assert plans[1].hours == pytest.approx(plans[0].hours)
+
+
+def test_micro_batches_that_fit__the_largest_power_of_two_with_room():
+    low = PartitionConfig(name="low", sizes=(32, 64), teachers=("patches",), batch_size=40)
+    with fake_costs(with_partitions(low)) as costs:
+        stage, partition = stage_and(costs, "low")
+
+        def needed(size: tuple[int, int], images: int) -> int:
+            passes = [Pass(partition, size, partition.image_weight)]
+            return step_memory(costs, stage, passes, images)
+
+        room = needed((64, 64), 9) / SAFETY
+        found = micro_batches_that_fit(costs, stage, room)
+        assert found["low", (64, 64)] == 8
+        for size in partition.sizes:
+            images = found["low", size]
+            assert needed(size, images) <= SAFETY * room < needed(size, 2 * images)
+        few = micro_batches_that_fit(costs, stage, 0)
+        many = micro_batches_that_fit(costs, stage, 1e15)
+    assert set(few.values()) == {1}, "one image has to do"
+    assert set(many.values()) == {32}, "no more than there are"
+
+
+def test_plan_stage__auto_fills_the_memory_and_changes_no_count():
+    def plan(micro_batch: object, gib: float = 1.0) -> StagePlan:
+        with fake_costs(make_recipe(micro_batch=micro_batch)) as costs:
+            device = DeviceType(bfloat16=2.0, float32=0.5, memory=gib)
+            return plan_stage(costs, "stage1", 1, device, 0, utilisation=1)
+
+    one, auto, roomy = plan(1), plan("auto", 0.001), plan("auto")
+    assert auto.stage.micro_batch("low", (64, 64)) < roomy.stage.micro_batch("low", (64, 64)) == 4
+    assert one.memory.step <= auto.memory.step < roomy.memory.step
+    assert one.student_flops == auto.student_flops == roomy.student_flops
