@@ -35,7 +35,6 @@ from radio_distill.plan.memory import (
     SAFETY,
     Memory,
     micro_batches_that_fit,
-    peak_memory,
     state_memory,
     step_memory,
 )
