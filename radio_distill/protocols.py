@@ -3,7 +3,7 @@
 A component satisfies a protocol by its methods; there is no base class to inherit.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from .types import Features, ImageBatch, Score, Size, TeacherSpec
@@ -124,11 +124,28 @@ class Engine(Protocol):
         """Return the context in which the model computes in the recipe's precision."""
         ...
 
-    def backward(self, loss: "Tensor", last: bool, skip: "Tensor | None" = None) -> None:
+    @property
+    def cuts_weights(self) -> bool:
+        """Whether a weight is whole only while its layer runs."""
+        ...
+
+    def whole(self, weights: "Sequence[Tensor]") -> "AbstractContextManager[Any]":
+        """Return the context in which weights are whole; every rank must enter it."""
+        ...
+
+    def backward(
+        self,
+        loss: "Tensor",
+        last: bool,
+        skip: "Tensor | None" = None,
+        closing: "Callable[[], Tensor] | None" = None,
+    ) -> None:
         """Add the gradient of ``loss`` to the step's, summed over ranks; ``last`` closes it.
 
         Where ``skip``, a scalar bool on the device, is true, the gradient is made NaN, so that
         :meth:`step` clears it and updates nothing. The host does not wait to learn it.
+        ``closing``, asked behind the last pass, gives a loss made of what the gradients of all
+        passes left in tensors that are no parameters; its own gradient is added too.
         """
         ...
 

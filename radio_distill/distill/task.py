@@ -14,6 +14,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor
 from ..data.device import on_device
 from ..models.ema import Ema
 from ..models.heads import Predictions
-from ..models.spectral import begin_step
+from ..models.spectral import begin_step, closing_loss, share_matrices
 from ..protocols import BatchSource, Engine
 from ..stage import Stage
 from ..system.distributed import World, all_reduce_sum, run_on_main
@@ -93,7 +94,10 @@ class Distillation:
     ) -> Agreement:
         """Run forward and backward of one step's micro-batches on this rank."""
         self._seed_generators(step)
-        begin_step(self.engine.model, self.draws.noise(step))
+        model = self.engine.model
+        begin_step(model, self.draws.noise(step), self.engine.whole)
+        is_shared = not self.engine.cuts_weights and share_matrices(model)
+        closing = partial(closing_loss, model) if is_shared else None
         micro_batches = self.schedule.micro_batches(step)
         left = sum(len(micro.passes) for micro in micro_batches)
         total, agreement = torch.zeros((), device=self.engine.device), None
@@ -113,7 +117,8 @@ class Distillation:
                 if left == 0:
                     agreement = agree(total, guard)
                 with self._explain_oom(one, micro, "the backward pass of the student"):
-                    self.engine.backward(loss, left == 0, agreement.is_bad if agreement else None)
+                    skip = agreement.is_bad if agreement else None
+                    self.engine.backward(loss, left == 0, skip, closing)
                 self._terms.append((one, report.terms, micro.stop - micro.start))
         assert agreement is not None, "a rank always has a pass, if only one of padding"
         return agreement

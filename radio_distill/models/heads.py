@@ -275,9 +275,23 @@ class _Zero(Function):
         return torch.zeros_like(gradient)
 
 
+class _Touch(Function):
+    @staticmethod
+    def forward(ctx: Any, *parameters: Tensor) -> Tensor:
+        ctx.save_for_backward(*parameters)
+        return parameters[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
+        return tuple(map(torch.zeros_like, ctx.saved_tensors))
+
+
 join_gradients: Callable[..., tuple[Any, ...]] = _Join.apply
 """Return equal tensors, bit for bit (None stays None); the gradient of any one reaches all of them,
 as zeros where it is not used."""
+
+touch: Callable[..., Tensor] = _Touch.apply
+"""Return a scalar of zero that gives each parameter a gradient of zeros."""
 
 zero_gradient: Callable[[Tensor], Tensor] = _Zero.apply
 """Return an equal tensor, bit for bit, whose gradient is exactly zero (but not None)."""

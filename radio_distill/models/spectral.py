@@ -11,9 +11,17 @@ is that of the paper's loss ``E[L(W * xi)]``, so it has the factor ``xi``, which
 leaves out. They draw anew for each part of a batch; here a step has one draw, so that its numbers
 do not depend on how many processes or micro-batches share it. Biases and norms keep still.
 
-The derived matrix lives from forward to backward beside the learned one: under ZeRO-3 too, which
-frees only the latter, unless blocks are recomputed (gradient checkpointing).
+A step begins with :func:`begin_step`. Where the weights are whole, :func:`share_matrices` then
+derives the matrices once for all passes of the step: leaves, in whose gradients the passes add up,
+and :func:`closing_loss` hands the sums on to what is learned. That is exact, since the chain rule
+is linear. Layers of one shape are derived together. Under ZeRO-3, which has a whole weight only
+while its layer runs, each forward derives its own, which lives until backward beside the learned
+one, unless blocks are recomputed (gradient checkpointing).
 """
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
@@ -39,6 +47,7 @@ class ReparametrizedLinear(nn.Linear):
         spectral_scale: parameter ``s`` of each group, ``[groups]``; only where ``spectral``.
         left: buffer, estimated singular vectors, ``[groups, out / groups]``; likewise.
         right: the same, ``[groups, in]``.
+        shared: the matrix of this step's training passes, a leaf; None where each derives its own.
     """
 
     spectral_scale: nn.Parameter
@@ -51,14 +60,14 @@ class ReparametrizedLinear(nn.Linear):
         self.train(linear.training)
         self.groups = groups
         self.noise = noise
-        self._iteration_due = False
         self._seed: int | None = None
+        self.shared: Tensor | None = None
         if groups:
             self._start_spectral()
 
     @torch.no_grad()
     def _start_spectral(self) -> None:
-        blocks = self._blocks()
+        blocks = _blocks([self])
         left, right = top_singular_vectors(blocks)
         scale = singular_value(blocks, left, right).double() - MIN_SCALE
         scale.clamp_(min=1e-7)  # no s gives 0
@@ -73,23 +82,18 @@ class ReparametrizedLinear(nn.Linear):
         return self.groups > 0
 
     def begin_step(self, seed: int) -> None:
-        """Let the next training forward refine the singular vectors, once, and fix the noise.
-
-        All forwards until the next call share both, recomputed ones included.
-        """
-        self._iteration_due = True
+        """Fix the noise of all training forwards until the next call, recomputed ones included."""
         self._seed = seed
+        self.shared = None
 
     def forward(self, input: Tensor) -> Tensor:
         """``[..., in]`` to ``[..., out]``."""
-        # Here and not in begin_step, because ZeRO-3 has the whole weight only during forward.
-        if self.training and self._iteration_due:
-            self._iteration_due = False
-            if self.spectral:
-                self._refine_singular_vectors()
-        matrix = self.matrix()
-        if self.training and self.noise:
-            matrix = matrix * self._noise_factors()
+        if not self.training:
+            matrix = self.matrix()
+        elif self.shared is not None:
+            matrix = self.shared
+        else:
+            matrix = self.with_noise(self.matrix())
         return F.linear(input, matrix, self.bias)
 
     def matrix(self) -> Tensor:
@@ -97,16 +101,11 @@ class ReparametrizedLinear(nn.Linear):
 
         The singular vectors are constants; a group whose sigma is below 0.05 is not enlarged.
         """
-        if not self.spectral:
-            return self.weight
-        with torch.autocast(self.weight.device.type, enabled=False):
-            blocks = self._blocks()
-            sigma = singular_value(blocks, self.left.to(blocks), self.right.to(blocks))
-            scale = F.softplus(self.spectral_scale.to(blocks)) + MIN_SCALE
-            # Division by a smaller sigma would make zeros grow without bound at the first update.
-            factors = scale / sigma.clamp(min=MIN_SCALE)
-            matrix = rearrange(blocks * factors[:, None, None], "g o i -> (g o) i")
-        return matrix.to(self.weight.dtype)
+        return _matrices([self])[0] if self.spectral else self.weight
+
+    def with_noise(self, matrix: Tensor) -> Tensor:
+        """Return a matrix times this step's noise, where there is any; linear."""
+        return matrix * self._noise_factors() if self.noise else matrix
 
     @torch.no_grad()
     def folded(self) -> nn.Linear:
@@ -116,19 +115,6 @@ class ReparametrizedLinear(nn.Linear):
         if self.bias is not None:
             plain.bias = nn.Parameter(self.bias.clone())
         return plain.train(self.training)
-
-    def _blocks(self) -> Tensor:
-        """Divide the weight, in float32 at least, by group: ``[groups, out / groups, in]``."""
-        weight = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
-        return rearrange(weight, "(g o) i -> g o i", g=self.groups)
-
-    @torch.no_grad()
-    def _refine_singular_vectors(self) -> None:
-        with torch.autocast(self.weight.device.type, enabled=False):
-            blocks = self._blocks()
-            left, right = power_iteration(blocks, self.left.to(blocks), self.right.to(blocks))
-        self.left.copy_(left)
-        self.right.copy_(right)
 
     @torch.compiler.disable  # a generator cannot be traced; and the seed would recompile each step
     def _noise_factors(self) -> Tensor:
@@ -188,17 +174,62 @@ def reparametrize(body: nn.Module, spectral: bool, noise: float) -> None:
                 setattr(parent, name, layer)
 
 
-def begin_step(model: nn.Module, seed: int) -> None:
-    """Call ``begin_step`` of every reparametrised layer, each with a stream of its own.
+def begin_step(
+    model: nn.Module,
+    seed: int,
+    whole: Callable[[Sequence[Tensor]], AbstractContextManager[object]] = nullcontext,
+) -> None:
+    """Refine the singular vectors of every reparametrised layer once, and fix its noise.
 
     Args:
         model: the student, with or without heads.
-        seed: not negative, equal on all processes, different in each step.
+        seed: not negative, equal on all processes, different in each step; each layer has a stream
+            of its own.
+        whole: gives the context in which weights are whole.
     """
-    layers = [module for module in model.modules() if isinstance(module, ReparametrizedLinear)]
+    layers = _layers(model)
     seeds = np.random.SeedSequence(seed).generate_state(len(layers), np.uint64)
     for layer, layer_seed in zip(layers, seeds.tolist(), strict=True):
         layer.begin_step(layer_seed)
+    for alike in _alike(layer for layer in layers if layer.spectral):
+        with whole([layer.weight for layer in alike]):
+            _refine_singular_vectors(alike)
+
+
+@torch.no_grad()
+def share_matrices(model: nn.Module) -> bool:
+    """Derive the matrices of a step's training passes; returns whether there are any.
+
+    The passes then leave their gradients in the matrices: see :func:`closing_loss`.
+    """
+    layers = _layers(model)
+    for alike in _alike(layers):
+        for layer, matrix in zip(alike, _matrices(alike), strict=True):
+            layer.shared = layer.with_noise(matrix).detach().requires_grad_()
+    return bool(layers)
+
+
+def closing_loss(model: nn.Module) -> Tensor:
+    """Return a scalar whose gradient is what the passes since :func:`share_matrices` left.
+
+    The matrices are derived once more, so that no graph of them is kept during the passes. Those of
+    the step are gone afterwards.
+    """
+    products = []
+    for alike in _alike(layer for layer in _layers(model) if layer.shared is not None):
+        matrices = _matrices(alike)  # [L, out, in]
+        gradients = [_take_gradient(layer) for layer in alike]
+        products.append((torch.stack(gradients) * matrices).sum())
+    return torch.stack([product.float() for product in products]).sum()
+
+
+def _take_gradient(layer: ReparametrizedLinear) -> Tensor:
+    """Return the gradient of a layer's matrix without noise, and drop the shared one."""
+    shared, layer.shared = layer.shared, None
+    assert shared is not None
+    if shared.grad is None:  # no pass of this process ran the body
+        return torch.zeros_like(shared)
+    return layer.with_noise(shared.grad)
 
 
 def fold(model: nn.Module) -> None:
@@ -221,6 +252,59 @@ def _count_groups(parent: nn.Module, name: str) -> int:
     if name == "qkv":
         return 3
     return 2 if name == "fc1" and isinstance(parent, GluMlp) else 1
+
+
+def _layers(model: nn.Module) -> list[ReparametrizedLinear]:
+    return [module for module in model.modules() if isinstance(module, ReparametrizedLinear)]
+
+
+def _alike(layers: Iterable[ReparametrizedLinear]) -> list[list[ReparametrizedLinear]]:
+    """Put layers of one shape together: of each block its qkv, proj, fc1 and fc2."""
+    kinds = defaultdict(list)
+    for layer in layers:
+        kinds[layer.in_features, layer.out_features, layer.groups].append(layer)
+    return list(kinds.values())
+
+
+def _blocks(layers: Sequence[ReparametrizedLinear]) -> Tensor:
+    """Divide the weights, in float32 at least, by group: ``[L * groups, out / groups, in]``."""
+    weights = [layer.weight for layer in layers]
+    stacked = torch.stack(weights) if len(weights) > 1 else weights[0][None]
+    stacked = stacked.to(torch.promote_types(stacked.dtype, torch.float32))
+    return rearrange(stacked, "l (g o) i -> (l g) o i", g=layers[0].groups or 1)
+
+
+def _vectors(layers: Sequence[ReparametrizedLinear], blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the singular vectors, ``[L * groups, out / groups]`` and ``[L * groups, in]``."""
+    left = torch.cat([layer.left for layer in layers])
+    return left.to(blocks), torch.cat([layer.right for layer in layers]).to(blocks)
+
+
+def _matrices(layers: Sequence[ReparametrizedLinear]) -> Tensor:
+    """Return the matrices of L layers that are alike without noise, ``[L, out, in]``."""
+    first = layers[0]
+    if not first.spectral:
+        return torch.stack([layer.weight for layer in layers])
+    with torch.autocast(first.weight.device.type, enabled=False):
+        blocks = _blocks(layers)
+        sigma = singular_value(blocks, *_vectors(layers, blocks))
+        scales = torch.cat([layer.spectral_scale for layer in layers]).to(blocks)
+        # Division by a smaller sigma would make zeros grow without bound at the first update.
+        factors = (F.softplus(scales) + MIN_SCALE) / sigma.clamp(min=MIN_SCALE)
+        matrices = rearrange(
+            blocks * factors[:, None, None], "(l g) o i -> l (g o) i", g=first.groups
+        )
+    return matrices.to(first.weight.dtype)
+
+
+@torch.no_grad()
+def _refine_singular_vectors(layers: Sequence[ReparametrizedLinear]) -> None:
+    with torch.autocast(layers[0].weight.device.type, enabled=False):
+        blocks = _blocks(layers)
+        vectors = power_iteration(blocks, *_vectors(layers, blocks))
+    for name, refined in zip(("left", "right"), vectors, strict=True):
+        kept = [getattr(layer, name) for layer in layers]
+        torch._foreach_copy_(kept, list(refined.split(layers[0].groups)))
 
 
 def _multiply(blocks: Tensor, vectors: Tensor) -> Tensor:

@@ -6,7 +6,8 @@ stay outside: they are not trained, and a checkpoint must not carry them.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -14,9 +15,13 @@ from torch import Tensor, nn
 
 from ..config import EngineConfig
 from ..errors import ConfigError
+from ..models.heads import touch
 from ..system.distributed import World
 from ..system.precision import autocast
 from .optim import load_optimizer_tensors, optimizer_tensors, set_learning_rates
+
+Closing = Callable[[], Tensor]
+"""Gives a loss behind the last pass of a step; see :meth:`..protocols.Engine.backward`."""
 
 
 def build_engine(
@@ -88,6 +93,9 @@ def zero_hint(config: EngineConfig) -> str:
 class _Forward:
     """What both engines share: precision and the call of the model."""
 
+    cuts_weights = False
+    """Whether a weight is whole only while its layer runs."""
+
     device: torch.device
     model: nn.Module
     _callable: Any
@@ -101,6 +109,15 @@ class _Forward:
     def autocast(self) -> torch.autocast:
         """Return the context in which the model computes in the recipe's precision."""
         return autocast(self._precision, self.device)
+
+    def whole(self, weights: Sequence[Tensor]) -> AbstractContextManager[Any]:
+        """Return the context in which weights are whole; every rank must enter it."""
+        if not self.cuts_weights:
+            return nullcontext()
+        import deepspeed
+
+        gathered: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(weights)
+        return gathered
 
 
 class SingleProcessEngine(_Forward):
@@ -119,10 +136,17 @@ class SingleProcessEngine(_Forward):
         self._callable: Any = torch.compile(model) if config.compile else model
         self._precision, self._clip = config.precision, gradient_clip
 
-    def backward(self, loss: Tensor, last: bool, skip: Tensor | None = None) -> None:
+    def backward(
+        self,
+        loss: Tensor,
+        last: bool,
+        skip: Tensor | None = None,
+        closing: Closing | None = None,
+    ) -> None:
         """Add the gradient of ``loss`` to the step's; ``last`` closes it, ``skip`` spoils it."""
-        del last
         _spoiled(loss, skip).backward()
+        if last and closing is not None:
+            closing().backward()
 
     def step(self, learning_rates: Mapping[str, float]) -> bool:
         """Clip, update at these rates, clear; returns whether the norm was finite, so updated."""
@@ -173,6 +197,7 @@ class DeepSpeedEngine(_Forward):
         self._norm: float | Tensor = math.nan
         self._precision, self._clip = config.precision, gradient_clip
         self._zero_stage = config.zero_stage
+        self.cuts_weights = config.zero_stage == 3
         # DeepSpeed broadcasts parameters as bytes, which a tensor without dimensions cannot be
         # seen as; ZeRO leaves them the dimension that they have while it starts.
         scalars = [(name, it) for name, it in model.named_parameters() if it.ndim == 0]
@@ -191,13 +216,25 @@ class DeepSpeedEngine(_Forward):
             self._engine.compile()
         self._callable = self._engine
 
-    def backward(self, loss: Tensor, last: bool, skip: Tensor | None = None) -> None:
+    def backward(
+        self,
+        loss: Tensor,
+        last: bool,
+        skip: Tensor | None = None,
+        closing: Closing | None = None,
+    ) -> None:
         """Add the gradient of ``loss`` to the step's; ``last`` closes it, ``skip`` spoils it."""
-        self._engine.set_gradient_accumulation_boundary(last)
+        self._engine.set_gradient_accumulation_boundary(last and closing is None)
         # DeepSpeed averages over ranks; times the world size is the sum. A step is skipped by a
         # gradient that is not finite: ZeRO 1 to 3 hold parts of it in buffers of their own, which
         # they clear where they find an overflow themselves, and in no public way else.
         self._engine.backward(_spoiled(loss, skip) * float(self.world_size), scale_wrt_gas=False)
+        if last and closing is not None:
+            self._engine.set_gradient_accumulation_boundary(True)
+            # The factor is in what it is made of. ZeRO reduces what has a gradient in the last
+            # pass, so everything gets one.
+            reached = touch(*self.model.parameters())
+            self._engine.backward(closing() + reached, scale_wrt_gas=False)
 
     def step(self, learning_rates: Mapping[str, float]) -> bool:
         """Clip, update at these rates, clear; returns whether the norm was finite, so updated."""

@@ -19,9 +19,11 @@ from radio_distill.models.ema import Ema
 from radio_distill.models.spectral import (
     ReparametrizedLinear,
     begin_step,
+    closing_loss,
     fold,
     power_iteration,
     reparametrize,
+    share_matrices,
     singular_value,
     top_singular_vectors,
 )
@@ -314,25 +316,32 @@ def test_begin_step__one_iteration_however_many_forwards(tokens):
     blocks(tokens)
     assert same(before, buffers_of(blocks)), "no iteration without begin_step"
     begin_step(blocks, 0)
-    blocks.eval()(tokens)
-    assert same(before, buffers_of(blocks)), "no iteration in evaluation"
-    blocks.train()(tokens)
     once = buffers_of(blocks)
     assert not any(torch.equal(a, b) for a, b in zip(before, once, strict=True))
     for _ in range(3):
         blocks(tokens)
     assert same(once, buffers_of(blocks))
     begin_step(blocks, 1)
-    blocks(tokens)
     assert not same(once, buffers_of(blocks))
 
 
-def test_forward__first_one_of_a_step_uses_the_refined_vectors():
-    layer = make_layer(groups=2, out_features=10, in_features=8).train()
-    perturb(layer)
-    layer.begin_step(0)
-    x = torch.randn(5, 8)
-    assert torch.equal(layer(x), layer(x))
+def test_begin_step__layers_of_one_shape_do_not_mix():
+    blocks = make_blocks(spectral=True)
+    torch.manual_seed(0)
+    perturb(blocks)
+    for layer in layers_of(blocks):
+        left, right = power_iteration(
+            rearrange(layer.weight.detach(), "(g o) i -> g o i", g=layer.groups),
+            layer.left.clone(),
+            layer.right.clone(),
+        )
+        alone = copy.deepcopy(layer)
+        begin_step(alone, 0)
+        torch.testing.assert_close((alone.left, alone.right), (left, right))
+    begin_step(blocks, 0)
+    for layer in layers_of(blocks):
+        measured = largest(layer.matrix(), layer.groups)
+        assert (measured >= (1 - 1e-5) * scale_of(layer)).all()
 
 
 def gradients(blocks, run, *batches):
@@ -370,6 +379,52 @@ def test_forward__micro_batches_give_the_gradient_of_the_batch(tokens, spectral,
         limit = 1e-5 * float(value.abs().max())
         assert (measured[name] - value).abs().max() <= limit, name
     assert same(buffers_of(whole), buffers_of(parts))
+
+
+@KINDS
+@pytest.mark.parametrize("run", [lambda blocks, x: blocks(x), run_checkpointed])
+def test_share_matrices__the_gradient_of_passes_that_derive_their_own(tokens, spectral, noise, run):
+    alone, sharing = make_blocks(spectral, noise), make_blocks(spectral, noise)
+    torch.manual_seed(0)
+    perturb(alone)
+    sharing.load_state_dict(alone.state_dict())
+    expected = gradients(alone, run, *tokens.split(1))
+    begin_step(sharing, 11)
+    assert share_matrices(sharing)
+    outputs = [run(sharing, batch) for batch in tokens.split(1)]
+    for output in outputs:
+        output.square().sum().backward()
+    assert all(layer.weight.grad is None for layer in layers_of(sharing))
+    closing_loss(sharing).backward()
+    for name, value in expected.items():
+        limit = 1e-5 * float(value.abs().max())
+        assert (sharing.get_parameter(name).grad - value).abs().max() <= limit, name
+    begin_step(alone, 12)
+    begin_step(sharing, 12)
+    torch.testing.assert_close(sharing(tokens), alone(tokens))
+    assert same(buffers_of(alone), buffers_of(sharing))
+
+
+def test_share_matrices__evaluation_derives_its_own(tokens):
+    blocks = make_blocks(spectral=True, noise=0.2)
+    begin_step(blocks, 0)
+    share_matrices(blocks)
+    perturb(blocks)
+    plain = copy.deepcopy(blocks).eval()
+    fold(plain)
+    torch.testing.assert_close(blocks.eval()(tokens), plain(tokens))
+
+
+def test_share_matrices__a_pass_that_never_ran_adds_zeros():
+    blocks = make_blocks(spectral=True)
+    begin_step(blocks, 0)
+    share_matrices(blocks)
+    closing_loss(blocks).backward()
+    assert all((layer.weight.grad == 0).all() for layer in layers_of(blocks))
+
+
+def test_share_matrices__nothing_to_share():
+    assert not share_matrices(make_blocks())
 
 
 # ------------------------------------------------------------------------------ noise
@@ -558,7 +613,7 @@ def test_compile__same_numbers_in_every_step():
         for layer in (eager, traced):
             torch.manual_seed(step)
             perturb(layer)
-            layer.begin_step(step)
+            begin_step(layer, step)
         torch.testing.assert_close(compiled(x), eager(x))
         torch.testing.assert_close(compiled(x), eager(x))
     torch.testing.assert_close(traced.left, eager.left)
