@@ -9,8 +9,9 @@ gradient, summed over ranks, is always the same:
 * images that share a mosaic canvas are never parted, or what a teacher sees would depend on the
   number of processes.
 
-ZeRO reduces gradients in every backward pass, so all ranks must run equally many passes: a rank
-that has fewer repeats one image at weight zero, a padding pass.
+ZeRO 2 and 3 reduce gradients in every backward pass, so all ranks must run equally many: a rank
+that has fewer runs padding passes, one image through the student at weight zero, without a teacher.
+ZeRO 0 and 1 reduce once a step: there only a rank without any image has a padding pass.
 """
 
 import itertools
@@ -44,9 +45,14 @@ class Pass:
     """Weight of one image's loss in the step's loss; zero in a padding pass."""
 
     @property
+    def is_padding(self) -> bool:
+        """Whether it adds nothing, and is run for what ranks do together alone."""
+        return self.image_weight == 0
+
+    @property
     def views(self) -> Mapping[str, TeacherView]:
-        """The view that each teacher has of the images, by name."""
-        return self.partition.views[self.size]
+        """The view that each teacher has of the images, by name; none in a padding pass."""
+        return {} if self.is_padding else self.partition.views[self.size]
 
 
 @dataclass(frozen=True)
@@ -90,7 +96,7 @@ class MicroBatchSchedule:
             views: dict[View, np.ndarray | None] = {}
             for item in micro.passes:
                 sizes = {STUDENT: item.size}
-                if self._stage.loss.mesa:
+                if self._stage.loss.mesa and not item.is_padding:
                     sizes[EMA] = item.size
                 sizes |= {name: view.rendered for name, view in item.views.items()}
                 views |= self._draws.renderings(step, micro, item, sizes)
@@ -106,7 +112,7 @@ class MicroBatchSchedule:
 def assign_micro_batches(
     stage: Stage, sizes: Mapping[str, Size], world_size: int
 ) -> list[list[MicroBatch]]:
-    """Return each rank's micro-batches of one step, with equally many passes on every rank.
+    """Return each rank's micro-batches of one step, with at least one pass on every rank.
 
     Args:
         stage: what its images cost is :attr:`Stage.work`, or where that is not known, their pixels.
@@ -137,7 +143,13 @@ def assign_micro_batches(
             spans = _spans(one[0].partition, first, first + count, limit, unit)
             ranks[rank] += [MicroBatch(start, stop, one) for start, stop in spans]
             first += count
-    return _pad(ranks, stage.partitions, sizes)
+    equal = needs_equal_passes(stage.engine.zero_stage)
+    return _pad(ranks, stage.partitions, sizes, equal)
+
+
+def needs_equal_passes(zero_stage: object) -> bool:
+    """Return whether ranks meet in every pass of a ZeRO stage, not only once a step."""
+    return zero_stage in (2, 3)
 
 
 def teachers_of(stage: Stage, world: World) -> list[str]:
@@ -188,14 +200,18 @@ def _spans(
 
 
 def _pad(
-    ranks: list[list[MicroBatch]], partitions: Sequence[Partition], sizes: Mapping[str, Size]
+    ranks: list[list[MicroBatch]],
+    partitions: Sequence[Partition],
+    sizes: Mapping[str, Size],
+    equal_passes: bool,
 ) -> list[list[MicroBatch]]:
-    """Give ranks with fewer passes padding passes over one image, of the smallest input."""
+    """Give ranks with too few passes padding passes over one image, of the smallest input."""
     counts = [sum(len(micro.passes) for micro in work) for work in ranks]
     cheapest = min(partitions, key=lambda item: math.prod(sizes[item.name]))
     padding = MicroBatch(
         cheapest.start, cheapest.start + 1, (Pass(cheapest, sizes[cheapest.name], 0.0),)
     )
     return [
-        work + [padding] * (max(counts) - count) for work, count in zip(ranks, counts, strict=True)
+        work + [padding] * ((max(counts) if equal_passes else 1) - count)
+        for work, count in zip(ranks, counts, strict=True)
     ]

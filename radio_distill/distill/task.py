@@ -107,11 +107,15 @@ class Distillation:
             cache: TargetCache = {}
             for one in micro.passes:
                 views = self.draws.views(step, micro, one, batch.views)
-                targets = self.targets(views, one.views.values(), cache)
-                guard.add_targets(targets, batch.keys)
-                report = self._losses(step, micro, one, views, targets)
-                guard.add_loss(report.total, report.terms, batch.keys)
-                loss = report.total.sum() * one.image_weight
+                if one.is_padding:
+                    loss = self._zero(step, micro, one, views)
+                else:
+                    targets = self.targets(views, one.views.values(), cache)
+                    guard.add_targets(targets, batch.keys)
+                    report = self._losses(step, micro, one, views, targets)
+                    guard.add_loss(report.total, report.terms, batch.keys)
+                    self._terms.append((one, report.terms, micro.stop - micro.start))
+                    loss = report.total.sum() * one.image_weight
                 total = total + loss.detach()
                 left -= 1
                 if left == 0:
@@ -119,7 +123,6 @@ class Distillation:
                 with self._explain_oom(one, micro, "the backward pass of the student"):
                     skip = agreement.is_bad if agreement else None
                     self.engine.backward(loss, left == 0, skip, closing)
-                self._terms.append((one, report.terms, micro.stop - micro.start))
         assert agreement is not None, "a rank always has a pass, if only one of padding"
         return agreement
 
@@ -129,10 +132,9 @@ class Distillation:
             self.weights.forget_step()
             return
         for one, terms, images in self._terms:
-            if one.image_weight:  # else it was a padding pass
-                named = {f"{one.partition.name}/{name}": value for name, value in terms.items()}
-                self._meter.add(named, weight=images)
-                self.weights.add({name: terms[name] for name in terms if name != MESA}, images)
+            named = {f"{one.partition.name}/{name}": value for name, value in terms.items()}
+            self._meter.add(named, weight=images)
+            self.weights.add({name: terms[name] for name in terms if name != MESA}, images)
         self.weights.end_step()
         if self.ema is not None:
             self.ema.update(self.engine.model, self.stage.ema_decay)
@@ -201,13 +203,7 @@ class Distillation:
         """Return the loss of each image of a pass, the distance to the EMA included."""
         config = self.stage.loss
         with self._explain_oom(one, micro, "the forward pass of the student"):
-            predictions: Predictions = self.engine.forward(
-                views.of_student(),
-                one.partition.teachers,
-                draws=self.draws.positions(step, micro).to(self.engine.device, non_blocking=True),
-                freeze_body=step < self.stage.frozen_steps,
-                window_size=self.draws.window(step, one) or None,
-            )
+            predictions = self._predict(step, micro, one, views)
             report = distillation_loss(
                 predictions.features,
                 targets,
@@ -230,6 +226,26 @@ class Distillation:
         distance = mesa(predictions.spatial, average, cells)  # [B]
         terms = {**report.terms, MESA: distance.detach().mean()}
         return LossReport(report.total + config.mesa * distance, terms)
+
+    def _predict(self, step: int, micro: MicroBatch, one: Pass, views: Views) -> Predictions:
+        predictions: Predictions = self.engine.forward(
+            views.of_student(),
+            one.partition.teachers,
+            draws=self.draws.positions(step, micro).to(self.engine.device, non_blocking=True),
+            freeze_body=step < self.stage.frozen_steps,
+            window_size=self.draws.window(step, one) or None,
+        )
+        return predictions
+
+    def _zero(self, step: int, micro: MicroBatch, one: Pass, views: Views) -> Tensor:
+        """Return zero, whose backward pass is a padding pass: it adds zeros to all gradients.
+
+        ZeRO 2 and 3 gather and reduce in the order of a pass's operations, so that every rank has
+        to run the student's; a sum over its parameters would meet them in another order.
+        """
+        with self._explain_oom(one, micro, "a padding pass of the student"):
+            predictions = self._predict(step, micro, one, views)
+        return 0.0 * predictions.spatial.sum(dtype=torch.float32)  # tied to all other outputs
 
     def _log_variances(self, predictions: Predictions) -> dict[str, Tensor] | None:
         if predictions.log_variances is None:

@@ -221,7 +221,7 @@ def _seconds(
     images, passes = micro.stop - micro.start, _passes(micro, measured)
     flops = images * sum(cost.student_flops for cost in passes)
     seconds = flops / device.flops_per_second(stage.engine.precision)
-    for teacher in _teachers(stage, passes):
+    for teacher in () if micro.passes[0].is_padding else _teachers(stage, passes):
         flops = teacher.view.inputs(images) * teacher.encode_flops
         dtype = stage.teachers[teacher.view.teacher].dtype
         seconds += flops / device.flops_per_second(dtype)
