@@ -179,7 +179,7 @@ def _peaks(
 
     In the forward pass and after it, each by itself, the peak grows by the same with each of the
     student's equal blocks: by what a block keeps. ``inputs`` are equal where that is. Against all
-    blocks run this is exact or within 1 %; small students are measured whole.
+    blocks run this is exact or up to 2 % below; small students are measured whole.
     """
     blocks, few = costs.student.student.blocks, costs.few_blocks + 1
     rest = len(blocks) - few
