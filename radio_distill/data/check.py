@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from ..config import DataConfig
 from ..errors import DataError
 from ..system.files import printable
+from .cache import cache_of
 from .find import find_shards
 from .images import FIELD_OF_KIND, BadImageError, decode_pixels
-from .remote import Place, cache_of
+from .remote import Place
 from .sources import describe_notes, index_folders
 from .tar_index import Shard, open_shard
 from .tar_reader import ShardReader

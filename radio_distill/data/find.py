@@ -27,8 +27,9 @@ from braceexpand import braceexpand
 
 from ..errors import DataError
 from ..system.files import check_readable, printable, reason_of, shortened, unreadable
+from .cache import Cache
 from .images import IMAGE_SUFFIXES, readable_suffixes, what_reads
-from .remote import PACKAGES, PIPE, Cache, FetchError, Place, Remote, matching, shown
+from .remote import PACKAGES, PIPE, FetchError, Place, Remote, matching, shown
 
 logger = logging.getLogger(__name__)
 

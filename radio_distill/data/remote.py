@@ -1,14 +1,7 @@
 """Shards that lie elsewhere, read through a bounded folder of local copies.
 
 A shard is fetched whole, under a temporary name, and renamed, so that a copy is whole or not there.
-All processes of a machine share the folder, and locks of the operating system (``flock``), which
-end with their process however it ends, keep them apart:
-
-* a reader holds a shared lock on the open copy, so what can be locked alone is not in use, and the
-  copy of which the last use is longest ago is removed first;
-* who fetches holds the lock of the shard, so that it is fetched once, and a lock on the unfinished
-  copy, which stands in the folder with its full size: copies, unfinished ones included, never take
-  more than the bound and those in use.
+The folder, its bound and its locks are those of :mod:`.cache`.
 
 A copy has the version of the shard in its name (a number made of size and ETag), so a shard that
 has changed is never mixed up with its copy. Addresses are shown without user, password and query.
@@ -24,17 +17,16 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, TypeVar, Union
 from urllib.parse import unquote, urlsplit
 
-from ..config import DataConfig
-from ..errors import DataError
-from ..system.files import make_private, open_regular, reason_of, shortened
+from ..system.files import open_regular, reason_of, shortened
 from ..system.redaction import redact
+from .cache import Cache, CacheError, flock, locked_file, make_room, reserve
 from .read_timeout import NoAnswerError, ReadTimeout
 
 Value = TypeVar("Value")
@@ -69,22 +61,6 @@ class FetchError(OSError):
     """A shard that could not be fetched; the text says why, not which."""
 
 
-class CacheError(DataError):
-    """Nothing can be fetched at all: no room, no folder, no package."""
-
-
-@dataclass(frozen=True)
-class Cache:
-    """The folder of local copies."""
-
-    folder: Path
-    max_bytes: int
-    timeout: float
-    """Seconds in which something must come."""
-    commands: bool
-    """Whether ``pipe:`` may run a shell."""
-
-
 def shown(url: str) -> str:
     """Return an address without user, password and query; of a command, its first word."""
     if url.startswith(PIPE):
@@ -100,14 +76,6 @@ def without_secrets(entry: str) -> str:
     """Return an entry of `data.shards` as it may be shown."""
     is_elsewhere = "://" in entry or PIPE in entry
     return "::".join(map(shown, entry.split("::"))) if is_elsewhere else entry
-
-
-def cache_of(config: DataConfig) -> Cache | None:
-    """Return the cache that a recipe names, or None."""
-    if not config.cache:
-        return None
-    folder = Path(config.cache).expanduser()
-    return Cache(folder, int(config.cache_gb * 1e9), config.read_timeout, config.commands)
 
 
 @dataclass(frozen=True)
@@ -189,7 +157,7 @@ class Remote:
         """
         file = self._open_copy()
         if file is None:
-            with _locked(self._lock):
+            with locked_file(self._lock):
                 file = self._open_copy() or self._fetch(must=True)
         assert file is not None, "what must be fetched is"
         return file
@@ -198,7 +166,7 @@ class Remote:
         """Do as :meth:`open`; return None where another fetches it, or the cache has no room."""
         file = self._open_copy()
         if file is None:
-            with _locked(self._lock, wait=False) as is_ours:
+            with locked_file(self._lock, wait=False) as is_ours:
                 return (self._open_copy() or self._fetch(must=False)) if is_ours else None
         return file
 
@@ -211,7 +179,7 @@ class Remote:
             file = open_regular(self.copy)
         except FileNotFoundError:
             return None
-        _flock(file, fcntl.LOCK_SH)
+        flock(file, fcntl.LOCK_SH)
         status = os.fstat(file.fileno())
         if status.st_nlink and self.size in (-1, status.st_size):
             os.utime(file.fileno())
@@ -226,7 +194,7 @@ class Remote:
         if not self.is_command and self.look().mtime_ns != self.mtime_ns:
             raise FetchError("changed since it was indexed; start again, and it is indexed anew")
         part = self.copy.with_suffix(".part")
-        file = _reserve(self.cache, part, max(self.size, 0), must)
+        file = reserve(self.cache, part, max(self.size, 0), must)
         if file is None:
             return None
         try:
@@ -240,7 +208,7 @@ class Remote:
                 reason = f"{self.cache.folder} has no space left; lower data.cache_gb"
                 raise CacheError(f"data.cache: {reason}") from None
             raise
-        _flock(file, fcntl.LOCK_SH)  # from now on it is in use like any other
+        flock(file, fcntl.LOCK_SH)  # from now on it is in use like any other
         if self.size < 0:  # only now it is known what had to be made room for
             make_room(self.cache)
         file.seek(0)
@@ -396,65 +364,3 @@ def _status(error: BaseException) -> int | None:
     else:
         status = getattr(error, "status", None) or getattr(response, "status_code", None)
     return status if isinstance(status, int) else None
-
-
-def _reserve(cache: Cache, part: Path, size: int, must: bool) -> BinaryIO | None:
-    """Open an unfinished copy that takes its room at once."""
-    with _locked(cache.folder / ".lock"):
-        if not make_room(cache, size, locked=True) and not must:
-            return None
-        file = part.open("w+b")
-        _flock(file, fcntl.LOCK_EX)
-        file.truncate(size)  # without blocks on the disk, but counted by whoever looks
-        return file
-
-
-def make_room(cache: Cache, size: int = 0, locked: bool = False) -> bool:
-    """Remove the copies that are longest not in use; returns whether ``size`` bytes fit now."""
-    if not locked:
-        with _locked(cache.folder / ".lock"):
-            return make_room(cache, size, locked=True)
-    files = []
-    for entry in os.scandir(cache.folder):
-        if entry.name.endswith((".tar", ".part")):
-            with suppress(FileNotFoundError):  # renamed meanwhile
-                status = entry.stat()
-                files.append((status.st_mtime_ns, status.st_size, entry.path))
-    total = size + sum(num_bytes for _, num_bytes, _ in files)
-    for _, num_bytes, path in sorted(files):
-        if total <= cache.max_bytes:
-            break
-        total -= num_bytes if _remove_unused(path) else 0
-    return total <= cache.max_bytes
-
-
-def _remove_unused(path: str) -> bool:
-    with suppress(FileNotFoundError), open(path, "rb") as file:
-        if not _flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB):
-            return False
-        os.unlink(path)
-    return True
-
-
-@contextmanager
-def _locked(path: Path, wait: bool = True) -> Iterator[bool]:
-    """Hold a lock between processes and threads; tells whether it was got."""
-    try:
-        make_private(path.parent)
-        file = path.open("ab")
-    except OSError as error:
-        reason = f"{path.parent} cannot be written: {reason_of(error)}"
-        raise CacheError(f"data.cache: {reason}") from error
-    with file:
-        yield _flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-
-
-def _flock(file: BinaryIO, operation: int) -> bool:
-    try:
-        fcntl.flock(file, operation)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        reason = f"{reason_of(error)}; name a folder on a local disk"
-        raise CacheError(f"data.cache: files there cannot be locked: {reason}") from error
-    return True

@@ -17,8 +17,9 @@ from itertools import chain
 from ..config import DataConfig
 from ..errors import DataError
 from ..system.files import printable
+from .cache import cache_of
 from .find import find_shards, say_once
-from .remote import cache_of, without_secrets
+from .remote import without_secrets
 from .tar_index import BESIDE, Shard, try_open_shards
 from .tar_scan import NOTES, describe
 

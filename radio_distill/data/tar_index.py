@@ -28,8 +28,9 @@ from typing import Any, NamedTuple, TypeVar
 
 from ..errors import DataError
 from ..system.files import open_regular, printable, reason_of, replacing
+from .cache import CacheError, make_room
 from .images import MAX_MEMBER_BYTES
-from .remote import CacheError, Place, Remote, make_room, open_place
+from .remote import Place, Remote, open_place
 from .tar_scan import DamagedShardError, LeftOut, Member, Sample, scan_shard
 
 logger = logging.getLogger(__name__)

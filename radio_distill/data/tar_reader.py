@@ -12,9 +12,10 @@ from typing import Any, BinaryIO, TypeVar
 
 from ..errors import DataError
 from ..system.files import printable, reason_of
+from .cache import CacheError
 from .images import BadImageError
 from .read_timeout import READ_TIMEOUT, DiskStalledError, NoAnswerError, ReadTimeout
-from .remote import CacheError, FetchError, Remote, open_place
+from .remote import FetchError, Remote, open_place
 from .tar_index import Shard, parse_sample
 from .tar_scan import Member, Sample
 

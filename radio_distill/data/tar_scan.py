@@ -30,9 +30,10 @@ from typing import Any, BinaryIO, NamedTuple
 
 from ..errors import DataError
 from ..system.files import printable, reason_of, shortened
+from .cache import CacheError
 from .find import is_hidden
 from .images import IMAGE_SUFFIXES, MAX_MEMBER_BYTES
-from .remote import CacheError, Place, open_place
+from .remote import Place, open_place
 
 _BLOCK = 512
 _MOST_PADDING = 4 << 20  # bytes; tar's own default is 10 KiB

@@ -11,8 +11,8 @@ from importlib import metadata
 from pathlib import Path
 
 from radio_distill.config import Recipe, TeacherConfig, UpsamplerConfig
+from radio_distill.data.cache import cache_of
 from radio_distill.data.find import find_shards
-from radio_distill.data.remote import cache_of
 from radio_distill.errors import ConfigError, DataError, RadioDistillError
 from radio_distill.stage import check_has_stage, resolve_stage
 from radio_distill.system.files import check_readable, unreadable

@@ -15,10 +15,11 @@ import torch
 
 from radio_distill.config import DataConfig
 from radio_distill.data import remote as remote_module
+from radio_distill.data.cache import CacheError, cache_of
 from radio_distill.data.check import check_shards
 from radio_distill.data.find import find_shards
 from radio_distill.data.loader import ShardBatches, StepSlice, in_every_step
-from radio_distill.data.remote import CacheError, FetchError, Remote, cache_of, shown
+from radio_distill.data.remote import FetchError, Remote, shown
 from radio_distill.data.sources import open_sources
 from radio_distill.data.tar_index import open_shard
 from radio_distill.errors import DataError
