@@ -42,11 +42,12 @@ def trusting_pickles(trusted: bool = True) -> Iterator[None]:
         _TRUSTED.reset(before)
 
 
-def read_torch_file(path: Path) -> Any:
+def read_torch_file(path: Path, mapped: bool = False) -> Any:
     """Read a torch file on the host; what is in it runs only inside :func:`trusting_pickles`.
 
-    Tensors of a zip file, which all but the oldest are, stay in it until they are touched. A whole
-    module, which only a trusted file can hold, gives its state.
+    With ``mapped``, tensors of a zip file, which all but the oldest are, stay in it until they are
+    touched: for a caller that copies them before anyone could write the file anew. A whole module,
+    which only a trusted file can hold, gives its state.
 
     Raises:
         WeightsError: missing, damaged, or not to be read without running what is in it.
@@ -55,8 +56,8 @@ def read_torch_file(path: Path) -> Any:
 
     try:
         with torch.serialization.safe_globals([Namespace]):  # the arguments in RADIO's checkpoints
-            mapped = is_zipfile(path)
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+            mmap = mapped and is_zipfile(path)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # a damaged file fails in a dozen ways
         needed = _refused(path, error)
         if needed is None:

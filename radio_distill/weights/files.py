@@ -60,7 +60,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         parts = [read_checkpoint(file) for file in files_of(path)]
         return {key: value for part in parts for key, value in part.items()}
     is_safe = path.suffix == ".safetensors"
-    checkpoint = _read_safetensors(path) if is_safe else read_torch_file(path)
+    checkpoint = _read_safetensors(path) if is_safe else read_torch_file(path, mapped=True)
     if not isinstance(checkpoint, dict):
         raise WeightsError(f"{path} holds a {type(checkpoint).__name__}, not a table of tensors")
     return checkpoint
