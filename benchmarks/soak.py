@@ -135,7 +135,7 @@ class Watched:
 
 @contextmanager
 def watching(every: int) -> Iterator[list[Watched]]:
-    """LossMonitor all sources of images that are read inside the block, every so many steps.
+    """Watch all sources of images that are read inside the block, every so many steps.
 
     The block gets one ``Watched`` a source, in the order in which they were begun: those of a
     stage's statistics come before that of its training.

@@ -1,7 +1,9 @@
 """The one launch, of stages and of fits: from a recipe to a run that trains.
 
 Everything is checked and built before the folder is touched: an earlier run in it is moved aside,
-and the folder claimed, just before the first step. :func:`launch` reads top to bottom.
+and the folder claimed, just before the first step. A run that goes on claims it before it reads its
+checkpoint, since a process that Slurm has given up saves, and removes what is older, until then.
+:func:`launch` reads top to bottom.
 """
 
 import logging
@@ -105,11 +107,14 @@ def launch(
     with (
         saying_what_is_left(stage.folder, begun=False),
         deterministic(stage.engine.deterministic, warn_only=stage.is_fit),
+        claimed(stage.folder, world, resumed, options.take_over) as claim,
     ):
+        if resumed is not None and not is_still_there(world, resumed):
+            resumed = checkpoint_to_resume(world, stage, options.allow_changed)
         stage = resolve_at_start(stage, world, device, resumed)
         train = build(stage, world, device, resumed, options)
         with (
-            locked(stage, world, resumed, options.take_over) as lock,
+            locked(stage, world, resumed, options.take_over, claim) as lock,
             saying_what_is_left(stage.folder, begun=True),
         ):
             last = train(lock)
@@ -183,12 +188,16 @@ def check_folder(folder: Path, resumed: Checkpoint | None, take_over: bool) -> N
 
 
 @contextmanager
-def locked(
-    stage: Stage, world: World, resumed: Checkpoint | None, take_over: bool
+def claimed(
+    folder: Path, world: World, resumed: Checkpoint | None, take_over: bool
 ) -> Iterator[RunLock | None]:
-    """Lock a stage's folder for the block; every rank must call, and rank 0 gets the lock."""
+    """Claim for the block the folder of a run that goes on, so that nobody else writes into it.
+
+    Every process must call; rank 0 gets the lock. A run that begins claims nothing yet.
+    """
     locks: list[RunLock] = []  # not for others: it has a thread
-    run_on_main(world, lambda: locks.append(lock_folder(stage, resumed, take_over)))
+    if resumed is not None:
+        run_on_main(world, lambda: locks.append(RunLock.take(folder, take_over)))
     try:
         yield locks[0] if locks else None
     finally:
@@ -196,11 +205,36 @@ def locked(
             lock.release()
 
 
-def lock_folder(stage: Stage, resumed: Checkpoint | None, take_over: bool) -> RunLock:
+def is_still_there(world: World, checkpoint: Checkpoint) -> bool:
+    """Return whether a checkpoint is still where it was found, the same on every process."""
+    return run_on_main(world, checkpoint.folder.is_dir)
+
+
+@contextmanager
+def locked(
+    stage: Stage,
+    world: World,
+    resumed: Checkpoint | None,
+    take_over: bool,
+    claim: RunLock | None,
+) -> Iterator[RunLock | None]:
+    """Make a stage's folder its own for the block; every rank must call, rank 0 gets the lock."""
+    locks: list[RunLock] = []
+    run_on_main(world, lambda: locks.append(lock_folder(stage, resumed, take_over, claim)))
+    try:
+        yield locks[0] if locks else None
+    finally:
+        for lock in locks:
+            lock.release()
+
+
+def lock_folder(
+    stage: Stage, resumed: Checkpoint | None, take_over: bool, claim: RunLock | None
+) -> RunLock:
     """Make a stage's folder this process's own, and write the resolved recipe into it.
 
     A fresh run never writes over an earlier one: that one's folder is moved aside. Run folders are
-    private to their user.
+    private to their user. ``claim`` is the lock of a run that goes on.
 
     Raises:
         ConfigError: where it cannot be written, or another process owns it by now.
@@ -209,7 +243,7 @@ def lock_folder(stage: Stage, resumed: Checkpoint | None, take_over: bool) -> Ru
     try:
         make_private(stage.run_folder)
         make_private(folder)
-        lock = RunLock.take(folder, take_over)
+        lock = claim or RunLock.take(folder, take_over)
         try:
             if resumed is None and _has_checkpoints(folder):
                 aside = move_aside(folder)
@@ -220,8 +254,6 @@ def lock_folder(stage: Stage, resumed: Checkpoint | None, take_over: bool) -> Ru
                 )
                 make_private(folder)
                 lock = RunLock.take(folder)
-            elif resumed is not None and not resumed.folder.is_dir():
-                raise ConfigError(f"{resumed.folder} was moved or deleted since it was read")
             with replacing(folder / "recipe.yaml") as temporary:
                 temporary.write_text(dump(stage.recipe), encoding="utf-8")
         except BaseException:

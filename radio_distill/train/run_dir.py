@@ -203,7 +203,7 @@ def _is_requeued(claim: Claim, own: Claim) -> bool:
 
 
 def _is_touched(path: Path, claim: Claim) -> bool:
-    """LossMonitor a file until it is touched, or has not been for too long."""
+    """Watch a file until it is touched, or has not been for too long."""
     try:
         first = _time_of(path)
         silent = max(0.0, _now(path.parent) - first)

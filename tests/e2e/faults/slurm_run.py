@@ -58,7 +58,7 @@ def write_recipe(folder: Path, images: Path) -> Path:
         "data": {**BASE["data"], "shards": [str(folder / "shards")]},
         "teachers": {**BASE["teachers"], "vit": {"preset": "slow_vit", "input_size": "match"}},
         "engine": {**BASE["engine"], "zero_stage": 2, "device": "cpu"},
-        "log": {**BASE["log"], "save_every": 5, "keep_last": 10},
+        "log": {**BASE["log"], "save_every": 5, "keep_last": 3},
         "evaluation": {**BASE["evaluation"], "images": str(images / "held_out")},
         "stages": {
             name: {**BASE["stages"][name], "steps": steps, "optimizer": "adamw"}
