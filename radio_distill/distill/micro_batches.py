@@ -147,7 +147,7 @@ def assign_micro_batches(
     return _pad(ranks, stage.partitions, sizes, equal)
 
 
-def needs_equal_passes(zero_stage: object) -> bool:
+def needs_equal_passes(zero_stage: int | str) -> bool:
     """Return whether ranks meet in every pass of a ZeRO stage, not only once a step."""
     return zero_stage in (2, 3)
 
@@ -164,7 +164,7 @@ def teachers_of(stage: Stage, world: World) -> list[str]:
         choices = []
     for draw in itertools.product(*choices) if choices else ():
         dealt = assign_micro_batches(stage, dict(draw), world.world_size)[world.rank]
-        names.update(*(item.partition.teachers for micro in dealt for item in micro.passes))
+        names.update(*(item.views for micro in dealt for item in micro.passes))
     return [name for name in stage.teachers if name in names]
 
 

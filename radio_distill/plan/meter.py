@@ -6,6 +6,7 @@ frozen encoder's equal blocks one is run for each shape of input, see :func:`sha
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -69,7 +70,7 @@ class Work:
         return self + other * -1
 
 
-class _Meter(TorchDispatchMode):
+class _Meter(TorchDispatchMode, ABC):
     """A mode that sees every operator, and can be told what a block takes that is not run again."""
 
     active: ClassVar[list[Any]] = []
@@ -87,13 +88,13 @@ class _Meter(TorchDispatchMode):
         self.active.remove(self)
         super().__exit__(kind, error, trace)
 
+    @abstractmethod
     def record(self, run: Callable[[], Any]) -> tuple[Any, Any]:
         """Return what ``run`` returns, and what :meth:`replay` needs to count it again."""
-        raise NotImplementedError
 
+    @abstractmethod
     def replay(self, taken: Any) -> None:
         """Count what was recorded once more."""
-        raise NotImplementedError
 
 
 class _WorkMeter(_Meter):

@@ -4,7 +4,7 @@ DeepSpeed's own checkpoints are pickles, cut by world size. Whole float32 weight
 in safetensors run no code when they are read and resume on any number of processes and any ZeRO
 stage. The price: rank 0 holds the whole state in host memory while it is written.
 
-Getting and setting go through DeepSpeed's documented ``safe_get_full_*`` and ``safe_set_full_*``;
+Getting and setting go through DeepSpeed's documented ``safe_get_*`` and ``safe_set_*``;
 only :func:`_create_moments`, :func:`_link_moments` and :func:`_refresh` touch private attributes,
 and are tested against the installed version.
 """
@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -55,20 +56,41 @@ def load_whole_state(
     engine: Any, weights: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]
 ) -> None:
     """Give each rank its part of whole weights and moments."""
-    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
     step = int(optimizer["step"])
     _create_moments(engine)
     for name, parameter in engine.module.named_parameters():
-        safe_set_full_fp32_param(parameter, weights[name])
+        _set(parameter, weights[name])
         for moment in MOMENTS if step else ():
-            safe_set_full_optimizer_state(parameter, optimizer[f"{moment}/{name}"], moment)
+            _set(parameter, optimizer[f"{moment}/{name}"], moment)
     products = [value for key, value in optimizer.items() if key.startswith(f"{PRODUCT}/")]
     for state in _inner(engine).state.values():
         state["step"] = torch.tensor(float(step))
         if isinstance(_inner(engine), torch.optim.NAdam):
             state[PRODUCT] = products[0].clone() if products else torch.ones(())
     _refresh(engine)
+
+
+def _set(parameter: Any, value: Tensor, moment: str = "") -> None:
+    """Give this rank its part of a whole weight, or of its moment.
+
+    ZeRO-3 pads the parts of a weight to equal lengths; ``safe_set_full_*`` cannot cut it then.
+    """
+    from deepspeed import utils
+
+    is_cut = hasattr(parameter, "ds_tensor")
+    if is_cut:
+        length: int = parameter.ds_tensor.numel()
+        first = length * torch.distributed.get_rank(group=parameter.ds_process_group)
+        part = value.flatten()[first : first + length]
+        value = F.pad(part, (0, length - len(part)))
+    if moment:
+        set_moment = (
+            utils.safe_set_local_optimizer_state if is_cut else utils.safe_set_full_optimizer_state
+        )
+        set_moment(parameter, value, moment)
+    else:
+        set_weight = utils.safe_set_local_fp32_param if is_cut else utils.safe_set_full_fp32_param
+        set_weight(parameter, value)
 
 
 def _inner(engine: Any) -> torch.optim.Optimizer:

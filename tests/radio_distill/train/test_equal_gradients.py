@@ -2,7 +2,10 @@
 
 import multiprocessing
 import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from multiprocessing.connection import Connection
 
 import numpy as np
 import pytest
@@ -218,9 +221,9 @@ def serve(rank: int, folder: str, pipe) -> None:
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module")
-def two_processes(tmp_path_factory):
-    folder = str(tmp_path_factory.mktemp("processes"))
+@contextmanager
+def serving(serve: Callable[..., None], folder: str) -> Iterator[list[Connection]]:
+    """Run ``serve(rank, folder, pipe)`` in two processes; yields our ends of their pipes."""
     context = multiprocessing.get_context("spawn")
     pipes, processes = [], []
     for rank in range(2):
@@ -233,6 +236,12 @@ def two_processes(tmp_path_factory):
     for pipe, process in zip(pipes, processes, strict=True):
         pipe.send(None)
         process.join(20)
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    with serving(serve, str(tmp_path_factory.mktemp("processes"))) as pipes:
+        yield pipes
 
 
 @pytest.mark.distributed

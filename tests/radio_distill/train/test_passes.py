@@ -1,7 +1,6 @@
 """How often the host waits for the device, and passes that only ZeRO 2 and 3 need."""
 
 import hashlib
-import multiprocessing
 import os
 import sys
 from dataclasses import replace
@@ -26,7 +25,7 @@ from radio_distill.train.engine import build_engine
 from radio_distill.train.health import NonFiniteGuard, agree
 from radio_distill.train.optim import build_optimizer
 
-from .test_equal_gradients import CPU, TEACHERS, build, images
+from .test_equal_gradients import CPU, TEACHERS, build, images, serving
 
 STEPS = 4  # DeepSpeed's timer, which is off, would begin to wait in the third
 
@@ -128,19 +127,8 @@ def serve(rank: int, folder: str, pipe) -> None:
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
-    folder = str(tmp_path_factory.mktemp("processes"))
-    context = multiprocessing.get_context("spawn")
-    pipes, processes = [], []
-    for rank in range(2):
-        ours, theirs = context.Pipe()
-        process = context.Process(target=serve, args=(rank, folder, theirs), daemon=True)
-        process.start()
-        pipes.append(ours)
-        processes.append(process)
-    yield pipes
-    for pipe, process in zip(pipes, processes, strict=True):
-        pipe.send(None)
-        process.join(20)
+    with serving(serve, str(tmp_path_factory.mktemp("processes"))) as pipes:
+        yield pipes
 
 
 def answers(pipes, *asked):
