@@ -11,6 +11,8 @@ import argparse
 import re
 import subprocess
 import tempfile
+from contextlib import ExitStack
+from math import prod
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -57,20 +59,14 @@ def launches(
     fine = cells * factor
     projected = torch.zeros(batch, 32, fine, fine, dtype=dtype, requires_grad=True)
     scalar = torch.ones((), requires_grad=True)
-    replaced = []
-    for module in (triton_apply, triton_fold, triton_range):
-        for name in [name for name in vars(module) if name.endswith("_kernel")]:
-            recorder = _Recorder(getattr(module, name), seen)
-            replaced.append(patch.object(module, name, recorder))
-    for item in replaced:
-        item.start()
-    try:
+    with ExitStack() as stack:
+        for module in (triton_apply, triton_fold, triton_range):
+            for name in [name for name in vars(module) if name.endswith("_kernel")]:
+                recorder = _Recorder(getattr(module, name), seen)
+                stack.enter_context(patch.object(module, name, recorder))
         kernel = triton_kernels.range_weights(projected, scalar, scalar, radius)
         triton_kernels.apply_kernel(low, kernel).sum().backward()
         triton_kernels.joint_bilateral(low, projected, scalar, scalar, radius, "bilinear")
-    finally:
-        for item in replaced:
-            item.stop()
     return seen
 
 
@@ -140,9 +136,7 @@ def main() -> None:
                 registers, stack = resources(code.asm["cubin"])
                 warps, shared = code.metadata.num_warps, code.metadata.shared
                 held = programs(registers, warps, shared, capability)
-                grid = 1
-                for length in launch.grid:
-                    grid *= length
+                grid = prod(launch.grid)
                 name = launch.kernel.__name__.strip("_").removesuffix("_kernel")
                 row = (name, grid, warps, registers, stack, f"{shared / 1024:.1f}", held)
                 print("|", " | ".join(map(str, row)), f"| {held * warps} |", flush=True)

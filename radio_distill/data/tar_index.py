@@ -20,7 +20,7 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -255,9 +255,11 @@ def _make_indexes(
     logger.info("reading %d shards whole, once, to index them (%s): %s", number, volume, why)
     results: list[Shard | DataError] = []
     said, done = time.monotonic(), 0
-    indexing = pool.map(lambda item: _trying(_make_index, item, folders), unindexed)
-    for item, result in zip(unindexed, indexing, strict=True):
-        results.append(result)
+    indexing = [pool.submit(_trying, _make_index, item, folders) for item in unindexed]
+    for item, future in zip(unindexed, indexing, strict=True):
+        while not wait([future], timeout=1.0).done:
+            pass  # Ctrl-C just before a wait without end would be noticed after it
+        results.append(future.result())
         done += max(0, item.size)
         if time.monotonic() - said > _SECONDS_A_LINE:
             said = time.monotonic()

@@ -77,7 +77,7 @@ class StepTime:
     encode: float
     """Device time of teachers' encoders."""
     learn: float
-    """Device time of the student's forward and backward pass."""
+    """Device time of the student's forward and backward passes, without those of padding."""
     elementwise: float
     """What of these two is memory traffic."""
     device: float
@@ -179,7 +179,7 @@ def _rank(
         for item in micro.passes:
             cost = measured[item.partition.name].passes[item.size]
             device = host = 0.0
-            for teacher in cost.teachers:
+            for teacher in () if item.is_padding else cost.teachers:
                 if teacher.view in seen and not stage.augmentation.shift:
                     continue
                 seen.add(teacher.view)
@@ -193,7 +193,10 @@ def _rank(
                 host += schedule.launch * (calls * each.kernels + beside.kernels)
             student = cost.student(images)
             took = speed.seconds(student, stage.engine.precision)
-            learn, elementwise = learn + took, elementwise + student.traffic / speed.streaming
+            if item.is_padding:
+                other += took
+            else:
+                learn, elementwise = learn + took, elementwise + student.traffic / speed.streaming
             launched = schedule.launch * student.kernels
             launches += host + launched
             if schedule.waits:

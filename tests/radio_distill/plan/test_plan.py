@@ -440,6 +440,10 @@ def test_step_time__products_alone_are_operations_over_rate_and_launches_hide_be
         assert fast.total < slow.total < price(real, launch=1.0, float_copies=True).total
         assert slow.passes == pytest.approx(slow.launches)
         assert price(real, waits=True).passes >= price(real).passes
+        first = ranks[0][0].passes[0]
+        padding = replace(ranks[0][0], start=0, stop=1, passes=(replace(first, image_weight=0.0),))
+        idle = step_time(costs, stage, counted, [[padding]], real)
+        assert idle.encode == idle.learn == 0 < idle.device
 
 
 @pytest.mark.parametrize(("shift", "runs"), [(0, 1), (2, 2)])
