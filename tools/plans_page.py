@@ -36,15 +36,15 @@ PHI_S_COLUMNS = (
 INTRODUCTION = """\
 # What the recipes cost
 
-Estimates. `python -m tools.plans_page` prints this page in a checkout (a quarter of an hour on two
-busy cores; no GPU, no weights), `radio-distill plan RECIPE` the parts of each figure. Models are
+Estimates. `python -m tools.plans_page` prints this page in a checkout (200 s of one
+core; no GPU, no weights), `radio-distill plan RECIPE` the parts of each figure. Models are
 measured on tensors without data. Time is operations / (peak · {utilisation:.0%}): the utilisation
 is assumed, and every hour below stands and falls with it. Left out are decoding, communication,
 evaluation, and the windows that students attend in at times. Figures of several stages are parted
 by a slash; a device's memory must leave a tenth free to fit.
 
 Device hours grow with the number of devices where work cannot be divided further: partitions of 32
-images, and mosaics, whose canvases stay whole (81 images of 128 px on one of SAM3's).
+images, and mosaics, whose canvases stay whole (`mosaic_images` makes them smaller).
 """
 PHI_S_TEXT = """\
 
@@ -65,8 +65,8 @@ What may stand behind it, none of it printed in the paper:
   among 64 and 128 devices, checkpoints and evaluation.
 * The assumed utilisation. Small batches (in stage 3, nine images a device) reach less than large
   ones.
-* Waiting. Here devices are dealt to partitions by work; four partitions with a quarter of the
-  devices each would wait for DINOv2's.
+* Waiting. Here the images of all partitions are dealt to devices by work; four partitions with a
+  quarter of the devices each would wait for DINOv2's.
 * Precision. Frozen teachers compute in bfloat16 here; in TF32 the peak of an A100 is half of that.
 * SAM. One image a canvas would need a utilisation in stage 1 far above that of the other stages,
   so that stage was probably not run so.
