@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..errors import ConfigError, TakenOverError
-from ..system.files import replacing
+from ..system.files import reason_of, replacing
 
 logger = logging.getLogger(__name__)
 
@@ -97,8 +97,12 @@ class RunLock:
             if rival.token != self.claim.token and rival.number >= number:
                 (folder / self._file).unlink(missing_ok=True)
                 raise FileExistsError(f"{folder} was claimed by {rival.name}")
-        with replacing(folder / OWNER) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        try:
+            with replacing(folder / OWNER) as temporary:
+                temporary.write_text(text, encoding="utf-8")
+        except OSError:
+            (folder / self._file).unlink(missing_ok=True)
+            raise
         for earlier in _numbers(folder):
             if earlier < number:
                 (folder / f".owner-{earlier}").unlink(missing_ok=True)
@@ -111,7 +115,8 @@ class RunLock:
         """Claim a folder that no living process owns; with ``take_over``, one that is owned too.
 
         Raises:
-            ConfigError: where a living process owns it, also one that claimed it at this moment.
+            ConfigError: where a living process owns it, also one that claimed it at this moment; or
+                where it cannot be written.
         """
         while True:
             before = current(folder)
@@ -120,6 +125,11 @@ class RunLock:
                 return cls(folder, 1 + (before.number if before else 0))
             except FileExistsError:
                 take_over = False  # another start was faster
+            except OSError as error:
+                raise ConfigError(
+                    f"cannot write to {folder}: {reason_of(error)}; make it writable, or choose "
+                    "another with --output"
+                ) from error
 
     def check(self) -> None:
         """Raise TakenOverError where another process has claimed the folder since."""

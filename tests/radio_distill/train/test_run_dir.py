@@ -279,3 +279,10 @@ def test_ownership__a_file_that_cannot_be_read_is_no_other_owner(tmp_path, damag
     else:
         (tmp_path / OWNER).write_text("{")
     owner.check()
+
+
+def test_take__a_folder_that_cannot_be_written_is_refused_and_left_as_it_was(tmp_path):
+    (tmp_path / "owner.json").mkdir()
+    with pytest.raises(ConfigError, match=r"cannot write to .*--output"):
+        RunLock.take(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["owner.json"]
