@@ -145,6 +145,8 @@ class Score:
     """Sizes that the encoder was given, ``HEIGHTxWIDTH``, as they came; empty where not known."""
     against: str = ""
     """Digest of the teacher that the encoder is compared with; empty where it is none."""
+    protocol: str = ""
+    """``NAME@HASH`` of all that decides the number (``evals.protocol``); empty where not known."""
 
     @property
     def name(self) -> str:

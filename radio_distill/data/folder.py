@@ -55,6 +55,11 @@ class Images(Sequence[tuple[str, Image]]):
     def __len__(self) -> int:
         return len(self._refs)
 
+    @property
+    def keys(self) -> list[str]:
+        """The keys of all images, which none is read for."""
+        return [ref.key for ref in self._refs]
+
     @overload
     def __getitem__(self, index: int) -> tuple[str, Image]: ...
 

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from ..data.folder import list_images, spread
 from ..types import Score, Size
 from .encoder import AnyImage, Encoder, encode_images
+from .protocol import file_names, protocol_of
 
 logger = logging.getLogger(__name__)
 
@@ -65,11 +66,15 @@ class Agreement:
         if not rows:
             logger.warning("agreement: %s takes one size only, no score", encoder.name)
             return []
-        cosine, switch, count = mean_cosine(rows), largest_shift(rows), len(images)
+        of = "Agreement", len(images)
+        protocol = protocol_of(self, images=file_names(image.key for image in images))
         return [
-            Score(self.name, "cosine", cosine, "%", True, "Agreement", count),
-            Score(self.name, "mode_switch", switch, "%", False, "Agreement", count, False),
-        ]
+            Score(self.name, "cosine", mean_cosine(rows), "%", True, *of, protocol=protocol),
+            Score(
+                self.name, "mode_switch", largest_shift(rows), "%", False, *of,
+                headline=False, protocol=protocol,
+            ),
+        ]  # fmt: skip
 
 
 def mean_cosine(rows: Sequence[SizeAgreement]) -> float:

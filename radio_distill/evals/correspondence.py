@@ -28,6 +28,7 @@ from ..errors import ConfigError
 from ..geometry import homography, in_unit, inside, sample, transform, warp
 from ..types import Score, Size
 from .encoder import Encoder, to_pixels
+from .protocol import file_names, protocol_of
 
 GREY = 0.5  # what a warped view shows beyond its image
 
@@ -74,7 +75,8 @@ class Correspondence:
             if progress is not None:
                 progress(index + 1, len(images))
         thresholds = self.thresholds, self.shares
-        return recalls(self.name, torch.cat(errors), size, *thresholds, len(images))
+        protocol = protocol_of(self, images=file_names(images.keys))
+        return recalls(self.name, torch.cat(errors), size, *thresholds, len(images), protocol)
 
     def _errors(self, encoder: Encoder, pixels: Tensor, matrix: Tensor) -> Tensor:
         """Return the distances, in pixels, between where points are matched and where they are."""
@@ -175,6 +177,7 @@ def recalls(
     thresholds: Sequence[float],
     shares: Sequence[float],
     num_samples: int,
+    protocol: str = "",
 ) -> list[Score]:
     """Turn errors in pixels into recall at thresholds in pixels and in % of the diagonal.
 
@@ -186,9 +189,12 @@ def recalls(
     values = {metric: 100 * (errors <= limit).double().mean() for metric, limit in limits.items()}
     about = "%", True, "Correspondence", num_samples
     return [
-        Score(benchmark, metric, value.item(), *about, headline=metric == headline)
+        Score(
+            benchmark, metric, value.item(), *about,
+            headline=metric == headline, protocol=protocol,
+        )
         for metric, value in values.items()
-    ]
+    ]  # fmt: skip
 
 
 def random_homography(

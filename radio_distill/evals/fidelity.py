@@ -6,7 +6,7 @@ heads and targets that have no normalizer. The measure is FeatSharp's (:class:`.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -21,6 +21,7 @@ from ..teacher_view import input_size
 from ..types import Features, Score, Size
 from . import metrics
 from .encoder import Encoder, Target, open_image, to_pixels
+from .protocol import file_names, protocol_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +67,11 @@ class Fidelity:
                 sums[name].add(predicted[name], features)
             if progress is not None:
                 progress(start + len(batch), len(images))
+        protocol = protocol_of(self, images=file_names(images.keys))
         return [
-            score for name, total in sums.items() for score in total.scores(name, targets[name])
+            replace(score, protocol=protocol)
+            for name, total in sums.items()
+            for score in total.scores(name, targets[name])
         ]
 
 

@@ -52,6 +52,8 @@ class Measured:
     """Digest of the teacher that fidelity is to; empty where not known."""
     details: str = ""
     """Further facts of its benchmark, for instance the number of classes."""
+    protocol: str = ""
+    """``NAME@HASH`` of all that decides the number; empty where not known."""
 
     @property
     def of(self) -> str:

@@ -22,6 +22,7 @@ from ..errors import ConfigError
 from ..types import Score
 from .encoder import Encoder, encode_images
 from .metrics import macro_accuracy
+from .protocol import file_names, protocol_of
 
 logger = logging.getLogger(__name__)
 
@@ -71,10 +72,12 @@ class Knn:
             "macro_accuracy": macro_accuracy(correct, truth),
         }
         details = {"classes": len(truth.unique())}
+        used = [file_names(path for path, _ in split) for split in (train, val)]
+        protocol = protocol_of(self, train=used[0], val=used[1])
         return [
             Score(
                 self.name, metric, 100 * value, "%", True, "Classification", len(val),
-                headline=metric == "top1", details=details,
+                headline=metric == "top1", details=details, protocol=protocol,
             )
             for metric, value in accuracy.items()
         ]  # fmt: skip

@@ -22,6 +22,7 @@ from ..registry import Registry, check_has, check_takes, nearest
 from ..types import Score, Size
 from .encoder import Encoder, size_text
 from .masks import open_set
+from .protocol import protocol_of
 
 BENCHMARKS = Registry(
     "benchmark",
@@ -110,7 +111,7 @@ def evaluate(
     Fidelity is asked of an encoder with heads (:class:`.encoder.Heads`) and passed over for any
     other. All benchmarks are made before the first runs, so a missing folder costs no time. Each
     score says which sizes the encoder was given, which are not those asked for where it cannot
-    take them.
+    take them, and under which protocol: that of the benchmark's fields where it names none.
 
     Args:
         encoder: in evaluation mode.
@@ -132,7 +133,10 @@ def evaluate(
                 f"benchmark {benchmark.name!r}: run returns {result!r:.80}, not a list of "
                 "radio_distill.types.Score"
             )
-        scores += [replace(score, pixels=", ".join(map(size_text, sizes))) for score in result]
+        pixels, protocol = ", ".join(map(size_text, sizes)), protocol_of(benchmark)
+        scores += [
+            replace(score, pixels=pixels, protocol=score.protocol or protocol) for score in result
+        ]
     return scores
 
 

@@ -107,8 +107,9 @@ class ScoreSet:
         return None
 
     def remarks(self) -> tuple[str, ...]:
-        """Say what a reader who compares these results must know: files, unlike sizes, teachers."""
+        """Say what a reader must know: files, unlike sizes and teachers, protocols."""
         unlike = []
+        protocols: dict[str, None] = {}
         for name, metric in self.definitions.items():
             sizes = self._by(name, lambda how: how.pixels)
             if metric.counts and len(sizes) > 1:
@@ -118,7 +119,10 @@ class ScoreSet:
             if metric.headline and len(teachers) > 1:
                 parts = " and ".join(", ".join(of) for of in teachers.values())
                 unlike.append(f"{name} is to different teachers of that name: {parts}.")
-        return (*self.notes, *unlike)
+            if metric.counts:
+                protocols |= dict.fromkeys(self._by(name, lambda how: how.protocol))
+        under = [f"Protocols: {', '.join(protocols)}."] if protocols else []
+        return (*self.notes, *unlike, *under)
 
     def _by(self, metric: str, value: Callable[[Measured], str]) -> dict[str, list[str]]:
         """Sort labels by how their metric was measured, where that is known."""
@@ -129,7 +133,10 @@ class ScoreSet:
         return sorted_labels
 
     def check_alike(self) -> None:
-        """Raise DataError where a metric that counts is of other images for some model."""
+        """Raise DataError where a metric that counts is measured otherwise for some model.
+
+        That is on other images, or under another protocol.
+        """
         for name, metric in self.definitions.items():
             samples = self._by(name, lambda how: how.of)
             if metric.counts and len(samples) > 1:
@@ -138,6 +145,14 @@ class ScoreSet:
                     f"{name} is of {less} for {one[0]} and of {more} for {other[0]}; score both on "
                     "the same (radio-distill eval, --evaluation.limit 0), or leave one out with "
                     "--models"
+                )
+            protocols = self._by(name, lambda how: how.protocol)
+            if metric.counts and len(protocols) > 1:
+                (first, one), (second, other) = list(protocols.items())[:2]
+                raise DataError(
+                    f"{name} is of protocol {first} for {one[0]} and of {second} for {other[0]}; "
+                    "score both with the same section evaluation and version (radio-distill "
+                    "eval), or leave one out with --models"
                 )
 
     def only(self, chosen: Iterable[str]) -> "ScoreSet":
@@ -388,6 +403,7 @@ def _measured(line: Mapping[str, Any]) -> Measured:
         str(line.get("pixels", "")),
         str(line.get("against", "")),
         ", ".join(f"{name} {value}" for name, value in dict(details).items()),
+        str(line.get("protocol", "")),
     )
 
 

@@ -18,6 +18,7 @@ from .encoder import Encoder, encode_images
 from .masks import Ignore, listed, open_set
 from .metrics import IGNORED, confusion_matrix, mean_iou, num_shown
 from .probes import AdamW, LinearProbe
+from .protocol import file_names, protocol_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,4 +77,11 @@ class Segmentation:
             "ignored": listed(data.ignore),
         }
         value = 100 * mean_iou(confusion)
-        return [Score(self.name, "miou", value, "%", True, "Dense", len(data.val), details=details)]
+        used = [file_names(pair.image for pair in split) for split in (data.train, data.val)]
+        protocol = protocol_of(self, train=used[0], val=used[1])
+        return [
+            Score(
+                self.name, "miou", value, "%", True, "Dense", len(data.val),
+                details=details, protocol=protocol,
+            )
+        ]  # fmt: skip

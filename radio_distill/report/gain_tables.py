@@ -132,8 +132,9 @@ def _title(group: str, of: str) -> str:
 def _notes(
     models: Sequence[str], names: Sequence[str], measured: Mapping[str, Mapping[str, Measured]]
 ) -> tuple[str, ...]:
-    """Say at which size each model was scored, and on what."""
+    """Say at which size each model was scored, on what, and under which protocol."""
     sizes: dict[str, list[str]] = {}
+    protocols: dict[str, None] = {}
     what: dict[str, None] = {}
     for model in models:
         known = {name: how for name, how in measured.get(model, {}).items() if name in names}
@@ -142,11 +143,14 @@ def _notes(
         for name, how in known.items():
             if how.details:
                 what[f"{name.partition('/')[0]}: {how.of}"] = None
+            if how.protocol:
+                protocols[how.protocol] = None
+    notes = (*what, *([f"Protocol: {', '.join(protocols)}."] if protocols else ()))
     if not sizes:
-        return tuple(what)
+        return notes
     alike = len(sizes) == 1 and [*sizes.values()] == [list(models)]
     parts = [size if alike else f"{size} ({', '.join(of)})" for size, of in sizes.items()]
-    return (*what, f"Input in pixels: {'; '.join(parts)}.")
+    return (*notes, f"Input in pixels: {'; '.join(parts)}.")
 
 
 def _score(repeats: Iterable[Run], name: str) -> Cell:

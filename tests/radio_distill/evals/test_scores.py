@@ -367,3 +367,27 @@ def test_read_definitions__order_and_fields(tmp_path: Path) -> None:
     path.write_text("a: {group: G, higher_is_better: maybe}\n")
     with pytest.raises(ConfigError, match="'maybe' is not true or false"):
         read_definitions(path)
+
+
+def test_check_alike__two_protocols_of_one_metric_never_meet(tmp_path: Path) -> None:
+    path = tmp_path / "scores.jsonl"
+    write_scores(path, subject(stage="stage1"), [score(1.0, protocol="knn@00000001")])
+    write_scores(path, subject(stage="stage2"), [score(2.0, protocol="knn@00000002")])
+    write_scores(path, subject(stage="stage3"), [score(2.0, protocol="knn@00000001")])
+    earlier = write_lines(tmp_path / "earlier.jsonl", LINE)
+    scores = read_scores([path, earlier])
+    with pytest.raises(DataError, match=r"knn/top1 .*knn@00000001 .*knn@00000002"):
+        scores.check_alike()
+    alike = scores.only(
+        [scores.named(name) for name in ("stage1", "stage3", "s2")]
+    )  # what does not say it is as it was before
+    alike.check_alike()
+    assert any("knn@00000001" in text for text in alike.remarks())
+
+
+def test_check_alike__what_does_not_count_may_differ(tmp_path: Path) -> None:
+    path = tmp_path / "scores.jsonl"
+    for stage in ("stage1", "stage2"):
+        further = score(1.0, protocol=f"knn@{stage}", headline=False)
+        write_scores(path, subject(stage=stage), [further])
+    read_scores([path]).check_alike()
