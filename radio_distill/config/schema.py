@@ -416,6 +416,9 @@ class EvaluationConfig:
         "unset",
         "numbers in its masks that are no class: 255 as in VOC, 0 as in ADE20K, [0, 255], or [] for none; unset: 0, and masks that show 255 are refused",
     )
+    data: dict[str, str] = option(
+        dict, "folders of published data sets by name, as in `radio-distill data list`"
+    )
     size: Positive = option(224, "student input for summaries", "px")
     dense_size: Positive = option(448, "student input for dense benchmarks", "px")
     limit: Count = option(0, "most images of each benchmark; 0 for all", "images")

@@ -255,7 +255,7 @@ def _pixels(paths: Sequence[Path], ignore: Ignore) -> "Counter[int]":
     """Count the pixels of each number; raises DataError for numbers that nobody explained."""
     shown: Counter[int] = Counter()
     for path in paths:
-        numbers = _numbers(path)
+        numbers = class_numbers(path)
         values, counts = np.unique(numbers, return_counts=True)
         largest = np.iinfo(numbers.dtype).max
         if ignore == "unset" and values[-1] == largest:
@@ -270,7 +270,7 @@ def _pixels(paths: Sequence[Path], ignore: Ignore) -> "Counter[int]":
     return shown
 
 
-def _numbers(path: Path) -> np.ndarray:
+def class_numbers(path: Path) -> np.ndarray:
     """Read the upright class numbers of a mask, ``[H, W]`` uint8 or uint16, as they are stored.
 
     Raises:
@@ -304,7 +304,7 @@ def _numbers(path: Path) -> np.ndarray:
 
 def read_mask(path: Path, size: int, classes: np.ndarray) -> Tensor:
     """Read a mask, cropped as images are: ``[size, size]``, index in ``classes`` or IGNORED."""
-    whole = Image.fromarray(_numbers(path).astype(np.int32))
+    whole = Image.fromarray(class_numbers(path).astype(np.int32))
     fitted = np.array(ImageOps.fit(whole, (size, size), Image.Resampling.NEAREST))
     position = np.searchsorted(classes, fitted).clip(max=len(classes) - 1)
     return torch.from_numpy(np.where(classes[position] == fitted, position, IGNORED))

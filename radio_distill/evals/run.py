@@ -20,6 +20,7 @@ from ..errors import ConfigError
 from ..protocols import Benchmark
 from ..registry import Registry, check_has, check_takes, nearest
 from ..types import Score, Size
+from .datasets import DATASETS
 from .encoder import Encoder, size_text
 from .masks import open_set
 from .protocol import protocol_of
@@ -36,6 +37,9 @@ BENCHMARKS = Registry(
     },
 )
 
+_DATA = "data."
+"""How a benchmark's ``sources`` begin where they name a data set."""
+
 
 def make(name: str, config: EvaluationConfig) -> Benchmark:
     """Make a benchmark from the recipe; ``evaluation.options.NAME`` overrides its own fields.
@@ -46,7 +50,10 @@ def make(name: str, config: EvaluationConfig) -> Benchmark:
     """
     kind = BENCHMARKS.get(name)
     _check_benchmark(name, kind)
-    values: dict[str, Any] = {own: getattr(config, field) for own, field in kind.sources.items()}
+    for dataset in config.data.keys() - DATASETS.names():
+        known = nearest(dataset, DATASETS.names())
+        raise ConfigError(f"evaluation.data has {dataset!r}, which is no data set ({known})")
+    values = {own: _value(config, field) for own, field in kind.sources.items()}
     values |= config.options.get(name, {})
     for own, field in kind.sources.items():
         if values[own] == "":
@@ -75,6 +82,15 @@ def check_data(config: EvaluationConfig) -> None:
         labelled_images(config.labels)
     if "segmentation" in fields:
         open_set(config.segmentation, config.limit or None, config.segmentation_ignore)
+    for dataset in {field.removeprefix(_DATA) for field in fields if field.startswith(_DATA)}:
+        DATASETS.get(dataset)(config.data[dataset]).check()
+
+
+def _value(config: EvaluationConfig, field: str) -> Any:
+    """Return a field of ``evaluation``, or with ``data.NAME`` the path of a data set."""
+    if field.startswith(_DATA):
+        return config.data.get(field.removeprefix(_DATA), "")
+    return getattr(config, field)
 
 
 def _check_benchmark(name: str, kind: Any) -> None:
@@ -86,11 +102,12 @@ def _check_benchmark(name: str, kind: Any) -> None:
     if not is_dataclass(kind):
         raise ConfigError(f"{what} is no dataclass; its fields are what a recipe can set")
     own = {field.name for field in fields(kind)}
-    known = {field.name for field in fields(EvaluationConfig)}
+    known = {field.name for field in fields(EvaluationConfig)} - {"data"}
+    known |= {_DATA + dataset for dataset in DATASETS.names()}
     if not isinstance(sources, Mapping):
         raise ConfigError(
             f"{what}: sources is a {type(sources).__name__}, not a mapping of its own fields to "
-            "those of `evaluation`, such as {'images': 'images'}"
+            "those of `evaluation`, such as {'images': 'images'} or {'data': 'data.ade20k'}"
         )
     for field, source in sources.items():
         if field not in own or source not in known:

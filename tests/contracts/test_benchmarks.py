@@ -10,8 +10,10 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
+import layouts
 from radio_distill.config import EvaluationConfig
 from radio_distill.errors import ConfigError
+from radio_distill.evals.datasets import DATASETS
 from radio_distill.evals.encoder import Encoder, Heads, Target
 from radio_distill.evals.run import BENCHMARKS, make
 from radio_distill.protocols import Benchmark
@@ -61,6 +63,7 @@ def config(tmp_path_factory) -> EvaluationConfig:
         images=str(root / "images_val"),
         labels=str(root / "labels"),
         segmentation=str(root / "segmentation"),
+        data={name: str(getattr(layouts, name)(root / name)) for name in DATASETS.names()},
         size=16,
         dense_size=32,
         options=OPTIONS,
@@ -115,6 +118,9 @@ def test_benchmark__progress_ends_at_the_total(benchmark_name, config):
 def test_benchmark__every_source_is_a_field_and_an_empty_one_is_named(benchmark_name, config):
     sources = BENCHMARKS.get(benchmark_name).sources.values()
     for field in sources:
-        if isinstance(getattr(config, field), str):
+        if field.startswith("data."):
+            with pytest.raises(ConfigError, match=rf"evaluation\.{field} is empty"):
+                make(benchmark_name, dataclasses.replace(config, data={}))
+        elif isinstance(getattr(config, field), str):
             with pytest.raises(ConfigError, match=rf"evaluation\.{field} is empty"):
                 make(benchmark_name, dataclasses.replace(config, **{field: ""}))
