@@ -165,6 +165,12 @@ def encode_images(
             progress(start + len(batch), len(images))
 
 
+def summary_of(features: Features) -> Tensor:
+    """Return the summary ``[B, S]``, or the mean of the map of an encoder without one."""
+    summary, spatial = features
+    return spatial.mean(dim=(2, 3)) if summary is None else summary
+
+
 def size_text(size: Size) -> str:
     """Write a size as ``HEIGHTxWIDTH``."""
     return f"{size[0]}x{size[1]}"

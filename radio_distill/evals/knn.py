@@ -1,7 +1,9 @@
 """k-nearest-neighbour classification on summaries, as DINO and RADIO report it.
 
 Nothing is trained, so the number speaks of the features alone: k = 20, cosine similarity, each
-neighbour votes with weight exp(similarity / 0.07), and the whole training split is the bank.
+neighbour votes with weight exp(similarity / 0.07), and the whole training split is the bank. An
+image is resized to cover the size nearest to the one asked for that the encoder takes, and its
+centre is cropped, so that it is resampled once.
 Left out: the sweep over k and temperature that some codes report the best of.
 """
 
@@ -20,7 +22,7 @@ from torch.nn import functional as F
 from ..data.folder import labelled_images, spread
 from ..errors import ConfigError
 from ..types import Score
-from .encoder import Encoder, encode_images
+from .encoder import Encoder, encode_images, summary_of
 from .metrics import macro_accuracy
 from .protocol import file_names, protocol_of
 
@@ -65,7 +67,9 @@ class Knn:
         (bank, queries), (known, truth) = (
             (both[: len(train)], both[len(train) :]) for both in (embeddings, labels)
         )
-        votes = knn_votes(bank, known, queries, len(names), self.k, self.temperature)
+        votes = knn_votes(
+            bank, known, queries, len(names), self.k, self.temperature, encoder.device
+        )
         correct = votes.argmax(dim=1) == truth
         accuracy = {
             "top1": correct.double().mean().item(),
@@ -93,14 +97,9 @@ class Knn:
     def _embed(
         self, encoder: Encoder, paths: Sequence[Path], progress: Callable[[int, int], None] | None
     ) -> Tensor:
-        size = (self.size, self.size)
+        size = encoder.nearest_size((self.size, self.size))
         batches = encode_images(encoder, paths, size, self.batch_size, progress)
-        return torch.cat(
-            [
-                (spatial.mean(dim=(2, 3)) if summary is None else summary).cpu()
-                for summary, spatial in batches
-            ]
-        )  # [N, S]
+        return torch.cat([summary_of(features).half().cpu() for features in batches])  # [N, S]
 
 
 def thin_out(
@@ -162,23 +161,50 @@ def knn_votes(
     num_classes: int,
     k: int = 20,
     temperature: float = 0.07,
+    device: torch.device | str = "cpu",
 ) -> Tensor:
     """Return the weight of each class for each query, ``[Q, num_classes]``.
 
     Args:
-        bank: ``[N, S]`` embeddings, of any length.
+        bank: ``[N, S]`` embeddings, of any length and of any precision.
         bank_labels: ``[N]`` class indices.
         queries: ``[Q, S]`` embeddings.
         num_classes: number of classes.
         k: neighbours that vote.
         temperature: of the vote's exponential.
+        device: where neighbours are looked for; the bank passes through it once, in chunks.
     """
-    bank, queries = F.normalize(bank, dim=1), F.normalize(queries, dim=1)
-    votes = []
-    for chunk in queries.split(1024):  # the bank of ImageNet times all queries would not fit
-        similarity, index = (chunk @ bank.T).topk(k, dim=1)
-        weight = (similarity / temperature).exp()
-        votes.append(
-            weight.new_zeros(len(chunk), num_classes).scatter_add_(1, bank_labels[index], weight)
-        )
-    return torch.cat(votes)
+    similarity, index = nearest_in_bank(bank, queries, k, device)
+    weight = (similarity / temperature).exp()
+    votes = weight.new_zeros(len(queries), num_classes)
+    return votes.scatter_add_(1, bank_labels[index], weight)
+
+
+def nearest_in_bank(
+    bank: Tensor,
+    queries: Tensor,
+    k: int,
+    device: torch.device | str = "cpu",
+    bank_chunk: int = 8192,
+    query_chunk: int = 1024,
+) -> tuple[Tensor, Tensor]:
+    """Return the k largest cosines of each query and where in the bank they are, ``[Q, k]`` each.
+
+    Each chunk of the bank visits the device once and is compared with all queries, whose k best so
+    far stay there; so the device holds the queries, one chunk, and ``bank_chunk * query_chunk``
+    similarities. Half precision is for keeping only: cosines are computed in float32 at least.
+    """
+    exact = torch.promote_types(queries.dtype, torch.float32)
+    queries = F.normalize(queries.to(device, exact), dim=1)
+    similarity = queries.new_empty(len(queries), 0)
+    index = torch.empty(len(queries), 0, dtype=torch.long, device=device)
+    for start in range(0, len(bank), bank_chunk):
+        part = F.normalize(bank[start : start + bank_chunk].to(device, exact), dim=1)
+        found = [
+            (some @ part.T).topk(min(k, len(part)), dim=1) for some in queries.split(query_chunk)
+        ]
+        similarity = torch.cat([similarity, torch.cat([values for values, _ in found])], dim=1)
+        index = torch.cat([index, start + torch.cat([indices for _, indices in found])], dim=1)
+        similarity, kept = similarity.topk(min(k, similarity.shape[1]), dim=1)
+        index = index.gather(1, kept)
+    return similarity.cpu(), index.cpu()

@@ -7,11 +7,12 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from torch.nn import functional as F
 
 from radio_distill.data.folder import spread
 from radio_distill.errors import ConfigError
-from radio_distill.evals.encoder import Encoder
-from radio_distill.evals.knn import Knn, knn_votes, thin_out
+from radio_distill.evals.encoder import Encoder, to_pixels
+from radio_distill.evals.knn import Knn, knn_votes, nearest_in_bank, thin_out
 from radio_distill.evals.metrics import macro_accuracy
 from radio_distill.types import Features
 
@@ -46,6 +47,43 @@ def test_knn_votes__agrees_with_scikit_learn():
     found = knn_votes(bank, labels, queries, 5)
     share = found / found.sum(dim=1, keepdim=True)
     torch.testing.assert_close(share, torch.from_numpy(oracle.predict_proba(queries)))
+
+
+@pytest.mark.parametrize(
+    ("bank_chunk", "query_chunk"), [(7, 5), (150, 64), (299, 1), (1, 130), (4096, 4096)]
+)
+def test_nearest_in_bank__chunks_change_nothing(bank_chunk, query_chunk):
+    generator = torch.Generator().manual_seed(1)
+    bank = torch.randn(300, 24, generator=generator).half()
+    queries = torch.randn(130, 24, generator=generator).half()
+    exact = F.normalize(queries.double(), dim=1) @ F.normalize(bank.double(), dim=1).T
+    expected, where = exact.topk(20, dim=1)
+    similarity, index = nearest_in_bank(
+        bank, queries, 20, bank_chunk=bank_chunk, query_chunk=query_chunk
+    )
+    torch.testing.assert_close(similarity.double(), expected, rtol=0, atol=1e-6)
+    assert similarity.dtype == torch.float32
+    assert index.equal(where)
+
+
+def test_nearest_in_bank__no_more_neighbours_than_the_bank_has():
+    similarity, index = nearest_in_bank(torch.eye(3), torch.eye(3), 20, bank_chunk=2)
+    assert similarity.shape == (3, 3)
+    assert index[:, 0].tolist() == [0, 1, 2]
+
+
+def test_knn__images_are_resampled_once_to_a_size_the_encoder_takes(colours, colour_classes):
+    """Asked for 16 px, an encoder of patch 7 is given 14, and nothing is resized a second time."""
+    shown = []
+
+    def encode(pixels):
+        shown.append(pixels)
+        return Features(None, pixels[:, :, ::7, ::7])
+
+    Knn(str(colour_classes), 16, k=3).run(Encoder("patch 7", encode, 7))
+    assert {tuple(pixels.shape[1:]) for pixels in shown} == {(3, 14, 14)}
+    first = sorted((colour_classes / "train/class_0").iterdir())[0]
+    assert torch.equal(shown[0][0], to_pixels(first, (14, 14)))
 
 
 @pytest.fixture
