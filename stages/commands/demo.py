@@ -16,21 +16,19 @@ import math
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
 
 from radio_distill.config import Recipe
 from radio_distill.errors import ConfigError, DataError
-from radio_distill.system.files import make_private
 from radio_distill.system.progress import clock
 
 from ..arguments import add_trust_argument
 from ..recipes import Asked, load_recipe
 from .evaluate import show
 from .report import report
-from .sweep import sweep, with_upsampler
+from .sweep import sweep
 
 if TYPE_CHECKING:
     from radio_distill.evals.gain import MultiTaskGain
@@ -69,30 +67,17 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the demo."""
     from radio_distill.report.gain_tables import beside_tables, gain_table
     from radio_distill.report.tables import print_tables
-    from radio_distill.train.checkpoint import find
 
-    from ..build import train_stage
-    from ..launch import Options
-    from .scoring import gain_of, write_gain
+    from .scoring import write_gain
 
     begin, upsamplers = time.monotonic(), arguments.upsamplers
-    if arguments.seeds < 1:
-        raise ConfigError(f"--seeds {arguments.seeds}: at least one is needed")
     asked = Asked("demo", (*_place_of(arguments.data), *arguments.fields))
     recipe = load_recipe(asked.recipe, asked.fields)
     make_shards(recipe, arguments.data)
     print(announcement(upsamplers, arguments.seeds))
-    for stage in ("stage1", "stage2"):
-        train_stage(stage, recipe, Options(resume=True, asked=asked), retrain=True)
-    for number in range(arguments.seeds):
-        own, own_asked = _with_seed(recipe, asked, number)
-        first = number == 0
-        sweep(own, upsamplers, upsamplers[0], references=first, asked=own_asked, retrain=True)
-    students = [
-        find(with_upsampler(recipe, name).stage_folder("stage3"))
-        for name in dict.fromkeys(upsamplers)
-    ]
-    gain = gain_of(recipe.folder, students, students[0], references=True)
+    gain = sweep(
+        recipe, upsamplers, upsamplers[0], arguments.seeds, asked, references=True, retrain=True
+    )
     page = report(recipe.folder, f"stage3-{upsamplers[0]}")
     show(recipe.folder)
     write_gain(gain, recipe.folder)
@@ -182,23 +167,6 @@ def verdict(gain: "MultiTaskGain", model: str) -> str:
 def _fidelity(gain: "MultiTaskGain", model: str) -> float:
     """Return the mean of what is shown beside Δm of a model."""
     return fmean(value for run in gain.beside[model] for value in run.values())
-
-
-def _with_seed(recipe: Recipe, asked: Asked, number: int) -> tuple[Recipe, Asked]:
-    """Return the recipe of one seed of stage 3; the first is the recipe's own.
-
-    Others lie in folders of the run, and start from its stage 2.
-    """
-    if number == 0:
-        return recipe, asked
-    seed = recipe.seed + number
-    own = replace(recipe, name=f"seed-{seed}", output=str(recipe.folder), seed=seed)
-    make_private(own.folder)
-    start = own.stage_folder("stage2")
-    if not start.is_symlink():
-        start.symlink_to(Path("..") / start.name)
-    fields = (f"name={own.name}", f"output={own.output}", f"seed={seed}")
-    return own, Asked(asked.recipe, (*asked.fields, *fields))
 
 
 def _place_of(data: Path | None) -> list[str]:

@@ -1,19 +1,22 @@
 """Stage 3 and its scores for several teacher upsamplers, and the gain table (Δm) over one of them.
 
-    radio-distill sweep demo --upsamplers bilinear tile s2 --baseline bilinear
+    radio-distill sweep demo --upsamplers bilinear tile s2 --baseline bilinear --seeds 3
 
-Stages that are complete are passed over, so a sweep that was stopped goes on where it was.
+The stages before it are trained once, for all upsamplers and seeds. Stages that are complete are
+passed over, so a sweep that was stopped goes on where it was.
 """
 
 import argparse
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from radio_distill.config import Recipe
 from radio_distill.errors import ConfigError
 from radio_distill.evals.subjects import SCORES
+from radio_distill.system.files import make_private
 
 from ..arguments import (
     add_recipe_argument,
@@ -42,6 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="bilinear",
         help="what the others are compared with: tile, stage3-tile",
     )
+    parser.add_argument(
+        "--seeds", type=int, default=1, metavar="N", help="of stage 3 (default: %(default)s)"
+    )
     add_run_folder_argument(parser)
     parser.add_argument(
         "--retrain",
@@ -61,11 +67,12 @@ def run(arguments: argparse.Namespace) -> int:
     output = [f"output={arguments.output}"] if arguments.output else []
     asked = Asked(arguments.recipe, (*output, *arguments.fields))
     recipe = load_recipe(asked.recipe, asked.fields)
-    gain, path = sweep(
-        recipe, arguments.upsamplers, arguments.baseline, asked=asked, retrain=arguments.retrain
-    )
+    gain = sweep(
+        recipe, arguments.upsamplers, arguments.baseline, arguments.seeds, asked,
+        retrain=arguments.retrain,
+    )  # fmt: skip
     print_tables(gain_tables(gain))
-    write_gain(gain, path.parent)
+    write_gain(gain, recipe.folder)
     return 0
 
 
@@ -81,25 +88,45 @@ def with_upsampler(recipe: Recipe, name: str) -> Recipe:
     return replace(recipe, stages={**recipe.stages, "stage3": changed})
 
 
+def with_seed(recipe: Recipe, asked: Asked, number: int) -> tuple[Recipe, Asked]:
+    """Return the recipe of one seed of stage 3; the first is the recipe's own.
+
+    Others lie in folders of the run, and start from what its stage 3 starts from.
+    """
+    if number == 0:
+        return recipe, asked
+    seed = recipe.seed + number
+    own = replace(recipe, name=f"seed-{seed}", output=str(recipe.folder), seed=seed)
+    make_private(own.folder)
+    for name in recipe.stages_before("stage3")[:-1]:
+        start = own.stage_folder(name)
+        if not start.is_symlink():
+            start.symlink_to(Path("..") / start.name)
+    fields = (f"name={own.name}", f"output={own.output}", f"seed={seed}")
+    return own, Asked(asked.recipe, (*asked.fields, *fields))
+
+
 def sweep(
     recipe: Recipe,
     upsamplers: Sequence[str],
     baseline: str,
+    seeds: int,
+    asked: Asked,
     references: bool = False,
-    asked: Asked | None = None,
     retrain: bool = False,
-) -> "tuple[MultiTaskGain, Path]":
-    """Train stage 3 with each upsampler, score, compare.
+) -> "MultiTaskGain":
+    """Train stage 3 with each upsampler and seed, score, compare.
 
     Args:
-        recipe: its stage 3 is run once for each upsampler.
+        recipe: its stage 3 is run once for each upsampler and seed, the stages before it once.
         upsamplers: names.
         baseline: one of them.
-        references: score the teachers and an untrained student too.
+        seeds: how many; all start from the same weights.
         asked: how the recipe was named on the command line, for the commands in messages.
+        references: score the teachers and an untrained student too.
         retrain: train anew what was made of another recipe or of other upsamplers.
 
-    Returns the gain over the baseline, and the file of all scores.
+    Returns the gain over the baseline; the scores lie in the run folder.
 
     Raises:
         ChangedError: a student was made of something else, and ``retrain`` is not set.
@@ -117,20 +144,27 @@ def sweep(
         raise ConfigError(
             f"--baseline {baseline} is not among --upsamplers {' '.join(upsamplers)}; add it"
         )
+    if seeds < 1:
+        raise ConfigError(f"--seeds {seeds}: at least one is needed")
     check_output(recipe.folder / SCORES, "--override output=DIR")
     for name in upsamplers:
         UPSAMPLERS.get(name)  # an unknown name ends here, before anything is trained
     variants = {name: with_upsampler(recipe, name) for name in upsamplers}
+    stages = recipe.stages_before("stage3")
     for variant in variants.values():
-        check_stages(variant, ["stage3"], asked, resume=True)
-    options = Options(resume=True, asked=asked)
-    way_out = "add --retrain to train it anew"
-    trained = {
-        name: find(train_stage("stage3", variant, options, retrain=retrain, way_out=way_out))
-        for name, variant in variants.items()
-    }
-    students = [*trained.values()]
-    (path,) = score_checkpoints(
-        students, [recipe.evaluation] * len(students), references, references
-    )
-    return gain_of(path, students, trained[baseline]), path
+        check_stages(variant, stages, asked, resume=True)
+    train = partial(train_stage, retrain=retrain, way_out="add --retrain to train it anew")
+    for stage in stages[:-1]:
+        train(stage, recipe, Options(resume=True, asked=asked))
+    for number in range(seeds):
+        own, own_asked = with_seed(recipe, asked, number)
+        options = Options(resume=True, asked=own_asked)
+        students = [
+            find(train("stage3", with_upsampler(own, name), options)) for name in upsamplers
+        ]
+        with_references = references and number == 0
+        score_checkpoints(
+            students, [own.evaluation] * len(students), with_references, with_references
+        )
+    students = [find(variant.stage_folder("stage3")) for variant in variants.values()]
+    return gain_of(recipe.folder, students, students[upsamplers.index(baseline)], references)

@@ -16,6 +16,7 @@ def trained(recipe_file):
 
 def test_sweep__trains_scores_compares_and_goes_on_where_it_was(trained, capfd):
     sweep = ["sweep", str(trained), "--seed", "5", "--upsamplers", "bilinear", "tile"]
+    sweep += ["--seeds", "2"]
     assert cli(sweep) == 0
     folder = trained.parent / "runs" / "tiny"
     table = capfd.readouterr().out
@@ -23,6 +24,8 @@ def test_sweep__trains_scores_compares_and_goes_on_where_it_was(trained, capfd):
     assert "Δm" in table
     rows = json.loads((folder / "gain.json").read_text())
     assert "stage3-bilinear" in json.dumps(rows)
+    assert (folder / "seed-6" / "stage3-tile" / "checkpoints").is_dir()
+    assert "±" in table  # of two seeds
     for suffix in ("md", "csv", "tex"):
         assert (folder / f"gain.{suffix}").read_text()
     checkpoint = folder / "stage3-tile" / "checkpoints" / "step-00000004" / "student.safetensors"

@@ -10,7 +10,7 @@ from PIL import Image
 from radio_distill.data.sources import open_sources
 from radio_distill.evals.gain import Metric, MultiTaskGain, multi_task_gain
 from stages.cli import main
-from stages.commands import demo
+from stages.commands import demo, sweep
 from stages.recipes import Asked, load_recipe
 
 METRICS = {
@@ -77,9 +77,9 @@ def test_with_seed__others_lie_in_the_run_and_start_from_its_stage_2(tmp_path):
     checkpoints = recipe.folder / "stage2" / "checkpoints"
     checkpoints.mkdir(parents=True)
     asked = Asked("demo")
-    assert demo._with_seed(recipe, asked, 0) == (recipe, asked)
+    assert sweep.with_seed(recipe, asked, 0) == (recipe, asked)
     for _ in range(2):
-        other, other_asked = demo._with_seed(recipe, asked, 1)
+        other, other_asked = sweep.with_seed(recipe, asked, 1)
     assert other.folder.parent == recipe.folder
     assert (other.stage_folder("stage2") / "checkpoints").resolve() == checkpoints.resolve()
     assert other == replace(recipe, name=other.name, output=other.output, seed=recipe.seed + 1)
