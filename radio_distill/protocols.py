@@ -40,6 +40,27 @@ class Teacher(Protocol):
 
 
 @runtime_checkable
+class LayeredTeacher(Teacher, Protocol):
+    """A teacher that may be asked for inner layers, which dense probes read."""
+
+    def layers(self, pixels: "Tensor", count: int) -> "list[Tensor]":
+        """Return the maps ``[B, C, h, w]`` of ``count`` layers, evenly spread over the depth.
+
+        Each has gone through the final norm, prefix tokens are cut, and the last is the map of
+        :meth:`encode`. Raises ConfigError, naming the teacher, where its library gives no layers.
+        """
+        ...
+
+
+class TextTower(Protocol):
+    """Encodes texts into the space of an encoder's summaries."""
+
+    def embed(self, texts: Sequence[str]) -> "Tensor":
+        """Encode ``N`` texts to vectors ``[N, S]``, which are not normalised."""
+        ...
+
+
+@runtime_checkable
 class Upsampler(Protocol):
     """Turns a teacher into one with a finer grid.
 

@@ -30,6 +30,14 @@ def format_size(size: Sequence[int]) -> str:
     return "x".join(map(str, size))
 
 
+def spread_layers(depth: int, count: int) -> list[int]:
+    """Return which of ``depth`` layers lie at 1/count, 2/count ... 1 of it, the last one always.
+
+    Of 24 layers 4 are 5, 11, 17 and 23. Where there are fewer than ``count``, some come twice.
+    """
+    return [max((i + 1) * depth // count, 1) - 1 for i in range(count)]
+
+
 class Features(NamedTuple):
     """An encoder's output for a batch of images."""
 

@@ -33,7 +33,7 @@ from radio_distill.normalize.normalizers import (
     restore_normalizers,
 )
 from radio_distill.normalize.statistics import Moments
-from radio_distill.protocols import Normalizer, Teacher
+from radio_distill.protocols import LayeredTeacher, Normalizer, Teacher
 from radio_distill.stage import Stage
 from radio_distill.system.distributed import World, all_gather_object, extend_timeouts, run_on_main
 from radio_distill.system.files import make_private
@@ -307,7 +307,7 @@ def _teachers_for(stage: Stage, world: World, device: torch.device) -> dict[str,
     The first process reads those that none runs, since checkpoints name all of the recipe.
     """
 
-    def load(name: str) -> Teacher:
+    def load(name: str) -> LayeredTeacher:
         return build_teacher(name, stage.teachers[name], device)
 
     names = teachers_of(stage, world)

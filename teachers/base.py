@@ -6,7 +6,8 @@ purpose: nothing that trains, wraps or saves the student can pick a teacher up a
 """
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,11 @@ from radio_distill.system.memory import explain_oom, lower
 from radio_distill.types import Features, Size, TeacherSpec, format_size
 
 Tower = Callable[[Tensor], tuple[Tensor | None, Tensor]]
-"""Normalised pixels ``[B, 3, H, W]`` to summary ``[B, S]`` (or None) and map ``[B, C, h, w]``."""
+"""Normalised pixels ``[B, 3, H, W]`` to summary ``[B, S]`` (or None) and map ``[B, C, h, w]``.
+
+It may have a method ``layers(pixels, count)``, see :class:`radio_distill.protocols.LayeredTeacher`.
+"""
+Output = TypeVar("Output")
 
 
 class FrozenTeacher:
@@ -60,14 +65,27 @@ class FrozenTeacher:
         Raises:
             ConfigError: a size that this teacher cannot take, with the nearest that it can.
         """
+        summary, spatial = Features.joined(self._in_parts(pixels, self._encode))
+        return Features(summary, spatial.contiguous(memory_format=torch.channels_last))
+
+    @torch.no_grad()
+    def layers(self, pixels: Tensor, count: int) -> list[Tensor]:
+        """Return the float32 maps ``[B, C, h, w]`` of ``count`` layers, spread over the depth.
+
+        Raises:
+            ConfigError: a size that this teacher cannot take, or a tower that gives no layers.
+        """
+        parts = self._in_parts(pixels, partial(self._layers, count=count))
+        return [torch.cat(layer) for layer in zip(*parts, strict=True)]
+
+    def _in_parts(self, pixels: Tensor, run: Callable[[Tensor], Output]) -> list[Output]:
+        """Run on ``micro_batch`` images at a time."""
         height, width = pixels.shape[-2:]
         check_size(self.spec, (height, width))
         at_once = min(self.micro_batch or len(pixels), len(pixels))
         size = f"{height}x{width} px, {at_once} images at once"
         with explain_oom(f"teacher {self.spec.name!r}", size, self._hint(at_once)):
-            parts = [self._encode(part) for part in pixels.split(at_once)]
-            summary, spatial = Features.joined(parts)
-        return Features(summary, spatial.contiguous(memory_format=torch.channels_last))
+            return [run(part) for part in pixels.split(at_once)]
 
     def _hint(self, at_once: int) -> str:
         field = f"teachers.{self.spec.name}"
@@ -75,11 +93,8 @@ class FrozenTeacher:
         return lower(f"{field}.micro_batch", self.micro_batch, at_once, otherwise)
 
     def _encode(self, pixels: Tensor) -> Features:
-        normalised = (pixels.to(self.device, torch.float32) - self._mean) / self._std
-        reduced = self.dtype != torch.float32
-        # Off rather than absent: a teacher's numbers must not depend on the caller's autocast.
-        with torch.autocast(self.device.type, self.dtype if reduced else None, enabled=reduced):
-            summary, spatial = self.tower(normalised)
+        with self._autocast():
+            summary, spatial = self.tower(self._normalised(pixels))
         height, width = pixels.shape[-2:]
         grid = self.spec.grid((height, width))
         if tuple(spatial.shape[-2:]) != grid:
@@ -89,6 +104,25 @@ class FrozenTeacher:
                 f"{self.spec.patch_size} says; show it {format_size(self.spec.native_size)}"
             )
         return Features(None if summary is None else summary.float(), spatial.float())
+
+    def _layers(self, pixels: Tensor, count: int) -> list[Tensor]:
+        layers = getattr(self.tower, "layers", None)
+        what = f"teacher {self.spec.name!r} has no inner layers to read"
+        if layers is None:
+            raise ConfigError(f"{what}: its source gives none")
+        try:
+            with self._autocast():
+                return [layer.float() for layer in layers(self._normalised(pixels), count)]
+        except ConfigError as error:
+            raise ConfigError(f"{what}: {error}") from error
+
+    def _normalised(self, pixels: Tensor) -> Tensor:
+        return (pixels.to(self.device, torch.float32) - self._mean) / self._std
+
+    def _autocast(self) -> torch.autocast:
+        reduced = self.dtype != torch.float32
+        # Off rather than absent: a teacher's numbers must not depend on the caller's autocast.
+        return torch.autocast(self.device.type, self.dtype if reduced else None, enabled=reduced)
 
 
 def check_size(spec: TeacherSpec, size: Size) -> None:

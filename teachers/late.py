@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from radio_distill.protocols import Teacher
+from radio_distill.protocols import LayeredTeacher
 from radio_distill.types import Features, TeacherSpec
 
 
@@ -20,10 +20,10 @@ class LateTeacher:
         load: builds it.
     """
 
-    def __init__(self, spec: TeacherSpec, load: Callable[[], Teacher]):
+    def __init__(self, spec: TeacherSpec, load: Callable[[], LayeredTeacher]):
         self.spec = spec
         self._load = load
-        self._teacher: Teacher | None = None
+        self._teacher: LayeredTeacher | None = None
 
     @property
     def is_loaded(self) -> bool:
@@ -32,9 +32,16 @@ class LateTeacher:
 
     def encode(self, pixels: Tensor) -> Features:
         """Encode ``[B, 3, H, W]`` as the teacher does, which stays until :meth:`release`."""
+        return self._loaded().encode(pixels)
+
+    def layers(self, pixels: Tensor, count: int) -> list[Tensor]:
+        """Return the maps of inner layers, as the teacher does."""
+        return self._loaded().layers(pixels, count)
+
+    def _loaded(self) -> LayeredTeacher:
         if self._teacher is None:
             self._teacher = self._load()
-        return self._teacher.encode(pixels)
+        return self._teacher
 
     def release(self) -> None:
         """Give the weights back."""

@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..data.folder import ImageRef
+from ..errors import ConfigError
 from ..models.backbone import StudentEncoder
-from ..protocols import Normalizer, Teacher
+from ..protocols import LayeredTeacher, Normalizer, Teacher, TextTower
 from ..types import Features, Size
 
 AnyImage = Image.Image | Path | ImageRef
@@ -70,6 +71,10 @@ class Encoder:
     """The only size it takes, if there is but one."""
     heads: Heads | None = None
     """For fidelity; None for an encoder that imitates no teacher."""
+    inner: Callable[[Tensor, int], list[Tensor]] | None = None
+    """For :meth:`layers`, of pixels as ``encode`` takes them; None where there are none."""
+    text: TextTower | None = None
+    """Encodes texts into the space of its summary; None where nothing does."""
 
     def nearest_size(self, size: Size) -> Size:
         """Return the size nearest to ``size`` that the encoder takes, aspect ratio kept."""
@@ -86,12 +91,31 @@ class Encoder:
     @torch.inference_mode()
     def __call__(self, pixels: Tensor) -> Features:
         """Encode ``[B, 3, H, W]`` of any size, resized to the nearest that the encoder takes."""
+        summary, spatial = self.encode(self._fitted(pixels))
+        return Features(None if summary is None else summary.float(), spatial.float())
+
+    @torch.inference_mode()
+    def layers(self, pixels: Tensor, count: int) -> list[Tensor]:
+        """Return the float32 maps ``[B, C, h, w]`` of ``count`` layers, spread over the depth.
+
+        They lie at 1/count, 2/count ... 1 of it; each has gone through the final norm, and the last
+        is the map of a call. ``pixels`` are resized as for a call.
+
+        Raises:
+            ConfigError: the encoder gives no inner layers.
+        """
+        if self.inner is None:
+            raise ConfigError(
+                f"encoder {self.name!r} gives no inner layers; leave out benchmarks that read them"
+            )
+        return [layer.float() for layer in self.inner(self._fitted(pixels), count)]
+
+    def _fitted(self, pixels: Tensor) -> Tensor:
         size = self.nearest_size((pixels.shape[-2], pixels.shape[-1]))
         pixels = pixels.to(self.device)
         if size != tuple(pixels.shape[-2:]):
             pixels = F.interpolate(pixels, size, mode="bilinear", antialias=True)
-        summary, spatial = self.encode(pixels)
-        return Features(None if summary is None else summary.float(), spatial.float())
+        return pixels
 
 
 def student_encoder(
@@ -122,7 +146,8 @@ def student_encoder(
         return features
 
     heads = Heads(predict, targets) if targets else None
-    return Encoder(name, encode, student.student.size_step, device, heads=heads)
+    step = student.student.size_step
+    return Encoder(name, encode, step, device, heads=heads, inner=student.layers)
 
 
 def teacher_encoder(
@@ -131,7 +156,15 @@ def teacher_encoder(
     """Present a teacher as an encoder; ``name`` is that of its spec where none is given."""
     spec = teacher.spec
     fixed = spec.native_size if spec.fixed_size else None
-    return Encoder(name or spec.name, teacher.encode, spec.patch_size, device, spec.max_size, fixed)
+    return Encoder(
+        name or spec.name,
+        teacher.encode,
+        spec.patch_size,
+        device,
+        spec.max_size,
+        fixed,
+        inner=teacher.layers if isinstance(teacher, LayeredTeacher) else None,
+    )
 
 
 def open_image(image: AnyImage) -> Image.Image:

@@ -160,12 +160,13 @@ def evaluate(
 def _noting(encoder: Encoder, sizes: dict[Size, None]) -> Encoder:
     """Return the encoder, which now puts down each size that it is given, once."""
 
-    def noted(encode: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
-        def call(pixels: Tensor) -> Any:
+    def noted(encode: Callable[..., Any]) -> Callable[..., Any]:
+        def call(pixels: Tensor, *further: Any) -> Any:
             sizes[(pixels.shape[-2], pixels.shape[-1])] = None
-            return encode(pixels)
+            return encode(pixels, *further)
 
         return call
 
     heads = encoder.heads and replace(encoder.heads, predict=noted(encoder.heads.predict))
-    return replace(encoder, encode=noted(encoder.encode), heads=heads)
+    inner = encoder.inner and noted(encoder.inner)
+    return replace(encoder, encode=noted(encoder.encode), heads=heads, inner=inner)

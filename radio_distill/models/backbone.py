@@ -163,6 +163,15 @@ class StudentEncoder(nn.Module):
         summary: Tensor = summarize(tokens[:, self._slots[name]])
         return summary
 
+    def layers(self, pixels: Tensor, count: int, fit: Fit = "pad") -> list[Tensor]:
+        """Return the maps ``[B, D, h, w]`` of ``count`` blocks, evenly spread over the depth.
+
+        The last is the ``features`` of :meth:`forward`, whose ``pixels``, ``fit`` and errors these
+        are.
+        """
+        prepared, (rows, columns) = self._prepared(pixels, fit)
+        return [layer[:, :, :rows, :columns] for layer in self.student.layers(prepared, count)]
+
     def keep(self, heads: Sequence[str]) -> None:
         """Drop the heads of all teachers but these; raises UnknownNameError."""
         names = self._checked(heads)
@@ -178,6 +187,12 @@ class StudentEncoder(nn.Module):
 
     def _encode(self, pixels: Tensor, fit: Fit) -> tuple[Tensor, Tensor]:
         """Return all summary tokens ``[B, T, D]``, and the cells that show image."""
+        prepared, (rows, columns) = self._prepared(pixels, fit)
+        tokens, spatial = self.student(prepared)
+        return tokens, spatial[:, :, :rows, :columns]
+
+    def _prepared(self, pixels: Tensor, fit: Fit) -> tuple[Tensor, Size]:
+        """Return pixels of a size that the student takes, and the grid of cells that show image."""
         if pixels.ndim != 4 or pixels.shape[1] != 3 or 0 in pixels.shape:
             raise ConfigError(f"pixels have shape {list(pixels.shape)}, expected [B, 3, H, W]")
         if not pixels.is_floating_point():
@@ -194,10 +209,9 @@ class StudentEncoder(nn.Module):
                 # Antialiasing exists on a CPU in these two types alone.
                 exact = pixels if pixels.dtype == torch.float64 else pixels.float()
                 pixels = F.interpolate(exact, size, mode="bilinear", antialias=True)
-            return self.student(pixels.to(dtype))
-        tokens, spatial = self.student(self._padded(pixels.to(dtype)))
+            return pixels.to(dtype), (size[0] // self.patch_size, size[1] // self.patch_size)
         rows, columns = -(-height // self.patch_size), -(-width // self.patch_size)
-        return tokens, spatial[:, :, :rows, :columns]
+        return self._padded(pixels.to(dtype)), (rows, columns)
 
     def _padded(self, pixels: Tensor) -> Tensor:
         batch, _, height, width = pixels.shape

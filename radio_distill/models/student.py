@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from ..config import StudentConfig
 from ..errors import ConfigError, WeightsError
 from ..registry import nearest
-from ..types import Size
+from ..types import Size, spread_layers
 from .position import NUM_DRAWS, CroppedPositions
 from .spectral import reparametrize
 
@@ -125,22 +125,44 @@ class Student(nn.Module):
         Raises:
             ConfigError: where the size does not fit, naming sizes that do.
         """
-        grid = self.grid((pixels.shape[-2], pixels.shape[-1]))
         draws = draws if self.training else None
         assert draws is None or draws.shape == (len(pixels), NUM_DRAWS), "one row of draws an image"
 
-        patches = self._embed(pixels) + self.positions(grid, draws)  # [B, h, w, D]
         window = self.window_size if window_size is None else window_size
-        patches = to_windows(patches, window or 1)  # [B, N, D]
-        prefix = repeat(self.prefix_tokens, "p d -> b p d", b=pixels.shape[0])
-        tokens = self.norm_pre(torch.cat((prefix, patches), dim=1))  # [B, P + N, D]
+        tokens = self._start(pixels, draws, window)
         for index, block in enumerate(self.blocks):
             tokens = self._run_block(index, block, tokens, window)
         tokens = self.norm(tokens)
+        return tokens[:, : self.num_summary_tokens], self._map(tokens, pixels, window)
 
-        spatial = tokens[:, self.num_prefix_tokens :]
-        spatial = from_windows(spatial, grid, window or 1)
-        return tokens[:, : self.num_summary_tokens], rearrange(spatial, "b h w d -> b d h w")
+    def layers(self, pixels: Tensor, count: int) -> list[Tensor]:
+        """Return the maps ``[B, D, h, w]`` of ``count`` blocks, evenly spread over the depth.
+
+        Each has gone through the final norm, where there is one; the last is that of
+        :meth:`forward`, whose arguments and errors it has.
+        """
+        wanted = spread_layers(self.depth, count)
+        tokens = self._start(pixels, None, self.window_size)
+        maps = {}
+        for index, block in enumerate(self.blocks):
+            tokens = self._run_block(index, block, tokens, self.window_size)
+            if index in wanted:
+                maps[index] = self._map(self.norm(tokens), pixels, self.window_size)
+        return [maps[index] for index in wanted]
+
+    def _start(self, pixels: Tensor, draws: Tensor | None, window: int) -> Tensor:
+        """Return the tokens ``[B, P + N, D]`` that the first block takes."""
+        grid = self.grid((pixels.shape[-2], pixels.shape[-1]))
+        patches = self._embed(pixels) + self.positions(grid, draws)  # [B, h, w, D]
+        patches = to_windows(patches, window or 1)  # [B, N, D]
+        prefix = repeat(self.prefix_tokens, "p d -> b p d", b=pixels.shape[0])
+        tokens: Tensor = self.norm_pre(torch.cat((prefix, patches), dim=1))
+        return tokens
+
+    def _map(self, tokens: Tensor, pixels: Tensor, window: int) -> Tensor:
+        grid = self.grid((pixels.shape[-2], pixels.shape[-1]))
+        spatial = from_windows(tokens[:, self.num_prefix_tokens :], grid, window or 1)
+        return rearrange(spatial, "b h w d -> b d h w")
 
     def _embed(self, pixels: Tensor) -> Tensor:
         pixels = (pixels - self.mean) / self.std
@@ -204,7 +226,7 @@ def spread_global_blocks(depth: int, num_global: int) -> frozenset[int]:
             f"student.global_blocks: {num_global} is not between 1 and {depth}, the blocks that "
             "the architecture has"
         )
-    return frozenset((i + 1) * depth // num_global - 1 for i in range(num_global))
+    return frozenset(spread_layers(depth, num_global))
 
 
 def to_windows(patches: Tensor, window: int) -> Tensor:

@@ -18,6 +18,7 @@ from radio_distill.errors import ConfigError, WeightsError
 from radio_distill.registry import nearest
 from radio_distill.system.files import reason_of
 from radio_distill.system.redaction import redact
+from radio_distill.types import spread_layers
 
 from .. import weights
 from ..options import naming_teacher, resolve
@@ -44,6 +45,29 @@ class OpenClipTower(nn.Module):
         table = {"positional_embedding": self._positions(grid)}
         summary, tokens = torch.func.functional_call(self.visual, table, (pixels,))
         return summary, rearrange(tokens, "b (h w) c -> b c h w", h=grid[0])
+
+    def layers(self, pixels: Tensor, count: int) -> list[Tensor]:
+        """Return the maps of ``count`` blocks, each normed as the last one is."""
+        blocks = self.visual.transformer.resblocks
+        indices = spread_layers(len(blocks), count)
+        outputs: dict[int, Tensor] = {}  # [1 + N, B, C]
+        hooks = [
+            blocks[index].register_forward_hook(
+                lambda _, __, output, index=index: outputs.update({index: output})
+            )
+            for index in set(indices)
+        ]
+        try:
+            self(pixels)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        norm = nn.Identity() if self.visual.final_ln_after_pool else self.visual.ln_post
+        height = pixels.shape[-2] // self.visual.patch_size[0]
+        return [
+            rearrange(norm(outputs[index])[1:], "(h w) b c -> b c h w", h=height)
+            for index in indices
+        ]
 
     def _positions(self, grid: tuple[int, int]) -> Tensor:
         from timm.layers import resample_abs_pos_embed

@@ -41,6 +41,12 @@ class StudentTower(nn.Module):
         output = self.backbone(pixels)
         return output.summary if self.backbone.summary_dim else None, output.features
 
+    def layers(self, pixels: Tensor, count: int) -> list[Tensor]:
+        """Return the maps of ``count`` of the student's blocks; a head has none of its own."""
+        if self.head:
+            raise ConfigError(f"head {self.head!r} reads the student's last block alone")
+        return self.backbone.layers(pixels, count)
+
 
 def complete(preset: Preset, weights_path: str) -> Preset:
     """Fill in what the student is, its sizes and its normalisation, from its folder."""

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from radio_distill.errors import ConfigError, WeightsError
 from radio_distill.registry import nearest
 from radio_distill.system.files import reason_of
+from radio_distill.types import spread_layers
 
 from .. import weights
 from ..presets import Preset
@@ -58,6 +59,18 @@ class TimmTower(nn.Module):
             return self._summary(final), self._map(final, pixels)
         final, maps = self.model.forward_intermediates(pixels, indices=[self.stage])
         return self._summary(final), maps[0]
+
+    def layers(self, pixels: Tensor, count: int) -> list[Tensor]:
+        """Return the maps of ``count`` blocks of a transformer, up to the one that is taken."""
+        if not (hasattr(self.model, "num_prefix_tokens") or _is_sam(self.model)):
+            raise ConfigError(f"timm's {type(self.model).__name__} has stages of different grids")
+        taken = range(len(self.model.blocks))[-1 if self.stage is None else self.stage]
+        indices = spread_layers(taken + 1, count)
+        maps = self.model.forward_intermediates(
+            pixels, indices=indices, norm=self.stage is None, intermediates_only=True
+        )
+        by_index = dict(zip(sorted(set(indices)), maps, strict=True))
+        return [by_index[index] for index in indices]
 
     def _summary(self, final: Tensor) -> Tensor | None:
         if _is_sam(self.model):

@@ -12,7 +12,7 @@ patches in place of pixels, and models that need text or prompts too are left ou
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from radio_distill.errors import ConfigError
 from radio_distill.registry import nearest
 from radio_distill.system.files import reason_of
 from radio_distill.system.progress import quiet_transformers
+from radio_distill.types import spread_layers
 
 from .. import weights
 from ..presets import CLIP_MEAN, CLIP_STD, HALF, IMAGENET_MEAN, IMAGENET_STD, Preset, Triple
@@ -45,6 +46,8 @@ class Family:
     """Class of transformers that is the image tower alone."""
     summary: Callable[[Any], Tensor | None]
     prefix_tokens: Callable[[Any], int]
+    norm: str = ""
+    """Name of the norm between its last block and its map; empty where there is none."""
     fixed_size: bool = False
     mean: Triple = HALF
     """Normalisation that most published models of the family have, for a message."""
@@ -66,12 +69,14 @@ FAMILIES = {
         "CLIPVisionModelWithProjection", lambda out: out.image_embeds, lambda _: 1,
         mean=CLIP_MEAN, std=CLIP_STD,
     ),
-    "siglip_vision_model": Family("SiglipVisionModel", lambda out: out.pooler_output, lambda _: 0),
-    "dinov2": Family("Dinov2Model", _first_token, _registers, **_IMAGENET),
-    "dinov2_with_registers": Family(
-        "Dinov2WithRegistersModel", _first_token, _registers, **_IMAGENET
+    "siglip_vision_model": Family(
+        "SiglipVisionModel", lambda out: out.pooler_output, lambda _: 0, "post_layernorm"
     ),
-    "dinov3_vit": Family("DINOv3ViTModel", _first_token, _registers, **_IMAGENET),
+    "dinov2": Family("Dinov2Model", _first_token, _registers, "layernorm", **_IMAGENET),
+    "dinov2_with_registers": Family(
+        "Dinov2WithRegistersModel", _first_token, _registers, "layernorm", **_IMAGENET
+    ),
+    "dinov3_vit": Family("DINOv3ViTModel", _first_token, _registers, "norm", **_IMAGENET),
     "sam_vision_model": Family(
         "SamVisionModel", lambda _: None, lambda _: 0, fixed_size=True, **_IMAGENET
     ),
@@ -107,12 +112,38 @@ class TransformersTower(nn.Module):
 
     def forward(self, pixels: Tensor) -> tuple[Tensor | None, Tensor]:
         output = self.model(pixels, **self._options)
-        tokens, config = output.last_hidden_state, self.model.config
+        return self.family.summary(output), self._map(output.last_hidden_state, pixels)
+
+    def layers(self, pixels: Tensor, count: int) -> list[Tensor]:
+        """Return the maps of ``count`` blocks."""
+        output = self.model(pixels, output_hidden_states=True, **self._options)
+        states = _inner_states(self.model, output, count, (self.family.norm,))
+        return [self._map(state, pixels) for state in states]
+
+    def _map(self, tokens: Tensor, pixels: Tensor) -> Tensor:
         if tokens.ndim == 4:  # SAM's neck speaks in maps already
-            return self.family.summary(output), tokens
-        patches = tokens[:, self.family.prefix_tokens(config) :]  # [B, N, C]
+            return tokens
+        patches = tokens[:, self.family.prefix_tokens(self.model.config) :]  # [B, N, C]
         height = pixels.shape[-2] // self.stated_stride
-        return self.family.summary(output), rearrange(patches, "b (h w) c -> b c h w", h=height)
+        return rearrange(patches, "b (h w) c -> b c h w", h=height)
+
+
+def _inner_states(model: Any, output: Any, count: int, norms: Sequence[str]) -> list[Tensor]:
+    """Return the tokens of ``count`` blocks, each through the first of ``norms`` that is there.
+
+    Raises:
+        ConfigError: where the model gives no such states, or of another shape than its last.
+    """
+    states, last = output.hidden_states, output.last_hidden_state
+    if not states or any(state.shape != last.shape for state in states):
+        raise ConfigError(f"the states of {type(model).__name__} are not of the shape of its map")
+    inside = getattr(model, "vision_model", model)
+    norm = next((found for name in norms if (found := getattr(inside, name, None))), nn.Identity())
+    depth = len(states) - 1  # the first are the embeddings
+    return [
+        last if index == depth - 1 else norm(states[index + 1])
+        for index in spread_layers(depth, count)
+    ]
 
 
 @dataclass(frozen=True)
@@ -158,6 +189,18 @@ class GenericTower(nn.Module):
             if prefix:
                 return last[:, 0], spatial
         return spatial.mean((2, 3)) if pooled is None else pooled.flatten(1), spatial
+
+    def layers(self, pixels: Tensor, count: int) -> list[Tensor]:
+        """Return the maps of ``count`` blocks, through what is called as final norms mostly are."""
+        output = self.model(pixels, output_hidden_states=True, **self._options)
+        states = _inner_states(self.model, output, count, ("layernorm", "norm", "post_layernorm"))
+        if output.last_hidden_state.ndim == 4:
+            return states
+        height, width, prefix = self._grid(states[0].shape[1], pixels)
+        return [
+            rearrange(state[:, prefix:], "b (h w) c -> b c h w", h=height, w=width)
+            for state in states
+        ]
 
     def _grid(self, num_tokens: int, pixels: Tensor) -> tuple[int, int, int]:
         for patch in self._patches:

@@ -111,6 +111,34 @@ def test_encode__normalises_inside(name):
     torch.testing.assert_close(teacher.encode(pixels).spatial, direct)
 
 
+LAYERED = sorted(set(TINY) - {"tiny_cnn", "tiny_sam"})
+
+
+@pytest.mark.parametrize("name", LAYERED)
+def test_layers__the_last_is_the_map_and_an_inner_one_that_of_a_model_cut_there(name):
+    """So the final norm is applied, prefix tokens are cut, and the layer is the one meant."""
+    teacher, pixels = tiny(name), images(tiny(name).spec)
+    inner, last = teacher.layers(pixels, 2)
+    assert torch.equal(last, teacher.encode(pixels).spatial)
+    assert not torch.equal(inner, last)
+    cut = build_teacher(name, TeacherConfig(preset=name, micro_batch=2))
+    (blocks,) = (
+        module
+        for key, module in cut.tower.named_modules()
+        if key.rpartition(".")[2] in ("blocks", "layers", "layer", "resblocks")
+        and isinstance(module, (torch.nn.ModuleList, torch.nn.Sequential))
+    )
+    del blocks[len(blocks) // 2 :]
+    torch.testing.assert_close(inner, cut.encode(pixels).spatial)
+    assert len(cut.layers(pixels, 4)) == 4
+
+
+@pytest.mark.parametrize("name", ["tiny_cnn", "tiny_sam"])
+def test_layers__a_model_whose_layers_are_no_such_maps_is_named(name):
+    with pytest.raises(ConfigError, match=f"teacher '{name}' has no inner layers"):
+        tiny(name).layers(images(tiny(name).spec), 4)
+
+
 @pytest.mark.parametrize("name", ANY_SIZE)
 def test_encode__names_the_nearest_sizes_where_the_patch_does_not_divide(name):
     patch = tiny(name).spec.patch_size

@@ -49,6 +49,19 @@ def test_encoder__resizes_what_it_does_not_take():
     assert spatial.dtype == torch.float32
 
 
+def test_layers__are_of_the_size_that_a_call_is_given():
+    encoder = _encoder(size_multiple=8, inner=lambda pixels, count: [pixels.half()] * count)
+    layers = encoder.layers(torch.rand(1, 3, 30, 17), 3)
+    assert [(tuple(layer.shape), layer.dtype) for layer in layers] == [
+        ((1, 3, 32, 16), torch.float32)
+    ] * 3
+
+
+def test_layers__an_encoder_without_them_is_named():
+    with pytest.raises(ConfigError, match="encoder 'x' gives no inner layers"):
+        _encoder(size_multiple=8).layers(torch.rand(1, 3, 16, 16), 4)
+
+
 def test_to_pixels__covers_and_crops_the_centre():
     image = Image.new("RGB", (300, 100), "black")
     image.paste("red", (100, 0, 200, 100))

@@ -204,3 +204,14 @@ def test_forward__what_a_filter_overshoots_is_let_through(model):
     larger = torch.nn.functional.interpolate(pixels, 64, mode="bicubic")
     assert larger.max() > 1
     assert model(larger).features.shape == (1, 64, 4, 4)
+
+
+@pytest.mark.parametrize("window", [0, 2])
+def test_layers__the_last_is_the_map_and_an_inner_one_that_of_a_student_cut_there(window):
+    model = make(window_size=window, global_blocks=1, final_norm=True)
+    pixels = torch.rand(2, 3, 40, 70)
+    depth = len(model.student.blocks)
+    maps = model.layers(pixels, depth)
+    assert torch.equal(maps[-1], model(pixels).features)
+    del model.student.blocks[1:]
+    torch.testing.assert_close(maps[0], model(pixels).features)
