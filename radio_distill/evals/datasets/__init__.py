@@ -21,6 +21,12 @@ DATASETS = Registry(
     "dataset",
     {
         "ade20k": "radio_distill.evals.datasets.ade20k:Ade20k",
+        "coco": "radio_distill.evals.datasets.coco:Coco",
+        "coco_retrieval": "radio_distill.evals.datasets.captions:CocoRetrieval",
+        "flickr30k": "radio_distill.evals.datasets.captions:Flickr30k",
+        "imagenet": "radio_distill.evals.datasets.imagenet:ImageNet",
+        "navi": "radio_distill.evals.datasets.navi:Navi",
+        "spair": "radio_distill.evals.datasets.spair:Spair",
         "voc": "radio_distill.evals.datasets.voc:Voc",
     },
 )

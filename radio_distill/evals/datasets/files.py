@@ -23,7 +23,7 @@ def stems(folder: Path, suffix: str) -> list[str]:
     """List the files of a folder with a suffix by their names without it, sorted."""
     with os.scandir(folder) as entries:
         names = [item.name for item in entries if not item.name.startswith(".")]
-    return sorted(name[: -len(suffix)] for name in names if name.endswith(suffix))
+    return sorted(name.removesuffix(suffix) for name in names if name.endswith(suffix))
 
 
 def same_stems(images: Path, labels: Path, suffixes: tuple[str, str]) -> list[str]:

@@ -3,7 +3,9 @@
 Each function fills an empty folder and returns it. Pictures show their labels: one colour a class.
 """
 
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -15,7 +17,7 @@ SIZE = (48, 40)
 def save(path: Path, array: np.ndarray) -> Path:
     """Write an array as the image that the suffix says, JPEGs with all their colours."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    options = {"quality": 95, "subsampling": 0} if path.suffix == ".jpg" else {}
+    options = {"quality": 95, "subsampling": 0} if path.suffix in (".jpg", ".JPEG") else {}
     Image.fromarray(array).save(path, **options)
     return path
 
@@ -25,6 +27,11 @@ def write(path: Path, text: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
     return path
+
+
+def write_json(path: Path, data: Any) -> Path:
+    """Write a JSON file."""
+    return write(path, json.dumps(data))
 
 
 def regions(generator: np.random.Generator, numbers: list[int]) -> np.ndarray:
@@ -73,4 +80,166 @@ def voc(root: Path, train: int = 2, val: int = 2, aug: int = 3) -> Path:
         lists["trainaug"] = lists["train"] + lists["aug"]
     for name, stems in lists.items():
         write(root / "ImageSets" / "Segmentation" / f"{name}.txt", "\n".join(stems) + "\n")
+    return root
+
+
+def imagenet(root: Path, train: int = 4, val: int = 2) -> Path:
+    """ImageNet-1k: ``train`` and ``val`` pictures of each of its classes 0, 2 and 9, by colour."""
+    generator = np.random.default_rng(0)
+    for number, wnid in ((0, "n01440764"), (2, "n01484850"), (9, "n01518878")):
+        for split, count in (("train", train), ("val", val)):
+            for index in range(count):
+                shade = generator.integers(0, 8, (*SIZE[::-1], 3), dtype=np.uint8)
+                pixels = painted(np.full(SIZE[::-1], number)) // 8 * 7 + shade
+                save(root / split / wnid / f"{wnid}_{index}.JPEG", pixels)
+    return root
+
+
+def coco(root: Path, train: int = 3, val: int = 2, captions: int = 5) -> Path:
+    """COCO 2017: in each picture a person (a polygon, 17 keypoints) and a crowd of dogs (a code).
+
+    Their number in COCO is 1 and 18, their colour that of :func:`painted`.
+    """
+    generator = np.random.default_rng(0)
+    width, height = SIZE
+    categories = [{"id": 1, "name": "person"}, {"id": 18, "name": "dog"}]
+    for split, count in (("train", train), ("val", val)):
+        images, objects, people, texts = [], [], [], []
+        for number in range(1, count + 1):
+            image = {"id": 100 + number, "file_name": f"{number:012d}.jpg"}
+            images.append(image | {"height": height, "width": width})
+            left, top = (int(value) for value in generator.integers(0, 8, 2))
+            shown = np.zeros((height, width), dtype=np.uint8)
+            shown[top : top + 16, left : left + 12] = 1
+            shown[24:36, 20:40] = 18
+            save(root / f"{split}2017" / image["file_name"], painted(shown))
+            box = [left, top, 12, 16]
+            corners = [left, top, left + 12, top, left + 12, top + 16, left, top + 16]
+            person = {"bbox": box, "area": 192, "iscrowd": 0, "segmentation": [corners]}
+            person |= {"id": 2 * number, "image_id": image["id"], "category_id": 1}
+            crowd = {"bbox": [20, 24, 20, 12], "area": 240, "iscrowd": 1}
+            crowd |= {"id": 2 * number + 1, "image_id": image["id"], "category_id": 18}
+            crowd["segmentation"] = {"size": [height, width], "counts": run_lengths(shown == 18)}
+            objects += [person, crowd]
+            points = [value for index in range(17) for value in (left + index % 12, top, 2)]
+            people.append(person | {"keypoints": points, "num_keypoints": 17})
+            for index in range(captions):
+                text = f"picture {number} of {split}, in words {index}"
+                texts.append({"id": len(texts), "image_id": image["id"], "caption": text})
+        for kind, items in (
+            ("instances", objects), ("person_keypoints", people), ("captions", texts)
+        ):  # fmt: skip
+            data = {"images": images, "annotations": items, "categories": categories}
+            write_json(root / "annotations" / f"{kind}_{split}2017.json", data)
+    return root
+
+
+def run_lengths(mask: np.ndarray) -> list[int]:
+    """COCO's code of a mask: lengths of runs down its columns, of zeros first."""
+    flat = mask.T.reshape(-1).astype(int)
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], flat, [1 - flat[-1]]])))
+    return np.diff(np.concatenate([[0], edges])).tolist()
+
+
+def coco_retrieval(root: Path, pictures: int = 4, captions: int = 5) -> Path:
+    """CLIP_benchmark's COCO; texts begin with the number of their picture, which has one colour."""
+    images, texts = [], []
+    for number in range(pictures):
+        name = f"COCO_val2014_{number:012d}.jpg"
+        save(root / "val2014" / name, painted(np.full(SIZE[::-1], number)))
+        images.append({"id": number, "file_name": name})
+        for index in range(captions):
+            text = f"{number}, a picture, said in words {index}"
+            texts.append({"id": len(texts), "image_id": number, "caption": text})
+    write_json(root / "coco_test_karpathy.json", {"images": images, "annotations": texts})
+    return root
+
+
+def flickr30k(root: Path, pictures: int = 4, captions: int = 5) -> Path:
+    """CLIP_benchmark's Flickr30k; as :func:`coco_retrieval`."""
+    lines = ["image,caption"]
+    for number in range(pictures):
+        name = f"{1000 + number}.jpg"
+        save(root / name, painted(np.full(SIZE[::-1], number)))
+        lines += [
+            f"{name},{number}, a picture, said in {index}.jpg, words" for index in range(captions)
+        ]
+    write(root / "flickr30k_test_karpathy.txt", "\n".join(lines) + "\n")
+    return root
+
+
+def texture(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """A smooth pattern over a plane, in which every place of [-1, 1]^2 has its own colour."""
+    channels = [
+        127 + 120 * np.sin(1.4 * x),
+        127 + 120 * np.sin(1.4 * y),
+        127 + 60 * np.cos(9 * x * y),
+    ]
+    return np.stack(channels, axis=-1).round().astype(np.uint8)
+
+
+def spair(root: Path, pictures: int = 3) -> Path:
+    """SPair-71k: of two classes ``pictures`` views of one pattern, in all pairs, in every split.
+
+    View ``i`` is moved by (3 i, 2 i) pixels, and so are its four keypoints.
+    """
+    width, height = SIZE
+    columns, rows = np.meshgrid(np.arange(width), np.arange(height))
+    for number, category in enumerate(("cat", "train")):
+        points, boxes = [], []
+        for index in range(pictures):
+            x, y = (columns - 3 * index) / width - 0.5, (rows - 2 * index) / height - 0.5
+            save(root / "JPEGImages" / category / f"2008_00000{index}.jpg", texture(x - number, y))
+            moved = np.array([3 * index, 2 * index])
+            points.append((np.array([[10, 10], [30, 10], [10, 26], [30, 26]]) + moved).tolist())
+            boxes.append((np.array([[8, 8], [34, 30]]) + moved).reshape(-1).tolist())
+        pairs = [(a, b) for a in range(pictures) for b in range(pictures) if a != b]
+        for split in ("trn", "val", "test"):
+            for count, (a, b) in enumerate(pairs):
+                name = f"{count:06d}-2008_00000{a}-2008_00000{b}:{category}"
+                pair = {
+                    "filename": name, "category": category, "mirror": 0, "occlusion": 0,
+                    "src_imname": f"2008_00000{a}.jpg", "trg_imname": f"2008_00000{b}.jpg",
+                    "src_imsize": [width, height, 3], "trg_imsize": [width, height, 3],
+                    "src_bndbox": boxes[a], "trg_bndbox": boxes[b],
+                    "src_kps": points[a], "trg_kps": points[b], "kps_ids": ["0", "1", "2", "3"],
+                    "viewpoint_variation": count % 3, "scale_variation": 0, "truncation": 0,
+                }  # fmt: skip
+                write_json(root / "PairAnnotation" / split / f"{name}.json", pair)
+    return root
+
+
+def navi(root: Path, objects: int = 2, pictures: int = 5) -> Path:
+    """NAVI: each object is one square of a plane, seen by cameras that roll, move and come nearer.
+
+    ``pictures`` of each scene; focal length 40 pixels. Depth is exact to a tenth of a millimetre,
+    and so are the matches that depth and pose give.
+    """
+    width, height = SIZE
+    columns, rows = np.meshgrid(np.arange(width) + 0.5, np.arange(height) + 0.5)
+    for number in range(objects):
+        for scene in ("multiview-00-pixel_5", "wild_set"):
+            folder, annotations = root / f"object_{number}" / scene, []
+            for index in range(pictures):
+                angle, away = np.radians(25.0 * index + (scene == "wild_set")), 0.4 + 0.01 * index
+                moved = np.array([0.01 * index - 0.02, 0.01 * number, away])
+                seen = np.stack([(columns - width / 2) / 40, (rows - height / 2) / 40]) * away
+                across, down = seen - moved[:2, None, None]
+                x = np.cos(angle) * across + np.sin(angle) * down
+                y = -np.sin(angle) * across + np.cos(angle) * down
+                on = (abs(x) < 0.12) & (abs(y) < 0.12)
+                pixels = np.where(on[..., None], texture(8 * x, 8 * y), np.uint8(0))
+                save(folder / "images" / f"{index:03d}.jpg", pixels)
+                inverse = np.where(on, round(655.35 / away), 0).astype(np.uint16)
+                save(folder / "depth" / f"{index:03d}.png", inverse)
+                camera = {
+                    "q": [np.cos(angle / 2), 0.0, 0.0, np.sin(angle / 2)],
+                    "focal_length": 40.0,
+                }
+                camera["t"] = (1000 * moved).tolist()
+                annotations.append({
+                    "object_id": f"object_{number}", "filename": f"{index:03d}.jpg",
+                    "image_size": [height, width], "camera": camera, "scene_name": scene,
+                })  # fmt: skip
+            write_json(folder / "annotations.json", annotations)
     return root

@@ -1,0 +1,143 @@
+"""COCO 2017: objects with boxes and masks, people with keypoints, captions."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...errors import ConfigError, DataError
+from . import Dataset
+from .captions import Captions, coco_captions
+from .files import check_listed, read_json, stems
+
+
+class CocoImage(NamedTuple):
+    """A picture, and its size as its annotations mean it, in pixels."""
+
+    id: int
+    path: Path
+    height: int
+    width: int
+
+
+class CocoObject(NamedTuple):
+    """An annotated object."""
+
+    id: int
+    image: CocoImage
+    category: int
+    """Index in :attr:`CocoObjects.categories`."""
+    box: tuple[float, float, float, float]
+    """Left, top, width, height, in pixels."""
+    area: float
+    """Of the mask, in square pixels, as annotated."""
+    crowd: bool
+    """Whether it stands for several objects that nobody told apart."""
+    segmentation: Any
+    """Polygons, or a run-length code, as in the file."""
+    keypoints: tuple[tuple[float, float, int], ...]
+    """x, y in pixels and visibility, 0 to 2; empty but for people in ``person_keypoints``."""
+
+    def mask(self) -> Tensor:
+        """Draw the mask, ``[H, W]`` bool, as COCO's own programs do."""
+        try:
+            from faster_coco_eval.core import mask as masks
+        except ImportError as error:
+            raise ConfigError(
+                "masks of COCO need faster-coco-eval; pip install 'radio-distill[eval]'"
+            ) from error
+        code = self.segmentation
+        if isinstance(code, list):
+            code = masks.merge(masks.frPyObjects(code, self.image.height, self.image.width))
+        elif isinstance(code["counts"], list):
+            code = masks.frPyObjects(code, self.image.height, self.image.width)
+        return torch.from_numpy(masks.decode(code)).bool()
+
+
+class CocoObjects(NamedTuple):
+    """The annotations of one file."""
+
+    images: list[CocoImage]
+    categories: dict[int, str]
+    """Names by the number in the file, in its order; of the 80 the numbers go up to 90."""
+    objects: list[CocoObject]
+
+
+@dataclass(frozen=True)
+class Coco(Dataset):
+    """COCO 2017 as it is published.
+
+    ``{train,val}2017/NAME.jpg`` and ``annotations/KIND_{train,val}2017.json``, where KIND is
+    ``instances``, ``captions`` or ``person_keypoints``.
+    """
+
+    name: ClassVar[str] = "coco"
+    layout: ClassVar[str] = "annotations/, train2017/ and val2017/"
+    licence: ClassVar[str] = "annotations CC BY 4.0, pictures flickr's terms"
+    published: ClassVar[Mapping[str, int]] = {
+        "train": 118_287,
+        "train instances": 860_001,
+        "val": 5_000,
+        "val instances": 36_781,
+        "val captions": 25_014,
+        "val person_keypoints": 11_004,
+    }
+
+    def objects(self, split: str, kind: str = "instances") -> CocoObjects:
+        """Read the ``instances`` or ``person_keypoints`` of ``train`` or ``val``, crowds too.
+
+        Raises:
+            DataError: file or pictures are missing, or it names what it does not describe.
+        """
+        path = self._annotations(split, kind)
+        data, folder = read_json(path), self.folder(f"{split}2017")
+        try:
+            images = {
+                item["id"]: CocoImage(
+                    item["id"], folder / item["file_name"], item["height"], item["width"]
+                )
+                for item in data["images"]
+            }
+            categories = {item["id"]: item["name"] for item in data["categories"]}
+            index = {number: position for position, number in enumerate(categories)}
+            objects = [_object(item, images, index) for item in data["annotations"]]
+        except (KeyError, TypeError) as error:
+            raise DataError(f"{path} is no whole {kind} file of COCO ({error!r})") from error
+        check_listed(path, [image.path.name for image in images.values()], folder)
+        return CocoObjects(list(images.values()), categories, objects)
+
+    def captions(self, split: str) -> Captions:
+        """Read the captions of ``train`` or ``val``."""
+        return coco_captions(self._annotations(split, "captions"), [self.root / f"{split}2017"])
+
+    def count(self, part: str) -> int:
+        """Count the pictures of a split, or its annotations of a kind."""
+        split, _, kind = part.partition(" ")
+        if not kind:
+            return len(stems(self.folder(f"{split}2017"), ".jpg"))
+        if kind == "captions":
+            return len(self.captions(split).texts)
+        return len(self.objects(split, kind).objects)
+
+    def _annotations(self, split: str, kind: str) -> Path:
+        return self.folder("annotations") / f"{kind}_{split}2017.json"
+
+
+def _object(
+    item: Mapping[str, Any], images: Mapping[int, CocoImage], index: Mapping[int, int]
+) -> CocoObject:
+    left, top, width, height = item["bbox"]
+    flat = item.get("keypoints", ())
+    return CocoObject(
+        item["id"],
+        images[item["image_id"]],
+        index[item["category_id"]],
+        (left, top, width, height),
+        item["area"],
+        bool(item["iscrowd"]),
+        item["segmentation"],
+        tuple(zip(flat[0::3], flat[1::3], flat[2::3], strict=True)),
+    )
