@@ -1,0 +1,49 @@
+"""Counts of pixels by class, and what is read off them: mIoU and accuracy."""
+
+from typing import Literal
+
+from torch import Tensor
+
+IGNORED = -1
+"""Index of pixels that are of no class."""
+
+Counted = Literal["shown", "met", "all"]
+
+
+def confusion_matrix(prediction: Tensor, target: Tensor, num_classes: int) -> Tensor:
+    """Count pixels by (target, prediction), ``[K, K]``, without those whose target is IGNORED."""
+    known = target != IGNORED
+    code = target[known] * num_classes + prediction[known]
+    return code.bincount(minlength=num_classes**2).view(num_classes, num_classes)
+
+
+def mean_iou(confusion: Tensor, counted: Counted = "shown") -> float:
+    """Return the mean intersection over union, in [0, 1], of some classes.
+
+    On a full validation split the three agree, since every class occurs; on a part of one they can
+    be points apart.
+
+    Args:
+        confusion: ``[K, K]``, of the whole set.
+        counted: ``shown``: classes that the targets show. ``met``: those that targets or
+            predictions show (the `nanmean` of mmsegmentation and DINOv3). ``all``: every class, one
+            that nobody shows with IoU 0 (the meters of Multi-Task-Transformer and MLoRE).
+    """
+    overlap = confusion.diagonal().double()
+    union = confusion.sum(dim=0) + confusion.sum(dim=1) - confusion.diagonal()
+    iou = overlap / union.clamp(min=1)
+    if counted == "shown":
+        iou = iou[confusion.sum(dim=1) > 0]
+    elif counted == "met":
+        iou = iou[union > 0]
+    return iou.mean().item()
+
+
+def pixel_accuracy(confusion: Tensor) -> float:
+    """Return the share of pixels of a known class that are right, in [0, 1]."""
+    return (confusion.diagonal().sum().double() / confusion.sum()).item()
+
+
+def num_shown(confusion: Tensor) -> int:
+    """Return how many classes the targets show: those that :func:`mean_iou` is the mean of."""
+    return int((confusion.sum(dim=1) > 0).sum())
