@@ -1,6 +1,7 @@
 """A whole run in seconds: shards of generated images, tiny teachers, a tiny student."""
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 import yaml
 from PIL import Image
 
-from e2e import RECIPE
+from e2e import RECIPE, Crew
 
 
 def write_images(folder: Path, count: int, seed: int) -> None:
@@ -79,3 +80,11 @@ def two_steps(recipe_file: Path, _two_steps: Path) -> Path:
     """The run folder of the recipe with a finished stage 1 of two steps."""
     shutil.copytree(_two_steps, recipe_file.parent / "runs")
     return recipe_file.parent / "runs" / "tiny"
+
+
+@pytest.fixture(scope="session")
+def crew(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Crew]:
+    """Two processes of one run, which run what they are asked: ``crew("stage1", *arguments)``."""
+    crew = Crew(tmp_path_factory.mktemp("crew"))
+    yield crew
+    crew.leave()

@@ -1,6 +1,10 @@
 """What the tests of this folder share: the tiny recipe, starting stages, and what runs leave."""
 
 import json
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -86,3 +90,51 @@ def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], p
     assert one.keys() == other.keys()
     for name, value in one.items():
         assert torch.equal(value, other[name]), f"{part} {name}"
+
+
+class Crew:
+    """Two processes of one run, which run stage after stage: a start costs more than a tiny stage.
+
+    They start when they are first asked, and anew where one has failed.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._log = folder / "crew.log"
+        self._members: list[subprocess.Popen[str]] = []
+
+    def __call__(self, stage: str, *arguments: object) -> None:
+        """Run a module of `stages` in both processes, and check that it went well."""
+        self._members = self._members or self._start()
+        asked = json.dumps([stage, *map(str, arguments)])
+        for member in self._members:
+            assert member.stdin is not None
+            print(asked, file=member.stdin, flush=True)
+        statuses = [member.stdout and member.stdout.readline().strip() for member in self._members]
+        if statuses != ["0", "0"]:
+            self.leave()
+            raise AssertionError(f"{statuses}: {self._log.read_text()[-4000:]}")
+
+    def _start(self) -> list[subprocess.Popen[str]]:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = str(server.getsockname()[1])
+        world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        world |= {"LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(CHECKOUT)}
+        with self._log.open("w") as log:
+            return [
+                subprocess.Popen(
+                    [sys.executable, str(Path(__file__).with_name("crew_member.py"))],
+                    env=os.environ | world | {"RANK": rank, "LOCAL_RANK": rank},
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=log,
+                    text=True,
+                )
+                for rank in "01"
+            ]
+
+    def leave(self) -> None:
+        """End both processes."""
+        for member in self._members:
+            member.kill()
+            member.communicate()
+        self._members = []

@@ -2,14 +2,11 @@
 
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 
-from e2e import CHECKOUT, assert_equal, rows, run, run_folder, tensors
+from e2e import assert_equal, rows, run, run_folder, tensors
 from radio_distill.train.checkpoint import find
 from stages import stage1
 
@@ -96,18 +93,14 @@ def test_evaluation__what_cannot_be_scored_is_one_line_before_the_run(
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("zero_stage", [1, 3])
-def test_evaluation__moves_no_number_of_two_processes(recipe_file, zero_stage):
+def test_evaluation__moves_no_number_of_two_processes(recipe_file, crew, zero_stage):
     """ZeRO 3 has cut up the student that rank 0 scores."""
     fields = ["--stage.steps", "3", "--stage.ema_decay", "0", "--engine.zero_stage"]
     fields += [str(zero_stage), "--engine.device", "cpu", "--stage.freeze_body_steps", "0"]
     folder = run_folder(recipe_file) / "stage1"
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(CHECKOUT)}
-    script = str(CHECKOUT / "stages" / "stage1.py")
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     found = []
     for more in ([], ["--evaluation.every", "1"]):
-        command = [sys.executable, *launcher, script, str(recipe_file), *fields, *more]
-        subprocess.run(command, env=environment, cwd=CHECKOUT, check=True, timeout=240)
+        crew("stage1", recipe_file, *fields, *more)
         found.append(([trained(row) for row in rows(folder)], tensors(folder, 3)))
     assert json.dumps(found[0][0]) == json.dumps(found[1][0])
     assert_equal(found[0][1], found[1][1])
