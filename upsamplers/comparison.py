@@ -1,15 +1,10 @@
 """Upsamplers side by side: fitted ones out of their files, and those without parameters.
 
-All become a :class:`.fit.consistency.Consistency`, which :func:`.metrics.measure` takes. Beside it
-are the comparisons that need no fit: how far tiles are from the teacher at the higher resolution
-itself (FeatSharp, arXiv 2502.16025, Figure 15), and what a map costs (Figure 14).
+All become a :class:`.fit.consistency.Consistency`, which :func:`.metrics.measure` takes.
 """
 
-import time
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
-from statistics import median
 from typing import NamedTuple
 
 import torch
@@ -22,19 +17,13 @@ from radio_distill.evals.metrics import confusion_matrix, mean_iou
 from radio_distill.evals.probes import LinearProbe
 from radio_distill.protocols import Normalizer, Teacher, Upsampler
 from radio_distill.system.precision import AUTO, autocast
-from radio_distill.types import Features, Size
+from radio_distill.types import Size
 
 from .fit.consistency import Consistency
-from .fitted import FeatSharp, FeatUp, UpsamplerModel, load_model, read_header, read_tensors
-from .methods.native import Native
+from .fitted import UpsamplerModel, load_model, read_header, read_tensors
 from .methods.tiling import fine_grid
 from .metrics import Report
 from .networks import Observation
-
-REPEATS = 5
-"""Timed calls, after one that warms up; the median counts."""
-_ENOUGH = 20.0
-"""Seconds of timed calls after which no further one is made."""
 
 Labelled = Sequence[tuple[Tensor, Tensor]]
 """Images ``[B, 3, H, W]`` with classes ``[B, H, W]``, from 0 to K - 1 or -1 to be ignored."""
@@ -164,94 +153,3 @@ def preserved(probe: LinearProbe, features: Tensor, labels: Tensor) -> Tensor:
     classes, size = probe.predict(features), (labels.shape[1], labels.shape[2])
     pixels = F.interpolate(classes[:, None].float(), size, mode="nearest-exact")[:, 0].long()
     return confusion_matrix(pixels.to(labels), labels, probe.num_classes)
-
-
-@torch.inference_mode()
-def native_error(
-    teacher: Teacher,
-    normalizer: Normalizer,
-    upsamplers: Mapping[str, Callable[[Teacher, Tensor, Size], Features]],
-    batches: Sequence[Tensor],
-    size: Size,
-    factor: int,
-    device: torch.device,
-    progress: Report | None = None,
-) -> dict[str, float]:
-    """Return each upsampler's mean squared error from the teacher at ``factor`` times ``size``.
-
-    In the normalised space, over channels, cells and images. Raises ConfigError where the teacher
-    cannot be shown so many pixels.
-    """
-    grid, native = fine_grid(teacher, size, factor), Native(factor)
-    totals = dict.fromkeys(upsamplers, 0.0)
-    for number, batch in enumerate(batches, 1):
-        pixels = batch.to(device)
-        target = normalizer.apply(native(teacher, pixels, grid).spatial)
-        for name, upsampler in upsamplers.items():
-            fine = normalizer.apply(upsampler(teacher, pixels, grid).spatial)
-            totals[name] += (fine - target).square().mean(dim=(1, 2, 3)).sum().item()
-        if progress is not None:
-            progress(number, len(batches))
-    images = sum(map(len, batches))
-    return {name: total / images for name, total in totals.items()}
-
-
-class Cost(NamedTuple):
-    """Time of one image, alone in its batch."""
-
-    name: str
-    factor: int
-    seconds: float
-    tokens: int
-    """Cells of the map that it gives."""
-
-
-def costs(
-    teacher: Teacher,
-    size: Size,
-    factors: Sequence[int],
-    device: torch.device,
-    progress: Report | None = None,
-) -> list[Cost]:
-    """Time the teacher at each factor's resolution, and FeatUp and FeatSharp to the same map.
-
-    The upsamplers have random weights, which cost what fitted ones do. A resolution that the
-    teacher cannot take is left out.
-    """
-    spec, measured = teacher.spec, []
-    limit = max(size) if spec.fixed_size else spec.max_size
-    for number, factor in enumerate(factors, 1):
-        pixels = torch.rand(1, 3, size[0] * factor, size[1] * factor, device=device)
-        grid = fine_grid(teacher, size, factor)
-        calls: dict[str, Callable[[], object]] = {}
-        if limit is None or max(size) * factor <= limit:
-            calls["teacher"] = partial(teacher.encode, pixels)
-        for kind in (FeatUp, FeatSharp) if factor > 1 else ():
-            upsampler = kind.untrained(factor, {spec.name: spec})
-            calls[kind.network] = partial(upsampler, teacher, pixels, grid)
-        for label, call in calls.items():
-            measured.append(Cost(label, factor, _seconds(call, device), grid[0] * grid[1]))
-        if progress is not None:
-            progress(number, len(factors))
-    return measured
-
-
-@torch.inference_mode()
-def _seconds(call: Callable[[], object], device: torch.device) -> float:
-    def timed() -> float:
-        start = now(device)
-        call()
-        return now(device) - start
-
-    timed()
-    spent: list[float] = []
-    while len(spent) < REPEATS and sum(spent) < _ENOUGH:
-        spent.append(timed())
-    return median(spent)
-
-
-def now(device: torch.device) -> float:
-    """Return the time in seconds, once the device has done what it was asked."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.monotonic()

@@ -1,7 +1,7 @@
 """Measures the upsamplers of one teacher for ``radio-distill upsampler-report``, writes its page.
 
-Tables 7 to 10 of FeatSharp (arXiv 2502.16025, appendix B) and its Figures 10, 11 and 14 to 16, of
-one's own teacher and images.
+Tables 7 to 10 of FeatSharp (arXiv 2502.16025, appendix B) and its Figure 10, of one's own teacher
+and images.
 """
 
 import json
@@ -10,7 +10,6 @@ import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +23,7 @@ from radio_distill.errors import ConfigError, WeightsError
 from radio_distill.evals.encoder import to_pixels
 from radio_distill.evals.masks import SegmentationSet, open_set
 from radio_distill.evals.probes import LinearProbe
-from radio_distill.protocols import Normalizer, Teacher, Upsampler
+from radio_distill.protocols import Teacher
 from radio_distill.report.page import Section, write_page
 from radio_distill.report.tables import print_tables, render
 from radio_distill.stage import FIT, resolve_stage
@@ -37,8 +36,6 @@ from teachers import build_teacher
 from upsamplers import UPSAMPLERS
 from upsamplers import comparison as compare
 from upsamplers.fit.consistency import Consistency
-from upsamplers.methods.interpolate import Bilinear
-from upsamplers.methods.tile import Tile
 from upsamplers.metrics import measure
 
 from ..arguments import check_output
@@ -51,8 +48,6 @@ logger = logging.getLogger(__name__)
 
 Scores = dict[str, float]
 BATCH = 8
-LEVELS = (2, 3, 4)
-"""Tiles a side that are compared with the teacher at the full resolution; factors are added."""
 
 
 @dataclass
@@ -76,8 +71,6 @@ class Comparison:
     ``preservation_low``."""
     notes: list[str] = field(default_factory=list)
     """A line for each thing that could not be measured, and why."""
-    tile_errors: dict[int, Scores] = field(default_factory=dict)
-    costs: list[compare.Cost] = field(default_factory=list)
     num_images: int = 0
 
     @classmethod
@@ -97,11 +90,6 @@ class Comparison:
     @property
     def precision(self) -> str:
         return self.recipe.engine.precision
-
-    @cached_property
-    def normalizer(self) -> Normalizer:
-        """The scale of the first file; all were estimated on the same teacher."""
-        return compare.load_fitted(next(iter(self.files.values()))).model.normalizer
 
     def announce(self, missing: int, fit: bool) -> None:
         """Say what is compared, before it takes its time."""
@@ -143,7 +131,7 @@ class Comparison:
         return held_out(evaluation.images, self.size, factor, evaluation.limit)
 
     def measure(self) -> None:
-        """Measure the upsamplers of all tables, then tiles, then time."""
+        """Measure the upsamplers of all tables."""
         for factor in self.request.factors:
             batches = self.batches(factor)
             self.num_images = sum(map(len, batches))
@@ -152,12 +140,6 @@ class Comparison:
                     self._measure_one(name, config, batches)
         if self.segmentation is not None:
             self._measure_preservation(self.segmentation)
-        for level in sorted({*LEVELS, *self.request.factors}):
-            self._measure_tiles(level)
-        if self.request.throughput:
-            factors = sorted({1, *LEVELS, *self.request.factors})
-            with _bar("throughput", len(factors), "sizes") as progress:
-                self.costs = compare.costs(self.teacher, self.size, factors, self.device, progress)
 
     def _measure_one(self, name: str, config: FitConfig, batches: Sequence[Tensor]) -> None:
         try:
@@ -205,23 +187,10 @@ class Comparison:
             for part in (pairs[at : at + BATCH] for at in range(0, len(pairs), BATCH))
         ]
 
-    def _measure_tiles(self, level: int) -> None:
-        """Measure how far tiles and interpolation are from the teacher itself."""
-        batches = self.batches(level)
-        kinds: dict[str, Upsampler] = {"tiles": Tile(level), "bilinear": Bilinear(level)}
-        with _bar(f"tiles of level {level}", len(batches)) as progress:
-            try:
-                self.tile_errors[level] = compare.native_error(
-                    self.teacher, self.normalizer, kinds, batches, self.size, level, self.device,
-                    progress,
-                )  # fmt: skip
-            except ConfigError as error:
-                self.note(f"tiles of level {level} are not compared: {error}")
-
 
 @contextmanager
-def _bar(label: str, total: int, unit: str = "batches") -> Iterator[Callable[[int, int], None]]:
-    with Progress(label, total, unit) as bar:
+def _bar(label: str, total: int) -> Iterator[Callable[[int, int], None]]:
+    with Progress(label, total, "batches") as bar:
         yield lambda done, _: bar.update(done)
 
 
@@ -233,22 +202,17 @@ def write_report(report: Comparison) -> Path:
     folder = report.recipe.folder / "upsampler_report" / report.teacher.spec.name
     check_output(folder / "index.html")
     report.measure()
-    tables, (tiles, tile_charts) = show.tables_of(report), show.tiles_of(report)
-    timing, time_charts = show.times_of(report)
-    print_tables([*tables, *tiles, *timing])
-    tile_sheets = show.tile_sheets(report)
+    tables = show.tables_of(report)
+    print_tables(tables)
     sections = [
         Section("scores", "Upsamplers compared", tables),
         Section("run", "What was compared", facts=_summary(report)),
         Section("fits", "Fits", [show.fits_table(report)]),
         Section("features", "Features", sheets=show.feature_sheets(report)),
-        Section("biases", "Biases", sheets=show.bias_sheet(report)),
-        Section("tiles", "Tiles", tiles, panels=tile_charts, sheets=tile_sheets),
-        Section("throughput", "Throughput", timing, panels=time_charts),
         Section("recipe", "Recipe", settings=dump(report.recipe)),
     ]
     texts = {
-        "tables.md": render([*tables, *tiles, *timing], "markdown"),
+        "tables.md": render(tables, "markdown"),
         "scores.json": json.dumps(_scores(report), indent=2) + "\n",
     }
     for name, text in texts.items():
@@ -293,8 +257,6 @@ def _scores(report: Comparison) -> dict[str, Any]:
         "size": list(report.size),
         "images": {"source": report.recipe.evaluation.images, "number": report.num_images},
         "upsamplers": {n: described(n, config) for n, config in configs if n in report.scores},
-        "tile_errors": {str(level): errors for level, errors in report.tile_errors.items()},
-        "costs": [item._asdict() for item in report.costs],
         "missing": report.missing,
         "notes": report.notes,
     }

@@ -50,7 +50,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--allow-changed-recipe", action="store_true", help=allow)
     add_images_argument(parser)
     add_num_images_argument(parser, 4)
-    add("--no-throughput", action="store_true", help="leave the timing out")
     add_run_folder_argument(parser)
 
 
@@ -61,7 +60,6 @@ def run(arguments: argparse.Namespace) -> int:
         tuple(sorted(set(arguments.factors))),
         tuple(dict.fromkeys(arguments.upsamplers)),
         arguments.num_images,
-        not arguments.no_throughput,
     )
     given = {
         "fit.teacher": arguments.teacher,

@@ -42,7 +42,7 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Request:
-    """The tables, images and timing that a report shows."""
+    """The tables and images that a report shows."""
 
     tables: tuple[int, ...] = TABLES
     factors: tuple[int, ...] = (2, 4)
@@ -50,7 +50,6 @@ class Request:
     """Of Tables 7 and 9."""
     num_images: int = 4
     """Photographs that are painted."""
-    throughput: bool = True
 
     def __post_init__(self) -> None:
         """Raise ConfigError for a number or an upsampler that cannot be."""

@@ -5,9 +5,8 @@ each other mean equal features.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
 from einops import rearrange
 from PIL import Image
 from torch import Tensor
@@ -15,16 +14,12 @@ from torch import Tensor
 from radio_distill.config import FitConfig
 from radio_distill.data.folder import load_images
 from radio_distill.evals.encoder import to_pixels
-from radio_distill.report.charts import line_chart
 from radio_distill.report.feature_images import difference_image, image_grid, pca_images
 from radio_distill.report.page import Figure
 from radio_distill.report.tables import Cell, Column, Table
 from radio_distill.types import format_size
 from upsamplers.comparison import maps_of
 from upsamplers.fitted import read_header
-from upsamplers.methods.native import Native
-from upsamplers.methods.tile import Tile
-from upsamplers.methods.tiling import fine_grid
 from upsamplers.metrics import VIEWS_PER_IMAGE
 
 from ..fits import fit_name
@@ -193,53 +188,6 @@ def fits_table(report: "Comparison") -> Table:
     return Table("Fits that are compared", tuple(map(Column, heads)), tuple(rows))
 
 
-def tiles_of(report: "Comparison") -> tuple[list[Table], list[Figure]]:
-    """Make Figure 15 as a table and as a chart, if anything was measured."""
-    errors, (height, width) = report.tile_errors, report.size
-    if not errors:
-        return [], []
-    kinds = ("tiles", "bilinear")
-    lines = {kind: [(float(n), error[kind]) for n, error in errors.items()] for kind in kinds}
-    rows: list[tuple[Cell, ...]] = [
-        (f"{n} x {n}", f"{height * n}x{width * n}", *(error[kind] for kind in kinds))
-        for n, error in errors.items()
-    ]
-    heads = (Column(f"MSE of {kind}", ".4f") for kind in kinds)
-    notes = (
-        measured_on(report, views=False),
-        "In that space a feature's variance is 1. Bilinear interpolates the teacher's map of "
-        "the whole image at the low resolution.",
-    )
-    title = "Error of tiles from the teacher at the full resolution (FeatSharp, Figure 15)"
-    table = Table(title, (Column("tiles"), Column("image, px"), *heads), tuple(rows), notes)
-    return [table], [Figure("Error of tiles", "", line_chart(lines, "tiles a side", "MSE"))]
-
-
-def times_of(report: "Comparison") -> tuple[list[Table], list[Figure]]:
-    """Make Figure 14 as a table and as charts against the factor, if time was taken."""
-    if not report.costs:
-        return [], []
-    image, token = dict[str, Any](), dict[str, Any]()
-    rows = []
-    for name, factor, seconds, tokens in report.costs:
-        milliseconds, microseconds = 1e3 * seconds, 1e6 * seconds / tokens
-        rows.append((name, f"{factor}x", tokens, milliseconds, microseconds))
-        image.setdefault(name, []).append((factor, milliseconds))
-        token.setdefault(name, []).append((factor, microseconds))
-    heads = (Column("ms an image", ".1f"), Column("µs a token", ".2f"))
-    note = (
-        f"Teacher {report.teacher.spec.name}, low resolution {format_size(report.size)} px, one "
-        "image at a time, medians. The teacher is shown the full resolution; featup and featsharp "
-        "make a map of that grid, the teacher's forwards included."
-    )
-    columns = (Column("method"), Column("factor"), Column("tokens"), *heads)
-    table = Table("Throughput (FeatSharp, Figure 14)", columns, tuple(rows), (note,))
-    return [table], [
-        Figure("Time a token", "", line_chart(token, "factor", "µs")),
-        Figure("Time an image", "", line_chart(image, "factor", "ms")),
-    ]
-
-
 def feature_sheets(report: "Comparison") -> list[Figure]:
     """Paint photographs through each upsampler of Table 9, and how it differs from bilinear."""
     figures = []
@@ -279,62 +227,6 @@ def feature_sheets(report: "Comparison") -> list[Figure]:
                 _sheet(changes, ["photograph", *others], names),
             ),
         ]
-    return figures
-
-
-def bias_sheet(report: "Comparison") -> list[Figure]:
-    """Paint the bias that each fit learned, a column a factor."""
-    painted, sizes, factors = {}, [], _measured_rows(report)
-    for factor, rows in factors.items():
-        for label, config in rows:
-            loaded = report.load(config)
-            if loaded is not None and loaded.model.bias is not None:
-                bias = loaded.model.bias.detach()
-                painted[label, factor] = loaded.model.correct(torch.zeros_like(bias))[0]
-                sizes.append(f"{label} {factor}x {bias.square().mean().sqrt():.3f}")
-    if not painted:
-        return []
-    images = dict(zip(painted, pca_images(list(painted.values()), SIDE), strict=True))
-    labels = list(dict.fromkeys(label for label, _ in painted))
-    blank = Image.new("RGB", (SIDE, SIDE), "white")
-    columns = [[images.get((label, factor), blank) for label in labels] for factor in factors]
-    return [
-        Figure(
-            "Learned biases (FeatSharp, Figure 11)",
-            "What each fit adds to the teacher's map at each position, at the teacher's own grid, "
-            "all in one basis. Root mean square, where a feature's variance is 1: "
-            f"{', '.join(sizes)}.",
-            _sheet(columns, labels, [f"{factor}x" for factor in factors]),
-        )
-    ]
-
-
-@torch.inference_mode()
-def tile_sheets(report: "Comparison") -> list[Figure]:
-    """Paint the teacher at full resolution, its tiles, and where they differ."""
-    figures = []
-    for level in (level for level in report.request.factors if level in report.tile_errors):
-        grid, photographs = (
-            fine_grid(report.teacher, report.size, level),
-            _photographs(report, level),
-        )
-        columns = []
-        for pixels in photographs.values():
-            native, tiles = (
-                kind(level)(report.teacher, pixels[None], grid).spatial for kind in (Native, Tile)
-            )
-            first, second = (report.normalizer.apply(maps)[0] for maps in (native, tiles))
-            painted = pca_images([native[0], tiles[0]], SIDE)
-            columns.append([_photograph(pixels), *painted, difference_image(first, second, SIDE)])
-        figures.append(
-            Figure(
-                f"{level} x {level} tiles against the teacher at the full resolution "
-                "(FeatSharp, Figure 16)",
-                "One basis a photograph. The difference is 1 - cosine in the normalised space: "
-                "black for 0, white for 1 or more (the paper's is a Euclidean distance).",
-                _sheet(columns, ["photograph", "teacher", "tiles", "difference"], photographs),
-            )
-        )
     return figures
 
 

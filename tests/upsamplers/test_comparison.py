@@ -8,15 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from radio_distill.config import FitConfig
-from radio_distill.errors import ConfigError, DataError, WeightsError
+from radio_distill.errors import DataError, WeightsError
 from radio_distill.normalize.phi_s import PhiS
 from radio_distill.types import Features, TeacherSpec
 from upsamplers.comparison import (
-    costs,
     fit_probe,
     load_fitted,
     maps_of,
-    native_error,
     preservation,
     without_parameters,
 )
@@ -30,7 +28,6 @@ from upsamplers.metrics import measure
 from upsamplers.networks.resize_conv import BilinearNetwork
 
 CHANNELS, PATCH, SIZE, FACTOR = 6, 4, (24, 32), 2
-CPU = torch.device("cpu")
 
 
 class Means:
@@ -86,7 +83,7 @@ def test_load_fitted__measures_as_the_fit_did(tmp_path: Path, batches: list[Tens
         measure(made, Means(), batches, SIZE, FACTOR), rel=1e-6
     )
     save_model(path, made.model, header)
-    with pytest.raises(WeightsError, match="without the downsampler it was fitted through"):
+    with pytest.raises(WeightsError, match="downsampler"):
         load_fitted(path)
 
 
@@ -117,27 +114,6 @@ def test_maps_of__the_base_is_the_de_biased_low_map(batches: list[Tensor]) -> No
     assert torch.allclose(maps.fine, fine, atol=1e-6)
 
 
-def test_native_error__is_the_context_that_tiles_lose(batches: list[Tensor]) -> None:
-    """Of a teacher that adds the mean colour, a tile lacks the whole image's and has its own."""
-    weight, scale = 0.5, 3.0
-    teacher, norm = Means(weight), normalizer(scale)
-    upsamplers = {"native": Native(FACTOR), "tiles": Tile(FACTOR)}
-    errors = native_error(teacher, norm, upsamplers, batches, SIZE, FACTOR, CPU)
-    assert errors["native"] == 0
-    images = torch.cat(batches)
-    own = F.adaptive_avg_pool2d(images, FACTOR)  # each tile's mean colour
-    lost = weight * (own - images.mean(dim=(2, 3), keepdim=True))
-    change = torch.einsum("kc,bchw->bkhw", teacher._mixing, lost) * scale
-    assert errors["tiles"] == pytest.approx(change.square().mean().item(), rel=1e-4)
-    context_free = native_error(Means(), norm, upsamplers, batches, SIZE, FACTOR, CPU)
-    assert context_free["tiles"] == pytest.approx(0, abs=1e-9)
-
-
-def test_native_error__a_teacher_that_cannot_says_so(batches: list[Tensor]) -> None:
-    with pytest.raises(ConfigError, match="would show teacher 'means' 48x64 pixels"):
-        native_error(Means(fixed_size=True), normalizer(), {}, batches, SIZE, FACTOR, CPU)
-
-
 def stripes(width: int, scale: int) -> tuple[Tensor, Tensor]:
     """Return an image of ``scale`` times SIZE in vertical stripes of two colours, and classes."""
     labels = (torch.arange(SIZE[1] * scale) // width % 2).expand(1, SIZE[0] * scale, -1)
@@ -161,22 +137,5 @@ def test_preservation__what_only_the_finer_map_shows_counts_and_a_shift_counts_a
     assert score(made, wide_stripes) == (1, 1)
     torch.nn.init.normal_((biased := bilinear_fit(bias=True)).model.bias, std=3.0)
     assert score(biased, wide_stripes)[0] < 0.8
-    with pytest.raises(DataError, match="no pixel of the set is labelled"):
+    with pytest.raises(DataError, match="labelled"):
         score(made, [(image, torch.full_like(labels, -1)) for image, labels in wide_stripes])
-
-
-def test_costs__every_method_at_every_factor_that_the_teacher_takes(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("upsamplers.comparison.REPEATS", 1)
-    teacher, seen = Means(), []
-    found = costs(teacher, SIZE, [1, 2], CPU, lambda *done: seen.append(done))
-    assert [(item.name, item.factor, item.tokens) for item in found] == [
-        ("teacher", 1, 48), ("teacher", 2, 192), ("featup", 2, 192), ("featsharp", 2, 192),
-    ]  # fmt: skip
-    assert all(item.seconds > 0 for item in found)
-    assert seen == [(1, 2), (2, 2)]
-    limited = costs(Means(fixed_size=True), SIZE, [1, 2], CPU)
-    assert [(item.name, item.factor) for item in limited] == [
-        ("teacher", 1), ("featup", 2), ("featsharp", 2),
-    ]  # fmt: skip
