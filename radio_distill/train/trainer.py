@@ -270,6 +270,8 @@ class Trainer:
         except (RadioDistillError, OSError) as error:  # a run of days does not end for a score
             logger.warning("step %d is not evaluated: %s", done, reason_of(error))
             return {}
+        shown = [f"{score.name} {score.value:.4g}" for score in scores if score.headline]
+        logger.info("%s, step %d: %s", self._stage.folder.name, done, ", ".join(shown))
         wanted, names = self._stage.evaluation.best, [score.name for score in scores]
         if wanted and names and wanted not in names and self._world.is_main:
             logger.warning(

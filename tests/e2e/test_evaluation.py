@@ -34,7 +34,8 @@ def scores(folder) -> dict[int, dict[str, float]]:
 
 
 @pytest.mark.parametrize("weights", ["student", "ema"])
-def test_evaluation__moves_no_number_of_training(recipe_file, weights):
+def test_evaluation__moves_no_number_of_training(recipe_file, weights, caplog):
+    caplog.set_level("INFO")
     folder = run_folder(recipe_file) / "stage1"
     assert run(stage1, recipe_file) == 0
     expected = [trained(row) for row in rows(folder)]
@@ -44,6 +45,7 @@ def test_evaluation__moves_no_number_of_training(recipe_file, weights):
     for part, values in parts.items():
         assert_equal(values, tensors(folder, 6, part), part)
     assert list(scores(folder)) == [2, 4, 6]
+    assert all(f"step {step}: {METRIC}" in caplog.text for step in (2, 4, 6))
     for values in scores(folder).values():
         assert f"eval/{METRIC}" in values
         assert any(name.startswith("eval/agreement/") for name in values)
