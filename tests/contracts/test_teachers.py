@@ -143,13 +143,13 @@ def test_layers__a_model_whose_layers_are_no_such_maps_is_named(name):
 def test_encode__names_the_nearest_sizes_where_the_patch_does_not_divide(name):
     patch = tiny(name).spec.patch_size
     low, high = 3 * patch, 4 * patch
-    with pytest.raises(ConfigError, match=f"nearest {low}x{low} and {low}x{high}"):
+    with pytest.raises(ConfigError, match=rf"{low}x{low}.*{low}x{high}"):
         tiny(name).encode(torch.zeros(1, 3, low, low + 1))
 
 
 @pytest.mark.parametrize("name", sorted(set(TINY) - set(ANY_SIZE)))
 def test_encode__a_fixed_canvas_takes_no_other_size(name):
-    with pytest.raises(ConfigError, match="it takes 64x64 only"):
+    with pytest.raises(ConfigError, match="64x64"):
         tiny(name).encode(torch.zeros(1, 3, 128, 128))
 
 

@@ -156,12 +156,10 @@ def test_upsampler__a_teacher_that_cannot_take_the_size_says_so_with_the_grid(bu
     teacher, pixels = tiny("tiny_sam"), torch.rand(1, 3, 64, 64)
     upsampler = build(name, 2, teacher)
     if name == "native":  # shows it 128 px, which SAM of one size never takes
-        with pytest.raises(ConfigError, match="'tiny_sam' 128x128 pixels, which takes 64x64 only"):
+        with pytest.raises(ConfigError, match=r"'tiny_sam' 128x128.*64x64"):
             upsampler(teacher, pixels, (8, 8))
         return
-    with pytest.raises(
-        ConfigError, match=r"no grid 4x4 .*'tiny_sam' cannot take 32x32 .*64x64 only"
-    ):
+    with pytest.raises(ConfigError, match=r"4x4 .*'tiny_sam'.*32x32 .*64x64"):
         upsampler(teacher, pixels, (4, 4))
     assert upsampler(teacher, pixels, (8, 8)).spatial.shape[-2:] == (8, 8)
 

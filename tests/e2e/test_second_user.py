@@ -92,7 +92,7 @@ def test_unreadable_weights__of_a_checkpoint_are_not_damaged(two_steps, capfd, p
 
 def test_load__of_what_may_not_be_read(two_steps):
     for folder in (two_steps, two_steps / "stage1"):
-        with closed(folder), pytest.raises(CheckpointError, match="cannot be read: permission"):
+        with closed(folder), pytest.raises(CheckpointError, match="permission"):
             radio_distill.load(two_steps)
 
 
@@ -230,7 +230,7 @@ def test_statistics__that_cannot_be_kept_are_not_estimated(tmp_path):
     moments.update(torch.ones(1, 2, 1, 3))
     cache.save_statistics(tmp_path / "vit.safetensors", cache.Statistics(moments))
     with closed(tmp_path, 0o500):
-        with pytest.raises(CheckpointError, match=r"Permission denied; set normalizer\.cache"):
+        with pytest.raises(CheckpointError, match=r"normalizer\.cache"):
             cache.check_can_save(tmp_path)
         assert cache.load_statistics(tmp_path / "vit.safetensors") is not None
 
@@ -251,7 +251,7 @@ def test_home__that_nobody_knows_is_one_line(monkeypatch):
 
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as for a user of no list
-    with pytest.raises(WeightsError, match="set XDG_CACHE_HOME"):
+    with pytest.raises(WeightsError, match="XDG_CACHE_HOME"):
         packaged.cache_folder()
     with pytest.raises(WeightsError, match="nothing at"):
         radio_distill.load("~nobody-of-this-name/run")

@@ -60,7 +60,7 @@ def test_load__takes_the_last_stage_and_not_what_was_moved_aside(write_run):
     assert radio_distill.loading.find_checkpoint(run).folder == stage.folder
     for name in ("stage3-tile", "stage3-bilinear"):
         shutil.copytree(run / "stage1", run / name)
-    with pytest.raises(CheckpointError, match="name one: stage3-bilinear, stage3-tile"):
+    with pytest.raises(CheckpointError, match="stage3-bilinear, stage3-tile"):
         radio_distill.load(run)
 
 
@@ -80,7 +80,7 @@ def test_load__keeps_only_the_heads_that_are_named(write_run):
     model = radio_distill.load(run, heads=("dino",))
     assert model.head_names == ("dino",)
     assert same(model, radio_distill.load(run), ("dino",))
-    with pytest.raises(UnknownNameError, match=r"no head 'dine'.*did you mean 'dino'"):
+    with pytest.raises(UnknownNameError, match=r"'dine'.*'dino'"):
         radio_distill.load(run, heads=("dine",))
 
 
@@ -172,18 +172,18 @@ def test_load__a_torch_hub_file_equals_transformers(tmp_path):
 
 def test_load__what_is_no_run(tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(CheckpointError, match=r"empty is no run, stage or checkpoint folder"):
+    with pytest.raises(CheckpointError, match="empty"):
         radio_distill.load(tmp_path / "empty")
-    with pytest.raises(WeightsError, match=r"nothing at .*absent"):
+    with pytest.raises(WeightsError, match="absent"):
         radio_distill.load(tmp_path / "absent")
     save_file({"w": torch.zeros(1)}, tmp_path / "w.safetensors")
-    with pytest.raises(WeightsError, match="not a RADIO vision transformer"):
+    with pytest.raises(WeightsError, match="RADIO"):
         radio_distill.load(tmp_path / "w.safetensors")
 
 
 def test_load__a_radio_of_sizes_that_timm_does_not_know(tmp_path):
     radio_model(num_hidden_layers=1).save_pretrained(tmp_path)
-    with pytest.raises(WeightsError, match="no body of timm's has width 192, depth 1") as caught:
+    with pytest.raises(WeightsError, match="width 192, depth 1") as caught:
         radio_distill.load(tmp_path)
     assert "\n" not in str(caught.value)
 
@@ -196,7 +196,7 @@ def test_load__an_export_that_was_tampered_with(write_run, tmp_path):
     export(folded(checkpoints.find(write_run() / "stage1")), folder, Transformers())
     whole = (folder / "radio_distill.json").read_text()
     save_file({"clip.spatial.fc1.bias": torch.zeros(16)}, folder / "adaptors.safetensors")
-    with pytest.raises(WeightsError, match="does not hold the heads that are described"):
+    with pytest.raises(WeightsError, match="heads"):
         radio_distill.load(folder)
     described = json.loads(whole)
     del described["teachers"]
@@ -226,7 +226,7 @@ def test_from_config__reads_no_weights():
 
 
 def test_from_config__no_such_file():
-    with pytest.raises(ConfigError, match=r"cannot read nothing\.yaml"):
+    with pytest.raises(ConfigError, match=r"nothing\.yaml"):
         radio_distill.from_config("nothing.yaml")
-    with pytest.raises(AttributeError, match="no attribute 'lode'"):
+    with pytest.raises(AttributeError, match="'lode'"):
         radio_distill.lode  # noqa: B018

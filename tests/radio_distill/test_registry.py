@@ -14,11 +14,9 @@ def test_get__imports_on_first_use():
 
 def test_get__unknown_name_lists_the_nearest():
     registry = Registry("upsampler", {"bilinear": "a:b", "tile": "a:c"})
-    with pytest.raises(
-        UnknownNameError, match=r"unknown upsampler 'bilinaer' \(did you mean 'bilinear'\?\)"
-    ):
+    with pytest.raises(UnknownNameError, match=r"upsampler 'bilinaer'.*'bilinear'"):
         registry.get("bilinaer")
-    with pytest.raises(UnknownNameError, match="known: bilinear, tile"):
+    with pytest.raises(UnknownNameError, match="bilinear, tile"):
         registry.get("xyzzy")
 
 
@@ -57,9 +55,9 @@ def test_check_takes__names_the_call_and_what_is_wrong():
         return low, high
 
     check_takes("it", takes_two, ("low",), ("high",))
-    with pytest.raises(ConfigError, match=r"it is called with \(low, factor=…\): missing .*'high'"):
+    with pytest.raises(ConfigError, match=r"\(low, factor=…\).*'high'"):
         check_takes("it", takes_two, ("low",), ("factor",))
-    with pytest.raises(ConfigError, match="it is a int, and is to be called"):
+    with pytest.raises(ConfigError, match="int"):
         check_takes("it", 3)
 
 
@@ -68,15 +66,15 @@ def test_check_has__names_what_is_missing():
         cost = 1
 
     check_has("it", Thing, ("cost",))
-    with pytest.raises(ConfigError, match="it lacks __call__, run; it needs cost, __call__, run"):
+    with pytest.raises(ConfigError, match="__call__, run"):
         check_has("it", Thing, ("cost", "__call__", "run"))
 
 
 def test_add__doubles_and_malformed_targets():
     registry = Registry("thing", {"a": "m:x"})
-    with pytest.raises(ConfigError, match="registered twice: as m:x and as m:y"):
+    with pytest.raises(ConfigError, match=r"m:x.*m:y"):
         registry.add("a", "m:y")
-    with pytest.raises(ConfigError, match="not of the form module:name"):
+    with pytest.raises(ConfigError, match="module:name"):
         registry.add("b", "m.y")
 
 

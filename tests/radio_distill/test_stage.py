@@ -73,7 +73,7 @@ def test_view__the_partition_goes_first_and_a_fixed_teacher_never_gives_way():
     assert view_of(fixed).size == (1022, 1022)
     assert view_of(fixed, teacher=teacher, teacher_sizes={"t": 1022}).size == (1022, 1022)
     for sizes in ({}, {"t": 448}):
-        with pytest.raises(ConfigError, match="takes 1022x1022 pixels only, not"):
+        with pytest.raises(ConfigError, match="1022x1022"):
             view_of(fixed, teacher=teacher, teacher_sizes=sizes)
 
 
@@ -114,7 +114,7 @@ def test_resolve_stage__a_teacher_with_a_summary_is_asked_for_it():
 
 
 def test_resolve_stage__an_unknown_stage():
-    with pytest.raises(ConfigError, match="has no stage9"):
+    with pytest.raises(ConfigError, match="stage9"):
         resolve_stage(recipe_of(), "stage9", {"t": SPEC})
 
 
@@ -150,5 +150,5 @@ def test_resolve_stage__a_fit_is_one_teacher_upsampled():
 
 @pytest.mark.parametrize(("spec", "size", "near"), [(SPEC, 500, 504), (CANVAS, 128, 256)])
 def test_resolve_stage__a_size_that_a_fit_cannot_have(spec, size, near):
-    with pytest.raises(ConfigError, match=rf"fit.size: .*{size} px \(nearest {near}\)"):
+    with pytest.raises(ConfigError, match=rf"fit.size: .*{size} px.*{near}"):
         fit_of(spec, size=size)

@@ -64,7 +64,7 @@ def test_private_folder__refuses_one_that_others_can_open(tmp_path):
     with pytest.raises(ConfigError, match="chmod 700"):
         private_folder(folder)
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match="choose another --folder"):
+    with pytest.raises(ConfigError, match="--folder"):
         private_folder(tmp_path / "file" / "a")
 
 

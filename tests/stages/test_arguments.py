@@ -33,7 +33,7 @@ def test_recipe__comes_behind_other_positional_arguments():
 
 
 def test_recipe__may_be_named_once_only():
-    with pytest.raises(ConfigError, match="two recipes, 'mine' and --recipe 'yours'"):
+    with pytest.raises(ConfigError, match=r"'mine'.*--recipe 'yours'"):
         parser_of("train").parse(["mine", "--recipe", "yours"], takes_fields=True)
 
 
@@ -73,11 +73,11 @@ def test_help__takes_about_a_fifth_of_a_second_of_cpu():
 def test_parser__unknown_flags_name_the_nearest():
     parser = Parser(prog="x")
     parser.add_argument("--resume", action="store_true")
-    with pytest.raises(ConfigError, match=r"unknown argument '--resmue' \(did you mean '--resume'"):
+    with pytest.raises(ConfigError, match=r"'--resmue'.*'--resume'"):
         parser.parse(["--resmue"], takes_fields=True)
-    with pytest.raises(ConfigError, match=r"did you mean --stages\.NAME\.steps\?"):
+    with pytest.raises(ConfigError, match=r"--stages\.NAME\.steps"):
         parser.parse(["--steps", "3"], takes_fields=True)
-    with pytest.raises(ConfigError, match="--seed needs a value"):
+    with pytest.raises(ConfigError, match="--seed"):
         parser.parse(["--seed"], takes_fields=True)
     assert parser.parse(["--seed", "3", "--resume", "--a.b=c"], takes_fields=True)[1] == [
         "seed=3",

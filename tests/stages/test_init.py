@@ -119,7 +119,7 @@ def test_find_recipe__the_project_s_own_before_a_file_of_that_name(
     assert find_recipe("demo") == RECIPES / "demo.yaml"
     assert "yours is ./demo.yaml" in caplog.text
     (tmp_path / "flowers.yaml").write_text("name: flowers\n")
-    with pytest.raises(ConfigError, match=r"'flowes' \(did you mean 'flowers'\?\)"):
+    with pytest.raises(ConfigError, match=r"'flowes'.*'flowers'"):
         find_recipe("flowes")
 
 

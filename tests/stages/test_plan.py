@@ -316,7 +316,7 @@ def test_find_missing__data_of_benchmarks_where_scores_are_wanted(recipe):
 def test_check_stages__a_later_stage_is_looked_at_before_the_first(recipe):
     fields = [FEATUP[0], "stages.stage2.start_from=stage1"]
     made, asked = load_recipe(recipe, fields), Asked(recipe, tuple(fields))
-    with pytest.raises(ConfigError, match="no featup 3x is fitted to teacher 'clip' at 48 px"):
+    with pytest.raises(ConfigError, match=r"featup 3x .*'clip' at 48 px"):
         check_stages(made, ["stage1", "stage2"], asked)
     check_stages(made, ["stage1"], asked)
     write_fitted(OWN)

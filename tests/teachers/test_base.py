@@ -29,16 +29,16 @@ def test_check_size__every_size_it_proposes_is_one_it_takes(patch, largest, heig
     if fits:
         check_size(described, (height, width))
         return
-    with pytest.raises(ConfigError, match=f"'t' cannot take {height}x{width}") as error:
+    with pytest.raises(ConfigError, match=rf"'t'.*{height}x{width}") as error:
         check_size(described, (height, width))
     for size in str(error.value).split("nearest ")[1].split(" and "):
         check_size(described, tuple(int(side) for side in size.split("x")))
 
 
 def test_check_size__proposes_the_two_around():
-    with pytest.raises(ConfigError, match="nearest 98x112 and 112x112"):
+    with pytest.raises(ConfigError, match=r"98x112.*112x112"):
         check_size(spec(), (100, 112))
-    with pytest.raises(ConfigError, match="multiples of its patch 14 up to 120; nearest 112x112"):
+    with pytest.raises(ConfigError, match=r"14 .*120.*112x112"):
         check_size(spec(max_size=120), (126, 112))
 
 

@@ -72,7 +72,7 @@ def test_timm__nothing_is_loaded_in_part(prefix, tmp_path):
         "unexpected": {**state, f"{prefix}surplus.weight": torch.zeros(1)},
     }.items():
         save_file(changed, tmp_path / "w.safetensors")
-        with pytest.raises(WeightsError, match=f"another model: 1 {kind}") as error:
+        with pytest.raises(WeightsError, match=f"1 {kind}") as error:
             teacher(tmp_path / "w.safetensors")
         assert "\n" not in str(error.value)
 
@@ -106,7 +106,7 @@ def test_dino__a_training_checkpoint_gives_its_teacher(tmp_path, caplog):
     assert "student" in caplog.text
     asked = teacher(tmp_path / "checkpoint0100.pth", prefix="student.module.backbone.")
     assert same(asked, student)
-    with pytest.raises(WeightsError, match=r"no tensor begins with 'techer.'"):
+    with pytest.raises(WeightsError, match=r"'techer.'"):
         teacher(tmp_path / "checkpoint0100.pth", prefix="techer.")
 
 
@@ -164,9 +164,7 @@ def test_timm__two_models_alike_are_not_chosen_from(tmp_path):
         **under("momentum_encoder.", vit(2).state_dict()),
     }
     save_file(both, tmp_path / "w.safetensors")
-    with pytest.raises(
-        WeightsError, match=r"2 models alike \(base_encoder\., momentum_encoder\.\)"
-    ):
+    with pytest.raises(WeightsError, match=r"base_encoder\., momentum_encoder\."):
         teacher(tmp_path / "w.safetensors")
     assert teacher(tmp_path / "w.safetensors", prefix="base_encoder.").spec.channels == 32
 
@@ -175,7 +173,7 @@ def test_timm__a_file_of_another_size_is_not_resampled_twice(tmp_path):
     """Its own table goes to the image's grid in one step, where the recipe says its size too."""
     model = vit(img_size=64, dynamic_img_size=True)
     save_file(model.state_dict(), tmp_path / "w.safetensors")
-    with pytest.raises(WeightsError, match=r"trained at 64x64 px.*set options.native_size: 64"):
+    with pytest.raises(WeightsError, match=r"64x64 px.*options.native_size: 64"):
         teacher(tmp_path / "w.safetensors")
     found = teacher(tmp_path / "w.safetensors", native_size=64)
     assert same(found, model, 64)
@@ -193,7 +191,7 @@ def test_read_state__leaves_optimizer_and_arguments_out(tmp_path):
                tmp_path / "w.pt")  # fmt: skip
     assert read_state(tmp_path / "w.pt") == {"net.w": torch.ones(1)}
     torch.save({"epoch": 3, "optimizer": {"state": torch.zeros(1)}}, tmp_path / "w.pt")
-    with pytest.raises(WeightsError, match="holds no tensors"):
+    with pytest.raises(WeightsError, match="no tensors"):
         read_state(tmp_path / "w.pt")
 
 
@@ -231,11 +229,11 @@ def test_timm__a_hub_repository_from_the_cache(monkeypatch, tmp_path):
         "mit",
     )
     config = TeacherConfig(preset="timm", options={"model": "hf-hub:someone/other"})
-    with pytest.raises(WeightsError, match="cannot fetch the weights of someone/other") as error:
+    with pytest.raises(WeightsError, match="someone/other") as error:
         build_teacher("t", config)
     assert "\n" not in str(error.value)
     config = TeacherConfig(preset="timm", options={"model": "hf-hub:other"})
-    with pytest.raises(WeightsError, match="write hf-hub:OWNER/NAME"):
+    with pytest.raises(WeightsError, match="hf-hub:OWNER/NAME"):
         build_teacher("t", config)
 
 
@@ -253,7 +251,7 @@ def test_timm__a_local_folder(old, tmp_path):
     assert same(by_path, model)
     assert same(by_name, model)
     assert by_path.spec == by_name.spec
-    with pytest.raises(WeightsError, match=r"no folder .*nowhere"):
+    with pytest.raises(WeightsError, match="nowhere"):
         build_teacher("t", TeacherConfig(preset="timm", options={"model": "local-dir:nowhere"}))
 
 
@@ -279,7 +277,7 @@ def test_hub__as_the_start_of_a_student(monkeypatch, tmp_path):
     assert torch.equal(tables[0], tables[1])
     assert torch.equal(tables[0], tables[2])
     config = StudentConfig(architecture="vit_tiny_patch16_224", pretrained="hf-hub:someone/else")
-    with pytest.raises(WeightsError, match=r"cannot fetch .* into student\.pretrained") as error:
+    with pytest.raises(WeightsError, match=r"student\.pretrained") as error:
         Student(config, 1, initialise=initialise)
     assert "\n" not in str(error.value)
 

@@ -76,7 +76,7 @@ def test_encode__a_student_of_another_size_is_matched(model):
 
 @pytest.mark.parametrize("model", ["inception_v3", "inception_v4"])
 def test_timm__a_map_that_does_not_tile_the_image_is_refused(model):
-    with pytest.raises(ConfigError, match=r"7x7 cells, not 9x9 .*do not tile") as error:
+    with pytest.raises(ConfigError, match=r"7x7 .*9x9") as error:
         teacher_spec("t", timm_teacher(model))
     assert "\n" not in str(error.value)
     assert str(error.value).startswith("teachers.t: ")
@@ -113,7 +113,7 @@ def test_encode__a_fixed_model_names_its_size():
     preset = resolve(config)
     teacher = FrozenTeacher(find_source(preset.source).build(preset), teacher_spec("t", config))
     assert teacher.encode(torch.rand(1, 3, 224, 224)).spatial.shape[-2:] == (14, 14)
-    with pytest.raises(ConfigError, match="cannot take 240x224 pixels: it takes 224x224 only"):
+    with pytest.raises(ConfigError, match=r"240x224.*224x224"):
         teacher.encode(torch.rand(1, 3, 240, 224))
 
 
@@ -150,14 +150,14 @@ def test_measured__a_map_that_is_rounded_up_does_not_mislead(native_size):
 
 
 def test_measured__the_probe_goes_before_what_is_said():
-    with pytest.raises(ConfigError, match="as its stride of 16 px says; the probe finds 32 px"):
+    with pytest.raises(ConfigError, match=r"16 px.*32 px"):
         measure(lambda: Tower(32, 16))
-    with pytest.raises(ConfigError, match="as its stride of 14 px says; the probe finds 28 px"):
+    with pytest.raises(ConfigError, match=r"14 px.*28 px"):
         measure(lambda: Tower(28), patch_size=14)
 
 
 def test_measured__cells_that_leave_the_border_out():
-    with pytest.raises(ConfigError, match="do not tile the image"):
+    with pytest.raises(ConfigError, match="tile"):
         measure(lambda: Tower(32, 32, kernel=96))
 
 
@@ -170,7 +170,7 @@ class Picky(Tower):
 def test_measured__one_size_only_is_found_out():
     assert measure(lambda: Picky(16, 16)).fixed_size
     assert measure(lambda: Picky(16)).patch_size == 16
-    with pytest.raises(ConfigError, match="cannot take 240x240 px: Input height 240 is wrong"):
+    with pytest.raises(ConfigError, match="240x240 px: Input height 240 is wrong"):
         measure(lambda: Picky(16, 16), native_size=240)
 
 
@@ -179,15 +179,15 @@ def test_measured__what_gives_no_map():
         def forward(self, pixels):
             return None, super().forward(pixels)[1].mean((2, 3))
 
-    with pytest.raises(ConfigError, match=r"map of shape \[1, 5\] .* not \[B, C, h, w\]"):
+    with pytest.raises(ConfigError, match=r"\[1, 5\] .*\[B, C, h, w\]"):
         measure(lambda: Flat(16, 16))
 
 
 def test_native_size__that_the_patch_does_not_divide_is_refused():
     config = TeacherConfig(preset="dinov2_l_reg", options={"native_size": 224 + 3})
-    with pytest.raises(ConfigError, match=r"teachers\.t: options\.native_size: 227 .*nearest 224"):
+    with pytest.raises(ConfigError, match=r"teachers\.t: options\.native_size: 227 .*224"):
         teacher_spec("t", config)
-    with pytest.raises(ConfigError, match=r"options\.native_size: 225 .*patch 32 \(nearest 224"):
+    with pytest.raises(ConfigError, match=r"options\.native_size: 225 .*32.*224"):
         teacher_spec("t", timm_teacher("test_resnet", native_size=225))
     config = TeacherConfig(preset="tiny_vit", options={"native_size": 64})
     assert build_teacher("t", config).spec.native_size == (64, 64)

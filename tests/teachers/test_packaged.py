@@ -146,5 +146,5 @@ def test_packaged__a_folder_that_cannot_be_written(monkeypatch, tmp_path):
     require("efficientnet_lite0_packaged")
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    with pytest.raises(WeightsError, match="set XDG_CACHE_HOME"):
+    with pytest.raises(WeightsError, match="XDG_CACHE_HOME"):
         packaged.packaged_weights(PACKAGED["efficientnet_lite0_packaged"].package)

@@ -79,7 +79,7 @@ def test_resolve__a_generic_source_takes_the_library_s_figures():
 
 
 def test_teachers__a_misspelt_name_gets_the_nearest():
-    with pytest.raises(UnknownNameError, match="did you mean 'dinov2_l_reg'"):
+    with pytest.raises(UnknownNameError, match="'dinov2_l_reg'"):
         teachers.teacher_spec("dino", TeacherConfig(preset="dinov2_l_regs"))
 
 

@@ -152,11 +152,11 @@ def test_load__a_missing_block_and_another_width_are_refused(tmp_path):
     with pytest.raises(WeightsError, match="1 missing"):
         build_teacher("radio", config)
     config = TeacherConfig(preset="radio_v2_5_l", weights=str(checkpoint(tmp_path, tensors())))
-    with pytest.raises(WeightsError, match="width 192, not 1024; take preset: radio"):
+    with pytest.raises(WeightsError, match=r"192.*1024.*preset: radio"):
         build_teacher("radio", config)
 
 
 def test_read__what_is_not_a_radio(tmp_path):
     save_file({"w": torch.zeros(1)}, tmp_path / "w.safetensors")
-    with pytest.raises(WeightsError, match="not a RADIO vision transformer"):
+    with pytest.raises(WeightsError, match="RADIO"):
         read_radio(tmp_path / "w.safetensors")

@@ -211,8 +211,6 @@ def test_options__a_wrong_one_is_one_line_that_names_teacher_and_mend(preset, op
 @pytest.mark.parametrize("weights", ["model.safetensors", "model.pth"])
 def test_timm__weights_without_a_model_name_the_option(weights, tmp_path):
     (tmp_path / weights).write_bytes(b"")
-    with pytest.raises(
-        ConfigError, match=r"options\.model is missing.*vit_base_patch16_224"
-    ) as error:
+    with pytest.raises(ConfigError, match=r"options\.model.*vit_base_patch16_224") as error:
         build_teacher("mine", TeacherConfig(preset="timm", weights=str(tmp_path / weights)))
     assert len(str(error.value)) < 200

@@ -105,19 +105,19 @@ def test_timm_export__is_the_run(write_run, tmp_path):
 
 def test_student__needs_weights():
     for options in ({}, {"head": "clip"}, {"adaptor": "clip"}):  # the last as in earlier recipes
-        with pytest.raises(ConfigError, match=r"teachers\.mine: `weights` is missing"):
+        with pytest.raises(ConfigError, match=r"teachers\.mine: `weights`"):
             build_teacher("mine", TeacherConfig(preset="student", options=options))
 
 
 def test_student__bad_input_is_named(write_run, tmp_path):
     run = write_run()
-    with pytest.raises(UnknownNameError, match=r"teachers\.mine: no head 'clipp'.*'clip'"):
+    with pytest.raises(UnknownNameError, match=r"teachers\.mine: .*'clipp'.*'clip'"):
         teacher(run, head="clipp")
-    with pytest.raises(ConfigError, match=r"has no option 'hed'.*did you mean 'head'"):
+    with pytest.raises(ConfigError, match=r"'hed'.*'head'"):
         teacher(run, hed="clip")
-    with pytest.raises(WeightsError, match=r"teachers\.mine: nothing at .*absent"):
+    with pytest.raises(WeightsError, match=r"teachers\.mine: .*absent"):
         teacher(tmp_path / "absent")
-    with pytest.raises(CheckpointError, match="is no run, stage or checkpoint folder"):
+    with pytest.raises(CheckpointError, match="no run"):
         teacher(tmp_path)
 
 

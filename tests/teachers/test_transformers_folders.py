@@ -82,7 +82,7 @@ def test_generic__a_model_that_masks_its_input_is_no_teacher(tmp_path):
     decoder = {"decoder_num_attention_heads": 2, "decoder_hidden_size": 32,
                "decoder_num_hidden_layers": 1, "decoder_intermediate_size": 32}  # fmt: skip
     model = model_of("vit_mae", "ViTMAEForPreTraining", {**FLAT, **decoder})
-    with pytest.raises(ConfigError, match=r"5 tokens for 64x64 px, which are no grid of .* 16 px"):
+    with pytest.raises(ConfigError, match=r"5 tokens.*64x64 px.* 16 px"):
         load(folder_of(model, tmp_path), **HALF)
 
 
@@ -140,7 +140,7 @@ def test_clip__the_width_of_its_projection_is_the_whole_model_s(inner, tmp_path)
 )
 def test_folder__without_normalisation_an_example_is_shown(kind, example, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
-    with pytest.raises(ConfigError, match=rf"no preprocessor_config.json.*{example}") as error:
+    with pytest.raises(ConfigError, match=rf"preprocessor_config.json.*{example}") as error:
         load(str(tmp_path))
     assert "\n" not in str(error.value)
 
@@ -156,7 +156,7 @@ def test_folder__normalisation_in_the_file_of_all_processors(tmp_path):
     (tmp_path / "preprocessor_config.json").write_text(
         json.dumps({"rescale_factor": 1 / 127.5, "image_mean": [1] * 3, "image_std": [1] * 3})
     )
-    with pytest.raises(ConfigError, match=r"not by 1/255; set options.mean and options.std"):
+    with pytest.raises(ConfigError, match=r"1/255.*options.mean.*options.std"):
         load(folder)
     assert load(folder, **HALF).spec.mean == (0.5, 0.5, 0.5)
 

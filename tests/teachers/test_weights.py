@@ -107,7 +107,7 @@ def test_load__a_transformers_folder_of_both_towers(kind, tmp_path):
 
 def test_load__a_folder_without_normalisation_asks_for_it(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "dinov2"}))
-    with pytest.raises(ConfigError, match=r"options\.mean and options\.std"):
+    with pytest.raises(ConfigError, match=r"options\.mean.*options\.std"):
         load("transformers", tmp_path)
 
 
@@ -143,25 +143,25 @@ def test_load__weights_of_another_model_name_the_first_key(name, tmp_path):
 def test_load__a_network_s_weights_for_a_transformer(tmp_path):
     save_file(state_of(trained("tiny_cnn")), tmp_path / "w.safetensors")
     for name in ("tiny_vit", "tiny_eva", "tiny_open_clip", "tiny_siglip"):
-        with pytest.raises(WeightsError, match=r"weights of another model: .* missing"):
+        with pytest.raises(WeightsError, match=r"another model.* missing"):
             load(name, tmp_path / "w.safetensors")
 
 
 def test_load__no_such_file(tmp_path):
-    with pytest.raises(WeightsError, match=r"teachers\.mine: no weights at .*nothing\.pt"):
+    with pytest.raises(WeightsError, match=r"teachers\.mine: .*nothing\.pt"):
         load("tiny_vit", tmp_path / "nothing.pt")
-    with pytest.raises(WeightsError, match="holds no weights"):
+    with pytest.raises(WeightsError, match="no weights"):
         load("tiny_vit", tmp_path)
 
 
 def test_load__damaged_and_foreign_files(tmp_path):
     for name, content in (("a.safetensors", b"\0" * 100), ("b.pt", b"PK not really")):
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(WeightsError, match="cannot read weights") as error:
+        with pytest.raises(WeightsError, match="weights") as error:
             load("tiny_vit", tmp_path / name)
         assert "\n" not in str(error.value)
     torch.save([1, 2], tmp_path / "c.pt")
-    with pytest.raises(WeightsError, match="holds a list"):
+    with pytest.raises(WeightsError, match="list"):
         load("tiny_vit", tmp_path / "c.pt")
 
 
@@ -207,16 +207,14 @@ def test_hub__without_one_a_line_says_what_to_do(preset, options, monkeypatch, t
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(
-        WeightsError, match=r"teachers\.mine: cannot fetch .* into `weights`"
-    ) as error:
+    with pytest.raises(WeightsError, match=r"teachers\.mine: .*`weights`") as error:
         build_teacher("mine", TeacherConfig(preset=preset, options=options))
     assert "\n" not in str(error.value)
 
 
 def test_hub__a_timm_model_without_weights():
     options = {"model": "vit_base_patch16_gap_224"}
-    with pytest.raises(WeightsError, match="put a local file"):
+    with pytest.raises(WeightsError, match="local file"):
         build_teacher("mine", TeacherConfig(preset="timm", options=options))
 
 

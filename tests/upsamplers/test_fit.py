@@ -483,7 +483,7 @@ class Broken:
 @pytest.mark.parametrize("views_alone", [False, True])
 def test_fit__a_teacher_s_nan_stops_it_and_names_the_teacher(run_of, tiny, views_alone):
     run = run_of(teacher=Broken(tiny("tiny_vit"), views_alone))
-    with pytest.raises(DivergedError, match="step 3, the 3rd in a row, is not finite") as error:
+    with pytest.raises(DivergedError, match="step 3, the 3rd") as error:
         fit(run)
     first = "1, 4, 7" if not views_alone else "2, 5, 8"
     assert f"teacher tiny_vit for {first.split(', ')[-1]};" in str(error.value)
@@ -497,5 +497,5 @@ def test_fit__a_teacher_s_nan_stops_it_and_names_the_teacher(run_of, tiny, views
 
 def test_fit__a_loss_that_diverges_names_the_last_good_checkpoint(run_of):
     run = run_of(learning_rate=1e30, gradient_clip=0.0, warmup_steps=0)
-    with pytest.raises(DivergedError, match="step 4, the 3rd in a row, is not finite: loss"):
+    with pytest.raises(DivergedError, match=r"step 4, the 3rd .*loss"):
         fit(run)

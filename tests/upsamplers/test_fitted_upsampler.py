@@ -180,12 +180,12 @@ def test_load_model__a_header_that_does_not_fit_is_one_line(file_of, field, valu
 def test_build_upsampler__the_file_of_another_teacher_factor_or_kind(file_of, tiny):
     vit, cnn = tiny("tiny_vit"), tiny("tiny_cnn")
     path = file_of("featup", weights_hash="ab" * 32)
-    with pytest.raises(WeightsError, match="another teacher: fitted for 'tiny_vit'"):
+    with pytest.raises(WeightsError, match="'tiny_vit'"):
         build(path, vit)
     assert isinstance(build(file_of("featup"), vit), Upsampler)
-    with pytest.raises(WeightsError, match="fitted for factor 2, the recipe asks for 3"):
+    with pytest.raises(WeightsError, match=r"factor 2.* 3"):
         build(file_of("featup"), vit, factor=3)
-    with pytest.raises(WeightsError, match="is a fitted 'featup', the recipe asks for 'featsharp'"):
+    with pytest.raises(WeightsError, match=r"'featup'.*'featsharp'"):
         build(file_of("featup"), vit, name="featsharp")
     with pytest.raises(WeightsError, match="another teacher"):
         build(file_of("featup", channels=64), cnn)
@@ -204,13 +204,13 @@ def test_build_upsampler__nothing_fitted_names_the_command(tiny, monkeypatch, tm
 @pytest.mark.parametrize("factor", [0, -2])
 def test_build_upsampler__a_factor_below_one(tiny, name, factor):
     config = UpsamplerConfig(name=name, factor=factor)
-    with pytest.raises(ConfigError, match=f"upsampler.factor is {factor}; it must be at least 1"):
+    with pytest.raises(ConfigError, match=f"upsampler.factor is {factor}"):
         build_upsampler(config, {"tiny_vit": tiny("tiny_vit")})
 
 
 def test_call__a_teacher_input_of_another_size_is_refused_unless_any_size(file_of, tiny):
     teacher, path = tiny("tiny_vit"), file_of("featup")  # native 48 px, 6 cells
-    with pytest.raises(ConfigError, match="was fitted at 48x48 px, the partition shows it 64x64"):
+    with pytest.raises(ConfigError, match=r"48x48.*64x64"):
         build(path, teacher)(teacher, PIXELS, (16, 16))
     found = build(path, teacher, any_size=True)(teacher, PIXELS, (16, 16))
     assert found.spatial.shape[-2:] == (16, 16)
@@ -228,7 +228,7 @@ def test_call__precision_is_an_option_and_changes_rounding_only(file_of, tiny):
         made = build_upsampler(config, {"tiny_vit": teacher}, precision)
         assert torch.equal(made(teacher, PIXELS, (12, 12)).spatial, expected), "as the recipe's"
     torch.testing.assert_close(reduced, full, atol=0.05 * float(full.abs().max()), rtol=0)
-    with pytest.raises(ConfigError, match="precision: 'half' is not auto, bfloat16 or float32"):
+    with pytest.raises(ConfigError, match="precision: 'half'"):
         build(path, teacher, name="featsharp", precision="half")
 
 
@@ -288,7 +288,7 @@ def test_call__odd_grids_of_the_teacher(file_of, tiny, name, grid):
 def test_call__a_map_smaller_than_the_filter_s_window_is_one_line(file_of, tiny, name):
     teacher = tiny("tiny_vit")
     upsampler = build(file_of(name, factor=3), teacher, name, 3, any_size=True)
-    with pytest.raises(ConfigError, match=r"3x3 is smaller than the window.*larger images"):
+    with pytest.raises(ConfigError, match="3x3"):
         upsampler(teacher, PIXELS, (3, 3))
 
 

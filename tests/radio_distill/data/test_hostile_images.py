@@ -229,7 +229,7 @@ def test_decode_image__avif_that_lies(size, claimed, expected, most):
 
 @pytest.mark.parametrize("size", [(9000, 9000), (65_000, 100), (2000, 2000)])
 def test_decode_image__jpeg_that_claims_more_than_it_can_hold(size):
-    with pytest.raises(BadImageError, match=rf"claims {size[1]}x{size[0]} pixels, more than \d+"):
+    with pytest.raises(BadImageError, match=rf"{size[1]}x{size[0]} pixels.*\d+"):
         decode_image(claiming(*size))
 
 

@@ -127,10 +127,10 @@ def test_decode_image__animation_gives_first_frame(encode, kind):
 def test_decode_image__limits_are_inclusive(encode):
     data = encode(1, size=(40, 50))
     assert decode_image(data, max_pixels=2000, min_size=40).size == (50, 40)
-    with pytest.raises(BadImageError, match="50x40 pixels, more than 1999") as error:
+    with pytest.raises(BadImageError, match=r"50x40.*1999") as error:
         decode_image(data, max_pixels=1999, min_size=1)
     assert error.value.kind == "too_large"
-    with pytest.raises(BadImageError, match="shortest side below 41") as error:
+    with pytest.raises(BadImageError, match="41") as error:
         decode_image(data, max_pixels=2000, min_size=41)
     assert error.value.kind == "too_small"
 
@@ -193,7 +193,7 @@ def test_decode_image__heic_where_pillow_heif_is(encode):
 def test_decode_image__heic_says_what_reads_it():
     if "heic" in readable_suffixes():
         pytest.skip("pillow-heif is installed")
-    with pytest.raises(BadImageError, match="HEIC needs pillow-heif: pip install pillow-heif"):
+    with pytest.raises(BadImageError, match="pip install pillow-heif"):
         decode_image(b"\0\0\0\x18ftypheic" + bytes(900))
 
 
@@ -208,7 +208,7 @@ def test_decode_image__heic_says_what_reads_it():
     ],
 )
 def test_decode_image__says_what_is_no_image(data, kind):
-    with pytest.raises(BadImageError, match=f"not an image in a known format, but {kind}"):
+    with pytest.raises(BadImageError, match=f"{kind}"):
         decode_image(data)
 
 
@@ -217,7 +217,7 @@ def test_decode_image__the_limit_is_ours_alone(encode, monkeypatch):
     """Neither Pillow's limit nor its warning comes before or after ours."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
     large, data = gradient(40, 50), encode(gradient(40, 50))
-    with pytest.raises(BadImageError, match="50x40 pixels, more than 1999"):
+    with pytest.raises(BadImageError, match=r"50x40.*1999"):
         decode_image(data, max_pixels=1999)
     image = decode_image(data, max_pixels=2000)
     np.testing.assert_array_equal(pixels_of(image.crop((0, 0, 50, 40))), pixels_of(large))

@@ -100,7 +100,7 @@ def test_write_shards__nothing_to_write(tmp_path, source):
     with pytest.raises(DataError, match="no images found in"):
         write_shards(tmp_path / "void", tmp_path / "out")
     (tmp_path / "void" / "a.png").write_bytes(b"junk")
-    with pytest.raises(DataError, match="left out 1 of 1 images"):
+    with pytest.raises(DataError, match="1 of 1 images"):
         write_shards(tmp_path / "void", tmp_path / "out")
     with pytest.raises(ConfigError, match="images_per_shard"):
         write_shards(source, tmp_path / "out", images_per_shard=0)
@@ -148,7 +148,7 @@ def test_write_shards__cannot_write(source, tmp_path):
 
 def test_write_shards__labels_need_class_folders(source, tmp_path, encode):
     (source / "loose.png").write_bytes(encode(0))
-    with pytest.raises(DataError, match=r"loose\.png lies in no class folder"):
+    with pytest.raises(DataError, match=r"loose\.png"):
         write_shards(source, tmp_path / "out", labels=True)
 
 
@@ -164,7 +164,7 @@ def test_write_shards__takes_what_training_takes(tmp_path, encode, field, value)
     assert f"data.{field} (now {value})" in "\n".join(summary.describe())
     assert check_shards([str(tmp_path / "out")], limits).is_clean
     (tmp_path / "in" / "good.png").unlink()
-    with pytest.raises(DataError, match=rf"left out 1 of 1 images .*data\.{field}"):
+    with pytest.raises(DataError, match=rf"1 of 1 images .*data\.{field}"):
         write_shards(tmp_path / "in", tmp_path / "none", limits=limits)
 
 
@@ -238,7 +238,7 @@ def test_write_shards__class_is_the_folder_of_the_first_level(tmp_path, put, nam
 
 def test_write_shards__splits_are_no_classes(tmp_path, put):
     put(tmp_path / "in", ("train/cat/a.png", "train/dog/b.png", "val/cat/c.png"))
-    with pytest.raises(DataError, match=r"splits train, val.*shards .*in/train OUT --labels"):
+    with pytest.raises(DataError, match=r"train, val.*in/train OUT --labels"):
         write_shards(tmp_path / "in", tmp_path / "out", labels=True)
     summary = write_shards(tmp_path / "in", tmp_path / "out")
     assert any("train and val are packed together" in line for line in summary.notes)

@@ -45,7 +45,7 @@ def test_shard_lines__refuses_an_index_that_was_cut(captioned):
     index_path(captioned).write_bytes(
         b"\n".join(index_path(captioned).read_bytes().splitlines()[:-1])
     )
-    with pytest.raises(DataError, match="damaged; delete it"):
+    with pytest.raises(DataError, match="damaged"):
         opened.lines()
 
 
@@ -136,7 +136,7 @@ def test_open_shard__every_flipped_bit_of_the_head_is_found(captioned):
     ],
 )
 def test_parse_sample__refuses_what_is_no_sample(line):
-    with pytest.raises(DataError, match="index is damaged"):
+    with pytest.raises(DataError, match="damaged"):
         parse_sample(line)
 
 

@@ -188,7 +188,7 @@ def test_image_bytes__read_that_stalls_is_a_bad_image(shards, encode, wedge):
     reader = ShardReader(shards, timeout=0.4)
     sample = reader.sample(0, 1)
     blocked = wedge(True)
-    with pytest.raises(BadImageError, match=r"part-0\.tar: no answer within 0\.4 s") as error:
+    with pytest.raises(BadImageError, match=r"part-0\.tar: .*0\.4 s") as error:
         reader.image_bytes(0, sample)
     assert error.value.kind == "stalled"
     wedge(False)

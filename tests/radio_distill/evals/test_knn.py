@@ -131,11 +131,11 @@ def test_knn__limit_keeps_every_class(colours, colour_classes):
 
 
 def test_knn__bank_smaller_than_k_is_an_error(colours, colour_classes):
-    with pytest.raises(ConfigError, match="bank has 12 images, fewer than k=20; add") as caught:
+    with pytest.raises(ConfigError, match=r"12 images.*k=20") as caught:
         Knn(str(colour_classes), 16).run(colours(8))
     option = re.search(r"--evaluation.options '(.*)'", str(caught.value)).group(1)
     assert Knn(str(colour_classes), 16, **yaml.safe_load(option)["knn"]).run(colours(8))
-    with pytest.raises(ConfigError, match=r"raise --evaluation\.limit"):
+    with pytest.raises(ConfigError, match=r"--evaluation\.limit"):
         Knn(str(colour_classes), 16).run(colours(8), limit=8)
 
 
@@ -195,7 +195,7 @@ def test_knn__fewer_images_than_classes_is_said(colours, colour_classes, caplog)
     top1, _ = Knn(str(colour_classes), 16, k=1).run(colours(8), limit=3)
     assert top1.details == {"classes": 3}
     assert "leaves 3 of 4 classes" in caplog.text
-    with pytest.raises(ConfigError, match="limit 1 leaves one class"):
+    with pytest.raises(ConfigError, match="limit 1"):
         Knn(str(colour_classes), 16, k=1).run(colours(8), limit=1)
 
 

@@ -110,11 +110,11 @@ def test_linear_probe__ignores_unlabelled_cells() -> None:
 def test_linear_probe__bad_input(probe: LinearProbe) -> None:
     fine, labels = images(2)
     low = lowered(fine)
-    with pytest.raises(DataError, match="labels from 0 to 7; they must be classes from 0 to 2"):
+    with pytest.raises(DataError, match=r"0 to 7.*0 to 2"):
         LinearProbe(CLASSES).fit(low, labels.where(labels != 2, 7))
     with pytest.raises(DataError, match="all ignored"):
         LinearProbe(CLASSES).fit(low, torch.full_like(labels, -1))
-    with pytest.raises(DataError, match="1 maps but 2 label images"):
+    with pytest.raises(DataError, match=r"1 maps.*2 label"):
         LinearProbe(CLASSES).fit(low[:1], labels)
     low[0, 0, 0, 0] = torch.nan
     with pytest.raises(DataError, match="1 of 384 values of the map"):

@@ -109,7 +109,7 @@ def test_write_scores__failure_leaves_the_earlier_file(tmp_path: Path) -> None:
         write_scores(path, subject(), [score(object())])  # type: ignore[arg-type]
     assert path.read_bytes() == before
     path.write_text("no score\n")
-    with pytest.raises(DataError, match="line 1: not JSON"):
+    with pytest.raises(DataError, match="line 1"):
         write_scores(path, subject(), [score(1.0)])
 
 
@@ -201,9 +201,9 @@ def test_named__the_parts_of_a_label_that_only_one_has(tmp_path: Path) -> None:
         "stage2": "mine/stage2", "mine/s2": "mine/stage3-s2",
         "step-60": "mine/stage3-tile/step-60", "other": "other/stage3-s2",
     }  # fmt: skip
-    with pytest.raises(UnknownNameError, match="'s2' may be mine/stage3-s2 or other/stage3-s2;"):
+    with pytest.raises(UnknownNameError, match=r"'s2'.*mine/stage3-s2.*other/stage3-s2"):
         scores.named("s2", "baseline")
-    with pytest.raises(UnknownNameError, match=r"no scores of model 'tlie' \(did you mean"):
+    with pytest.raises(UnknownNameError, match="'tlie'"):
         scores.named("tlie")
 
 
@@ -250,7 +250,7 @@ def test_read_scores__a_table_of_ones_own_adds_to_a_model_and_never_averages(
     table.write_text("model,coco/map\nstage1,30\nother,31\n")
     assert read_scores([path, table]).results["stage1"] == [{"knn/top1": 1.0, "coco/map": 30.0}]
     table.write_text("model,knn/top1\nstage1,30\n")
-    with pytest.raises(DataError, match="'stage1' has knn/top1 already"):
+    with pytest.raises(DataError, match=r"'stage1'.*knn/top1"):
         read_scores([path, table])
 
 
@@ -258,12 +258,12 @@ def test_check_alike__unlike_numbers_of_images_are_not_compared(tmp_path: Path) 
     path = write(tmp_path / "s.jsonl", subject("a"))
     more = Score("knn", "top1", 2.0, "%", True, "Classification", 99)
     write_scores(path, subject("b", recipe="another"), [more])
-    with pytest.raises(DataError, match="images 12 for a/stage1 and of images 99 for b/stage1"):
+    with pytest.raises(DataError, match=r"12 for a/stage1.*99 for b/stage1"):
         read_scores([path]).check_alike()
     read_scores([path]).only(["a/stage1"]).check_alike()
     for run, classes in (("a", 3), ("b", 4)):
         write_scores(path, subject(run, recipe=run), [score(1.0, details={"classes": classes})])
-    with pytest.raises(DataError, match="images 12, classes 3 for a/stage1 and of images 12, cl"):
+    with pytest.raises(DataError, match="classes 3 for a/stage1"):
         read_scores([path]).check_alike()
 
 
@@ -336,19 +336,19 @@ def test_read_scores__bad_input(tmp_path: Path, name: str, text: str, message: s
 
 
 def test_read_scores__missing_file_folder_and_encoding(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"gone\.csv: cannot be read \(No such file"):
+    with pytest.raises(DataError, match=r"gone\.csv.*No such file"):
         read_scores([tmp_path / "gone.csv"])
-    with pytest.raises(DataError, match=r"no scores\.jsonl in this folder"):
+    with pytest.raises(DataError, match=r"scores\.jsonl"):
         read_scores([tmp_path])
     (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(DataError, match=r"bytes\.yaml: cannot be read"):
+    with pytest.raises(DataError, match=r"bytes\.yaml"):
         read_scores([tmp_path / "bytes.yaml"])
 
 
 def test_read_scores__contradicting_definitions(tmp_path: Path) -> None:
     write_lines(tmp_path / "a" / "scores.jsonl", LINE)
     write_lines(tmp_path / "b" / "scores.jsonl", {**LINE, "higher_is_better": False})
-    with pytest.raises(DataError, match=r"'knn/top1' is .*False.*settle it with --definitions"):
+    with pytest.raises(DataError, match=r"'knn/top1'.*False.*--definitions"):
         read_scores([tmp_path])
     assert len(read_scores([tmp_path], settled=["knn/top1"]).results) == 2
 
@@ -365,7 +365,7 @@ def test_read_definitions__order_and_fields(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="higher_is_better"):
         read_definitions(path)
     path.write_text("a: {group: G, higher_is_better: maybe}\n")
-    with pytest.raises(ConfigError, match="'maybe' is not true or false"):
+    with pytest.raises(ConfigError, match="'maybe'"):
         read_definitions(path)
 
 

@@ -33,7 +33,7 @@ def test_folded__heads_predict_in_the_teachers_space(make_checkpoint, normalizer
 
 
 def test_folded__layer_norm_has_no_inverse(make_checkpoint):
-    with pytest.raises(ConfigError, match="layer_norm cannot be inverted") as caught:
+    with pytest.raises(ConfigError, match="layer_norm") as caught:
         folded(make_checkpoint("layer_norm"))
     assert "\n" not in str(caught.value)
 

@@ -129,7 +129,7 @@ def test_export__layer_scale_goes_by_its_published_name(make_student, tmp_path, 
 def test_check__no_bias_on_queries(make_student):
     student = make_student()
     student.model.student.blocks[0].attn.qkv.bias = None
-    with pytest.raises(ExportError, match=r"a bias on queries, keys and values.*transformers or"):
+    with pytest.raises(ExportError, match=r"bias.*transformers"):
         Radio().check(student)
 
 

@@ -149,13 +149,13 @@ def test_check__refuses_what_naflexvit_cannot_be(make_student):
 
 
 def test_export_plain__refuses_a_size_that_the_patch_does_not_divide(make_student, tmp_path):
-    with pytest.raises(ConfigError, match="100x64 px is not a multiple of patch 16"):
+    with pytest.raises(ConfigError, match=r"100x64.* 16"):
         export(make_student(), tmp_path / "out", (100, 64))
 
 
 def test_export__writes_nothing_where_timm_reads_another_model(make_student, tmp_path):
     student = make_student()
     student.model.student.blocks[1].norm1.eps = 0.1  # which no file of weights can hold
-    with pytest.raises(ExportError, match="of the written model differs by"):
+    with pytest.raises(ExportError, match="differs"):
         export(student, tmp_path / "out")
     assert not (tmp_path / "out").exists()

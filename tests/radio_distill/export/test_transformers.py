@@ -92,10 +92,10 @@ def test_export__without_a_transformers_that_knows_radio(make_student, tmp_path,
     student = make_student()
     monkeypatch.setitem(sys.modules, "transformers", ModuleType("transformers"))
     sys.modules["transformers"].__version__ = "5.0"
-    with pytest.raises(ExportError, match=r"transformers 5\.0 has no RadioModel"):
+    with pytest.raises(ExportError, match=r"transformers 5\.0"):
         export(student, tmp_path / "out")
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ExportError, match="transformers is not installed"):
+    with pytest.raises(ExportError, match="transformers"):
         export(student, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -115,7 +115,7 @@ def test_export__what_reads_back_differently_gets_no_folder(
         config.hidden_act = "relu"
     monkeypatch.setattr(format_, "_tensors", lambda _: tensors)
     monkeypatch.setattr(format_, "_config", lambda _: config)
-    with pytest.raises(ExportError, match="the written model differs"):
+    with pytest.raises(ExportError, match="differs"):
         export(student, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
 
@@ -132,7 +132,7 @@ def swiglu(student, hidden):
 def test_export__swiglu(make_student, tmp_path):
     student = swiglu(make_student(), hidden=168)
     check_equal(student, loaded(export(student, tmp_path / "out")), (64, 96))
-    with pytest.raises(ExportError, match=r"SwiGLU of 172 channels.*multiples of 8"):
+    with pytest.raises(ExportError, match=r"SwiGLU.* 172.* 8"):
         Transformers().check(swiglu(student, hidden=172))
 
 

@@ -172,15 +172,15 @@ def test_forward__names_what_cannot_be(model, arguments, message):
 
 
 def test_forward__an_unknown_head_gets_the_nearest(model):
-    with pytest.raises(UnknownNameError, match=r"no head 'clib'.*did you mean 'clip'"):
+    with pytest.raises(UnknownNameError, match=r"'clib'.*'clip'"):
         model(torch.rand(1, 3, 32, 32), ("clib",))
     bare = from_config(StudentConfig(architecture="test_vit", max_size=64))
-    with pytest.raises(UnknownNameError, match=r"no head 'clip' in this student .it has none"):
+    with pytest.raises(UnknownNameError, match="'clip'"):
         bare(torch.rand(1, 3, 32, 32), "clip")
 
 
 def test_summarize__a_teacher_without_summary_is_refused(model):
-    with pytest.raises(ConfigError, match=r"teacher 'sam' has no summary; ask for its features"):
+    with pytest.raises(ConfigError, match=r"'sam'.*summary"):
         model.summarize(torch.rand(1, 3, 32, 32), "sam")
 
 

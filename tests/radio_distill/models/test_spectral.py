@@ -125,7 +125,7 @@ def test_reparametrize__twice_adds_the_noise():
 @pytest.mark.parametrize(("spectral", "noise"), [(True, 0.0), (False, 0.1)])
 def test_reparametrize__fused_block_is_refused(spectral, noise):
     body = nn.ModuleList([ParallelScalingBlock(32, 2)])
-    with pytest.raises(ConfigError, match=r"student\.architecture: a ParallelScalingBlock fuses"):
+    with pytest.raises(ConfigError, match=r"student\.architecture: .*ParallelScalingBlock"):
         reparametrize(body, spectral, noise)
 
 
@@ -459,7 +459,7 @@ def test_noise__off_in_evaluation(tokens):
 
 def test_noise__needs_begin_step():
     layer = make_layer(groups=0, noise=0.1)
-    with pytest.raises(AssertionError, match="needs begin_step"):
+    with pytest.raises(AssertionError, match="begin_step"):
         layer.train()(torch.randn(2, 4))
 
 

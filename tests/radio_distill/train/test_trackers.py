@@ -100,7 +100,7 @@ def test_trackers__one_that_fails_is_warned_of_once_and_left_out(
 
 def test_trackers__a_log_that_cannot_be_written_is_the_caller_s(tmp_path):
     (tmp_path / "metrics.jsonl").mkdir()
-    with pytest.raises(ConfigError, match="cannot write logs"):
+    with pytest.raises(ConfigError, match="logs"):
         open_trackers(stage_of(tmp_path), is_main=True)
 
 

@@ -72,12 +72,12 @@ def test_folder__a_configuration_of_another_size_is_not_believed(tmp_path, stude
 def test_file__a_table_that_is_no_square_must_be_said(tmp_path, student_config):
     model = vit(3, 5)
     file = write(model, tmp_path)
-    with pytest.raises(WeightsError, match=r"15 patch positions.*\.pretrained_grid:") as error:
+    with pytest.raises(WeightsError, match=r"15 .*\.pretrained_grid") as error:
         Student(student_config(pretrained=str(file)), 1)
     assert "\n" not in str(error.value)
     config = student_config(pretrained=str(file), pretrained_grid=(3, 5), max_size=64)
     torch.testing.assert_close(Student(config, 1).positions.table.data, expected(model, (3, 5), 4))
-    with pytest.raises(WeightsError, match=r"pretrained_grid: 5x5 are 25 positions, and .* has 15"):
+    with pytest.raises(WeightsError, match=r"pretrained_grid: 5x5 .*25.* 15"):
         Student(student_config(pretrained=str(file), pretrained_grid=(5, 5)), 1)
 
 
@@ -122,7 +122,7 @@ def test_radio__a_table_that_is_no_square(tmp_path, student_config):
     said = Namespace(cpe_max_size=(64, 144))
     torch.save({"state_dict": state, "args": said}, path)
     by_file = Student(student_config(pretrained=str(path), max_size=144), 1).positions.table.data
-    with pytest.raises(WeightsError, match="4x9 cells; a RADIO model is read with a square"):
+    with pytest.raises(WeightsError, match=r"4x9.* square"):
         read_radio(path)
     torch.save({"state_dict": state, "args": Namespace()}, path)
     config = student_config(pretrained=str(path), max_size=144, pretrained_grid=(4, 9))
@@ -130,7 +130,7 @@ def test_radio__a_table_that_is_no_square(tmp_path, student_config):
     state = radio(3, 5)
     torch.save({"state_dict": state, "args": Namespace()}, path)
     for read in (read_radio, lambda path: Student(student_config(pretrained=str(path)), 1)):
-        with pytest.raises(WeightsError, match="15 positions, which is no square grid"):
+        with pytest.raises(WeightsError, match="15 positions"):
             read(path)
 
 

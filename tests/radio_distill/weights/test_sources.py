@@ -111,7 +111,7 @@ def test_radio_folder__another_number_of_heads_is_refused(radio_folder):
     settings = json.loads((folder / "config.json").read_text())
     settings["num_attention_heads"] //= 2
     (folder / "config.json").write_text(json.dumps(settings))
-    with pytest.raises(WeightsError, match=r"blocks have 1 attention heads, expected 2"):
+    with pytest.raises(WeightsError, match=r"1 attention heads.* 2"):
         start(folder)
 
 
@@ -184,9 +184,7 @@ def test_run__with_a_final_norm_keeps_it(write_run):
 
 def test_run__of_another_architecture_is_refused(write_run):
     run = write_run(architecture="test_vit2")
-    with pytest.raises(
-        WeightsError, match=r"not hold weights of test_vit: blocks\.6\..* unexpected"
-    ):
+    with pytest.raises(WeightsError, match=r"test_vit: blocks\.6\..* unexpected"):
         start(run)
 
 
@@ -222,5 +220,5 @@ def test_timm_export__gives_the_features_of_its_run(write_run, tmp_path):
 
 
 def test_folder__that_is_no_run(tmp_path):
-    with pytest.raises(CheckpointError, match="is no run, stage or checkpoint folder"):
+    with pytest.raises(CheckpointError, match="no run"):
         start(tmp_path)

@@ -265,17 +265,17 @@ def test_downsampler__refuses_maps_that_do_not_fit(name, size, message):
 @pytest.mark.parametrize("name", sorted(DOWNSAMPLERS))
 @pytest.mark.parametrize(("factor", "kernel_size"), [(0, 7), (2, 0), (-1, 7)])
 def test_build_downsampler__refuses_sizes_below_one(name, factor, kernel_size):
-    with pytest.raises(ConfigError, match="must be at least 1"):
+    with pytest.raises(ConfigError, match="at least 1"):
         build_downsampler(name, 3, factor, kernel_size)
 
 
 def test_build_downsampler__refuses_unknown_names_and_even_featsharp_kernels():
-    with pytest.raises(UnknownNameError, match="did you mean 'attention'"):
+    with pytest.raises(UnknownNameError, match="'attention'"):
         build_downsampler("atention", 3, 2)
-    with pytest.raises(ConfigError, match="kernel_size is 4; this form needs an odd one"):
+    with pytest.raises(ConfigError, match="kernel_size is 4"):
         build_downsampler("featsharp_attention", 3, 2, 4)
 
 
 def test_attention__refuses_to_blur_two_pixels():
-    with pytest.raises(ConfigError, match="cannot blur a map of 2x2"):
+    with pytest.raises(ConfigError, match="2x2"):
         AttentionDownsampler(3, 2, 2, blur=True)(torch.rand(1, 3, 2, 2))

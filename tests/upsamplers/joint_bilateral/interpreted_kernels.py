@@ -220,7 +220,5 @@ def test_apply_kernel__without_gradient_keeps_nothing():
 
 def test_apply_kernel__too_large_for_32_bits():
     low, kernel = torch.empty(1, 1, 4096, 4096, device="meta"), torch.empty(1, device="meta")
-    with pytest.raises(
-        ConfigError, match="8192x8192 is too large for implementation 'triton'; use 'fo"
-    ):
+    with pytest.raises(ConfigError, match=r"8192x8192.*'triton'"):
         triton_kernels.apply_kernel(low, kernel.expand(1, 49, 8192, 8192))

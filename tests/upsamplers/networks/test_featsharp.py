@@ -226,15 +226,15 @@ def test_featsharp_network__refuses_options(options, message):
 
 
 def test_featsharp_network__refuses_factor_1():
-    with pytest.raises(ConfigError, match="factor is 1; it must be at least 2"):
+    with pytest.raises(ConfigError, match="factor is 1"):
         FeatSharpNetwork(8, 1)
 
 
 def test_featsharp_network__refuses_missing_or_other_tiles():
     network, seen = FeatSharpNetwork(8, 2), observe(2)
-    with pytest.raises(ConfigError, match=r"tiles of level 2 on the grid 10x12, it has none"):
+    with pytest.raises(ConfigError, match=r"level 2.*10x12"):
         network(seen._replace(tiles={}))
-    with pytest.raises(ConfigError, match=r"it has 9x12"):
+    with pytest.raises(ConfigError, match="9x12"):
         network(seen._replace(tiles={2: seen.tiles[2][:, :, 1:]}))
 
 

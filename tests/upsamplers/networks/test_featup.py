@@ -36,7 +36,7 @@ def test_network__every_parameter_gets_a_gradient():
 
 
 def test_network__bad_options():
-    with pytest.raises(ConfigError, match="no option 'variants'"):
+    with pytest.raises(ConfigError, match="'variants'"):
         build_network("featup", 4, 2, {"variants": "featup"})
-    with pytest.raises(ConfigError, match="variant 'paper' is not known"):
+    with pytest.raises(ConfigError, match="'paper'"):
         build_network("featup", 4, 2, {"variant": "paper"})

@@ -115,12 +115,12 @@ def test_local_attention__logits_beyond_half_precision_do_not_overflow():
 
 @pytest.mark.parametrize("window", [0, -3, 2, 4, 13])
 def test_local_attention__refuses_a_window(window):
-    with pytest.raises(ConfigError, match=rf"window is {window}; it must be odd"):
+    with pytest.raises(ConfigError, match=rf"window is {window}"):
         local_attention(*projected((3, 3)), window)
 
 
 def test_local_attention__refuses_an_implementation():
-    with pytest.raises(ConfigError, match="use one of auto, reference, blocks, flex"):
+    with pytest.raises(ConfigError, match="auto, reference, blocks, flex"):
         local_attention(*projected((3, 3)), 3, implementation="natten")
 
 
