@@ -31,8 +31,10 @@ BENCHMARKS = Registry(
         "agreement": "radio_distill.evals.agreement:Agreement",
         "correspondence": "radio_distill.evals.correspondence:Correspondence",
         "fidelity": "radio_distill.evals.fidelity:Fidelity",
+        "imagenet_knn": "radio_distill.evals.knn:ImagenetKnn",
         "knn": "radio_distill.evals.knn:Knn",
         "segmentation": "radio_distill.evals.segmentation:Segmentation",
+        "spair": "radio_distill.evals.spair:KeypointTransfer",
         "stereo": "radio_distill.evals.correspondence:Stereo",
     },
 )

@@ -19,7 +19,13 @@ from radio_distill.evals.run import BENCHMARKS, make
 from radio_distill.protocols import Benchmark
 from radio_distill.types import Features
 
-OPTIONS = {"knn": {"k": 2}, "segmentation": {"steps": 5}, "stereo": {"stride": 32}}
+OPTIONS = {
+    "imagenet_knn": {"k": 2},
+    "knn": {"k": 2},
+    "segmentation": {"steps": 5},
+    "spair": {"size": 48},
+    "stereo": {"stride": 32},
+}
 
 
 class FakeTeacher:

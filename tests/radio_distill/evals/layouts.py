@@ -189,7 +189,10 @@ def spair(root: Path, pictures: int = 3) -> Path:
         points, boxes = [], []
         for index in range(pictures):
             x, y = (columns - 3 * index) / width - 0.5, (rows - 2 * index) / height - 0.5
-            save(root / "JPEGImages" / category / f"2008_00000{index}.jpg", texture(x - number, y))
+            save(
+                root / "JPEGImages" / category / f"2008_00000{index}.jpg",
+                texture(x - 0.4 * number, y),
+            )
             moved = np.array([3 * index, 2 * index])
             points.append((np.array([[10, 10], [30, 10], [10, 26], [30, 26]]) + moved).tolist())
             boxes.append((np.array([[8, 8], [34, 30]]) + moved).reshape(-1).tolist())
