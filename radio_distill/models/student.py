@@ -141,7 +141,7 @@ class Student(nn.Module):
         Each has gone through the final norm, where there is one; the last is that of
         :meth:`forward`, whose arguments and errors it has.
         """
-        wanted = spread_layers(self.depth, count)
+        wanted = spread_layers(len(self.blocks), count)
         tokens = self._start(pixels, None, self.window_size)
         maps = {}
         for index, block in enumerate(self.blocks):
