@@ -155,6 +155,8 @@ class Score:
     """Digest of the teacher that the encoder is compared with; empty where it is none."""
     protocol: str = ""
     """``NAME@HASH`` of all that decides the number (``evals.protocol``); empty where not known."""
+    asked: str = ""
+    """Digest of the benchmark as it was asked, so that an evaluation that was stopped goes on."""
 
     @property
     def name(self) -> str:

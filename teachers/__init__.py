@@ -8,6 +8,7 @@ teacher of one's own is a :class:`~teachers.presets.Preset` under the entry poin
 Importing this package imports no model library, nor torch.
 """
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from radio_distill.config import TeacherConfig
@@ -21,6 +22,8 @@ from .sources import SOURCES, find_source
 if TYPE_CHECKING:
     from torch import nn
 
+    from radio_distill.protocols import TextTower
+
     from .base import FrozenTeacher
 
 PROJECT = "radio-distill"
@@ -33,6 +36,7 @@ __all__ = [
     "build_teacher",
     "resolve",
     "teacher_spec",
+    "text_tower",
 ]
 
 
@@ -59,6 +63,21 @@ def build_teacher(name: str, config: TeacherConfig, device: Any = "cpu") -> "Fro
     spec = _spec(name, preset, weights_hash)
     dtype = resolved_dtype(config.dtype, device)
     return FrozenTeacher(tower, spec, dtype, config.micro_batch).to(device)
+
+
+def text_tower(name: str, config: TeacherConfig, device: Any = "cpu") -> "TextTower | None":
+    """Return what encodes texts into the space of a teacher's summary; None where nothing does.
+
+    It is open_clip's, of the teacher's own file or of the hub, and read when it is first asked.
+    """
+    from .late import LateTextTower
+    from .sources.open_clip import build_text_encoder
+
+    with naming_teacher(name):
+        preset = resolve(config)
+    if not (preset.text or (preset.random and preset.source == "open_clip")):
+        return None
+    return LateTextTower(partial(build_text_encoder, name, config, device))
 
 
 def teacher_spec(name: str, config: TeacherConfig) -> TeacherSpec:

@@ -5,15 +5,15 @@ Two students are seeds of one model where these digests are equal and their seed
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from ..config.flat import WITHOUT_EFFECT, flat_fields, is_within
 from ..train.checkpoint import Checkpoint
 from ..types import TeacherSpec
-from .subjects import TEACHER, UNTRAINED, Subject
+from .subjects import MODEL, TEACHER, UNTRAINED, Subject
 
 _MAY_DIFFER = (*WITHOUT_EFFECT, "data.shards")  # what shards hold has a fingerprint
 """Fields in which seeds of one model may differ."""
@@ -60,6 +60,26 @@ def teacher_subject(checkpoint: Checkpoint, teacher: str) -> Subject:
         folder=str(run_folder(checkpoint).resolve()),
         weights=teacher_digest(checkpoint, teacher),
         reference=f"{TEACHER} {teacher}",
+    )
+
+
+def model_subject(
+    name: str, text: str, folder: Path, spec: TeacherSpec, parts: Sequence[Any]
+) -> Subject:
+    """Say whose scores those of a model are that was named without a run.
+
+    Args:
+        name: what tables call it.
+        text: what it is, as the user wrote it.
+        folder: where its scores lie.
+        spec: what it is; its name there does not matter.
+        parts: what else decides its features: weights, options, an upsampler.
+    """
+    return Subject(
+        folder=str(folder.resolve()),
+        weights=_digest([asdict(replace(spec, name="")), *parts]),
+        reference=f"{MODEL} {text}",
+        name=name,
     )
 
 

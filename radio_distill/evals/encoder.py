@@ -123,6 +123,7 @@ def student_encoder(
     device: torch.device | str = "cpu",
     targets: Mapping[str, Target] | None = None,
     name: str = "student",
+    head: str = "",
 ) -> Encoder:
     """Present a student as an encoder.
 
@@ -135,10 +136,13 @@ def student_encoder(
         device: where the images go.
         targets: the teachers that its heads are compared with; None to ask the heads nothing.
         name: what scores and progress bars call it.
+        head: teacher whose summary, as its head predicts it, stands for the student's own.
     """
 
     def encode(pixels: Tensor) -> Features:
-        output = student(pixels)
+        output = student(pixels, (head,) if head else ())
+        if head:
+            return Features(output.heads[head].summary, output.features)
         return Features(output.summary if student.summary_dim else None, output.features)
 
     def predict(pixels: Tensor) -> Mapping[str, Features]:

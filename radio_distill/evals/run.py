@@ -7,9 +7,12 @@ training process and changes nothing in it.
 Left out: fine-tuning, and data sets that must be downloaded.
 """
 
-from collections.abc import Callable, Mapping
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from functools import partial
+from hashlib import sha256
 from typing import Any
 
 from torch import Tensor
@@ -124,6 +127,8 @@ def evaluate(
     encoder: Encoder,
     config: EvaluationConfig,
     progress: Callable[[str, int, int], None] | None = None,
+    asked: Mapping[str, str] | None = None,
+    write: Callable[[list[Score]], None] | None = None,
 ) -> list[Score]:
     """Score ``encoder`` on the benchmarks of ``config``.
 
@@ -136,6 +141,8 @@ def evaluate(
         encoder: in evaluation mode.
         config: a recipe's section ``evaluation``.
         progress: called with (benchmark, done, total).
+        asked: by benchmark, what its scores say of how it was asked (:func:`asked_of`).
+        write: called with the scores of each benchmark as soon as they are there.
 
     Raises:
         ConfigError: a benchmark that does not exist, or that lacks its data.
@@ -143,7 +150,7 @@ def evaluate(
     """
     benchmarks = [make(name, config) for name in config.benchmarks]
     scores = []
-    for benchmark in benchmarks:
+    for name, benchmark in zip(config.benchmarks, benchmarks, strict=True):
         report = partial(progress, benchmark.name) if progress else None
         sizes: dict[Size, None] = {}
         result = benchmark.run(_noting(encoder, sizes), config.limit or None, report)
@@ -153,10 +160,36 @@ def evaluate(
                 "radio_distill.types.Score"
             )
         pixels, protocol = ", ".join(map(size_text, sizes)), protocol_of(benchmark)
-        scores += [
-            replace(score, pixels=pixels, protocol=score.protocol or protocol) for score in result
+        how = (asked or {}).get(name, "")
+        result = [
+            replace(score, pixels=pixels, protocol=score.protocol or protocol, asked=how)
+            for score in result
         ]
+        if write is not None:
+            write(result)
+        scores += result
     return scores
+
+
+def asked_of(name: str, config: EvaluationConfig, against: Sequence[str] = ()) -> str:
+    """Return a digest of a benchmark as it is asked: its fields, its data, how many images.
+
+    Data is known by its path and the time of change of that folder or file: what changes below it
+    is not seen. ``against`` is what encoders are compared with, for fidelity.
+
+    Raises:
+        ConfigError: see :func:`make`.
+    """
+    benchmark: Any = make(name, config)
+    values = {field.name: getattr(benchmark, field.name) for field in fields(benchmark)}
+    for own in BENCHMARKS.get(name).sources:
+        path = os.path.realpath(os.path.expanduser(str(values[own])))
+        if os.path.exists(path):
+            values[own] = [path, os.stat(path).st_mtime_ns]
+    version = getattr(benchmark, "version", 1)
+    parts = [name, version, values, config.limit, sorted(against) if name == "fidelity" else []]
+    text = json.dumps(parts, sort_keys=True, default=str)
+    return sha256(text.encode()).hexdigest()[:16]
 
 
 def _noting(encoder: Encoder, sizes: dict[Size, None]) -> Encoder:

@@ -101,15 +101,21 @@ def _read_table(path: Path, name: str) -> ScoreSet:
 def write_scores(path: str | Path, subject: Subject, scores: Sequence[Score]) -> None:
     """Write the scores of ``subject`` as JSON lines, beside those of others already in the file.
 
-    Earlier scores of the same model, or of an earlier training in the same place, are replaced; so
-    are those without run, stage and step that lie in its run folder. The file is swapped in whole,
-    so a reader never sees half of it.
+    Earlier scores of the same model by the same benchmarks are replaced, and all of an earlier
+    training in the same place; so are those without run, stage and step that lie in its run folder.
+    The file is swapped in whole, so a reader never sees half of it.
 
     Raises:
         DataError: the file that is there holds something else.
     """
     path = Path(path)
-    entries = [entry for entry in _entries(path) if not _replaces(subject, entry[0])]
+    benchmarks = {score.benchmark for score in scores}
+    entries = [
+        (former, line)
+        for former, line in _entries(path)
+        if not _replaces(subject, former)
+        or (former.is_same(subject) and line["benchmark"] not in benchmarks)
+    ]
     entries += [(subject, asdict(score)) for score in scores]
     known = list(dict.fromkeys(former for former, _ in entries if former.is_known))
     names = dict(zip(known, labels([[one] for one in known]), strict=True))
@@ -118,6 +124,13 @@ def write_scores(path: str | Path, subject: Subject, scores: Sequence[Score]) ->
             "".join(json.dumps(_line(path, one, names, line)) + "\n" for one, line in entries),
             encoding="utf-8",
         )
+
+
+def asked_in(path: Path, subject: Subject) -> frozenset[str]:
+    """Return ``Score.asked`` of the scores of a model in a file; none where there is no file."""
+    return frozenset(
+        line.get("asked", "") for former, line in _entries(path) if former.is_same(subject)
+    )
 
 
 def check_can_add(path: Path) -> None:

@@ -15,7 +15,7 @@ from ..errors import DataError
 
 SCORES = "scores.jsonl"
 """File of a run folder."""
-TEACHER = "teacher"
+TEACHER, MODEL = "teacher", "model"
 UNTRAINED = "untrained student"
 
 
@@ -34,7 +34,7 @@ class Subject:
     weights: str = ""
     """Digest of the model; empty where not known."""
     reference: str = ""
-    """``teacher NAME`` or ``untrained student``; empty for a trained student."""
+    """``teacher NAME``, ``untrained student`` or ``model TEXT``; empty for a trained student."""
     name: str = ""
     """Label that the user gave; empty for one of run, stage and step."""
 
@@ -50,7 +50,8 @@ class Subject:
 
     @property
     def is_teacher(self) -> bool:
-        return self.reference.startswith(f"{TEACHER} ")
+        """Whether it is a teacher, or a model that was named without a run."""
+        return self.reference.startswith((f"{TEACHER} ", f"{MODEL} "))
 
     @property
     def title(self) -> str:

@@ -1,28 +1,58 @@
-"""Score students, what they were before training, and their teachers.
+"""Score students, what they were before training, their teachers, and any public model.
 
     radio-distill eval runs/demo/stage3-tile --teachers --untrained
     radio-distill eval runs/mine/stage2 runs/other/stage2 --output two.jsonl
     radio-distill eval runs/mine/stage1/checkpoints/step-*
+    radio-distill eval --models dinov2_l_reg clip=open_clip:ViT-B-16/openai \
+        sharp=dinov2_l_reg+featsharp:2 --evaluation.benchmarks '[knn]' --evaluation.labels ~/flowers
 
 The recipe is each checkpoint's own; every field of its section `evaluation` can be set anew
 (--evaluation.limit 50). Checkpoints that are scored together must be asked the same: where their
 sections differ in what a benchmark reads, nothing is scored. The scores go to `scores.jsonl` in the
 run folder of each, one line a number, with run, stage and step, and `radio-distill score` makes
 tables of them. A student is encoded at the size asked for, as `radio_distill.load` does.
+
+A model is a preset (`radio-distill list teachers`), PRESET:WEIGHTS, SOURCE:MODEL (`radio-distill
+list sources`) such as student:runs/mine, or a teacher of --recipe; +UPSAMPLER:FACTOR[:FILE] puts it
+behind an upsampler. NAME= before it is what tables call it. Models are asked what the first run is
+asked; without a run, what --recipe says, or `evaluation` at its defaults.
+
+Each benchmark's scores are written as soon as they are there. What is there already, of the same
+weights and asked the same, is not scored again: a command that was stopped goes on where it was.
 """
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import yaml
 
-from radio_distill.config import EvaluationConfig, Recipe, build, dump, override
+from radio_distill.config import (
+    EngineConfig,
+    EvaluationConfig,
+    Recipe,
+    TeacherConfig,
+    build,
+    dump,
+    override,
+)
+from radio_distill.errors import ConfigError
 from radio_distill.evals.subjects import SCORES
 
 from ..arguments import add_trust_argument
+from ..recipes import load_recipe
 
 TAKES_FIELDS = True
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The sections of a recipe that models are scored by, where there is none."""
+
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    teachers: dict[str, TeacherConfig] = field(default_factory=dict)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,14 +60,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_trust_argument(parser)
     parser.add_argument(
         "runs",
-        nargs="+",
+        nargs="*",
         type=Path,
         help="folders of runs (their last stage), of stages (their newest checkpoint), checkpoints",
+    )
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        default=[],
+        metavar="MODEL",
+        help="[NAME=]PRESET or [NAME=]SOURCE:MODEL, with +UPSAMPLER:FACTOR behind an upsampler",
+    )
+    parser.add_argument(
+        "--recipe", help="what models are asked, and teachers that may be named, without a run"
     )
     parser.add_argument("--teachers", action="store_true", help="score the teachers too")
     parser.add_argument("--untrained", action="store_true", help="score an untrained student too")
     parser.add_argument(
-        "--output", type=Path, metavar="FILE", help=f"(default: {SCORES} in each run folder)"
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help=f"(default: {SCORES} of each run, of models here)",
     )
     parser.add_argument(
         "--labels",
@@ -45,26 +88,55 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="what tables call them, one for each (default: STAGE, or RUN/STAGE/step-N)",
     )
+    parser.add_argument(
+        "--head",
+        default="",
+        metavar="TEACHER",
+        help="take the students' summary from this head, with the teacher's texts",
+    )
+    parser.add_argument("--again", action="store_true", help="score anew what is there already")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Score what is asked for, and show the numbers."""
+    from radio_distill.system.distributed import World, choose_device
     from radio_distill.weights.files import find_checkpoint
 
-    from .scoring import check_labels, score_checkpoints
+    from .named_models import named_models
+    from .scoring import check_labels, score_checkpoints, score_models
 
+    if not (arguments.runs or arguments.models):
+        raise ConfigError("nothing to score: name a run, or --models")
+    if arguments.runs and arguments.recipe:
+        raise ConfigError("--recipe is for models without a run; runs have recipes of their own")
     checkpoints = [find_checkpoint(path) for path in arguments.runs]
     check_labels(arguments.labels, len(checkpoints))
     evaluations = [evaluation_with(one.recipe, arguments.fields) for one in checkpoints]
-    paths = score_checkpoints(
-        checkpoints,
-        evaluations,
-        arguments.teachers,
-        arguments.untrained,
-        arguments.output,
-        arguments.labels or (),
-    )
-    show(*paths)
+    asked: Recipe | Asked
+    if checkpoints:
+        asked = replace(checkpoints[0].recipe, evaluation=evaluations[0])
+    elif arguments.recipe:
+        asked = load_recipe(arguments.recipe, arguments.fields)
+    else:
+        asked = build(Asked, override({}, arguments.fields))
+    models = named_models(arguments.models, asked.teachers)
+    paths = []
+    if checkpoints:
+        paths += score_checkpoints(
+            checkpoints,
+            evaluations,
+            arguments.teachers,
+            arguments.untrained,
+            arguments.output,
+            arguments.labels or (),
+            arguments.again,
+            arguments.head,
+        )
+    if models:
+        device = choose_device(asked.engine.device, World())
+        paths.append(arguments.output or Path(SCORES))
+        score_models(models, asked.evaluation, device, paths[-1], arguments.again)
+    show(*dict.fromkeys(paths))
     return 0
 
 

@@ -12,7 +12,7 @@ it.
 import argparse
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,27 +21,15 @@ import yaml
 from radio_distill.config import TeacherConfig
 from radio_distill.config.recipes import recipe_names
 from radio_distill.errors import ConfigError
-from radio_distill.registry import nearest
 from radio_distill.system.files import reason_of
-from teachers import SOURCES, TEACHERS, teacher_spec
+from teachers import teacher_spec
+from teachers.names import named_teachers
 
 if TYPE_CHECKING:
     from radio_distill.types import TeacherSpec
 
 DEFAULT_TEACHER = "dino=vits14_packaged"
 """It comes with the extra `demo`."""
-_FAMILIES = (
-    "dinov3",
-    "dinov2",
-    "dino",
-    "siglip2",
-    "siglip",
-    "clip",
-    "sam3",
-    "sam2",
-    "sam",
-    "radio",
-)
 
 TEMPLATE = """\
 # A recipe of your own. `radio-distill fields` lists every field, with what it does and its default.
@@ -105,9 +93,10 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.images is not None and not arguments.images.is_dir():
         raise ConfigError(f"--images: no folder {arguments.images}")
     path = new_file(name)
+    teachers = named_teachers(arguments.teacher or [DEFAULT_TEACHER], "--teacher")
     images = "~/Images" if arguments.images is None else shlex.quote(str(arguments.images))
     shards = f"radio-distill shards {images} data/{name} --hold-out {arguments.hold_out:g}"
-    write(path, recipe_text(name, teachers_of(arguments.teacher or [DEFAULT_TEACHER]), shards))
+    write(path, recipe_text(name, teachers, shards))
     print(f"{path}: read it, change it, and then")
     for command in (shards, f"radio-distill plan {name}", f"radio-distill train {name}"):
         print(f"  {command}")
@@ -138,54 +127,6 @@ def write(path: Path, text: str) -> None:
             file.write(text)
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {reason_of(error)}") from error
-
-
-def teachers_of(texts: Sequence[str]) -> dict[str, TeacherConfig]:
-    """Read ``[NAME=]PRESET`` and ``[NAME=]SOURCE:MODEL``.
-
-    Raises:
-        ConfigError: an unknown preset or source, or two teachers of one name.
-    """
-    teachers: dict[str, TeacherConfig] = {}
-    for text in texts:
-        name, equals, what = text.partition("=")
-        if not equals or ":" in name:  # it stands in the name of the model
-            name, what = _short_name(text), text
-        config = _config(what)
-        if not re.fullmatch(r"[A-Za-z]\w*", name):
-            raise ConfigError(f"--teacher {text}: {name!r} is no name; use letters, digits and _")
-        if name in teachers:
-            raise ConfigError(f"--teacher {text}: two are called {name!r}; say NAME={what}")
-        teachers[name] = config
-    return teachers
-
-
-def _config(what: str) -> TeacherConfig:
-    presets = TEACHERS.names()
-    source, colon, model = what.partition(":")
-    if not colon:
-        if what not in presets:
-            raise ConfigError(
-                f"no teacher {what!r} ({nearest(what, presets)}); for a model of a library say "
-                f"SOURCE:MODEL, such as timm:{what}"
-            )
-        return TeacherConfig(preset=what)
-    if source not in SOURCES:
-        raise ConfigError(f"no source {source!r} of teachers ({nearest(source, list(SOURCES))})")
-    if source == "student" or Path(model).expanduser().exists():
-        return TeacherConfig(preset=source, weights=model)
-    return TeacherConfig(preset=source, options={"model": model})
-
-
-def _short_name(what: str) -> str:
-    """Name a teacher by its family where its model or its source names one, else by its model."""
-    source, colon, model = what.lower().partition(":")
-    model = Path(model if colon else source).name
-    for text in (model, source):
-        for family in _FAMILIES:
-            if family in text:
-                return family
-    return re.sub(r"\W+", "_", model).strip("_")
 
 
 def recipe_text(name: str, teachers: Mapping[str, TeacherConfig], shards: str) -> str:

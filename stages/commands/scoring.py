@@ -9,6 +9,7 @@ import os
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,13 +29,14 @@ from radio_distill.evals.checkpoint_subjects import (
 from radio_distill.evals.encoder import Encoder, Target, student_encoder, teacher_encoder
 from radio_distill.evals.fidelity import targets_of
 from radio_distill.evals.gain import MultiTaskGain, multi_task_gain
-from radio_distill.evals.run import BENCHMARKS, evaluate
-from radio_distill.evals.scores import check_can_add, read_scores, write_scores
+from radio_distill.evals.run import BENCHMARKS, asked_of, evaluate
+from radio_distill.evals.scores import asked_in, check_can_add, read_scores, write_scores
 from radio_distill.evals.subjects import SCORES, UNTRAINED, Subject
 from radio_distill.models.backbone import as_encoder
 from radio_distill.models.heads import DistilledStudent, build_student
 from radio_distill.normalize.normalizers import normalizers_of
 from radio_distill.protocols import Teacher
+from radio_distill.registry import nearest
 from radio_distill.report.gain_tables import gain_table
 from radio_distill.system.distributed import World, choose_device
 from radio_distill.system.files import write_text
@@ -44,10 +46,12 @@ from radio_distill.train.checkpoint import Checkpoint
 from radio_distill.train.restore import load_student
 from radio_distill.types import Score
 from radio_distill.weights.pretrained import initialise
+from teachers import text_tower
 
 from ..arguments import check_output
 from ..build import build_teachers
 from ..resume import changed_since
+from .named_models import NamedModel, encoder_with_text, model_under_test
 
 logger = logging.getLogger(__name__)
 
@@ -61,8 +65,12 @@ def score_checkpoints(
     untrained: bool = False,
     output: Path | None = None,
     labels: Sequence[str] = (),
+    again: bool = False,
+    head: str = "",
 ) -> list[Path]:
     """Score checkpoints, each with its own teachers; returns the files that the scores went to.
+
+    What is in such a file already, of the same weights and asked the same, is not scored again.
 
     Args:
         checkpoints: of one run or of several.
@@ -71,6 +79,8 @@ def score_checkpoints(
         untrained: score what their students were before training too, each once.
         output: one file for all; None for that of each run.
         labels: what tables call them; empty for their own names.
+        again: score anew what is there already.
+        head: teacher whose head gives the students' summary, and whose texts go with it.
 
     Raises:
         ConfigError: they are not asked the same, or their teachers differ under one name; or a file
@@ -85,7 +95,7 @@ def score_checkpoints(
         check_output(path)
         check_can_add(path)
     built: dict[str, Teacher] = {}
-    scores: dict[str, list[Score]] = {}
+    known: dict[str, list[Score]] = {}
     for number, (checkpoint, evaluation) in enumerate(zip(checkpoints, evaluations, strict=True)):
         recipe, device = checkpoint.recipe, device_of(checkpoint)
         if number == 0 or recipe.teachers != checkpoints[number - 1].recipe.teachers:
@@ -95,22 +105,86 @@ def score_checkpoints(
                 logger.warning("%s", line)
             built = build_teachers(recipe, device)
         targets = targets_for(checkpoint, evaluation, built)
-        subject = student_subject(checkpoint, labels[number] if labels else "")
+        subject = with_head(student_subject(checkpoint, labels[number] if labels else ""), head)
         text = f"{subject.run}/{subject.title} at step {subject.step}"
         tested: list[tuple[Subject, str, Callable[[], Encoder]]] = [
-            (subject, text, partial(encoder_of, checkpoint, targets=targets))
+            (subject, text, partial(encoder_of, checkpoint, targets=targets, head=head))
         ]
         if untrained:
             untaught = partial(encoder_of, checkpoint, untrained=True, targets=targets)
             tested.append((untrained_subject(checkpoint), UNTRAINED, untaught))
         for name, teacher in built.items() if teachers else ():
-            encoder = partial(teacher_encoder, teacher, device)
+            encoder = partial(encoder_with_text, name, recipe.teachers[name], teacher, device)
             tested.append((teacher_subject(checkpoint, name), name, encoder))
+        against = [target.digest for target in targets.values()]
         for subject, text, make in tested:
-            if subject.weights not in scores:
-                scores[subject.weights] = score(make(), evaluation, text)
-            write_scores(paths[number], subject, scores[subject.weights])
+            asked = {name: asked_of(name, evaluation, against) for name in evaluation.benchmarks}
+            scores = known.setdefault(subject.weights, [])
+            score_into(paths[number], subject, text, make, evaluation, asked, scores, again)
     return list(dict.fromkeys(paths))
+
+
+def score_models(
+    models: Sequence[NamedModel],
+    evaluation: EvaluationConfig,
+    device: torch.device,
+    path: Path,
+    again: bool = False,
+) -> None:
+    """Score models that were named without a run into one file.
+
+    What is there already, of the same weights and asked the same, is not scored again.
+
+    Raises:
+        ConfigError: a model that cannot be built, or data that is not named.
+        DataError: a file that is there holds something else than scores.
+    """
+    check_output(path)
+    check_can_add(path)
+    asked = {name: asked_of(name, evaluation) for name in evaluation.benchmarks}
+    for model in models:
+        subject, encoder = model_under_test(model, device, path.absolute().parent)
+        make = partial(lambda encoder: encoder, encoder)
+        score_into(path, subject, model.name, make, evaluation, asked, [], again)
+
+
+def score_into(
+    path: Path,
+    subject: Subject,
+    text: str,
+    make: Callable[[], Encoder],
+    evaluation: EvaluationConfig,
+    asked: Mapping[str, str],
+    known: list[Score],
+    again: bool,
+) -> None:
+    """Write to a file what it lacks of a model's scores, each benchmark's as soon as it is done.
+
+    Args:
+        path: score file.
+        subject: the model.
+        text: what progress bars call it.
+        make: builds its encoder, where something is lacking.
+        evaluation: what is asked.
+        asked: by benchmark, see :func:`asked_of`.
+        known: its scores that another file got; what is new is added.
+        again: take for lacking what the file has.
+    """
+    there = frozenset[str]() if again else asked_in(path, subject)
+    if found := [name for name in asked if asked[name] in there]:
+        logger.info("%s: %s already in %s (--again scores anew)", text, ", ".join(found), path)
+
+    def write(scores: list[Score]) -> None:
+        write_scores(path, subject, scores)
+
+    elsewhere = {score.asked for score in known} - there
+    if elsewhere:
+        write([score for score in known if score.asked in elsewhere])
+    lacking = tuple(name for name in asked if asked[name] not in there | elsewhere)
+    if lacking:
+        with _bars(text) as report:
+            config = replace(evaluation, benchmarks=lacking)
+            known += evaluate(make(), config, report, asked, write)
 
 
 def check_alike(checkpoints: Sequence[Checkpoint], evaluations: Sequence[EvaluationConfig]) -> None:
@@ -178,12 +252,39 @@ def encoder_of(
     name: str = "student",
     untrained: bool = False,
     targets: Mapping[str, Target] | None = None,
+    head: str = "",
 ) -> Encoder:
-    """Load the student of a checkpoint onto its device, or build it as before any training."""
+    """Load the student of a checkpoint onto its device, or build it as before any training.
+
+    With ``head`` its summary is that head's, and the text tower that teacher's.
+    """
     device = device_of(checkpoint)
+    text = None
+    if head:
+        check_head(checkpoint, head)
+        text = text_tower(head, checkpoint.recipe.teachers[head], device)
     model = untrained_student(checkpoint) if untrained else load_student(checkpoint, device)
     encoder = as_encoder(model, checkpoint.recipe.student, checkpoint.teachers)
-    return student_encoder(encoder.to(device).eval(), device, targets, name)
+    encoder = encoder.to(device).eval()
+    return replace(student_encoder(encoder, device, targets, name, head), text=text)
+
+
+def with_head(subject: Subject, head: str) -> Subject:
+    """Tell a student whose summary is a head's from the student itself."""
+    if not head:
+        return subject
+    return replace(subject, name=f"{subject.title} ({head})", weights=f"{subject.weights}/{head}")
+
+
+def check_head(checkpoint: Checkpoint, head: str) -> None:
+    """Raise ConfigError unless a student has a head of that name, with a summary."""
+    specs = checkpoint.teachers
+    if head not in specs:
+        raise ConfigError(
+            f"--head {head}: no such teacher of {checkpoint.folder} ({nearest(head, list(specs))})"
+        )
+    if specs[head].summary_channels is None:
+        raise ConfigError(f"--head {head}: that teacher has no summary; name another")
 
 
 def untrained_student(checkpoint: Checkpoint) -> DistilledStudent:
@@ -215,12 +316,6 @@ def targets_for(
         normalizers_of(checkpoint),
         {name: teacher_digest(checkpoint, name) for name in recipe.teachers},
     )
-
-
-def score(encoder: Encoder, config: EvaluationConfig, label: str) -> list[Score]:
-    """Score an encoder, with a progress bar for each benchmark."""
-    with _bars(label) as report:
-        return evaluate(encoder, config, report)
 
 
 @contextmanager

@@ -29,6 +29,10 @@ ARGUMENTS = {
 }
 
 
+_TEXTS = 256
+"""Texts that are encoded at once."""
+
+
 class OpenClipTower(nn.Module):
     """Normalised pixels to (projected summary ``[B, S]``, patch tokens ``[B, C, h, w]``)."""
 
@@ -79,17 +83,20 @@ class OpenClipTower(nn.Module):
 
 
 class TextEncoder:
-    """Labels to unit vectors in the space of a CLIP's summaries."""
+    """Texts to vectors in the space of a CLIP's summaries."""
 
     def __init__(self, model: Any, tokenize: Any, device: Any = "cpu"):
         self.model = model.eval().requires_grad_(False).to(device)
         self.tokenize, self.device = tokenize, device
 
     @torch.no_grad()
-    def encode_text(self, texts: Sequence[str]) -> Tensor:
-        """Encode ``n`` texts to unit vectors ``[n, S]``."""
-        tokens = self.tokenize(list(texts)).to(self.device)
-        return self.model.encode_text(tokens, normalize=True)
+    def embed(self, texts: Sequence[str]) -> Tensor:
+        """Encode ``N`` texts to vectors ``[N, S]``, of any length."""
+        parts = [
+            self.model.encode_text(self.tokenize(list(some)).to(self.device))
+            for some in (texts[at : at + _TEXTS] for at in range(0, len(texts), _TEXTS))
+        ]
+        return torch.cat(parts)
 
 
 def complete(preset: Preset, weights_path: str) -> Preset:
@@ -144,7 +151,7 @@ def load(preset: Preset, path: Path) -> OpenClipTower:
 def build_text_encoder(
     name: str, config: TeacherConfig, device: Any = "cpu", weights_path: str = ""
 ) -> TextEncoder:
-    """Build the text tower that shares a space with a teacher's summary, for zero-shot labels.
+    """Build the text tower that shares a space with a teacher's summary.
 
     Args:
         name: the teacher's name in the recipe.
@@ -163,7 +170,9 @@ def _text_encoder(preset: Preset, path: Path | None, device: Any) -> TextEncoder
     import open_clip
 
     if preset.random:
-        return TextEncoder(_model(preset), open_clip.SimpleTokenizer(), device)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # the draws of the image tower, which is of the same model
+            return TextEncoder(_model(preset), open_clip.SimpleTokenizer(), device)
     if not preset.text:
         raise ConfigError(
             f"{preset.model} has no text tower; zero-shot labels need a CLIP or SigLIP"

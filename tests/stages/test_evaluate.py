@@ -10,16 +10,18 @@ import torch
 import yaml
 from PIL import Image
 
-from radio_distill.config import Recipe, build, dump
+from radio_distill.config import Recipe, TeacherConfig, build, dump
 from radio_distill.evals.checkpoint_subjects import student_subject, teacher_digest, training_digest
 from radio_distill.evals.scores import read_scores
 from radio_distill.models.heads import build_student
 from radio_distill.train import checkpoint as checkpoints
 from radio_distill.train.checkpoint import Checkpoint
 from radio_distill.train.checkpointer import save
+from radio_distill.train.restore import load_student
 from stages import cli
 from stages.commands.evaluate import evaluation_with
-from teachers import build_teacher
+from stages.commands.scoring import encoder_of
+from teachers import build_teacher, text_tower
 
 CPU = torch.device("cpu")
 RECIPE = {
@@ -202,6 +204,27 @@ def test_eval__scores_at_the_size_asked_for_above_max_size(tmp_path, asked):
         assert rows["cosine"]["pixels"] == "32x32, 96x96"
         values[side] = [row["value"] for row in rows.values() if "recall" in row["metric"]]
     assert values[96] != values[128]
+
+
+def test_eval__a_head_gives_the_summary_and_its_teacher_the_texts(
+    tmp_path, asked, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    student = write_student(tmp_path, teachers__clip__preset="tiny_open_clip")
+    own, clip = encoder_of(student), encoder_of(student, head="clip")
+    pixels = torch.rand(2, 3, 32, 32)
+    heads = load_student(student, CPU)(pixels, ("clip",)).features
+    assert torch.equal(clip(pixels).summary, heads["clip"].summary)
+    assert torch.equal(clip(pixels).spatial, own(pixels).spatial)
+    assert own.text is None
+    texts = ["a cat", "a dog"]
+    tower = text_tower("clip", TeacherConfig(preset="tiny_open_clip"))
+    assert torch.equal(clip.text.embed(texts), tower.embed(texts))
+    assert evaluate(tmp_path / "mine", *asked) == 0
+    assert evaluate(tmp_path / "mine", *asked, "--head", "clip", "--models", "tiny_vit") == 0
+    assert set(read_scores([tmp_path / "mine"]).results) == {"stage1", "stage1 (clip)"}
+    assert evaluate(tmp_path / "mine", *asked, "--head", "clop") == 2
+    assert "did you mean 'clip'" in capsys.readouterr().err
 
 
 def test_training_digest__is_of_what_decides_the_training_but_for_the_seed(tmp_path):

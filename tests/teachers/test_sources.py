@@ -1,12 +1,12 @@
 """Each source gives the numbers of its library's own forward on the same weights."""
 
+import open_clip
 import pytest
 import torch
-from torch.nn.functional import normalize
 
 from radio_distill.config import TeacherConfig
 from radio_distill.errors import ConfigError
-from teachers import build_teacher
+from teachers import build_teacher, text_tower
 from teachers.presets import PRESETS
 from teachers.sources.open_clip import build_text_encoder
 
@@ -157,14 +157,28 @@ def test_transformers__radio_normalises_once():
     torch.testing.assert_close(teacher.encode(pixels).summary, expected.summary)
 
 
-def test_text_encoder__gives_unit_vectors_of_the_summary_space():
+def test_text_tower__is_of_the_model_whose_summary_the_teacher_gives():
+    """What open_clip makes of the same arguments and draws says the same of images and texts."""
     config = TeacherConfig(preset="tiny_open_clip")
-    encoder = build_text_encoder("clip", config)
-    vectors = encoder.encode_text(["a photo of a cat", "a photo of a dog", "a photo of a cat"])
-    assert vectors.shape == (3, build_teacher("clip", config).spec.summary_channels)
-    torch.testing.assert_close(vectors, normalize(vectors, dim=-1))
-    assert torch.equal(vectors[0], vectors[2])
-    assert not torch.allclose(vectors[0], vectors[1])
+    texts = ["a photo of a cat", "a photo of a dog"] * 200
+    tower, teacher = text_tower("clip", config), build_teacher("clip", config)
+    torch.manual_seed(0)
+    whole = open_clip.CLIP(**PRESETS["tiny_open_clip"].arguments["config"]).eval()
+    vectors = tower.embed(texts)
+    with torch.no_grad():
+        tokens = open_clip.SimpleTokenizer()(texts[:2])
+        torch.testing.assert_close(vectors[-2:], whole.encode_text(tokens))
+        pixels = torch.rand(2, 3, 48, 48)
+        spec = teacher.spec
+        mean, std = (torch.tensor(three).view(3, 1, 1) for three in (spec.mean, spec.std))
+        expected = whole.encode_image((pixels - mean) / std)
+    torch.testing.assert_close(teacher.encode(pixels).summary, expected)
+    assert vectors.shape == (400, teacher.spec.summary_channels)
+
+
+@pytest.mark.parametrize("preset", ["tiny_vit", "tiny_clip", "tiny_student"])
+def test_text_tower__a_teacher_without_one_has_none(preset):
+    assert text_tower("t", TeacherConfig(preset=preset)) is None
 
 
 def test_text_encoder__a_teacher_without_text_says_so():
