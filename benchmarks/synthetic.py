@@ -22,6 +22,7 @@ from radio_distill.protocols import Upsampler
 from radio_distill.registry import nearest
 from radio_distill.stage import Stage, check_has_stage, resolve_stage
 from radio_distill.system import precision
+from radio_distill.system.compiled import compile_blocks
 from radio_distill.system.distributed import World, join
 from radio_distill.train.engine import build_engine
 from radio_distill.train.optim import build_optimizer
@@ -122,6 +123,8 @@ def _teachers(stage: Stage, device: torch.device) -> dict[str, FrozenTeacher]:
         if name in shown:
             dtype = precision.resolved_dtype(config.dtype, device)
             tower = build_module(config, device)
+            if stage.engine.compile is True:
+                compile_blocks(tower)
             teachers[name] = FrozenTeacher(tower, stage.specs[name], dtype, config.micro_batch).to(
                 device
             )

@@ -97,11 +97,9 @@ def with_engine(
     compiled: bool = False,
 ) -> Recipe:
     """Return a recipe with this engine."""
-    values: dict[str, Any] = {"name": name, "device": device}
+    values: dict[str, Any] = {"name": name, "device": device, "compile": compiled}
     if zero is not None:
         values["zero_stage"] = zero
-    if compiled:
-        values["compile"] = True
     return replace(recipe, engine=replace(recipe.engine, **values))
 
 

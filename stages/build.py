@@ -35,6 +35,7 @@ from radio_distill.normalize.normalizers import (
 from radio_distill.normalize.statistics import Moments
 from radio_distill.protocols import LayeredTeacher, Normalizer, Teacher
 from radio_distill.stage import Stage
+from radio_distill.system.compiled import compile_blocks
 from radio_distill.system.distributed import World, all_gather_object, extend_timeouts, run_on_main
 from radio_distill.system.files import make_private
 from radio_distill.system.memory import explain_oom
@@ -154,6 +155,8 @@ def build_distillation(
         optimizer = build_optimizer(stage.optimizer, groups, config.betas)
         clip = config.gradient_clip
         engine = build_engine(model, optimizer, stage.engine, clip, world, device)
+    if ema is not None and stage.loss.mesa and stage.engine.compile is True:
+        compile_blocks(ema.model)
     extend_timeouts(stage.watch.hang_seconds)
     weights = TermWeights(stage, dispersions, device)
     task = Distillation(stage, world, engine, targets, source, schedule, draws, weights, ema)
@@ -308,7 +311,7 @@ def _teachers_for(stage: Stage, world: World, device: torch.device) -> dict[str,
     """
 
     def load(name: str) -> LayeredTeacher:
-        return build_teacher(name, stage.teachers[name], device)
+        return build_teacher(name, stage.teachers[name], device, stage.engine.compile is True)
 
     names = teachers_of(stage, world)
     run_somewhere = set(all_gather_object(names))

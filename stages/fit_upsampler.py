@@ -218,7 +218,8 @@ def build_fit(
     if stage.evaluation.images:
         list_images(stage.evaluation.images)  # none there: known before the fit, not after
     torch.manual_seed(stage.base_seed)
-    teacher = build_teacher(config.teacher, stage.teachers[config.teacher], device)
+    is_compiled = stage.engine.compile is True
+    teacher = build_teacher(config.teacher, stage.teachers[config.teacher], device, is_compiled)
     spec, (_, view) = teacher.spec, stage.views(config.teacher)[0]
     micro_batch = stage.micro_batch(FIT, view.size)
     network = build_network(config.upsampler, spec.channels, config.factor, config.options)

@@ -30,6 +30,7 @@ from radio_distill.hints import hints
 from radio_distill.plan.work import needs_work
 from radio_distill.stage import Stage, resolve_stage
 from radio_distill.system import precision
+from radio_distill.system.compiled import can_compile
 from radio_distill.system.determinism import deterministic
 from radio_distill.system.distributed import (
     World,
@@ -136,6 +137,7 @@ def resolve_at_start(
         native_dtype=precision.native_dtype(device),
         images_in_shards=in_shards,
         cores=cores_of_process(os.environ),
+        can_compile=can_compile(device),
     )
     earlier = resumed.recipe if resumed else None
     stage = resolve_stage(recipe, stage.name, stage.specs, facts, earlier, stage.folder)

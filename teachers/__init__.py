@@ -40,10 +40,13 @@ __all__ = [
 ]
 
 
-def build_teacher(name: str, config: TeacherConfig, device: Any = "cpu") -> "FrozenTeacher":
+def build_teacher(
+    name: str, config: TeacherConfig, device: Any = "cpu", compiled: bool = False
+) -> "FrozenTeacher":
     """Build the teacher that a recipe calls ``name``, with its weights, on ``device``.
 
-    A dtype that is still ``auto`` is the device's own.
+    A dtype that is still ``auto`` is the device's own. ``compiled`` has its blocks compiled, which
+    takes a minute or so when they are first run.
 
     Raises:
         ConfigError: options that do not fit the preset or its source.
@@ -51,6 +54,7 @@ def build_teacher(name: str, config: TeacherConfig, device: Any = "cpu") -> "Fro
     """
     import torch
 
+    from radio_distill.system.compiled import compile_blocks
     from radio_distill.system.precision import resolved_dtype
 
     from .base import FrozenTeacher
@@ -62,6 +66,8 @@ def build_teacher(name: str, config: TeacherConfig, device: Any = "cpu") -> "Fro
         tower, weights_hash = _random(preset, config) if is_random else _loaded(preset, config)
     spec = _spec(name, preset, weights_hash)
     dtype = resolved_dtype(config.dtype, device)
+    if compiled:
+        compile_blocks(tower)
     return FrozenTeacher(tower, spec, dtype, config.micro_batch).to(device)
 
 

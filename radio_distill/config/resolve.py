@@ -32,7 +32,10 @@ KEPT = (
 )
 """Fields whose `auto` keeps, in a run that is resumed, what it was resolved to before."""
 
-CHOSEN_ANEW = ("data.index", "data.workers", "engine.zero_stage", "log.every", "log.save_every")
+CHOSEN_ANEW = (
+    "data.index", "data.workers", "engine.zero_stage", "engine.compile", "log.every",
+    "log.save_every",
+)  # fmt: skip
 """Fields whose `auto` is resolved anew at every start: they change no number, but by rounding.
 
 Neither here nor there are engine.name, engine.device and engine.micro_batch, which stay `auto` in a
@@ -53,6 +56,7 @@ _LOG_EVERY, _LOG_SHARE = 50, 20  # a curve has at least 20 points
 _SAVE_SHARE = 5  # at most a fifth of a stage is lost with its machine
 _LEAST_SAVE_EVERY, _MOST_SAVE_EVERY = 20, 1000  # a try of a few steps is not spent on writing
 _MOST_WORKERS = 12
+_LEAST_COMPILED = 1000  # steps; to compile takes minutes, and a short run would not get them back
 AUTO_MICRO_BATCH = 16
 """What engine.micro_batch's `auto` is where no memory is measured: more gains nothing on a CPU."""
 
@@ -67,6 +71,8 @@ class Facts:
     """Images of the data set; None where the shards are not looked at (`plan`)."""
     cores: int = 2
     """Cores that each process has to itself."""
+    can_compile: bool = False
+    """Whether the device gains by compiled blocks, see :mod:`..system.compiled`."""
 
 
 def resolve(recipe: Recipe, name: str, facts: Facts, earlier: Recipe | None = None) -> Recipe:
@@ -90,7 +96,7 @@ def resolve(recipe: Recipe, name: str, facts: Facts, earlier: Recipe | None = No
         normalizer=_resolve_normalizer(
             recipe.normalizer, shown, facts.images_in_shards, fit=config is None
         ),
-        engine=_resolve_engine(recipe.engine, config),
+        engine=_resolve_engine(recipe.engine, config, steps, facts),
         log=_resolve_log(recipe.log, steps),
     )
     if config is None:
@@ -163,13 +169,19 @@ def _resolve_normalizer(
     return replace(normalizer, images=images)
 
 
-def _resolve_engine(engine: EngineConfig, stage: StageConfig | None) -> EngineConfig:
-    if engine.zero_stage != AUTO:
-        return engine
-    # LAMB needs the norms of whole parameters, which ZeRO flattens and cuts up; and what a fit
-    # trains is too small to be cut up.
-    zero_stage: Literal[0, 1] = 0 if stage is None or stage.optimizer == "lamb" else 1
-    return replace(engine, zero_stage=zero_stage)
+def _resolve_engine(
+    engine: EngineConfig, stage: StageConfig | None, steps: int, facts: Facts
+) -> EngineConfig:
+    if engine.zero_stage == AUTO:
+        # LAMB needs the norms of whole parameters, which ZeRO flattens and cuts up; and what a fit
+        # trains is too small to be cut up.
+        zero_stage: Literal[0, 1] = 0 if stage is None or stage.optimizer == "lamb" else 1
+        engine = replace(engine, zero_stage=zero_stage)
+    if engine.compile == AUTO:
+        is_possible = not engine.deterministic and engine.zero_stage != 3
+        is_worth_it = facts.can_compile and steps >= _LEAST_COMPILED
+        engine = replace(engine, compile=is_possible and is_worth_it)
+    return engine
 
 
 def _resolve_fit(fit: FitConfig) -> FitConfig:

@@ -12,7 +12,7 @@ from ..errors import ConfigError
 from ..registry import nearest
 from ..system.redaction import secrets_in
 from .fields import share_of
-from .schema import DataConfig, PartitionConfig, Recipe, StageConfig, partition_sizes
+from .schema import DataConfig, EngineConfig, PartitionConfig, Recipe, StageConfig, partition_sizes
 
 _NAME = re.compile(r"\w[\w.+ -]{0,99}")
 
@@ -28,6 +28,7 @@ def check(recipe: Recipe) -> None:
         *_check_amount("normalizer.images", recipe.normalizer.images),
         *_check_fit(recipe),
         *_check_evaluation(recipe),
+        *_check_engine(recipe.engine),
     ]
     for name, stage in recipe.stages.items():
         problems += _check_stage(recipe, name, stage)
@@ -45,6 +46,14 @@ def _check_evaluation(recipe: Recipe) -> Iterator[str]:
         yield (
             f"evaluation.best: {config.best!r} is no BENCHMARK/METRIC of a benchmark that is run "
             f"during training ({', '.join(names)})"
+        )
+
+
+def _check_engine(engine: EngineConfig) -> Iterator[str]:
+    if engine.compile is True and engine.deterministic:
+        yield (
+            "engine.compile: which graph serves a size depends on the sizes before, so bits would "
+            "differ after a resume; set it to false, or engine.deterministic"
         )
 
 

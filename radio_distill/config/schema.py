@@ -341,7 +341,10 @@ class EngineConfig:
         "images",
     )
     device: Literal["auto", "cpu", "cuda"] = option("auto", "where to run")
-    compile: bool = option(False, "torch.compile the student")
+    compile: bool | Auto = our_option(
+        "auto",
+        "torch.compile each transformer block of teachers and student; auto: on a GPU with Triton and a C compiler, for 1,000 steps or more, but not with `deterministic` or ZeRO 3",
+    )
     deterministic: bool = our_option(
         False,
         "add in a fixed order on a GPU too, so that the same run ends with the same bits; slower, and not for a fit",

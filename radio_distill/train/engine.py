@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..config import EngineConfig
 from ..errors import ConfigError
 from ..models.heads import touch
+from ..system.compiled import compile_blocks
 from ..system.distributed import World
 from ..system.precision import autocast
 from .optim import load_optimizer_tensors, optimizer_tensors, set_learning_rates
@@ -77,6 +78,11 @@ def engine_name(
             "engine.zero_stage: lamb needs the norm of whole parameters, which ZeRO flattens and "
             "cuts up; set engine.zero_stage to 0, or the stage's optimizer to adamw"
         )
+    if config.compile is True and config.zero_stage == 3:
+        raise ConfigError(
+            "engine.compile: ZeRO 3 brings weights to each layer by hooks, at which a graph ends; "
+            "set it to false, or engine.zero_stage to 2"
+        )
     if with_ema and config.zero_stage == 3:
         raise ConfigError(
             "engine.zero_stage: 3 cuts up the weights that ema_decay averages; "
@@ -133,7 +139,9 @@ class SingleProcessEngine(_Forward):
     ):
         self.device, self.model, self._optimizer = device, model, optimizer
         self._norm = math.nan
-        self._callable: Any = torch.compile(model) if config.compile else model
+        self._callable: Any = model
+        if config.compile is True:
+            compile_blocks(model)
         self._precision, self._clip = config.precision, gradient_clip
 
     def backward(
@@ -204,6 +212,8 @@ class DeepSpeedEngine(_Forward):
         self._scalars = {name for name, _ in scalars}
         for _, parameter in scalars:
             parameter.data = parameter.data.view(1)
+        if config.compile is True:
+            compile_blocks(model)
         self._engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
@@ -212,8 +222,6 @@ class DeepSpeedEngine(_Forward):
         )
         for _, parameter in scalars if self._zero_stage == 0 else ():
             parameter.data = parameter.data.view(())
-        if config.compile:
-            self._engine.compile()
         self._callable = self._engine
 
     def backward(

@@ -159,6 +159,11 @@ def test_check__reports_every_problem_on_a_line_of_its_own():
     assert len(str(caught.value).splitlines()) == 3
 
 
+def test_check__compiled_blocks_promise_no_bits():
+    with pytest.raises(ConfigError, match=r"engine\.compile: which graph"):
+        recipe("engine.compile=true", "engine.deterministic=true")
+
+
 def test_build__missing_field_says_what_it_is():
     with pytest.raises(ConfigError, match=r"data\.shards"):
         build(Recipe, {**BASE, "data": {}})

@@ -244,3 +244,19 @@ def test_load__a_recipe_without_a_name_is_called_after_its_file(tmp_path):
     path.write_text(dump({key: value for key, value in SHORTEST.items() if key != "name"}))
     assert load(path).name == "afternoon"
     assert load(path, ["name=other"]).name == "other"
+
+
+@pytest.mark.parametrize(
+    ("engine", "steps", "can_compile", "expected"),
+    [
+        ({}, 1000, True, True),
+        ({}, 999, True, False),
+        ({}, 1000, False, False),
+        ({"deterministic": True}, 1000, True, False),
+        ({"zero_stage": 3}, 1000, True, False),
+        ({"compile": True}, 10, False, True),
+    ],
+)
+def test_compile__auto_is_on_where_it_pays(engine, steps, can_compile, expected):
+    recipe = recipe_of(engine=engine, steps=steps)
+    assert resolve(recipe, "one", Facts(can_compile=can_compile)).engine.compile is expected

@@ -78,6 +78,7 @@ def test_step__clipping_limits_the_gradient_and_reports_it_whole():
             2,
             "3 cuts up the weights that ema_decay averages",
         ),
+        ({"zero_stage": 3, "compile": True}, {"optimizer": "adamw"}, 2, "at which a graph ends"),
     ],
 )
 def test_engine_name__choice_and_refusals(engine, stage, world_size, expected):

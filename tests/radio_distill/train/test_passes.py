@@ -3,6 +3,7 @@
 import hashlib
 import os
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -20,6 +21,7 @@ from radio_distill.config import (
 )
 from radio_distill.distill.micro_batches import MicroBatchSchedule
 from radio_distill.models.heads import parameter_groups
+from radio_distill.system.compiled import compile_blocks
 from radio_distill.system.distributed import World
 from radio_distill.train.engine import build_engine
 from radio_distill.train.health import NonFiniteGuard, agree
@@ -85,9 +87,14 @@ class Waits(TorchDispatchMode):
         self.count += 1
 
 
-def train(zero_stage: int, pads: bool, world: World) -> tuple[list[int], str, list[int]]:
+def train(
+    zero_stage: int, pads: bool, compiled: bool, world: World
+) -> tuple[list[int], str, list[int]]:
     """Return waits of each step, a digest of the weights, and encodes of each step."""
     run = build(recipe(zero_stage), world)
+    if compiled:
+        torch._dynamo.reset()
+        compile_blocks(run.engine.model, backend="aot_eager", fullgraph=True)
     stage = run.stage
     padding = replace(stage.recipe.engine, zero_stage=2 if pads else zero_stage)
     padded = replace(stage, recipe=replace(stage.recipe, engine=padding))
@@ -102,13 +109,14 @@ def train(zero_stage: int, pads: bool, world: World) -> tuple[list[int], str, li
         teacher.tower.register_forward_hook(lambda *_: encoded.append(1))
     for step in range(STEPS):
         batches, guard = images(run, step), NonFiniteGuard()
-        with Waits() as counted:
+        # torch compiles nothing within a mode that sees all operators.
+        with nullcontext() if compiled else Waits() as counted:
             agreement = run.forward_backward(step, batches, guard, agree)
             is_taken = run.engine.step({"body": 1e-2, "head": 1e-2})
         assert is_taken
         assert not agreement.read().is_bad
         run.end_step(is_taken=True)
-        waits.append(counted.count)
+        waits.append(counted.count if counted else -1)
     weights = run.engine.model_tensors()
     digest = hashlib.sha256()
     for name in sorted(weights):
@@ -141,10 +149,19 @@ def answers(pipes, *asked):
 @pytest.mark.distributed
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
 def test_step__waits_once_and_runs_no_teacher_for_padding(two_processes, zero_stage):
-    found = answers(two_processes, zero_stage, False)
+    found = answers(two_processes, zero_stage, False, False)
     for waits, _, _ in found:
         assert waits[1:] == [1] * (STEPS - 1)  # ZeRO 3 sets itself up in the first step
     assert sorted(encodes for _, _, encodes in found) == [2 * STEPS, 3 * STEPS]
     if zero_stage < 2:
-        padded = answers(two_processes, zero_stage, True)
+        padded = answers(two_processes, zero_stage, True, False)
         assert found[0][1] == padded[0][1], "the same weights with padding passes and without"
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("zero_stage", [0, 1, 2])
+def test_step__compiled_blocks_end_with_the_same_weights(two_processes, zero_stage):
+    (_, eager, _), (_, compiled, _) = (
+        answers(two_processes, zero_stage, False, is_compiled)[0] for is_compiled in (False, True)
+    )
+    assert compiled == eager
