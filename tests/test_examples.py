@@ -1,7 +1,6 @@
 """Each file of examples/ runs; those of examples/my_package have a test of their own."""
 
-import subprocess
-import sys
+import runpy
 from pathlib import Path
 
 import pytest
@@ -19,23 +18,29 @@ def photographs(tmp_path):
     return list(map(str, paths))
 
 
-def run(name, *arguments, folder):
-    command = [sys.executable, str(EXAMPLES / name), *map(str, arguments)]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
+@pytest.fixture
+def run(monkeypatch, tmp_path, capsys):
+    """Run a file with arguments, in a folder of its own; returns what it printed."""
+
+    def run_file(name, *arguments):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr("sys.argv", [name, *map(str, arguments)])
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run_file
 
 
-def test_use_student(write_run, photographs, tmp_path):
+def test_use_student(run, write_run, photographs, tmp_path):
     output = tmp_path / "features.safetensors"
     words = ("--head", "dino", "--output", output)
-    printed = run("use_student.py", write_run(), *photographs, *words, folder=tmp_path)
+    printed = run("use_student.py", write_run(), *photographs, *words)
     assert "photo.jpg: 1.000" in printed
     shapes = {name: list(tensor.shape) for name, tensor in load_file(output).items()}
     assert shapes == {"photo.jpg": [4, 5, 6], "other.jpg": [4, 5, 7]}
 
 
-def test_pca_features(write_run, photographs, tmp_path):
-    printed = run("pca_features.py", write_run(), photographs[0], folder=tmp_path)
+def test_pca_features(run, write_run, photographs, tmp_path):
+    printed = run("pca_features.py", write_run(), photographs[0])
     assert "[64, 14, 17]" in printed
     assert Image.open(tmp_path / "pca_features.png").width > 400

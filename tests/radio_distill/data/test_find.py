@@ -57,7 +57,7 @@ def test_find_shards__spellings_of_other_tools(shard_folder, monkeypatch, entry,
     assert names == [f"part-{number}.tar" for number in numbers]
 
 
-def test_find_shards__numbers_in_braces_keep_their_width(tmp_path, write_tar):
+def test_find_shards__numbers_in_braces_keep_their_width(tmp_path, write_tar, monkeypatch):
     for number in range(8, 12):
         write_tar(tmp_path / f"{number:05}.tar", {})
     found = find_shards([str(tmp_path / "{00008..00011}.tar")])
@@ -69,8 +69,9 @@ def test_find_shards__numbers_in_braces_keep_their_width(tmp_path, write_tar):
     ]
     with pytest.raises(DataError, match=r"2 of the 6 .*00012\.tar"):
         find_shards([str(tmp_path / "{00008..00013}.tar")])
+    monkeypatch.setattr("radio_distill.data.find._MAX_EXPANDED", 1000)
     for braces in ("{0..9999}" * 3, "{0..999999999999}", "{0..999999}{0..999999}", "{a,b}" * 40):
-        with pytest.raises(DataError, match="1,000,000"):
+        with pytest.raises(DataError, match="1,000"):
             find_shards([str(tmp_path / f"{braces}.tar")])
 
 
