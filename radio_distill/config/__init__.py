@@ -1,11 +1,12 @@
 """A run, as frozen dataclasses: ``load(yaml) -> override(argv) -> check() -> dump()``.
 
-:mod:`.schema` has the sections, :mod:`.fields` how their fields are declared, :mod:`.reading` the
-way in and out, :mod:`.rules` what must hold between fields,
-:mod:`.resolve` what `auto` means, :mod:`.recipes` the project's own. Nothing here imports torch.
+:mod:`.schema` has the sections (:mod:`.models` teachers and student), :mod:`.fields` how
+their fields are declared, :mod:`.reading` the way in and out, :mod:`.rules` what must hold between
+fields, :mod:`.resolve` what `auto` means, :mod:`.recipes` the project's own. Nothing here imports torch.
 """
 
 from .fields import option, plain, share_of, size_pair
+from .models import StudentConfig, TeacherConfig
 from .reading import (
     assignments_of,
     build,
@@ -44,8 +45,6 @@ from .schema import (
     PartitionConfig,
     Recipe,
     StageConfig,
-    StudentConfig,
-    TeacherConfig,
     UpsamplerConfig,
     WatchConfig,
     partition_sizes,

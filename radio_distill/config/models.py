@@ -1,0 +1,66 @@
+"""The sections of a recipe that describe its teachers and its student."""
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from .fields import Count, Positive, Range, Share, Side, SmallCount, Weight, option, our_option
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TeacherConfig:
+    """One frozen encoder."""
+
+    preset: str = option(
+        help="name in `radio-distill list teachers`, or a source: timm, open_clip, transformers, radio, student"
+    )
+    weights: str = option("", "local weights file or folder; empty takes the preset's own source")
+    sha256: str = option("", "sha256 that the weights file must have; empty for no check")
+    input_size: Positive | Literal["native", "match"] = option(
+        "native", "side of its input: a number, native, or match: the grid is the student's", "px"
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = our_option(
+        "auto",
+        "type the frozen encoder computes in; auto: bfloat16 where the device has instructions for it, else float32",
+    )
+    micro_batch: Count = option(0, "images in one call of the encoder; 0 for all at once", "images")
+    summary_weight: Weight = option(1.0, "weight of the summary loss; 0 for none")
+    feature_weight: Weight = option(1.0, "weight of the feature loss")
+    options: dict[str, Any] = option(
+        dict, "further arguments of the preset or source, for instance model: vit_base_patch16_224"
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StudentConfig:
+    """The vision transformer that is trained."""
+
+    architecture: str = option("vit_base_patch16_224", "name of a timm model, whose body is used")
+    pretrained: str = option(
+        "",
+        "start of the student: empty for random, `timm` for timm's weights, a timm file or folder, `hf-hub:OWNER/NAME`, a RADIO checkpoint or folder, or a run",
+    )
+    pretrained_grid: tuple[int, ...] = our_option(
+        tuple, "rows and columns of the start's position table, where it is no square", "cells"
+    )
+    pretrained_sha256: str = our_option("", "sha256 that the start's file must have")
+    patch_size: Annotated[int, Range(1, 1024)] = option(16, "pixels a side of one token", "px")
+    max_size: Side = option(2048, "longest image side that the position table (CPE) spans", "px")
+    registers: SmallCount = our_option(4, "tokens beside the summary tokens", "tokens")
+    position_dropout: Share = option(0.1, "share of training samples without position embedding")
+    window_size: Count = option(0, "side of the attention windows (ViTDet); 0 for none", "tokens")
+    global_blocks: SmallCount = option(4, "blocks that stay global where window_size > 0", "blocks")
+    final_norm: bool = option(
+        False, "normalise all tokens behind the last block; published RADIO models do not"
+    )
+    spectral_reparametrization: bool = option(
+        False,
+        "learn the largest singular value of each matrix of the body apart from its direction; folded at export",
+    )
+    drop_path: Share = our_option(0.0, "stochastic depth")
+    head_hidden: Annotated[int, Range(1, 1 << 20)] = our_option(
+        1024, "hidden width of the MLP heads", "channels"
+    )
+    head_layers: SmallCount = our_option(0, "residual layers inside each MLP head", "layers")
+    gradient_checkpointing: bool = option(
+        False, "recompute blocks in the backward pass, to save memory"
+    )
