@@ -1,8 +1,9 @@
 """A run, as frozen dataclasses: ``load(yaml) -> override(argv) -> check() -> dump()``.
 
-:mod:`.schema` has the sections (:mod:`.models` teachers and student), :mod:`.fields` how their fields
-are declared, :mod:`.reading` the way in and out, :mod:`.rules` what must hold between fields,
-:mod:`.resolve` what `auto` means, :mod:`.recipes` the project's own. Nothing here imports torch.
+:mod:`.schema` has the sections (:mod:`.models` teachers and student), :mod:`.fields` how their
+fields are declared, :mod:`.reading` the way in and out, :mod:`.rules` what must hold between
+fields, :mod:`.resolve` what `auto` means, :mod:`.recipes` the project's own. Nothing here
+imports torch.
 """
 
 from .fields import option, plain, share_of, size_pair
