@@ -198,7 +198,7 @@ class Task(Protocol):
     def engine(self) -> Engine: ...
 
     @property
-    def source(self) -> "BatchSource": ...
+    def source(self) -> "Source": ...
 
     @property
     def evaluate_every(self) -> int:
@@ -276,13 +276,17 @@ class Tracker(Protocol):
     def close(self) -> None: ...
 
 
-class BatchSource(Protocol):
-    """Endless batches for one rank, from any step on."""
+class Source(Protocol):
+    """Where the images of a task come from."""
 
     @property
     def fingerprint(self) -> str:
         """Sum over everything that decides which image comes when, beside seed and recipe."""
         ...
+
+
+class BatchSource(Source, Protocol):
+    """Endless batches for one rank, from any step on."""
 
     @property
     def bad(self) -> dict[str, int]:

@@ -209,32 +209,14 @@ class ShardBatches:
             DataError: clearly more than ``max_bad_share`` of the images read are bad, the disk does
                 not answer any more, or a worker died.
         """
-        try:
-            with _running(self._loader(start_step)) as stream:
-                for step in itertools.count(start_step):
-                    yield [self._receive(next(stream)) for _ in self._slices(step)]
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise WorkerDiedError(
-                "a decoding process died; if memory or /dev/shm is short, lower data.workers"
-            ) from error
-
-    def _loader(self, start_step: int) -> "DataLoader[Any]":
         workers = plain(self._config.workers)
         in_a_step = len(self._slices(start_step))
-        return DataLoader(
-            self._views,
-            sampler=_tasks(self._slices, self._images_per_step, start_step),
-            batch_size=None,  # a task is a whole micro-batch
-            num_workers=workers,
-            # A whole step is made ahead, whatever the number of its micro-batches.
-            prefetch_factor=max(2, math.ceil(in_a_step / workers)) if workers else None,
-            pin_memory=torch.cuda.is_available(),
-            collate_fn=_as_is,
-            worker_init_fn=_prepare_worker,
-            generator=torch.Generator(),  # else it draws from the global one
-        )
+        # A whole step is made ahead, whatever the number of its micro-batches.
+        ahead = max(2, math.ceil(in_a_step / workers)) if workers else 2
+        tasks = _tasks(self._slices, self._images_per_step, start_step)
+        with made_by_workers(self._views, tasks, workers, ahead) as stream:
+            for step in itertools.count(start_step):
+                yield [self._receive(next(stream)) for _ in self._slices(step)]
 
     def _receive(self, batch: "_Batch | DataError") -> ImageBatch:
         if isinstance(batch, DataError):
@@ -361,11 +343,35 @@ def _prepare_worker(worker: int) -> None:
 
 
 @contextmanager
-def _running(loader: "DataLoader[Any]") -> Iterator[Iterator[Any]]:
-    """Start the workers of a loader, and end them in any case.
+def made_by_workers(
+    dataset: "Dataset[Any]", tasks: Iterable[Any], workers: int, ahead: int
+) -> Iterator[Iterator[Any]]:
+    """Give ``dataset[task]`` for each of ``tasks`` in turn, made by processes of its own.
 
-    As they ignore SIGTERM, multiprocessing would wait for them for ever at the end of the program.
+    Their tensors lie in pinned memory where there is a GPU. The processes end with the block in any
+    case; as they ignore SIGTERM, multiprocessing would wait for them for ever at the end of the
+    program.
+
+    Args:
+        dataset: an error must be a value of it, for DataLoader would wrap it in a stack trace.
+        tasks: may be endless.
+        workers: processes; 0 for this one.
+        ahead: items that each of them makes before they are asked for.
+
+    Raises:
+        WorkerDiedError: from within the block, where one of them died.
     """
+    loader: DataLoader[Any] = DataLoader(
+        dataset,
+        sampler=tasks,
+        batch_size=None,  # an item is whole
+        num_workers=workers,
+        prefetch_factor=ahead if workers else None,
+        pin_memory=torch.cuda.is_available(),
+        collate_fn=_as_is,
+        worker_init_fn=_prepare_worker,
+        generator=torch.Generator(),  # else it draws from the global one
+    )
     # Workers inherit the mask, so that no signal can reach one while it starts.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     stream = iter(loader)
@@ -374,6 +380,12 @@ def _running(loader: "DataLoader[Any]") -> Iterator[Iterator[Any]]:
     atexit.register(end)
     try:
         yield stream
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise WorkerDiedError(
+            "a decoding process died; if memory or /dev/shm is short, lower data.workers"
+        ) from error
     finally:
         atexit.unregister(end)
         end()

@@ -31,14 +31,14 @@ from .protocol import protocol_of
 BENCHMARKS = Registry(
     "benchmark",
     {
+        "ade20k": "radio_distill.evals.semantic:Ade20k",
         "agreement": "radio_distill.evals.agreement:Agreement",
         "correspondence": "radio_distill.evals.correspondence:Correspondence",
         "fidelity": "radio_distill.evals.fidelity:Fidelity",
-        "imagenet_knn": "radio_distill.evals.knn:ImagenetKnn",
         "knn": "radio_distill.evals.knn:Knn",
         "segmentation": "radio_distill.evals.segmentation:Segmentation",
-        "spair": "radio_distill.evals.spair:KeypointTransfer",
         "stereo": "radio_distill.evals.correspondence:Stereo",
+        "voc": "radio_distill.evals.semantic:Voc",
     },
 )
 

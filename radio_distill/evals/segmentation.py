@@ -2,7 +2,8 @@
 
 As in the mmseg recipes of DINOv2 and RADIO but without their augmentation, since features are
 encoded once and kept on the CPU in half precision, ``2 * N * C * h * w`` bytes. So the probe is for
-sets of hundreds of images; for all of ADE20K take mmseg.
+sets of hundreds of images, and its protocol is called quick; ``ade20k`` and ``voc`` train on images
+that come from disk (:mod:`.semantic`).
 """
 
 from collections.abc import Callable

@@ -32,6 +32,8 @@ _store: dist.Store | None = None
 """The store of the run's processes, once they have joined."""
 _waits = 0
 """Number of times they have waited for rank 0."""
+_is_alone = False
+"""Whether this is rank 0 inside :func:`run_on_main`, where no other process takes part."""
 
 
 @dataclass(frozen=True)
@@ -230,9 +232,19 @@ def _leave() -> None:
         dist.destroy_process_group()
 
 
+def is_shared() -> bool:
+    """Return whether what is done now is done by several processes together."""
+    return dist.is_initialized() and not _is_alone
+
+
+def current_world() -> World:
+    """Return this process's place among those that take part in what is done now."""
+    return World(dist.get_rank(), dist.get_world_size()) if is_shared() else World()
+
+
 def all_reduce_sum(values: Tensor) -> Tensor:
     """Return the sum of ``values`` over all processes, on each of them, where they lie."""
-    if not dist.is_initialized():
+    if not is_shared():
         return values
     # NCCL sums nothing that lies on the host.
     device = torch.device("cuda") if dist.get_backend() == "nccl" else values.device
@@ -247,15 +259,22 @@ def run_on_main(
     """Call a function on rank 0 alone; every process returns its value, or raises its error.
 
     A process that did not learn of the error would wait for rank 0 for ever. The others call
-    ``waiting`` about once a second meanwhile.
+    ``waiting`` about once a second meanwhile. For what ``function`` calls, rank 0 is all there is:
+    the probes of an evaluation are trained as on one process.
     """
+    global _is_alone
+    if _is_alone:
+        return function()
     value: T | None = None
     error: RadioDistillError | OSError | None = None
     if world.is_main:
+        _is_alone = True
         try:
             value = function()
         except (RadioDistillError, OSError) as caught:
             error = caught
+        finally:
+            _is_alone = False
     _wait_for_main(world, waiting)
     value, error = broadcast_object((value, error))
     if error is not None:
@@ -284,7 +303,7 @@ def _wait_for_main(world: World, waiting: Callable[[], None] | None) -> None:
 
 def broadcast_object(value: T) -> T:
     """Return rank 0's value of a small picklable object, on every process."""
-    if not dist.is_initialized():
+    if not is_shared():
         return value
     box = [value]
     dist.broadcast_object_list(box, src=0)
@@ -293,7 +312,7 @@ def broadcast_object(value: T) -> T:
 
 def all_gather_object(values: list[T]) -> list[T]:
     """Return the lists of all processes as one, in the order of ranks, on every process."""
-    if not dist.is_initialized():
+    if not is_shared():
         return values
     lists: list[list[T]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(lists, values)

@@ -15,8 +15,12 @@ PLAIN_INTERVAL = 15.0
 """Seconds between lines where no terminal can redraw a bar."""
 
 
+_open_bars = 0
+"""Bars that are being shown in this process."""
+
+
 class Progress:
-    """Shows how far something is.
+    """Shows how far something is; one that is opened inside another shows nothing.
 
     Args:
         label: what is going on, at the start of the line.
@@ -40,11 +44,15 @@ class Progress:
         self._images = images
         self._done = start
         self._begin = self._last_line = time.monotonic()
+        visible = visible and not _open_bars
+        self._visible = visible
         self._terminal = visible and sys.stderr.isatty()
         self._plain = visible and not self._terminal
         self._bar = _rich_bar(unit) if self._terminal else None
 
     def __enter__(self) -> "Progress":
+        global _open_bars
+        _open_bars += self._visible
         if self._bar is not None:
             self._bar.start()
             self._task = self._bar.add_task(
@@ -58,6 +66,8 @@ class Progress:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        global _open_bars
+        _open_bars -= self._visible
         if self._bar is not None:
             self._bar.stop()
         elif self._plain and kind is None and self.seconds > 1:

@@ -23,6 +23,7 @@ from .retrieval import recalls_both_ways
 from .saliency import MaxF
 from .segmentation import (
     IGNORED,
+    Confusion,
     confusion_matrix,
     mean_iou,
     num_shown,
@@ -32,6 +33,7 @@ from .sums import Sums, check_finite
 
 __all__ = [
     "IGNORED",
+    "Confusion",
     "DepthErrors",
     "Fidelity",
     "MaxF",

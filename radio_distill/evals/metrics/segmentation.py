@@ -2,7 +2,10 @@
 
 from typing import Literal
 
+import torch
 from torch import Tensor
+
+from .sums import Sums
 
 IGNORED = -1
 """Index of pixels that are of no class."""
@@ -15,6 +18,27 @@ def confusion_matrix(prediction: Tensor, target: Tensor, num_classes: int) -> Te
     known = target != IGNORED
     code = target[known] * num_classes + prediction[known]
     return code.bincount(minlength=num_classes**2).view(num_classes, num_classes)
+
+
+class Confusion(Sums):
+    """The confusion matrix of a whole set.
+
+    Args:
+        num_classes: K.
+        device: where the sums live.
+    """
+
+    def __init__(self, num_classes: int, device: torch.device | str | None = None):
+        super().__init__(num_classes**2, device)
+        self.num_classes = num_classes
+
+    def update(self, prediction: Tensor, target: Tensor) -> None:
+        """Add maps of classes, of any equal shape."""
+        self.sums += confusion_matrix(prediction, target, self.num_classes).flatten()
+
+    def compute(self) -> Tensor:
+        """Return the matrix, ``[K, K]``, on the host."""
+        return self.sums.view(self.num_classes, self.num_classes).cpu()
 
 
 def mean_iou(confusion: Tensor, counted: Counted = "shown") -> float:

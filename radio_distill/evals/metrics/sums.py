@@ -4,10 +4,10 @@ They are ratios of sums, not means of ratios of batches, which a single flat ima
 """
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ...errors import DataError
+from ...system.distributed import all_reduce_sum
 
 
 def check_finite(values: Tensor, measure: str, name: str) -> None:
@@ -32,5 +32,4 @@ class Sums:
 
     def all_reduce(self) -> None:
         """Merge over all processes, once, at the end; alone, do nothing."""
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(self.sums)
+        self.sums = all_reduce_sum(self.sums)

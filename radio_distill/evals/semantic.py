@@ -1,0 +1,118 @@
+"""Linear probes for semantic segmentation as RADIO trains them: ADE20K and VOC.
+
+Pictures fit in 2048 x 512 pixels times a random scale and are cropped to 512 x 512; a test picture
+has a shorter side of 512, its logits are resized to the size of its labels. mmsegmentation's recipe
+(RADIO's configurations and their rates; FeatSharp, arXiv 2502.16025, table 2, Dense).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..types import Score, Size
+from .augmentation import Augmentation, resized
+from .datasets import DATASETS
+from .metrics import IGNORED, Confusion, mean_iou, num_shown
+from .probe_heads import Linear
+from .probe_training import Example
+from .trained import Meters, TrainedBenchmark, read_pixels
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SemanticProbe(TrainedBenchmark):
+    """Batch normalisation and a 1x1 convolution on the last map; mIoU over the whole set."""
+
+    fit: Size = (2048, 512)
+    """Longer and shorter side that pictures are made to fit in, in pixels."""
+
+    head: ClassVar[str] = "linear"
+    num_classes: ClassVar[int]
+
+    def training_example(self, image: Any, random: np.random.Generator | None) -> Example:
+        """Read a picture and vary it; without a generator, resize it to the crop."""
+        pixels, labels = read_pixels(image), image.labels()
+        if random is None:
+            return Example(image.key, *resized(pixels, labels, self.crop))
+        return Example(image.key, *Augmentation(self.crop, self.fit)(pixels, labels, random))
+
+    def test_example(self, image: Any) -> Example:
+        """Read a picture, whole, with labels of its original size."""
+        pixels = read_pixels(image)
+        height, width = pixels.shape[-2:]
+        factor = min(max(self.fit) / max(height, width), min(self.fit) / min(height, width))
+        pixels, _ = resized(pixels, {}, (round(height * factor), round(width * factor)))
+        return Example(image.key, pixels, image.labels())
+
+    def heads(self, channels: Sequence[int]) -> dict[str, nn.Module]:
+        """Make the linear head."""
+        return {"segmentation": Linear(sum(channels), self.num_classes)}
+
+    def losses(
+        self, outputs: Mapping[str, Tensor], labels: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Return the cross-entropy, a mean over all pixels, those of no class included.
+
+        A quick probe looks at every fourth row and column.
+        """
+        target = labels["segmentation"]
+        if self.quick:
+            target = target[:, 2::4, 2::4]
+        logits = F.interpolate(outputs["segmentation"], target.shape[-2:], mode="bilinear")
+        loss = F.cross_entropy(logits, target, ignore_index=IGNORED, reduction="none")
+        return {"cross_entropy": loss.mean()}
+
+    def meters(self, device: torch.device | str) -> Meters:
+        """Make an empty confusion matrix."""
+        return {"confusion": Confusion(self.num_classes, device)}
+
+    def measure(
+        self, meters: Meters, outputs: Mapping[str, Tensor], labels: Mapping[str, Tensor]
+    ) -> None:
+        """Count the pixels of a picture by class and predicted class."""
+        target = labels["segmentation"]
+        logits = F.interpolate(outputs["segmentation"], target.shape, mode="bilinear")
+        meters["confusion"].update(logits[0].argmax(dim=0), target)
+
+    def scores(self, meters: Meters, num_test: int) -> list[Score]:
+        """Return the mean IoU of the classes that the test shows, or somebody predicts."""
+        confusion = meters["confusion"].compute()
+        return [
+            Score(
+                self.name, "miou", 100 * mean_iou(confusion, "met"), "%", True, "Dense", num_test,
+                details={"classes": num_shown(confusion)},
+            )
+        ]  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ade20k(SemanticProbe):
+    """ADE20K scene parsing: 20,210 training and 2,000 test pictures, 150 classes."""
+
+    name: ClassVar[str] = "ade20k"
+    sources: ClassVar[Mapping[str, str]] = {"data": "data.ade20k"}
+    num_classes: ClassVar[int] = 150
+
+    def pictures(self) -> tuple[Sequence[Any], Sequence[Any]]:
+        """List ``train`` and ``val``."""
+        dataset = DATASETS.get("ade20k")(Path(self.data))
+        return dataset.split("train"), dataset.split("val")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Voc(SemanticProbe):
+    """VOC 2012: 10,582 training pictures (1,464 without the further labels), 1,449 of the test."""
+
+    name: ClassVar[str] = "voc"
+    sources: ClassVar[Mapping[str, str]] = {"data": "data.voc"}
+    num_classes: ClassVar[int] = 21
+
+    def pictures(self) -> tuple[Sequence[Any], Sequence[Any]]:
+        """List ``trainaug``, or ``train`` where that is all there is, and ``val``."""
+        dataset = DATASETS.get("voc")(Path(self.data))
+        return dataset.split(dataset.training), dataset.split("val")

@@ -1,0 +1,177 @@
+"""Benchmarks that train heads on a frozen encoder: what they share.
+
+A benchmark says which pictures there are, how they are varied, which heads read them, what these
+lose, and what is counted on test pictures. Its fields are its published protocol;
+:mod:`.probe_training` trains, :meth:`TrainedBenchmark.run` tests.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..data.folder import spread
+from ..errors import DataError
+from ..system.distributed import current_world
+from ..types import Score, Size
+from .encoder import Encoder, open_image
+from .probe_training import Example, Heads, encode, examples, train
+from .protocol import protocol_of
+
+Meters = Mapping[str, Any]
+"""What is counted on test pictures, by name: ``metrics.Sums``, each of a class of its own."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainedBenchmark(ABC):
+    """A probe and its test; see the module's text."""
+
+    data: str
+    """Folder of the data set."""
+    crop: Size = (512, 512)
+    """Height and width of training pictures, in pixels."""
+    steps: int = 80_000
+    images_per_step: int = 16
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    warmup_steps: int = 1_500
+    decay: Literal["linear", "poly", "cosine", "quarter"] = "linear"
+    """Of the rate, from 1 to 0 over the rest of the steps: ``1 - t``, its power 0.9, half a cosine,
+    or a quarter of one, which ends at 0.01."""
+    gradient_clip: float = 0.0
+    """Largest norm of the gradient; 0 for no limit."""
+    quick: bool = False
+    """Do not augment: maps are computed once for each picture, and kept in memory."""
+    work: str = ""
+    """Folder in which the training is saved, so that it goes on after it was killed."""
+    seed: int = 0
+    batch_size: int = 16
+    """Most pictures in one pass of the encoder."""
+
+    name: ClassVar[str]
+    sources: ClassVar[Mapping[str, str]]
+    head: ClassVar[str]
+    """What people call its heads."""
+    layers: ClassVar[int] = 1
+    """How many layers of the encoder the heads read."""
+    pools_step: ClassVar[bool] = False
+    """Whether a loss is of all pictures of a step together, and no mean over them."""
+
+    @abstractmethod
+    def pictures(self) -> tuple[Sequence[Any], Sequence[Any]]:
+        """List the pictures to train and to test on, ``datasets.LabelledImage``."""
+
+    @abstractmethod
+    def training_example(self, image: Any, random: np.random.Generator | None) -> Example:
+        """Read a picture and vary it, to the size ``crop``; without a generator, do not vary it."""
+
+    @abstractmethod
+    def test_example(self, image: Any) -> Example:
+        """Read a picture of the test."""
+
+    @abstractmethod
+    def heads(self, channels: Sequence[int]) -> dict[str, nn.Module]:
+        """Make the heads, for maps of so many channels."""
+
+    @abstractmethod
+    def losses(
+        self, outputs: Mapping[str, Tensor], labels: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Return the weighted terms of the loss of some pictures, scalars; their sum is trained.
+
+        Each is a mean over the pictures, or, with ``pools_step``, of all pictures of the step.
+        """
+
+    @abstractmethod
+    def meters(self, device: torch.device | str) -> Meters:
+        """Make empty meters."""
+
+    @abstractmethod
+    def measure(
+        self, meters: Meters, outputs: Mapping[str, Tensor], labels: Mapping[str, Tensor]
+    ) -> None:
+        """Feed a test picture to the meters.
+
+        ``outputs`` are ``[1, K, H, W]`` of the example's height and width, ``labels`` lie on the
+        same device and are of their own size.
+        """
+
+    @abstractmethod
+    def scores(self, meters: Meters, num_test: int) -> list[Score]:
+        """Turn what was counted on all test pictures into scores."""
+
+    def learning_rates(self) -> np.ndarray:
+        """Return ``[steps]`` rates: a linear warm-up from almost 0, then the decay."""
+        warmup = min(self.warmup_steps, self.steps)
+        rest = np.arange(self.steps - warmup) / max(self.steps - warmup, 1)
+        decayed = {
+            "linear": 1 - rest,
+            "poly": (1 - rest) ** 0.9,
+            "cosine": (1 + np.cos(np.pi * rest)) / 2,
+            "quarter": 0.01 + 0.99 * np.cos(np.pi / 2 * rest),
+        }[self.decay]
+        rising = np.arange(1, warmup + 1) / max(warmup, 1)
+        return self.learning_rate * np.concatenate([rising, decayed])
+
+    def run(
+        self,
+        encoder: Encoder,
+        limit: int | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[Score]:
+        """Train the heads on one split and score them on the other; ``limit`` thins out each.
+
+        All processes of a run may call together: they share the pictures, and get the scores.
+        """
+        training, test = (spread(part, limit) for part in self.pictures())
+        if not training or not test:
+            raise DataError(f"{self.data}: {self.name} needs pictures to train and to test on")
+        total = self.steps + len(test)
+
+        def report(done: int) -> None:
+            if progress is not None:
+                progress(min(done, total), total)
+
+        heads = train(self, encoder, training, report)
+        world = current_world()
+        meters = self.meters(encoder.device)
+        own = test[world.rank :: world.world_size]
+        with examples(self.test_example, own, encoder.device) as stream:
+            for number, example in enumerate(stream, 1):
+                labels = {name: it.to(encoder.device) for name, it in example.labels.items()}
+                self.measure(meters, self._predict(encoder, heads, example.pixels), labels)
+                report(self.steps + number * world.world_size)
+        report(total)
+        for meter in meters.values():
+            meter.all_reduce()
+        keys = {"train": [it.key for it in training], "test": [it.key for it in test]}
+        protocol = protocol_of(self, f"{self.name}-{self.head}-{self.steps}", **keys)
+        return [replace(score, protocol=protocol) for score in self.scores(meters, len(test))]
+
+    @torch.no_grad()
+    def _predict(self, encoder: Encoder, heads: Heads, pixels: Tensor) -> dict[str, Tensor]:
+        """Return the outputs for one picture ``[3, H, W]``, each ``[1, K, H, W]``.
+
+        The encoder is given whole patches: the picture is padded to the right and below, and what
+        lies there is cut off again. One that takes less is given a smaller picture.
+        """
+        height, width = pixels.shape[-2:]
+        below, right = -height % encoder.size_multiple, -width % encoder.size_multiple
+        padded = F.pad(pixels, (0, right, 0, below))[None]
+        outputs = heads(encode(encoder, padded, self.layers, 1))
+        size = height + below, width + right
+        return {
+            name: F.interpolate(output, size, mode="bilinear")[..., :height, :width]
+            for name, output in outputs.items()
+        }
+
+
+def read_pixels(image: Any) -> Tensor:
+    """Read a picture as ``[3, H, W]`` uint8; raises DataError with its name."""
+    return torch.from_numpy(np.array(open_image(image.image))).permute(2, 0, 1)

@@ -1,0 +1,141 @@
+"""A probe is the same for any passes of the encoder and any processes, and however often killed."""
+
+import math
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from radio_distill.errors import ConfigError, DataError
+from radio_distill.evals.probe_heads import ConvProbe
+from radio_distill.evals.probe_training import train
+from radio_distill.evals.semantic import Voc
+
+from .probe_sets import perfect_encoder, write_voc
+
+
+class ConvVoc(Voc):
+    """Statistics of what is trained, and a loss of all pictures of a step."""
+
+    pools_step = True
+
+    def heads(self, channels):
+        return {"segmentation": ConvProbe(sum(channels), self.num_classes)}
+
+    def losses(self, outputs, labels):
+        (loss,) = super().losses(outputs, labels).values()
+        return {"root": loss.sqrt()}
+
+
+KINDS = {"linear": Voc, "conv": ConvVoc}
+
+
+def benchmark(kind: str, folder: Path, **values) -> Voc:
+    defaults = {"steps": 30, "warmup_steps": 3, "images_per_step": 5, "learning_rate": 0.02}
+    size = {"crop": (32, 32), "fit": (80, 64)}
+    return KINDS[kind](data=str(folder), **{**defaults, **size, **values})
+
+
+@pytest.fixture(scope="module")
+def voc(tmp_path_factory) -> Path:
+    return write_voc(tmp_path_factory.mktemp("voc"))
+
+
+def weights(probe: Voc, progress=lambda done: None) -> dict[str, torch.Tensor]:
+    return train(probe, perfect_encoder(), probe.pictures()[0], progress).state_dict()
+
+
+class KilledError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_train__killed_goes_on_to_the_same_bits(voc, tmp_path, quick):
+    probe = benchmark("linear", voc, quick=quick)
+    expected = weights(probe)
+    resumable, steps = replace(probe, work=str(tmp_path)), []
+
+    def kill(done: int) -> None:
+        if done == 25:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        weights(resumable, kill)
+    found = weights(resumable, steps.append)
+    assert steps == list(range(21, 31)), "it went on from the checkpoint after 20 steps"
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert weights(resumable, steps.append).keys() == expected.keys()
+    assert len(steps) == 10, "what is done is not done again"
+
+
+def test_train__another_encoder_or_seed_begins_anew(voc, tmp_path):
+    probe = benchmark("linear", voc, steps=2, work=str(tmp_path))
+    weights(probe)
+    for other in (replace(probe, seed=1), replace(probe, learning_rate=0.01)):
+        steps = []
+        weights(other, steps.append)
+        assert steps == [1, 2]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_train__passes_of_the_encoder_do_not_matter(voc, kind):
+    one, all_at_once = (weights(benchmark(kind, voc, steps=5, batch_size=n)) for n in (1, 16))
+    for name, value in all_at_once.items():
+        torch.testing.assert_close(one[name], value, rtol=1e-5, atol=1e-6)
+
+
+def train_on_rank(rank: int, voc: str, folder: str) -> None:
+    torch.set_num_threads(1)
+    os.environ["LOCAL_RANK"] = str(rank)
+    dist.init_process_group("gloo", rank=rank, world_size=2, init_method=f"file://{folder}/store")
+    for kind in KINDS:
+        probe = benchmark(kind, Path(voc), steps=5, work=folder)
+        found = weights(probe)
+        scores = probe.run(perfect_encoder())  # whose heads are those that were saved
+        torch.save((found, scores[0].value), f"{folder}/{kind}-{rank}.pt")
+    with pytest.raises(ConfigError, match="2 processes cannot share the 1 images"):
+        weights(benchmark("linear", Path(voc), images_per_step=1))
+    dist.destroy_process_group()
+
+
+@pytest.mark.distributed
+def test_train__two_processes_equal_one(voc, tmp_path):
+    """Five images a step: three on one process, two on the other."""
+    args = (str(voc), str(tmp_path))
+    mp.start_processes(train_on_rank, args, nprocs=2, start_method="spawn")
+    for kind in KINDS:
+        probe = benchmark(kind, voc, steps=5)
+        expected, score = weights(probe), probe.run(perfect_encoder())[0].value
+        for rank in range(2):
+            found, other = torch.load(tmp_path / f"{kind}-{rank}.pt", weights_only=True)
+            for name, value in expected.items():
+                torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
+            assert math.isclose(other, score, rel_tol=1e-6), kind
+
+
+def test_train__leaves_the_global_generators_alone(voc):
+    before = torch.get_rng_state()
+    weights(benchmark("linear", voc, steps=1))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_train__a_damaged_picture_ends_it_with_its_name(voc, tmp_path):
+    write_voc(tmp_path)
+    (tmp_path / "JPEGImages" / "train2.jpg").write_bytes(b"no picture")
+    with pytest.raises(DataError, match="train2"):
+        weights(benchmark("linear", tmp_path, steps=3))
+
+
+def test_learning_rates__rise_and_fall():
+    probe = benchmark("linear", Path(), steps=100, warmup_steps=10, learning_rate=2.0)
+    for decay, end in {"linear": 0.0, "poly": 0.0, "cosine": 0.0, "quarter": 0.02}.items():
+        rates = replace(probe, decay=decay).learning_rates()
+        assert len(rates) == 100
+        assert rates[9] == rates[10] == 2.0
+        assert (rates[1:10] > rates[:9]).all()
+        assert (rates[11:] < rates[10:-1]).all()
+        assert abs(rates[-1] - end) < 0.05
