@@ -102,6 +102,14 @@ class Knn:
         return torch.cat([summary_of(features).half().cpu() for features in batches])  # [N, S]
 
 
+@dataclass(frozen=True, slots=True)
+class ImagenetKnn(Knn):
+    """The same over ImageNet-1k: 1,281,167 images are the bank, 50,000 are asked."""
+
+    name: ClassVar[str] = "imagenet_knn"
+    sources: ClassVar[dict[str, str]] = {"folder": "data.imagenet", "size": "size"}
+
+
 def thin_out(
     train: Sequence[Labelled], val: Sequence[Labelled], limit: int | None
 ) -> tuple[list[Labelled], list[Labelled]]:

@@ -178,7 +178,7 @@ def check_sizes(pairs: Sequence[Pair]) -> None:
     Raises:
         DataError: they differ, with the pair and the likely reason; or a file is no image.
     """
-    shapes = [(pair, _shape(pair.image), _shape(pair.mask)) for pair in pairs]
+    shapes = [(pair, shape_of(pair.image), shape_of(pair.mask)) for pair in pairs]
     wrong = [row for row in shapes if row[1].upright != row[2].upright]
     if wrong:
         more = f" ({len(wrong) - 1} more pairs differ)" if len(wrong) > 1 else ""
@@ -197,7 +197,8 @@ def check_sizes(pairs: Sequence[Pair]) -> None:
         )
 
 
-def _shape(path: Path) -> Shape:
+def shape_of(path: Path) -> Shape:
+    """Read the size of an image out of its header; raises DataError with its name."""
     try:
         with open_regular(path) as file:
             return image_shape(file)

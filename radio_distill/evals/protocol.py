@@ -17,6 +17,7 @@ _NO_PROTOCOL = ("batch_size", "seed", "work", "workers")
 """Fields that decide how, or with which draw, a protocol is run, and not which it is."""
 _FOLDERS = ("images", "labels", "segmentation")
 """Fields of `evaluation` that say where somebody's own images lie."""
+_QUICK = "-quick"
 _DATA = "data."
 """What a source of a benchmark begins with that is a data set by name."""
 
@@ -42,10 +43,20 @@ def protocol_of(benchmark: Any, name: str = "", **facts: Any) -> str:
         elif field.name not in _NO_PROTOCOL and source not in _FOLDERS:
             values[field.name] = getattr(benchmark, field.name)
     name = name or benchmark.name
-    if values.get("quick") and not name.endswith("-quick"):
-        name += "-quick"
-    text = json.dumps([benchmark.name, name, _plain(values), _plain(facts)], sort_keys=True)
+    protocol = named_protocol(name, [benchmark.name, values, facts])
+    return quick(protocol) if values.get("quick") else protocol
+
+
+def named_protocol(name: str, parts: Any) -> str:
+    """Return ``NAME@HASH`` of anything that JSON can hold."""
+    text = json.dumps([name, _plain(parts)], sort_keys=True)
     return f"{name}@{sha256(text.encode()).hexdigest()[:8]}"
+
+
+def quick(protocol: str) -> str:
+    """Return what a protocol is called that was asked of a part of its data, or in short."""
+    name, _, digest = protocol.partition("@")
+    return protocol if name.endswith(_QUICK) else f"{name}{_QUICK}@{digest}"
 
 
 def file_names(images: Iterable[str | Path]) -> list[str]:

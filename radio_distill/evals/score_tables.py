@@ -7,6 +7,7 @@
 
 import csv
 import io
+import json
 import math
 from collections.abc import Hashable, Iterator
 from pathlib import Path
@@ -57,6 +58,14 @@ class _StrictLoader(yaml.SafeLoader):
             if keys.count(key) > 1:
                 raise yaml.YAMLError(f"{key!r} stands twice; several results are a list under it")
         return super().construct_mapping(node, deep)
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file; raises DataError."""
+    try:
+        return json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path} is not valid JSON: {reason_of(error)}") from error
 
 
 def read_text(path: Path) -> str:

@@ -3,6 +3,7 @@
     radio-distill score runs/demo --baseline bilinear
     radio-distill score runs/mine runs/other --baseline mine/stage3-tile --models tile featsharp
     radio-distill score mine.csv --definitions metrics.yaml --baseline old --format latex
+    radio-distill score runs/mine tile=llava/tile_results.json --baseline bilinear --exclude-missing
 
 A model is named by its label in the table, or by those parts of it that no other label has: the
 stage, the upsampler of a stage 3, the run. Only tasks that no student was trained for count in Δm;
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from radio_distill.errors import ConfigError
 from radio_distill.evals.gain import multi_task_gain
+from radio_distill.evals.headlines import in_order
 from radio_distill.evals.score_tables import read_definitions
 from radio_distill.evals.scores import read_scores
 from radio_distill.report.gain_tables import beside_tables, gain_table, score_tables
@@ -24,7 +26,11 @@ from radio_distill.system.files import write_text
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     add = parser.add_argument
-    add("results", nargs="*", help="scores.jsonl, YAML, JSON or CSV files, or folders of scores")
+    add(
+        "results",
+        nargs="*",
+        help="scores.jsonl, YAML, JSON or CSV files, folders of scores; [NAME=]FILE of lmms-eval",
+    )
     add("--baseline", metavar="NAME", help="model that the others are compared with")
     add("--definitions", metavar="FILE", help="YAML of metrics: group, higher_is_better, unit")
     add("--models", nargs="+", metavar="NAME", help="compare these models only")
@@ -61,7 +67,7 @@ def _tables(arguments: argparse.Namespace) -> list[Table]:
     if arguments.models:
         named = [scores.named(model) for model in arguments.models]
         scores = scores.only([*named, *([] if baseline in named else [baseline])])
-    definitions = scores.definitions | given
+    definitions = in_order(scores.definitions | given)
     scores.check_alike()
     gains = multi_task_gain(
         scores.results,

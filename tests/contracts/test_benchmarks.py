@@ -22,8 +22,10 @@ from radio_distill.types import Features
 PROBE = {"steps": 3, "images_per_step": 2, "crop": [32, 32]}
 OPTIONS = {
     "ade20k": {**PROBE, "fit": [48, 32]},
+    "imagenet_knn": {"k": 2},
     "knn": {"k": 2},
     "segmentation": {"steps": 5},
+    "spair": {"size": 48},
     "stereo": {"stride": 32},
     "voc": {**PROBE, "fit": [48, 32]},
 }

@@ -8,14 +8,15 @@ docs/evaluation.md has the table of layouts, counts and licences.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
+from torch import Tensor
+
+from ...data.folder import spread
 from ...errors import DataError
 from ...registry import Registry
 from ...system.files import printable
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from ..masks import shape_of
 
 DATASETS = Registry(
     "dataset",
@@ -26,6 +27,9 @@ DATASETS = Registry(
         "flickr30k": "radio_distill.evals.datasets.captions:Flickr30k",
         "imagenet": "radio_distill.evals.datasets.imagenet:ImageNet",
         "navi": "radio_distill.evals.datasets.navi:Navi",
+        "nyu_depth": "radio_distill.evals.datasets.nyu_depth:NyuDepth",
+        "nyud": "radio_distill.evals.datasets.nyud:Nyud",
+        "pascal_context": "radio_distill.evals.datasets.pascal_context:PascalContext",
         "spair": "radio_distill.evals.datasets.spair:Spair",
         "voc": "radio_distill.evals.datasets.voc:Voc",
     },
@@ -39,9 +43,9 @@ class LabelledImage:
     key: str
     """Its name within the set."""
     image: Path
-    read: Callable[[], "dict[str, Tensor]"]
+    read: Callable[[], dict[str, Tensor]]
 
-    def labels(self) -> "dict[str, Tensor]":
+    def labels(self) -> dict[str, Tensor]:
         """Read the labels, each at the picture's own height and width.
 
         * ``segmentation``, ``parts``, ``saliency``: int64 ``[H, W]``, class or IGNORED;
@@ -49,9 +53,18 @@ class LabelledImage:
         * ``normals``: float32 ``[3, H, W]``, unit vectors, 0 where unknown.
 
         Raises:
-            DataError: a file is damaged.
+            DataError: a file is damaged, or labels are not of the picture's size.
         """
-        return self.read()
+        labels = self.read()
+        width, height = shape_of(self.image).upright
+        for kind, values in labels.items():
+            if values.shape[-2:] != (height, width):
+                size = "x".join(map(str, reversed(values.shape[-2:])))
+                raise DataError(
+                    f"{printable(self.image)} is {width}x{height} px, its {kind} {size}; take both "
+                    "from one copy of the set"
+                )
+        return labels
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,3 +138,19 @@ class Dataset:
             f"no folder {folder} ({last} holds {printable(there)}); name the folder of {self.name} "
             f"that holds {self.layout}"
         )
+
+
+@dataclass(frozen=True)
+class LabelledDataset(Dataset):
+    """A data set of pictures with dense labels, in splits."""
+
+    def split(self, split: str) -> list[LabelledImage]:
+        """List the pictures of ``train`` or ``val``; raises DataError in one line."""
+        raise NotImplementedError
+
+    def count(self, part: str) -> int:
+        """Count the pictures of a split, and read the labels of a few."""
+        items = self.split(part)
+        for item in spread(items, 4):
+            item.labels()
+        return len(items)

@@ -8,14 +8,14 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from . import Dataset, LabelledImage
+from . import LabelledDataset, LabelledImage
 from .files import read_classes, same_stems
 
 _FOLDERS = {"train": "training", "val": "validation"}
 
 
 @dataclass(frozen=True)
-class Ade20k(Dataset):
+class Ade20k(LabelledDataset):
     """ADE20K as in the scene parsing challenge of 2016 (``ADEChallengeData2016``).
 
     ``images/{training,validation}/NAME.jpg`` and ``annotations/…/NAME.png``, in which 0 is not
@@ -37,10 +37,6 @@ class Ade20k(Dataset):
             for stem in same_stems(images, labels, (".jpg", ".png"))
         ]
 
-    def count(self, part: str) -> int:
-        """Count the pictures of a split."""
-        return len(self.split(part))
-
 
 def _read(path: Path) -> dict[str, Tensor]:
-    return {"segmentation": read_classes(path, ignored=0, offset=1)}
+    return {"segmentation": read_classes(path, Ade20k.num_classes, ignored=0, offset=1)}

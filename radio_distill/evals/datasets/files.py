@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ...errors import DataError
 from ...system.files import open_regular, printable, reason_of
+from ..encoder import open_image
 from ..masks import class_numbers
 from ..metrics import IGNORED
 
@@ -67,16 +68,31 @@ def check_listed(list_path: Path, names: Sequence[str], folder: Path, suffix: st
         )
 
 
-def read_classes(path: Path, ignored: int, offset: int = 0) -> Tensor:
-    """Read a PNG of class numbers: ``[H, W]`` int64, ``number - offset``, ``ignored`` as IGNORED.
+def read_classes(path: Path, num_classes: int, ignored: int, offset: int = 0) -> Tensor:
+    """Read a PNG of class numbers: ``[H, W]`` int64 from 0, ``ignored`` as IGNORED.
 
     Args:
         path: one channel, grey or palette.
+        num_classes: of the set; a larger number is an error.
         ignored: the number in the file that is no class.
-        offset: the number of the first class.
+        offset: the number in the file that is class 0.
     """
     numbers = class_numbers(path).astype(np.int64)
-    return torch.from_numpy(np.where(numbers == ignored, IGNORED, numbers - offset))
+    known = numbers != ignored
+    if known.any() and (largest := int(numbers[known].max())) >= num_classes + offset:
+        raise DataError(
+            f"{path} shows {largest}, and classes end at {num_classes + offset - 1}: these are the "
+            "masks of another set"
+        )
+    return torch.from_numpy(np.where(known, numbers - offset, IGNORED))
+
+
+def read_normals(path: Path) -> Tensor:
+    """Read normals out of a picture whose 0 to 255 stand for -1 to 1: ``[3, H, W]``, unit or 0."""
+    stored = np.array(open_image(path), dtype=np.float32)
+    normals = torch.from_numpy(2 * stored / 255 - 1).permute(2, 0, 1)
+    length = normals.norm(dim=0)
+    return torch.where(length > 0.1, normals / length, 0.0)
 
 
 def read_json(path: Path) -> Any:

@@ -8,12 +8,12 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from . import Dataset, LabelledImage
+from . import LabelledDataset, LabelledImage
 from .files import check_listed, read_classes, read_lines
 
 
 @dataclass(frozen=True)
-class Voc(Dataset):
+class Voc(LabelledDataset):
     """PASCAL VOC 2012 (``VOCdevkit/VOC2012``), with or without the masks of SBD.
 
     ``JPEGImages/ID.jpg``, ``SegmentationClass/ID.png`` and the lists
@@ -44,13 +44,9 @@ class Voc(Dataset):
             for name in names
         ]
 
-    def count(self, part: str) -> int:
-        """Count the pictures of a split."""
-        return len(self.split(part))
-
     def _list(self, split: str) -> Path:
         return self.root / "ImageSets" / "Segmentation" / f"{split}.txt"
 
 
 def _read(path: Path) -> dict[str, Tensor]:
-    return {"segmentation": read_classes(path, ignored=255)}
+    return {"segmentation": read_classes(path, Voc.num_classes, ignored=255)}

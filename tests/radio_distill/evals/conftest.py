@@ -23,6 +23,16 @@ def _colours(patch_size: int) -> Encoder:
     return Encoder("colours", encode, patch_size)
 
 
+def _hues(patch_size: int) -> Encoder:
+    """Mean colour of each patch as angles, so that the nearest by cosine is the nearest colour."""
+
+    def encode(pixels: Tensor) -> Features:
+        angles = torch.pi * F.avg_pool2d(pixels, patch_size)
+        return Features(None, torch.cat([angles.cos(), angles.sin()], dim=1))
+
+    return Encoder("hues", encode, patch_size)
+
+
 def _noise(patch_size: int, seed: int = 0, channels: int = 16) -> Encoder:
     """Features that have nothing to do with the image."""
     generator = torch.Generator().manual_seed(seed)
@@ -38,6 +48,11 @@ def _noise(patch_size: int, seed: int = 0, channels: int = 16) -> Encoder:
 @pytest.fixture
 def colours():
     return _colours
+
+
+@pytest.fixture
+def hues():
+    return _hues
 
 
 @pytest.fixture

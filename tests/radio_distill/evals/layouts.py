@@ -189,7 +189,10 @@ def spair(root: Path, pictures: int = 3) -> Path:
         points, boxes = [], []
         for index in range(pictures):
             x, y = (columns - 3 * index) / width - 0.5, (rows - 2 * index) / height - 0.5
-            save(root / "JPEGImages" / category / f"2008_00000{index}.jpg", texture(x - number, y))
+            save(
+                root / "JPEGImages" / category / f"2008_00000{index}.jpg",
+                texture(x - 0.4 * number, y),
+            )
             moved = np.array([3 * index, 2 * index])
             points.append((np.array([[10, 10], [30, 10], [10, 26], [30, 26]]) + moved).tolist())
             boxes.append((np.array([[8, 8], [34, 30]]) + moved).reshape(-1).tolist())
@@ -242,4 +245,85 @@ def navi(root: Path, objects: int = 2, pictures: int = 5) -> Path:
                     "image_size": [height, width], "camera": camera, "scene_name": scene,
                 })  # fmt: skip
             write_json(folder / "annotations.json", annotations)
+    return root
+
+
+def normals_of(numbers: np.ndarray) -> np.ndarray:
+    """A normal for each number of a label map, as a PNG stores them, ``[H, W, 3]`` uint8."""
+    vectors = np.random.default_rng(1).normal(size=(256, 3))
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    return ((vectors[numbers] + 1) / 2 * 255).round().astype(np.uint8)
+
+
+def nyud(root: Path, train: int = 3, val: int = 2) -> Path:
+    """ATRC's NYUDv2; colour, depth (1 m and 0.25 m a class) and normal follow from the class."""
+    generator = np.random.default_rng(0)
+    for split, first, count in (("train", 1, train), ("val", 501, val)):
+        stems = [f"{number:04d}" for number in range(first, first + count)]
+        for stem in stems:
+            numbers = regions(generator, [0, 1, 2, 39, 40])
+            save(root / "images" / f"{stem}.png", painted(numbers))
+            save(root / "segmentation" / f"{stem}.png", numbers)
+            save(root / "normals" / f"{stem}.png", normals_of(numbers))
+            depth = np.where(numbers == 0, 0, 1 + 0.25 * numbers).astype(np.float32)
+            (root / "depth").mkdir(exist_ok=True)
+            np.save(root / "depth" / f"{stem}.npy", depth)
+        write(root / "gt_sets" / f"{split}.txt", "\n".join(stems) + "\n")
+    return root
+
+
+def pascal_context(root: Path, train: int = 3, val: int = 3) -> Path:
+    """ATRC's PASCALContext; every third picture has its segmentation in ``pascal-context/``.
+
+    Shown are background, aeroplanes (1, salient, of no class of NYU's) and people (15, salient,
+    heads in the left half and feet in the right); the second picture of a split has no person.
+    """
+    from scipy.io import savemat
+
+    generator, width = np.random.default_rng(0), SIZE[0]
+    for split, first, count in (("train", 0, train), ("val", 500, val)):
+        stems = [f"2008_{number:06d}" for number in range(first, first + count)]
+        for index, stem in enumerate(stems):
+            numbers = regions(generator, [0, 1, 255] if index == 1 else [0, 1, 15, 255])
+            person, left = numbers == 15, np.arange(width)[None] < width // 2
+            parts = np.where(person, np.where(left, 1, 6), 0)
+            save(root / "JPEGImages" / f"{stem}.jpg", painted(numbers + 20 * (parts == 6)))
+            source = "pascal-context" if index == 2 else "VOC12"
+            save(root / "semseg" / source / f"{stem}.png", numbers)
+            salient = np.isin(numbers, (1, 15)).astype(np.uint8)
+            save(root / "sal_distill" / f"{stem}.png", 255 * salient)
+            save(root / "normals_distill" / f"{stem}.png", normals_of(numbers))
+            for folder in ("human_parts", "pascal-context/trainval"):
+                (root / folder).mkdir(parents=True, exist_ok=True)
+            context = np.where(numbers == 1, 2, np.where(person, 284, 158)).astype(np.uint16)
+            savemat(root / "pascal-context" / "trainval" / f"{stem}.mat", {"LabelMap": context})
+            plane = ("aeroplane", 1, (numbers == 1).astype(np.uint8), np.zeros((0, 0)))
+            found = [("nose", person & left), ("rfoot", person & ~left)]
+            kinds = [("part_name", object), ("mask", object)]
+            pieces = np.array([(name, mask.astype(np.uint8)) for name, mask in found], dtype=kinds)
+            human = ("person", 15, person.astype(np.uint8), pieces)
+            kinds = [("class", object), ("class_ind", object), ("mask", object), ("parts", object)]
+            objects = np.array([plane] if index == 1 else [plane, human], dtype=kinds)
+            annotation = {"anno": {"imname": stem, "objects": objects}}
+            savemat(root / "human_parts" / f"{stem}.mat", annotation)
+        write(root / "ImageSets" / "Context" / f"{split}.txt", "\n".join(stems) + "\n")
+    return root
+
+
+def nyu_depth(root: Path, train: int = 4, val: int = 3) -> Path:
+    """BTS's NYU, the lists inside; depth follows from the colour, 0.5 m a class, 0 unknown."""
+    generator = np.random.default_rng(0)
+    for split, count, slash in (("train", train, "/"), ("test", val, "")):
+        lines = []
+        for number in range(count):
+            scene = f"kitchen_{split}_{number % 2:04d}"
+            numbers = regions(generator, [0, 1, 2, 3, 8])
+            save(root / scene / f"rgb_{number:05d}.jpg", painted(numbers))
+            save(root / scene / f"sync_depth_{number:05d}.png", (500 * numbers.astype(np.uint16)))
+            files = [
+                f"{slash}{scene}/{name}"
+                for name in (f"rgb_{number:05d}.jpg", f"sync_depth_{number:05d}.png")
+            ]
+            lines.append(" ".join([*files, "518.8579"]))
+        write(root / f"nyu_{split}.txt", "\n".join(lines) + "\n")
     return root

@@ -9,10 +9,11 @@ import yaml
 from PIL import Image
 from torch.nn import functional as F
 
+import layouts
 from radio_distill.data.folder import spread
 from radio_distill.errors import ConfigError
 from radio_distill.evals.encoder import Encoder, to_pixels
-from radio_distill.evals.knn import Knn, knn_votes, nearest_in_bank, thin_out
+from radio_distill.evals.knn import ImagenetKnn, Knn, knn_votes, nearest_in_bank, thin_out
 from radio_distill.evals.metrics import macro_accuracy
 from radio_distill.types import Features
 
@@ -204,3 +205,15 @@ def test_knn__real_images_beat_chance_by_colour_alone(colours, real):
     score, _ = Knn(str(folder), 32).run(Encoder("flat", lambda p: colours(16).encode(p), 16), 100)
     assert score.num_samples == 100
     assert score.value > 2 * 100 / 20
+
+
+def test_imagenet_knn__is_knn_over_the_folder_of_imagenet(colours, tmp_path):
+    root = str(layouts.imagenet(tmp_path))
+    scores = ImagenetKnn(root, 16, k=3).run(colours(8))
+    assert [(score.name, score.value, score.num_samples) for score in scores] == [
+        ("imagenet_knn/top1", 100.0, 6),
+        ("imagenet_knn/macro_accuracy", 100.0, 6),
+    ]
+    same = Knn(root, 16, k=3).run(colours(8))
+    assert [score.value for score in same] == [score.value for score in scores]
+    assert same[0].protocol != scores[0].protocol

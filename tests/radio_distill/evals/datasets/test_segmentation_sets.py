@@ -71,6 +71,18 @@ def test_voc__a_truncated_list_a_lost_file_and_an_empty_list(tmp_path):
         Voc(tmp_path).split("val")
 
 
+def test_labels__of_another_size_or_of_another_set(tmp_path):
+    items = Ade20k(layouts.ade20k(tmp_path)).split("train")
+    mask = tmp_path / "annotations" / "training" / f"{items[1].key}.png"
+    layouts.save(mask, np.ones((48, 40), dtype=np.uint8))
+    with pytest.raises(DataError, match=r"is 48x40 px, its segmentation 40x48"):
+        items[1].labels()
+    layouts.save(mask, np.full((40, 48), 151, dtype=np.uint8))
+    with pytest.raises(DataError, match=r"00000002\.png shows 151"):
+        items[1].labels()
+    assert "train" in Ade20k(tmp_path).check().problems
+
+
 @pytest.mark.parametrize("name", DATASETS.names())
 def test_dataset__a_wrong_folder_and_none_are_one_line(name, tmp_path):
     (tmp_path / "holiday").mkdir()

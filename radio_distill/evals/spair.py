@@ -1,0 +1,147 @@
+"""Semantic correspondence on SPair-71k: is the knee of one horse found on another horse?
+
+As Probe3D measures it (arXiv 2404.08636): pictures are padded with white to squares, each keypoint
+goes to the cell of the other picture with the nearest feature, and it is found if it lies within
+0.10 of the longer side of the object's box. The published recall has its habits: 200 pairs of each
+class, and a cell stands for its upper left corner, which is off by up to one cell. So PCK, as it is
+usual in papers on semantic correspondence, stands beside it: all pairs, and cells at their centres.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import ClassVar
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..data.folder import spread
+from ..types import Score
+from .datasets.spair import Spair, SpairPair
+from .encoder import Encoder, open_image, to_pixels
+from .metrics import pck_per_image, pck_per_point, transfer_errors
+from .protocol import protocol_of
+
+
+@dataclass(frozen=True, slots=True)
+class _Matched:
+    """How far from the truth a pair's keypoints were found, as shares of the box's longer side."""
+
+    viewpoint: int
+    """How much the view differs, 0 to 2."""
+    published: Tensor
+    """``[K]``."""
+    centred: Tensor
+    """``[K]``; a cell stands for its centre."""
+
+
+Matched = Mapping[str, Sequence[_Matched]]
+"""By class."""
+
+
+@dataclass(frozen=True, slots=True)
+class KeypointTransfer:
+    """Recall and PCK of keypoints on the test split.
+
+    * ``recall@0.10``: of the first ``pairs_per_class`` pairs in a seeded order, over the keypoints
+      of a class, then the mean over classes;
+    * ``recall@0.10/viewpoint0`` to ``2``: the same of pairs whose viewpoints differ so much;
+    * ``pck@0.10/keypoint`` and ``pck@0.10/image``: over all pairs, the mean over all keypoints, and
+      over pairs of the mean over their keypoints.
+    """
+
+    data: str
+    size: int = 800
+    """Of the padded picture, in pixels."""
+    threshold: float = 0.10
+    """As a share of the longer side of the box in the target picture."""
+    pairs_per_class: int = 200
+    batch_size: int = 4
+    seed: int = 20
+
+    name: ClassVar[str] = "spair"
+    sources: ClassVar[dict[str, str]] = {"data": "data.spair"}
+
+    def run(
+        self,
+        encoder: Encoder,
+        limit: int | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[Score]:
+        """Match the pairs, class by class; ``limit`` thins them out."""
+        pairs = spread(Spair(Path(self.data)).pairs("test"), limit)
+        matched: dict[str, list[_Matched]] = {}
+        for category in dict.fromkeys(pair.category for pair in pairs):
+            some = [pair for pair in pairs if pair.category == category]
+            maps = self._encode(encoder, some)
+            matched[category] = [_match(pair, maps) for pair in some]
+            if progress is not None:
+                progress(sum(map(len, matched.values())), len(pairs))
+        return self._scores(matched)
+
+    def _encode(self, encoder: Encoder, pairs: Sequence[SpairPair]) -> dict[Path, Tensor]:
+        """Encode each picture once; its normalised map stays on the encoder's device."""
+        paths = list(dict.fromkeys(path for pair in pairs for path in (pair.source, pair.target)))
+        size = encoder.nearest_size((self.size, self.size))
+        maps: dict[Path, Tensor] = {}
+        for start in range(0, len(paths), self.batch_size):
+            some = paths[start : start + self.batch_size]
+            pixels = torch.stack([to_pixels(squared(open_image(path)), size) for path in some])
+            maps |= zip(some, F.normalize(encoder(pixels).spatial, dim=1), strict=True)
+        return maps
+
+    def _scores(self, matched: Matched) -> list[Score]:
+        every = [match for some in matched.values() for match in some]
+        centred = [match.centred for match in every]
+        at = f"@{self.threshold:.2f}"
+        found = {f"recall{at}": self._recall(matched)}
+        for viewpoint in sorted({match.viewpoint for match in every}):
+            alike = {
+                category: [match for match in some if match.viewpoint == viewpoint]
+                for category, some in matched.items()
+            }
+            found[f"recall{at}/viewpoint{viewpoint}"] = self._recall(alike)
+        found[f"pck{at}/keypoint"] = pck_per_point(centred, self.threshold), len(every)
+        found[f"pck{at}/image"] = pck_per_image(centred, self.threshold), len(every)
+        protocol = protocol_of(self, pairs={name: len(some) for name, some in matched.items()})
+        return [
+            Score(
+                self.name, metric, 100 * value, "%", True, "Probe3D", count,
+                headline=metric == f"recall{at}", details={"classes": len(matched)},
+                protocol=protocol,
+            )
+            for metric, (value, count) in found.items()
+        ]  # fmt: skip
+
+    def _recall(self, matched: Matched) -> tuple[float, int]:
+        """Return the mean over classes of their recall, in [0, 1], and of how many pairs it is."""
+        recalls, count = [], 0
+        for some in filter(None, matched.values()):
+            kept = Random(self.seed).sample(some, min(self.pairs_per_class, len(some)))
+            recalls.append(pck_per_point([match.published for match in kept], self.threshold))
+            count += len(kept)
+        return sum(recalls) / len(recalls), count
+
+
+def _match(pair: SpairPair, maps: Mapping[Path, Tensor]) -> _Matched:
+    points = pair.keypoints()
+    left, top, right, bottom = points.target_box
+    scale = max(right - left, bottom - top) / max(points.target_size)
+    source, target = maps[pair.source], maps[pair.target]
+    asked = (points.source / max(points.source_size)).to(source)
+    truth = (points.target / max(points.target_size)).to(target)
+    published, centred = (
+        transfer_errors(source, target, asked, truth, as_published).cpu() / scale
+        for as_published in (True, False)
+    )
+    return _Matched(points.viewpoint, published, centred)
+
+
+def squared(image: Image.Image) -> Image.Image:
+    """Pad an image with white, to the right or below, to a square."""
+    square = Image.new("RGB", (max(image.size),) * 2, "white")
+    square.paste(image)
+    return square
