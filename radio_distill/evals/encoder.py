@@ -202,10 +202,25 @@ def encode_images(
             progress(start + len(batch), len(images))
 
 
-def summary_of(features: Features) -> Tensor:
-    """Return the summary ``[B, S]``, or the mean of the map of an encoder without one."""
-    summary, spatial = features
-    return spatial.mean(dim=(2, 3)) if summary is None else summary
+def encode_summaries(
+    encoder: Encoder,
+    images: Sequence[AnyImage],
+    size: int,
+    batch_size: int = 16,
+    progress: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """Return the summaries of images as unit vectors ``[N, S]``, in half precision on the CPU.
+
+    Each is resized to cover the square nearest to ``size`` that the encoder takes, and its centre
+    is cropped, so that it is resampled once. Of an encoder without a summary the mean of its map
+    counts.
+    """
+    square = encoder.nearest_size((size, size))
+    found = []
+    for summary, spatial in encode_images(encoder, images, square, batch_size, progress):
+        vectors = spatial.mean(dim=(2, 3)) if summary is None else summary
+        found.append(F.normalize(vectors, dim=1).half().cpu())
+    return torch.cat(found)
 
 
 def size_text(size: Size) -> str:

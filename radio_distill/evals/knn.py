@@ -1,9 +1,7 @@
 """k-nearest-neighbour classification on summaries, as DINO and RADIO report it.
 
 Nothing is trained, so the number speaks of the features alone: k = 20, cosine similarity, each
-neighbour votes with weight exp(similarity / 0.07), and the whole training split is the bank. An
-image is resized to cover the size nearest to the one asked for that the encoder takes, and its
-centre is cropped, so that it is resampled once.
+neighbour votes with weight exp(similarity / 0.07), and the whole training split is the bank.
 Left out: the sweep over k and temperature that some codes report the best of.
 """
 
@@ -22,7 +20,7 @@ from torch.nn import functional as F
 from ..data.folder import labelled_images, spread
 from ..errors import ConfigError
 from ..types import Score
-from .encoder import Encoder, encode_images, summary_of
+from .encoder import Encoder, encode_summaries
 from .metrics import macro_accuracy
 from .protocol import file_names, protocol_of
 
@@ -62,7 +60,8 @@ class Knn:
         train, val = thin_out(train, val, limit)
         self._check_bank(train, limit)
         _log_contents(train, val, len(names))
-        embeddings = self._embed(encoder, [path for path, _ in train + val], progress)
+        paths = [path for path, _ in train + val]
+        embeddings = encode_summaries(encoder, paths, self.size, self.batch_size, progress)
         labels = torch.tensor([label for _, label in train + val])
         (bank, queries), (known, truth) = (
             (both[: len(train)], both[len(train) :]) for both in (embeddings, labels)
@@ -93,13 +92,6 @@ class Knn:
                 + ("raise --evaluation.limit, or " if limit else "add training images, or ")
                 + f"set --evaluation.options '{{knn: {{k: {max(1, len(train) // 2)}}}}}'"
             )
-
-    def _embed(
-        self, encoder: Encoder, paths: Sequence[Path], progress: Callable[[int, int], None] | None
-    ) -> Tensor:
-        size = encoder.nearest_size((self.size, self.size))
-        batches = encode_images(encoder, paths, size, self.batch_size, progress)
-        return torch.cat([summary_of(features).half().cpu() for features in batches])  # [N, S]
 
 
 @dataclass(frozen=True, slots=True)

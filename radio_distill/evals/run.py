@@ -33,9 +33,12 @@ BENCHMARKS = Registry(
     {
         "ade20k": "radio_distill.evals.semantic:Ade20k",
         "agreement": "radio_distill.evals.agreement:Agreement",
+        "coco_retrieval": "radio_distill.evals.retrieval:CocoCaptions",
         "correspondence": "radio_distill.evals.correspondence:Correspondence",
         "fidelity": "radio_distill.evals.fidelity:Fidelity",
+        "flickr_retrieval": "radio_distill.evals.retrieval:FlickrCaptions",
         "imagenet_knn": "radio_distill.evals.knn:ImagenetKnn",
+        "imagenet_zero_shot": "radio_distill.evals.zero_shot:ImagenetZeroShot",
         "knn": "radio_distill.evals.knn:Knn",
         "segmentation": "radio_distill.evals.segmentation:Segmentation",
         "spair": "radio_distill.evals.spair:KeypointTransfer",
@@ -134,10 +137,11 @@ def evaluate(
 ) -> list[Score]:
     """Score ``encoder`` on the benchmarks of ``config``.
 
-    Fidelity is asked of an encoder with heads (:class:`.encoder.Heads`) and passed over for any
-    other. All benchmarks are made before the first runs, so a missing folder costs no time. Each
-    score says which sizes the encoder was given, which are not those asked for where it cannot
-    take them, and under which protocol: that of the benchmark's fields where it names none.
+    Fidelity is asked of an encoder with heads (:class:`.encoder.Heads`), zero-shot classification
+    and retrieval of one with a text tower; they are passed over for any other. All benchmarks are
+    made before the first runs, so a missing folder costs no time. Each score says which sizes the
+    encoder was given, which are not those asked for where it cannot take them, and under which
+    protocol: that of the benchmark's fields where it names none.
 
     Args:
         encoder: in evaluation mode.

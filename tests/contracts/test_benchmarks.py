@@ -45,6 +45,13 @@ def _heads(pixels):
 HEADS = Heads(_heads, {"fake": Target(FakeTeacher(), (32, 32))})
 
 
+class FakeText:
+    """Texts in the space of mean colours."""
+
+    def embed(self, texts):
+        return torch.tensor([[len(text), text.count("a"), text.count("e")] for text in texts])
+
+
 def _encode(pixels):
     assert torch.is_inference_mode_enabled(), "an encoder under test must not keep gradients"
     spatial = F.avg_pool2d(pixels, 8)
@@ -93,7 +100,7 @@ def test_benchmark__satisfies_the_protocol(benchmark_name, config):
 
 
 def test_benchmark__scores_are_complete_finite_and_repeatable(benchmark_name, config):
-    encoder = Encoder("mean colour", _encode, 8, heads=HEADS)
+    encoder = Encoder("mean colour", _encode, 8, heads=HEADS, text=FakeText())
     scores = make(benchmark_name, config).run(encoder, 3)
     assert scores
     assert len({score.name for score in scores}) == len(scores)
@@ -112,13 +119,14 @@ def test_benchmark__takes_an_encoder_without_summary_and_with_a_patch_of_its_own
     def encode(pixels):
         return Features(None, F.avg_pool2d(pixels, 14))
 
-    scores = make(benchmark_name, config).run(Encoder("no summary", encode, 14, heads=HEADS), 3)
+    encoder = Encoder("no summary", encode, 14, heads=HEADS, text=FakeText())
+    scores = make(benchmark_name, config).run(encoder, 3)
     assert all(math.isfinite(score.value) for score in scores)
 
 
 def test_benchmark__progress_ends_at_the_total(benchmark_name, config):
     calls = []
-    encoder = Encoder("mean colour", _encode, 8, heads=HEADS)
+    encoder = Encoder("mean colour", _encode, 8, heads=HEADS, text=FakeText())
     make(benchmark_name, config).run(encoder, 3, lambda *call: calls.append(call))
     assert calls[-1][0] == calls[-1][1]
     assert calls == sorted(calls)

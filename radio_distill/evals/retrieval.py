@@ -1,0 +1,101 @@
+"""Pictures found by their captions, and captions by their pictures: COCO and Flickr30k.
+
+Captions are taken as they are, in no template, and compared with summaries by cosine, as
+CLIP_benchmark does. So it is asked of encoders alone whose summary lies in the space of a text
+tower.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+
+from ..data.folder import spread
+from ..types import Score
+from .datasets.captions import Captions, CocoRetrieval, Flickr30k
+from .encoder import Encoder, encode_summaries
+from .metrics import recalls_both_ways
+from .protocol import file_names, protocol_of
+
+_TEXTS_AT_ONCE = 256
+
+
+@dataclass(frozen=True, slots=True)
+class CocoCaptions:
+    """Recall at 1, 5 and 10, in both directions, on Karpathy's test split."""
+
+    data: str
+    size: int
+    ranks: tuple[int, ...] = (1, 5, 10)
+    batch_size: int = 16
+
+    name: ClassVar[str] = "coco_retrieval"
+    sources: ClassVar[dict[str, str]] = {"data": "data.coco_retrieval", "size": "size"}
+
+    def captions(self) -> Captions:
+        """List the test pictures and their captions."""
+        return CocoRetrieval(Path(self.data)).test()
+
+    def run(
+        self,
+        encoder: Encoder,
+        limit: int | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[Score]:
+        """Score both directions; ``limit`` thins out the pictures, which keep all their captions.
+
+        Progress counts pictures and captions. An encoder without a text tower is passed over.
+        """
+        if encoder.text is None:
+            return []
+        data = self.captions()
+        kept = spread(range(len(data.images)), limit)
+        position = {number: index for index, number in enumerate(kept)}
+        pairs = [
+            (text, position[image])
+            for text, image in zip(data.texts, data.image_of, strict=True)
+            if image in position
+        ]
+        total = len(kept) + len(pairs)
+
+        def report(done: int) -> None:
+            if progress is not None:
+                progress(done, total)
+
+        images = encode_summaries(
+            encoder, [data.images[number] for number in kept], self.size, self.batch_size,
+            lambda done, _: report(done),
+        )  # fmt: skip
+        texts = []
+        for start in range(0, len(pairs), _TEXTS_AT_ONCE):
+            batch = [text for text, _ in pairs[start : start + _TEXTS_AT_ONCE]]
+            texts.append(encoder.text.embed(batch).float().to(encoder.device))
+            report(len(kept) + start + len(batch))
+        recalls = recalls_both_ways(
+            images.to(encoder.device).float(), torch.cat(texts),
+            torch.tensor([image for _, image in pairs]), self.ranks,
+        )  # fmt: skip
+        pictures = file_names(data.images[number] for number in kept)
+        protocol = protocol_of(self, pictures=pictures, captions=len(pairs))
+        return [
+            Score(
+                self.name, metric, 100 * value, "%", True, "Retrieval", len(kept),
+                headline=metric.endswith("@1"),
+                details={"pictures": len(kept), "captions": len(pairs)}, protocol=protocol,
+            )
+            for metric, value in recalls.items()
+        ]  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class FlickrCaptions(CocoCaptions):
+    """The same on Flickr30k."""
+
+    name: ClassVar[str] = "flickr_retrieval"
+    sources: ClassVar[dict[str, str]] = {"data": "data.flickr30k", "size": "size"}
+
+    def captions(self) -> Captions:
+        """List the test pictures and their captions."""
+        return Flickr30k(Path(self.data)).test()

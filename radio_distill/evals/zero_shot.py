@@ -1,0 +1,108 @@
+"""ImageNet without training: each picture gets the class whose name is nearest to it.
+
+As in CLIP (Radford et al., arXiv 2103.00020), open_clip and RADIO: a class's vector is the mean of
+its name in 80 templates, each normalised, and it is compared with the picture's summary by cosine.
+So it is asked of encoders alone whose summary lies in the space of a text tower.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..data.folder import spread
+from ..protocols import TextTower
+from ..types import Score
+from .datasets.imagenet import ImageNet
+from .encoder import Encoder, encode_summaries
+from .metrics import top_k_accuracy
+from .protocol import protocol_of
+
+
+@dataclass(frozen=True, slots=True)
+class ImagenetZeroShot:
+    """Top-1 and top-5 accuracy on the validation split, all 1,000 classes to choose from."""
+
+    data: str
+    size: int
+    batch_size: int = 16
+
+    name: ClassVar[str] = "imagenet_zero_shot"
+    sources: ClassVar[dict[str, str]] = {"data": "data.imagenet", "size": "size"}
+
+    def run(
+        self,
+        encoder: Encoder,
+        limit: int | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[Score]:
+        """Classify the pictures; progress counts classes and pictures.
+
+        An encoder without a text tower is passed over.
+        """
+        if encoder.text is None:
+            return []
+        images = spread(ImageNet(Path(self.data)).split("val"), limit)
+        names, templates = class_names(), prompt_templates()
+        total = len(names) + len(images)
+
+        def report(done: int) -> None:
+            if progress is not None:
+                progress(done, total)
+
+        classifier = text_classifier(encoder.text, names, templates, report)
+        summaries = encode_summaries(
+            encoder, [path for path, _ in images], self.size, self.batch_size,
+            lambda done, _: report(len(names) + done),
+        )  # fmt: skip
+        similarity = summaries.float() @ classifier.T  # [N, K]
+        labels = torch.tensor([label for _, label in images])
+        protocol = protocol_of(self, classes=len(names), prompts=len(templates), val=len(images))
+        return [
+            Score(
+                self.name, f"top{k}", 100 * top_k_accuracy(similarity, labels, k), "%", True,
+                "Classification", len(images), headline=k == 1,
+                details={"classes": len(names)}, protocol=protocol,
+            )
+            for k in (1, 5)
+        ]  # fmt: skip
+
+
+def text_classifier(
+    text: TextTower,
+    names: Sequence[str],
+    templates: Sequence[Callable[[str], str]],
+    report: Callable[[int], None] = lambda done: None,
+) -> Tensor:
+    """Return a unit vector for each class ``[K, S]``, float32 on the CPU.
+
+    Args:
+        text: the text tower.
+        names: of the K classes.
+        templates: sentences around a name.
+        report: called with the classes that are done.
+    """
+    classes = []
+    for name in names:
+        sentences = F.normalize(text.embed([template(name) for template in templates]).float())
+        classes.append(sentences.mean(dim=0).cpu())
+        report(len(classes))
+    return F.normalize(torch.stack(classes), dim=1)
+
+
+def class_names() -> list[str]:
+    """Return the names of ImageNet's 1,000 classes as open_clip writes them."""
+    from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
+
+    return list(IMAGENET_CLASSNAMES)
+
+
+def prompt_templates() -> list[Callable[[str], str]]:
+    """Return the 80 templates of CLIP's authors for ImageNet."""
+    from open_clip.zero_shot_metadata import OPENAI_IMAGENET_TEMPLATES
+
+    return list(OPENAI_IMAGENET_TEMPLATES)
