@@ -175,7 +175,8 @@ def measure(
         passes: of one step.
         steps: whole ones that are timed; the median counts.
     """
-    device = choose_device(recipe.engine.device, World())
+    is_tf32 = recipe.engine.float32_matmul == "tf32"
+    device = choose_device(recipe.engine.device, World(), is_tf32)
     alone = one_partition(recipe, stage, partition, images, passes, recipe.engine)
     task = build_task(alone, stage, device)
     batches = next(task.batches(0))

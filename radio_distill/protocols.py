@@ -95,6 +95,17 @@ class Corrector(Protocol):
 
 
 @runtime_checkable
+class NormalisedUpsampler(Protocol):
+    """An upsampler that works in a normalised space, and can go from there into another at once."""
+
+    def normalised(
+        self, teacher: Teacher, pixels: "Tensor", grid: Size, normalizer: "Normalizer"
+    ) -> Features:
+        """Return what a call would, with ``spatial`` in the space of ``normalizer``."""
+        ...
+
+
+@runtime_checkable
 class Normalizer(Protocol):
     """Brings a teacher's spatial features to a common scale; linear, so it can be folded away."""
 

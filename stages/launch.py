@@ -95,7 +95,7 @@ def launch(
         logging.getLogger().setLevel(logging.WARNING)
     check_trackers(stage.log.trackers)
     engine = engine_name(stage.engine, world.world_size, stage.optimizer, stage.ema_decay > 0)
-    device = choose_device(stage.engine.device, world)
+    device = choose_device(stage.engine.device, world, stage.engine.float32_matmul == "tf32")
     join(world, device, stage.watch.hang_seconds, alone=engine == "deepspeed")
     stage, problems = with_files(stage, options.asked)
     resumed = checkpoint_to_resume(world, stage, options.allow_changed) if options.resume else None

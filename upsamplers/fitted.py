@@ -38,6 +38,7 @@ from radio_distill.config import size_pair
 from radio_distill.distill.views import resize
 from radio_distill.errors import CheckpointError, ConfigError, WeightsError
 from radio_distill.normalize import NORMALIZERS
+from radio_distill.normalize.affine import converted
 from radio_distill.normalize.phi_s import PhiS
 from radio_distill.protocols import Normalizer, Teacher
 from radio_distill.system.files import reason_of, replacing
@@ -144,11 +145,22 @@ class UpsamplerModel(nn.Module):
 
     @torch.no_grad()
     def upsample(
-        self, teacher: Teacher, pixels: Tensor, grid: Size, factor: int, micro_batch: int = 0
+        self,
+        teacher: Teacher,
+        pixels: Tensor,
+        grid: Size,
+        factor: int,
+        micro_batch: int = 0,
+        into: Normalizer | None = None,
     ) -> Features:
-        """Return features in the teacher's own space with spatial ``[B, C, *grid]``."""
+        """Return features with spatial ``[B, C, *grid]``, in the space of ``into``.
+
+        Without it they are in the teacher's own.
+        """
         output = self.encode(teacher, pixels, grid, factor, micro_batch)
-        spatial = self.normalizer.invert(self(output.observation))
+        fine = self(output.observation)
+        own = self.normalizer
+        spatial = own.invert(fine) if into is None else converted(fine, own, into)
         return Features(output.summary, spatial.contiguous(memory_format=torch.channels_last))
 
 
@@ -213,11 +225,22 @@ class FittedUpsampler:
         Raises:
             ConfigError: a grid that cannot be, or a teacher input of another size than the fit's.
         """
+        return self._upsample(teacher, pixels, grid)
+
+    def normalised(
+        self, teacher: Teacher, pixels: Tensor, grid: Size, normalizer: Normalizer
+    ) -> Features:
+        """Return the same in the space of ``normalizer``; the two ways there are one map."""
+        return self._upsample(teacher, pixels, grid, normalizer)
+
+    def _upsample(
+        self, teacher: Teacher, pixels: Tensor, grid: Size, into: Normalizer | None = None
+    ) -> Features:
         name = teacher.spec.name
         self._check_size(name, tiling.low_resolution(teacher, grid, self.factor))
         model = self._model(name, pixels.device)
         with autocast(self._precision, pixels.device):
-            return model.upsample(teacher, pixels, grid, self.factor, self._micro_batch)
+            return model.upsample(teacher, pixels, grid, self.factor, self._micro_batch, into)
 
     def correct(self, name: str, spatial: Tensor) -> Tensor:
         """De-bias a teacher's map ``[B, C, h, w]`` at its own grid; others stay as they are."""

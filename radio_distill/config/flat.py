@@ -14,8 +14,8 @@ NO_NUMBER = (
 """Fields, or sections, that change no number of a run."""
 ROUNDING = (
     "engine.name", "engine.zero_stage", "engine.micro_batch", "engine.device", "engine.compile",
-    "engine.deterministic", "student.gradient_checkpointing", "teachers.*.micro_batch",
-    "stages.*.upsampler.micro_batch",
+    "engine.deterministic", "engine.float32_matmul", "student.gradient_checkpointing",
+    "teachers.*.micro_batch", "stages.*.upsampler.micro_batch",
 )  # fmt: skip
 """Fields that change how sums are rounded, and nothing else."""
 WITHOUT_EFFECT = (

@@ -275,6 +275,10 @@ class EngineConfig:
         "auto",
         "type of the matrix products of students and upsamplers, whose weights stay float32; auto: bfloat16 where the device has instructions for it, else float32",
     )
+    float32_matmul: Literal["ieee", "tf32"] = our_option(
+        "ieee",
+        "products of float32 on a GPU in training: as they are, or of inputs rounded to 10 bits (relative error 5e-4 each) by units several times as fast; cuDNN's convolutions alike",
+    )
     micro_batch: Count | Auto = option(
         0,
         "most images in one forward pass; 0 for all of a partition; auto: the most that the GPU's memory holds by the plan's model, at each size of each partition, 128 at most; 16 on a CPU and in a fit",

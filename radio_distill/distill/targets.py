@@ -33,10 +33,10 @@ from collections.abc import Iterable, Mapping, MutableMapping
 import torch
 from torch import Tensor
 
-from ..protocols import Corrector, Normalizer, Teacher, Upsampler
+from ..protocols import Corrector, NormalisedUpsampler, Normalizer, Teacher, Upsampler
 from ..system.memory import explain_oom
 from ..teacher_view import Mosaic, TeacherView
-from ..types import Features
+from ..types import Features, Size
 from .views import Views
 
 TargetCache = MutableMapping[TeacherView, Features]
@@ -87,28 +87,42 @@ class TargetMaker:
                 f"{height}x{width} px of the student, {len(views)} images",
                 "lower engine.micro_batch, or the stage's upsampler.micro_batch",
             ):
-                features = self._encode(views.of_teacher(view.teacher, view.rendered), view)
-                spatial = self.normalizers[view.teacher].apply(features.spatial)
-            targets[view.teacher] = Features(features.summary, spatial)
+                pixels = views.of_teacher(view.teacher, view.rendered)
+                targets[view.teacher] = self._normalised(pixels, view)
             if cache is not None:
                 cache[view] = targets[view.teacher]
         return targets
 
-    def _encode(self, pixels: Tensor, view: TeacherView) -> Features:
-        """Return what a teacher says of ``[B, 3, *view.rendered]``, in its own space.
+    def _normalised(self, pixels: Tensor, view: TeacherView) -> Features:
+        """Return what a teacher says of ``[B, 3, *view.rendered]``, normalised."""
+        teacher, normalizer = self.teachers[view.teacher], self.normalizers[view.teacher]
+        if view.is_upsampled:
+            assert self._upsampler is not None, f"no upsampler for teacher {view.teacher}"
+            return upsampled(self._upsampler, teacher, pixels, view.grid, normalizer)
+        features = self._corrected(teacher, pixels, view)
+        return Features(features.summary, normalizer.apply(features.spatial))
+
+    def _corrected(self, teacher: Teacher, pixels: Tensor, view: TeacherView) -> Features:
+        """Return what a teacher says at its own grid, in its own space.
 
         What a fitted upsampler takes out of its own maps is taken out of the teacher's own grid
         too, so that all partitions teach the same. A mosaic keeps it: where on the canvas an image
         lies has nothing to do with the fit.
         """
-        teacher, upsampler = self.teachers[view.teacher], self._upsampler
-        if view.is_upsampled:
-            assert upsampler is not None, f"no upsampler for teacher {view.teacher}"
-            return upsampler(teacher, pixels, view.grid)
         features = encode(teacher, pixels, view)
-        if view.mosaic is not None or not isinstance(upsampler, Corrector):
+        if view.mosaic is not None or not isinstance(self._upsampler, Corrector):
             return features
-        return Features(features.summary, upsampler.correct(view.teacher, features.spatial))
+        return Features(features.summary, self._upsampler.correct(view.teacher, features.spatial))
+
+
+def upsampled(
+    upsampler: Upsampler, teacher: Teacher, pixels: Tensor, grid: Size, normalizer: Normalizer
+) -> Features:
+    """Return a teacher's features of ``[B, 3, H, W]``, upsampled to ``grid`` and normalised."""
+    if isinstance(upsampler, NormalisedUpsampler):
+        return upsampler.normalised(teacher, pixels, grid, normalizer)
+    features = upsampler(teacher, pixels, grid)
+    return Features(features.summary, normalizer.apply(features.spatial))
 
 
 def encode(teacher: Teacher, pixels: Tensor, view: TeacherView) -> Features:

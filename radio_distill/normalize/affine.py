@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 from ..errors import CheckpointError, ConfigError, DataError
+from ..protocols import Normalizer
 from .statistics import Moments
 
 Kind = TypeVar("Kind", bound="Affine")
@@ -29,6 +30,8 @@ class Affine:
     def __init__(self) -> None:
         self._state: dict[str, Tensor] = {}
         self._copies: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = {}
+        self._into: tuple[dict[str, Tensor], Affine] | None = None
+        """Another's state, and the map into its space."""
 
     def apply(self, spatial: Tensor) -> Tensor:
         """Bring ``[B, C, h, w]`` from the teacher's space to the normalised space."""
@@ -46,6 +49,24 @@ class Affine:
         with torch.autocast(spatial.device.type, enabled=False):
             tokens = rearrange(spatial.to(tensors["mean"]), "b c h w -> b h w c")
             return rearrange(_unscale(tokens, tensors) + tensors["mean"], "b h w c -> b c h w")
+
+    def into(self, other: "Affine") -> "Affine":
+        """Return one map for the way back and on: ``other.apply(self.invert(x))``.
+
+        y = s₂ R₂ (R₁ᵀ x / s₁ + m₁ - m₂) = A (x - s₁ R₁ (m₂ - m₁)),  A = s₂ R₂ R₁ᵀ / s₁, made in
+        float64. Kept for next time.
+        """
+        own, others = self.state(), other.state()
+        if self._into is None or self._into[0] is not other._state:
+            mean = _scale(others["mean"] - own["mean"], own)
+            made, state = Affine(), {"mean": mean, "scale": others["scale"] / own["scale"]}
+            if "rotation" in own or "rotation" in others:
+                unit = torch.eye(len(mean), dtype=mean.dtype)  # whose rows become A's columns
+                columns = _scale(_unscale(unit, own), others)
+                state |= {"scale": torch.ones(()), "rotation": columns.T}
+            made._set(**state)
+            self._into = other._state, made
+        return self._into[1]
 
     @torch.no_grad()
     def fold(self, linear: nn.Linear) -> nn.Linear:
@@ -92,6 +113,7 @@ class Affine:
     def _set(self, **state: Tensor) -> None:
         self._state = {name: value.detach().cpu().double() for name, value in state.items()}
         self._copies.clear()
+        self._into = None
 
     def _tensors_for(self, channels: int, like: Tensor) -> dict[str, Tensor]:
         """Return the state for ``like``: its device, and float32 at least. Kept for next time."""
@@ -105,6 +127,16 @@ class Affine:
         if key not in self._copies:
             self._copies[key] = {name: value.to(*key) for name, value in self._state.items()}
         return self._copies[key]
+
+
+def converted(spatial: Tensor, source: Normalizer, target: Normalizer) -> Tensor:
+    """Bring ``[B, C, h, w]`` from the space of one normalizer to another's, at once if they allow.
+
+    A rotation of fine maps costs more than most of what surrounds it, so two are made one.
+    """
+    if isinstance(source, Affine) and isinstance(target, Affine):
+        return source.into(target).apply(spatial)
+    return target.apply(source.invert(spatial))
 
 
 def _double(linear: nn.Linear) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,7 @@ from functools import cached_property
 import torch
 from torch import nn
 
+from ..distill.targets import upsampled
 from ..distill.views import STUDENT
 from ..models.heads import DistilledStudent
 from ..normalize import NORMALIZERS
@@ -305,19 +306,22 @@ class ModelCosts:
 
     def _teacher(self, stage: Stage, view: TeacherView, size: Size) -> TeacherCost:
         name, upsampler = view.teacher, self.upsamplers[stage.name]
-        target = self.target(view, 1)
-        other = measure_work(lambda: self.normalizers[name].apply(target.spatial))
+        normalizer, target = self.normalizers[name], self.target(view, 1)
         calls, encode = 1, self._encode[name](view.encoded)
         if view.is_upsampled:
             calls = upsampler.cost(view.grid)
             teacher, pixels = self.teachers[name], torch.empty(1, 3, *size)
-            whole = measure_work(lambda: upsampler(teacher, pixels, view.grid))
+            whole = measure_work(
+                lambda: upsampled(upsampler, teacher, pixels, view.grid, normalizer)
+            )
             encodes = encode(calls)
-            other += Work(
+            other = Work(
                 whole.flops - encodes.flops,
                 max(whole.traffic - encodes.traffic, 0),
                 max(whole.kernels - encodes.kernels, 0),
             )
+        else:
+            other = measure_work(lambda: normalizer.apply(target.spatial))
         return TeacherCost(view, calls, encode, BatchWork(other))
 
     def _measure_body(self, size: Size, images: int) -> Work:

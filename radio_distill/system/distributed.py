@@ -99,11 +99,11 @@ def cores_of_process(environment: Mapping[str, str]) -> int:
     return max(1, cores // _number(environment, "LOCAL_WORLD_SIZE", 1))
 
 
-def choose_device(name: str, world: World) -> torch.device:
+def choose_device(name: str, world: World, tf32: bool = False) -> torch.device:
     """Return the device of this process; ``auto`` takes a GPU where there is one.
 
-    On a GPU, float32 is float32 from here on: cuDNN's convolutions no longer use TF32, which
-    rounds to 10 bits, as torch's matrix products do not either.
+    On a GPU, float32 is float32 from here on, in cuBLAS as in cuDNN, whose convolutions use TF32
+    by default. With ``tf32`` both round what they multiply to its 10 bits.
     """
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
@@ -111,7 +111,7 @@ def choose_device(name: str, world: World) -> torch.device:
         raise ConfigError("engine.device: cuda is asked for, but torch sees no GPU; set it to cpu")
     index = gpu_index(world, torch.cuda.device_count())
     torch.cuda.set_device(index)
-    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     return torch.device("cuda", index)
 
 

@@ -11,8 +11,10 @@ from torch import nn
 
 from radio_distill.config import UpsamplerConfig
 from radio_distill.errors import ConfigError, WeightsError
+from radio_distill.normalize import NORMALIZERS
 from radio_distill.normalize.normalizers import Identity
-from radio_distill.protocols import Corrector, Upsampler
+from radio_distill.normalize.statistics import Moments
+from radio_distill.protocols import Corrector, NormalisedUpsampler, Upsampler
 from upsamplers import build_upsampler, fitted
 from upsamplers.fitted import FittedHeader, UpsamplerModel, load_model, read_header, save_model
 from upsamplers.networks import NETWORKS, Observation, build_network
@@ -230,6 +232,21 @@ def test_call__precision_is_an_option_and_changes_rounding_only(file_of, tiny):
     torch.testing.assert_close(reduced, full, atol=0.05 * float(full.abs().max()), rtol=0)
     with pytest.raises(ConfigError, match="precision: 'half'"):
         build(path, teacher, name="featsharp", precision="half")
+
+
+@pytest.mark.parametrize("name", ["phi_s", "layer_norm"])
+def test_normalised__is_a_call_and_the_normalizer(file_of, tiny, name):
+    teacher, path = tiny("tiny_vit"), file_of("featsharp")
+    upsampler = build(path, teacher, name="featsharp", precision="float32")
+    assert isinstance(upsampler, NormalisedUpsampler)
+    raw = upsampler(teacher, PIXELS, (12, 12))
+    moments = Moments(CHANNELS)
+    moments.update(raw.spatial)
+    normalizer = NORMALIZERS.get(name)().fit(moments)
+    expected = normalizer.apply(raw.spatial)
+    summary, spatial = upsampler.normalised(teacher, PIXELS, (12, 12), normalizer)
+    assert float((spatial - expected).norm() / expected.norm()) < 1e-5
+    assert torch.equal(summary, raw.summary)
 
 
 @pytest.mark.parametrize("grid", [(12, 6), (10, 12), (12, 4), (12, 12)])

@@ -6,6 +6,7 @@ from torch import nn
 
 from radio_distill.errors import CheckpointError, ConfigError, DataError, UnknownNameError
 from radio_distill.normalize import NORMALIZERS
+from radio_distill.normalize.affine import converted
 from radio_distill.normalize.statistics import Moments
 from radio_distill.protocols import Normalizer
 
@@ -59,6 +60,19 @@ def test_invert__undoes_apply(name, build, spatial):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         back = normalizer.invert(normalizer.apply(spatial.float()))
     torch.testing.assert_close(back, spatial.float(), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("target", NAMES)
+@pytest.mark.parametrize("source", AFFINE)
+def test_converted__is_the_way_back_and_on(source, target, build, spatial, moments_of):
+    """Against float64, where the two maps are taken one after the other."""
+    one = build(source)
+    for scale in (3.0, 0.2):  # what one map was made of is not kept for other statistics
+        two = NORMALIZERS.get(target)().fit(moments_of(tokens_of(spatial.flip(1) * scale + scale)))
+        expected = two.apply(one.invert(spatial.double()))
+        found = converted(spatial.float(), one, two)
+        assert found.dtype == torch.float32
+        assert float((found - expected).norm() / expected.norm()) < 1e-6
 
 
 @pytest.mark.parametrize("name", AFFINE)
