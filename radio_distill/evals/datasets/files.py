@@ -104,3 +104,15 @@ def read_json(path: Path) -> Any:
         raise DataError(f"{path}: {reason_of(error)}; it comes with the set") from error
     except ValueError as error:
         raise DataError(f"{path} is no whole JSON file; copy it again") from error
+
+
+def check_json_end(path: Path) -> None:
+    """Check that a JSON object is there and ends as one, without reading it."""
+    try:
+        with open_regular(path) as file:
+            file.seek(max(0, path.stat().st_size - 64))
+            if file.read().rstrip().endswith(b"}"):
+                return
+    except OSError as error:
+        raise DataError(f"{path}: {reason_of(error)}; it comes with the set") from error
+    raise DataError(f"{path} is no whole JSON file; copy it again")

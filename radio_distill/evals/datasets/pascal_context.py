@@ -78,6 +78,7 @@ class PascalContext(LabelledDataset):
             ("sal_distill", ".png"),
             ("normals_distill", ".png"),
             ("pascal-context/trainval", ".mat"),
+            ("human_parts", ".mat"),
         ):
             check_listed(path, names, self.root / folder, suffix)
         of_voc = set(stems(self.folder("semseg", "VOC12"), ".png"))
@@ -102,13 +103,11 @@ def _read(root: Path, name: str, source: str) -> dict[str, Tensor]:
     context = _load(root / "pascal-context" / "trainval" / f"{name}.mat", "LabelMap")
     if context.shape != normals.shape[1:]:
         raise DataError(f"pascal_context: {name}: normals and LabelMap differ in size; copy again")
-    parts = torch.full_like(segmentation, IGNORED)
-    path = root / "human_parts" / f"{name}.mat"
-    if path.is_file():
-        parts = _parts(path, parts)
     return {
         "segmentation": segmentation,
-        "parts": parts,
+        "parts": _parts(
+            root / "human_parts" / f"{name}.mat", torch.full_like(segmentation, IGNORED)
+        ),
         "saliency": torch.from_numpy(saliency).long(),
         "normals": normals * torch.from_numpy(np.isin(context, _INDOOR)),
     }

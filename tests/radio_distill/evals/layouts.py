@@ -248,6 +248,39 @@ def navi(root: Path, objects: int = 2, pictures: int = 5) -> Path:
     return root
 
 
+def navi_of_redwood(root: Path, source: Path) -> Path:
+    """NAVI of real RGB-D frames of Redwood's format: one object, the frames in both its scenes.
+
+    ``source`` has ``color/``, ``depth/`` in millimetres, ``camera_primesense.json`` and
+    ``trajectory.log``, whose matrices lead from the camera to the world.
+    """
+    from scipy.spatial.transform import Rotation
+
+    camera = json.loads((source / "camera_primesense.json").read_text())
+    numbers = (source / "trajectory.log").read_text().split("\n")
+    for scene in ("multiview-00-primesense", "wild_set"):
+        folder, annotations = root / "room" / scene, []
+        for index, picture in enumerate(sorted((source / "color").iterdir())):
+            (folder / "images").mkdir(parents=True, exist_ok=True)
+            (folder / "images" / picture.name).symlink_to(picture)
+            depth = np.array(Image.open(source / "depth" / f"{picture.stem}.png")) / 1000
+            inverse = np.divide(655.35, depth, out=np.zeros_like(depth), where=depth > 0)
+            save(folder / "depth" / f"{picture.stem}.png", inverse.round().astype(np.uint16))
+            rows = numbers[5 * index + 1 : 5 * index + 5]
+            pose = np.linalg.inv(np.array([row.split() for row in rows], dtype=float))
+            x, y, z, w = Rotation.from_matrix(pose[:3, :3]).as_quat()
+            annotations.append({
+                "object_id": "room", "filename": picture.name, "scene_name": scene,
+                "image_size": [camera["height"], camera["width"]],
+                "camera": {
+                    "q": [w, x, y, z], "t": (1000 * pose[:3, 3]).tolist(),
+                    "focal_length": camera["intrinsic_matrix"][0],
+                },
+            })  # fmt: skip
+        write_json(folder / "annotations.json", annotations)
+    return root
+
+
 def normals_of(numbers: np.ndarray) -> np.ndarray:
     """A normal for each number of a label map, as a PNG stores them, ``[H, W, 3]`` uint8."""
     vectors = np.random.default_rng(1).normal(size=(256, 3))

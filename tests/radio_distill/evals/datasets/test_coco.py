@@ -47,9 +47,12 @@ def test_coco__check_counts_every_file(tmp_path):
     (tmp_path / "annotations" / "captions_val2017.json").write_text('{"images": [')
     contents = Coco(tmp_path).check()
     assert contents.counts == {
-        "train": 3, "train instances": 6, "val": 2, "val instances": 4, "val person_keypoints": 2
+        "train": 3, "val": 2, "val instances": 4, "val person_keypoints": 2
     }  # fmt: skip
     assert any("captions_val2017.json is no whole JSON file" in line for line in contents.missing)
+    path = tmp_path / "annotations" / "instances_train2017.json"
+    path.write_text(path.read_text()[:-9])
+    assert "train: " + str(path) in Coco(tmp_path).check().problems["train"]
     (tmp_path / "val2017" / "000000000001.jpg").unlink()
     with pytest.raises(DataError, match=r"1 of 2 names .*\(first: 000000000001\.jpg\)"):
         Coco(tmp_path).objects("val")
@@ -109,7 +112,7 @@ def test_real__coco(real):
     pytest.importorskip("faster_coco_eval")
     data = Coco(real / "coco51")
     assert data.check().counts == {
-        "train": 26, "train instances": 333, "val": 25, "val instances": 213,
+        "train": 26, "val": 25, "val instances": 213,
         "val captions": 125, "val person_keypoints": 44,
     }  # fmt: skip
     objects = data.objects("val").objects
