@@ -47,6 +47,22 @@ def _has_transformers() -> bool:
     return True
 
 
+class Trap:
+    """What makes the file ``ran`` where its pickle is loaded."""
+
+    def __init__(self, ran: Path) -> None:
+        self.ran = ran
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open, (str(self.ran), "w")
+
+
+@pytest.fixture
+def trap(tmp_path: Path) -> Trap:
+    """An object whose pickle runs code: ``trap.ran.exists()`` where it did."""
+    return Trap(tmp_path / "ran")
+
+
 @pytest.fixture(autouse=True, scope="session")
 def float32_for_auto() -> Iterator[Callable[..., str]]:
     """`auto` is float32 in tests, so that their numbers are the same on every processor.

@@ -27,19 +27,10 @@ engine: {{device: cpu}}
 """
 
 
-class Bomb:
-    def __init__(self, marker):
-        self.marker = marker
-
-    def __reduce__(self):
-        return (open, (str(self.marker), "w"))
-
-
 @pytest.fixture
-def hostile(tmp_path):
+def hostile(trap, tmp_path):
     """A recipe whose teacher's weights hold code, and the file that the code would make."""
-    marker = tmp_path / "executed"
-    torch.save({"state_dict": {"w": torch.zeros(1)}, "more": Bomb(marker)}, tmp_path / "w.pth")
+    torch.save({"state_dict": {"w": torch.zeros(1)}, "more": trap}, tmp_path / "w.pth")
     (tmp_path / "images").mkdir()
     Image.new("RGB", (64, 64)).save(tmp_path / "images" / "black.png")
     write_shards(tmp_path / "images", tmp_path / "shards")
@@ -49,7 +40,7 @@ def hostile(tmp_path):
             output=tmp_path / "runs", weights=tmp_path / "w.pth", shards=tmp_path / "shards"
         )
     )
-    return recipe, marker
+    return recipe, trap.ran
 
 
 @pytest.mark.parametrize("command", ["train", "fit-upsampler"])

@@ -19,16 +19,6 @@ from teachers.presets import PRESETS
 HALF = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
 
 
-class Trap:
-    """Unpickles by creating a file."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
-
-
 def build(preset, weights="", **values):
     return build_teacher("mine", TeacherConfig(preset=preset, weights=str(weights), **values))
 
@@ -44,42 +34,41 @@ def line_of(error):
 
 
 @pytest.mark.parametrize("name", ["tiny_vit", "tiny_open_clip", "tiny_clip"])
-def test_pickle__runs_only_where_it_is_trusted(name, tmp_path):
-    path, ran = tmp_path / "w.pt", tmp_path / "ran"
-    torch.save({"state_dict": state_of(name), "args": Trap(ran)}, path)
+def test_pickle__runs_only_where_it_is_trusted(name, tmp_path, trap):
+    path = tmp_path / "w.pt"
+    torch.save({"state_dict": state_of(name), "args": trap}, path)
     with pytest.raises(WeightsError, match=r"io\.open") as error:
         build(name, path)
     assert "--trust-checkpoint" in line_of(error)
-    assert not ran.exists()
+    assert not trap.ran.exists()
     with trusting_pickles():
         build(name, path)
-    assert ran.exists()
+    assert trap.ran.exists()
 
 
 @pytest.mark.parametrize("source", ["radio", "student"])
-def test_pickle__runs_only_where_it_is_trusted_for_a_description_too(source, tmp_path):
+def test_pickle__runs_only_where_it_is_trusted_for_a_description_too(source, tmp_path, trap):
     """These read the file to say what the teacher is, before it is built."""
-    path, ran = tmp_path / "w.pt", tmp_path / "ran"
-    torch.save({"state_dict": {"w": torch.ones(1)}, "args": Trap(ran)}, path)
+    path = tmp_path / "w.pt"
+    torch.save({"state_dict": {"w": torch.ones(1)}, "args": trap}, path)
     config = TeacherConfig(preset=source, weights=str(path))
     for describe in (build_teacher, teacher_spec):
         with pytest.raises(WeightsError, match=r"io\.open"):
             describe("mine", config)
-        assert not ran.exists()
+        assert not trap.ran.exists()
     with trusting_pickles(), pytest.raises(WeightsError, match="RADIO"):
         teacher_spec("mine", config)
-    assert ran.exists()
+    assert trap.ran.exists()
 
 
 @pytest.mark.parametrize("source", ["radio", "student", "timm", "open_clip"])
-def test_pickle__a_wrong_sum_ends_before_anything_runs(source, tmp_path):
-    ran = tmp_path / "ran"
-    torch.save({"args": Trap(ran)}, tmp_path / "w.pt")
+def test_pickle__a_wrong_sum_ends_before_anything_runs(source, tmp_path, trap):
+    torch.save({"args": trap}, tmp_path / "w.pt")
     model = {"timm": "test_vit", "open_clip": "ViT-B-32"}.get(source)
     options = {"model": model} if model else {}
     with trusting_pickles(), pytest.raises(WeightsError, match="mine: sha256"):
         build(source, tmp_path / "w.pt", options=options, sha256="0" * 64)
-    assert not ran.exists()
+    assert not trap.ran.exists()
 
 
 def test_sha256__of_a_file(tmp_path):
@@ -280,9 +269,8 @@ def test_config_json__names_no_code_to_fetch(tmp_path):
     [{"checkpoint_path": "w.pth"}, {"pretrained": True}, {"pretrained_cfg": {"file": "w.pth"}}],
 )
 @pytest.mark.parametrize("place", ["options.create", "config.json"])
-def test_timm__is_not_told_to_unpickle(argument, place, tmp_path):
-    ran = tmp_path / "ran"
-    torch.save({"x": Trap(ran)}, tmp_path / "w.pth")
+def test_timm__is_not_told_to_unpickle(argument, place, tmp_path, trap):
+    torch.save({"x": trap}, tmp_path / "w.pth")
     argument = json.loads(json.dumps(argument).replace("w.pth", str(tmp_path / "w.pth")))
     published = {"input_size": [3, 160, 160], **HALF}
     settings = {"architecture": "test_vit", "pretrained_cfg": published}
@@ -293,7 +281,7 @@ def test_timm__is_not_told_to_unpickle(argument, place, tmp_path):
     config = TeacherConfig(preset="timm", weights=str(tmp_path), options=options)
     with pytest.raises(ConfigError, match=f"{next(iter(argument))}"):
         resolve(config)
-    assert not ran.exists()
+    assert not trap.ran.exists()
 
 
 @pytest.mark.parametrize(

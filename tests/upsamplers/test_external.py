@@ -290,25 +290,15 @@ def test_checkpoint__damaged_foreign_or_not_tensors(anyup, jafar, tmp_path):
         AnyUp(2, repository=anyup, checkpoint=str(tmp_path / "none.pth"))
 
 
-class Trap:
-    """Unpickles by creating a file."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
-
-
-def test_checkpoint__code_in_it_runs_only_where_it_is_trusted(anyup, tmp_path):
-    path, trap = tmp_path / "weights.pth", tmp_path / "ran"
-    torch.save({"state_dict": {"gain": torch.full((1,), 3.0)}, "cfg": Trap(trap)}, path)
+def test_checkpoint__code_in_it_runs_only_where_it_is_trusted(anyup, trap, tmp_path):
+    path = tmp_path / "weights.pth"
+    torch.save({"state_dict": {"gain": torch.full((1,), 3.0)}, "cfg": trap}, path)
     with pytest.raises(WeightsError, match=r"weights\.pth: .*io\.open"):
         AnyUp(2, repository=anyup, checkpoint=str(path))
-    assert not trap.exists()
+    assert not trap.ran.exists()
     with trusting_pickles():
         upsampler = AnyUp(2, repository=anyup, checkpoint=str(path))
-    assert trap.exists()
+    assert trap.ran.exists()
     assert upsampler.network.gain.item() == 3
 
 

@@ -17,21 +17,6 @@ from radio_distill.system.trust import check_sha256, read_torch_file, trusting_p
 from radio_distill.weights.files import checksummed_files, files_of, read_checkpoint
 
 
-class Trap:
-    """Unpickles by creating a file."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
-
-
-@pytest.fixture
-def trap(tmp_path):
-    return tmp_path / "ran"
-
-
 def saved(path, content, **how):
     torch.save(content, path, **how)
     return path
@@ -39,7 +24,7 @@ def saved(path, content, **how):
 
 @pytest.mark.parametrize("zipped", [True, False])
 def test_read_torch_file__runs_code_only_where_it_is_trusted(zipped, trap, tmp_path, caplog):
-    content = {"w": torch.ones(2), "cfg": Trap(trap)}
+    content = {"w": torch.ones(2), "cfg": trap}
     path = saved(tmp_path / "w.pt", content, _use_new_zipfile_serialization=zipped)
     with pytest.raises(WeightsError) as error:
         read_torch_file(path)
@@ -47,24 +32,24 @@ def test_read_torch_file__runs_code_only_where_it_is_trusted(zipped, trap, tmp_p
         f"cannot read weights {path}: it wants to import io.open, which would run code when read; "
         "save its tensors as safetensors, or add --trust-checkpoint if you trust the file's origin"
     )
-    assert not trap.exists()
+    assert not trap.ran.exists()
     assert not caplog.records
     with trusting_pickles():
         assert read_torch_file(path)["w"].sum() == 2
-    assert trap.exists()
+    assert trap.ran.exists()
     assert f"running the code in {path}, as --trust-checkpoint allows" in caplog.text
 
 
 def test_trusting_pickles__ends_with_its_block(trap, tmp_path):
-    path = saved(tmp_path / "w.pt", Trap(trap))
+    path = saved(tmp_path / "w.pt", trap)
     with pytest.raises(KeyError), trusting_pickles():
         raise KeyError
     with trusting_pickles():
         with trusting_pickles(False), pytest.raises(WeightsError, match="would run code"):
             read_torch_file(path)
-        assert not trap.exists()
+        assert not trap.ran.exists()
         read_torch_file(path)
-    assert trap.exists()
+    assert trap.ran.exists()
     with trusting_pickles(False), pytest.raises(WeightsError, match="would run code"):
         read_torch_file(path)
 
@@ -116,21 +101,21 @@ def test_read_torch_file__no_torch_file(content, trusted, tmp_path):
 
 
 def test_load__a_file_with_code(trap, tmp_path):
-    path = saved(tmp_path / "radio.pth.tar", {"state_dict": {"w": torch.ones(1)}, "x": Trap(trap)})
+    path = saved(tmp_path / "radio.pth.tar", {"state_dict": {"w": torch.ones(1)}, "x": trap})
     with pytest.raises(WeightsError, match="would run code"):
         radio_distill.load(path)
-    assert not trap.exists()
+    assert not trap.ran.exists()
     with trusting_pickles(), pytest.raises(WeightsError, match="RADIO"):
         radio_distill.load(path)
-    assert trap.exists()
+    assert trap.ran.exists()
 
 
 def test_load__a_model_folder_with_code(trap, tmp_path):
-    saved(tmp_path / "pytorch_model.bin", {"w": torch.ones(1), "x": Trap(trap)})
+    saved(tmp_path / "pytorch_model.bin", {"w": torch.ones(1), "x": trap})
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(WeightsError, match=r"pytorch_model\.bin"):
         radio_distill.load(tmp_path)
-    assert not trap.exists()
+    assert not trap.ran.exists()
 
 
 @pytest.mark.parametrize("trusted", [False, True])
@@ -140,13 +125,13 @@ def test_load__a_run_never_reads_a_torch_file(trusted, trap, write_run, caplog):
     checkpoint = folder / "stage1" / "checkpoints" / "step-00000007"
     for place in (folder, folder / "stage1", checkpoint):
         for name in ("student.pt", "pytorch_model.bin", ".metadata", "mp_rank_00_model_states.pt"):
-            (place / name).write_bytes(pickle.dumps(Trap(trap)))
+            (place / name).write_bytes(pickle.dumps(trap))
     with trusting_pickles(trusted):
         assert radio_distill.load(folder).head_names
-        saved(checkpoint / "student.safetensors", {"x": Trap(trap)})
+        saved(checkpoint / "student.safetensors", {"x": trap})
         with pytest.raises(CheckpointError):
             radio_distill.load(folder)
-    assert not trap.exists()
+    assert not trap.ran.exists()
 
 
 def test_files_of__the_index_names_files_beside_it(tmp_path):

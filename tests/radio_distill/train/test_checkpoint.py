@@ -259,24 +259,20 @@ def test_save__a_folder_that_cannot_be_made(tmp_path):
         write(tmp_path / "file", 1)
 
 
-def test_read__never_runs_code(tmp_path):
+def test_read__never_runs_code(trap, tmp_path):
     """A checkpoint is safetensors and JSON: a pickle in its place is refused, not executed."""
     import pickle
 
     folder = write(tmp_path, 1)
 
-    class Bomb:
-        def __reduce__(self):
-            return (open, (str(tmp_path / "executed"), "w"))
-
-    (folder / "student.safetensors").write_bytes(pickle.dumps(Bomb()))
+    (folder / "student.safetensors").write_bytes(pickle.dumps(trap))
     meta = json.loads((folder / "meta.json").read_text())
     data = (folder / "student.safetensors").read_bytes()
     meta["sha256"]["student.safetensors"] = hashlib.sha256(data).hexdigest()
     (folder / "meta.json").write_text(json.dumps(checkpoints.sealed(meta)))
     with pytest.raises(CheckpointError, match="damaged"):
         checkpoints.find(folder).student_tensors()
-    assert not (tmp_path / "executed").exists()
+    assert not trap.ran.exists()
 
 
 def test_check_teachers__another_teacher_is_named(tmp_path):

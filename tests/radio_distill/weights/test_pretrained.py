@@ -175,26 +175,16 @@ def test_file__missing_or_damaged(name, student_config, tmp_path):
         Student(config, num_summary_tokens=1)
 
 
-class Bomb:
-    """Unpickles by creating a file."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (self.path, "w")
-
-
-def test_file__code_in_it_runs_only_where_it_is_trusted(student_config, reference, tmp_path):
+def test_file__code_in_it_runs_only_where_it_is_trusted(student_config, reference, trap, tmp_path):
     path = tmp_path / "bomb.pth"
-    torch.save({"model": reference.state_dict(), "cfg": Bomb(str(tmp_path / "ran"))}, path)
+    torch.save({"model": reference.state_dict(), "cfg": trap}, path)
     config = student_config(pretrained=str(path))
     with pytest.raises(WeightsError, match=r"io\.open"):
         Student(config, num_summary_tokens=1)
-    assert not (tmp_path / "ran").exists()
+    assert not trap.ran.exists()
     with trusting_pickles():
         Student(config, num_summary_tokens=1)
-    assert (tmp_path / "ran").exists()
+    assert trap.ran.exists()
 
 
 def test_student__starts_from_the_file_with_the_sum_that_the_recipe_says(
