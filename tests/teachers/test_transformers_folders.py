@@ -89,13 +89,13 @@ def test_generic__a_model_that_masks_its_input_is_no_teacher(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"model_type": "bert"}, r"no image tower is known for model_type 'bert'"),
-        ({"model_type": "siglip2", "vision_config": {}}, "NaFlex checkpoints take patches"),
-        ({"architecture": "resnet18"}, "is a model of timm; take preset: timm"),
-        ({"model_type": "vit", "image_size": [64, 32]}, r"options\.native_size is missing"),
-        ({"model_type": "resnet"}, r"options\.native_size is missing"),
-        ({"model_type": "vit", "hidden_act": "none"}, "ViTModel cannot be built"),
-        ({"model_type": "dinov2", "hidden_size": "many"}, "configuration of model_type 'dinov2'"),
+        ({"model_type": "bert"}, "'bert'"),
+        ({"model_type": "siglip2", "vision_config": {}}, "NaFlex"),
+        ({"architecture": "resnet18"}, "preset: timm"),
+        ({"model_type": "vit", "image_size": [64, 32]}, r"options\.native_size"),
+        ({"model_type": "resnet"}, r"options\.native_size"),
+        ({"model_type": "vit", "hidden_act": "none"}, "ViTModel"),
+        ({"model_type": "dinov2", "hidden_size": "many"}, "'dinov2'"),
     ],
 )
 def test_folder__what_cannot_be_a_teacher_is_one_line(settings, message, tmp_path):

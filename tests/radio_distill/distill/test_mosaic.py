@@ -87,13 +87,13 @@ def test_plan_mosaic__a_limit_of_images_spreads_them_over_the_canvas():
 @pytest.mark.parametrize(
     ("canvas", "view", "words"),
     [
-        ((1024, 1024), (1040, 256), "view of 1040x256 pixels is larger than the canvas of 1024x"),
-        ((1024, 1024), (256, 1040), "view of 256x1040 .* take the teacher out of its `mosaic`"),
-        ((1024, 1024), (250, 256), "view measures 250x256 .* patches of 16; nearest 256x256"),
-        ((1024, 1024), (256, 7), "nearest 256x16"),
-        ((1024, 1024), (0, 256), "view measures 0x256"),
-        ((1024, 1024), (-256, 256), "view measures -256x256"),
-        ((1152, 1150), (256, 256), "canvas measures 1152x1150 .* nearest 1152x1152"),
+        ((1024, 1024), (1040, 256), "1040x256 .*1024x"),
+        ((1024, 1024), (256, 1040), "256x1040 .*`mosaic`"),
+        ((1024, 1024), (250, 256), "250x256 .*16.*256x256"),
+        ((1024, 1024), (256, 7), "256x16"),
+        ((1024, 1024), (0, 256), "0x256"),
+        ((1024, 1024), (-256, 256), "-256x256"),
+        ((1152, 1150), (256, 256), "1152x1150 .*1152x1152"),
     ],
 )
 def test_plan_mosaic__error_names_the_teacher_and_the_mend(canvas, view, words):

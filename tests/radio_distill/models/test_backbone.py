@@ -154,15 +154,15 @@ def test_forward__runs_in_the_type_of_its_weights(model):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"pixels": torch.rand(1, 1, 32, 32)}, r"shape \[1, 1, 32, 32\], expected \[B, 3, H, W\]"),
-        ({"pixels": torch.rand(3, 32, 32)}, r"expected \[B, 3, H, W\]"),
-        ({"pixels": torch.rand(1, 3, 0, 32)}, r"expected \[B, 3, H, W\]"),
-        ({"pixels": torch.rand(1, 3, 32, 32) * 255}, r"reach 25\d.*floats in \[0, 1\]; divide"),
-        ({"pixels": torch.randn(1, 3, 32, 32) * 2}, r"reach .*expected floats in \[0, 1\]"),
-        ({"pixels": torch.zeros(1, 3, 32, 32) - 2}, r"reach down to -2, .*not normalised"),
-        ({"pixels": torch.zeros(1, 3, 32, 32, dtype=torch.uint8)}, r"uint8, expected floats in"),
-        ({"format": "NHWC"}, "format 'NHWC' is neither"),
-        ({"fit": "crop"}, "fit 'crop' is neither"),
+        ({"pixels": torch.rand(1, 1, 32, 32)}, r"\[1, 1, 32, 32\].*\[B, 3, H, W\]"),
+        ({"pixels": torch.rand(3, 32, 32)}, r"\[B, 3, H, W\]"),
+        ({"pixels": torch.rand(1, 3, 0, 32)}, r"\[B, 3, H, W\]"),
+        ({"pixels": torch.rand(1, 3, 32, 32) * 255}, r"25\d.*\[0, 1\]"),
+        ({"pixels": torch.randn(1, 3, 32, 32) * 2}, r"\[0, 1\]"),
+        ({"pixels": torch.zeros(1, 3, 32, 32) - 2}, "-2, .*normalised"),
+        ({"pixels": torch.zeros(1, 3, 32, 32, dtype=torch.uint8)}, "uint8"),
+        ({"format": "NHWC"}, "format 'NHWC'"),
+        ({"fit": "crop"}, "fit 'crop'"),
     ],
 )
 def test_forward__names_what_cannot_be(model, arguments, message):

@@ -52,12 +52,12 @@ def test_world_from__launchers(environment, expected):
 @pytest.mark.parametrize(
     ("environment", "expected"),
     [
-        ({"RANK": "4", "WORLD_SIZE": "2"}, "RANK=4 does not lie below WORLD_SIZE=2"),
-        ({"RANK": "1"}, "RANK=1 does not lie below WORLD_SIZE=1"),
-        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 is set and RANK is not"),
-        ({"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}, "WORLD_SIZE=2 is set and RANK is not"),
-        ({"WORLD_SIZE": "2", "RANK": "0"}, "WORLD_SIZE=2 is set and MASTER_ADDR is not"),
-        ({"WORLD_SIZE": "two", "RANK": "0"}, "WORLD_SIZE=two is no whole number"),
+        ({"RANK": "4", "WORLD_SIZE": "2"}, "RANK=4 .*WORLD_SIZE=2"),
+        ({"RANK": "1"}, "RANK=1 .*WORLD_SIZE=1"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 .*RANK"),
+        ({"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}, "WORLD_SIZE=2 .*RANK"),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "WORLD_SIZE=2 .*MASTER_ADDR"),
+        ({"WORLD_SIZE": "two", "RANK": "0"}, "WORLD_SIZE=two"),
     ],
 )
 def test_world_from__contradictions_and_what_is_left_over(environment, expected):

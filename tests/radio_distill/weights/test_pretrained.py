@@ -135,19 +135,19 @@ def broken(change, path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s: s.pop("blocks.3.mlp.fc1.weight"), "blocks.3.mlp.fc1.weight is missing"),
-        (lambda s: s.pop("pos_embed"), "pos_embed is missing"),
+        (lambda s: s.pop("blocks.3.mlp.fc1.weight"), r"blocks\.3\.mlp\.fc1\.weight"),
+        (lambda s: s.pop("pos_embed"), "pos_embed"),
         (
             lambda s: s.update({"blocks.12.norm1.bias": torch.ones(1)}),
-            "blocks.12.norm1.bias is unexpected",
+            r"blocks\.12\.norm1\.bias",
         ),
         (
             lambda s: s.update({"blocks.0.norm1.weight": torch.ones(384)}),
-            r"blocks.0.norm1.weight has shape \[384\], expected \[192\]",
+            r"blocks\.0\.norm1\.weight .*\[384\].*\[192\]",
         ),
         (
             lambda s: s.update({"pos_embed": torch.ones(1, 198, 192)}),
-            "pos_embed has 197 patch positions, which is no square",
+            "pos_embed .*197",
         ),
     ],
 )

@@ -255,7 +255,7 @@ def test_featsharp_simple__is_the_released_one(published):
 @pytest.mark.parametrize("name", sorted(DOWNSAMPLERS))
 @pytest.mark.parametrize(
     ("size", "message"),
-    [((8, 9), "8x9 does not divide by the downsampler's factor 2"), ((8, 4), "larger than the")],
+    [((8, 9), "8x9 .*factor 2"), ((8, 4), "larger than the")],
 )
 def test_downsampler__refuses_maps_that_do_not_fit(name, size, message):
     with pytest.raises(ConfigError, match=message):

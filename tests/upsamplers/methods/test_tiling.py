@@ -116,14 +116,14 @@ def test_summary__of_a_teacher_without_one_is_none(name):
 @pytest.mark.parametrize(
     ("name", "values", "message"),
     [
-        ("s2", {"options": {"bta": 0.5}}, "did you mean 'beta'"),
-        ("s2", {"options": {"beta": 1.5}}, "1.5 is not a number from 0 to 1"),
+        ("s2", {"options": {"bta": 0.5}}, "'beta'"),
+        ("s2", {"options": {"beta": 1.5}}, "1.5"),
         ("s2", {"options": {"beta": "half"}}, "not a number"),
-        ("tile", {"options": {"overlap": 2}}, "no option 'overlap' .it has none"),
-        ("tile", {"options": {"factor": 2}}, "no option 'factor'"),
-        ("tile", {"weights": {"clip": "x.safetensors"}}, "no parameters; remove upsampler.weights"),
-        ("featup", {"options": {"any_siz": True}}, "no option 'any_siz' .did you mean 'any_size'"),
-        ("featsharp", {"options": {"weights": {}}}, "no option 'weights'"),
+        ("tile", {"options": {"overlap": 2}}, "'overlap'"),
+        ("tile", {"options": {"factor": 2}}, "'factor'"),
+        ("tile", {"weights": {"clip": "x.safetensors"}}, "upsampler.weights"),
+        ("featup", {"options": {"any_siz": True}}, "'any_siz'.*'any_size'"),
+        ("featsharp", {"options": {"weights": {}}}, "'weights'"),
     ],
 )
 def test_build_upsampler__wrong_settings_are_one_line(name, values, message):

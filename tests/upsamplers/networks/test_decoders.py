@@ -75,13 +75,13 @@ def test_network__a_constant_map_stays_constant_to_its_border(name, part):
 @pytest.mark.parametrize(
     ("name", "factor", "options", "message"),
     [
-        ("carafe", 2, {"kernel_size": 4}, "kernel_size: 4 is not an odd number, such as 5"),
-        ("carafe", 2, {"encoder_size": "3"}, "encoder_size: '3' is not an odd number"),
-        ("carafe", 2, {"kernel_sise": 5}, "did you mean 'kernel_size'"),
-        ("carafe", 0, {}, "factor is 0; it must be at least 1"),
-        ("sapa", 2, {"kernel_size": 0}, "kernel_size: 0 is not an odd number, such as 5"),
-        ("sapa", 0, {}, "factor is 0; it must be at least 1"),
-        ("bilinear", 2, {"mode": "bicubic"}, r"no option 'mode' \(it has none\)"),
+        ("carafe", 2, {"kernel_size": 4}, "kernel_size: 4"),
+        ("carafe", 2, {"encoder_size": "3"}, "encoder_size: '3'"),
+        ("carafe", 2, {"kernel_sise": 5}, "'kernel_size'"),
+        ("carafe", 0, {}, "factor is 0"),
+        ("sapa", 2, {"kernel_size": 0}, "kernel_size: 0"),
+        ("sapa", 0, {}, "factor is 0"),
+        ("bilinear", 2, {"mode": "bicubic"}, "'mode'"),
         ("resize_conv", 0, {}, "factor is 0"),
     ],
 )

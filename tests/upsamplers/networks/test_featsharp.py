@@ -208,16 +208,16 @@ def test_featsharp_network__released_guidance_is_four_pixels_a_cell():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"preset": "code"}, "no preset 'code'"),
-        ({"inputs": ["jbu", "tiles"]}, "no input 'jbu'"),
-        ({"inputs": []}, "name one to three different ones"),
-        ({"inputs": ["tiles", "tiles"]}, "name one to three different ones"),
-        ({"block": "conv"}, "no block 'conv'"),
-        ({"window": 4}, "window is 4; it must be odd"),
-        ({"window": 13}, "window is 13; it must be odd"),
-        ({"attention": "natten"}, "attention 'natten' is not known"),
-        ({"mlp_ratio": 0.0}, "mlp_ratio must be above 0"),
-        ({"windows": 5}, "no option 'windows'"),
+        ({"preset": "code"}, "'code'"),
+        ({"inputs": ["jbu", "tiles"]}, "'jbu'"),
+        ({"inputs": []}, "one to three"),
+        ({"inputs": ["tiles", "tiles"]}, "one to three"),
+        ({"block": "conv"}, "'conv'"),
+        ({"window": 4}, "window is 4"),
+        ({"window": 13}, "window is 13"),
+        ({"attention": "natten"}, "'natten'"),
+        ({"mlp_ratio": 0.0}, "mlp_ratio"),
+        ({"windows": 5}, "'windows'"),
     ],
 )
 def test_featsharp_network__refuses_options(options, message):
@@ -256,9 +256,9 @@ def test_from_released_state__cuts_the_padding_of_values_alone():
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        ({}, "lacks 'levels.0.tile_position'"),
-        ({"tile_pos": torch.zeros(1, 8, 2, 2)}, "lacks 'levels.0.block.mlp.body.w3.weight'"),
-        ({"ups.0.jafar.weight": torch.zeros(1)}, "has a tensor 'ups.0.jafar.weight'"),
+        ({}, r"'levels\.0\.tile_position'"),
+        ({"tile_pos": torch.zeros(1, 8, 2, 2)}, r"'levels\.0\.block\.mlp\.body\.w3\.weight'"),
+        ({"ups.0.jafar.weight": torch.zeros(1)}, r"'ups\.0\.jafar\.weight'"),
     ],
 )
 def test_from_released_state__refuses_what_is_not_one(state, message):
