@@ -26,7 +26,7 @@ from ..types import Score, Size
 from .datasets import DATASETS
 from .encoder import Encoder, size_text
 from .masks import open_set
-from .protocol import protocol_of
+from .protocol import protocol_of, quick
 
 BENCHMARKS = Registry(
     "benchmark",
@@ -63,7 +63,7 @@ def make(name: str, config: EvaluationConfig) -> Benchmark:
     for dataset in config.data.keys() - DATASETS.names():
         known = nearest(dataset, DATASETS.names())
         raise ConfigError(f"evaluation.data has {dataset!r}, which is no data set ({known})")
-    values = {own: _value(config, field) for own, field in kind.sources.items()}
+    values = {own: source_value(config, field) for own, field in kind.sources.items()}
     values |= config.options.get(name, {})
     for own, field in kind.sources.items():
         if values[own] == "":
@@ -96,7 +96,7 @@ def check_data(config: EvaluationConfig) -> None:
         DATASETS.get(dataset)(config.data[dataset]).check()
 
 
-def _value(config: EvaluationConfig, field: str) -> Any:
+def source_value(config: EvaluationConfig, field: str) -> Any:
     """Return a field of ``evaluation``, or with ``data.NAME`` the path of a data set."""
     if field.startswith(_DATA):
         return config.data.get(field.removeprefix(_DATA), "")
@@ -141,7 +141,8 @@ def evaluate(
     and retrieval of one with a text tower; they are passed over for any other. All benchmarks are
     made before the first runs, so a missing folder costs no time. Each score says which sizes the
     encoder was given, which are not those asked for where it cannot take them, and under which
-    protocol: that of the benchmark's fields where it names none.
+    protocol: that of the benchmark's fields where it names none, a quick one where
+    `evaluation.limit` leaves a part of the data.
 
     Args:
         encoder: in evaluation mode.
@@ -165,10 +166,15 @@ def evaluate(
                 f"benchmark {benchmark.name!r}: run returns {result!r:.80}, not a list of "
                 "radio_distill.types.Score"
             )
-        pixels, protocol = ", ".join(map(size_text, sizes)), protocol_of(benchmark)
+        pixels, named = ", ".join(map(size_text, sizes)), quick if config.limit else str
         how = (asked or {}).get(name, "")
         result = [
-            replace(score, pixels=pixels, protocol=score.protocol or protocol, asked=how)
+            replace(
+                score,
+                pixels=pixels,
+                protocol=named(score.protocol or protocol_of(benchmark)),
+                asked=how,
+            )
             for score in result
         ]
         if write is not None:

@@ -1,0 +1,89 @@
+"""Suites: which benchmarks are asked, and how, by one word.
+
+published
+    Every benchmark of FeatSharp's Table 2 (but the group VILA, whose harness is outside), NYU depth
+    and COCO detection, as their protocols have it, of the data sets that are named.
+quick
+    The same, and those of one's own images, at small size on whatever small sets are named: some
+    minutes an encoder on a CPU. Its scores are of protocols whose names end in ``-quick``: they
+    order encoders, and are no published value.
+
+A benchmark whose data is not named is left out, and said to be.
+"""
+
+from dataclasses import fields, replace
+from importlib.util import find_spec
+from typing import Any, Literal
+
+from ..config import EvaluationConfig
+from ..errors import ConfigError
+from .headlines import HEADLINES
+from .run import BENCHMARKS, source_value
+
+Suite = Literal["quick", "published"]
+SUITES: tuple[Suite, ...] = ("quick", "published")
+
+PUBLISHED = (
+    *dict.fromkeys(n.partition("/")[0] for n, m in HEADLINES.items() if m.group != "VILA"),
+    "nyu_depth",
+    "coco_detection",
+)
+OWN = ("knn", "segmentation", "correspondence", "stereo", "agreement", "fidelity")
+"""Benchmarks of one's own images."""
+
+QUICK: dict[str, Any] = {
+    "quick": True,
+    "steps": 200,
+    "warmup_steps": 20,
+    "images_per_step": 4,
+    "crop": (224, 224),
+    "fit": (448, 224),
+    "size": 224,
+    "query_stride": 32,
+}
+"""What a quick benchmark's own fields are, where it has them; sizes are whole patches of 14 and 16."""
+QUICK_LIMIT = 60
+"""Most images of each split."""
+
+
+def with_suite(config: EvaluationConfig, suite: Suite) -> tuple[EvaluationConfig, dict[str, str]]:
+    """Return what a suite asks, and why each benchmark that it leaves out is.
+
+    Options of the recipe hold, and so do its sizes and its limit where it sets one.
+
+    Raises:
+        ConfigError: no data of the suite is named.
+    """
+    asked, left_out = list[str](), dict[str, str]()
+    for name in (*PUBLISHED, *OWN) if suite == "quick" else PUBLISHED:
+        if reason := _reason_against(name, config):
+            left_out[name] = reason
+        else:
+            asked.append(name)
+    if not asked:
+        raise ConfigError(
+            f"suite {suite!r}: no data is named; set evaluation.data, for instance "
+            "--evaluation.data '{ade20k: PATH}'"
+        )
+    if suite == "published":
+        return replace(config, benchmarks=tuple(asked)), left_out
+    options = {name: {**_quick_options(name), **config.options.get(name, {})} for name in asked}
+    limit = config.limit or QUICK_LIMIT
+    return replace(config, benchmarks=tuple(asked), options=options, limit=limit), left_out
+
+
+def _reason_against(name: str, config: EvaluationConfig) -> str:
+    """Return why a benchmark cannot be asked; empty where it can."""
+    if name not in BENCHMARKS.names():
+        return "is not there yet"
+    if name == "stereo" and find_spec("skimage") is None:
+        return "needs scikit-image"
+    sources = BENCHMARKS.get(name).sources.values()
+    lacking = [source for source in sources if source_value(config, source) == ""]
+    return f"needs evaluation.{lacking[0]}" if lacking else ""
+
+
+def _quick_options(name: str) -> dict[str, Any]:
+    kind = BENCHMARKS.get(name)
+    own = {field.name for field in fields(kind)} - kind.sources.keys()
+    return {field: value for field, value in QUICK.items() if field in own}
