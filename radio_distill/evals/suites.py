@@ -41,7 +41,7 @@ QUICK: dict[str, Any] = {
     "size": 224,
     "query_stride": 32,
 }
-"""What a quick benchmark's own fields are, where it has them; sizes are whole patches of 14 and 16."""
+"""Own fields of a quick benchmark, where it has them; sizes are whole patches of 14 and 16."""
 QUICK_LIMIT = 60
 """Most images of each split."""
 
@@ -67,7 +67,9 @@ def with_suite(config: EvaluationConfig, suite: Suite) -> tuple[EvaluationConfig
         )
     if suite == "published":
         return replace(config, benchmarks=tuple(asked)), left_out
-    options = {name: {**_quick_options(name), **config.options.get(name, {})} for name in asked}
+    options = {name: own for name in asked if (own := _quick_options(name))}
+    for name, own in config.options.items():
+        options[name] = options.get(name, {}) | own
     limit = config.limit or QUICK_LIMIT
     return replace(config, benchmarks=tuple(asked), options=options, limit=limit), left_out
 
