@@ -21,7 +21,6 @@ from .headlines import HEADLINES
 from .run import BENCHMARKS, source_value
 
 Suite = Literal["quick", "published"]
-SUITES: tuple[Suite, ...] = ("quick", "published")
 
 PUBLISHED = (
     *dict.fromkeys(n.partition("/")[0] for n, m in HEADLINES.items() if m.group != "VILA"),

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from ..evals.gain import Estimate, Measured, Metric, MultiTaskGain, Results, Run, estimate, runs_of
+from ..evals.headlines import in_order
 from .tables import Cell, Column, Table
 
 DEFINITION = (
@@ -99,6 +100,30 @@ def score_tables(
     return tables
 
 
+def headline_table(
+    results: Results,
+    definitions: Mapping[str, Metric],
+    measured: Mapping[str, Mapping[str, Measured]] | None = None,
+) -> Table:
+    """Lay out the metrics that count, of all groups: one row a model, in the paper's order.
+
+    The arguments are those of :func:`score_tables`.
+    """
+    runs = runs_of(results)
+    metrics = {name: metric for name, metric in in_order(definitions).items() if metric.counts}
+    rows = [
+        (model, *(_score(repeats, name) for name in metrics))
+        for model, repeats in runs.items()
+        if any(name in run for run in repeats for name in metrics)
+    ]
+    columns = [
+        _score_column(name, metric, [row[number] for row in rows], "")
+        for number, (name, metric) in enumerate(metrics.items(), start=1)
+    ]
+    known = [measured.get(model, {}) for model in runs] if measured else []
+    return Table("Headlines", (Column("Model"), *columns), tuple(rows), _protocols(known, metrics))
+
+
 MOST_METRICS = 6
 """Of a group in one table; a group of more has one for each benchmark."""
 
@@ -134,7 +159,6 @@ def _notes(
 ) -> tuple[str, ...]:
     """Say at which size each model was scored, on what, and under which protocol."""
     sizes: dict[str, list[str]] = {}
-    protocols: dict[str, None] = {}
     what: dict[str, None] = {}
     for model in models:
         known = {name: how for name, how in measured.get(model, {}).items() if name in names}
@@ -143,14 +167,22 @@ def _notes(
         for name, how in known.items():
             if how.details:
                 what[f"{name.partition('/')[0]}: {how.of}"] = None
-            if how.protocol:
-                protocols[how.protocol] = None
-    notes = (*what, *([f"Protocol: {', '.join(protocols)}."] if protocols else ()))
+    notes = (*what, *_protocols([measured.get(model, {}) for model in models], names))
     if not sizes:
         return notes
     alike = len(sizes) == 1 and [*sizes.values()] == [list(models)]
     parts = [size if alike else f"{size} ({', '.join(of)})" for size, of in sizes.items()]
     return (*notes, f"Input in pixels: {'; '.join(parts)}.")
+
+
+def _protocols(measured: Iterable[Mapping[str, Measured]], names: Iterable[str]) -> tuple[str, ...]:
+    """Say under which protocols some metrics were measured, where that is known."""
+    shown = set(names)
+    every = {
+        how.protocol: None for known in measured for name, how in known.items() if name in shown
+    }
+    every.pop("", None)
+    return (f"Protocol: {', '.join(every)}.",) if every else ()
 
 
 def _score(repeats: Iterable[Run], name: str) -> Cell:

@@ -5,6 +5,7 @@
     radio-distill eval runs/mine/stage1/checkpoints/step-*
     radio-distill eval --models dinov2_l_reg clip=open_clip:ViT-B-16/openai \
         sharp=dinov2_l_reg+featsharp:2 --evaluation.benchmarks '[knn]' --evaluation.labels ~/flowers
+    radio-distill eval runs/mine --suite quick --evaluation.data '{voc: ~/VOCdevkit, coco: ~/coco}'
 
 The recipe is each checkpoint's own; every field of its section `evaluation` can be set anew
 (--evaluation.limit 50). Checkpoints that are scored together must be asked the same: where their
@@ -17,6 +18,9 @@ list sources`) such as student:runs/mine, or a teacher of --recipe; +UPSAMPLER:F
 behind an upsampler. NAME= before it is what tables call it. Models are asked what the first run is
 asked; without a run, what --recipe says, or `evaluation` at its defaults.
 
+A suite asks every benchmark whose data is named: `published` those of FeatSharp's Table 2 as their
+protocols have it, `quick` all at small size, in minutes, for the order of models.
+
 Each benchmark's scores are written as soon as they are there. What is there already, of the same
 weights and asked the same, is not scored again: a command that was stopped goes on where it was.
 """
@@ -24,7 +28,9 @@ weights and asked the same, is not scored again: a command that was stopped goes
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from typing import Literal, get_args
 
 import yaml
 
@@ -44,6 +50,8 @@ from ..arguments import add_trust_argument
 from ..recipes import load_recipe
 
 TAKES_FIELDS = True
+
+Suite = Literal["quick", "published"]
 
 
 @dataclass(frozen=True)
@@ -94,6 +102,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TEACHER",
         help="take the students' summary from this head, with the teacher's texts",
     )
+    parser.add_argument(
+        "--suite",
+        choices=get_args(Suite),
+        help="benchmarks whose data is named: as published, or quick at small size (minutes)",
+    )
     parser.add_argument("--again", action="store_true", help="score anew what is there already")
 
 
@@ -111,14 +124,17 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError("--recipe is for models without a run; runs have recipes of their own")
     checkpoints = [find_checkpoint(path) for path in arguments.runs]
     check_labels(arguments.labels, len(checkpoints))
-    evaluations = [evaluation_with(one.recipe, arguments.fields) for one in checkpoints]
+    in_suite = partial(_in_suite, arguments.suite)
+    evaluations = [in_suite(evaluation_with(one.recipe, arguments.fields)) for one in checkpoints]
     asked: Recipe | Asked
     if checkpoints:
         asked = replace(checkpoints[0].recipe, evaluation=evaluations[0])
     elif arguments.recipe:
         asked = load_recipe(arguments.recipe, arguments.fields)
+        asked = replace(asked, evaluation=in_suite(asked.evaluation))
     else:
         asked = build(Asked, override({}, arguments.fields))
+        asked = replace(asked, evaluation=in_suite(asked.evaluation))
     models = named_models(arguments.models, asked.teachers)
     paths = []
     if checkpoints:
@@ -147,13 +163,28 @@ def evaluation_with(recipe: Recipe, fields: Sequence[str]) -> EvaluationConfig:
     return changed.evaluation
 
 
+def _in_suite(suite: Suite | None, evaluation: EvaluationConfig) -> EvaluationConfig:
+    """Return what a suite asks, and say which of its benchmarks have no data."""
+    if suite is None:
+        return evaluation
+    from radio_distill.data.find import say_once
+    from radio_distill.evals.suites import with_suite
+
+    asked, left_out = with_suite(evaluation, suite)
+    if left_out:
+        reasons = ", ".join(f"{name} ({reason})" for name, reason in left_out.items())
+        say_once(f"suite {suite}: {', '.join(asked.benchmarks)}; left out: {reasons}")
+    return asked
+
+
 def show(*paths: Path) -> None:
     """Print all scores of some files, a table for each group."""
     from radio_distill.evals.scores import read_scores
-    from radio_distill.report.gain_tables import score_tables
+    from radio_distill.report.gain_tables import headline_table, score_tables
     from radio_distill.report.tables import print_tables
 
     scores = read_scores(paths)
-    print_tables(score_tables(scores.results, scores.definitions, scores.measured))
+    read = scores.results, scores.definitions, scores.measured
+    print_tables([headline_table(*read), *score_tables(*read)])
     for text in (*scores.notes, *(f"scores: {path}" for path in paths)):
         print(text)

@@ -105,7 +105,7 @@ def _tables(
     """Compare those students that were scored; and lay out all scores of the run."""
     from radio_distill.evals.checkpoint_subjects import student_subject
     from radio_distill.evals.scores import read_scores
-    from radio_distill.report.gain_tables import score_tables
+    from radio_distill.report.gain_tables import headline_table, score_tables
 
     from .scoring import gain_of
 
@@ -128,7 +128,8 @@ def _tables(
     if baseline is not None and len(chosen) > 1:
         raise ConfigError(f"--baseline {baseline} may be {' or '.join(chosen)}; name one")
     gain = gain_of(folder, [*scored.values()], scored[chosen[0]], references=True)
-    return gain, score_tables(scores.results, scores.definitions, scores.measured)
+    read = scores.results, scores.definitions, scores.measured
+    return gain, [headline_table(*read), *score_tables(*read)]
 
 
 def _sheets(students: "Mapping[str, Checkpoint]", num_images: int, source: str) -> "list[Figure]":

@@ -7,7 +7,7 @@ import pytest
 
 from radio_distill.errors import ConfigError
 from radio_distill.evals.gain import Measured, Metric, multi_task_gain
-from radio_distill.report.gain_tables import DEFINITION, gain_table, score_tables
+from radio_distill.report.gain_tables import DEFINITION, gain_table, headline_table, score_tables
 
 UNEVEN = {
     "knn/top1": Metric(group="Classification", higher_is_better=True, unit="%"),
@@ -83,3 +83,23 @@ def test_import__needs_no_torch() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (result.stdout.strip(), result.stderr) == ("set()", "")
+
+
+def test_headline_table__what_counts_of_all_groups_in_the_papers_order() -> None:
+    definitions = {
+        "own/top1": Metric(group="Own", higher_is_better=True, unit="%"),
+        "own/top5": Metric(group="Own", higher_is_better=True, unit="%", headline=False),
+        "fidelity/x": Metric(group="Fidelity", higher_is_better=True, trained_for=True),
+        "nyud/depth_rmse": Metric(group="NYUDv2", higher_is_better=False, unit="m"),
+        "voc/miou": Metric(group="Dense", higher_is_better=True, unit="%"),
+    }
+    run = {"own/top1": 1.0, "own/top5": 2.0, "fidelity/x": 3.0, "voc/miou": 85.5}
+    results = {"a": [run, {**run, "voc/miou": 86.5}], "b": {"fidelity/x": 4.0}}
+    measured = {"a": {"voc/miou": Measured(9, protocol="voc@1"), "own/top5": Measured(protocol="no")}}
+    table = headline_table(results, definitions, measured)
+    assert [column.heading for column in table.columns] == [
+        "Model", "voc/miou (%) ↑", "nyud/depth_rmse (m) ↓", "own/top1 (%) ↑"
+    ]  # fmt: skip
+    ((model, miou, rmse, _),) = table.rows  # b has nothing that counts
+    assert (model, miou.mean, rmse) == ("a", 86.0, None)
+    assert table.notes == ("Protocol: voc@1.",)
