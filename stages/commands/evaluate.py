@@ -172,7 +172,10 @@ def _in_suite(suite: Suite | None, evaluation: EvaluationConfig) -> EvaluationCo
 
     asked, left_out = with_suite(evaluation, suite)
     if left_out:
-        reasons = ", ".join(f"{name} ({reason})" for name, reason in left_out.items())
+        reasons = "; ".join(
+            f"{', '.join(name for name in left_out if left_out[name] == reason)} ({reason})"
+            for reason in dict.fromkeys(left_out.values())
+        )
         say_once(f"suite {suite}: {', '.join(asked.benchmarks)}; left out: {reasons}")
     return asked
 

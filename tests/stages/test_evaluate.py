@@ -280,3 +280,18 @@ def test_evaluation_with__fields_of_the_command_line(tmp_path):
     changed = evaluation_with(recipe, ["evaluation.limit=7"])
     assert (changed.limit, changed.size) == (7, 32)
     assert "limit: 7" not in dump(recipe)
+
+
+def test_eval__a_suite_asks_what_data_is_named_for(tmp_path, asked, images):
+    for split in ("train", "val"):  # two classes of one image each
+        for number in range(2):
+            (folder := tmp_path / "sets" / split / str(number)).mkdir(parents=True)
+            (folder / "0.png").symlink_to(images / f"{number}.png")
+    file = tmp_path / "scores.jsonl"
+    model = ["--models", "tiny_vit", "--suite", "quick", "--output", file]
+    more = {"labels": tmp_path / "sets", "options.knn": "{k: 1}", "size": 32, "dense_size": 64}
+    fields = [word for name, value in more.items() for word in (f"--evaluation.{name}", value)]
+    assert evaluate(*model, *asked, *fields) == 0
+    written = lines(file)
+    assert {"knn", "correspondence", "agreement"} <= {line["benchmark"] for line in written}
+    assert all(line["protocol"].partition("@")[0].endswith("-quick") for line in written)

@@ -95,7 +95,9 @@ def test_headline_table__what_counts_of_all_groups_in_the_papers_order() -> None
     }
     run = {"own/top1": 1.0, "own/top5": 2.0, "fidelity/x": 3.0, "voc/miou": 85.5}
     results = {"a": [run, {**run, "voc/miou": 86.5}], "b": {"fidelity/x": 4.0}}
-    measured = {"a": {"voc/miou": Measured(9, protocol="voc@1"), "own/top5": Measured(protocol="no")}}
+    measured = {
+        "a": {"voc/miou": Measured(9, protocol="voc@1"), "own/top5": Measured(protocol="no")}
+    }
     table = headline_table(results, definitions, measured)
     assert [column.heading for column in table.columns] == [
         "Model", "voc/miou (%) ↑", "nyud/depth_rmse (m) ↓", "own/top1 (%) ↑"
