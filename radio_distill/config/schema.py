@@ -366,6 +366,9 @@ class EvaluationConfig:
     data: dict[str, str] = option(
         dict, "folders of published data sets by name, as in `radio-distill data list`"
     )
+    cache: str = option(
+        "", "folder in which summaries of images are kept for further benchmarks; empty for none"
+    )
     size: Positive = option(224, "student input for summaries", "px")
     dense_size: Positive = option(448, "student input for dense benchmarks", "px")
     limit: Count = option(0, "most images of each benchmark; 0 for all", "images")

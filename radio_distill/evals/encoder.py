@@ -8,6 +8,7 @@ different patch size are measured with one ruler.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from ..errors import ConfigError
 from ..models.backbone import StudentEncoder
 from ..protocols import LayeredTeacher, Normalizer, Teacher, TextTower
 from ..types import Features, Size
+from .cache import SummaryCache
 
 AnyImage = Image.Image | Path | ImageRef
 
@@ -75,6 +77,12 @@ class Encoder:
     """For :meth:`layers`, of pixels as ``encode`` takes them; None where there are none."""
     text: TextTower | None = None
     """Encodes texts into the space of its summary; None where nothing does."""
+    weights: str = ""
+    """Digest of what it is, under which its summaries may be kept; empty where not known."""
+    dtype: torch.dtype = torch.float32
+    """Of its matrix products, on which the last bits of its summaries depend."""
+    cache: SummaryCache | None = None
+    """Where its summaries are kept; None for nowhere."""
 
     def nearest_size(self, size: Size) -> Size:
         """Return the size nearest to ``size`` that the encoder takes, aspect ratio kept."""
@@ -168,6 +176,7 @@ def teacher_encoder(
         spec.max_size,
         fixed,
         inner=teacher.layers if isinstance(teacher, LayeredTeacher) else None,
+        dtype=getattr(teacher, "dtype", torch.float32),
     )
 
 
@@ -216,11 +225,28 @@ def encode_summaries(
     counts.
     """
     square = encoder.nearest_size((size, size))
-    found = []
-    for summary, spatial in encode_images(encoder, images, square, batch_size, progress):
-        vectors = spatial.mean(dim=(2, 3)) if summary is None else summary
-        found.append(F.normalize(vectors, dim=1).half().cpu())
-    return torch.cat(found)
+
+    def encode(start: int, end: int) -> Tensor:
+        report = progress and (lambda done, _: progress(start + done, len(images)))
+        found = []
+        for summary, spatial in encode_images(
+            encoder, images[start:end], square, batch_size, report
+        ):
+            vectors = spatial.mean(dim=(2, 3)) if summary is None else summary
+            found.append(F.normalize(vectors, dim=1).half().cpu())
+        return torch.cat(found)
+
+    paths = [image for image in images if isinstance(image, Path)]
+    if encoder.cache is None or len(paths) < len(images):
+        return encode(0, len(images))
+    parts = []
+    for start in range(0, len(paths), encoder.cache.piece):
+        piece = paths[start : start + encoder.cache.piece]
+        end = start + len(piece)
+        parts.append(encoder.cache.get(piece, square, partial(encode, start, end)))
+        if progress is not None:
+            progress(end, len(paths))
+    return torch.cat(parts)
 
 
 def size_text(size: Size) -> str:

@@ -60,12 +60,15 @@ class Knn:
         train, val = thin_out(train, val, limit)
         self._check_bank(train, limit)
         _log_contents(train, val, len(names))
-        paths = [path for path, _ in train + val]
-        embeddings = encode_summaries(encoder, paths, self.size, self.batch_size, progress)
-        labels = torch.tensor([label for _, label in train + val])
-        (bank, queries), (known, truth) = (
-            (both[: len(train)], both[len(train) :]) for both in (embeddings, labels)
-        )
+        total = len(train) + len(val)
+
+        def encode(split: Sequence[Labelled], before: int) -> Tensor:
+            report = progress and (lambda done, _: progress(before + done, total))
+            paths = [path for path, _ in split]
+            return encode_summaries(encoder, paths, self.size, self.batch_size, report)
+
+        bank, queries = encode(train, 0), encode(val, len(train))
+        known, truth = (torch.tensor([label for _, label in split]) for split in (train, val))
         votes = knn_votes(
             bank, known, queries, len(names), self.k, self.temperature, encoder.device
         )

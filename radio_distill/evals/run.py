@@ -13,8 +13,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from functools import partial
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..config import EvaluationConfig, build
@@ -23,6 +25,7 @@ from ..errors import ConfigError
 from ..protocols import Benchmark
 from ..registry import Registry, check_has, check_takes, nearest
 from ..types import Score, Size
+from .cache import SummaryCache
 from .datasets import DATASETS
 from .encoder import Encoder, size_text
 from .masks import open_set
@@ -156,6 +159,11 @@ def evaluate(
         DataError: data that cannot be used.
     """
     benchmarks = [make(name, config) for name in config.benchmarks]
+    if config.cache and encoder.weights:
+        kind = torch.device(encoder.device).type
+        digest = sha256(f"{encoder.weights} {encoder.dtype} {kind}".encode()).hexdigest()[:16]
+        cache = SummaryCache(Path(config.cache).expanduser(), digest)
+        encoder = replace(encoder, cache=cache)
     scores = []
     for name, benchmark in zip(config.benchmarks, benchmarks, strict=True):
         report = partial(progress, benchmark.name) if progress else None
@@ -216,4 +224,5 @@ def _noting(encoder: Encoder, sizes: dict[Size, None]) -> Encoder:
 
     heads = encoder.heads and replace(encoder.heads, predict=noted(encoder.heads.predict))
     inner = encoder.inner and noted(encoder.inner)
-    return replace(encoder, encode=noted(encoder.encode), heads=heads, inner=inner)
+    kept = encoder.cache and replace(encoder.cache, note=sizes.setdefault)
+    return replace(encoder, encode=noted(encoder.encode), heads=heads, inner=inner, cache=kept)

@@ -98,7 +98,9 @@ def score_checkpoints(
     known: dict[str, list[Score]] = {}
     for number, (checkpoint, evaluation) in enumerate(zip(checkpoints, evaluations, strict=True)):
         recipe, device = checkpoint.recipe, device_of(checkpoint)
-        if number == 0 or recipe.teachers != checkpoints[number - 1].recipe.teachers:
+        needs_teachers = teachers or "fidelity" in evaluation.benchmarks
+        is_new = number == 0 or recipe.teachers != checkpoints[number - 1].recipe.teachers
+        if needs_teachers and is_new:
             dtypes = dtypes_of(recipe)
             del dtypes["engine.precision"]  # students are scored in float32, whatever they saw
             if line := emulation_warning(dtypes, device):
@@ -184,7 +186,8 @@ def score_into(
     if lacking:
         with _bars(text) as report:
             config = replace(evaluation, benchmarks=lacking)
-            known += evaluate(make(), config, report, asked, write)
+            encoder = replace(make(), weights=subject.weights)
+            known += evaluate(encoder, config, report, asked, write)
 
 
 def check_alike(checkpoints: Sequence[Checkpoint], evaluations: Sequence[EvaluationConfig]) -> None:

@@ -43,8 +43,7 @@ class OpenClipTower(nn.Module):
         self.visual: Any = visual
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        patch_height, patch_width = self.visual.patch_size
-        grid = pixels.shape[-2] // patch_height, pixels.shape[-1] // patch_width
+        grid = self._grid(pixels)
         # The tower knows one size only; its forward is run with the table of this size instead.
         table = {"positional_embedding": self._positions(grid)}
         summary, tokens = torch.func.functional_call(self.visual, table, (pixels,))
@@ -52,26 +51,16 @@ class OpenClipTower(nn.Module):
 
     def layers(self, pixels: Tensor, count: int) -> list[Tensor]:
         """Return the maps of ``count`` blocks, each normed as the last one is."""
-        blocks = self.visual.transformer.resblocks
-        indices = spread_layers(len(blocks), count)
-        outputs: dict[int, Tensor] = {}  # [1 + N, B, C]
-        hooks = [
-            blocks[index].register_forward_hook(
-                lambda _, __, output, index=index: outputs.update({index: output})
-            )
-            for index in set(indices)
-        ]
-        try:
-            self(pixels)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        norm = nn.Identity() if self.visual.final_ln_after_pool else self.visual.ln_post
-        height = pixels.shape[-2] // self.visual.patch_size[0]
-        return [
-            rearrange(norm(outputs[index])[1:], "(h w) b c -> b c h w", h=height)
-            for index in indices
-        ]
+        grid = self._grid(pixels)
+        indices = spread_layers(len(self.visual.transformer.resblocks), count)
+        table = {"visual.positional_embedding": self._positions(grid)}
+        maps = torch.func.functional_call(_Intermediates(self.visual), table, (pixels, indices))
+        by_index = dict(zip(sorted(set(indices)), maps, strict=True))
+        return [by_index[index] for index in indices]
+
+    def _grid(self, pixels: Tensor) -> tuple[int, int]:
+        height, width = self.visual.patch_size
+        return pixels.shape[-2] // height, pixels.shape[-1] // width
 
     def _positions(self, grid: tuple[int, int]) -> Tensor:
         from timm.layers import resample_abs_pos_embed
@@ -80,6 +69,24 @@ class OpenClipTower(nn.Module):
         if grid == tuple(native):
             return table
         return resample_abs_pos_embed(table[None], list(grid), list(native))[0]  # [1 + N, C]
+
+
+class _Intermediates(nn.Module):
+    """A tower whose call gives the maps of some of its blocks."""
+
+    def __init__(self, visual: Any):
+        super().__init__()
+        self.visual: Any = visual
+
+    def forward(self, pixels: Tensor, indices: list[int]) -> list[Tensor]:
+        output = self.visual.forward_intermediates(
+            pixels,
+            indices=indices,
+            normalize_intermediates=not self.visual.final_ln_after_pool,
+            intermediates_only=True,
+        )
+        maps: list[Tensor] = output["image_intermediates"]
+        return maps
 
 
 class TextEncoder:
