@@ -122,7 +122,7 @@ class Dataset:
                 counts[part] = self.count(part)
             except DataError as error:
                 errors[part] = error
-        if not counts:
+        if not any(counts.values()) and errors:
             raise next(iter(errors.values()))
         problems = {part: f"{part}: {error}" for part, error in errors.items()}
         return Contents(counts, self.published, problems)

@@ -58,5 +58,5 @@ def _read(root: Path, name: str) -> dict[str, Tensor]:
 def _read_depth(path: Path) -> Tensor:
     try:
         return torch.from_numpy(np.load(path).astype(np.float32)).squeeze()
-    except (OSError, ValueError) as error:
+    except (OSError, EOFError, ValueError) as error:
         raise DataError(f"{path} is no array ({reason_of(error)}); copy it again") from error
