@@ -42,4 +42,4 @@ def test_main__prints_every_phase(recipe_file, capsys):
 
 def test_main__no_such_partition(recipe_file, capsys):
     assert train_step.main([str(recipe_file), "--partition", "hihg", "--stage", "stage3"]) == 2
-    assert "stage3 has no partition 'hihg' (did you mean 'high'" in capsys.readouterr().err
+    assert "'hihg' (did you mean 'high'" in capsys.readouterr().err

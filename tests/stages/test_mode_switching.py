@@ -136,7 +136,7 @@ def test_command__teachers_are_dashed_and_one_of_a_single_size_is_left_out(root,
         "one/stage1": False,
         "teacher vit": True,
     }
-    assert "teacher sam takes one size only" in caplog.text
+    assert "teacher sam" in caplog.text
     # a line in both panels and one in the legend
     assert (tmp_path / "curves.svg").read_text().count("stroke-dasharray: 5") == 3
 

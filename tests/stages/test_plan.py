@@ -198,7 +198,7 @@ def test_find_missing__one_fit_cannot_have_two_sizes(recipe):
         "stages.stage1.partitions.low.upsample=[clip]",
         "stages.stage1.partitions.low.teacher_sizes.clip=32",
     )
-    assert "one fit has one size, and stage1 shows this teacher at 32 px" in line
+    assert "stage1 shows this teacher at 32 px" in line
 
 
 def test_find_missing__the_command_is_of_the_recipe_as_it_was_asked_for(recipe):
@@ -217,8 +217,8 @@ def test_find_missing__the_projects_own_of_another_size_is_said_to_be_that():
     assert not find_missing(load_recipe("demo", fields)).unfitted
     smaller = "stages.stage3.partitions.high.teacher_sizes.dino=56"
     (line,) = find_missing(load_recipe("demo", [*fields, smaller])).unfitted
-    assert "no featsharp 2x is fitted to teacher 'dino' at 56 px" in line
-    assert "the one that comes with the project was fitted at 112x112 px" in line
+    assert "teacher 'dino' at 56 px" in line
+    assert "112x112 px" in line
 
 
 def test_with_files__the_projects_own_are_written_down_by_a_name_that_travels():
@@ -323,7 +323,7 @@ def test_check_stages__a_later_stage_is_looked_at_before_the_first(recipe):
     check_stages(made, ["stage1", "stage2"], asked)
     with pytest.raises(ConfigError) as caught:
         check_stages(made, ["stage2"], asked)
-    assert "stages.stage2 starts from stage1, and there is no checkpoint" in str(caught.value)
+    assert "stages.stage2 starts from stage1" in str(caught.value)
     assert "radio-distill train tiny.yaml --stages stage1 --stages.stage2" in str(caught.value)
 
 

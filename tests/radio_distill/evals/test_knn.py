@@ -195,7 +195,7 @@ def test_thin_out__shares_follow_the_classes_and_both_splits_have_the_same():
 def test_knn__fewer_images_than_classes_is_said(colours, colour_classes, caplog):
     top1, _ = Knn(str(colour_classes), 16, k=1).run(colours(8), limit=3)
     assert top1.details == {"classes": 3}
-    assert "leaves 3 of 4 classes" in caplog.text
+    assert "3 of 4 classes" in caplog.text
     with pytest.raises(ConfigError, match="limit 1"):
         Knn(str(colour_classes), 16, k=1).run(colours(8), limit=1)
 

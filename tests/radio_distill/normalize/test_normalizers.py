@@ -111,7 +111,7 @@ def test_per_channel_standardise__dead_channel_is_centred_only(moments_of, as_ma
     tokens = torch.randn(50, 4, dtype=torch.float64)
     tokens[:, 2] = 5
     normalizer = NORMALIZERS.get("per_channel_standardise")().fit(moments_of(tokens))
-    assert "1 of 4 channels never vary" in caplog.text
+    assert "1 of 4 channels" in caplog.text
     assert normalizer.apply(as_map(tokens))[:, 2].abs().max() < 1e-12
     torch.testing.assert_close(normalizer.invert(normalizer.apply(as_map(tokens))), as_map(tokens))
 

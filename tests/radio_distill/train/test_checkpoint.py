@@ -153,7 +153,7 @@ def test_newest__of_another_stage_is_passed_over(tmp_path, caplog):
     write(tmp_path, 2)
     assert checkpoints.newest(tmp_path, "stage1").step == 2
     assert checkpoints.newest(tmp_path, "stage2") is None
-    assert "is of 'stage1', not of stage2" in caplog.text
+    assert "'stage1', not of stage2" in caplog.text
 
 
 def test_save__what_is_no_checkpoint_or_a_later_one_costs_none(tmp_path):

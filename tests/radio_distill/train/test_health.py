@@ -89,8 +89,8 @@ def test_skips__one_too_many_in_a_row_ends_the_run():
     with pytest.raises(DivergedError) as caught:
         skips.add(6, found, Path("runs/x/step-00000003"))
     message = str(caught.value)
-    assert "step 6, the 3rd in a row, is not finite: teacher dino for a, b, c and 1 more" in message
-    assert "the last good checkpoint is runs/x/step-00000003" in message
+    assert "teacher dino for a, b, c and 1 more" in message
+    assert "runs/x/step-00000003" in message
     assert "teachers.dino.dtype" in message
     assert "\n" not in message
 
