@@ -120,7 +120,7 @@ def test_output__is_probed_before_the_work(two_steps, capfd, monkeypatch):
     def unreachable(*arguments, **settings):
         raise AssertionError("the work was begun")
 
-    monkeypatch.setattr("stages.commands.scoring.score", unreachable)
+    monkeypatch.setattr("stages.commands.scoring.evaluate", unreachable)
     monkeypatch.setattr("radio_distill.export.folded.folded", unreachable)
     monkeypatch.setattr("stages.commands.mode_switching.measure", unreachable)
     monkeypatch.setattr("stages.commands.report._sheets", unreachable)
