@@ -8,6 +8,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -60,12 +61,17 @@ class Models:
 
     def teacher_bytes(self, teacher: str) -> int:
         """Return the bytes of a teacher's weights, in the types they are stored in."""
-        return sum(tensor.nbytes for tensor in self.tower(teacher).state_dict().values())
+        return self._bytes[teacher]
 
     @property
     def all_teacher_bytes(self) -> int:
         """Bytes of all teachers, which every device holds."""
-        return sum(map(self.teacher_bytes, self.teachers))
+        return sum(self._bytes.values())
+
+    @cached_property
+    def _bytes(self) -> dict[str, int]:
+        states = {name: self.tower(name).state_dict() for name in self.teachers}
+        return {name: sum(part.nbytes for part in state.values()) for name, state in states.items()}
 
 
 def build_models(recipe: Recipe, native: Literal["float32", "bfloat16"] = "bfloat16") -> Models:
@@ -150,10 +156,9 @@ def plan_stages(
         with_memory: measure memory too, which is most of the work.
     """
     stages = models.stages()
-    total, done = (
-        sum(measurements(stages[name], with_memory) for name in counts),
-        itertools.count(1),
-    )
+    total = sum(measurements(stages[name], with_memory) for name in counts)
+    done = itertools.count(1)
+    teacher_bytes = models.all_teacher_bytes  # counted before, since fake tensors take longer
     plans = []
     with (
         Progress("measuring models without data", total, "views") as bar,
@@ -165,7 +170,7 @@ def plan_stages(
                 name,
                 count,
                 device,
-                models.all_teacher_bytes,
+                teacher_bytes,
                 utilisation,
                 with_memory,
                 lambda: bar.update(next(done)),

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import nn
@@ -196,15 +196,20 @@ class ModelCosts:
         sizes = [size for item in partitions for size in item.sizes]
         self._body = WorkBySize(self._measure_body, sizes)
         self._forward = WorkBySize(self._measure_forward, sizes)
-        self._encode = {
-            name: WorkBySize(
-                lambda size, images, teacher=teacher: measure_work(  # type: ignore[misc]
-                    lambda: teacher.encode(torch.empty(images, 3, *size))
-                ),
-                [view.encoded for stage in stages.values() for _, view in stage.views(name)],
-            )
-            for name, teacher in teachers.items()
+        grids = [student.student.grid(size) for size in sizes]
+        self._heads = {
+            name: WorkBySize(partial(self._measure_head, name), grids) for name in teachers
         }
+        self._encode, self._normalize = {}, {}
+        for name, teacher in teachers.items():
+            views = [view for stage in stages.values() for _, view in stage.views(name)]
+            self._encode[name] = WorkBySize(
+                partial(_measure_encode, teacher), [view.encoded for view in views]
+            )
+            self._normalize[name] = WorkBySize(
+                partial(self._measure_normalizer, name),
+                [view.grid for view in views if not view.is_upsampled],
+            )
         for teacher in teachers.values():
             if isinstance(tower := getattr(teacher, "tower", None), nn.Module):
                 share_equal_blocks(tower)
@@ -212,7 +217,6 @@ class ModelCosts:
         for parameter in student.parameters():
             parameter.grad = torch.empty_like(parameter)  # memory of a step does not include it
         self._partitions: dict[tuple[str, str], PartitionCost] = {}
-        self._heads: dict[tuple[str, Size], BatchWork] = {}
         self.known_peaks: dict[Hashable, int] = {}
         self.known_growth: dict[Hashable, Sequence[int]] = {}
         """What :mod:`.memory` has measured."""
@@ -296,7 +300,7 @@ class ModelCosts:
         if stage.loss.mesa:
             work += self._forward(size)
         for name in partition.teachers:
-            work += self._head(name, grid)
+            work += self._heads[name](grid)
         return PassCost(
             rendered={STUDENT: size, **{name: view.rendered for name, view in views.items()}},
             tokens=grid[0] * grid[1] + body.num_prefix_tokens,
@@ -306,7 +310,7 @@ class ModelCosts:
 
     def _teacher(self, stage: Stage, view: TeacherView, size: Size) -> TeacherCost:
         name, upsampler = view.teacher, self.upsamplers[stage.name]
-        normalizer, target = self.normalizers[name], self.target(view, 1)
+        normalizer = self.normalizers[name]
         calls, encode = 1, self._encode[name](view.encoded)
         if view.is_upsampled:
             calls = upsampler.cost(view.grid)
@@ -321,7 +325,7 @@ class ModelCosts:
                 max(whole.kernels - encodes.kernels, 0),
             )
         else:
-            other = measure_work(lambda: normalizer.apply(target.spatial))
+            other = self._normalize[name](view.grid).one
         return TeacherCost(view, calls, encode, BatchWork(other))
 
     def _measure_body(self, size: Size, images: int) -> Work:
@@ -339,12 +343,9 @@ class ModelCosts:
 
         return self._by_depth(run)
 
-    def _head(self, name: str, grid: Size) -> BatchWork:
-        if (name, grid) not in self._heads:
-            one, two = self._measure_head(name, grid, 1), self._measure_head(name, grid, 2)
-            fixed = max(2 * one.traffic - two.traffic, 0)
-            self._heads[name, grid] = BatchWork(one, fixed)
-        return self._heads[name, grid]
+    def _measure_normalizer(self, name: str, grid: Size, images: int) -> Work:
+        spatial = torch.empty(images, self.teachers[name].spec.channels, *grid)
+        return measure_work(lambda: self.normalizers[name].apply(spatial))
 
     def _measure_head(self, name: str, grid: Size, images: int) -> Work:
         width = self.student.student.embed_dim
@@ -357,3 +358,7 @@ class ModelCosts:
             sum(part.sum() for part in prediction if part is not None).backward()
 
         return measure_work(run)
+
+
+def _measure_encode(teacher: Teacher, size: Size, images: int) -> Work:
+    return measure_work(lambda: teacher.encode(torch.empty(images, 3, *size)))

@@ -178,8 +178,8 @@ def _peaks(
     """Return what ``measure`` says of the student, measured with few blocks.
 
     In the forward pass and after it, each by itself, the peak grows by the same with each of the
-    student's equal blocks: by what a block keeps. ``inputs`` are equal where that is. Against all
-    blocks run this is exact or up to 2 % below; small students are measured whole.
+    student's equal blocks: by what a block keeps. ``inputs`` are equal where that is. So it is what
+    all blocks run take, which is tested; small students are measured whole.
     """
     blocks, few = costs.student.student.blocks, costs.few_blocks + 1
     rest = len(blocks) - few

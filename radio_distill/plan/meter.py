@@ -31,6 +31,8 @@ _NOTHING_WRITTEN = {
     torch.ops.aten.new_empty,
     torch.ops.aten.new_empty_strided,
 }
+_DEVICE_OF = torch.ops.prim.device.default
+"""What autograd asks of a tensor that is no plain one, more often than all else together."""
 _NAMES_OF_PLACE = {"layer_idx", "layer_id", "layer_index", "index", "idx"}
 
 
@@ -44,7 +46,11 @@ def fake_module(module: nn.Module) -> nn.Module:
 
     Must run under :func:`fake_tensors`. Returns the module.
     """
-    return module.to_empty(device="cpu")
+    return module._apply(  # to_empty makes fakes of the meta tensors first, which takes four times
+        lambda tensor: torch.empty_strided(
+            tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu"
+        )
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +94,17 @@ class _Meter(TorchDispatchMode, ABC):
         self.active.remove(self)
         super().__exit__(kind, error, trace)
 
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is _DEVICE_OF:
+            return func(*args)
+        return self.see(func, args, kwargs or {})
+
+    @abstractmethod
+    def see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Count an operator, and return what it returns."""
+
     @abstractmethod
     def record(self, run: Callable[[], Any]) -> tuple[Any, Any]:
         """Return what ``run`` returns, and what :meth:`replay` needs to count it again."""
@@ -104,10 +121,7 @@ class _WorkMeter(_Meter):
         super().__init__()
         self.work = Work()
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
+    def see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         flops = _flops_of(func._overloadpacket)
         result = func(*args, **kwargs)
         if flops is not None:
@@ -185,10 +199,8 @@ class _LiveBytes(_Meter):
         super().__init__()
         self.peak = self.now = 0
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
+    def see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        result = func(*args, **kwargs)
         if func.is_view:
             return result
         existing = _storages((args, kwargs))

@@ -266,6 +266,21 @@ def test_step_memory__is_that_of_a_real_step(precision, checkpointing, tolerance
     assert estimate == pytest.approx(_allocated(step), rel=tolerance)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_step_memory__of_a_deep_student_is_what_all_its_blocks_run_take(checkpointing, monkeypatch):
+    recipe = make_recipe()
+    student = replace(
+        recipe.student, architecture="vit_tiny_patch16_224", gradient_checkpointing=checkpointing
+    )
+    with fake_costs(replace(recipe, student=student)) as costs:
+        few = step_memory(costs, *stage_and_pass(costs), 4)
+    monkeypatch.setattr(
+        "radio_distill.plan.memory._peaks", lambda costs, inputs, measure: measure()
+    )
+    with fake_costs(replace(recipe, student=student)) as costs:
+        assert step_memory(costs, *stage_and_pass(costs), 4) == few
+
+
 def test_step_memory__grows_with_the_images_and_not_with_the_weights():
     recipe = make_recipe()
     with fake_costs(recipe) as costs:
