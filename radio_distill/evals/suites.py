@@ -30,25 +30,27 @@ PUBLISHED = (
 OWN = ("knn", "segmentation", "correspondence", "stereo", "agreement", "fidelity")
 """Benchmarks of one's own images."""
 
+QUICK_SIZE = 224
+"""Longest side of a quick benchmark's pictures, in pixels: whole patches of 14 and of 16."""
+QUICK_LIMIT = 60
+"""Most images of each split."""
 QUICK: dict[str, Any] = {
     "quick": True,
     "steps": 200,
     "warmup_steps": 20,
     "images_per_step": 4,
-    "crop": (224, 224),
-    "fit": (448, 224),
-    "size": 224,
-    "query_stride": 32,
+    "crop": (QUICK_SIZE, QUICK_SIZE),
+    "fit": (2 * QUICK_SIZE, QUICK_SIZE),
+    "size": QUICK_SIZE,
+    "scales": (1.0, 2.0),
 }
-"""Own fields of a quick benchmark, where it has them; sizes are whole patches of 14 and 16."""
-QUICK_LIMIT = 60
-"""Most images of each split."""
+"""Own fields of a quick benchmark, where it has them."""
 
 
 def with_suite(config: EvaluationConfig, suite: Suite) -> tuple[EvaluationConfig, dict[str, str]]:
     """Return what a suite asks, and why each benchmark that it leaves out is.
 
-    Options of the recipe hold, and so do its sizes and its limit where it sets one.
+    Options of the recipe hold, and its limit where it sets one; sizes do where they are quick.
 
     Raises:
         ConfigError: no data of the suite is named.
@@ -69,8 +71,15 @@ def with_suite(config: EvaluationConfig, suite: Suite) -> tuple[EvaluationConfig
     options = {name: own for name in asked if (own := _quick_options(name))}
     for name, own in config.options.items():
         options[name] = options.get(name, {}) | own
-    limit = config.limit or QUICK_LIMIT
-    return replace(config, benchmarks=tuple(asked), options=options, limit=limit), left_out
+    quick = replace(
+        config,
+        benchmarks=tuple(asked),
+        options=options,
+        limit=config.limit or QUICK_LIMIT,
+        size=min(config.size, QUICK_SIZE),
+        dense_size=min(config.dense_size, QUICK_SIZE),
+    )
+    return quick, left_out
 
 
 def _reason_against(name: str, config: EvaluationConfig) -> str:
