@@ -96,10 +96,11 @@ def resized(pixels: Tensor, labels: Labels, size: Size) -> tuple[Tensor, dict[st
     """Resize a picture bilinearly, without antialias as OpenCV does, and labels to the nearest."""
     if tuple(pixels.shape[-2:]) != size:
         pixels = vision.resize(pixels, list(size), antialias=False)
-    return pixels, {name: _nearest(label, size) for name, label in labels.items()}
+    return pixels, {name: nearest(label, size) for name, label in labels.items()}
 
 
-def _nearest(label: Tensor, size: Size) -> Tensor:
+def nearest(label: Tensor, size: Size) -> Tensor:
+    """Resize a map ``[..., H, W]`` to the nearest of its values."""
     if tuple(label.shape[-2:]) == size:
         return label
     rows, columns = (

@@ -16,7 +16,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -50,6 +50,7 @@ from ..train.optim import build_optimizer
 from ..train.trackers import WriteImage
 from ..train.trainer import Trainer
 from ..types import Features, Score
+from .augmentation import padded
 from .encoder import Encoder
 
 if TYPE_CHECKING:
@@ -108,6 +109,8 @@ class Pictures:
 
     def index(self, position: int) -> int:
         """Return which picture comes at a position."""
+        if not self.benchmark.shuffles:
+            return position % len(self.images)
         return self._order.at(position).sample
 
     def example(self, position: int) -> Example:
@@ -166,6 +169,15 @@ def encode(encoder: Encoder, pixels: Tensor, layers: int, batch_size: int) -> Ma
             passes.append(encoder.layers(some, layers) if layers > 1 else [encoder(some).spatial])
     # Joined outside of inference mode, they are tensors that gradients may be computed from.
     return [torch.cat(layer).float() for layer in zip(*passes, strict=True)]
+
+
+def in_whole_patches(
+    encoder: Encoder, pixels: Tensor, labels: dict[str, Tensor]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Pad a picture ``[3, H, W]`` and its labels to the right and below, as the encoder needs."""
+    multiple = encoder.size_multiple
+    height, width = (-(-side // multiple) * multiple for side in pixels.shape[-2:])
+    return padded(pixels, labels, (height, width))
 
 
 @dataclass
@@ -253,10 +265,10 @@ class ProbeTask:
             ]
             all_labels = [labels for _, labels in parts]
         else:
-            pixels = torch.stack([example.pixels for example in examples])
+            fitted = [in_whole_patches(self.encoder, it.pixels, it.labels) for it in examples]
+            pixels, all_labels = torch.stack([it[0] for it in fitted]), [it[1] for it in fitted]
             maps = encode(self.encoder, pixels, benchmark.layers, benchmark.batch_size)
             keys = [example.key for example in examples]
-            all_labels = [example.labels for example in examples]
         labels = {
             name: torch.stack([labels[name] for labels in all_labels]).to(device)
             for name in all_labels[0]
@@ -270,8 +282,9 @@ class ProbeTask:
         """
         if index not in self.kept:
             example = self.benchmark.training_example(self.source.images[index], None)
-            maps = encode(self.encoder, example.pixels[None], self.benchmark.layers, 1)
-            self.kept[index] = [layer.cpu() for layer in maps], example.labels
+            pixels, labels = in_whole_patches(self.encoder, example.pixels, example.labels)
+            maps = encode(self.encoder, pixels[None], self.benchmark.layers, 1)
+            self.kept[index] = [layer.cpu() for layer in maps], labels
         return self.kept[index]
 
 
@@ -330,7 +343,7 @@ def train(
     grey = torch.full((1, 3, height, width), 127, dtype=torch.uint8)
     sample = encode(encoder, grey, benchmark.layers, 1)
     with ExitStack() as stack:
-        folder = _folder(benchmark, source, sample, world, stack)
+        folder = _folder(encoder, source, world, stack)
         stage = _stage(benchmark, folder)
         with torch.random.fork_rng([]):
             torch.manual_seed(benchmark.seed)
@@ -353,21 +366,17 @@ def train(
     return heads.eval()
 
 
-def _folder(
-    benchmark: "TrainedBenchmark", source: Pictures, maps: Maps, world: World, stack: ExitStack
-) -> Path:
-    """Return where the probe is saved: a folder of its own, or one that goes with the stack.
+def _folder(encoder: Encoder, source: Pictures, world: World, stack: ExitStack) -> Path:
+    """Return where the probe is saved: beside what is kept of its encoder, else for this time.
 
-    Its name sums up all that decides the heads. An encoder is known by what it says of a picture.
+    The folder's name sums up all that decides the heads.
     """
-    if not benchmark.work:
+    if encoder.cache is None:
         own = stack.enter_context(tempfile.TemporaryDirectory()) if world.is_main else ""
         return Path(broadcast_object(own))
-    digest = sha256(f"{benchmark!r}{source.fingerprint}".encode())
-    for layer in maps:
-        digest.update(layer.cpu().numpy().tobytes())
-    name = broadcast_object(f"{benchmark.name}-{digest.hexdigest()[:16]}")
-    folder = Path(benchmark.work) / name
+    asked = replace(source.benchmark, batch_size=1)
+    digest = sha256(f"{asked!r} {source.fingerprint}".encode()).hexdigest()[:16]
+    folder = encoder.cache.folder / encoder.cache.encoder / f"{asked.name}-{digest}"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 

@@ -13,7 +13,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-_NO_PROTOCOL = ("batch_size", "seed", "work", "workers")
+_NO_PROTOCOL = ("batch_size", "seed", "workers")
 """Fields that decide how, or with which draw, a protocol is run, and not which it is."""
 _FOLDERS = ("images", "labels", "segmentation")
 """Fields of `evaluation` that say where somebody's own images lie."""

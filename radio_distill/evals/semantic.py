@@ -31,6 +31,7 @@ class SemanticProbe(TrainedBenchmark):
     fit: Size = (2048, 512)
     """Longer and shorter side that pictures are made to fit in, in pixels."""
 
+    group: ClassVar[str] = "Dense"
     head: ClassVar[str] = "linear"
     num_classes: ClassVar[int]
 
@@ -79,15 +80,11 @@ class SemanticProbe(TrainedBenchmark):
         logits = F.interpolate(outputs["segmentation"], target.shape, mode="bilinear")
         meters["confusion"].update(logits[0].argmax(dim=0), target)
 
-    def scores(self, meters: Meters, num_test: int) -> list[Score]:
+    def scores(self, meters: Meters) -> list[Score]:
         """Return the mean IoU of the classes that the test shows, or somebody predicts."""
         confusion = meters["confusion"].compute()
-        return [
-            Score(
-                self.name, "miou", 100 * mean_iou(confusion, "met"), "%", True, "Dense", num_test,
-                details={"classes": num_shown(confusion)},
-            )
-        ]  # fmt: skip
+        value = 100 * mean_iou(confusion, "met")
+        return [self.score("miou", value, "%", classes=num_shown(confusion))]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,9 +20,10 @@ from ..errors import DataError
 from ..system.distributed import current_world
 from ..types import Score, Size
 from .encoder import Encoder, open_image
-from .probe_training import Example, Heads, encode, examples, train
+from .probe_training import Example, Heads, encode, examples, in_whole_patches, train
 from .protocol import protocol_of
 
+Decay = Literal["linear", "poly", "cosine", "quarter"]
 Meters = Mapping[str, Any]
 """What is counted on test pictures, by name: ``metrics.Sums``, each of a class of its own."""
 
@@ -41,25 +42,29 @@ class TrainedBenchmark(ABC):
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
     warmup_steps: int = 1_500
-    decay: Literal["linear", "poly", "cosine", "quarter"] = "linear"
+    decay: Decay = "linear"
     """Of the rate, from 1 to 0 over the rest of the steps: ``1 - t``, its power 0.9, half a cosine,
     or a quarter of one, which ends at 0.01."""
     gradient_clip: float = 0.0
     """Largest norm of the gradient; 0 for no limit."""
     quick: bool = False
     """Do not augment: maps are computed once for each picture, and kept in memory."""
-    work: str = ""
-    """Folder in which the training is saved, so that it goes on after it was killed."""
     seed: int = 0
     batch_size: int = 16
     """Most pictures in one pass of the encoder."""
 
     name: ClassVar[str]
     sources: ClassVar[Mapping[str, str]]
+    group: ClassVar[str]
+    """The column of the gain table that its scores belong to."""
     head: ClassVar[str]
     """What people call its heads."""
     layers: ClassVar[int] = 1
     """How many layers of the encoder the heads read."""
+    shuffles: ClassVar[bool] = True
+    """Whether every epoch has an order of its own."""
+    mirrors_test: ClassVar[bool] = False
+    """Whether a test picture's outputs are a mean with those of its mirror image."""
     pools_step: ClassVar[bool] = False
     """Whether a loss is of all pictures of a step together, and no mean over them."""
 
@@ -103,8 +108,8 @@ class TrainedBenchmark(ABC):
         """
 
     @abstractmethod
-    def scores(self, meters: Meters, num_test: int) -> list[Score]:
-        """Turn what was counted on all test pictures into scores."""
+    def scores(self, meters: Meters) -> list[Score]:
+        """Turn what was counted on all test pictures into scores, with :meth:`score`."""
 
     def learning_rates(self) -> np.ndarray:
         """Return ``[steps]`` rates: a linear warm-up from almost 0, then the decay."""
@@ -152,20 +157,33 @@ class TrainedBenchmark(ABC):
             meter.all_reduce()
         keys = {"train": [it.key for it in training], "test": [it.key for it in test]}
         protocol = protocol_of(self, f"{self.name}-{self.head}-{self.steps}", **keys)
-        return [replace(score, protocol=protocol) for score in self.scores(meters, len(test))]
+        scores = self.scores(meters)
+        return [replace(score, protocol=protocol, num_samples=len(test)) for score in scores]
+
+    def score(
+        self,
+        metric: str,
+        value: float,
+        unit: str,
+        higher_is_better: bool = True,
+        headline: bool = True,
+        **details: int | str,
+    ) -> Score:
+        """Make a score of this benchmark; :meth:`run` says of how many pictures."""
+        return Score(
+            self.name, metric, value, unit, higher_is_better, self.group, 0, headline, details
+        )
 
     @torch.no_grad()
     def _predict(self, encoder: Encoder, heads: Heads, pixels: Tensor) -> dict[str, Tensor]:
-        """Return the outputs for one picture ``[3, H, W]``, each ``[1, K, H, W]``.
-
-        The encoder is given whole patches: the picture is padded to the right and below, and what
-        lies there is cut off again. One that takes less is given a smaller picture.
-        """
+        """Return the outputs for one picture ``[3, H, W]``, each ``[1, K, H, W]``."""
         height, width = pixels.shape[-2:]
-        below, right = -height % encoder.size_multiple, -width % encoder.size_multiple
-        padded = F.pad(pixels, (0, right, 0, below))[None]
-        outputs = heads(encode(encoder, padded, self.layers, 1))
-        size = height + below, width + right
+        whole, _ = in_whole_patches(encoder, pixels, {})
+        size = (whole.shape[-2], whole.shape[-1])
+        outputs = heads(encode(encoder, whole[None], self.layers, 1))
+        if self.mirrors_test:
+            mirrored = heads(encode(encoder, whole[None].flip(-1), self.layers, 1))
+            outputs = {name: (it + mirrored[name].flip(-1)) / 2 for name, it in outputs.items()}
         return {
             name: F.interpolate(output, size, mode="bilinear")[..., :height, :width]
             for name, output in outputs.items()

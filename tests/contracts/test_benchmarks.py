@@ -24,6 +24,11 @@ OPTIONS = {
     "ade20k": {**PROBE, "fit": [48, 32]},
     "imagenet_knn": {"k": 2},
     "knn": {"k": 2},
+    "navi_depth": {**PROBE, "every": 1, "hidden": 8},
+    "navi_normals": {**PROBE, "every": 1, "hidden": 8},
+    "nyu_depth": PROBE,
+    "nyud": PROBE,
+    "pascal_context": PROBE,
     "segmentation": {"steps": 5},
     "spair": {"size": 48},
     "stereo": {"stride": 32},
@@ -56,6 +61,10 @@ def _encode(pixels):
     assert torch.is_inference_mode_enabled(), "an encoder under test must not keep gradients"
     spatial = F.avg_pool2d(pixels, 8)
     return Features(spatial.mean(dim=(2, 3)), spatial)
+
+
+def _layers(pixels, count):
+    return [_encode(pixels).spatial] * count
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +109,7 @@ def test_benchmark__satisfies_the_protocol(benchmark_name, config):
 
 
 def test_benchmark__scores_are_complete_finite_and_repeatable(benchmark_name, config):
-    encoder = Encoder("mean colour", _encode, 8, heads=HEADS, text=FakeText())
+    encoder = Encoder("mean colour", _encode, 8, heads=HEADS, inner=_layers, text=FakeText())
     scores = make(benchmark_name, config).run(encoder, 3)
     assert scores
     assert len({score.name for score in scores}) == len(scores)
@@ -119,14 +128,17 @@ def test_benchmark__takes_an_encoder_without_summary_and_with_a_patch_of_its_own
     def encode(pixels):
         return Features(None, F.avg_pool2d(pixels, 14))
 
-    encoder = Encoder("no summary", encode, 14, heads=HEADS, text=FakeText())
+    def layers(pixels, count):
+        return [encode(pixels).spatial] * count
+
+    encoder = Encoder("no summary", encode, 14, heads=HEADS, inner=layers, text=FakeText())
     scores = make(benchmark_name, config).run(encoder, 3)
     assert all(math.isfinite(score.value) for score in scores)
 
 
 def test_benchmark__progress_ends_at_the_total(benchmark_name, config):
     calls = []
-    encoder = Encoder("mean colour", _encode, 8, heads=HEADS, text=FakeText())
+    encoder = Encoder("mean colour", _encode, 8, heads=HEADS, inner=_layers, text=FakeText())
     make(benchmark_name, config).run(encoder, 3, lambda *call: calls.append(call))
     assert calls[-1][0] == calls[-1][1]
     assert calls == sorted(calls)

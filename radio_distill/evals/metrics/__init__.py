@@ -29,7 +29,7 @@ from .segmentation import (
     num_shown,
     pixel_accuracy,
 )
-from .sums import Sums, check_finite
+from .sums import PictureMeans, Sums, check_finite
 
 __all__ = [
     "IGNORED",
@@ -38,6 +38,7 @@ __all__ = [
     "Fidelity",
     "MaxF",
     "NormalErrors",
+    "PictureMeans",
     "PooledDepth",
     "PooledNormals",
     "Sums",

@@ -3,6 +3,8 @@
 They are ratios of sums, not means of ratios of batches, which a single flat image would ruin.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -33,3 +35,29 @@ class Sums:
     def all_reduce(self) -> None:
         """Merge over all processes, once, at the end; alone, do nothing."""
         self.sums = all_reduce_sum(self.sums)
+
+
+class PictureMeans(Sums):
+    """Means over the pictures of a set, for measures of single pictures.
+
+    Args:
+        names: of the measures, in the order in which they come.
+        device: where the sums live.
+    """
+
+    def __init__(self, names: Sequence[str], device: torch.device | str | None = None):
+        super().__init__(1 + len(names), device)
+        self.names = tuple(names)
+
+    def update(self, values: Sequence[Tensor]) -> None:
+        """Add measures, each ``[B]``; a picture for which one is NaN does not count."""
+        rows = torch.stack(list(values)).to(self.sums)  # [N, B]
+        rows = rows[:, rows.isfinite().all(dim=0)]
+        self.sums += torch.cat([torch.ones_like(rows[:1]), rows]).sum(dim=1)
+
+    def compute(self) -> dict[str, float]:
+        """Return the means by name; raises DataError where no picture counted."""
+        count, *sums = self.sums.tolist()
+        if not count:
+            raise DataError(f"{', '.join(self.names)}: no picture has a pixel with a label")
+        return {name: total / count for name, total in zip(self.names, sums, strict=True)}

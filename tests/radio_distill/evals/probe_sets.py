@@ -1,59 +1,43 @@
-"""Small data sets in the published layouts, whose colours say the class, and encoders of them."""
-
-from pathlib import Path
+"""Encoders of the pictures of :mod:`layouts`: one that says all, and one that says nothing."""
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+import layouts
 from radio_distill.evals.encoder import Encoder
 from radio_distill.types import Features
 
-PALETTE = np.random.default_rng(5).integers(0, 256, (6, 3), dtype=np.uint8)
-"""Colour of each class."""
+NUMBERS = torch.tensor([0, 1, 2, 3, 4, 8, 15, 35, 39, 40, 255])
+"""Of label maps, each of which has a colour of its own."""
 
 
-def write_voc(root: Path, train: int = 6, val: int = 3) -> Path:
-    """Write pictures of 64 x 80 pixels in blocks of 16 that show classes 0 to 5."""
-    random = np.random.default_rng(0)
-    for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
-        (root / folder).mkdir(parents=True, exist_ok=True)
-    for split, count in (("train", train), ("val", val)):
-        names = [f"{split}{number}" for number in range(count)]
-        (root / f"ImageSets/Segmentation/{split}.txt").write_text("\n".join(names))
-        for name in names:
-            classes = np.kron(random.integers(0, 6, (4, 5)), np.ones((16, 16), int))
-            image = Image.fromarray(PALETTE[classes])
-            image.save(root / f"JPEGImages/{name}.jpg", quality=95)
-            Image.fromarray(classes.astype(np.uint8)).save(root / f"SegmentationClass/{name}.png")
-    return root
+def _encoder(name: str, encode, cell: int) -> Encoder:
+    def features(pixels: Tensor) -> Features:
+        return Features(None, encode(pixels))
+
+    return Encoder(name, features, cell, inner=lambda pixels, count: [encode(pixels)] * count)
 
 
-def classes_of(pixels: Tensor) -> Tensor:
-    """Return the class of each pixel ``[B, H, W]``, by the nearest colour."""
-    palette = torch.from_numpy(PALETTE / 255.0).float()
-    return (pixels[:, None] - palette[None, :, :, None, None]).square().sum(dim=2).argmin(dim=1)
+def perfect_encoder(cell: int = 4) -> Encoder:
+    """Say which number's colour each cell shows, by share."""
+    palette = torch.from_numpy(layouts.painted(np.asarray(NUMBERS)) / 255.0).float()
+
+    def encode(pixels: Tensor) -> Tensor:
+        distance = (pixels[:, None] - palette[None, :, :, None, None]).square().sum(dim=2)
+        shown = F.one_hot(distance.argmin(dim=1), len(NUMBERS)).permute(0, 3, 1, 2)
+        return F.avg_pool2d(shown.float(), cell)
+
+    return _encoder("perfect", encode, cell)
 
 
-def perfect_encoder() -> Encoder:
-    """Say the class: share of each cell that every class covers, at every layer."""
-
-    def encode(pixels: Tensor) -> Features:
-        shares = F.one_hot(classes_of(pixels), 6).permute(0, 3, 1, 2).float()
-        return Features(None, F.avg_pool2d(shares, 8))
-
-    return Encoder("perfect", encode, 8)
-
-
-def random_encoder() -> Encoder:
+def random_encoder(cell: int = 4) -> Encoder:
     """Say what has nothing to do with the picture."""
 
-    def encode(pixels: Tensor) -> Features:
+    def encode(pixels: Tensor) -> Tensor:
         batch, _, height, width = pixels.shape
         generator = torch.Generator().manual_seed(0)
-        maps = torch.randn(batch, 6, height // 8, width // 8, generator=generator)
-        return Features(None, maps)
+        return torch.randn(batch, len(NUMBERS), height // cell, width // cell, generator=generator)
 
-    return Encoder("random", encode, 8)
+    return _encoder("random", encode, cell)

@@ -10,12 +10,15 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+import layouts
 from radio_distill.errors import ConfigError, DataError
+from radio_distill.evals.cache import SummaryCache
+from radio_distill.evals.encoder import Encoder
 from radio_distill.evals.probe_heads import ConvProbe
 from radio_distill.evals.probe_training import train
 from radio_distill.evals.semantic import Voc
 
-from .probe_sets import perfect_encoder, write_voc
+from .probe_sets import perfect_encoder
 
 
 class ConvVoc(Voc):
@@ -36,17 +39,24 @@ KINDS = {"linear": Voc, "conv": ConvVoc}
 
 def benchmark(kind: str, folder: Path, **values) -> Voc:
     defaults = {"steps": 30, "warmup_steps": 3, "images_per_step": 5, "learning_rate": 0.02}
-    size = {"crop": (32, 32), "fit": (80, 64)}
+    size = {"crop": (24, 24), "fit": (48, 40)}
     return KINDS[kind](data=str(folder), **{**defaults, **size, **values})
 
 
 @pytest.fixture(scope="module")
 def voc(tmp_path_factory) -> Path:
-    return write_voc(tmp_path_factory.mktemp("voc"))
+    return layouts.voc(tmp_path_factory.mktemp("voc"), train=6, aug=0)
 
 
-def weights(probe: Voc, progress=lambda done: None) -> dict[str, torch.Tensor]:
-    return train(probe, perfect_encoder(), probe.pictures()[0], progress).state_dict()
+def kept_in(folder: Path) -> Encoder:
+    return replace(perfect_encoder(), cache=SummaryCache(folder, "perfect"))
+
+
+def weights(
+    probe: Voc, progress=lambda done: None, encoder: Encoder | None = None
+) -> dict[str, torch.Tensor]:
+    heads = train(probe, encoder or perfect_encoder(), probe.pictures()[0], progress)
+    return heads.state_dict()
 
 
 class KilledError(Exception):
@@ -57,28 +67,34 @@ class KilledError(Exception):
 def test_train__killed_goes_on_to_the_same_bits(voc, tmp_path, quick):
     probe = benchmark("linear", voc, quick=quick)
     expected = weights(probe)
-    resumable, steps = replace(probe, work=str(tmp_path)), []
+    encoder, steps = kept_in(tmp_path), []
 
     def kill(done: int) -> None:
         if done == 25:
             raise KilledError
 
     with pytest.raises(KilledError):
-        weights(resumable, kill)
-    found = weights(resumable, steps.append)
+        weights(probe, kill, encoder)
+    found = weights(probe, steps.append, encoder)
     assert steps == list(range(21, 31)), "it went on from the checkpoint after 20 steps"
     assert all(torch.equal(found[name], expected[name]) for name in expected)
-    assert weights(resumable, steps.append).keys() == expected.keys()
+    assert weights(probe, steps.append, encoder).keys() == expected.keys()
     assert len(steps) == 10, "what is done is not done again"
 
 
 def test_train__another_encoder_or_seed_begins_anew(voc, tmp_path):
-    probe = benchmark("linear", voc, steps=2, work=str(tmp_path))
-    weights(probe)
-    for other in (replace(probe, seed=1), replace(probe, learning_rate=0.01)):
+    probe, encoder = benchmark("linear", voc, steps=2), kept_in(tmp_path)
+    other = replace(encoder, cache=SummaryCache(tmp_path, "other"))
+    weights(probe, encoder=encoder)
+    for asked, of, expected in (
+        (replace(probe, seed=1), encoder, [1, 2]),
+        (replace(probe, learning_rate=0.01), encoder, [1, 2]),
+        (probe, other, [1, 2]),
+        (replace(probe, batch_size=2), encoder, []),
+    ):
         steps = []
-        weights(other, steps.append)
-        assert steps == [1, 2]
+        weights(asked, steps.append, of)
+        assert steps == expected
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -93,9 +109,9 @@ def train_on_rank(rank: int, voc: str, folder: str) -> None:
     os.environ["LOCAL_RANK"] = str(rank)
     dist.init_process_group("gloo", rank=rank, world_size=2, init_method=f"file://{folder}/store")
     for kind in KINDS:
-        probe = benchmark(kind, Path(voc), steps=5, work=folder)
-        found = weights(probe)
-        scores = probe.run(perfect_encoder())  # whose heads are those that were saved
+        probe, encoder = benchmark(kind, Path(voc), steps=5), kept_in(Path(folder))
+        found = weights(probe, encoder=encoder)
+        scores = probe.run(encoder)  # with the heads that were saved
         torch.save((found, scores[0].value), f"{folder}/{kind}-{rank}.pt")
     with pytest.raises(ConfigError, match="2 processes cannot share the 1 images"):
         weights(benchmark("linear", Path(voc), images_per_step=1))
@@ -124,9 +140,9 @@ def test_train__leaves_the_global_generators_alone(voc):
 
 
 def test_train__a_damaged_picture_ends_it_with_its_name(voc, tmp_path):
-    write_voc(tmp_path)
-    (tmp_path / "JPEGImages" / "train2.jpg").write_bytes(b"no picture")
-    with pytest.raises(DataError, match="train2"):
+    layouts.voc(tmp_path, train=3, aug=0)
+    (tmp_path / "JPEGImages" / "2007_000002.jpg").write_bytes(b"no picture")
+    with pytest.raises(DataError, match="2007_000002"):
         weights(benchmark("linear", tmp_path, steps=3))
 
 

@@ -2,40 +2,39 @@
 
 import pytest
 
+import layouts
 from radio_distill.config import EvaluationConfig
 from radio_distill.evals.run import make
 
-from .probe_sets import perfect_encoder, random_encoder, write_voc
+from .probe_sets import perfect_encoder, random_encoder
 
 OPTIONS = {
-    "crop": [48, 48],
-    "fit": [80, 64],
-    "steps": 60,
+    "crop": [32, 32],
+    "fit": [48, 40],
+    "steps": 80,
     "warmup_steps": 10,
     "images_per_step": 4,
     "learning_rate": 0.1,
 }
 
 
-@pytest.mark.parametrize("quick", [False, True])
-def test_voc__perfect_features_at_the_top_and_noise_at_chance(tmp_path, quick):
-    folder = str(write_voc(tmp_path))
-    config = EvaluationConfig(data={"voc": folder}, options={"voc": {**OPTIONS, "quick": quick}})
-    voc = make("voc", config)
-    (perfect,), (noise,) = voc.run(perfect_encoder()), voc.run(random_encoder())
-    assert perfect.value > 85, "cells of 8 pixels, whose logits are interpolated"
-    assert noise.value < 20, "of six classes"
-    assert perfect.details == {"classes": 6}
-    assert perfect.protocol.startswith("voc-linear-60-quick@" if quick else "voc-linear-60@")
+@pytest.mark.parametrize(("name", "quick"), [("ade20k", False), ("ade20k", True), ("voc", True)])
+def test_run__perfect_features_at_the_top_and_noise_at_chance(tmp_path, name, quick):
+    folder = str(getattr(layouts, name)(tmp_path, train=6, val=3))
+    options = {name: {**OPTIONS, "quick": quick}}
+    benchmark = make(name, EvaluationConfig(data={name: folder}, options=options))
+    (perfect,), (noise,) = benchmark.run(perfect_encoder()), benchmark.run(random_encoder())
+    assert perfect.value > 85, "but for borders, across which logits are interpolated"
+    shown = perfect.details["classes"]
+    assert noise.value < 100 / shown
+    assert shown == {"ade20k": 4, "voc": 3}[name]
+    assert perfect.protocol.startswith(
+        f"{name}-linear-80-quick@" if quick else f"{name}-linear-80@"
+    )
 
 
 def test_voc__trains_on_the_larger_list_where_it_is_there(tmp_path):
-    write_voc(tmp_path)
-    config = EvaluationConfig(data={"voc": str(tmp_path)})
-    training, test = make("voc", config).pictures()
-    assert (len(training), len(test)) == (6, 3)
-    (tmp_path / "SegmentationClass").rename(tmp_path / "SegmentationClassAug")
-    (tmp_path / "SegmentationClass").symlink_to(tmp_path / "SegmentationClassAug")
-    lists = tmp_path / "ImageSets" / "Segmentation"
-    lists.joinpath("trainaug.txt").write_text("train0\ntrain1\nval0\nval1\ntrain2\ntrain3\ntrain4")
-    assert len(make("voc", config).pictures()[0]) == 7
+    for aug, expected in ((0, 2), (3, 5)):
+        folder = layouts.voc(tmp_path / str(aug), train=2, aug=aug)
+        training, _ = make("voc", EvaluationConfig(data={"voc": str(folder)})).pictures()
+        assert len(training) == expected

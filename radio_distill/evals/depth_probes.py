@@ -1,0 +1,327 @@
+"""Depth and normals out of frozen maps: Probe3D on NAVI, and NYU depth as DINOv2 reports it.
+
+Both of Probe3D (arXiv 2404.08636) train a pyramid on four layers for ten epochs of every fourth
+picture. Its program had mistakes when the numbers of RADIO and FeatSharp were made, which
+``as_published`` repeats: slopes of depth between pictures of a batch, nearest upsampling, truth of
+normals that is sheared, pictures that always come in one order.
+"""
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.transforms.v2 import functional as vision
+
+from ..types import Score, Size
+from .augmentation import Augmentation, Labels, nearest, resized
+from .datasets import DATASETS
+from .losses import depth_loss, uncertain_angular_loss
+from .metrics import (
+    PictureMeans,
+    align_scale_and_shift,
+    depth_errors,
+    eigen_crop,
+    normal_errors,
+    normals_from_depth,
+)
+from .probe_heads import DepthBins, Linear, Pyramid
+from .probe_training import Example
+from .trained import Decay, Meters, TrainedBenchmark, read_pixels
+
+SHARES = ("d1", "d2", "d3")
+_NEAR = 0.001  # metres
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NaviProbe(TrainedBenchmark):
+    """A pyramid on pictures of NAVI: all of multiview to train on, wild sets to test."""
+
+    steps: int = 2_570
+    images_per_step: int = 8
+    learning_rate: float = 5e-4
+    weight_decay: float = 0.01
+    warmup_steps: int = 385
+    decay: Decay = "quarter"
+    hidden: int = 512
+    """Width of the head."""
+    every: int = 4
+    """One picture in so many is used, of either split."""
+    as_published: bool = False
+    """Repeat the mistakes of the program of before November 2025."""
+
+    sources: ClassVar[Mapping[str, str]] = {"data": "data.navi"}
+    group: ClassVar[str] = "Probe3D"
+    head: ClassVar[str] = "dpt"
+    layers: ClassVar[int] = 4
+    pools_step: ClassVar[bool] = True
+
+    @property
+    def shuffles(self) -> bool:  # type: ignore[override]
+        """Whether every epoch has an order of its own."""
+        return not self.as_published
+
+    def pictures(self) -> tuple[Sequence[Any], Sequence[Any]]:
+        """List every fourth picture of multiview and of the wild sets."""
+        dataset = DATASETS.get("navi")(Path(self.data))
+        return dataset.split("train")[:: self.every], dataset.split("val")[:: self.every]
+
+    def training_example(self, image: Any, random: np.random.Generator | None) -> Example:
+        """Read the object of a picture and change its colours; without a generator, do not."""
+        example = self.test_example(image)
+        if random is None or random.random() >= 0.8:
+            return example
+        return example._replace(pixels=jittered(example.pixels, random))
+
+    def test_example(self, image: Any) -> Example:
+        """Read the object of a picture, in a square around it."""
+        pixels, side = read_pixels(image), min(self.crop)
+        factor = side / min(pixels.shape[-2:])
+        height, width = (max(side, round(factor * length)) for length in pixels.shape[-2:])
+        depth = nearest(image.labels()["depth"], (height, width))
+        labels = {"depth": depth, **self.further_labels(image, depth)}
+        rows, columns = square_around(depth > 0, side)
+        labels = {name: label[..., rows, columns] for name, label in labels.items()}
+        pixels = nearest(pixels, (height, width))[:, rows, columns]
+        targets = {name: nearest(it, self.crop) for name, it in self.targets(labels).items()}
+        return Example(image.key, nearest(pixels, self.crop), targets)
+
+    def further_labels(self, image: Any, depth: Tensor) -> dict[str, Tensor]:
+        """Return labels that are made of the whole picture's depth ``[H, W]``."""
+        del image, depth
+        return {}
+
+    @abstractmethod
+    def targets(self, labels: Labels) -> dict[str, Tensor]:
+        """Return what is learnt and tested, out of the labels of the square."""
+
+    def shares(self, mean: float, others: Mapping[str, float]) -> list[Score]:
+        """Return scores of a mean share, which counts, and of others, in per cent."""
+        return [
+            self.score("mean_share", 100 * mean, "%"),
+            *(self.score(name, 100 * share, "%", headline=False) for name, share in others.items()),
+        ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NaviDepth(NaviProbe):
+    """Relative depth of objects: 0.01 at the nearest point, 1 at the farthest."""
+
+    name: ClassVar[str] = "navi_depth"
+
+    def targets(self, labels: Labels) -> dict[str, Tensor]:
+        """Scale depth to [0.01, 1] on the object; 0 off it."""
+        depth = labels["depth"]
+        on = depth > 0
+        if not on.any():
+            return {"depth": depth}
+        near, far = depth[on].min(), depth[on].max()
+        scaled = (depth - near) / (far - near).clamp_min(0.01) * 0.99 + 0.01
+        return {"depth": scaled.where(on, 0.0)}
+
+    def heads(self, channels: Sequence[int]) -> dict[str, nn.Module]:
+        """Make a pyramid of 256 bins up to 1."""
+        pyramid = Pyramid(channels, 256, self.hidden, self.as_published)
+        return {"depth": DepthBins(pyramid, _NEAR, 1.0)}
+
+    def losses(
+        self, outputs: Mapping[str, Tensor], labels: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Return Probe3D's loss of depth."""
+        target = labels["depth"][:, None]
+        depth = F.interpolate(outputs["depth"], target.shape[-2:], mode="bilinear")
+        return {"depth": depth_loss(depth, target, self.as_published)}
+
+    def meters(self, device: torch.device | str) -> Meters:
+        """Make meters of depth as it is, and up to scale and shift."""
+        names = (*SHARES, "rmse")
+        return {kind: PictureMeans(names, device) for kind in ("aware", "invariant")}
+
+    def measure(
+        self, meters: Meters, outputs: Mapping[str, Tensor], labels: Mapping[str, Tensor]
+    ) -> None:
+        """Compare a depth map, as it is and aligned."""
+        depth, target = outputs["depth"][:, 0], labels["depth"][None]
+        aligned = align_scale_and_shift(depth, target)
+        for kind, prediction in {"aware": depth, "invariant": aligned}.items():
+            errors = depth_errors(prediction, target)
+            meters[kind].update([errors.d1, errors.d2, errors.d3, errors.rmse])
+
+    def scores(self, meters: Meters) -> list[Score]:
+        """Return the mean of the three shares after alignment, which counts, and each of them."""
+        aware, invariant = meters["aware"].compute(), meters["invariant"].compute()
+        shares = {f"{name}_invariant": invariant[name] for name in SHARES}
+        shares |= {f"{name}_aware": aware[name] for name in SHARES}
+        return self.shares(mean_share(invariant), shares)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NaviNormals(NaviProbe):
+    """Normals of objects, as their depth and the camera have them."""
+
+    name: ClassVar[str] = "navi_normals"
+
+    def further_labels(self, image: Any, depth: Tensor) -> dict[str, Tensor]:
+        """Return normals, away from the camera."""
+        height, width = depth.shape
+        focal = float(image.intrinsics((height, width))[1, 1])
+        return {"normals": normals_from_depth(depth, focal, as_published=self.as_published)}
+
+    def targets(self, labels: Labels) -> dict[str, Tensor]:
+        """Return the normals."""
+        return {"normals": labels["normals"]}
+
+    def heads(self, channels: Sequence[int]) -> dict[str, nn.Module]:
+        """Make a pyramid of a vector and how sure it is."""
+        return {"normals": Pyramid(channels, 4, self.hidden, self.as_published)}
+
+    def losses(
+        self, outputs: Mapping[str, Tensor], labels: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Return the likelihood of the angles."""
+        target = labels["normals"]
+        normals = F.interpolate(outputs["normals"], target.shape[-2:], mode="bilinear")
+        valid = target.any(dim=1)
+        if not valid.any():
+            return {"normals": 0 * normals.sum()}
+        return {"normals": uncertain_angular_loss(normals, target, valid)}
+
+    def meters(self, device: torch.device | str) -> Meters:
+        """Make a meter of the three shares and the error."""
+        return {"normals": PictureMeans((*SHARES, "rmse"), device)}
+
+    def measure(
+        self, meters: Meters, outputs: Mapping[str, Tensor], labels: Mapping[str, Tensor]
+    ) -> None:
+        """Compare the normals of a picture."""
+        target = labels["normals"][None]
+        errors = normal_errors(outputs["normals"], target, target.any(dim=1))
+        meters["normals"].update([errors.d1, errors.d2, errors.d3, errors.rmse])
+
+    def scores(self, meters: Meters) -> list[Score]:
+        """Return the mean of the three shares, which counts, and each of them."""
+        values = meters["normals"].compute()
+        return self.shares(mean_share(values), {name: values[name] for name in SHARES})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NyuDepth(TrainedBenchmark):
+    """NYU Depth v2 in BTS' layout: four layers, made four times as fine, vote for 256 bins.
+
+    DINOv2's head and loss with DINOv3's optimizer, for DINOv2's is not public; no [CLS]. Scores are
+    means over pictures in the Eigen crop, up to 10 m, of a picture and its mirror image.
+    """
+
+    crop: Size = (416, 544)
+    steps: int = 38_400
+    learning_rate: float = 3e-4
+    weight_decay: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.99)
+    warmup_steps: int = 12_800
+    decay: Decay = "cosine"
+    gradient_clip: float = 35.0
+    far: float = 10.0
+    """Greatest depth that counts, in metres."""
+
+    name: ClassVar[str] = "nyu_depth"
+    sources: ClassVar[Mapping[str, str]] = {"data": "data.nyu_depth"}
+    group: ClassVar[str] = "NYU depth"
+    head: ClassVar[str] = "lin4"
+    layers: ClassVar[int] = 4
+    pools_step: ClassVar[bool] = True
+    mirrors_test: ClassVar[bool] = True
+
+    def pictures(self) -> tuple[Sequence[Any], Sequence[Any]]:
+        """List BTS' training and test pictures."""
+        dataset = DATASETS.get("nyu_depth")(Path(self.data))
+        return dataset.split("train"), dataset.split("val")
+
+    def training_example(self, image: Any, random: np.random.Generator | None) -> Example:
+        """Read a picture, and crop and mirror it; without a generator, resize it to the crop."""
+        pixels, labels = read_pixels(image), image.labels()
+        if random is None:
+            return Example(image.key, *resized(pixels, labels, self.crop))
+        vary = Augmentation(self.crop, scale=(1.0, 1.0), distort=False)
+        return Example(image.key, *vary(pixels, labels, random))
+
+    def test_example(self, image: Any) -> Example:
+        """Read a picture, whole."""
+        return Example(image.key, read_pixels(image), image.labels())
+
+    def heads(self, channels: Sequence[int]) -> dict[str, nn.Module]:
+        """Make the linear head, with bins."""
+        return {"depth": DepthBins(Linear(sum(channels), 256, factor=4), _NEAR, self.far)}
+
+    def losses(
+        self, outputs: Mapping[str, Tensor], labels: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Return DINOv2's loss of depth."""
+        target = labels["depth"][:, None]
+        depth = F.interpolate(outputs["depth"], target.shape[-2:], mode="bilinear")
+        return {"depth": depth_loss(depth, target.where(target < self.far, 0.0))}
+
+    def meters(self, device: torch.device | str) -> Meters:
+        """Make a meter of the usual errors."""
+        return {"depth": PictureMeans(("rmse", "abs_rel", "d1"), device)}
+
+    def measure(
+        self, meters: Meters, outputs: Mapping[str, Tensor], labels: Mapping[str, Tensor]
+    ) -> None:
+        """Compare a depth map in the Eigen crop."""
+        target = labels["depth"][None]
+        valid = (target > _NEAR) & (target < self.far)
+        valid &= eigen_crop(target.shape[-2], target.shape[-1]).to(target.device)
+        depth = outputs["depth"][:, 0].clamp(_NEAR, self.far)
+        errors = depth_errors(depth, target, valid)
+        meters["depth"].update([errors.rmse, errors.abs_rel, errors.d1])
+
+    def scores(self, meters: Meters) -> list[Score]:
+        """Return the errors; none counts in a gain of other benchmarks."""
+        values = meters["depth"].compute()
+        return [
+            self.score("rmse", values["rmse"], "m", higher_is_better=False, headline=False),
+            self.score("abs_rel", values["abs_rel"], "1", higher_is_better=False, headline=False),
+            self.score("d1", 100 * values["d1"], "%", headline=False),
+        ]
+
+
+def mean_share(values: Mapping[str, float]) -> float:
+    """Return the mean of the shares under three thresholds."""
+    return sum(values[name] for name in SHARES) / len(SHARES)
+
+
+def square_around(mask: Tensor, least: int) -> tuple[slice, slice]:
+    """Return the rows and columns of a square around what a mask ``[H, W]`` shows.
+
+    It lies in the centre square of side ``least``, all of which it is where nothing is shown.
+    """
+    top, left = ((side - least) // 2 for side in mask.shape)
+    inner = mask[top : top + least, left : left + least]
+    if not inner.any():
+        return slice(top, top + least), slice(left, left + least)
+    rows, columns = (inner.any(dim=axis).nonzero().flatten() for axis in (1, 0))
+    side = int(max(rows[-1] - rows[0], columns[-1] - columns[0])) + 1
+    begins = []
+    for shown, origin in ((rows, top), (columns, left)):
+        begin = (int(shown[0] + shown[-1]) + 1 - side) // 2
+        begins.append(origin + min(max(begin, 0), least - side))
+    return slice(begins[0], begins[0] + side), slice(begins[1], begins[1] + side)
+
+
+def jittered(pixels: Tensor, random: np.random.Generator) -> Tensor:
+    """Change brightness, contrast, saturation and hue by up to a fifth, in random order."""
+    changes = [
+        (vision.adjust_brightness, random.uniform(0.8, 1.2)),
+        (vision.adjust_contrast, random.uniform(0.8, 1.2)),
+        (vision.adjust_saturation, random.uniform(0.8, 1.2)),
+        (vision.adjust_hue, random.uniform(-0.2, 0.2)),
+    ]
+    for number in random.permutation(len(changes)):
+        change, amount = changes[number]
+        pixels = change(pixels, amount)
+    return pixels

@@ -1,0 +1,184 @@
+"""Several tasks on one frozen encoder at once: Pascal Context and NYUDv2.
+
+As in the harness of MLoRE, with a convolutional probe in the place of its decoder: one head a task,
+trained together. Which rates RADIO and FeatSharp used is not public, so AdamW with 1e-3 is ours.
+"""
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..types import Score, Size
+from .augmentation import Augmentation, padded, resized
+from .datasets import DATASETS
+from .losses import balanced_cross_entropy, depth_l1_loss, normal_l1_loss
+from .metrics import IGNORED, Confusion, MaxF, PooledDepth, PooledNormals, mean_iou
+from .probe_heads import ConvProbe
+from .probe_training import Example
+from .trained import Decay, Meters, TrainedBenchmark, read_pixels
+
+WEIGHTS = {"segmentation": 1.0, "parts": 2.0, "saliency": 5.0, "normals": 10.0, "depth": 1.0}
+"""Of the losses, as in MLoRE."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MultiTaskProbe(TrainedBenchmark):
+    """A convolutional head for each task, on the last map."""
+
+    steps: int = 40_000
+    images_per_step: int = 4
+    weight_decay: float = 1e-6
+    warmup_steps: int = 0
+    decay: Decay = "poly"
+    gradient_clip: float = 10.0
+
+    head: ClassVar[str] = "conv"
+    pools_step: ClassVar[bool] = True
+    tasks: ClassVar[Mapping[str, int]]
+    """Channels of each head."""
+
+    def pictures(self) -> tuple[Sequence[Any], Sequence[Any]]:
+        """List the training and test pictures."""
+        dataset = DATASETS.get(self.name)(Path(self.data))
+        return dataset.split("train"), dataset.split("val")
+
+    def training_example(self, image: Any, random: np.random.Generator | None) -> Example:
+        """Read a picture and vary it; without a generator, resize it to the crop."""
+        pixels, labels = read_pixels(image), image.labels()
+        if random is None:
+            return Example(image.key, *resized(pixels, labels, self.crop))
+        vary = Augmentation(self.crop, scale_depth=True, centred=True)
+        return Example(image.key, *vary(pixels, labels, random))
+
+    def test_example(self, image: Any) -> Example:
+        """Read a picture, at its own size, with black around it up to the crop's."""
+        return Example(
+            image.key, *padded(read_pixels(image), image.labels(), self.crop, centred=True)
+        )
+
+    def heads(self, channels: Sequence[int]) -> dict[str, nn.Module]:
+        """Make a head for each task."""
+        return {name: ConvProbe(sum(channels), outputs) for name, outputs in self.tasks.items()}
+
+    def losses(
+        self, outputs: Mapping[str, Tensor], labels: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Return the weighted loss of each task; zero for one that no picture of the step shows."""
+        losses = {}
+        for name, output in outputs.items():
+            target = labels[name]
+            known = known_pixels(name, target)
+            if known.any():
+                output = F.interpolate(output, target.shape[-2:], mode="bilinear")
+                losses[name] = WEIGHTS[name] * _LOSSES[name](output, target, known)
+            else:
+                losses[name] = 0 * output.sum()
+        return losses
+
+    @abstractmethod
+    def meters(self, device: torch.device | str) -> Meters:
+        """Make a meter for each task."""
+
+    def measure(
+        self, meters: Meters, outputs: Mapping[str, Tensor], labels: Mapping[str, Tensor]
+    ) -> None:
+        """Feed a test picture to the meter of each task."""
+        for name, output in outputs.items():
+            target = labels[name][None]
+            if name == "normals":
+                meters[name].update(output, target, known_pixels(name, target))
+            elif name == "depth":
+                meters[name].update(output[:, 0], target)
+            elif name == "saliency":
+                meters[name].update(output[:, 0].sigmoid(), target)
+            else:
+                meters[name].update(output.argmax(dim=1), target)
+
+    def scores(self, meters: Meters) -> list[Score]:
+        """Return the score of each task."""
+        scores = []
+        for name, meter in meters.items():
+            if name == "normals":
+                value = meter.compute()["mean"]
+                scores.append(self.score("normals_mean", value, "°", higher_is_better=False))
+            elif name == "depth":
+                value = meter.compute()["rmse"]
+                scores.append(self.score("depth_rmse", value, "m", higher_is_better=False))
+            elif name == "saliency":
+                scores.append(self.score("saliency_maxf", 100 * meter.compute(), "%"))
+            else:
+                metric = {"segmentation": "semseg_miou", "parts": "parts_miou"}[name]
+                scores.append(self.score(metric, 100 * mean_iou(meter.compute(), "all"), "%"))
+        return scores
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PascalContext(MultiTaskProbe):
+    """PASCAL-Context: 4,998 training and 5,105 test pictures, four tasks."""
+
+    as_published: bool = False
+    """Measure saliency as MLoRE's meter does, which takes the sigmoid of a probability."""
+
+    name: ClassVar[str] = "pascal_context"
+    sources: ClassVar[Mapping[str, str]] = {"data": "data.pascal_context"}
+    group: ClassVar[str] = "Pascal Context"
+    tasks: ClassVar[Mapping[str, int]] = {
+        "segmentation": 21, "parts": 7, "saliency": 1, "normals": 3,
+    }  # fmt: skip
+
+    def meters(self, device: torch.device | str) -> Meters:
+        """Make a meter for each task."""
+        return {
+            "segmentation": Confusion(self.tasks["segmentation"], device),
+            "parts": Confusion(self.tasks["parts"], device),
+            "saliency": MaxF(self.as_published, device),
+            "normals": PooledNormals(device),
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Nyud(MultiTaskProbe):
+    """NYUDv2: 795 training and 654 test pictures, three tasks; not NYU depth as DINOv2 has it."""
+
+    crop: Size = (448, 576)
+
+    name: ClassVar[str] = "nyud"
+    sources: ClassVar[Mapping[str, str]] = {"data": "data.nyud"}
+    group: ClassVar[str] = "NYUDv2"
+    tasks: ClassVar[Mapping[str, int]] = {"segmentation": 40, "depth": 1, "normals": 3}
+
+    def meters(self, device: torch.device | str) -> Meters:
+        """Make a meter for each task."""
+        return {
+            "segmentation": Confusion(self.tasks["segmentation"], device),
+            "depth": PooledDepth(device=device),
+            "normals": PooledNormals(device),
+        }
+
+
+def known_pixels(name: str, target: Tensor) -> Tensor:
+    """Return where a batch of labels of a task says something, ``[B, H, W]`` bool."""
+    if name == "normals":
+        return target.any(dim=1)
+    return target > 0 if name == "depth" else target != IGNORED
+
+
+def _classes(output: Tensor, target: Tensor, known: Tensor) -> Tensor:
+    del known
+    return F.cross_entropy(output, target, ignore_index=IGNORED)
+
+
+_LOSSES: Mapping[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "segmentation": _classes,
+    "parts": _classes,
+    "saliency": lambda output, target, _: balanced_cross_entropy(output[:, 0], target),
+    "normals": normal_l1_loss,
+    "depth": lambda output, target, _: depth_l1_loss(output[:, 0], target),
+}
