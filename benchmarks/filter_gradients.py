@@ -14,7 +14,7 @@ from benchmarks.published_backward import published_filter_gradient
 from stages.arguments import Parser, run_command
 from stages.fit_upsampler import fit_recipe, fit_upsampler
 from stages.recipes import load_recipe
-from upsamplers.fitted import read_header
+from upsamplers.fitted_files import read_header
 
 
 def main() -> None:

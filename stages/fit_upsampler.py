@@ -154,7 +154,7 @@ def has_result(stage: Stage) -> bool:
 
     It is not written again then, so that its checksum stays that which students know.
     """
-    from upsamplers.fitted import read_header
+    from upsamplers.fitted_files import read_header
 
     path = stage.folder / FITTED
     return path.is_file() and bool(read_header(path).measures or not stage.evaluation.images)
@@ -254,7 +254,8 @@ def write_result(task: "Fit") -> None:
     """Write the fitted file, with what was measured on the held-out images in its header."""
     from radio_distill.train import checkpoint as checkpoints
     from upsamplers.fit.task import MODULES
-    from upsamplers.fitted import FittedHeader, save_model
+    from upsamplers.fitted import save_model
+    from upsamplers.fitted_files import FittedHeader
 
     stage, spec, config = task.stage, task.teacher.spec, task.stage.fit
     weights = checkpoints.find(task.stage.folder).tensors(MODULES)

@@ -35,7 +35,7 @@ from .recipes import Asked, describe_stage
 
 if TYPE_CHECKING:
     from radio_distill.types import Size
-    from upsamplers.fitted import FittedHeader
+    from upsamplers.fitted_files import FittedHeader
 
 FITTED = "upsampler.safetensors"
 """Name of the file in the folder of a fit."""
@@ -162,7 +162,7 @@ def with_files(stage: Stage, asked: Asked | None = None) -> tuple[Stage, list[st
     """
     if not needs_of(stage):
         return stage, []
-    from upsamplers.fitted import path_of, read_header
+    from upsamplers.fitted_files import path_of, read_header
 
     problems = [item.text for item in problems_of(stage, asked, check_weights=False)]
     config = upsampler_of(stage)
@@ -203,7 +203,7 @@ def problems_of(
 
 
 def _problems(need: Need, asked: Asked, check_weights: bool) -> Iterator[Problem]:
-    from upsamplers.fitted import path_of
+    from upsamplers.fitted_files import path_of
 
     where, teacher, name = f"stages.{need.stage.name}", need.teacher, need.config.name
     any_size = bool(need.config.options.get("any_size"))
@@ -240,7 +240,7 @@ def _problems(need: Need, asked: Asked, check_weights: bool) -> Iterator[Problem
 def _mismatch(need: Need, path: Path, check_weights: bool, any_size: bool) -> str:
     """Say how a file is not what a stage needs; empty where it is."""
     from radio_distill.system.trust import check_sha256
-    from upsamplers.fitted import check_fitted_for, check_size, read_header
+    from upsamplers.fitted_files import check_fitted_for, check_size, read_header
 
     config, name = need.config, need.teacher
     field = f"stages.{need.stage.name}.upsampler"
@@ -319,7 +319,7 @@ SET_BY_FIT = (
 
 def is_shipped(file: str) -> bool:
     """Return whether a file, as a recipe names it, is one that comes with the project."""
-    from upsamplers.fitted import SHIPPED_AS
+    from upsamplers.fitted_files import SHIPPED_AS
 
     return file.startswith(SHIPPED_AS)
 
@@ -338,7 +338,7 @@ def _shipped(need: Need) -> str:
 
     A teacher whose weights are not here to compare with is known by its preset.
     """
-    from upsamplers.fitted import SHIPPED, SHIPPED_AS, read_header, shipped
+    from upsamplers.fitted_files import SHIPPED, SHIPPED_AS, read_header, shipped
 
     teacher, spec = need.stage.teachers[need.teacher], need.stage.specs[need.teacher]
     name, factor = need.config.name, need.config.factor

@@ -24,7 +24,7 @@ from radio_distill.train import checkpoint as checkpoints
 from radio_distill.train.checkpoint import Checkpoint, Origin
 from radio_distill.train.run_dir import FRESH, was_requeued
 from radio_distill.types import TeacherSpec
-from upsamplers.fitted import path_of
+from upsamplers.fitted_files import path_of
 
 from .recipes import Asked
 

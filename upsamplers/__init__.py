@@ -104,7 +104,7 @@ def _files(config: UpsamplerConfig, teachers: Mapping[str, Teacher]) -> Mapping[
 
     The recipe's file goes before the one that comes with the project.
     """
-    from .fitted import check_fitted_for, check_size, path_of, read_header, shipped
+    from .fitted_files import check_fitted_for, check_size, path_of, read_header, shipped
 
     for name in config.sha256.keys() - teachers.keys():
         raise ConfigError(

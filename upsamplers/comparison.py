@@ -20,7 +20,8 @@ from radio_distill.system.precision import AUTO, autocast
 from radio_distill.types import Size
 
 from .fit.consistency import Consistency
-from .fitted import UpsamplerModel, load_model, read_header, read_tensors
+from .fitted import UpsamplerModel, load_model
+from .fitted_files import read_header, read_tensors
 from .methods.tiling import fine_grid
 from .metrics import Report
 from .networks import Observation

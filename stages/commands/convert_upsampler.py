@@ -22,7 +22,7 @@ from ..recipes import load_recipe
 if TYPE_CHECKING:
     from radio_distill.types import Size, TeacherSpec
     from upsamplers.convert import Converted
-    from upsamplers.fitted import FittedHeader
+    from upsamplers.fitted_files import FittedHeader
 
 TAKES_FIELDS = True
 
@@ -70,7 +70,7 @@ def header_of(made: "Converted", spec: "TeacherSpec", size: "Size") -> "FittedHe
     Raises WeightsError where the teacher has another number of channels.
     """
     from radio_distill.errors import WeightsError
-    from upsamplers.fitted import FittedHeader
+    from upsamplers.fitted_files import FittedHeader
 
     if made.channels != spec.channels:
         raise WeightsError(

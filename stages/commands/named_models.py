@@ -101,7 +101,7 @@ def model_under_test(
 
 def _file_of(model: NamedModel, spec: TeacherSpec) -> Path | None:
     """Return the file of a fitted upsampler; None for one that has no weights."""
-    from upsamplers.fitted import path_of, read_header, shipped
+    from upsamplers.fitted_files import path_of, read_header, shipped
 
     config = model.upsampler
     if config is None or not is_fitted(config.name):

@@ -17,7 +17,7 @@ from ..fits import FITTED, changed_options, fit_folder, fit_name, fit_of
 
 if TYPE_CHECKING:
     from radio_distill.types import Size, TeacherSpec
-    from upsamplers.fitted import FittedHeader
+    from upsamplers.fitted_files import FittedHeader
 
 TABLES = (7, 8, 9, 10)
 """Of FeatSharp (arXiv 2502.16025), appendix B: de-bias, inputs, upsamplers, modules."""
@@ -129,7 +129,7 @@ def find(
         ConfigError: the run folder holds another fit under this name.
         WeightsError: a file of another teacher, or one that cannot be read.
     """
-    from upsamplers.fitted import check_fitted_for, read_header, shipped
+    from upsamplers.fitted_files import check_fitted_for, read_header, shipped
 
     path = fit_folder(recipe, config) / FITTED
     if path.is_file():

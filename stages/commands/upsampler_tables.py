@@ -19,7 +19,7 @@ from radio_distill.report.page import Figure
 from radio_distill.report.tables import Cell, Column, Table
 from radio_distill.types import format_size
 from upsamplers.comparison import maps_of
-from upsamplers.fitted import read_header
+from upsamplers.fitted_files import read_header
 from upsamplers.metrics import VIEWS_PER_IMAGE
 
 from ..fits import fit_name

@@ -15,7 +15,8 @@ from radio_distill.types import TeacherSpec
 from teachers import build_teacher
 from teachers.base import FrozenTeacher
 from upsamplers import UPSAMPLERS, build_upsampler, is_fitted
-from upsamplers.fitted import FittedHeader, UpsamplerModel, save_model
+from upsamplers.fitted import UpsamplerModel, save_model
+from upsamplers.fitted_files import FittedHeader
 from upsamplers.networks import build_network
 
 EXTERNAL = {"anyup", "jafar", "loftup", "naf"}

@@ -9,8 +9,8 @@ from slurm.chain import Job, read_chain
 from slurm.cluster import Cluster
 from slurm.requeue import Stop, append_stop
 from stages.cli import main as cli
-from upsamplers import fitted
-from upsamplers.fitted import FittedHeader
+from upsamplers import fitted_files
+from upsamplers.fitted_files import FittedHeader
 
 RECIPE = """
 name: whole
@@ -72,7 +72,7 @@ def jobs(run):
 def write_fitted(path, **changes):
     values = {"upsampler": "featup", "teacher": "vit", "weights_hash": "", "channels": 32}
     header = FittedHeader(**{**values, "factor": 2, "size": (32, 32), **changes})
-    fitted.write(path, {"bias": torch.zeros(1)}, header)
+    fitted_files.write(path, {"bias": torch.zeros(1)}, header)
 
 
 def test_submit__a_fit_is_a_job_before_the_stage_that_needs_it(recipe, run, login_node, capsys):

@@ -22,7 +22,7 @@ from stages.fits import FITTED, fit_folder, fit_name, fit_of, upsampler_of
 from stages.recipes import describe_stage, load_recipe, teacher_specs
 from teachers import build_teacher
 from upsamplers import build_upsampler
-from upsamplers.fitted import hash_of, read_header, read_tensors
+from upsamplers.fitted_files import hash_of, read_header, read_tensors
 
 RECIPE = {
     "name": "tiny",

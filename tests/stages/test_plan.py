@@ -17,8 +17,8 @@ from stages.commands import plan
 from stages.commands.missing import check_stages, find_missing
 from stages.fits import with_files
 from stages.recipes import Asked, describe_stage, load_recipe
-from upsamplers import fitted
-from upsamplers.fitted import FittedHeader
+from upsamplers import fitted_files
+from upsamplers.fitted_files import FittedHeader
 
 RECIPE = """
 name: tiny
@@ -128,7 +128,7 @@ def write_fitted(path: Path, **changes: object) -> None:
     """Write a file with a header alone, of `clip` unless told otherwise."""
     values = {"upsampler": "featup", "teacher": "clip", "weights_hash": "", "channels": 32}
     header = FittedHeader(**{**values, "factor": 3, "size": (48, 48), **changes})
-    fitted.write(path, {"bias": torch.zeros(1)}, header)
+    fitted_files.write(path, {"bias": torch.zeros(1)}, header)
 
 
 FEATUP = ("stages.stage2.upsampler.name=featup", "stages.stage2.start_from=")
@@ -227,7 +227,7 @@ def test_with_files__the_projects_own_are_written_down_by_a_name_that_travels():
     config = stage.upsampler
     assert problems == []
     assert config.weights["dino"] == "shipped:vits14_packaged-featsharp-2x.safetensors"
-    own = fitted.SHIPPED / "vits14_packaged-featsharp-2x.safetensors"
+    own = fitted_files.SHIPPED / "vits14_packaged-featsharp-2x.safetensors"
     assert config.sha256["dino"] == sha256_of(own)
     assert config.sizes == {"dino": 112, "efficientnet": 128}
     again = describe_stage(stage.recipe, "stage3")

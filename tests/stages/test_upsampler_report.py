@@ -29,7 +29,7 @@ from stages.fit_upsampler import fit_recipe
 from stages.fits import FITTED, fit_command, fit_folder, fit_name, fit_of, upsampler_of
 from stages.recipes import Asked, describe_stage, load_recipe
 from teachers import build_teacher
-from upsamplers import fitted
+from upsamplers import fitted_files
 from upsamplers.fit.consistency import Consistency
 from upsamplers.fitted import UpsamplerModel, save_model
 from upsamplers.networks import build_network
@@ -106,7 +106,7 @@ def place(recipe: Recipe, config: FitConfig, teacher: Teacher) -> None:
     model = UpsamplerModel(network, PhiS().load_state(state), channels, grid)
     if model.bias is not None:
         torch.nn.init.normal_(model.bias, std=0.1)
-    header = fitted.FittedHeader(
+    header = fitted_files.FittedHeader(
         config.upsampler, "vit", teacher.spec.weights_hash, channels, config.factor, size,
         config.options, fit=asdict(config),
     )  # fmt: skip
@@ -172,7 +172,7 @@ def test_report__tables_have_the_papers_rows_and_no_gaps(folder: Path) -> None:
 def test_report__its_measures_are_those_of_the_fit(folder: Path) -> None:
     """Bilinear has nothing that saving rounds, so its file gives the very numbers of the fit."""
     scores = json.loads((folder / "scores.json").read_text())["upsamplers"]["vit-bilinear-2x"]
-    measured = fitted.read_header(scores["file"]).measures
+    measured = fitted_files.read_header(scores["file"]).measures
     assert {name: scores[name] for name in measured if name != "images"} == {
         name: pytest.approx(value, rel=1e-6) for name, value in measured.items() if name != "images"
     }
@@ -184,7 +184,8 @@ def test_fit_missing__a_shared_pool_changes_no_bit(folder: Path, recipe_file: Pa
     path = fit_upsampler.fit_upsampler(alone)
     assert path.parent.name == name
     own, shared = (
-        fitted.read_tensors(item) for item in (path, folder.parents[1] / "fit" / name / FITTED)
+        fitted_files.read_tensors(item)
+        for item in (path, folder.parents[1] / "fit" / name / FITTED)
     )
     assert own["network"].keys() == shared["network"].keys()
     for part, tensors in own.items():
@@ -271,7 +272,7 @@ def test_find__the_projects_own_serves_at_its_size(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     arguments = ("--name", "other", "--factors", "2", "--tables", "9", "--upsamplers", "bilinear")
-    monkeypatch.setattr(fitted, "SHIPPED", folder.parents[1] / "fit" / "vit-bilinear-2x")
+    monkeypatch.setattr(fitted_files, "SHIPPED", folder.parents[1] / "fit" / "vit-bilinear-2x")
     assert command(recipe_file, *arguments, "--num-images", "1") == 0
     caplog.clear()
     assert command(recipe_file, *arguments, "--fit.size", "48") == 2
@@ -285,10 +286,10 @@ def test_report__goes_on_without_a_file_that_has_no_downsampler(
     recipe = load(recipe_file, "name=converted")
     for name in ("bilinear", "featup"):
         source = folder.parents[1] / "fit" / f"vit-{name}-2x" / FITTED
-        tensors, header = load_file(source), fitted.read_header(source)
+        tensors, header = load_file(source), fitted_files.read_header(source)
         kept = {key: value for key, value in tensors.items() if name == "bilinear" or key[0] != "d"}
         target = fit_folder(recipe, fit_of(recipe, "vit", name, 2)) / FITTED
-        fitted.write(target, kept, header)
+        fitted_files.write(target, kept, header)
     arguments = ("--factors", "2", "--tables", "9", "--upsamplers", "bilinear", "featup")
     words = (*arguments, "--num-images", "1")
     assert command(recipe_file, "--name", "converted", *words) == 0
@@ -380,8 +381,8 @@ def test_unequal_settings__are_said_under_the_table(tmp_path: Path) -> None:
             config = FitConfig(teacher="vit", upsampler=name, steps=count, size=32)
             files[fit_name(config)] = path = tmp_path / f"{name}.safetensors"
             fit = {**asdict(config), "seed": 0}
-            header = fitted.FittedHeader(name, "vit", "", 8, 2, (32, 32), fit=fit)
-            fitted.write(path, {"bias": torch.zeros(1)}, header)
+            header = fitted_files.FittedHeader(name, "vit", "", 8, 2, (32, 32), fit=fit)
+            fitted_files.write(path, {"bias": torch.zeros(1)}, header)
         return SimpleNamespace(files=files)
 
     names = ("bilinear", "featup", "featsharp")

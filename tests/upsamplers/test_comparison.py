@@ -19,7 +19,8 @@ from upsamplers.comparison import (
     without_parameters,
 )
 from upsamplers.fit.consistency import Consistency
-from upsamplers.fitted import FittedHeader, UpsamplerModel, save_model
+from upsamplers.fitted import UpsamplerModel, save_model
+from upsamplers.fitted_files import FittedHeader
 from upsamplers.methods.interpolate import Bilinear
 from upsamplers.methods.native import Native
 from upsamplers.methods.strided import Strided

@@ -15,8 +15,9 @@ from radio_distill.normalize import NORMALIZERS
 from radio_distill.normalize.normalizers import Identity
 from radio_distill.normalize.statistics import Moments
 from radio_distill.protocols import Corrector, NormalisedUpsampler, Upsampler
-from upsamplers import build_upsampler, fitted
-from upsamplers.fitted import FittedHeader, UpsamplerModel, load_model, read_header, save_model
+from upsamplers import build_upsampler, fitted_files
+from upsamplers.fitted import UpsamplerModel, load_model, save_model
+from upsamplers.fitted_files import FittedHeader, read_header
 from upsamplers.networks import NETWORKS, Observation, build_network
 
 CHANNELS, GRID, FACTOR = 32, (3, 4), 2
@@ -195,7 +196,7 @@ def test_build_upsampler__the_file_of_another_teacher_factor_or_kind(file_of, ti
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_build_upsampler__nothing_fitted_names_the_command(tiny, monkeypatch, tmp_path, kind):
-    monkeypatch.setattr(fitted, "SHIPPED", tmp_path)
+    monkeypatch.setattr(fitted_files, "SHIPPED", tmp_path)
     command = f"RECIPE --teacher tiny_vit --upsampler {kind} --factor 3"
     with pytest.raises(ConfigError, match=command) as error:
         build_upsampler(UpsamplerConfig(name=kind, factor=3), {"tiny_vit": tiny("tiny_vit")})

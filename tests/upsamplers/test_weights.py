@@ -7,7 +7,8 @@ from radio_distill.config import TeacherConfig, UpsamplerConfig
 from radio_distill.errors import WeightsError
 from teachers import build_teacher
 from upsamplers import build_upsampler
-from upsamplers.fitted import SHIPPED, load_model, read_header
+from upsamplers.fitted import load_model
+from upsamplers.fitted_files import SHIPPED, read_header
 
 FILES = sorted(SHIPPED.glob("*.safetensors"))
 MEGABYTE = 1_000_000
