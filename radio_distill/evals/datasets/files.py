@@ -19,6 +19,9 @@ from ..encoder import open_image
 from ..masks import class_numbers
 from ..metrics import IGNORED
 
+_NONE = IGNORED - 1
+"""Stands for a number that is no class and not ignored either."""
+
 
 def stems(folder: Path, suffix: str) -> list[str]:
     """List the files of a folder with a suffix by their names without it, sorted."""
@@ -77,14 +80,17 @@ def read_classes(path: Path, num_classes: int, ignored: int, offset: int = 0) ->
         ignored: the number in the file that is no class.
         offset: the number in the file that is class 0.
     """
-    numbers = class_numbers(path).astype(np.int64)
-    known = numbers != ignored
-    if known.any() and (largest := int(numbers[known].max())) >= num_classes + offset:
+    numbers = class_numbers(path)
+    classes = np.full(np.iinfo(numbers.dtype).max + 1, _NONE)
+    classes[offset : offset + num_classes] = np.arange(num_classes)
+    classes[ignored] = IGNORED
+    found = classes[numbers]
+    if found.min() == _NONE:
         raise DataError(
-            f"{path} shows {largest}, and classes end at {num_classes + offset - 1}: these are the "
-            "masks of another set"
+            f"{path} shows {numbers[found == _NONE][0]}, and classes are {offset} to "
+            f"{offset + num_classes - 1}: these are the masks of another set"
         )
-    return torch.from_numpy(np.where(known, numbers - offset, IGNORED))
+    return torch.from_numpy(found)
 
 
 def read_normals(path: Path) -> Tensor:

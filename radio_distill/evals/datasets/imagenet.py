@@ -38,14 +38,14 @@ class ImageNet(Dataset):
                 "theirs (for val as it is published, the script valprep.sh does)"
             )
         found = []
-        for name in classes:
-            if name not in _numbers():
+        for place in (folder / name for name in classes):
+            if place.name not in _numbers():
                 raise DataError(
-                    f"{printable(folder / name)} is no class of ImageNet-1k (n and 8 digits); take "
-                    "it away, or name a set of your own in evaluation.labels"
+                    f"{printable(place)} is no class of ImageNet-1k (n and 8 digits); take it "
+                    "away, or name a set of your own in evaluation.labels"
                 )
-            number, pictures = _numbers()[name], _pictures(folder / name)
-            found += [(folder / name / picture, number) for picture in pictures]
+            number = _numbers()[place.name]
+            found += [(place / picture, number) for picture in _pictures(place)]
         return found
 
     def count(self, part: str) -> int:
