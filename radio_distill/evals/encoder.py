@@ -6,9 +6,13 @@ takes instead. Positions and label maps stay in the benchmark's own pixels, so t
 different patch size are measured with one ruler.
 """
 
+import os
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +25,7 @@ from ..data.folder import ImageRef
 from ..errors import ConfigError
 from ..models.backbone import StudentEncoder
 from ..protocols import LayeredTeacher, Normalizer, Teacher, TextTower
+from ..system.distributed import cores_of_process
 from ..types import Features, Size
 from .cache import SummaryCache
 
@@ -204,11 +209,30 @@ def encode_images(
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[Features]:
     """Yield the features of ``images``, a batch at a time, each cropped to ``size``."""
+    pixels = _decoded(images, size, 2 * batch_size)
     for start in range(0, len(images), batch_size):
-        batch = [to_pixels(image, size) for image in images[start : start + batch_size]]
+        batch = list(islice(pixels, batch_size))
         yield encoder(torch.stack(batch))
         if progress is not None:
             progress(start + len(batch), len(images))
+
+
+def _decoded(images: Sequence[AnyImage], size: Size, ahead: int) -> Iterator[Tensor]:
+    """Yield the pixels of images in their order, files decoded in threads before they are asked.
+
+    Members of shards are read by this thread, when they are asked for.
+    """
+    with ThreadPoolExecutor(min(cores_of_process(os.environ), 16)) as pool:
+        coming: deque[Callable[[], Tensor]] = deque()
+        for image in images:
+            if isinstance(image, Path):
+                coming.append(pool.submit(to_pixels, image, size).result)
+            else:
+                coming.append(partial(to_pixels, image, size))
+            if len(coming) > ahead:
+                yield coming.popleft()()
+        while coming:
+            yield coming.popleft()()
 
 
 def encode_summaries(

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from radio_distill.config import TeacherConfig, UpsamplerConfig
-from radio_distill.errors import ConfigError
+from radio_distill.errors import ConfigError, WeightsError
 from radio_distill.evals.checkpoint_subjects import model_subject
 from radio_distill.evals.encoder import Encoder, teacher_encoder
 from radio_distill.evals.subjects import Subject
@@ -85,7 +85,11 @@ def model_under_test(
         device: where it runs.
         folder: where its scores lie.
     """
-    teacher = build_teacher(model.name, model.teacher, device)
+    try:
+        teacher = build_teacher(model.name, model.teacher, device)
+    except (ConfigError, WeightsError) as error:
+        reason = str(error).removeprefix(f"teachers.{model.name}: ")
+        raise type(error)(f"--models {model.text}: {reason}") from error
     encoder = encoder_with_text(model.name, model.teacher, teacher, device)
     config, spec = model.teacher, teacher.spec
     parts: list[object] = [config.preset, spec.weights_hash or config.weights, config.options]

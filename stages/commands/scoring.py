@@ -29,7 +29,7 @@ from radio_distill.evals.checkpoint_subjects import (
 from radio_distill.evals.encoder import Encoder, Target, student_encoder, teacher_encoder
 from radio_distill.evals.fidelity import targets_of
 from radio_distill.evals.gain import MultiTaskGain, multi_task_gain
-from radio_distill.evals.run import BENCHMARKS, asked_of, evaluate
+from radio_distill.evals.run import BENCHMARKS, asked_of, check_data, evaluate
 from radio_distill.evals.scores import asked_in, check_can_add, read_scores, write_scores
 from radio_distill.evals.subjects import SCORES, UNTRAINED, Subject
 from radio_distill.models.backbone import as_encoder
@@ -88,6 +88,7 @@ def score_checkpoints(
         DataError: a file that is there holds something else than scores.
     """
     check_alike(checkpoints, evaluations)
+    check_data(evaluations[0])
     for line in (line for checkpoint in checkpoints for line in changed_since(checkpoint)):
         logger.warning("%s; what is scored is the student as it was trained", line)
     paths = [output or run_folder(checkpoint) / SCORES for checkpoint in checkpoints]
@@ -141,6 +142,7 @@ def score_models(
         ConfigError: a model that cannot be built, or data that is not named.
         DataError: a file that is there holds something else than scores.
     """
+    check_data(evaluation)
     check_output(path)
     check_can_add(path)
     asked = {name: asked_of(name, evaluation) for name in evaluation.benchmarks}
