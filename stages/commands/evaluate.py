@@ -102,12 +102,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TEACHER",
         help="take the students' summary from this head, with the teacher's texts",
     )
+    add_suite_argument(parser)
+    parser.add_argument("--again", action="store_true", help="score anew what is there already")
+
+
+def add_suite_argument(parser: argparse.ArgumentParser) -> None:
+    """Add ``--suite``."""
     parser.add_argument(
         "--suite",
         choices=get_args(Suite),
         help="benchmarks whose data is named: as published, or quick at small size (minutes)",
     )
-    parser.add_argument("--again", action="store_true", help="score anew what is there already")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -124,17 +129,17 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError("--recipe is for models without a run; runs have recipes of their own")
     checkpoints = [find_checkpoint(path) for path in arguments.runs]
     check_labels(arguments.labels, len(checkpoints))
-    in_suite = partial(_in_suite, arguments.suite)
-    evaluations = [in_suite(evaluation_with(one.recipe, arguments.fields)) for one in checkpoints]
+    suited = partial(in_suite, arguments.suite)
+    evaluations = [suited(evaluation_with(one.recipe, arguments.fields)) for one in checkpoints]
     asked: Recipe | Asked
     if checkpoints:
         asked = replace(checkpoints[0].recipe, evaluation=evaluations[0])
     elif arguments.recipe:
         asked = load_recipe(arguments.recipe, arguments.fields)
-        asked = replace(asked, evaluation=in_suite(asked.evaluation))
+        asked = replace(asked, evaluation=suited(asked.evaluation))
     else:
         asked = build(Asked, override({}, arguments.fields))
-        asked = replace(asked, evaluation=in_suite(asked.evaluation))
+        asked = replace(asked, evaluation=suited(asked.evaluation))
     models = named_models(arguments.models, asked.teachers)
     paths = []
     if checkpoints:
@@ -163,7 +168,7 @@ def evaluation_with(recipe: Recipe, fields: Sequence[str]) -> EvaluationConfig:
     return changed.evaluation
 
 
-def _in_suite(suite: Suite | None, evaluation: EvaluationConfig) -> EvaluationConfig:
+def in_suite(suite: Suite | None, evaluation: EvaluationConfig) -> EvaluationConfig:
     """Return what a suite asks, and say which of its benchmarks have no data."""
     if suite is None:
         return evaluation

@@ -1,6 +1,7 @@
 """Stage 3 and its scores for several teacher upsamplers, and the gain table (Δm) over one of them.
 
     radio-distill sweep demo --upsamplers bilinear tile s2 --baseline bilinear --seeds 3
+    radio-distill sweep mine --suite quick --evaluation.data '{spair: /data/SPair-71k}'
 
 The stages before it are trained once, for all upsamplers and seeds. Stages that are complete are
 passed over, so a sweep that was stopped goes on where it was.
@@ -25,6 +26,7 @@ from ..arguments import (
     check_output,
 )
 from ..recipes import Asked, load_recipe
+from .evaluate import Suite, add_suite_argument, in_suite
 
 if TYPE_CHECKING:
     from radio_distill.evals.gain import MultiTaskGain
@@ -48,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seeds", type=int, default=1, metavar="N", help="of stage 3 (default: %(default)s)"
     )
+    add_suite_argument(parser)
     add_run_folder_argument(parser)
     parser.add_argument(
         "--retrain",
@@ -69,7 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
     recipe = load_recipe(asked.recipe, asked.fields)
     gain = sweep(
         recipe, arguments.upsamplers, arguments.baseline, arguments.seeds, asked,
-        retrain=arguments.retrain,
+        retrain=arguments.retrain, suite=arguments.suite,
     )  # fmt: skip
     print_tables(gain_tables(gain))
     write_gain(gain, recipe.folder)
@@ -114,6 +117,7 @@ def sweep(
     asked: Asked,
     references: bool = False,
     retrain: bool = False,
+    suite: Suite | None = None,
 ) -> "MultiTaskGain":
     """Train stage 3 with each upsampler and seed, score, compare.
 
@@ -125,6 +129,7 @@ def sweep(
         asked: how the recipe was named on the command line, for the commands in messages.
         references: score the teachers and an untrained student too.
         retrain: train anew what was made of another recipe or of other upsamplers.
+        suite: benchmarks that students are scored on; None for those of the recipe.
 
     Returns the gain over the baseline; the scores lie in the run folder.
 
@@ -163,8 +168,7 @@ def sweep(
             find(train("stage3", with_upsampler(own, name), options)) for name in upsamplers
         ]
         with_references = references and number == 0
-        score_checkpoints(
-            students, [own.evaluation] * len(students), with_references, with_references
-        )
+        evaluations = [in_suite(suite, own.evaluation)] * len(students)
+        score_checkpoints(students, evaluations, with_references, with_references)
     students = [find(variant.stage_folder("stage3")) for variant in variants.values()]
     return gain_of(recipe.folder, students, students[upsamplers.index(baseline)], references)

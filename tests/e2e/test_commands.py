@@ -31,8 +31,9 @@ def test_sweep__trains_scores_compares_and_goes_on_where_it_was(trained, capfd):
     checkpoint = folder / "stage3-tile" / "checkpoints" / "step-00000004" / "student.safetensors"
     written = checkpoint.stat().st_mtime_ns
 
-    assert cli(sweep) == 0
+    assert cli([*sweep, "--suite", "quick"]) == 0
     assert checkpoint.stat().st_mtime_ns == written
+    assert "correspondence-quick@" in (folder / "gain.md").read_text()
 
     assert cli(["report", str(folder), "--num-images", "1"]) == 0
     page = (folder / "report.html").read_text()
