@@ -27,8 +27,11 @@ PUBLISHED = (
     "nyu_depth",
     "coco_detection",
 )
-OWN = ("knn", "segmentation", "correspondence", "stereo", "agreement", "fidelity")
-"""Benchmarks of one's own images."""
+OWN = (
+    "knn", "segmentation", "correspondence", "stereo", "rgbd_correspondence", "agreement",
+    "fidelity",
+)  # fmt: skip
+"""Benchmarks of one's own images and frames."""
 
 QUICK_SIZE = 224
 """Longest side of a quick benchmark's pictures, in pixels: whole patches of 14 and of 16."""

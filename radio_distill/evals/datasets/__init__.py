@@ -30,6 +30,7 @@ DATASETS = Registry(
         "nyu_depth": "radio_distill.evals.datasets.nyu_depth:NyuDepth",
         "nyud": "radio_distill.evals.datasets.nyud:Nyud",
         "pascal_context": "radio_distill.evals.datasets.pascal_context:PascalContext",
+        "redwood": "radio_distill.evals.datasets.redwood:Redwood",
         "spair": "radio_distill.evals.datasets.spair:Spair",
         "voc": "radio_distill.evals.datasets.voc:Voc",
     },

@@ -360,3 +360,25 @@ def nyu_depth(root: Path, train: int = 4, val: int = 3) -> Path:
             lines.append(" ".join([*files, "518.8579"]))
         write(root / f"nyu_{split}.txt", "\n".join(lines) + "\n")
     return root
+
+
+def redwood(root: Path, frames: int = 4) -> Path:
+    """A sequence of Redwood's: a wall 0.6 m away, along which a camera moves and rolls."""
+    width, height = SIZE
+    columns, rows = np.meshgrid(np.arange(width) - 23.5, np.arange(height) - 19.5)
+    trajectory = []
+    for index in range(frames):
+        angle, x, y = np.radians(15.0 * index), 0.02 * index, 0.01 * index
+        cos, sin = np.cos(angle), np.sin(angle)
+        across, down = 0.6 * columns / 40, 0.6 * rows / 40
+        wall = texture(2 * (cos * across - sin * down + x), 2 * (sin * across + cos * down + y))
+        save(root / "color" / f"{index:05d}.jpg", wall)
+        save(root / "depth" / f"{index:05d}.png", np.full((height, width), 600, dtype=np.uint16))
+        trajectory += [
+            f"{index} {index} {index + 1}",
+            f"{cos} {-sin} 0 {x}", f"{sin} {cos} 0 {y}", "0 0 1 0", "0 0 0 1",
+        ]  # fmt: skip
+    write(root / "trajectory.log", "\n".join(trajectory) + "\n")
+    matrix = [40.0, 0, 0, 0, 40.0, 0, 23.5, 19.5, 1]
+    write_json(root / "camera.json", {"width": width, "height": height, "intrinsic_matrix": matrix})
+    return root

@@ -32,6 +32,10 @@ def read_all(data):
         for pair in data.pairs("trn") + data.pairs("val") + data.pairs("test"):
             pair.keypoints()
             open_image(pair.source)
+    elif data.name == "redwood":
+        for frame in data.frames():
+            open_image(frame.image)
+            frame.labels()
     else:
         for split in ("train", "trainaug", "val") if data.name == "voc" else ("train", "val"):
             for item in data.split(split):
