@@ -46,6 +46,7 @@ QUICK: dict[str, Any] = {
     "fit": (2 * QUICK_SIZE, QUICK_SIZE),
     "size": QUICK_SIZE,
     "scales": (1.0, 2.0),
+    "hidden": 32,
 }
 """Own fields of a quick benchmark, where it has them."""
 

@@ -143,6 +143,7 @@ class TrainedBenchmark(ABC):
             if progress is not None:
                 progress(min(done, total), total)
 
+        report(0)
         heads = train(self, encoder, training, report)
         world = current_world()
         meters = self.meters(encoder.device)

@@ -23,9 +23,11 @@ protocols have it, `quick` all at small size, in minutes, for the order of model
 
 Each benchmark's scores are written as soon as they are there. What is there already, of the same
 weights and asked the same, is not scored again: a command that was stopped goes on where it was.
+Several processes (torchrun --nproc-per-node 8 -m stages.cli eval …) share the training of probes.
 """
 
 import argparse
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -117,7 +119,7 @@ def add_suite_argument(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Score what is asked for, and show the numbers."""
-    from radio_distill.system.distributed import World, choose_device
+    from radio_distill.system.distributed import choose_device, join, world_from
     from radio_distill.weights.files import find_checkpoint
 
     from .named_models import named_models
@@ -141,6 +143,9 @@ def run(arguments: argparse.Namespace) -> int:
         asked = build(Asked, override({}, arguments.fields))
         asked = replace(asked, evaluation=suited(asked.evaluation))
     models = named_models(arguments.models, asked.teachers)
+    world = world_from(os.environ)
+    device = choose_device(asked.engine.device, world)
+    join(world, device)
     paths = []
     if checkpoints:
         paths += score_checkpoints(
@@ -154,10 +159,10 @@ def run(arguments: argparse.Namespace) -> int:
             arguments.head,
         )
     if models:
-        device = choose_device(asked.engine.device, World())
         paths.append(arguments.output or Path(SCORES))
         score_models(models, asked.evaluation, device, paths[-1], arguments.again)
-    show(*dict.fromkeys(paths))
+    if world.is_main:
+        show(*dict.fromkeys(paths))
     return 0
 
 

@@ -38,7 +38,7 @@ from radio_distill.normalize.normalizers import normalizers_of
 from radio_distill.protocols import Teacher
 from radio_distill.registry import nearest
 from radio_distill.report.gain_tables import gain_table
-from radio_distill.system.distributed import World, choose_device
+from radio_distill.system.distributed import choose_device, current_world, run_on_main, world_from
 from radio_distill.system.files import write_text
 from radio_distill.system.precision import emulation_warning
 from radio_distill.system.progress import Progress
@@ -174,12 +174,13 @@ def score_into(
         known: its scores that another file got; what is new is added.
         again: take for lacking what the file has.
     """
-    there = frozenset[str]() if again else asked_in(path, subject)
+    world = current_world()
+    there = run_on_main(world, lambda: frozenset[str]() if again else asked_in(path, subject))
     if found := [name for name in asked if asked[name] in there]:
         logger.info("%s: %s already in %s (--again scores anew)", text, ", ".join(found), path)
 
     def write(scores: list[Score]) -> None:
-        write_scores(path, subject, scores)
+        run_on_main(world, lambda: write_scores(path, subject, scores))
 
     elsewhere = {score.asked for score in known} - there
     if elsewhere:
@@ -249,7 +250,7 @@ def check_labels(labels: Sequence[str] | None, num_runs: int) -> None:
 
 def device_of(checkpoint: Checkpoint) -> torch.device:
     """Return the device that a checkpoint's recipe asks for."""
-    return choose_device(checkpoint.recipe.engine.device, World())
+    return choose_device(checkpoint.recipe.engine.device, world_from(os.environ))
 
 
 def encoder_of(
@@ -336,7 +337,8 @@ def _bars(label: str) -> Iterator[Report]:
     def report(benchmark: str, done: int, total: int) -> None:
         if not current or current[0][0] != benchmark:
             close()
-            current.append((benchmark, Progress(f"{label}: {benchmark}", total).__enter__()))
+            bar = Progress(f"{label}: {benchmark}", total, visible=current_world().is_main)
+            current.append((benchmark, bar.__enter__()))
         current[0][1].update(done)
 
     try:

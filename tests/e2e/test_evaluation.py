@@ -6,9 +6,10 @@ import shutil
 
 import pytest
 
+import layouts
 from e2e import assert_equal, rows, run, run_folder, tensors
 from radio_distill.train.checkpoint import find
-from stages import stage1
+from stages import cli, stage1
 
 TIMES = ("time", "images_per_second", "data_wait_share", "checkpoint_wait_share")
 EVERY = ["--evaluation.every", "2", "--evaluation.during", "fidelity,agreement"]
@@ -107,3 +108,40 @@ def test_evaluation__moves_no_number_of_two_processes(recipe_file, crew, zero_st
     assert json.dumps(found[0][0]) == json.dumps(found[1][0])
     assert_equal(found[0][1], found[1][1])
     assert list(scores(folder)) == [1, 2, 3]
+
+
+PROBE = ["--evaluation.options", "{voc: {steps: 6, images_per_step: 3, crop: [64, 64]}}"]
+
+
+def values(folder) -> dict[str, float]:
+    """The scores that `eval` wrote into a folder."""
+    lines = (json.loads(line) for line in (folder / "scores.jsonl").read_text().splitlines())
+    return {f"{line['benchmark']}/{line['metric']}": line["value"] for line in lines}
+
+
+def test_evaluation__of_two_processes_has_the_scores_of_one(recipe_file, tmp_path, crew):
+    """Of three images of a step one process has two; what is no probe each of them scores."""
+    data = json.dumps({"voc": str(layouts.voc(tmp_path / "voc"))})
+    asked = ["--recipe", str(recipe_file), "--models", "vit", "--evaluation.data", data, *PROBE]
+    asked += ["--evaluation.benchmarks", "[voc, agreement]"]
+    found = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        output = ["--output", str(tmp_path / name / "scores.jsonl")]
+        command = ["eval", *asked, *output]
+        if name == "one":
+            assert cli.main(command) == 0
+        else:
+            crew("cli", *command)
+        found.append(values(tmp_path / name))
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+    assert "voc/miou" in found[0]
+
+
+def test_evaluation__trains_a_probe_on_rank_0_while_the_others_wait(recipe_file, tmp_path, crew):
+    data = json.dumps({"voc": str(layouts.voc(tmp_path / "voc"))})
+    fields = ["--evaluation.every", "3", "--evaluation.during", "voc", "--evaluation.data", data]
+    crew("stage1", recipe_file, *fields, *PROBE)
+    found = scores(run_folder(recipe_file) / "stage1")
+    assert list(found) == [3, 6]
+    assert all(math.isfinite(values["eval/voc/miou"]) for values in found.values())
