@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..stage import Stage
 from ..system.distributed import all_reduce_sum
+from ..system.transfer import OnItsWay
 from .losses import FEATURES, KINDS, SUMMARY
 
 _DISPERSION = "dispersion/"
@@ -42,11 +43,14 @@ class TermWeights:
         self._fixed = self._without_adapting(dispersions)
         self._terms = [f"{name}/{kind}" for name in stage.teachers for kind in KINDS]
         self._sums = torch.zeros(2, len(self._terms), dtype=torch.float64, device=device)
+        self._last: OnItsWay | None = None
+        """Sums of the last step over all processes, as long as nobody has asked for them."""
 
     def now(self) -> dict[str, float]:
         """Return the weights of this step."""
         if self._ada is None:
             return self._fixed
+        self._adapt(self._ada)
         return {term: weight * self._ada.weight(term) for term, weight in self._fixed.items()}
 
     def add(self, terms: Mapping[str, Tensor], images: int) -> None:
@@ -61,10 +65,9 @@ class TermWeights:
         """Adapt to the step's means over all processes; every rank must call."""
         if self._ada is None:
             return
-        totals, images = all_reduce_sum(self._sums).tolist()
+        self._adapt(self._ada)
+        self._last = OnItsWay(all_reduce_sum(self._sums.clone()))
         self._sums.zero_()
-        means = zip(self._terms, totals, images, strict=True)
-        self._ada.update({term: total / count for term, total, count in means if count})
 
     def forget_step(self) -> None:
         """Drop what was taken in of a step that is skipped."""
@@ -76,7 +79,10 @@ class TermWeights:
             f"{_DISPERSION}{name}": torch.tensor(value, dtype=torch.float64)
             for name, value in self._dispersions.items()
         }
-        return state if self._ada is None else {**state, **self._ada.state()}
+        if self._ada is None:
+            return state
+        self._adapt(self._ada)
+        return {**state, **self._ada.state()}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Restore what :meth:`state` returned."""
@@ -89,6 +95,15 @@ class TermWeights:
         if self._ada is not None:
             rest = {name: item for name, item in state.items() if not name.startswith(_DISPERSION)}
             self._ada.load_state(rest)
+
+    def _adapt(self, ada: "AdaLoss") -> None:
+        """Take in the last step, whose sums have had until now to arrive."""
+        if self._last is None:
+            return
+        totals, images = self._last.tolist()
+        self._last = None
+        means = zip(self._terms, totals, images, strict=True)
+        ada.update({term: total / count for term, total, count in means if count})
 
     def _without_adapting(self, dispersions: Mapping[str, float]) -> dict[str, float]:
         weights, shares = {}, self._stage.teacher_shares()

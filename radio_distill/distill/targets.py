@@ -35,6 +35,7 @@ from torch import Tensor
 
 from ..protocols import Corrector, NormalisedUpsampler, Normalizer, Teacher, Upsampler
 from ..system.memory import explain_oom
+from ..system.transfer import to_device
 from ..teacher_view import Mosaic, TeacherView
 from ..types import Features, Size
 from .views import Views
@@ -146,7 +147,7 @@ def pack(mosaic: Mosaic, images: Tensor, mean: tuple[float, float, float]) -> Te
     size = tuple(images.shape[-2:])
     assert size == mosaic.view, f"images of {size} pixels in a mosaic of {mosaic.view}"
     dtype = torch.promote_types(images.dtype, torch.float32)
-    padding = torch.tensor(mean, dtype=dtype, device=images.device).view(1, 3, 1, 1)
+    padding = to_device(torch.tensor(mean, dtype=dtype), images.device).view(1, 3, 1, 1)
     canvases = padding.repeat(mosaic.canvases(len(images)), 1, *mosaic.canvas)  # [N, 3, H, W]
     for place, (rows, columns) in enumerate(_places(mosaic, unit=1)):
         part = images[place :: mosaic.images]  # one image from each canvas

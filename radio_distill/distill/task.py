@@ -28,6 +28,7 @@ from ..protocols import BatchSource, Engine
 from ..stage import Stage
 from ..system.distributed import World, all_reduce_sum, run_on_main
 from ..system.memory import explain_oom, lower
+from ..system.transfer import to_device
 from ..train import checkpoint as checkpoints
 from ..train.engine import on_host
 from ..train.health import Agree, Agreement, NonFiniteGuard
@@ -231,7 +232,7 @@ class Distillation:
         predictions: Predictions = self.engine.forward(
             views.of_student(),
             one.partition.teachers,
-            draws=self.draws.positions(step, micro).to(self.engine.device, non_blocking=True),
+            draws=to_device(self.draws.positions(step, micro), self.engine.device),
             freeze_body=step < self.stage.frozen_steps,
             window_size=self.draws.window(step, one) or None,
         )

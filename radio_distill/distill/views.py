@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..system.transfer import to_device
 from ..types import Size, View
 
 STUDENT, EMA = "the student", "the average student"
@@ -99,7 +100,7 @@ def warp_to_student(features: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
         The warped map ``[B, C, h, w]``, and which cells both crops show, ``[B, h, w]``.
     """
     height, width = features.shape[-2:]
-    down, right = shift.to(features.device, torch.float32).unbind(1)  # [B] each
+    down, right = to_device(shift.float(), features.device).unbind(1)  # [B] each
     rows = torch.arange(height, device=features.device) + down[:, None] * height  # [B, h]
     columns = torch.arange(width, device=features.device) + right[:, None] * width  # [B, w]
     points = torch.stack(

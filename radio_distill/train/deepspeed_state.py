@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .optim import step_of
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 PRODUCT = "mu_product"
 """NAdam's running product of its momentums: one number, the same for every parameter."""
@@ -63,8 +65,8 @@ def load_whole_state(
         for moment in MOMENTS if step else ():
             _set(parameter, optimizer[f"{moment}/{name}"], moment)
     products = [value for key, value in optimizer.items() if key.startswith(f"{PRODUCT}/")]
-    for state in _inner(engine).state.values():
-        state["step"] = torch.tensor(float(step))
+    for parameter, state in _inner(engine).state.items():
+        state["step"] = step_of(_inner(engine), parameter, step)
         if isinstance(_inner(engine), torch.optim.NAdam):
             state[PRODUCT] = products[0].clone() if products else torch.ones(())
     _refresh(engine)
@@ -113,7 +115,7 @@ def _create_moments(engine: Any) -> None:
     for partition in partitions:
         if not _inner(engine).state.get(partition):
             _inner(engine).state[partition] = {
-                "step": torch.tensor(0.0),
+                "step": step_of(_inner(engine), partition, 0),
                 **{moment: torch.zeros_like(partition) for moment in MOMENTS},
             }
     _link_moments(engine)

@@ -20,6 +20,7 @@ from ..config import WatchConfig
 from ..errors import DivergedError
 from ..system import signals
 from ..system.distributed import all_reduce_sum
+from ..system.transfer import OnItsWay, to_device
 from ..types import Features
 
 WINDOW = 100
@@ -121,10 +122,7 @@ class Agreement:
     def __init__(self, sums: Tensor):
         self.is_bad = sums[1] > 0
         """Scalar bool on the device; see :attr:`StepStatus.is_bad`."""
-        self._sums = sums.to("cpu", non_blocking=True)
-        self._copied = torch.cuda.Event() if sums.is_cuda else None
-        if self._copied is not None:
-            self._copied.record()
+        self._sums = OnItsWay(sums)
 
     def read(self) -> StepStatus:
         """Wait for the numbers, which are there once the engine's step is.
@@ -132,8 +130,6 @@ class Agreement:
         Raises:
             WriteError: on every process, where rank 0 cannot go on.
         """
-        if self._copied is not None:
-            self._copied.synchronize()
         total, bad, *asked, errors = self._sums.tolist()
         if errors:
             raise WriteError
@@ -159,11 +155,10 @@ def agree(loss: Tensor, guard: NonFiniteGuard, cannot_write: bool = False) -> Ag
     """
     requested = signals.requested()
     flags = torch.tensor(
-        [requested == number for number in signals.SIGNALS] + [cannot_write],
-        dtype=torch.float64,
-    ).to(loss.device, non_blocking=True)
+        [requested == number for number in signals.SIGNALS] + [cannot_write], dtype=torch.float64
+    )
     values = torch.stack([loss.detach().double(), guard.flag(loss.device)])
-    return Agreement(all_reduce_sum(torch.cat([values, flags])))
+    return Agreement(all_reduce_sum(torch.cat([values, to_device(flags, loss.device)])))
 
 
 def finite_images(features: Features) -> Tensor:

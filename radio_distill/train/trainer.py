@@ -126,10 +126,13 @@ class Trainer:
         stage, task, total = self._stage, self._task, self._stage.steps
         batches = task.batches(self._start)
         with self._running() as (progress, trackers):
+            coming = self._throughput.next(batches) if self._start < total else None
             for step in range(self._start, total):
-                step_batches = self._throughput.next(batches)
+                assert coming is not None, "every step has its batches"
                 guard = NonFiniteGuard()
-                agreement = task.forward_backward(step, step_batches, guard, self._agree)
+                agreement = task.forward_backward(step, coming, guard, self._agree)
+                # The device is at work, and the host about to wait for it.
+                coming = self._throughput.next(batches) if step + 1 < total else None
                 with explain_oom("the update", f"step {step + 1}", zero_hint(stage.engine)):
                     is_taken = task.engine.step(task.learning_rates(step))
                 status, done = self._read(agreement), step + 1

@@ -33,6 +33,7 @@ from radio_distill.registry import nearest
 from radio_distill.stage import FIT, Stage
 from radio_distill.system.distributed import World, all_reduce_sum
 from radio_distill.system.memory import explain_oom, lower
+from radio_distill.system.transfer import to_device
 from radio_distill.train import checkpoint as checkpoints
 from radio_distill.train.checkpoint import Checkpoint
 from radio_distill.train.engine import build_engine
@@ -215,7 +216,8 @@ class Fit:
         """Encode images, their tiles and their views in one batch."""
         config, device, view = self.stage.fit, self.engine.device, self._view
         pixels = batch.pixels  # [B, 3, H, W]
-        drawn = step_homographies(self.stage.seed, step, config)[part.start : part.stop].to(device)
+        drawn = step_homographies(self.stage.seed, step, config)[part.start : part.stop]
+        drawn = to_device(drawn, device)
         views = render(pixels, drawn.flatten(0, 1), view.size)  # [(B V), 3, H', W']
         output = self.consistency.model.encode(
             self.teacher, pixels, view.grid, config.factor, further=views

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from radio_distill.config import (
     DataConfig,
@@ -74,6 +75,16 @@ def test_end_step__adaloss_of_means_over_images():
     assert now["clip/summary"] == pytest.approx(0.5 / 4)
     assert now["sam/features"] == pytest.approx(1 / 30)
     assert now["clip/features"] == 2, "not met yet"
+
+
+def test_end_step__adaloss_reads_no_number():
+    """A fake tensor has none, so that reading one raises; the next step reads what has arrived."""
+    with FakeTensorMode():
+        weights = weights_of(weighting="adaloss")
+        weights.add({"clip/summary": torch.tensor(4.0)}, 1)
+        weights.end_step()
+        with pytest.raises(RuntimeError):
+            weights.now()
 
 
 def test_state__goes_on_with_equal_weights():

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from radio_distill.config import PartitionConfig, StageConfig
-from radio_distill.train.optim import cosine, every, learning_rates
+from radio_distill.train.optim import build_optimizer, cosine, every, learning_rates
 
 
 def test_cosine__equals_torch_without_warmup():
@@ -32,6 +32,27 @@ def test_cosine__short_stages_with_long_warmup(steps):
     rates = cosine(steps, 1.0, 0.0, warmup_steps=10)
     assert rates.shape == (steps,)
     assert np.isfinite(rates).all()
+
+
+def test_build_optimizer__the_fused_update_is_the_plain_one():
+    torch.manual_seed(0)
+    start = [torch.randn(40, 30), torch.randn(7)]
+    ends = []
+    for fused in (True, False):
+        weights = [torch.nn.Parameter(value.clone()) for value in start]
+        groups = [
+            {"name": "a", "params": weights[:1], "lr": 0.01, "weight_decay": 0.1},
+            {"name": "b", "params": weights[1:], "lr": 0.01, "weight_decay": 0.0},
+        ]
+        made = build_optimizer("adamw", groups) if fused else torch.optim.AdamW(groups)
+        for step in range(20):
+            generator = torch.Generator().manual_seed(step)
+            for weight in weights:
+                weight.grad = torch.randn(weight.shape, generator=generator)
+            made.step()
+        ends.append(weights)
+    for one, other in zip(*ends, strict=True):
+        assert float((one - other).detach().norm() / other.detach().norm()) < 1e-6
 
 
 def test_learning_rates__frozen_body_has_rate_zero():

@@ -115,6 +115,29 @@ def test_run__logs_evaluates_and_saves_at_its_steps(tmp_path):
     assert rows[0]["loss/total"] > rows[2]["loss/total"]
 
 
+def test_run__asks_for_the_next_batches_while_the_device_works(tmp_path):
+    """Behind the passes of a step, before its update is waited for; and for no step too many."""
+    events = []
+
+    class Recording(Descent):
+        def batches(self, start_step):
+            for step in range(start_step, 3):
+                events.append(f"batches {step}")
+                yield torch.ones(2, 1)
+
+        def forward_backward(self, step, *rest):
+            events.append(f"passes {step}")
+            return super().forward_backward(step, *rest)
+
+        def learning_rates(self, step):
+            events.append(f"update {step}")
+            return super().learning_rates(step)
+
+    Trainer(stage_of(tmp_path, steps=3), Recording(), World()).run()
+    each = [[f"passes {step}", f"batches {step + 1}", f"update {step}"] for step in range(3)]
+    assert events == ["batches 0", *each[0], *each[1], "passes 2", "update 2"]
+
+
 def test_run__an_evaluation_draws_nothing_from_the_run(tmp_path):
     found = []
     for name, every in (("without", 0), ("with", 1)):
