@@ -1,6 +1,7 @@
 """One process and two give the same gradient; every launcher starts the stages; every ZeRO stage
 trains, saves and resumes."""
 
+import json
 import math
 import os
 import shutil
@@ -71,6 +72,24 @@ def test_gradient__two_partitions_on_one_process_and_on_two(recipe_file, crew):
         assert_gradients_equal(expected, tensors(runs / "stage2", 1, "optimizer"), zero_stage)
         for name, value in tensors(runs / "stage2", 1, "statistics").items():
             torch.testing.assert_close(value, statistics[name])
+
+
+def test_gradient__two_processes_that_load_different_teachers(recipe_file, tmp_path, monkeypatch):
+    """Each runs its partition with its own teachers; of the others it knows the statistics."""
+    runs = run_folder(recipe_file)
+    recipe = [str(recipe_file), "--stage.steps", "1"]
+    assert stage1.main(recipe) == 0
+    ranks = ["--stage.partitions.a.ranks", "1", "--stage.partitions.b.ranks", "1"]
+    arguments = [*recipe, *ADAMW, *ranks, "--engine.zero_stage", "0"]
+    assert stage2.main(arguments) == 0
+    expected = {part: tensors(runs / "stage2", 1, part) for part in ("optimizer", "statistics")}
+    monkeypatch.setenv("HELD", str(tmp_path))
+    torchrun(str(Path(__file__).with_name("watched_stage2.py")), *arguments)
+    held = [json.loads((tmp_path / f"{rank}-0.json").read_text()) for rank in range(2)]
+    assert sorted(held) == [["sam"], ["vit", "cnn"]]
+    assert_gradients_equal(expected["optimizer"], tensors(runs / "stage2", 1, "optimizer"))
+    for name, value in tensors(runs / "stage2", 1, "statistics").items():
+        torch.testing.assert_close(value, expected["statistics"][name])
 
 
 @pytest.mark.parametrize("zero_stages", [(0, 2), (3,)])
