@@ -181,6 +181,10 @@ class Engine(Protocol):
         """
         ...
 
+    def zero(self) -> "Tensor | None":
+        """Return a loss for a pass without images, whose gradient is zero; None needs a forward."""
+        ...
+
     def step(self, learning_rates: Mapping[str, float]) -> bool:
         """Update each group at its rate; returns whether it did, for the norm was finite."""
         ...

@@ -241,9 +241,11 @@ class Distillation:
     def _zero(self, step: int, micro: MicroBatch, one: Pass, views: Views) -> Tensor:
         """Return zero, whose backward pass is a padding pass: it adds zeros to all gradients.
 
-        ZeRO 2 and 3 gather and reduce in the order of a pass's operations, so that every rank has
-        to run the student's; a sum over its parameters would meet them in another order.
+        Where the engine cannot say in which order, the student runs.
         """
+        zero = self.engine.zero()
+        if zero is not None:
+            return zero
         with self._explain_oom(one, micro, "a padding pass of the student"):
             predictions = self._predict(step, micro, one, views)
         return 0.0 * predictions.spatial.sum(dtype=torch.float32)  # tied to all other outputs

@@ -283,7 +283,7 @@ class _Touch(Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
-        return tuple(map(torch.zeros_like, ctx.saved_tensors))
+        return tuple(gradient * torch.zeros_like(tensor) for tensor in ctx.saved_tensors)
 
 
 join_gradients: Callable[..., tuple[Any, ...]] = _Join.apply
@@ -291,7 +291,7 @@ join_gradients: Callable[..., tuple[Any, ...]] = _Join.apply
 as zeros where it is not used."""
 
 touch: Callable[..., Tensor] = _Touch.apply
-"""Return a scalar of zero that gives each parameter a gradient of zeros."""
+"""Return a scalar of zero that gives each tensor a gradient of zeros, or NaN where its own is."""
 
 zero_gradient: Callable[[Tensor], Tensor] = _Zero.apply
 """Return an equal tensor, bit for bit, whose gradient is exactly zero (but not None)."""

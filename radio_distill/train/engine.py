@@ -116,6 +116,10 @@ class _Forward:
         """Return the context in which the model computes in the recipe's precision."""
         return autocast(self._precision, self.device)
 
+    def zero(self) -> Tensor | None:
+        """Return a loss for a pass without images, which gives each weight zeros."""
+        return touch(*self.model.parameters())
+
     def whole(self, weights: Sequence[Tensor]) -> AbstractContextManager[Any]:
         """Return the context in which weights are whole; every rank must enter it."""
         if not self.cuts_weights:
@@ -223,6 +227,12 @@ class DeepSpeedEngine(_Forward):
         for _, parameter in scalars if self._zero_stage == 0 else ():
             parameter.data = parameter.data.view(())
         self._callable = self._engine
+        self._arrived: list[nn.Parameter] = []
+        """Parameters in the order in which a pass gives them gradients; of ZeRO 2."""
+        self._recording = [
+            parameter.register_post_accumulate_grad_hook(self._arrived.append)
+            for parameter in (model.parameters() if self._zero_stage == 2 else ())
+        ]
 
     def backward(
         self,
@@ -237,12 +247,32 @@ class DeepSpeedEngine(_Forward):
         # gradient that is not finite: ZeRO 1 to 3 hold parts of it in buffers of their own, which
         # they clear where they find an overflow themselves, and in no public way else.
         self._engine.backward(_spoiled(loss, skip) * float(self.world_size), scale_wrt_gas=False)
+        while self._recording:
+            self._recording.pop().remove()
         if last and closing is not None:
             self._engine.set_gradient_accumulation_boundary(True)
             # The factor is in what it is made of. ZeRO reduces what has a gradient in the last
             # pass, so everything gets one.
             reached = touch(*self.model.parameters())
             self._engine.backward(closing() + reached, scale_wrt_gas=False)
+
+    def zero(self) -> Tensor | None:
+        """Return a loss for a pass without images, which gives each weight zeros.
+
+        ZeRO 2 reduces gradients in the order of their arrival, which must be that of the other
+        ranks: it is taken from the first pass, whatever that was, since all passes run all modules
+        alike. Autograd adds up a gradient as soon as it is there, so a chain keeps any order.
+        ZeRO 3 gathers weights as each module's forward and backward begin, some of them ahead: no
+        rank can take part without running the modules, so there is no such loss.
+        """
+        if self._zero_stage in (0, 1):
+            return super().zero()
+        if self._zero_stage == 3 or not self._arrived:
+            return None
+        loss = touch(self._arrived[-1])
+        for parameter in reversed(self._arrived[:-1]):
+            loss = touch(loss, parameter)
+        return loss
 
     def step(self, learning_rates: Mapping[str, float]) -> bool:
         """Clip, update at these rates, clear; returns whether the norm was finite, so updated."""

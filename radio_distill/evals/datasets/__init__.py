@@ -56,16 +56,20 @@ class LabelledImage:
         Raises:
             DataError: a file is damaged, or labels are not of the picture's size.
         """
-        labels = self.read()
-        width, height = shape_of(self.image).upright
-        for kind, values in labels.items():
-            if values.shape[-2:] != (height, width):
-                size = "x".join(map(str, reversed(values.shape[-2:])))
-                raise DataError(
-                    f"{printable(self.image)} is {width}x{height} px, its {kind} {size}; take both "
-                    "from one copy of the set"
-                )
-        return labels
+        return same_size(self.image, self.read())
+
+
+def same_size(image: Path, labels: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the labels; raises DataError where one is not of the size that the picture has."""
+    width, height = shape_of(image).upright
+    for kind, values in labels.items():
+        if values.shape[-2:] != (height, width):
+            size = "x".join(map(str, reversed(values.shape[-2:])))
+            raise DataError(
+                f"{printable(image)} is {width}x{height} px, its {kind} {size}; take both from one "
+                "copy of the set"
+            )
+    return labels
 
 
 @dataclass(frozen=True, slots=True)

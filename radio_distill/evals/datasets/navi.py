@@ -12,7 +12,7 @@ from torch import Tensor
 from ...errors import DataError
 from ...types import Size
 from ..masks import class_numbers
-from . import Dataset
+from . import Dataset, same_size
 from .files import read_json, stems
 
 _SMALL = "downsampled_"
@@ -43,7 +43,7 @@ class NaviImage:
         """Read ``depth``: ``[H, W]`` float32 in metres, 0 off the object."""
         stored = class_numbers(self.depth).astype(np.float32)
         depth = np.divide(_METRES, stored, out=np.zeros_like(stored), where=stored > 0)
-        return {"depth": torch.from_numpy(depth)}
+        return same_size(self.image, {"depth": torch.from_numpy(depth)})
 
     def intrinsics(self, size: Size) -> Tensor:
         """Return the camera matrix ``[3, 3]`` of the whole picture at ``size``, in its pixels."""

@@ -115,15 +115,18 @@ def _read(root: Path, name: str, source: str) -> dict[str, Tensor]:
 
 def _parts(path: Path, unknown: Tensor) -> Tensor:
     """Fold the parts of all people into one map; ``unknown`` where there are no people."""
-    objects = np.atleast_1d(_load(path, "anno")["objects"])
-    people = [item for item in objects if item["class_ind"] == _PERSON and np.size(item["parts"])]
-    if not people:
-        return unknown
+    annotation = _load(path, "anno")
     found = np.zeros(unknown.shape, dtype=np.int64)
-    for person in people:
-        for part in np.atleast_1d(person["parts"]):
-            found[part["mask"].astype(bool)] = _PART_CLASSES[part["part_name"]]
-    return torch.from_numpy(found)
+    anybody = False
+    try:
+        for item in np.atleast_1d(annotation["objects"]):
+            if item["class_ind"] == _PERSON:
+                for part in np.atleast_1d(item["parts"]):
+                    found[part["mask"].astype(bool)] = _PART_CLASSES[part["part_name"]]
+                    anybody = True
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is no file of PASCAL-Part ({error!r}); copy it again") from error
+    return torch.from_numpy(found) if anybody else unknown
 
 
 def _load(path: Path, field: str) -> Any:

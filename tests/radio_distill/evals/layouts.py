@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from radio_distill.evals.datasets.coco import Coco
+
 SIZE = (48, 40)
 """Width and height of every picture."""
 
@@ -80,6 +82,33 @@ def voc(root: Path, train: int = 2, val: int = 2, aug: int = 3) -> Path:
         lists["trainaug"] = lists["train"] + lists["aug"]
     for name, stems in lists.items():
         write(root / "ImageSets" / "Segmentation" / f"{name}.txt", "\n".join(stems) + "\n")
+    return root
+
+
+VOC_NAMES = [
+    "airplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
+    "dining table", "dog", "horse", "motorcycle", "person", "potted plant", "sheep", "couch",
+    "train", "tv",
+]  # fmt: skip
+"""VOC's classes from 1 on, by COCO's names."""
+
+
+def voc_of_coco(root: Path, data: Coco) -> Path:
+    """VOC2012 of COCO's pictures and masks: crowds are void, other classes are background."""
+    for split in ("train", "val"):
+        found = data.objects(split)
+        names = list(found.categories.values())
+        for image in found.images:
+            mask = np.zeros((image.height, image.width), dtype=np.uint8)
+            for item in sorted(found.objects, key=lambda item: -item.area):
+                if item.image == image and names[item.category] in VOC_NAMES:
+                    number = 255 if item.crowd else 1 + VOC_NAMES.index(names[item.category])
+                    mask[item.mask().numpy()] = number
+            save(root / "SegmentationClass" / f"{image.path.stem}.png", mask)
+            (root / "JPEGImages").mkdir(exist_ok=True)
+            (root / "JPEGImages" / image.path.name).symlink_to(image.path)
+        stems = "\n".join(image.path.stem for image in found.images)
+        write(root / "ImageSets" / "Segmentation" / f"{split}.txt", stems + "\n")
     return root
 
 

@@ -1,5 +1,7 @@
 """Every parameter takes part in every pass; what is not asked or frozen gets exact zeros."""
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -11,6 +13,7 @@ from radio_distill.models.heads import (
     build_student,
     join_gradients,
     parameter_groups,
+    touch,
     zero_gradient,
 )
 from radio_distill.models.position import NUM_DRAWS
@@ -162,6 +165,22 @@ def test_forward__other_heads_do_not_touch_values_or_gradients(model, pixels):
         assert torch.equal(value, alone[name]) or name.startswith("adaptors.sam"), name
 
 
+def test_forward__gradients_arrive_in_one_order(model):
+    """A distributed engine reduces them as they come, while other processes run other passes."""
+    arrived, orders = [], set()
+    for name, parameter in model.named_parameters():
+        parameter.register_post_accumulate_grad_hook(lambda _, name=name: arrived.append(name))
+    for freeze_body, asked, window, side in itertools.product(
+        (False, True), (("clip",), ("sam",), ("clip", "sam")), (None, 2), (32, 64)
+    ):
+        found = model(torch.rand(2, 3, side, side), asked, None, freeze_body, window)
+        sum(features.spatial.square().mean() for features in found.features.values()).backward()
+        orders.add(tuple(arrived))
+        arrived.clear()
+    (order,) = orders
+    assert sorted(order) == sorted(name for name, _ in model.named_parameters())
+
+
 def _tokens(model, pixels):
     summary, spatial = model.student(pixels)
     return summary[:, 0], spatial
@@ -274,6 +293,14 @@ def test_join_gradients__unused_ones_get_zeros():
     joined[0].sum().backward()
     assert first.grad.tolist() == [1, 1, 1]
     assert second.grad.tolist() == [0, 0]
+
+
+def test_touch__zeros_unless_its_own_gradient_is_not_finite():
+    weights = torch.ones(2, requires_grad=True), torch.ones(3, requires_grad=True)
+    touch(*weights).backward()
+    assert all(torch.equal(weight.grad, torch.zeros_like(weight)) for weight in weights)
+    (touch(*weights) * torch.nan).backward()
+    assert all(weight.grad.isnan().all() for weight in weights), "so that the step is skipped"
 
 
 def test_zero_gradient__is_exact_also_for_infinite_gradients():

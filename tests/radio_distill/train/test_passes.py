@@ -88,7 +88,7 @@ class Waits(TorchDispatchMode):
 
 
 def train(
-    zero_stage: int, pads: bool, compiled: bool, world: World
+    zero_stage: int, pads: bool, compiled: bool, runs_student: bool, world: World
 ) -> tuple[list[int], str, list[int]]:
     """Return waits of each step, a digest of the weights, and encodes of each step."""
     run = build(recipe(zero_stage), world)
@@ -104,6 +104,8 @@ def train(
     clip = 0.0 if zero_stage else 1.0
     run.engine = build_engine(run.engine.model, optimizer, stage.engine, clip, world, CPU)
     run.ema = None
+    if runs_student:
+        run.engine.zero = lambda: None
     waits, encoded = [], []
     for teacher in run.targets.teachers.values():
         teacher.tower.register_forward_hook(lambda *_: encoded.append(1))
@@ -149,12 +151,12 @@ def answers(pipes, *asked):
 @pytest.mark.distributed
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
 def test_step__waits_once_and_runs_no_teacher_for_padding(two_processes, zero_stage):
-    found = answers(two_processes, zero_stage, False, False)
+    found = answers(two_processes, zero_stage, False, False, False)
     for waits, _, _ in found:
         assert waits[1:] == [1] * (STEPS - 1)  # ZeRO 3 sets itself up in the first step
     assert sorted(encodes for _, _, encodes in found) == [2 * STEPS, 3 * STEPS]
     if zero_stage < 2:
-        padded = answers(two_processes, zero_stage, True, False)
+        padded = answers(two_processes, zero_stage, True, False, False)
         assert found[0][1] == padded[0][1], "the same weights with padding passes and without"
 
 
@@ -162,6 +164,15 @@ def test_step__waits_once_and_runs_no_teacher_for_padding(two_processes, zero_st
 @pytest.mark.parametrize("zero_stage", [0, 1, 2])
 def test_step__compiled_blocks_end_with_the_same_weights(two_processes, zero_stage):
     (_, eager, _), (_, compiled, _) = (
-        answers(two_processes, zero_stage, False, is_compiled)[0] for is_compiled in (False, True)
+        answers(two_processes, zero_stage, False, is_compiled, False)[0]
+        for is_compiled in (False, True)
     )
     assert compiled == eager
+
+
+@pytest.mark.distributed
+def test_step__padding_without_the_student_ends_with_the_same_weights(two_processes):
+    (_, zeros, _), (_, student, _) = (
+        answers(two_processes, 2, False, False, runs_student)[0] for runs_student in (False, True)
+    )
+    assert zeros == student

@@ -59,11 +59,14 @@ def test_pascal_context__parts_saliency_and_where_normals_count(tmp_path):
 
 
 def test_pascal_context__lost_and_damaged_files(tmp_path):
-    pytest.importorskip("scipy")
+    savemat = pytest.importorskip("scipy.io").savemat
     data = PascalContext(layouts.pascal_context(tmp_path))
     (tmp_path / "human_parts" / "2008_000000.mat").write_bytes(b"MATLAB")
     with pytest.raises(DataError, match=r"2008_000000\.mat cannot be read"):
         data.split("train")[0].labels()
+    savemat(tmp_path / "human_parts" / "2008_000001.mat", {"anno": {"objects": {"class_ind": 15}}})
+    with pytest.raises(DataError, match=r"2008_000001\.mat is no file of PASCAL-Part"):
+        data.split("train")[1].labels()
     (tmp_path / "semseg" / "pascal-context" / "2008_000502.png").unlink()
     with pytest.raises(DataError, match=r"1 of 1 names .*2008_000502\.png"):
         data.split("val")

@@ -11,6 +11,7 @@ import layouts
 from radio_distill.errors import DataError
 from radio_distill.evals.datasets import DATASETS
 from radio_distill.evals.datasets.ade20k import Ade20k
+from radio_distill.evals.datasets.coco import Coco
 from radio_distill.evals.datasets.voc import Voc
 from radio_distill.evals.metrics import IGNORED
 
@@ -116,3 +117,15 @@ def test_real__voc(real, tmp_path):
         shown |= set(labels.unique().tolist())
     assert shown > {IGNORED, 0, 15}
     assert max(shown) < 21
+
+
+def test_real__voc_of_cocos_pictures(real, tmp_path):
+    pytest.importorskip("faster_coco_eval")
+    data = Voc(layouts.voc_of_coco(tmp_path, Coco(real / "coco51")))
+    assert data.check().counts == {"train": 26, "val": 25}
+    shown = {split: set[int]() for split in ("train", "val")}
+    for split, classes in shown.items():
+        for item in data.split(split):
+            classes |= set(item.labels()["segmentation"].unique().tolist())
+    assert {0, 15} <= shown["train"] & shown["val"]
+    assert len(shown["train"] & shown["val"]) > 8
