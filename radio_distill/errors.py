@@ -37,6 +37,10 @@ class UnknownNameError(ConfigError):
     """A name that no registry knows; the message lists the nearest known names."""
 
 
+class NoLayersError(ConfigError):
+    """An encoder that gives no inner layers, asked for some."""
+
+
 class WeightsError(RadioDistillError):
     """Weights that are missing, damaged, or belong to another model."""
 

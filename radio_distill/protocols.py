@@ -47,7 +47,7 @@ class LayeredTeacher(Teacher, Protocol):
         """Return the maps ``[B, C, h, w]`` of ``count`` layers, evenly spread over the depth.
 
         Each has gone through the final norm, prefix tokens are cut, and the last is the map of
-        :meth:`encode`. Raises ConfigError, naming the teacher, where its library gives no layers.
+        :meth:`encode`. Raises NoLayersError, naming the teacher, where its library gives none.
         """
         ...
 

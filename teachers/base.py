@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from radio_distill.errors import ConfigError
+from radio_distill.errors import ConfigError, NoLayersError
 from radio_distill.system.memory import explain_oom, lower
 from radio_distill.types import Features, Size, TeacherSpec, format_size
 
@@ -73,7 +73,8 @@ class FrozenTeacher:
         """Return the float32 maps ``[B, C, h, w]`` of ``count`` layers, spread over the depth.
 
         Raises:
-            ConfigError: a size that this teacher cannot take, or a tower that gives no layers.
+            ConfigError: a size that this teacher cannot take.
+            NoLayersError: a tower that gives no layers.
         """
         parts = self._in_parts(pixels, partial(self._layers, count=count))
         return [torch.cat(layer) for layer in zip(*parts, strict=True)]
@@ -109,12 +110,12 @@ class FrozenTeacher:
         layers = getattr(self.tower, "layers", None)
         what = f"teacher {self.spec.name!r} has no inner layers to read"
         if layers is None:
-            raise ConfigError(f"{what}: its source gives none")
+            raise NoLayersError(f"{what}: its source gives none")
         try:
             with self._autocast():
                 return [layer.float() for layer in layers(self._normalised(pixels), count)]
         except ConfigError as error:
-            raise ConfigError(f"{what}: {error}") from error
+            raise NoLayersError(f"{what}: {error}") from error
 
     def _normalised(self, pixels: Tensor) -> Tensor:
         return (pixels.to(self.device, torch.float32) - self._mean) / self._std

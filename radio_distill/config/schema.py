@@ -367,7 +367,7 @@ class EvaluationConfig:
         dict, "folders of published data sets by name, as in `radio-distill data list`"
     )
     cache: str = option(
-        "", "folder in which summaries of images are kept for further benchmarks; empty for none"
+        "", "folder in which summaries of images, and trained probes, are kept; empty for none"
     )
     size: Positive = option(224, "student input for summaries", "px")
     dense_size: Positive = option(448, "student input for dense benchmarks", "px")

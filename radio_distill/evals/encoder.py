@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..data.folder import ImageRef
-from ..errors import ConfigError
+from ..errors import NoLayersError
 from ..models.backbone import StudentEncoder
 from ..protocols import LayeredTeacher, Normalizer, Teacher, TextTower
 from ..system.distributed import cores_of_process
@@ -115,12 +115,10 @@ class Encoder:
         is the map of a call. ``pixels`` are resized as for a call.
 
         Raises:
-            ConfigError: the encoder gives no inner layers.
+            NoLayersError: the encoder gives none.
         """
         if self.inner is None:
-            raise ConfigError(
-                f"encoder {self.name!r} gives no inner layers; leave out benchmarks that read them"
-            )
+            raise NoLayersError(f"encoder {self.name!r} has no inner layers to read")
         return [layer.float() for layer in self.inner(self._fitted(pixels), count)]
 
     def _fitted(self, pixels: Tensor) -> Tensor:

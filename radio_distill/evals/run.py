@@ -8,6 +8,7 @@ Left out: fine-tuning, and data sets that must be downloaded.
 """
 
 import json
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from ..config import EvaluationConfig, build
 from ..data.folder import labelled_images, list_images
-from ..errors import ConfigError
+from ..errors import ConfigError, NoLayersError
 from ..protocols import Benchmark
 from ..registry import Registry, check_has, check_takes, nearest
 from ..types import Score, Size
@@ -30,6 +31,8 @@ from .datasets import DATASETS
 from .encoder import Encoder, size_text
 from .masks import open_set
 from .protocol import protocol_of, quick
+
+logger = logging.getLogger(__name__)
 
 BENCHMARKS = Registry(
     "benchmark",
@@ -148,11 +151,11 @@ def evaluate(
     """Score ``encoder`` on the benchmarks of ``config``.
 
     Fidelity is asked of an encoder with heads (:class:`.encoder.Heads`), zero-shot classification
-    and retrieval of one with a text tower; they are passed over for any other. All benchmarks are
-    made before the first runs, so a missing folder costs no time. Each score says which sizes the
-    encoder was given, which are not those asked for where it cannot take them, and under which
-    protocol: that of the benchmark's fields where it names none, a quick one where
-    `evaluation.limit` leaves a part of the data.
+    and retrieval of one with a text tower, probes of several depths of one with inner layers; they
+    are passed over for any other. All benchmarks are made before the first runs, so a missing
+    folder costs no time. Each score says which sizes the encoder was given, which are not those
+    asked for where it cannot take them, and under which protocol: that of the benchmark's fields
+    where it names none, a quick one where `evaluation.limit` leaves a part of the data.
 
     Args:
         encoder: in evaluation mode.
@@ -175,7 +178,11 @@ def evaluate(
     for name, benchmark in zip(config.benchmarks, benchmarks, strict=True):
         report = partial(progress, benchmark.name) if progress else None
         sizes: dict[Size, None] = {}
-        result = benchmark.run(_noting(encoder, sizes), config.limit or None, report)
+        try:
+            result = benchmark.run(_noting(encoder, sizes), config.limit or None, report)
+        except NoLayersError as error:
+            logger.warning("%s is passed over: %s", name, error)
+            continue
         if not isinstance(result, list) or not all(isinstance(score, Score) for score in result):
             raise ConfigError(
                 f"benchmark {benchmark.name!r}: run returns {result!r:.80}, not a list of "
@@ -192,7 +199,7 @@ def evaluate(
             )
             for score in result
         ]
-        if write is not None:
+        if write is not None and result:
             write(result)
         scores += result
     return scores

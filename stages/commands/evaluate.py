@@ -161,8 +161,13 @@ def run(arguments: argparse.Namespace) -> int:
     if models:
         paths.append(arguments.output or Path(SCORES))
         score_models(models, asked.evaluation, device, paths[-1], arguments.again)
-    if world.is_main:
-        show(*dict.fromkeys(paths))
+    if not world.is_main:
+        return 0
+    written = [path for path in dict.fromkeys(paths) if path.exists()]
+    if not written:
+        names = ", ".join(asked.evaluation.benchmarks)
+        raise ConfigError(f"nothing was scored: none of these can be asked {names}")
+    show(*written)
     return 0
 
 

@@ -29,7 +29,7 @@ from radio_distill.evals.checkpoint_subjects import (
 from radio_distill.evals.encoder import Encoder, Target, student_encoder, teacher_encoder
 from radio_distill.evals.fidelity import targets_of
 from radio_distill.evals.gain import MultiTaskGain, multi_task_gain
-from radio_distill.evals.run import BENCHMARKS, asked_of, check_data, evaluate
+from radio_distill.evals.run import BENCHMARKS, asked_of, check_data, evaluate, source_value
 from radio_distill.evals.scores import asked_in, check_can_add, read_scores, write_scores
 from radio_distill.evals.subjects import SCORES, UNTRAINED, Subject
 from radio_distill.models.backbone import as_encoder
@@ -190,7 +190,11 @@ def score_into(
         with _bars(text) as report:
             config = replace(evaluation, benchmarks=lacking)
             encoder = replace(make(), weights=subject.weights)
-            known += evaluate(encoder, config, report, asked, write)
+            new = evaluate(encoder, config, report, asked, write)
+        known += new
+        given = {score.asked for score in new}
+        if left := [name for name in lacking if asked[name] not in given]:
+            logger.info("%s: not asked %s, which it cannot answer", text, ", ".join(left))
 
 
 def check_alike(checkpoints: Sequence[Checkpoint], evaluations: Sequence[EvaluationConfig]) -> None:
@@ -227,7 +231,7 @@ def _asked(evaluation: EvaluationConfig) -> dict[str, Any]:
         fields |= set(BENCHMARKS.get(name).sources.values())
     asked = {"evaluation.benchmarks": list(evaluation.benchmarks)}
     for field in sorted(fields):
-        value = getattr(evaluation, field)
+        value = source_value(evaluation, field)
         is_place = isinstance(value, str) and os.path.exists(value)
         asked[f"evaluation.{field}"] = os.path.realpath(value) if is_place else value
     for name in evaluation.benchmarks:

@@ -10,6 +10,7 @@ import torch
 import yaml
 from PIL import Image
 
+import layouts
 from radio_distill.config import Recipe, TeacherConfig, build, dump
 from radio_distill.evals.checkpoint_subjects import student_subject, teacher_digest, training_digest
 from radio_distill.evals.scores import read_scores
@@ -295,3 +296,14 @@ def test_eval__a_suite_asks_what_data_is_named_for(tmp_path, asked, images):
     written = lines(file)
     assert {"knn", "correspondence", "agreement"} <= {line["benchmark"] for line in written}
     assert all(line["protocol"].partition("@")[0].endswith("-quick") for line in written)
+
+
+def test_eval__runs_are_asked_of_a_data_set_by_name(tmp_path):
+    for name in ("mine", "other"):
+        write_student(tmp_path, name=name)
+    data = f"{{coco_retrieval: {layouts.coco_retrieval(tmp_path / 'coco')}}}"
+    benchmarks = ["--evaluation.benchmarks", "[coco_retrieval]", "--evaluation.data", data]
+    runs = [tmp_path / name for name in ("mine", "other")]
+    models = ["--models", "tiny_open_clip", "--output", tmp_path / "all.jsonl"]
+    assert evaluate(*runs, *benchmarks, *models) == 0
+    assert {row["subject"] for row in lines(tmp_path / "all.jsonl")} == {"tiny_open_clip"}

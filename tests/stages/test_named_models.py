@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+import layouts
 from radio_distill.config import TeacherConfig
 from radio_distill.errors import ConfigError, UnknownNameError
 from radio_distill.evals.scores import read_scores
@@ -143,6 +144,23 @@ def test_named_models__names_texts_and_teachers_of_a_recipe(tmp_path):
 def test_named_models__what_cannot_be_meant_is_named(texts, message):
     with pytest.raises((ConfigError, UnknownNameError), match=message):
         named_models(texts)
+
+
+def test_eval__what_a_model_cannot_answer_is_passed_over(tmp_path, images, capsys, caplog):
+    caplog.set_level("INFO")
+    data = f"{{nyu_depth: {layouts.nyu_depth(tmp_path / 'nyu')}}}"
+    asked = ["--evaluation.data", data, "--engine.device=cpu", "--output", tmp_path / "s.jsonl"]
+    asked += ["--evaluation.options", "{nyu_depth: {quick: true, steps: 2, images_per_step: 2}}"]
+    command = ["eval", "--models", "tiny_cnn", *asked, "--evaluation.benchmarks"]
+    own = ["[nyu_depth, fidelity]", f"--evaluation.images={images}"]
+    assert cli.main([*map(str, command), *own]) == 2
+    assert "nothing was scored" in capsys.readouterr().err
+    assert "nyu_depth is passed over: teacher 'tiny_cnn' has no inner layers" in caplog.text
+    assert "not asked nyu_depth, fidelity" in caplog.text
+    command = ["eval", "--models", "tiny_cnn", "tiny_vit", *asked, "--evaluation.benchmarks"]
+    assert cli.main([*map(str, command), "[nyu_depth]"]) == 0
+    assert {row["subject"] for row in lines(tmp_path / "s.jsonl")} == {"tiny_vit"}
+    assert {row["pixels"] for row in lines(tmp_path / "s.jsonl")} != {""}, "layers note sizes too"
 
 
 def test_eval__fits_of_another_model_and_nothing_to_score_are_one_line(tmp_path, images, capsys):

@@ -58,7 +58,7 @@ def test_layers__are_of_the_size_that_a_call_is_given():
 
 
 def test_layers__an_encoder_without_them_is_named():
-    with pytest.raises(ConfigError, match="encoder 'x' gives no inner layers"):
+    with pytest.raises(ConfigError, match="encoder 'x' has no inner layers"):
         _encoder(size_multiple=8).layers(torch.rand(1, 3, 16, 16), 4)
 
 
