@@ -67,7 +67,8 @@ def test_apply_kernel__is_reference(batch, channels, cells, factors, radius, bas
 
 @pytest.mark.parametrize(
     ("batch", "channels", "cells", "factors", "radius", "base"),
-    [LAYERS[0], LAYERS[3], LAYERS[5], LAYERS[7]],  # both bases, and unequal factors
+    # both bases, and unequal factors
+    [LAYERS[0], LAYERS[3], LAYERS[5], (2, 2, (3, 7), (3, 2), 1, "bilinear")],
 )
 def test_joint_bilateral__is_reference(batch, channels, cells, factors, radius, base):
     low, _, given = layer(batch, channels, cells, factors, radius)
