@@ -53,6 +53,7 @@ BENCHMARKS = Registry(
         "nyud": "radio_distill.evals.multi_task:Nyud",
         "pascal_context": "radio_distill.evals.multi_task:PascalContext",
         "rgbd_correspondence": "radio_distill.evals.posed:RgbdMatching",
+        "sam_coco": "radio_distill.evals.sam:SamCoco",
         "segmentation": "radio_distill.evals.segmentation:Segmentation",
         "spair": "radio_distill.evals.spair:KeypointTransfer",
         "stereo": "radio_distill.evals.correspondence:Stereo",

@@ -91,6 +91,8 @@ def _reason_against(name: str, config: EvaluationConfig) -> str:
         return "is not there yet"
     if name == "stereo" and find_spec("skimage") is None:
         return "needs scikit-image"
+    if name == "sam_coco" and not config.options.get(name, {}).get("decoder"):
+        return "needs evaluation.options.sam_coco.decoder"
     sources = BENCHMARKS.get(name).sources.values()
     lacking = [source for source in sources if source_value(config, source) == ""]
     return f"needs evaluation.{lacking[0]}" if lacking else ""

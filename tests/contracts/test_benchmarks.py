@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -93,7 +94,15 @@ def config(tmp_path_factory) -> EvaluationConfig:
         data={name: str(getattr(layouts, name)(root / name)) for name in DATASETS.names()},
         size=16,
         dense_size=32,
-        options=OPTIONS,
+        options=OPTIONS | _decoder(root),
+    )
+
+
+def _decoder(root: Path) -> dict[str, dict[str, str]]:
+    return (
+        {"sam_coco": {"decoder": str(layouts.sam(root / "sam"))}}
+        if find_spec("transformers")
+        else {}
     )
 
 
@@ -101,6 +110,9 @@ def config(tmp_path_factory) -> EvaluationConfig:
 def benchmark_name(request) -> str:
     if request.param == "stereo":
         pytest.importorskip("skimage")
+    if request.param == "sam_coco":
+        pytest.importorskip("transformers")
+        pytest.importorskip("faster_coco_eval")
     return request.param
 
 

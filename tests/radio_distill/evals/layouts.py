@@ -411,3 +411,27 @@ def redwood(root: Path, frames: int = 4) -> Path:
     matrix = [40.0, 0, 0, 0, 40.0, 0, 23.5, 19.5, 1]
     write_json(root / "camera.json", {"width": width, "height": height, "intrinsic_matrix": matrix})
     return root
+
+
+def sam(root: Path, width: int = 3) -> Path:
+    """A tiny SAM with random weights, as transformers saves it: 64 px, 4 x 4 cells of ``width``."""
+    import torch
+    from transformers import SamConfig, SamModel
+
+    torch.manual_seed(0)
+    narrow = {"hidden_size": 32, "num_attention_heads": 2, "mlp_dim": 32}
+    config = SamConfig(
+        vision_config={
+            "hidden_size": width, "num_attention_heads": 1, "num_hidden_layers": 1, "mlp_dim": 8,
+            "image_size": 64, "patch_size": 16, "output_channels": 32, "num_pos_feats": 16,
+            "global_attn_indexes": [0],
+        },
+        prompt_encoder_config={"hidden_size": 32, "image_size": 64, "patch_size": 16},
+        mask_decoder_config={**narrow, "num_hidden_layers": 1, "iou_head_hidden_dim": 16},
+    )  # fmt: skip
+    model = SamModel(config)
+    for weight in model.parameters():  # so large that boxes and pictures change the masks
+        if weight.ndim > 1:
+            torch.nn.init.normal_(weight, std=0.2)
+    model.save_pretrained(root)
+    return root
