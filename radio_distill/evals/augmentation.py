@@ -85,8 +85,7 @@ class Augmentation:
             window = slice(top, top + self.crop[0]), slice(left, left + self.crop[1])
             if classes is None or self.most_of_one_class >= 1:
                 break
-            shown = classes[window]
-            counts = (shown[shown != IGNORED]).bincount()
+            counts = (classes[window].flatten() - IGNORED).bincount()[1:]
             if (counts > 0).sum() > 1 and counts.max() < self.most_of_one_class * counts.sum():
                 break
         return window
@@ -107,7 +106,7 @@ def nearest(label: Tensor, size: Size) -> Tensor:
         ((torch.arange(new) + 0.5) * (old / new)).long().clamp_max(old - 1)
         for new, old in zip(size, label.shape[-2:], strict=True)
     )
-    return label[..., rows[:, None], columns]
+    return label.index_select(-2, rows).index_select(-1, columns)
 
 
 def flipped(pixels: Tensor, labels: Labels) -> tuple[Tensor, dict[str, Tensor]]:
