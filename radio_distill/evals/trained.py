@@ -5,6 +5,7 @@ lose, and what is counted on test pictures. Its fields are its published protoco
 :mod:`.probe_training` trains, :meth:`TrainedBenchmark.run` tests.
 """
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +25,8 @@ from .probe_training import Example, Heads, encode, examples, in_whole_patches, 
 from .protocol import protocol_of
 
 Decay = Literal["linear", "poly", "cosine", "quarter"]
+logger = logging.getLogger(__name__)
+
 Meters = Mapping[str, Any]
 """What is counted on test pictures, by name: ``metrics.Sums``, each of a class of its own."""
 
@@ -132,8 +135,13 @@ class TrainedBenchmark(ABC):
     ) -> list[Score]:
         """Train the heads on one split and score them on the other; ``limit`` thins out each.
 
+        An encoder without the inner layers that the heads read gets no score.
+
         All processes of a run may call together: they share the pictures, and get the scores.
         """
+        if self.layers > 1 and encoder.inner is None:
+            logger.warning("%s: %s gives no inner layers, no score", self.name, encoder.name)
+            return []
         training, test = (spread(part, limit) for part in self.pictures())
         if not training or not test:
             raise DataError(f"{self.data}: {self.name} needs pictures to train and to test on")

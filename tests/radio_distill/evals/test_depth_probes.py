@@ -157,3 +157,9 @@ def test_square_around__holds_the_object_and_stays_inside(box, expected):
     mask[top:bottom, left:right] = 1
     rows, columns = square_around(mask > 0, 32)
     assert ((rows.start, rows.stop), (columns.start, columns.stop)) == expected
+
+
+def test_run__an_encoder_without_inner_layers_gets_no_score(tmp_path, caplog):
+    nyu = NyuDepth(data=str(layouts.nyu_depth(tmp_path)), steps=1, quick=True)
+    assert nyu.run(Encoder("flat", lambda pixels: None, 16)) == []
+    assert "flat" in caplog.text
