@@ -4,8 +4,8 @@ published
     Every benchmark of FeatSharp's Table 2 (but the group VILA, whose harness is outside), NYU depth
     and COCO detection, as their protocols have it, of the data sets that are named.
 quick
-    The same, and those of one's own images, at small size on whatever small sets are named: some
-    minutes an encoder on a CPU. Its scores are of protocols whose names end in ``-quick``: they
+    Every benchmark there is, at small size on whatever small sets are named: some minutes an
+    encoder on a CPU. Its scores are of protocols whose names end in ``-quick``: they
     order encoders, and are no published value.
 
 A benchmark whose data is not named is left out, and said to be.
@@ -27,12 +27,6 @@ PUBLISHED = (
     "nyu_depth",
     "coco_detection",
 )
-OWN = (
-    "knn", "segmentation", "correspondence", "stereo", "rgbd_correspondence", "agreement",
-    "fidelity",
-)  # fmt: skip
-"""Benchmarks of one's own images and frames."""
-
 QUICK_SIZE = 224
 """Longest side of a quick benchmark's pictures, in pixels: whole patches of 14 and of 16."""
 QUICK_LIMIT = 60
@@ -47,7 +41,7 @@ QUICK: dict[str, Any] = {
     "size": QUICK_SIZE,
     "hidden": 32,
 }
-"""Own fields of a quick benchmark that is published, where it has them."""
+"""Own fields of a quick benchmark of a data set, where it has them."""
 
 
 def with_suite(config: EvaluationConfig, suite: Suite) -> tuple[EvaluationConfig, dict[str, str]]:
@@ -59,7 +53,8 @@ def with_suite(config: EvaluationConfig, suite: Suite) -> tuple[EvaluationConfig
         ConfigError: no data of the suite is named.
     """
     asked, left_out = list[str](), dict[str, str]()
-    for name in (*PUBLISHED, *OWN) if suite == "quick" else PUBLISHED:
+    every = (*PUBLISHED, *BENCHMARKS.names()) if suite == "quick" else PUBLISHED
+    for name in dict.fromkeys(every):
         if reason := _reason_against(name, config):
             left_out[name] = reason
         else:
@@ -99,8 +94,8 @@ def _reason_against(name: str, config: EvaluationConfig) -> str:
 
 
 def _quick_options(name: str) -> dict[str, Any]:
-    if name in OWN:
-        return {"scales": (1.0, 2.0)} if name == "agreement" else {}
     kind = BENCHMARKS.get(name)
+    if not any(source.startswith("data.") for source in kind.sources.values()):
+        return {"scales": (1.0, 2.0)} if name == "agreement" else {}
     own = {field.name for field in fields(kind)} - kind.sources.keys()
     return {field: value for field, value in QUICK.items() if field in own}

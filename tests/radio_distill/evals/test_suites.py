@@ -7,14 +7,13 @@ from radio_distill.errors import ConfigError
 from radio_distill.evals import suites
 from radio_distill.evals.headlines import HEADLINES
 from radio_distill.evals.run import BENCHMARKS
-from radio_distill.evals.suites import OWN, PUBLISHED, with_suite
+from radio_distill.evals.suites import PUBLISHED, with_suite
 
 
 def test_suites__published_are_the_table_and_what_stands_beside_it():
     benchmarks = [name.partition("/")[0] for name, m in HEADLINES.items() if m.group != "VILA"]
     assert list(dict.fromkeys(benchmarks)) == list(PUBLISHED[:-2])
     assert len(PUBLISHED) == 15
-    assert set(OWN) == {name for name in BENCHMARKS.names() if name in OWN}
 
 
 def test_with_suite__asks_what_data_is_named_for():
@@ -27,6 +26,7 @@ def test_with_suite__asks_what_data_is_named_for():
     quick, left_out = with_suite(config, "quick")
     assert {"spair", "correspondence", "agreement", "fidelity"} <= set(quick.benchmarks)
     assert {"knn", "segmentation", "voc"} <= left_out.keys()
+    assert {*quick.benchmarks, *left_out} == {*PUBLISHED, *BENCHMARKS.names()}
     assert quick.options["spair"] == {"size": 224}
     assert "size" not in quick.options["agreement"]  # the recipe's own
     assert (quick.size, quick.dense_size) == (192, 224)
