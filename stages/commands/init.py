@@ -4,9 +4,9 @@
     radio-distill init mine --teacher timm:vit_small_patch16_dinov3 --images ~/Images
     radio-distill init mine --teacher clip=open_clip:ViT-B-16/openai --teacher sam_h
 
-A teacher is a preset (`radio-distill list teachers`) or SOURCE:MODEL (`radio-distill list
-sources`), where MODEL is a name of that library or a path; NAME= before it is what the recipe calls
-it.
+A teacher is a preset (`radio-distill list teachers`), PRESET:WEIGHTS, or SOURCE:MODEL (see
+`radio-distill list sources`), where MODEL is a name of that library or a path. NAME= before it is
+what the recipe calls it.
 """
 
 import argparse
