@@ -11,7 +11,8 @@ model's own.
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -27,9 +28,9 @@ from radio_distill.evals.subjects import Subject
 from radio_distill.protocols import Teacher, Upsampler
 from radio_distill.system.files import sha256_of
 from radio_distill.types import Features, TeacherSpec, format_size
-from teachers import build_teacher, text_tower
+from teachers import build_teacher, teacher_spec, text_tower
 from teachers.names import split_name, teacher_named
-from upsamplers import UPSAMPLERS, build_upsampler, is_fitted
+from upsamplers import UPSAMPLERS, build_upsampler, check_config, is_fitted
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +76,25 @@ def named_models(
     return list(models.values())
 
 
+def check_model(model: NamedModel) -> None:
+    """Raise ConfigError or WeightsError for a model that cannot be, before any weights are read."""
+    with _naming(model):
+        teacher_spec(model.name, model.teacher)
+    if model.upsampler is not None:
+        options = {"any_size": True} if is_fitted(model.upsampler.name) else {}
+        check_config(replace(model.upsampler, options=options))
+
+
+@contextmanager
+def _naming(model: NamedModel) -> Iterator[None]:
+    """Say in an error which model it is about, as it was written."""
+    try:
+        yield
+    except (ConfigError, WeightsError) as error:
+        reason = str(error).removeprefix(f"teachers.{model.name}: ")
+        raise type(error)(f"--models {model.text}: {reason}") from error
+
+
 def model_under_test(
     model: NamedModel, device: torch.device, folder: Path
 ) -> tuple[Subject, Encoder]:
@@ -85,11 +105,8 @@ def model_under_test(
         device: where it runs.
         folder: where its scores lie.
     """
-    try:
+    with _naming(model):
         teacher = build_teacher(model.name, model.teacher, device)
-    except (ConfigError, WeightsError) as error:
-        reason = str(error).removeprefix(f"teachers.{model.name}: ")
-        raise type(error)(f"--models {model.text}: {reason}") from error
     encoder = encoder_with_text(model.name, model.teacher, teacher, device)
     config, spec = model.teacher, teacher.spec
     parts: list[object] = [config.preset, spec.weights_hash or config.weights, config.options]

@@ -51,7 +51,7 @@ from teachers import text_tower
 from ..arguments import check_output
 from ..build import build_teachers
 from ..resume import changed_since
-from .named_models import NamedModel, encoder_with_text, model_under_test
+from .named_models import NamedModel, check_model, encoder_with_text, model_under_test
 
 logger = logging.getLogger(__name__)
 
@@ -147,9 +147,12 @@ def score_models(
     check_can_add(path)
     asked = {name: asked_of(name, evaluation) for name in evaluation.benchmarks}
     for model in models:
+        check_model(model)
+    for model in models:
         subject, encoder = model_under_test(model, device, path.absolute().parent)
         make = partial(lambda encoder: encoder, encoder)
         score_into(path, subject, model.name, make, evaluation, asked, [], again)
+        del encoder, make  # before the next one takes its memory
 
 
 def score_into(

@@ -167,6 +167,10 @@ def test_eval__fits_of_another_model_and_nothing_to_score_are_one_line(tmp_path,
     output = ["--output", tmp_path / "scores.jsonl"]
     assert evaluate(images, "--models", "tiny_vit+featup:2", *output) == 2
     assert "+featup:2:FILE" in capsys.readouterr().err
+    misspelt = ["tiny_vit", "timm:resnet10tt"]
+    assert evaluate(images, "--models", *misspelt, *output) == 2
+    assert "--models timm:resnet10tt: timm has no model" in capsys.readouterr().err
+    assert not output[1].exists(), "it is seen before the first is scored"
     assert evaluate(images) == 2
     assert "nothing to score: name a run, or --models" in capsys.readouterr().err
     assert evaluate(images, "--models", "tiny_vit", "--student.registers=3", *output) == 2
