@@ -1,4 +1,4 @@
-"""Compare the upsamplers of one teacher: FeatSharp's Tables 7 to 10, images, throughput, a page.
+"""Compare the upsamplers of one teacher: FeatSharp's Tables 7 to 10, images, a page.
 
     radio-distill upsampler-report demo --teacher dino
     radio-distill upsampler-report mine --teacher siglip --factors 2 --tables 7 9 --fit

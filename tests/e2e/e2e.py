@@ -103,7 +103,7 @@ class Crew:
         self._members: list[subprocess.Popen[str]] = []
 
     def __call__(self, stage: str, *arguments: object) -> None:
-        """Run a module of `stages` in both processes, and check that it went well."""
+        """Run a module of `stages`, or of this folder, in both processes; it must go well."""
         self._members = self._members or self._start()
         asked = json.dumps([stage, *map(str, arguments)])
         for member in self._members:

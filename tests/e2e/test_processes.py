@@ -74,7 +74,7 @@ def test_gradient__two_partitions_on_one_process_and_on_two(recipe_file, crew):
             torch.testing.assert_close(value, statistics[name])
 
 
-def test_gradient__two_processes_that_load_different_teachers(recipe_file, tmp_path, monkeypatch):
+def test_gradient__two_processes_that_load_different_teachers(recipe_file, tmp_path, crew):
     """Each runs its partition with its own teachers; of the others it knows the statistics."""
     runs = run_folder(recipe_file)
     recipe = [str(recipe_file), "--stage.steps", "1"]
@@ -83,8 +83,7 @@ def test_gradient__two_processes_that_load_different_teachers(recipe_file, tmp_p
     arguments = [*recipe, *ADAMW, *ranks, "--engine.zero_stage", "0"]
     assert stage2.main(arguments) == 0
     expected = {part: tensors(runs / "stage2", 1, part) for part in ("optimizer", "statistics")}
-    monkeypatch.setenv("HELD", str(tmp_path))
-    torchrun(str(Path(__file__).with_name("watched_stage2.py")), *arguments)
+    crew("watched_stage2", tmp_path, *arguments)
     held = [json.loads((tmp_path / f"{rank}-0.json").read_text()) for rank in range(2)]
     assert sorted(held) == [["sam"], ["vit", "cnn"]]
     assert_gradients_equal(expected["optimizer"], tensors(runs / "stage2", 1, "optimizer"))

@@ -1,26 +1,25 @@
-"""Stage 2, whose processes write down after each step which teachers they hold weights of."""
+"""Stage 2, whose processes write into a folder after each step which teachers they hold."""
 
 import json
-import os
-import sys
 from pathlib import Path
+from unittest.mock import patch
 
-sys.path[0] = str(Path(__file__).resolve().parents[2])
-
-from radio_distill.distill.task import Distillation  # noqa: E402
-from stages import stage2  # noqa: E402
+from radio_distill.distill.task import Distillation
+from stages import stage2
 
 forward_backward = Distillation.forward_backward
 
 
-def watched(task: Distillation, step: int, *rest):
-    agreement = forward_backward(task, step, *rest)
-    teachers = task.targets.teachers.items()
-    held = [name for name, teacher in teachers if getattr(teacher, "is_loaded", True)]
-    path = Path(os.environ["HELD"]) / f"{task.world.rank}-{step}.json"
-    path.write_text(json.dumps(held))
-    return agreement
+def main(argv: list[str]) -> int:
+    """Run the stage with the arguments behind the folder; returns the exit status."""
+    folder, *arguments = argv
 
+    def watched(task: Distillation, step: int, *rest):
+        agreement = forward_backward(task, step, *rest)
+        teachers = task.targets.teachers.items()
+        held = [name for name, teacher in teachers if getattr(teacher, "is_loaded", True)]
+        (Path(folder) / f"{task.world.rank}-{step}.json").write_text(json.dumps(held))
+        return agreement
 
-Distillation.forward_backward = watched  # type: ignore[method-assign]
-sys.exit(stage2.main())
+    with patch.object(Distillation, "forward_backward", watched):
+        return stage2.main(arguments)
