@@ -84,7 +84,7 @@ def test_export__layer_scale_under_the_published_name_would_be_lost(make_student
     }
     save_file(trapped, folder / "model.safetensors", metadata={"format": "pt"})
     loaded(folder)
-    with pytest.raises(ExportError, match="does not take all that was written"):
+    with pytest.raises(ExportError, match="take all"):
         list(Transformers().read_back(student, folder))
 
 
@@ -207,5 +207,5 @@ def test_check__what_radio_model_cannot_hold(make_student, tmp_path, fields, rea
 def test_check__norms_of_queries_and_keys(make_student):
     student = make_student()
     student.model.student.blocks[1].attn.q_norm = nn.LayerNorm(32)
-    with pytest.raises(ExportError, match="queries and keys are normalised"):
+    with pytest.raises(ExportError, match="queries and keys"):
         Transformers().check(student)
