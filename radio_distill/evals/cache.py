@@ -1,6 +1,7 @@
 """Summaries of images kept on disk, so that benchmarks which share images encode them once.
 
     FOLDER/ENCODER/HEIGHTxWIDTH-KEY.safetensors      "summaries" [N, S], half, of N images in order
+    FOLDER/ENCODER/texts-KEY.safetensors             the same of N classes, float32
 
 An encoder is known by a digest of its weights and of how it computes, an image by its path, size
 and time of change. A pass over many images is kept piece by piece, so one that was stopped goes on
@@ -49,14 +50,33 @@ class SummaryCache:
         states = [(str(path.resolve()), path.stat()) for path in images]
         known = [[path, state.st_size, state.st_mtime_ns] for path, state in states]
         key = hashlib.sha256(json.dumps(known).encode()).hexdigest()[:32]
-        path = self.folder / self.encoder / f"{format_size(size)}-{key}.safetensors"
+        return self._kept(
+            f"{format_size(size)}-{key}", len(images), encode, lambda: self.note(size)
+        )
+
+    def get_classes(
+        self, sentences: Sequence[Sequence[str]], embed: Callable[[], Tensor]
+    ) -> Tensor:
+        """Return the vectors of classes that sentences describe; the same as :meth:`get`."""
+        key = hashlib.sha256(json.dumps(sentences).encode()).hexdigest()[:32]
+        return self._kept(f"texts-{key}", len(sentences), embed, lambda: None)
+
+    def _kept(
+        self,
+        name: str,
+        rows: int,
+        encode: Callable[[], Tensor],
+        found: Callable[[], object],
+    ) -> Tensor:
+        """Return what is kept under a name if it has so many rows, else what ``encode`` gives."""
+        path = self.folder / self.encoder / f"{name}.safetensors"
         try:
             kept = load_file(path)[_NAME]
             os.utime(path)
         except (OSError, SafetensorError, KeyError):  # none, or one that is not whole
             kept = torch.empty(0)
-        if len(kept) == len(images):
-            self.note(size)
+        if len(kept) == rows:
+            found()
             return kept
         summaries = encode()
         try:

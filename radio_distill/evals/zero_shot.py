@@ -7,6 +7,7 @@ So it is asked of encoders alone whose summary lies in the space of a text tower
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -54,7 +55,10 @@ class ImagenetZeroShot:
             if progress is not None:
                 progress(done, total)
 
-        classifier = text_classifier(encoder.text, names, templates, report)
+        sentences = [[template(name) for template in templates] for name in names]
+        embed = partial(text_classifier, encoder.text, sentences, report)
+        cache = encoder.cache
+        classifier = embed() if cache is None else cache.get_classes(sentences, embed)
         summaries = encode_summaries(
             encoder, [path for path, _ in images], self.size, self.batch_size,
             lambda done, _: report(len(names) + done),
@@ -74,22 +78,19 @@ class ImagenetZeroShot:
 
 def text_classifier(
     text: TextTower,
-    names: Sequence[str],
-    templates: Sequence[Callable[[str], str]],
+    sentences: Sequence[Sequence[str]],
     report: Callable[[int], None] = lambda done: None,
 ) -> Tensor:
     """Return a unit vector for each class ``[K, S]``, float32 on the CPU.
 
     Args:
         text: the text tower.
-        names: of the K classes.
-        templates: sentences around a name.
+        sentences: that describe each of the K classes.
         report: called with the classes that are done.
     """
     classes = []
-    for name in names:
-        sentences = F.normalize(text.embed([template(name) for template in templates]).float())
-        classes.append(sentences.mean(dim=0).cpu())
+    for some in sentences:
+        classes.append(F.normalize(text.embed(some).float()).mean(dim=0).cpu())
         report(len(classes))
     return F.normalize(torch.stack(classes), dim=1)
 

@@ -1,6 +1,7 @@
 """Zero-shot classification and retrieval: texts and pictures in one space."""
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import layouts
+from radio_distill.evals.cache import SummaryCache
 from radio_distill.evals.encoder import Encoder, to_pixels
 from radio_distill.evals.retrieval import CocoCaptions, FlickrCaptions
 from radio_distill.evals.zero_shot import (
@@ -75,7 +77,8 @@ def test_text_classifier__equals_open_clip():
     names, templates = class_names()[:12], prompt_templates()
     expected = open_clip.build_zero_shot_classifier(Letters(), _count, names, templates, 5)
     done = []
-    ours = text_classifier(Letters(), names, templates, done.append)
+    sentences = [[template(name) for template in templates] for name in names]
+    ours = text_classifier(Letters(), sentences, done.append)
     torch.testing.assert_close(ours, expected.T, rtol=0, atol=1e-6)
     assert done == list(range(1, 13))
 
@@ -98,6 +101,25 @@ def test_zero_shot__pictures_that_show_their_name_are_all_right(hues, tmp_path):
     assert (top1.name, top1.value, top1.num_samples) == ("imagenet_zero_shot/top1", 100.0, 6)
     assert (top5.value, top1.headline, top5.headline) == (100.0, True, False)
     assert top1.details == {"classes": 1000}
+
+
+def test_zero_shot__texts_are_embedded_once_for_an_encoder_that_keeps_them(hues, tmp_path):
+    root = str(layouts.imagenet(tmp_path / "imagenet"))
+
+    class Counted(Letters):
+        asked = 0
+
+        def embed(self, texts):
+            self.asked += 1
+            return super().embed(texts)
+
+    def score(text, encoder="a"):
+        cache = SummaryCache(tmp_path / "cache", encoder)
+        return ImagenetZeroShot(root, 16).run(replace(with_text(hues(8), text), cache=cache))
+
+    first, second, other = Counted(6), Counted(6), Counted(6)
+    assert score(first) == score(second) == score(other, "b")
+    assert (first.asked, second.asked, other.asked) == (1000, 0, 1000)
 
 
 def test_zero_shot__noise_is_at_chance_and_no_text_tower_is_passed_over(noise, tmp_path):
