@@ -82,6 +82,9 @@ class Encoder:
     """For :meth:`layers`, of pixels as ``encode`` takes them; None where there are none."""
     text: TextTower | None = None
     """Encodes texts into the space of its summary; None where nothing does."""
+    before: "Encoder | None" = None
+    """The encoder as it is without its upsampler, of images as much smaller as its sizes are; None
+    for one behind no upsampler."""
     weights: str = ""
     """Digest of what it is, under which its summaries may be kept; empty where not known."""
     dtype: torch.dtype = torch.float32

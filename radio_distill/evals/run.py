@@ -41,6 +41,7 @@ BENCHMARKS = Registry(
         "agreement": "radio_distill.evals.agreement:Agreement",
         "coco_retrieval": "radio_distill.evals.retrieval:CocoCaptions",
         "correspondence": "radio_distill.evals.correspondence:Correspondence",
+        "feature_preservation": "radio_distill.evals.segmentation:FeaturePreservation",
         "fidelity": "radio_distill.evals.fidelity:Fidelity",
         "flickr_retrieval": "radio_distill.evals.retrieval:FlickrCaptions",
         "imagenet_knn": "radio_distill.evals.knn:ImagenetKnn",
@@ -152,11 +153,12 @@ def evaluate(
     """Score ``encoder`` on the benchmarks of ``config``.
 
     Fidelity is asked of an encoder with heads (:class:`.encoder.Heads`), zero-shot classification
-    and retrieval of one with a text tower, probes of several depths of one with inner layers; they
-    are passed over for any other. All benchmarks are made before the first runs, so a missing
-    folder costs no time. Each score says which sizes the encoder was given, which are not those
-    asked for where it cannot take them, and under which protocol: that of the benchmark's fields
-    where it names none, a quick one where `evaluation.limit` leaves a part of the data.
+    and retrieval of one with a text tower, probes of several depths of one with inner layers,
+    feature preservation of one behind an upsampler; they are passed over for any other. All
+    benchmarks are made before the first runs, so a missing folder costs no time. Each score says
+    which sizes the encoder was given, which are not those asked for where it cannot take them, and
+    under which protocol: that of the benchmark's fields where it names none, a quick one where
+    `evaluation.limit` leaves a part of the data.
 
     Args:
         encoder: in evaluation mode.

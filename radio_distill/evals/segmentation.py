@@ -6,17 +6,19 @@ sets of hundreds of images, and its protocol is called quick; ``ade20k`` and ``v
 that come from disk (:mod:`.semantic`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import DataError
-from ..types import Score
+from ..types import Score, Size
 from .encoder import Encoder, encode_images
-from .masks import Ignore, listed, open_set
+from .masks import Ignore, SegmentationSet, listed, open_set
 from .metrics import IGNORED, confusion_matrix, mean_iou, num_shown
 from .probes import AdamW, LinearProbe
 from .protocol import file_names, protocol_of
@@ -42,6 +44,8 @@ class Segmentation:
     seed: int = 0
 
     name: ClassVar[str] = "segmentation"
+    counts: ClassVar[bool] = True
+    """Whether its scores count in a gain table."""
     sources: ClassVar[dict[str, str]] = {
         "folder": "segmentation",
         "size": "dense_size",
@@ -55,34 +59,107 @@ class Segmentation:
         progress: Callable[[int, int], None] | None = None,
     ) -> list[Score]:
         """Train the probe on one split and score it on the other; ``limit`` thins out each."""
-        data = open_set(self.folder, limit, self.ignore)
-        pairs, split, num_classes = data.train + data.val, len(data.train), len(data.classes)
-        masks = [data.mask(pair, self.size) for pair in pairs]
-        if not any((mask != IGNORED).any() for mask in masks[split:]):
-            raise DataError("evaluation.segmentation: no validation mask shows a training class")
-        paths, size = [pair.image for pair in pairs], (self.size, self.size)
-        batches = encode_images(encoder, paths, size, self.batch_size, progress)
-        features = [spatial.half().cpu() for batch in batches for spatial in batch.spatial]
+        data, masks = self._labels(limit)
+        split, paths = len(data.train), [pair.image for pair in data.train + data.val]
+        features = self._encode(encoder, paths, (self.size, self.size), progress)
+        probe = self._fit(features[:split], masks[:split], data, encoder.device)
+        return self._scores(probe, {"miou": features[split:]}, masks[split:], data)
 
+    def _labels(self, limit: int | None) -> tuple[SegmentationSet, list[Tensor]]:
+        """Open the set, and read the masks of both splits."""
+        data = open_set(self.folder, limit, self.ignore)
+        masks = [data.mask(pair, self.size) for pair in data.train + data.val]
+        if not any((mask != IGNORED).any() for mask in masks[len(data.train) :]):
+            raise DataError("evaluation.segmentation: no validation mask shows a training class")
+        return data, masks
+
+    def _encode(
+        self,
+        encoder: Encoder,
+        paths: Sequence[Path],
+        size: Size,
+        progress: Callable[[int, int], None] | None,
+    ) -> list[Tensor]:
+        batches = encode_images(encoder, paths, size, self.batch_size, progress)
+        return [spatial.half().cpu() for batch in batches for spatial in batch.spatial]
+
+    def _fit(
+        self,
+        features: Sequence[Tensor],
+        masks: Sequence[Tensor],
+        data: SegmentationSet,
+        device: torch.device | str,
+    ) -> LinearProbe:
         solver = AdamW(
             self.steps, self.tokens_per_step, self.learning_rate, self.weight_decay, self.seed
         )
-        probe = LinearProbe(num_classes, solver)
-        probe.fit(features[:split], masks[:split], encoder.device)
-        confusion = torch.zeros(num_classes, num_classes, dtype=torch.long)
-        for spatial, mask in zip(features[split:], masks[split:], strict=True):
-            logits = F.interpolate(probe(spatial[None]), mask.shape, mode="bilinear")
-            confusion += confusion_matrix(logits[0].argmax(dim=0).cpu(), mask, num_classes)
-        details: dict[str, int | str] = {
-            "classes": num_shown(confusion),
-            "ignored": listed(data.ignore),
-        }
-        value = 100 * mean_iou(confusion)
+        return LinearProbe(len(data.classes), solver).fit(features, masks, device)
+
+    def _scores(
+        self,
+        probe: LinearProbe,
+        features: Mapping[str, Sequence[Tensor]],
+        masks: Sequence[Tensor],
+        data: SegmentationSet,
+    ) -> list[Score]:
+        """Score the probe on the maps of the validation split, or on several kinds of them."""
         used = [file_names(pair.image for pair in split) for split in (data.train, data.val)]
         protocol = protocol_of(self, train=used[0], val=used[1])
-        return [
-            Score(
-                self.name, "miou", value, "%", True, "Dense", len(data.val),
-                details=details, protocol=protocol,
-            )
-        ]  # fmt: skip
+        scores = []
+        for metric, maps in features.items():
+            confusion = torch.zeros(probe.num_classes, probe.num_classes, dtype=torch.long)
+            for spatial, mask in zip(maps, masks, strict=True):
+                logits = F.interpolate(probe(spatial[None]), mask.shape, mode="bilinear")
+                answer = logits[0].argmax(dim=0).cpu()
+                confusion += confusion_matrix(answer, mask, probe.num_classes)
+            details: dict[str, int | str] = {
+                "classes": num_shown(confusion),
+                "ignored": listed(data.ignore),
+            }
+            scores.append(
+                Score(
+                    self.name, metric, 100 * mean_iou(confusion), "%", True, "Dense",
+                    len(data.val), headline=self.counts, details=details, protocol=protocol,
+                )
+            )  # fmt: skip
+        return scores
+
+
+@dataclass(frozen=True, slots=True)
+class FeaturePreservation(Segmentation):
+    """Does an upsampler stay in its encoder's space? A probe of coarse maps, asked of fine ones.
+
+    As FeatUp tests it (Fu et al., arXiv 2403.10516): the probe is trained on the maps that the
+    encoder gives without its upsampler, and then frozen. ``miou`` is its score on upsampled maps,
+    ``miou_coarse`` that on the coarse ones; an upsampler that invents features of its own falls far
+    below. An encoder behind no upsampler is passed over.
+    """
+
+    name: ClassVar[str] = "feature_preservation"
+    counts: ClassVar[bool] = False
+
+    def run(
+        self,
+        encoder: Encoder,
+        limit: int | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[Score]:
+        """Train the probe on coarse maps; progress counts these, then the upsampled ones."""
+        if encoder.before is None:
+            return []
+        data, masks = self._labels(limit)
+        split, paths = len(data.train), [pair.image for pair in data.train + data.val]
+        total = len(paths) + len(data.val)
+
+        def report(first: int) -> Callable[[int, int], None] | None:
+            return progress and (lambda done, _: progress(first + done, total))
+
+        fine = encoder.nearest_size((self.size, self.size))
+        factor = encoder.size_multiple // encoder.before.size_multiple
+        coarse = self._encode(
+            encoder.before, paths, (fine[0] // factor, fine[1] // factor), report(0)
+        )
+        probe = self._fit(coarse[:split], masks[:split], data, encoder.device)
+        upsampled = self._encode(encoder, paths[split:], fine, report(len(paths)))
+        maps = {"miou": upsampled, "miou_coarse": coarse[split:]}
+        return self._scores(probe, maps, masks[split:], data)

@@ -163,6 +163,7 @@ def behind(upsampler: Upsampler, teacher: Teacher, encoder: Encoder) -> Encoder:
     return replace(
         encoder,
         encode=encode,
+        before=encoder,
         size_multiple=encoder.size_multiple * factor,
         max_size=longest and longest * factor,
         fixed_size=fixed and (fixed[0] * factor, fixed[1] * factor),

@@ -23,6 +23,7 @@ from radio_distill.types import Features
 PROBE = {"steps": 3, "images_per_step": 2, "crop": [32, 32]}
 OPTIONS = {
     "ade20k": {**PROBE, "fit": [48, 32]},
+    "feature_preservation": {"steps": 5},
     "imagenet_knn": {"k": 2},
     "knn": {"k": 2},
     "navi_correspondence": {"size": 40, "stride": 4},
@@ -68,6 +69,15 @@ def _encode(pixels):
 
 def _layers(pixels, count):
     return [_encode(pixels).spatial] * count
+
+
+PARTS = {
+    "heads": HEADS,
+    "inner": _layers,
+    "text": FakeText(),
+    "before": Encoder("coarse", _encode, 8),
+}
+"""What some benchmarks ask of an encoder beside its map."""
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +133,7 @@ def test_benchmark__satisfies_the_protocol(benchmark_name, config):
 
 
 def test_benchmark__scores_are_complete_finite_and_repeatable(benchmark_name, config):
-    encoder = Encoder("mean colour", _encode, 8, heads=HEADS, inner=_layers, text=FakeText())
+    encoder = Encoder("mean colour", _encode, 8, **PARTS)
     scores = make(benchmark_name, config).run(encoder, 3)
     assert scores
     assert len({score.name for score in scores}) == len(scores)
@@ -152,7 +162,7 @@ def test_benchmark__takes_an_encoder_without_summary_and_with_a_patch_of_its_own
 
 def test_benchmark__progress_ends_at_the_total(benchmark_name, config):
     calls = []
-    encoder = Encoder("mean colour", _encode, 8, heads=HEADS, inner=_layers, text=FakeText())
+    encoder = Encoder("mean colour", _encode, 8, **PARTS)
     make(benchmark_name, config).run(encoder, 3, lambda *call: calls.append(call))
     assert calls[-1][0] == calls[-1][1]
     assert calls == sorted(calls)

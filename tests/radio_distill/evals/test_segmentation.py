@@ -5,10 +5,12 @@ from PIL import Image
 from torch.nn import functional as F
 
 from radio_distill.errors import DataError
+from radio_distill.evals.encoder import Encoder
 from radio_distill.evals.masks import labelled_classes, read_mask
 from radio_distill.evals.metrics import IGNORED, confusion_matrix, mean_iou
 from radio_distill.evals.probes import class_shares
-from radio_distill.evals.segmentation import Segmentation
+from radio_distill.evals.segmentation import FeaturePreservation, Segmentation
+from radio_distill.types import Features
 
 COLOURS = {3: (220, 30, 30), 7: (30, 220, 30), 200: (30, 30, 220)}
 
@@ -114,3 +116,34 @@ def test_segmentation__real_images_beat_noise(colours, noise, real):
     by_colour, by_noise = (benchmark.run(encoder(8))[0] for encoder in (colours, noise))
     assert by_colour.num_samples == 27
     assert by_colour.value > 1.3 * by_noise.value > 0
+
+
+def _upsampled(coarse, change=lambda spatial: spatial):
+    """An encoder twice as fine: the coarse map, repeated and changed."""
+
+    def encode(pixels):
+        spatial = change(coarse.encode(F.avg_pool2d(pixels, 2)).spatial)
+        return Features(None, F.interpolate(spatial, scale_factor=2.0))
+
+    return Encoder("upsampled", encode, 2 * coarse.size_multiple, before=coarse)
+
+
+def test_feature_preservation__repeated_cells_score_as_the_coarse_ones(colours, squares):
+    fine, coarse = FeaturePreservation(str(squares), 32, steps=200).run(_upsampled(colours(4)))
+    assert (fine.name, coarse.metric) == ("feature_preservation/miou", "miou_coarse")
+    assert not fine.headline
+    assert coarse.value > 40
+    assert fine.value > 0.9 * coarse.value
+
+
+def test_feature_preservation__another_space_is_found_out(colours, squares):
+    """Negated features tell classes apart as well as ever, and not by the frozen probe."""
+    negated = _upsampled(colours(4), lambda spatial: -spatial)
+    fine, coarse = FeaturePreservation(str(squares), 32, steps=200).run(negated)
+    assert fine.value < 0.5 * coarse.value
+    (own,) = Segmentation(str(squares), 32, steps=200).run(negated)
+    assert own.value > 1.5 * fine.value
+
+
+def test_feature_preservation__without_an_upsampler_it_is_passed_over(colours, squares):
+    assert FeaturePreservation(str(squares), 32).run(colours(4)) == []
