@@ -64,11 +64,11 @@ Images are RGB in [0, 1]; height and width are any multiples of {{ step }} px. I
 
 ## Scores
 
-| metric | value | unit | better |
-| --- | --- | --- | --- |
-{%- for name, (metric, value) in scores.items() %}
+| metric | value | unit | better | protocol |
+| --- | --- | --- | --- | --- |
+{%- for name, (metric, value, protocol) in scores.items() %}
 | {{ name }} | {{ "%.4g" % value }} | {{ metric.unit }} | \
-{{ "higher" if metric.higher_is_better else "lower" }} |
+{{ "higher" if metric.higher_is_better else "lower" }} | {{ protocol or "unknown" }} |
 {%- endfor %}
 {%- endif %}
 
@@ -166,8 +166,8 @@ def _sizes(stage: StageConfig) -> list[str]:
     return [f"{height}x{width}" for height, width in sizes]
 
 
-def _scores(checkpoint: Checkpoint) -> dict[str, tuple[Any, float]]:
-    """Return the run's scores of this student: ``{name: (metric, value)}``."""
+def _scores(checkpoint: Checkpoint) -> dict[str, tuple[Any, float, str]]:
+    """Return the run's scores of this student: ``{name: (metric, value, protocol)}``."""
     folder = checkpoint.folder.resolve()
     run, stage = folder.parents[2], folder.parents[1].name
     if not (run / SCORES).is_file():
@@ -179,7 +179,11 @@ def _scores(checkpoint: Checkpoint) -> dict[str, tuple[Any, float]]:
         unsaid = ((name, of[0]) for name, of in scores.subjects.items())
         label = next((n for n, of in unsaid if not of.is_known and of.stage == stage), None)
     results = scores.results[label][-1] if label is not None else {}
-    return {name: (scores.definitions[name], value) for name, value in results.items()}
+    how = scores.measured[label] if label is not None else {}
+    return {
+        name: (scores.definitions[name], value, how[name].protocol)
+        for name, value in results.items()
+    }
 
 
 def _listed(names: list[str]) -> str:

@@ -29,6 +29,7 @@ from radio_distill.evals.checkpoint_subjects import (
 from radio_distill.evals.encoder import Encoder, Target, student_encoder, teacher_encoder
 from radio_distill.evals.fidelity import targets_of
 from radio_distill.evals.gain import MultiTaskGain, multi_task_gain
+from radio_distill.evals.headlines import in_order
 from radio_distill.evals.run import BENCHMARKS, asked_of, check_data, evaluate, source_value
 from radio_distill.evals.scores import asked_in, check_can_add, read_scores, write_scores
 from radio_distill.evals.subjects import SCORES, UNTRAINED, Subject
@@ -382,10 +383,11 @@ def gain_of(
         labels[student.folder] = label
     shown = [label for label, of in scores.subjects.items() if of[0].reference and references]
     chosen = scores.only([*labels.values(), *shown])
+    chosen.check_alike()
     return multi_task_gain(
         chosen.results,
         labels[baseline.folder],
-        chosen.definitions,
+        in_order(chosen.definitions),
         may_lack=shown,
         remarks=chosen.remarks(),
     )
