@@ -28,6 +28,7 @@ def test_with_suite__asks_what_data_is_named_for():
     assert {"knn", "segmentation", "voc"} <= left_out.keys()
     assert {*quick.benchmarks, *left_out} == {*PUBLISHED, *BENCHMARKS.names()}
     assert quick.options["spair"] == {"size": 224}
+    assert quick.options.keys() == {"spair", "agreement"}
     assert "size" not in quick.options["agreement"]  # the recipe's own
     assert (quick.size, quick.dense_size) == (192, 224)
     assert quick.limit == suites.QUICK_LIMIT
