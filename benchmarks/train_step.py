@@ -286,11 +286,13 @@ def reading(
 
 def step_flops(stepping: Stepping, device: torch.device) -> int:
     """Return the matrix operations of a step, of student and teachers."""
-    if device.type == "cpu":  # whose fused attention the counter does not know
-        return int(measure_work(stepping).flops)
-    with FlopCounterMode(display=False) as counter:
-        stepping()
-    return int(counter.get_total_flops())
+    # Compiled blocks are out of sight of counters, and torch would leave them eager ever after.
+    with torch.compiler.set_stance("force_eager"):
+        if device.type == "cpu":  # whose fused attention the counter does not know
+            return int(measure_work(stepping).flops)
+        with FlopCounterMode(display=False) as counter:
+            stepping()
+        return int(counter.get_total_flops())
 
 
 def peaks(device: torch.device, dtype: str) -> dict[str, float]:

@@ -242,7 +242,7 @@ def build_fit(
     model = UpsamplerModel(network, normalizers[spec.name], spec.channels, grid)
     consistency = Consistency(model, config, spec.channels)
     engine = build_fit_engine(consistency, stage, world, device)
-    num_passes = passes_of_step(config, world.world_size, micro_batch)
+    num_passes = passes_of_step(stage, world.world_size, micro_batch, len(slices))
     task = Fit(stage, world, teacher, consistency, engine, source, slices, num_passes)
     if resumed is not None:
         task.restore(resumed)

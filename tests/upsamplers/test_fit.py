@@ -136,7 +136,7 @@ def run_of(tmp_path, tiny, normalizer):
         consistency = Consistency(model, config, CHANNELS)
         engine = build_fit_engine(consistency, stage, World(), torch.device("cpu"))
         images = Images(slices, config.batch_size)
-        num_passes = passes_of_step(config, world.world_size, micro_batch)
+        num_passes = passes_of_step(stage, world.world_size, micro_batch, len(slices))
         return Fit(stage, world, teacher, consistency, engine, images, slices, num_passes)
 
     return make

@@ -67,7 +67,7 @@ class Fit:
     slices: Sequence[StepSlice]
     """Which images of a step they are, one slice for each pass."""
     num_passes: int
-    """Passes of a step on every process; those beyond the slices repeat the last at weight zero."""
+    """Passes of a step on this process; those beyond the slices add zeros to the gradients."""
     pool: list[list[FitBatch]] = field(default_factory=list)
     """What is kept with ``fit.pool``; fits of one teacher, size and factor can share one list,
     where the first of them looks at all tiles that any looks at."""
@@ -126,32 +126,39 @@ class Fit:
         self, step: int, batches: Sequence[ImageBatch], guard: NonFiniteGuard, agree: Agree
     ) -> Agreement:
         """Run forward and backward on this process's part of a step."""
-        config, teacher = self.stage.fit, self.teacher.spec.name
         fit_batches = self.fit_batches(step, batches)
         # Dropout of the networks and of the downsampler draws from the global generator.
         torch.manual_seed(self.stage.seed * 7919 + step * 131 + self.world.rank)
         self._step, self._shown, self._terms = step, fit_batches[0], {}
         agreement = None
         for number in range(self.num_passes):
-            batch = fit_batches[min(number, len(fit_batches) - 1)]
-            weight = 1.0 if number < len(fit_batches) else 0.0  # of a padding pass
-            for maps, keys in batch.maps():
-                guard.add_targets({teacher: Features(None, maps)}, keys)
-            generator = torch.Generator().manual_seed(self.stage.seed + step)
-            with self._explain_oom(batch):
-                loss, terms = self.engine.forward(batch.output, batch.homographies, generator)
-            means = {name: value.detach().mean() for name, value in terms.items()}
-            guard.add_loss(loss, means, batch.keys)
-            for name, value in {"loss": loss, **terms}.items():
-                part = weight * value.detach().sum() / config.batch_size
-                self._terms[name] = self._terms.get(name, torch.zeros_like(part)) + part
+            if number < len(fit_batches):
+                loss = self._loss(step, fit_batches[number], guard)
+            else:
+                zero = self.engine.zero()
+                assert zero is not None, "ZeRO 3 is refused, and a pass came before"
+                loss = zero
             is_last = number == self.num_passes - 1
             if is_last:
                 agreement = agree(self._terms["loss"], guard)
             skip = agreement.is_bad if agreement else None
-            self.engine.backward(weight * loss.sum() / config.batch_size, is_last, skip)
+            self.engine.backward(loss, is_last, skip)
         assert agreement is not None, "a step has a pass"
         return agreement
+
+    def _loss(self, step: int, batch: FitBatch, guard: NonFiniteGuard) -> Tensor:
+        """Return a pass's part of the loss of a step, and add up what is logged of it."""
+        for maps, keys in batch.maps():
+            guard.add_targets({self.teacher.spec.name: Features(None, maps)}, keys)
+        generator = torch.Generator().manual_seed(self.stage.seed + step)
+        with self._explain_oom(batch):
+            loss, terms = self.engine.forward(batch.output, batch.homographies, generator)
+        means = {name: value.detach().mean() for name, value in terms.items()}
+        guard.add_loss(loss, means, batch.keys)
+        for name, value in {"loss": loss, **terms}.items():
+            part = value.detach().sum() / self.stage.fit.batch_size
+            self._terms[name] = self._terms.get(name, torch.zeros_like(part)) + part
+        return loss.sum() / self.stage.fit.batch_size
 
     def end_step(self, is_taken: bool) -> None:
         """Do nothing: nothing follows the update."""
@@ -276,10 +283,12 @@ def _warn_of_unknown_rates(modules: nn.Module, config: FitConfig) -> None:
             )  # fmt: skip
 
 
-def passes_of_step(config: FitConfig, world_size: int, micro_batch: int) -> int:
-    """Return the passes of a step on every process, as many as the busiest needs.
+def passes_of_step(stage: Stage, world_size: int, micro_batch: int, own: int) -> int:
+    """Return the passes of a step on a process: its ``own`` slices, or as many as the busiest has.
 
-    ZeRO reduces gradients in each backward pass, so all processes must run equally many.
+    ZeRO 2 reduces gradients in each backward pass, so there all processes must run equally many.
     """
-    images = -(-config.batch_size // world_size)
+    if stage.engine.zero_stage in (0, 1):
+        return own
+    images = -(-stage.fit.batch_size // world_size)
     return math.ceil(images / micro_batch) if micro_batch else 1
