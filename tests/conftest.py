@@ -91,16 +91,18 @@ def random_statistics() -> Callable[..., dict[str, torch.Tensor]]:
     """Statistics of random features: of a recipe and its teachers' channels, by name."""
 
     def make(recipe: Any, channels: dict[str, int]) -> dict[str, torch.Tensor]:
-        from radio_distill.normalize.normalizers import build_normalizers, normalizer_tensors
+        from radio_distill.normalize.normalizers import build_normalizers
         from radio_distill.normalize.statistics import Moments
 
+        tensors = {}
         normalizers = build_normalizers(recipe.normalizer.name, recipe.teachers)
         for name, normalizer in normalizers.items():
             moments = Moments(channels[name])
             mixed = torch.randn(200, channels[name]) @ torch.randn(channels[name], channels[name])
             moments.update((mixed + 3).T[None, :, :, None])
             normalizer.fit(moments)
-        return normalizer_tensors(normalizers)
+            tensors |= {f"{name}/{key}": value for key, value in normalizer.state().items()}
+        return tensors
 
     return make
 

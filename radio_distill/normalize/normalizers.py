@@ -119,17 +119,8 @@ def build_normalizers(name: str, teachers: Iterable[str]) -> dict[str, Normalize
     return {teacher: kind() for teacher in teachers}
 
 
-def normalizer_tensors(normalizers: Mapping[str, Normalizer]) -> dict[str, Tensor]:
-    """Return the state of all normalizers as ``{"<teacher>/<tensor>": tensor}``."""
-    return {
-        f"{name}/{key}": value
-        for name, normalizer in normalizers.items()
-        for key, value in normalizer.state().items()
-    }
-
-
 def load_normalizers(normalizers: Mapping[str, Normalizer], tensors: Mapping[str, Tensor]) -> None:
-    """Restore what :func:`normalizer_tensors` returned."""
+    """Restore the states of normalizers from ``{"<teacher>/<tensor>": tensor}``."""
     for name, normalizer in normalizers.items():
         prefix = f"{name}/"
         state = {
