@@ -112,6 +112,9 @@ class NaviProbe(TrainedBenchmark):
 class NaviDepth(NaviProbe):
     """Relative depth of objects: 0.01 at the nearest point, 1 at the farthest."""
 
+    bins: int = 256
+    """Depths that the head votes for, evenly spaced up to 1."""
+
     name: ClassVar[str] = "navi_depth"
 
     def targets(self, labels: Labels) -> dict[str, Tensor]:
@@ -125,8 +128,8 @@ class NaviDepth(NaviProbe):
         return {"depth": scaled.where(on, 0.0)}
 
     def heads(self, channels: Sequence[int]) -> dict[str, nn.Module]:
-        """Make a pyramid of 256 bins up to 1."""
-        pyramid = Pyramid(channels, 256, self.hidden, self.as_published)
+        """Make a pyramid of bins up to 1."""
+        pyramid = Pyramid(channels, self.bins, self.hidden, self.as_published)
         return {"depth": DepthBins(pyramid, _NEAR, 1.0)}
 
     def losses(
