@@ -95,7 +95,7 @@ def ours(side: int) -> Callable[[Photograph, int], None]:
         image = decode_pixels(photograph.data)
         source = image.shape[1], image.shape[2]
         origin = random_origin(source, (side, side), CONFIG, view_generator(0, position))
-        batch[0] = render(image, origin, (side, side))
+        render(image, origin, (side, side), out=batch[0])
 
     return make
 

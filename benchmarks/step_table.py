@@ -13,17 +13,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from radio_distill.distill.micro_batches import assign_micro_batches
-from radio_distill.plan.step_time import LAUNCH, Schedule, Speed, StepTime, step_time
+from radio_distill.plan.step_time import LAUNCH, Schedule, StepTime, step_time
+from radio_distill.plan.time import DEVICES
 from radio_distill.plan.work import with_work
 from stages.planning import build_models, measured
 from stages.recipes import load_recipe
 from tools.published import markdown
 
-SPEEDS = {
-    # 0.6 of 989 TFLOP/s, 50 of 67 in float32, 0.8 of 3.35 TB/s; the H200 differs in its memory
-    "h100": Speed(600e12, 50e12, 2.7e12),
-    "h200": Speed(600e12, 50e12, 3.84e12),
-}
+KINDS = ("h100", "h200")
 CASES = (("phi_s_b", "stage1", 16, 128), ("featsharp_radio_l", "stage3", 8, 32))
 COLUMNS = (
     "recipe", "device", "schedule", "micro_batch", "ms / step", "useful", "bound by",
@@ -45,21 +42,23 @@ def rows(recipe: str, name: str, sizes: Sequence[int], devices: int) -> Iterator
         counted = {item.name: costs.partition(stage, item) for item in stage.partitions}
         stage = with_work(stage, costs)
         drawn = {item.name: item.sizes[0] for item in stage.partitions}
-        for kind, speed in SPEEDS.items():
+        for kind in KINDS:
             for size in sizes:
                 engine = replace(stage.engine, micro_batch=size)
                 resized = replace(stage, recipe=replace(stage.recipe, engine=engine))
                 ranks = assign_micro_batches(resized, drawn, devices)
                 for words, schedule in SCHEDULES.items():
                     if size == sizes[0] or schedule in list(SCHEDULES.values())[2:]:
-                        took = step_time(costs, resized, counted, ranks, speed, schedule)
+                        took = step_time(
+                            costs, resized, counted, ranks, DEVICES[kind].speed, schedule
+                        )
                         yield [f"{recipe} {name}", kind, words, str(size), *_cells(took)]
 
 
 def _cells(took: StepTime) -> list[str]:
     parts = (
-        took.encode, took.learn, took.elementwise, took.launches, took.copies, took.exchange,
-        took.optimizer,
+        took.encode, took.learn, took.elementwise, took.launches, took.copies + took.floats,
+        took.exchange, took.optimizer,
     )  # fmt: skip
     figures = [f"{1000 * part:,.0f}" for part in parts]
     return [f"{1000 * took.total:,.0f}", f"{took.useful:.0%}", took.bound, *figures]

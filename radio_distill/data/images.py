@@ -79,6 +79,8 @@ _NO_IMAGES = {  # what stands in place of images, by the first bytes
     b"version https://git-lfs": "a pointer of Git LFS, whose file was not fetched",
 }
 _ORIENTATION = 0x0112  # tag of EXIF
+_TURNS_JPEGS = ("exif", "xmp", "Raw profile type exif", "XML:com.adobe.xmp")
+"""What Pillow's ``getexif`` looks at; it takes a fiftieth of a decoding to find none of them."""
 _UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     2: np.fliplr,
     3: partial(np.rot90, k=2),
@@ -91,6 +93,9 @@ _UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
 _JPEG_PIXELS_PER_BYTE = 512
 """Huffman codes take a bit at least for each block of 8x8 pixels. What is missing at the end of a
 JPEG libjpeg makes up in grey, and no one is told."""
+_FLIPPED_BYTES = 2**18
+"""Of a view that are mirrored at a time, so that they stay in the caches: a copy of a large view
+would lie on fresh pages, which take longer than all the rest."""
 _CROP_ATTEMPTS = 10  # as torchvision's RandomResizedCrop
 PIXELS = 2
 """Counts how often the pixels of views have changed from one version to the next; part of the name
@@ -300,6 +305,8 @@ def upright(pixels: np.ndarray, image: Image.Image) -> np.ndarray:
 
 def _orientation(image: Image.Image) -> int:
     """Return EXIF's orientation; 1, as stored, where there is none that makes sense."""
+    if image.format == "JPEG" and image.info.keys().isdisjoint(_TURNS_JPEGS):
+        return 1
     try:
         orientation = image.getexif().get(_ORIENTATION)
     except Exception:  # damaged EXIF is frequent on the web, and the pixels are fine
@@ -338,7 +345,11 @@ def random_origin(
 
 
 def render(
-    image: Tensor, origin: ViewOrigin, size: Size, crop: Sequence[float] | None = None
+    image: Tensor,
+    origin: ViewOrigin,
+    size: Size,
+    crop: Sequence[float] | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Resize a view of a photograph, or a part of it, with antialiased bicubic resampling.
 
@@ -347,18 +358,41 @@ def render(
         origin: where the view lies in it.
         size: (height, width) in pixels.
         crop: (top, left, height, width) as shares of the view's height and width; None for all.
+        out: where to put the pixels, such as a row of a batch; None for a tensor of their own.
 
     Returns:
         Pixels ``[3, *size]`` uint8, channels last.
     """
-    bottom, right = origin.top + origin.height, origin.left + origin.width
-    view = image[:, origin.top : bottom, origin.left : right]
+    if out is None:
+        out = torch.empty((*size, 3), dtype=torch.uint8).permute(2, 0, 1)
+    pixels = _cut(out, 0, 0, *size)
     if crop is None:
-        batch = view.permute(1, 2, 0)[None].permute(0, 3, 1, 2)  # with strides of channels last
-        rendered = F.interpolate(batch, size, mode="bicubic", antialias=True)[0]
+        view = _cut(image, origin.top, origin.left, origin.height, origin.width)
+        if not origin.flipped:  # what F.interpolate calls, but that it knows no out
+            torch.ops.aten._upsample_bicubic2d_aa.out(view, size, False, out=pixels)
+            return out
+        rendered = F.interpolate(view, size, mode="bicubic", antialias=True)
     else:
+        bottom, right = origin.top + origin.height, origin.left + origin.width
+        view = image[:, origin.top : bottom, origin.left : right]
         rendered = _render_part(view, size, crop, origin.flipped)
-    return rendered.flip(-1) if origin.flipped else rendered  # last, as it is smaller by then
+        rendered = _cut(rendered, 0, 0, *size)
+    if not origin.flipped:
+        return out.copy_(rendered[0])
+    rows = max(_FLIPPED_BYTES // (3 * size[1]), 1)
+    for top in range(0, size[0], rows):
+        pixels[:, :, top : top + rows] = rendered[:, :, top : top + rows].flip(-1)
+    return out
+
+
+def _cut(image: Tensor, top: int, left: int, height: int, width: int) -> Tensor:
+    """Return a part of an image ``[3, H, W]`` as a batch of one, with strides of channels last.
+
+    By one operator: each costs some microseconds after a decoding, which leaves the caches cold.
+    """
+    strides = image.numel(), *image.stride()
+    first = image.storage_offset() + top * strides[2] + left * strides[3]
+    return image.as_strided((1, 3, height, width), strides, first)
 
 
 def _render_part(view: Tensor, size: Size, crop: Sequence[float], flipped: bool) -> Tensor:

@@ -304,7 +304,7 @@ class _Views(Dataset[Any]):
             origin = random_origin(source, task.size, self._config, generator)
             for view, crops in task.views.items():
                 crop = None if crops is None else crops[row]
-                pixels[view][row] = render(image, origin, view.size, crop)
+                render(image, origin, view.size, crop, out=pixels[view][row])
             keys.append(key)
             origins.append(origin)
         return _Batch(pixels, tuple(keys), tuple(origins), tuple(bad))

@@ -40,8 +40,10 @@ def random_stream(*key: int) -> np.random.Philox:
     """Make a stream of random numbers that depends on ``key`` alone."""
     # SeedSequence fills up with zeros, so the length is part of what it is given.
     parts = [len(key), *(part & _WORD for part in key)]
-    words = np.array(parts, dtype=np.uint64).view(np.uint32)
-    return np.random.Philox(np.random.SeedSequence(words.tolist()))
+    words = np.array(parts, dtype=np.uint64).view(
+        np.uint32
+    )  # a list would take three times as long
+    return np.random.Philox(np.random.SeedSequence(words))
 
 
 def view_generator(seed: int, position: int) -> np.random.Generator:

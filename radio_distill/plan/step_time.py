@@ -1,16 +1,17 @@
 """How long a step takes on GPUs when all that runs is priced, and what bounds it. All estimated.
 
-Kernels of a process run one after another: products at :data:`PRODUCTS` of the peak, the others at
-:data:`STREAMING` of the memory's bandwidth. The host launches them meanwhile, so a step takes the
-larger of both, then the exchange of gradients and the optimizer. ``plan``'s hours do not follow
-from this but from the utilisation that is assumed; here the launches, the elementwise operators and
-the exchange are told apart. Left out: the losses, decoding, evaluation, checkpoints, compilation,
-and the overlap of the exchange with the backward pass.
+Kernels of a process run one after another: products at a share of the peak, the others at a share
+of the memory's bandwidth (:class:`Speed`). The host launches them meanwhile and copies the next
+images, so a step takes the largest of the three, then the exchange of gradients, the optimizer and
+the one synchronisation; where the device is the host, launches are part of its work. ``plan``'s
+hours do not follow from this but from the utilisation that is assumed. Left out: the losses,
+decoding, evaluation, checkpoints, compilation, and the overlap of the exchange with the backward
+pass.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from ..distill.micro_batches import MicroBatch
 from ..stage import Stage
@@ -18,17 +19,18 @@ from .cost import ModelCosts, PartitionCost, TeacherCost
 from .meter import Work
 from .work import other_dtype
 
-PRODUCTS = 0.6
-"""Share of the peak that matrix products alone reach. Assumed: 600 of 989 TFLOP/s on an H100."""
-STREAMING = 0.8
-"""Share of the bandwidth that elementwise kernels reach. Assumed: 2.7 of 3.35 TB/s on an H100."""
 LAUNCH = 16e-6
 """Seconds of the host for one operator, autograd included: a pass of ViT-B with spectral matrices
 took 43.7 ms of one core of an EPYC Milan, over 2,234 operators without heads and losses and about
 2,730 with them; which of them the time holds is not certain, so it is 16 to 20 microseconds."""
-NODE, NVLINK, NETWORK = 8, 370e9, 40e9
-"""Devices of a node, and bytes a second that a device's all-reduce moves in it and beyond. Assumed:
-four fifths of NVLink's 450 GB/s in one direction (H100), and of one 400 Gb/s port a device."""
+REFILL = 10
+"""Operators that the host launches before the device has work again, after it has waited for it at
+the end of a step. Assumed."""
+NODE, NETWORK = 8, 40e9
+"""Devices of a node, and bytes a second that a device's all-reduce moves beyond it. Assumed: four
+fifths of one 400 Gb/s port a device."""
+PINNED = 25e9
+"""Bytes a second of a copy from pinned memory. Assumed: four fifths of PCIe 4."""
 OPTIMIZER_PASSES = {"lamb": 20}
 """How often an optimizer reads or writes a float32 tensor of the parameters' size. Estimated, not
 counted; others, AdamW, take :data:`OTHER_PASSES`."""
@@ -49,11 +51,19 @@ class Speed:
     float32: float
     streaming: float
     """Bytes of elementwise kernels."""
+    link: float = 370e9
+    """Bytes of an all-reduce among the devices of a node."""
+    launch: float = 0
+    """Seconds of an operator where the device is its own host; on others launches go beside."""
+
+    @property
+    def is_host(self) -> bool:
+        return self.launch > 0
 
     def seconds(self, work: Work, dtype: str) -> float:
         """Return how long the device is busy with some work."""
         rate = self.float32 if dtype == "float32" else self.bfloat16
-        return work.flops / rate + work.traffic / self.streaming
+        return work.flops / rate + work.traffic / self.streaming + work.kernels * self.launch
 
 
 @dataclass(frozen=True)
@@ -78,19 +88,29 @@ class StepTime:
     """Device time of teachers' encoders."""
     learn: float
     """Device time of the student's forward and backward passes, without those of padding."""
+    other: float
+    """Device time of upsamplers, normalizers and padding; a mean over devices too."""
     elementwise: float
-    """What of these two is memory traffic."""
+    """What of encoding and learning is memory traffic."""
     device: float
     launches: float
     copies: float
     exchange: float
     optimizer: float
+    waits: float
     passes: float
     """From the first pass to the last."""
+    floats: float = 0
+    """Copies that nothing else goes beside; else 0."""
 
     @property
     def total(self) -> float:
-        return self.passes + self.copies + self.exchange + self.optimizer
+        return self.passes + self.floats + self.exchange + self.optimizer + self.waits
+
+    @property
+    def waiting(self) -> float:
+        """Device time that the mean device waits for the busiest."""
+        return max(self.device - self.encode - self.learn - self.other, 0)  # rounding
 
     @property
     def useful(self) -> float:
@@ -99,17 +119,18 @@ class StepTime:
 
     @property
     def bound(self) -> str:
-        """What takes most: ``launches`` where the host is slower than the device."""
-        if self.launches > self.device:
-            return "launches"
+        """What takes most: ``launches`` or ``copies`` where the host is slower than the device."""
+        if max(self.launches, self.copies) > self.device:
+            return "launches" if self.launches > self.copies else "copies"
         computing = self.encode + self.learn - self.elementwise
         parts = {
             "products": computing,
             "elementwise": self.elementwise,
             "exchange": self.exchange,
             "optimizer": self.optimizer,
-            "copies": self.copies,
-            "waiting": self.device - self.encode - self.learn,
+            "copies": self.floats,
+            "waiting": self.waiting,
+            "other": self.other,
         }
         return max(parts, key=lambda name: parts[name])
 
@@ -122,6 +143,7 @@ class _Rank:
     elementwise: float = 0
     launches: float = 0
     copies: float = 0
+    floats: float = 0
     waiting: float = 0
     """The passes' time where the host waits in each."""
 
@@ -147,20 +169,32 @@ def step_time(
     sums = [_rank(stage, measured, work, speed, schedule) for work in ranks]
     devices = len(sums)
     parameters = 4 * costs.parameters
-    link = NVLINK if devices <= NODE else NETWORK
+    link = speed.link if devices <= NODE else min(speed.link, NETWORK)
     times = OPTIMIZER_PASSES.get(stage.config.optimizer, OTHER_PASSES)
     device = max(item.encode + item.learn + item.other for item in sums)
-    launches = max(item.launches for item in sums)
+    launches = 0 if speed.is_host else max(item.launches for item in sums)
+    copies = 0 if speed.is_host else max(item.copies for item in sums)
     return StepTime(
         encode=sum(item.encode for item in sums) / devices,
         learn=sum(item.learn for item in sums) / devices,
+        other=sum(item.other for item in sums) / devices,
         elementwise=sum(item.elementwise for item in sums) / devices,
         device=device,
         launches=launches,
-        copies=max(item.copies for item in sums),
+        copies=copies,
         exchange=2 * (devices - 1) / devices * parameters / link,
         optimizer=times * parameters / speed.streaming,
-        passes=max(max(item.waiting for item in sums), device, launches),
+        waits=0 if speed.is_host else REFILL * schedule.launch,
+        passes=max(max(item.waiting for item in sums), device, launches, copies),
+        floats=max(item.floats for item in sums),
+    )
+
+
+def mean(times: Sequence[StepTime]) -> StepTime:
+    """Return the mean step of several that draw different sizes."""
+    names = [item.name for item in fields(StepTime)]
+    return StepTime(
+        **{name: sum(getattr(item, name) for item in times) / len(times) for name in names}
     )
 
 
@@ -172,7 +206,7 @@ def _rank(
     schedule: Schedule,
 ) -> _Rank:
     """Add up the passes of one process."""
-    encode = learn = other = elementwise = launches = copies = waiting = 0.0
+    encode = learn = other = elementwise = launches = copies = floats = waiting = 0.0
     for micro in work:
         images = micro.stop - micro.start
         seen: set[object] = set()
@@ -201,13 +235,15 @@ def _rank(
             launches += host + launched
             if schedule.waits:
                 waiting += max(device, host) + max(took, launched)
+            pixels = [3 * images * math.prod(size) for size in set(cost.rendered.values())]
             if schedule.float_copies:
-                sizes = set(cost.rendered.values())
-                copies += sum(map(_copy, (12 * images * math.prod(size) for size in sizes)))
-    return _Rank(encode, learn, other, elementwise, launches, copies, waiting)
+                floats += sum(_float_copy(4 * size) for size in pixels)
+            else:
+                copies += sum(pixels) / PINNED
+    return _Rank(encode, learn, other, elementwise, launches, copies, floats, waiting)
 
 
-def _copy(size: int) -> float:
+def _float_copy(size: int) -> float:
     """Return the seconds in which the host makes and copies one view's float32 pixels, in bytes."""
     return size / PAGEABLE + size / (CONVERSION if size < MAPPED else SLOW_CONVERSION)
 

@@ -26,10 +26,16 @@ from .memory import (
     state_memory,
     step_memory,
 )
+from .step_time import LAUNCH, Speed, StepTime, mean, step_time
 from .work import other_dtype, with_work
 
 UTILISATION = 0.35
 """Share of the peak that a step reaches. Assumed: transformers are trained at 0.3 to 0.5."""
+PRODUCTS, FLOAT32_PRODUCTS = 0.6, 0.75
+"""Share of the peak that matrix products alone reach. Assumed: 590 and 50 TFLOP/s on an H100."""
+STREAMING, LINK = 0.8, 0.82
+"""Share of the bandwidth that elementwise kernels and all-reduces reach. Assumed: 2.7 TB/s and
+370 GB/s on an H100."""
 MOST_DRAWS = 60
 """Steps that are looked at where sizes are drawn."""
 DECODE_SECONDS, RENDER_SECONDS = 2.7e-3, 1.7e-9
@@ -39,11 +45,29 @@ DECODE_SECONDS, RENDER_SECONDS = 2.7e-3, 1.7e-9
 
 @dataclass(frozen=True)
 class DeviceType:
-    """A kind of device: dense peaks in TFLOP/s, and the memory that torch sees, in GiB."""
+    """A kind of device: dense peaks in TFLOP/s, and the memory that torch sees, in GiB.
+
+    What bounds a step beside products has: TB/s of the memory and, in one direction, GB/s of the
+    link to the other devices of a node.
+    """
 
     bfloat16: float
     float32: float
     memory: float
+    bandwidth: float = 1.0
+    link: float = 25
+    is_host: bool = False
+
+    @property
+    def speed(self) -> Speed:
+        """What its kernels do in a second."""
+        return Speed(
+            PRODUCTS * 1e12 * self.bfloat16,
+            FLOAT32_PRODUCTS * 1e12 * self.float32,
+            STREAMING * 1e12 * self.bandwidth,
+            LINK * 1e9 * self.link,
+            LAUNCH if self.is_host else 0,
+        )
 
     def flops_per_second(self, dtype: str) -> float:
         """Return the peak of matrix products in a type of number; float16 is as bfloat16."""
@@ -57,15 +81,16 @@ class DeviceType:
 
 DEVICES = {
     # NVIDIA A100 data sheet, SXM; float32 without TF32, which torch does not use unless told to
-    "a100-40": DeviceType(312, 19.5, 39),
-    "a100-80": DeviceType(312, 19.5, 79),
+    "a100-40": DeviceType(312, 19.5, 39, 1.555, 300),
+    "a100-80": DeviceType(312, 19.5, 79, 2.039, 300),
     # NVIDIA H100 and H200 data sheets, SXM; half of the peaks printed there, which are for sparsity
-    "h100": DeviceType(989, 67, 79),
-    "h200": DeviceType(989, 67, 139),
-    # NVIDIA Ada architecture white paper: bfloat16 summed in float32, without sparsity
-    "rtx4090": DeviceType(165, 82.6, 23),
-    # Two cores at 3 GHz with 32 float32 and 64 bfloat16 operations a cycle (AMD Zen 4); 8 GiB free
-    "cpu": DeviceType(0.38, 0.19, 8),
+    "h100": DeviceType(989, 67, 79, 3.35, 450),
+    "h200": DeviceType(989, 67, 139, 4.8, 450),
+    # NVIDIA Ada architecture white paper: bfloat16 summed in float32, without sparsity; PCIe 4
+    "rtx4090": DeviceType(165, 82.6, 23, 1.008, 32),
+    # Two cores at 3 GHz with 32 float32 and 64 bfloat16 operations a cycle (AMD Zen 4); 8 GiB free;
+    # bandwidth as two such cores reached it, processes that exchange through memory
+    "cpu": DeviceType(0.38, 0.19, 8, 0.04, 5, is_host=True),
 }
 
 
@@ -86,6 +111,8 @@ class StagePlan:
     """Mean work of the devices over that of the busiest."""
     decoding_cores: float
     """Cores that the busiest device keeps busy with decoding, or it waits for its images."""
+    parts: StepTime
+    """Where the mean step's time is expected to go, at rates of its own: :mod:`.step_time`."""
     statistics_seconds: float
     """What estimating the teachers' statistics takes before the first step."""
 
@@ -157,6 +184,7 @@ def plan_stage(
         step_seconds=waits / len(steps) / utilisation,
         busy=sum(map(sum, seconds)) / devices / waits,
         decoding_cores=decoding / waits * utilisation,
+        parts=mean([step_time(costs, stage, measured, ranks, device.speed) for ranks in steps]),
         statistics_seconds=_statistics_seconds(costs, stage, device) / devices / utilisation,
     )
 

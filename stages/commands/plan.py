@@ -64,6 +64,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Print the plan."""
     if not 0 < arguments.utilisation <= 1:
         raise ConfigError(f"--utilisation: {arguments.utilisation} is not between 0 and 1")
+    from radio_distill.plan.step_time import LAUNCH
+
     from ..planning import build_models, plan_stages
     from .missing import find_missing
 
@@ -82,7 +84,15 @@ def run(arguments: argparse.Namespace) -> int:
         f"At an assumed {arguments.utilisation:.0%} of the {device.bfloat16:g} TFLOP/s (bfloat16) "
         f"and {device.float32:g} TFLOP/s (float32) of one {kind}; without "
         "communication and evaluation. Times hold the statistics of the teachers, which each stage "
-        "begins with.\n"
+        "begins with."
+    )
+    speed = device.speed
+    console.print(
+        f"A step's parts at rates of their own, assumed too: {speed.bfloat16 / 1e12:.3g} TFLOP/s "
+        f"(bfloat16) and {speed.float32 / 1e12:.3g} (float32) of products, "
+        f"{speed.streaming / 1e12:.3g} TB/s of elementwise operators (part of teachers' and "
+        f"student's time), {1e6 * LAUNCH:g} µs of the host for each, {speed.link / 1e9:.3g} GB/s "
+        "of gradients within a node. Useful: teachers and student.\n"
     )
     for plan in plans:
         for line in hints(plan.stage):
@@ -161,6 +171,7 @@ def _tables(
         _partition_table(plans),
         _memory_table(plans, device),
         _time_table(plans, price),
+        _step_table(plans),
         _resolved_table(plans),
     ]
 
@@ -285,6 +296,30 @@ def _time_table(plans: "Sequence[StagePlan]", price: float) -> Table:
         )  # fmt: skip
     table.add_row("all", *[""] * 9, *_times(plans, price), style="bold")
     return table
+
+
+def _step_table(plans: "Sequence[StagePlan]") -> Table:
+    """Say where a step's time is expected to go, and what bounds it."""
+    parts = (
+        "encode", "learn", "other", "waiting", "elementwise", "launches", "copies", "exchange",
+        "optimizer", "waits",
+    )  # fmt: skip
+    table = _table(
+        "A step's parts, estimated, ms (launches and copies go beside the devices' work)", "stage",
+        "all", "useful", "bound by", "teachers", "student", "other", "unequal work",
+        "elementwise", "launches", "copies", "exchange", "optimizer", "waits",
+    )  # fmt: skip
+    for plan in plans:
+        step = plan.parts
+        times = (_milliseconds(getattr(step, part)) for part in parts)
+        table.add_row(
+            plan.stage.name, _milliseconds(step.total), f"{step.useful:.0%}", step.bound, *times
+        )
+    return table
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1000 * seconds:,.{0 if seconds > 0.1 else 1}f}"
 
 
 def _resolved_table(plans: "Sequence[StagePlan]") -> Table:

@@ -455,6 +455,15 @@ def test_step_time__products_alone_are_operations_over_rate_and_launches_hide_be
         assert fast.total < slow.total < price(real, launch=1.0, float_copies=True).total
         assert slow.passes == pytest.approx(slow.launches)
         assert price(real, waits=True).passes >= price(real).passes
+        host = price(replace(real, launch=1e-6))
+        alone = price(replace(real, launch=1e-30))
+        assert host.launches == host.copies == host.waits == 0
+        kernels = slow.launches / 1.0
+        assert host.total - alone.total == pytest.approx(1e-6 * kernels), (
+            "launches are its own work"
+        )
+        parts = host.encode + host.learn + host.other + host.waiting
+        assert parts == pytest.approx(host.device) == pytest.approx(host.passes)
         first = ranks[0][0].passes[0]
         padding = replace(ranks[0][0], start=0, stop=1, passes=(replace(first, image_weight=0.0),))
         idle = step_time(costs, stage, counted, [[padding]], real)
