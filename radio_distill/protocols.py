@@ -265,7 +265,11 @@ class Task(Protocol):
 
 @runtime_checkable
 class Benchmark(Protocol):
-    """Scores any encoder, student and teacher alike."""
+    """Scores any encoder, student and teacher alike.
+
+    One whose ``run`` takes a further ``show`` hands it a few examples to look at
+    (``evals.examples``).
+    """
 
     name: str
 

@@ -28,6 +28,7 @@ from ..errors import ConfigError
 from ..geometry import homography, in_unit, inside, sample, transform, warp
 from ..types import Score, Size
 from .encoder import Encoder, to_pixels
+from .examples import Show, shown_matches, shown_of
 from .protocol import file_names, protocol_of
 
 GREY = 0.5  # what a warped view shows beyond its image
@@ -63,25 +64,33 @@ class Correspondence:
         encoder: Encoder,
         limit: int | None = None,
         progress: Callable[[int, int], None] | None = None,
+        show: Show | None = None,
     ) -> list[Score]:
         """Match every image with its warp; all points of all images count alike."""
         size = size_pair(self.size)
         images = load_images(self.images, limit)
         generator = torch.Generator().manual_seed(self.seed)
+        shown, middle = shown_of(len(images), show), self.thresholds[len(self.thresholds) // 2]
         errors = []
         for index, (_, image) in enumerate(images):
             matrix = random_homography(size, self.rotation, self.zoom, self.perspective, generator)
-            errors.append(self._errors(encoder, to_pixels(image, size), matrix))
+            views = torch.stack([pixels := to_pixels(image, size), warped(pixels, matrix)])
+            queries, truth, found = self._match(encoder, views, matrix)
+            errors.append((found - truth).norm(dim=1))
+            if show is not None and index in shown:
+                show(shown_matches([*views], [queries, truth, found], middle))
             if progress is not None:
                 progress(index + 1, len(images))
         thresholds = self.thresholds, self.shares
         protocol = protocol_of(self, images=file_names(images.keys))
         return recalls(self.name, torch.cat(errors), size, *thresholds, len(images), protocol)
 
-    def _errors(self, encoder: Encoder, pixels: Tensor, matrix: Tensor) -> Tensor:
-        """Return the distances, in pixels, between where points are matched and where they are."""
-        size = (pixels.shape[1], pixels.shape[2])
-        spatial = encoder(torch.stack([pixels, warped(pixels, matrix)])).spatial
+    def _match(
+        self, encoder: Encoder, views: Tensor, matrix: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return points of an image, where they are in its warp, and where they are found."""
+        size = (views.shape[2], views.shape[3])
+        spatial = encoder(views).spatial
         queries = grid_points(size, self.query_stride)
         truth = transform(queries, matrix)
         shown = inside(truth, size)
@@ -90,7 +99,7 @@ class Correspondence:
         nearest = nearest_neighbours(
             sample(spatial[0], queries, size), sample(spatial[1], targets, size)
         )
-        return (targets[nearest] - truth).norm(dim=1)
+        return queries, truth, targets[nearest]
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +121,7 @@ class Stereo:
         encoder: Encoder,
         limit: int | None = None,
         progress: Callable[[int, int], None] | None = None,
+        show: Show | None = None,
     ) -> list[Score]:
         """Match the left view with the right; occluded points and points without truth are out.
 
@@ -120,7 +130,7 @@ class Stereo:
         left, right, disparity = stereo_pair()
         size = (left.shape[1], left.shape[2])
         spatial = encoder(torch.stack([left, right])).spatial
-        errors = []
+        errors, matches = [], []
         rows = range(self.stride // 2, size[0], self.stride)
         visible = visible_in_right(disparity)
         for done, row in enumerate(rows, start=1):
@@ -131,9 +141,15 @@ class Stereo:
                 sample(spatial[0], _row_points(columns, row), size),
                 sample(spatial[1], _row_points(every_column, row), size),
             )
-            errors.append((nearest - (columns - disparity[row, columns])).abs())
+            truth = columns - disparity[row, columns]
+            errors.append((nearest - truth).abs())
+            matches.append([_row_points(some, row) for some in (columns, truth, nearest)])
             if progress is not None:
                 progress(done, len(rows))
+        if show is not None:
+            points = [torch.cat(some) for some in zip(*matches, strict=True)]
+            middle = self.thresholds[len(self.thresholds) // 2]
+            show(shown_matches([left, right], points, middle))
         return recalls(self.name, torch.cat(errors), size, self.thresholds, self.shares, 1)
 
 

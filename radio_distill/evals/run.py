@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from functools import partial
 from hashlib import sha256
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from ..types import Score, Size
 from .cache import SummaryCache
 from .datasets import DATASETS
 from .encoder import Encoder, size_text
+from .examples import Shown
 from .masks import open_set
 from .protocol import protocol_of, quick
 
@@ -149,6 +151,7 @@ def evaluate(
     progress: Callable[[str, int, int], None] | None = None,
     asked: Mapping[str, str] | None = None,
     write: Callable[[list[Score]], None] | None = None,
+    show: Callable[[str, Shown], None] | None = None,
 ) -> list[Score]:
     """Score ``encoder`` on the benchmarks of ``config``.
 
@@ -166,6 +169,7 @@ def evaluate(
         progress: called with (benchmark, done, total).
         asked: by benchmark, what its scores say of how it was asked (:func:`asked_of`).
         write: called with the scores of each benchmark as soon as they are there.
+        show: called before that with (benchmark, example) by benchmarks that show some.
 
     Raises:
         ConfigError: a benchmark that does not exist, or that lacks its data.
@@ -181,8 +185,11 @@ def evaluate(
     for name, benchmark in zip(config.benchmarks, benchmarks, strict=True):
         report = partial(progress, benchmark.name) if progress else None
         sizes: dict[Size, None] = {}
+        ask: Callable[..., list[Score]] = benchmark.run
+        if show is not None and "show" in signature(ask).parameters:
+            ask = partial(ask, show=partial(show, benchmark.name))
         try:
-            result = benchmark.run(_noting(encoder, sizes), config.limit or None, report)
+            result = ask(_noting(encoder, sizes), config.limit or None, report)
         except NoLayersError as error:
             logger.warning("%s is passed over: %s", name, error)
             continue

@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 from ..errors import DataError
 from ..types import Score, Size
-from .encoder import Encoder, encode_images
+from .encoder import Encoder, encode_images, to_pixels
+from .examples import Show, as_bytes, shown_maps, shown_of
 from .masks import Ignore, SegmentationSet, listed, open_set
 from .metrics import IGNORED, confusion_matrix, mean_iou, num_shown
 from .probes import AdamW, LinearProbe
@@ -57,13 +58,14 @@ class Segmentation:
         encoder: Encoder,
         limit: int | None = None,
         progress: Callable[[int, int], None] | None = None,
+        show: Show | None = None,
     ) -> list[Score]:
         """Train the probe on one split and score it on the other; ``limit`` thins out each."""
         data, masks = self._labels(limit)
         split, paths = len(data.train), [pair.image for pair in data.train + data.val]
         features = self._encode(encoder, paths, (self.size, self.size), progress)
         probe = self._fit(features[:split], masks[:split], data, encoder.device)
-        return self._scores(probe, {"miou": features[split:]}, masks[split:], data)
+        return self._scores(probe, {"miou": features[split:]}, masks[split:], data, show)
 
     def _labels(self, limit: int | None) -> tuple[SegmentationSet, list[Tensor]]:
         """Open the set, and read the masks of both splits."""
@@ -101,17 +103,25 @@ class Segmentation:
         features: Mapping[str, Sequence[Tensor]],
         masks: Sequence[Tensor],
         data: SegmentationSet,
+        show: Show | None,
     ) -> list[Score]:
-        """Score the probe on the maps of the validation split, or on several kinds of them."""
+        """Score the probe on the maps of the validation split, or on several kinds of them.
+
+        Those of the first kind are shown.
+        """
+        shown, size = shown_of(len(data.val), show), (self.size, self.size)
         used = [file_names(pair.image for pair in split) for split in (data.train, data.val)]
         protocol = protocol_of(self, train=used[0], val=used[1])
         scores = []
         for metric, maps in features.items():
             confusion = torch.zeros(probe.num_classes, probe.num_classes, dtype=torch.long)
-            for spatial, mask in zip(maps, masks, strict=True):
+            for number, (spatial, mask) in enumerate(zip(maps, masks, strict=True)):
                 logits = F.interpolate(probe(spatial[None]), mask.shape, mode="bilinear")
                 answer = logits[0].argmax(dim=0).cpu()
                 confusion += confusion_matrix(answer, mask, probe.num_classes)
+                if show is not None and number in shown and not scores:
+                    pixels = as_bytes(to_pixels(data.val[number].image, size))
+                    show(shown_maps(pixels, {"segmentation": mask}, {"segmentation": logits}))
             details: dict[str, int | str] = {
                 "classes": num_shown(confusion),
                 "ignored": listed(data.ignore),
@@ -143,6 +153,7 @@ class FeaturePreservation(Segmentation):
         encoder: Encoder,
         limit: int | None = None,
         progress: Callable[[int, int], None] | None = None,
+        show: Show | None = None,
     ) -> list[Score]:
         """Train the probe on coarse maps; progress counts these, then the upsampled ones."""
         if encoder.before is None:
@@ -162,4 +173,4 @@ class FeaturePreservation(Segmentation):
         probe = self._fit(coarse[:split], masks[:split], data, encoder.device)
         upsampled = self._encode(encoder, paths[split:], fine, report(len(paths)))
         maps = {"miou": upsampled, "miou_coarse": coarse[split:]}
-        return self._scores(probe, maps, masks[split:], data)
+        return self._scores(probe, maps, masks[split:], data, show)

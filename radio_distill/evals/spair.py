@@ -22,7 +22,8 @@ from ..data.folder import spread
 from ..types import Score
 from .datasets.spair import Spair, SpairPair
 from .encoder import Encoder, open_image, to_pixels
-from .metrics import pck_per_image, pck_per_point, transfer_errors
+from .examples import Show, ShownMatches, shown_matches, shown_of
+from .metrics import pck_per_image, pck_per_point, transfer_errors, transferred
 from .protocol import protocol_of
 
 
@@ -70,14 +71,19 @@ class KeypointTransfer:
         encoder: Encoder,
         limit: int | None = None,
         progress: Callable[[int, int], None] | None = None,
+        show: Show | None = None,
     ) -> list[Score]:
         """Match the pairs, class by class; ``limit`` thins them out."""
         pairs = spread(Spair(Path(self.data)).pairs("test"), limit)
+        shown = {pairs[number].key for number in shown_of(len(pairs), show)}
         matched: dict[str, list[_Matched]] = {}
         for category in dict.fromkeys(pair.category for pair in pairs):
             some = [pair for pair in pairs if pair.category == category]
             maps = self._encode(encoder, some)
             matched[category] = [_match(pair, maps) for pair in some]
+            for pair in some:
+                if show is not None and pair.key in shown:
+                    show(self._example(pair, maps))
             if progress is not None:
                 progress(sum(map(len, matched.values())), len(pairs))
         return self._scores(matched)
@@ -92,6 +98,17 @@ class KeypointTransfer:
             pixels = torch.stack([to_pixels(squared(open_image(path)), size) for path in some])
             maps |= zip(some, F.normalize(encoder(pixels).spatial, dim=1), strict=True)
         return maps
+
+    def _example(self, pair: SpairPair, maps: Mapping[Path, Tensor]) -> ShownMatches:
+        """Match a pair's keypoints again, to be drawn; a cell stands for its centre."""
+        points, source, target = pair.keypoints(), maps[pair.source], maps[pair.target]
+        left, top, right, bottom = points.target_box
+        asked = (points.source / max(points.source_size)).to(source)
+        found = max(points.target_size) * transferred(source, target, asked).cpu()
+        sizes = {pair.source: points.source_size, pair.target: points.target_size}
+        views = [to_pixels(path, size) for path, size in sizes.items()]
+        within = self.threshold * max(right - left, bottom - top)
+        return shown_matches(views, [points.source, points.target, found], within)
 
     def _scores(self, matched: Matched) -> list[Score]:
         every = [match for some in matched.values() for match in some]

@@ -21,6 +21,7 @@ from ..errors import DataError
 from ..system.distributed import current_world
 from ..types import Score, Size
 from .encoder import Encoder, open_image
+from .examples import Show, shown_maps, shown_of
 from .probe_training import Example, Heads, encode, examples, in_whole_patches, train
 from .protocol import protocol_of
 
@@ -132,6 +133,7 @@ class TrainedBenchmark(ABC):
         encoder: Encoder,
         limit: int | None = None,
         progress: Callable[[int, int], None] | None = None,
+        show: Show | None = None,
     ) -> list[Score]:
         """Train the heads on one split and score them on the other; ``limit`` thins out each.
 
@@ -156,10 +158,14 @@ class TrainedBenchmark(ABC):
         world = current_world()
         meters = self.meters(encoder.device)
         own = test[world.rank :: world.world_size]
+        shown = shown_of(len(own), show if world.is_main else None)
         with examples(self.test_example, own, encoder.device) as stream:
             for number, example in enumerate(stream, 1):
                 labels = {name: it.to(encoder.device) for name, it in example.labels.items()}
-                self.measure(meters, self._predict(encoder, heads, example.pixels), labels)
+                outputs = self._predict(encoder, heads, example.pixels)
+                self.measure(meters, outputs, labels)
+                if show is not None and number - 1 in shown:
+                    show(shown_maps(example.pixels, labels, outputs))
                 report(self.steps + number * world.world_size)
         report(total)
         for meter in meters.values():

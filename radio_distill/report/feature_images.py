@@ -139,8 +139,12 @@ def image_grid(
     columns: Sequence[str],
     side: int = 224,
 ) -> Image.Image:
-    """Lay images out in a table with a label above each column and above each row."""
-    pitch_x, pitch_y = side + MARGIN, side + LABEL_HEIGHT + MARGIN
+    """Lay images out in a table with a label above each column and above each row.
+
+    They are at most ``side`` pixels wide; rows are as high as the highest.
+    """
+    highest = max((cell.height for line in images for cell in line), default=side)
+    pitch_x, pitch_y = side + MARGIN, highest + LABEL_HEIGHT + MARGIN
     size = (MARGIN + len(columns) * pitch_x, LABEL_HEIGHT + len(rows) * pitch_y + MARGIN)
     sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import yaml
+from PIL import Image
 
 from radio_distill.config import EvaluationConfig, dtypes_of
 from radio_distill.errors import ConfigError, DataError
@@ -27,6 +28,7 @@ from radio_distill.evals.checkpoint_subjects import (
     untrained_subject,
 )
 from radio_distill.evals.encoder import Encoder, Target, student_encoder, teacher_encoder
+from radio_distill.evals.examples import Shown
 from radio_distill.evals.fidelity import targets_of
 from radio_distill.evals.gain import MultiTaskGain, multi_task_gain
 from radio_distill.evals.headlines import in_order
@@ -38,6 +40,7 @@ from radio_distill.models.heads import DistilledStudent, build_student
 from radio_distill.normalize.normalizers import normalizers_of
 from radio_distill.protocols import Teacher
 from radio_distill.registry import nearest
+from radio_distill.report.examples import draw, write_examples
 from radio_distill.report.gain_tables import gain_table
 from radio_distill.system.distributed import choose_device, current_world, run_on_main, world_from
 from radio_distill.system.files import write_text
@@ -183,8 +186,20 @@ def score_into(
     if found := [name for name in asked if asked[name] in there]:
         logger.info("%s: %s already in %s (--again scores anew)", text, ", ".join(found), path)
 
+    shown: dict[str, list[Image.Image]] = {}
+
+    def show(benchmark: str, example: Shown) -> None:
+        shown.setdefault(benchmark, []).append(draw(example))
+
     def write(scores: list[Score]) -> None:
-        run_on_main(world, lambda: write_scores(path, subject, scores))
+        examples = {one: shown.pop(one, []) for one in {score.benchmark for score in scores}}
+
+        def keep() -> None:
+            write_scores(path, subject, scores)
+            for benchmark, images in examples.items():
+                write_examples(path, subject, benchmark, images)
+
+        run_on_main(world, keep)
 
     elsewhere = {score.asked for score in known} - there
     if elsewhere:
@@ -194,7 +209,7 @@ def score_into(
         with _bars(text) as report:
             config = replace(evaluation, benchmarks=lacking)
             encoder = replace(make(), weights=subject.weights)
-            new = evaluate(encoder, config, report, asked, write)
+            new = evaluate(encoder, config, report, asked, write, show)
         known += new
         given = {score.asked for score in new}
         if left := [name for name in lacking if asked[name] not in given]:

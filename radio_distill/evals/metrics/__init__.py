@@ -17,6 +17,7 @@ from .matching import (
     pck_per_point,
     ratio_matches,
     transfer_errors,
+    transferred,
 )
 from .normals import NormalErrors, PooledNormals, angles_between, normal_errors, normals_from_depth
 from .retrieval import recalls_both_ways
@@ -67,4 +68,5 @@ __all__ = [
     "tokens_of",
     "top_k_accuracy",
     "transfer_errors",
+    "transferred",
 ]

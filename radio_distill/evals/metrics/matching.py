@@ -45,20 +45,15 @@ def best_cells(queries: Tensor, target: Tensor) -> Tensor:
     return torch.stack([index % width, index // width], dim=1)
 
 
-def transfer_errors(
-    source: Tensor,
-    target: Tensor,
-    source_points: Tensor,
-    target_points: Tensor,
-    as_published: bool = False,
+def transferred(
+    source: Tensor, target: Tensor, source_points: Tensor, as_published: bool = False
 ) -> Tensor:
-    """Return how far keypoints carried from one map to another land from the truth, ``[K]``.
+    """Return where keypoints land that are carried from one map to another, ``[K, 2]`` (x, y).
 
     Args:
         source: ``[C, h, w]`` features of a square image; so are those of ``target``.
         target: ``[C, h, w]``.
         source_points: ``[K, 2]`` (x, y) in [0, 1] of the source image.
-        target_points: ``[K, 2]`` (x, y) in [0, 1] of the target image, the truth.
         as_published: Probe3D's SPair arithmetic: the source is sampled as if its outer cells had
             their centres on the image's rim, and a match is the upper left corner of its cell, a
             bias of up to a cell. By default both are at cells' centres.
@@ -68,8 +63,19 @@ def transfer_errors(
     queries = F.grid_sample(unit, grid, align_corners=as_published)[0, :, 0].T  # [K, C]
     h, w = target.shape[1:]
     found = best_cells(queries, target) + (0.0 if as_published else 0.5)
-    place = found / torch.tensor([w, h], device=found.device)
-    return (place - target_points).norm(dim=1)
+    return found / torch.tensor([w, h], device=found.device)
+
+
+def transfer_errors(
+    source: Tensor,
+    target: Tensor,
+    source_points: Tensor,
+    target_points: Tensor,
+    as_published: bool = False,
+) -> Tensor:
+    """Return how far :func:`transferred` points land from the truth ``target_points``, ``[K]``."""
+    landed = transferred(source, target, source_points, as_published)
+    return (landed - target_points).norm(dim=1)
 
 
 def pck_per_point(errors: list[Tensor], threshold: float) -> float:

@@ -1,0 +1,184 @@
+"""Predictions beside the truth: drawn, kept beside the scores, and found again for a page.
+
+They lie in ``evaluation/ENCODER/BENCHMARK/N.png`` in the folder of the score file.
+"""
+
+from collections.abc import Iterable, Sequence
+from functools import cache
+from pathlib import Path
+from urllib.parse import quote
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageOps
+from torch import Tensor
+
+from ..evals.examples import Shown, ShownMaps, ShownMatches
+from ..evals.metrics import IGNORED
+from ..evals.score_set import ScoreSet
+from ..evals.subjects import Subject
+from ..system.files import replacing
+from .feature_images import MARGIN, image_grid
+from .page import Figure
+
+FOLDER = "evaluation"
+SIDE = 256
+"""Longer side of a picture or a map, in pixels."""
+MATCH_SIDE = 360
+"""The same of a pair of pictures with matches."""
+
+_FINER = 2  # lines are drawn so much larger and made smaller, for smooth edges
+_FOUND, _MISSED = (63, 193, 255), (255, 122, 26)  # blue and orange: told apart by all eyes
+_UNKNOWN = 128  # grey, where there is no truth
+
+CAPTIONS = {
+    "segmentation": "Each class has one colour in all pictures; white is no class.",
+    "parts": "Each part has one colour in all pictures; white is none.",
+    "depth": "Depth from near (blue) to far (red), both maps in the range of the truth; grey is "
+    "unknown.",
+    "normals": "Red, green and blue are x, y and z of the normal; grey is unknown.",
+    "saliency": "White is salient.",
+    "matches": "A line ends where a point was found: blue near enough to the truth, orange too "
+    "far, with a ring where it should be.",
+}
+
+
+def draw(example: Shown) -> Image.Image:
+    """Draw an example: picture, prediction and truth of each task, or two pictures and lines."""
+    if not isinstance(example, ShownMaps):
+        return _matches(example)
+    picture = _fitted(Image.fromarray(_rows(example.pixels)), Image.Resampling.BICUBIC)
+    lines = []
+    for name, truth in example.truth.items():
+        maps = [_painted(name, it, truth) for it in (example.prediction[name], truth)]
+        lines.append([picture, *maps])
+    return image_grid(lines, list(example.truth), ["image", "prediction", "truth"], SIDE)
+
+
+def _rows(pixels: Tensor) -> np.ndarray:
+    return np.ascontiguousarray(pixels.permute(1, 2, 0).numpy())
+
+
+def _fitted(image: Image.Image, resampling: Image.Resampling, side: int = SIDE) -> Image.Image:
+    return ImageOps.contain(image, (side, side), resampling)
+
+
+def _painted(name: str, values: Tensor, truth: Tensor) -> Image.Image:
+    """Paint a map as its name asks for; ``truth`` says in which range, and where it is known."""
+    if name in ("segmentation", "parts"):
+        numbers = torch.where(values == IGNORED, 256, values % 256)
+        colours = class_colours()[numbers.numpy()]
+        return _fitted(Image.fromarray(colours), Image.Resampling.NEAREST)
+    if name == "normals":
+        colours = _rows(((values + 1) * 127.5).round().clamp(0, 255).to(torch.uint8))
+    elif name == "saliency":
+        known = values.where(values != IGNORED, 0.5).clamp(0, 1)
+        colours = (known * 255).round().to(torch.uint8).numpy()
+    else:
+        colours = _depth(values, truth)
+    return _fitted(Image.fromarray(colours), Image.Resampling.BILINEAR)
+
+
+def _depth(values: Tensor, truth: Tensor) -> np.ndarray:
+    """Paint ``[H, W]`` from the truth's second to its 98th per cent; 0 is unknown."""
+    from matplotlib import colormaps
+
+    shown = truth[truth > 0] if (truth > 0).any() else values.flatten()
+    low, high = np.quantile(shown.numpy(), [0.02, 0.98])
+    share = ((values - low) / max(high - low, 1e-6)).clamp(0, 1)
+    colours: np.ndarray = colormaps["turbo"](share.numpy(), bytes=True)[..., :3]
+    colours[values.numpy() == 0] = _UNKNOWN
+    return np.ascontiguousarray(colours)
+
+
+@cache
+def class_colours() -> np.ndarray:
+    """Return ``[257, 3]`` uint8: colours of classes 0 to 255 as in VOC's masks, and white last."""
+    numbers = np.arange(256)
+    colours = np.zeros((257, 3), np.uint8)
+    for bit in range(8):
+        for channel in range(3):
+            colours[:256, channel] |= (numbers >> (3 * bit + channel) & 1).astype(np.uint8) << (
+                7 - bit
+            )
+    colours[256] = 255
+    return colours
+
+
+def _matches(example: ShownMatches) -> Image.Image:
+    """Draw a line from each point of the source to where it was found in the target."""
+    pictures, scales = [], []
+    for pixels in (example.source, example.target):
+        image = Image.fromarray(_rows(pixels))
+        pictures.append(_fitted(image, Image.Resampling.BICUBIC, _FINER * MATCH_SIDE))
+        scales.append(pictures[-1].width / image.width)
+    left = pictures[0].width + _FINER * MARGIN  # of the target
+    sheet = Image.new("RGB", (left + pictures[1].width, max(it.height for it in pictures)), "white")
+    sheet.paste(pictures[0])
+    sheet.paste(pictures[1], (left, 0))
+    draw = ImageDraw.Draw(sheet)
+    missed = (example.found - example.truth).norm(dim=1) >= example.within
+    starts = example.points * scales[0]
+    ends, truths = (
+        it * scales[1] + torch.tensor([left, 0]) for it in (example.found, example.truth)
+    )
+    for start, end, truth, miss in zip(starts, ends, truths, missed.tolist(), strict=True):
+        colour = _MISSED if miss else _FOUND
+        line, radius = [*start.tolist(), *end.tolist()], 3 * _FINER
+        draw.line(line, "black", 2 * _FINER + 1)
+        draw.line(line, colour, _FINER + 1)
+        draw.circle(start.tolist(), radius, colour, "black")
+        draw.circle(end.tolist(), radius, colour, "black")
+        if miss:
+            draw.circle(truth.tolist(), radius + _FINER, None, "black", 2 * _FINER)
+            draw.circle(truth.tolist(), radius, None, "white", _FINER)
+    return sheet.reduce(_FINER)
+
+
+def write_examples(
+    file: Path, subject: Subject, benchmark: str, images: Sequence[Image.Image]
+) -> None:
+    """Keep a benchmark's examples of a model in the place of earlier ones.
+
+    Args:
+        file: score file of the model.
+        subject: the model.
+        benchmark: what was asked.
+        images: the examples, drawn.
+    """
+    folder = folder_of(file, subject) / benchmark
+    for number, image in enumerate(images):
+        with replacing(folder / f"{number}.png") as draft:
+            image.save(draft, "PNG", optimize=True)
+    for path in _numbered(folder)[len(images) :]:
+        path.unlink()
+
+
+def folder_of(file: Path, subject: Subject) -> Path:
+    """Return where the examples of a model lie: one place for what the score file has in one."""
+    parts = [subject.title, str(subject.step) if subject.step else ""]
+    if Path(subject.folder) != file.absolute().parent:
+        parts.insert(0, subject.run)
+    name = quote("-".join(filter(None, parts)), safe=" +=,()")
+    return file.parent / FOLDER / name
+
+
+def find_examples(files: Iterable[Path], scores: ScoreSet, most: int) -> list[Figure]:
+    """Find the examples of scored benchmarks beside score files, ``most`` of each model."""
+    found: dict[str, list[Figure]] = {}
+    for label, subjects in scores.subjects.items():
+        asked = dict.fromkeys(
+            name.partition("/")[0] for run in scores.results[label] for name in run
+        )
+        folders = {folder_of(file, subject) for file in files for subject in subjects}
+        for benchmark in asked:
+            paths = [path for folder in folders for path in _numbered(folder / benchmark)]
+            for path in paths[:most]:
+                figure = Figure(f"{benchmark}: {label}", "", path.read_bytes())
+                found.setdefault(benchmark, []).append(figure)
+    return [figure for figures in found.values() for figure in figures]
+
+
+def _numbered(folder: Path) -> list[Path]:
+    paths = [path for path in folder.glob("*.png") if path.stem.isdecimal()]
+    return sorted(paths, key=lambda path: int(path.stem))
