@@ -112,7 +112,7 @@ class Segmentation:
         shown, size = shown_of(len(data.val), show), (self.size, self.size)
         used = [file_names(pair.image for pair in split) for split in (data.train, data.val)]
         protocol = protocol_of(self, train=used[0], val=used[1])
-        scores = []
+        scores: list[Score] = []
         for metric, maps in features.items():
             confusion = torch.zeros(probe.num_classes, probe.num_classes, dtype=torch.long)
             for number, (spatial, mask) in enumerate(zip(maps, masks, strict=True)):
