@@ -1,8 +1,8 @@
 """Suites: which benchmarks are asked, and how, by one word.
 
 published
-    Every benchmark of FeatSharp's Table 2 (but the group VILA, whose harness is outside), NYU depth
-    and COCO detection, as their protocols have it, of the data sets that are named.
+    Every benchmark of FeatSharp's Table 2 (but the group VILA, whose harness is outside) and NYU
+    depth, as their protocols have it, of the data sets that are named.
 quick
     Every benchmark there is, at small size on whatever small sets are named: some minutes an
     encoder on a CPU. Its scores are of protocols whose names end in ``-quick``: they
@@ -25,7 +25,6 @@ Suite = Literal["quick", "published"]
 PUBLISHED = (
     *dict.fromkeys(n.partition("/")[0] for n, m in HEADLINES.items() if m.group != "VILA"),
     "nyu_depth",
-    "coco_detection",
 )
 QUICK_SIZE = 224
 """Longest side of a quick benchmark's pictures, in pixels: whole patches of 14 and of 16."""
@@ -88,8 +87,6 @@ def with_suite(config: EvaluationConfig, suite: Suite) -> tuple[EvaluationConfig
 
 def _reason_against(name: str, config: EvaluationConfig) -> str:
     """Return why a benchmark cannot be asked; empty where it can."""
-    if name not in BENCHMARKS.names():
-        return "is not there yet"
     if name == "stereo" and find_spec("skimage") is None:
         return "needs scikit-image"
     if name == "sam_coco" and not config.options.get(name, {}).get("decoder"):

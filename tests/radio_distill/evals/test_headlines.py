@@ -75,9 +75,9 @@ ENCODER = Encoder(
 )
 
 
-@pytest.mark.parametrize("name", [name for name in PUBLISHED if name in BENCHMARKS.names()])
+@pytest.mark.parametrize("name", [name for name in PUBLISHED if name != "sam_coco"])
 def test_benchmarks__headlines_are_those_of_the_table(name, tmp_path):
-    """On a generated set of the same layout, in the quick suite."""
+    """On a generated set of the same layout, in the quick suite; SAM needs a decoder."""
     wanted = {source.removeprefix("data.") for source in BENCHMARKS.get(name).sources.values()}
     data = {it: str(getattr(layouts, it)(tmp_path / it)) for it in wanted & set(DATASETS.names())}
     own = {"k": 2, "steps": 2, "size": 64, "crop": [64, 64], "fit": [64, 64]}
@@ -90,7 +90,7 @@ def test_benchmarks__headlines_are_those_of_the_table(name, tmp_path):
             group=score.group, higher_is_better=score.higher_is_better, unit=score.unit
         )
         for score in scores
-        if score.headline and not score.trained_for and score.group != "Detection"
+        if score.headline and not score.trained_for
     }
     assert found == {key: it for key, it in HEADLINES.items() if key.startswith(f"{name}/")}
     assert scores
