@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ..errors import ConfigError
+from ..evals.score_set import ScoreSet
 from .page import Figure
 
 PALETTE = ("#2f80d0", "#d9730d", "#2a9d6f", "#b6499a", "#8a7a00", "#6f6fd8", "#c9423f", "#3d9db3")
@@ -46,6 +47,36 @@ def training_curves(
         Figure(name, "", line_chart(lines, "step", prefix.strip("/_"), colours))
         for name, lines in panels.items()
     ]
+
+
+def size_curves(scores: ScoreSet) -> list[Figure]:
+    """Draw headline metrics over the shorter side of the input, a line an encoder.
+
+    A panel is drawn where an encoder has a metric at several sizes, each out of a file of its own.
+    """
+    titles: dict[str, str] = {}  # by weights, which say whether two results are of one encoder
+    panels: dict[str, dict[str, Points]] = {}
+    for label, subjects in scores.subjects.items():
+        first, many = subjects[0], len(subjects) > 1
+        title = label if many or first.title in titles.values() else first.title
+        title = titles.setdefault(first.weights or label, title)
+        for name, metric in scores.definitions.items():
+            values = [run[name] for run in scores.results[label] if name in run]
+            side = _side(scores.measured[label][name].pixels) if values else None
+            if metric.headline and side is not None:
+                panels.setdefault(name, {}).setdefault(title, []).append((side, _mean(values)))
+    return [
+        Figure(name, "", line_chart(lines, "shorter side, px", scores.definitions[name].unit))
+        for name in panels
+        if any(len(points) > 1 for points in panels[name].values())
+        for lines in [{title: sorted(points) for title, points in panels[name].items()}]
+    ]
+
+
+def _side(pixels: str) -> int | None:
+    """Return the shorter side of sizes ``HEIGHTxWIDTH``; None unless all share it."""
+    sides = {min(map(int, size.split("x"))) for size in pixels.split(", ") if size}
+    return sides.pop() if len(sides) == 1 else None
 
 
 Points = list[tuple[float, float]]
@@ -111,7 +142,7 @@ def line_chart(
         FigureCanvasSVG(canvas)
         axes = canvas.subplots()
         for label, points in lines.items():
-            marker = "o" if len(points) == 1 else ""
+            marker = "o" if len(points) < 10 else ""
             axes.plot(
                 *zip(*points, strict=True) if points else ([], []),
                 color=colours[label], label=label, linewidth=1.6, marker=marker, markersize=4,

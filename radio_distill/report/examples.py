@@ -1,6 +1,7 @@
 """Predictions beside the truth: drawn, kept beside the scores, and found again for a page.
 
-They lie in ``evaluation/ENCODER/BENCHMARK/N.png`` in the folder of the score file.
+They lie in ``evaluation/ENCODER/BENCHMARK/N.png`` beside ``scores.jsonl``, and in
+``FILE-evaluation/`` beside a ``FILE.jsonl``.
 """
 
 from collections.abc import Iterable, Sequence
@@ -16,7 +17,7 @@ from torch import Tensor
 from ..evals.examples import Shown, ShownMaps, ShownMatches
 from ..evals.metrics import IGNORED
 from ..evals.score_set import ScoreSet
-from ..evals.subjects import Subject
+from ..evals.subjects import MODEL, SCORES, Subject
 from ..system.files import replacing
 from .feature_images import MARGIN, image_grid
 from .page import Figure
@@ -31,16 +32,26 @@ _FINER = 2  # lines are drawn so much larger and made smaller, for smooth edges
 _FOUND, _MISSED = (63, 193, 255), (255, 122, 26)  # blue and orange: told apart by all eyes
 _UNKNOWN = 128  # grey, where there is no truth
 
-CAPTIONS = {
-    "segmentation": "Each class has one colour in all pictures; white is no class.",
-    "parts": "Each part has one colour in all pictures; white is none.",
-    "depth": "Depth from near (blue) to far (red), both maps in the range of the truth; grey is "
-    "unknown.",
-    "normals": "Red, green and blue are x, y and z of the normal; grey is unknown.",
-    "saliency": "White is salient.",
-    "matches": "A line ends where a point was found: blue near enough to the truth, orange too "
-    "far, with a ring where it should be.",
-}
+LEGEND = (
+    (
+        "classes",
+        "one colour each in all pictures; white is none",
+    ),
+    (
+        "depth",
+        "from near (blue) to far (red), in the range of the truth; grey is unknown",
+    ),
+    (
+        "normals",
+        "red, green and blue are x, y and z; grey is unknown",
+    ),
+    (
+        "matches",
+        "a line ends where a point was found: blue near enough to the truth, orange too far, with "
+        "a ring at the truth",
+    ),
+)
+"""Names and texts, for a page that shows examples."""
 
 
 def draw(example: Shown) -> Image.Image:
@@ -157,10 +168,13 @@ def write_examples(
 def folder_of(file: Path, subject: Subject) -> Path:
     """Return where the examples of a model lie: one place for what the score file has in one."""
     parts = [subject.title, str(subject.step) if subject.step else ""]
-    if Path(subject.folder) != file.absolute().parent:
+    is_model = subject.reference.startswith(f"{MODEL} ")
+    own = file.name == SCORES and Path(subject.folder) == file.absolute().parent
+    if not (is_model or own):  # of a run, in a file that may hold those of several
         parts.insert(0, subject.run)
     name = quote("-".join(filter(None, parts)), safe=" +=,()")
-    return file.parent / FOLDER / name
+    folder = FOLDER if file.name == SCORES else f"{file.stem}-{FOLDER}"
+    return file.parent / folder / name
 
 
 def find_examples(files: Iterable[Path], scores: ScoreSet, most: int) -> list[Figure]:

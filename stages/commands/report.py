@@ -1,15 +1,17 @@
 """One self-contained HTML page of a run: gain table, scores, curves, feature images, recipe.
 
     radio-distill report runs/demo --baseline bilinear
+    radio-distill report scores.jsonl at-448.jsonl --output public.html
 
 The run must have been scored (`radio-distill eval`); its students and teachers are loaded again to
-paint what they see at several resolutions.
+paint what they see at several resolutions. Files of scores without a run have a page of their
+scores alone; where an encoder has scores at several sizes, it shows them over the size.
 """
 
 import argparse
 import logging
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,7 +29,8 @@ from ..arguments import (
 
 if TYPE_CHECKING:
     from radio_distill.evals.gain import MultiTaskGain
-    from radio_distill.report.page import Figure
+    from radio_distill.evals.score_set import ScoreSet
+    from radio_distill.report.page import Figure, Section
     from radio_distill.report.tables import Table
     from radio_distill.train.checkpoint import Checkpoint
 
@@ -35,17 +38,22 @@ logger = logging.getLogger(__name__)
 
 SIZES = (224, 336, 448, 672)
 """Sides at which features are painted, in pixels."""
+EXAMPLES = 2
+"""Examples of each benchmark and model on a page."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``radio-distill report``."""
     add_trust_argument(parser)
-    parser.add_argument("folder", type=Path, help="run folder")
     parser.add_argument(
-        "--baseline", help="student that the others are compared with (default: the first stage 3)"
+        "paths", nargs="+", type=Path, help="run folder; or files and folders of scores"
     )
     parser.add_argument(
-        "--output", type=Path, metavar="FILE", help="(default: report.html in the run folder)"
+        "--baseline",
+        help="model that the others are compared with (default: a run's first stage 3)",
+    )
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="(default: report.html beside the scores)"
     )
     add_num_images_argument(parser, 3)
     add_images_argument(parser)
@@ -53,8 +61,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Write the page."""
-    asked = arguments
-    path = report(asked.folder, asked.baseline, asked.output, asked.num_images, asked.images)
+    from radio_distill.train.checkpoint import stage_folders
+
+    asked, first = arguments, arguments.paths[0]
+    if len(asked.paths) == 1 and first.is_dir() and stage_folders(first):
+        path = report(first, asked.baseline, asked.output, asked.num_images, asked.images)
+    else:
+        path = score_page(asked.paths, asked.baseline, asked.output)
     print(f"report: {path}")
     return 0
 
@@ -82,7 +95,7 @@ def report(
     output = output or folder / "report.html"
     check_output(output)
     newest = [*students.values()][-1]
-    gain, tables = _tables(folder, students, baseline)
+    gain, scores = _compared(folder, students, baseline)
     logs = sorted(
         path for path in folder.glob("stage*/metrics.jsonl") if "." not in path.parent.name
     )
@@ -92,20 +105,61 @@ def report(
         Section("result", "Result", gain_tables(gain)),
         Section("run", "What was run", facts=_facts(newest, students)),
         Section("training", "Training", panels=curves),
-        Section("scores", "Scores", tables),
+        *_score_sections([folder], scores),
         Section("features", "Features", sheets=sheets),
         Section("recipe", "Recipe", settings=dump(newest.recipe)),
     ]
     return write_page(output, f"radio_distill: {newest.recipe.name}", sections)
 
 
-def _tables(
+def score_page(paths: Sequence[Path], baseline: str | None, output: Path | None) -> Path:
+    """Write the page of files and folders of scores; returns its path."""
+    from radio_distill.evals.gain import multi_task_gain
+    from radio_distill.evals.scores import read_scores
+    from radio_distill.report.gain_tables import gain_tables
+    from radio_distill.report.page import Section, write_page
+
+    beside = paths[0] if paths[0].is_dir() else paths[0].parent
+    output = output or beside / "report.html"
+    check_output(output)
+    scores = read_scores(paths)
+    tables: list[Table] = []
+    if baseline is not None:
+        scores.check_alike()
+        named = scores.named(baseline, "baseline")
+        lacking, remarks = scores.teachers, scores.remarks()
+        tables = gain_tables(
+            multi_task_gain(
+                scores.results, named, scores.definitions, may_lack=lacking, remarks=remarks
+            )
+        )
+    sections = [Section("result", "Result", tables), *_score_sections(paths, scores)]
+    return write_page(output, "radio_distill: scores", sections)
+
+
+def _score_sections(paths: Sequence[Path], scores: "ScoreSet") -> "list[Section]":
+    """Lay out scores, the same over the size of the input, and examples."""
+    from radio_distill.evals.scores import score_files
+    from radio_distill.report.charts import size_curves
+    from radio_distill.report.examples import LEGEND, find_examples
+    from radio_distill.report.gain_tables import headline_table, score_tables
+    from radio_distill.report.page import Section
+
+    read = scores.results, scores.definitions, scores.measured
+    examples = find_examples(list(score_files(paths)), scores, EXAMPLES)
+    return [
+        Section("scores", "Scores", [headline_table(*read), *score_tables(*read)]),
+        Section("sizes", "Scores over the size of the input", panels=size_curves(scores)),
+        Section("examples", "Examples", facts=LEGEND if examples else (), sheets=examples),
+    ]
+
+
+def _compared(
     folder: Path, students: "Mapping[str, Checkpoint]", baseline: str | None
-) -> "tuple[MultiTaskGain, list[Table]]":
-    """Compare those students that were scored; and lay out all scores of the run."""
+) -> "tuple[MultiTaskGain, ScoreSet]":
+    """Compare those students that were scored; and return all scores of the run."""
     from radio_distill.evals.checkpoint_subjects import student_subject
     from radio_distill.evals.scores import read_scores
-    from radio_distill.report.gain_tables import headline_table, score_tables
 
     from .scoring import gain_of
 
@@ -128,8 +182,7 @@ def _tables(
     if baseline is not None and len(chosen) > 1:
         raise ConfigError(f"--baseline {baseline} may be {' or '.join(chosen)}; name one")
     gain = gain_of(folder, [*scored.values()], scored[chosen[0]], references=True)
-    read = scores.results, scores.definitions, scores.measured
-    return gain, [headline_table(*read), *score_tables(*read)]
+    return gain, scores
 
 
 def _sheets(students: "Mapping[str, Checkpoint]", num_images: int, source: str) -> "list[Figure]":
