@@ -89,7 +89,7 @@ DEVICES = {
     # NVIDIA Ada architecture white paper: bfloat16 summed in float32, without sparsity; PCIe 4
     "rtx4090": DeviceType(165, 82.6, 23, 1.008, 32),
     # Two cores at 3 GHz with 32 float32 and 64 bfloat16 operations a cycle (AMD Zen 4); 8 GiB free;
-    # bandwidth as two such cores reached it, processes that exchange through memory
+    # bandwidth and the exchange of processes through memory are assumed
     "cpu": DeviceType(0.38, 0.19, 8, 0.04, 5, is_host=True),
 }
 
