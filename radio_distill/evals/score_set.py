@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from ..errors import DataError, UnknownNameError
 from ..registry import nearest
@@ -19,6 +20,8 @@ class ScoreSet:
     definitions: dict[str, Metric] = field(default_factory=dict)
     subjects: dict[str, list[Subject]] = field(default_factory=dict)
     """The subject of each result, for those out of JSON lines."""
+    files: dict[str, list[Path]] = field(default_factory=dict)
+    """The file of each of these."""
     measured: dict[str, dict[str, Measured]] = field(default_factory=dict)
     """``{label: {metric: how}}``, for those out of JSON lines."""
     notes: list[str] = field(default_factory=list)
@@ -139,6 +142,7 @@ class ScoreSet:
             results,
             {name: metric for name, metric in self.definitions.items() if name in metrics},
             {name: self.subjects[name] for name in names if name in self.subjects},
+            {name: self.files[name] for name in names if name in self.files},
             {name: self.measured[name] for name in names if name in self.measured},
             self.notes,
         )

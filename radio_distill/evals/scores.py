@@ -49,7 +49,7 @@ def read_scores(paths: Iterable[str | Path], settled: Iterable[str] = ()) -> Sco
     scores, tables, results = ScoreSet(), list[Path](), list[_Result]()
     given = frozenset(settled)
     called = dict(map(called_file, paths))
-    for path in {path.resolve(): path for path in score_files(called)}.values():
+    for path in {path.resolve(): path for path in _files(called)}.values():
         if path.suffix == ".jsonl":
             _read_json_lines(path, scores, given, results)
         elif path.suffix in SUFFIXES:
@@ -163,8 +163,7 @@ def _line(
     return {"subject": names[subject], **subject.to_line(path), **score}
 
 
-def score_files(paths: Iterable[str | Path]) -> Iterator[Path]:
-    """Give the files of scores that some paths name, files themselves or folders."""
+def _files(paths: Iterable[str | Path]) -> Iterator[Path]:
     for path in map(Path, paths):
         yield from _below(path) if path.is_dir() else [path]
 
@@ -220,6 +219,7 @@ def _add_results(scores: ScoreSet, results: Sequence[_Result]) -> None:
         for result in model:
             scores.results.setdefault(label, []).append(result.values)
             scores.subjects.setdefault(label, []).append(result.subject)
+            scores.files.setdefault(label, []).append(result.file)
             scores.measured.setdefault(label, {}).update(result.measured)
     seeds = {label: of for label, of in scores.subjects.items() if len(of) > 1 and of[0].is_known}
     for label, of in seeds.items():

@@ -4,7 +4,7 @@ They lie in ``evaluation/ENCODER/BENCHMARK/N.png`` beside ``scores.jsonl``, and 
 ``FILE-evaluation/`` beside a ``FILE.jsonl``.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from urllib.parse import quote
@@ -177,14 +177,14 @@ def folder_of(file: Path, subject: Subject) -> Path:
     return file.parent / folder / name
 
 
-def find_examples(files: Iterable[Path], scores: ScoreSet, most: int) -> list[Figure]:
-    """Find the examples of scored benchmarks beside score files, ``most`` of each model."""
+def find_examples(scores: ScoreSet, most: int) -> list[Figure]:
+    """Find the examples of scored benchmarks beside their files, ``most`` of each model."""
     found: dict[str, list[Figure]] = {}
     for label, subjects in scores.subjects.items():
         asked = dict.fromkeys(
             name.partition("/")[0] for run in scores.results[label] for name in run
         )
-        folders = {folder_of(file, subject) for file in files for subject in subjects}
+        folders = list(map(folder_of, scores.files[label], subjects))
         for benchmark in asked:
             paths = [path for folder in folders for path in _numbered(folder / benchmark)]
             for path in paths[:most]:

@@ -25,8 +25,9 @@ MINUS = "\N{MINUS SIGN}"
 DASH = "\N{EN DASH}"  # stands for a value that is not there
 GAP = 2  # letters between columns in the terminal
 MOST_COLUMNS = 9
+"""Of a table on a page, unless it has more rows than columns."""
 MOST_LETTERS = 100
-"""Of columns, and of letters across, of a table on a page, unless it has more rows than columns."""
+"""Across a table on a page, unless it is no narrower on its side."""
 ARROWS = {"higher": "↑", "lower": "↓"}
 
 _LATEX = {
@@ -161,8 +162,10 @@ class Table:
     def page_grid(self) -> Grid:
         """Return the grid as a page shows it: on its side where it is wide and low."""
         grid = self.grid()
-        wide = sum(grid.widths) > MOST_LETTERS or len(self.columns) > MOST_COLUMNS
-        return grid.turned() if wide and len(self.columns) > len(self.rows) + 1 else grid
+        turned = grid.turned()
+        wide = len(self.columns) > max(MOST_COLUMNS, len(self.rows) + 1)
+        fits_turned = sum(turned.widths) <= MOST_LETTERS < sum(grid.widths)
+        return turned if wide or fits_turned else grid
 
     def to_markdown(self) -> str:
         """Write a GitHub-flavoured table, padded so that its source reads well too."""

@@ -105,7 +105,7 @@ def report(
         Section("result", "Result", gain_tables(gain)),
         Section("run", "What was run", facts=_facts(newest, students)),
         Section("training", "Training", panels=curves),
-        *_score_sections([folder], scores),
+        *_score_sections(scores),
         Section("features", "Features", sheets=sheets),
         Section("recipe", "Recipe", settings=dump(newest.recipe)),
     ]
@@ -133,20 +133,19 @@ def score_page(paths: Sequence[Path], baseline: str | None, output: Path | None)
                 scores.results, named, scores.definitions, may_lack=lacking, remarks=remarks
             )
         )
-    sections = [Section("result", "Result", tables), *_score_sections(paths, scores)]
+    sections = [Section("result", "Result", tables), *_score_sections(scores)]
     return write_page(output, "radio_distill: scores", sections)
 
 
-def _score_sections(paths: Sequence[Path], scores: "ScoreSet") -> "list[Section]":
+def _score_sections(scores: "ScoreSet") -> "list[Section]":
     """Lay out scores, the same over the size of the input, and examples."""
-    from radio_distill.evals.scores import score_files
     from radio_distill.report.charts import size_curves
     from radio_distill.report.examples import LEGEND, find_examples
     from radio_distill.report.gain_tables import headline_table, score_tables
     from radio_distill.report.page import Section
 
     read = scores.results, scores.definitions, scores.measured
-    examples = find_examples(list(score_files(paths)), scores, EXAMPLES)
+    examples = find_examples(scores, EXAMPLES)
     return [
         Section("scores", "Scores", [headline_table(*read), *score_tables(*read)]),
         Section("sizes", "Scores over the size of the input", panels=size_curves(scores)),

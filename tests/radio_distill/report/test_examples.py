@@ -135,9 +135,10 @@ def test_write_examples__replaces_and_tells_models_apart(tmp_path):
     scores = ScoreSet(
         results={label: [{"voc/miou": 1.0}] for label in subjects},
         subjects={label: [subject] for label, subject in subjects.items()},
+        files={label: [file] for label in subjects},
     )
     scores.results["a"] = [{"spair/recall": 1.0}]  # its examples are of an earlier evaluation
-    found = find_examples([file], scores, 4)
+    found = find_examples(scores, 4)
     assert len(found) == len(subjects) - 1
     shown = Path(tmp_path / "shown.png")
     assert isinstance(found[0].image, bytes)
