@@ -164,8 +164,8 @@ class Table:
         grid = self.grid()
         turned = grid.turned()
         wide = len(self.columns) > max(MOST_COLUMNS, len(self.rows) + 1)
-        fits_turned = sum(turned.widths) <= MOST_LETTERS < sum(grid.widths)
-        return turned if wide or fits_turned else grid
+        wide |= sum(grid.widths) > max(MOST_LETTERS, sum(turned.widths))
+        return turned if wide else grid
 
     def to_markdown(self) -> str:
         """Write a GitHub-flavoured table, padded so that its source reads well too."""

@@ -64,7 +64,8 @@ def run(arguments: argparse.Namespace) -> int:
     from radio_distill.train.checkpoint import stage_folders
 
     asked, first = arguments, arguments.paths[0]
-    if len(asked.paths) == 1 and first.is_dir() and stage_folders(first):
+    is_run = first.is_dir() and (stage_folders(first) or not any(first.rglob(SCORES)))
+    if len(asked.paths) == 1 and is_run:
         path = report(first, asked.baseline, asked.output, asked.num_images, asked.images)
     else:
         path = score_page(asked.paths, asked.baseline, asked.output)
