@@ -1,8 +1,8 @@
-"""Random views of pictures together with their labels, as semantic segmentation trains on them.
+"""Random views of images together with their labels, as semantic segmentation trains on them.
 
 ::
 
-    picture, labels ─► scale ─► crop ─► flip ─► distort the colours ─► pad to the crop
+    image, labels ─► scale ─► crop ─► flip ─► distort the colours ─► pad to the crop
 
 As in mmsegmentation's pipeline, which RADIO, DINOv2 and DINOv3 use. Every draw is from the
 generator that the caller gives, one for each position in the order of training, so that views
@@ -22,7 +22,7 @@ from ..types import Size
 from .metrics import IGNORED
 
 Labels = Mapping[str, Tensor]
-"""Maps of a picture by name, ``[H, W]`` or ``[C, H, W]``; see ``datasets.LabelledImage.labels``."""
+"""Maps of an image by name, ``[H, W]`` or ``[C, H, W]``; see ``datasets.LabelledImage.labels``."""
 
 UNKNOWN: Mapping[str, int] = {"depth": 0, "normals": 0}
 """What a label says where nothing is known; others say IGNORED."""
@@ -32,11 +32,11 @@ _TRIES = 10
 
 @dataclass(frozen=True, slots=True)
 class Augmentation:
-    """How pictures are varied; see the module's text."""
+    """How images are varied; see the module's text."""
 
     crop: Size
     fit: Size | None = None
-    """Longer and shorter side that a picture is made to fit in at scale 1; None: as it is."""
+    """Longer and shorter side that an image is made to fit in at scale 1; None: as it is."""
     scale: tuple[float, float] = (0.5, 2.0)
     most_of_one_class: float = 0.75
     """Share of a crop that one class of ``segmentation`` may cover; else it is drawn again, at most
@@ -92,7 +92,7 @@ class Augmentation:
 
 
 def resized(pixels: Tensor, labels: Labels, size: Size) -> tuple[Tensor, dict[str, Tensor]]:
-    """Resize a picture bilinearly, without antialias as OpenCV does, and labels to the nearest."""
+    """Resize an image bilinearly, without antialias as OpenCV does, and labels to the nearest."""
     if tuple(pixels.shape[-2:]) != size:
         pixels = vision.resize(pixels, list(size), antialias=False)
     return pixels, {name: nearest(label, size) for name, label in labels.items()}
@@ -110,7 +110,7 @@ def nearest(label: Tensor, size: Size) -> Tensor:
 
 
 def flipped(pixels: Tensor, labels: Labels) -> tuple[Tensor, dict[str, Tensor]]:
-    """Mirror a picture and its labels: left becomes right, also for the x of normals."""
+    """Mirror an image and its labels: left becomes right, also for the x of normals."""
     mirrored = {name: label.flip(-1) for name, label in labels.items()}
     if "normals" in mirrored:
         mirrored["normals"] = mirrored["normals"] * torch.tensor([-1.0, 1.0, 1.0])[:, None, None]
@@ -120,7 +120,7 @@ def flipped(pixels: Tensor, labels: Labels) -> tuple[Tensor, dict[str, Tensor]]:
 def padded(
     pixels: Tensor, labels: Labels, size: Size, centred: bool = False
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Pad a picture with black, and its labels with what says that nothing is known."""
+    """Pad an image with black, and its labels with what says that nothing is known."""
     below, right = (max(want - have, 0) for want, have in zip(size, pixels.shape[-2:], strict=True))
     if not below and not right:
         return pixels, dict(labels)

@@ -1,9 +1,9 @@
 """Depth and normals out of frozen maps: Probe3D on NAVI, and NYU depth as DINOv2 reports it.
 
 Both of Probe3D (arXiv 2404.08636) train a pyramid on four layers for ten epochs of every fourth
-picture. Its program had mistakes when the numbers of RADIO and FeatSharp were made, which
-``as_published`` repeats: slopes of depth between pictures of a batch, nearest upsampling, truth of
-normals that is sheared, pictures that always come in one order.
+image. Its program had mistakes when the numbers of RADIO and FeatSharp were made, which
+``as_published`` repeats: slopes of depth between images of a batch, nearest upsampling, truth of
+normals that is sheared, images that always come in one order.
 """
 
 from abc import abstractmethod
@@ -23,7 +23,7 @@ from .augmentation import Augmentation, Labels, nearest, resized
 from .datasets import DATASETS
 from .losses import depth_loss, uncertain_angular_loss
 from .metrics import (
-    PictureMeans,
+    ImageMeans,
     align_scale_and_shift,
     depth_errors,
     eigen_crop,
@@ -40,7 +40,7 @@ _NEAR = 0.001  # metres
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NaviProbe(TrainedBenchmark):
-    """A pyramid on pictures of NAVI: all of multiview to train on, wild sets to test."""
+    """A pyramid on images of NAVI: all of multiview to train on, wild sets to test."""
 
     steps: int = 2_570
     images_per_step: int = 8
@@ -51,7 +51,7 @@ class NaviProbe(TrainedBenchmark):
     hidden: int = 512
     """Width of the head."""
     every: int = 4
-    """One picture in so many is used, of either split."""
+    """One image in so many is used, of either split."""
     as_published: bool = False
     """Repeat the mistakes of the program of before November 2025."""
 
@@ -66,20 +66,20 @@ class NaviProbe(TrainedBenchmark):
         """Whether every epoch has an order of its own."""
         return not self.as_published
 
-    def pictures(self) -> tuple[Sequence[Any], Sequence[Any]]:
-        """List every fourth picture of multiview and of the wild sets."""
+    def images(self) -> tuple[Sequence[Any], Sequence[Any]]:
+        """List every fourth image of multiview and of the wild sets."""
         dataset = DATASETS.get("navi")(Path(self.data))
         return dataset.split("train")[:: self.every], dataset.split("val")[:: self.every]
 
     def training_example(self, image: Any, random: np.random.Generator | None) -> Example:
-        """Read the object of a picture and change its colours; without a generator, do not."""
+        """Read the object of an image and change its colours; without a generator, do not."""
         example = self.test_example(image)
         if random is None or random.random() >= 0.8:
             return example
         return example._replace(pixels=jittered(example.pixels, random))
 
     def test_example(self, image: Any) -> Example:
-        """Read the object of a picture, in a square around it."""
+        """Read the object of an image, in a square around it."""
         pixels, side = read_pixels(image), min(self.crop)
         factor = side / min(pixels.shape[-2:])
         height, width = (max(side, round(factor * length)) for length in pixels.shape[-2:])
@@ -92,7 +92,7 @@ class NaviProbe(TrainedBenchmark):
         return Example(image.key, nearest(pixels, self.crop), targets)
 
     def further_labels(self, image: Any, depth: Tensor) -> dict[str, Tensor]:
-        """Return labels that are made of the whole picture's depth ``[H, W]``."""
+        """Return labels that are made of the whole image's depth ``[H, W]``."""
         del image, depth
         return {}
 
@@ -143,7 +143,7 @@ class NaviDepth(NaviProbe):
     def meters(self, device: torch.device | str) -> Meters:
         """Make meters of depth as it is, and up to scale and shift."""
         names = (*SHARES, "rmse")
-        return {kind: PictureMeans(names, device) for kind in ("aware", "invariant")}
+        return {kind: ImageMeans(names, device) for kind in ("aware", "invariant")}
 
     def measure(
         self, meters: Meters, outputs: Mapping[str, Tensor], labels: Mapping[str, Tensor]
@@ -196,12 +196,12 @@ class NaviNormals(NaviProbe):
 
     def meters(self, device: torch.device | str) -> Meters:
         """Make a meter of the three shares and the error."""
-        return {"normals": PictureMeans((*SHARES, "rmse"), device)}
+        return {"normals": ImageMeans((*SHARES, "rmse"), device)}
 
     def measure(
         self, meters: Meters, outputs: Mapping[str, Tensor], labels: Mapping[str, Tensor]
     ) -> None:
-        """Compare the normals of a picture."""
+        """Compare the normals of an image."""
         target = labels["normals"][None]
         errors = normal_errors(outputs["normals"], target, target.any(dim=1))
         meters["normals"].update([errors.d1, errors.d2, errors.d3, errors.rmse])
@@ -217,7 +217,7 @@ class NyuDepth(TrainedBenchmark):
     """NYU Depth v2 in BTS' layout: four layers, made four times as fine, vote for 256 bins.
 
     DINOv2's head and loss with DINOv3's optimizer, for DINOv2's is not public; no [CLS]. Scores are
-    means over pictures in the Eigen crop, up to 10 m, of a picture and its mirror image.
+    means over images in the Eigen crop, up to 10 m, of an image and its mirror image.
     """
 
     crop: Size = (416, 544)
@@ -239,13 +239,13 @@ class NyuDepth(TrainedBenchmark):
     pools_step: ClassVar[bool] = True
     mirrors_test: ClassVar[bool] = True
 
-    def pictures(self) -> tuple[Sequence[Any], Sequence[Any]]:
-        """List BTS' training and test pictures."""
+    def images(self) -> tuple[Sequence[Any], Sequence[Any]]:
+        """List BTS' training and test images."""
         dataset = DATASETS.get("nyu_depth")(Path(self.data))
         return dataset.split("train"), dataset.split("val")
 
     def training_example(self, image: Any, random: np.random.Generator | None) -> Example:
-        """Read a picture, and crop and mirror it; without a generator, resize it to the crop."""
+        """Read an image, and crop and mirror it; without a generator, resize it to the crop."""
         pixels, labels = read_pixels(image), image.labels()
         if random is None:
             return Example(image.key, *resized(pixels, labels, self.crop))
@@ -253,7 +253,7 @@ class NyuDepth(TrainedBenchmark):
         return Example(image.key, *vary(pixels, labels, random))
 
     def test_example(self, image: Any) -> Example:
-        """Read a picture, whole."""
+        """Read an image, whole."""
         return Example(image.key, read_pixels(image), image.labels())
 
     def heads(self, channels: Sequence[int]) -> dict[str, nn.Module]:
@@ -270,7 +270,7 @@ class NyuDepth(TrainedBenchmark):
 
     def meters(self, device: torch.device | str) -> Meters:
         """Make a meter of the usual errors."""
-        return {"depth": PictureMeans(("rmse", "abs_rel", "d1"), device)}
+        return {"depth": ImageMeans(("rmse", "abs_rel", "d1"), device)}
 
     def measure(
         self, meters: Meters, outputs: Mapping[str, Tensor], labels: Mapping[str, Tensor]

@@ -15,12 +15,12 @@ from torch.nn import functional as F
 from ..data.folder import spread
 
 MOST: Final = 4
-"""Pictures or pairs that a benchmark shows."""
+"""Images or pairs that a benchmark shows."""
 
 
 @dataclass(frozen=True, slots=True)
 class ShownMaps:
-    """Maps that were predicted for a picture, and what they should be.
+    """Maps that were predicted for an image, and what they should be.
 
     Both are of one size, by name as in ``datasets.LabelledImage.labels``: ``segmentation`` and
     ``parts`` ``[H, W]`` int64 (``metrics.IGNORED`` is no class), ``saliency`` and ``depth``
@@ -35,7 +35,7 @@ class ShownMaps:
 
 @dataclass(frozen=True, slots=True)
 class ShownMatches:
-    """Points of a picture that were looked for in another; (x, y) in pixels, ``[K, 2]``."""
+    """Points of an image that were looked for in another; (x, y) in pixels, ``[K, 2]``."""
 
     source: Tensor
     """``[3, H, W]`` uint8; so is ``target``, of a size of its own."""
@@ -55,7 +55,7 @@ Show = Callable[[Shown], None]
 
 
 def shown_of(count: int, show: Show | None) -> list[int]:
-    """Return which of ``count`` test pictures or pairs are shown; none where nobody looks."""
+    """Return which of ``count`` test images or pairs are shown; none where nobody looks."""
     return [] if show is None else spread(range(count), MOST)
 
 

@@ -63,7 +63,7 @@ def gradient_loss(prediction: Tensor, target: Tensor, as_published: bool = False
         prediction: ``[B, 1, H, W]`` metres, positive.
         target: ``[B, 1, H, W]`` metres, 0 where not known.
         as_published: slice batch and channels in place of height and width, as Probe3D did up to
-            14 November 2025: the "slope" is then between *pictures* two apart in the batch.
+            14 November 2025: the "slope" is then between *images* two apart in the batch.
     """
     axes = (0, 1) if as_published else (2, 3)
     total = prediction.new_zeros(())

@@ -44,13 +44,13 @@ class MultiTaskProbe(TrainedBenchmark):
     tasks: ClassVar[Mapping[str, int]]
     """Channels of each head."""
 
-    def pictures(self) -> tuple[Sequence[Any], Sequence[Any]]:
-        """List the training and test pictures."""
+    def images(self) -> tuple[Sequence[Any], Sequence[Any]]:
+        """List the training and test images."""
         dataset = DATASETS.get(self.name)(Path(self.data))
         return dataset.split("train"), dataset.split("val")
 
     def training_example(self, image: Any, random: np.random.Generator | None) -> Example:
-        """Read a picture and vary it; without a generator, resize it to the crop."""
+        """Read an image and vary it; without a generator, resize it to the crop."""
         pixels, labels = read_pixels(image), image.labels()
         if random is None:
             return Example(image.key, *resized(pixels, labels, self.crop))
@@ -58,7 +58,7 @@ class MultiTaskProbe(TrainedBenchmark):
         return Example(image.key, *vary(pixels, labels, random))
 
     def test_example(self, image: Any) -> Example:
-        """Read a picture, at its own size, with black around it up to the crop's."""
+        """Read an image, at its own size, with black around it up to the crop's."""
         return Example(
             image.key, *padded(read_pixels(image), image.labels(), self.crop, centred=True)
         )
@@ -70,7 +70,7 @@ class MultiTaskProbe(TrainedBenchmark):
     def losses(
         self, outputs: Mapping[str, Tensor], labels: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Return the weighted loss of each task; zero for one that no picture of the step shows."""
+        """Return the weighted loss of each task; zero for one that no image of the step shows."""
         losses = {}
         for name, output in outputs.items():
             target = labels[name]
@@ -89,7 +89,7 @@ class MultiTaskProbe(TrainedBenchmark):
     def measure(
         self, meters: Meters, outputs: Mapping[str, Tensor], labels: Mapping[str, Tensor]
     ) -> None:
-        """Feed a test picture to the meter of each task."""
+        """Feed a test image to the meter of each task."""
         for name, output in outputs.items():
             target = labels[name][None]
             if name == "normals":
@@ -121,7 +121,7 @@ class MultiTaskProbe(TrainedBenchmark):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PascalContext(MultiTaskProbe):
-    """PASCAL-Context: 4,998 training and 5,105 test pictures, four tasks."""
+    """PASCAL-Context: 4,998 training and 5,105 test images, four tasks."""
 
     as_published: bool = False
     """Measure saliency as MLoRE's meter does, which takes the sigmoid of a probability."""
@@ -145,7 +145,7 @@ class PascalContext(MultiTaskProbe):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Nyud(MultiTaskProbe):
-    """NYUDv2: 795 training and 654 test pictures, three tasks; not NYU depth as DINOv2 has it."""
+    """NYUDv2: 795 training and 654 test images, three tasks; not NYU depth as DINOv2 has it."""
 
     crop: Size = (448, 576)
 

@@ -1,7 +1,7 @@
 """Do matching features show the same point of space? Views with depth and pose know.
 
 As Probe3D measures correspondence on NAVI (arXiv 2404.08636): features are brought to a fourth of
-the picture's size, every cell with depth looks for its nearest by cosine in the other view, the
+the image's size, every cell with depth looks for its nearest by cosine in the other view, the
 1,000 matches that stand out most (:func:`.metrics.ratio_matches`) are kept, and a match is as wrong
 as the two points are far apart in metres. Unlike in ``correspondence`` each encoder picks the
 matches that it is judged by.
@@ -36,7 +36,7 @@ ROTATIONS = (0, 30, 60, 90, 120)
 
 
 class View(NamedTuple):
-    """A picture, and where in space its cells lie."""
+    """An image, and where in space its cells lie."""
 
     pixels: Tensor
     """``[3, H, W]`` RGB in [0, 1]."""
@@ -65,7 +65,7 @@ class PosedMatching(ABC):
 
     data: str
     size: int = 512
-    """Shorter side of the pictures, in pixels."""
+    """Shorter side of the images, in pixels."""
     stride: int = 4
     """Pixels between the points that are matched."""
     most: int = 1000
@@ -80,11 +80,11 @@ class PosedMatching(ABC):
 
     @abstractmethod
     def pairs(self) -> Sequence[tuple[Any, Any]]:
-        """List the pairs of pictures."""
+        """List the pairs of images."""
 
     @abstractmethod
     def view(self, image: Any) -> View:
-        """Read a picture of a pair."""
+        """Read an image of a pair."""
 
     def run(
         self,
@@ -99,7 +99,7 @@ class PosedMatching(ABC):
             if progress is not None:
                 progress(len(errors), len(pairs))
         if not sum(len(error.metres) for error in errors):
-            raise DataError(f"{self.name}: no pair of pictures has depth in both; nothing to match")
+            raise DataError(f"{self.name}: no pair of images has depth in both; nothing to match")
         metres, pixels = (
             torch.cat([getattr(error, name) for error in errors]) for name in ("metres", "pixels")
         )
@@ -112,7 +112,7 @@ class PosedMatching(ABC):
             if some:
                 found[f"recall@{100 * middle:g}cm/{low}-{high}°"] = _share(torch.cat(some), middle)
         names = file_names(item.image for pair in pairs for item in pair)
-        protocol = protocol_of(self, pictures=names)
+        protocol = protocol_of(self, images=names)
         return [
             Score(
                 self.name, metric, 100 * value, "%", True, self.group, len(pairs),
@@ -144,7 +144,7 @@ class PosedMatching(ABC):
 
 @dataclass(frozen=True, slots=True)
 class NaviMatching(PosedMatching):
-    """NAVI's wild sets: every fourth picture of an object, and another one of it.
+    """NAVI's wild sets: every fourth image of an object, and another one of it.
 
     The other is drawn among those whose camera is turned by up to 120 degrees.
     """
@@ -156,7 +156,7 @@ class NaviMatching(PosedMatching):
     sources: ClassVar[dict[str, str]] = {"data": "data.navi"}
 
     def pairs(self) -> list[tuple[NaviImage, NaviImage]]:
-        """Draw a partner for each picture, and keep every fourth pair."""
+        """Draw a partner for each image, and keep every fourth pair."""
         generator = torch.Generator().manual_seed(self.seed)
         images, pairs = Navi(Path(self.data)).split("val"), []
         for name in dict.fromkeys(image.object for image in images):

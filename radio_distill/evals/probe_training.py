@@ -2,9 +2,9 @@
 
 ::
 
-    picture, labels ─► augment ─► encoder (frozen) ─► heads (float32) ─► losses
+    image, labels ─► augment ─► encoder (frozen) ─► heads (float32) ─► losses
 
-Pictures come from disk in every step, augmented anew. Which come in a step, and how they look, are
+Images come from disk in every step, augmented anew. Which come in a step, and how they look, are
 functions of seed and step, the encoder's passes may be of any size, and the heads see all images of
 a step as one batch, also where processes share them (:class:`.probe_heads.BatchNorm`). So the heads
 are the same for any number of processes but for rounding, and a probe that was killed goes on to
@@ -65,7 +65,7 @@ _MOST_WORKERS = 12
 
 
 class Example(NamedTuple):
-    """A picture as an encoder is to see it, and its labels."""
+    """An image as an encoder is to see it, and its labels."""
 
     key: str
     pixels: Tensor
@@ -82,8 +82,8 @@ class Heads(nn.ModuleDict):
 
 
 @dataclass
-class Pictures:
-    """The training pictures of a probe; a :class:`radio_distill.protocols.Source`."""
+class TrainingImages:
+    """The training images of a probe; a :class:`radio_distill.protocols.Source`."""
 
     benchmark: "TrainedBenchmark"
     images: Sequence[Any]
@@ -98,7 +98,7 @@ class Pictures:
 
     @property
     def fingerprint(self) -> str:
-        """Checksum over the names of the pictures."""
+        """Checksum over the names of the images."""
         names = "\n".join(image.key for image in self.images)
         return sha256(names.encode()).hexdigest()
 
@@ -108,7 +108,7 @@ class Pictures:
         return range(first + self.share.start, first + self.share.stop)
 
     def index(self, position: int) -> int:
-        """Return which picture comes at a position."""
+        """Return which image comes at a position."""
         if not self.benchmark.shuffles:
             return position % len(self.images)
         return self._order.at(position).sample
@@ -174,7 +174,7 @@ def encode(encoder: Encoder, pixels: Tensor, layers: int, batch_size: int) -> Ma
 def in_whole_patches(
     encoder: Encoder, pixels: Tensor, labels: dict[str, Tensor]
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Pad a picture ``[3, H, W]`` and its labels to the right and below, as the encoder needs."""
+    """Pad an image ``[3, H, W]`` and its labels to the right and below, as the encoder needs."""
     multiple = encoder.size_multiple
     height, width = (-(-side // multiple) * multiple for side in pixels.shape[-2:])
     return padded(pixels, labels, (height, width))
@@ -187,12 +187,12 @@ class ProbeTask:
     benchmark: "TrainedBenchmark"
     encoder: Encoder
     engine: Engine
-    source: Pictures
+    source: TrainingImages
     world: World
     progress: Callable[[int], None]
     """Told how many steps are done."""
     kept: dict[int, tuple[Maps, dict[str, Tensor]]] = field(default_factory=dict)
-    """Maps and labels by picture, of a quick probe."""
+    """Maps and labels by image, of a quick probe."""
     evaluate_every = 0
 
     def __post_init__(self) -> None:
@@ -276,7 +276,7 @@ class ProbeTask:
         return maps, labels, keys
 
     def _kept(self, index: int) -> tuple[Maps, dict[str, Tensor]]:
-        """Return maps and labels of a picture, which a quick probe keeps.
+        """Return maps and labels of an image, which a quick probe keeps.
 
         Each is encoded alone, so that its bits do not depend on what came before.
         """
@@ -338,7 +338,7 @@ def train(
             f"benchmark {benchmark.name!r}: {world.world_size} processes cannot share the "
             f"{benchmark.images_per_step} images of a step; start fewer"
         )
-    source = Pictures(benchmark, images, share, device)
+    source = TrainingImages(benchmark, images, share, device)
     height, width = benchmark.crop
     grey = torch.full((1, 3, height, width), 127, dtype=torch.uint8)
     sample = encode(encoder, grey, benchmark.layers, 1)
@@ -366,7 +366,7 @@ def train(
     return heads.eval()
 
 
-def _folder(encoder: Encoder, source: Pictures, world: World, stack: ExitStack) -> Path:
+def _folder(encoder: Encoder, source: TrainingImages, world: World, stack: ExitStack) -> Path:
     """Return where the probe is saved: beside what is kept of its encoder, else for this time.
 
     The folder's name sums up all that decides the heads.

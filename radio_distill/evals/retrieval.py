@@ -1,4 +1,4 @@
-"""Pictures found by their captions, and captions by their pictures: COCO and Flickr30k.
+"""Images found by their captions, and captions by their images: COCO and Flickr30k.
 
 Captions are taken as they are, in no template, and compared with summaries by cosine, as
 CLIP_benchmark does. So it is asked of encoders alone whose summary lies in the space of a text
@@ -35,7 +35,7 @@ class CocoCaptions:
     sources: ClassVar[dict[str, str]] = {"data": "data.coco_retrieval", "size": "size"}
 
     def captions(self) -> Captions:
-        """List the test pictures and their captions."""
+        """List the test images and their captions."""
         return CocoRetrieval(Path(self.data)).test()
 
     def run(
@@ -44,9 +44,9 @@ class CocoCaptions:
         limit: int | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> list[Score]:
-        """Score both directions; ``limit`` thins out the pictures, which keep all their captions.
+        """Score both directions; ``limit`` thins out the images, which keep all their captions.
 
-        Progress counts pictures and captions. An encoder without a text tower is passed over.
+        Progress counts images and captions. An encoder without a text tower is passed over.
         """
         if encoder.text is None:
             return []
@@ -77,13 +77,13 @@ class CocoCaptions:
             images.to(encoder.device).float(), torch.cat(texts),
             torch.tensor([image for _, image in pairs]), self.ranks,
         )  # fmt: skip
-        pictures = file_names(data.images[number] for number in kept)
-        protocol = protocol_of(self, pictures=pictures, captions=len(pairs))
+        names = file_names(data.images[number] for number in kept)
+        protocol = protocol_of(self, images=names, captions=len(pairs))
         return [
             Score(
                 self.name, metric, 100 * value, "%", True, "Retrieval", len(kept),
                 headline=metric.endswith("@1"),
-                details={"pictures": len(kept), "captions": len(pairs)}, protocol=protocol,
+                details={"images": len(kept), "captions": len(pairs)}, protocol=protocol,
             )
             for metric, value in recalls.items()
         ]  # fmt: skip
@@ -97,5 +97,5 @@ class FlickrCaptions(CocoCaptions):
     sources: ClassVar[dict[str, str]] = {"data": "data.flickr30k", "size": "size"}
 
     def captions(self) -> Captions:
-        """List the test pictures and their captions."""
+        """List the test images and their captions."""
         return Flickr30k(Path(self.data)).test()

@@ -55,7 +55,7 @@ class SamCoco:
         limit: int | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> list[Score]:
-        """Score the annotations of the pictures that have some; ``limit`` thins out the pictures.
+        """Score the annotations of the images that have some; ``limit`` thins out the images.
 
         An encoder whose map has not the width that the neck takes is passed over.
 
@@ -69,8 +69,8 @@ class SamCoco:
         decoder = load_decoder(self.decoder, encoder.device)
         images, ious, areas = spread(list(objects), limit), list[float](), list[float]()
         for done, image in enumerate(images, start=1):
-            picture = open_image(image.path)
-            spatial = self._map(encoder, padded(picture, decoder.side))
+            opened = open_image(image.path)
+            spatial = self._map(encoder, padded(opened, decoder.side))
             if spatial.shape[1] != decoder.width:
                 logger.info(
                     "sam_coco: the map of %s has %d channels and the decoder takes %d; passed over",
@@ -78,14 +78,14 @@ class SamCoco:
                 )  # fmt: skip
                 return []
             items = objects[image]
-            masks = decoder(spatial, torch.tensor([_corners(item) for item in items]), picture.size)
+            masks = decoder(spatial, torch.tensor([_corners(item) for item in items]), opened.size)
             truth = torch.stack([item.mask() for item in items])
             ious += mask_iou(masks, truth).tolist()
             areas += [item.area for item in items]
             if progress is not None:
                 progress(done, len(images))
         protocol = protocol_of(
-            replace(self, decoder=""), decoder=decoder.digest, pictures=len(images), masks=len(ious)
+            replace(self, decoder=""), decoder=decoder.digest, images=len(images), masks=len(ious)
         )
         return [
             Score(
@@ -122,7 +122,7 @@ class Decoder:
         self.sam = sam.eval().requires_grad_(False).to(device)
         self.device = device
         self.side: int = sam.config.prompt_encoder_config.image_size
-        """Of the padded picture, in pixels."""
+        """Of the padded image, in pixels."""
         self.grid: int = sam.config.prompt_encoder_config.image_embedding_size
         """Cells along a side of the map."""
         self.width: int = sam.config.vision_config.hidden_size
@@ -141,9 +141,9 @@ class Decoder:
         """Return a mask for each box, ``[N, H, W]`` bool on the CPU.
 
         Args:
-            spatial: ``[1, C, h, w]`` of the padded picture, before the neck.
-            boxes: ``[N, 4]`` left, top, right, bottom in pixels of the picture.
-            size: width and height of the picture.
+            spatial: ``[1, C, h, w]`` of the padded image, before the neck.
+            boxes: ``[N, 4]`` left, top, right, bottom in pixels of the image.
+            size: width and height of the image.
         """
         cells = (self.grid, self.grid)
         if tuple(spatial.shape[-2:]) != cells:
@@ -196,14 +196,14 @@ def load_decoder(folder: str, device: torch.device | str = "cpu") -> Decoder:
 
 
 def fitted(size: Size, side: int) -> Size:
-    """Return (width, height) of a picture of such a size once its longer side is ``side``."""
+    """Return (width, height) of an image of such a size once its longer side is ``side``."""
     scale = side / max(size)
     return int(size[0] * scale + 0.5), int(size[1] * scale + 0.5)
 
 
-def padded(picture: Image.Image, side: int) -> Tensor:
+def padded(image: Image.Image, side: int) -> Tensor:
     """Resize the longer side and pad to a square, right or below: ``[1, 3, side, side]``."""
-    small = picture.resize(fitted(picture.size, side), Image.Resampling.BILINEAR)
+    small = image.resize(fitted(image.size, side), Image.Resampling.BILINEAR)
     pixels = rearrange(torch.tensor(_MEAN), "c -> c 1 1").repeat(1, side, side)
     shown = torch.from_numpy(np.array(small)).permute(2, 0, 1).float() / 255
     pixels[:, : shown.shape[1], : shown.shape[2]] = shown

@@ -1,6 +1,6 @@
 """Linear probes for semantic segmentation as RADIO trains them: ADE20K and VOC.
 
-Pictures fit in 2048 x 512 pixels times a random scale and are cropped to 512 x 512; a test picture
+Images fit in 2048 x 512 pixels times a random scale and are cropped to 512 x 512; a test image
 has a shorter side of 512, its logits are resized to the size of its labels. mmsegmentation's recipe
 (RADIO's configurations and their rates; FeatSharp, arXiv 2502.16025, table 2, Dense).
 """
@@ -29,21 +29,21 @@ class SemanticProbe(TrainedBenchmark):
     """Batch normalisation and a 1x1 convolution on the last map; mIoU over the whole set."""
 
     fit: Size = (2048, 512)
-    """Longer and shorter side that pictures are made to fit in, in pixels."""
+    """Longer and shorter side that images are made to fit in, in pixels."""
 
     group: ClassVar[str] = "Dense"
     head: ClassVar[str] = "linear"
     num_classes: ClassVar[int]
 
     def training_example(self, image: Any, random: np.random.Generator | None) -> Example:
-        """Read a picture and vary it; without a generator, resize it to the crop."""
+        """Read an image and vary it; without a generator, resize it to the crop."""
         pixels, labels = read_pixels(image), image.labels()
         if random is None:
             return Example(image.key, *resized(pixels, labels, self.crop))
         return Example(image.key, *Augmentation(self.crop, self.fit)(pixels, labels, random))
 
     def test_example(self, image: Any) -> Example:
-        """Read a picture, whole, with labels of its original size."""
+        """Read an image, whole, with labels of its original size."""
         pixels = read_pixels(image)
         height, width = pixels.shape[-2:]
         factor = min(max(self.fit) / max(height, width), min(self.fit) / min(height, width))
@@ -75,7 +75,7 @@ class SemanticProbe(TrainedBenchmark):
     def measure(
         self, meters: Meters, outputs: Mapping[str, Tensor], labels: Mapping[str, Tensor]
     ) -> None:
-        """Count the pixels of a picture by class and predicted class."""
+        """Count the pixels of an image by class and predicted class."""
         target = labels["segmentation"]
         logits = F.interpolate(outputs["segmentation"], target.shape, mode="bilinear")
         meters["confusion"].update(logits[0].argmax(dim=0), target)
@@ -89,13 +89,13 @@ class SemanticProbe(TrainedBenchmark):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ade20k(SemanticProbe):
-    """ADE20K scene parsing: 20,210 training and 2,000 test pictures, 150 classes."""
+    """ADE20K scene parsing: 20,210 training and 2,000 test images, 150 classes."""
 
     name: ClassVar[str] = "ade20k"
     sources: ClassVar[Mapping[str, str]] = {"data": "data.ade20k"}
     num_classes: ClassVar[int] = 150
 
-    def pictures(self) -> tuple[Sequence[Any], Sequence[Any]]:
+    def images(self) -> tuple[Sequence[Any], Sequence[Any]]:
         """List ``train`` and ``val``."""
         dataset = DATASETS.get("ade20k")(Path(self.data))
         return dataset.split("train"), dataset.split("val")
@@ -103,13 +103,13 @@ class Ade20k(SemanticProbe):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Voc(SemanticProbe):
-    """VOC 2012: 10,582 training pictures (1,464 without the further labels), 1,449 of the test."""
+    """VOC 2012: 10,582 training images (1,464 without the further labels), 1,449 of the test."""
 
     name: ClassVar[str] = "voc"
     sources: ClassVar[Mapping[str, str]] = {"data": "data.voc"}
     num_classes: ClassVar[int] = 21
 
-    def pictures(self) -> tuple[Sequence[Any], Sequence[Any]]:
+    def images(self) -> tuple[Sequence[Any], Sequence[Any]]:
         """List ``trainaug``, or ``train`` where that is all there is, and ``val``."""
         dataset = DATASETS.get("voc")(Path(self.data))
         return dataset.split(dataset.training), dataset.split("val")

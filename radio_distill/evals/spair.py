@@ -1,7 +1,7 @@
 """Semantic correspondence on SPair-71k: is the knee of one horse found on another horse?
 
-As Probe3D measures it (arXiv 2404.08636): pictures are padded with white to squares, each keypoint
-goes to the cell of the other picture with the nearest feature, and it is found if it lies within
+As Probe3D measures it (arXiv 2404.08636): images are padded with white to squares, each keypoint
+goes to the cell of the other image with the nearest feature, and it is found if it lies within
 0.10 of the longer side of the object's box. The published recall has its habits: 200 pairs of each
 class, and a cell stands for its upper left corner, which is off by up to one cell. So PCK, as it is
 usual in papers on semantic correspondence, stands beside it: all pairs, and cells at their centres.
@@ -56,9 +56,9 @@ class KeypointTransfer:
 
     data: str
     size: int = 800
-    """Of the padded picture, in pixels."""
+    """Of the padded image, in pixels."""
     threshold: float = 0.10
-    """As a share of the longer side of the box in the target picture."""
+    """As a share of the longer side of the box in the target image."""
     pairs_per_class: int = 200
     batch_size: int = 4
     seed: int = 20
@@ -89,7 +89,7 @@ class KeypointTransfer:
         return self._scores(matched)
 
     def _encode(self, encoder: Encoder, pairs: Sequence[SpairPair]) -> dict[Path, Tensor]:
-        """Encode each picture once; its normalised map stays on the encoder's device."""
+        """Encode each image once; its normalised map stays on the encoder's device."""
         paths = list(dict.fromkeys(path for pair in pairs for path in (pair.source, pair.target)))
         size = encoder.nearest_size((self.size, self.size))
         maps: dict[Path, Tensor] = {}

@@ -27,7 +27,7 @@ PUBLISHED = (
     "nyu_depth",
 )
 QUICK_SIZE = 224
-"""Longest side of a quick benchmark's pictures, in pixels: whole patches of 14 and of 16."""
+"""Longest side of a quick benchmark's images, in pixels: whole patches of 14 and of 16."""
 QUICK_LIMIT = 60
 """Most images of each split."""
 QUICK: dict[str, Any] = {

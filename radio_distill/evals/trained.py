@@ -1,7 +1,7 @@
 """Benchmarks that train heads on a frozen encoder: what they share.
 
-A benchmark says which pictures there are, how they are varied, which heads read them, what these
-lose, and what is counted on test pictures. Its fields are its published protocol;
+A benchmark says which images there are, how they are varied, which heads read them, what these
+lose, and what is counted on test images. Its fields are its published protocol;
 :mod:`.probe_training` trains, :meth:`TrainedBenchmark.run` tests.
 """
 
@@ -29,7 +29,7 @@ Decay = Literal["linear", "poly", "cosine", "quarter"]
 logger = logging.getLogger(__name__)
 
 Meters = Mapping[str, Any]
-"""What is counted on test pictures, by name: ``metrics.Sums``, each of a class of its own."""
+"""What is counted on test images, by name: ``metrics.Sums``, each of a class of its own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +39,7 @@ class TrainedBenchmark(ABC):
     data: str
     """Folder of the data set."""
     crop: Size = (512, 512)
-    """Height and width of training pictures, in pixels."""
+    """Height and width of training images, in pixels."""
     steps: int = 80_000
     images_per_step: int = 16
     learning_rate: float = 1e-3
@@ -52,10 +52,10 @@ class TrainedBenchmark(ABC):
     gradient_clip: float = 0.0
     """Largest norm of the gradient; 0 for no limit."""
     quick: bool = False
-    """Do not augment: maps are computed once for each picture, and kept in memory."""
+    """Do not augment: maps are computed once for each image, and kept in memory."""
     seed: int = 0
     batch_size: int = 16
-    """Most pictures in one pass of the encoder."""
+    """Most images in one pass of the encoder."""
 
     name: ClassVar[str]
     sources: ClassVar[Mapping[str, str]]
@@ -68,21 +68,21 @@ class TrainedBenchmark(ABC):
     shuffles: ClassVar[bool] = True
     """Whether every epoch has an order of its own."""
     mirrors_test: ClassVar[bool] = False
-    """Whether a test picture's outputs are a mean with those of its mirror image."""
+    """Whether a test image's outputs are a mean with those of its mirror image."""
     pools_step: ClassVar[bool] = False
-    """Whether a loss is of all pictures of a step together, and no mean over them."""
+    """Whether a loss is of all images of a step together, and no mean over them."""
 
     @abstractmethod
-    def pictures(self) -> tuple[Sequence[Any], Sequence[Any]]:
-        """List the pictures to train and to test on, ``datasets.LabelledImage``."""
+    def images(self) -> tuple[Sequence[Any], Sequence[Any]]:
+        """List the images to train and to test on, ``datasets.LabelledImage``."""
 
     @abstractmethod
     def training_example(self, image: Any, random: np.random.Generator | None) -> Example:
-        """Read a picture and vary it, to the size ``crop``; without a generator, do not vary it."""
+        """Read an image and vary it, to the size ``crop``; without a generator, do not vary it."""
 
     @abstractmethod
     def test_example(self, image: Any) -> Example:
-        """Read a picture of the test."""
+        """Read an image of the test."""
 
     @abstractmethod
     def heads(self, channels: Sequence[int]) -> dict[str, nn.Module]:
@@ -92,9 +92,9 @@ class TrainedBenchmark(ABC):
     def losses(
         self, outputs: Mapping[str, Tensor], labels: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Return the weighted terms of the loss of some pictures, scalars; their sum is trained.
+        """Return the weighted terms of the loss of some images, scalars; their sum is trained.
 
-        Each is a mean over the pictures, or, with ``pools_step``, of all pictures of the step.
+        Each is a mean over the images, or, with ``pools_step``, of all images of the step.
         """
 
     @abstractmethod
@@ -105,7 +105,7 @@ class TrainedBenchmark(ABC):
     def measure(
         self, meters: Meters, outputs: Mapping[str, Tensor], labels: Mapping[str, Tensor]
     ) -> None:
-        """Feed a test picture to the meters.
+        """Feed a test image to the meters.
 
         ``outputs`` are ``[1, K, H, W]`` of the example's height and width, ``labels`` lie on the
         same device and are of their own size.
@@ -113,7 +113,7 @@ class TrainedBenchmark(ABC):
 
     @abstractmethod
     def scores(self, meters: Meters) -> list[Score]:
-        """Turn what was counted on all test pictures into scores, with :meth:`score`."""
+        """Turn what was counted on all test images into scores, with :meth:`score`."""
 
     def learning_rates(self) -> np.ndarray:
         """Return ``[steps]`` rates: a linear warm-up from almost 0, then the decay."""
@@ -139,14 +139,14 @@ class TrainedBenchmark(ABC):
 
         An encoder without the inner layers that the heads read gets no score.
 
-        All processes of a run may call together: they share the pictures, and get the scores.
+        All processes of a run may call together: they share the images, and get the scores.
         """
         if self.layers > 1 and encoder.inner is None:
             logger.warning("%s: %s gives no inner layers, no score", self.name, encoder.name)
             return []
-        training, test = (spread(part, limit) for part in self.pictures())
+        training, test = (spread(part, limit) for part in self.images())
         if not training or not test:
-            raise DataError(f"{self.data}: {self.name} needs pictures to train and to test on")
+            raise DataError(f"{self.data}: {self.name} needs images to train and to test on")
         total = self.steps + len(test)
 
         def report(done: int) -> None:
@@ -184,14 +184,14 @@ class TrainedBenchmark(ABC):
         headline: bool = True,
         **details: int | str,
     ) -> Score:
-        """Make a score of this benchmark; :meth:`run` says of how many pictures."""
+        """Make a score of this benchmark; :meth:`run` says of how many images."""
         return Score(
             self.name, metric, value, unit, higher_is_better, self.group, 0, headline, details
         )
 
     @torch.no_grad()
     def _predict(self, encoder: Encoder, heads: Heads, pixels: Tensor) -> dict[str, Tensor]:
-        """Return the outputs for one picture ``[3, H, W]``, each ``[1, K, H, W]``."""
+        """Return the outputs for one image ``[3, H, W]``, each ``[1, K, H, W]``."""
         height, width = pixels.shape[-2:]
         whole, _ = in_whole_patches(encoder, pixels, {})
         size = (whole.shape[-2], whole.shape[-1])
@@ -206,5 +206,5 @@ class TrainedBenchmark(ABC):
 
 
 def read_pixels(image: Any) -> Tensor:
-    """Read a picture as ``[3, H, W]`` uint8; raises DataError with its name."""
+    """Read an image as ``[3, H, W]`` uint8; raises DataError with its name."""
     return torch.from_numpy(np.array(open_image(image.image))).permute(2, 0, 1)

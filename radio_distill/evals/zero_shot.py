@@ -1,7 +1,7 @@
-"""ImageNet without training: each picture gets the class whose name is nearest to it.
+"""ImageNet without training: each image gets the class whose name is nearest to it.
 
 As in CLIP (Radford et al., arXiv 2103.00020), open_clip and RADIO: a class's vector is the mean of
-its name in 80 templates, each normalised, and it is compared with the picture's summary by cosine.
+its name in 80 templates, each normalised, and it is compared with the image's summary by cosine.
 So it is asked of encoders alone whose summary lies in the space of a text tower.
 """
 
@@ -41,7 +41,7 @@ class ImagenetZeroShot:
         limit: int | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> list[Score]:
-        """Classify the pictures; progress counts classes and pictures.
+        """Classify the images; progress counts classes and images.
 
         An encoder without a text tower is passed over.
         """

@@ -24,9 +24,9 @@ from .page import Figure
 
 FOLDER = "evaluation"
 SIDE = 256
-"""Longer side of a picture or a map, in pixels."""
+"""Longer side of an image or a map, in pixels."""
 MATCH_SIDE = 360
-"""The same of a pair of pictures with matches."""
+"""The same of a pair of images with matches."""
 
 _FINER = 2  # lines are drawn so much larger and made smaller, for smooth edges
 _FOUND, _MISSED = (63, 193, 255), (255, 122, 26)  # blue and orange: told apart by all eyes
@@ -35,7 +35,7 @@ _UNKNOWN = 128  # grey, where there is no truth
 LEGEND = (
     (
         "classes",
-        "one colour each in all pictures; white is none",
+        "one colour each in all images; white is none",
     ),
     (
         "depth",
@@ -55,14 +55,14 @@ LEGEND = (
 
 
 def draw(example: Shown) -> Image.Image:
-    """Draw an example: picture, prediction and truth of each task, or two pictures and lines."""
+    """Draw an example: image, prediction and truth of each task, or two images and lines."""
     if not isinstance(example, ShownMaps):
         return _matches(example)
-    picture = _fitted(Image.fromarray(_rows(example.pixels)), Image.Resampling.BICUBIC)
+    first = _fitted(Image.fromarray(_rows(example.pixels)), Image.Resampling.BICUBIC)
     lines = []
     for name, truth in example.truth.items():
         maps = [_painted(name, it, truth) for it in (example.prediction[name], truth)]
-        lines.append([picture, *maps])
+        lines.append([first, *maps])
     return image_grid(lines, list(example.truth), ["image", "prediction", "truth"], SIDE)
 
 
@@ -118,15 +118,15 @@ def class_colours() -> np.ndarray:
 
 def _matches(example: ShownMatches) -> Image.Image:
     """Draw a line from each point of the source to where it was found in the target."""
-    pictures, scales = [], []
+    sides, scales = [], []
     for pixels in (example.source, example.target):
         image = Image.fromarray(_rows(pixels))
-        pictures.append(_fitted(image, Image.Resampling.BICUBIC, _FINER * MATCH_SIDE))
-        scales.append(pictures[-1].width / image.width)
-    left = pictures[0].width + _FINER * MARGIN  # of the target
-    sheet = Image.new("RGB", (left + pictures[1].width, max(it.height for it in pictures)), "white")
-    sheet.paste(pictures[0])
-    sheet.paste(pictures[1], (left, 0))
+        sides.append(_fitted(image, Image.Resampling.BICUBIC, _FINER * MATCH_SIDE))
+        scales.append(sides[-1].width / image.width)
+    left = sides[0].width + _FINER * MARGIN  # of the target
+    sheet = Image.new("RGB", (left + sides[1].width, max(it.height for it in sides)), "white")
+    sheet.paste(sides[0])
+    sheet.paste(sides[1], (left, 0))
     draw = ImageDraw.Draw(sheet)
     missed = (example.found - example.truth).norm(dim=1) >= example.within
     starts = example.points * scales[0]

@@ -1,7 +1,7 @@
 """Published data sets by name, read as they lie on their users' disks. Nothing is downloaded.
 
 ``DATASETS.get("ade20k")(path)`` is a :class:`Dataset`: :meth:`Dataset.check` counts what is there,
-and accessors of its own give benchmarks pictures and labels. One file reads one layout;
+and accessors of its own give benchmarks images and labels. One file reads one layout;
 docs/evaluation.md has the table of layouts, counts and licences.
 """
 
@@ -39,7 +39,7 @@ DATASETS = Registry(
 
 @dataclass(frozen=True, slots=True)
 class LabelledImage:
-    """A picture with dense labels; neither is read yet."""
+    """An image with dense labels; neither is read yet."""
 
     key: str
     """Its name within the set."""
@@ -47,20 +47,20 @@ class LabelledImage:
     read: Callable[[], dict[str, Tensor]]
 
     def labels(self) -> dict[str, Tensor]:
-        """Read the labels, each at the picture's own height and width.
+        """Read the labels, each at the image's own height and width.
 
         * ``segmentation``, ``parts``, ``saliency``: int64 ``[H, W]``, class or IGNORED;
         * ``depth``: float32 ``[H, W]`` metres, 0 where unknown;
         * ``normals``: float32 ``[3, H, W]``, unit vectors, 0 where unknown.
 
         Raises:
-            DataError: a file is damaged, or labels are not of the picture's size.
+            DataError: a file is damaged, or labels are not of the image's size.
         """
         return same_size(self.image, self.read())
 
 
 def same_size(image: Path, labels: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the labels; raises DataError where one is not of the size that the picture has."""
+    """Return the labels; raises DataError where one is not of the size that the image has."""
     width, height = shape_of(image).upright
     for kind, values in labels.items():
         if values.shape[-2:] != (height, width):
@@ -147,14 +147,14 @@ class Dataset:
 
 @dataclass(frozen=True)
 class LabelledDataset(Dataset):
-    """A data set of pictures with dense labels, in splits."""
+    """A data set of images with dense labels, in splits."""
 
     def split(self, split: str) -> list[LabelledImage]:
-        """List the pictures of ``train`` or ``val``; raises DataError in one line."""
+        """List the images of ``train`` or ``val``; raises DataError in one line."""
         raise NotImplementedError
 
     def count(self, part: str) -> int:
-        """Count the pictures of a split, and read the labels of a few."""
+        """Count the images of a split, and read the labels of a few."""
         items = self.split(part)
         for item in spread(items, 4):
             item.labels()

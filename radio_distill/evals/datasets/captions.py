@@ -1,4 +1,4 @@
-"""Pictures with captions, for retrieval: COCO's and Flickr30k's test pictures of Karpathy's split.
+"""Images with captions, for retrieval: COCO's and Flickr30k's test images of Karpathy's split.
 
 The split lies on disks in three forms: CLIP_benchmark's files (COCO's own JSON for COCO, a list
 ``NAME.jpg,caption`` for Flickr30k), Karpathy's ``dataset_*.json``, or COCO's captions as they are.
@@ -17,14 +17,14 @@ from .files import check_listed, read_json, read_lines
 
 @dataclass(frozen=True, slots=True)
 class Captions:
-    """Pictures and their captions, in the order of the file."""
+    """Images and their captions, in the order of the file."""
 
     images: list[Path]
     texts: list[str]
     image_of: list[int]
-    """For each text the index of its picture."""
+    """For each text the index of its image."""
     source: str
-    """Name of the file that says which pictures: two splits are two protocols."""
+    """Name of the file that says which images: two splits are two protocols."""
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,10 @@ class _Retrieval(Dataset):
     files: ClassVar[tuple[str, ...]]
     """Where the split may lie, the first that is there counts."""
     folders: ClassVar[tuple[str, ...]]
-    """Where the pictures may lie."""
+    """Where the images may lie."""
 
     def test(self) -> Captions:
-        """Read the test pictures and their captions."""
+        """Read the test images and their captions."""
         self.folder()
         paths = [self.root / name for name in self.files if (self.root / name).is_file()]
         if not paths:
@@ -50,9 +50,9 @@ class _Retrieval(Dataset):
         return coco_captions(paths[0], folders)
 
     def count(self, part: str) -> int:
-        """Count the pictures or the captions."""
+        """Count the images or the captions."""
         captions = self.test()
-        return len(captions.images if part == "pictures" else captions.texts)
+        return len(captions.images if part == "images" else captions.texts)
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,8 @@ class CocoRetrieval(_Retrieval):
 
     name: ClassVar[str] = "coco_retrieval"
     layout: ClassVar[str] = "val2014/ and coco_test_karpathy.json"
-    licence: ClassVar[str] = "annotations CC BY 4.0, pictures flickr's terms"
-    published: ClassVar[Mapping[str, int]] = {"pictures": 5_000, "captions": 25_010}
+    licence: ClassVar[str] = "annotations CC BY 4.0, images flickr's terms"
+    published: ClassVar[Mapping[str, int]] = {"images": 5_000, "captions": 25_010}
     files: ClassVar[tuple[str, ...]] = (
         "coco_test_karpathy.json",
         "dataset_coco.json",
@@ -86,9 +86,9 @@ class Flickr30k(_Retrieval):
     """
 
     name: ClassVar[str] = "flickr30k"
-    layout: ClassVar[str] = "the pictures and flickr30k_test_karpathy.txt"
+    layout: ClassVar[str] = "the images and flickr30k_test_karpathy.txt"
     licence: ClassVar[str] = "non-commercial research (flickr's terms)"
-    published: ClassVar[Mapping[str, int]] = {"pictures": 1_000, "captions": 5_000}
+    published: ClassVar[Mapping[str, int]] = {"images": 1_000, "captions": 5_000}
     files: ClassVar[tuple[str, ...]] = (
         "flickr30k_test_karpathy.txt",
         "dataset_flickr30k.json",
@@ -104,10 +104,10 @@ class Flickr30k(_Retrieval):
 
 
 def coco_captions(path: Path, folders: Sequence[Path]) -> Captions:
-    """Read captions in COCO's format; the pictures are in the first of ``folders`` that has them.
+    """Read captions in COCO's format; the images are in the first of ``folders`` that has them.
 
     Raises:
-        DataError: file or pictures are missing, or a picture has no caption.
+        DataError: file or images are missing, or an image has no caption.
     """
     data = read_json(path)
     try:
@@ -145,12 +145,12 @@ def _captions(
     names: Iterable[str],
     pairs: Sequence[tuple[str, str]],
 ) -> Captions:
-    """Number the pictures, and find their folder."""
+    """Number the images, and find their folder."""
     numbers = {name: number for number, name in enumerate(names)}
     if silent := numbers.keys() - {name for name, _ in pairs}:
-        raise DataError(f"{path}: {len(silent):,} pictures have no caption; copy it again")
+        raise DataError(f"{path}: {len(silent):,} images have no caption; copy it again")
     if not numbers:
-        raise DataError(f"{path} names no pictures; copy it again")
+        raise DataError(f"{path} names no images; copy it again")
     first = next(iter(numbers))
     folder = next((place for place in folders if (place / first).is_file()), folders[0])
     check_listed(path, list(numbers), folder)

@@ -15,7 +15,7 @@ from .files import check_json_end, check_listed, read_json, stems
 
 
 class CocoImage(NamedTuple):
-    """A picture, and its size as its annotations mean it, in pixels."""
+    """An image, and its size as its annotations mean it, in pixels."""
 
     id: int
     path: Path
@@ -76,7 +76,7 @@ class Coco(Dataset):
 
     name: ClassVar[str] = "coco"
     layout: ClassVar[str] = "annotations/, train2017/ and val2017/"
-    licence: ClassVar[str] = "annotations CC BY 4.0, pictures flickr's terms"
+    licence: ClassVar[str] = "annotations CC BY 4.0, images flickr's terms"
     published: ClassVar[Mapping[str, int]] = {
         "train": 118_287,
         "val": 5_000,
@@ -89,7 +89,7 @@ class Coco(Dataset):
         """Read the ``instances`` or ``person_keypoints`` of ``train`` or ``val``, crowds too.
 
         Raises:
-            DataError: file or pictures are missing, or it names what it does not describe.
+            DataError: file or images are missing, or it names what it does not describe.
         """
         path = self._annotations(split, kind)
         data, folder = read_json(path), self.folder(f"{split}2017")
@@ -113,7 +113,7 @@ class Coco(Dataset):
         return coco_captions(self._annotations(split, "captions"), [self.root / f"{split}2017"])
 
     def count(self, part: str) -> int:
-        """Count the pictures of a split, or its annotations of a kind."""
+        """Count the images of a split, or its annotations of a kind."""
         split, _, kind = part.partition(" ")
         if not kind:  # of train no file is read whole, since that takes half a minute and 3 GB
             check_json_end(self._annotations(split, "instances"))

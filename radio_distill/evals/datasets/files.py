@@ -34,7 +34,7 @@ def same_stems(images: Path, labels: Path, suffixes: tuple[str, str]) -> list[st
     """List what both folders hold, sorted; what only one of them holds is an error."""
     first, second = stems(images, suffixes[0]), stems(labels, suffixes[1])
     if not first:
-        raise DataError(f"no *{suffixes[0]} in {images}; copy the pictures there")
+        raise DataError(f"no *{suffixes[0]} in {images}; copy the images there")
     for there, lacking, folder, suffix in (
         (first, second, labels, suffixes[1]),
         (second, first, images, suffixes[0]),
@@ -94,7 +94,7 @@ def read_classes(path: Path, num_classes: int, ignored: int, offset: int = 0) ->
 
 
 def read_normals(path: Path) -> Tensor:
-    """Read normals out of a picture whose 0 to 255 stand for -1 to 1: ``[3, H, W]``, unit or 0."""
+    """Read normals out of an image whose 0 to 255 stand for -1 to 1: ``[3, H, W]``, unit or 0."""
     stored = np.array(open_image(path), dtype=np.float32)
     normals = torch.from_numpy(2 * stored / 255 - 1).permute(2, 0, 1)
     length = normals.norm(dim=0)

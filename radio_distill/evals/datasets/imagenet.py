@@ -28,13 +28,13 @@ class ImageNet(Dataset):
     num_classes: ClassVar[int] = 1_000
 
     def split(self, split: str) -> list[tuple[Path, int]]:
-        """List the pictures of ``train`` or ``val`` with their class, sorted by class and name."""
+        """List the images of ``train`` or ``val`` with their class, sorted by class and name."""
         folder = self.folder(split)
         with os.scandir(folder) as entries:
             classes = sorted(item.name for item in entries if item.is_dir())
         if not classes:
             raise DataError(
-                f"{folder} has no class folders n01440764/ and so on; move its pictures into "
+                f"{folder} has no class folders n01440764/ and so on; move its images into "
                 "theirs (for val as it is published, the script valprep.sh does)"
             )
         found = []
@@ -45,21 +45,21 @@ class ImageNet(Dataset):
                     "away, or name a set of your own in evaluation.labels"
                 )
             number = _numbers()[place.name]
-            found += [(place / picture, number) for picture in _pictures(place)]
+            found += [(place / name, number) for name in _image_names(place)]
         return found
 
     def count(self, part: str) -> int:
-        """Count the pictures of a split."""
+        """Count the images of a split."""
         return len(self.split(part))
 
 
-def _pictures(folder: Path) -> list[str]:
+def _image_names(folder: Path) -> list[str]:
     with os.scandir(folder) as entries:
         names = [item.name for item in entries if not item.name.startswith(".")]
     suffixes = readable_suffixes()
     names = [name for name in names if name.rpartition(".")[2].lower() in suffixes]
     if not names:
-        raise DataError(f"class folder {folder} has no pictures; copy it again")
+        raise DataError(f"class folder {folder} has no images; copy it again")
     return sorted(names)
 
 

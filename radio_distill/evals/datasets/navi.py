@@ -23,7 +23,7 @@ _METRES = 655.35
 
 @dataclass(frozen=True, slots=True)
 class NaviImage:
-    """A picture of an object; neither it nor its depth is read yet."""
+    """An image of an object; neither it nor its depth is read yet."""
 
     key: str
     """OBJECT/SCENE/ID."""
@@ -46,7 +46,7 @@ class NaviImage:
         return same_size(self.image, {"depth": torch.from_numpy(depth)})
 
     def intrinsics(self, size: Size) -> Tensor:
-        """Return the camera matrix ``[3, 3]`` of the whole picture at ``size``, in its pixels."""
+        """Return the camera matrix ``[3, 3]`` of the whole image at ``size``, in its pixels."""
         height, width = size
         scale_y, scale_x = height / self.size[0], width / self.size[1]
         return torch.tensor(
@@ -102,7 +102,7 @@ class Navi(Dataset):
         ]
 
     def count(self, part: str) -> int:
-        """Count the pictures of all objects in multiview or in wild sets."""
+        """Count the images of all objects in multiview or in wild sets."""
         return sum(
             len(list(_scene(folder)))
             for scenes in self._objects().values()
@@ -125,7 +125,7 @@ class Navi(Dataset):
 
 
 def _scene(folder: Path) -> Iterator[NaviImage]:
-    """List the pictures of a scene, sorted; raises DataError for one that lacks its labels."""
+    """List the images of a scene, sorted; raises DataError for one that lacks its labels."""
     path = folder / "annotations.json"
     try:
         cameras = {item["filename"].partition(".")[0]: item for item in read_json(path)}

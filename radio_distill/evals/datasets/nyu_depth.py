@@ -30,7 +30,7 @@ class NyuDepth(LabelledDataset):
 
     ``SCENE/rgb_NNNNN.jpg``, ``SCENE/sync_depth_NNNNN.png`` (millimetres) and, in the folder or
     beside it, lists ``nyu_{train,test}.txt`` of lines ``SCENE/rgb… SCENE/sync_depth… FOCAL``. The
-    pictures may lie in ``sync/`` and ``official_splits/test/``, as BTS unpacks them.
+    images may lie in ``sync/`` and ``official_splits/test/``, as BTS unpacks them.
     """
 
     name: ClassVar[str] = "nyu_depth"
@@ -39,11 +39,11 @@ class NyuDepth(LabelledDataset):
     published: ClassVar[Mapping[str, int]] = {"train": 24_231, "val": 654}
 
     def split(self, split: str) -> list[LabelledImage]:
-        """List ``train`` or ``val`` (the 654 test pictures) with labels ``depth``, as listed."""
+        """List ``train`` or ``val`` (the 654 test images) with labels ``depth``, as listed."""
         path = self._list(split)
         rows = [line.replace("\\", "/").split() for line in read_lines(path)]
         if short := [row for row in rows if len(row) < 2]:
-            raise DataError(f"{path}: no picture and depth in {printable(short[0])}; copy it again")
+            raise DataError(f"{path}: no image and depth in {printable(short[0])}; copy it again")
         pairs = [(row[0].lstrip("/"), row[1].lstrip("/")) for row in rows]
         places = [self.root / folder for folder in _FOLDERS[split]]
         folder = next((place for place in places if (place / pairs[0][0]).is_file()), places[0])

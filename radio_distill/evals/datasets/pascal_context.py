@@ -60,7 +60,7 @@ class PascalContext(LabelledDataset):
 
     name: ClassVar[str] = "pascal_context"
     layout: ClassVar[str] = "JPEGImages/, ImageSets/, semseg/ and so on (PASCALContext)"
-    licence: ClassVar[str] = "research (PASCAL's pictures)"
+    licence: ClassVar[str] = "research (PASCAL's images)"
     published: ClassVar[Mapping[str, int]] = {"train": 4_998, "val": 5_105}
     num_classes: ClassVar[int] = 21
     num_parts: ClassVar[int] = 7
@@ -68,7 +68,7 @@ class PascalContext(LabelledDataset):
     def split(self, split: str) -> list[LabelledImage]:
         """List ``train`` or ``val``.
 
-        Labels are ``segmentation``; ``parts``, 0 for background and 1 to 6, IGNORED in pictures
+        Labels are ``segmentation``; ``parts``, 0 for background and 1 to 6, IGNORED in images
         without people; ``saliency``, 0 or 1; and ``normals``.
         """
         path = self.folder("ImageSets", "Context") / f"{split}.txt"

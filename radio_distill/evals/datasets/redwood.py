@@ -19,13 +19,13 @@ _MILLIMETRES = 1000.0
 
 @dataclass(frozen=True, slots=True)
 class RgbdFrame:
-    """A frame; neither its picture nor its depth is read yet."""
+    """A frame; neither its image nor its depth is read yet."""
 
     key: str
     image: Path
     depth: Path
     intrinsics: Tensor
-    """``[3, 3]``, in pixels of the picture, 0 at the centre of the first."""
+    """``[3, 3]``, in pixels of the image, 0 at the centre of the first."""
     pose: Tensor
     """``[4, 4]``, from the world's to the camera's frame, in metres."""
 
@@ -57,7 +57,7 @@ class Redwood(Dataset):
         if len(poses) != len(names):
             raise DataError(
                 f"{self.root / 'trajectory.log'} has {len(poses)} poses, and {color} "
-                f"{len(names)} pictures; copy the sequence again"
+                f"{len(names)} images; copy the sequence again"
             )
         return [
             RgbdFrame(name, color / f"{name}.jpg", depth / f"{name}.png", intrinsics, pose)

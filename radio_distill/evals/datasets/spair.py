@@ -1,4 +1,4 @@
-"""SPair-71k: pairs of pictures of one class with corresponding keypoints."""
+"""SPair-71k: pairs of images of one class with corresponding keypoints."""
 
 import re
 from collections.abc import Mapping
@@ -22,9 +22,9 @@ class Keypoints(NamedTuple):
     """What a pair's file says."""
 
     source: Tensor
-    """``[K, 2]`` x, y in pixels of the source picture."""
+    """``[K, 2]`` x, y in pixels of the source image."""
     target: Tensor
-    """``[K, 2]`` x, y of the same points in the target picture."""
+    """``[K, 2]`` x, y of the same points in the target image."""
     ids: tuple[str, ...]
     """Which points of the class they are."""
     source_size: Size
@@ -45,7 +45,7 @@ class Keypoints(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class SpairPair:
-    """A pair of pictures; its keypoints are not read yet."""
+    """A pair of images; its keypoints are not read yet."""
 
     key: str
     category: str
@@ -83,9 +83,9 @@ class Spair(Dataset):
 
     name: ClassVar[str] = "spair"
     layout: ClassVar[str] = "JPEGImages/ and PairAnnotation/ (SPair-71k)"
-    licence: ClassVar[str] = "research (PASCAL's pictures)"
+    licence: ClassVar[str] = "research (PASCAL's images)"
     published: ClassVar[Mapping[str, int]] = {
-        "trn": 53_340, "val": 5_384, "test": 12_234, "pictures": 1_800
+        "trn": 53_340, "val": 5_384, "test": 12_234, "images": 1_800
     }  # fmt: skip
 
     def pairs(self, split: str) -> list[SpairPair]:
@@ -109,8 +109,8 @@ class Spair(Dataset):
         return pairs
 
     def count(self, part: str) -> int:
-        """Count the pairs of a split, or the pictures."""
-        if part == "pictures":
+        """Count the pairs of a split, or the images."""
+        if part == "images":
             folder = self.folder("JPEGImages")
             return sum(len(stems(item, ".jpg")) for item in folder.iterdir() if item.is_dir())
         return len(self.pairs(part))

@@ -30,16 +30,16 @@ from .segmentation import (
     num_shown,
     pixel_accuracy,
 )
-from .sums import PictureMeans, Sums, check_finite
+from .sums import ImageMeans, Sums, check_finite
 
 __all__ = [
     "IGNORED",
     "Confusion",
     "DepthErrors",
     "Fidelity",
+    "ImageMeans",
     "MaxF",
     "NormalErrors",
-    "PictureMeans",
     "PooledDepth",
     "PooledNormals",
     "Sums",

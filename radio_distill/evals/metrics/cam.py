@@ -1,4 +1,4 @@
-"""Class activation maps judged by what the classifier says of the picture that they leave over."""
+"""Class activation maps judged by what the classifier says of the image that they leave over."""
 
 from torch import Tensor
 
@@ -9,7 +9,7 @@ def average_drop(whole: Tensor, kept: Tensor) -> float:
     FeatUp's paper prints the sum without 1/N; its values are means.
 
     Args:
-        whole: ``[N]`` Y, the class's probability on the whole picture.
+        whole: ``[N]`` Y, the class's probability on the whole image.
         kept: ``[N]`` O, on what the map leaves over.
     """
     whole, kept = whole.double(), kept.double()
@@ -17,5 +17,5 @@ def average_drop(whole: Tensor, kept: Tensor) -> float:
 
 
 def average_increase(whole: Tensor, kept: Tensor) -> float:
-    """Return A.I., the share of pictures that the classifier is surer of without the rest, in %."""
+    """Return A.I., the share of images that the classifier is surer of without the rest, in %."""
     return 100 * (whole < kept).double().mean().item()

@@ -1,7 +1,7 @@
-"""Depth in metres: errors of single pictures, with and without alignment, and of a whole set.
+"""Depth in metres: errors of single images, with and without alignment, and of a whole set.
 
 Four programs call four different numbers "NYU depth rmse": pooled over all pixels below 80 m
-(:class:`PooledDepth`, the multi-task field), the mean over pictures in the Eigen crop below 10 m
+(:class:`PooledDepth`, the multi-task field), the mean over images in the Eigen crop below 10 m
 (:func:`depth_errors` with :func:`eigen_crop`, DINOv2 and DINOv3), the mean over square crops and,
 after alignment, of relative depth (both Probe3D). They never belong in one table.
 """
@@ -16,7 +16,7 @@ from .sums import Sums
 
 
 class DepthErrors(NamedTuple):
-    """Errors of each picture, ``[B]`` in float64; NaN for a picture without a valid pixel."""
+    """Errors of each image, ``[B]`` in float64; NaN for an image without a valid pixel."""
 
     d1: Tensor
     """Share of pixels with max(p/t, t/p) < 1.25."""
@@ -41,7 +41,7 @@ class DepthErrors(NamedTuple):
 
 
 def depth_errors(prediction: Tensor, target: Tensor, valid: Tensor | None = None) -> DepthErrors:
-    """Compare depth maps ``[B, H, W]``, picture by picture.
+    """Compare depth maps ``[B, H, W]``, image by image.
 
     Args:
         prediction: metres; what is not positive is wrong at every threshold.
@@ -76,10 +76,10 @@ def depth_errors(prediction: Tensor, target: Tensor, valid: Tensor | None = None
 def align_scale_and_shift(
     prediction: Tensor, target: Tensor, valid: Tensor | None = None
 ) -> Tensor:
-    """Return ``a * prediction + b`` with the least squared error to ``target``, per picture.
+    """Return ``a * prediction + b`` with the least squared error to ``target``, per image.
 
     With it depth is judged up to scale and shift (MiDaS, arXiv 1907.01341; "scale-invariant" in
-    Probe3D). A picture whose prediction is constant is left as it is.
+    Probe3D). An image whose prediction is constant is left as it is.
 
     Args:
         prediction: ``[B, H, W]``.

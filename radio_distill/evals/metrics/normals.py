@@ -1,4 +1,4 @@
-"""Surface normals: angles, the errors of pictures and of a set, and normals out of depth."""
+"""Surface normals: angles, the errors of images and of a set, and normals out of depth."""
 
 from typing import NamedTuple
 
@@ -22,7 +22,7 @@ def angles_between(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 class NormalErrors(NamedTuple):
-    """Errors of each picture, ``[B]`` in float64; NaN for a picture without a valid pixel."""
+    """Errors of each image, ``[B]`` in float64; NaN for an image without a valid pixel."""
 
     d1: Tensor
     """Share of pixels under 11.25 degrees."""
@@ -37,7 +37,7 @@ class NormalErrors(NamedTuple):
 
 
 def normal_errors(prediction: Tensor, target: Tensor, valid: Tensor) -> NormalErrors:
-    """Compare normals ``[B, 3, H, W]``, picture by picture, on pixels ``valid`` ``[B, H, W]``."""
+    """Compare normals ``[B, 3, H, W]``, image by image, on pixels ``valid`` ``[B, H, W]``."""
     angle = angles_between(prediction, target).double()
     count = valid.sum(dim=(1, 2)).double()
 
@@ -83,7 +83,7 @@ def normals_from_depth(
         focal: focal length in pixels, the same in both directions.
         centre: principal point (x, y) in pixels, 0 at the outer edge; by default the middle.
         as_published: as Probe3D makes the truth of its NAVI normals: the principal point lies in
-            the picture's corner, which shears all points, and a neighbour without depth is a
+            the image's corner, which shears all points, and a neighbour without depth is a
             million metres away instead of unknown.
     """
     height, width = depth.shape

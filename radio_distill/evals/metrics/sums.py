@@ -37,8 +37,8 @@ class Sums:
         self.sums = all_reduce_sum(self.sums)
 
 
-class PictureMeans(Sums):
-    """Means over the pictures of a set, for measures of single pictures.
+class ImageMeans(Sums):
+    """Means over the images of a set, for measures of single images.
 
     Args:
         names: of the measures, in the order in which they come.
@@ -50,14 +50,14 @@ class PictureMeans(Sums):
         self.names = tuple(names)
 
     def update(self, values: Sequence[Tensor]) -> None:
-        """Add measures, each ``[B]``; a picture for which one is NaN does not count."""
+        """Add measures, each ``[B]``; an image for which one is NaN does not count."""
         rows = torch.stack(list(values)).to(self.sums)  # [N, B]
         rows = rows[:, rows.isfinite().all(dim=0)]
         self.sums += torch.cat([torch.ones_like(rows[:1]), rows]).sum(dim=1)
 
     def compute(self) -> dict[str, float]:
-        """Return the means by name; raises DataError where no picture counted."""
+        """Return the means by name; raises DataError where no image counted."""
         count, *sums = self.sums.tolist()
         if not count:
-            raise DataError(f"{', '.join(self.names)}: no picture has a pixel with a label")
+            raise DataError(f"{', '.join(self.names)}: no image has a pixel with a label")
         return {name: total / count for name, total in zip(self.names, sums, strict=True)}

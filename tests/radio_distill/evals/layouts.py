@@ -13,7 +13,7 @@ from PIL import Image
 from radio_distill.evals.datasets.coco import Coco
 
 SIZE = (48, 40)
-"""Width and height of every picture."""
+"""Width and height of every image."""
 
 
 def save(path: Path, array: np.ndarray) -> Path:
@@ -45,7 +45,7 @@ def regions(generator: np.random.Generator, numbers: list[int]) -> np.ndarray:
 
 
 def painted(numbers: np.ndarray) -> np.ndarray:
-    """A picture in which each number of a label map has a colour of its own, ``[H, W, 3]``."""
+    """A image in which each number of a label map has a colour of its own, ``[H, W, 3]``."""
     return np.random.default_rng(0).integers(0, 256, (256, 3), dtype=np.uint8)[numbers]
 
 
@@ -62,7 +62,7 @@ def ade20k(root: Path, train: int = 3, val: int = 2) -> Path:
 
 
 def voc(root: Path, train: int = 2, val: int = 2, aug: int = 3) -> Path:
-    """VOC2012 with background, two classes and void; ``aug`` pictures more in trainaug."""
+    """VOC2012 with background, two classes and void; ``aug`` images more in trainaug."""
     generator = np.random.default_rng(0)
     lists: dict[str, list[str]] = {"train": [], "val": [], "aug": []}
     for number in range(train + val + aug):
@@ -94,7 +94,7 @@ VOC_NAMES = [
 
 
 def voc_of_coco(root: Path, data: Coco) -> Path:
-    """VOC2012 of COCO's pictures and masks: crowds are void, other classes are background."""
+    """VOC2012 of COCO's images and masks: crowds are void, other classes are background."""
     for split in ("train", "val"):
         found = data.objects(split)
         names = list(found.categories.values())
@@ -113,7 +113,7 @@ def voc_of_coco(root: Path, data: Coco) -> Path:
 
 
 def imagenet(root: Path, train: int = 4, val: int = 2) -> Path:
-    """ImageNet-1k: ``train`` and ``val`` pictures of each of its classes 0, 2 and 9, by colour."""
+    """ImageNet-1k: ``train`` and ``val`` images of each of its classes 0, 2 and 9, by colour."""
     generator = np.random.default_rng(0)
     for number, wnid in ((0, "n01440764"), (2, "n01484850"), (9, "n01518878")):
         for split, count in (("train", train), ("val", val)):
@@ -153,7 +153,7 @@ def coco(root: Path, train: int = 3, val: int = 2, captions: int = 5) -> Path:
             points = [value for index in range(17) for value in (left + index % 12, top, 2)]
             people.append(person | {"keypoints": points, "num_keypoints": 17})
             for index in range(captions):
-                text = f"picture {number} of {split}, in words {index}"
+                text = f"image {number} of {split}, in words {index}"
                 texts.append({"id": len(texts), "image_id": image["id"], "caption": text})
         for kind, items in (
             ("instances", objects), ("person_keypoints", people), ("captions", texts)
@@ -171,14 +171,14 @@ def run_lengths(mask: np.ndarray) -> list[int]:
 
 
 def coco_retrieval(root: Path, pictures: int = 4, captions: int = 5) -> Path:
-    """CLIP_benchmark's COCO; texts begin with the number of their picture, which has one colour."""
+    """CLIP_benchmark's COCO; texts begin with the number of their image, which has one colour."""
     images, texts = [], []
     for number in range(pictures):
         name = f"COCO_val2014_{number:012d}.jpg"
         save(root / "val2014" / name, painted(np.full(SIZE[::-1], number)))
         images.append({"id": number, "file_name": name})
         for index in range(captions):
-            text = f"{number}, a picture, said in words {index}"
+            text = f"{number}, an image, said in words {index}"
             texts.append({"id": len(texts), "image_id": number, "caption": text})
     write_json(root / "coco_test_karpathy.json", {"images": images, "annotations": texts})
     return root
@@ -191,7 +191,7 @@ def flickr30k(root: Path, pictures: int = 4, captions: int = 5) -> Path:
         name = f"{1000 + number}.jpg"
         save(root / name, painted(np.full(SIZE[::-1], number)))
         lines += [
-            f"{name},{number}, a picture, said in {index}.jpg, words" for index in range(captions)
+            f"{name},{number}, an image, said in {index}.jpg, words" for index in range(captions)
         ]
     write(root / "flickr30k_test_karpathy.txt", "\n".join(lines) + "\n")
     return root

@@ -1,4 +1,4 @@
-"""Encoders of the pictures of :mod:`layouts`: one that says all, and one that says nothing."""
+"""Encoders of the images of :mod:`layouts`: one that says all, and one that says nothing."""
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ def perfect_encoder(cell: int = 4) -> Encoder:
 
 
 def random_encoder(cell: int = 4) -> Encoder:
-    """Say what has nothing to do with the picture."""
+    """Say what has nothing to do with the image."""
 
     def encode(pixels: Tensor) -> Tensor:
         batch, _, height, width = pixels.shape

@@ -19,7 +19,7 @@ def random(seed: int = 0) -> np.random.Generator:
 
 
 def sample(height: int = 48, width: int = 64):
-    """A picture in blocks whose red is the class, and labels that say where each pixel was."""
+    """A image in blocks whose red is the class, and labels that say where each pixel was."""
     blocks = torch.from_numpy(random().integers(0, 25, (height // 8, width // 8)))
     classes = blocks.repeat_interleave(8, 0).repeat_interleave(8, 1)
     pixels = torch.stack([classes * 10, classes * 5, classes]).byte()
@@ -64,7 +64,7 @@ def test_augmentation__is_a_function_of_the_generator():
 
 
 def test_augmentation__no_class_covers_most_of_a_crop():
-    """A picture three quarters of which are one class: such crops are drawn again."""
+    """A image three quarters of which are one class: such crops are drawn again."""
     classes = torch.zeros(64, 256, dtype=torch.long)
     classes[:, 192:] = 1
     pixels = torch.zeros(3, 64, 256, dtype=torch.uint8)

@@ -1,4 +1,4 @@
-"""Depth and normals: chance for noise, the top for labels; what is done to pictures of NAVI."""
+"""Depth and normals: chance for noise, the top for labels; what is done to images of NAVI."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +25,7 @@ QUICK = {
 
 
 def ramps(root: Path) -> str:
-    """NAVI whose pictures lean in random directions, as grey as they are far: 0.4 m to 0.8 m."""
+    """NAVI whose images lean in random directions, as grey as they are far: 0.4 m to 0.8 m."""
     layouts.navi(root, pictures=8)
     generator = np.random.default_rng(0)
     width, height = layouts.SIZE
@@ -42,7 +42,7 @@ def ramps(root: Path) -> str:
 
 
 def slopes(root: Path) -> str:
-    """NAVI whose pictures are planes that lean, each in the colour of its normal."""
+    """NAVI whose images are planes that lean, each in the colour of its normal."""
     layouts.navi(root, pictures=8)
     generator = np.random.default_rng(0)
     width, height = layouts.SIZE
@@ -103,7 +103,7 @@ def test_nyu_depth__perfect_features_at_the_top_and_noise_at_chance(tmp_path):
 def test_navi__trains_and_tests_squares_around_objects(tmp_path, kind, as_published):
     layouts.navi(tmp_path)
     probe = kind(data=str(tmp_path), crop=(32, 32), as_published=as_published)
-    training, test = probe.pictures()
+    training, test = probe.images()
     assert (len(training), len(test)) == (3, 3), "every fourth of ten"
     example = probe.training_example(training[1], np.random.default_rng(0))
     assert example.pixels.shape == (3, 32, 32)
@@ -117,7 +117,7 @@ def test_navi__trains_and_tests_squares_around_objects(tmp_path, kind, as_publis
 
 def test_navi_depth__is_relative(tmp_path):
     probe = NaviDepth(data=ramps(tmp_path), crop=(40, 40), every=1)
-    example = probe.test_example(probe.pictures()[1][0])
+    example = probe.test_example(probe.images()[1][0])
     grey, depth = example.pixels[0] / 255.0, example.labels["depth"]
     expected = 0.01 + 0.99 * (grey - grey.min()) / (grey.max() - grey.min())
     torch.testing.assert_close(depth, expected, atol=0.03, rtol=0)
@@ -128,7 +128,7 @@ def test_navi_depth__is_relative(tmp_path):
 
 def test_navi_normals__point_where_the_plane_does(tmp_path):
     probe = NaviNormals(data=slopes(tmp_path), crop=(40, 40), every=1)
-    for image in probe.pictures()[1][:4]:
+    for image in probe.images()[1][:4]:
         example = probe.test_example(image)
         normals = example.labels["normals"]
         known = normals.any(dim=0)

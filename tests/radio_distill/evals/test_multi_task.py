@@ -53,9 +53,9 @@ def test_losses__a_task_that_no_picture_shows_loses_nothing(tmp_path):
     layouts.pascal_context(tmp_path)
     probe = make("pascal_context", EvaluationConfig(data={"pascal_context": str(tmp_path)}))
     outputs = {name: torch.randn(1, n, 5, 6, requires_grad=True) for name, n in probe.tasks.items()}
-    labels = {name: it[None] for name, it in probe.pictures()[0][1].labels().items()}
+    labels = {name: it[None] for name, it in probe.images()[0][1].labels().items()}
     losses = probe.losses(outputs, labels)
-    assert losses["parts"] == 0, "the second picture has no people"
+    assert losses["parts"] == 0, "the second image has no people"
     assert all(torch.isfinite(loss) for loss in losses.values())
     sum(losses.values()).backward()
     assert not outputs["parts"].grad.any()

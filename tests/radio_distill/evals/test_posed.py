@@ -90,7 +90,7 @@ def test_rgbd__frames_without_depth_in_common_are_one_line(hues, room, tmp_path)
     layouts.redwood(tmp_path)
     for path in (tmp_path / "depth").iterdir():
         layouts.save(path, torch.zeros(40, 48).short().numpy().astype("uint16"))
-    with pytest.raises(DataError, match="no pair of pictures has depth in both"):
+    with pytest.raises(DataError, match="no pair of images has depth in both"):
         RgbdMatching(str(tmp_path), size=40).run(hues(8))
 
 

@@ -22,7 +22,7 @@ from .probe_sets import perfect_encoder
 
 
 class ConvVoc(Voc):
-    """Statistics of what is trained, and a loss of all pictures of a step."""
+    """Statistics of what is trained, and a loss of all images of a step."""
 
     pools_step = True
 
@@ -55,7 +55,7 @@ def kept_in(folder: Path) -> Encoder:
 def weights(
     probe: Voc, progress=lambda done: None, encoder: Encoder | None = None
 ) -> dict[str, torch.Tensor]:
-    heads = train(probe, encoder or perfect_encoder(), probe.pictures()[0], progress)
+    heads = train(probe, encoder or perfect_encoder(), probe.images()[0], progress)
     return heads.state_dict()
 
 

@@ -27,7 +27,7 @@ def folder(tmp_path_factory) -> str:
 
 
 class Boxes:
-    """A decoder that fills each box: right on generated pictures, the floor on real ones."""
+    """A decoder that fills each box: right on generated images, the floor on real ones."""
 
     side, width, digest = 64, 32, "boxes"
 

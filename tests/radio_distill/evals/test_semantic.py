@@ -36,5 +36,5 @@ def test_run__perfect_features_at_the_top_and_noise_at_chance(tmp_path, name, qu
 def test_voc__trains_on_the_larger_list_where_it_is_there(tmp_path):
     for aug, expected in ((0, 2), (3, 5)):
         folder = layouts.voc(tmp_path / str(aug), train=2, aug=aug)
-        training, _ = make("voc", EvaluationConfig(data={"voc": str(folder)})).pictures()
+        training, _ = make("voc", EvaluationConfig(data={"voc": str(folder)})).images()
         assert len(training) == expected

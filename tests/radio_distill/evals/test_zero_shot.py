@@ -1,4 +1,4 @@
-"""Zero-shot classification and retrieval: texts and pictures in one space."""
+"""Zero-shot classification and retrieval: texts and images in one space."""
 
 import re
 from dataclasses import replace
@@ -43,7 +43,7 @@ def _count(texts):
 
 
 class Painted:
-    """Says what an encoder makes of the pictures that a text names."""
+    """Says what an encoder makes of the images that a text names."""
 
     def __init__(self, encoder, pictures):
         pixels = {word: to_pixels(path, (16, 16))[None] for word, path in pictures.items()}
@@ -141,7 +141,7 @@ def test_retrieval__texts_that_name_their_picture_are_all_found(hues, tmp_path, 
     assert {score.metric: score.value for score in scores} == {
         f"{way}@{rank}": 100.0 for way in ("text_to_image", "image_to_text") for rank in (1, 5, 10)
     }
-    assert scores[0].details == {"pictures": 6, "captions": 30}
+    assert scores[0].details == {"images": 6, "captions": 30}
     assert [score.metric for score in scores if score.headline] == [
         "text_to_image@1", "image_to_text@1"
     ]  # fmt: skip
@@ -166,12 +166,12 @@ def test_retrieval__limit_keeps_all_captions_of_a_picture_and_batches_change_not
         for size in (1, 2, 3)
     ]
     assert scores[0] == scores[1] == scores[2]
-    assert scores[0][0].details == {"pictures": 3, "captions": 15}
+    assert scores[0][0].details == {"images": 3, "captions": 15}
     assert {score.value for score in scores[0]} == {100.0}
 
 
 def test_retrieval__a_caption_of_another_picture_is_not_right(hues, tmp_path):
-    """Texts of picture n say n + 1: no text is right, and no picture finds its own."""
+    """Texts of image n say n + 1: no text is right, and no image finds its own."""
     pictures = sorted(layouts.coco_retrieval(tmp_path, pictures=6).rglob("*.jpg"))
     text = Numbered(hues(8), {str(number): pictures[number - 5] for number in range(6)})
     scores = CocoCaptions(str(tmp_path), 16, ranks=(1,)).run(with_text(hues(8), text))
@@ -187,5 +187,5 @@ def test_retrieval__reads_real_captions(colours, real, tmp_path):
         return Features(torch.ones(len(pixels), 32), torch.ones(len(pixels), 3, 2, 2))
 
     scores = CocoCaptions(str(folder), 16).run(Encoder("blind", encode, 8, text=Letters()))
-    assert scores[0].details == {"pictures": 25, "captions": 125}
+    assert scores[0].details == {"images": 25, "captions": 125}
     assert scores[0].value == pytest.approx(4.0)

@@ -27,7 +27,7 @@ BLUE, ORANGE = (63, 193, 255), (255, 122, 26)
 
 
 def panels(sheet, rows):
-    """Cut a sheet of 64 x 48 pictures into its prediction and truth, row by row."""
+    """Cut a sheet of 64 x 48 images into its prediction and truth, row by row."""
     height = SIDE * 48 // 64
     found = []
     for row in range(rows):

@@ -1,4 +1,4 @@
-"""Real pictures and labels kept beside the checkout."""
+"""Real images and labels kept beside the checkout."""
 
 from pathlib import Path
 

@@ -38,7 +38,7 @@ def test_coco__keypoints_and_captions(tmp_path):
     assert people[0].keypoints[0] == (*people[0].box[:2], 2)
     captions = data.captions("train")
     assert captions.image_of == [0] * 5 + [1] * 5
-    assert captions.texts[5].startswith("picture 2 of train")
+    assert captions.texts[5].startswith("image 2 of train")
     assert captions.images[1].name == "000000000002.jpg"
 
 
@@ -69,7 +69,7 @@ def test_coco__annotations_of_pictures_that_are_not_listed(tmp_path):
 def test_retrieval__every_form_of_a_split_says_the_same(tmp_path):
     wanted = Flickr30k(layouts.flickr30k(tmp_path)).test()
     assert wanted.image_of == [number for number in range(4) for _ in range(5)]
-    assert wanted.texts[6] == "1, a picture, said in 1.jpg, words"
+    assert wanted.texts[6] == "1, an image, said in 1.jpg, words"
     items = [
         {
             "filename": image.name,
@@ -93,13 +93,13 @@ def test_retrieval__every_form_of_a_split_says_the_same(tmp_path):
 
 def test_retrieval__coco(tmp_path):
     data = CocoRetrieval(layouts.coco_retrieval(tmp_path, pictures=3))
-    assert data.check().counts == {"pictures": 3, "captions": 15}
+    assert data.check().counts == {"images": 3, "captions": 15}
     assert data.test().source == "coco_test_karpathy.json"
     assert data.test().images[2].is_file()
 
 
 @pytest.mark.parametrize(
-    "line", ["", "1001.png,no such suffix", "9.jpg,a picture that is not there"]
+    "line", ["", "1001.png,no such suffix", "9.jpg,an image that is not there"]
 )
 def test_retrieval__a_truncated_list(tmp_path, line):
     path = layouts.flickr30k(tmp_path) / "flickr30k_test_karpathy.txt"
@@ -124,7 +124,7 @@ def test_real__coco(real):
     areas = torch.tensor([(item.mask().sum(), item.area) for item in objects if item.area > 1000])
     assert (areas[:, 0] / areas[:, 1] - 1).abs().max() < 0.1
     retrieval = CocoRetrieval(real / "coco51").check()
-    assert retrieval.missing == ["pictures: 25 of 5,000", "captions: 125 of 25,010"]
+    assert retrieval.missing == ["images: 25 of 5,000", "captions: 125 of 25,010"]
 
 
 def test_real__codes_made_of_panoptic_masks(real, tmp_path):
@@ -132,7 +132,7 @@ def test_real__codes_made_of_panoptic_masks(real, tmp_path):
     (tmp_path / "annotations").symlink_to(real / "coco53" / "annotations")
     pictures = real.parent / "segmentation" / "coco" / "images" / "val"
     if not pictures.is_dir():
-        pytest.skip("no pictures of the codes")
+        pytest.skip("no images of the codes")
     (tmp_path / "val2017").symlink_to(pictures)
     objects = Coco(tmp_path).objects("val").objects
     assert len(objects) == 174

@@ -35,7 +35,7 @@ def test_imagenet__val_as_it_is_published_and_a_strange_class(tmp_path):
     next((tmp_path / "train" / "n01440764").iterdir()).rename(tmp_path / "moved")
     for path in (tmp_path / "train" / "n01440764").iterdir():
         path.unlink()
-    with pytest.raises(DataError, match=r"n01440764 has no pictures"):
+    with pytest.raises(DataError, match=r"n01440764 has no images"):
         ImageNet(tmp_path).split("train")
 
 
@@ -57,7 +57,7 @@ def test_spair__keypoints_correspond(tmp_path):
 
 def test_spair__check_and_a_lost_picture(tmp_path):
     data = Spair(layouts.spair(tmp_path))
-    assert data.check().counts == {"trn": 12, "val": 12, "test": 12, "pictures": 6}
+    assert data.check().counts == {"trn": 12, "val": 12, "test": 12, "images": 6}
     (tmp_path / "JPEGImages" / "cat" / "2008_000001.jpg").unlink()
     with pytest.raises(DataError, match=r"1 of 3 names .*2008_000001\.jpg"):
         data.pairs("val")

@@ -103,7 +103,7 @@ def test_nyu_depth__truncated_lists(tmp_path):
     path = tmp_path / "nyu_train.txt"
     lines = path.read_text().splitlines()
     path.write_text("\n".join([*lines, lines[0].split()[0]]))
-    with pytest.raises(DataError, match="no picture and depth"):
+    with pytest.raises(DataError, match="no image and depth"):
         data.split("train")
     path.write_text("\n".join([*lines, lines[0].replace("rgb_00000", "rgb_00009")]))
     with pytest.raises(DataError, match=r"rgb_00009\.jpg"):
