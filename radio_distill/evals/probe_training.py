@@ -372,7 +372,10 @@ def _folder(encoder: Encoder, source: TrainingImages, world: World, stack: ExitS
     The folder's name sums up all that decides the heads.
     """
     if encoder.cache is None:
-        own = stack.enter_context(tempfile.TemporaryDirectory()) if world.is_main else ""
+        own = Path()
+        if world.is_main:  # the folder's name is what messages call the training
+            own = Path(stack.enter_context(tempfile.TemporaryDirectory())) / source.benchmark.name
+            own.mkdir()
         return Path(broadcast_object(own))
     asked = replace(source.benchmark, batch_size=1)
     digest = sha256(f"{asked!r} {source.fingerprint}".encode()).hexdigest()[:16]
