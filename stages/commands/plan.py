@@ -4,6 +4,7 @@ radio-distill plan phi_s_b --devices 32 64 128 --device a100-80 --price 2.5
 """
 
 import argparse
+import gc
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -74,6 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
     kind = arguments.device or "h100"
     device, counts = _device(kind), _counts(arguments.devices or [8], recipe)
     console = Console() if Console().is_terminal else Console(width=150)
+    gc.disable()  # fakes are millions of small objects, and looking for cycles among them is slow
     models = build_models(recipe, device.native_dtype)
     if not (arguments.devices and arguments.device):
         console.print(_assumed(arguments, counts, kind), soft_wrap=True)
