@@ -12,7 +12,7 @@ This module imports torch for annotations only, so that the command line answers
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 Size = tuple[int, int]
 """(height, width), of pixels or of grid cells."""
+Suite = Literal["quick", "published"]
+"""Which benchmarks are asked, and how: see :mod:`.evals.suites`."""
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Mean and deviation of ImageNet's red, green and blue, for pixels in [0, 1]."""
 

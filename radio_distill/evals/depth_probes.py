@@ -216,8 +216,8 @@ class NaviNormals(NaviProbe):
 class NyuDepth(TrainedBenchmark):
     """NYU Depth v2 in BTS' layout: four layers, made four times as fine, vote for 256 bins.
 
-    DINOv2's head and loss with DINOv3's optimizer, for DINOv2's is not public; no [CLS]. Scores are
-    means over images in the Eigen crop, up to 10 m, of an image and its mirror image.
+    DINOv2's head and loss with DINOv3's optimizer, for DINOv2's is not known to us; no [CLS].
+    Scores are means over images in the Eigen crop, up to 10 m, of an image and its mirror image.
     """
 
     crop: Size = (416, 544)

@@ -272,8 +272,3 @@ def encode_summaries(
         if progress is not None:
             progress(end, len(paths))
     return torch.cat(parts)
-
-
-def size_text(size: Size) -> str:
-    """Write a size as ``HEIGHTxWIDTH``."""
-    return f"{size[0]}x{size[1]}"

@@ -26,10 +26,10 @@ from ..data.folder import labelled_images, list_images
 from ..errors import ConfigError, NoLayersError
 from ..protocols import Benchmark
 from ..registry import Registry, check_has, check_takes, nearest
-from ..types import Score, Size
+from ..types import Score, Size, format_size
 from .cache import SummaryCache
 from .datasets import DATASETS
-from .encoder import Encoder, size_text
+from .encoder import Encoder
 from .examples import Shown
 from .masks import open_set
 from .protocol import protocol_of, quick
@@ -198,7 +198,7 @@ def evaluate(
                 f"benchmark {benchmark.name!r}: run returns {result!r:.80}, not a list of "
                 "radio_distill.types.Score"
             )
-        pixels, named = ", ".join(map(size_text, sizes)), quick if config.limit else str
+        pixels, named = ", ".join(map(format_size, sizes)), quick if config.limit else str
         how = (asked or {}).get(name, "")
         result = [
             replace(

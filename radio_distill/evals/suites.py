@@ -13,14 +13,13 @@ A benchmark whose data is not named is left out, and said to be.
 
 from dataclasses import fields, replace
 from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Any
 
 from ..config import EvaluationConfig
 from ..errors import ConfigError
+from ..types import Suite
 from .headlines import HEADLINES
 from .run import BENCHMARKS, source_value
-
-Suite = Literal["quick", "published"]
 
 PUBLISHED = (
     *dict.fromkeys(n.partition("/")[0] for n, m in HEADLINES.items() if m.group != "VILA"),

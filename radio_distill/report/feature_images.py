@@ -15,8 +15,8 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..evals.encoder import Encoder, size_text, to_pixels
-from ..types import Size
+from ..evals.encoder import Encoder, to_pixels
+from ..types import Size, format_size
 
 MARGIN = 8
 LABEL_HEIGHT = 24
@@ -109,7 +109,7 @@ def size_sheet(
         sizes = list(given.values())
         maps = [encoder(to_pixels(image, size)[None]).spatial[0] for size in sizes]
         painted = dict(zip(given, pca_images(maps, side), strict=True))
-        others = [size_text(size) for column, size in given.items() if size != (column, column)]
+        others = [format_size(size) for column, size in given.items() if size != (column, column)]
         label = name if not others and len(given) == len(sides) else _sizes_label(name, sizes)
         rows[label] = [painted.get(column, empty) for column in sides]
     square = ImageOps.fit(image.convert("RGB"), (side, side))
@@ -130,7 +130,7 @@ def _given(encoder: Encoder, sides: Sequence[int]) -> dict[int, Size]:
 
 
 def _sizes_label(name: str, sizes: Sequence[Size]) -> str:
-    return f"{name}, at {', '.join(map(size_text, sizes))} px"
+    return f"{name}, at {', '.join(map(format_size, sizes))} px"
 
 
 def image_grid(

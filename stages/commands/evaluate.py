@@ -32,7 +32,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
 import yaml
 
@@ -47,13 +47,12 @@ from radio_distill.config import (
 )
 from radio_distill.errors import ConfigError
 from radio_distill.evals.subjects import SCORES
+from radio_distill.types import Suite
 
 from ..arguments import add_trust_argument
 from ..recipes import load_recipe
 
 TAKES_FIELDS = True
-
-Suite = Literal["quick", "published"]
 
 
 @dataclass(frozen=True)
@@ -136,11 +135,11 @@ def run(arguments: argparse.Namespace) -> int:
     asked: Recipe | Asked
     if checkpoints:
         asked = replace(checkpoints[0].recipe, evaluation=evaluations[0])
-    elif arguments.recipe:
-        asked = load_recipe(arguments.recipe, arguments.fields)
-        asked = replace(asked, evaluation=suited(asked.evaluation))
     else:
-        asked = build(Asked, override({}, arguments.fields))
+        if arguments.recipe:
+            asked = load_recipe(arguments.recipe, arguments.fields)
+        else:
+            asked = build(Asked, override({}, arguments.fields))
         asked = replace(asked, evaluation=suited(asked.evaluation))
     models = named_models(arguments.models, asked.teachers)
     world = world_from(os.environ)

@@ -5,7 +5,8 @@ radio-distill plan phi_s_b --devices 32 64 128 --device a100-80 --price 2.5
 
 import argparse
 import gc
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -75,11 +76,11 @@ def run(arguments: argparse.Namespace) -> int:
     kind = arguments.device or "h100"
     device, counts = _device(kind), _counts(arguments.devices or [8], recipe)
     console = Console() if Console().is_terminal else Console(width=150)
-    gc.disable()  # fakes are millions of small objects, and looking for cycles among them is slow
-    models = build_models(recipe, device.native_dtype)
-    if not (arguments.devices and arguments.device):
-        console.print(_assumed(arguments, counts, kind), soft_wrap=True)
-    plans = plan_stages(models, counts, device, arguments.utilisation)
+    with _without_collector():
+        models = build_models(recipe, device.native_dtype)
+        if not (arguments.devices and arguments.device):
+            console.print(_assumed(arguments, counts, kind), soft_wrap=True)
+        plans = plan_stages(models, counts, device, arguments.utilisation)
     for table in _tables(models, plans, device, arguments.price):
         console.print(table)
     console.print(
@@ -109,6 +110,18 @@ def run(arguments: argparse.Namespace) -> int:
         console.print("Not here yet:", style="bold")
         _print_lines(console, found.notes)
     return 0
+
+
+@contextmanager
+def _without_collector() -> Iterator[None]:
+    """Look for no cycles in the block: among millions of small fake tensors that is slow."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _print_lines(console: Console, lines: Sequence[str]) -> None:

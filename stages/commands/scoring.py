@@ -152,11 +152,13 @@ def score_models(
     asked = {name: asked_of(name, evaluation) for name in evaluation.benchmarks}
     for model in models:
         check_model(model)
-    for model in models:
+
+    def score_one(model: NamedModel) -> None:  # when it returns, the model's memory is free
         subject, encoder = model_under_test(model, device, path.absolute().parent)
-        make = partial(lambda encoder: encoder, encoder)
-        score_into(path, subject, model.name, make, evaluation, asked, [], again)
-        del encoder, make  # before the next one takes its memory
+        score_into(path, subject, model.name, lambda: encoder, evaluation, asked, [], again)
+
+    for model in models:
+        score_one(model)
 
 
 def score_into(

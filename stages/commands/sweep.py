@@ -18,6 +18,7 @@ from radio_distill.config import Recipe
 from radio_distill.errors import ConfigError
 from radio_distill.evals.subjects import SCORES
 from radio_distill.system.files import make_private
+from radio_distill.types import Suite
 
 from ..arguments import (
     add_recipe_argument,
@@ -26,7 +27,7 @@ from ..arguments import (
     check_output,
 )
 from ..recipes import Asked, load_recipe
-from .evaluate import Suite, add_suite_argument, in_suite
+from .evaluate import add_suite_argument, in_suite
 
 if TYPE_CHECKING:
     from radio_distill.evals.gain import MultiTaskGain

@@ -5,6 +5,7 @@ and accessors of its own give benchmarks images and labels. One file reads one l
 docs/evaluation.md has the table of layouts, counts and licences.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,7 +95,7 @@ class Contents:
 
 
 @dataclass(frozen=True)
-class Dataset:
+class Dataset(ABC):
     """A published data set in a folder; see its class for the layout."""
 
     root: Path
@@ -110,9 +111,9 @@ class Dataset:
         """Take a path as a recipe writes it."""
         object.__setattr__(self, "root", Path(self.root).expanduser())
 
+    @abstractmethod
     def count(self, part: str) -> int:
         """Count the items of a part, one of ``published``; raises DataError in one line."""
-        raise NotImplementedError
 
     def check(self) -> Contents:
         """Count every part, and say what is wrong with those that cannot be read.
@@ -149,9 +150,9 @@ class Dataset:
 class LabelledDataset(Dataset):
     """A data set of images with dense labels, in splits."""
 
+    @abstractmethod
     def split(self, split: str) -> list[LabelledImage]:
         """List the images of ``train`` or ``val``; raises DataError in one line."""
-        raise NotImplementedError
 
     def count(self, part: str) -> int:
         """Count the images of a split, and read the labels of a few."""
