@@ -98,7 +98,7 @@ def build_stage(
     )
 
     def train_with(lock: RunLock | None) -> Path:
-        return Trainer(stage, task, world, lock, resumed, origin).run()
+        return Trainer(task.stage, task, world, lock, resumed, origin).run()
 
     return train_with
 
@@ -131,6 +131,7 @@ def build_distillation(
     check_same_shards(source.fingerprint)
     run_on_main(world, lambda: check_evaluation(stage.evaluation))
     specs = {name: teacher.spec for name, teacher in targets.teachers.items()}
+    stage = replace(stage, specs=specs)  # with the fingerprints of weights, for checkpoints
     if resumed is not None:
         check_shards(resumed, source.fingerprint, allow_changed)
         check_same_teachers(resumed, specs, allow_changed)

@@ -176,7 +176,7 @@ def build_task(
 
     def train_with(lock: "RunLock | None") -> Path:
         if resumed is None or resumed.step < stage.steps:
-            Trainer(stage, task, world, lock, resumed).run()
+            Trainer(task.stage, task, world, lock, resumed).run()
             share = 100 * task.timer.share
             logging.info("%s: %.0f %% of a step is the teacher", stage.folder.name, share)
         if world.is_main:
@@ -206,7 +206,7 @@ def build_fit(
     from radio_distill.system.distributed import run_on_main
     from radio_distill.system.files import make_private
     from stages.build import check_room
-    from stages.resume import check_shards
+    from stages.resume import check_same_teachers, check_shards
     from teachers import build_teacher
     from upsamplers.fit.batches import assign_images
     from upsamplers.fit.consistency import Consistency
@@ -221,6 +221,7 @@ def build_fit(
     is_compiled = stage.engine.compile is True
     teacher = build_teacher(config.teacher, stage.teachers[config.teacher], device, is_compiled)
     spec, (_, view) = teacher.spec, stage.views(config.teacher)[0]
+    stage = replace(stage, specs={spec.name: spec})  # with the fingerprint of its weights
     micro_batch = stage.micro_batch(FIT, view.size)
     network = build_network(config.upsampler, spec.channels, config.factor, config.options)
     slices = assign_images(config, world, micro_batch, view.rendered)
@@ -232,6 +233,7 @@ def build_fit(
     )
     if resumed is not None:
         check_shards(resumed, source.fingerprint, allow_changed)
+        check_same_teachers(resumed, stage.specs, allow_changed)
     run_on_main(world, lambda: check_room(stage.folder, network))
     run_on_main(world, lambda: make_private(stage.run_folder))
     normalizers = build_normalizers(stage.normalizer.name, [spec.name])

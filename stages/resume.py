@@ -225,11 +225,15 @@ def check_shards(resumed: Checkpoint, fingerprint: str, allow_changed: bool) -> 
 
 
 def changed_teachers(resumed: Checkpoint, teachers: Mapping[str, TeacherSpec]) -> list[str]:
-    """List the teachers that have other weights than those that a checkpoint was trained with."""
+    """List the teachers that have other weights than those that a checkpoint was trained with.
+
+    A teacher without a fingerprint in the checkpoint is taken for the same.
+    """
+    known = {name: spec.weights_hash for name, spec in resumed.teachers.items()}
     return [
         name
         for name, spec in teachers.items()
-        if name in resumed.teachers and resumed.teachers[name].weights_hash != spec.weights_hash
+        if known.get(name) and known[name] != spec.weights_hash
     ]
 
 

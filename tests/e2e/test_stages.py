@@ -156,6 +156,28 @@ def test_auto_precision__is_resolved_for_the_device_and_statistics_know_it(recip
         assert len(list((runs / "statistics").glob("vit-*"))) == files, dtype
 
 
+def test_weights_of_teachers__are_those_of_the_checkpoint(recipe_file, capfd):
+    """A run goes on with the teachers it was trained with, and with no others unless told so."""
+    file = recipe_file.parent / "vit.safetensors"
+    state = build_teacher("vit", TeacherConfig(preset="tiny_vit")).tower.model.state_dict()
+    save_file({name: value.clone() for name, value in state.items()}, file)
+    arguments = ["--stage.steps", "2", "--teachers.vit.weights", str(file)]
+    assert run(stage1, recipe_file, *arguments, "--log.save_every", "1") == 0
+    folder = run_folder(recipe_file) / "stage1"
+    assert len(find(folder).teachers["vit"].weights_hash) == 64
+
+    def resume(*more: str) -> int:
+        shutil.rmtree(folder / "checkpoints" / "step-00000002")
+        return run(stage1, recipe_file, *arguments, "--resume", *more)
+
+    assert resume() == 0
+    save_file({name: value + 1 for name, value in state.items()}, file)
+    assert resume() == 2
+    assert "teachers.vit: its weights" in one_line(capfd)
+    assert run(stage1, recipe_file, *arguments, "--resume", "--allow-changed-recipe") == 0
+    assert "teachers.vit" in "".join(find(folder).origin.changed)
+
+
 def test_fresh_run__moves_the_earlier_one_aside(recipe_file):
     assert run(stage1, recipe_file, "--stage.steps", "1") == 0
     first = tensors(run_folder(recipe_file) / "stage1", 1)
