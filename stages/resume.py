@@ -30,7 +30,7 @@ from .recipes import Asked
 
 _NOT_OF_STAGES = ("fit",)  # what was fitted is compared by its checksum
 _NOT_OF_FITS = ("stages", "student", "loss", "augmentation", "fit.images_every")
-_BY_CHECKSUM = ("data.shards",)  # wherever they lie
+_BY_CHECKSUM = ("data.shards", "data.curation")  # wherever they lie
 
 logger = logging.getLogger(__name__)
 
@@ -218,8 +218,8 @@ def check_shards(resumed: Checkpoint, fingerprint: str, allow_changed: bool) -> 
         return
     if not allow_changed:
         raise ChangedError(
-            f"data.shards: contents or order of the shards changed since {resumed.folder}, so the "
-            "order of the images would be another; put the shards back"
+            f"data.shards: contents or order of the shards, or data.curation, changed since "
+            f"{resumed.folder}, so the order of the images would be another; put them back"
         )
     logger.warning("the shards changed since the checkpoint: images may be met again, or never")
 

@@ -229,6 +229,9 @@ class DataConfig:
     weights: tuple[AboveZero, ...] = option(
         tuple, "share of each entry; empty for all images alike"
     )
+    curation: str = our_option(
+        "", "file of `radio-distill curate` that says which images of the shards are used"
+    )
     index: Auto | tuple[str, ...] = our_option(
         "auto",
         "folders that are tried in turn for the indexes of shards; `beside` is the shards' own folder; auto: beside, then OUTPUT/indexes",

@@ -11,13 +11,15 @@ import json
 import logging
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
+from pathlib import Path
 
 from ..config import DataConfig
 from ..errors import DataError
 from ..system.files import printable
 from .cache import cache_of
+from .curation import apply_curation
 from .find import find_shards, say_once
 from .remote import without_secrets
 from .tar_index import BESIDE, Shard, try_open_shards
@@ -51,11 +53,12 @@ class Sources:
     def fingerprint(self) -> str:
         """sha256 of all that the order depends on besides the recipe.
 
-        That is the contents of each shard, in the order of the shards; not where they lie, nor
-        what they are called.
+        That is the contents of each shard, in the order of the shards, and what a curation keeps
+        of them; not where they lie, nor what they are called.
         """
         contents = [
-            [(shard.num_samples, shard.digest) for shard in source] for source in self.by_source
+            [(shard.num_samples, shard.digest + shard.chosen.hex()) for shard in source]
+            for source in self.by_source
         ]
         return hashlib.sha256(json.dumps(contents).encode()).hexdigest()
 
@@ -65,7 +68,8 @@ def open_sources(config: DataConfig) -> Sources:
 
     Raises:
         DataError: no shards; more than ``max_bad_shards`` of them are damaged, or all of one
-            source; more than ``max_bad_share`` of the samples must not be used.
+            source; more than ``max_bad_share`` of the samples must not be used; ``curation`` does
+            not fit them.
     """
     entries = [[entry] for entry in config.shards] if config.weights else [config.shards]
     by_source, damaged, empty = [], [], []
@@ -89,6 +93,9 @@ def open_sources(config: DataConfig) -> Sources:
     _warn(f"shard {printable(shard.path)} has no images" for shard in empty)
     for line in describe_notes(sources.shards):
         say_once(f"data.shards: {line}", logging.INFO)
+    if config.curation:
+        path = Path(config.curation).expanduser()
+        return replace(sources, by_source=tuple(apply_curation(path, sources.by_source)))
     return sources
 
 

@@ -23,8 +23,11 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
+from itertools import compress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
 
 from ..errors import DataError
 from ..system.files import open_regular, printable, reason_of, replacing
@@ -54,6 +57,7 @@ class Shard:
     mtime_ns: int
     """Time of the last change; of a remote shard a number that stands for its version."""
     num_samples: int
+    """Samples in use."""
     digest: str
     """sha256 of the sample lines, so of names, places and CRCs of all members."""
     left_out: Mapping[str, LeftOut] = field(default_factory=dict)
@@ -66,6 +70,8 @@ class Shard:
     """The file that stores the sample lines."""
     kept: tuple[bytes, ...] = field(default=(), repr=False)
     """The sample lines, where they could not be stored."""
+    chosen: bytes = field(default=b"", repr=False)
+    """Which samples a curation keeps, as packed bits; empty for all."""
 
     @property
     def num_left_out(self) -> int:
@@ -73,19 +79,21 @@ class Shard:
         return sum(item.num_samples for item in self.left_out.values())
 
     def lines(self) -> Sequence[bytes]:
-        """Return one line a sample, for :func:`parse_sample`.
+        """Return one line a sample in use, for :func:`parse_sample`.
 
         Raises:
             OSError: the index cannot be read.
             DataError: it is not the one whose head was read.
         """
-        if self.index is None:
-            return self.kept
-        with open_regular(self.index) as file:
-            lines = file.read().splitlines()[1:]
-        if len(lines) != self.num_samples or _digest(lines) != self.digest:
-            raise DataError(f"{printable(self.index)} is damaged; delete it and start again")
-        return lines
+        lines: Sequence[bytes] = self.kept
+        if self.index is not None:
+            with open_regular(self.index) as file:
+                lines = file.read().splitlines()[1:]
+            if _digest(lines) != self.digest:
+                raise DataError(f"{printable(self.index)} is damaged; delete it and start again")
+        if not self.chosen:
+            return lines
+        return list(compress(lines, np.unpackbits(np.frombuffer(self.chosen, np.uint8))))
 
 
 def index_path(shard: Place, folder: str = BESIDE) -> Path:
@@ -228,7 +236,7 @@ def _make_index(shard: _Unindexed, folders: Sequence[str]) -> Shard:
 def _store(shard: Shard, lines: list[bytes], folders: Sequence[str]) -> Shard:
     """Write an index to the first folder that can be written; of a remote shard, to all."""
     head = {"version": _VERSION, **asdict(shard)}
-    del head["path"], head["kept"], head["index"]
+    del head["path"], head["kept"], head["index"], head["chosen"]
     head_line = json.dumps({**head, "crc32": _crc32(head)}).encode()
     is_remote, stored = isinstance(shard.path, Remote), None
     for place in _places(shard.path, folders)[: None if is_remote else len(folders)]:

@@ -15,7 +15,7 @@ from ..train.checkpoint import Checkpoint
 from ..types import TeacherSpec
 from .subjects import MODEL, TEACHER, UNTRAINED, Subject
 
-_MAY_DIFFER = (*WITHOUT_EFFECT, "data.shards")  # what shards hold has a fingerprint
+_MAY_DIFFER = (*WITHOUT_EFFECT, "data.shards", "data.curation")  # they have a fingerprint
 """Fields in which seeds of one model may differ."""
 
 

@@ -233,5 +233,11 @@ def _file_name(stage: Stage, teacher: Teacher, stream: ImageStream) -> str:
 def _without_effect(data: DataConfig) -> DataConfig:
     """Level the fields that change no image; the shards are in the fingerprint."""
     return replace(
-        data, shards=(), workers=0, max_bad_share=0.0, max_bad_shards=0.0, read_timeout=1.0
+        data,
+        shards=(),
+        curation="",
+        workers=0,
+        max_bad_share=0.0,
+        max_bad_shards=0.0,
+        read_timeout=1.0,
     )

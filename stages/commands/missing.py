@@ -12,6 +12,7 @@ from pathlib import Path
 
 from radio_distill.config import Recipe, TeacherConfig, UpsamplerConfig
 from radio_distill.data.cache import cache_of
+from radio_distill.data.curation import read_curation
 from radio_distill.data.find import find_shards
 from radio_distill.errors import ConfigError, DataError, RadioDistillError
 from radio_distill.stage import check_has_stage, resolve_stage
@@ -179,6 +180,11 @@ def _shards(recipe: Recipe) -> Iterator[str]:
             find_shards([pattern], cache_of(recipe.data))
         except DataError as error:
             yield f"data.shards: {error}"
+    if recipe.data.curation:
+        try:
+            read_curation(Path(recipe.data.curation).expanduser())
+        except DataError as error:
+            yield str(error)
 
 
 def _student(recipe: Recipe) -> Iterator[tuple[str, bool]]:
