@@ -109,7 +109,7 @@ def build_task(recipe: Recipe, stage_name: str, device: torch.device) -> Distill
     engine = build_engine(model, optimizer, stage.engine, config.gradient_clip, world, device)
     draws = StepRandomness.of_stage(stage)
     schedule = MicroBatchSchedule(stage, world, draws)
-    dispersions = dict.fromkeys(teachers, 1.0) if stage.loss.summary == "angle" else {}
+    dispersions = {name: 1.0 for name in teachers if stage.losses[name].summary == "angle"}
     weights = TermWeights(stage, dispersions, device)
     source = RandomImages(schedule.slices)
     return Distillation(stage, world, engine, targets, source, schedule, draws, weights, ema)

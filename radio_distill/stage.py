@@ -14,7 +14,7 @@ at ``fit.factor`` times its own grid. Nothing here imports torch.
 
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from .config import (
@@ -172,6 +172,18 @@ class Stage:
     @property
     def loss(self) -> LossConfig:
         return self.recipe.loss
+
+    @property
+    def losses(self) -> dict[str, LossConfig]:
+        """The losses by teacher, its own before the recipe's."""
+        return {
+            name: replace(
+                self.loss,
+                summary=teacher.summary_loss or self.loss.summary,
+                feature=teacher.feature_loss or self.loss.feature,
+            )
+            for name, teacher in self.teachers.items()
+        }
 
     @property
     def augmentation(self) -> AugmentationConfig:

@@ -99,10 +99,19 @@ def describe_fields(cls: type, path: str = "") -> list[tuple[str, str, str, str]
             rows += describe_fields(section, name + suffix)
             continue
         text = item.metadata["help"] + (" [our choice]" if item.metadata["ours"] else "")
-        if typing.get_origin(kind) is Literal:
-            text += f" ({' | '.join(map(str, typing.get_args(kind)))})"
+        if choices := _choices(kind):
+            text += f" ({' | '.join(map(str, choices))})"
         rows.append((name, _default_text(item), item.metadata["unit"], text))
     return rows
+
+
+def _choices(kind: Any) -> tuple[Any, ...]:
+    """Return the words that a field takes, as it is or as keys of weights."""
+    arguments = typing.get_args(kind)
+    if typing.get_origin(kind) is Literal:
+        return arguments
+    is_weighted = len(arguments) == 2 and typing.get_origin(arguments[1]) is dict
+    return _choices(arguments[0]) if is_weighted else ()
 
 
 def _section_of(kind: Any) -> tuple[Any, str]:

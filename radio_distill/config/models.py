@@ -5,6 +5,11 @@ from typing import Annotated, Any, Literal
 
 from .fields import Count, Positive, Range, Share, Side, SmallCount, Weight, option, our_option
 
+SummaryLoss = Literal["cosine", "mse", "angle", "smooth_l1", "dampened_mse"]
+FeatureLoss = Literal[
+    "mse", "cosine", "am_radio", "smooth_l1", "dampened_mse", "map_cosine", "gram", "channel_kl"
+]
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TeacherConfig:
@@ -25,6 +30,12 @@ class TeacherConfig:
     micro_batch: Count = option(0, "images in one call of the encoder; 0 for all at once", "images")
     summary_weight: Weight = option(1.0, "weight of the summary loss; 0 for none")
     feature_weight: Weight = option(1.0, "weight of the feature loss")
+    summary_loss: SummaryLoss | dict[SummaryLoss, Weight] = option(
+        dict, "its own loss between summaries; none for loss.summary"
+    )
+    feature_loss: FeatureLoss | dict[FeatureLoss, Weight] = option(
+        dict, "its own loss between feature maps; none for loss.feature"
+    )
     options: dict[str, Any] = option(
         dict, "further arguments of the preset or source, for instance model: vit_base_patch16_224"
     )

@@ -292,6 +292,9 @@ def _convert(kind: Any, value: Any, path: str) -> Any:
             return value
         raise ConfigError(f"{path}: {value!r} is not one of {', '.join(map(str, arguments))}")
     if origin in (Union, types.UnionType):
+        mappings = [item for item in arguments if typing.get_origin(item) is dict]
+        if isinstance(value, Mapping) and mappings:
+            return _convert(mappings[0], value, path)
         for option_kind in arguments:
             try:
                 return _convert(option_kind, value, path)
@@ -302,6 +305,9 @@ def _convert(kind: Any, value: Any, path: str) -> Any:
     if origin is dict:
         if not isinstance(value, Mapping):
             raise ConfigError(f"{path}: expected a mapping, got {value!r}")
+        if typing.get_origin(arguments[0]) is Literal:
+            for key in value:
+                _convert(arguments[0], key, path)
         items = _convert_each(path, ((key, arguments[1], item) for key, item in value.items()))
         return dict(zip(map(str, value), items, strict=True))
     if origin is tuple:
@@ -344,6 +350,7 @@ def _convert_tuple(arguments: tuple[Any, ...], value: Any, path: str) -> tuple[A
 
 def _kind_name(kind: Any) -> str:
     names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+    names |= {tuple: "a list", dict: "a mapping"}
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (Union, types.UnionType):
         return " or ".join(map(_kind_name, arguments))
@@ -351,7 +358,7 @@ def _kind_name(kind: Any) -> str:
         return " or ".join(map(repr, arguments))
     if origin is Annotated:
         return _kind_name(arguments[0])
-    return "a list" if origin is tuple else names.get(kind, str(kind))
+    return names.get(origin or kind, str(kind))
 
 
 def dump(recipe: Any) -> str:

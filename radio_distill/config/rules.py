@@ -29,6 +29,7 @@ def check(recipe: Recipe) -> None:
         *_check_fit(recipe),
         *_check_evaluation(recipe),
         *_check_engine(recipe.engine),
+        *_check_losses(recipe),
     ]
     for name, stage in recipe.stages.items():
         problems += _check_stage(recipe, name, stage)
@@ -55,6 +56,19 @@ def _check_engine(engine: EngineConfig) -> Iterator[str]:
             "engine.compile: which graph serves a size depends on the sizes before, so bits would "
             "differ after a resume; set it to false, or engine.deterministic"
         )
+
+
+def _check_losses(recipe: Recipe) -> Iterator[str]:
+    """The angle's weight is divided by a dispersion, so it is no part of a sum."""
+    fields = {"loss.summary": recipe.loss.summary}
+    for name, teacher in recipe.teachers.items():
+        fields[f"teachers.{name}.summary_loss"] = teacher.summary_loss
+    for field, loss in fields.items():
+        if "angle" in loss and loss != "angle":
+            yield f"{field}: angle is measured in the teacher's dispersion and stands alone"
+    for field in ("summary", "feature"):
+        if not getattr(recipe.loss, field):
+            yield f"loss.{field}: names no loss; for none, set {field}_weight of the teachers to 0"
 
 
 def _check_names(recipe: Recipe) -> Iterator[str]:

@@ -23,7 +23,7 @@ from .fields import (
     share_of,
     size_pair,
 )
-from .models import StudentConfig, TeacherConfig
+from .models import FeatureLoss, StudentConfig, SummaryLoss, TeacherConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,12 +43,16 @@ class NormalizerConfig:
 class LossConfig:
     """Losses between student and teachers."""
 
-    summary: Literal["cosine", "mse", "angle"] = option(
+    summary: SummaryLoss | dict[SummaryLoss, Weight] = option(
         "cosine",
-        "loss between summaries; angle is the squared angle over the dispersion of the teacher's (C-RADIOv4)",
+        "loss between summaries, or several with their weights: {cosine: 0.5, smooth_l1: 0.5}; angle is the squared angle over the dispersion of the teacher's (C-RADIOv4)",
     )
-    feature: Literal["mse", "cosine", "am_radio"] = option(
-        "mse", "loss between feature maps; am_radio is 0.9 cosine + 0.1 smooth L1"
+    feature: FeatureLoss | dict[FeatureLoss, Weight] = option(
+        "mse",
+        "loss between feature maps, or several with their weights; am_radio is 0.9 cosine + 0.1 smooth L1 of beta 2",
+    )
+    smooth_l1_beta: AboveZero = our_option(
+        1.0, "error at which smooth_l1 turns from quadratic to linear"
     )
     alignment: Literal["student_down", "teacher_down", "teacher_up", "smaller", "larger"] = option(
         "smaller",

@@ -36,8 +36,9 @@ from ..train.meters import Meter
 from ..train.optim import learning_rates
 from ..train.trackers import WriteImage
 from ..types import Features, ImageBatch, Score
+from .distances import mesa
 from .loss_weights import TermWeights
-from .losses import KINDS, LossReport, distillation_loss, mesa
+from .losses import KINDS, LossReport, distillation_loss
 from .micro_batches import MicroBatch, MicroBatchSchedule, Pass
 from .randomness import StepRandomness
 from .targets import TargetCache, TargetMaker
@@ -208,7 +209,7 @@ class Distillation:
             report = distillation_loss(
                 predictions.features,
                 targets,
-                config,
+                self.stage.losses,
                 self.weights.now(),
                 shifts={name: views.shift(name) for name in targets},
                 log_variances=self._log_variances(predictions),

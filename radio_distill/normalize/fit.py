@@ -75,7 +75,7 @@ def fit_normalizers(
 
 
 def _asks_dispersion(stage: Stage, teacher: str) -> bool:
-    asked = stage.loss.summary == "angle" and stage.teachers[teacher].summary_weight > 0
+    asked = stage.losses[teacher].summary == "angle" and stage.teachers[teacher].summary_weight > 0
     has_summary = stage.specs[teacher].summary_channels is not None
     return asked and has_summary and not stage.is_fit
 

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..distill.losses import angle
+from ..distill.distances import angle
 from ..errors import CheckpointError, DataError
 from ..system.files import check_writable, reason_of, replacing
 

@@ -161,12 +161,12 @@ def _learning_memory(
 
     def learn(predictions: dict[str, Features]) -> None:
         weights = {f"{name}/{kind}": 1.0 for name in targets for kind in KINDS}
-        report = distillation_loss(predictions, targets, stage.loss, weights)
+        report = distillation_loss(predictions, targets, stage.losses, weights)
         report.total.sum().backward()
 
     pixels = torch.empty(images, 3, *item.size)
     inputs = images, item.size, stage.engine.precision
-    key = *inputs, tuple(item.views.values()), repr(stage.loss)
+    key = *inputs, tuple(item.views.values()), repr(stage.losses)
     if key not in costs.known_peaks:
         costs.known_peaks[key] = max(_peaks(costs, inputs, lambda: peaks_memory(predict, learn)))
     return costs.known_peaks[key]

@@ -303,3 +303,32 @@ def test_override__null_drops_a_partition_and_a_stage():
     assert recipe(*more) == recipe()
     with pytest.raises(ConfigError, match="'hgih'"):
         recipe("stage.partitions.hgih=null")
+
+
+def test_losses__one_by_name_or_several_with_weights(tmp_path):
+    """In YAML, as an assignment, and a teacher's own."""
+    made = recipe(
+        "loss.feature={cosine: 0.9, smooth_l1: 0.1}",
+        "teachers.dino.feature_loss=gram",
+        "teachers.clip.summary_loss={cosine: 0.5, smooth_l1: 0.5}",
+    )
+    assert made.loss.feature == {"cosine": 0.9, "smooth_l1": 0.1}
+    assert made.teachers["dino"].feature_loss == "gram"
+    path = tmp_path / "recipe.yaml"
+    path.write_text(dump(made))
+    assert config.load(path) == made
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("loss.feature={cosin: 1}", r"loss\.feature: 'cosin' .* cosine"),
+        ("loss.feature={cosine: -1}", r"loss\.feature\.cosine: -1"),
+        ("loss.feature={}", r"loss\.feature: names no loss"),
+        ("loss.summary=gram", r"loss\.summary: 'gram'"),
+        ("teachers.dino.summary_loss={angle: 1, mse: 1}", r"dino\.summary_loss: angle"),
+    ],
+)
+def test_losses__errors_name_the_field(assignment, message):
+    with pytest.raises(ConfigError, match=message):
+        recipe(assignment)

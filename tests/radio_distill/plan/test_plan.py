@@ -259,7 +259,7 @@ def test_step_memory__is_that_of_a_real_step(precision, checkpointing, tolerance
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
             predictions = student(pixels, ("patches",), draws=torch.rand(4, NUM_DRAWS))
         weights = {"patches/summary": 0.0, "patches/features": 1.0}
-        report = distillation_loss(predictions.features, targets, recipe.loss, weights)
+        report = distillation_loss(predictions.features, targets, {"patches": recipe.loss}, weights)
         report.total.sum().backward()
 
     step()  # the first pass makes caches
