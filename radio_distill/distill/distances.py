@@ -37,7 +37,7 @@ def dampened_mse(prediction: Tensor, target: Tensor) -> Tensor:
     error = (prediction - target).abs()
     # The root is taken of no less than 1: its slope at 0 is infinite, also where it is not used.
     far = 2 * error.clamp(min=1).sqrt() - 1.5
-    return torch.where(error < 1, error.square() / 2, far).mean(1)
+    return torch.where(error <= 1, error.square() / 2, far).mean(1)
 
 
 def smooth_l1(prediction: Tensor, target: Tensor, beta: float = 1.0) -> Tensor:
