@@ -114,7 +114,10 @@ def _read_export(folder: Path) -> StudentEncoder:
     # Sum and grid are those of what its training started from.
     config = replace(config, pretrained_sha256="", pretrained_grid=())
     student = _initialised(config, folder, len(teachers))
-    heads = {name: Head(student.embed_dim, spec, config) for name, spec in teachers.items()}
+    heads = {
+        name: Head(student.embed_dim, spec, config, student.depth)
+        for name, spec in teachers.items()
+    }
     file = folder / "adaptors.safetensors"
     try:
         nn.ModuleDict(heads).load_state_dict(read_checkpoint(file))

@@ -24,7 +24,12 @@ from radio_distill.evals.fidelity import targets_of
 from radio_distill.evals.run import check_data, evaluate
 from radio_distill.models.backbone import as_encoder
 from radio_distill.models.ema import Ema
-from radio_distill.models.heads import DistilledStudent, build_student, parameter_groups
+from radio_distill.models.heads import (
+    DistilledStudent,
+    build_student,
+    exchange_last,
+    parameter_groups,
+)
 from radio_distill.normalize.fit import fit_normalizers
 from radio_distill.normalize.normalizers import (
     LayerNorm,
@@ -260,10 +265,11 @@ def refold_heads(
     for name, head in model.heads.items():
         if isinstance(now[name], LayerNorm):
             continue
-        final = head.spatial.final
-        last = final[-1]
-        assert isinstance(last, nn.Linear)
-        final[-1] = now[name].unfold(before[name].fold(last))
+        exchange_last(head.spatial, partial(_refolded, before[name], now[name]))
+
+
+def _refolded(before: Normalizer, now: Normalizer, last: nn.Linear) -> nn.Linear:
+    return now.unfold(before.fold(last))
 
 
 def check_room(folder: Path, model: nn.Module, with_ema: bool = False) -> None:

@@ -7,10 +7,11 @@ imports torch.
 """
 
 from .fields import option, plain, share_of, size_pair
-from .models import StudentConfig, TeacherConfig
+from .models import HeadConfig, HeadsConfig, StudentConfig, TeacherConfig
 from .reading import (
     assignments_of,
     build,
+    build_options,
     describe,
     differences,
     dump,

@@ -42,6 +42,27 @@ class TeacherConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class HeadConfig:
+    """What brings the student's tokens into a teacher's space: its summaries, or its features."""
+
+    name: str = option(
+        "",
+        "name in `radio-distill list heads`; of a summary also `shared`, the head of the features; empty: as for all teachers, which is mlp",
+    )
+    options: dict[str, Any] = option(
+        dict, "further arguments of the head, for instance blocks: 1 for attention"
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HeadsConfig:
+    """The two heads of one teacher."""
+
+    summary: HeadConfig = option(HeadConfig, "for its summaries")
+    features: HeadConfig = option(HeadConfig, "for its features")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class StudentConfig:
     """The vision transformer that is trained."""
 
@@ -69,9 +90,24 @@ class StudentConfig:
     )
     drop_path: Share = our_option(0.0, "stochastic depth")
     head_hidden: Annotated[int, Range(1, 1 << 20)] = our_option(
-        1024, "hidden width of the MLP heads", "channels"
+        1024, "hidden width of heads whose options name none", "channels"
     )
     head_layers: SmallCount = our_option(0, "residual layers inside each MLP head", "layers")
+    summary_head: HeadConfig = option(HeadConfig, "of the summaries of all teachers")
+    feature_head: HeadConfig = option(HeadConfig, "of the features of all teachers")
+    heads: dict[str, HeadsConfig] = option(dict, "by teacher, where it has others")
     gradient_checkpointing: bool = option(
         False, "recompute blocks in the backward pass, to save memory"
     )
+
+    def heads_of(self, teacher: str) -> HeadsConfig:
+        """Return the heads of a teacher, with a name each."""
+        own, mlp = self.heads.get(teacher, HeadsConfig()), HeadConfig(name="mlp")
+
+        def first(*choices: HeadConfig) -> HeadConfig:
+            return next(choice for choice in choices if choice.name)
+
+        return HeadsConfig(
+            summary=first(own.summary, self.summary_head, mlp),
+            features=first(own.features, self.feature_head, mlp),
+        )

@@ -11,6 +11,7 @@ import typing
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import MISSING
+from inspect import signature
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
@@ -34,8 +35,8 @@ _FIELD_NAMES = frozenset(part for name, *_ in describe() for part in name.split(
 
 _MOST_VALUES, _MOST_DEPTH = 100_000, 50
 _NAMES_TEACHERS = ("teachers", "upsample", "mosaic")
-_BY_TEACHER = ("teacher_sizes", "weights", "sha256", "sizes")
-"""Fields of stages that hold the names of teachers, in lists and as keys."""
+_BY_TEACHER = ("teacher_sizes", "weights", "sha256", "sizes", "heads")
+"""Fields of student and stages that hold the names of teachers, in lists and as keys."""
 _SIZE_FIELD = re.compile(r"\.size$|\.sizes\.\d+$")
 _SIZE = re.compile(r"\d+ ?[xX\N{MULTIPLICATION SIGN}] ?\d+")
 """A size as people write it, ``64x96``: height, then width."""
@@ -154,7 +155,8 @@ def _drop(data: dict[str, Any], keys: list[str]) -> None:
         stage = data["stages"][keys[1]]
         stage["partitions"] = [item for item in stage["partitions"] if item is not None]
     if len(keys) == 2 and keys[0] == "teachers":
-        _forget(data.get("stages"), keys[1])
+        for section in ("student", "stages"):
+            _forget(data.get(section), keys[1])
 
 
 def _forget(node: Any, teacher: str) -> None:
@@ -261,6 +263,31 @@ def build(cls: type, data: Any, path: str = "") -> Any:
     if problems:
         raise ConfigError(*problems)
     return cls(**dict(zip(known, values, strict=True)))
+
+
+def build_options(target: Any, options: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """Return the keyword arguments of a component as the types that its signature says.
+
+    Raises:
+        ConfigError: for those that it does not take, or of another type or range, a line each.
+    """
+    parameters = signature(target).parameters.values()
+    known = [item.name for item in parameters if item.kind == item.KEYWORD_ONLY]
+    lacking = "no option {!r} ({})" if known else "it takes no options, not {!r}"
+    problems = [
+        f"{path}: {lacking.format(name, nearest(name, known))}"
+        for name in options
+        if name not in known
+    ]
+    kinds = typing.get_type_hints(target.__init__, include_extras=True)
+    items = [(name, kinds.get(name, Any), value) for name, value in options.items()]
+    try:
+        values = _convert_each(path, [item for item in items if item[0] in known])
+    except ConfigError as error:
+        problems += error.args
+    if problems:
+        raise ConfigError(*problems)
+    return dict(zip(options, values, strict=True))
 
 
 def _convert_each(path: str, items: Iterable[tuple[Any, Any, Any]]) -> list[Any]:

@@ -114,6 +114,7 @@ def _check_student(recipe: Recipe) -> Iterator[str]:
     grid = student.pretrained_grid
     if grid and (len(grid) != 2 or min(grid) < 1):
         yield f"student.pretrained_grid: {list(grid)} is not [ROWS, COLUMNS]"
+    yield from _check_known(recipe, "student.heads", list(student.heads))
     for name, what in (("pretrained_sha256", "sum"), ("pretrained_grid", "grid")):
         if getattr(student, name) and not student.pretrained:
             yield f"student.{name}: a {what} without student.pretrained; name the file"

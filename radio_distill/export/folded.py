@@ -5,19 +5,21 @@ predicts in its teacher's own space: the inverse of the normalizer, which is aff
 head's last linear layer (PHI-S paper, arXiv 2410.01680, appendix A.6).
 """
 
+import logging
 from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
 
 from ..config import StudentConfig, partition_sizes
 from ..models.backbone import summary_slots
-from ..models.heads import DistilledStudent
+from ..models.heads import DistilledStudent, exchange_last
 from ..models.spectral import fold as fold_matrices
 from ..normalize.normalizers import normalizers_of
 from ..train.checkpoint import Checkpoint
 from ..train.restore import load_student
 from ..types import Size
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -74,8 +76,10 @@ def folded(checkpoint: Checkpoint) -> FoldedStudent:
     model = load_student(checkpoint, torch.device("cpu")).float()
     fold_matrices(model)
     for name, normalizer in normalizers_of(checkpoint).items():
-        final = model.heads[name].spatial.final
-        last = final[-1]
-        assert isinstance(last, nn.Linear)
-        final[-1] = normalizer.fold(last)
+        if not exchange_last(model.heads[name].spatial, normalizer.fold):
+            logger.info(
+                "head %s predicts in the space of its normalizer: it has no linear layer to fold "
+                "that into",
+                name,
+            )
     return FoldedStudent(model.eval().requires_grad_(False), checkpoint)

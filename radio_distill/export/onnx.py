@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ExportError, UnknownNameError
+from ..models.heads import at_slot
 from ..registry import nearest
 from ..types import Size
 from .folded import FoldedStudent
@@ -72,18 +73,20 @@ class _Graph(nn.Module):
         """Names of the outputs, in order."""
         names = ["summary", "features"] if self.slots else ["features"]
         for name, _ in self.heads:
-            if self.model.heads[name].summary is not None:
+            if self.model.heads[name].has_summary:
                 names.append(f"{name}_summary")
             names.append(f"{name}_features")
         return names
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
         """``[B, 3, H, W]`` to the tensors that :attr:`names` lists."""
-        tokens, spatial = self.model.student(pixels)  # [B, T, D], [B, D, h, w]
+        every_block = any(self.model.heads[name].reads_blocks for name, _ in self.heads)
+        encoded = self.model.student(pixels, every_block=every_block)
+        tokens, spatial = encoded[:2]  # [B, T, D], [B, D, h, w]
         outputs = [tokens[:, self.slots].flatten(1)] if self.slots else []
         outputs.append(spatial)
         for name, slot in self.heads:
-            predicted = self.model.heads[name](tokens[:, slot], spatial)
+            predicted = self.model.heads[name](*at_slot(encoded, slot))
             outputs += [output for output in predicted if output is not None]
         return tuple(outputs)
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ExportError
+from ..models.projectors import MLPHead
 from ..system.files import reason_of
 from .blocks import block_shape, body_tensors
 from .folded import FoldedStudent
@@ -71,6 +72,12 @@ class Radio(Format):
                 f"radio cannot hold student.window_size {student.config.window_size}: a checkpoint "
                 "of this layout cannot say it; export it as onnx"
             )
+        for name, head in student.model.heads.items():
+            if any(type(projector) is not MLPHead for projector in head.projectors.values()):
+                raise ExportError(
+                    f"radio cannot hold the head of {name}: its code reads MLPs alone; export it "
+                    "as transformers or onnx"
+                )
         shape = block_shape(student, self.name)
         what = f"radio cannot hold student.architecture {student.config.architecture!r}"
         if shape.gated or (shape.activation, shape.eps, shape.qkv_bias) != ("gelu", 1e-6, True):

@@ -25,7 +25,7 @@ from ..config import StudentConfig
 from ..errors import ConfigError, UnknownNameError
 from ..registry import nearest
 from ..types import Features, Size, TeacherSpec
-from .heads import DistilledStudent, Head
+from .heads import DistilledStudent, Head, at_slot
 from .student import Student
 
 Format = Literal["NCHW", "NLC"]
@@ -139,10 +139,11 @@ class StudentEncoder(nn.Module):
         names = self._checked(heads)
         if format not in ("NCHW", "NLC"):
             raise ConfigError(f"format {format!r} is neither 'NCHW' nor 'NLC'")
-        tokens, spatial = self._encode(pixels, fit)  # [B, T, D], [B, D, h, w]
+        encoded = self._encode(pixels, fit, names)
+        tokens, spatial = encoded[:2]  # [B, T, D], [B, D, h, w]
         outputs = {}
         for name in names:
-            summary, features = self.heads[name](tokens[:, self._slots[name]], spatial)
+            summary, features = self.heads[name](*at_slot(encoded, self._slots[name]))
             outputs[name] = Features(summary, _formatted(features, format))
         summary = tokens[:, self.summary_slots].flatten(1)
         return EncoderOutput(summary, _formatted(spatial, format), outputs)
@@ -154,14 +155,12 @@ class StudentEncoder(nn.Module):
             ConfigError: where that teacher has no summary, besides the reasons of :meth:`forward`.
         """
         (name,) = self._checked((head,))
-        summarize = self.heads[name].summary
-        if summarize is None:
+        if not self.heads[name].has_summary:
             raise ConfigError(
                 f"teacher {name!r} has no summary; ask for its features: heads=({name!r},)"
             )
-        tokens, _ = self._encode(pixels, fit)
-        summary: Tensor = summarize(tokens[:, self._slots[name]])
-        return summary
+        encoded = self._encode(pixels, fit, (name,))
+        return self.heads[name].summarize(*at_slot(encoded, self._slots[name]))
 
     def layers(self, pixels: Tensor, count: int, fit: Fit = "pad") -> list[Tensor]:
         """Return the maps ``[B, D, h, w]`` of ``count`` blocks, evenly spread over the depth.
@@ -185,11 +184,15 @@ class StudentEncoder(nn.Module):
                 raise UnknownNameError(f"no head {name!r} in this student ({known})")
         return names
 
-    def _encode(self, pixels: Tensor, fit: Fit) -> tuple[Tensor, Tensor]:
-        """Return all summary tokens ``[B, T, D]``, and the cells that show image."""
+    def _encode(self, pixels: Tensor, fit: Fit, heads: Sequence[str]) -> list[Tensor]:
+        """Return all summary tokens ``[B, T, D]``, and the cells that show image.
+
+        Behind these two, the same behind each block, where one of the heads reads them.
+        """
         prepared, (rows, columns) = self._prepared(pixels, fit)
-        tokens, spatial = self.student(prepared)
-        return tokens, spatial[:, :, :rows, :columns]
+        every_block = any(self.heads[name].reads_blocks for name in heads)
+        outputs = self.student(prepared, every_block=every_block)
+        return [output if output.ndim == 3 else output[:, :, :rows, :columns] for output in outputs]
 
     def _prepared(self, pixels: Tensor, fit: Fit) -> tuple[Tensor, Size]:
         """Return pixels of a size that the student takes, and the grid of cells that show image."""

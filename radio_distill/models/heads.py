@@ -1,8 +1,6 @@
 """The module that is trained: a student, and for each teacher a head into that teacher's space.
 
-A head is two MLPs, for summary and features: the "MLP v2" of the published RADIO models, with their
-parameter names (``fc1``, ``blocks``, ``final``), so that an export needs no table of names.
-Attention heads are left out.
+A head is two of the kinds in :mod:`.projectors`, for summary and features, or one for both.
 
 Every parameter takes part in every forward and backward pass, whichever teachers are asked: a
 distributed engine waits until every parameter has its gradient, and ZeRO-3 gathers parameters in
@@ -11,7 +9,7 @@ all the same and receives zeros; ``requires_grad`` stays as it is.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -19,45 +17,18 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from ..config import StudentConfig
+from ..config import HeadConfig, StudentConfig, build_options
 from ..errors import ConfigError, UnknownNameError
-from ..registry import nearest
+from ..registry import check_takes, nearest
 from ..types import Features, TeacherSpec
+from . import HEADS
+from .projectors import HeadShape, Projector
 from .spectral import ReparametrizedLinear
 from .student import Initialise, Student
 
-
-class MLPHead(nn.Module):
-    """Linear, residual [LayerNorm, GELU, Linear] layers, then LayerNorm, GELU, Linear.
-
-    Args:
-        in_features: width of the student.
-        hidden_features: width inside.
-        out_features: width of the teacher.
-        num_layers: residual layers.
-    """
-
-    def __init__(
-        self, in_features: int, hidden_features: int, out_features: int, num_layers: int = 0
-    ):
-        super().__init__()
-        self.fc1 = nn.Linear(in_features, hidden_features)
-        self.blocks = nn.ModuleList(
-            _layer(hidden_features, hidden_features) for _ in range(num_layers)
-        )
-        self.final = _layer(hidden_features, out_features)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """``[N, in_features]`` to ``[N, out_features]``."""
-        hidden = self.fc1(tokens)
-        for block in self.blocks:
-            hidden = hidden + block(hidden)
-        result: Tensor = self.final(hidden)
-        return result
-
-
-def _layer(in_features: int, out_features: int) -> nn.Sequential:
-    return nn.Sequential(nn.LayerNorm(in_features), nn.GELU(), nn.Linear(in_features, out_features))
+SUMMARY, FEATURES = "summary", "features"
+SHARED = "shared"
+"""Name of a summary's head that is that of the features."""
 
 
 class Head(nn.Module):
@@ -66,31 +37,117 @@ class Head(nn.Module):
     Args:
         embed_dim: width D of the student.
         teacher: gives the channels C of the features, and S of the summary or None.
-        config: the recipe's student section, for the shape of the MLPs.
+        config: the recipe's student section, which says what the teacher's heads are.
+        depth: blocks of the student.
+
+    Raises:
+        ConfigError: where a head is unknown, or is none for these widths.
     """
 
-    summary: MLPHead | None
-    spatial: MLPHead
+    summary: Projector | None
+    """The summary's own head; None without a summary, and where it shares that of the features."""
+    spatial: Projector
 
-    def __init__(self, embed_dim: int, teacher: TeacherSpec, config: StudentConfig):
+    def __init__(self, embed_dim: int, teacher: TeacherSpec, config: StudentConfig, depth: int = 0):
         super().__init__()
-        hidden, layers = config.head_hidden, config.head_layers
-        channels = teacher.summary_channels
-        self.summary = None if channels is None else MLPHead(embed_dim, hidden, channels, layers)
-        self.spatial = MLPHead(embed_dim, hidden, teacher.channels, layers)
+        chosen, channels = config.heads_of(teacher.name), teacher.summary_channels
+        shape = HeadShape(
+            embed_dim, teacher.channels, config.head_hidden, config.head_layers, depth
+        )
+        where = f"heads of teacher {teacher.name!r}"
+        self.has_summary = channels is not None
+        self.is_shared = self.has_summary and chosen.summary.name == SHARED
+        self.summary = None
+        if channels is not None and not self.is_shared:
+            own = replace(shape, out_features=channels, of_summary=True)
+            self.summary = build_projector(chosen.summary, own, f"{where}: summary")
+        self.spatial = build_projector(chosen.features, shape, f"{where}: features")
+        if self.is_shared and channels != teacher.channels:
+            raise ConfigError(
+                f"{where}: a shared head predicts {teacher.channels} channels, and the summary has "
+                f"{channels}; give it a head of its own"
+            )
 
-    def forward(self, summary_token: Tensor, spatial: Tensor) -> Features:
+    @property
+    def projectors(self) -> dict[str, Projector]:
+        """The heads by what they predict; a shared one once, as that of the features."""
+        own = {} if self.summary is None else {SUMMARY: self.summary}
+        return own | {FEATURES: self.spatial}
+
+    @property
+    def reads_blocks(self) -> bool:
+        """Whether the tokens of all blocks of the student must be given."""
+        return any(projector.reads_blocks for projector in self.projectors.values())
+
+    def forward(self, summary_token: Tensor, spatial: Tensor, *inner: Tensor) -> Features:
         """Predict summary ``[B, S]`` (or None) and spatial ``[B, C, h, w]``.
 
         Args:
             summary_token: ``[B, D]``.
             spatial: ``[B, D, h, w]``.
+            inner: the same two behind each block in turn, where heads ``reads_blocks``.
         """
-        summary = None if self.summary is None else self.summary(summary_token)
-        _, _, height, width = spatial.shape
-        tokens = self.spatial(rearrange(spatial, "b d h w -> (b h w) d"))
-        tokens = rearrange(tokens, "(b h w) c -> b c h w", h=height, w=width)
-        return Features(summary, tokens)
+        predicted = self._all(summary_token, spatial, *inner)  # [B, P + N, C]
+        height, width = spatial.shape[-2:]
+        tokens = predicted[:, -height * width :]
+        features = rearrange(tokens, "b (h w) c -> b c h w", h=height)
+        if self.is_shared:
+            return Features(predicted[:, 0], features)
+        if self.summary is None:
+            return Features(None, features)
+        return Features(self._own_summary(summary_token, *inner), features)
+
+    def summarize(self, summary_token: Tensor, spatial: Tensor, *inner: Tensor) -> Tensor:
+        """Predict the summary ``[B, S]`` alone; arguments as for a call."""
+        assert self.has_summary, "a teacher without summary"
+        if self.is_shared:
+            return self._all(summary_token, spatial, *inner)[:, 0]
+        return self._own_summary(summary_token, *inner)
+
+    def _all(self, *tokens: Tensor) -> Tensor:
+        """Predict with the features' head, for the summary token too where it takes that."""
+        both = self.is_shared or self.spatial.with_summary
+        height, width = tokens[1].shape[-2:]
+        sequences = []
+        for summary, spatial in zip(tokens[::2], tokens[1::2], strict=True):
+            patches = rearrange(spatial, "b d h w -> b (h w) d")
+            sequences.append(torch.cat((summary[:, None], patches), 1) if both else patches)
+        predicted: Tensor = self.spatial(sequences[0], (height, width), sequences[1:])
+        return predicted
+
+    def _own_summary(self, token: Tensor, *inner: Tensor) -> Tensor:
+        assert self.summary is not None, "a summary that shares the features' head"
+        levels = [level[:, None] for level in inner[::2]]
+        predicted: Tensor = self.summary(token[:, None], (0, 0), levels)
+        return predicted[:, 0]
+
+
+def build_projector(config: HeadConfig, shape: HeadShape, where: str) -> Projector:
+    """Make one head; raises ConfigError for an unknown name, or options that it does not take."""
+    kind = HEADS.get(config.name)
+    check_takes(f"{where}: {config.name}", kind, ("shape",), ())
+    options = build_options(kind, config.options, f"{where}: {config.name}")
+    try:
+        projector: Projector = kind(shape, **options)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
+    return projector
+
+
+def exchange_last(projector: Projector, exchange: Callable[[nn.Linear], nn.Linear]) -> bool:
+    """Put what a function returns in the place of a head's last linear layer; False without one."""
+    layers = projector.last()
+    if layers is None:
+        return False
+    last = layers[-1]
+    assert isinstance(last, nn.Linear), "the last layer of a head is linear"
+    layers[-1] = exchange(last)
+    return True
+
+
+def at_slot(outputs: Sequence[Tensor], slot: int) -> list[Tensor]:
+    """Keep, of a student's outputs, the summary tokens of one teacher: what its head is given."""
+    return [output[:, slot] if output.ndim == 3 else output for output in outputs]
 
 
 class Uncertainty(nn.Module):
@@ -147,6 +204,7 @@ class DistilledStudent(nn.Module):
         except KeyError as error:
             raise ConfigError(f"teachers: a teacher cannot have this name ({error})") from error
         self.uncertainty = Uncertainty(list(heads)) if learned_weights else None
+        self.reads_blocks = any(head.reads_blocks for head in heads.values())
 
     @property
     def heads(self) -> dict[str, Head]:
@@ -177,20 +235,22 @@ class DistilledStudent(nn.Module):
         for name in teachers:
             if name not in self.adaptors:
                 raise UnknownNameError(f"no head {name!r} ({nearest(name, list(self.adaptors))})")
-        summary, spatial = self.student(pixels, draws, window_size)  # [B, T, D], [B, D, h, w]
+        # [B, T, D], [B, D, h, w], and the same behind each block where a head reads them
+        outputs: Sequence[Tensor] = self.student(pixels, draws, window_size, self.reads_blocks)
         if freeze_body:
-            summary, spatial = zero_gradient(summary), zero_gradient(spatial)
+            outputs = [zero_gradient(output) for output in outputs]
         features = {}
         for slot, (name, head) in enumerate(self.adaptors.items()):
+            own = at_slot(outputs, slot)
             if name in teachers:
-                features[name] = head(summary[:, slot], spatial)
+                features[name] = head(*own)
             else:  # one token is enough; it stays in the graph, which ZeRO-3 compares over ranks
-                tokens = zero_gradient(summary[:1, slot]), zero_gradient(spatial[:1, :, :1, :1])
-                features[name] = head(*tokens)
+                few = [each[:1] if each.ndim == 2 else each[:1, :, :1, :1] for each in own]
+                features[name] = head(*map(zero_gradient, few))
         # All outputs are tied together, so that a loss on any one reaches every parameter.
         log_variances = None if self.uncertainty is None else self.uncertainty()
-        outputs = [tensor for pair in features.values() for tensor in pair]
-        tied = iter(join_gradients(*outputs, spatial, log_variances))
+        predicted = [tensor for pair in features.values() for tensor in pair]
+        tied = iter(join_gradients(*predicted, outputs[1], log_variances))
         features = {name: Features(next(tied), next(tied)) for name in features}
         return Predictions({name: features[name] for name in teachers}, next(tied), next(tied))
 
@@ -217,7 +277,10 @@ def build_student(
         WeightsError: where ``config.pretrained`` is missing, damaged or another model's.
     """
     student = Student(config, len(teachers), weight_noise, initialise)
-    heads = {name: Head(student.embed_dim, spec, config) for name, spec in teachers.items()}
+    heads = {
+        name: Head(student.embed_dim, spec, config, student.depth)
+        for name, spec in teachers.items()
+    }
     return DistilledStudent(student, heads, learned_weights)
 
 

@@ -111,8 +111,12 @@ class Student(nn.Module):
         return size[0] // self.patch_size, size[1] // self.patch_size
 
     def forward(
-        self, pixels: Tensor, draws: Tensor | None = None, window_size: int | None = None
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        pixels: Tensor,
+        draws: Tensor | None = None,
+        window_size: int | None = None,
+        every_block: bool = False,
+    ) -> tuple[Tensor, ...]:
         """Encode images into summary tokens ``[B, T, D]`` and spatial features ``[B, D, h, w]``.
 
         Args:
@@ -121,6 +125,8 @@ class Student(nn.Module):
                 positions are as in evaluation. In evaluation mode they are not looked at.
             window_size: side of the attention windows in tokens, which must divide the grid;
                 0 for global attention, None for what the recipe says of the student.
+            every_block: return, behind these two, the same two behind each block, without the
+                final norm.
 
         Raises:
             ConfigError: where the size does not fit, naming sizes that do.
@@ -130,9 +136,14 @@ class Student(nn.Module):
 
         window = self.window_size if window_size is None else window_size
         tokens = self._start(pixels, draws, window)
+        inner: list[Tensor] = []
         for index, block in enumerate(self.blocks):
             tokens = self._run_block(index, block, tokens, window)
-        tokens = self.norm(tokens)
+            if every_block:
+                inner += self._parts(tokens, pixels, window)
+        return *self._parts(self.norm(tokens), pixels, window), *inner
+
+    def _parts(self, tokens: Tensor, pixels: Tensor, window: int) -> tuple[Tensor, Tensor]:
         return tokens[:, : self.num_summary_tokens], self._map(tokens, pixels, window)
 
     def layers(self, pixels: Tensor, count: int) -> list[Tensor]:

@@ -267,7 +267,8 @@ class ModelCosts:
         """How many of the student's first blocks tell of all: those unlike the last, and one."""
         body = self.student.student
         kinds = [structure(block) for block in body.blocks]
-        if body.window_size:  # global blocks among others are not equal
+        # Global blocks among others are not equal, nor is a head for all blocks one for a few.
+        if body.window_size or self.student.reads_blocks:
             return len(kinds)
         return next(at for at in range(len(kinds)) if len(set(kinds[at:])) == 1) + 1
 
@@ -351,10 +352,12 @@ class ModelCosts:
         width = self.student.student.embed_dim
         token = torch.empty(images, width, requires_grad=True)
         tokens = torch.empty(images, width, *grid, requires_grad=True)
+        head, depth = self.student.heads[name], self.student.student.depth
+        inner = [token, tokens] * depth if head.reads_blocks else []
 
         def run() -> None:
             with autocast(self.precision, torch.device("cpu")):
-                prediction = self.student.heads[name](token, tokens)
+                prediction = head(token, tokens, *inner)
             sum(part.sum() for part in prediction if part is not None).backward()
 
         return measure_work(run)

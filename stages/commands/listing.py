@@ -12,13 +12,14 @@ from pathlib import Path
 from rich.table import Table
 
 from radio_distill.config.recipes import find_recipe, recipe_names
+from radio_distill.models import HEADS
 from radio_distill.normalize import NORMALIZERS
 from radio_distill.registry import Registry
 from radio_distill.system.progress import table_console
 from teachers import FIELDS, SOURCES, TEACHERS
 from upsamplers import UPSAMPLERS
 
-KINDS = ("teachers", "sources", "upsamplers", "normalizers", "benchmarks", "recipes")
+KINDS = ("teachers", "sources", "heads", "upsamplers", "normalizers", "benchmarks", "recipes")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,6 +47,8 @@ def _descriptions(kind: str) -> dict[str, str]:
     """Return a line for each name."""
     if kind == "upsamplers":
         return _of_registry(UPSAMPLERS)
+    if kind == "heads":
+        return _of_registry(HEADS)
     if kind == "normalizers":
         return _of_registry(NORMALIZERS)
     if kind == "benchmarks":

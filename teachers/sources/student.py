@@ -83,7 +83,7 @@ def build(preset: Preset) -> StudentTower:
     student = Student(config, arguments["num_summary_tokens"])
     heads = {}
     if head:
-        heads[head] = Head(student.embed_dim, teachers[head], config)
+        heads[head] = Head(student.embed_dim, teachers[head], config, student.depth)
     return StudentTower(
         StudentEncoder(student, config, teachers, heads, arguments["summary_slots"]), head
     )

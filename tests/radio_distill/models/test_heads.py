@@ -9,7 +9,6 @@ from torch import nn
 from radio_distill.errors import ConfigError, UnknownNameError
 from radio_distill.models.heads import (
     Head,
-    MLPHead,
     build_student,
     join_gradients,
     parameter_groups,
@@ -17,6 +16,7 @@ from radio_distill.models.heads import (
     zero_gradient,
 )
 from radio_distill.models.position import NUM_DRAWS
+from radio_distill.models.projectors import HeadShape, MLPHead
 from radio_distill.types import TeacherSpec
 
 
@@ -28,7 +28,7 @@ def teacher(summary_channels):
 @pytest.mark.parametrize("num_layers", [0, 2])
 @torch.no_grad()
 def test_mlp_head__equals_the_formula(num_layers):
-    head = MLPHead(5, 8, 3, num_layers)
+    head = MLPHead(HeadShape(5, 3, hidden=8, layers=num_layers))
     for parameter in head.parameters():
         parameter.normal_()
     state = head.state_dict()

@@ -1,0 +1,191 @@
+"""Kinds of heads: what brings a student's tokens into the space of a teacher.
+
+A kind is a class here and one line in :data:`radio_distill.models.HEADS`. It is made of a
+:class:`HeadShape` and of the recipe's ``options`` as keywords, whose types its signature says, and
+maps tokens to predictions one for one. A teacher's summary and features have a head each, or share
+the features' (``shared``); :class:`.heads.Head` says which tokens each gets.
+
+Its last layer is linear and stands in :meth:`Projector.last`, so that what a normalizer does can be
+folded into it; only :class:`IdentityHead` has none.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config.fields import Range, SmallCount, Weight
+from ..errors import ConfigError
+from ..types import Size
+
+Hidden = Annotated[int, Range(0, 1 << 20)]
+"""Channels inside; 0 for `student.head_hidden`."""
+
+
+@dataclass(frozen=True)
+class HeadShape:
+    """What a head is made for."""
+
+    in_features: int
+    """Width D of the student."""
+    out_features: int
+    """Channels of the teacher's features, or of its summary."""
+    hidden: int
+    """``student.head_hidden``, for kinds whose options say nothing else."""
+    layers: int = 0
+    """``student.head_layers``, likewise."""
+    depth: int = 0
+    """Blocks of the student."""
+    of_summary: bool = False
+    """Whether it is a summary's own head, which gets one token of each image."""
+
+
+class Projector(nn.Module):
+    """Base of all kinds: tokens ``[B, P + N, D]`` of each image to ``[B, P + N, C]``."""
+
+    final: nn.Sequential
+    reads_blocks: bool = False
+    """Whether it reads the tokens of all blocks of the student, not the last one's alone."""
+    with_summary: bool = False
+    """Whether a head of features gets the summary token too, ahead of the patches."""
+
+    def last(self) -> nn.Sequential | None:
+        """Return the layers whose last one is the linear layer that predicts; None without any."""
+        return self.final
+
+    def forward(self, tokens: Tensor, grid: Size, inner: Sequence[Tensor] = ()) -> Tensor:
+        """Predict a teacher's tokens.
+
+        Args:
+            tokens: ``[B, P + N, D]`` behind the last block: P = 1 or 0 summary tokens, then patches
+                row by row.
+            grid: rows and columns of the N patches; (0, 0) without patches.
+            inner: the same behind each block, for a kind that ``reads_blocks``.
+        """
+        raise NotImplementedError
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        """Make room for the bias that a last layer without one has once it was folded."""
+        layers = self.last()
+        if layers is not None and layers[-1].bias is None:
+            own = {f"{prefix}{name}": module for name, module in self.named_modules()}
+            name = next(name for name, module in own.items() if module is layers[-1])
+            if f"{name}.bias" in state_dict:
+                layers[-1].bias = nn.Parameter(torch.zeros_like(layers[-1].weight[:, 0]))
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+class MLPHead(Projector):
+    """Linear, residual [LayerNorm, GELU, Linear] layers, then LayerNorm, GELU, Linear.
+
+    The "MLP v2" of the published RADIO models, with their parameter names (``fc1``, ``blocks``,
+    ``final``), so that an export needs no table of names.
+
+    Args:
+        shape: widths.
+        hidden: width inside; 0 for ``student.head_hidden``.
+        layers: residual layers; None for ``student.head_layers``.
+        bias: whether the first linear layer and the residual ones have biases.
+        last_bias: whether the last one has.
+        init_std: draw weights of linear layers from a truncated normal distribution of this
+            deviation and let biases begin at zero; 0 for torch's own way.
+    """
+
+    def __init__(
+        self,
+        shape: HeadShape,
+        *,
+        hidden: Hidden = 0,
+        layers: SmallCount | None = None,
+        bias: bool = True,
+        last_bias: bool = True,
+        init_std: Weight = 0.0,
+    ):
+        super().__init__()
+        hidden = hidden or shape.hidden
+        self.fc1 = nn.Linear(shape.in_features, hidden, bias)
+        count = shape.layers if layers is None else layers
+        self.blocks = nn.ModuleList(_layer(hidden, hidden, bias) for _ in range(count))
+        self.final = _layer(hidden, shape.out_features, last_bias)
+        if init_std:
+            _draw(self, init_std)
+
+    def forward(self, tokens: Tensor, grid: Size = (0, 0), inner: Sequence[Tensor] = ()) -> Tensor:
+        """Predict from each token alone."""
+        hidden = self.fc1(tokens)
+        for block in self.blocks:
+            hidden = hidden + block(hidden)
+        result: Tensor = self.final(hidden)
+        return result
+
+
+class LNMLPHead(MLPHead):
+    """Linear, LayerNorm, GELU, Linear, without biases (EUPE, arXiv 2603.22387).
+
+    With biases this is :class:`MLPHead` without residual layers. Options as there; SigLino's
+    adapter (arXiv 2512.20157) is ``bias: true, init_std: 0.01``, shared by summary and features.
+    """
+
+    def __init__(
+        self,
+        shape: HeadShape,
+        *,
+        hidden: Hidden = 0,
+        bias: bool = False,
+        last_bias: bool = False,
+        init_std: Weight = 0.0,
+    ):
+        super().__init__(
+            shape, hidden=hidden, layers=0, bias=bias, last_bias=last_bias, init_std=init_std
+        )
+
+
+class LinearHead(Projector):
+    """One linear layer."""
+
+    def __init__(self, shape: HeadShape, *, bias: bool = True):
+        super().__init__()
+        self.final = nn.Sequential(nn.Linear(shape.in_features, shape.out_features, bias))
+
+    def forward(self, tokens: Tensor, grid: Size = (0, 0), inner: Sequence[Tensor] = ()) -> Tensor:
+        """Predict from each token alone."""
+        result: Tensor = self.final(tokens)
+        return result
+
+
+class IdentityHead(Projector):
+    """The student's own tokens, for a teacher of its width: the student as it was (an anchor).
+
+    There is no layer to fold a normalizer into, so what it predicts stays in the normalised space;
+    ``none`` as that teacher's normalizer keeps it in the teacher's own.
+    """
+
+    def __init__(self, shape: HeadShape):
+        super().__init__()
+        if shape.in_features != shape.out_features:
+            raise ConfigError(
+                f"an identity head has as many channels as the student, {shape.in_features}, and "
+                f"this teacher has {shape.out_features}; take linear"
+            )
+
+    def last(self) -> None:
+        """Return None: nothing is learned."""
+
+    def forward(self, tokens: Tensor, grid: Size = (0, 0), inner: Sequence[Tensor] = ()) -> Tensor:
+        """Return the tokens."""
+        return tokens
+
+
+def _layer(in_features: int, out_features: int, bias: bool = True) -> nn.Sequential:
+    linear = nn.Linear(in_features, out_features, bias)
+    return nn.Sequential(nn.LayerNorm(in_features), nn.GELU(), linear)
+
+
+def _draw(module: nn.Module, std: float) -> None:
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.trunc_normal_(layer.weight, std=std)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)

@@ -1,0 +1,195 @@
+"""Each kind of head equals its formula, written here in plain operations."""
+
+import pytest
+import torch
+
+from radio_distill.config import HeadConfig, HeadsConfig
+from radio_distill.errors import ConfigError, UnknownNameError
+from radio_distill.models import HEADS
+from radio_distill.models.heads import FEATURES, SUMMARY, Head, build_projector, exchange_last
+from radio_distill.models.projectors import HeadShape
+from radio_distill.normalize.phi_s import PhiS
+from radio_distill.normalize.statistics import Moments
+from radio_distill.types import TeacherSpec
+
+WIDTH, CHANNELS, DEPTH, GRID = 8, 4, 3, (2, 3)
+SHAPE = HeadShape(WIDTH, CHANNELS, hidden=12, depth=DEPTH)
+
+
+def projector(name, shape=SHAPE, **options):
+    """Make a head whose every number is random, in float64."""
+    made = build_projector(HeadConfig(name=name, options=options), shape, "head").double()
+    for parameter in made.parameters():
+        torch.nn.init.normal_(parameter)
+    return made
+
+
+def tokens_of(patches=GRID[0] * GRID[1], prefix=0):
+    """Return the tokens behind the last block, and behind each."""
+    torch.manual_seed(1)
+    return torch.randn(1 + DEPTH, 2, prefix + patches, WIDTH, dtype=torch.float64)
+
+
+def layer_norm(tokens, state, name, eps):
+    centred = tokens - tokens.mean(-1, keepdim=True)
+    scaled = centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt()
+    return scaled * state[f"{name}.weight"] + state[f"{name}.bias"]
+
+
+def linear(tokens, state, name):
+    result = tokens @ state[f"{name}.weight"].T
+    return result + state[f"{name}.bias"] if f"{name}.bias" in state else result
+
+
+def gelu(tokens):
+    return tokens * 0.5 * (1 + torch.erf(tokens / 2**0.5))
+
+
+def mlp(tokens, state, prefix=""):
+    hidden = linear(tokens, state, f"{prefix}fc1")
+    normed = layer_norm(hidden, state, f"{prefix}final.0", 1e-5)
+    return linear(gelu(normed), state, f"{prefix}final.2")
+
+
+def ln_mlp(tokens, inner, state):
+    return mlp(tokens, state)
+
+
+def identity(tokens, inner, state):
+    return tokens
+
+
+def one_linear(tokens, inner, state):
+    return linear(tokens, state, "final.0")
+
+
+FORMULAS = {
+    "mlp": (ln_mlp, {}),
+    "ln_mlp": (ln_mlp, {}),
+    "linear": (one_linear, {}),
+    "identity": (identity, {}),
+}
+
+
+def shape_of(name):
+    return HeadShape(WIDTH, WIDTH, 12) if name == "identity" else SHAPE
+
+
+def test_formulas__every_kind_has_one():
+    assert FORMULAS.keys() == set(HEADS.names())
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_projector__equals_the_formula(name):
+    formula, options = FORMULAS[name]
+    head = projector(name, shape_of(name), **options)
+    tokens, *inner = tokens_of()
+    expected = formula(tokens, inner, head.state_dict())
+    torch.testing.assert_close(head(tokens, GRID, inner), expected, atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_projector__gradients(name):
+    _, options = FORMULAS[name]
+    head = projector(name, shape_of(name), **options)
+    tokens, *inner = tokens_of()[:, :1].requires_grad_()
+    inputs = [tokens, *inner] if head.reads_blocks else [tokens]
+    assert torch.autograd.gradcheck(lambda tokens, *inner: head(tokens, GRID, inner), inputs)
+
+
+def moments():
+    torch.manual_seed(2)
+    found = Moments(CHANNELS)
+    found.update(torch.einsum("cd,bdhw->bchw", torch.randn(4, 4), torch.randn(3, 4, 5, 5)) + 3)
+    return found
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_projector__a_folded_normalizer_is_its_inverse(name):
+    """And unfolding it again is nothing."""
+    _, options = FORMULAS[name]
+    head = projector(name, shape_of(name), **options)
+    normalizer = PhiS().fit(moments())
+    tokens, *inner = tokens_of()
+    before = head(tokens, GRID, inner)
+    folded = exchange_last(head, normalizer.fold)
+    assert folded == (name != "identity"), "the identity has nothing that could be exchanged"
+    if not folded:
+        return
+    inverted = normalizer.invert(before.mT.unflatten(2, GRID)).flatten(2).mT
+    torch.testing.assert_close(head(tokens, GRID, inner), inverted, atol=1e-10, rtol=1e-10)
+    again = projector(name, shape_of(name), **options)
+    again.load_state_dict(head.state_dict())  # also where the kind's last layer has no bias
+    exchange_last(again, normalizer.unfold)
+    torch.testing.assert_close(again(tokens, GRID, inner), before, atol=1e-10, rtol=1e-10)
+
+
+def test_ln_mlp__biases_and_widths():
+    names = {name for name, _ in projector("ln_mlp", hidden=5).named_parameters()}
+    assert names == {"fc1.weight", "final.0.weight", "final.0.bias", "final.2.weight"}
+    siglino = projector("ln_mlp", bias=True, init_std=0.01)
+    assert siglino.fc1.bias is not None
+    assert siglino.final[2].bias is None
+    assert projector("ln_mlp", hidden=5).fc1.weight.shape == (5, WIDTH)
+
+
+def test_mlp__initial_deviation():
+    drawn = build_projector(
+        HeadConfig(name="mlp", options={"init_std": 0.02}), HeadShape(256, 256, 256), ""
+    )
+    for layer in (drawn.fc1, drawn.final[2]):
+        assert layer.weight.detach().std().item() == pytest.approx(0.02, rel=0.02)
+        assert not layer.bias.any()
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (HeadConfig(name="mpl"), "'mlp'"),
+        (HeadConfig(name="mlp", options={"hiden": 3}), "'hidden'"),
+        (HeadConfig(name="mlp", options={"hidden": -3}), "-3"),
+        (HeadConfig(name="mlp", options={"bias": "no"}), "true or false"),
+        (HeadConfig(name="identity"), "8.*4"),
+        (HeadConfig(name="identity", options={"a": 1}), "no options"),
+    ],
+)
+def test_build_projector__mistakes_are_one_line(config, message):
+    with pytest.raises((ConfigError, UnknownNameError), match=message) as caught:
+        build_projector(config, SHAPE, "heads of teacher 'clip': features")
+    assert "\n" not in str(caught.value)
+
+
+def spec(summary_channels, name="clip"):
+    half = (0.5, 0.5, 0.5)
+    return TeacherSpec(name, CHANNELS, summary_channels, 14, (224, 224), None, half, half)
+
+
+def test_head__of_one_teacher_and_of_all(student_config):
+    config = student_config(
+        summary_head=HeadConfig(name="linear"),
+        feature_head=HeadConfig(name="ln_mlp", options={"hidden": 5}),
+        heads={"sam": HeadsConfig(features=HeadConfig(name="mlp"))},
+    )
+    clip, sam = (Head(WIDTH, spec(3, name), config) for name in ("clip", "sam"))
+    kinds = [
+        {part: type(one).__name__ for part, one in head.projectors.items()} for head in (clip, sam)
+    ]
+    assert kinds == [
+        {SUMMARY: "LinearHead", FEATURES: "LNMLPHead"},
+        {SUMMARY: "LinearHead", FEATURES: "MLPHead"},
+    ]
+
+
+def test_head__shared(student_config):
+    """One head, which takes summary token and patches alike; both widths must be equal."""
+    config = student_config(summary_head=HeadConfig(name="shared"))
+    head = Head(WIDTH, spec(CHANNELS), config)
+    token, spatial = torch.randn(2, WIDTH), torch.randn(2, WIDTH, *GRID)
+    features = head(token, spatial)
+    assert list(head.projectors) == [FEATURES]
+    torch.testing.assert_close(features.summary, head.spatial(token))
+    torch.testing.assert_close(features.spatial[:, :, 1, 2], head.spatial(spatial[:, :, 1, 2]))
+    torch.testing.assert_close(head.summarize(token, spatial), features.summary)
+    assert Head(WIDTH, spec(None), config)(token, spatial).summary is None
+    with pytest.raises(ConfigError, match=r"'clip'.*4.*3"):
+        Head(WIDTH, spec(3), config)
