@@ -22,6 +22,7 @@ COMMANDS = {
         "stages.commands.demo",
         "run the whole path on real photographs: train, score, report",
     ),
+    "upsample": ("stages.commands.upsample", "a teacher's features of your photographs, finer"),
     "init": ("stages.commands.init", "write a recipe to begin with"),
     "plan": ("stages.commands.plan", "what a recipe costs, before anything runs"),
     "train": ("stages.commands.train", "train stages of a recipe, one after another"),

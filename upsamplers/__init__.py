@@ -41,6 +41,9 @@ UPSAMPLERS = Registry(
     },
 )
 
+PER_IMAGE = Registry("per-image upsampler", {"implicit": "upsamplers.implicit:Implicit"})
+"""Upsamplers that are fitted to each image anew: to look at, too slow to train a student with."""
+
 
 def is_fitted(name: str) -> bool:
     """Return whether an upsampler has learned weights, a file for each teacher."""
@@ -80,11 +83,7 @@ def check_config(config: UpsamplerConfig) -> None:
         raise ConfigError(f"upsampler.factor is {config.factor}; it must be at least 1")
     given = ("factor", "micro_batch", *(("weights", "precision") if is_fitted(name) else ()))
     check_has(f"upsampler {name!r}", kind, ("cost", "__call__"))
-    known = [key for key in signature(kind).parameters if key not in _SET_BY_RECIPE]
-    for key in config.options:
-        if key not in known:
-            hint = nearest(key, known) if known else "it has none"
-            raise ConfigError(f"upsampler {name!r} has no option {key!r} ({hint})")
+    _check_options(name, kind, config.options)
     keywords = tuple(dict.fromkeys((*given, *config.options)))
     check_takes(f"upsampler {name!r}", kind, keywords=keywords)
     if is_fitted(name):
@@ -94,6 +93,22 @@ def check_config(config: UpsamplerConfig) -> None:
     for field in ("sha256", "sizes"):
         if getattr(config, field):
             raise ConfigError(f"upsampler {name!r} has no file to check; remove upsampler.{field}")
+
+
+def build_per_image(name: str, factor: int, options: Mapping[str, Any]) -> Upsampler:
+    """Build one of ``PER_IMAGE``; raises ConfigError for an unknown name or option."""
+    kind = PER_IMAGE.get(name)
+    _check_options(name, kind, options)
+    upsampler: Upsampler = kind(factor=factor, **options)
+    return upsampler
+
+
+def _check_options(name: str, kind: Any, options: Mapping[str, Any]) -> None:
+    known = [key for key in signature(kind).parameters if key not in _SET_BY_RECIPE]
+    for key in options:
+        if key not in known:
+            hint = nearest(key, known) if known else "it has none"
+            raise ConfigError(f"upsampler {name!r} has no option {key!r} ({hint})")
 
 
 _SET_BY_RECIPE = ("factor", "micro_batch", "weights")

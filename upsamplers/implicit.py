@@ -44,11 +44,12 @@ from radio_distill.normalize.statistics import Moments
 from radio_distill.protocols import Teacher
 from radio_distill.system.precision import AUTO, autocast
 from radio_distill.system.progress import Progress
-from radio_distill.types import Size
+from radio_distill.types import Features, Size
 
 from .fit.downsamplers import AttentionDownsampler
 from .fit.losses import UncertaintyNet, masked_mse, total_variation
 from .fit.views import ViewRange, draw_homographies, render
+from .methods import tiling
 
 logger = logging.getLogger(__name__)
 
@@ -172,6 +173,36 @@ def fit_implicit(
     height, width = targets.shape[-2:]
     fitted = (height * factor, width * factor)
     return ImplicitFeatures(image, fit.network.eval(), fit.downsampler.eval(), compression, fitted)
+
+
+@dataclass(frozen=True)
+class Implicit:
+    """FeatUp's implicit network, fitted to each image anew: for `radio-distill upsample`."""
+
+    factor: int
+    steps: int = 2000
+    """Updates."""
+    views: int = 3000
+    """Random views of the image that the teacher is asked about."""
+    seed: int = 0
+    """Of views, first weights and dropout."""
+
+    def __post_init__(self) -> None:
+        _check_numbers(factor=self.factor, steps=self.steps, views=self.views)
+
+    def __call__(self, teacher: Teacher, pixels: Tensor, grid: Size) -> Features:
+        """Return features with spatial ``[B, C, *grid]``; ConfigError for a grid that cannot be."""
+        size = tiling.low_resolution(teacher, grid, self.factor)
+        low = tiling.encode_low(teacher, pixels, grid, self.factor, 0)
+        fits = (
+            fit_implicit(teacher, image, size, self.factor, self.steps, self.views, self.seed)
+            for image in pixels
+        )
+        return Features(low.summary, torch.stack([fit.render(grid) for fit in fits]))
+
+    def cost(self, grid: Size) -> int:
+        """Return the teacher images of one image: itself, and its views."""
+        return 1 + self.views
 
 
 def fourier_features(image: Tensor, grid: Size, fitted: Size) -> Tensor:
@@ -301,7 +332,11 @@ def _checked(image: Tensor, **numbers: int) -> Tensor:
         raise ConfigError(f"an implicit map is of one image [3, H, W], not {[*image.shape]}")
     if not image.isfinite().all():
         raise DataError("the image holds values that are not finite; read it again")
-    for name, value in numbers.items():
-        if value < 1:
-            raise ConfigError(f"{name} of an implicit fit is {value}; it must be at least 1")
+    _check_numbers(**numbers)
     return image
+
+
+def _check_numbers(**numbers: int) -> None:
+    for name, value in numbers.items():
+        if not isinstance(value, int) or value < 1:
+            raise ConfigError(f"{name} of an implicit fit is {value}; it must be at least 1")

@@ -17,7 +17,7 @@ from radio_distill.normalize import NORMALIZERS
 from radio_distill.registry import Registry
 from radio_distill.system.progress import table_console
 from teachers import FIELDS, SOURCES, TEACHERS
-from upsamplers import UPSAMPLERS
+from upsamplers import PER_IMAGE, UPSAMPLERS
 
 KINDS = ("teachers", "sources", "heads", "upsamplers", "normalizers", "benchmarks", "recipes")
 
@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _descriptions(kind: str) -> dict[str, str]:
     """Return a line for each name."""
     if kind == "upsamplers":
-        return _of_registry(UPSAMPLERS)
+        return _of_registry(UPSAMPLERS) | _of_registry(PER_IMAGE)
     if kind == "heads":
         return _of_registry(HEADS)
     if kind == "normalizers":

@@ -172,3 +172,12 @@ def test_fit_implicit__bad_input_in_one_line(change, kind, message):
     with pytest.raises(kind, match=message) as error:
         fit(**{**arguments, **change})
     assert "\n" not in str(error.value)
+
+
+def test_implicit__images_of_a_batch_are_fitted_each_by_itself(image):
+    upsampler = implicit.Implicit(factor=4, steps=3, views=12)
+    batch = torch.stack([image, 1 - image])
+    found = upsampler(MeanColour(), batch, (24, 16)).spatial
+    expected = fit(1 - image, steps=3, views=12).render((24, 16))
+    torch.testing.assert_close(found[1], expected)
+    assert not torch.equal(found[0], found[1])
