@@ -50,7 +50,19 @@ class ShownMatches:
     """How near to the truth is found, in pixels."""
 
 
-Shown = ShownMaps | ShownMatches
+@dataclass(frozen=True, slots=True)
+class ShownBoxes:
+    """Boxes of objects, ``[N, 4]`` left, top, right, bottom in pixels, and what each shows."""
+
+    pixels: Tensor
+    """``[3, H, W]`` uint8."""
+    truth: Tensor
+    prediction: Tensor
+    truth_names: Sequence[str]
+    prediction_names: Sequence[str]
+
+
+Shown = ShownMaps | ShownMatches | ShownBoxes
 Show = Callable[[Shown], None]
 
 

@@ -265,7 +265,7 @@ class ProbeTask:
             ]
             all_labels = [labels for _, labels in parts]
         else:
-            fitted = [in_whole_patches(self.encoder, it.pixels, it.labels) for it in examples]
+            fitted = [benchmark.fitted(self.encoder, it.pixels, it.labels) for it in examples]
             pixels, all_labels = torch.stack([it[0] for it in fitted]), [it[1] for it in fitted]
             maps = encode(self.encoder, pixels, benchmark.layers, benchmark.batch_size)
             keys = [example.key for example in examples]
@@ -282,7 +282,7 @@ class ProbeTask:
         """
         if index not in self.kept:
             example = self.benchmark.training_example(self.source.images[index], None)
-            pixels, labels = in_whole_patches(self.encoder, example.pixels, example.labels)
+            pixels, labels = self.benchmark.fitted(self.encoder, example.pixels, example.labels)
             maps = encode(self.encoder, pixels[None], self.benchmark.layers, 1)
             self.kept[index] = [layer.cpu() for layer in maps], labels
         return self.kept[index]

@@ -41,6 +41,7 @@ BENCHMARKS = Registry(
     {
         "ade20k": "radio_distill.evals.semantic:Ade20k",
         "agreement": "radio_distill.evals.agreement:Agreement",
+        "coco_detection": "radio_distill.evals.detection:CocoDetection",
         "coco_retrieval": "radio_distill.evals.retrieval:CocoCaptions",
         "correspondence": "radio_distill.evals.correspondence:Correspondence",
         "feature_preservation": "radio_distill.evals.segmentation:FeaturePreservation",

@@ -1,8 +1,8 @@
 """Suites: which benchmarks are asked, and how, by one word.
 
 published
-    Every benchmark of FeatSharp's Table 2 (but the group VILA, whose harness is outside) and NYU
-    depth, as their protocols have it, of the data sets that are named.
+    Every benchmark of FeatSharp's Table 2 (but the group VILA, whose harness is outside), NYU depth
+    and detection on COCO, as their protocols have it, of the data sets that are named.
 quick
     Every benchmark there is, at small size on whatever small sets are named: some minutes an
     encoder on a CPU. Its scores are of protocols whose names end in ``-quick``: they
@@ -24,6 +24,7 @@ from .run import BENCHMARKS, source_value
 PUBLISHED = (
     *dict.fromkeys(n.partition("/")[0] for n, m in HEADLINES.items() if m.group != "VILA"),
     "nyu_depth",
+    "coco_detection",
 )
 QUICK_SIZE = 224
 """Longest side of a quick benchmark's images, in pixels: whole patches of 14 and of 16."""
@@ -37,6 +38,7 @@ QUICK: dict[str, Any] = {
     "crop": (QUICK_SIZE, QUICK_SIZE),
     "fit": (2 * QUICK_SIZE, QUICK_SIZE),
     "size": QUICK_SIZE,
+    "width": 64,
 }
 """Own fields of a quick benchmark of a data set, where it has them."""
 QUICK_PYRAMID: dict[str, Any] = {

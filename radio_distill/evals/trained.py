@@ -21,11 +21,11 @@ from ..errors import DataError
 from ..system.distributed import current_world
 from ..types import Score, Size
 from .encoder import Encoder, open_image
-from .examples import Show, shown_maps, shown_of
+from .examples import Show, Shown, shown_maps, shown_of
 from .probe_training import Example, Heads, encode, examples, in_whole_patches, train
 from .protocol import protocol_of
 
-Decay = Literal["linear", "poly", "cosine", "quarter"]
+Decay = Literal["linear", "poly", "cosine", "quarter", "step"]
 logger = logging.getLogger(__name__)
 
 Meters = Mapping[str, Any]
@@ -48,7 +48,7 @@ class TrainedBenchmark(ABC):
     warmup_steps: int = 1_500
     decay: Decay = "linear"
     """Of the rate, from 1 to 0 over the rest of the steps: ``1 - t``, its power 0.9, half a cosine,
-    or a quarter of one, which ends at 0.01."""
+    a quarter of one, which ends at 0.01, or a tenth for the last twelfth."""
     gradient_clip: float = 0.0
     """Largest norm of the gradient; 0 for no limit."""
     quick: bool = False
@@ -124,6 +124,7 @@ class TrainedBenchmark(ABC):
             "poly": (1 - rest) ** 0.9,
             "cosine": (1 + np.cos(np.pi * rest)) / 2,
             "quarter": 0.01 + 0.99 * np.cos(np.pi / 2 * rest),
+            "step": np.where(rest < 11 / 12, 1.0, 0.1),
         }[self.decay]
         rising = np.arange(1, warmup + 1) / max(warmup, 1)
         return self.learning_rate * np.concatenate([rising, decayed])
@@ -162,10 +163,10 @@ class TrainedBenchmark(ABC):
         with examples(self.test_example, own, encoder.device) as stream:
             for number, example in enumerate(stream, 1):
                 labels = {name: it.to(encoder.device) for name, it in example.labels.items()}
-                outputs = self._predict(encoder, heads, example.pixels)
+                outputs = self.predict(encoder, heads, example.pixels)
                 self.measure(meters, outputs, labels)
                 if show is not None and number - 1 in shown:
-                    show(shown_maps(example.pixels, labels, outputs))
+                    show(self.shown(example.pixels, labels, outputs))
                 report(self.steps + number * world.world_size)
         report(total)
         for meter in meters.values():
@@ -189,8 +190,20 @@ class TrainedBenchmark(ABC):
             self.name, metric, value, unit, higher_is_better, self.group, 0, headline, details
         )
 
+    def fitted(
+        self, encoder: Encoder, pixels: Tensor, labels: dict[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return a training image ``[3, H, W]`` and its labels as the encoder is to see them."""
+        return in_whole_patches(encoder, pixels, labels)
+
+    def shown(
+        self, pixels: Tensor, labels: Mapping[str, Tensor], outputs: Mapping[str, Tensor]
+    ) -> Shown:
+        """Make an example of a test image, for people to look at."""
+        return shown_maps(pixels, labels, outputs)
+
     @torch.no_grad()
-    def _predict(self, encoder: Encoder, heads: Heads, pixels: Tensor) -> dict[str, Tensor]:
+    def predict(self, encoder: Encoder, heads: Heads, pixels: Tensor) -> dict[str, Tensor]:
         """Return the outputs for one image ``[3, H, W]``, each ``[1, K, H, W]``."""
         height, width = pixels.shape[-2:]
         whole, _ = in_whole_patches(encoder, pixels, {})

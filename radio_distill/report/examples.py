@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
-from ..evals.examples import Shown, ShownMaps, ShownMatches
+from ..evals.examples import Shown, ShownBoxes, ShownMatches
 from ..evals.metrics import IGNORED
 from ..evals.score_set import ScoreSet
 from ..evals.subjects import MODEL, SCORES, Subject
@@ -26,7 +26,7 @@ FOLDER = "evaluation"
 SIDE = 256
 """Longer side of an image or a map, in pixels."""
 MATCH_SIDE = 360
-"""The same of a pair of images with matches."""
+"""The same of a pair of images with matches, or with boxes."""
 
 _FINER = 2  # lines are drawn so much larger and made smaller, for smooth edges
 _FOUND, _MISSED = (63, 193, 255), (255, 122, 26)  # blue and orange: told apart by all eyes
@@ -50,13 +50,19 @@ LEGEND = (
         "a line ends where a point was found: blue near enough to the truth, orange too far, with "
         "a ring at the truth",
     ),
+    (
+        "boxes",
+        "predicted (left) and true (right), one colour for each kind of object",
+    ),
 )
 """Names and texts, for a page that shows examples."""
 
 
 def draw(example: Shown) -> Image.Image:
-    """Draw an example: image, prediction and truth of each task, or two images and lines."""
-    if not isinstance(example, ShownMaps):
+    """Draw an example: image, prediction and truth of each task, or two images."""
+    if isinstance(example, ShownBoxes):
+        return _boxes(example)
+    if isinstance(example, ShownMatches):
         return _matches(example)
     first = _fitted(Image.fromarray(_rows(example.pixels)), Image.Resampling.BICUBIC)
     lines = []
@@ -143,6 +149,29 @@ def _matches(example: ShownMatches) -> Image.Image:
         if miss:
             draw.circle(truth.tolist(), radius + _FINER, None, "black", 2 * _FINER)
             draw.circle(truth.tolist(), radius, None, "white", _FINER)
+    return sheet.reduce(_FINER)
+
+
+def _boxes(example: ShownBoxes) -> Image.Image:
+    """Draw an image with the predicted boxes beside one with the true boxes."""
+    plain = Image.fromarray(_rows(example.pixels))
+    image = _fitted(plain, Image.Resampling.BICUBIC, _FINER * MATCH_SIDE)
+    scale = image.width / plain.width
+    kinds = sorted({*example.truth_names, *example.prediction_names})
+    sides = []
+    for boxes, names in (
+        (example.prediction, example.prediction_names), (example.truth, example.truth_names)
+    ):  # fmt: skip
+        sides.append(image.copy())
+        draw = ImageDraw.Draw(sides[-1])
+        for box, name in zip((boxes * scale).tolist(), names, strict=True):
+            colour = tuple(class_colours()[1 + kinds.index(name)].tolist())
+            draw.rectangle(box, None, "white", 2 * _FINER + 1)
+            draw.rectangle(box, None, colour, _FINER + 1)
+            draw.text(
+                box[:2], name, "white", font_size=11 * _FINER, stroke_width=2, stroke_fill=colour
+            )
+    sheet = image_grid([sides], [""], ["prediction", "truth"], image.width)
     return sheet.reduce(_FINER)
 
 

@@ -23,6 +23,7 @@ from radio_distill.types import Features
 PROBE = {"steps": 3, "images_per_step": 2, "crop": [32, 32]}
 OPTIONS = {
     "ade20k": {**PROBE, "fit": [48, 32]},
+    "coco_detection": {**PROBE, "width": 64},
     "feature_preservation": {"steps": 5},
     "imagenet_knn": {"k": 2},
     "knn": {"k": 2},
@@ -120,6 +121,8 @@ def _decoder(root: Path) -> dict[str, dict[str, str]]:
 def benchmark_name(request) -> str:
     if request.param == "stereo":
         pytest.importorskip("skimage")
+    if request.param == "coco_detection":
+        pytest.importorskip("faster_coco_eval")
     if request.param == "sam_coco":
         pytest.importorskip("transformers")
         pytest.importorskip("faster_coco_eval")

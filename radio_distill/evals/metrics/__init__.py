@@ -9,6 +9,7 @@ processes (:class:`.Sums`). Where published numbers come out of a program with a
 from .cam import average_drop, average_increase
 from .classification import macro_accuracy, top_k_accuracy
 from .depth import DepthErrors, PooledDepth, align_scale_and_shift, depth_errors, eigen_crop
+from .detection import BoxPrecision, check_installed
 from .fidelity import Fidelity, tokens_of
 from .masks import area_classes, mask_iou, mean_iou_by_area
 from .matching import (
@@ -34,6 +35,7 @@ from .sums import ImageMeans, Sums, check_finite
 
 __all__ = [
     "IGNORED",
+    "BoxPrecision",
     "Confusion",
     "DepthErrors",
     "Fidelity",
@@ -50,6 +52,7 @@ __all__ = [
     "average_increase",
     "best_cells",
     "check_finite",
+    "check_installed",
     "confusion_matrix",
     "depth_errors",
     "eigen_crop",
