@@ -171,8 +171,8 @@ def _boxes(example: ShownBoxes) -> Image.Image:
             draw.text(
                 box[:2], name, "white", font_size=11 * _FINER, stroke_width=2, stroke_fill=colour
             )
-    sheet = image_grid([sides], [""], ["prediction", "truth"], image.width)
-    return sheet.reduce(_FINER)
+    smaller = [side.reduce(_FINER) for side in sides]
+    return image_grid([smaller], [""], ["prediction", "truth"], smaller[0].width)
 
 
 def write_examples(

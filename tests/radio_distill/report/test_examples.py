@@ -8,11 +8,19 @@ import pytest
 import torch
 from PIL import Image
 
-from radio_distill.evals.examples import MOST, ShownMaps, ShownMatches, shown_maps, shown_of
+from radio_distill.evals.examples import (
+    MOST,
+    ShownBoxes,
+    ShownMaps,
+    ShownMatches,
+    shown_maps,
+    shown_of,
+)
 from radio_distill.evals.metrics import IGNORED
 from radio_distill.evals.score_set import ScoreSet
 from radio_distill.evals.subjects import Subject
 from radio_distill.report.examples import (
+    MATCH_SIDE,
     SIDE,
     class_colours,
     draw,
@@ -103,6 +111,27 @@ def test_draw__matches_are_blue_where_found_and_orange_where_not():
     assert ORANGE not in colours(draw(right))
     assert ORANGE in colours(draw(wrong))
     assert BLUE not in colours(draw(wrong))
+
+
+def test_draw__boxes_lie_where_they_are_and_kinds_have_one_colour():
+    truth, found = (
+        torch.tensor([[8.0, 24, 40, 46]]),
+        torch.tensor([[16.0, 24, 60, 46], [8, 8, 24, 46]]),
+    )
+    sheet = draw(ShownBoxes(PICTURE, truth, found, ["cat"], ["cat", "dog"]))
+    lefts = [MARGIN + column * (MATCH_SIDE + MARGIN) for column in (0, 1)]
+    first, second = (
+        np.asarray(sheet)[2 * LABEL_HEIGHT :, left : left + MATCH_SIDE] for left in lefts
+    )
+    cat, dog = (tuple(int(it) for it in class_colours()[number]) for number in (1, 2))
+    scale = MATCH_SIDE / 64
+    bottom = round(46 * scale)
+    for panel, middle, expected in (
+        (first, 50, cat), (second, 20, cat), (first, 12, dog), (second, 50, (0, 0, 0))
+    ):  # fmt: skip
+        rows = panel[bottom - 2 : bottom + 2, round(middle * scale)].tolist()
+        assert any(np.abs(np.subtract(row, expected)).max() < 40 for row in rows), (middle, rows)
+        assert (expected == (0, 0, 0)) == (not np.any(rows))
 
 
 def test_shown_of__few_and_far_apart():
