@@ -4,7 +4,7 @@ Which numbers a single field takes stands in its type (:mod:`.schema`).
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Literal
 
@@ -12,9 +12,18 @@ from ..errors import ConfigError
 from ..registry import nearest
 from ..system.redaction import secrets_in
 from .fields import share_of
-from .schema import DataConfig, EngineConfig, PartitionConfig, Recipe, StageConfig, partition_sizes
+from .schema import (
+    DataConfig,
+    EngineConfig,
+    EvaluationConfig,
+    PartitionConfig,
+    Recipe,
+    StageConfig,
+    partition_sizes,
+)
 
 _NAME = re.compile(r"\w[\w.+ -]{0,99}")
+_ADDRESS = re.compile(r"\w[\w.+-]*://")
 
 
 def check(recipe: Recipe) -> None:
@@ -28,6 +37,13 @@ def check(recipe: Recipe) -> None:
         *_check_amount("normalizer.images", recipe.normalizer.images),
         *_check_fit(recipe),
         *_check_evaluation(recipe),
+        *elsewhere(
+            {
+                "output": recipe.output,
+                "data.cache": recipe.data.cache,
+                **places_of_evaluation(recipe.evaluation),
+            }
+        ),
         *_check_engine(recipe.engine),
         *_check_losses(recipe),
     ]
@@ -48,6 +64,23 @@ def _check_evaluation(recipe: Recipe) -> Iterator[str]:
             f"evaluation.best: {config.best!r} is no BENCHMARK/METRIC of a benchmark that is run "
             f"during training ({', '.join(names)})"
         )
+
+
+def places_of_evaluation(config: EvaluationConfig) -> dict[str, str]:
+    """Return the files and folders that an evaluation reads or writes, by field."""
+    names = ("images", "labels", "segmentation", "cache")
+    places = {f"evaluation.{name}": getattr(config, name) for name in names}
+    return {**places, **{f"evaluation.data.{name}": path for name, path in config.data.items()}}
+
+
+def elsewhere(places: Mapping[str, str]) -> Iterator[str]:
+    """Say which of some places, by field, are addresses: as paths they would be folders here."""
+    for field, place in places.items():
+        if _ADDRESS.match(place):
+            yield (
+                f"{field}: it is an address, and only data.shards is read from one; name a folder "
+                "on a disk, with a copy of what lies there"
+            )
 
 
 def _check_engine(engine: EngineConfig) -> Iterator[str]:

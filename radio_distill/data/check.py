@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from ..config import DataConfig
 from ..errors import DataError
 from ..system.files import printable
-from .cache import cache_of
+from .cache import CacheError, cache_of
 from .find import find_shards
 from .images import FIELD_OF_KIND, BadImageError, decode_pixels
-from .remote import Place
+from .remote import FetchError, Place
 from .sources import describe_notes, index_folders
 from .tar_index import Shard, open_shard
 from .tar_reader import ShardReader
@@ -31,6 +31,8 @@ class ShardReport:
     num_bytes: int = 0
     damaged: list[str] = field(default_factory=list)
     """One line for each shard that cannot be used at all; its images are in no count."""
+    not_fetched: list[str] = field(default_factory=list)
+    """One line for each shard that lies elsewhere and did not come, so that nobody looked at it."""
     left_out: Counter[str] = field(default_factory=Counter)
     """Number of samples that training never uses, by kind; see :mod:`.tar_scan`."""
     left_out_names: dict[str, list[str]] = field(default_factory=dict)
@@ -52,7 +54,7 @@ class ShardReport:
     @property
     def is_clean(self) -> bool:
         """True where training can use all that is meant for it; an empty shard is no fault."""
-        return not (self.damaged or self.left_out or self.bad)
+        return not (self.damaged or self.not_fetched or self.left_out or self.bad)
 
 
 @dataclass
@@ -82,6 +84,7 @@ def check_shards(
 
     Raises:
         DataError: no shards found. Damage is reported, not raised.
+        CacheError: nothing can be fetched at all.
     """
     found = find_shards(patterns, cache_of(config))
     report, shards = ShardReport(num_shards=len(found.paths)), []
@@ -90,7 +93,8 @@ def check_shards(
         results = pool.map(lambda path: _check_shard(path, config), found.paths)
         for done, result in enumerate(results, 1):
             if isinstance(result, DataError):
-                report.damaged.append(str(result))
+                came = not isinstance(result.__cause__, FetchError)
+                (report.damaged if came else report.not_fetched).append(str(result))
             else:
                 _add(report, result)
                 shards.append(result.shard)
@@ -118,6 +122,8 @@ def _check_shard(path: Place, config: DataConfig) -> _Checked | DataError:
                 checked.sizes[_bucket(min(decode_pixels(data, **limits).shape[1:]))] += 1
             except BadImageError as error:
                 checked.bad.append((error.kind, f"{reader.key(0, sample)}: {error}"))
+    except CacheError:
+        raise
     except DataError as error:
         return error
     return checked

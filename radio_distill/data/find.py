@@ -55,6 +55,11 @@ _TABLES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".feather", 
 _MAKE_THEM = "make them with `radio-distill shards SRC OUT`"
 
 
+def is_address(entry: str) -> bool:
+    """Tell whether an entry of `data.shards` is an address or a command, and so no path."""
+    return _ADDRESS.match(entry) is not None
+
+
 def is_hidden(name: str) -> bool:
     """Tell whether the name of a file or folder says that it is not for the eye.
 
@@ -204,7 +209,7 @@ def _shards_of(pattern: str, notes: list[str], cache: Cache | None) -> list[Plac
     if _JOINT.search(text):
         parts = filter(None, _JOINT.split(text))
         return [path for part in parts for path in _shards_of(part, notes, cache)]
-    if _ADDRESS.match(text):
+    if is_address(text):
         return _elsewhere(text, pattern, cache)
     names = _expanded(text, pattern)
     by_name = [_named(name, pattern, notes) for name in names]
@@ -321,7 +326,7 @@ def _listed(file: Path, pattern: str, cache: Cache | None) -> list[Place]:
     for line in map(str.strip, lines):
         if not line or line.startswith("#"):
             continue
-        if _ADDRESS.match(line):
+        if is_address(line):
             paths += _elsewhere(line, pattern, cache)
             continue
         places = [os.path.expanduser(line), os.path.join(file.parent, line)]

@@ -14,8 +14,9 @@ from PIL.Image import Image
 
 from ..errors import DataError
 from ..system.files import printable, reason_of
-from .find import Tree, find_shards, is_hidden, list_tree, refuse_unreadable, say_once
+from .find import Tree, find_shards, is_address, is_hidden, list_tree, refuse_unreadable, say_once
 from .images import BadImageError, decode_image, read_image
+from .remote import without_secrets
 from .sources import describe_notes
 from .tar_index import open_shards
 from .tar_reader import ShardReader
@@ -107,6 +108,11 @@ def list_images(source: str) -> list[ImageRef]:
     """
     folder = Path(source).expanduser()
     if not folder.is_dir():
+        if is_address(source):
+            raise DataError(
+                f"{without_secrets(source)} lies elsewhere; these images are read from a disk: "
+                "copy them to a folder, and name that"
+            )
         if not folder.suffix and not folder.exists() and not set(source) & set("*?[{:|"):
             raise DataError(f"no folder {source}, of images or of shards")
         return _in_shards(source)

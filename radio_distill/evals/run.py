@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ..config import EvaluationConfig, build
+from ..config.rules import elsewhere, places_of_evaluation
 from ..data.folder import labelled_images, list_images
 from ..errors import ConfigError, NoLayersError
 from ..protocols import Benchmark
@@ -97,9 +98,12 @@ def check_data(config: EvaluationConfig) -> None:
     """Check that each benchmark's data can be found, before anything is scored.
 
     Raises:
-        ConfigError: a benchmark that does not exist, or that lacks its data.
+        ConfigError: a benchmark that does not exist, or that lacks its data; an address, where a
+            folder is meant.
         DataError: data that cannot be used.
     """
+    if problems := [*elsewhere(places_of_evaluation(config))]:
+        raise ConfigError(*problems)
     fields = set[str]()
     for name in config.benchmarks:
         make(name, config)

@@ -130,6 +130,7 @@ def _check(source: str, config: DataConfig) -> int:
         f"{report.num_images} images in {report.num_shards} shards, "
         f"{report.num_bytes / 1e6:.1f} MB; {report.num_bad} bad images, "
         f"{report.left_out.total()} samples left out, {len(report.damaged)} damaged shards"
+        + (f", {len(report.not_fetched)} not fetched" if report.not_fetched else "")
     )
     for sides in sorted(report.sizes, key=lambda name: int(name.rstrip("+").partition("-")[0])):
         print(f"  shortest side {sides} px: {report.sizes[sides]}")
@@ -139,6 +140,8 @@ def _check(source: str, config: DataConfig) -> int:
         print(note)
     for line in report.damaged:
         print(f"damaged: {line}")
+    for line in report.not_fetched:
+        print(f"not fetched: {line}")
     for kind, count in sorted(report.left_out.items()):
         names = report.left_out_names[kind]
         for name in names:

@@ -159,6 +159,15 @@ def test_check__reports_every_problem_on_a_line_of_its_own():
     assert len(str(caught.value).splitlines()) == 3
 
 
+@pytest.mark.parametrize(
+    "field",
+    ["output", "data.cache", "evaluation.images", "evaluation.labels", "evaluation.data.voc"],
+)
+def test_check__folders_are_no_addresses(field):
+    with pytest.raises(ConfigError, match=f"^{field}: .*a disk"):
+        recipe(f"{field}=s3://bucket/folder")
+
+
 def test_check__compiled_blocks_promise_no_bits():
     with pytest.raises(ConfigError, match=r"engine\.compile: which graph"):
         recipe("engine.compile=true", "engine.deterministic=true")

@@ -18,6 +18,7 @@ from radio_distill.data import remote as remote_module
 from radio_distill.data.cache import CacheError, cache_of
 from radio_distill.data.check import check_shards
 from radio_distill.data.find import find_shards
+from radio_distill.data.folder import list_images
 from radio_distill.data.loader import ShardBatches, StepSlice, in_every_step
 from radio_distill.data.remote import FetchError, Remote, shown
 from radio_distill.data.sources import open_sources
@@ -357,6 +358,28 @@ def test_pipe__a_command_that_fails_is_told_without_its_words(tmp_path, monkeypa
 def test_check_shards__reads_what_lies_elsewhere(server, config):
     report = check_shards([f"{server.url}/part-{{0..4}}.tar"], config())
     assert (report.num_images, report.num_shards, report.is_clean) == (25, 5, True)
+
+
+def test_check_shards__tells_what_did_not_come_from_what_is_damaged(server, config):
+    (server.folder / "part-3.tar").unlink()
+    (server.folder / "part-1.tar").write_bytes(b"no tar" * 100)
+    report = check_shards([f"{server.url}/part-{{0..4}}.tar"], config())
+    assert ["part-1" in line for line in report.damaged] == [True]
+    assert ["part-3" in line for line in report.not_fetched] == [True]
+    assert report.num_images == 15
+    assert not report.is_clean
+
+
+def test_check_shards__a_cache_that_takes_nothing_is_no_damage(server, config):
+    with pytest.raises(CacheError, match=r"data\.cache_gb"):
+        check_shards([f"{server.url}/part-{{0..4}}.tar"], config(cache_gb=1e-6))
+
+
+def test_list_images__reads_from_a_disk_alone():
+    address = "https://user:pa55word@host/held-out-{0..3}.tar"
+    with pytest.raises(DataError, match=r"https://host/held-out.*copy") as error:
+        list_images(address)
+    assert "pa55word" not in str(error.value)
 
 
 def test_missing_package__is_one_line_with_the_command(tmp_path, monkeypatch):
