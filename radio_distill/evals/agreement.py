@@ -14,7 +14,7 @@ mode switch
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from ..data.folder import list_images, spread
 from ..types import Score, Size
+from .demand import Demand, at_most
 from .encoder import AnyImage, Encoder, encode_images
 from .protocol import file_names, protocol_of
 
@@ -52,6 +53,17 @@ class Agreement:
 
     name: ClassVar[str] = "agreement"
     sources: ClassVar[dict[str, str]] = {"images": "images", "size": "size"}
+
+    def demand(self, parts: Mapping[str, int], limit: int | None = None) -> Demand:
+        """Count the images at each size."""
+        images = at_most(parts["images"], limit)
+        sides = [round(self.size * scale) for scale in self.scales]
+        return Demand(
+            images=images,
+            passes={(side, side): images for side in sides},
+            batch=self.batch_size,
+            reads=len(sides) * images,
+        )
 
     def run(
         self,

@@ -11,9 +11,9 @@ Left out: Probe3D's ratio test, which keeps the surest matches of each encoder a
 something else; and its NAVI and ScanNet data, which must be downloaded.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import hypot
+from math import hypot, prod
 from typing import ClassVar
 
 import numpy as np
@@ -27,10 +27,12 @@ from ..data.folder import load_images
 from ..errors import ConfigError
 from ..geometry import homography, in_unit, inside, sample, transform, warp
 from ..types import Score, Size
+from .demand import Demand, at_most
 from .encoder import Encoder, to_pixels
 from .examples import Show, shown_matches, shown_of
 from .protocol import file_names, protocol_of
 
+_STEREO_SIZE = (500, 741)
 GREY = 0.5  # what a warped view shows beyond its image
 
 
@@ -58,6 +60,16 @@ class Correspondence:
 
     name: ClassVar[str] = "correspondence"
     sources: ClassVar[dict[str, str]] = {"images": "images", "size": "dense_size"}
+
+    def demand(self, parts: Mapping[str, int], limit: int | None = None) -> Demand:
+        """Count the images and their warps."""
+        images = at_most(parts["images"], limit)
+        size = size_pair(self.size)
+        strides = self.query_stride, self.target_stride
+        points = [prod(side // stride for side in size) for stride in strides]
+        return Demand(
+            images=images, passes={size: 2 * images}, batch=2, products=images * prod(points)
+        )
 
     def run(
         self,
@@ -115,6 +127,11 @@ class Stereo:
 
     name: ClassVar[str] = "stereo"
     sources: ClassVar[dict[str, str]] = {}
+
+    def demand(self, parts: Mapping[str, int], limit: int | None = None) -> Demand:
+        """Count the pair's two views."""
+        del parts, limit
+        return Demand(images=2, passes={_STEREO_SIZE: 2}, batch=2)
 
     def run(
         self,

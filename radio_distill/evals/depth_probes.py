@@ -71,6 +71,10 @@ class NaviProbe(TrainedBenchmark):
         dataset = DATASETS.get("navi")(Path(self.data))
         return dataset.split("train")[:: self.every], dataset.split("val")[:: self.every]
 
+    def split_sizes(self, parts: Mapping[str, int]) -> tuple[int, int]:
+        """Return a fourth of both."""
+        return -(-parts["multiview"] // self.every), -(-parts["wild"] // self.every)
+
     def training_example(self, image: Any, random: np.random.Generator | None) -> Example:
         """Read the object of an image and change its colours; without a generator, do not."""
         example = self.test_example(image)
@@ -243,6 +247,10 @@ class NyuDepth(TrainedBenchmark):
         """List BTS' training and test images."""
         dataset = DATASETS.get("nyu_depth")(Path(self.data))
         return dataset.split("train"), dataset.split("val")
+
+    def test_views(self) -> dict[Size, int]:
+        """Return the size of all images of the set, which are mirrored too."""
+        return {(480, 640): 2}
 
     def training_example(self, image: Any, random: np.random.Generator | None) -> Example:
         """Read an image, and crop and mirror it; without a generator, resize it to the crop."""

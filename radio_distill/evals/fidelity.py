@@ -20,6 +20,7 @@ from ..protocols import Normalizer, Teacher
 from ..teacher_view import input_size
 from ..types import Features, Score, Size
 from . import metrics
+from .demand import Demand, at_most
 from .encoder import Encoder, Target, open_image, to_pixels
 from .protocol import file_names, protocol_of
 
@@ -39,6 +40,11 @@ class Fidelity:
 
     name: ClassVar[str] = "fidelity"
     sources: ClassVar[dict[str, str]] = {"images": "images", "size": "size"}
+
+    def demand(self, parts: Mapping[str, int], limit: int | None = None) -> Demand:
+        """Count the images that the student sees."""
+        images, size = at_most(parts["images"], limit), size_pair(self.size)
+        return Demand(images=images, passes={size: images}, batch=self.batch_size)
 
     @torch.inference_mode()
     def run(

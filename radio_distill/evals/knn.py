@@ -7,7 +7,7 @@ Left out: the sweep over k and temperature that some codes report the best of.
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 from pathlib import Path
@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from ..data.folder import labelled_images, spread
 from ..errors import ConfigError
 from ..types import Score
+from .demand import Demand, at_most
 from .encoder import Encoder, encode_summaries
 from .metrics import macro_accuracy
 from .protocol import file_names, protocol_of
@@ -45,6 +46,16 @@ class Knn:
 
     name: ClassVar[str] = "knn"
     sources: ClassVar[dict[str, str]] = {"folder": "labels", "size": "size"}
+
+    def demand(self, parts: Mapping[str, int], limit: int | None = None) -> Demand:
+        """Count the images of both splits."""
+        train, val = (at_most(parts[split], limit) for split in ("train", "val"))
+        return Demand(
+            images=train + val,
+            passes={(self.size, self.size): train + val},
+            batch=self.batch_size,
+            products=train * val,
+        )
 
     def run(
         self,

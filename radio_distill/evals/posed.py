@@ -8,9 +8,10 @@ matches that it is judged by.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, pairwise
+from math import comb, prod
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -21,10 +22,11 @@ from torch.nn import functional as F
 
 from ..data.folder import spread
 from ..errors import DataError
-from ..types import Score
+from ..types import Score, Size
 from .augmentation import nearest
 from .datasets.navi import Navi, NaviImage
 from .datasets.redwood import Redwood, RgbdFrame
+from .demand import Demand, at_most
 from .depth_probes import square_around
 from .encoder import Encoder, to_pixels
 from .metrics import ratio_matches
@@ -83,6 +85,10 @@ class PosedMatching(ABC):
         """List the pairs of images."""
 
     @abstractmethod
+    def demand(self, parts: Mapping[str, int], limit: int | None = None) -> Demand:
+        """Count the views of the pairs, and compare all of their cells."""
+
+    @abstractmethod
     def view(self, image: Any) -> View:
         """Read an image of a pair."""
 
@@ -121,6 +127,10 @@ class PosedMatching(ABC):
             for metric, value in found.items()
         ]  # fmt: skip
 
+    def _demand(self, pairs: int, size: Size) -> Demand:
+        cells = prod(side // self.stride for side in size)
+        return Demand(images=2 * pairs, passes={size: 2 * pairs}, products=pairs * cells**2)
+
     def _errors(self, encoder: Encoder, first: View, second: View) -> _Errors:
         features, points = [], []
         for view in (first, second):
@@ -154,6 +164,11 @@ class NaviMatching(PosedMatching):
     name: ClassVar[str] = "navi_correspondence"
     group: ClassVar[str] = "Probe3D"
     sources: ClassVar[dict[str, str]] = {"data": "data.navi"}
+
+    def demand(self, parts: Mapping[str, int], limit: int | None = None) -> Demand:
+        """Count a pair for every fourth image."""
+        pairs = at_most(-(-parts["wild"] // self.every), limit)
+        return self._demand(pairs, (self.size, self.size))
 
     def pairs(self) -> list[tuple[NaviImage, NaviImage]]:
         """Draw a partner for each image, and keep every fourth pair."""
@@ -202,6 +217,11 @@ class RgbdMatching(PosedMatching):
     name: ClassVar[str] = "rgbd_correspondence"
     group: ClassVar[str] = "Correspondence"
     sources: ClassVar[dict[str, str]] = {"data": "data.redwood"}
+
+    def demand(self, parts: Mapping[str, int], limit: int | None = None) -> Demand:
+        """Count the pairs of frames of 4:3."""
+        pairs = at_most(at_most(comb(parts["frames"], 2), self.most_pairs), limit)
+        return self._demand(pairs, (self.size, self.size * 4 // 3))
 
     def pairs(self) -> list[tuple[RgbdFrame, RgbdFrame]]:
         """List all pairs, thinned out evenly where there are too many."""

@@ -5,7 +5,7 @@ CLIP_benchmark does. So it is asked of encoders alone whose summary lies in the 
 tower.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -15,6 +15,7 @@ import torch
 from ..data.folder import spread
 from ..types import Score
 from .datasets.captions import Captions, CocoRetrieval, Flickr30k
+from .demand import Demand, at_most
 from .encoder import Encoder, encode_summaries
 from .metrics import recalls_both_ways
 from .protocol import file_names, protocol_of
@@ -37,6 +38,11 @@ class CocoCaptions:
     def captions(self) -> Captions:
         """List the test images and their captions."""
         return CocoRetrieval(Path(self.data)).test()
+
+    def demand(self, parts: Mapping[str, int], limit: int | None = None) -> Demand:
+        """Count the images."""
+        images = at_most(parts["images"], limit)
+        return Demand(images=images, passes={(self.size, self.size): images}, batch=self.batch_size)
 
     def run(
         self,

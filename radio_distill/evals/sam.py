@@ -8,7 +8,7 @@ the decoder. Left out: boxes that a detector finds.
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -25,6 +25,7 @@ from ..data.folder import spread
 from ..errors import ConfigError
 from ..types import Score, Size
 from .datasets.coco import Coco, CocoImage, CocoObject
+from .demand import Demand, at_most
 from .encoder import Encoder, open_image
 from .metrics import mask_iou, mean_iou_by_area
 from .protocol import protocol_of
@@ -48,6 +49,11 @@ class SamCoco:
 
     name: ClassVar[str] = "sam_coco"
     sources: ClassVar[dict[str, str]] = {"data": "data.coco"}
+
+    def demand(self, parts: Mapping[str, int], limit: int | None = None) -> Demand:
+        """Count the images, at the size that SAM was published for."""
+        images = at_most(parts["val"], limit)
+        return Demand(images=images, passes={(1024, 1024): images})
 
     def run(
         self,

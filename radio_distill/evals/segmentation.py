@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from ..errors import DataError
 from ..types import Score, Size
+from .demand import Demand, at_most
 from .encoder import Encoder, encode_images, to_pixels
 from .examples import Show, as_bytes, shown_maps, shown_of
 from .masks import Ignore, SegmentationSet, listed, open_set
@@ -52,6 +53,16 @@ class Segmentation:
         "size": "dense_size",
         "ignore": "segmentation_ignore",
     }
+
+    def demand(self, parts: Mapping[str, int], limit: int | None = None) -> Demand:
+        """Count the images of both splits."""
+        images = sum(at_most(count, limit) for count in parts.values())
+        return Demand(
+            images=images,
+            passes={(self.size, self.size): images},
+            batch=self.batch_size,
+            steps=self.steps,
+        )
 
     def run(
         self,
@@ -147,6 +158,10 @@ class FeaturePreservation(Segmentation):
 
     name: ClassVar[str] = "feature_preservation"
     counts: ClassVar[bool] = False
+
+    def demand(self, parts: Mapping[str, int], limit: int | None = None) -> Demand:
+        """Count nothing: an encoder behind no upsampler is passed over."""
+        return Demand(images=0, passes={})
 
     def run(
         self,

@@ -50,6 +50,10 @@ class SemanticProbe(TrainedBenchmark):
         pixels, _ = resized(pixels, {}, (round(height * factor), round(width * factor)))
         return Example(image.key, pixels, image.labels())
 
+    def test_views(self) -> dict[Size, int]:
+        """Take photographs to be 4:3."""
+        return {(min(self.fit), min(max(self.fit), min(self.fit) * 4 // 3)): 1}
+
     def heads(self, channels: Sequence[int]) -> dict[str, nn.Module]:
         """Make the linear head."""
         return {"segmentation": Linear(sum(channels), self.num_classes)}
@@ -113,3 +117,7 @@ class Voc(SemanticProbe):
         """List ``trainaug``, or ``train`` where that is all there is, and ``val``."""
         dataset = DATASETS.get("voc")(Path(self.data))
         return dataset.split(dataset.training), dataset.split("val")
+
+    def split_sizes(self, parts: Mapping[str, int]) -> tuple[int, int]:
+        """Take the larger training split, where it is there."""
+        return parts.get("trainaug") or parts["train"], parts["val"]

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from ..data.folder import spread
 from ..types import Score
 from .datasets.spair import Spair, SpairPair
+from .demand import Demand, at_most
 from .encoder import Encoder, open_image, to_pixels
 from .examples import Show, ShownMatches, shown_matches, shown_of
 from .metrics import pck_per_image, pck_per_point, transfer_errors, transferred
@@ -65,6 +66,11 @@ class KeypointTransfer:
 
     name: ClassVar[str] = "spair"
     sources: ClassVar[dict[str, str]] = {"data": "data.spair"}
+
+    def demand(self, parts: Mapping[str, int], limit: int | None = None) -> Demand:
+        """Count the images of the pairs, each once."""
+        images = min(2 * at_most(parts["test"], limit), parts["images"])
+        return Demand(images=images, passes={(self.size, self.size): images}, batch=self.batch_size)
 
     def run(
         self,

@@ -7,6 +7,7 @@ lose, and what is counted on test images. Its fields are its published protocol;
 
 import logging
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
@@ -20,6 +21,7 @@ from ..data.folder import spread
 from ..errors import DataError
 from ..system.distributed import current_world
 from ..types import Score, Size
+from .demand import Demand, at_most
 from .encoder import Encoder, open_image
 from .examples import Show, Shown, shown_maps, shown_of
 from .probe_training import Example, Heads, encode, examples, in_whole_patches, train
@@ -75,6 +77,14 @@ class TrainedBenchmark(ABC):
     @abstractmethod
     def images(self) -> tuple[Sequence[Any], Sequence[Any]]:
         """List the images to train and to test on, ``datasets.LabelledImage``."""
+
+    def split_sizes(self, parts: Mapping[str, int]) -> tuple[int, int]:
+        """Return how many images :meth:`images` lists, of a set with such parts."""
+        return parts["train"], parts["val"]
+
+    def test_views(self) -> dict[Size, int]:
+        """Return how often the encoder sees a test image, by size in pixels."""
+        return {self.crop: 1}
 
     @abstractmethod
     def training_example(self, image: Any, random: np.random.Generator | None) -> Example:
@@ -175,6 +185,22 @@ class TrainedBenchmark(ABC):
         protocol = protocol_of(self, f"{self.name}-{self.head}-{self.steps}", **keys)
         scores = self.scores(meters)
         return [replace(score, protocol=protocol, num_samples=len(test)) for score in scores]
+
+    def demand(self, parts: Mapping[str, int], limit: int | None = None) -> Demand:
+        """Count what training and testing ask of an encoder."""
+        training, test = (at_most(count, limit) for count in self.split_sizes(parts))
+        seen = self.steps * self.images_per_step
+        passes = Counter({self.crop: min(seen, training) if self.quick else seen})
+        for size, times in self.test_views().items():
+            passes[size] += times * test
+        return Demand(
+            images=training + test,
+            passes=passes,
+            batch=1 if self.quick else min(self.batch_size, self.images_per_step),
+            steps=self.steps,
+            tested=test,
+            reads=0 if self.quick else seen + test,
+        )
 
     def score(
         self,

@@ -5,7 +5,7 @@ its name in 80 templates, each normalised, and it is compared with the image's s
 So it is asked of encoders alone whose summary lies in the space of a text tower.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from ..data.folder import spread
 from ..protocols import TextTower
 from ..types import Score
 from .datasets.imagenet import ImageNet
+from .demand import Demand, at_most
 from .encoder import Encoder, encode_summaries
 from .metrics import top_k_accuracy
 from .protocol import protocol_of
@@ -34,6 +35,11 @@ class ImagenetZeroShot:
 
     name: ClassVar[str] = "imagenet_zero_shot"
     sources: ClassVar[dict[str, str]] = {"data": "data.imagenet", "size": "size"}
+
+    def demand(self, parts: Mapping[str, int], limit: int | None = None) -> Demand:
+        """Count the images."""
+        val = at_most(parts["val"], limit)
+        return Demand(images=val, passes={(self.size, self.size): val}, batch=self.batch_size)
 
     def run(
         self,

@@ -21,6 +21,7 @@ from radio_distill.system.progress import duration
 
 from ..arguments import add_recipe_argument, add_trust_argument
 from ..recipes import Asked, load_recipe
+from .evaluate import add_suite_argument
 
 if TYPE_CHECKING:
     from torch import nn
@@ -60,6 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="share of the device's peak that training reaches (default: 0.35, assumed)",
     )
     parser.add_argument("--price", type=float, default=0, help="price of a device for an hour")
+    add_suite_argument(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -69,6 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
     from radio_distill.plan.step_time import LAUNCH
 
     from ..planning import build_models, plan_stages
+    from ..suite_cost import print_suite
     from .missing import find_missing
 
     asked = Asked(arguments.recipe, tuple(arguments.fields))
@@ -97,6 +100,9 @@ def run(arguments: argparse.Namespace) -> int:
         f"student's time), {1e6 * LAUNCH:g} µs of the host for each, {speed.link / 1e9:.3g} GB/s "
         "of gradients within a node. Useful: teachers and student.\n"
     )
+    if arguments.suite:
+        with _without_collector():
+            print_suite(console, recipe, arguments.suite, device, kind)
     for plan in plans:
         for line in hints(plan.stage):
             console.print(f"Note: {line}", markup=False, highlight=False, soft_wrap=True)

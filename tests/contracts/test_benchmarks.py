@@ -14,9 +14,11 @@ from torch.nn import functional as F
 import layouts
 from radio_distill.config import EvaluationConfig
 from radio_distill.errors import ConfigError
+from radio_distill.evals.cost import parts_of
 from radio_distill.evals.datasets import DATASETS
 from radio_distill.evals.encoder import Encoder, Heads, Target
 from radio_distill.evals.run import BENCHMARKS, make
+from radio_distill.evals.trained import TrainedBenchmark
 from radio_distill.protocols import Benchmark
 from radio_distill.types import Features
 
@@ -169,6 +171,30 @@ def test_benchmark__progress_ends_at_the_total(benchmark_name, config):
     make(benchmark_name, config).run(encoder, 3, lambda *call: calls.append(call))
     assert calls[-1][0] == calls[-1][1]
     assert calls == sorted(calls)
+
+
+def test_benchmark__its_demand_is_what_a_run_encodes(benchmark_name, config):
+    seen = 0
+
+    def counted(encode):
+        def call(pixels, *further):
+            nonlocal seen
+            seen += len(pixels)
+            return encode(pixels, *further)
+
+        return call
+
+    heads = dataclasses.replace(HEADS, predict=counted(_heads))
+    parts = {"heads": heads, "inner": counted(_layers), "text": FakeText()}
+    benchmark = make(benchmark_name, config)
+    demand = benchmark.demand(parts_of(benchmark_name, config)[0], 3)
+    benchmark.run(Encoder("counted", counted(_encode), 8, **parts), 3)
+    if isinstance(benchmark, TrainedBenchmark):
+        seen -= 1  # by which the heads learn how many channels there are
+    elif benchmark_name == "spair":  # pairs share images
+        assert seen <= demand.num_passes
+        return
+    assert seen == demand.num_passes
 
 
 def test_benchmark__every_source_is_a_field_and_an_empty_one_is_named(benchmark_name, config):

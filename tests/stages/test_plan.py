@@ -55,6 +55,16 @@ def output_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int,
     return status, captured.out, captured.err
 
 
+def test_plan__prices_a_suite(recipe, capsys):
+    status, out, _ = output_of(capsys, recipe, "--devices", "1", "--suite", "quick")
+    assert status == 0
+    rows = [line.split() for line in out.splitlines()]
+    (knn,) = [row for row in rows if row[:1] == ["imagenet_knn"]]
+    assert knn[1:6] == ["published", "set", "120", "120", "224x224"]
+    assert "not in it: knn: needs evaluation.labels" in out
+    assert "not in it: agreement:" in out  # its folder is not there
+
+
 def test_plan__prints_everything_and_writes_nothing(recipe, capsys, tmp_path):
     status, out, _ = output_of(capsys, recipe, "--devices", "1", "2", "--price", "2.5")
     assert status == 0
