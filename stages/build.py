@@ -140,7 +140,8 @@ def build_distillation(
     if resumed is not None:
         check_shards(resumed, source.fingerprint, allow_changed)
         check_same_teachers(resumed, specs, allow_changed)
-    model = _student_from(stage, specs, start)
+    keeps_heads = resumed is not None or not stage.config.reset_heads
+    model = _student_from(stage, specs, start, keeps_heads)
     if resumed is not None:
         check_tensors(resumed, model)
     config = stage.config
@@ -176,9 +177,12 @@ def build_distillation(
 
 
 def _student_from(
-    stage: Stage, specs: Mapping[str, TeacherSpec], start: Checkpoint | None
+    stage: Stage, specs: Mapping[str, TeacherSpec], start: Checkpoint | None, with_heads: bool
 ) -> DistilledStudent:
-    """Build the student of a stage: with a checkpoint's weights, else as its recipe begins."""
+    """Build the student of a stage: with a checkpoint's weights, else as its recipe begins.
+
+    Without its heads, they are new.
+    """
     model = build_student(
         stage.student if start is None else replace(stage.student, pretrained=""),
         specs,
@@ -187,8 +191,8 @@ def _student_from(
         initialise=initialise,
     )
     if start is not None:
-        checkpoints.check_teachers(start, specs)
-        load_weights(model, start)
+        checkpoints.check_teachers(start, specs, with_heads)
+        load_weights(model, start, with_heads)
     return model
 
 
@@ -200,18 +204,19 @@ def _fit_scales(
     world: World,
     device: torch.device,
 ) -> dict[str, float]:
-    """Fit the normalizers of a stage that begins, and fold its heads into the new scales.
+    """Fit the normalizers of a stage that begins, and fold heads that it keeps into the new scales.
 
     Returns the dispersions of the teachers' summaries, where the loss asks for them.
     """
     teachers, normalizers = targets.teachers, targets.normalizers
     dispersions = fit_normalizers(stage, teachers, normalizers, world, device)
     unseen = [name for name in teachers if stage.statistics_partition(name) is None]
-    if start is None:
+    if start is not None:
+        logger.info("%s starts from %s", stage.name, start.folder)
+    if start is None or stage.config.reset_heads:
         for name in unseen:
             normalizers[name].fit(Moments.standard(teachers[name].spec.channels))
         return dispersions
-    logger.info("%s starts from %s", stage.name, start.folder)
     before = normalizers_of(start)
     for name in unseen:  # their heads stay as they were, in the space that they had
         normalizers[name].load_state(before[name].state())

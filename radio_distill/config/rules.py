@@ -181,6 +181,8 @@ def _check_stage(recipe: Recipe, name: str, config: StageConfig) -> Iterator[str
         yield f"{path}.partitions: a stage needs at least one partition"
     if config.start_from == name:
         yield f"{path}.start_from: a stage cannot start from itself"
+    if config.reset_heads and not config.start_from:
+        yield f"{path}.reset_heads: heads are new without start_from; set it to false"
     names = [partition.name for partition in config.partitions]
     for double in sorted({item for item in names if names.count(item) > 1}):
         yield f"{path}.partitions: two partitions are called {double!r}"

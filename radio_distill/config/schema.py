@@ -155,6 +155,9 @@ class StageConfig:
     start_from: str = option(
         "", "stage name or checkpoint whose weights the stage starts from; empty for a new student"
     )
+    reset_heads: bool = our_option(
+        False, "begin with new heads instead of those of `start_from`, which may then be others"
+    )
     optimizer: Literal["adamw", "lamb"] = option("lamb", "optimizer")
     learning_rate: Weight = option(1e-3, "highest learning rate")
     final_learning_rate: Weight = our_option(0.0, "learning rate at the last step")

@@ -59,9 +59,16 @@ class Head(nn.Module):
         self.is_shared = self.has_summary and chosen.summary.name == SHARED
         self.summary = None
         if channels is not None and not self.is_shared:
-            own = replace(shape, out_features=channels, of_summary=True)
+            own = replace(shape, out_features=channels)
             self.summary = build_projector(chosen.summary, own, f"{where}: summary")
+            if self.summary.reads_map:
+                raise ConfigError(
+                    f"{where}: {chosen.summary.name} is of tokens that see each other, and the "
+                    f"summary's is alone; take mlp, or {SHARED} for the head of the features"
+                )
         self.spatial = build_projector(chosen.features, shape, f"{where}: features")
+        if self.is_shared and not self.spatial.takes_summary:
+            raise ConfigError(f"{where}: {chosen.features.name} is of maps alone, not to be shared")
         if self.is_shared and channels != teacher.channels:
             raise ConfigError(
                 f"{where}: a shared head predicts {teacher.channels} channels, and the summary has "

@@ -11,12 +11,14 @@ folded into it; only :class:`IdentityHead` has none.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from functools import partial
+from typing import Annotated, Any, Literal
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
-from ..config.fields import Range, SmallCount, Weight
+from ..config.fields import Count, Positive, Range, SmallCount, Weight
 from ..errors import ConfigError
 from ..types import Size
 
@@ -38,8 +40,6 @@ class HeadShape:
     """``student.head_layers``, likewise."""
     depth: int = 0
     """Blocks of the student."""
-    of_summary: bool = False
-    """Whether it is a summary's own head, which gets one token of each image."""
 
 
 class Projector(nn.Module):
@@ -48,6 +48,10 @@ class Projector(nn.Module):
     final: nn.Sequential
     reads_blocks: bool = False
     """Whether it reads the tokens of all blocks of the student, not the last one's alone."""
+    reads_map: bool = False
+    """Whether a token's prediction depends on the others of its image."""
+    takes_summary: bool = True
+    """Whether the summary token may stand ahead of the patches."""
     with_summary: bool = False
     """Whether a head of features gets the summary token too, ahead of the patches."""
 
@@ -176,6 +180,158 @@ class IdentityHead(Projector):
     def forward(self, tokens: Tensor, grid: Size = (0, 0), inner: Sequence[Tensor] = ()) -> Tensor:
         """Return the tokens."""
         return tokens
+
+
+class AttentionHead(Projector):
+    """Transformer blocks over the patches, then an MLP (C-RADIOv4, arXiv 2601.17237) or a linear.
+
+    Pre-norm blocks with LayerScale, at the student's width, without positions of their own: the
+    student's tokens tell where they are. As it stands it is C-RADIOv4's head for features, under
+    its parameter names (``blocks``, ``mlp``). DUNE's (CVPR 2025) is ``blocks: 1, heads: 0,
+    layer_scale: 1e-4, prefix: true, output: linear``, shared by summary and features.
+
+    Args:
+        shape: widths.
+        blocks: how many.
+        heads: attention heads of each; 0 for one each 64 channels.
+        layer_scale: where the scales of both branches begin; 0 for none.
+        qkv_bias: whether queries, keys and values have biases.
+        prefix: let the summary token take part too, also where it is not predicted from here.
+        output: what comes behind the blocks, ``mlp`` without residual layers, or ``linear``.
+        hidden: width inside that MLP; 0 for ``student.head_hidden``.
+    """
+
+    reads_map = True
+
+    def __init__(
+        self,
+        shape: HeadShape,
+        *,
+        blocks: Positive = 2,
+        heads: SmallCount = 16,
+        layer_scale: Weight = 1e-5,
+        qkv_bias: bool = False,
+        prefix: bool = False,
+        output: Literal["mlp", "linear"] = "mlp",
+        hidden: Hidden = 0,
+    ):
+        from timm.models.vision_transformer import Block
+
+        super().__init__()
+        width = shape.in_features
+        heads = heads or max(width // 64, 1)
+        if width % heads:
+            raise ConfigError(f"{heads} attention heads do not divide the student's width {width}")
+        self.with_summary = prefix
+        self.blocks = nn.ModuleList(
+            Block(
+                width,
+                heads,
+                qkv_bias=qkv_bias,
+                init_values=layer_scale or None,
+                norm_layer=partial(nn.LayerNorm, eps=1e-6),
+            )
+            for _ in range(blocks)
+        )
+        is_mlp = output == "mlp"
+        self.mlp = MLPHead(shape, hidden=hidden, layers=0) if is_mlp else LinearHead(shape)
+
+    def last(self) -> nn.Sequential | None:
+        """Return the layers behind the blocks."""
+        return self.mlp.last()
+
+    def forward(self, tokens: Tensor, grid: Size = (0, 0), inner: Sequence[Tensor] = ()) -> Tensor:
+        """Predict from all tokens of an image together."""
+        for block in self.blocks:
+            tokens = block(tokens)
+        result: Tensor = self.mlp(tokens)
+        return result
+
+
+class LadderHead(Projector):
+    """The sum of an MLP on the tokens of each block of the student (UNIC, ECCV 2024).
+
+        z = Σ_l Linear(GELU(Linear(x_l))),  x_l the tokens behind block l, without a final norm.
+
+    The sum of the second layers is one linear layer over their hidden channels side by side, so
+    there is one bias and not one a block.
+
+    Args:
+        shape: widths.
+        hidden: width inside each MLP; 0 for ``student.head_hidden``. UNIC's is the student's.
+        last_hidden: that of the last block's; 0 for four times ``hidden``.
+        blocks: numbers of the blocks that are read, from 0; empty for all.
+        init_std: deviation of the truncated normal distribution that weights begin with.
+    """
+
+    reads_blocks = True
+
+    def __init__(
+        self,
+        shape: HeadShape,
+        *,
+        hidden: Hidden = 0,
+        last_hidden: Hidden = 0,
+        blocks: tuple[Count, ...] = (),
+        init_std: Weight = 0.02,
+    ):
+        super().__init__()
+        self.read = blocks or tuple(range(shape.depth))
+        if not self.read or max(self.read) >= shape.depth or len({*self.read}) < len(self.read):
+            raise ConfigError(
+                f"a ladder reads blocks 0 to {shape.depth - 1} of the student, each once, not "
+                f"{', '.join(map(str, self.read)) or 'none'}"
+            )
+        hidden = hidden or shape.hidden
+        widths = dict.fromkeys(self.read, hidden)
+        if shape.depth - 1 in widths:
+            widths[shape.depth - 1] = last_hidden or 4 * hidden
+        self.rungs = nn.ModuleList(nn.Linear(shape.in_features, widths[at]) for at in self.read)
+        self.final = nn.Sequential(nn.Linear(sum(widths.values()), shape.out_features))
+        if init_std:
+            _draw(self, init_std)
+
+    def forward(self, tokens: Tensor, grid: Size = (0, 0), inner: Sequence[Tensor] = ()) -> Tensor:
+        """Predict from what a token was behind each block."""
+        rungs = zip(self.rungs, self.read, strict=True)
+        hidden = [nn.functional.gelu(rung(inner[at])) for rung, at in rungs]
+        result: Tensor = self.final(torch.cat(hidden, dim=-1))
+        return result
+
+
+class ConvHead(Projector):
+    """LayerNorm, then twice a 3x3 convolution, ReLU and LayerNorm, then Linear (Theia).
+
+    Each norm is over channels and cells of a map together; its scale and bias are one a channel
+    and not one a place as in Theia (arXiv 2407.20179), so that a map may have any size. The width
+    inside is ours: the student's.
+
+    Args:
+        shape: widths.
+        hidden: channels inside; 0 for the student's width.
+    """
+
+    reads_map, takes_summary = True, False
+
+    def __init__(self, shape: HeadShape, *, hidden: Hidden = 0):
+        super().__init__()
+        width, hidden = shape.in_features, hidden or shape.in_features
+        self.layers = nn.Sequential(
+            nn.GroupNorm(1, width),
+            nn.Conv2d(width, hidden, 3, padding=1),
+            nn.ReLU(),
+            nn.GroupNorm(1, hidden),
+            nn.Conv2d(hidden, hidden, 3, padding=1),
+            nn.ReLU(),
+            nn.GroupNorm(1, hidden),
+        )
+        self.final = nn.Sequential(nn.Linear(hidden, shape.out_features))
+
+    def forward(self, tokens: Tensor, grid: Size = (0, 0), inner: Sequence[Tensor] = ()) -> Tensor:
+        """Predict from a cell and what lies within two cells of it."""
+        hidden = self.layers(rearrange(tokens, "b (h w) d -> b d h w", h=grid[0]))
+        result: Tensor = self.final(rearrange(hidden, "b d h w -> b (h w) d"))
+        return result
 
 
 def _layer(in_features: int, out_features: int, bias: bool = True) -> nn.Sequential:

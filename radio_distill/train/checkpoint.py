@@ -337,8 +337,10 @@ def stage_folders(run: Path) -> list[Path]:
     return found
 
 
-def check_teachers(checkpoint: Checkpoint, teachers: Mapping[str, TeacherSpec]) -> None:
-    """Raise WeightsError where a student's heads do not fit the recipe's teachers."""
+def check_teachers(
+    checkpoint: Checkpoint, teachers: Mapping[str, TeacherSpec], with_heads: bool = True
+) -> None:
+    """Raise WeightsError where a student's tokens, or its heads, do not fit a recipe's teachers."""
     if set(teachers) == set(checkpoint.teachers) and list(teachers) != list(checkpoint.teachers):
         raise WeightsError(
             f"{checkpoint.folder}: summary tokens are bound to teachers by their order, which was "
@@ -351,7 +353,8 @@ def check_teachers(checkpoint: Checkpoint, teachers: Mapping[str, TeacherSpec]) 
                 f"{checkpoint.folder} has no head for teacher {name!r} "
                 f"(it knows {', '.join(checkpoint.teachers)}); train the earlier stage with it"
             )
-        if (known.channels, known.summary_channels) != (spec.channels, spec.summary_channels):
+        widths = known.channels, known.summary_channels
+        if with_heads and widths != (spec.channels, spec.summary_channels):
             raise WeightsError(
                 f"{checkpoint.folder}: the head of {name!r} predicts {known.channels} channels, "
                 f"the teacher has {spec.channels}; it was trained on another teacher"

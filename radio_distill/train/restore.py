@@ -9,6 +9,9 @@ from ..errors import CheckpointError, WeightsError
 from ..models.heads import DistilledStudent, build_student
 from .checkpoint import EMA, OPTIMIZER, STUDENT, Checkpoint
 
+HEADS = "adaptors."
+"""How the names of the heads' tensors begin."""
+
 
 def load_student(checkpoint: Checkpoint, device: torch.device) -> DistilledStudent:
     """Rebuild the student of a checkpoint with its heads, in evaluation mode."""
@@ -20,14 +23,19 @@ def load_student(checkpoint: Checkpoint, device: torch.device) -> DistilledStude
     return model.to(device).eval()
 
 
-def load_weights(model: DistilledStudent, checkpoint: Checkpoint) -> None:
-    """Load a checkpoint's student into a model.
+def load_weights(model: DistilledStudent, checkpoint: Checkpoint, with_heads: bool = True) -> None:
+    """Load a checkpoint's student into a model; without its heads, the model keeps its own.
 
     Raises:
         WeightsError: where the recipe describes another student than the checkpoint holds.
     """
+    tensors = checkpoint.student_tensors()
+    if not with_heads:
+        found, own = tensors, model.state_dict()
+        tensors = {name: value for name, value in found.items() if not name.startswith(HEADS)}
+        tensors |= {name: value for name, value in own.items() if name.startswith(HEADS)}
     try:
-        model.load_state_dict(checkpoint.student_tensors())
+        model.load_state_dict(tensors)
     except RuntimeError as error:
         first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
         raise WeightsError(

@@ -62,6 +62,33 @@ def test_stage1__resumes_with_everything_that_a_step_can_have(recipe_file):
     assert expected <= {name.removeprefix("loss/") for name in terms}
 
 
+EVERY_HEAD = (
+    "--student.heads.vit",
+    "{summary: {name: ln_mlp}, features: {name: attention, options: {heads: 2, prefix: true}}}",
+    "--student.heads.cnn",
+    "{summary: {name: ladder}, features: {name: conv}}",
+    "--student.heads.sam",
+    "{features: {name: mlp, options: {layers: 1}}}",
+    "--student.heads.self",
+    "{summary: {name: linear}, features: {name: identity}}",
+    "--teachers.self",
+    "{preset: tiny_student, input_size: match, dtype: float32}",
+    "--stages.stage1.partitions.low.teachers",
+    "vit,cnn,sam,self",
+)
+
+
+def test_stage1__resumes_with_every_head(recipe_file, capfd):
+    """And a stage behind it keeps them, or begins with others."""
+    assert_resumes(recipe_file, 2, 1, EVERY_HEAD)
+    arguments = (*EVERY_HEAD, "--stage.steps", "1", "--stage.freeze_body_steps", "0")
+    assert run(stage2, recipe_file, *arguments) == 0
+    changed = (*arguments, "--student.heads.cnn.features.name", "mlp")
+    assert run(stage2, recipe_file, *changed) == 2
+    assert "holds another student than the recipe describes" in one_line(capfd)
+    assert run(stage2, recipe_file, *changed, "--stage.reset_heads", "true") == 0
+
+
 def assert_resumes(recipe_file, steps, save_every, arguments=(), more_parts=(), name="stage1"):
     """An interrupted run ends bit for bit the same: weights, average, moments and log."""
     parts = ["student", "ema", "optimizer", "statistics", *more_parts]

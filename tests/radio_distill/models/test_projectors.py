@@ -1,7 +1,10 @@
 """Each kind of head equals its formula, written here in plain operations."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+import torch.nn.functional as F
 
 from radio_distill.config import HeadConfig, HeadsConfig
 from radio_distill.errors import ConfigError, UnknownNameError
@@ -63,7 +66,58 @@ def one_linear(tokens, inner, state):
     return linear(tokens, state, "final.0")
 
 
+def block(tokens, state, prefix, heads):
+    """One pre-norm block with LayerScale."""
+    batch, count, width = tokens.shape
+    split = linear(layer_norm(tokens, state, f"{prefix}norm1", 1e-6), state, f"{prefix}attn.qkv")
+    query, key, value = (
+        part.view(batch, count, heads, -1).transpose(1, 2) for part in split.chunk(3, dim=-1)
+    )
+    weights = (query @ key.mT / (width // heads) ** 0.5).softmax(-1)
+    mixed = (weights @ value).transpose(1, 2).reshape(batch, count, width)
+    tokens = tokens + linear(mixed, state, f"{prefix}attn.proj") * state[f"{prefix}ls1.gamma"]
+    normed = layer_norm(tokens, state, f"{prefix}norm2", 1e-6)
+    hidden = gelu(linear(normed, state, f"{prefix}mlp.fc1"))
+    return tokens + linear(hidden, state, f"{prefix}mlp.fc2") * state[f"{prefix}ls2.gamma"]
+
+
+def attention(tokens, inner, state):
+    for index in range(2):
+        tokens = block(tokens, state, f"blocks.{index}.", heads=4)
+    return mlp(tokens, state, "mlp.")
+
+
+def ladder(tokens, inner, state):
+    """As the paper has it: a second layer for each block, the last block's four times as wide."""
+    total, start = state["final.0.bias"], 0
+    for index, width in enumerate((3, 3, 12)):
+        hidden = gelu(linear(inner[index], state, f"rungs.{index}"))
+        total = total + hidden @ state["final.0.weight"][:, start : start + width].T
+        start += width
+    return total
+
+
+def conv(tokens, inner, state):
+    spatial = tokens.mT.unflatten(2, GRID)
+    for index in (0, 3, 6):
+        mean = spatial.mean((1, 2, 3), keepdim=True)
+        deviation = (spatial - mean).square().mean((1, 2, 3), keepdim=True).add(1e-5).sqrt()
+        scale, bias = (
+            state[f"layers.{index}.{part}"][:, None, None] for part in ("weight", "bias")
+        )
+        spatial = (spatial - mean) / deviation * scale + bias
+        if index < 6:
+            weight = state[f"layers.{index + 1}.weight"]
+            padded = F.pad(spatial, (1, 1, 1, 1)).unfold(2, 3, 1).unfold(3, 3, 1)  # [B,C,h,w,3,3]
+            spatial = torch.einsum("bchwij,ocij->bohw", padded, weight)
+            spatial = (spatial + state[f"layers.{index + 1}.bias"][:, None, None]).relu()
+    return linear(spatial.flatten(2).mT, state, "final.0")
+
+
 FORMULAS = {
+    "attention": (attention, {"heads": 4}),
+    "ladder": (ladder, {"hidden": 3}),
+    "conv": (conv, {"hidden": 5}),
     "mlp": (ln_mlp, {}),
     "ln_mlp": (ln_mlp, {}),
     "linear": (one_linear, {}),
@@ -151,12 +205,30 @@ def test_mlp__initial_deviation():
         (HeadConfig(name="mlp", options={"bias": "no"}), "true or false"),
         (HeadConfig(name="identity"), "8.*4"),
         (HeadConfig(name="identity", options={"a": 1}), "no options"),
+        (HeadConfig(name="attention", options={"heads": 3}), "3 .*8"),
+        (HeadConfig(name="ladder", options={"blocks": [0, 3]}), "0 to 2"),
+        (HeadConfig(name="ladder", options={"blocks": [1, 1]}), "each once"),
     ],
 )
 def test_build_projector__mistakes_are_one_line(config, message):
     with pytest.raises((ConfigError, UnknownNameError), match=message) as caught:
         build_projector(config, SHAPE, "heads of teacher 'clip': features")
     assert "\n" not in str(caught.value)
+
+
+def test_attention__published_names():
+    names = {name for name, _ in projector("attention", heads=4).named_parameters()}
+    mlp_names = {f"mlp.{name}" for name, _ in projector("mlp").named_parameters()}
+    assert {name for name in names if not name.startswith("blocks.")} == mlp_names
+    assert {name.split(".")[1] for name in names - mlp_names} == {"0", "1"}
+
+
+def test_ladder__of_some_blocks():
+    tokens, *inner = tokens_of()
+    head = projector("ladder", hidden=3, blocks=[1])
+    state = head.state_dict()
+    expected = linear(gelu(linear(inner[1], state, "rungs.0")), state, "final.0")
+    torch.testing.assert_close(head(tokens, GRID, inner), expected)
 
 
 def spec(summary_channels, name="clip"):
@@ -180,6 +252,38 @@ def test_head__of_one_teacher_and_of_all(student_config):
     ]
 
 
+@pytest.mark.parametrize("name", ["attention", "conv"])
+def test_head__of_a_summary_that_is_none(student_config, name):
+    with pytest.raises(ConfigError, match=r"'clip'.*summary"):
+        Head(WIDTH, spec(3), student_config(summary_head=HeadConfig(name=name)))
+
+
+def test_head__shared_attention_sees_the_summary_token_first(student_config):
+    """DUNE's head: one block over summary and patches, then one linear layer for both."""
+    options = {"blocks": 1, "heads": 2, "output": "linear"}
+    config = student_config(
+        summary_head=HeadConfig(name="shared"),
+        feature_head=HeadConfig(name="attention", options=options),
+    )
+    head = Head(WIDTH, spec(CHANNELS), config).double()
+    tokens = tokens_of(prefix=1)[0]
+    spatial = tokens[:, 1:].mT.unflatten(2, GRID)
+    features, state = head(tokens[:, 0], spatial), head.spatial.state_dict()
+    expected = linear(block(tokens, state, "blocks.0.", heads=2), state, "mlp.final.0")
+    torch.testing.assert_close(features.summary, expected[:, 0])
+    torch.testing.assert_close(features.spatial.flatten(2).mT, expected[:, 1:])
+
+
+def test_head__a_prefix_changes_the_features_alone(student_config):
+    options = {"blocks": 1, "heads": 2, "prefix": True, "layer_scale": 1.0}
+    config = student_config(feature_head=HeadConfig(name="attention", options=options))
+    head = Head(WIDTH, spec(3), config)
+    token, spatial = torch.randn(2, WIDTH), torch.randn(2, WIDTH, *GRID)
+    before, after = head(token, spatial), head(-token, spatial)
+    assert before.spatial.shape == after.spatial.shape == (2, CHANNELS, *GRID)
+    assert not torch.allclose(before.spatial, after.spatial)
+
+
 def test_head__shared(student_config):
     """One head, which takes summary token and patches alike; both widths must be equal."""
     config = student_config(summary_head=HeadConfig(name="shared"))
@@ -191,5 +295,8 @@ def test_head__shared(student_config):
     torch.testing.assert_close(features.spatial[:, :, 1, 2], head.spatial(spatial[:, :, 1, 2]))
     torch.testing.assert_close(head.summarize(token, spatial), features.summary)
     assert Head(WIDTH, spec(None), config)(token, spatial).summary is None
+    for_maps = replace(config, feature_head=HeadConfig(name="conv"))
+    with pytest.raises(ConfigError, match="conv"):
+        Head(WIDTH, spec(CHANNELS), for_maps)
     with pytest.raises(ConfigError, match=r"'clip'.*4.*3"):
         Head(WIDTH, spec(3), config)

@@ -18,6 +18,8 @@ from radio_distill.config import (
     AugmentationConfig,
     DataConfig,
     EngineConfig,
+    HeadConfig,
+    HeadsConfig,
     LossConfig,
     PartitionConfig,
     Recipe,
@@ -50,6 +52,14 @@ TEACHERS = {
     "vit": TeacherConfig(preset="tiny_vit", input_size="match", dtype="float32"),
     "cnn": TeacherConfig(preset="tiny_cnn", dtype="float32"),
     "sam": TeacherConfig(preset="tiny_samvit", summary_weight=0, dtype="float32"),
+}
+HEADS = {
+    "vit": HeadsConfig(
+        summary=HeadConfig(name="shared"),
+        features=HeadConfig(name="attention", options={"heads": 2, "layer_scale": 0.5}),
+    ),
+    "cnn": HeadsConfig(summary=HeadConfig(name="ladder"), features=HeadConfig(name="conv")),
+    "sam": HeadsConfig(features=HeadConfig(name="ln_mlp")),
 }
 
 
@@ -88,6 +98,7 @@ def recipes(draw) -> Recipe:
             max_size=256,
             registers=1,
             head_hidden=16,
+            heads=draw(st.sampled_from([{}, HEADS])),
             final_norm=draw(yes),
             spectral_reparametrization=draw(yes),
         ),
