@@ -17,9 +17,12 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from my_package.encoder import Encoder
-from radio_distill.config import EvaluationConfig, TeacherConfig, UpsamplerConfig
+from radio_distill import from_config
+from radio_distill.config import (EvaluationConfig, HeadConfig, HeadsConfig, StudentConfig,
+                                  TeacherConfig, UpsamplerConfig)
 from radio_distill.evals.encoder import teacher_encoder
 from radio_distill.evals.run import evaluate
+from radio_distill.models.heads import Head
 from teachers import build_teacher
 from upsamplers import build_upsampler, is_fitted
 from upsamplers.fitted import FittedUpsampler
@@ -32,6 +35,12 @@ teacher = build_teacher("mine", config)
 assert (teacher.spec.patch_size, teacher.spec.channels, teacher.spec.summary_channels) == (16, 8, 8)
 pixels = torch.rand(2, 3, 64, 96)
 assert teacher.encode(pixels).spatial.shape == (2, 8, 4, 6)
+
+head = HeadsConfig(features=HeadConfig(name="my_head", options={"bias": False}))
+config = StudentConfig(architecture="test_vit", heads={"mine": head})
+tokens, spatial = from_config(config).student(pixels[:, :, :64, :64])
+found = Head(64, teacher.spec, config)(tokens[:, 0], spatial)
+assert found.spatial.shape == (2, 8, 4, 4)
 
 config = UpsamplerConfig(name="my_upsampler", factor=2, options={"share": 1.0})
 fine = build_upsampler(config, {"mine": teacher})(teacher, pixels, (8, 12)).spatial
@@ -229,7 +238,7 @@ def test_page__shows_the_files_as_they_are():
     )
     files = {path.name: path.read_text() for path in (PACKAGE / "my_package").glob("[a-z]*.py")}
     assert shown == files
-    assert set(files) == {"encoder.py", "upsampler.py", "network.py", "benchmark.py"}
+    assert set(files) == {"encoder.py", "head.py", "upsampler.py", "network.py", "benchmark.py"}
     (points,) = [text for language, text in blocks if language == "toml"]
     assert points in (PACKAGE / "pyproject.toml").read_text()
 

@@ -73,10 +73,11 @@ class Radio(Format):
                 "of this layout cannot say it; export it as onnx"
             )
         for name, head in student.model.heads.items():
-            if any(type(projector) is not MLPHead for projector in head.projectors.values()):
+            kinds = head.projectors.values()
+            if any(type(kind) is not MLPHead or kind.fc1.bias is None for kind in kinds):
                 raise ExportError(
-                    f"radio cannot hold the head of {name}: its code reads MLPs alone; export it "
-                    "as transformers or onnx"
+                    f"radio cannot hold student.heads: that of {name} is no MLP with biases, which "
+                    "alone its code reads; export it as transformers or onnx"
                 )
         shape = block_shape(student, self.name)
         what = f"radio cannot hold student.architecture {student.config.architecture!r}"

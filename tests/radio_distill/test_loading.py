@@ -13,7 +13,9 @@ import radio_distill
 from radio_distill.config import Recipe, StudentConfig, load
 from radio_distill.errors import CheckpointError, ConfigError, UnknownNameError, WeightsError
 from radio_distill.export.folded import folded
+from radio_distill.normalize.normalizers import normalizers_of
 from radio_distill.train import checkpoint as checkpoints
+from radio_distill.train.restore import load_student
 
 SIZES = [(64, 64), (64, 96), (48, 32)]
 
@@ -84,17 +86,51 @@ def test_load__keeps_only_the_heads_that_are_named(write_run):
         radio_distill.load(run, heads=("dine",))
 
 
-@pytest.mark.parametrize("architecture", ["test_vit", "test_vit2"])
-def test_load__an_export_equals_the_run(write_run, tmp_path, architecture):
+HEADS = {
+    "clip": {"summary": {"name": "ladder"}, "features": {"name": "ln_mlp"}},
+    "sam": {"features": {"name": "conv"}},
+    "dino": {
+        "summary": {"name": "shared"},
+        "features": {"name": "attention", "options": {"heads": 2}},
+    },
+}
+
+
+@pytest.mark.parametrize(
+    "student",
+    [
+        {"architecture": "test_vit"},
+        {"architecture": "test_vit2"},
+        {"architecture": "test_vit", "heads": HEADS},
+    ],
+)
+def test_load__an_export_equals_the_run(write_run, tmp_path, student):
     from radio_distill.export.transformers import Transformers
     from radio_distill.export.write import export
 
-    run = write_run(architecture=architecture)
+    run = write_run(**student)
     export(folded(checkpoints.find(run / "stage1")), tmp_path / "export", Transformers())
     model, whole = radio_distill.load(tmp_path / "export"), radio_distill.load(run)
     assert model.teachers == whole.teachers
     assert (model.native_size, model.config) == (whole.native_size, whole.config)
     assert same(model, whole, model.head_names, tolerance=1e-5)
+
+
+@torch.no_grad()
+def test_load__every_head_predicts_in_its_teachers_space(write_run):
+    """What it said in the normalised space, brought back by the normalizer itself."""
+    run = write_run(heads=HEADS)
+    checkpoint = checkpoints.find(run / "stage1")
+    pixels = torch.rand(2, 3, 64, 96)
+    trained = load_student(checkpoint, torch.device("cpu"))
+    model, normalizers = radio_distill.load(run), normalizers_of(checkpoint)
+    output = model(pixels, model.head_names).heads
+    for name, (summary, spatial) in trained(pixels, tuple(HEADS)).features.items():
+        expected = normalizers[name].invert(spatial)
+        torch.testing.assert_close(output[name].spatial, expected, rtol=1e-4, atol=1e-4)
+        if summary is not None and name != "dino":  # whose summary shares what was folded
+            torch.testing.assert_close(output[name].summary, summary, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(model.summarize(pixels, name), output[name].summary)
 
 
 def test_load__an_export_is_not_what_its_training_started_from(write_run, tmp_path):

@@ -48,8 +48,17 @@ def _check_outputs(student, path, pixels):
     return names
 
 
+HEADS = {
+    "sam": {"features": {"name": "ladder", "options": {"blocks": [1]}}},
+    "dino": {
+        "summary": {"name": "shared"},
+        "features": {"name": "attention", "options": {"heads": 2, "blocks": 1}},
+    },
+}
+
+
 def test_export__every_batch_and_size(make_student, tmp_path):
-    student = _shallow(make_student(spectral_reparametrization=True), depth=2)
+    student = _shallow(make_student(spectral_reparametrization=True, heads=HEADS), depth=2)
     path = export(student, tmp_path / "out", Onnx(("dino", "sam")))
     assert path == tmp_path / "out" / "model.onnx"
     for shape in ((1, 224, 224), (3, 224, 192), (2, 160, 320), (1, 16, 16), (1, 768, 512)):

@@ -145,6 +145,8 @@ def test_export__names_that_begin_alike_are_told_apart_by_place(make_tiny, monke
     ("fields", "reason"),
     [
         ({"window_size": 2, "global_blocks": 2}, "student.window_size 2"),
+        ({"heads": {"dino": {"features": {"name": "linear"}}}}, "dino"),
+        ({"feature_head": {"name": "mlp", "options": {"bias": False}}}, "clip"),
         ({"architecture": "test_vit"}, "sizes"),
         ({"architecture": "vit_xsmall_patch16_clip_224"}, "a norm before its blocks"),
     ],

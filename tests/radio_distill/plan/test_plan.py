@@ -16,6 +16,7 @@ from radio_distill.config import (
     DataConfig,
     EngineConfig,
     Facts,
+    HeadConfig,
     LossConfig,
     NormalizerConfig,
     PartitionConfig,
@@ -199,6 +200,25 @@ def test_partition__counts_what_the_student_computes():
         cost = costs.partition(*stage_and(costs, "low"))
     assert cost.tokens == tokens
     assert cost.student_flops == forward_and_backward + patches
+
+
+@pytest.mark.parametrize(
+    ("name", "forward"),
+    [
+        ("attention", 2 * (24 * 16 * WIDTH**2 + 4 * 16**2 * WIDTH) + head_flops(16)),
+        ("ladder", 2 * 16 * (5 + 4) * HIDDEN * (WIDTH + CHANNELS)),
+        ("conv", 2 * 16 * WIDTH * (2 * 9 * WIDTH + CHANNELS)),
+        ("linear", 2 * 16 * WIDTH * CHANNELS),
+    ],
+)
+def test_partition__counts_what_each_kind_of_head_computes(name, forward):
+    def count(head):
+        recipe = make_recipe()
+        student = replace(recipe.student, feature_head=HeadConfig(name=head))
+        with fake_costs(replace(recipe, student=student)) as costs:
+            return costs.partition(*stage_and(costs, "low")).student_flops
+
+    assert count(name) - count("mlp") == 3 * (forward - head_flops(16))
 
 
 def test_partition__counts_recomputed_blocks():
