@@ -12,6 +12,8 @@ The fit of an upsampler is a stage too: named :data:`FIT`, of one partition, whi
 at ``fit.factor`` times its own grid. Nothing here imports torch.
 """
 
+import itertools
+import math
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -61,7 +63,9 @@ class Partition:
     """Student inputs, (height, width) in pixels, of which each step draws one."""
     teachers: tuple[str, ...]
     views: Mapping[Size, Mapping[str, TeacherView]] = field(default_factory=dict)
-    """How each teacher sees an image, by the student's input."""
+    """How each teacher sees an image, by the student's input; its largest view, if it has more."""
+    drawn: Mapping[tuple[Size, str], Mapping[Size, TeacherView]] = field(default_factory=dict)
+    """By the student's input and a teacher whose size is drawn too: its views, by their sizes."""
     images_of: str = ""
     """An earlier partition whose images it shows; empty for images of its own."""
     ranks: int = 0
@@ -71,6 +75,18 @@ class Partition:
     def image_weight(self) -> float:
         """Weight of one image's loss in the step's loss."""
         return self.share / self.batch_size
+
+    def views_drawn(self, sizes: Mapping[str, Size]) -> dict[str, TeacherView]:
+        """Return a step's views of the teachers whose size is drawn, by name.
+
+        Sizes are those of :meth:`.distill.randomness.StepRandomness.sizes`; none is the largest.
+        """
+        size = sizes[self.name]
+        return {
+            name: views[sizes[f"{self.name}/{name}"]]
+            for (shown, name), views in self.drawn.items()
+            if shown == size and f"{self.name}/{name}" in sizes
+        }
 
     @property
     def has_summaries(self) -> dict[str, bool]:
@@ -220,12 +236,14 @@ class Stage:
         return self.micro_batches.get((partition, size), AUTO_MICRO_BATCH)
 
     def views(self, teacher: str) -> list[tuple[Partition, TeacherView]]:
-        """List a teacher's views, one for each size of each partition that shows it."""
+        """List a teacher's views, for each size of each partition that shows it."""
         return [
-            (partition, partition.views[size][teacher])
+            (partition, view)
             for partition in self.partitions
             if teacher in partition.teachers
             for size in partition.sizes
+            for view in partition.drawn.get((size, teacher), {}).values()
+            or [partition.views[size][teacher]]
         ]
 
     def statistics_partition(self, teacher: str) -> Partition | None:
@@ -313,14 +331,21 @@ def _partitions(
         start = starts[item.images_of] if item.images_of else end
         starts[item.name] = start
         end = max(end, start + item.batch_size)
-        views: dict[Size, dict[str, TeacherView]] = {}
-        for size in partition_sizes(item):
-            views[size] = {}
-            for teacher in item.teachers:
-                try:
-                    views[size][teacher] = view_of(recipe, config, item, specs[teacher], size)
-                except ConfigError as error:
-                    problems.append(f"stages.{name}.partitions.{item.name}: {error}")
+        views: dict[Size, dict[str, TeacherView]] = {size: {} for size in partition_sizes(item)}
+        drawn: dict[tuple[Size, str], dict[Size, TeacherView]] = {}
+        for size, teacher in itertools.product(views, item.teachers):
+            sides = item.teacher_sizes.get(teacher)
+            try:
+                choices = [
+                    view_of(recipe, config, item, specs[teacher], size, side)
+                    for side in (sides if isinstance(sides, tuple) else [sides])
+                ]
+            except ConfigError as error:
+                problems.append(f"stages.{name}.partitions.{item.name}: {error}")
+                continue
+            views[size][teacher] = max(choices, key=lambda view: math.prod(view.size))
+            if len(choices) > 1:
+                drawn[size, teacher] = {view.size: view for view in choices}
         partitions.append(
             Partition(
                 name=item.name,
@@ -330,6 +355,7 @@ def _partitions(
                 sizes=partition_sizes(item),
                 teachers=item.teachers,
                 views=views,
+                drawn=drawn,
                 images_of=item.images_of,
                 ranks=item.ranks,
             )

@@ -117,11 +117,16 @@ class TeacherView:
 
 
 def view_of(
-    recipe: Recipe, config: StageConfig, partition: PartitionConfig, spec: TeacherSpec, size: Size
+    recipe: Recipe,
+    config: StageConfig,
+    partition: PartitionConfig,
+    spec: TeacherSpec,
+    size: Size,
+    side: int | None = None,
 ) -> TeacherView:
     """Return how a teacher sees a partition's images where the student's input has a size.
 
-    The partition's ``teacher_sizes`` goes before the teacher's ``input_size``.
+    ``side``, one of the partition's ``teacher_sizes``, goes before the teacher's ``input_size``.
 
     Raises:
         ConfigError: where the teacher cannot give what is asked of it.
@@ -132,7 +137,7 @@ def view_of(
             f"teachers.{spec.name}.summary_weight: this teacher has no summary; set it to 0"
         )
     in_mosaic = spec.name in partition.mosaic
-    wanted = partition.teacher_sizes.get(spec.name, "match" if in_mosaic else teacher.input_size)
+    wanted = side or ("match" if in_mosaic else teacher.input_size)
     own = input_size(spec, wanted, size, recipe.student.patch_size, in_mosaic)
     if in_mosaic:
         mosaic = plan_mosaic(

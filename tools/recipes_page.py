@@ -147,6 +147,11 @@ def _augmentation(recipe: Recipe) -> Iterator[str]:
         yield f"windows of {low} to {high} in {config.window_share:.0%} of steps"
     if config.weight_noise:
         yield f"weight noise {config.weight_noise:g}"
+    if any(config.jitter):
+        yield f"jitter {', '.join(f'{most:g}' for most in config.jitter)}"
+    for name in ("grey", "blur", "solarise"):
+        if share := getattr(config, f"{name}_share"):
+            yield f"{name} {share:.0%}"
     if recipe.loss.mesa:
         yield f"MESA {recipe.loss.mesa:g}"
 

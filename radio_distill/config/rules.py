@@ -156,9 +156,12 @@ def _check_student(recipe: Recipe) -> Iterator[str]:
             "augmentation.window_share: the student always attends in windows; set it to 0, or "
             "student.window_size to 0"
         )
-    low, high = augmentation.window_sizes
-    if low > high:
-        yield f"augmentation.window_sizes: {low}, {high} is not smallest <= largest"
+    for name in ("window_sizes", "blur_sigma"):
+        low, high = getattr(augmentation, name)
+        if low > high:
+            yield f"augmentation.{name}: {low:g}, {high:g} is not smallest <= largest"
+    if augmentation.jitter[-1] > 0.5:
+        yield f"augmentation.jitter: hue {augmentation.jitter[-1]:g} is above half a turn, 0.5"
 
 
 def _check_fit(recipe: Recipe) -> Iterator[str]:
@@ -253,6 +256,9 @@ def _check_teachers_of(recipe: Recipe, path: str, partition: PartitionConfig) ->
         for teacher in named:
             if teacher in recipe.teachers and teacher not in partition.teachers:
                 yield f"{path}.{field}: {teacher!r} is not a teacher of this partition"
+    for teacher, sides in partition.teacher_sizes.items():
+        if sides == ():
+            yield f"{path}.teacher_sizes.{teacher}: no size is given"
     for teacher in set(partition.mosaic) & set(partition.upsample):
         yield f"{path}.mosaic: {teacher!r} is upsampled here; it cannot be both"
 

@@ -85,6 +85,19 @@ class AugmentationConfig:
     weight_noise: Weight = our_option(
         0.0, "standard deviation of noise that multiplies the body's matrices (DAMP)"
     )
+    jitter: tuple[Weight, Weight, Weight, Share] = option(
+        (0.0, 0.0, 0.0, 0.0),
+        "most by which brightness, contrast and saturation change (0.4: times 0.6 to 1.4), and hue, in turns of the circle; the same for all encoders",
+    )
+    jitter_share: Share = option(0.8, "share of the images whose colours are jittered")
+    grey_share: Share = option(0.0, "share of the images that lose their colours")
+    blur_share: Share = option(0.0, "share of the images that are blurred")
+    blur_sigma: tuple[AboveZero, AboveZero] = option(
+        (0.1, 2.0),
+        "smallest and largest standard deviation of the blur, in the student's view",
+        "px",
+    )
+    solarise_share: Share = option(0.0, "share of the images whose bright pixels are inverted")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -128,8 +141,10 @@ class PartitionConfig:
     batch_size: Positive = option(help="images in one step, over all processes", unit="images")
     weight: AboveZero = option(1.0, "weight of the partition's mean loss in the step")
     upsample: tuple[str, ...] = option(tuple, "names of the teachers that are upsampled")
-    teacher_sizes: dict[str, Positive] = option(
-        dict, "input side of a teacher, if not its input_size", "px"
+    teacher_sizes: dict[str, Positive | tuple[Positive, ...]] = option(
+        dict,
+        "input side of a teacher, if not its input_size; of several each step draws one, whatever the student's",
+        "px",
     )
     mosaic: tuple[str, ...] = option(
         tuple,

@@ -7,8 +7,8 @@ fastest way; ``python -m benchmarks.decoding`` has the figures.
 
 Only formats whose decoders are common and whose size stands in the header are read; AVIF where
 Pillow was built with it, HEIC where pillow-heif is installed. Colour profiles
-are ignored, as the data pipelines of CLIP, SigLIP and DINO do. There is no colour jitter: student
-and teachers must see the same pixels, and the AM-RADIO recipe has none.
+are ignored, as the data pipelines of CLIP, SigLIP and DINO do. What changes colours comes later, on
+the device and alike for all encoders (:mod:`radio_distill.distill.colours`).
 """
 
 import io

@@ -17,7 +17,7 @@ ZeRO 0 and 1 reduce once a step: there only a rank without any image has a paddi
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import numpy as np
@@ -43,6 +43,8 @@ class Pass:
     """Student input of this step, (height, width) in pixels."""
     image_weight: float
     """Weight of one image's loss in the step's loss; zero in a padding pass."""
+    drawn: Mapping[str, TeacherView] = field(default_factory=dict)
+    """Of this step, the views of the teachers whose size is drawn too."""
 
     @property
     def is_padding(self) -> bool:
@@ -52,7 +54,7 @@ class Pass:
     @property
     def views(self) -> Mapping[str, TeacherView]:
         """The view that each teacher has of the images, by name; none in a padding pass."""
-        return {} if self.is_padding else self.partition.views[self.size]
+        return {} if self.is_padding else {**self.partition.views[self.size], **self.drawn}
 
 
 @dataclass(frozen=True)
@@ -116,14 +118,17 @@ def assign_micro_batches(
 
     Args:
         stage: what its images cost is :attr:`Stage.work`, or where that is not known, their pixels.
-        sizes: the student input of each partition in this step, by name.
+        sizes: of this step, as :meth:`.randomness.StepRandomness.sizes` draws them.
         world_size: number of ranks.
     """
     groups: dict[str, list[Partition]] = {}  # partitions that show the same images
     for partition in stage.partitions:
         groups.setdefault(partition.images_of or partition.name, []).append(partition)
     passes = [
-        tuple(Pass(item, sizes[item.name], item.image_weight) for item in group)
+        tuple(
+            Pass(item, sizes[item.name], item.image_weight, item.views_drawn(sizes))
+            for item in group
+        )
         for group in groups.values()
     ]
     units = [images_together(item) for item in passes]

@@ -16,6 +16,7 @@ from ..config import AugmentationConfig
 from ..models.position import NUM_DRAWS
 from ..stage import Partition, Stage
 from ..types import Size, View
+from .colours import DRAWS, is_plain, recoloured
 from .views import Views, crop_of
 
 if TYPE_CHECKING:
@@ -49,13 +50,21 @@ class StepRandomness:
         return size[0] + margin, size[1] + margin
 
     def sizes(self, step: int, partitions: Sequence[Partition]) -> dict[str, Size]:
-        """Draw the student input of each partition, (height, width) in pixels."""
-        return {
-            item.name: item.sizes[
-                int(self._of(step, f"size/{item.name}").integers(len(item.sizes)))
-            ]
-            for item in partitions
-        }
+        """Draw the student input of each partition by its name, (height, width) in pixels.
+
+        And as ``partition/teacher`` what one image measures to a teacher whose size is drawn too.
+        """
+        sizes: dict[str, Size] = {}
+        for item in partitions:
+            sizes[item.name] = self._choice(step, item.name, item.sizes)
+            for (size, teacher), views in item.drawn.items():
+                if size == sizes[item.name]:
+                    name = f"{item.name}/{teacher}"
+                    sizes[name] = self._choice(step, name, list(views))
+        return sizes
+
+    def _choice(self, step: int, name: str, sizes: Sequence[Size]) -> Size:
+        return sizes[int(self._of(step, f"size/{name}").integers(len(sizes)))]
 
     def positions(self, step: int, micro: "MicroBatch") -> Tensor:
         """Return uniform numbers for the position augmentation, ``[B, NUM_DRAWS]``."""
@@ -103,6 +112,18 @@ class StepRandomness:
             )
             for encoder, size in sizes.items()
         }
+
+    def recoloured(
+        self, step: int, start: int, stop: int, size: Size, views: Mapping[View, Tensor]
+    ) -> Mapping[View, Tensor]:
+        """Change the colours of images [start, stop) of a step, alike in all of their views.
+
+        ``size`` is the student's input, (height, width) in pixels.
+        """
+        if is_plain(self._config):
+            return views
+        draws = self._of(step, "colours").random((self._images, DRAWS))
+        return recoloured(views, size, self._config, draws[start:stop])
 
     def views(
         self, step: int, micro: "MicroBatch", item: "Pass", pixels: Mapping[View, Tensor]

@@ -107,8 +107,9 @@ class Distillation:
         arrived = on_device(batches, self.engine.device)
         for micro, batch in zip(micro_batches, arrived, strict=True):
             cache: TargetCache = {}
+            pixels = self.draws.recoloured(step, micro.start, micro.stop, micro.size, batch.views)
             for one in micro.passes:
-                views = self.draws.views(step, micro, one, batch.views)
+                views = self.draws.views(step, micro, one, pixels)
                 if one.is_padding:
                     loss = self._zero(step, micro, one, views)
                 else:

@@ -17,6 +17,7 @@ from ..config import DataConfig, share_of
 from ..data.device import on_device
 from ..data.images import PIXELS
 from ..data.loader import ShardBatches, StepSlice
+from ..distill.colours import is_plain
 from ..distill.randomness import StepRandomness
 from ..distill.targets import encode
 from ..distill.views import Views
@@ -137,13 +138,17 @@ class ImageStream:
             slices=self._slices,
         )
 
-    def views(self, size: Size) -> dict[str, TeacherView]:
-        """Return how each teacher sees images, where the student's input has a size."""
-        views = self.partition.views[size]
+    def _views(self, step: int) -> dict[str, TeacherView]:
+        """Return how each teacher sees the images of a batch."""
+        sizes, partition = self._sizes(step), self.partition
+        views = {**partition.views[sizes[partition.name]], **partition.views_drawn(sizes)}
         return {name: views[name].without_upsampler() for name in self._teachers}
 
-    def batches(self, device: torch.device) -> Iterator[tuple[int, Views, tuple[str, ...]]]:
-        """Yield this process's images: index of the first, views on a device, keys."""
+    def batches(
+        self, device: torch.device
+    ) -> Iterator[tuple[int, Views, dict[str, TeacherView], tuple[str, ...]]]:
+        """Yield this process's images: index of the first, pixels on a device, how each teacher
+        sees them, keys."""
         per_step = self.world.world_size * BATCH
         label = f"statistics of {self.partition.name}"
         with Progress(label, self.images, visible=self.world.is_main) as progress:
@@ -155,17 +160,21 @@ class ImageStream:
                 used = min(max(self.images - first, 0), BATCH)
                 if used:
                     (arrived,) = on_device([batch], device)
-                    pixels = {view: tensor[:used] for view, tensor in arrived.views.items()}
-                    yield first, Views(pixels, self._size(step)), batch.keys[:used]
+                    size, batch_index = self._sizes(step)[self.partition.name], self._batch(step)
+                    cut = {view: tensor[:used] for view, tensor in arrived.views.items()}
+                    pixels = self._draws.recoloured(batch_index, 0, used, size, cut)
+                    yield first, Views(pixels, size), self._views(step), batch.keys[:used]
                 progress.update(min((step + 1) * per_step, self.images))
 
-    def _size(self, step: int) -> Size:
-        batch = step * self.world.world_size + self.world.rank
-        return self._draws.sizes(batch, (self.partition,))[self.partition.name]
+    def _sizes(self, step: int) -> dict[str, Size]:
+        return self._draws.sizes(self._batch(step), (self.partition,))
+
+    def _batch(self, step: int) -> int:
+        return step * self.world.world_size + self.world.rank
 
     def _slices(self, step: int) -> list[StepSlice]:
-        start, size = self.world.rank * BATCH, self._size(step)
-        sizes = [view.size for view in self.views(size).values()]
+        start, size = self.world.rank * BATCH, self._sizes(step)[self.partition.name]
+        sizes = [view.size for view in self._views(step).values()]
         return [StepSlice(start, start + BATCH, size, {View(item): None for item in sizes})]
 
 
@@ -181,8 +190,7 @@ def _estimate(
         for name, spec in specs.items()
         if _asks_dispersion(stage, name) and stream.partition.has_summaries[name]
     }
-    for first, views, keys in stream.batches(device):
-        teacher_views = stream.views(views.size)
+    for first, views, teacher_views, keys in stream.batches(device):
         for name, teacher in teachers.items():
             pixels = views.of_teacher(name, teacher_views[name].size)
             features = encode(teacher, pixels, teacher_views[name])
@@ -208,9 +216,9 @@ def _file_name(stage: Stage, teacher: Teacher, stream: ImageStream) -> str:
     """
     spec, partition = teacher.spec, stream.partition
     name = spec.name
-    views = [partition.views[size][name] for size in partition.sizes]
+    views = [view for shown, view in stage.views(name) if shown is partition]
     sizes, mosaic = [view.size for view in views], views[0].mosaic
-    parts = (
+    parts: tuple[object, ...] = (
         spec.weights_hash,
         spec.channels,
         sizes,
@@ -225,6 +233,8 @@ def _file_name(stage: Stage, teacher: Teacher, stream: ImageStream) -> str:
         stage.teachers[name].dtype,
         PIXELS,
     )
+    if not is_plain(stage.augmentation):
+        parts = (*parts, stage.augmentation)
     digest = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
     height, width = max(sizes)
     return f"{name}-{height}x{width}-{digest}.safetensors"

@@ -152,3 +152,15 @@ def test_resolve_stage__a_fit_is_one_teacher_upsampled():
 def test_resolve_stage__a_size_that_a_fit_cannot_have(spec, size, near):
     with pytest.raises(ConfigError, match=rf"fit.size: .*{size} px.*{near}"):
         fit_of(spec, size=size)
+
+
+def test_views__of_a_teacher_whose_size_is_drawn_too():
+    stage = stage_of(sizes=(256, 512), teacher_sizes={"t": (224, 448)})
+    partition = stage.partitions[0]
+    assert [view.size for _, view in stage.views("t")] == [(224, 224), (448, 448)] * 2
+    assert all(views["t"].size == (448, 448) for views in partition.views.values())
+    drawn = partition.views_drawn({"p": (256, 256), "p/t": (224, 224)})
+    assert drawn["t"].grid == (16, 16)
+    assert partition.views_drawn({"p": (256, 256)}) == {}, "the largest, where nothing is drawn"
+    with pytest.raises(ConfigError, match="input size 225"):
+        stage_of(teacher_sizes={"t": (224, 225)})

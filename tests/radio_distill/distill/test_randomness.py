@@ -1,6 +1,7 @@
 """StepRandomness are functions of seed and step, and stay within what the recipe allows."""
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from radio_distill.distill.micro_batches import MicroBatch, Pass
 from radio_distill.distill.randomness import StepRandomness
 from radio_distill.distill.views import EMA, STUDENT
 from radio_distill.stage import Partition
+from radio_distill.teacher_view import TeacherView
 from radio_distill.types import View
 
 
@@ -88,3 +90,18 @@ def test_positions__rows_belong_to_images():
 def test_student__no_teacher_can_have_its_name():
     assert not STUDENT.isidentifier()
     assert not EMA.isidentifier()
+
+
+def test_sizes__a_teachers_is_drawn_whatever_the_students():
+    """EUPE's last stage: all nine pairs of 256, 384 and 512 come equally often."""
+    sides = [(256, 256), (384, 384), (512, 512)]
+    views = {side: TeacherView("dino", side, (1, 1)) for side in sides}
+    partition = replace(
+        partition_of(256, 384, 512), drawn={(side, "dino"): views for side in sides}
+    )
+    draws = draws_of()
+    drawn = [draws.sizes(step, [partition]) for step in range(900)]
+    pairs = Counter((sizes["low"], sizes["low/dino"]) for sizes in drawn)
+    assert len(pairs) == 9
+    assert all(count == pytest.approx(100, abs=40) for count in pairs.values())
+    assert partition.views_drawn(drawn[0]) == {"dino": views[drawn[0]["low/dino"]]}

@@ -75,6 +75,7 @@ def recipes(draw) -> Recipe:
         teachers=low_teachers,
         batch_size=draw(st.integers(1, 7)),
         mosaic=("sam",) if max(low_sizes) <= 64 and draw(yes) else (),
+        teacher_sizes={"cnn": (32, 64)} if "cnn" in low_teachers and draw(yes) else {},
     )
     partitions = [low]
     if draw(yes):
@@ -114,6 +115,8 @@ def recipes(draw) -> Recipe:
             window_share=draw(st.sampled_from([0.0, 1.0])),
             window_sizes=(2, 4),
             weight_noise=draw(st.sampled_from([0.0, 0.1])),
+            jitter=draw(st.sampled_from([(0.0,) * 4, (0.4, 0.4, 0.2, 0.1)])),
+            blur_share=draw(st.sampled_from([0.0, 0.5])),
         ),
         stages={
             "stage1": StageConfig(partitions=tuple(partitions), ema_decay=0.9, freeze_body_steps=0)
