@@ -48,6 +48,10 @@ COMMANDS = {
         "what students see in one image at many sizes",
     ),
     "shards": ("stages.commands.shards", "make shards of a folder of images, or check shards"),
+    "curate": (
+        "stages.commands.curate",
+        "which images of shards to train on: no duplicates, balanced, nothing that scores are of",
+    ),
     "data": ("stages.commands.data", "published data sets: list them, or check a folder of one"),
     "slurm": ("stages.commands.submission", "submit the stages of a recipe to Slurm"),
     "list": (

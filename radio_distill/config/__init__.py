@@ -32,6 +32,7 @@ from .resolve import (
     keep_resolved,
     place_indexes,
     resolve,
+    resolve_data,
     resolve_dtypes,
 )
 from .rules import check

@@ -92,7 +92,7 @@ def resolve(recipe: Recipe, name: str, facts: Facts, earlier: Recipe | None = No
     shown = images_shown(recipe, name)
     recipe = replace(
         recipe,
-        data=_resolve_data(recipe.data, facts),
+        data=resolve_data(recipe.data, facts),
         normalizer=_resolve_normalizer(
             recipe.normalizer, shown, facts.images_in_shards, fit=config is None
         ),
@@ -199,7 +199,8 @@ def _resolve_log(log: LogConfig, steps: int) -> LogConfig:
     return log
 
 
-def _resolve_data(data: DataConfig, facts: Facts) -> DataConfig:
+def resolve_data(data: DataConfig, facts: Facts) -> DataConfig:
+    """Return the section with a number of workers that fits the process's cores."""
     if data.workers != AUTO:
         return data
     return replace(data, workers=max(1, min(_MOST_WORKERS, facts.cores - 1)))

@@ -344,6 +344,11 @@ def random_origin(
     return ViewOrigin(source, *_random_box(source, shape, config, generator), flipped)
 
 
+def centre_origin(source: Size, shape: Size) -> ViewOrigin:
+    """Return the largest crop of the aspect ratio of ``shape`` in the middle of an image."""
+    return ViewOrigin(source, *_centre_box(source, shape))
+
+
 def render(
     image: Tensor,
     origin: ViewOrigin,

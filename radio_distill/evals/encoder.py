@@ -236,6 +236,16 @@ def _decoded(images: Sequence[AnyImage], size: Size, ahead: int) -> Iterator[Ten
             yield coming.popleft()()
 
 
+def unit_summaries(features: Features) -> Tensor:
+    """Return summaries as unit vectors ``[B, S]``, in half precision on the CPU.
+
+    Of an encoder without a summary the mean of its map counts.
+    """
+    summary, spatial = features
+    vectors = spatial.mean(dim=(2, 3)) if summary is None else summary
+    return F.normalize(vectors, dim=1).half().cpu()
+
+
 def encode_summaries(
     encoder: Encoder,
     images: Sequence[AnyImage],
@@ -254,11 +264,8 @@ def encode_summaries(
     def encode(start: int, end: int) -> Tensor:
         report = progress and (lambda done, _: progress(start + done, len(images)))
         found = []
-        for summary, spatial in encode_images(
-            encoder, images[start:end], square, batch_size, report
-        ):
-            vectors = spatial.mean(dim=(2, 3)) if summary is None else summary
-            found.append(F.normalize(vectors, dim=1).half().cpu())
+        for features in encode_images(encoder, images[start:end], square, batch_size, report):
+            found.append(unit_summaries(features))
         return torch.cat(found)
 
     paths = [image for image in images if isinstance(image, Path)]

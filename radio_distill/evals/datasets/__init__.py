@@ -115,6 +115,10 @@ class Dataset(ABC):
     def count(self, part: str) -> int:
         """Count the items of a part, one of ``published``; raises DataError in one line."""
 
+    @abstractmethod
+    def tested(self) -> list[Path]:
+        """List the images that scores are of; raises DataError in one line."""
+
     def check(self) -> Contents:
         """Count every part, and say what is wrong with those that cannot be read.
 
@@ -160,3 +164,7 @@ class LabelledDataset(Dataset):
         for item in spread(items, 4):
             item.labels()
         return len(items)
+
+    def tested(self) -> list[Path]:
+        """List the images of ``val``."""
+        return [item.image for item in self.split("val")]

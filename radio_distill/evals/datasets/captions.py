@@ -54,6 +54,10 @@ class _Retrieval(Dataset):
         captions = self.test()
         return len(captions.images if part == "images" else captions.texts)
 
+    def tested(self) -> list[Path]:
+        """List the test images."""
+        return self.test().images
+
 
 @dataclass(frozen=True)
 class CocoRetrieval(_Retrieval):

@@ -122,6 +122,11 @@ class Coco(Dataset):
             return len(self.captions(split).texts)
         return len(self.objects(split, kind).objects)
 
+    def tested(self) -> list[Path]:
+        """List the images of ``val``."""
+        folder = self.folder("val2017")
+        return [folder / f"{name}.jpg" for name in stems(folder, ".jpg")]
+
     def _annotations(self, split: str, kind: str) -> Path:
         return self.folder("annotations") / f"{kind}_{split}2017.json"
 

@@ -52,6 +52,10 @@ class ImageNet(Dataset):
         """Count the images of a split."""
         return len(self.split(part))
 
+    def tested(self) -> list[Path]:
+        """List the images of ``val``."""
+        return [path for path, _ in self.split("val")]
+
 
 def _image_names(folder: Path) -> list[str]:
     with os.scandir(folder) as entries:

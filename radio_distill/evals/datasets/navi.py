@@ -110,6 +110,10 @@ class Navi(Dataset):
             if part in scene
         )
 
+    def tested(self) -> list[Path]:
+        """List the images of ``val``."""
+        return [image.image for image in self.split("val")]
+
     def _objects(self) -> dict[str, dict[str, Path]]:
         """Return the folders of scenes by object and name, sorted."""
         folders = [*self.folder().glob("*/multiview[-_]*"), *self.root.glob("*/wild_set")]

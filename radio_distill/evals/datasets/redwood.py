@@ -69,6 +69,10 @@ class Redwood(Dataset):
         del part
         return len(self.frames())
 
+    def tested(self) -> list[Path]:
+        """List the frames' images."""
+        return [frame.image for frame in self.frames()]
+
     def _poses(self) -> list[Tensor]:
         path = self.root / "trajectory.log"
         lines = read_lines(path)

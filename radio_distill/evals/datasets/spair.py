@@ -114,3 +114,8 @@ class Spair(Dataset):
             folder = self.folder("JPEGImages")
             return sum(len(stems(item, ".jpg")) for item in folder.iterdir() if item.is_dir())
         return len(self.pairs(part))
+
+    def tested(self) -> list[Path]:
+        """List the images of the test pairs, each once."""
+        pairs = self.pairs("test")
+        return sorted({path for pair in pairs for path in (pair.source, pair.target)})

@@ -1,0 +1,184 @@
+"""k-means, and k-means of its centroids: hierarchical k-means of Vo et al. (2024), section 3.
+
+The density of k-means' centroids follows p^(d / (d + 2)), in many dimensions nearly that of the
+data, p. Clusters of centroids are a step flatter, and so are clusters of as many points of each
+cluster (resampling), so that the highest level covers what there is evenly, not what is frequent.
+
+Points are ``[N, S]`` in half precision on the CPU; blocks of them go to the device. Distances are
+float32, sums float64. The draws are Philox's, which no version of a library changes.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..data.order import random_stream
+
+ITERATIONS = 50
+"""Of k-means at most; it ends when no point changes its cluster."""
+_BLOCK = 1 << 26  # distances at a time: 256 MB
+_START_POINTS = 16
+"""Points for each cluster among which k-means++ looks for its start."""
+_ROUNDS = 10  # of resampling, at each level but the first
+_FIRST, _NEXT, _FEWEST = 50, 10, 10
+"""Images a cluster of the first level, clusters a cluster above, and clusters of the highest."""
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """One level."""
+
+    centroids: Tensor
+    """``[K, S]`` float32, each the mean of its points."""
+    labels: Tensor
+    """``[N]`` int64: the cluster of each point; none of the K is empty."""
+    distances: Tensor
+    """``[N]`` float32: squared distance of each point to its centroid."""
+
+    @property
+    def sizes(self) -> Tensor:
+        """Points of each cluster, ``[K]``."""
+        return torch.bincount(self.labels, minlength=len(self.centroids))
+
+
+def level_sizes(num_images: int) -> tuple[int, ...]:
+    """Return how many clusters each level has where nobody says: 1/50 of the images, then 1/10."""
+    sizes = [max(1, num_images // _FIRST)]
+    while sizes[-1] // _NEXT >= _FEWEST:
+        sizes.append(sizes[-1] // _NEXT)
+    return tuple(sizes)
+
+
+def hierarchy(
+    points: Tensor,
+    sizes: Sequence[int],
+    seed: int,
+    device: torch.device,
+    keep: Callable[[int, Callable[[], Clusters]], Clusters] = lambda level, make: make(),
+) -> list[Clusters]:
+    """Cluster points, then the centroids, level by level.
+
+    Args:
+        points: ``[N, S]``.
+        sizes: clusters of each level, the first those of the points.
+        seed: of all draws.
+        device: where distances are computed.
+        keep: returns a level that was made before, else makes and keeps it.
+    """
+    levels: list[Clusters] = []
+    for level, size in enumerate(sizes):
+        below = levels[-1].centroids if levels else points
+        rounds = _ROUNDS if levels else 0
+
+        def make(
+            below: Tensor = below, size: int = size, rounds: int = rounds, level: int = level
+        ) -> Clusters:
+            return resampled(below, size, rounds, (seed, level), device)
+
+        levels.append(keep(level, make))
+    return levels
+
+
+def resampled(
+    points: Tensor, count: int, rounds: int, key: Sequence[int], device: torch.device
+) -> Clusters:
+    """Return ``count`` clusters: k-means, then as often as ``rounds`` of a flatter sample.
+
+    In a round the sample is, of each cluster, those of its points that are nearest to its centroid,
+    half of the mean cluster; k-means of the sample gives new centroids, and all points go to these.
+    """
+    clusters = k_means(points, starts(points, count, (*key, 0), device), device)
+    for number in range(1, rounds + 1):
+        taken = nearest_members(clusters, -(-len(points) // (2 * count)))
+        sample = points[taken]
+        found = k_means(sample, starts(sample, count, (*key, number), device), device)
+        clusters = without_empty(*assigned(points, found.centroids, device), found.centroids)
+    return clusters
+
+
+def k_means(
+    points: Tensor, centroids: Tensor, device: torch.device, iterations: int = ITERATIONS
+) -> Clusters:
+    """Move centroids ``[K, S]`` to the means of what is nearest to them, until nothing changes.
+
+    A centroid that loses all its points is dropped at the end (Lloyd 1982).
+    """
+    labels, distances = assigned(points, centroids, device)
+    for _ in range(iterations):
+        centroids = _means(points, labels, centroids, device)
+        before = labels
+        labels, distances = assigned(points, centroids, device)
+        if torch.equal(before, labels):
+            break
+    return without_empty(labels, distances, centroids)
+
+
+def assigned(points: Tensor, centroids: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the nearest centroid of each point, ``[N]``, and the squared distances, ``[N]``."""
+    there = centroids.to(device)
+    lengths = there.square().sum(dim=1)
+    labels, distances = [], []
+    for block in points.split(max(1, _BLOCK // len(centroids))):
+        here = block.to(device).float()
+        least = torch.addmm(lengths, here, there.T, alpha=-2).min(dim=1)
+        labels.append(least.indices.cpu())
+        distances.append((least.values + here.square().sum(dim=1)).clamp(min=0).cpu())
+    return torch.cat(labels), torch.cat(distances)
+
+
+def without_empty(labels: Tensor, distances: Tensor, centroids: Tensor) -> Clusters:
+    """Number the clusters that have points anew, in their order."""
+    used, labels = labels.unique(return_inverse=True)
+    return Clusters(centroids[used], labels, distances)
+
+
+def _means(points: Tensor, labels: Tensor, before: Tensor, device: torch.device) -> Tensor:
+    """Return the means of the clusters, ``[K, S]``; that of an empty one is what it was."""
+    sums = torch.zeros(before.shape, dtype=torch.float64, device=device)
+    pieces = max(1, _BLOCK // points.shape[1])
+    for block, numbers in zip(points.split(pieces), labels.split(pieces), strict=True):
+        sums.index_add_(0, numbers.to(device), block.to(device).double())
+    counts = torch.bincount(labels, minlength=len(before))[:, None]
+    return torch.where(counts > 0, (sums.cpu() / counts.clamp(min=1)).float(), before.cpu())
+
+
+def starts(points: Tensor, count: int, key: Sequence[int], device: torch.device) -> Tensor:
+    """Draw points that lie apart, ``[min(count, N), S]`` float32: greedy k-means++.
+
+    Each is the best of a few that are drawn with probabilities proportional to the squared distance
+    to those before it (Arthur & Vassilvitskii 2007), out of some sixteen points for each that is
+    wanted. The best is that with the least squared distances to be left.
+    """
+    draws = random_stream(*key)
+    some = np.sort(
+        np.argsort(draws.random_raw(len(points)), kind="stable")[: _START_POINTS * count]
+    )
+    sample = points[torch.from_numpy(some)].to(device).float()
+    tries = 2 + int(math.log(count))
+    shares = torch.from_numpy(draws.random_raw(count * tries) / 2.0**64).view(count, tries)
+    lengths = sample.square().sum(dim=1)
+    far = torch.ones(len(sample), dtype=torch.float64, device=device)  # the first: any
+    chosen: list[Tensor] = []
+    for share in shares[: len(sample)].to(device):
+        sums = far.cumsum(dim=0)
+        places = torch.searchsorted(sums, share * sums[-1], right=True).clamp(max=len(sample) - 1)
+        apart = lengths + lengths[places][:, None] - 2 * sample[places] @ sample.T
+        left = apart.clamp(min=0).double().scatter(1, places[:, None], 0.0)
+        left = torch.minimum(far, left) if chosen else left[:1]
+        best = left.sum(dim=1).argmin()
+        far = left[best]
+        chosen.append(places[best])
+    return sample[torch.stack(chosen)].cpu()
+
+
+def nearest_members(clusters: Clusters, count: int) -> Tensor:
+    """Return the points, by number and rising, that are the ``count`` nearest to their centroid."""
+    order = np.lexsort((clusters.distances.numpy(), clusters.labels.numpy()))
+    ends = [0, *np.cumsum(clusters.sizes.numpy()).tolist()]
+    taken = [order[start : min(start + count, end)] for start, end in pairwise(ends)]
+    return torch.from_numpy(np.sort(np.concatenate(taken)))

@@ -1,0 +1,175 @@
+"""What one teacher says of every image of some shards: a unit vector each, kept shard by shard.
+
+    FOLDER/ENCODER/SHARD.safetensors    "vectors" [n, S] half, "pixels" [n] int64
+
+Names are digests, of the teacher and how it is asked, and of the shard's contents. A pass that is
+stopped goes on where it was, and shards that are added later are all that is encoded then.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ..config import DataConfig, plain
+from ..data.images import BadImageError, centre_origin, decode_pixels, render, to_float
+from ..data.loader import made_by_workers
+from ..data.tar_index import Shard
+from ..data.tar_reader import ShardReader
+from ..errors import DataError
+from ..evals.encoder import Encoder, unit_summaries
+from ..system.files import replacing
+from ..system.progress import Progress
+from ..types import Size
+
+_NAMES = ("vectors", "pixels")
+_PASSING = ("unreadable", "stalled")
+"""Kinds of bad images that say nothing of the image: the pass stops, and can be started again."""
+
+
+@dataclass(frozen=True)
+class Summaries:
+    """The images of some shards, one after the other."""
+
+    vectors: Tensor
+    """``[N, S]`` half, of length 1, on the CPU; 0 for an image that cannot be used."""
+    pixels: np.ndarray
+    """Height times width of each image as it is stored; 0 for one that cannot be used."""
+    digest: str
+    """Of the teacher and the shards."""
+
+
+def summaries_of(
+    shards: Sequence[Shard],
+    encoder: Encoder,
+    size: Size,
+    config: DataConfig,
+    folder: Path,
+    batch_size: int = 32,
+) -> Summaries:
+    """Encode the images of shards, but for those whose summaries are kept.
+
+    Each is resized to cover ``size``, and its centre is cropped.
+
+    Args:
+        shards: whose images they are.
+        encoder: that is asked.
+        size: one that it takes, in pixels.
+        config: limits of images, and workers.
+        folder: where summaries of this encoder, asked so, are kept.
+        batch_size: images that are encoded at once.
+
+    Raises:
+        DataError: a shard cannot be read any more.
+    """
+    paths = [folder / f"{shard.digest[:32]}.safetensors" for shard in shards]
+    pieces = [_read(path, shard.num_samples) for path, shard in zip(paths, shards, strict=True)]
+    missing = [number for number, piece in enumerate(pieces) if piece is None]
+    total = sum(shard.num_samples for shard in shards)
+    done = total - sum(shards[number].num_samples for number in missing)
+    centres = _Centres(shards, size, config)
+    tasks = {number: _tasks(number, shards[number].num_samples, batch_size) for number in missing}
+    flat = [task for of_shard in tasks.values() for task in of_shard]
+    with (
+        Progress("summaries", total, start=done) as bar,
+        made_by_workers(centres, flat, plain(config.workers), 2) as stream,
+    ):
+        for number, of_shard in tasks.items():
+            parts = []
+            for task in of_shard:
+                parts.append(_encoded(next(stream), encoder))
+                done += task.stop - task.start
+                bar.update(done)
+            piece = {name: torch.cat([part[name] for part in parts]) for name in _NAMES}
+            with replacing(paths[number]) as draft:
+                save_file(piece, draft)
+            pieces[number] = piece
+    whole = [piece for piece in pieces if piece is not None]
+    names = [folder.name, *(shard.digest for shard in shards)]
+    return Summaries(
+        torch.cat([piece["vectors"] for piece in whole]),
+        torch.cat([piece["pixels"] for piece in whole]).numpy(),
+        hashlib.sha256(" ".join(names).encode()).hexdigest(),
+    )
+
+
+def _read(path: Path, rows: int) -> dict[str, Tensor] | None:
+    """Return what is kept of a shard; None for nothing, or what is not whole."""
+    try:
+        piece: dict[str, Tensor] = load_file(path)
+    except (OSError, SafetensorError):
+        return None
+    whole = set(piece) == set(_NAMES) and all(len(value) == rows for value in piece.values())
+    return piece if whole else None
+
+
+def _encoded(batch: "_Batch | DataError", encoder: Encoder) -> dict[str, Tensor]:
+    if isinstance(batch, DataError):
+        raise batch
+    pixels = to_float(batch.views.to(encoder.device, non_blocking=True))
+    vectors = unit_summaries(encoder(pixels))
+    return {"vectors": vectors * (batch.pixels > 0)[:, None], "pixels": batch.pixels}
+
+
+class _Task(NamedTuple):
+    """Samples [start, stop) of a shard."""
+
+    shard: int
+    start: int
+    stop: int
+
+
+def _tasks(shard: int, samples: int, batch_size: int) -> list[_Task]:
+    starts = range(0, samples, batch_size)
+    return [_Task(shard, start, min(start + batch_size, samples)) for start in starts]
+
+
+class _Batch(NamedTuple):
+    """Images on their way from a worker."""
+
+    views: Tensor
+    """``[B, 3, H, W]`` uint8, channels last; black where an image cannot be used."""
+    pixels: Tensor
+    """``[B]`` int64, as in :class:`Summaries`."""
+
+
+class _Centres(Dataset[Any]):
+    """Decodes images and cuts out their centres, in whichever process."""
+
+    def __init__(self, shards: Sequence[Shard], size: Size, config: DataConfig):
+        self._reader = ShardReader(shards, timeout=config.read_timeout)
+        self._size, self._config = size, config
+
+    def __getitem__(self, task: _Task) -> _Batch | DataError:
+        shape = (task.stop - task.start, 3, *self._size)
+        views = torch.zeros(shape, dtype=torch.uint8).to(memory_format=torch.channels_last)
+        pixels = torch.zeros(len(views), dtype=torch.int64)
+        try:
+            for row, image in enumerate(self._images(task)):
+                if image is not None:
+                    source = image.shape[1], image.shape[2]
+                    render(image, centre_origin(source, self._size), self._size, out=views[row])
+                    pixels[row] = source[0] * source[1]
+        except DataError as error:  # as a value, for DataLoader would wrap it in a stack trace
+            return error
+        return _Batch(views, pixels)
+
+    def _images(self, task: _Task) -> Iterator[Tensor | None]:
+        """Yield the images, None for one that training would replace."""
+        limits = {"max_pixels": self._config.max_pixels, "min_size": self._config.min_size}
+        for number in range(task.start, task.stop):
+            try:
+                sample = self._reader.sample(task.shard, number)
+                yield decode_pixels(self._reader.image_bytes(task.shard, sample), **limits)
+            except BadImageError as error:
+                if error.kind in _PASSING:
+                    raise DataError(f"{error}; start again to go on") from error
+                yield None

@@ -1,0 +1,276 @@
+"""Choose the images of shards that are worth training on, by what one teacher says of them.
+
+    radio-distill curate data/images --teacher dinov2_l_reg --output curated
+    radio-distill curate data/images --teacher dinov2_l_reg --output curated --images 0.5 \\
+      --against imagenet /data/imagenet --against images data/images_held_out
+    radio-distill train birds --data.curation curated/curation.jsonl
+
+Out go, in this order: images that cannot be decoded; those that are alike to images of evaluation
+sets (--against), with all that are alike to them; of each group of near-duplicates all but the one
+with most pixels; and with --images what is too much of one thing, by hierarchical k-means and
+sampling that is balanced over its clusters. The shards stay as they are.
+
+Writes curation.jsonl for the field data.curation, left_out.csv with what each copy and each leak is
+alike to, and index.html with clusters and pairs to look at: thresholds depend on the teacher, so
+look. Summaries are kept in the output folder; a command that was stopped, or is asked with another
+threshold or number, goes on from there. Fields of the sections data and engine can be set.
+"""
+
+import argparse
+import csv
+import os
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from hashlib import sha256
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from radio_distill.config import DataConfig, EngineConfig, Facts, build, override, resolve_data
+from radio_distill.errors import ConfigError
+
+from ..arguments import add_trust_argument, check_output
+
+if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
+    from torch import Tensor
+
+    from radio_distill.curation.curate import Curated
+    from radio_distill.data.tar_index import Shard
+    from radio_distill.data.tar_scan import Sample
+    from radio_distill.evals.encoder import AnyImage, Encoder
+    from radio_distill.protocols import Teacher
+    from radio_distill.types import Size
+
+TAKES_FIELDS = True
+FILE = "curation.jsonl"
+_IMAGES = "images"  # in place of the name of a published set: any folder or shards
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The sections of a recipe that have a say here."""
+
+    data: DataConfig
+    engine: EngineConfig = field(default_factory=EngineConfig)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``radio-distill curate``."""
+    add_trust_argument(parser)
+    add = parser.add_argument
+    add("shards", nargs="+", help="shards, folders or patterns, as data.shards takes them")
+    add("--teacher", metavar="TEACHER", help="PRESET or SOURCE:MODEL whose summaries are compared")
+    add("--output", type=Path, default=Path("curated"), metavar="DIR", help="(default: curated)")
+    add("--size", type=int, default=224, metavar="PX", help="side that it sees (default: 224)")
+    add("--batch-size", type=int, default=32, metavar="N", help="images it sees at once (32)")
+    add(
+        "--duplicates", type=float, default=0.9, metavar="COSINE",
+        help="from which two images are near-duplicates (default: 0.9); above 1 for none",
+    )  # fmt: skip
+    add(
+        "--images", type=float, default=0, metavar="N",
+        help="images to keep; below 1 a share of those without copies; 0 for all (default: 0)",
+    )  # fmt: skip
+    add(
+        "--clusters", type=int, nargs="+", default=[], metavar="K",
+        help="of each level, the lowest first (default: a fiftieth of the images, a tenth, …)",
+    )  # fmt: skip
+    add(
+        "--against", nargs=2, action="append", default=[], metavar=("NAME", "PATH"),
+        help="leave out what is alike to the images that scores are of: a set of `radio-distill "
+        f"data list` and its folder, or `{_IMAGES}` and a folder or shards",
+    )  # fmt: skip
+    add(
+        "--leaks", type=float, metavar="COSINE",
+        help="from which an image is alike to one of --against (default: as --duplicates)",
+    )  # fmt: skip
+    add("--seed", type=int, default=0, help="of clusters and draws (default: 0)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Judge every image, write the files, print the numbers."""
+    from radio_distill.curation.curate import Settings, curate
+    from radio_distill.curation.summaries import summaries_of
+    from radio_distill.data.curation import write_curation
+    from radio_distill.data.sources import open_sources
+    from radio_distill.evals.encoder import open_image
+    from radio_distill.report.curation import balance_table, counts_table, write_curation_page
+    from radio_distill.report.tables import print_tables
+    from radio_distill.system.distributed import choose_device, world_from
+
+    settings = Settings(
+        duplicates=arguments.duplicates,
+        leaks=arguments.duplicates if arguments.leaks is None else arguments.leaks,
+        images=arguments.images,
+        clusters=tuple(arguments.clusters),
+        seed=arguments.seed,
+    )
+    _check(arguments, settings.leaks)
+    check_output(arguments.output, is_folder=True)
+    asked = _asked(arguments)
+    sets = [(name, _tested_images(name, path)) for name, path in arguments.against]
+    shards = open_sources(asked.data).shards
+    device = choose_device(asked.engine.device, world_from(os.environ))
+    encoder, digest = _encoder(arguments.teacher, device)
+    size = encoder.nearest_size((arguments.size, arguments.size))
+    folder = arguments.output / "summaries" / _folder_name(digest, size, asked.data)
+    summaries = summaries_of(shards, encoder, size, asked.data, folder, arguments.batch_size)
+    tested = [image for _, images in sets for image in images]
+    vectors = _summaries_of_tested(encoder, digest, tested, arguments) if tested else None
+    curated = curate(summaries, vectors, settings, device, arguments.output / "work")
+    if not curated.kept.any():
+        raise ConfigError("curate: no image is left; look at --duplicates, --leaks and --against")
+    facts = {"teacher": arguments.teacher, "teacher_digest": digest, "size": size[0]}
+    facts |= asdict(settings) | {"against": [[name, len(images)] for name, images in sets]}
+    write_curation(arguments.output / FILE, shards, curated.kept, facts)
+    numbered = _Numbered(shards)
+    names = [f"{name}: {getattr(it, 'key', it)}" for name, images in sets for it in images]
+    _write_left_out(arguments.output / "left_out.csv", curated, numbered, names)
+    write_curation_page(
+        arguments.output / "index.html",
+        curated,
+        numbered.open,
+        lambda number: open_image(tested[number]),
+        {name: _text(value) for name, value in facts.items() if name != "teacher_digest"},
+    )
+    print_tables([counts_table(curated), balance_table(curated)])
+    print(f"clusters and pairs to look at: {arguments.output / 'index.html'}")
+    print(f"train with --data.curation {arguments.output / FILE}")
+    return 0
+
+
+def _check(arguments: argparse.Namespace, leaks: float) -> None:
+    if not arguments.teacher:
+        raise ConfigError("curate: name the teacher that images are compared by: --teacher NAME")
+    for flag, value in (("duplicates", arguments.duplicates), ("leaks", leaks)):
+        if value <= 0:
+            raise ConfigError(f"--{flag} {value:g}: a cosine above 0; above 1 nothing is alike")
+    images = arguments.images
+    if images < 0 or (images >= 1 and not float(images).is_integer()):
+        raise ConfigError(f"--images {images:g}: a number of images, a share below 1, or 0 for all")
+    for flag in ("size", "batch_size"):
+        if getattr(arguments, flag) < 1:
+            raise ConfigError(f"--{flag.replace('_', '-')} {getattr(arguments, flag)}: at least 1")
+    sizes = arguments.clusters
+    if any(size < 1 for size in sizes) or sorted(sizes, reverse=True) != sizes:
+        raise ConfigError(f"--clusters {sizes}: at least 1 each, and fewer at each level")
+
+
+def _asked(arguments: argparse.Namespace) -> Asked:
+    """Return the sections that fields are of, with a number of workers."""
+    from radio_distill.system.distributed import cores_of_process
+
+    given = override({"data": {"shards": arguments.shards}}, arguments.fields)
+    asked: Asked = build(Asked, given)
+    if asked.data.curation or asked.data.weights:
+        raise ConfigError("curate: data.curation and data.weights have no meaning here; drop them")
+    data = resolve_data(asked.data, Facts(cores=cores_of_process(os.environ)))
+    return replace(asked, data=data)
+
+
+def _tested_images(name: str, path: str) -> "Sequence[AnyImage]":
+    """List the images of an evaluation set."""
+    from radio_distill.data.folder import list_images
+    from radio_distill.evals.datasets import DATASETS
+
+    if name == _IMAGES:
+        return list_images(path)
+    if name not in DATASETS.names():
+        DATASETS.get(name)  # raises, with the names that there are
+    return DATASETS.get(name)(path).tested()
+
+
+def _encoder(name: str, device: "torch.device") -> "tuple[Encoder, str]":
+    """Build the teacher; returns it as an encoder, and a digest of what it is."""
+    from radio_distill.evals.encoder import teacher_encoder
+    from teachers import build_teacher
+    from teachers.names import teacher_named
+
+    config = teacher_named(name)
+    teacher: Teacher = build_teacher(name, config, device)
+    encoder = teacher_encoder(teacher, device)
+    parts = (config.preset, config.options, teacher.spec.weights_hash, str(encoder.dtype))
+    return encoder, sha256(repr(parts).encode()).hexdigest()
+
+
+def _folder_name(digest: str, size: "Size", data: DataConfig) -> str:
+    """Name the folder of the summaries after what they depend on besides the images."""
+    from radio_distill.data.images import PIXELS
+
+    parts = (digest, size, data.min_size, data.max_pixels, PIXELS)
+    return sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def _summaries_of_tested(
+    encoder: "Encoder", digest: str, images: "Sequence[AnyImage]", arguments: argparse.Namespace
+) -> "Tensor":
+    from radio_distill.evals.cache import SummaryCache
+    from radio_distill.evals.encoder import encode_summaries
+    from radio_distill.system.progress import Progress
+
+    cache = SummaryCache(arguments.output / "evaluation", digest[:16])
+    encoder = replace(encoder, cache=cache)
+    with Progress("evaluation sets", len(images)) as bar:
+        return encode_summaries(
+            encoder,
+            images,
+            arguments.size,
+            arguments.batch_size,
+            lambda done, _: bar.update(done),
+        )
+
+
+def _text(value: object) -> str:
+    """Write a setting for the page; lists of pairs and of numbers without brackets."""
+    if isinstance(value, list | tuple):
+        return ", ".join(_text(item) for item in value) or "none"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+class _Numbered:
+    """The images of shards, numbered through."""
+
+    def __init__(self, shards: "Sequence[Shard]"):
+        from radio_distill.data.tar_reader import ShardReader
+
+        self._reader = ShardReader(shards)
+        self._starts = [0, *accumulate(shard.num_samples for shard in shards)]
+
+    def name(self, number: int) -> str:
+        """Return ``shard:member``."""
+        shard, sample = self._sample(number)
+        return self._reader.key(shard, sample)
+
+    def open(self, number: int) -> "Image":
+        """Read an image."""
+        from radio_distill.data.images import decode_image
+
+        return decode_image(self._reader.image_bytes(*self._sample(number)))
+
+    def _sample(self, number: int) -> "tuple[int, Sample]":
+        shard = bisect_right(self._starts, number) - 1
+        return shard, self._reader.sample(shard, number - self._starts[shard])
+
+
+def _write_left_out(
+    path: Path, curated: "Curated", numbered: _Numbered, tested: Sequence[str]
+) -> None:
+    """Write what each image is alike to that is left out as a copy, a leak, or cannot be used."""
+    from radio_distill.curation.curate import Verdict
+    from radio_distill.system.files import replacing
+
+    with replacing(path) as draft, draft.open("w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file)
+        rows.writerow(("image", "why", "alike to", "cosine"))
+        for number, code in enumerate(curated.verdicts.tolist()):
+            verdict, like = Verdict(code), int(curated.like[number])
+            if verdict in (Verdict.KEPT, Verdict.NOT_DRAWN):
+                continue
+            other = ""
+            if like >= 0:
+                other = tested[like] if verdict is Verdict.LEAKED else numbered.name(like)
+            cosine = f"{curated.cosine[number]:.4f}" if other else ""
+            rows.writerow((numbered.name(number), verdict.name.lower(), other, cosine))
