@@ -21,7 +21,8 @@ from ..data.order import random_stream
 
 ITERATIONS = 50
 """Of k-means at most; it ends when no point changes its cluster."""
-_BLOCK = 1 << 26  # distances at a time: 256 MB
+_BLOCK = {"cpu": 1 << 21, "cuda": 1 << 27}
+"""Distances, or numbers of points, at a time: what stays in a core's cache, or fills a GPU."""
 _START_POINTS = 16
 """Points for each cluster among which k-means++ looks for its start."""
 _ROUNDS = 10  # of resampling, at each level but the first
@@ -123,7 +124,7 @@ def assigned(points: Tensor, centroids: Tensor, device: torch.device) -> tuple[T
     there = centroids.to(device)
     lengths = there.square().sum(dim=1)
     labels, distances = [], []
-    for block in points.split(max(1, _BLOCK // len(centroids))):
+    for block in points.split(max(1, _BLOCK[device.type] // len(centroids))):
         here = block.to(device).float()
         least = torch.addmm(lengths, here, there.T, alpha=-2).min(dim=1)
         labels.append(least.indices.cpu())
@@ -140,7 +141,7 @@ def without_empty(labels: Tensor, distances: Tensor, centroids: Tensor) -> Clust
 def _means(points: Tensor, labels: Tensor, before: Tensor, device: torch.device) -> Tensor:
     """Return the means of the clusters, ``[K, S]``; that of an empty one is what it was."""
     sums = torch.zeros(before.shape, dtype=torch.float64, device=device)
-    pieces = max(1, _BLOCK // points.shape[1])
+    pieces = max(1, _BLOCK[device.type] // points.shape[1])
     for block, numbers in zip(points.split(pieces), labels.split(pieces), strict=True):
         sums.index_add_(0, numbers.to(device), block.to(device).double())
     counts = torch.bincount(labels, minlength=len(before))[:, None]

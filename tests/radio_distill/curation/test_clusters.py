@@ -4,6 +4,7 @@ import torch
 
 from radio_distill.curation.clusters import (
     Clusters,
+    assigned,
     hierarchy,
     k_means,
     level_sizes,
@@ -44,6 +45,15 @@ def test_k_means__by_brute_force_at_every_iteration(points):
         centroids = torch.stack([data[labels == number].mean(dim=0) for number in range(5)])
         ours = k_means(points, points[:5].float(), CPU, iterations)
         torch.testing.assert_close(ours.centroids.double(), centroids, atol=1e-6, rtol=0)
+
+
+def test_assigned__is_what_faiss_finds(points):
+    faiss = pytest.importorskip("faiss")
+    centroids = points[::7].float()
+    labels, distances = assigned(points, centroids, CPU)
+    theirs, numbers = faiss.knn(points.float().numpy(), centroids.numpy(), 1)
+    assert labels.tolist() == numbers[:, 0].tolist()
+    np.testing.assert_allclose(distances, theirs[:, 0], atol=1e-4)
 
 
 def test_k_means__drops_a_cluster_that_loses_its_points():
