@@ -33,7 +33,7 @@ from radio_distill.config import DataConfig
 from radio_distill.curation.clusters import hierarchy
 from radio_distill.curation.duplicates import groups_of, kept_of_groups, near_pairs
 from radio_distill.curation.sampling import balanced
-from radio_distill.curation.summaries import Summaries, summaries_of
+from radio_distill.curation.summaries import Summaries, encode_shards, read_summaries
 from radio_distill.data.order import random_stream
 from radio_distill.data.shards import write_shards
 from radio_distill.data.sources import open_sources
@@ -128,7 +128,9 @@ def _summaries(shards: Path, name: str, arguments: argparse.Namespace) -> Summar
     encoder = teacher_encoder(build_teacher(name, teacher_named(name)))
     size = encoder.nearest_size((arguments.size, arguments.size))
     folder = arguments.output / "summaries" / f"{name}-{size[0]}"
-    return summaries_of(open_sources(config).shards, encoder, size, config, folder)
+    opened = open_sources(config).shards
+    encode_shards(opened, encoder, size, config, folder)
+    return read_summaries(opened, folder)
 
 
 def copies_table(title: str, keys: Sequence[Key], summaries: Summaries) -> Table:

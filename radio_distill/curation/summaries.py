@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -26,7 +26,8 @@ from ..data.tar_index import Shard
 from ..data.tar_reader import ShardReader
 from ..errors import DataError
 from ..evals.encoder import Encoder, unit_summaries
-from ..system.files import replacing
+from ..system.distributed import World
+from ..system.files import printable, replacing
 from ..system.progress import Progress
 from ..types import Size
 
@@ -47,17 +48,19 @@ class Summaries:
     """Of the teacher and the shards."""
 
 
-def summaries_of(
+def encode_shards(
     shards: Sequence[Shard],
     encoder: Encoder,
     size: Size,
     config: DataConfig,
     folder: Path,
     batch_size: int = 32,
-) -> Summaries:
+    world: World | None = None,
+) -> None:
     """Encode the images of shards, but for those whose summaries are kept.
 
-    Each is resized to cover ``size``, and its centre is cropped.
+    Each is resized to cover ``size``, and its centre is cropped. Several processes take turns at
+    the shards; what others do is to be waited for.
 
     Args:
         shards: whose images they are.
@@ -66,21 +69,24 @@ def summaries_of(
         config: limits of images, and workers.
         folder: where summaries of this encoder, asked so, are kept.
         batch_size: images that are encoded at once.
+        world: this process's place; None for all there is.
 
     Raises:
         DataError: a shard cannot be read any more.
     """
-    paths = [folder / f"{shard.digest[:32]}.safetensors" for shard in shards]
-    pieces = [_read(path, shard.num_samples) for path, shard in zip(paths, shards, strict=True)]
-    missing = [number for number, piece in enumerate(pieces) if piece is None]
-    total = sum(shard.num_samples for shard in shards)
-    done = total - sum(shards[number].num_samples for number in missing)
-    centres = _Centres(shards, size, config)
-    tasks = {number: _tasks(number, shards[number].num_samples, batch_size) for number in missing}
+    rank, processes = (world.rank, world.world_size) if world else (0, 1)
+    mine = dict(list(enumerate(shards))[rank::processes])
+    tasks = {
+        number: _tasks(number, shard.num_samples, batch_size)
+        for number, shard in mine.items()
+        if not _is_kept(_path(folder, shard), shard)
+    }
+    total = sum(shard.num_samples for shard in mine.values())
+    done = total - sum(shards[number].num_samples for number in tasks)
     flat = [task for of_shard in tasks.values() for task in of_shard]
     with (
-        Progress("summaries", total, start=done) as bar,
-        made_by_workers(centres, flat, plain(config.workers), 2) as stream,
+        Progress("summaries", total, start=done, visible=rank == 0) as bar,
+        made_by_workers(_Centres(shards, size, config), flat, plain(config.workers), 2) as stream,
     ):
         for number, of_shard in tasks.items():
             parts = []
@@ -89,26 +95,40 @@ def summaries_of(
                 done += task.stop - task.start
                 bar.update(done)
             piece = {name: torch.cat([part[name] for part in parts]) for name in _NAMES}
-            with replacing(paths[number]) as draft:
+            with replacing(_path(folder, shards[number])) as draft:
                 save_file(piece, draft)
-            pieces[number] = piece
-    whole = [piece for piece in pieces if piece is not None]
+
+
+def read_summaries(shards: Sequence[Shard], folder: Path) -> Summaries:
+    """Read what :func:`encode_shards` has kept; raises DataError where it is not there."""
+    pieces = []
+    for shard in shards:
+        if not _is_kept(_path(folder, shard), shard):
+            raise DataError(
+                f"no summaries of {printable(shard.path)} in {folder}; let all processes write to "
+                "one folder, and start again"
+            )
+        pieces.append(load_file(_path(folder, shard)))
     names = [folder.name, *(shard.digest for shard in shards)]
     return Summaries(
-        torch.cat([piece["vectors"] for piece in whole]),
-        torch.cat([piece["pixels"] for piece in whole]).numpy(),
+        torch.cat([piece["vectors"] for piece in pieces]),
+        torch.cat([piece["pixels"] for piece in pieces]).numpy(),
         hashlib.sha256(" ".join(names).encode()).hexdigest(),
     )
 
 
-def _read(path: Path, rows: int) -> dict[str, Tensor] | None:
-    """Return what is kept of a shard; None for nothing, or what is not whole."""
+def _path(folder: Path, shard: Shard) -> Path:
+    return folder / f"{shard.digest[:32]}.safetensors"
+
+
+def _is_kept(path: Path, shard: Shard) -> bool:
+    """Return whether the summaries of a shard are there, whole."""
     try:
-        piece: dict[str, Tensor] = load_file(path)
+        with safe_open(path, "pt") as file:
+            shapes = [file.get_slice(name).get_shape() for name in _NAMES]
     except (OSError, SafetensorError):
-        return None
-    whole = set(piece) == set(_NAMES) and all(len(value) == rows for value in piece.values())
-    return piece if whole else None
+        return False
+    return all(shape[0] == shard.num_samples for shape in shapes)
 
 
 def _encoded(batch: "_Batch | DataError", encoder: Encoder) -> dict[str, Tensor]:

@@ -13,7 +13,9 @@ sampling that is balanced over its clusters. The shards stay as they are.
 Writes curation.jsonl for the field data.curation, left_out.csv with what each copy and each leak is
 alike to, and index.html with clusters and pairs to look at: thresholds depend on the teacher, so
 look. Summaries are kept in the output folder; a command that was stopped, or is asked with another
-threshold or number, goes on from there. Fields of the sections data and engine can be set.
+threshold or number, goes on from there. Several processes
+(torchrun --nproc-per-node 8 -m stages.cli curate …) share the shards out. Fields of the sections
+data and engine can be set.
 """
 
 import argparse
@@ -25,7 +27,7 @@ from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from radio_distill.config import DataConfig, EngineConfig, Facts, build, override, resolve_data
 from radio_distill.errors import ConfigError
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
-    from radio_distill.curation.curate import Curated
+    from radio_distill.curation.curate import Curated, Settings
     from radio_distill.data.tar_index import Shard
     from radio_distill.data.tar_scan import Sample
     from radio_distill.evals.encoder import AnyImage, Encoder
@@ -91,15 +93,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Judge every image, write the files, print the numbers."""
-    from radio_distill.curation.curate import Settings, curate
-    from radio_distill.curation.summaries import summaries_of
-    from radio_distill.data.curation import write_curation
+    """Encode, judge every image, write the files, print the numbers."""
+    from radio_distill.curation.curate import Settings
+    from radio_distill.curation.summaries import encode_shards
     from radio_distill.data.sources import open_sources
-    from radio_distill.evals.encoder import open_image
-    from radio_distill.report.curation import balance_table, counts_table, write_curation_page
-    from radio_distill.report.tables import print_tables
-    from radio_distill.system.distributed import choose_device, world_from
+    from radio_distill.system.distributed import (
+        all_gather_object,
+        choose_device,
+        join,
+        run_on_main,
+        world_from,
+    )
 
     settings = Settings(
         duplicates=arguments.duplicates,
@@ -112,34 +116,68 @@ def run(arguments: argparse.Namespace) -> int:
     check_output(arguments.output, is_folder=True)
     asked = _asked(arguments)
     sets = [(name, _tested_images(name, path)) for name, path in arguments.against]
-    shards = open_sources(asked.data).shards
-    device = choose_device(asked.engine.device, world_from(os.environ))
+    world = world_from(os.environ)
+    device = choose_device(asked.engine.device, world)
+    join(world, device)
+    shards = run_on_main(world, lambda: open_sources(asked.data)).shards
     encoder, digest = _encoder(arguments.teacher, device)
     size = encoder.nearest_size((arguments.size, arguments.size))
     folder = arguments.output / "summaries" / _folder_name(digest, size, asked.data)
-    summaries = summaries_of(shards, encoder, size, asked.data, folder, arguments.batch_size)
-    tested = [image for _, images in sets for image in images]
-    vectors = _summaries_of_tested(encoder, digest, tested, arguments) if tested else None
-    curated = curate(summaries, vectors, settings, device, arguments.output / "work")
-    if not curated.kept.any():
-        raise ConfigError("curate: no image is left; look at --duplicates, --leaks and --against")
+    encode_shards(shards, encoder, size, asked.data, folder, arguments.batch_size, world)
+    all_gather_object([None])  # all have come as far
     facts = {"teacher": arguments.teacher, "teacher_digest": digest, "size": size[0]}
     facts |= asdict(settings) | {"against": [[name, len(images)] for name, images in sets]}
-    write_curation(arguments.output / FILE, shards, curated.kept, facts)
+    request = _Request(arguments, settings, shards, folder, encoder, digest, device, sets, facts)
+    run_on_main(world, lambda: _choose(request))
+    return 0
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What is asked for, when every image has its summary."""
+
+    arguments: argparse.Namespace
+    settings: "Settings"
+    shards: "Sequence[Shard]"
+    summaries: Path
+    encoder: "Encoder"
+    digest: str
+    """Of the teacher."""
+    device: "torch.device"
+    sets: "Sequence[tuple[str, Sequence[AnyImage]]]"
+    facts: dict[str, Any]
+
+
+def _choose(request: _Request) -> None:
+    """Judge every image, write the files, print the numbers."""
+    from radio_distill.curation.curate import curate
+    from radio_distill.curation.summaries import read_summaries
+    from radio_distill.data.curation import write_curation
+    from radio_distill.evals.encoder import open_image
+    from radio_distill.report.curation import balance_table, counts_table, write_curation_page
+    from radio_distill.report.tables import print_tables
+
+    output, shards, facts = request.arguments.output, request.shards, request.facts
+    tested = [image for _, images in request.sets for image in images]
+    vectors = _summaries_of_tested(request, tested) if tested else None
+    summaries = read_summaries(shards, request.summaries)
+    curated = curate(summaries, vectors, request.settings, request.device, output / "work")
+    if not curated.kept.any():
+        raise ConfigError("curate: no image is left; look at --duplicates, --leaks and --against")
+    write_curation(output / FILE, shards, curated.kept, facts)
     numbered = _Numbered(shards)
-    names = [f"{name}: {getattr(it, 'key', it)}" for name, images in sets for it in images]
-    _write_left_out(arguments.output / "left_out.csv", curated, numbered, names)
+    names = [f"{name}: {getattr(it, 'key', it)}" for name, images in request.sets for it in images]
+    _write_left_out(output / "left_out.csv", curated, numbered, names)
     write_curation_page(
-        arguments.output / "index.html",
+        output / "index.html",
         curated,
         numbered.open,
         lambda number: open_image(tested[number]),
         {name: _text(value) for name, value in facts.items() if name != "teacher_digest"},
     )
     print_tables([counts_table(curated), balance_table(curated)])
-    print(f"clusters and pairs to look at: {arguments.output / 'index.html'}")
-    print(f"train with --data.curation {arguments.output / FILE}")
-    return 0
+    print(f"clusters and pairs to look at: {output / 'index.html'}")
+    print(f"train with --data.curation {output / FILE}")
 
 
 def _check(arguments: argparse.Namespace, leaks: float) -> None:
@@ -204,22 +242,17 @@ def _folder_name(digest: str, size: "Size", data: DataConfig) -> str:
     return sha256(repr(parts).encode()).hexdigest()[:16]
 
 
-def _summaries_of_tested(
-    encoder: "Encoder", digest: str, images: "Sequence[AnyImage]", arguments: argparse.Namespace
-) -> "Tensor":
+def _summaries_of_tested(request: _Request, images: "Sequence[AnyImage]") -> "Tensor":
     from radio_distill.evals.cache import SummaryCache
     from radio_distill.evals.encoder import encode_summaries
     from radio_distill.system.progress import Progress
 
-    cache = SummaryCache(arguments.output / "evaluation", digest[:16])
-    encoder = replace(encoder, cache=cache)
+    asked = request.arguments
+    cache = SummaryCache(asked.output / "evaluation", request.digest[:16])
+    encoder = replace(request.encoder, cache=cache)
     with Progress("evaluation sets", len(images)) as bar:
         return encode_summaries(
-            encoder,
-            images,
-            arguments.size,
-            arguments.batch_size,
-            lambda done, _: bar.update(done),
+            encoder, images, asked.size, asked.batch_size, lambda done, _: bar.update(done)
         )
 
 
