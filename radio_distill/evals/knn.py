@@ -130,7 +130,7 @@ def thin_out(
     if limit < len(classes):
         classes = set(spread(sorted({label for _, label in val}), limit))
     if len(classes) < 2:
-        raise ConfigError(f"knn: evaluation.limit {limit} leaves one class; raise it")
+        raise ConfigError(f"evaluation.limit {limit} leaves one class; raise it")
     return _thin_split(train, classes, limit), _thin_split(val, classes, limit)
 
 
