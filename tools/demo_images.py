@@ -2,7 +2,9 @@
 
 python -m tools.demo_images
 
-Writes crops of them to ``data/demo``: ``shards`` to train on, and ``held_out``, a folder of images.
+Writes crops of them to ``data/demo``: ``shards`` to train on, ``held_out``, a folder of images, and
+``labels``, 200 small labelled ones (faces of Labeled Faces in the Wild or none, 25 px a side, as
+scikit-image has them), half of each class to compare the others with.
 Held-out images are whole photographs that no training crop is cut from: the cat, the cup and both
 views of the motorcycle, which the correspondence benchmark uses too. Grey photographs count as
 images; drawings, masks, colour charts and anything that would have to be downloaded do not.
@@ -41,10 +43,10 @@ TRAIN = {
     "retina.jpg": 24,
 }
 HELD_OUT = {
-    "chelsea.png": 20,
-    "coffee.png": 20,
-    "motorcycle_left.png": 20,
-    "motorcycle_right.png": 20,
+    "chelsea.png": 10,
+    "coffee.png": 10,
+    "motorcycle_left.png": 10,
+    "motorcycle_right.png": 10,
 }
 
 _LONGEST = 640  # px; larger crops are reduced, none is enlarged
@@ -61,24 +63,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def write_demo_images(out: Path = OUT) -> None:
-    """Write ``out/shards`` and ``out/held_out``; the same images at every call.
+    """Write ``shards``, ``held_out`` and ``labels`` in ``out``; the same images at every call.
 
     Raises:
         ConfigError: where ``out`` cannot be written or a package is missing.
     """
     from radio_distill.data.shards import write_shards
 
-    shards, held_out = out / "shards", out / "held_out"
-    if any(shards.glob("*.tar")):
+    shards, held_out, labels = out / "shards", out / "held_out", out / "labels"
+    if any(shards.glob("*.tar")) and labels.is_dir():
         return
     try:
-        shutil.rmtree(held_out, ignore_errors=True)
+        for earlier in (shards, held_out, labels):
+            shutil.rmtree(earlier, ignore_errors=True)
         held_out.mkdir(parents=True)
         with tempfile.TemporaryDirectory(dir=out) as train:
             write_crops(held_out, HELD_OUT)
             write_crops(Path(train), TRAIN)
             # Several shards, so that what a real data set needs is used here too.
             summary = write_shards(Path(train), shards, images_per_shard=100)
+        write_faces(labels)
     except OSError as error:
         raise ConfigError(f"cannot write images to {out}: {error.strerror or error}") from error
     num_held_out = sum(HELD_OUT.values())
@@ -123,6 +127,20 @@ def write_crops(folder: Path, crops: dict[str, int]) -> None:
             # Number first: the first N files show as many images as they can.
             path = folder / f"{index:02}_{Path(name).stem}.jpg"
             _crop(image, draw).save(path, quality=95, subsampling=0)
+
+
+def write_faces(folder: Path) -> None:
+    """Write scikit-image's faces, and its squares that show none, to ``SPLIT/CLASS/NUMBER.png``."""
+    import numpy as np
+    from PIL import Image
+
+    (path,) = [found for it in _package_folders() if (found := it / "lfw_subset.npy").is_file()]
+    for number, grey in enumerate(np.load(path)):  # [200, 25, 25] in [0, 1], faces first
+        split, kind = ("train", "val")[number % 2], ("face", "other")[number // 100]
+        place = folder / split / kind
+        place.mkdir(parents=True, exist_ok=True)
+        image = Image.fromarray((255 * grey).round().astype(np.uint8))
+        image.save(place / f"{number:03}.png")
 
 
 def _crop(image: "Image", draw: random.Random) -> "Image":

@@ -187,7 +187,10 @@ class _Prices:
 
             def run() -> None:
                 outputs = [head(maps) for head in heads.values()]
-                resized = [F.interpolate(output, size, mode="bilinear") for output in outputs]
+                resized = [
+                    F.interpolate(it, size, mode="bilinear") if it.ndim == 4 else it  # boxes
+                    for it in outputs
+                ]
                 if learns:
                     torch.stack([output.sum() for output in resized]).sum().backward()
 

@@ -76,8 +76,9 @@ def run(arguments: argparse.Namespace) -> int:
     make_shards(recipe, arguments.data)
     print(announcement(upsamplers, arguments.seeds))
     gain = sweep(
-        recipe, upsamplers, upsamplers[0], arguments.seeds, asked, references=True, retrain=True
-    )
+        recipe, upsamplers, upsamplers[0], arguments.seeds, asked, references=True, retrain=True,
+        suite="quick",
+    )  # fmt: skip
     page = report(recipe.folder, f"stage3-{upsamplers[0]}")
     show(recipe.folder)
     write_gain(gain, recipe.folder)
@@ -179,6 +180,7 @@ def _place_of(data: Path | None) -> list[str]:
         f"name={name}",
         f"data.shards=[data/{name}/shards]",
         f"evaluation.images=data/{name}/shards_held_out",
+        "evaluation.labels=",
     ]
 
 
