@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from ..data.folder import list_images, spread
 from ..types import Score, Size
 from .demand import Demand, at_most
-from .encoder import AnyImage, Encoder, encode_images
+from .encoder import AnyImage, Encoder, encode_shared
 from .protocol import file_names, protocol_of
 
 logger = logging.getLogger(__name__)
@@ -118,8 +118,9 @@ def across_sizes(
             if progress is not None:
                 progress(index * len(images) + done, total)
 
-        batches = encode_images(encoder, images, sizes[index], batch_size, report)
-        return [batch.spatial.cpu() for batch in batches]  # each [B, C, h, w]
+        return encode_shared(
+            encoder, images, sizes[index], lambda it: it.spatial, batch_size, report
+        )  # each [B, C, h, w]
 
     reference = maps(0)
     mean = _mean(reference)

@@ -11,7 +11,7 @@ Left out: Probe3D's ratio test, which keeps the surest matches of each encoder a
 something else; and its NAVI and ScanNet data, which must be downloaded.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import hypot, prod
 from typing import ClassVar
@@ -26,6 +26,7 @@ from ..config import size_pair
 from ..data.folder import load_images
 from ..errors import ConfigError
 from ..geometry import homography, in_unit, inside, sample, transform, warp
+from ..system.distributed import current_world, share_out
 from ..types import Score, Size
 from .demand import Demand, at_most
 from .encoder import Encoder, to_pixels
@@ -82,17 +83,26 @@ class Correspondence:
         size = size_pair(self.size)
         images = load_images(self.images, limit)
         generator = torch.Generator().manual_seed(self.seed)
-        shown, middle = shown_of(len(images), show), self.thresholds[len(self.thresholds) // 2]
-        errors = []
-        for index, (_, image) in enumerate(images):
-            matrix = random_homography(size, self.rotation, self.zoom, self.perspective, generator)
-            views = torch.stack([pixels := to_pixels(image, size), warped(pixels, matrix)])
-            queries, truth, found = self._match(encoder, views, matrix)
-            errors.append((found - truth).norm(dim=1))
-            if show is not None and index in shown:
-                show(shown_matches([*views], [queries, truth, found], middle))
-            if progress is not None:
-                progress(index + 1, len(images))
+        matrices = [
+            random_homography(size, self.rotation, self.zoom, self.perspective, generator)
+            for _ in images
+        ]
+        middle = self.thresholds[len(self.thresholds) // 2]
+        world = current_world()
+
+        def match(own: Sequence[int]) -> Iterator[Tensor]:
+            shown = shown_of(len(own), show if world.is_main else None)
+            for number, index in enumerate(own):
+                pixels = to_pixels(images[index][1], size)
+                views = torch.stack([pixels, warped(pixels, matrices[index])])
+                queries, truth, found = self._match(encoder, views, matrices[index])
+                if show is not None and number in shown:
+                    show(shown_matches([*views], [queries, truth, found], middle))
+                yield (found - truth).norm(dim=1)
+                if progress is not None:
+                    progress(min((number + 1) * world.world_size, len(images)), len(images))
+
+        errors = share_out(range(len(images)), match)
         thresholds = self.thresholds, self.shares
         protocol = protocol_of(self, images=file_names(images.keys))
         return recalls(self.name, torch.cat(errors), size, *thresholds, len(images), protocol)

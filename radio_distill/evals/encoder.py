@@ -25,7 +25,7 @@ from ..data.folder import ImageRef
 from ..errors import NoLayersError
 from ..models.backbone import StudentEncoder
 from ..protocols import LayeredTeacher, Normalizer, Teacher, TextTower
-from ..system.distributed import cores_of_process
+from ..system.distributed import cores_of_process, current_world, share_out
 from ..types import Features, Size
 from .cache import SummaryCache
 
@@ -218,6 +218,33 @@ def encode_images(
             progress(start + len(batch), len(images))
 
 
+def encode_shared(
+    encoder: Encoder,
+    images: Sequence[AnyImage],
+    size: Size,
+    keep: Callable[[Features], Tensor],
+    batch_size: int = 16,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Tensor]:
+    """Return what ``keep`` makes of each batch's features, in order, on the host.
+
+    All processes of a run call together: they share the batches, and get all of them.
+    """
+    batches = [images[first : first + batch_size] for first in range(0, len(images), batch_size)]
+    world = current_world()
+
+    def report(done: int, _: int) -> None:
+        if progress is not None:
+            progress(min(done * world.world_size, len(images)), len(images))
+
+    def encode(own: Sequence[Sequence[AnyImage]]) -> Iterator[Tensor]:
+        some = [image for batch in own for image in batch]
+        for features in encode_images(encoder, some, size, batch_size, report):
+            yield keep(features).cpu()
+
+    return share_out(batches, encode)
+
+
 def _decoded(images: Sequence[AnyImage], size: Size, ahead: int) -> Iterator[Tensor]:
     """Yield the pixels of images in their order, files decoded in threads before they are asked.
 
@@ -279,3 +306,28 @@ def encode_summaries(
         if progress is not None:
             progress(end, len(paths))
     return torch.cat(parts)
+
+
+def shared_summaries(
+    encoder: Encoder,
+    images: Sequence[AnyImage],
+    size: int,
+    batch_size: int = 16,
+    progress: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """Return the same; all processes of a run call together, share the images, and get all."""
+    total, processes = len(images), current_world().world_size
+    unit = batch_size * -(-total // batch_size // processes)
+    if encoder.cache is not None:
+        unit = encoder.cache.piece
+
+    def report(before: int, done: int, _: int) -> None:
+        if progress is not None:
+            progress(min((before + done) * processes, total), total)
+
+    def encode(own: Sequence[int]) -> Iterator[Tensor]:
+        for turn, first in enumerate(own):
+            some = images[first : first + unit]
+            yield encode_summaries(encoder, some, size, batch_size, partial(report, turn * unit))
+
+    return torch.cat(share_out(range(0, total, unit), encode))

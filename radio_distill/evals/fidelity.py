@@ -5,11 +5,12 @@ teacher; students of different normalizers are compared in the teachers' own spa
 heads and targets that have no normalizer. The measure is FeatSharp's (:class:`.metrics.Fidelity`).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
+from PIL.Image import Image
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -17,6 +18,7 @@ from ..config import TeacherConfig, size_pair
 from ..data.folder import load_images
 from ..distill.alignment import align
 from ..protocols import Normalizer, Teacher
+from ..system.distributed import current_world, share_out
 from ..teacher_view import input_size
 from ..types import Features, Score, Size
 from . import metrics
@@ -56,23 +58,24 @@ class Fidelity:
         """Compare the heads' predictions with their targets, teacher by teacher."""
         if encoder.heads is None:
             return []
-        size, targets = size_pair(self.size), encoder.heads.targets
+        targets = encoder.heads.targets
         images = load_images(self.images, limit)
+        processes = current_world().world_size
+
+        def compare(own: Sequence[int]) -> Iterator[dict[str, _Sums]]:
+            for done, start in enumerate(own, start=1):
+                batch = [open_image(image) for _, image in images[start : start + self.batch_size]]
+                yield self._compared(encoder, batch)
+                if progress is not None:
+                    progress(min(done * self.batch_size * processes, len(images)), len(images))
+
         sums: dict[str, _Sums] = {}
-        for start in range(0, len(images), self.batch_size):
-            batch = [open_image(image) for _, image in images[start : start + self.batch_size]]
-            pixels = {
-                side: torch.stack([to_pixels(image, side) for image in batch]).to(encoder.device)
-                for side in {size, *(target.size for target in targets.values())}
-            }
-            predicted = encoder.heads.predict(pixels[size])
-            for name, target in targets.items():
-                features = target(pixels[target.size])
-                if name not in sums:
-                    sums[name] = _Sums(features.spatial)
-                sums[name].add(predicted[name], features)
-            if progress is not None:
-                progress(start + len(batch), len(images))
+        for part in share_out(range(0, len(images), self.batch_size), compare):
+            for name, some in part.items():
+                if name in sums:
+                    sums[name].merge(some)
+                else:
+                    sums[name] = some
         protocol = protocol_of(self, images=file_names(images.keys))
         return [
             replace(score, protocol=protocol)
@@ -80,9 +83,25 @@ class Fidelity:
             for score in total.scores(name, targets[name])
         ]
 
+    def _compared(self, encoder: Encoder, batch: Sequence[Image]) -> dict[str, "_Sums"]:
+        """Return the sums of some images by teacher, on the host."""
+        assert encoder.heads is not None
+        size, targets, sums = size_pair(self.size), encoder.heads.targets, {}
+        pixels = {
+            side: torch.stack([to_pixels(image, side) for image in batch]).to(encoder.device)
+            for side in {size, *(target.size for target in targets.values())}
+        }
+        predicted = encoder.heads.predict(pixels[size])
+        for name, target in targets.items():
+            features = target(pixels[target.size])
+            sums[name] = _Sums(features.spatial)
+            sums[name].add(predicted[name], features)
+            sums[name].fidelity.sums = sums[name].fidelity.sums.cpu()
+        return sums
+
 
 class _Sums:
-    """Sums over all images for one teacher."""
+    """Sums over images for one teacher."""
 
     def __init__(self, spatial: Tensor) -> None:
         self.fidelity = metrics.Fidelity(spatial.shape[1], spatial.device)
@@ -100,6 +119,15 @@ class _Sums:
         if target.summary is not None and predicted.summary is not None:
             cosine = F.cosine_similarity(predicted.summary.double(), target.summary.double(), dim=1)
             self.summary_cosine = (self.summary_cosine or 0.0) + cosine.sum().item()
+
+    def merge(self, other: "_Sums") -> None:
+        """Add those of other images."""
+        self.fidelity.merge(other.fidelity)
+        self.num_images += other.num_images
+        self.num_positions += other.num_positions
+        self.cosine += other.cosine
+        if other.summary_cosine is not None:
+            self.summary_cosine = (self.summary_cosine or 0.0) + other.summary_cosine
 
     def scores(self, teacher: str, target: Target) -> list[Score]:
         values = {

@@ -21,7 +21,7 @@ from ..data.folder import labelled_images, spread
 from ..errors import ConfigError
 from ..types import Score
 from .demand import Demand, at_most
-from .encoder import Encoder, encode_summaries
+from .encoder import Encoder, shared_summaries
 from .metrics import macro_accuracy
 from .protocol import file_names, protocol_of
 
@@ -76,7 +76,7 @@ class Knn:
         def encode(split: Sequence[Labelled], before: int) -> Tensor:
             report = progress and (lambda done, _: progress(before + done, total))
             paths = [path for path, _ in split]
-            return encode_summaries(encoder, paths, self.size, self.batch_size, report)
+            return shared_summaries(encoder, paths, self.size, self.batch_size, report)
 
         bank, queries = encode(train, 0), encode(val, len(train))
         known, truth = (torch.tensor([label for _, label in split]) for split in (train, val))

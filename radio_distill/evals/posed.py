@@ -8,7 +8,7 @@ matches that it is judged by.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, pairwise
 from math import comb, prod
@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from ..data.folder import spread
 from ..errors import DataError
+from ..system.distributed import current_world, share_out
 from ..types import Score, Size
 from .augmentation import nearest
 from .datasets.navi import Navi, NaviImage
@@ -99,11 +100,15 @@ class PosedMatching(ABC):
         progress: Callable[[int, int], None] | None = None,
     ) -> list[Score]:
         """Match the pairs; ``limit`` thins them out."""
-        pairs, errors = spread(self.pairs(), limit), []
-        for first, second in pairs:
-            errors.append(self._errors(encoder, self.view(first), self.view(second)))
-            if progress is not None:
-                progress(len(errors), len(pairs))
+        pairs, processes = spread(self.pairs(), limit), current_world().world_size
+
+        def match(own: Sequence[tuple[Any, Any]]) -> Iterator[_Errors]:
+            for done, (first, second) in enumerate(own, start=1):
+                yield self._errors(encoder, self.view(first), self.view(second))
+                if progress is not None:
+                    progress(min(done * processes, len(pairs)), len(pairs))
+
+        errors = share_out(pairs, match)
         if not sum(len(error.metres) for error in errors):
             raise DataError(f"{self.name}: no pair of images has depth in both; nothing to match")
         metres, pixels = (

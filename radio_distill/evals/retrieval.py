@@ -16,7 +16,7 @@ from ..data.folder import spread
 from ..types import Score
 from .datasets.captions import Captions, CocoRetrieval, Flickr30k
 from .demand import Demand, at_most
-from .encoder import Encoder, encode_summaries
+from .encoder import Encoder, shared_summaries
 from .metrics import recalls_both_ways
 from .protocol import file_names, protocol_of
 
@@ -70,7 +70,7 @@ class CocoCaptions:
             if progress is not None:
                 progress(done, total)
 
-        images = encode_summaries(
+        images = shared_summaries(
             encoder, [data.images[number] for number in kept], self.size, self.batch_size,
             lambda done, _: report(done),
         )  # fmt: skip

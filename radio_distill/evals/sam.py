@@ -8,7 +8,7 @@ the decoder. Left out: boxes that a detector finds.
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from ..data.folder import spread
 from ..errors import ConfigError
+from ..system.distributed import current_world, share_out
 from ..types import Score, Size
 from .datasets.coco import Coco, CocoImage, CocoObject
 from .demand import Demand, at_most
@@ -73,23 +74,23 @@ class SamCoco:
             if item.area >= 1:
                 objects.setdefault(item.image, []).append(item)
         decoder = load_decoder(self.decoder, encoder.device)
-        images, ious, areas = spread(list(objects), limit), list[float](), list[float]()
-        for done, image in enumerate(images, start=1):
-            opened = open_image(image.path)
-            spatial = self._map(encoder, padded(opened, decoder.side))
-            if spatial.shape[1] != decoder.width:
-                logger.info(
-                    "sam_coco: the map of %s has %d channels and the decoder takes %d; passed over",
-                    encoder.name, spatial.shape[1], decoder.width,
-                )  # fmt: skip
-                return []
-            items = objects[image]
-            masks = decoder(spatial, torch.tensor([_corners(item) for item in items]), opened.size)
-            truth = torch.stack([item.mask() for item in items])
-            ious += mask_iou(masks, truth).tolist()
-            areas += [item.area for item in items]
-            if progress is not None:
-                progress(done, len(images))
+        images, processes = spread(list(objects), limit), current_world().world_size
+
+        def ask(own: Sequence[CocoImage]) -> Iterator[list[float] | None]:
+            for done, image in enumerate(own, start=1):
+                found = self._ious(encoder, decoder, image, objects[image])
+                yield found
+                if found is None:
+                    yield from [None] * (len(own) - done)
+                    return
+                if progress is not None:
+                    progress(min(done * processes, len(images)), len(images))
+
+        answers = [found for found in share_out(images, ask) if found is not None]
+        if not answers:
+            return []
+        ious = [iou for found in answers for iou in found]
+        areas = [item.area for image in images for item in objects[image]]
         protocol = protocol_of(
             replace(self, decoder=""), decoder=decoder.digest, images=len(images), masks=len(ious)
         )
@@ -101,6 +102,26 @@ class SamCoco:
             )
             for kind, value in mean_iou_by_area(ious, areas).items()
         ]  # fmt: skip
+
+    def _ious(
+        self,
+        encoder: Encoder,
+        decoder: "Decoder",
+        image: CocoImage,
+        items: Sequence[CocoObject],
+    ) -> list[float] | None:
+        """Return the IoU of each annotation of an image; None for a map of another width."""
+        opened = open_image(image.path)
+        spatial = self._map(encoder, padded(opened, decoder.side))
+        if spatial.shape[1] != decoder.width:
+            logger.info(
+                "sam_coco: the map of %s has %d channels and the decoder takes %d; passed over",
+                encoder.name, spatial.shape[1], decoder.width,
+            )  # fmt: skip
+            return None
+        masks = decoder(spatial, torch.tensor([_corners(item) for item in items]), opened.size)
+        ious: list[float] = mask_iou(masks, torch.stack([item.mask() for item in items])).tolist()
+        return ious
 
     @torch.inference_mode()
     def _map(self, encoder: Encoder, pixels: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from ..errors import DataError
 from ..types import Score, Size
 from .demand import Demand, at_most
-from .encoder import Encoder, encode_images, to_pixels
+from .encoder import Encoder, encode_shared, to_pixels
 from .examples import Show, as_bytes, shown_maps, shown_of
 from .masks import Ignore, SegmentationSet, listed, open_set
 from .metrics import IGNORED, confusion_matrix, mean_iou, num_shown
@@ -93,8 +93,10 @@ class Segmentation:
         size: Size,
         progress: Callable[[int, int], None] | None,
     ) -> list[Tensor]:
-        batches = encode_images(encoder, paths, size, self.batch_size, progress)
-        return [spatial.half().cpu() for batch in batches for spatial in batch.spatial]
+        batches = encode_shared(
+            encoder, paths, size, lambda it: it.spatial.half(), self.batch_size, progress
+        )
+        return [spatial for batch in batches for spatial in batch]
 
     def _fit(
         self,

@@ -7,7 +7,7 @@ class, and a cell stands for its upper left corner, which is off by up to one ce
 usual in papers on semantic correspondence, stands beside it: all pairs, and cells at their centres.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..data.folder import spread
+from ..system.distributed import current_world, share_out
 from ..types import Score
 from .datasets.spair import Spair, SpairPair
 from .demand import Demand, at_most
@@ -81,18 +82,30 @@ class KeypointTransfer:
     ) -> list[Score]:
         """Match the pairs, class by class; ``limit`` thins them out."""
         pairs = spread(Spair(Path(self.data)).pairs("test"), limit)
-        shown = {pairs[number].key for number in shown_of(len(pairs), show)}
-        matched: dict[str, list[_Matched]] = {}
-        for category in dict.fromkeys(pair.category for pair in pairs):
-            some = [pair for pair in pairs if pair.category == category]
-            maps = self._encode(encoder, some)
-            matched[category] = [_match(pair, maps) for pair in some]
-            for pair in some:
-                if show is not None and pair.key in shown:
-                    show(self._example(pair, maps))
-            if progress is not None:
-                progress(sum(map(len, matched.values())), len(pairs))
-        return self._scores(matched)
+        by_category: dict[str, list[SpairPair]] = {}
+        for pair in pairs:
+            by_category.setdefault(pair.category, []).append(pair)
+        world = current_world()
+
+        def match(own: Sequence[str]) -> Iterator[list[_Matched]]:
+            mine = [pair for category in own for pair in by_category[category]]
+            numbers = shown_of(len(mine), show if world.is_main else None)
+            shown, done = {mine[number].key for number in numbers}, 0
+            for category in own:
+                some = by_category[category]
+                maps = self._encode(encoder, some)
+                for pair in some:
+                    if show is not None and pair.key in shown:
+                        show(self._example(pair, maps))
+                yield [_match(pair, maps) for pair in some]
+                done += len(some)
+                if progress is not None:
+                    progress(min(done * world.world_size, len(pairs)), len(pairs))
+
+        matched = share_out(list(by_category), match)
+        if progress is not None:
+            progress(len(pairs), len(pairs))
+        return self._scores(dict(zip(by_category, matched, strict=True)))
 
     def _encode(self, encoder: Encoder, pairs: Sequence[SpairPair]) -> dict[Path, Tensor]:
         """Encode each image once; its normalised map stays on the encoder's device."""

@@ -20,7 +20,7 @@ from ..protocols import TextTower
 from ..types import Score
 from .datasets.imagenet import ImageNet
 from .demand import Demand, at_most
-from .encoder import Encoder, encode_summaries
+from .encoder import Encoder, shared_summaries
 from .metrics import top_k_accuracy
 from .protocol import protocol_of
 
@@ -65,7 +65,7 @@ class ImagenetZeroShot:
         embed = partial(text_classifier, encoder.text, sentences, report)
         cache = encoder.cache
         classifier = embed() if cache is None else cache.get_classes(sentences, embed)
-        summaries = encode_summaries(
+        summaries = shared_summaries(
             encoder, [path for path, _ in images], self.size, self.batch_size,
             lambda done, _: report(len(names) + done),
         )  # fmt: skip

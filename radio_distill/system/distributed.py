@@ -11,7 +11,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -24,6 +24,7 @@ from torch import Tensor
 from ..errors import ConfigError, RadioDistillError
 from .rendezvous import FORGET, meet
 
+S = TypeVar("S")
 T = TypeVar("T")
 _LEAST_TIMEOUT = 1800.0  # seconds; torch's own default for gloo
 _ONE_EACH = "start at most one process for each GPU"
@@ -308,6 +309,32 @@ def broadcast_object(value: T) -> T:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def share_out(items: Sequence[S], work: Callable[[Sequence[S]], Iterable[T]]) -> list[T]:
+    """Return one result for each item, in their order, on every process; they take turns.
+
+    ``work`` is given the items of this process, every ``world_size``-th, and yields a result for
+    each, which is pickled and so lies on the host. What one process raises, all do: a process that
+    did not learn of it would wait for ever.
+    """
+    world = current_world()
+    own: list[T] = []
+    error: RadioDistillError | OSError | None = None
+    try:
+        own = list(work(items[world.rank :: world.world_size]))
+    except (RadioDistillError, OSError) as caught:
+        if not is_shared():
+            raise
+        error = caught
+    if not is_shared():
+        return own
+    parts = [(own, error)] * world.world_size
+    dist.all_gather_object(parts, (own, error))
+    for _, failed in parts:
+        if failed is not None:
+            raise failed
+    return [parts[n % world.world_size][0][n // world.world_size] for n in range(len(items))]
 
 
 def all_gather_object(values: list[T]) -> list[T]:
