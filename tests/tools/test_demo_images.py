@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from radio_distill.data.folder import labelled_images
 from radio_distill.errors import ConfigError
-from tools.demo_images import HELD_OUT, TRAIN, main, photograph, write_demo_images
+from tools.demo_images import HELD_OUT, TRAIN, main, photograph, write_demo_images, write_faces
 
 Images = dict[str, bytes]
 
@@ -52,6 +53,17 @@ def test_demo_images__counts_and_sizes(demo):
             assert 190 <= min(image.size) <= max(image.size) <= 640
             sizes.add(image.size)
     assert len(sizes) > 300
+
+
+def test_write_faces__are_labelled_half_known_and_half_asked(tmp_path):
+    write_faces(tmp_path)
+    train, val, names = labelled_images(str(tmp_path))
+    assert list(names) == ["face", "other"]
+    for split in (train, val):
+        assert [[label for _, label in split].count(kind) for kind in (0, 1)] == [50, 50]
+    assert not {path.name for path, _ in train} & {path.name for path, _ in val}
+    with Image.open(train[0][0]) as image:
+        assert image.size == (25, 25)
 
 
 def test_demo_images__held_out_photographs_are_never_learnt_from(demo):
