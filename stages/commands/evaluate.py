@@ -23,7 +23,7 @@ protocols have it, `quick` all at small size, in minutes, for the order of model
 
 Each benchmark's scores are written as soon as they are there. What is there already, of the same
 weights and asked the same, is not scored again: a command that was stopped goes on where it was.
-Several processes (torchrun --nproc-per-node 8 -m stages.cli eval …) share the images of each benchmark.
+Several processes (torchrun --nproc-per-node 8 -m stages.cli eval …) share the images.
 """
 
 import argparse
