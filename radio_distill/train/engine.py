@@ -19,6 +19,7 @@ from ..models.heads import touch
 from ..system.compiled import compile_blocks
 from ..system.distributed import World
 from ..system.precision import autocast
+from .buckets import GradientBuckets
 from .optim import load_optimizer_tensors, optimizer_tensors, set_learning_rates
 
 Closing = Callable[[], Tensor]
@@ -224,8 +225,13 @@ class DeepSpeedEngine(_Forward):
             config=_deepspeed_config(config, gradient_clip),
             dist_init_required=False,
         )
-        for _, parameter in scalars if self._zero_stage == 0 else ():
-            parameter.data = parameter.data.view(())
+        self._buckets: GradientBuckets | None = None
+        if self._zero_stage == 0:
+            for _, parameter in scalars:
+                parameter.data = parameter.data.view(())
+            # DeepSpeed's own sum begins behind the backward pass, of a copy of all gradients.
+            self._buckets = GradientBuckets(model.parameters())
+            self._engine.set_gradient_accumulation_boundary(False)
         self._callable = self._engine
         self._arrived: list[nn.Parameter] = []
         """Parameters in the order in which a pass gives them gradients; of ZeRO 2."""
@@ -242,6 +248,9 @@ class DeepSpeedEngine(_Forward):
         closing: Closing | None = None,
     ) -> None:
         """Add the gradient of ``loss`` to the step's; ``last`` closes it, ``skip`` spoils it."""
+        if self._buckets is not None:
+            self._backward_in_buckets(self._buckets, _spoiled(loss, skip), last, closing)
+            return
         self._engine.set_gradient_accumulation_boundary(last and closing is None)
         # DeepSpeed averages over ranks; times the world size is the sum. A step is skipped by a
         # gradient that is not finite: ZeRO 1 to 3 hold parts of it in buffers of their own, which
@@ -255,6 +264,18 @@ class DeepSpeedEngine(_Forward):
             # pass, so everything gets one.
             reached = touch(*self.model.parameters())
             self._engine.backward(closing() + reached, scale_wrt_gas=False)
+
+    def _backward_in_buckets(
+        self, buckets: GradientBuckets, loss: Tensor, last: bool, closing: Closing | None
+    ) -> None:
+        if last and closing is None:
+            buckets.open()
+        self._engine.backward(loss, scale_wrt_gas=False)
+        if last and closing is not None:
+            buckets.open()
+            self._engine.backward(closing(), scale_wrt_gas=False)
+        if last:
+            buckets.close()
 
     def zero(self) -> Tensor | None:
         """Return a loss for a pass without images, which gives each weight zeros.
@@ -281,7 +302,9 @@ class DeepSpeedEngine(_Forward):
             self._norm = float(_clip_gradient(self.model, self._clip))
             is_taken = math.isfinite(self._norm)
             if is_taken:
+                self._engine.set_gradient_accumulation_boundary(True)
                 self._engine.step()
+                self._engine.set_gradient_accumulation_boundary(False)
             else:
                 self._engine.zero_grad()
             return is_taken
