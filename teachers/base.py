@@ -16,6 +16,8 @@ from radio_distill.errors import ConfigError, NoLayersError
 from radio_distill.system.memory import explain_oom, lower
 from radio_distill.types import Features, Size, TeacherSpec, format_size
 
+from .weights import matrix_names
+
 Tower = Callable[[Tensor], tuple[Tensor | None, Tensor]]
 """Normalised pixels ``[B, 3, H, W]`` to summary ``[B, S]`` (or None) and map ``[B, C, h, w]``.
 
@@ -149,13 +151,7 @@ def check_size(spec: TeacherSpec, size: Size) -> None:
 @torch.no_grad()
 def _store(tower: nn.Module, dtype: torch.dtype) -> None:
     """Give a tower memory of its own, tensor by tensor, its matrices in ``dtype``."""
-    matrices: set[int] = set()
-    for module in tower.modules():
-        if isinstance(module, (nn.Linear, nn.Conv2d)):
-            matrices.update(map(id, module.parameters(recurse=False)))
-        elif isinstance(module, nn.MultiheadAttention):  # whose products of Q, K, V are no Linear
-            matrices.update(
-                id(value) for key, value in module.named_parameters(recurse=False) if "proj" in key
-            )
-    for value in (*tower.parameters(), *tower.buffers()):
-        value.data = value.data.to(dtype if id(value) in matrices else value.dtype, copy=True)
+    matrices = matrix_names(tower)
+    parameters = tower.named_parameters(remove_duplicate=False)  # a matrix may have two names
+    for name, value in (*parameters, *tower.named_buffers()):
+        value.data = value.data.to(dtype if name in matrices else value.dtype, copy=True)

@@ -29,6 +29,8 @@ from radio_distill.weights.files import read_json as read_json
 from radio_distill.weights.files import read_state as read_state
 from radio_distill.weights.files import refuse_unreadable as refuse_unreadable
 
+_HALF = (torch.float16, torch.bfloat16)
+
 
 def local_path(weights: str) -> Path:
     """Return the file or folder that a recipe names.
@@ -61,7 +63,7 @@ def load_strict(
     """Load ``state``, read from ``where``; raises WeightsError unless keys and shapes agree.
 
     With ``take`` the module gets the tensors themselves, so what was mapped from a file stays there
-    until it is read; else they are copied.
+    until it is read, and matrices in half precision stay so; else they are copied.
     """
     wanted = module.state_dict()
     missing = [key for key in wanted if key not in state]
@@ -73,8 +75,28 @@ def load_strict(
     ]
     refuse_gaps(where, missing, unexpected, mismatched)
     if take:
-        state = {key: state[key].to(value.dtype).contiguous() for key, value in wanted.items()}
+        matrices = matrix_names(module)
+        state = {
+            key: (
+                state[key]
+                if key in matrices and state[key].dtype in _HALF
+                else state[key].to(value.dtype)
+            ).contiguous()
+            for key, value in wanted.items()
+        }
     module.load_state_dict(state, assign=take)
+
+
+def matrix_names(module: nn.Module) -> set[str]:
+    """Return the names of the parameters of matrix products and convolutions, biases included."""
+    names = set()
+    for prefix, layer in module.named_modules():
+        for name, _ in layer.named_parameters(prefix, recurse=False):
+            # The products of Q, K and V of a MultiheadAttention are no Linear.
+            is_product = isinstance(layer, nn.MultiheadAttention) and "proj" in name[len(prefix) :]
+            if is_product or isinstance(layer, (nn.Linear, nn.Conv2d)):
+                names.add(name)
+    return names
 
 
 class WithoutValues(TorchFunctionMode):
@@ -107,9 +129,13 @@ def refuse_gaps(
 
 
 def fingerprint(module: nn.Module) -> str:
-    """Return the sha256 of a module's tensors: equal weights have it equal in any file format."""
+    """Return the sha256 of a module's tensors: equal weights have it equal in any file format.
+
+    Half precision counts as the float32 that it is exactly.
+    """
     digest = hashlib.sha256()
     for key, value in sorted(module.state_dict().items()):
+        value = value.float() if value.dtype in _HALF else value
         digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()

@@ -4,12 +4,13 @@ import os
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from torch import nn
 
 from radio_distill.config import TeacherConfig
 from teachers import build_module, build_teacher, fingerprints, resolve
 from teachers.presets import TINY
-from teachers.weights import WithoutValues, fingerprint
+from teachers.weights import WithoutValues, fingerprint, load_strict
 
 
 @pytest.fixture(autouse=True)
@@ -56,6 +57,34 @@ def check_like_built_with_memory(teacher, config):
 def test_build_teacher__computes_what_a_module_built_with_memory_does(name, tmp_path):
     config = write(name, tmp_path / "w.safetensors")
     check_like_built_with_memory(build_teacher("t", config), config)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in TINY if name not in ("tiny_student", "tiny_radio")]
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_build_teacher__of_half_precision_is_that_of_the_same_values(name, dtype, tmp_path):
+    state = load_file(write(name, tmp_path / "w.safetensors").weights)
+    halves = {key: it.bfloat16() if it.is_floating_point() else it for key, it in state.items()}
+    teachers = []
+    for kind in (torch.bfloat16, torch.float32):
+        path = tmp_path / f"{kind}.safetensors"
+        same = {key: it.to(kind) if it.is_floating_point() else it for key, it in halves.items()}
+        save_file(same, path)
+        config = TeacherConfig(preset=name, weights=str(path), dtype=dtype)
+        teachers.append(build_teacher("t", config))
+    half, whole = (teacher.tower.state_dict() for teacher in teachers)
+    assert all(torch.equal(half[key], whole[key]) for key in whole)
+    assert [half[key].dtype for key in whole] == [value.dtype for value in whole.values()]
+    assert teachers[0].spec.weights_hash == teachers[1].spec.weights_hash
+
+
+def test_load_strict__takes_matrices_of_half_precision_as_they_are():
+    layers = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+    state = {key: value.bfloat16() for key, value in layers.state_dict().items()}
+    load_strict(layers, state, "here", take=True)
+    assert layers[0].weight.data_ptr() == state["0.weight"].data_ptr()
+    assert layers[1].weight.dtype == torch.float32
 
 
 @pytest.mark.parametrize("name", ["vits14_packaged", "efficientnet_lite0_packaged"])
