@@ -3,9 +3,8 @@
 Needs neither weights nor images nor a network.
 """
 
-import itertools
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -18,19 +17,11 @@ from radio_distill.config import Facts, Recipe, resolve_dtypes
 from radio_distill.errors import RadioDistillError
 from radio_distill.models.heads import DistilledStudent, build_student
 from radio_distill.plan.cost import ModelCosts
+from radio_distill.plan.memory import resident_memory, with_micro_batches
 from radio_distill.plan.meter import fake_module, fake_tensors
-from radio_distill.plan.time import (
-    DeviceType,
-    StagePlan,
-    measurements,
-    plan_stage,
-    resident_memory,
-    with_micro_batches,
-)
 from radio_distill.plan.work import with_work
 from radio_distill.protocols import Upsampler
 from radio_distill.stage import Stage, resolve_stage
-from radio_distill.system.progress import Progress
 from teachers import build_module, teacher_spec
 from teachers.base import FrozenTeacher
 from upsamplers import UPSAMPLERS, build_upsampler
@@ -137,43 +128,3 @@ def measure_stage(stage: Stage, devices: int, gib: float) -> Stage:
             return stage
         resident = resident_memory(costs, stage, devices, models.all_teacher_bytes)
         return with_micro_batches(stage, costs, resident, gib)
-
-
-def plan_stages(
-    models: Models,
-    counts: Mapping[str, int],
-    device: DeviceType,
-    utilisation: float = 0.35,
-    with_memory: bool = True,
-) -> list[StagePlan]:
-    """Plan every stage, each on its own number of devices.
-
-    Args:
-        models: of the recipe.
-        counts: devices of each stage.
-        device: their kind.
-        utilisation: share of the peak that is reached.
-        with_memory: measure memory too, which is most of the work.
-    """
-    stages = models.stages()
-    total = sum(measurements(stages[name], with_memory) for name in counts)
-    done = itertools.count(1)
-    teacher_bytes = models.all_teacher_bytes  # counted before, since fake tensors take longer
-    plans = []
-    with (
-        Progress("measuring models without data", total, "views") as bar,
-        measured(models) as costs,
-    ):
-        for name, count in counts.items():
-            plan = plan_stage(
-                costs,
-                name,
-                count,
-                device,
-                teacher_bytes,
-                utilisation,
-                with_memory,
-                lambda: bar.update(next(done)),
-            )
-            plans.append(plan)
-    return plans

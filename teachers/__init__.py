@@ -8,7 +8,6 @@ teacher of one's own is a :class:`~teachers.presets.Preset` under the entry poin
 Importing this package imports no model library, nor torch.
 """
 
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from radio_distill.config import TeacherConfig
@@ -22,8 +21,6 @@ from .sources import SOURCES, find_source
 if TYPE_CHECKING:
     from torch import nn
 
-    from radio_distill.protocols import TextTower
-
     from .base import FrozenTeacher
 
 PROJECT = "radio-distill"
@@ -36,7 +33,6 @@ __all__ = [
     "build_teacher",
     "resolve",
     "teacher_spec",
-    "text_tower",
 ]
 
 
@@ -69,21 +65,6 @@ def build_teacher(
     if compiled:
         compile_blocks(tower)
     return FrozenTeacher(tower, spec, dtype, config.micro_batch).to(device)
-
-
-def text_tower(name: str, config: TeacherConfig, device: Any = "cpu") -> "TextTower | None":
-    """Return what encodes texts into the space of a teacher's summary; None where nothing does.
-
-    It is open_clip's, of the teacher's own file or of the hub, and read when it is first asked.
-    """
-    from .late import LateTextTower
-    from .sources.open_clip import build_text_encoder
-
-    with naming_teacher(name):
-        preset = resolve(config)
-    if not (preset.text or (preset.random and preset.source == "open_clip")):
-        return None
-    return LateTextTower(partial(build_text_encoder, name, config, device))
 
 
 def teacher_spec(name: str, config: TeacherConfig) -> TeacherSpec:

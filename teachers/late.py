@@ -1,11 +1,11 @@
-"""Parts that are loaded when they are needed: teachers that other processes run, text towers."""
+"""Teachers that are loaded when they are needed, since other processes run them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
-from radio_distill.protocols import LayeredTeacher, TextTower
+from radio_distill.protocols import LayeredTeacher
 from radio_distill.types import Features, TeacherSpec
 
 
@@ -51,17 +51,3 @@ class LateTeacher:
         """Return itself: ``load`` knows where it is to run."""
         del device
         return self
-
-
-class LateTextTower:
-    """A text tower that ``load`` builds when the first text is asked for, as few benchmarks do."""
-
-    def __init__(self, load: Callable[[], TextTower]):
-        self._load = load
-        self._tower: TextTower | None = None
-
-    def embed(self, texts: Sequence[str]) -> Tensor:
-        """Encode ``N`` texts to vectors ``[N, S]``, which are not normalised."""
-        if self._tower is None:
-            self._tower = self._load()
-        return self._tower.embed(texts)

@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from radio_distill.config import Recipe
-from stages.planning import build_models, measured, plan_stages
+from stages.planning import build_models, measured
+from stages.plans import plan_stages
 from stages.recipes import load_recipe
 
 from .published import markdown, published

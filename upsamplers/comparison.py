@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from radio_distill.config import FitConfig
 from radio_distill.errors import DataError, WeightsError
-from radio_distill.evals.metrics import confusion_matrix, mean_iou
+from radio_distill.evals.metrics.segmentation import confusion_matrix, mean_iou
 from radio_distill.evals.probes import LinearProbe
 from radio_distill.protocols import Normalizer, Teacher, Upsampler
 from radio_distill.system.precision import AUTO, autocast

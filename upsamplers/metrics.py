@@ -4,7 +4,7 @@ Each measure is fed batch by batch and is a ratio of sums over the whole set: a 
 ratios would hang on single flat images. They are FeatSharp's (arXiv 2502.16025, section 4.1 and
 appendix B.2): fidelity, total variation, the conditional random field, and the maximum mean
 discrepancy, here between all pairs, as the paper has it. Fidelity is that of students
-(:class:`radio_distill.evals.metrics.Fidelity`). :func:`measure` shows every upsampler the same
+(:mod:`radio_distill.evals.metrics.fidelity`). :func:`measure` shows every upsampler the same
 views of the same images, whatever it was fitted with.
 """
 
@@ -16,7 +16,8 @@ from einops import rearrange
 from torch import Tensor
 
 from radio_distill.errors import DataError
-from radio_distill.evals.metrics import Fidelity, check_finite, tokens_of
+from radio_distill.evals.metrics.fidelity import Fidelity, tokens_of
+from radio_distill.evals.metrics.sums import check_finite
 from radio_distill.geometry import valid_mask
 from radio_distill.protocols import Teacher
 from radio_distill.system.precision import AUTO, autocast

@@ -25,7 +25,7 @@ from ..data.folder import labelled_images, spread
 from ..types import Score, Size
 from .encoder import Encoder, encode_images, to_pixels
 from .knn import Labelled, thin_out
-from .metrics import average_drop, average_increase
+from .metrics.cam import average_drop, average_increase
 from .probes import LinearProbe
 from .protocol import file_names, protocol_of
 

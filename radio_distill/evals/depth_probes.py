@@ -22,14 +22,9 @@ from ..types import Score, Size
 from .augmentation import Augmentation, Labels, nearest, resized
 from .datasets import DATASETS
 from .losses import depth_loss, uncertain_angular_loss
-from .metrics import (
-    ImageMeans,
-    align_scale_and_shift,
-    depth_errors,
-    eigen_crop,
-    normal_errors,
-    normals_from_depth,
-)
+from .metrics.depth import align_scale_and_shift, depth_errors, eigen_crop
+from .metrics.normals import normal_errors, normals_from_depth
+from .metrics.sums import ImageMeans
 from .probe_heads import DepthBins, Linear, Pyramid
 from .probe_training import Example
 from .trained import Decay, Meters, TrainedBenchmark, read_pixels

@@ -33,7 +33,8 @@ from .augmentation import padded
 from .datasets.coco import Coco
 from .encoder import Encoder
 from .examples import ShownBoxes
-from .metrics import IGNORED, BoxPrecision, check_installed
+from .metrics.detection import BoxPrecision, check_installed
+from .metrics.segmentation import IGNORED
 from .probe_heads import BatchNorm
 from .probe_training import Example, Heads, encode
 from .trained import Decay, Meters, TrainedBenchmark, read_pixels
@@ -60,7 +61,7 @@ class DetectionImage(NamedTuple):
     size: Size
     """As its annotations mean it."""
     objects: Tensor
-    """``[M, 7]`` float64 as :class:`.metrics.BoxPrecision` takes them."""
+    """``[M, 7]`` float64 as :class:`.metrics.detection.BoxPrecision` takes them."""
     most: int
     """M of the image of the split that shows most."""
 

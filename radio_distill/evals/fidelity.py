@@ -2,7 +2,7 @@
 
 Both sides are in the teacher's normalised space, so one number is comparable from teacher to
 teacher; students of different normalizers are compared in the teachers' own space, with folded
-heads and targets that have no normalizer. The measure is FeatSharp's (:class:`.metrics.Fidelity`).
+heads and targets that have no normalizer. The measure is FeatSharp's (:mod:`.metrics.fidelity`).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,9 +21,9 @@ from ..protocols import Normalizer, Teacher
 from ..system.distributed import current_world, share_out
 from ..teacher_view import input_size
 from ..types import Features, Score, Size
-from . import metrics
 from .demand import Demand, at_most
 from .encoder import Encoder, Target, open_image, to_pixels
+from .metrics.fidelity import Fidelity as FidelitySums
 from .protocol import file_names, protocol_of
 
 
@@ -104,7 +104,7 @@ class _Sums:
     """Sums over images for one teacher."""
 
     def __init__(self, spatial: Tensor) -> None:
-        self.fidelity = metrics.Fidelity(spatial.shape[1], spatial.device)
+        self.fidelity = FidelitySums(spatial.shape[1], spatial.device)
         self.num_images = self.num_positions = 0
         self.cosine = 0.0
         self.summary_cosine: float | None = None

@@ -22,7 +22,7 @@ from ..errors import ConfigError
 from ..types import Score
 from .demand import Demand, at_most
 from .encoder import Encoder, shared_summaries
-from .metrics import macro_accuracy
+from .metrics.classification import macro_accuracy
 from .protocol import file_names, protocol_of
 
 logger = logging.getLogger(__name__)

@@ -30,7 +30,7 @@ from .datasets.redwood import Redwood, RgbdFrame
 from .demand import Demand, at_most
 from .depth_probes import square_around
 from .encoder import Encoder, to_pixels
-from .metrics import ratio_matches
+from .metrics.matching import ratio_matches
 from .protocol import file_names, protocol_of
 from .trained import read_pixels
 

@@ -20,7 +20,8 @@ from torch.nn import functional as F
 
 from ..errors import DataError
 from ..types import Size
-from .metrics import IGNORED, check_finite
+from .metrics.segmentation import IGNORED
+from .metrics.sums import check_finite
 
 Standardise = Callable[[Tensor], Tensor]
 

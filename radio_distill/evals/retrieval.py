@@ -17,7 +17,7 @@ from ..types import Score
 from .datasets.captions import Captions, CocoRetrieval, Flickr30k
 from .demand import Demand, at_most
 from .encoder import Encoder, shared_summaries
-from .metrics import recalls_both_ways
+from .metrics.retrieval import recalls_both_ways
 from .protocol import file_names, protocol_of
 
 _TEXTS_AT_ONCE = 256

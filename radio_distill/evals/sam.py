@@ -28,7 +28,7 @@ from ..types import Score, Size
 from .datasets.coco import Coco, CocoImage, CocoObject
 from .demand import Demand, at_most
 from .encoder import Encoder, open_image
-from .metrics import mask_iou, mean_iou_by_area
+from .metrics.masks import mask_iou, mean_iou_by_area
 from .protocol import protocol_of
 
 logger = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from ..types import Score, Size
 from .augmentation import Augmentation, resized
 from .datasets import DATASETS
-from .metrics import IGNORED, Confusion, mean_iou, num_shown
+from .metrics.segmentation import IGNORED, Confusion, mean_iou, num_shown
 from .probe_heads import Linear
 from .probe_training import Example
 from .trained import Meters, TrainedBenchmark, read_pixels

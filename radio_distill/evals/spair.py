@@ -25,7 +25,7 @@ from .datasets.spair import Spair, SpairPair
 from .demand import Demand, at_most
 from .encoder import Encoder, open_image, to_pixels
 from .examples import Show, ShownMatches, shown_matches, shown_of
-from .metrics import pck_per_image, pck_per_point, transfer_errors, transferred
+from .metrics.matching import pck_per_image, pck_per_point, transfer_errors, transferred
 from .protocol import protocol_of
 
 

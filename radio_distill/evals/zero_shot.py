@@ -21,7 +21,7 @@ from ..types import Score
 from .datasets.imagenet import ImageNet
 from .demand import Demand, at_most
 from .encoder import Encoder, shared_summaries
-from .metrics import top_k_accuracy
+from .metrics.classification import top_k_accuracy
 from .protocol import protocol_of
 
 

@@ -14,11 +14,12 @@ temporary buffers are not seen, on a GPU they differ.
 
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from ..config import EngineConfig
 from ..distill.losses import KINDS, distillation_loss
 from ..distill.micro_batches import Pass, images_together
 from ..models.position import NUM_DRAWS
@@ -68,6 +69,23 @@ def state_memory(parameters: int, zero_stage: int, devices: int) -> Memory:
         gradients=part if zero_stage >= 2 else whole,
         optimizer=2 * (part if zero_stage else whole),
     )
+
+
+def resident_memory(costs: ModelCosts, stage: Stage, devices: int, teacher_bytes: int) -> Memory:
+    """Return what stays on the fullest device from step to step."""
+    return replace(
+        state_memory(costs.parameters, _zero_stage(stage.engine, devices), devices),
+        average=4 * costs.parameters if stage.config.ema_decay else 0,
+        teachers=teacher_bytes,
+    )
+
+
+def with_micro_batches(stage: Stage, costs: ModelCosts, resident: Memory, gib: float) -> Stage:
+    """Return a stage with the micro-batches that `auto` means on devices of so much memory."""
+    if stage.engine.micro_batch != "auto":
+        return stage
+    room = USABLE * gib * GIB - resident.total
+    return replace(stage, micro_batches=micro_batches_that_fit(costs, stage, room))
 
 
 def micro_batches_that_fit(
@@ -194,3 +212,9 @@ def _peaks(
             ]
     growth = costs.known_growth[inputs]
     return [peak + rest * each for peak, each in zip(peaks, growth, strict=True)]
+
+
+def _zero_stage(engine: EngineConfig, devices: int) -> int:
+    """Return the ZeRO stage that will run: a single process has none unless it asks for it."""
+    assert engine.zero_stage != "auto", "the stage is not resolved"
+    return engine.zero_stage if devices > 1 or engine.name == "deepspeed" else 0

@@ -13,18 +13,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from ..config import EngineConfig, share_of
+from ..config import share_of
 from ..distill.micro_batches import MicroBatch, assign_micro_batches
 from ..stage import Stage
 from ..types import Size
 from .cost import ModelCosts, PartitionCost, PassCost, TeacherCost
 from .memory import (
-    GIB,
-    USABLE,
     Memory,
-    micro_batches_that_fit,
-    state_memory,
+    resident_memory,
     step_memory,
+    with_micro_batches,
 )
 from .step_time import LAUNCH, Speed, StepTime, mean, step_time
 from .work import other_dtype, with_work
@@ -189,33 +187,10 @@ def plan_stage(
     )
 
 
-def resident_memory(costs: ModelCosts, stage: Stage, devices: int, teacher_bytes: int) -> Memory:
-    """Return what stays on the fullest device from step to step."""
-    return replace(
-        state_memory(costs.parameters, _zero_stage(stage.engine, devices), devices),
-        average=4 * costs.parameters if stage.config.ema_decay else 0,
-        teachers=teacher_bytes,
-    )
-
-
-def with_micro_batches(stage: Stage, costs: ModelCosts, resident: Memory, gib: float) -> Stage:
-    """Return a stage with the micro-batches that `auto` means on devices of so much memory."""
-    if stage.engine.micro_batch != "auto":
-        return stage
-    room = USABLE * gib * GIB - resident.total
-    return replace(stage, micro_batches=micro_batches_that_fit(costs, stage, room))
-
-
 def measurements(stage: Stage, with_memory: bool = True) -> int:
     """Return how many measurements planning a stage takes: its passes, and what shares images."""
     groups = sum(not partition.images_of for partition in stage.partitions)
     return len(stage.partitions) + (groups if with_memory else 0)
-
-
-def _zero_stage(engine: EngineConfig, devices: int) -> int:
-    """Return the ZeRO stage that will run: a single process has none unless it asks for it."""
-    assert engine.zero_stage != "auto", "the stage is not resolved"
-    return engine.zero_stage if devices > 1 or engine.name == "deepspeed" else 0
 
 
 def _draws(stage: Stage) -> list[dict[str, Size]]:

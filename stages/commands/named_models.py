@@ -28,8 +28,9 @@ from radio_distill.evals.subjects import Subject
 from radio_distill.protocols import Teacher, Upsampler
 from radio_distill.system.files import sha256_of
 from radio_distill.types import Features, TeacherSpec, format_size
-from teachers import build_teacher, teacher_spec, text_tower
+from teachers import build_teacher, teacher_spec
 from teachers.names import split_name, teacher_named
+from teachers.text import text_tower
 from upsamplers import UPSAMPLERS, build_upsampler, check_config, is_fitted
 
 logger = logging.getLogger(__name__)

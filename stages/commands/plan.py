@@ -70,7 +70,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--utilisation: {arguments.utilisation} is not between 0 and 1")
     from radio_distill.plan.step_time import LAUNCH
 
-    from ..planning import build_models, plan_stages
+    from ..planning import build_models
+    from ..plans import plan_stages
     from ..suite_cost import print_suite
     from .missing import find_missing
 

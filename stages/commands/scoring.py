@@ -50,7 +50,7 @@ from radio_distill.train.checkpoint import Checkpoint
 from radio_distill.train.restore import load_student
 from radio_distill.types import Score
 from radio_distill.weights.pretrained import initialise
-from teachers import text_tower
+from teachers.text import text_tower
 
 from ..arguments import check_output
 from ..build import build_teachers

@@ -348,7 +348,8 @@ def hours_of(
     """
     from radio_distill.plan.time import DEVICES
 
-    from ..planning import build_models, plan_stages
+    from ..planning import build_models
+    from ..plans import plan_stages
 
     names = [f"{item.stage} {item.label}".strip() for item in variants]
     first = {item.stage: name for item, name in reversed(list(zip(variants, names, strict=True)))}

@@ -22,7 +22,8 @@ from radio_distill.train.restore import load_student
 from stages import cli
 from stages.commands.evaluate import evaluation_with
 from stages.commands.scoring import encoder_of
-from teachers import build_teacher, text_tower
+from teachers import build_teacher
+from teachers.text import text_tower
 
 CPU = torch.device("cpu")
 RECIPE = {

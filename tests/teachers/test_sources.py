@@ -6,9 +6,10 @@ import torch
 
 from radio_distill.config import TeacherConfig
 from radio_distill.errors import ConfigError
-from teachers import build_teacher, text_tower
+from teachers import build_teacher
 from teachers.presets import PRESETS
 from teachers.sources.open_clip import build_text_encoder
+from teachers.text import text_tower
 
 
 def tower_and_pixels(name, size=None):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from radio_distill.errors import ConfigError, DataError
-from radio_distill.evals.metrics import Fidelity
+from radio_distill.evals.metrics.fidelity import Fidelity
 from radio_distill.geometry import valid_mask
 from radio_distill.types import Features, TeacherSpec
 from upsamplers import implicit

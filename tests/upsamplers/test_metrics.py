@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from radio_distill.errors import DataError
-from radio_distill.evals.metrics import Fidelity
+from radio_distill.evals.metrics.fidelity import Fidelity
 from radio_distill.normalize.phi_s import PhiS
 from radio_distill.normalize.statistics import Moments
 from upsamplers.fit.losses import conditional_random_field, total_variation

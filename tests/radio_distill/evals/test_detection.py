@@ -15,7 +15,7 @@ from torchvision.ops import box_iou
 import layouts
 from radio_distill.errors import ConfigError, DataError
 from radio_distill.evals.detection import CATEGORIES, CocoDetection, cells_of
-from radio_distill.evals.metrics import BoxPrecision
+from radio_distill.evals.metrics.detection import BoxPrecision
 from radio_distill.evals.probe_training import train
 
 from .probe_sets import perfect_encoder, random_encoder

@@ -14,7 +14,7 @@ from radio_distill.data.folder import spread
 from radio_distill.errors import ConfigError
 from radio_distill.evals.encoder import Encoder, to_pixels
 from radio_distill.evals.knn import ImagenetKnn, Knn, knn_votes, nearest_in_bank, thin_out
-from radio_distill.evals.metrics import macro_accuracy
+from radio_distill.evals.metrics.classification import macro_accuracy
 from radio_distill.types import Features
 
 

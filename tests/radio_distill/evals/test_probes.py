@@ -10,7 +10,7 @@ from torch import Tensor
 from radio_distill.errors import DataError
 from radio_distill.evals import masks as sets
 from radio_distill.evals.encoder import to_pixels
-from radio_distill.evals.metrics import mean_iou
+from radio_distill.evals.metrics.segmentation import mean_iou
 from radio_distill.evals.probes import Lbfgs, LinearProbe, training_set
 from upsamplers.comparison import preserved
 

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from radio_distill.evals import losses, metrics
-from radio_distill.evals.metrics import IGNORED
+from radio_distill.evals.metrics.segmentation import IGNORED
 
 FOLDER = Path(__file__).parents[4].parent / "shared" / "golden" / "evaluation"
 

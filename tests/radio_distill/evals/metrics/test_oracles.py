@@ -10,7 +10,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardInd
 from torchmetrics.retrieval import RetrievalHitRate
 
 from radio_distill.evals import losses, metrics
-from radio_distill.evals.metrics import IGNORED
+from radio_distill.evals.metrics.segmentation import IGNORED
 
 CLASSES = 7
 
