@@ -221,10 +221,13 @@ def _seconds(
     stage: Stage, micro: MicroBatch, measured: Mapping[str, PartitionCost], device: DeviceType
 ) -> float:
     """Return the time that a device needs for a micro-batch, at its peak."""
+    is_padding = micro.passes[0].is_padding
+    if is_padding and stage.engine.zero_stage != 3:
+        return 0
     images, passes = micro.stop - micro.start, _passes(micro, measured)
     flops = images * sum(cost.student_flops for cost in passes)
     seconds = flops / device.flops_per_second(stage.engine.precision)
-    for teacher in () if micro.passes[0].is_padding else _teachers(stage, passes):
+    for teacher in () if is_padding else _teachers(stage, passes):
         flops = teacher.view.inputs(images) * teacher.encode_flops
         dtype = stage.teachers[teacher.view.teacher].dtype
         seconds += flops / device.flops_per_second(dtype)

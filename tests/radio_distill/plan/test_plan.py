@@ -486,8 +486,12 @@ def test_step_time__products_alone_are_operations_over_rate_and_launches_hide_be
         assert parts == pytest.approx(host.device) == pytest.approx(host.passes)
         first = ranks[0][0].passes[0]
         padding = replace(ranks[0][0], start=0, stop=1, passes=(replace(first, image_weight=0.0),))
-        idle = step_time(costs, stage, counted, [[padding]], real)
-        assert idle.encode == idle.learn == 0 < idle.device
+        for zero_stage, runs_student in ((2, False), (3, True)):
+            engine = replace(stage.engine, zero_stage=zero_stage)
+            cut = replace(stage, recipe=replace(stage.recipe, engine=engine))
+            idle = step_time(costs, cut, counted, [[padding]], real)
+            assert idle.encode == idle.learn == 0
+            assert (idle.device > 0) == runs_student
 
 
 @pytest.mark.parametrize(("shift", "runs"), [(0, 1), (2, 2)])
