@@ -29,14 +29,14 @@ class Figure:
     title: str
     caption: str
     image: "Image | bytes"
-    """A PIL image, or the bytes of a PNG or SVG file."""
+    """A PIL image, or the bytes of a PNG, WebP or SVG file."""
 
     @property
     def address(self) -> str:
         """The image as an address. An SVG stays an image: nothing in it can run or load.
 
         Raises:
-            ConfigError: it is neither PNG nor SVG.
+            ConfigError: it is no PNG, WebP or SVG.
         """
         content = self.image
         if not isinstance(content, bytes):
@@ -45,10 +45,12 @@ class Figure:
             content = buffer.getvalue()
         if content.startswith(b"\x89PNG\r\n\x1a\n"):
             kind = "png"
+        elif content.startswith(b"RIFF") and content[8:12] == b"WEBP":
+            kind = "webp"
         elif content.lstrip().startswith((b"<svg", b"<?xml")):
             kind = "svg+xml"
         else:
-            raise ConfigError(f"figure {self.title!r} is neither PNG nor SVG; pass a PIL image")
+            raise ConfigError(f"figure {self.title!r} is no PNG, WebP or SVG; pass a PIL image")
         return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
@@ -79,7 +81,7 @@ def write_page(path: str | Path, title: str, sections: Sequence[Section]) -> Pat
     """Write a page of those sections that hold something, whole or not at all; return its path.
 
     Raises:
-        ConfigError: the file cannot be written, or a figure is neither PNG nor SVG.
+        ConfigError: the file cannot be written, or a figure is no PNG, WebP or SVG.
     """
     shown = [section for section in sections if not section.is_empty]
     page = render_template("page.html.j2", title=title, sections=shown, version=__version__)

@@ -157,10 +157,10 @@ def test_write_examples__replaces_and_tells_models_apart(tmp_path):
     assert {folder.parent for folder in folders} == {tmp_path / "evaluation"}
     for count in (3, 1):
         for shade, subject in enumerate(subjects.values()):
-            images = [Image.new("L", (1, 1), 10 * count + shade)] * count
+            images = [Image.new("RGB", (8, 8), (10 * count, 40 * shade, 0))] * count
             write_examples(file, subject, "voc", images)
     written = sorted(path for path in tmp_path.rglob("*") if path.is_file())
-    assert written == sorted(folder / "voc" / "0.png" for folder in folders)
+    assert written == sorted(folder / "voc" / "0.webp" for folder in folders)
     scores = ScoreSet(
         results={label: [{"voc/miou": 1.0}] for label in subjects},
         subjects={label: [subject] for label, subject in subjects.items()},
@@ -169,7 +169,7 @@ def test_write_examples__replaces_and_tells_models_apart(tmp_path):
     scores.results["a"] = [{"spair/recall": 1.0}]  # its examples are of an earlier evaluation
     found = find_examples(scores, 4)
     assert len(found) == len(subjects) - 1
-    shown = Path(tmp_path / "shown.png")
+    shown = Path(tmp_path / "shown.webp")
     assert isinstance(found[0].image, bytes)
     shown.write_bytes(found[0].image)
-    assert Image.open(shown).getpixel((0, 0)) == 11
+    assert Image.open(shown).getpixel((4, 4)) == pytest.approx((10, 40, 0), abs=6)
