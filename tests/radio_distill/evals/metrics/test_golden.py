@@ -7,8 +7,18 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from radio_distill.evals import losses, metrics
-from radio_distill.evals.metrics.segmentation import IGNORED
+from radio_distill.evals import losses
+from radio_distill.evals.metrics.depth import (
+    PooledDepth,
+    align_scale_and_shift,
+    depth_errors,
+    eigen_crop,
+)
+from radio_distill.evals.metrics.matching import pck_per_point, ratio_matches, transfer_errors
+from radio_distill.evals.metrics.normals import PooledNormals, normal_errors, normals_from_depth
+from radio_distill.evals.metrics.retrieval import recalls_both_ways
+from radio_distill.evals.metrics.saliency import MaxF
+from radio_distill.evals.metrics.segmentation import IGNORED, confusion_matrix, mean_iou
 
 FOLDER = Path(__file__).parents[4].parent / "shared" / "golden" / "evaluation"
 
@@ -42,9 +52,9 @@ def labels(tensor):
 def test_depth_errors__probe3d(golden, kind):
     prediction, target = golden["depth/pred"][:, 0], golden["depth/target"][:, 0]
     if kind == "scale_invariant":
-        prediction = metrics.align_scale_and_shift(prediction, target)
+        prediction = align_scale_and_shift(prediction, target)
         equal(prediction, golden["depth/aligned"])
-    errors = metrics.depth_errors(prediction, target)
+    errors = depth_errors(prediction, target)
     for name in ("d1", "d2", "d3", "rmse"):
         equal(getattr(errors, name), golden[f"depth/{kind}/{name}"])
 
@@ -52,8 +62,8 @@ def test_depth_errors__probe3d(golden, kind):
 @of("nyu_depth_eigen")
 def test_depth_errors__nyu_in_the_eigen_crop(golden):
     prediction, target = golden["pred"][:, 0].float(), golden["target"][:, 0].float()
-    valid = metrics.eigen_crop(480, 640) & (target > 1e-3) & (target < 10)
-    errors = metrics.depth_errors(prediction.clamp(1e-3, 10), target, valid)
+    valid = eigen_crop(480, 640) & (target > 1e-3) & (target < 10)
+    errors = depth_errors(prediction.clamp(1e-3, 10), target, valid)
     names = ["d1", "d2", "d3", "abs_rel", "rmse", "log10", "rmse_log", "silog", "sq_rel", "mae"]
     equal(
         torch.stack([getattr(errors, name) for name in names], dim=1),
@@ -63,9 +73,9 @@ def test_depth_errors__nyu_in_the_eigen_crop(golden):
 
 @of("multi_task")
 def test_pooled_depth__nyud(golden):
-    pooled, parts = metrics.PooledDepth(), metrics.PooledDepth()
+    pooled, parts = PooledDepth(), PooledDepth()
     for prediction, target in zip(golden["depth/pred"], golden["depth/target"], strict=True):
-        part = metrics.PooledDepth()
+        part = PooledDepth()
         part.update(prediction, target)
         parts.merge(part)
     pooled.update(golden["depth/pred"], golden["depth/target"])
@@ -77,7 +87,7 @@ def test_pooled_depth__nyud(golden):
 @of("probe3d")
 def test_normal_errors__probe3d(golden):
     valid = golden["normals/valid"][:, 0].bool()
-    errors = metrics.normal_errors(golden["normals/pred"], golden["normals/target"], valid)
+    errors = normal_errors(golden["normals/pred"], golden["normals/target"], valid)
     for name in ("d1", "d2", "d3", "rmse"):
         equal(getattr(errors, name), golden[f"normals/{name}"])
 
@@ -85,14 +95,14 @@ def test_normal_errors__probe3d(golden):
 @of("probe3d")
 def test_normals_from_depth__as_published(golden):
     depth, focal = golden["from_depth/depth"][0], golden["from_depth/focal"].item()
-    normals = metrics.normals_from_depth(depth, focal, as_published=True)
+    normals = normals_from_depth(depth, focal, as_published=True)
     equal(normals, golden["from_depth/normals"])
 
 
 @of("multi_task")
 def test_pooled_normals__nyud(golden):
     target = golden["normals/target"]
-    pooled = metrics.PooledNormals()
+    pooled = PooledNormals()
     pooled.update(golden["normals/pred"], target, (target != 255).all(dim=1))
     equal(pooled.compute()["mean"], golden["normals/mean_degrees"])
 
@@ -103,16 +113,16 @@ def test_pooled_normals__nyud(golden):
 )
 def test_mean_iou__absent_classes_count_as_zero(golden, task, classes):
     prediction, target = golden[f"{task}/pred"].long(), labels(golden[f"{task}/target"])
-    confusion = metrics.confusion_matrix(prediction, target, classes)
-    equal(100 * metrics.mean_iou(confusion, "all"), golden[f"{task}/miou"])
+    confusion = confusion_matrix(prediction, target, classes)
+    equal(100 * mean_iou(confusion, "all"), golden[f"{task}/miou"])
     if (left_out := golden.get(f"{task}/miou_absent_left_out")) is not None:
-        equal(100 * metrics.mean_iou(confusion, "met"), left_out)
+        equal(100 * mean_iou(confusion, "met"), left_out)
 
 
 @of("multi_task")
 @pytest.mark.parametrize("as_published", [True, False])
 def test_max_f__pascal(golden, as_published):
-    measure = metrics.MaxF(as_published)
+    measure = MaxF(as_published)
     probability = golden["pascal/saliency/logits"].softmax(dim=1)[:, 1]
     for one, target in zip(probability, golden["pascal/saliency/target"][:, 0], strict=True):
         measure.update(one, labels(target))
@@ -122,9 +132,7 @@ def test_max_f__pascal(golden, as_published):
 
 @of("retrieval")
 def test_recalls_both_ways__clip_benchmark(golden):
-    recalls = metrics.recalls_both_ways(
-        golden["images"], golden["texts"], golden["image_of_text"], chunk=7
-    )
+    recalls = recalls_both_ways(golden["images"], golden["texts"], golden["image_of_text"], chunk=7)
     assert len(recalls) == 6
     for name, value in recalls.items():
         equal(100 * value, golden[name])
@@ -133,7 +141,7 @@ def test_recalls_both_ways__clip_benchmark(golden):
 @of("probe3d")
 def test_ratio_matches__probe3d(golden):
     source, target = golden["ratio_test/source"], golden["ratio_test/target"]
-    matches = metrics.ratio_matches(source, target, most=100, chunk=37)
+    matches = ratio_matches(source, target, most=100, chunk=37)
     assert torch.equal(matches.source, golden["ratio_test/index_source"])
     assert torch.equal(matches.target, golden["ratio_test/index_target"])
     equal(matches.weight, golden["ratio_test/weight"])
@@ -145,10 +153,10 @@ def test_transfer_errors__spair_as_published(golden):
     one, other = golden["spair/keypoints_source"], golden["spair/keypoints_target"]
     both = (one[:, 2] * other[:, 2]) > 0
     points = one[both, :2] / size, other[both, :2] / size
-    errors = metrics.transfer_errors(source, target, *points, as_published=True)
+    errors = transfer_errors(source, target, *points, as_published=True)
     errors /= golden["spair/scale"]
     equal(errors, golden["spair/errors"])
-    equal(100 * metrics.pck_per_point([errors], 0.1), golden["spair/recall@0.10"])
+    equal(100 * pck_per_point([errors], 0.1), golden["spair/recall@0.10"])
 
 
 @of("probe3d")

@@ -9,8 +9,26 @@ from sklearn import metrics as sklearn_metrics
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 from torchmetrics.retrieval import RetrievalHitRate
 
-from radio_distill.evals import losses, metrics
-from radio_distill.evals.metrics.segmentation import IGNORED
+from radio_distill.evals import losses
+from radio_distill.evals.metrics.cam import average_drop, average_increase
+from radio_distill.evals.metrics.classification import top_k_accuracy
+from radio_distill.evals.metrics.depth import align_scale_and_shift, depth_errors
+from radio_distill.evals.metrics.masks import area_classes, mask_iou, mean_iou_by_area
+from radio_distill.evals.metrics.matching import (
+    pck_per_image,
+    pck_per_point,
+    ratio_matches,
+    transfer_errors,
+)
+from radio_distill.evals.metrics.normals import angles_between, normals_from_depth
+from radio_distill.evals.metrics.retrieval import recalls_both_ways
+from radio_distill.evals.metrics.saliency import MaxF
+from radio_distill.evals.metrics.segmentation import (
+    IGNORED,
+    confusion_matrix,
+    mean_iou,
+    pixel_accuracy,
+)
 
 CLASSES = 7
 
@@ -31,18 +49,18 @@ def labels_with_gaps(generator):
 
 def test_mean_iou__torchmetrics_and_scikit_learn(generator):
     prediction, target = labels_with_gaps(generator)
-    confusion = metrics.confusion_matrix(prediction, target, CLASSES)
+    confusion = confusion_matrix(prediction, target, CLASSES)
     jaccard = MulticlassJaccardIndex(CLASSES, ignore_index=IGNORED)(prediction, target).item()
-    assert metrics.mean_iou(confusion, "met") == pytest.approx(jaccard, abs=1e-6)
+    assert mean_iou(confusion, "met") == pytest.approx(jaccard, abs=1e-6)
     known = target != IGNORED
     truth, found = target[known].numpy(), prediction[known].numpy()
     shown = np.unique(truth)
     expected = sklearn_metrics.jaccard_score(truth, found, labels=shown, average="macro")
-    assert metrics.mean_iou(confusion, "shown") == pytest.approx(expected, abs=1e-9)
-    assert metrics.mean_iou(confusion, "all") == pytest.approx(jaccard * 6 / 7, abs=1e-6)
+    assert mean_iou(confusion, "shown") == pytest.approx(expected, abs=1e-9)
+    assert mean_iou(confusion, "all") == pytest.approx(jaccard * 6 / 7, abs=1e-6)
     accuracy = MulticlassAccuracy(CLASSES, average="micro", ignore_index=IGNORED)
     expected = accuracy(prediction, target).item()
-    assert metrics.pixel_accuracy(confusion) == pytest.approx(expected, abs=1e-6)
+    assert pixel_accuracy(confusion) == pytest.approx(expected, abs=1e-6)
 
 
 def test_top_k_accuracy__scikit_learn(generator):
@@ -52,13 +70,13 @@ def test_top_k_accuracy__scikit_learn(generator):
         expected = sklearn_metrics.top_k_accuracy_score(
             truth.numpy(), scores.numpy(), k=k, labels=range(CLASSES)
         )
-        assert metrics.top_k_accuracy(scores, truth, k) == pytest.approx(expected)
+        assert top_k_accuracy(scores, truth, k) == pytest.approx(expected)
 
 
 def test_depth_errors__scikit_learn_picture_by_picture(generator):
     prediction, target = torch.rand(2, 3, 12, 15, generator=generator) * 5 + 0.1
     target = target * (torch.rand(target.shape, generator=generator) > 0.2)
-    errors = metrics.depth_errors(prediction, target)
+    errors = depth_errors(prediction, target)
     for one, (p, t) in enumerate(zip(prediction, target, strict=True)):
         p, t = p[t > 0].double().numpy(), t[t > 0].double().numpy()
         expected = {
@@ -74,7 +92,7 @@ def test_depth_errors__scikit_learn_picture_by_picture(generator):
 
 
 def test_depth_errors__no_target_is_nan_and_a_negative_depth_is_wrong():
-    errors = metrics.depth_errors(torch.tensor([[[1.0, -1.0]], [[1.0, 1.0]]]),
+    errors = depth_errors(torch.tensor([[[1.0, -1.0]], [[1.0, 1.0]]]),
                                   torch.tensor([[[1.0, 1.0]], [[0.0, 0.0]]]))  # fmt: skip
     assert errors.d3[0] == 0.5
     assert errors.rmse[1].isnan()
@@ -83,10 +101,10 @@ def test_depth_errors__no_target_is_nan_and_a_negative_depth_is_wrong():
 def test_align_scale_and_shift__least_squares_and_exact(generator):
     truth = torch.rand(2, 9, 8, generator=generator) + 0.5
     affine = (truth - 3) / 1.7
-    torch.testing.assert_close(metrics.align_scale_and_shift(affine, truth), truth)
+    torch.testing.assert_close(align_scale_and_shift(affine, truth), truth)
     prediction = torch.rand(2, 9, 8, generator=generator)
     known = torch.rand(truth.shape, generator=generator) > 0.3
-    aligned = metrics.align_scale_and_shift(prediction, truth * known)
+    aligned = align_scale_and_shift(prediction, truth * known)
     for p, t, keep, result in zip(prediction, truth, known, aligned, strict=True):
         columns = np.stack([p[keep].numpy(), np.ones(int(keep.sum()))], axis=1)
         (scale, shift), *_ = np.linalg.lstsq(columns, t[keep].numpy(), rcond=None)
@@ -102,12 +120,12 @@ def test_normals_from_depth__those_of_a_plane():
     rays = torch.stack([(x - width / 2) / focal, (y - height / 2) / focal, torch.ones_like(x)])
     depth = 2.0 / (normal[:, None, None] * rays).sum(dim=0)
     depth[5, 7] = 0
-    found = metrics.normals_from_depth(depth, focal)
+    found = normals_from_depth(depth, focal)
     known = found.norm(dim=0) > 0
     expected = normal[:, None].expand(3, int(known.sum()))
     torch.testing.assert_close(found[:, known], expected, atol=1e-4, rtol=0)
     assert known.sum() == (height - 2) * (width - 2) - 5  # the hole and its four neighbours
-    sheared = metrics.normals_from_depth(depth, focal, as_published=True)
+    sheared = normals_from_depth(depth, focal, as_published=True)
     shear = torch.tensor([width / 2 / focal, height / 2 / focal])
     wrong = torch.cat([normal[:2], normal[2:] - shear @ normal[:2]])
     torch.testing.assert_close(sheared[:, 2, 2], wrong / wrong.norm(), atol=1e-4, rtol=0)
@@ -116,14 +134,14 @@ def test_normals_from_depth__those_of_a_plane():
 def test_angles_between__known_ones_of_any_length():
     one = torch.tensor([1.0, 0, 0]).view(1, 3, 1, 1)
     others = torch.tensor([[2.0, 0, 0], [1, 1, 0], [0, 5, 0], [-3, 0, 0]]).view(4, 3, 1, 1)
-    angles = metrics.angles_between(others, one.expand(4, 3, 1, 1)).flatten()
+    angles = angles_between(others, one.expand(4, 3, 1, 1)).flatten()
     torch.testing.assert_close(angles, torch.tensor([0.0, 45, 90, 180]), atol=1e-3, rtol=0)
 
 
 def test_max_f__scikit_learn_and_the_published_slip(generator):
     probability = torch.rand(2000, generator=generator)
     target = (torch.rand(2000, generator=generator) < probability).long()
-    right, published = metrics.MaxF(), metrics.MaxF(as_published=True)
+    right, published = MaxF(), MaxF(as_published=True)
     for measure in (right, published):
         measure.update(probability, target)
     expected = max(
@@ -140,7 +158,7 @@ def test_max_f__scikit_learn_and_the_published_slip(generator):
         for act in acting
     )
     assert published.compute() == pytest.approx(expected)
-    perfect = metrics.MaxF()
+    perfect = MaxF()
     perfect.update(target.float(), target)
     assert perfect.compute() == 1
 
@@ -149,7 +167,7 @@ def test_recalls_both_ways__torchmetrics(generator):
     images = torch.randn(12, 6, generator=generator)
     image_of_text = torch.arange(12).repeat(3)[torch.randperm(36, generator=generator)]
     texts = images[image_of_text] + 1.5 * torch.randn(36, 6, generator=generator)
-    found = metrics.recalls_both_ways(images, texts, image_of_text, ranks=(1, 5))
+    found = recalls_both_ways(images, texts, image_of_text, ranks=(1, 5))
     cosine = torch.nn.functional.cosine_similarity(texts[:, None], images[None], dim=2)
     right = image_of_text[:, None] == torch.arange(12)
     for k in (1, 5):
@@ -158,7 +176,7 @@ def test_recalls_both_ways__torchmetrics(generator):
             query = torch.arange(len(scores))[:, None].expand_as(scores)
             rate = RetrievalHitRate(top_k=k)(scores.flatten(), hit.flatten(), query.flatten())
             assert found[f"{way}@{k}"] == pytest.approx(rate.item())
-    aligned = metrics.recalls_both_ways(images, images[image_of_text], image_of_text, ranks=(1,))
+    aligned = recalls_both_ways(images, images[image_of_text], image_of_text, ranks=(1,))
     assert set(aligned.values()) == {1.0}
 
 
@@ -166,22 +184,22 @@ def test_transfer_errors__a_map_to_itself_is_exact_and_the_published_way_is_bias
     features = torch.randn(32, 8, 8, generator=generator)
     row, column = torch.randint(1, 7, (2, 20), generator=generator)
     points = (torch.stack([column, row], dim=1) + 0.5) / 8
-    assert metrics.transfer_errors(features, features, points, points).max() < 1e-6
-    published = metrics.transfer_errors(features, features, points, points, as_published=True)
+    assert transfer_errors(features, features, points, points).max() < 1e-6
+    published = transfer_errors(features, features, points, points, as_published=True)
     assert published.min() > 0.4 / 8
 
 
 def test_pck__points_and_pairs_weigh_otherwise():
     errors = [torch.tensor([0.01, 0.02, 0.03]), torch.tensor([0.5])]
-    assert metrics.pck_per_point(errors, 0.1) == 0.75
-    assert metrics.pck_per_image(errors, 0.1) == 0.5
+    assert pck_per_point(errors, 0.1) == 0.75
+    assert pck_per_image(errors, 0.1) == 0.5
 
 
 def test_ratio_matches__the_surest_first(generator):
     target = torch.randn(50, 8, generator=generator)
     chosen = torch.randperm(50, generator=generator)[:20]
     source = target[chosen] + 0.05 * torch.randn(20, 8, generator=generator)
-    matches = metrics.ratio_matches(source, target, most=10)
+    matches = ratio_matches(source, target, most=10)
     assert torch.equal(matches.target, chosen[matches.source])
     assert torch.equal(matches.weight, matches.weight.sort(descending=True).values)
 
@@ -192,18 +210,18 @@ def test_mask_iou__scikit_learn_and_classes_of_area(generator):
         sklearn_metrics.jaccard_score(one.flatten().numpy(), other.flatten().numpy())
         for one, other in zip(target, prediction, strict=True)
     ]
-    assert metrics.mask_iou(prediction, target).tolist() == pytest.approx(expected)
-    assert metrics.mask_iou(prediction[:1] & False, target[:1] & False).item() == 0
-    assert metrics.area_classes(32**2) == ["small", "medium"]
-    assert metrics.area_classes(96**2) == ["medium", "large"]
-    means = metrics.mean_iou_by_area([0.2, 0.4, 0.9], [10, 1024, 2000])
+    assert mask_iou(prediction, target).tolist() == pytest.approx(expected)
+    assert mask_iou(prediction[:1] & False, target[:1] & False).item() == 0
+    assert area_classes(32**2) == ["small", "medium"]
+    assert area_classes(96**2) == ["medium", "large"]
+    means = mean_iou_by_area([0.2, 0.4, 0.9], [10, 1024, 2000])
     assert means == pytest.approx({"all": 0.5, "small": 0.3, "medium": 0.65})
 
 
 def test_average_drop_and_increase__known_ones():
     whole, kept = torch.tensor([0.5, 0.8, 0.4]), torch.tensor([0.25, 0.9, 0.4])
-    assert metrics.average_drop(whole, kept) == pytest.approx(100 * 0.5 / 3)
-    assert metrics.average_increase(whole, kept) == pytest.approx(100 / 3)
+    assert average_drop(whole, kept) == pytest.approx(100 * 0.5 / 3)
+    assert average_increase(whole, kept) == pytest.approx(100 / 3)
 
 
 def test_losses__zero_where_all_is_right_and_finite_gradients(generator):
