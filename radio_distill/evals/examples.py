@@ -24,7 +24,7 @@ class ShownMaps:
 
     Both are of one size, by name as in ``datasets.LabelledImage.labels``: ``segmentation`` and
     ``parts`` ``[H, W]`` int64 (``metrics.IGNORED`` is no class), ``saliency`` and ``depth``
-    ``[H, W]``, ``normals`` ``[3, H, W]``.
+    ``[H, W]``, ``normals`` ``[3, H, W]``; and ``masks`` ``[H, W]`` int64, numbers of objects.
     """
 
     pixels: Tensor

@@ -30,6 +30,7 @@ from .datasets.redwood import Redwood, RgbdFrame
 from .demand import Demand, at_most
 from .depth_probes import square_around
 from .encoder import Encoder, to_pixels
+from .examples import Show, shown_matches, shown_of
 from .metrics.matching import ratio_matches
 from .protocol import file_names, protocol_of
 from .trained import read_pixels
@@ -98,15 +99,22 @@ class PosedMatching(ABC):
         encoder: Encoder,
         limit: int | None = None,
         progress: Callable[[int, int], None] | None = None,
+        show: Show | None = None,
     ) -> list[Score]:
         """Match the pairs; ``limit`` thins them out."""
-        pairs, processes = spread(self.pairs(), limit), current_world().world_size
+        pairs, world = spread(self.pairs(), limit), current_world()
+        near = self.pixels[len(self.pixels) // 2]
 
         def match(own: Sequence[tuple[Any, Any]]) -> Iterator[_Errors]:
+            shown = shown_of(len(own), show if world.is_main else None)
             for done, (first, second) in enumerate(own, start=1):
-                yield self._errors(encoder, self.view(first), self.view(second))
+                views = self.view(first), self.view(second)
+                errors, places = self._errors(encoder, *views)
+                if show is not None and done - 1 in shown:
+                    show(shown_matches([view.pixels for view in views], places, near))
+                yield errors
                 if progress is not None:
-                    progress(min(done * processes, len(pairs)), len(pairs))
+                    progress(min(done * world.world_size, len(pairs)), len(pairs))
 
         errors = share_out(pairs, match)
         if not sum(len(error.metres) for error in errors):
@@ -136,25 +144,37 @@ class PosedMatching(ABC):
         cells = prod(side // self.stride for side in size)
         return Demand(images=2 * pairs, passes={size: 2 * pairs}, products=pairs * cells**2)
 
-    def _errors(self, encoder: Encoder, first: View, second: View) -> _Errors:
-        features, points = [], []
+    def _errors(
+        self, encoder: Encoder, first: View, second: View
+    ) -> tuple[_Errors, tuple[Tensor, Tensor, Tensor]]:
+        """Match two views; return what is wrong, and (x, y) in pixels of the matches, ``[K, 2]``.
+
+        These are of the points in the first view, of the truth and of what was found in the second.
+        """
+        features, points, cells = [], [], []
         for view in (first, second):
             spatial = encoder(view.pixels[None]).spatial
             spatial = F.interpolate(spatial, view.points.shape[-2:], mode="bicubic")[0]
             known = view.points[2] > 0
             features.append(rearrange(spatial, "c h w -> h w c")[known.to(spatial.device)])
             points.append(rearrange(view.points, "c h w -> h w c")[known])
+            pixels = view.pixels.shape[-1] / known.shape[-1]  # from cell to cell
+            cells.append(pixels * (known.nonzero().flip(1) + 0.5))
         motion = second.pose @ first.pose.inverse()
         rotation = _angles(motion[:3, :3]).item()
         if min(map(len, points)) < 2:
-            return _Errors(torch.empty(0), torch.empty(0), rotation)
+            nowhere = torch.empty(0, 2)
+            return _Errors(nowhere[:, 0], nowhere[:, 0], rotation), (nowhere, nowhere, nowhere)
         matches = ratio_matches(features[0], features[1], self.most)
-        moved = points[0][matches.source.cpu()] @ motion[:3, :3].T + motion[:3, 3]
-        found = points[1][matches.target.cpu()]
+        source, target = matches.source.cpu(), matches.target.cpu()
+        moved = points[0][source] @ motion[:3, :3].T + motion[:3, 3]
+        found = points[1][target]
         shown = [
             second.focal * point[:, :2] / point[:, 2:].clamp_min(1e-9) for point in (moved, found)
         ]
-        return _Errors((moved - found).norm(dim=1), (shown[0] - shown[1]).norm(dim=1), rotation)
+        off, place = shown[0] - shown[1], cells[1][target]
+        errors = _Errors((moved - found).norm(dim=1), off.norm(dim=1), rotation)
+        return errors, (cells[0][source], place + off, place)
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,7 @@ from ..types import Score, Size
 from .datasets.coco import Coco, CocoImage, CocoObject
 from .demand import Demand, at_most
 from .encoder import Encoder, open_image
+from .examples import Show, ShownMaps, shown_of
 from .metrics.masks import mask_iou, mean_iou_by_area
 from .protocol import protocol_of
 
@@ -61,6 +62,7 @@ class SamCoco:
         encoder: Encoder,
         limit: int | None = None,
         progress: Callable[[int, int], None] | None = None,
+        show: Show | None = None,
     ) -> list[Score]:
         """Score the annotations of the images that have some; ``limit`` thins out the images.
 
@@ -74,17 +76,19 @@ class SamCoco:
             if item.area >= 1:
                 objects.setdefault(item.image, []).append(item)
         decoder = load_decoder(self.decoder, encoder.device)
-        images, processes = spread(list(objects), limit), current_world().world_size
+        images, world = spread(list(objects), limit), current_world()
 
         def ask(own: Sequence[CocoImage]) -> Iterator[list[float] | None]:
+            shown = shown_of(len(own), show if world.is_main else None)
             for done, image in enumerate(own, start=1):
-                found = self._ious(encoder, decoder, image, objects[image])
+                seen = show if done - 1 in shown else None
+                found = self._ious(encoder, decoder, image, objects[image], seen)
                 yield found
                 if found is None:
                     yield from [None] * (len(own) - done)
                     return
                 if progress is not None:
-                    progress(min(done * processes, len(images)), len(images))
+                    progress(min(done * world.world_size, len(images)), len(images))
 
         answers = [found for found in share_out(images, ask) if found is not None]
         if not answers:
@@ -109,6 +113,7 @@ class SamCoco:
         decoder: "Decoder",
         image: CocoImage,
         items: Sequence[CocoObject],
+        show: Show | None,
     ) -> list[float] | None:
         """Return the IoU of each annotation of an image; None for a map of another width."""
         opened = open_image(image.path)
@@ -120,7 +125,12 @@ class SamCoco:
             )  # fmt: skip
             return None
         masks = decoder(spatial, torch.tensor([_corners(item) for item in items]), opened.size)
-        ious: list[float] = mask_iou(masks, torch.stack([item.mask() for item in items])).tolist()
+        truth = torch.stack([item.mask() for item in items])
+        if show is not None:
+            pixels = torch.from_numpy(np.array(opened)).permute(2, 0, 1)
+            drawn = {"masks": numbered(truth, truth)}, {"masks": numbered(masks, truth)}
+            show(ShownMaps(pixels, *drawn))
+        ious: list[float] = mask_iou(masks, truth).tolist()
         return ious
 
     @torch.inference_mode()
@@ -235,6 +245,17 @@ def padded(image: Image.Image, side: int) -> Tensor:
     shown = torch.from_numpy(np.array(small)).permute(2, 0, 1).float() / 255
     pixels[:, : shown.shape[1], : shown.shape[2]] = shown
     return pixels[None]
+
+
+def numbered(masks: Tensor, truth: Tensor) -> Tensor:
+    """Return the numbers, from 1, of the masks ``[N, H, W]`` as a map, 0 for none.
+
+    Of several in one place it is the one that is smallest in ``truth``.
+    """
+    numbers = torch.zeros(masks.shape[1:], dtype=torch.long)
+    for index in truth.sum(dim=(1, 2)).argsort(descending=True).tolist():
+        numbers[masks[index]] = index + 1
+    return numbers
 
 
 def _corners(item: CocoObject) -> list[float]:

@@ -40,6 +40,10 @@ LEGEND = (
         "one colour each in all images; white is none",
     ),
     (
+        "masks",
+        "one colour for an object in prediction and truth; black is none",
+    ),
+    (
         "depth",
         "from near (blue) to far (red), in the range of the truth; grey is unknown",
     ),
@@ -84,7 +88,7 @@ def _fitted(image: Image.Image, resampling: Image.Resampling, side: int = SIDE) 
 
 def _painted(name: str, values: Tensor, truth: Tensor) -> Image.Image:
     """Paint a map as its name asks for; ``truth`` says in which range, and where it is known."""
-    if name in ("segmentation", "parts"):
+    if name in ("segmentation", "parts", "masks"):
         numbers = torch.where(values == IGNORED, 256, values % 256)
         colours = class_colours()[numbers.numpy()]
         return _fitted(Image.fromarray(colours), Image.Resampling.NEAREST)

@@ -67,6 +67,27 @@ def test_navi__colours_of_a_pattern_are_found_and_noise_is_not(hues, noise, obje
     assert by_chance["recall@1cm"] < 3
 
 
+def test_examples__show_where_the_matches_are_and_where_they_should_be(hues, objects, room):
+    """Colours name places, so ends of a line are of one colour, and of that of the truth."""
+    for benchmark in (NaviMatching(objects, 40, 1, every=1), RgbdMatching(room, size=40, stride=1)):
+        shown = []
+        benchmark.run(hues(1), 3, show=shown.append)
+        assert len(shown) == 3
+        for example in shown:
+            assert len(example.points) == len(example.truth) == len(example.found) > 5
+            start = colours_at(example.source, example.points)
+            for end in (example.found, example.truth):
+                off = (start - colours_at(example.target, end)).abs().amax(dim=1)
+                assert off.median() < 16
+            assert example.within == 25
+
+
+def colours_at(pixels, points):
+    height, width = pixels.shape[1:]
+    columns, rows = points.long().unbind(dim=1)
+    return pixels[:, rows.clamp(0, height - 1), columns.clamp(0, width - 1)].T.int()
+
+
 def test_navi__pairs_are_of_one_object_turned_and_the_same_every_time(objects):
     pairs = NaviMatching(objects, every=1).pairs()
     assert len(pairs) == len(Navi(Path(objects)).split("val")) == 10

@@ -103,6 +103,21 @@ def test_sam_coco__masks_that_are_right_are_at_the_top(coco, monkeypatch):
     assert SamCoco(coco).run(_encoder(), limit=1)[0].details == {"masks": 2}
 
 
+def test_sam_coco__shows_masks_of_which_the_smaller_lie_above(coco, monkeypatch):
+    monkeypatch.setattr(sam, "load_decoder", lambda *_: Boxes())
+    shown = []
+    SamCoco(coco).run(_encoder(), show=shown.append)
+    assert len(shown) == 2
+    for example in shown:
+        assert torch.equal(example.truth["masks"], example.prediction["masks"])
+        assert example.truth["masks"].shape == example.pixels.shape[1:]
+        assert example.truth["masks"].unique().tolist() == [0, 1, 2]
+    large = torch.ones(4, 4, dtype=torch.bool)
+    small = large & (torch.arange(4) < 2)
+    masks = torch.stack([small, large])
+    assert sam.numbered(masks, masks).tolist() == 4 * [[1, 1, 2, 2]]
+
+
 def test_sam_coco__an_untrained_decoder_is_far_from_it(coco, folder):
     scores = SamCoco(coco, folder).run(_encoder())
     assert scores[0].value < 50
