@@ -47,8 +47,6 @@ CATEGORIES: tuple[str, ...] = tuple(
     if name not in ("__background__", "N/A")
 )
 """The 80 of COCO 2017, in its order."""
-_SUREST = 0.5
-"""Boxes that are less sure are not drawn in an example."""
 
 
 class DetectionImage(NamedTuple):
@@ -179,14 +177,13 @@ class CocoDetection(TrainedBenchmark):
     def shown(
         self, pixels: Tensor, labels: Mapping[str, Tensor], outputs: Mapping[str, Tensor]
     ) -> ShownBoxes:
-        """Make an example of the boxes that are sure, and of the truth but crowds."""
+        """Make an example of the truth but crowds, and of as many boxes, the surest."""
         size = _sizes(labels["image"])
         height, width = self._size_in_crop(size)
         into = torch.tensor([width / size[1], height / size[0]]).repeat(2)
-        found = self._found(outputs["objects"], labels["image"]).cpu()
-        found = found[found[:, 5] > _SUREST]
         truth = labels["objects"].cpu()
         truth = truth[truth[:, 6] == 0]
+        found = self._found(outputs["objects"], labels["image"]).cpu()[: len(truth)]
         return ShownBoxes(
             pixels[:, :height, :width].cpu(),
             truth=truth[:, 1:5].float() * into,
@@ -213,7 +210,10 @@ class CocoDetection(TrainedBenchmark):
         return vision.resize(pixels, [height, width], antialias=True), image.objects[:, 1:5] * by
 
     def _found(self, output: Tensor, about: Tensor) -> Tensor:
-        """Return what is found in an image, ``[N, 6]`` class, box in its own pixels, score."""
+        """Return what is found in an image, ``[N, 6]`` class, box in its own pixels, score.
+
+        The surest come first.
+        """
         size = _sizes(about)
         height, width = self._size_in_crop(size)
         cells = cells_of(self.crop, output.device)

@@ -58,7 +58,7 @@ LEGEND = (
     ),
     (
         "boxes",
-        "predicted (left) and true (right), one colour for each kind of object",
+        "true ones on the right, as many of the surest on the left; in an image, one colour a kind",
     ),
 )
 """Names and texts, for a page that shows examples."""

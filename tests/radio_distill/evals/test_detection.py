@@ -88,6 +88,21 @@ def output_of(probe: CocoDetection, objects: torch.Tensor) -> torch.Tensor:
     return output
 
 
+def test_shown__are_the_true_boxes_and_those_that_were_found(coco):
+    probe = benchmark(coco, crop=(96, 40))
+    example = probe.test_example(probe.images()[1][0])
+    objects = example.labels["objects"].clone()
+    objects[:, 1:5] *= 40 / 64
+    found = output_of(probe, objects)
+    shown = probe.shown(example.pixels, example.labels, {"objects": found})
+    assert shown.pixels.shape == (3, 30, 40), "without what fills up the crop"
+    order = [shown.prediction_names.index(name) for name in shown.truth_names]
+    if len(set(shown.truth_names)) == 2:
+        torch.testing.assert_close(shown.prediction[order], shown.truth, atol=1e-4, rtol=0)
+    torch.testing.assert_close(shown.truth, objects[:, 1:5].float())
+    assert sorted(shown.prediction_names) == sorted(shown.truth_names)
+
+
 @pytest.mark.parametrize("crop", [(64, 64), (96, 40), (512, 512)])
 def test_measure__the_boxes_of_the_truth_are_at_1_and_moved_ones_are_not(coco, crop):
     probe = replace(benchmark(coco), crop=crop)
