@@ -11,7 +11,7 @@ blur and nothing else, so upsamplers of one encoder have one judge.
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -22,8 +22,10 @@ from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as vision
 
 from ..data.folder import labelled_images, spread
-from ..types import Score, Size
-from .encoder import Encoder, encode_images, to_pixels
+from ..system.distributed import current_world, share_out
+from ..types import Features, Score, Size
+from .demand import Demand, at_most
+from .encoder import Encoder, encode_shared, to_pixels
 from .knn import Labelled, thin_out
 from .metrics.cam import average_drop, average_increase
 from .probes import LinearProbe
@@ -75,6 +77,17 @@ class ClassActivation:
     name: ClassVar[str] = "cam"
     sources: ClassVar[dict[str, str]] = {"folder": "labels", "size": "size"}
 
+    def demand(self, parts: Mapping[str, int], limit: int | None = None) -> Demand:
+        """Count the images of both splits, as if the classifier got all right."""
+        train, val = (at_most(parts[split], limit) for split in ("train", "val"))
+        train, val = min(train, self.training_images), min(val, self.most)
+        return Demand(
+            images=train + val,
+            passes={(self.size, self.size): train + 3 * val},
+            batch=self.batch_size,
+            reads=train + 2 * val,
+        )
+
     def run(
         self,
         encoder: Encoder,
@@ -83,33 +96,36 @@ class ClassActivation:
     ) -> list[Score]:
         """Train the classifier, and ask it of whole and of blurred images.
 
-        ``limit`` thins out each split; progress counts the images of both, ``val`` twice.
+        ``limit`` thins out each split; progress counts the images of both, ``val`` twice. All
+        processes of a run may call together: they share the images.
         """
         train, val, names = labelled_images(self.folder)
         train, val = thin_out(train, val, limit)
         train = spread(train, self.training_images)
-        total = len(train) + 2 * len(val)
+        total, world = len(train) + 2 * len(val), current_world()
 
         def report(done: int) -> None:
             if progress is not None:
-                progress(done, total)
+                progress(min(done, total), total)
 
         size = encoder.nearest_size((self.size, self.size))
         judge = self._judge(encoder, size, train, len(names), report)
         right = self._right(judge, val, lambda done: report(len(train) + done))
-        found: dict[str, list[Tensor]] = {}
-        for start in range(0, len(right), self.batch_size):
-            some = right[start : start + self.batch_size]
-            for kind, confidence in self._confidences(encoder, judge, size, some).items():
-                found.setdefault(kind, []).append(confidence)
-            report(len(train) + len(val) + start + len(some))
+
+        def ask(own: Sequence[Sequence[Labelled]]) -> Iterator[dict[str, Tensor]]:
+            done = len(train) + len(val)
+            for some in own:
+                yield self._confidences(encoder, judge, size, some)
+                report(done := done + world.world_size * len(some))
+
+        found = share_out(_in_batches(right, self.batch_size), ask)
         report(total)
         if not right:
             logger.warning("%s: %s gets no image right, no score", self.name, encoder.name)
             return []
         used = [file_names(path for path, _ in split) for split in (train, val)]
         protocol = protocol_of(self, train=used[0], val=used[1])
-        whole, *kept = (torch.cat(answers) for answers in found.values())
+        whole, *kept = (torch.cat([batch[kind] for batch in found]) for kind in found[0])
         return [
             Score(
                 self.name, metric + kind, value, "%", higher, "CAM", len(right),
@@ -125,7 +141,7 @@ class ClassActivation:
     def _confidences(
         self, encoder: Encoder, judge: _Judge, size: Size, images: Sequence[Labelled]
     ) -> dict[str, Tensor]:
-        """Return how sure the classifier is of each image, ``[B]`` float32.
+        """Return how sure the classifier is of each image, ``[B]`` on the CPU.
 
         Of the whole image; of the one that the encoder's map leaves over; behind an upsampler, of
         the one that the coarse map leaves over.
@@ -159,27 +175,33 @@ class ClassActivation:
         factor = encoder.size_multiple // coarse.size_multiple
         size = (size[0] // factor, size[1] // factor)
         paths, labels = [path for path, _ in images], torch.tensor([label for _, label in images])
-        batches = encode_images(coarse, paths, size, self.batch_size, lambda done, _: report(done))
-        pooled = torch.cat([_pooled(batch.spatial).cpu() for batch in batches])
-        probe = LinearProbe(num_classes).fit(pooled, labels[:, None, None], coarse.device)
+        pooled = encode_shared(
+            coarse, paths, size, lambda features: _pooled(features.spatial), self.batch_size,
+            lambda done, _: report(done),
+        )  # fmt: skip
+        probe = LinearProbe(num_classes).fit(
+            torch.cat(pooled), labels[:, None, None], coarse.device
+        )
         return _Judge(coarse, size, probe)
 
     def _right(
         self, judge: _Judge, val: Sequence[Labelled], report: Callable[[int], None]
     ) -> list[Labelled]:
         """Draw images that the classifier gets right."""
+
+        def answer(features: Features) -> Tensor:
+            return judge.confidence(features.spatial).argmax(dim=1)
+
         order = torch.randperm(len(val), generator=torch.Generator().manual_seed(self.seed))
-        drawn, right = [val[index] for index in order.tolist()], list[Labelled]()
-        for start in range(0, len(drawn), self.batch_size):
-            some = drawn[start : start + self.batch_size]
-            pixels = torch.stack([to_pixels(path, judge.size) for path, _ in some])
-            answers = judge.confidence(judge.spatial(pixels)).argmax(dim=1).tolist()
-            right += [
-                image for image, answer in zip(some, answers, strict=True) if image[1] == answer
-            ]
+        right: list[Labelled] = []
+        for some in _in_batches([val[index] for index in order.tolist()], self.most):
+            paths = [path for path, _ in some]
+            answers = encode_shared(judge.encoder, paths, judge.size, answer, self.batch_size)
+            given = torch.cat(answers).tolist()
+            right += [image for image, one in zip(some, given, strict=True) if image[1] == one]
             if len(right) >= self.most:
                 break
-            report(start + len(some))
+        report(len(val))
         return right[: self.most]
 
 
@@ -208,6 +230,10 @@ def keep_most_active(pixels: Tensor, activation: Tensor, share: float, blur: flo
     side = 2 * min(math.ceil(3 * deviation), height - 1, width - 1) + 1
     blurred = vision.gaussian_blur(pixels, [side, side], [deviation, deviation])
     return pixels.where(stays.reshape(-1, 1, height, width), blurred)
+
+
+def _in_batches(images: Sequence[Labelled], size: int) -> list[Sequence[Labelled]]:
+    return [images[first : first + size] for first in range(0, len(images), size)]
 
 
 def _pooled(spatial: Tensor) -> Tensor:

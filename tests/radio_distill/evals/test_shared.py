@@ -19,13 +19,14 @@ from radio_distill.system.distributed import share_out
 from radio_distill.types import Features
 
 BENCHMARKS = (
-    "agreement", "correspondence", "fidelity", "imagenet_knn", "navi_correspondence",
-    "rgbd_correspondence", "segmentation", "spair",
+    "agreement", "correspondence", "fidelity", "imagenet_cam", "imagenet_knn",
+    "navi_correspondence", "rgbd_correspondence", "segmentation", "spair",
 )  # fmt: skip
 OPTIONS = {
     "agreement": {"scales": [1.0, 2.0], "batch_size": 2},
     "correspondence": {"query_stride": 8},
     "fidelity": {"batch_size": 2},
+    "imagenet_cam": {"batch_size": 2},
     "imagenet_knn": {"k": 2, "batch_size": 3},
     "navi_correspondence": {"size": 40, "every": 2},
     "rgbd_correspondence": {"size": 40},
