@@ -26,8 +26,10 @@ _BLOCK = {"cpu": 1 << 21, "cuda": 1 << 27}
 _START_POINTS = 16
 """Points for each cluster among which k-means++ looks for its start."""
 _ROUNDS = 10  # of resampling, at each level but the first
-_FIRST, _NEXT, _FEWEST = 50, 10, 10
-"""Images a cluster of the first level, clusters a cluster above, and clusters of the highest."""
+_FINEST, _FULLEST = 5, 50
+"""Images of a cluster of the first level, of few images and of many."""
+_FEW = 10_000  # clusters
+_NEXT, _LEAST = 10, 1000  # clusters in one of the level above, and at least there
 
 
 @dataclass(frozen=True)
@@ -48,9 +50,14 @@ class Clusters:
 
 
 def level_sizes(num_images: int) -> tuple[int, ...]:
-    """Return how many clusters each level has where nobody says: 1/50 of the images, then 1/10."""
-    sizes = [max(1, num_images // _FIRST)]
-    while sizes[-1] // _NEXT >= _FEWEST:
+    """Return how many clusters each level has where nobody says.
+
+    The first has one for 50 images, as the published ones, but for few images one for 5, at most
+    10,000; each level above a tenth, but none less than 1,000. A level with fewer clusters than
+    there are kinds of images makes them less even than chance does.
+    """
+    sizes = [max(1, num_images // _FULLEST, min(num_images // _FINEST, _FEW))]
+    while sizes[-1] // _NEXT >= _LEAST:
         sizes.append(sizes[-1] // _NEXT)
     return tuple(sizes)
 

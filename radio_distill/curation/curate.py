@@ -52,7 +52,7 @@ class Settings:
     images: float = 0
     """Images to draw; below 1 a share of those without duplicates; 0 for all of them."""
     clusters: tuple[int, ...] = ()
-    """Of each level, the lowest first; empty for a fiftieth of the images, a tenth of that, …"""
+    """Of each level, the lowest first; empty for those of ``level_sizes``."""
     seed: int = 0
 
 

@@ -5,13 +5,14 @@
       --against imagenet /data/imagenet --against images data/images_held_out
     radio-distill train birds --data.curation curated/curation.jsonl
 
-Out go, in this order: images that cannot be decoded; those that are alike to images of evaluation
-sets (--against), with all that are alike to them; of each group of near-duplicates all but the one
-with most pixels; and with --images what is too much of one thing, by hierarchical k-means and
-sampling that is balanced over its clusters. The shards stay as they are.
+Images are alike by the cosine of their summaries, less what all have in common. Out go, in this
+order: images that cannot be decoded; those that are alike to images of evaluation sets (--against),
+with all that are alike to them; of each group of near-duplicates all but the one with most pixels;
+and with --images what is too much of one thing, by hierarchical k-means and sampling that is
+balanced over its clusters. The shards stay as they are.
 
 Writes curation.jsonl for the field data.curation, left_out.csv with what each copy and each leak is
-alike to, and index.html with clusters and pairs to look at: thresholds depend on the teacher, so
+alike to, and index.html with clusters and pairs to look at: what is a copy depends on the use, so
 look. Summaries are kept in the output folder; a command that was stopped, or is asked with another
 threshold or number, goes on from there. Several processes
 (torchrun --nproc-per-node 8 -m stages.cli curate …) share the shards out. Fields of the sections
@@ -78,7 +79,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add(
         "--clusters", type=int, nargs="+", default=[], metavar="K",
-        help="of each level, the lowest first (default: a fiftieth of the images, a tenth, …)",
+        help="of each level, the lowest first (default: a fifth of the images up to 10,000, or a "
+        "fiftieth where that is more; then tenths, down to 1,000)",
     )  # fmt: skip
     add(
         "--against", nargs=2, action="append", default=[], metavar=("NAME", "PATH"),
@@ -151,7 +153,7 @@ class _Request:
 def _choose(request: _Request) -> None:
     """Judge every image, write the files, print the numbers."""
     from radio_distill.curation.curate import curate
-    from radio_distill.curation.summaries import read_summaries
+    from radio_distill.curation.summaries import read_summaries, without_mean
     from radio_distill.data.curation import write_curation
     from radio_distill.evals.encoder import open_image
     from radio_distill.report.curation import balance_table, counts_table, write_curation_page
@@ -159,8 +161,10 @@ def _choose(request: _Request) -> None:
 
     output, shards, facts = request.arguments.output, request.shards, request.facts
     tested = [image for _, images in request.sets for image in images]
-    vectors = _summaries_of_tested(request, tested) if tested else None
     summaries = read_summaries(shards, request.summaries)
+    vectors = None
+    if tested:
+        vectors = without_mean(_summaries_of_tested(request, tested), summaries.mean)
     curated = curate(summaries, vectors, request.settings, request.device, output / "work")
     if not curated.kept.any():
         raise ConfigError("curate: no image is left; look at --duplicates, --leaks and --against")

@@ -152,7 +152,7 @@ def bad_shard(tmp_path: Path) -> Path:
     ],
 )
 def test_curate__errors_are_one_line(words, text, shards, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(duplicates, "MOST_PAIRS", 2)
+    monkeypatch.setattr(duplicates, "MOST_PAIRS", 1)
     assert curate(shards, tmp_path / "out", *words) != 0
     assert text in one_line(capsys)
 

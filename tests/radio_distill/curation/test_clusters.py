@@ -123,6 +123,11 @@ def test_hierarchy__is_a_function_of_the_seed(points):
 
 
 def test_level_sizes():
-    assert level_sizes(30) == (1,)
-    assert level_sizes(1200) == (24,)
-    assert level_sizes(1_000_000) == (20_000, 2_000, 200, 20)
+    sizes = {
+        1: (1,),
+        30: (6,),
+        1200: (240,),
+        100_000: (10_000, 1_000),
+        10_000_000: (200_000, 20_000, 2_000),
+    }
+    assert {number: level_sizes(number) for number in sizes} == sizes

@@ -16,7 +16,7 @@ OFF = 2.0
 def summaries_of(vectors: torch.Tensor, pixels: np.ndarray | None = None) -> Summaries:
     pixels = np.full(len(vectors), 100) if pixels is None else pixels
     vectors = F.normalize(vectors, dim=1) * torch.from_numpy(pixels > 0)[:, None]
-    return Summaries(vectors.half(), pixels, "digest")
+    return Summaries(vectors.half(), pixels, torch.zeros(vectors.shape[1]), "digest")
 
 
 @pytest.fixture
@@ -65,7 +65,8 @@ def test_verdicts(tmp_path):
 
 def test_a_share_is_of_what_is_left_without_copies(tail, tmp_path):
     summaries, _ = tail
-    twice = Summaries(summaries.vectors.repeat(2, 1), np.tile(summaries.pixels, 2), "twice")
+    vectors, pixels = summaries.vectors.repeat(2, 1), np.tile(summaries.pixels, 2)
+    twice = Summaries(vectors, pixels, summaries.mean, "twice")
     settings = Settings(duplicates=0.99999, leaks=OFF, images=0.5)
     curated = curate(twice, None, settings, CPU, tmp_path)
     left = len(curated.candidates)
