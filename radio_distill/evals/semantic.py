@@ -1,10 +1,13 @@
 """Linear probes for semantic segmentation as RADIO trains them: ADE20K and VOC.
 
-Images fit in 2048 x 512 pixels times a random scale and are cropped to 512 x 512; a test image
-has a shorter side of 512, its logits are resized to the size of its labels. mmsegmentation's recipe
-(RADIO's configurations and their rates; FeatSharp, arXiv 2502.16025, table 2, Dense).
+Images fit in 2048 x 512 pixels times a random scale and are cropped to 512 x 512; a test image has
+a shorter side of 512, is seen in windows of 512 x 512 that overlap by a third, and the mean of
+their logits is resized to the size of its labels. mmsegmentation's recipe (RADIO's configurations
+and their rates; AM-RADIO, arXiv 2312.06709, slides, its configurations show images whole;
+FeatSharp, arXiv 2502.16025, table 2, Dense).
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +21,21 @@ from torch.nn import functional as F
 from ..types import Score, Size
 from .augmentation import Augmentation, resized
 from .datasets import DATASETS
+from .encoder import Encoder
 from .metrics.segmentation import IGNORED, Confusion, mean_iou, num_shown
 from .probe_heads import Linear
-from .probe_training import Example
+from .probe_training import Example, Heads
 from .trained import Meters, TrainedBenchmark, read_pixels
+
+Window = tuple[range, range]
+"""Rows and columns."""
+
+
+def ranges(side: int, window: int, step: int) -> list[range]:
+    """Return windows that cover a side, ``step`` apart; the last ends where the side does."""
+    count = -(-(side - window) // step) + 1
+    starts = [min(number * step, side - window) for number in range(count)]
+    return [range(start, start + window) for start in starts]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +44,10 @@ class SemanticProbe(TrainedBenchmark):
 
     fit: Size = (2048, 512)
     """Longer and shorter side that images are made to fit in, in pixels."""
+
+    slide: float = 2 / 3
+    """Share of a window, which is as large as the crop, after which the next one of a test image
+    begins; 0 shows images whole."""
 
     group: ClassVar[str] = "Dense"
     head: ClassVar[str] = "linear"
@@ -52,7 +70,30 @@ class SemanticProbe(TrainedBenchmark):
 
     def test_views(self) -> dict[Size, int]:
         """Take photographs to be 4:3."""
-        return {(min(self.fit), min(max(self.fit), min(self.fit) * 4 // 3)): 1}
+        size = min(self.fit), min(max(self.fit), min(self.fit) * 4 // 3)
+        return dict(Counter((len(rows), len(columns)) for rows, columns in self.windows(size)))
+
+    def windows(self, size: Size) -> list[Window]:
+        """Return the rows and columns of the windows of a test image, from the upper left."""
+        if not self.slide:
+            return [(range(size[0]), range(size[1]))]
+        sides = [
+            ranges(side, min(side, window), max(int(window * self.slide), 1))
+            for side, window in zip(size, self.crop, strict=True)
+        ]
+        return [(rows, columns) for rows in sides[0] for columns in sides[1]]
+
+    def predict(self, encoder: Encoder, heads: Heads, pixels: Tensor) -> dict[str, Tensor]:
+        """Return the mean of the logits of all windows that show a pixel."""
+        height, width = pixels.shape[-2:]
+        sums = counts = torch.zeros((), device=encoder.device)
+        for rows, columns in self.windows((height, width)):
+            window = pixels[:, rows.start : rows.stop, columns.start : columns.stop]
+            logits = TrainedBenchmark.predict(self, encoder, heads, window)["segmentation"]
+            around = (columns.start, width - columns.stop, rows.start, height - rows.stop)
+            sums = sums + F.pad(logits, around)
+            counts = counts + F.pad(torch.ones_like(logits[:, :1]), around)
+        return {"segmentation": sums / counts}
 
     def heads(self, channels: Sequence[int]) -> dict[str, nn.Module]:
         """Make the linear head."""
