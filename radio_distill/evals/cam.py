@@ -88,13 +88,6 @@ class ClassActivation:
             reads=train + 2 * val,
         )
 
-    def demand(self, parts: Mapping[str, int], limit: int | None = None) -> Demand:
-        """Count the images of both splits, and each of ``val`` twice more if it is right."""
-        train, val = (at_most(parts[split], limit) for split in ("train", "val"))
-        train, right = min(train, self.training_images), min(val, self.most)
-        passes = {(self.size, self.size): train + val + 2 * right}
-        return Demand(images=train + val, passes=passes, batch=self.batch_size)
-
     def run(
         self,
         encoder: Encoder,
