@@ -12,6 +12,7 @@ from .options import TEACHERS
 from .sources import SOURCES
 
 _FAMILIES = (
+    "eupe",  # whose names in timm say dinov3 too
     "dinov3",
     "dinov2",
     "dino",

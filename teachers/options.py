@@ -42,6 +42,9 @@ def _is_triple(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and len(value) == 3 and all(map(_is_number, value))
 
 
+SUMMARIES = ("token", "pool", "token_and_mean", "none")
+"""Where a model of timm's may take its summary from."""
+
 Kind = tuple[str, Callable[[Any], bool]]
 
 _NAME: Kind = ("a name", lambda value: isinstance(value, str))
@@ -53,6 +56,7 @@ _KINDS: dict[str, Kind] = {
     "std": ("three numbers above 0", lambda v: _is_triple(v) and min(v) > 0),
     "fixed_size": ("true or false", lambda value: isinstance(value, bool)),
     **dict.fromkeys(("blocks", "stage"), ("a whole number", _is_whole)),
+    "summary": (", ".join(SUMMARIES), lambda value: value in SUMMARIES),
     **dict.fromkeys(("config", "create"), ("a mapping", lambda v: isinstance(v, Mapping))),
 }
 """Options of the project's own sources: what each is, and whether a value can be that."""

@@ -5,7 +5,8 @@ can be listed at once. Sizes, channels and normalisation of every preset are the
 test compares them. Where a paper names a family but no checkpoint, the choice is marked "our choice".
 
 The encoders of FeatSharp (arXiv 2502.16025, section 4.2 and Table 1), AM-RADIO (arXiv 2312.06709)
-and C-RADIOv4 (arXiv 2601.17237) are here; any other is reached through a source by its own name:
+and C-RADIOv4 (arXiv 2601.17237) are here, the other sizes of their families, and what has been
+published since; any other is reached through a source by its own name:
 ``preset: timm, options: {model: vit_base_patch16_224.augreg_in21k}``.
 """
 
@@ -126,6 +127,127 @@ FULL_SIZE = {
         licence="apache-2.0", weights="hub: timm/vit_large_patch16_224.augreg_in21k_ft_in1k"),
 }  # fmt: skip
 
+
+def _timm(model: str, patch_size: int, native_size: int, channels: int, **values: Any) -> Preset:
+    """Return a model of timm's whose weights lie in timm's part of the hub."""
+    usual = {"summary_channels": channels, "summary": "class token", "mean": IMAGENET_MEAN, "std": IMAGENET_STD,
+             "weights": f"hub: timm/{model}"}  # fmt: skip
+    return Preset(source="timm", model=model, patch_size=patch_size, native_size=native_size, channels=channels,
+                  **{**usual, **values})  # fmt: skip
+
+
+def _siglip2(size: str, patch_size: int, native_size: int, channels: int, text: str) -> Preset:
+    return _timm(f"vit_{size}_patch{patch_size}_siglip_{native_size}.v2_webli", patch_size, native_size, channels, mean=HALF, std=HALF,
+                 summary="attention-pooled patch tokens, the space shared with text", licence="apache-2.0",
+                 text=f"ViT-{text}/webli")  # fmt: skip
+
+
+def _pe_core(size: str, patch_size: int, native_size: int, channels: int, embedding: int, text: str) -> Preset:  # fmt: skip
+    # The class token is an input of the pooling, whose projection is the space shared with text.
+    return _timm(f"vit_pe_core_{size}_patch{patch_size}_{native_size}.fb", patch_size, native_size, channels, mean=HALF, std=HALF,
+                 summary_channels=embedding, summary="attention-pooled, projected into the space shared with text",
+                 licence="apache-2.0", text=f"PE-Core-{text}/meta",
+                 arguments={"summary": "pool", "create": {"num_classes": embedding}})  # fmt: skip
+
+
+def _pe_spatial(size: str, patch_size: int, native_size: int, channels: int) -> Preset:
+    # Trained for its map alone: its class token means nothing.
+    return _timm(f"vit_pe_spatial_{size}_patch{patch_size}_{native_size}.fb", patch_size, native_size, channels, mean=HALF, std=HALF,
+                 summary_channels=None, summary="", licence="apache-2.0", arguments={"summary": "none"})  # fmt: skip
+
+
+def _sam2(size: str, native_size: int, channels: int) -> Preset:
+    # Which of its maps is our choice: that of 16 px, before the neck, as of SAM. Its windows need
+    # multiples of 32 px, which is not its stride: it is shown one size.
+    return _timm(f"sam2_hiera_{size}.fb_r{native_size}_2pt1", 16, native_size, channels, summary_channels=None, summary="",
+                 fixed_size=True, licence="apache-2.0", arguments={"stage": -2, "summary": "none"})  # fmt: skip
+
+
+def _c_radio(model: str, width: int, depth: int, heads: int, summaries: int, **more: Any) -> Preset:
+    # Its SAM has a token and no summary. The configuration is for planning, as of RADIOv2.5 above.
+    config = {"model_type": "radio", "hidden_size": width, "num_hidden_layers": depth, "num_attention_heads": heads,
+              "num_cls_tokens": summaries + 1, "num_registers": 7 if model.startswith("v4") else 4,
+              "summary_idxs": list(range(summaries)), **more}  # fmt: skip
+    return Preset(source="radio", model=f"nvidia/C-RADIO{model}", patch_size=16, native_size=512, channels=width,
+                  summary_channels=summaries * width, mean=CLIP_MEAN, std=CLIP_STD, max_size=2048,
+                  summary="class tokens of its teachers that have a summary, side by side",
+                  licence="nvidia-open-model-license", weights=f"hub: nvidia/C-RADIO{model}, or a torch.hub checkpoint",
+                  arguments={"config": config})  # fmt: skip
+
+
+def _pathology(hub: str, model: str, channels: int, create: Mapping[str, Any], **values: Any) -> Preset:  # fmt: skip
+    arguments = {"place": f"hf-hub:{hub}", "create": {"img_size": 224, **create}, **values.pop("arguments", {})}  # fmt: skip
+    return _timm(model, 14, 224, channels, weights=f"hub: {hub} (access on request)", arguments=arguments, **values)  # fmt: skip
+
+
+_DINOV3 = {"licence": "dinov3-license"}
+_SATELLITE = {"mean": (0.43, 0.411, 0.296), "std": (0.213, 0.156, 0.143), **_DINOV3}
+_EUPE = {"licence": "fair-noncommercial-research-license"}
+_MEAN_AND_NORM = {"summary": "mean of the last map, normed"}
+_TIPS = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0), "licence": "apache-2.0"}
+_OPTIMUS = {"mean": (0.707223, 0.578729, 0.703617), "std": (0.211883, 0.230117, 0.177517)}
+_NON_COMMERCIAL = {"licence": "cc-by-nc-nd-4.0"}
+
+FAMILIES = {
+    **{f"dinov2_{key}": _timm(f"vit_{size}_patch14_dinov2.lvd142m", 14, 518, channels, licence="apache-2.0")
+       for key, size, channels in (("s", "small", 384), ("b", "base", 768))},
+    **{f"dinov2_{key}_reg": _timm(f"vit_{size}_patch14_reg4_dinov2.lvd142m", 14, 518, channels, licence="apache-2.0")
+       for key, size, channels in (("s", "small", 384), ("b", "base", 768))},
+    **{f"dinov3_{key}": _timm(f"vit_{size}_patch16_dinov3.lvd1689m", 16, 256, channels, **_DINOV3)
+       for key, size, channels in (("s", "small", 384), ("s_plus", "small_plus", 384), ("b", "base", 768))},
+    **{f"dinov3_{key}_sat": _timm(f"vit_{size}_patch16_dinov3.sat493m", 16, 256, channels, **_SATELLITE)
+       for key, size, channels in (("l", "large", 1024), ("7b", "7b", 4096))},
+    **{f"dinov3_convnext_{key}": _timm(f"convnext_{size}.dinov3_lvd1689m", 32, 224, channels, **_DINOV3, **_MEAN_AND_NORM)
+       for key, size, channels in (("t", "tiny", 768), ("s", "small", 768), ("b", "base", 1024), ("l", "large", 1536))},
+    **{f"eupe_{key}": _timm(f"vit_{size}_patch16_dinov3_qkvb.eupe_lvd1689m", 16, 256, channels, **_EUPE)
+       for key, size, channels in (("t", "tiny", 192), ("s", "small", 384), ("b", "base", 768))},
+    **{f"eupe_convnext_{key}": _timm(f"convnext_{size}.eupe_lvd1689m", 32, 256, channels, **_EUPE, **_MEAN_AND_NORM)
+       for key, size, channels in (("t", "tiny", 768), ("s", "small", 768), ("b", "base", 1024))},
+    **{f"tipsv2_{key}": _timm(f"vit_{size}_patch14_reg1_tipsv2.webli", 14, 448, channels, **_TIPS)
+       for key, size, channels in (("b", "base", 768), ("l", "large", 1024), ("so400m", "so400m", 1152), ("g", "giant", 1536))},
+    **{f"siglip2_b_{side}": _siglip2("base", 16, side, 768, text) for side, text in
+       ((224, "B-16-SigLIP2"), (256, "B-16-SigLIP2-256"), (384, "B-16-SigLIP2-384"), (512, "B-16-SigLIP2-512"))},
+    "siglip2_b32_256": _siglip2("base", 32, 256, 768, "B-32-SigLIP2-256"),
+    **{f"siglip2_l_{side}": _siglip2("large", 16, side, 1024, f"L-16-SigLIP2-{side}") for side in (256, 384, 512)},
+    "siglip2_so400m14_224": _siglip2("so400m", 14, 224, 1152, "SO400M-14-SigLIP2"),
+    "siglip2_so400m14_378": _siglip2("so400m", 14, 378, 1152, "SO400M-14-SigLIP2-378"),
+    **{f"siglip2_so400m_{side}": _siglip2("so400m", 16, side, 1152, f"SO400M-16-SigLIP2-{side}") for side in (256, 384)},
+    "siglip2_g_256": _siglip2("giantopt", 16, 256, 1536, "gopt-16-SigLIP2-256"),
+    "pe_core_t": _pe_core("tiny", 16, 384, 192, 512, "T-16-384"),
+    "pe_core_s": _pe_core("small", 16, 384, 384, 512, "S-16-384"),
+    "pe_core_b": _pe_core("base", 16, 224, 768, 1024, "B-16"),
+    "pe_core_l": _pe_core("large", 14, 336, 1024, 1024, "L-14-336"),
+    "pe_core_g": _pe_core("gigantic", 14, 448, 1536, 1280, "bigG-14-448"),
+    "pe_spatial_t": _pe_spatial("tiny", 16, 512, 192),
+    "pe_spatial_s": _pe_spatial("small", 16, 512, 384),
+    "pe_spatial_b": _pe_spatial("base", 16, 512, 768),
+    "pe_spatial_l": _pe_spatial("large", 14, 448, 1024),
+    "pe_spatial_g": _pe_spatial("gigantic", 14, 448, 1536),
+    **{f"aimv2_{key}_{side}": _timm(f"aimv2_{size}_patch14_{side}.apple_pt", 14, side, channels, mean=CLIP_MEAN, std=CLIP_STD,
+                                    summary="mean of the patch tokens", licence="apple-ascl")
+       for key, size, channels in (("l", "large", 1024), ("h", "huge", 1536), ("1b", "1b", 2048), ("3b", "3b", 3072))
+       for side in (224, 336, 448)},
+    "sam2_1_t": _sam2("tiny", 896, 384),
+    "sam2_1_s": _sam2("small", 896, 384),
+    "sam2_1_b_plus": _sam2("base_plus", 896, 448),
+    "sam2_1_l": _sam2("large", 1024, 576),
+    "c_radio_v3_b": _c_radio("v3-B", 768, 12, 12, 3),
+    "c_radio_v3_l": _c_radio("v3-L", 1024, 24, 16, 3),
+    "c_radio_v3_h": _c_radio("v3-H", 1280, 32, 16, 3),
+    "c_radio_v3_g": _c_radio("v3-g", 1536, 40, 24, 3),
+    "c_radio_v4_so400m": _c_radio("v4-SO400M", 1152, 27, 16, 2, mlp_ratio=4304 / 1152),
+    "c_radio_v4_h": _c_radio("v4-H", 1280, 32, 16, 2),
+    # Of these no library knows more than the hub's folder says; the arguments are those of the model cards.
+    "uni2_h": _pathology("MahmoodLab/UNI2-h", "vit_giant_patch14_reg4_dinov2", 1536, {"depth": 24, "reg_tokens": 8}, **_NON_COMMERCIAL),
+    "virchow2": _pathology(
+        "paige-ai/Virchow2", "vit_huge_patch14_224", 1280,
+        {"reg_tokens": 4, "init_values": 1e-5, "mlp_ratio": 5.3375, "mlp_layer": "SwiGLUPacked", "act_layer": "silu"},
+        summary_channels=2560, summary="class token and mean of the patch tokens, side by side",
+        arguments={"summary": "token_and_mean"}, **_NON_COMMERCIAL),
+    "h_optimus_0": _pathology("bioptimus/H-optimus-0", "vit_giant_patch14_reg4_dinov2", 1536, {}, licence="apache-2.0", **_OPTIMUS),
+    "h_optimus_1": _pathology("bioptimus/H-optimus-1", "vit_giant_patch14_reg4_dinov2", 1536, {}, **_NON_COMMERCIAL, **_OPTIMUS),
+}  # fmt: skip
+
 PACKAGED = {
     "vits14_packaged": _dino(  # its last block was bent to saliency: 1-NN over 20 Caltech-101 classes
         # 0.83 from block 11 and 0.69 from block 12 (measured, 10 images a class)
@@ -198,7 +320,7 @@ GENERIC = {
     "student": Preset(source="student", arguments={"head": ""}),
 }
 
-PRESETS: dict[str, Preset] = {**FULL_SIZE, **PACKAGED, **TINY, **GENERIC}
+PRESETS: dict[str, Preset] = {**FULL_SIZE, **FAMILIES, **PACKAGED, **TINY, **GENERIC}
 
 
 def __getattr__(name: str) -> Preset:

@@ -3,7 +3,8 @@
 A transformer is built with ``dynamic_img_size``, so its position table is resampled for any size
 that the patch divides (bicubic with antialiasing; DINOv2's own code has none, so off the native
 size its features differ a little). The summary is the class token where there is one, else what the
-model itself pools, by attention or mean; SAM's encoder has none.
+model itself pools, by attention or mean, unless ``options.summary`` says otherwise; SAM's encoder
+has none.
 """
 
 import logging
@@ -15,6 +16,7 @@ from math import isqrt
 from pathlib import Path
 from typing import Any
 
+import torch
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -32,6 +34,7 @@ logger = logging.getLogger(__name__)
 ARGUMENTS = {
     "blocks": "number of transformer blocks to run, from the first; 0 for all",
     "stage": "index of the stage whose map is taken; -1 is the last, before SAM's neck",
+    "summary": "token (class token), pool (the model's), token_and_mean (of patches), or none",
     "create": "further arguments of timm.create_model",
     "prefix": "prefix of the model's tensors in the file; empty finds it",
 }
@@ -45,11 +48,15 @@ class TimmTower(nn.Module):
     stated_stride: int | None
     """Pixels a side of one cell as timm states it; None where it does not."""
 
-    def __init__(self, model: Any, blocks: int = 0, stage: int | None = None):
+    def __init__(self, model: Any, blocks: int = 0, stage: int | None = None, summary: str = ""):
         super().__init__()
         if blocks:
             _keep_blocks(model, blocks)
         self.model: Any = model
+        self.summary = summary or _usual_summary(model)
+        if self.summary.startswith("token") and getattr(model, "cls_token", None) is None:
+            kind = type(model).__name__
+            raise ConfigError(f"options.summary: {summary}: timm's {kind} has no class token")
         self.stage = stage
         self.stated_stride = _stated_stride(model, -1 if stage is None else stage)
 
@@ -57,6 +64,11 @@ class TimmTower(nn.Module):
         if self.stage is None:
             final = self.model.forward_features(pixels)
             return self._summary(final), self._map(final, pixels)
+        if self.summary == "none":  # nothing behind the stage is computed
+            maps = self.model.forward_intermediates(
+                pixels, indices=[self.stage], stop_early=True, intermediates_only=True
+            )
+            return None, maps[0]
         final, maps = self.model.forward_intermediates(pixels, indices=[self.stage])
         return self._summary(final), maps[0]
 
@@ -73,11 +85,15 @@ class TimmTower(nn.Module):
         return [by_index[index] for index in indices]
 
     def _summary(self, final: Tensor) -> Tensor | None:
-        if _is_sam(self.model):
+        if self.summary == "none":
             return None
-        if getattr(self.model, "cls_token", None) is not None:
-            return final[:, 0]  # [B, C]
-        return self.model.forward_head(final, pre_logits=True)  # [B, S]
+        if self.summary == "pool":
+            # A model that is asked for outputs projects what it has pooled to them.
+            return self.model.forward_head(final, pre_logits=not self.model.num_classes)  # [B, S]
+        token = final[:, 0]  # [B, C]
+        if self.summary == "token":
+            return token
+        return torch.cat([token, final[:, self.model.num_prefix_tokens :].mean(1)], dim=1)
 
     def _map(self, final: Tensor, pixels: Tensor) -> Tensor:
         kind = type(self.model).__name__
@@ -99,6 +115,12 @@ class TimmTower(nn.Module):
                 f"{self.stated_stride} px; try an inner map: options.stage: -1"
             )
         return rearrange(final[:, prefix:], "b (h w) c -> b c h w", h=height)
+
+
+def _usual_summary(model: Any) -> str:
+    if _is_sam(model):
+        return "none"
+    return "pool" if getattr(model, "cls_token", None) is None else "token"
 
 
 def complete(preset: Preset, weights_path: str) -> Preset:
@@ -173,7 +195,8 @@ def load(preset: Preset, path: Path) -> TimmTower:
 
 
 def _tower(model: nn.Module, arguments: Mapping[str, Any]) -> TimmTower:
-    return TimmTower(model, arguments.get("blocks", 0), arguments.get("stage"))
+    taken = {key: arguments[key] for key in ("blocks", "stage", "summary") if key in arguments}
+    return TimmTower(model, **taken)
 
 
 def _create(preset: Preset, state: Mapping[str, Tensor] | None = None) -> nn.Module:
@@ -181,6 +204,8 @@ def _create(preset: Preset, state: Mapping[str, Tensor] | None = None) -> nn.Mod
 
     architecture = _architecture(preset.model)
     options = {"num_classes": 0, **_checked(preset.arguments.get("create", {}))}
+    if isinstance(options.get("mlp_layer"), str):  # the other layers timm takes by name itself
+        options["mlp_layer"] = _layer(options["mlp_layer"])
     if architecture.startswith("vit_") and "_radio_" in architecture:
         options = {"use_naflex": True, "pos_embed_grid_size": _radio_grid(state), **options}
     try:
@@ -205,7 +230,23 @@ def _checked(options: Mapping[str, Any]) -> Mapping[str, Any]:
                 f"options.create, or model_args of config.json: {name} is not the architecture's; "
                 "remove it, and name weights in `weights`"
             )
+    if options.get("in_chans", 3) != 3:
+        raise ConfigError(
+            f"a model of {options['in_chans']} channels: images are read in three, RGB; take "
+            "another model"
+        )
     return options
+
+
+def _layer(name: str) -> Any:
+    """Return the MLP that timm calls so."""
+    from timm.layers import mlp
+
+    known = [name for name in vars(mlp) if name.endswith("Mlp") or name.startswith("SwiGLU")]
+    if name not in known:
+        hint = nearest(name, known)
+        raise ConfigError(f"options.create.mlp_layer: timm has no {name!r} ({hint})")
+    return getattr(mlp, name)
 
 
 def _radio_grid(state: Mapping[str, Tensor] | None) -> tuple[int, int]:
@@ -280,7 +321,13 @@ def _described(preset: Preset, path: Path) -> Preset:
             mean=preset.mean or tuple(published["mean"]),
             std=preset.std or tuple(published["std"]),
             licence=preset.licence if preset.licence != "unknown" else _licence(published),
-            arguments={"create": settings.get("model_args") or {}, **preset.arguments},
+            arguments={
+                **preset.arguments,
+                "create": {
+                    **(settings.get("model_args") or {}),
+                    **preset.arguments.get("create", {}),
+                },
+            },
         )
     except (KeyError, TypeError) as error:
         raise WeightsError(

@@ -1,13 +1,19 @@
 """Each source gives the numbers of its library's own forward on the same weights."""
 
+import json
+from dataclasses import replace
+
 import open_clip
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from radio_distill.config import TeacherConfig
 from radio_distill.errors import ConfigError
+from radio_distill.types import IMAGENET_MEAN, IMAGENET_STD
 from teachers import build_teacher
 from teachers.presets import PRESETS
+from teachers.sources import find_source
 from teachers.sources.open_clip import build_text_encoder
 from teachers.text import text_tower
 
@@ -64,6 +70,85 @@ def test_timm__blocks_stops_early_and_keeps_the_final_norm():
     )
     assert torch.equal(one.tower(pixels)[1], expected)
     assert len(one.tower.model.blocks) == 1
+
+
+@torch.no_grad()
+def test_timm__summary_is_what_the_option_says():
+    pixels = torch.rand(2, 3, 48, 64)
+    teachers = {
+        mode: build_teacher("vit", TeacherConfig(preset="tiny_vit", options={"summary": mode}))
+        for mode in ("token", "pool", "token_and_mean", "none")
+    }
+    features = {mode: teacher.encode(pixels) for mode, teacher in teachers.items()}
+    plain = build_teacher("vit", TeacherConfig(preset="tiny_vit")).encode(pixels)
+    assert torch.equal(features["token"].summary, plain.summary)
+    both = torch.cat([plain.summary, plain.spatial.mean((2, 3))], 1)
+    torch.testing.assert_close(features["token_and_mean"].summary, both)
+    assert teachers["token_and_mean"].spec.summary_channels == 64
+    assert features["none"].summary is teachers["none"].spec.summary_channels is None
+    for mode, (_, spatial) in features.items():
+        assert torch.equal(spatial, plain.spatial), mode
+
+
+@torch.no_grad()
+def test_timm__pooled_and_projected_summary_is_the_model_s_own_output():
+    """As Perception Encoders have it, whose class token is but an input of the pooling."""
+    create = {"img_size": 64, "embed_dim": 32, "depth": 1, "num_heads": 2, "num_classes": 12}
+    preset = replace(
+        PRESETS["pe_core_t"], arguments={"summary": "pool", "create": create}, native_size=64
+    )
+    tower = find_source("timm").build(preset).eval()
+    pixels = torch.randn(2, 3, 64, 96)
+    summary, spatial = tower(pixels)
+    assert torch.equal(summary, tower.model(pixels))
+    assert summary.shape == (2, 12)
+    assert torch.equal(tokens(spatial), tower.model.forward_features(pixels)[:, 1:])
+
+
+@torch.no_grad()
+def test_timm__a_stage_without_a_summary_is_the_same_map_and_runs_nothing_behind_it():
+    options = {"stage": -2}
+    both = build_teacher("cnn", TeacherConfig(preset="tiny_cnn", options=options))
+    options = {**options, "summary": "none"}
+    alone = build_teacher("cnn", TeacherConfig(preset="tiny_cnn", options=options))
+    pixels = torch.rand(1, 3, 64, 96)
+    expected = both.encode(pixels).spatial
+    alone.tower.model.layer4 = None
+    assert torch.equal(alone.encode(pixels).spatial, expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("by_preset", [True, False])
+def test_timm__virchow2_from_a_file_gives_what_its_card_computes(by_preset, tmp_path):
+    """The card takes ``model(x)``: token 0, and the mean of those from 5, side by side."""
+    import timm
+    from timm.layers import SwiGLUPacked
+
+    card = {"img_size": 28, "init_values": 1e-5, "reg_tokens": 4, "mlp_ratio": 5.3375}
+    small = {"embed_dim": 32, "depth": 2, "num_heads": 2}
+    torch.manual_seed(0)
+    given = {**card, **small, "num_classes": 0, "global_pool": "", "act_layer": torch.nn.SiLU}
+    model = timm.create_model("vit_huge_patch14_224", mlp_layer=SwiGLUPacked, **given).eval()
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    layers = {"mlp_layer": "SwiGLUPacked", "act_layer": "silu"}
+    if by_preset:
+        options = {"create": {**card, **small, **layers}, "native_size": 28}
+        config = TeacherConfig(preset="virchow2", weights=str(tmp_path), options=options)
+    else:
+        published = {"input_size": [3, 28, 28], "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+        folder = {"architecture": "vit_huge_patch14_224", "pretrained_cfg": published}
+        folder["model_args"] = {**card, **small, "num_classes": 0, "global_pool": ""}
+        (tmp_path / "config.json").write_text(json.dumps(folder))
+        options = {"create": layers, "summary": "token_and_mean"}
+        config = TeacherConfig(preset="timm", weights=str(tmp_path), options=options)
+    teacher = build_teacher("virchow", config)
+    pixels = torch.rand(2, 3, 28, 28)
+    shift, scale = (torch.tensor(item).view(3, 1, 1) for item in (IMAGENET_MEAN, IMAGENET_STD))
+    output = model((pixels - shift) / scale)
+    summary, spatial = teacher.encode(pixels)
+    expected = torch.cat([output[:, 0], output[:, 5:].mean(1)], dim=1)
+    torch.testing.assert_close(summary, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(tokens(spatial), output[:, 5:], rtol=1e-5, atol=1e-6)
 
 
 @torch.no_grad()
@@ -213,6 +298,11 @@ def test_text_encoder__a_teacher_without_text_says_so():
         ("dinov2_l_reg", {"native_size": "224"}, "'224'"),
         ("dinov2_l_reg", {"fixed_size": 1}, "fixed_size: 1"),
         ("tiny_clip", {"config": "clip"}, "'clip'"),
+        ("tiny_vit", {"summary": "cls"}, "token_and_mean"),
+        ("tiny_cnn", {"summary": "token"}, "no class token"),
+        ("tiny_vit", {"create": {"mlp_layer": "SwiGluPacked"}}, "'SwiGLUPacked'"),
+        ("timm", {"model": "resnet18", "create": {"in_chans": 6}}, "6 channels"),
+        ("timm", {"model": "resnet18", "mean": [0.5] * 6}, "three numbers"),
     ],
 )  # fmt: skip
 def test_options__a_wrong_one_is_one_line_that_names_teacher_and_mend(preset, options, message):
