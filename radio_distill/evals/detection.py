@@ -58,8 +58,9 @@ class DetectionImage(NamedTuple):
     """COCO's."""
     size: Size
     """As its annotations mean it."""
-    objects: Tensor
-    """``[M, 7]`` float64 as :class:`.metrics.detection.BoxPrecision` takes them."""
+    objects: np.ndarray
+    """``[M, 7]`` float64 as :class:`.metrics.detection.BoxPrecision` takes them; no tensor, since
+    workers would share each of 100,000 as a file."""
     most: int
     """M of the image of the split that shows most."""
 
@@ -99,6 +100,7 @@ class CocoDetection(TrainedBenchmark):
         """Read an image, and scale, crop and mirror it; without a generator, fit it in the crop."""
         scale = 1.0 if random is None else random.uniform(*self.scale)
         pixels, boxes = self._scaled(image, scale)
+        classes, crowds = torch.from_numpy(image.objects)[:, [0, 6]].unbind(dim=1)
         spare = [
             max(have - most, 0) for have, most in zip(pixels.shape[1:], self.crop, strict=True)
         ]
@@ -109,9 +111,9 @@ class CocoDetection(TrainedBenchmark):
         y = (boxes[:, 1::2] - top).clamp(0, height)
         if random is not None and random.random() < 0.5:
             pixels, x = pixels.flip(-1), (width - x).flip(1)
-        objects = torch.stack([image.objects[:, 0], x[:, 0], y[:, 0], x[:, 1], y[:, 1]], dim=1)
+        objects = torch.stack([classes, x[:, 0], y[:, 0], x[:, 1], y[:, 1]], dim=1)
         is_cut_off = (x[:, 1] - x[:, 0] < 1) | (y[:, 1] - y[:, 0] < 1)
-        objects = objects[~is_cut_off & (image.objects[:, 6] == 0)].float()
+        objects = objects[~is_cut_off & (crowds == 0)].float()
         # Images of a step are stacked, so all have as many rows; those that fill up are no class.
         objects = F.pad(objects, (0, 0, 0, image.most - len(objects)), value=IGNORED)
         return Example(image.key, padded(pixels, {}, self.crop)[0], {"objects": objects})
@@ -120,7 +122,7 @@ class CocoDetection(TrainedBenchmark):
         """Read an image and fit it in the crop, with boxes in its own pixels."""
         pixels, _ = self._scaled(image, 1.0)
         about = torch.tensor([image.number, *image.size])
-        labels = {"objects": image.objects, "image": about}
+        labels = {"objects": torch.from_numpy(image.objects), "image": about}
         return Example(image.key, padded(pixels, {}, self.crop)[0], labels)
 
     def fitted(
@@ -207,7 +209,8 @@ class CocoDetection(TrainedBenchmark):
             )
         height, width = self._size_in_crop(image.size, scale)
         by = torch.tensor([width / image.size[1], height / image.size[0]]).repeat(2)
-        return vision.resize(pixels, [height, width], antialias=True), image.objects[:, 1:5] * by
+        boxes = torch.from_numpy(image.objects)[:, 1:5] * by
+        return vision.resize(pixels, [height, width], antialias=True), boxes
 
     def _found(self, output: Tensor, about: Tensor) -> Tensor:
         """Return what is found in an image, ``[N, 6]`` class, box in its own pixels, score.
@@ -319,7 +322,7 @@ def _images(dataset: Coco, split: str) -> list[DetectionImage]:
     return [
         DetectionImage(
             image.path.name, image.path, image.id, (image.height, image.width),
-            torch.tensor(rows[image.id], dtype=torch.float64).reshape(-1, 7), most,
+            np.array(rows[image.id], dtype=np.float64).reshape(-1, 7), most,
         )
         for image in found.images
     ]  # fmt: skip
