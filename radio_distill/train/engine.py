@@ -17,7 +17,7 @@ from ..config import EngineConfig
 from ..errors import ConfigError
 from ..models.heads import touch
 from ..system.compiled import compile_blocks
-from ..system.distributed import World
+from ..system.distributed import World, all_gather_object
 from ..system.precision import autocast
 from .buckets import GradientBuckets
 from .optim import load_optimizer_tensors, optimizer_tensors, set_learning_rates
@@ -222,7 +222,7 @@ class DeepSpeedEngine(_Forward):
         self._engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
-            config=_deepspeed_config(config, gradient_clip),
+            config=_deepspeed_config(config, gradient_clip, world.world_size),
             dist_init_required=False,
         )
         self._buckets: GradientBuckets | None = None
@@ -234,10 +234,11 @@ class DeepSpeedEngine(_Forward):
             self._engine.set_gradient_accumulation_boundary(False)
         self._callable = self._engine
         self._arrived: list[nn.Parameter] = []
-        """Parameters in the order in which a pass gives them gradients; of ZeRO 2."""
+        """Parameters in the order in which a pass gives them gradients; of ZeRO 1 and 2."""
+        self._is_same_order = self._zero_stage not in (1, 2) or world.world_size == 1
         self._recording = [
             parameter.register_post_accumulate_grad_hook(self._arrived.append)
-            for parameter in (model.parameters() if self._zero_stage == 2 else ())
+            for parameter in (model.parameters() if self._zero_stage in (1, 2) else ())
         ]
 
     def backward(
@@ -280,13 +281,13 @@ class DeepSpeedEngine(_Forward):
     def zero(self) -> Tensor | None:
         """Return a loss for a pass without images, which gives each weight zeros.
 
-        ZeRO 2 reduces gradients in the order of their arrival, which must be that of the other
+        ZeRO 1 and 2 reduce gradients in the order of their arrival, which must be that of the other
         ranks: it is taken from the first pass, whatever that was, since all passes run all modules
         alike. Autograd adds up a gradient as soon as it is there, so a chain keeps any order.
         ZeRO 3 gathers weights as each module's forward and backward begin, some of them ahead: no
         rank can take part without running the modules, so there is no such loss.
         """
-        if self._zero_stage in (0, 1):
+        if self._zero_stage == 0:
             return super().zero()
         if self._zero_stage == 3 or not self._arrived:
             return None
@@ -308,11 +309,24 @@ class DeepSpeedEngine(_Forward):
             else:
                 self._engine.zero_grad()
             return is_taken
+        if not self._is_same_order:
+            self._check_order()
         self._engine.step()  # which waits once, for whether the norm is finite
         is_taken = bool(self._engine.was_step_applied())
         # A step that was not taken leaves the norm of another one behind in some versions.
         self._norm = self._engine.get_global_grad_norm() if is_taken else math.nan
         return is_taken
+
+    def _check_order(self) -> None:
+        """Check once that gradients come in one order everywhere: else wrong ones are added up."""
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        first, *others = all_gather_object([[names[id(it)] for it in self._arrived]])
+        if any(other != first for other in others):
+            raise ConfigError(
+                f"engine.zero_stage: {self._zero_stage} adds up gradients as they come, and here "
+                "they come in another order on another process; set it to 0"
+            )
+        self._is_same_order = True
 
     def gradient_norm(self) -> float:
         """Return the norm of the last step's gradient before clipping; NaN where none was taken."""
@@ -374,7 +388,9 @@ def _clip_gradient(model: nn.Module, limit: float) -> Tensor:
     return nn.utils.clip_grad_norm_(model.parameters(), limit or float("inf"))
 
 
-def _deepspeed_config(config: EngineConfig, gradient_clip: float) -> dict[str, Any]:
+def _deepspeed_config(
+    config: EngineConfig, gradient_clip: float, world_size: int
+) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": 1,  # a task weighs images itself
         "gradient_accumulation_steps": 1,  # and says which pass is the step's last
@@ -384,6 +400,9 @@ def _deepspeed_config(config: EngineConfig, gradient_clip: float) -> dict[str, A
             # The default of 5e8 elements is a 2 GB buffer, whatever the student's size.
             "reduce_bucket_size": 50_000_000,
             "allgather_bucket_size": 50_000_000,
+            # Sums leave while the backward pass runs. The host waits for the device behind each
+            # pass that is summed (the last under ZeRO 1, all under 2), which is far less.
+            "overlap_comm": config.zero_stage in (1, 2) and world_size > 1,
         },
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
