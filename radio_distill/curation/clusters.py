@@ -19,6 +19,8 @@ from torch import Tensor
 
 from ..data.order import random_stream
 
+Say = Callable[[str], None]
+
 ITERATIONS = 50
 """Of k-means at most; it ends when no point changes its cluster."""
 _BLOCK = {"cpu": 1 << 21, "cuda": 1 << 27}
@@ -68,6 +70,7 @@ def hierarchy(
     seed: int,
     device: torch.device,
     keep: Callable[[int, Callable[[], Clusters]], Clusters] = lambda level, make: make(),
+    say: Say = lambda text: None,
 ) -> list[Clusters]:
     """Cluster points, then the centroids, level by level.
 
@@ -77,6 +80,7 @@ def hierarchy(
         seed: of all draws.
         device: where distances are computed.
         keep: returns a level that was made before, else makes and keeps it.
+        say: is told how far it is.
     """
     levels: list[Clusters] = []
     for level, size in enumerate(sizes):
@@ -86,38 +90,50 @@ def hierarchy(
         def make(
             below: Tensor = below, size: int = size, rounds: int = rounds, level: int = level
         ) -> Clusters:
-            return resampled(below, size, rounds, (seed, level), device)
+            return resampled(below, size, rounds, (seed, level), device, say)
 
         levels.append(keep(level, make))
     return levels
 
 
 def resampled(
-    points: Tensor, count: int, rounds: int, key: Sequence[int], device: torch.device
+    points: Tensor,
+    count: int,
+    rounds: int,
+    key: Sequence[int],
+    device: torch.device,
+    say: Say = lambda text: None,
 ) -> Clusters:
     """Return ``count`` clusters: k-means, then as often as ``rounds`` of a flatter sample.
 
     In a round the sample is, of each cluster, those of its points that are nearest to its centroid,
     half of the mean cluster; k-means of the sample gives new centroids, and all points go to these.
     """
-    clusters = k_means(points, starts(points, count, (*key, 0), device), device)
+    begin = starts(points, count, (*key, 0), device, say)
+    clusters = k_means(points, begin, device, say=say)
     for number in range(1, rounds + 1):
         taken = nearest_members(clusters, -(-len(points) // (2 * count)))
         sample = points[taken]
+        say(f"round {number} of {rounds}")
         found = k_means(sample, starts(sample, count, (*key, number), device), device)
         clusters = without_empty(*assigned(points, found.centroids, device), found.centroids)
     return clusters
 
 
 def k_means(
-    points: Tensor, centroids: Tensor, device: torch.device, iterations: int = ITERATIONS
+    points: Tensor,
+    centroids: Tensor,
+    device: torch.device,
+    iterations: int = ITERATIONS,
+    say: Say = lambda text: None,
 ) -> Clusters:
     """Move centroids ``[K, S]`` to the means of what is nearest to them, until nothing changes.
 
     A centroid that loses all its points is dropped at the end (Lloyd 1982).
     """
     labels, distances = assigned(points, centroids, device)
-    for _ in range(iterations):
+    for number in range(1, iterations + 1):
+        say(f"{len(centroids):,} clusters, iteration {number} of at most {iterations}")
         centroids = _means(points, labels, centroids, device)
         before = labels
         labels, distances = assigned(points, centroids, device)
@@ -155,7 +171,13 @@ def _means(points: Tensor, labels: Tensor, before: Tensor, device: torch.device)
     return torch.where(counts > 0, (sums.cpu() / counts.clamp(min=1)).float(), before.cpu())
 
 
-def starts(points: Tensor, count: int, key: Sequence[int], device: torch.device) -> Tensor:
+def starts(
+    points: Tensor,
+    count: int,
+    key: Sequence[int],
+    device: torch.device,
+    say: Say = lambda text: None,
+) -> Tensor:
     """Draw points that lie apart, ``[min(count, N), S]`` float32: greedy k-means++.
 
     Each is the best of a few that are drawn with probabilities proportional to the squared distance
@@ -181,6 +203,8 @@ def starts(points: Tensor, count: int, key: Sequence[int], device: torch.device)
         best = left.sum(dim=1).argmin()
         far = left[best]
         chosen.append(places[best])
+        if len(chosen) % 100 == 0:
+            say(f"start {len(chosen):,} of {count:,}")
     return sample[torch.stack(chosen)].cpu()
 
 

@@ -173,15 +173,20 @@ def _levels(
     chosen = hashlib.sha256(candidates.tobytes()).hexdigest()
     points = summaries.vectors[torch.from_numpy(candidates)]
 
+    made = 0
     with Progress("clusters", len(sizes), unit="levels") as bar:
 
         def keep(level: int, make: Callable[[], Clusters]) -> Clusters:
+            nonlocal made
             name = _digest(summaries.digest, chosen, sizes[: level + 1], settings.seed)
             found = _kept(folder / f"clusters-{name}.safetensors", lambda: asdict(make()))
-            bar.update(level + 1)
+            made = level + 1
+            bar.update(made)
             return Clusters(**found)
 
-        return hierarchy(points, sizes, settings.seed, device, keep)
+        return hierarchy(
+            points, sizes, settings.seed, device, keep, lambda text: bar.update(made, text)
+        )
 
 
 def _cosines(first: Tensor, second: Tensor) -> np.ndarray:
