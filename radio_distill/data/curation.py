@@ -22,7 +22,7 @@ from .find import say_once
 from .tar_index import Shard
 
 VERSION = 1
-_AGAIN = "make it again with `radio-distill curate`"
+_MAKE = "make one with `radio-distill curate`"
 
 
 @dataclass(frozen=True)
@@ -64,18 +64,18 @@ def read_curation(path: Path) -> Curation:
             head_line, *lines = file.read().decode().splitlines()
         head = json.loads(head_line)
         if head["curation"] != VERSION:
-            raise DataError(f"data.curation: {path} is of another version; {_AGAIN}")
+            raise DataError(f"data.curation: {path} is of another version; {_MAKE}")
         if head["sha256"] != _sha256(lines):
-            raise DataError(f"data.curation: {path} is not whole; {_AGAIN}")
+            raise DataError(f"data.curation: {path} is not whole; {_MAKE}")
         rows = (json.loads(line) for line in lines)
         shards = tuple(
             (name, size, digest, bytes.fromhex(bits)) for name, size, digest, bits in rows
         )
         return Curation(head["settings"], shards)
     except OSError as error:
-        raise DataError(f"data.curation: {path}: {reason_of(error)}; {_AGAIN}") from error
+        raise DataError(f"data.curation: {path}: {reason_of(error)}; {_MAKE}") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"data.curation: {path} is no such file; {_AGAIN}") from error
+        raise DataError(f"data.curation: {path} is no such file; {_MAKE}") from error
 
 
 def apply_curation(path: Path, by_source: Sequence[Sequence[Shard]]) -> list[tuple[Shard, ...]]:
@@ -97,7 +97,7 @@ def apply_curation(path: Path, by_source: Sequence[Sequence[Shard]]) -> list[tup
             if not known.get(shard.digest):
                 raise DataError(
                     f"data.curation: {path} was made for other shards: it does not know "
-                    f"{printable(shard.path)}; {_AGAIN} for these shards"
+                    f"{printable(shard.path)}; {_MAKE} for these shards"
                 )
             bits = known[shard.digest].popleft()
             number = len(kept_samples(bits))
@@ -107,7 +107,7 @@ def apply_curation(path: Path, by_source: Sequence[Sequence[Shard]]) -> list[tup
         if not curated:
             raise DataError(
                 f"data.curation: {path} keeps no image of {printable(shards[0].path)} and the "
-                f"other shards of its entry; leave the entry out, or {_AGAIN}"
+                f"other shards of its entry; leave the entry out, or {_MAKE}"
             )
         found.append(tuple(curated))
     say_once(f"data.curation: {used:,} of {total:,} images are in use", logging.INFO)
