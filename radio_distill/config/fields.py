@@ -110,6 +110,8 @@ def _choices(kind: Any) -> tuple[Any, ...]:
     arguments = typing.get_args(kind)
     if typing.get_origin(kind) is Literal:
         return arguments
+    if typing.get_origin(kind) is dict:
+        return _choices(arguments[0])
     is_weighted = len(arguments) == 2 and typing.get_origin(arguments[1]) is dict
     return _choices(arguments[0]) if is_weighted else ()
 

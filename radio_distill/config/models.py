@@ -9,6 +9,7 @@ SummaryLoss = Literal["cosine", "mse", "angle", "smooth_l1", "dampened_mse"]
 FeatureLoss = Literal[
     "mse", "cosine", "am_radio", "smooth_l1", "dampened_mse", "map_cosine", "gram", "channel_kl"
 ]
+RelationLoss = Literal["rkd_distance", "rkd_angle", "arkd"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -22,6 +22,8 @@ from .schema import (
     partition_sizes,
 )
 
+MOST_TRIPLES = 256
+"""Images of a partition whose triples rkd_angle compares."""
 _NAME = re.compile(r"\w[\w.+ -]{0,99}")
 _ADDRESS = re.compile(r"\w[\w.+-]*://")
 
@@ -96,9 +98,30 @@ def _check_losses(recipe: Recipe) -> Iterator[str]:
     fields = {"loss.summary": recipe.loss.summary}
     for name, teacher in recipe.teachers.items():
         fields[f"teachers.{name}.summary_loss"] = teacher.summary_loss
+    for stage, config in recipe.stages.items():
+        for partition in config.partitions:
+            if "rkd_angle" in recipe.loss.relation and partition.batch_size > MOST_TRIPLES:
+                yield (
+                    f"stages.{stage}.partitions.{partition.name}.batch_size: rkd_angle compares "
+                    f"{partition.batch_size:,}³ triples of images, and takes at most "
+                    f"{MOST_TRIPLES}³; set loss.relation to rkd_distance or arkd"
+                )
     for field, loss in fields.items():
         if "angle" in loss and loss != "angle":
             yield f"{field}: angle is measured in the teacher's dispersion and stands alone"
+    if recipe.loss.relation and recipe.engine.zero_stage == 3:
+        yield (
+            "engine.zero_stage: loss.relation runs the student ahead of its passes, for which 3 "
+            "would bring all weights once more; set it to 2"
+        )
+    if recipe.loss.drop_teachers and recipe.loss.weighting != "fixed":
+        yield (
+            f"loss.drop_teachers: weighs teachers by their losses, as {recipe.loss.weighting} "
+            "does; set loss.weighting to fixed"
+        )
+    for name, teacher in recipe.teachers.items():
+        if recipe.loss.drop_teachers and not (teacher.summary_weight or teacher.feature_weight):
+            yield f"teachers.{name}: without a loss it cannot be dropped; take it out"
     for field in ("summary", "feature"):
         if not getattr(recipe.loss, field):
             yield f"loss.{field}: names no loss; for none, set {field}_weight of the teachers to 0"

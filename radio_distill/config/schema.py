@@ -23,7 +23,7 @@ from .fields import (
     share_of,
     size_pair,
 )
-from .models import FeatureLoss, StudentConfig, SummaryLoss, TeacherConfig
+from .models import FeatureLoss, RelationLoss, StudentConfig, SummaryLoss, TeacherConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,9 +54,17 @@ class LossConfig:
     smooth_l1_beta: AboveZero = our_option(
         1.0, "error at which smooth_l1 turns from quadratic to linear"
     )
+    relation: dict[RelationLoss, Weight] = option(
+        dict,
+        "losses between the pairs of a partition's images, with their weights: {arkd: 1}; times the teacher's summary_weight",
+    )
     alignment: Literal["student_down", "teacher_down", "teacher_up", "smaller", "larger"] = option(
         "smaller",
         "which of the two feature grids is resampled to the other before they are compared",
+    )
+    drop_teachers: Share = option(
+        0.0,
+        "probability that a teacher is left out for an image, but for the one whose loss is largest there; the loss is then a mean over those that stay (UNIC, DUNE: 0.5)",
     )
     rebalance: bool = our_option(False, "weigh a teacher that few partitions see as if all did")
     weighting: Literal["fixed", "adaloss", "uncertainty"] = option(

@@ -40,6 +40,7 @@ def distillation_loss(
     weights: Mapping[str, float],
     shifts: Mapping[str, Tensor | None] | None = None,
     log_variances: Mapping[str, Tensor] | None = None,
+    survivors: "Survivors | None" = None,
 ) -> LossReport:
     """Compare a student with all its teachers.
 
@@ -56,6 +57,7 @@ def distillation_loss(
             (:func:`.views.warp_to_student`); the features are then compared where both crops show
             the image.
         log_variances: learned ones of each term, where weights are learned.
+        survivors: who is not dropped, where teachers are.
 
     Raises:
         ConfigError: where all weights are 0, or the alignment rule does not suit the grids.
@@ -79,8 +81,44 @@ def distillation_loss(
     terms = {name: loss.detach().mean() for name, loss in losses.items()}
     if log_variances is not None:
         losses = {name: uncertain(loss, log_variances[name]) for name, loss in losses.items()}
+    if survivors is not None:
+        return LossReport(_of_survivors(losses, weights, survivors), terms)
     total = torch.stack([weights[name] * loss for name, loss in losses.items()]).sum(0)
     return LossReport(total, terms)
+
+
+class Survivors(NamedTuple):
+    """Which teachers stay for each image beside the one whose loss is largest there."""
+
+    others: Tensor
+    """``[T - 1, B]`` bool, of the others in their order: drawn without a look at the losses, so
+    that their number is known before any loss is."""
+    scale: float
+    """Images of the partition over the teachers that stay for all of them together."""
+
+
+def _of_survivors(
+    losses: Mapping[str, Tensor], weights: Mapping[str, float], survivors: Survivors
+) -> Tensor:
+    """Return each image's part of the mean loss of the teachers that stay, ``[B]``.
+
+    UNIC (arXiv 2408.05088): the teacher with the largest loss stays, each other by chance; all
+    coefficients are divided by their sum over teachers and images. So an image for which few stay
+    weighs less, as in its code.
+    """
+    by_teacher: dict[str, Tensor] = {}
+    for name, loss in losses.items():
+        teacher = name.partition("/")[0]
+        by_teacher[teacher] = by_teacher.get(teacher, 0) + weights[name] * loss
+    stacked = torch.stack(list(by_teacher.values()))  # [T, B]
+    assert len(survivors.others) == len(stacked) - 1, "each teacher has a loss"
+    if len(stacked) == 1:
+        return stacked[0]
+    rows = torch.arange(len(stacked), device=stacked.device)[:, None]
+    largest = stacked.detach().argmax(0)  # [B]
+    row_of_other = (rows - (rows > largest).long()).clamp(max=len(stacked) - 2)
+    stays = (rows == largest) | survivors.others.gather(0, row_of_other)
+    return survivors.scale * (stacked * stays).sum(0)
 
 
 def _compare_maps(

@@ -17,6 +17,7 @@ from ..models.position import NUM_DRAWS
 from ..stage import Partition, Stage
 from ..types import Size, View
 from .colours import DRAWS, is_plain, recoloured
+from .losses import Survivors
 from .views import Views, crop_of
 
 if TYPE_CHECKING:
@@ -152,6 +153,15 @@ class StepRandomness:
 
     def _cells(self, size: Size) -> Size:
         return size[0] // self._patch_size, size[1] // self._patch_size
+
+    def survivors(self, step: int, micro: "MicroBatch", item: "Pass", dropped: float) -> Survivors:
+        """Draw which teachers of a pass stay for each image, see :mod:`.losses`."""
+        partition, teachers = item.partition, len(item.partition.teachers)
+        generator = self._of(step, f"teachers/{partition.name}")
+        stay = generator.random((teachers - 1, partition.batch_size)) >= dropped
+        first, last = micro.start - partition.start, micro.stop - partition.start
+        scale = partition.batch_size / float(partition.batch_size + stay.sum())
+        return Survivors(torch.from_numpy(stay[:, first:last]), scale)
 
     def noise(self, step: int) -> int:
         """Return a seed for noise on weights."""

@@ -11,10 +11,12 @@ Everything random is a function of seed and step: the order and the crops of the
 """
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -38,9 +40,10 @@ from ..train.trackers import WriteImage
 from ..types import Features, ImageBatch, Score
 from .distances import mesa
 from .loss_weights import TermWeights
-from .losses import KINDS, LossReport, distillation_loss
+from .losses import KINDS, LossReport, Survivors, distillation_loss
 from .micro_batches import MicroBatch, MicroBatchSchedule, Pass
 from .randomness import StepRandomness
+from .relations import RELATION, Relation, Summaries, teachers_related
 from .targets import TargetCache, TargetMaker
 from .views import EMA, Views, warp_to_student
 
@@ -49,6 +52,20 @@ MESA = "mesa"
 
 Evaluate = Callable[[Mapping[str, Tensor], Callable[[], None]], list[Score]]
 """Scores the student of these weights; the second argument is called again and again."""
+
+
+class _Look(NamedTuple):
+    """A pass, and what its encoders see."""
+
+    micro: MicroBatch
+    one: Pass
+    views: Views
+    keys: tuple[str, ...]
+    cache: TargetCache
+    targets: Mapping[str, Features] | None = None
+    """Where the student has run ahead."""
+    predictions: Predictions | None = None
+    """Where that was its only pass."""
 
 
 @dataclass
@@ -73,7 +90,9 @@ class Distillation:
 
     def __post_init__(self) -> None:
         kinds = [f"{teacher}/{kind}" for teacher in self.targets.teachers for kind in KINDS]
+        kinds += [f"{teacher}/{RELATION}" for teacher in self.targets.teachers]
         names = [f"{part.name}/{kind}" for part in self.stage.partitions for kind in (*kinds, MESA)]
+        self._is_related = any(teachers_related(self.stage, it) for it in self.stage.partitions)
         self._meter = Meter(names, self.engine.device)
         self._rates = learning_rates(self.stage.config)
         self._step_rates: dict[str, float] = {}
@@ -104,28 +123,30 @@ class Distillation:
         left = sum(len(micro.passes) for micro in micro_batches)
         total, agreement = torch.zeros((), device=self.engine.device), None
         self._terms.clear()
-        arrived = on_device(batches, self.engine.device)
-        for micro, batch in zip(micro_batches, arrived, strict=True):
-            cache: TargetCache = {}
-            pixels = self.draws.recoloured(step, micro.start, micro.stop, micro.size, batch.views)
-            for one in micro.passes:
-                views = self.draws.views(step, micro, one, pixels)
-                if one.is_padding:
-                    loss = self._zero(step, micro, one, views)
-                else:
-                    targets = self.targets(views, one.views.values(), cache)
-                    guard.add_targets(targets, batch.keys)
-                    report = self._losses(step, micro, one, views, targets)
-                    guard.add_loss(report.total, report.terms, batch.keys)
-                    self._terms.append((one, report.terms, micro.stop - micro.start))
-                    loss = report.total.sum() * one.image_weight
-                total = total + loss.detach()
-                left -= 1
-                if left == 0:
-                    agreement = agree(total, guard)
-                with self._explain_oom(one, micro, "the backward pass of the student"):
-                    skip = agreement.is_bad if agreement else None
-                    self.engine.backward(loss, left == 0, skip, closing)
+        relations: Mapping[tuple[str, str], Relation] = {}
+        looks: Iterable[_Look] = self._looks(
+            step, micro_batches, on_device(batches, self.engine.device)
+        )
+        if self._is_related:
+            looks, relations = self._ahead(step, list(looks))
+        for look in looks:
+            one, keys = look.one, look.keys
+            if one.is_padding:
+                loss = self._zero(step, look)
+            else:
+                targets = look.targets or self.targets(look.views, one.views.values(), look.cache)
+                guard.add_targets(targets, keys)
+                report = self._losses(step, look, targets, relations)
+                guard.add_loss(report.total, report.terms, keys)
+                self._terms.append((one, report.terms, len(keys)))
+                loss = report.total.sum() * one.image_weight
+            total = total + loss.detach()
+            left -= 1
+            if left == 0:
+                agreement = agree(total, guard)
+            with self._explain_oom(look, "the backward pass of the student"):
+                skip = agreement.is_bad if agreement else None
+                self.engine.backward(loss, left == 0, skip, closing)
         assert agreement is not None, "a rank always has a pass, if only one of padding"
         return agreement
 
@@ -137,7 +158,8 @@ class Distillation:
         for one, terms, images in self._terms:
             named = {f"{one.partition.name}/{name}": value for name, value in terms.items()}
             self._meter.add(named, weight=images)
-            self.weights.add({name: terms[name] for name in terms if name != MESA}, images)
+            adapting = {name: terms[name] for name in terms if name.endswith(KINDS)}
+            self.weights.add(adapting, images)
         self.weights.end_step()
         if self.ema is not None:
             self.ema.update(self.engine.model, self.stage.ema_decay)
@@ -185,28 +207,56 @@ class Distillation:
         with explain_oom("the evaluation", f"step {step}", hint):
             return self.scores(tensors, beat)
 
-    def _seed_generators(self, step: int) -> None:
-        """Let every global generator begin at a function of seed, step and rank.
+    def _seed_generators(self, step: int, images: str = "") -> None:
+        """Let every global generator begin at a function of seed, step, and rank or images.
 
         Stochastic depth draws from torch's; a teacher or an upsampler of the user's may from any.
         """
-        seed = self.stage.seed + step * 131 + self.world.rank
+        own = zlib.crc32(images.encode()) if images else self.world.rank
+        seed = self.stage.seed + step * 131 + own
         torch.manual_seed(seed)
         random.seed(seed)
         np.random.seed(seed % 2**32)
 
+    def _looks(
+        self, step: int, micro_batches: Sequence[MicroBatch], batches: Iterable[ImageBatch]
+    ) -> "Iterator[_Look]":
+        """Yield the passes of a step with what their encoders see."""
+        for micro, batch in zip(micro_batches, batches, strict=True):
+            cache: TargetCache = {}
+            pixels = self.draws.recoloured(step, micro.start, micro.stop, micro.size, batch.views)
+            for one in micro.passes:
+                views = self.draws.views(step, micro, one, pixels)
+                yield _Look(micro, one, views, batch.keys, cache)
+
+    def _ahead(
+        self, step: int, looks: "Sequence[_Look]"
+    ) -> "tuple[list[_Look], dict[tuple[str, str], Relation]]":
+        """Find the relations of a step's images, see :mod:`.relations`; every rank must call."""
+        summaries, seen = Summaries(self.stage, self.engine.device), []
+        only = len(looks) == 1  # then its graph may wait
+        for look in looks:
+            one = look.one
+            if not one.is_padding and teachers_related(self.stage, one.partition):
+                targets = self.targets(look.views, one.views.values(), look.cache)
+                with torch.set_grad_enabled(only):
+                    predictions = self._predict(step, look)
+                summaries.add(one.partition, look.micro.start, predictions.features, targets)
+                look = look._replace(targets=targets, predictions=predictions if only else None)
+            seen.append(look)
+        return seen, summaries.relations()
+
     def _losses(
         self,
         step: int,
-        micro: MicroBatch,
-        one: Pass,
-        views: Views,
+        look: "_Look",
         targets: Mapping[str, Features],
+        relations: Mapping[tuple[str, str], Relation],
     ) -> LossReport:
-        """Return the loss of each image of a pass, the distance to the EMA included."""
-        config = self.stage.loss
-        with self._explain_oom(one, micro, "the forward pass of the student"):
-            predictions = self._predict(step, micro, one, views)
+        """Return the loss of each image of a pass, relations and distance to the EMA included."""
+        config, views = self.stage.loss, look.views
+        with self._explain_oom(look, "the forward pass of the student"):
+            predictions = look.predictions or self._predict(step, look)
             report = distillation_loss(
                 predictions.features,
                 targets,
@@ -214,9 +264,29 @@ class Distillation:
                 self.weights.now(),
                 shifts={name: views.shift(name) for name in targets},
                 log_variances=self._log_variances(predictions),
+                survivors=self._survivors(step, look),
             )
-        if not config.mesa:
-            return report
+        total, terms = report
+        for name, features in predictions.features.items():
+            if relation := relations.get((look.one.partition.name, name)):
+                assert features.summary is not None
+                first = look.micro.start - look.one.partition.start
+                related = relation.of(features.summary, first)  # [B]
+                total = total + self.stage.teachers[name].summary_weight * related
+                terms[f"{name}/{RELATION}"] = relation.value
+        if config.mesa:
+            distance = self._mesa(views, predictions)
+            total, terms[MESA] = total + config.mesa * distance, distance.detach().mean()
+        return LossReport(total, terms)
+
+    def _survivors(self, step: int, look: "_Look") -> Survivors | None:
+        if not (share := self.stage.loss.drop_teachers):
+            return None
+        drawn = self.draws.survivors(step, look.micro, look.one, share)
+        return drawn._replace(others=to_device(drawn.others, self.engine.device))
+
+    def _mesa(self, views: Views, predictions: Predictions) -> Tensor:
+        """Return the distance of each image's features to those of the EMA, ``[B]``."""
         assert self.ema is not None, "it teaches on every rank"
         size = f"{views.size[0]}x{views.size[1]} px"
         hint = "lower engine.micro_batch, or set loss.mesa to 0"
@@ -226,13 +296,14 @@ class Distillation:
         shift, cells = views.shift(EMA), None
         if shift is not None:
             average, cells = warp_to_student(average, shift)
-        distance = mesa(predictions.spatial, average, cells)  # [B]
-        terms = {**report.terms, MESA: distance.detach().mean()}
-        return LossReport(report.total + config.mesa * distance, terms)
+        return mesa(predictions.spatial, average, cells)
 
-    def _predict(self, step: int, micro: MicroBatch, one: Pass, views: Views) -> Predictions:
+    def _predict(self, step: int, look: "_Look") -> Predictions:
+        micro, one = look.micro, look.one
+        if self._is_related:  # what is drawn inside is drawn alike ahead and in the pass
+            self._seed_generators(step, f"{one.partition.name}/{micro.start}")
         predictions: Predictions = self.engine.forward(
-            views.of_student(),
+            look.views.of_student(),
             one.partition.teachers,
             draws=to_device(self.draws.positions(step, micro), self.engine.device),
             freeze_body=step < self.stage.frozen_steps,
@@ -240,7 +311,7 @@ class Distillation:
         )
         return predictions
 
-    def _zero(self, step: int, micro: MicroBatch, one: Pass, views: Views) -> Tensor:
+    def _zero(self, step: int, look: "_Look") -> Tensor:
         """Return zero, whose backward pass is a padding pass: it adds zeros to all gradients.
 
         Where the engine cannot say in which order, the student runs.
@@ -248,8 +319,8 @@ class Distillation:
         zero = self.engine.zero()
         if zero is not None:
             return zero
-        with self._explain_oom(one, micro, "a padding pass of the student"):
-            predictions = self._predict(step, micro, one, views)
+        with self._explain_oom(look, "a padding pass of the student"):
+            predictions = self._predict(step, look)
         return 0.0 * predictions.spatial.sum(dtype=torch.float32)  # tied to all other outputs
 
     def _log_variances(self, predictions: Predictions) -> dict[str, Tensor] | None:
@@ -261,9 +332,9 @@ class Distillation:
             for column, kind in enumerate(KINDS)
         }
 
-    def _explain_oom(self, one: Pass, micro: MicroBatch, part: str) -> AbstractContextManager[None]:
-        height, width = one.size
-        images, stage = micro.stop - micro.start, self.stage
+    def _explain_oom(self, look: "_Look", part: str) -> AbstractContextManager[None]:
+        one, (height, width) = look.one, look.one.size
+        images, stage = len(look.views), self.stage
         other = "set student.gradient_checkpointing to true"
         if stage.student.gradient_checkpointing:
             other = "take a smaller student, or lower the sizes of the partitions"

@@ -298,8 +298,8 @@ class ModelCosts:
         body, views = self.student.student, partition.views[size]
         grid = body.grid(size)
         work = self._body(size)
-        if stage.loss.mesa:
-            work += self._forward(size)
+        for _ in filter(None, (stage.loss.mesa, stage.loss.relation)):
+            work += self._forward(size)  # once more
         for name in partition.teachers:
             work += self._heads[name](grid)
         return PassCost(

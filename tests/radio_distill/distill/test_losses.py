@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from radio_distill.config import LossConfig
 from radio_distill.distill.distances import feature_loss, summary_loss
-from radio_distill.distill.losses import KINDS, distillation_loss
+from radio_distill.distill.losses import KINDS, Survivors, distillation_loss
 from radio_distill.errors import ConfigError
 from radio_distill.types import Features
 
@@ -198,3 +198,29 @@ def test_distillation_loss__each_teacher_has_its_own(pair):
             {name: predictions[name]}, {name: targets[name]}, config, {name: teacher()}
         ).terms
         torch.testing.assert_close(terms[f"{name}/features"], alone[f"{name}/features"])
+
+
+def test_distillation_loss__dropped_teachers_leave_the_mean_of_those_that_stay(pair):
+    """UNIC's coefficients, image by image; images in two parts have the sum of the whole."""
+    predictions, targets = pair
+    predictions["dino"], targets["dino"] = encoder(3, 6, 4, (4, 6), 8), encoder(3, 6, 4, (4, 6), 9)
+    weights = {"clip": teacher(0.5, 0.5), "sam": teacher(1, 1), "dino": teacher(0.5, 0.5)}
+    others = torch.tensor([[True, False, False], [False, True, False]])  # [T - 1, B]
+    alone = torch.stack(
+        [
+            loss_of({n: predictions[n]}, {n: targets[n]}, LossConfig(), {n: weights[n]}).total
+            for n in targets
+        ]
+    )
+    coefficients = torch.zeros(3, 3)
+    for image in range(3):
+        largest = int(alone[:, image].argmax())
+        coefficients[largest, image] = 1
+        rest = [row for row in range(3) if row != largest]
+        for row, stays in zip(rest, others[:, image], strict=True):
+            coefficients[row, image] = float(stays)
+    assert coefficients.sum() == 5
+    expected = (coefficients / 5 * alone).sum()
+    survivors = Survivors(others, 3 / 5)
+    total = loss_of(predictions, targets, LossConfig(), weights, survivors=survivors).total
+    torch.testing.assert_close(total.sum() / 3, expected)

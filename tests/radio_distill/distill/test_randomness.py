@@ -105,3 +105,15 @@ def test_sizes__a_teachers_is_drawn_whatever_the_students():
     assert len(pairs) == 9
     assert all(count == pytest.approx(100, abs=40) for count in pairs.values())
     assert partition.views_drawn(drawn[0]) == {"dino": views[drawn[0]["low/dino"]]}
+
+
+def test_survivors__of_each_image_however_the_step_is_cut():
+    partition = replace(partition_of(64), batch_size=400, teachers=("a", "b", "c"), start=100)
+    draws, item = draws_of(images=500), Pass(partition, (64, 64), 1.0)
+    whole = draws.survivors(3, MicroBatch(100, 500, (item,)), item, 0.25)
+    assert whole.others.shape == (2, 400)
+    assert float(whole.others.float().mean()) == pytest.approx(0.75, abs=0.06)
+    assert whole.scale == pytest.approx(400 / (400 + int(whole.others.sum())))
+    part = draws.survivors(3, MicroBatch(150, 180, (item,)), item, 0.25)
+    assert part.scale == whole.scale
+    assert torch.equal(part.others, whole.others[:, 50:80])

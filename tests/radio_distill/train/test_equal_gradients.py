@@ -5,7 +5,9 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from multiprocessing.connection import Connection
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -90,6 +92,7 @@ def recipes(draw) -> Recipe:
             images_of="low" if shares else "",
         )
         partitions.append(high)
+    weighting = draw(st.sampled_from(["fixed", "uncertainty", "adaloss"]))
     recipe = Recipe(
         name="any",
         seed=draw(st.integers(0, 99)),
@@ -106,8 +109,10 @@ def recipes(draw) -> Recipe:
         teachers=TEACHERS,
         loss=LossConfig(
             summary=draw(st.sampled_from(["cosine", "angle"])),
+            relation=draw(st.sampled_from([{}, {}, {}, {"arkd": 2.0, "rkd_angle": 1.0}])),
             rebalance=draw(yes),
-            weighting=draw(st.sampled_from(["fixed", "uncertainty", "adaloss"])),
+            weighting=weighting,
+            drop_teachers=draw(st.sampled_from([0.0, 0.5])) if weighting == "fixed" else 0.0,
             mesa=draw(st.sampled_from([0.0, 0.5])),
         ),
         augmentation=AugmentationConfig(
@@ -192,6 +197,29 @@ def gradient(recipe: Recipe, world: World, steps: int = 2) -> tuple[torch.Tensor
     return torch.stack(gradients), torch.stack(losses)
 
 
+def on_ranks(recipe: Recipe, world_size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The parts of simulated ranks, of whose summaries a first round finds the sums."""
+
+    def one_round(sums: Callable[[int, torch.Tensor], torch.Tensor]):
+        parts = []
+        for rank in range(world_size):
+            with patch("radio_distill.distill.relations.all_reduce_sum", partial(sums, rank)):
+                parts.append(gradient(recipe, World(rank, world_size)))
+        return parts
+
+    tables: list[list[torch.Tensor]] = [[] for _ in range(world_size)]
+
+    def write_down(rank: int, table: torch.Tensor) -> torch.Tensor:
+        tables[rank].append(table.clone())
+        return table
+
+    if not recipe.loss.relation:
+        return one_round(lambda rank, table: table)
+    one_round(write_down)
+    sums = [list(map(sum, zip(*tables, strict=True))) for _ in range(world_size)]
+    return one_round(lambda rank, table: sums[rank].pop(0))
+
+
 def assert_equal(found, expected) -> None:
     for one, other in zip(found, expected, strict=True):
         scale = other.abs().amax(-1, keepdim=True).clamp(min=1e-3)
@@ -216,11 +244,40 @@ SLOW = settings(
 @given(recipes(), st.integers(2, 5))
 def test_gradient__of_one_process_is_the_sum_over_many(recipe, world_size):
     recipe = without_past(recipe)
-    parts = [gradient(recipe, World(rank, world_size)) for rank in range(world_size)]
+    parts = on_ranks(recipe, world_size)
     summed = [sum(part[index] for part in parts) for index in range(2)]
     expected = gradient(recipe, World())
     assert float(expected[0].abs().max()) > 0
     assert_equal(summed, expected)
+
+
+@pytest.mark.parametrize("world_size", [2, 5])
+def test_gradient__of_relations_and_dropped_teachers_is_the_sum_over_many(world_size):
+    """Seven images in micro-batches of two, and the same at another size, in a second partition."""
+    low = PartitionConfig(name="low", size=64, teachers=("vit", "cnn", "sam"), batch_size=7)
+    high = replace(low, name="high", size=96, teachers=("vit", "cnn"), images_of="low", weight=2.0)
+    recipe = Recipe(
+        name="any",
+        data=DataConfig(shards=("none",)),
+        student=StudentConfig(
+            architecture="test_vit", max_size=256, registers=1, head_hidden=16, drop_path=0.3
+        ),
+        teachers=TEACHERS,
+        loss=LossConfig(relation={"arkd": 2.0, "rkd_angle": 1.0}, drop_teachers=0.5),
+        stages={"stage1": StageConfig(partitions=(low, high), freeze_body_steps=0)},
+        engine=EngineConfig(precision="float32", device="cpu", name="single", micro_batch=2),
+    )
+    check(recipe)
+    whole = replace(recipe, student=replace(recipe.student, drop_path=0.0))
+    parts = on_ranks(whole, world_size)
+    summed = [sum(part[index] for part in parts) for index in range(2)]
+    expected = gradient(replace(whole, engine=replace(whole.engine, micro_batch=0)), World())
+    assert_equal(summed, expected)
+    without = gradient(replace(whole, loss=LossConfig(drop_teachers=0.5)), World())
+    assert float((expected[0] - without[0]).abs().max()) > 1e-3
+    # What stochastic depth drops is the same ahead and in the pass.
+    for first, again in zip(gradient(recipe, World()), gradient(recipe, World()), strict=True):
+        assert torch.equal(first, again)
 
 
 def serve(rank: int, folder: str, pipe) -> None:
