@@ -68,6 +68,8 @@ class Partition:
     """By the student's input and a teacher whose size is drawn too: its views, by their sizes."""
     images_of: str = ""
     """An earlier partition whose images it shows; empty for images of its own."""
+    source: str = ""
+    """Named entry of the data that its images come from; empty for the mixture of all."""
     ranks: int = 0
     """Share of the processes that work on it alone; 0 for one by its cost."""
 
@@ -246,6 +248,15 @@ class Stage:
             or [partition.views[size][teacher]]
         ]
 
+    @property
+    def own_sources(self) -> list[tuple[int, int, str]]:
+        """Images [start, stop) of each step that come from one named entry of the data."""
+        return [
+            (item.start, item.start + item.batch_size, item.source)
+            for item in self.partitions
+            if item.source
+        ]
+
     def statistics_partition(self, teacher: str) -> Partition | None:
         """Return the partition whose images a teacher's statistics are estimated on.
 
@@ -357,6 +368,7 @@ def _partitions(
                 views=views,
                 drawn=drawn,
                 images_of=item.images_of,
+                source=item.source,
                 ranks=item.ranks,
             )
         )

@@ -131,6 +131,7 @@ def build_distillation(
         stage.data,
         seed=stage.seed,
         images_per_step=stage.images_per_step,
+        own=stage.own_sources,
         slices=schedule.slices,
     )
     check_same_shards(source.fingerprint)

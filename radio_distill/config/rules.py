@@ -157,6 +157,19 @@ def _check_secrets(recipe: Recipe) -> Iterator[str]:
 def _check_data(data: DataConfig) -> Iterator[str]:
     if data.weights and len(data.weights) != len(data.shards):
         yield f"data.weights: {len(data.weights)} weights for {len(data.shards)} shards entries"
+    if data.weights and not any(data.weights):
+        yield "data.weights: all are 0; give one that is not"
+    if data.names and (len(data.names) != len(data.shards) or not data.weights):
+        yield (
+            f"data.names: {len(data.names)} names and {len(data.weights)} weights for "
+            f"{len(data.shards)} shards entries; give each entry both"
+        )
+    if len(set(data.names)) < len(data.names):
+        yield f"data.names: {', '.join(data.names)}: two entries have one name"
+    for name in data.homogeneous:
+        yield from _check_source(data, "data.homogeneous", name)
+    if sum(data.homogeneous.values()) > 1:
+        yield "data.homogeneous: the shares are more than 1 together"
     for name in ("crop_scale", "crop_ratio"):
         low, high = getattr(data, name)
         if not 0 < low <= high:
@@ -225,6 +238,10 @@ def _check_stage(recipe: Recipe, name: str, config: StageConfig) -> Iterator[str
         where = f"{path}.partitions.{partition.name}"
         yield from _check_sizes(recipe, where, partition)
         yield from _check_teachers_of(recipe, where, partition)
+        if partition.source:
+            yield from _check_source(recipe.data, f"{where}.source", partition.source)
+        if partition.images_of and partition.source:
+            yield f"{where}.source: its images are those of {partition.images_of}; drop one of both"
         if partition.images_of:
             yield from _check_shared_images(where, partition, config.partitions[:index])
 
@@ -247,6 +264,12 @@ def _check_amount(path: str, amount: int | float | Literal["auto"]) -> list[str]
         return []
     problem = "is negative" if amount < 0 else "is neither a whole number nor a share below 1"
     return [f"{path}: {amount} {problem}"]
+
+
+def _check_source(data: DataConfig, path: str, name: str) -> Iterator[str]:
+    if name not in data.names:
+        known = nearest(name, list(data.names)) if data.names else "there are no data.names"
+        yield f"{path}: no entry of data.shards is called {name!r} ({known})"
 
 
 def _check_shared_images(

@@ -164,6 +164,9 @@ class PartitionConfig:
     images_of: str = our_option(
         "", "an earlier partition whose images are shown; what both ask of a teacher runs once"
     )
+    source: str = option(
+        "", "name of the entry of data.shards that its images come from; empty for the mixture"
+    )
     ranks: Count = option(
         0, "share of the processes, relative to other partitions; 0 for one by cost"
     )
@@ -256,8 +259,12 @@ class DataConfig:
     shards: tuple[str, ...] = option(
         help="tar shards, folders of shards, patterns with * or braces, or text files that list shards"
     )
-    weights: tuple[AboveZero, ...] = option(
-        tuple, "share of each entry; empty for all images alike"
+    weights: tuple[Weight, ...] = option(tuple, "share of each entry; empty for all images alike")
+    names: tuple[str, ...] = option(
+        tuple, "name of each entry, for `homogeneous` and for `source` of partitions"
+    )
+    homogeneous: dict[str, Share] = option(
+        dict, "share of the steps whose images all come from one named entry: imagenet: 0.1"
     )
     curation: str = our_option(
         "", "file of `radio-distill curate` that says which images of the shards are used"

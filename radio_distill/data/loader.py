@@ -40,7 +40,7 @@ from .images import (
     random_origin,
     render,
 )
-from .order import SampleOrder, view_generator
+from .order import SampleOrder, StepLayout, view_generator
 from .remote import Remote
 from .sources import open_sources
 from .tar_reader import ShardReader
@@ -161,12 +161,21 @@ class ShardBatches:
         seed: of order and views.
         images_per_step: images of one step, over all processes.
         slices: the images that this process makes in a step, one micro-batch each.
+        own: images [start, stop) of each step that come from one named entry of the shards.
 
     Raises:
         DataError: no shards, or more of them damaged, or of their samples unfit, than may be.
     """
 
-    def __init__(self, config: DataConfig, *, seed: int, images_per_step: int, slices: Slices):
+    def __init__(
+        self,
+        config: DataConfig,
+        *,
+        seed: int,
+        images_per_step: int,
+        slices: Slices,
+        own: Sequence[tuple[int, int, str]] = (),
+    ):
         self._config, self._slices, self._images_per_step = config, slices, images_per_step
         self._sources = open_sources(config)
         self._order = SampleOrder(
@@ -174,6 +183,11 @@ class ShardBatches:
             weights=config.weights,
             seed=seed,
             window=config.shuffle_shards,
+            layout=StepLayout(
+                images_per_step,
+                tuple((start, stop, config.names.index(name)) for start, stop, name in own),
+                tuple((config.names.index(name), x) for name, x in config.homogeneous.items()),
+            ),
         )
         max_open = min(_MAX_OPEN, 2 * config.shuffle_shards * len(self._sources.by_source))
         reader = ShardReader(

@@ -5,6 +5,7 @@ shared out over any number of processes, by counting; there is no state to save.
 
 * Within a source, every epoch has each sample once: shards are permuted, then samples are shuffled
   within windows of a few consecutive shards, so that reading stays local.
+* Images of a partition, or of some steps, may come from one source alone (:class:`StepLayout`).
 * Sources with weights are interleaved evenly (:func:`split_position`), and each keeps its own order
   and its own epochs, so a small source comes round more often.
 
@@ -16,6 +17,7 @@ import heapq
 import itertools
 from bisect import bisect_right
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from itertools import accumulate
 from typing import NamedTuple, TypeVar
@@ -49,6 +51,15 @@ def random_stream(*key: int) -> np.random.Philox:
 def view_generator(seed: int, position: int) -> np.random.Generator:
     """Make the generator of the random view at a position."""
     return np.random.Generator(random_stream(_VIEW, seed, position))
+
+
+def _counts_before(position: int, shares: Sequence[Fraction]) -> list[int]:
+    """Return how many of the positions before one each source has, see :func:`split_position`."""
+    counts = []
+    for share in shares:
+        counts.append(position * share.numerator // share.denominator)
+        position -= counts[-1]
+    return counts
 
 
 def split_position(position: int, shares: Sequence[Fraction]) -> tuple[int, int]:
@@ -122,12 +133,43 @@ class SourceOrder:
         return shards, _starts(self._counts[shards])[:: self._window]
 
 
+@dataclass(frozen=True)
+class StepLayout:
+    """Which images of each step come from one source alone."""
+
+    images: int = 1
+    """Of a step."""
+    own: tuple[tuple[int, int, int], ...] = ()
+    """(start, stop, source): images [start, stop) of each step come from a source."""
+    homogeneous: tuple[tuple[int, float], ...] = ()
+    """(source, share): in that share of the steps all other images come from it."""
+
+    @property
+    def mixed(self) -> int:
+        """Images of a step that have no source of their own."""
+        return self.images - sum(stop - start for start, stop, _ in self.own)
+
+
+class _Stream(NamedTuple):
+    """An order of one source's samples, for the images that come from it in one of the ways."""
+
+    order: SourceOrder
+    first_shard: int
+    """Number of the source's first shard among those of all sources."""
+    rate: Fraction
+    """Its images for each image of the whole."""
+
+
 class SampleOrder:
     """The order of all sources together; shards are numbered through.
+
+    Images that a :class:`StepLayout` takes from one source are an order of their own over it, with
+    epochs of their own; so are its homogeneous steps, which come evenly between the others.
 
     Args:
         counts: for each source, the samples in each of its shards.
         weights: share of each source; empty makes all of them one source.
+        layout: of a step, where some images come from one source.
     """
 
     def __init__(
@@ -137,48 +179,95 @@ class SampleOrder:
         weights: Sequence[float] = (),
         seed: int,
         window: int,
+        layout: StepLayout | None = None,
     ):
         if not weights:
             counts, weights = [[count for source in counts for count in source]], [1.0]
-        self._first_shard = [0, *accumulate(len(source) for source in counts)]
-        self._sources = [
-            SourceOrder(source, window, (seed, number)) for number, source in enumerate(counts)
+        first_shard = [0, *accumulate(len(source) for source in counts)]
+        self.num_samples = sum(map(sum, counts))
+        self._layout = layout = layout or StepLayout()
+        # 0.1 is meant as a tenth.
+        pure = [Fraction(repr(share)) for _, share in layout.homogeneous]
+        self._turns = _remaining([*pure, Fraction(1) - sum(pure)])
+        self._shares = _remaining([Fraction(repr(weight)) for weight in weights])
+
+        def stream(source: int, images: Fraction, *key: int) -> _Stream:
+            order = SourceOrder(counts[source], window, (seed, source, *key))
+            return _Stream(order, first_shard[source], images / layout.images)
+
+        self._own = [
+            stream(source, Fraction(stop - start), 1, number)
+            for number, (start, stop, source) in enumerate(layout.own)
         ]
-        exact = [Fraction(repr(weight)) for weight in weights]  # 0.1 is meant as a tenth
-        self._shares = [weight / sum(exact[i:]) for i, weight in enumerate(exact)]
-        self.num_samples = sum(source.num_samples for source in self._sources)
+        sources = [source for source, _ in layout.homogeneous]
+        self._pure = [
+            stream(source, share * layout.mixed, 2, number)
+            for number, (source, share) in enumerate(zip(sources, pure, strict=True))
+        ]
+        left = (Fraction(1) - sum(pure)) * layout.mixed
+        self._mixture = []
+        for source, share in enumerate(self._shares):
+            self._mixture.append(stream(source, left * share))
+            left -= left * share
 
     def at(self, position: int) -> Location:
         """Return the sample at a position."""
-        source, index = split_position(position, self._shares)
-        return self._numbered(source, self._sources[source].at(index))
+        stream, index = self._place(position)
+        return _numbered(stream, stream.order.at(index))
 
     def substitute(self, position: int, attempt: int) -> Location:
         """Return another sample of the same source, for a position whose sample is bad."""
-        source, _ = split_position(position, self._shares)
-        return self._numbered(source, self._sources[source].any(position, attempt))
+        stream, _ = self._place(position)
+        return _numbered(stream, stream.order.any(position, attempt))
 
     def shards_from(self, position: int) -> Iterator[int]:
         """Yield shards in the order in which they are needed from a position on, without end.
 
-        Sources with weights are merged by the positions where their windows begin.
+        Streams are merged by the positions where their windows begin.
         """
-        streams, rest, left = [], position, Fraction(1)
-        for number, (source, share) in enumerate(zip(self._sources, self._shares, strict=True)):
-            index, whole = rest * share.numerator // share.denominator, float(left * share)
-            rest, left = rest - index, left * (1 - share)
-            streams.append(self._needs(number, source.windows_from(index), whole))
-        return (shard for _, shard in heapq.merge(*streams))
+        needs = [_needs(stream, index) for stream, index in self._from(position) if stream.rate]
+        return (shard for _, shard in heapq.merge(*needs))
 
-    def _needs(
-        self, number: int, windows: Iterator[tuple[int, list[int]]], share: float
-    ) -> Iterator[tuple[float, int]]:
-        for begin, members in windows:
-            for member in members:
-                yield begin / share, self._first_shard[number] + member
+    def _place(self, position: int) -> tuple[_Stream, int]:
+        """Return the stream that a position belongs to, and the index within it."""
+        step, offset = divmod(position, self._layout.images)
+        before = 0  # images of the step with a source of their own
+        for stream, (start, stop, _) in zip(self._own, self._layout.own, strict=True):
+            if start <= offset < stop:
+                return stream, step * (stop - start) + offset - start
+            before += stop - start if stop <= offset else 0
+        turn, nth = split_position(step, self._turns)
+        index = nth * self._layout.mixed + offset - before
+        if turn < len(self._pure):
+            return self._pure[turn], index
+        source, index = split_position(index, self._shares)
+        return self._mixture[source], index
 
-    def _numbered(self, source: int, place: Location) -> Location:
-        return Location(self._first_shard[source] + place.shard, place.sample)
+    def _from(self, position: int) -> Iterator[tuple[_Stream, int]]:
+        """Yield each stream with an index that no later position is before."""
+        step, offset = divmod(position, self._layout.images)
+        for stream, (start, stop, _) in zip(self._own, self._layout.own, strict=True):
+            inside = min(max(offset - start, 0), stop - start)
+            yield stream, step * (stop - start) + inside
+        *pure, mixed = (nth * self._layout.mixed for nth in _counts_before(step, self._turns))
+        yield from zip(self._pure, pure, strict=True)
+        yield from zip(self._mixture, _counts_before(mixed, self._shares), strict=True)
+
+
+def _needs(stream: _Stream, index: int) -> Iterator[tuple[float, int]]:
+    """Yield the shards of a stream from an index on, and about which position needs each."""
+    for begin, members in stream.order.windows_from(index):
+        for member in members:
+            yield begin / float(stream.rate), stream.first_shard + member
+
+
+def _numbered(stream: _Stream, place: Location) -> Location:
+    return Location(stream.first_shard + place.shard, place.sample)
+
+
+def _remaining(weights: Sequence[Fraction]) -> list[Fraction]:
+    """Return each weight over the sum of itself and those behind it; 0 where all of them are 0."""
+    return [weight / (sum(weights[i:]) or 1) for i, weight in enumerate(weights)]
 
 
 def _permutation(count: int, *key: int) -> np.ndarray:

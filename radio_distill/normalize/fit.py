@@ -135,6 +135,7 @@ class ImageStream:
             stage.data,
             seed=stage.base_seed,
             images_per_step=world.world_size * BATCH,
+            own=[(0, world.world_size * BATCH, partition.source)] if partition.source else (),
             slices=self._slices,
         )
 
@@ -235,6 +236,8 @@ def _file_name(stage: Stage, teacher: Teacher, stream: ImageStream) -> str:
     )
     if not is_plain(stage.augmentation):
         parts = (*parts, stage.augmentation)
+    if partition.source:
+        parts = (*parts, partition.source)
     digest = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
     height, width = max(sizes)
     return f"{name}-{height}x{width}-{digest}.safetensors"

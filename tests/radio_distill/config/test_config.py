@@ -341,3 +341,29 @@ def test_losses__one_by_name_or_several_with_weights(tmp_path):
 def test_losses__errors_name_the_field(assignment, message):
     with pytest.raises(ConfigError, match=message):
         recipe(assignment)
+
+
+NAMED = ["data.shards=[a.tar, b.tar]", "data.weights=[1, 0]", "data.names=[lvd, imagenet]"]
+
+
+def test_sources__named_for_homogeneous_steps_and_for_a_partition():
+    more = ["data.homogeneous={imagenet: 0.1}", "stage.partitions.high.source=lvd"]
+    made = recipe(*NAMED, *more)
+    assert made.data.homogeneous == {"imagenet": 0.1}
+    assert made.stages["stage1"].partitions[1].source == "lvd"
+
+
+@pytest.mark.parametrize(
+    ("assignments", "message"),
+    [
+        ([*NAMED, "data.homogeneous={imagnet: 0.1}"], r"data\.homogeneous: .*'imagnet'.*imagenet"),
+        (["stage.partitions.low.source=lvd"], r"low\.source: .*'lvd' \(there are no data\.names"),
+        ([*NAMED, "data.weights=[0, 0]"], r"data\.weights: all are 0"),
+        ([*NAMED, "data.names=[lvd]"], r"data\.names: 1 names and 2 weights for 2"),
+        ([*NAMED, "data.names=[lvd, lvd]"], r"two entries have one name"),
+        ([*NAMED, "data.homogeneous={lvd: 0.6, imagenet: 0.6}"], r"more than 1 together"),
+    ],
+)
+def test_sources__errors_name_the_field(assignments, message):
+    with pytest.raises(ConfigError, match=message):
+        recipe(*assignments)

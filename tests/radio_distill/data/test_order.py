@@ -1,13 +1,16 @@
+from collections import Counter
 from fractions import Fraction
 from itertools import islice
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from radio_distill.data.order import (
     Location,
     SampleOrder,
+    StepLayout,
     random_stream,
     split_position,
     view_generator,
@@ -155,3 +158,62 @@ def test_random_stream__keys_do_not_run_together():
     keys = [(0, 1), (1, 0), (1 << 32,), (1,), (0, 0, 1), (1 << 32, 0), (-1,), (0,)]
     draws = [int(random_stream(*key).random_raw()) for key in keys]
     assert len(set(draws)) == len(draws)
+
+
+SOURCES = [[4, 3], [5], [2, 2, 2]]
+LAYOUT = StepLayout(10, own=((2, 5, 1), (7, 8, 2)), homogeneous=((2, 0.1), (0, 0.25)))
+
+
+def source_of(place: Location) -> int:
+    return 0 if place.shard < 2 else 1 if place.shard == 2 else 2
+
+
+def with_layout(layout=LAYOUT, weights=(3, 1, 0)) -> SampleOrder:
+    return SampleOrder(SOURCES, weights=weights, seed=4, window=2, layout=layout)
+
+
+def test_layout__images_of_a_step_with_a_source_of_their_own_have_its_epochs():
+    order = with_layout()
+    places = [order.at(10 * step + offset) for step in range(20) for offset in (2, 3, 4)]
+    for first in range(0, 60, 5):
+        assert {place.sample for place in places[first : first + 5]} == set(range(5))
+    assert {place.shard for place in places} == {2}
+    assert {source_of(order.at(10 * step + 7)) for step in range(20)} == {2}
+
+
+def test_layout__a_share_of_the_steps_is_of_one_source_and_the_others_are_mixed():
+    order = with_layout()
+    rest = [offset for offset in range(10) if offset not in (2, 3, 4, 7)]
+    steps = [[source_of(order.at(10 * step + at)) for at in rest] for step in range(400)]
+    pure = Counter(sources[0] for sources in steps if len(set(sources)) == 1)
+    assert pure[2] == 40, "a tenth; in the mixture its weight is 0"
+    mixed = Counter(source for sources in steps for source in sources)
+    assert mixed[1] == pytest.approx(400 * 6 * 0.65 / 4, abs=6)
+    assert mixed[0] == 400 * 6 - mixed[1] - mixed[2]
+    # Of the homogeneous steps of a source each epoch has each sample once.
+    of_2 = [step for step, sources in enumerate(steps) if set(sources) == {2}]
+    places = [order.at(10 * step + at) for step in of_2 for at in rest]
+    assert all(count == 40 for count in Counter(places).values())
+    assert len(set(places)) == 6
+
+
+def test_layout__without_sources_of_their_own_changes_nothing():
+    plain = SampleOrder(SOURCES, weights=(3, 1, 2), seed=4, window=2)
+    order = with_layout(StepLayout(7), (3, 1, 2))
+    assert [order.at(i) for i in range(200)] == [plain.at(i) for i in range(200)]
+    coming = islice(zip(order.shards_from(35), plain.shards_from(35), strict=False), 50)
+    assert all(one == other for one, other in coming)
+
+
+@given(st.integers(0, 500))
+def test_layout__shards_come_before_or_when_they_are_needed(position):
+    order = with_layout()
+    coming = set(islice(order.shards_from(position), 40))
+    assert {order.at(position + i).shard for i in range(60)} <= coming
+
+
+def test_layout__a_substitute_is_of_the_same_source():
+    order = with_layout()
+    for position in range(200):
+        wanted = source_of(order.at(position))
+        assert source_of(order.substitute(position, 1)) == wanted
