@@ -10,7 +10,7 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -213,10 +213,10 @@ class NaviNormals(NaviProbe):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NyuDepth(TrainedBenchmark):
-    """NYU Depth v2 in BTS' layout: four layers, made four times as fine, vote for 256 bins.
+    """NYU Depth v2 in BTS' layout: layers, made four times as fine, vote for 256 bins.
 
-    DINOv2's head and loss with DINOv3's optimizer, for DINOv2's is not known to us; no [CLS].
-    Scores are means over images in the Eigen crop, up to 10 m, of an image and its mirror image.
+    DINOv2's heads and loss with DINOv3's optimizer, for DINOv2's is not known to us. Scores are
+    means over images in the Eigen crop, up to 10 m, of an image and its mirror image.
     """
 
     crop: Size = (416, 544)
@@ -229,14 +229,30 @@ class NyuDepth(TrainedBenchmark):
     gradient_clip: float = 35.0
     far: float = 10.0
     """Greatest depth that counts, in metres."""
+    num_layers: Literal[1, 4] = 4
+    """4 as they are, or the last one with the encoder's summary in each cell: DINOv2's lin1, where
+    that is [CLS]. Its lin4 has [CLS] of each of the four, which is not read here."""
 
     name: ClassVar[str] = "nyu_depth"
     sources: ClassVar[Mapping[str, str]] = {"data": "data.nyu_depth"}
     group: ClassVar[str] = "NYU depth"
-    head: ClassVar[str] = "lin4"
-    layers: ClassVar[int] = 4
     pools_step: ClassVar[bool] = True
     mirrors_test: ClassVar[bool] = True
+
+    @property
+    def head(self) -> str:  # type: ignore[override]
+        """DINOv2's name."""
+        return f"lin{self.num_layers}"
+
+    @property
+    def layers(self) -> int:  # type: ignore[override]
+        """Either one or four."""
+        return self.num_layers
+
+    @property
+    def reads_summary(self) -> bool:  # type: ignore[override]
+        """Whether it is lin1."""
+        return self.num_layers == 1
 
     def images(self) -> tuple[Sequence[Any], Sequence[Any]]:
         """List BTS' training and test images."""

@@ -160,7 +160,7 @@ class CocoDetection(TrainedBenchmark):
     @torch.no_grad()
     def predict(self, encoder: Encoder, heads: Heads, pixels: Tensor) -> dict[str, Tensor]:
         """Return the output for an image of the size of the crop, ``[1, N, K + 5]``."""
-        return heads(encode(encoder, pixels[None], 1, 1))
+        return heads(encode(self, encoder, pixels[None]))
 
     def measure(
         self, meters: Meters, outputs: Mapping[str, Tensor], labels: Mapping[str, Tensor]

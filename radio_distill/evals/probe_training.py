@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from einops import repeat
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -156,19 +157,31 @@ def _received(example: Example | DataError) -> Example:
     return example
 
 
-def encode(encoder: Encoder, pixels: Tensor, layers: int, batch_size: int) -> Maps:
-    """Return the float32 maps of ``[B, 3, H, W]`` uint8, ``batch_size`` images at a time.
+def encode(benchmark: "TrainedBenchmark", encoder: Encoder, pixels: Tensor) -> Maps:
+    """Return the float32 maps that a benchmark's heads read of ``[B, 3, H, W]`` uint8.
 
     On a GPU the encoder computes in bfloat16 where that is native, on a processor in float32.
     """
-    device = torch.device(encoder.device)
+    device, layers = torch.device(encoder.device), benchmark.layers
     passes = []
-    for some in pixels.split(batch_size):
+    for some in pixels.split(benchmark.batch_size):
         some = to_float(some.to(device, non_blocking=True))
         with autocast("auto" if device.type == "cuda" else "float32", device):
-            passes.append(encoder.layers(some, layers) if layers > 1 else [encoder(some).spatial])
+            if layers > 1:
+                passes.append(encoder.layers(some, layers))
+            else:
+                passes.append([_last(encoder(some), benchmark.reads_summary)])
     # Joined outside of inference mode, they are tensors that gradients may be computed from.
     return [torch.cat(layer).float() for layer in zip(*passes, strict=True)]
+
+
+def _last(features: Features, with_summary: bool) -> Tensor:
+    """Return the map, ``[B, C, h, w]``, or with the summary in each cell ``[B, C + S, h, w]``."""
+    summary, spatial = features
+    if summary is None or not with_summary:
+        return spatial
+    height, width = spatial.shape[-2:]
+    return torch.cat([spatial, repeat(summary, "b s -> b s h w", h=height, w=width)], dim=1)
 
 
 def in_whole_patches(
@@ -267,7 +280,7 @@ class ProbeTask:
         else:
             fitted = [benchmark.fitted(self.encoder, it.pixels, it.labels) for it in examples]
             pixels, all_labels = torch.stack([it[0] for it in fitted]), [it[1] for it in fitted]
-            maps = encode(self.encoder, pixels, benchmark.layers, benchmark.batch_size)
+            maps = encode(benchmark, self.encoder, pixels)
             keys = [example.key for example in examples]
         labels = {
             name: torch.stack([labels[name] for labels in all_labels]).to(device)
@@ -283,7 +296,7 @@ class ProbeTask:
         if index not in self.kept:
             example = self.benchmark.training_example(self.source.images[index], None)
             pixels, labels = self.benchmark.fitted(self.encoder, example.pixels, example.labels)
-            maps = encode(self.encoder, pixels[None], self.benchmark.layers, 1)
+            maps = encode(self.benchmark, self.encoder, pixels[None])
             self.kept[index] = [layer.cpu() for layer in maps], labels
         return self.kept[index]
 
@@ -341,7 +354,7 @@ def train(
     source = TrainingImages(benchmark, images, share, device)
     height, width = benchmark.crop
     grey = torch.full((1, 3, height, width), 127, dtype=torch.uint8)
-    sample = encode(encoder, grey, benchmark.layers, 1)
+    sample = encode(benchmark, encoder, grey)
     with ExitStack() as stack:
         folder = _folder(encoder, source, world, stack)
         stage = _stage(benchmark, folder)

@@ -67,6 +67,8 @@ class TrainedBenchmark(ABC):
     """What people call its heads."""
     layers: ClassVar[int] = 1
     """How many layers of the encoder the heads read."""
+    reads_summary: ClassVar[bool] = False
+    """Whether each cell of the last layer's map has the encoder's summary, if any, beside it."""
     shuffles: ClassVar[bool] = True
     """Whether every epoch has an order of its own."""
     mirrors_test: ClassVar[bool] = False
@@ -234,9 +236,9 @@ class TrainedBenchmark(ABC):
         height, width = pixels.shape[-2:]
         whole, _ = in_whole_patches(encoder, pixels, {})
         size = (whole.shape[-2], whole.shape[-1])
-        outputs = heads(encode(encoder, whole[None], self.layers, 1))
+        outputs = heads(encode(self, encoder, whole[None]))
         if self.mirrors_test:
-            mirrored = heads(encode(encoder, whole[None].flip(-1), self.layers, 1))
+            mirrored = heads(encode(self, encoder, whole[None].flip(-1)))
             outputs = {name: (it + mirrored[name].flip(-1)) / 2 for name, it in outputs.items()}
         return {
             name: F.interpolate(output, size, mode="bilinear")[..., :height, :width]

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 import layouts
 from radio_distill.evals.depth_probes import NaviDepth, NaviNormals, NyuDepth, square_around
 from radio_distill.evals.encoder import Encoder
+from radio_distill.evals.probe_training import encode
 from radio_distill.types import Features
 
 from .probe_sets import perfect_encoder, random_encoder
@@ -96,6 +97,30 @@ def test_nyu_depth__perfect_features_at_the_top_and_noise_at_chance(tmp_path):
     perfect, noise = values(probe, perfect_encoder(8)), values(probe, random_encoder(8))
     assert perfect["d1"] > noise["d1"] + 20
     assert perfect["rmse"] < 0.7 * noise["rmse"]
+
+
+def test_nyu_depth__one_layer_is_read_with_the_summary_in_each_cell(tmp_path):
+    layouts.nyu_depth(tmp_path, train=6)
+    silent = torch.zeros(1, 2, 5, 6)
+
+    def knowing(pixels):
+        summary = F.adaptive_avg_pool2d(pixels, 2).flatten(1)
+        return Features(summary, silent.expand(len(pixels), -1, -1, -1))
+
+    encoder = Encoder("summary", knowing, 8, inner=lambda p, n: [knowing(p).spatial] * n)
+    four = NyuDepth(data=str(tmp_path), learning_rate=0.05, **{**QUICK, "crop": (40, 48)})
+    one = replace(four, num_layers=1)
+    pixels = torch.randint(256, (2, 3, 40, 48), dtype=torch.uint8)
+    (maps,) = encode(one, encoder, pixels)
+    assert maps.shape == (2, 2 + 12, 5, 6)
+    expected = knowing(pixels / 255).summary[:, :, None, None].expand(-1, -1, 5, 6)
+    torch.testing.assert_close(maps[:, 2:], expected)
+    assert [layer.shape[1] for layer in encode(four, encoder, pixels)] == [2] * 4
+    without = Encoder("map alone", lambda p: knowing(p)._replace(summary=None), 8)
+    assert encode(one, without, pixels)[0].shape[1] == 2
+    assert values(one, encoder)["rmse"] != values(four, encoder)["rmse"]
+    (score, *_) = one.run(encoder)
+    assert score.protocol.startswith("nyu_depth-lin1-60-quick@")
 
 
 @pytest.mark.parametrize("kind", [NaviDepth, NaviNormals])
