@@ -5,9 +5,9 @@
 Names are digests, of the teacher and how it is asked, and of the shard's contents. A pass that is
 stopped goes on where it was, and shards that are added later are all that is encoded then.
 
-What all summaries have in common, their mean, is taken out when they are read: with it, some
-teachers have cosines above 0.8 for any two images, and a threshold for one teacher means nothing
-for another.
+What all summaries have in common, their mean, is taken out when they are read: with it the median
+cosine of two photographs is 0.77 for DINOv2 ViT-S and 0.21 for EfficientNet-Lite0, and a threshold
+for one teacher means nothing for another.
 """
 
 import hashlib
