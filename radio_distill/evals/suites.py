@@ -38,7 +38,6 @@ QUICK: dict[str, Any] = {
     "crop": (QUICK_SIZE, QUICK_SIZE),
     "fit": (2 * QUICK_SIZE, QUICK_SIZE),
     "size": QUICK_SIZE,
-    "width": 64,
 }
 """Own fields of a quick benchmark of a data set, where it has them."""
 QUICK_PYRAMID: dict[str, Any] = {
@@ -48,6 +47,8 @@ QUICK_PYRAMID: dict[str, Any] = {
     "bins": 64,
 }
 """Those of one whose head has a width: its maps are 16 times as fine as the encoder's."""
+QUICK_DETECTOR: dict[str, Any] = {"width": 64, "learning_rate": 3e-3, "gradient_clip": 10.0}
+"""Those of a detector, whose own rate is one for epochs."""
 
 
 def with_suite(config: EvaluationConfig, suite: Suite) -> tuple[EvaluationConfig, dict[str, str]]:
@@ -102,5 +103,6 @@ def _quick_options(name: str) -> dict[str, Any]:
     if not any(source.startswith("data.") for source in kind.sources.values()):
         return {"scales": (1.0, 2.0)} if name == "agreement" else {}
     own = {field.name for field in fields(kind)} - kind.sources.keys()
-    values = QUICK | QUICK_PYRAMID if "hidden" in own else QUICK
+    values = QUICK | (QUICK_PYRAMID if "hidden" in own else {})
+    values |= QUICK_DETECTOR if "width" in own else {}
     return {field: value for field, value in values.items() if field in own}
