@@ -54,9 +54,9 @@ def test_eval__models_by_name_are_told_apart_in_one_file(tmp_path, images, monke
     scores = read_scores([Path("scores.jsonl")])
     assert set(scores.results) == {"tiny_vit", "up", "clip"}
     assert len({row["weights"] for row in lines(Path("scores.jsonl"))}) == 3
-    shown = [path.relative_to("evaluation") for path in Path("evaluation").rglob("*.png")]
+    shown = [path.relative_to("evaluation") for path in Path("evaluation").rglob("*.webp")]
     matches = {
-        f"{name}/correspondence/{n}.png" for name in ("tiny_vit", "up", "clip") for n in "01"
+        f"{name}/correspondence/{n}.webp" for name in ("tiny_vit", "up", "clip") for n in "01"
     }
     assert {str(path) for path in shown} == matches, "agreement shows none"
     assert scores.teachers == {"tiny_vit", "up", "clip"}, "they may lack what runs are compared by"
