@@ -139,6 +139,33 @@ class Normalizer(Protocol):
     def load_state(self, state: "Mapping[str, Tensor]") -> "Normalizer": ...
 
 
+@runtime_checkable
+class MovingNormalizer(Normalizer, Protocol):
+    """A normalizer whose statistics follow the training.
+
+    It is told of every map that the teacher says in a step. Where ``needs_whole_step``, all of them
+    are encoded before the first is normalised.
+    """
+
+    needs_whole_step: bool
+
+    def observe(self, spatial: "Tensor") -> None:
+        """Let ``[B, C, h, w]`` in the teacher's space count for this step."""
+        ...
+
+    def begin_step(self, device: "torch.device") -> None:
+        """Know that all of a step was observed; where that is needed, every process calls."""
+        ...
+
+    def end_step(self, progress: float, device: "torch.device") -> None:
+        """Take a step, at this share of the stage, into the statistics; every process calls."""
+        ...
+
+    def forget_step(self) -> None:
+        """Let a step that is skipped count for nothing."""
+        ...
+
+
 class Engine(Protocol):
     """Runs forward, backward and update of what is trained, on one or many processes."""
 

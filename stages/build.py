@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from radio_distill.config import EvaluationConfig, Recipe
+from radio_distill.config import EvaluationConfig, Recipe, of_summary
 from radio_distill.data.loader import ShardBatches
 from radio_distill.distill.loss_weights import TermWeights
 from radio_distill.distill.micro_batches import MicroBatchSchedule, teachers_of
@@ -30,15 +30,16 @@ from radio_distill.models.heads import (
     exchange_last,
     parameter_groups,
 )
-from radio_distill.normalize.fit import fit_normalizers
+from radio_distill.normalize.fit import fit_normalizers, is_fitted
 from radio_distill.normalize.normalizers import (
+    Identity,
     LayerNorm,
-    build_normalizers,
     normalizers_of,
+    recipe_normalizers,
     restore_normalizers,
 )
 from radio_distill.normalize.statistics import Moments
-from radio_distill.protocols import LayeredTeacher, Normalizer, Teacher
+from radio_distill.protocols import LayeredTeacher, MovingNormalizer, Normalizer, Teacher
 from radio_distill.stage import Stage
 from radio_distill.system.compiled import compile_blocks
 from radio_distill.system.distributed import World, all_gather_object, extend_timeouts, run_on_main
@@ -211,18 +212,27 @@ def _fit_scales(
     """
     teachers, normalizers = targets.teachers, targets.normalizers
     dispersions = fit_normalizers(stage, teachers, normalizers, world, device)
-    unseen = [name for name in teachers if stage.statistics_partition(name) is None]
+    unseen = [name for name in normalizers if not is_fitted(stage, name)]
     if start is not None:
         logger.info("%s starts from %s", stage.name, start.folder)
     if start is None or stage.config.reset_heads:
         for name in unseen:
-            normalizers[name].fit(Moments.standard(teachers[name].spec.channels))
+            _fit_standard(normalizers[name], name, teachers)
         return dispersions
     before = normalizers_of(start)
     for name in unseen:  # their heads stay as they were, in the space that they had
-        normalizers[name].load_state(before[name].state())
+        if name in before:
+            normalizers[name].load_state(before[name].state())
+        else:
+            _fit_standard(normalizers[name], name, teachers)
     refold_heads(model, before, normalizers)
     return dispersions
+
+
+def _fit_standard(normalizer: Normalizer, name: str, teachers: Mapping[str, Teacher]) -> None:
+    teacher, _, summary = name.partition(".")
+    spec = teachers[teacher].spec
+    normalizer.fit(Moments.standard(spec.summary_channels or 0 if summary else spec.channels))
 
 
 def score_student(
@@ -268,10 +278,14 @@ def refold_heads(
     affine and a head ends in a linear layer. Ours: the papers freeze the body while heads relearn.
     A normalizer without inverse (layer_norm) has no statistics either, so nothing is to be done.
     """
+    heads = {name: head.spatial for name, head in model.heads.items()}
     for name, head in model.heads.items():
-        if isinstance(now[name], LayerNorm):
-            continue
-        exchange_last(head.spatial, partial(_refolded, before[name], now[name]))
+        if head.summary is not None:
+            heads[of_summary(name)] = head.summary
+    for name, projector in heads.items():
+        old, new = (found.get(name, Identity()) for found in (before, now))
+        if not isinstance(new, LayerNorm):
+            exchange_last(projector, partial(_refolded, old, new))
 
 
 def _refolded(before: Normalizer, now: Normalizer, last: nn.Linear) -> nn.Linear:
@@ -313,7 +327,14 @@ def build_targets(stage: Stage, world: World, device: torch.device) -> TargetMak
         if any(view.is_upsampled for _, view in stage.views(name))
     }
     upsampler = build_upsampler(stage.upsampler, upsampled, stage.engine.precision)
-    normalizers = build_normalizers(stage.normalizer.name, teachers)
+    specs = {name: teacher.spec for name, teacher in teachers.items()}
+    normalizers = recipe_normalizers(stage.recipe, specs)
+    for name in upsampled:
+        if isinstance(normalizers[name], MovingNormalizer):
+            raise ConfigError(
+                f"teachers.{name}.feature_normalizer: {stage.recipe.normalizers[name]} follows the "
+                "teacher's own grid, and here it is upsampled; take per_channel_standardise"
+            )
     return TargetMaker(teachers, normalizers, upsampler)
 
 

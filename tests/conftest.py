@@ -91,13 +91,14 @@ def random_statistics() -> Callable[..., dict[str, torch.Tensor]]:
     """Statistics of random features: of a recipe and its teachers' channels, by name."""
 
     def make(recipe: Any, channels: dict[str, int]) -> dict[str, torch.Tensor]:
-        from radio_distill.normalize.normalizers import build_normalizers
+        from radio_distill.normalize import NORMALIZERS
         from radio_distill.normalize.statistics import Moments
 
         tensors = {}
-        normalizers = build_normalizers(recipe.normalizer.name, recipe.teachers)
-        for name, normalizer in normalizers.items():
-            moments = Moments(channels[name])
+        for name, kind in recipe.normalizers.items():
+            if name not in channels:
+                continue
+            normalizer, moments = NORMALIZERS.get(kind)(), Moments(channels[name])
             mixed = torch.randn(200, channels[name]) @ torch.randn(channels[name], channels[name])
             moments.update((mixed + 3).T[None, :, :, None])
             normalizer.fit(moments)
@@ -116,7 +117,9 @@ def write_run(
     Every number is random, norms and LayerScale included, so that a slip shows.
     """
 
-    def write(name: str = "run", stage: str = "stage1", **student: Any) -> Path:
+    def write(
+        name: str = "run", stage: str = "stage1", summaries: str = "none", **student: Any
+    ) -> Path:
         from radio_distill.config import Recipe, build
         from radio_distill.models.heads import build_student
         from radio_distill.train.checkpoint import Checkpoint
@@ -140,6 +143,7 @@ def write_run(
                     **student,
                 },
                 "teachers": {teacher: {"preset": f"preset_{teacher}"} for teacher in CHANNELS},
+                "normalizer": {"summary": summaries},
                 "stages": {stage: {"steps": 7, "partitions": [partition]}},
             },
         )
@@ -155,7 +159,9 @@ def write_run(
             if parameter.ndim == 1:
                 parameter.data.normal_(1, 0.3)
         model.student.prefix_tokens.data.normal_()
-        statistics = random_statistics(recipe, {key: sizes[0] for key, sizes in CHANNELS.items()})
+        widths = {key: sizes[0] for key, sizes in CHANNELS.items()}
+        widths |= {f"{key}.summary": sizes[1] for key, sizes in CHANNELS.items() if sizes[1]}
+        statistics = random_statistics(recipe, widths)
         parts = {"student": model.state_dict(), "statistics": statistics}
         folder = tmp_path / name / stage / "checkpoints" / "step-00000007"
         save(Checkpoint(folder, 7, stage, recipe, specs), parts, 3)

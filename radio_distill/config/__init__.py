@@ -50,5 +50,6 @@ from .schema import (
     StageConfig,
     UpsamplerConfig,
     WatchConfig,
+    of_summary,
     partition_sizes,
 )

@@ -37,6 +37,8 @@ class TeacherConfig:
     feature_loss: FeatureLoss | dict[FeatureLoss, Weight] = option(
         dict, "its own loss between feature maps; none for loss.feature"
     )
+    feature_normalizer: str = option("", "its own scale; empty for normalizer.name")
+    summary_normalizer: str = option("", "its own scale of summaries; empty for normalizer.summary")
     options: dict[str, Any] = option(
         dict, "further arguments of the preset or source, for instance model: vit_base_patch16_224"
     )

@@ -19,6 +19,7 @@ from .schema import (
     PartitionConfig,
     Recipe,
     StageConfig,
+    of_summary,
     partition_sizes,
 )
 
@@ -122,6 +123,13 @@ def _check_losses(recipe: Recipe) -> Iterator[str]:
     for name, teacher in recipe.teachers.items():
         if recipe.loss.drop_teachers and not (teacher.summary_weight or teacher.feature_weight):
             yield f"teachers.{name}: without a loss it cannot be dropped; take it out"
+    for name, teacher in recipe.teachers.items():
+        asked = (teacher.summary_loss or recipe.loss.summary) == "angle"
+        if asked and of_summary(name) in recipe.normalizers:
+            yield (
+                f"teachers.{name}.summary_normalizer: the dispersion that angle is measured in is "
+                "of summaries as they are; set it to none, or take another summary_loss"
+            )
     for field in ("summary", "feature"):
         if not getattr(recipe.loss, field):
             yield f"loss.{field}: names no loss; for none, set {field}_weight of the teachers to 0"

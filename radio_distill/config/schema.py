@@ -30,7 +30,8 @@ from .models import FeatureLoss, RelationLoss, StudentConfig, SummaryLoss, Teach
 class NormalizerConfig:
     """The scale that teachers are brought to."""
 
-    name: str = option("phi_s", "name in `radio-distill list normalizers`")
+    name: str = option("phi_s", "name in `radio-distill list normalizers`, for features")
+    summary: str = option("none", "the same for summaries")
     images: int | float | Auto = option(
         "auto",
         "images that mean and covariance are estimated on, anew in every stage; a number below 1 is a share of the stage's images; auto: a tenth of them, 1,024 to 3,072,000, for a fit at most 100,000, and never more than there are",
@@ -446,12 +447,29 @@ class Recipe:
         upsampled = any(partition.upsample for partition in config.partitions)
         return self.folder / (f"{stage}-{config.upsampler.name}" if upsampled else stage)
 
+    @property
+    def normalizers(self) -> dict[str, str]:
+        """Names of the normalizers: of each teacher's features under its name, of its summaries
+        under :func:`of_summary` where they have one."""
+        names = {}
+        for name, teacher in self.teachers.items():
+            names[name] = teacher.feature_normalizer or self.normalizer.name
+            summary = teacher.summary_normalizer or self.normalizer.summary
+            if summary != "none":
+                names[of_summary(name)] = summary
+        return names
+
     def stages_before(self, stage: str) -> list[str]:
         """Return the names of the stages that led to ``stage``, itself the last."""
         chain = [stage]
         while (start := self.stages[chain[0]].start_from) in self.stages:
             chain.insert(0, start)
         return chain
+
+
+def of_summary(teacher: str) -> str:
+    """Return what the normalizer of a teacher's summaries is called beside that of its features."""
+    return f"{teacher}.summary"
 
 
 def partition_sizes(partition: PartitionConfig) -> tuple[tuple[int, int], ...]:

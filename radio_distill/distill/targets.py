@@ -29,11 +29,20 @@ A mosaic has no summary: it would be one of the whole canvas and so of no view.
 """
 
 from collections.abc import Iterable, Mapping, MutableMapping
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 
-from ..protocols import Corrector, NormalisedUpsampler, Normalizer, Teacher, Upsampler
+from ..config import of_summary
+from ..protocols import (
+    Corrector,
+    MovingNormalizer,
+    NormalisedUpsampler,
+    Normalizer,
+    Teacher,
+    Upsampler,
+)
 from ..system.memory import explain_oom
 from ..system.transfer import to_device
 from ..teacher_view import Mosaic, TeacherView
@@ -49,7 +58,8 @@ class TargetMaker:
 
     Args:
         teachers: the frozen encoders, by name.
-        normalizers: one for each teacher.
+        normalizers: of each teacher's features, under its name, and of its summaries where they
+            have one, see :attr:`.Recipe.normalizers`.
         upsampler: for the views that are upsampled; None where none is.
     """
 
@@ -62,6 +72,27 @@ class TargetMaker:
         self.teachers = teachers
         self.normalizers = normalizers
         self._upsampler = upsampler
+        self._moving = {
+            name: item for name, item in normalizers.items() if isinstance(item, MovingNormalizer)
+        }
+
+    @property
+    def needs_whole_step(self) -> bool:
+        """Whether a process must encode all its images of a step before it normalises any."""
+        return any(item.needs_whole_step for item in self._moving.values())
+
+    def begin_step(self, device: torch.device) -> None:
+        """Say that the step's images were all encoded; every process calls."""
+        for normalizer in self._moving.values():
+            normalizer.begin_step(device)
+
+    def end_step(self, progress: float | None, device: torch.device) -> None:
+        """Let statistics follow a step at this share of the stage; None where it was skipped."""
+        for normalizer in self._moving.values():
+            if progress is None:
+                normalizer.forget_step()
+            else:
+                normalizer.end_step(progress, device)
 
     def __call__(
         self,
@@ -78,16 +109,11 @@ class TargetMaker:
                 would see the same again, and added to. With shifts no two partitions show the same.
         """
         targets = {}
-        height, width = views.size
         for view in teacher_views:
             if cache is not None and not views.are_shifted and view in cache:
                 targets[view.teacher] = cache[view]
                 continue
-            with explain_oom(
-                f"the targets of teacher {view.teacher!r}",
-                f"{height}x{width} px of the student, {len(views)} images",
-                "lower engine.micro_batch, or the stage's upsampler.micro_batch",
-            ):
+            with _explain_oom(views, view):
                 pixels = views.of_teacher(view.teacher, view.rendered)
                 targets[view.teacher] = self._normalised(pixels, view)
             if cache is not None:
@@ -96,12 +122,40 @@ class TargetMaker:
 
     def _normalised(self, pixels: Tensor, view: TeacherView) -> Features:
         """Return what a teacher says of ``[B, 3, *view.rendered]``, normalised."""
+        if not view.is_upsampled:
+            return scaled(self._own(pixels, view), view.teacher, self.normalizers)
+        assert self._upsampler is not None, f"no upsampler for teacher {view.teacher}"
         teacher, normalizer = self.teachers[view.teacher], self.normalizers[view.teacher]
-        if view.is_upsampled:
-            assert self._upsampler is not None, f"no upsampler for teacher {view.teacher}"
-            return upsampled(self._upsampler, teacher, pixels, view.grid, normalizer)
-        features = self._corrected(teacher, pixels, view)
-        return Features(features.summary, normalizer.apply(features.spatial))
+        features = upsampled(self._upsampler, teacher, pixels, view.grid, normalizer)
+        of_summaries = self.normalizers.get(of_summary(view.teacher))
+        return Features(scaled_summary(features.summary, of_summaries), features.spatial)
+
+    def encoded(self, views: Views, teacher_views: Iterable[TeacherView]) -> dict[str, Features]:
+        """Return what teachers say of some images in their own spaces; see :meth:`__call__`."""
+        features = {}
+        for view in teacher_views:
+            with _explain_oom(views, view):
+                pixels, teacher = views.of_teacher(view.teacher, view.rendered), view.teacher
+                if view.is_upsampled:
+                    assert self._upsampler is not None, f"no upsampler for teacher {teacher}"
+                    features[teacher] = self._upsampler(self.teachers[teacher], pixels, view.grid)
+                else:
+                    features[teacher] = self._own(pixels, view)
+        return features
+
+    def normalised(self, encoded: Mapping[str, Features]) -> dict[str, Features]:
+        """Return the targets of what :meth:`encoded` gave."""
+        return {name: scaled(item, name, self.normalizers) for name, item in encoded.items()}
+
+    def _own(self, pixels: Tensor, view: TeacherView) -> Features:
+        """Return what a teacher says at its own grid, in its own space, and let it be observed."""
+        features = self._corrected(self.teachers[view.teacher], pixels, view)
+        if (normalizer := self._moving.get(view.teacher)) is not None:
+            normalizer.observe(features.spatial)
+        summaries = self._moving.get(of_summary(view.teacher))
+        if summaries is not None and features.summary is not None:
+            summaries.observe(features.summary[:, :, None, None])
+        return features
 
     def _corrected(self, teacher: Teacher, pixels: Tensor, view: TeacherView) -> Features:
         """Return what a teacher says at its own grid, in its own space.
@@ -114,6 +168,28 @@ class TargetMaker:
         if view.mosaic is not None or not isinstance(self._upsampler, Corrector):
             return features
         return Features(features.summary, self._upsampler.correct(view.teacher, features.spatial))
+
+
+def _explain_oom(views: Views, view: TeacherView) -> AbstractContextManager[None]:
+    height, width = views.size
+    return explain_oom(
+        f"the targets of teacher {view.teacher!r}",
+        f"{height}x{width} px of the student, {len(views)} images",
+        "lower engine.micro_batch, or the stage's upsampler.micro_batch",
+    )
+
+
+def scaled(features: Features, teacher: str, normalizers: Mapping[str, Normalizer]) -> Features:
+    """Bring a teacher's features from its own spaces to the normalised ones."""
+    summary = scaled_summary(features.summary, normalizers.get(of_summary(teacher)))
+    return Features(summary, normalizers[teacher].apply(features.spatial))
+
+
+def scaled_summary(summary: Tensor | None, normalizer: Normalizer | None) -> Tensor | None:
+    """Normalise summaries ``[B, S]``, each as a map of one cell; without a normalizer they stay."""
+    if summary is None or normalizer is None:
+        return summary
+    return normalizer.apply(summary[:, :, None, None])[:, :, 0, 0]
 
 
 def upsampled(

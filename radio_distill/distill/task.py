@@ -63,7 +63,7 @@ class _Look(NamedTuple):
     keys: tuple[str, ...]
     cache: TargetCache
     targets: Mapping[str, Features] | None = None
-    """Where the student has run ahead."""
+    """Where the student has run ahead, or the targets of a step are normalised by themselves."""
     predictions: Predictions | None = None
     """Where that was its only pass."""
 
@@ -96,6 +96,7 @@ class Distillation:
         self._meter = Meter(names, self.engine.device)
         self._rates = learning_rates(self.stage.config)
         self._step_rates: dict[str, float] = {}
+        self._progress = 0.0
 
     @property
     def evaluate_every(self) -> int:
@@ -127,6 +128,9 @@ class Distillation:
         looks: Iterable[_Look] = self._looks(
             step, micro_batches, on_device(batches, self.engine.device)
         )
+        self._progress = step / self.stage.steps
+        if self.targets.needs_whole_step:
+            looks = self._encoded_whole(list(looks))
         if self._is_related:
             looks, relations = self._ahead(step, list(looks))
         for look in looks:
@@ -152,6 +156,7 @@ class Distillation:
 
     def end_step(self, is_taken: bool) -> None:
         """Let a step that was taken count for the log, the loss's weights and the EMA."""
+        self.targets.end_step(self._progress if is_taken else None, self.engine.device)
         if not is_taken:
             self.weights.forget_step()
             return
@@ -229,6 +234,18 @@ class Distillation:
                 views = self.draws.views(step, micro, one, pixels)
                 yield _Look(micro, one, views, batch.keys, cache)
 
+    def _encoded_whole(self, looks: "Sequence[_Look]") -> "list[_Look]":
+        """Normalise a step's targets by their own statistics; every rank must call."""
+        encoded = [
+            {} if look.one.is_padding else self.targets.encoded(look.views, look.one.views.values())
+            for look in looks
+        ]
+        self.targets.begin_step(self.engine.device)
+        return [
+            look._replace(targets=self.targets.normalised(features))
+            for look, features in zip(looks, encoded, strict=True)
+        ]
+
     def _ahead(
         self, step: int, looks: "Sequence[_Look]"
     ) -> "tuple[list[_Look], dict[tuple[str, str], Relation]]":
@@ -238,7 +255,7 @@ class Distillation:
         for look in looks:
             one = look.one
             if not one.is_padding and teachers_related(self.stage, one.partition):
-                targets = self.targets(look.views, one.views.values(), look.cache)
+                targets = look.targets or self.targets(look.views, one.views.values(), look.cache)
                 with torch.set_grad_enabled(only):
                     predictions = self._predict(step, look)
                 summaries.add(one.partition, look.micro.start, predictions.features, targets)

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..data.folder import ImageRef
+from ..distill.targets import scaled_summary
 from ..errors import NoLayersError
 from ..models.backbone import StudentEncoder
 from ..protocols import LayeredTeacher, Normalizer, Teacher, TextTower
@@ -43,13 +44,16 @@ class Target:
     """That of the compared head; None where the head predicts in the teacher's own space."""
     digest: str = ""
     """Says which teacher it is, for the scores; empty where not known."""
+    summary_normalizer: Normalizer | None = None
+    """That of the head's summary; None where it predicts in the teacher's own space."""
 
     def __call__(self, pixels: Tensor) -> Features:
         """Encode ``[B, 3, *size]`` RGB in [0, 1] to features in the head's space."""
         features = self.teacher.encode(pixels)
-        if self.normalizer is None:
-            return features
-        return Features(features.summary, self.normalizer.apply(features.spatial))
+        summary, spatial = features
+        if self.normalizer is not None:
+            spatial = self.normalizer.apply(spatial)
+        return Features(scaled_summary(summary, self.summary_normalizer), spatial)
 
 
 @dataclass(frozen=True, slots=True)

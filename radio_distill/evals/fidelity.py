@@ -14,7 +14,7 @@ from PIL.Image import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..config import TeacherConfig, size_pair
+from ..config import TeacherConfig, of_summary, size_pair
 from ..data.folder import load_images
 from ..distill.alignment import align
 from ..protocols import Normalizer, Teacher
@@ -175,6 +175,7 @@ def targets_of(
             input_size(teacher.spec, configs[name].input_size, view, patch_size),
             (normalizers or {}).get(name),
             (digests or {}).get(name, ""),
+            (normalizers or {}).get(of_summary(name)),
         )
         for name, teacher in teachers.items()
     }

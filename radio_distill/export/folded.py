@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..config import StudentConfig, partition_sizes
+from ..config import StudentConfig, of_summary, partition_sizes
 from ..models.backbone import summary_slots
-from ..models.heads import DistilledStudent, exchange_last
+from ..models.heads import DistilledStudent
 from ..models.spectral import fold as fold_matrices
 from ..normalize.normalizers import normalizers_of
 from ..train.checkpoint import Checkpoint
@@ -75,11 +75,13 @@ def folded(checkpoint: Checkpoint) -> FoldedStudent:
     """
     model = load_student(checkpoint, torch.device("cpu")).float()
     fold_matrices(model)
-    for name, normalizer in normalizers_of(checkpoint).items():
-        if not exchange_last(model.heads[name].spatial, normalizer.fold):
+    normalizers = normalizers_of(checkpoint)
+    for name, head in model.heads.items():
+        for part in head.fold(normalizers[name], normalizers.get(of_summary(name))):
             logger.info(
-                "head %s predicts in the space of its normalizer: it has no linear layer to fold "
-                "that into",
+                "the %s of head %s stay in the space of their normalizer: it has no linear layer "
+                "to fold that into",
+                part,
                 name,
             )
     return FoldedStudent(model.eval().requires_grad_(False), checkpoint)

@@ -19,6 +19,7 @@ from torch.autograd import Function
 
 from ..config import HeadConfig, StudentConfig, build_options
 from ..errors import ConfigError, UnknownNameError
+from ..protocols import Normalizer
 from ..registry import check_takes, nearest
 from ..types import Features, TeacherSpec
 from . import HEADS
@@ -56,6 +57,9 @@ class Head(nn.Module):
         )
         where = f"heads of teacher {teacher.name!r}"
         self.has_summary = channels is not None
+        self.summary_map: nn.Linear | None = None
+        """Once folded, from the space of the features to that of a summary that shares the head."""
+        self.channels = teacher.channels
         self.is_shared = self.has_summary and chosen.summary.name == SHARED
         self.summary = None
         if channels is not None and not self.is_shared:
@@ -99,7 +103,7 @@ class Head(nn.Module):
         tokens = predicted[:, -height * width :]
         features = rearrange(tokens, "b (h w) c -> b c h w", h=height)
         if self.is_shared:
-            return Features(predicted[:, 0], features)
+            return Features(self._shared_summary(predicted), features)
         if self.summary is None:
             return Features(None, features)
         return Features(self._own_summary(summary_token, *inner), features)
@@ -108,8 +112,37 @@ class Head(nn.Module):
         """Predict the summary ``[B, S]`` alone; arguments as for a call."""
         assert self.has_summary, "a teacher without summary"
         if self.is_shared:
-            return self._all(summary_token, spatial, *inner)[:, 0]
+            return self._shared_summary(self._all(summary_token, spatial, *inner))
         return self._own_summary(summary_token, *inner)
+
+    def fold(self, features: Normalizer, summary: Normalizer | None) -> list[str]:
+        """Let predictions be in the teacher's own spaces: fold the inverses of its normalizers in.
+
+        Returns which of them stay in the normalised one, since their head has no linear layer.
+
+        Raises:
+            ConfigError: where a normalizer has no inverse.
+        """
+        kept = [] if exchange_last(self.spatial, features.fold) else [FEATURES]
+        if self.is_shared and not kept:
+            same = nn.Linear(self.channels, self.channels)
+            nn.init.eye_(same.weight)
+            nn.init.zeros_(same.bias)
+            back = features.unfold(same)  # what was folded into the features, taken out again
+            self.summary_map = back if summary is None else summary.fold(back)
+        if self.summary is not None and summary is not None:
+            kept += [] if exchange_last(self.summary, summary.fold) else [SUMMARY]
+        return kept
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        """Make room for the map of a shared head's summary, which a folded one has."""
+        if f"{prefix}summary_map.weight" in state_dict and self.summary_map is None:
+            self.summary_map = nn.Linear(self.channels, self.channels)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def _shared_summary(self, predicted: Tensor) -> Tensor:
+        token = predicted[:, 0]
+        return token if self.summary_map is None else self.summary_map(token)
 
     def _all(self, *tokens: Tensor) -> Tensor:
         """Predict with the features' head, for the summary token too where it takes that."""

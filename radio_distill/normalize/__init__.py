@@ -10,5 +10,7 @@ NORMALIZERS = Registry(
         "layer_norm": "radio_distill.normalize.normalizers:LayerNorm",
         "global_standardise": "radio_distill.normalize.normalizers:GlobalStandardise",
         "per_channel_standardise": "radio_distill.normalize.normalizers:PerChannelStandardise",
+        "ema_standardise": "radio_distill.normalize.moving:EmaStandardise",
+        "batch_standardise": "radio_distill.normalize.moving:BatchStandardise",
     },
 )

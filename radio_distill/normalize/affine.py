@@ -96,8 +96,7 @@ class Affine:
 
     def state(self) -> dict[str, Tensor]:
         """Return the tensors that make an equal normalizer through :meth:`load_state`."""
-        assert self._state, f"{type(self).__name__} has neither been fitted nor loaded"
-        return dict(self._state)
+        return dict(self._fitted())
 
     def load_state(self: Kind, state: Mapping[str, Tensor]) -> Kind:
         """Take what :meth:`state` returned; raises CheckpointError for another normalizer's."""
@@ -115,9 +114,13 @@ class Affine:
         self._copies.clear()
         self._into = None
 
+    def _fitted(self) -> dict[str, Tensor]:
+        assert self._state, f"{type(self).__name__} has neither been fitted nor loaded"
+        return self._state
+
     def _tensors_for(self, channels: int, like: Tensor) -> dict[str, Tensor]:
         """Return the state for ``like``: its device, and float32 at least. Kept for next time."""
-        fitted = len(self.state()["mean"])
+        fitted = len(self._fitted()["mean"])
         if channels != fitted:
             raise ConfigError(
                 f"{type(self).__name__} was fitted to {fitted} channels, these features have "

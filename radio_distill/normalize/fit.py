@@ -13,7 +13,7 @@ from fractions import Fraction
 
 import torch
 
-from ..config import DataConfig, share_of
+from ..config import DataConfig, of_summary, share_of
 from ..data.device import on_device
 from ..data.images import PIXELS
 from ..data.loader import ShardBatches, StepSlice
@@ -28,6 +28,7 @@ from ..system.progress import Progress
 from ..teacher_view import TeacherView
 from ..train.health import check_targets
 from ..types import Size, View
+from . import NORMALIZERS
 from .statistics import (
     Moments,
     Statistics,
@@ -65,14 +66,35 @@ def fit_normalizers(
             name
             for name in partition.teachers
             if stage.statistics_partition(name) is partition
-            and (normalizers[name].uses_statistics or _asks_dispersion(stage, name))
+            and (
+                normalizers[name].uses_statistics
+                or _asks_dispersion(stage, name)
+                or _asks_summary(stage, partition, name)
+            )
         ]
         shown = {name: teachers[name] for name in names}
         for name, statistics in _statistics_of(stage, partition, shown, world, device).items():
             normalizers[name].fit(statistics.moments)
+            if statistics.summary is not None:
+                normalizers[of_summary(name)].fit(statistics.summary)
             if statistics.dispersion is not None:
                 dispersions[name] = statistics.dispersion
     return dispersions
+
+
+def is_fitted(stage: Stage, normalizer: str) -> bool:
+    """Return whether :func:`fit_normalizers` fits one: whether a stage shows what it normalises."""
+    teacher, _, summary = normalizer.partition(".")
+    partition = stage.statistics_partition(teacher)
+    return partition is not None and (not summary or partition.has_summaries[teacher])
+
+
+def _asks_summary(stage: Stage, partition: Partition, teacher: str) -> bool:
+    kind = "" if stage.is_fit else stage.recipe.normalizers.get(of_summary(teacher), "")
+    has_summary = stage.specs[teacher].summary_channels is not None
+    if not kind or not has_summary or not partition.has_summaries[teacher]:
+        return False
+    return bool(NORMALIZERS.get(kind).uses_statistics)
 
 
 def _asks_dispersion(stage: Stage, teacher: str) -> bool:
@@ -191,6 +213,11 @@ def _estimate(
         for name, spec in specs.items()
         if _asks_dispersion(stage, name) and stream.partition.has_summaries[name]
     }
+    of_summaries = {
+        name: Moments(spec.summary_channels or 0, device=device)
+        for name, spec in specs.items()
+        if _asks_summary(stage, stream.partition, name)
+    }
     for first, views, teacher_views, keys in stream.batches(device):
         for name, teacher in teachers.items():
             pixels = views.of_teacher(name, teacher_views[name].size)
@@ -200,12 +227,18 @@ def _estimate(
             if name in summaries:
                 assert features.summary is not None
                 summaries[name].update(features.summary, first)
+            if name in of_summaries:
+                assert features.summary is not None
+                of_summaries[name].update(features.summary[:, :, None, None])
     for name in teachers:
         moments[name].all_reduce()
         if name in summaries:
             summaries[name].all_reduce()
+        if name in of_summaries:
+            of_summaries[name].all_reduce()
+    dispersions = {name: item.dispersion() for name, item in summaries.items()}
     return {
-        name: Statistics(moments[name], summaries[name].dispersion() if name in summaries else None)
+        name: Statistics(moments[name], dispersions.get(name), of_summaries.get(name))
         for name in teachers
     }
 
@@ -233,6 +266,7 @@ def _file_name(stage: Stage, teacher: Teacher, stream: ImageStream) -> str:
         stage.teachers[name].options,
         stage.teachers[name].dtype,
         PIXELS,
+        *(["summary"] if _asks_summary(stage, partition, name) else []),
     )
     if not is_plain(stage.augmentation):
         parts = (*parts, stage.augmentation)

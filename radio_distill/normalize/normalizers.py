@@ -12,10 +12,12 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ..config import Recipe, of_summary
 from ..errors import CheckpointError, ConfigError
 from ..protocols import Normalizer
 from ..system.files import reason_of
 from ..train.checkpoint import STATISTICS, Checkpoint
+from ..types import TeacherSpec
 from . import NORMALIZERS as NORMALIZERS
 from .affine import Affine, mean_variance
 from .statistics import Moments
@@ -119,6 +121,16 @@ def build_normalizers(name: str, teachers: Iterable[str]) -> dict[str, Normalize
     return {teacher: kind() for teacher in teachers}
 
 
+def recipe_normalizers(recipe: Recipe, specs: Mapping[str, TeacherSpec]) -> dict[str, Normalizer]:
+    """Make the unfitted normalizers of a recipe, named as :attr:`.Recipe.normalizers` has them."""
+    without = [of_summary(name) for name, spec in specs.items() if spec.summary_channels is None]
+    return {
+        name: NORMALIZERS.get(kind)()
+        for name, kind in recipe.normalizers.items()
+        if name not in without
+    }
+
+
 def load_normalizers(normalizers: Mapping[str, Normalizer], tensors: Mapping[str, Tensor]) -> None:
     """Restore the states of normalizers from ``{"<teacher>/<tensor>": tensor}``."""
     for name, normalizer in normalizers.items():
@@ -133,7 +145,7 @@ def load_normalizers(normalizers: Mapping[str, Normalizer], tensors: Mapping[str
 
 def normalizers_of(checkpoint: Checkpoint) -> dict[str, Normalizer]:
     """Restore the normalizers that a checkpoint's heads were trained with."""
-    normalizers = build_normalizers(checkpoint.recipe.normalizer.name, checkpoint.recipe.teachers)
+    normalizers = recipe_normalizers(checkpoint.recipe, checkpoint.teachers)
     restore_normalizers(normalizers, checkpoint)
     return normalizers
 

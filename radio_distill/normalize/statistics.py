@@ -25,6 +25,8 @@ from ..system.files import check_writable, reason_of, replacing
 logger = logging.getLogger(__name__)
 
 DISPERSION = "dispersion"
+SUMMARY = "summary."
+"""How the names of the summaries' moments begin in a file."""
 
 CHUNK = 8192
 """Tokens that are centred at once: at 1536 channels a float64 copy of 100 MB."""
@@ -36,8 +38,8 @@ class Moments:
     Sums are kept in float64 and of centred tokens (Chan, Golub and LeVeque 1979), so that a mean
     that is large against the spread costs no digits: mean and covariance agree with a two-pass
     computation to about 1e-15 of the largest entry. The price is a float64 matrix product of 2·N·C²
-    operations for N tokens, small beside an encoder wherever float64 is not emulated. Summaries are
-    left out: only spatial features are normalised.
+    operations for N tokens, small beside an encoder wherever float64 is not emulated. Of summaries
+    each is a map of one cell.
 
     Args:
         channels: C.
@@ -213,6 +215,8 @@ class Statistics(NamedTuple):
     """Of its spatial features."""
     dispersion: float | None = None
     """Of its summaries (:class:`SummaryMoments`), in rad²; None where it was not asked for."""
+    summary: Moments | None = None
+    """Of its summaries; None where they were not asked for."""
 
 
 def save_statistics(path: Path, statistics: Statistics) -> None:
@@ -256,21 +260,36 @@ def load_statistics(path: Path) -> Statistics | None:
         logger.warning("statistics in %s are damaged (%s): estimating them again", path, problem)
         return None
     dispersion = float(state.pop(DISPERSION)) if DISPERSION in state else None
-    return Statistics(Moments.from_state(state), dispersion)
+    of_summary = _below(SUMMARY, state)
+    summary = Moments.from_state(of_summary) if of_summary else None
+    return Statistics(Moments.from_state(state), dispersion, summary)
 
 
 def _tensors(statistics: Statistics) -> dict[str, Tensor]:
     tensors = statistics.moments.state()
     if statistics.dispersion is not None:
         tensors[DISPERSION] = torch.tensor(statistics.dispersion, dtype=torch.float64)
+    if statistics.summary is not None:
+        of_summary = statistics.summary.state()
+        tensors |= {f"{SUMMARY}{name}": value for name, value in of_summary.items()}
     return tensors
 
 
+def _below(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    names = [name for name in state if name.startswith(prefix)]
+    return {name.removeprefix(prefix): state[name] for name in names}
+
+
 def _problem(state: dict[str, Tensor]) -> str:
-    if sorted(state.keys() - {DISPERSION}) != ["count", "mean", "scatter"]:
-        return f"holds {', '.join(sorted(state)) or 'nothing'}"
-    channels = state["mean"].shape
-    if len(channels) != 1 or state["scatter"].shape != channels * 2 or state["count"].ndim:
-        return "shapes do not fit together"
-    finite = all(torch.isfinite(value).all() for value in state.values())
-    return "" if finite and state["count"] > 0 else "numbers are not statistics"
+    of_summary = _below(SUMMARY, state)
+    rest = {name: value for name, value in state.items() if not name.startswith(SUMMARY)}
+    for moments in (rest, of_summary) if of_summary else (rest,):
+        if sorted(moments.keys() - {DISPERSION}) != ["count", "mean", "scatter"]:
+            return f"holds {', '.join(sorted(state)) or 'nothing'}"
+        channels = moments["mean"].shape
+        if len(channels) != 1 or moments["scatter"].shape != channels * 2 or moments["count"].ndim:
+            return "shapes do not fit together"
+        finite = all(torch.isfinite(value).all() for value in moments.values())
+        if not finite or moments["count"] <= 0:
+            return "numbers are not statistics"
+    return ""

@@ -232,7 +232,7 @@ class ModelCosts:
         normalizers = {}
         for name, teacher in self.teachers.items():
             channels = teacher.spec.channels
-            kind = next(iter(self.stages.values())).normalizer.name
+            kind = next(iter(self.stages.values())).recipe.normalizers[name]
             normalizer: Normalizer = NORMALIZERS.get(kind)()
             shapes = {"mean": (channels,), "scale": (), "rotation": (channels, channels)}
             state = {key: torch.empty(shapes[key]) for key in getattr(normalizer, "tensors", ())}

@@ -117,6 +117,37 @@ def size_sheet(
     return image_grid([[square, *cells] for cells in rows.values()], list(rows), columns, side)
 
 
+@torch.inference_mode()
+def head_sheet(image: Image.Image, encoder: Encoder, size: Size, side: int = 224) -> Image.Image:
+    """Draw a student's map and those of its heads, above those of the teachers that they imitate.
+
+    FeatSharp (arXiv 2502.16025), Figures 8 and 9. A head and its teacher share one basis, so equal
+    colours mean equal features; the student's own map has another.
+
+    Args:
+        image: what is encoded, cropped to each encoder's aspect ratio.
+        encoder: a student with heads.
+        size: of the student's input, in pixels.
+        side: side of each cell, in pixels.
+    """
+    assert encoder.heads is not None, f"{encoder.name} has no heads"
+    pixels = to_pixels(image, encoder.nearest_size(size))[None].to(encoder.device)
+    predicted = encoder.heads.predict(pixels)
+    students, teachers = pca_images([encoder(pixels).spatial[0]], side), []
+    for name, target in encoder.heads.targets.items():
+        truth = target(to_pixels(image, target.size)[None].to(encoder.device))
+        maps = [each.spatial[0].float() for each in (predicted[name], truth)]
+        head, teacher = pca_images(maps, side)
+        students.append(head)
+        teachers.append(teacher)
+    square = ImageOps.fit(image.convert("RGB"), (side, side))
+    empty = Image.new("RGB", (side, side), "white")
+    columns = ["image", "backbone", *encoder.heads.targets]
+    return image_grid(
+        [[square, *students], [empty, empty, *teachers]], [encoder.name, "teachers"], columns, side
+    )
+
+
 def _given(encoder: Encoder, sides: Sequence[int]) -> dict[int, Size]:
     """Return the size that an encoder is given in a column, each in its nearest column only."""
     nearest = {side: encoder.nearest_size((side, side)) for side in sides}

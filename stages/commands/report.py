@@ -28,8 +28,10 @@ from ..arguments import (
 )
 
 if TYPE_CHECKING:
+    from radio_distill.evals.encoder import Target
     from radio_distill.evals.gain import MultiTaskGain
     from radio_distill.evals.score_set import ScoreSet
+    from radio_distill.protocols import Teacher
     from radio_distill.report.page import Figure, Section
     from radio_distill.report.tables import Table
     from radio_distill.train.checkpoint import Checkpoint
@@ -101,13 +103,14 @@ def report(
         path for path in folder.glob("stage*/metrics.jsonl") if "." not in path.parent.name
     )
     curves = training_curves({path.parent.name: read_json_lines(path) for path in logs})
-    sheets = _sheets(students, num_images, images or newest.recipe.evaluation.images)
+    sheets, heads = _sheets(students, num_images, images or newest.recipe.evaluation.images)
     sections = [
         Section("result", "Result", gain_tables(gain)),
         Section("run", "What was run", facts=_facts(newest, students)),
         Section("training", "Training", panels=curves),
         *_score_sections(scores),
         Section("features", "Features", sheets=sheets),
+        Section("heads", "Heads", sheets=heads),
         Section("recipe", "Recipe", settings=dump(newest.recipe)),
     ]
     return write_page(output, f"radio_distill: {newest.recipe.name}", sections)
@@ -185,18 +188,26 @@ def _compared(
     return gain, scores
 
 
-def _sheets(students: "Mapping[str, Checkpoint]", num_images: int, source: str) -> "list[Figure]":
-    """Paint the features of held-out images, teachers above students, one column a size."""
+def _sheets(
+    students: "Mapping[str, Checkpoint]", num_images: int, source: str
+) -> "tuple[list[Figure], list[Figure]]":
+    """Paint held-out images: features over the size, teachers above students; and heads."""
     from radio_distill.data.folder import load_images
-    from radio_distill.report.feature_images import size_sheet
+    from radio_distill.report.feature_images import head_sheet, size_sheet
     from radio_distill.report.page import Figure
 
-    from .scoring import encoder_of, teacher_encoders
+    from ..build import build_teachers
+    from .scoring import device_of, encoder_of, teacher_encoders
 
     newest = [*students.values()][-1]
-    encoders = {encoder.name: encoder for encoder in teacher_encoders(newest)}
+    teachers = build_teachers(newest.recipe, device_of(newest))
+    encoders = {encoder.name: encoder for encoder in teacher_encoders(newest, teachers)}
     encoders[UNTRAINED] = encoder_of(newest, untrained=True)
-    encoders |= {name: encoder_of(student) for name, student in students.items()}
+    trained = {
+        name: encoder_of(student, name, targets=_targets(student, teachers))
+        for name, student in students.items()
+    }
+    encoders |= trained
     max_sizes = sorted({student.recipe.student.max_size for student in students.values()})
     caption = (
         "Three principal components of the features as colours, one basis a row: equal colours "
@@ -205,13 +216,31 @@ def _sheets(students: "Mapping[str, Checkpoint]", num_images: int, source: str) 
         "it takes none near the column's. Students take any, with their positions stretched above "
         f"student.max_size ({' and '.join(map(str, max_sizes))} px)."
     )
+    of_heads = (
+        "Three principal components of the student's own map, and of what each head makes of it "
+        "beside its teacher's map, both normalised: in a column, equal colours mean equal features."
+    )
     images = load_images(source, num_images)
-    figures = []
+    figures, heads = [], []
+    side = newest.recipe.evaluation.dense_size
     with Progress("images", len(images), unit="images") as bar:
         for number, (key, image) in enumerate(images, 1):
             figures.append(Figure(key, caption, size_sheet(image, encoders, SIZES)))
+            for name, encoder in trained.items():
+                sheet = head_sheet(image, encoder, (side, side))
+                heads.append(Figure(f"{key}: {name}", of_heads, sheet))
             bar.update(number)
-    return figures
+    return figures, heads
+
+
+def _targets(student: "Checkpoint", teachers: "Mapping[str, Teacher]") -> "dict[str, Target]":
+    """Return the teachers as a student's heads imitate them, for dense benchmarks' size."""
+    from radio_distill.evals.fidelity import targets_of
+    from radio_distill.normalize.normalizers import normalizers_of
+
+    recipe = student.recipe
+    size, patch = recipe.evaluation.dense_size, recipe.student.patch_size
+    return targets_of(teachers, recipe.teachers, size, patch, normalizers_of(student))
 
 
 def _facts(newest: "Checkpoint", students: "Mapping[str, Checkpoint]") -> list[tuple[str, str]]:

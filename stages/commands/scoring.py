@@ -325,11 +325,13 @@ def untrained_student(checkpoint: Checkpoint) -> DistilledStudent:
     return build_student(config, teachers, initialise=initialise)
 
 
-def teacher_encoders(checkpoint: Checkpoint) -> list[Encoder]:
-    """Build the teachers of a checkpoint and present them as encoders named ``teacher NAME``."""
+def teacher_encoders(
+    checkpoint: Checkpoint, teachers: Mapping[str, Teacher] | None = None
+) -> list[Encoder]:
+    """Present the teachers of a checkpoint, built unless given, as encoders ``teacher NAME``."""
     device = device_of(checkpoint)
-    teachers = build_teachers(checkpoint.recipe, device).values()
-    return [teacher_encoder(one, device, f"teacher {one.spec.name}") for one in teachers]
+    found = build_teachers(checkpoint.recipe, device) if teachers is None else teachers
+    return [teacher_encoder(one, device, f"teacher {one.spec.name}") for one in found.values()]
 
 
 def targets_for(

@@ -1,18 +1,21 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
-from radio_distill.evals.encoder import Encoder
+from radio_distill.evals.encoder import Encoder, Heads, Target
 from radio_distill.report.feature_images import (
     LABEL_HEIGHT,
     MARGIN,
     difference_image,
+    head_sheet,
     image_grid,
     joint_pca,
     pca_images,
     size_sheet,
 )
+from radio_distill.types import Features
 
 
 def _maps(seed=0, channels=12, grids=((8, 10), (16, 20))):
@@ -107,6 +110,41 @@ def test_size_sheet__an_encoder_is_painted_at_every_size_that_it_takes_and_no_si
     assert _cells(sheet, 1, 4) == [True, True, True, False]
     assert _cells(sheet, 2, 4).count(True) == 2
     assert sheet.width == MARGIN + 4 * (60 + MARGIN)
+
+
+def test_head_sheet__equal_features_have_equal_colours():
+    """A head that is its teacher paints the same cell above and below; another does not."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 60, 3), np.uint8))
+
+    class Blocks:
+        """Means of 8 x 8 pixels and of their squares."""
+
+        def encode(self, pixels):
+            means = [F.avg_pool2d(pixels**power, 8) for power in (1, 2)]
+            return Features(None, torch.cat(means, dim=1))
+
+    teacher = Blocks()
+    targets = {name: Target(teacher, (40, 40)) for name in ("same", "other")}
+
+    def predict(pixels):
+        spatial = teacher.encode(pixels).spatial
+        return {"same": Features(None, spatial), "other": Features(None, spatial.flip(3))}
+
+    encoder = Encoder("mine", teacher.encode, 8, heads=Heads(predict, targets))
+    sheet = head_sheet(image, encoder, (40, 40), 60)
+    assert _cells(sheet, 0, 4) == [True] * 4
+    assert _cells(sheet, 1, 4) == [False, False, True, True]
+    pixels, pitch = np.array(sheet), LABEL_HEIGHT + MARGIN + 60
+    above, below = (
+        pixels[top + LABEL_HEIGHT : top + LABEL_HEIGHT + 60]
+        for top in (LABEL_HEIGHT, LABEL_HEIGHT + pitch)
+    )
+    columns = [
+        slice(MARGIN + at * (60 + MARGIN), MARGIN + at * (60 + MARGIN) + 60) for at in (2, 3)
+    ]
+    same, other = (np.array_equal(above[:, at], below[:, at]) for at in columns)
+    assert same
+    assert not other
 
 
 def test_image_grid__draws_labels():

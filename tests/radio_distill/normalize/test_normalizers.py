@@ -10,7 +10,10 @@ from radio_distill.normalize.affine import converted
 from radio_distill.normalize.statistics import Moments
 from radio_distill.protocols import Normalizer
 
-AFFINE = ["phi_s", "none", "global_standardise", "per_channel_standardise"]
+AFFINE = [
+    "phi_s", "none", "global_standardise", "per_channel_standardise", "ema_standardise",
+    "batch_standardise",
+]  # fmt: skip
 NAMES = [*AFFINE, "layer_norm"]
 
 
