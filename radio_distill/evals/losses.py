@@ -85,11 +85,6 @@ def depth_loss(prediction: Tensor, target: Tensor, as_published: bool = False) -
     return 10 * sig_loss(prediction, target) + gradient_loss(prediction, target, as_published) / 2
 
 
-def angular_loss(prediction: Tensor, target: Tensor, valid: Tensor) -> Tensor:
-    """Return the mean angle between normals ``[B, 3, H, W]``, in radians, over ``[B, H, W]``."""
-    return _angle(prediction, target)[valid].mean()
-
-
 def uncertain_angular_loss(prediction: Tensor, target: Tensor, valid: Tensor) -> Tensor:
     """Return the negative log-likelihood of normals under the angular von Mises distribution.
 

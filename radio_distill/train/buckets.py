@@ -20,7 +20,7 @@ class GradientBuckets:
     memory than before, but for one bucket.
 
     Args:
-        parameters: all that are trained.
+        parameters: all that are trained; each asks for a gradient.
         bucket_bytes: size from which a bucket is full.
     """
 
@@ -38,11 +38,6 @@ class GradientBuckets:
         """Parameters of each bucket that the last pass has not reached yet."""
         self._sent: list[Any] = []
         """What to wait for, by bucket."""
-
-    @property
-    def num_sent(self) -> int:
-        """How many buckets of this step have left."""
-        return len(self._sent)
 
     def open(self) -> None:
         """Begin to send: the backward pass that comes is the last of its step."""

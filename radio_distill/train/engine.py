@@ -225,12 +225,13 @@ class DeepSpeedEngine(_Forward):
             config=_deepspeed_config(config, gradient_clip, world.world_size),
             dist_init_required=False,
         )
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._buckets: GradientBuckets | None = None
         if self._zero_stage == 0:
             for _, parameter in scalars:
                 parameter.data = parameter.data.view(())
             # DeepSpeed's own sum begins behind the backward pass, of a copy of all gradients.
-            self._buckets = GradientBuckets(model.parameters())
+            self._buckets = GradientBuckets(trained)
             self._engine.set_gradient_accumulation_boundary(False)
         self._callable = self._engine
         self._arrived: list[nn.Parameter] = []
@@ -238,7 +239,7 @@ class DeepSpeedEngine(_Forward):
         self._is_same_order = self._zero_stage not in (1, 2) or world.world_size == 1
         self._recording = [
             parameter.register_post_accumulate_grad_hook(self._arrived.append)
-            for parameter in (model.parameters() if self._zero_stage in (1, 2) else ())
+            for parameter in (trained if self._zero_stage in (1, 2) else ())
         ]
 
     def backward(

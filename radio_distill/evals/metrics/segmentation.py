@@ -63,11 +63,6 @@ def mean_iou(confusion: Tensor, counted: Counted = "shown") -> float:
     return iou.mean().item()
 
 
-def pixel_accuracy(confusion: Tensor) -> float:
-    """Return the share of pixels of a known class that are right, in [0, 1]."""
-    return (confusion.diagonal().sum().double() / confusion.sum()).item()
-
-
 def num_shown(confusion: Tensor) -> int:
     """Return how many classes the targets show: those that :func:`mean_iou` is the mean of."""
     return int((confusion.sum(dim=1) > 0).sum())

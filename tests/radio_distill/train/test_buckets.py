@@ -30,7 +30,7 @@ def train_on_rank(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", rank=rank, world_size=2, init_method=f"file://{folder}/store")
     layers, found, early = model(), [], []
     buckets = GradientBuckets(layers.parameters(), bucket_bytes=288)
-    layers[0].weight.register_post_accumulate_grad_hook(lambda _: early.append(buckets.num_sent))
+    layers[0].weight.register_post_accumulate_grad_hook(lambda _: early.append(len(buckets._sent)))
     for step in range(STEPS):
         layers.zero_grad()
         for number in range(2 + rank):  # one pass more on rank 1
@@ -39,7 +39,7 @@ def train_on_rank(rank: int, folder: str) -> None:
             loss(layers, rank, step, number).backward()
         buckets.close()
         found.append([parameter.grad.clone() for parameter in layers.parameters()])
-    torch.save((found, early, buckets.num_sent), f"{folder}/{rank}.pt")
+    torch.save((found, early, len(buckets._sent)), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
