@@ -4,7 +4,7 @@ python -m tools.recipes_page > docs/reference/recipes.md
 """
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from radio_distill.config import Recipe, StageConfig, partition_sizes
@@ -87,17 +87,38 @@ def _text(value: Any) -> str:
 
 def overview_cells(recipe: Recipe) -> list[str]:
     """Return one recipe's row of the overview; cells have several lines."""
-    loss = recipe.loss
     return [
         recipe.name,
         _student(recipe),
         "\n".join(_teachers(recipe)),
         "\n".join(_stage(name, stage) for name, stage in recipe.stages.items()),
         "\n".join(dict.fromkeys(map(_optimizer, recipe.stages.values()))),
-        f"normalizer {recipe.normalizer.name}\nsummary {loss.summary}\nfeatures {loss.feature}\n"
-        f"alignment {loss.alignment}",
+        "\n".join(_losses(recipe)),
         "\n".join(_augmentation(recipe)) or "none",
     ]
+
+
+def _losses(recipe: Recipe) -> Iterator[str]:
+    loss = recipe.loss
+    yield f"normalizer {recipe.normalizer.name}"
+    yield f"summary {_sum(loss.summary)}"
+    yield f"features {_sum(loss.feature)}"
+    for name, teacher in recipe.teachers.items():
+        for kind, own in (("summary", teacher.summary_loss), ("features", teacher.feature_loss)):
+            if own:
+                yield f"{kind} of {name} {_sum(own)}"
+    if loss.relation:
+        yield f"relation {_sum(loss.relation)}"
+    if loss.drop_teachers:
+        yield f"teachers dropped {loss.drop_teachers:.0%}"
+    yield f"alignment {loss.alignment}"
+
+
+def _sum(loss: str | Mapping[Any, float]) -> str:
+    """Write a loss, or several with their weights."""
+    if isinstance(loss, str):
+        return loss
+    return " + ".join(f"{weight:g} {name}" for name, weight in loss.items())
 
 
 def _student(recipe: Recipe) -> str:
