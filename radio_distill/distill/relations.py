@@ -123,8 +123,9 @@ def arkd(student: Tensor, teacher: Tensor) -> Tensor:
     apart; the others only pushed apart. The paper spells out the first half.
     """
     ours, theirs = _distances(student), _distances(teacher)
-    apart = ~torch.eye(len(theirs), dtype=torch.bool, device=theirs.device)
-    is_near = theirs < theirs[apart].median() if apart.any() else apart
+    itself = torch.eye(len(theirs), dtype=torch.bool, device=theirs.device)
+    ordered = theirs.masked_fill(itself, torch.inf).flatten().sort().values
+    is_near = theirs < ordered[(len(theirs) * (len(theirs) - 1) - 1) // 2]  # the lower median
     errors = F.smooth_l1_loss(ours, theirs, reduction="none")
     return _over_pairs(errors * torch.where(is_near, ours > theirs, ours < theirs))
 

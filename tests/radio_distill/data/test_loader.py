@@ -58,6 +58,37 @@ def assert_equal(found, expected):
         assert torch.equal(ours.pixels, theirs.pixels)
 
 
+def test_batches__from_named_sources_by_the_step_and_by_the_image(shard_folder):
+    """A quarter of the steps, and the images of a partition, are of one entry of the shards."""
+    config = DataConfig(
+        shards=tuple(str(shard_folder / f"part-{number}.tar") for number in (0, 1, 4)),
+        names=("lvd", "own", "imagenet"),
+        weights=(2, 1, 0),
+        homogeneous={"imagenet": 0.25},
+        workers=0,
+    )
+
+    def entries(start, steps):
+        source = ShardBatches(
+            config,
+            seed=1,
+            images_per_step=6,
+            slices=in_every_step([StepSlice(0, 6, SIZE)]),
+            own=[(4, 6, "own")],
+        )
+        for (batch,) in itertools.islice(source.batches(start), steps):
+            yield [key.partition(".")[0] for key in batch.keys]
+
+    steps = list(entries(0, 12))
+    assert all(step[4:] == ["part-1", "part-1"] for step in steps)
+    pure = [step[:4] for step in steps if "part-4" in step]
+    assert pure == [["part-4"] * 4] * 3
+    mixed = [key for step in steps if "part-4" not in step for key in step[:4]]
+    assert mixed.count("part-0") == 24, "two thirds of nine steps"
+    assert mixed.count("part-1") == 12
+    assert list(entries(5, 7)) == steps[5:], "as a resumed run reads them"
+
+
 def test_batches__are_the_views_at_their_positions(shard_folder, encode):
     config = config_of(shard_folder)
     slices = [StepSlice(1, 3, SIZE), StepSlice(3, 6, (32, 16))]
