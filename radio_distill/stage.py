@@ -158,6 +158,11 @@ class Stage:
         return 0.0 if self.is_fit else self.config.ema_decay
 
     @property
+    def anchor(self) -> float:
+        """Weight of the distance to the student at its start; none in a fit."""
+        return 0.0 if self.is_fit else self.config.anchor
+
+    @property
     def frozen_steps(self) -> int:
         """First steps in which only the heads learn."""
         return self.config.frozen_steps

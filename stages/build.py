@@ -159,6 +159,8 @@ def build_distillation(
     hint = "set ema_decay to 0, or take a smaller student"
     with explain_oom("the EMA of the student", "the start", hint):
         ema = Ema(model.to(device)) if keeps_ema else None
+    with explain_oom("the start of the student", "the start", "set the stage's anchor to 0"):
+        anchor = Ema(model.to(device)) if stage.anchor else None
     with explain_oom("the student and its optimizer", "the start", zero_hint(stage.engine)):
         groups = parameter_groups(model.to(device), config.weight_decay)
         optimizer = build_optimizer(stage.optimizer, groups, config.betas)
@@ -168,7 +170,9 @@ def build_distillation(
         compile_blocks(ema.model)
     extend_timeouts(stage.watch.hang_seconds)
     weights = TermWeights(stage, dispersions, device)
-    task = Distillation(stage, world, engine, targets, source, schedule, draws, weights, ema)
+    task = Distillation(
+        stage, world, engine, targets, source, schedule, draws, weights, ema, anchor
+    )
     if stage.evaluation.every:
         task.scores = partial(score_student, task)
     origin = Origin() if start is None else Origin(start.weights_sha256)
@@ -370,6 +374,8 @@ def _restore(task: Distillation, resumed: Checkpoint) -> None:
     restore_normalizers(task.targets.normalizers, resumed)
     if task.ema is not None and resumed.has(checkpoints.EMA):
         task.ema.load_state_dict(resumed.tensors(checkpoints.EMA))
+    if task.anchor is not None and resumed.has(checkpoints.ANCHOR):
+        task.anchor.load_state_dict(resumed.tensors(checkpoints.ANCHOR))
     if resumed.has(checkpoints.LOSS):
         task.weights.load_state(resumed.tensors(checkpoints.LOSS))
     logger.info("resuming %s after step %d", task.stage.name, resumed.step)

@@ -242,6 +242,11 @@ def _check_stage(recipe: Recipe, name: str, config: StageConfig) -> Iterator[str
             f"{path}.ema_decay: loss.mesa compares with the student's EMA, which 0 switches off; "
             "set it, for instance to 0.999"
         )
+    if config.anchor and not (config.start_from or recipe.student.pretrained):
+        yield (
+            f"{path}.anchor: keeps the student near its start, and the stage has none; give it "
+            "start_from, or set student.pretrained"
+        )
     for index, partition in enumerate(config.partitions):
         where = f"{path}.partitions.{partition.name}"
         yield from _check_sizes(recipe, where, partition)

@@ -198,6 +198,10 @@ class StageConfig:
         "steps",
     )
     ema_decay: Share = our_option(0.0, "decay of the student's EMA for each step; 0 for none")
+    anchor: Weight = our_option(
+        0.0,
+        "weight of the distance to the features of the student that the stage starts from, measured as loss.mesa's",
+    )
     upsampler: UpsamplerConfig = option(UpsamplerConfig, "how upsampled teachers are upsampled")
 
     @property

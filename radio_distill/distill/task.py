@@ -49,6 +49,8 @@ from .views import EMA, Views, warp_to_student
 
 MESA = "mesa"
 """Name of the term that compares with the EMA of the student; no teacher can be called that."""
+ANCHOR = "anchor"
+"""Name of the term that compares with the student at its start."""
 
 Evaluate = Callable[[Mapping[str, Tensor], Callable[[], None]], list[Score]]
 """Scores the student of these weights; the second argument is called again and again."""
@@ -83,6 +85,9 @@ class Distillation:
     weights: TermWeights
     ema: Ema | None = None
     """On rank 0, and on every rank where it teaches."""
+    anchor: Ema | None = None
+    """The student as the stage starts, on every rank, where the loss is anchored to it; it never
+    moves."""
     scores: Evaluate | None = None
     """Evaluates a student during training; None without ``evaluation.every``."""
     _terms: list[tuple[Pass, dict[str, Tensor], int]] = field(default_factory=list)
@@ -91,7 +96,8 @@ class Distillation:
     def __post_init__(self) -> None:
         kinds = [f"{teacher}/{kind}" for teacher in self.targets.teachers for kind in KINDS]
         kinds += [f"{teacher}/{RELATION}" for teacher in self.targets.teachers]
-        names = [f"{part.name}/{kind}" for part in self.stage.partitions for kind in (*kinds, MESA)]
+        kinds += [MESA, ANCHOR]
+        names = [f"{part.name}/{kind}" for part in self.stage.partitions for kind in kinds]
         self._is_related = any(teachers_related(self.stage, it) for it in self.stage.partitions)
         self._meter = Meter(names, self.engine.device)
         self._rates = learning_rates(self.stage.config)
@@ -200,6 +206,8 @@ class Distillation:
             parts[checkpoints.STATISTICS] = on_host(statistics)
             if self.ema is not None:
                 parts[checkpoints.EMA] = on_host(self.ema.state_dict())
+            if self.anchor is not None:
+                parts[checkpoints.ANCHOR] = on_host(self.anchor.state_dict())
             if weights := self.weights.state():
                 parts[checkpoints.LOSS] = on_host(weights)
         return parts
@@ -270,7 +278,7 @@ class Distillation:
         targets: Mapping[str, Features],
         relations: Mapping[tuple[str, str], Relation],
     ) -> LossReport:
-        """Return the loss of each image of a pass, relations and distance to the EMA included."""
+        """Return the loss of each image of a pass, relations and other students included."""
         config, views = self.stage.loss, look.views
         with self._explain_oom(look, "the forward pass of the student"):
             predictions = look.predictions or self._predict(step, look)
@@ -294,6 +302,10 @@ class Distillation:
         if config.mesa:
             distance = self._mesa(views, predictions)
             total, terms[MESA] = total + config.mesa * distance, distance.detach().mean()
+        if self.anchor is not None:
+            start = self._frozen(self.anchor, views, views.of_student(), "the stage's anchor")
+            distance = mesa(predictions.spatial, start)
+            total, terms[ANCHOR] = total + self.stage.anchor * distance, distance.detach().mean()
         return LossReport(total, terms)
 
     def _survivors(self, step: int, look: "_Look") -> Survivors | None:
@@ -305,15 +317,20 @@ class Distillation:
     def _mesa(self, views: Views, predictions: Predictions) -> Tensor:
         """Return the distance of each image's features to those of the EMA, ``[B]``."""
         assert self.ema is not None, "it teaches on every rank"
-        size = f"{views.size[0]}x{views.size[1]} px"
-        hint = "lower engine.micro_batch, or set loss.mesa to 0"
-        explained = explain_oom("the EMA of the student", size, hint)
-        with explained, torch.no_grad(), self.engine.autocast():
-            _, average = self.ema.model.get_submodule("student")(views.of_student(EMA))
+        average = self._frozen(self.ema, views, views.of_student(EMA), "loss.mesa")
         shift, cells = views.shift(EMA), None
         if shift is not None:
             average, cells = warp_to_student(average, shift)
         return mesa(predictions.spatial, average, cells)
+
+    def _frozen(self, model: Ema, views: Views, pixels: Tensor, field: str) -> Tensor:
+        """Return the features ``[B, D, h, w]`` of a student that does not learn."""
+        size = f"{views.size[0]}x{views.size[1]} px"
+        hint = f"lower engine.micro_batch, or set {field} to 0"
+        explained = explain_oom(f"the other student of {field}", size, hint)
+        with explained, torch.no_grad(), self.engine.autocast():
+            features: Tensor = model.model.get_submodule("student")(pixels)[1]
+        return features
 
     def _predict(self, step: int, look: "_Look") -> Predictions:
         micro, one = look.micro, look.one

@@ -298,7 +298,7 @@ class ModelCosts:
         body, views = self.student.student, partition.views[size]
         grid = body.grid(size)
         work = self._body(size)
-        for _ in filter(None, (stage.loss.mesa, stage.loss.relation)):
+        for _ in filter(None, (stage.loss.mesa, stage.anchor, stage.loss.relation)):
             work += self._forward(size)  # once more
         for name in partition.teachers:
             work += self._heads[name](grid)

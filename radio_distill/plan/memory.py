@@ -75,7 +75,7 @@ def resident_memory(costs: ModelCosts, stage: Stage, devices: int, teacher_bytes
     """Return what stays on the fullest device from step to step."""
     return replace(
         state_memory(costs.parameters, _zero_stage(stage.engine, devices), devices),
-        average=4 * costs.parameters if stage.config.ema_decay else 0,
+        average=4 * costs.parameters * (bool(stage.config.ema_decay) + bool(stage.anchor)),
         teachers=teacher_bytes,
     )
 

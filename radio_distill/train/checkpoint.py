@@ -6,6 +6,7 @@
         step-00001000/
             student.safetensors      body and heads, float32
             ema.safetensors          EMA of body and heads, where the recipe has one
+            anchor.safetensors       the stage's start, where the loss is anchored to it
             optimizer.safetensors    moments and step
             statistics.safetensors   normalizers, one for each teacher: "<teacher>/<tensor>"
             loss.safetensors         dispersions and adapted weights, where the loss has them
@@ -46,6 +47,7 @@ logger = logging.getLogger(__name__)
 
 META, BEST = "meta.json", "best"
 STUDENT, EMA, OPTIMIZER, STATISTICS = "student", "ema", "optimizer", "statistics"
+ANCHOR = "anchor"
 LOSS = "loss"
 
 _SEAL = "seal"
