@@ -38,6 +38,7 @@ def test_sweep__trains_scores_compares_and_goes_on_where_it_was(trained, capfd):
     assert cli(["report", str(folder), "--num-images", "1"]) == 0
     page = (folder / "report.html").read_text()
     assert "stage3-tile" in page
+    assert 'id="heads"' in page
     assert "http://" not in page.replace("http://www.w3.org", "")
 
 

@@ -14,6 +14,8 @@ from safetensors.torch import load_file, save_file
 from e2e import assert_equal, one_line, rows, run, run_folder, tensors
 from radio_distill.config import TeacherConfig, dtypes_of, load
 from radio_distill.distill.losses import KINDS
+from radio_distill.normalize.fit import ImageStream
+from radio_distill.stage import resolve_stage
 from radio_distill.system.distributed import World, choose_device
 from radio_distill.train.checkpoint import find
 from stages import fit_upsampler, stage1, stage2, stage3
@@ -108,6 +110,31 @@ def test_stage1__resumes_with_every_head(recipe_file, capfd):
     assert run(stage2, recipe_file, *changed) == 2
     assert "holds another student than the recipe describes" in one_line(capfd)
     assert run(stage2, recipe_file, *changed, "--stage.reset_heads", "true") == 0
+
+
+def test_statistics__of_summaries_are_those_of_the_images(recipe_file):
+    """And the loss is of normalised summaries: that of the first step is not that of plain ones."""
+    plain = ("--stage.steps", "1", "--loss.summary", "mse")
+    assert run(stage1, recipe_file, *plain) == 0
+    folder = run_folder(recipe_file) / "stage1"
+    before = rows(folder)[0]
+    assert run(stage1, recipe_file, *plain, "--normalizer.summary", "per_channel_standardise") == 0
+    checkpoint, after = find(folder), rows(folder)[0]
+    stage = resolve_stage(checkpoint.recipe, "stage1", checkpoint.teachers)
+    teacher = build_teacher("vit", stage.teachers["vit"], torch.device("cpu"))
+    stream = ImageStream(stage, stage.partitions[0], ["vit"], World(), stage.normalizer.images)
+    summaries = [
+        teacher.encode(views.of_teacher("vit", seen["vit"].size)).summary.double()
+        for _, views, seen, _ in stream.batches(torch.device("cpu"))
+    ]
+    found, expected = tensors(folder, 1, "statistics"), torch.cat(summaries)  # [24, S]
+    assert len(expected) == 24
+    torch.testing.assert_close(found["vit.summary/mean"], expected.mean(0))
+    torch.testing.assert_close(found["vit.summary/scale"], 1 / expected.std(0, correction=0))
+    assert "sam.summary/mean" not in found, "SAM has no summary"
+    for name, value in before.items():
+        if name.startswith("loss/low"):
+            assert (after[name] == value) == ("summary" not in name), name
 
 
 def assert_resumes(recipe_file, steps, save_every, arguments=(), more_parts=(), name="stage1"):
