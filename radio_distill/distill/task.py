@@ -264,7 +264,8 @@ class Distillation:
             one = look.one
             if not one.is_padding and teachers_related(self.stage, one.partition):
                 targets = look.targets or self.targets(look.views, one.views.values(), look.cache)
-                with torch.set_grad_enabled(only):
+                explained = self._explain_oom(look, "the student's pass ahead, for loss.relation")
+                with explained, torch.set_grad_enabled(only):
                     predictions = self._predict(step, look)
                 summaries.add(one.partition, look.micro.start, predictions.features, targets)
                 look = look._replace(targets=targets, predictions=predictions if only else None)
