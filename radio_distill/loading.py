@@ -16,9 +16,10 @@ from .config import load as load_recipe
 from .errors import WeightsError
 from .export.folded import FoldedStudent, folded
 from .models.backbone import StudentEncoder
-from .models.heads import Head
+from .models.body import Body
+from .models.build import build_body
+from .models.heads import head_for
 from .models.spectral import fold
-from .models.student import Student
 from .train import checkpoint as checkpoints
 from .train.checkpoint import Checkpoint
 from .train.restore import load_student
@@ -79,8 +80,8 @@ def from_config(
     if isinstance(config, Recipe):
         num_summary_tokens, config = len(config.teachers), config.student
     config = replace(config, pretrained="")
-    student = Student(config, num_summary_tokens)
-    slots = range(num_summary_tokens)
+    student = build_body(config, num_summary_tokens)
+    slots = range(1 if student.shares_summary else num_summary_tokens)
     return StudentEncoder(student, config, summary_slots=slots).to(device).eval()
 
 
@@ -114,10 +115,7 @@ def _read_export(folder: Path) -> StudentEncoder:
     # Sum and grid are those of what its training started from.
     config = replace(config, pretrained_sha256="", pretrained_grid=())
     student = _initialised(config, folder, len(teachers))
-    heads = {
-        name: Head(student.embed_dim, spec, config, student.depth)
-        for name, spec in teachers.items()
-    }
+    heads = {name: head_for(student, spec, config) for name, spec in teachers.items()}
     file = folder / "adaptors.safetensors"
     try:
         nn.ModuleDict(heads).load_state_dict(read_checkpoint(file))
@@ -125,7 +123,9 @@ def _read_export(folder: Path) -> StudentEncoder:
         raise WeightsError(
             f"{file} does not hold the heads that are described beside it"
         ) from error
-    native_size = read_json(folder / "config.json")["image_size"]
+    settings = read_json(folder / "config.json")  # of transformers, or of timm
+    published = settings.get("pretrained_cfg", {})
+    native_size = settings.get("image_size") or max(published["input_size"][1:])
     return StudentEncoder(student, config, teachers, heads, slots, native_size)
 
 
@@ -137,6 +137,6 @@ def _read_radio(path: Path) -> StudentEncoder:
     return StudentEncoder(student, config, summary_slots=slots, native_size=native_size)
 
 
-def _initialised(config: StudentConfig, path: Path, num_summary_tokens: int) -> Student:
+def _initialised(config: StudentConfig, path: Path, num_summary_tokens: int) -> Body:
     config = replace(config, pretrained=str(path))
-    return Student(config, num_summary_tokens, initialise=initialise)
+    return build_body(config, num_summary_tokens, initialise=initialise)

@@ -196,7 +196,9 @@ def _student_from(
         weight_noise=stage.augmentation.weight_noise,
         initialise=initialise,
     )
-    if start is not None:
+    if start is None:
+        model.student.check_start(stage.student.pretrained)
+    else:
         checkpoints.check_teachers(start, specs, with_heads)
         load_weights(model, start, with_heads)
     return model

@@ -67,9 +67,24 @@ class HeadsConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StudentConfig:
-    """The vision transformer that is trained."""
+    """The model that is trained: a vision transformer, or any other body."""
 
+    body: Literal["vit", "timm"] = option(
+        "vit",
+        "vit: a plain vision transformer made fit for several teachers; timm: the model as timm has it, of any family with feature maps",
+    )
     architecture: str = option("vit_base_patch16_224", "name of a timm model, whose body is used")
+    options: dict[str, Any] = option(
+        dict, "of `body: timm`: further arguments of the model, for instance img_size: 224"
+    )
+    map: Literal["last", "second_last", "dilated", "resized"] = option(
+        "last",
+        "of `body: timm`: the last stage's map, the one before, the last with strides dilated away, or resized to cells of `patch_size` (EUPE)",
+    )
+    summary: Literal["token", "mean", "pool"] = option(
+        "token",
+        "of `body: timm`, one for all teachers: the class token, or the mean where the model has none; the mean of the map; what the model itself pools",
+    )
     pretrained: str = option(
         "",
         "start of the student: empty for random, `timm` for timm's weights, a timm file or folder, `hf-hub:OWNER/NAME`, a RADIO checkpoint or folder, or a run",
@@ -78,7 +93,9 @@ class StudentConfig:
         tuple, "rows and columns of the start's position table, where it is no square", "cells"
     )
     pretrained_sha256: str = our_option("", "sha256 that the start's file must have")
-    patch_size: Annotated[int, Range(1, 1024)] = option(16, "pixels a side of one token", "px")
+    patch_size: Annotated[int, Range(1, 1024)] = option(
+        16, "pixels a side of one token, or of one cell of the map", "px"
+    )
     max_size: Side = option(2048, "longest image side that the position table (CPE) spans", "px")
     registers: SmallCount = our_option(4, "tokens beside the summary tokens", "tokens")
     position_dropout: Share = option(0.1, "share of training samples without position embedding")

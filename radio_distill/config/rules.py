@@ -12,7 +12,9 @@ from ..errors import ConfigError
 from ..registry import nearest
 from ..system.redaction import secrets_in
 from .fields import share_of
+from .models import StudentConfig
 from .schema import (
+    AugmentationConfig,
     DataConfig,
     EngineConfig,
     EvaluationConfig,
@@ -25,6 +27,16 @@ from .schema import (
 
 MOST_TRIPLES = 256
 """Images of a partition whose triples rkd_angle compares."""
+_VIT_FIELDS = (
+    "pretrained_grid",
+    "max_size",
+    "registers",
+    "position_dropout",
+    "window_size",
+    "global_blocks",
+    "spectral_reparametrization",
+)
+_TIMM_FIELDS = "options", "map", "summary"
 _NAME = re.compile(r"\w[\w.+ -]{0,99}")
 _ADDRESS = re.compile(r"\w[\w.+-]*://")
 
@@ -188,6 +200,7 @@ def _check_data(data: DataConfig) -> Iterator[str]:
 
 def _check_student(recipe: Recipe) -> Iterator[str]:
     student, augmentation = recipe.student, recipe.augmentation
+    yield from _check_body(student, augmentation)
     grid = student.pretrained_grid
     if grid and (len(grid) != 2 or min(grid) < 1):
         yield f"student.pretrained_grid: {list(grid)} is not [ROWS, COLUMNS]"
@@ -206,6 +219,20 @@ def _check_student(recipe: Recipe) -> Iterator[str]:
             yield f"augmentation.{name}: {low:g}, {high:g} is not smallest <= largest"
     if augmentation.jitter[-1] > 0.5:
         yield f"augmentation.jitter: hue {augmentation.jitter[-1]:g} is above half a turn, 0.5"
+
+
+def _check_body(student: StudentConfig, augmentation: AugmentationConfig) -> Iterator[str]:
+    """A field that the other kind of body has must be as it is where nobody sets it."""
+    plain = StudentConfig()
+    for name in _TIMM_FIELDS if student.body == "vit" else _VIT_FIELDS:
+        if getattr(student, name) != getattr(plain, name):
+            other = "timm" if student.body == "vit" else "vit"
+            yield f"student.{name}: only a student of `body: {other}` has it; leave it out"
+    if student.body == "vit":
+        return
+    for name in ("window_share", "weight_noise"):
+        if getattr(augmentation, name):
+            yield f"augmentation.{name}: only a student of `body: vit` has it; set it to 0"
 
 
 def _check_fit(recipe: Recipe) -> Iterator[str]:
@@ -341,5 +368,5 @@ def _check_sizes(recipe: Recipe, path: str, partition: PartitionConfig) -> Itera
                 f"{path}: {min(size)} is no larger than augmentation.shift, {shift} patches of "
                 f"{student.patch_size}; crops would not overlap"
             )
-        if max(size) > student.max_size:
+        if student.body == "vit" and max(size) > student.max_size:
             yield f"{path}: {max(size)} is above student.max_size {student.max_size}"

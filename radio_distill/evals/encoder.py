@@ -168,8 +168,16 @@ def student_encoder(
         return features
 
     heads = Heads(predict, targets) if targets else None
-    step = student.student.size_step
-    return Encoder(name, encode, step, device, heads=heads, inner=student.layers)
+    body = student.student
+    return Encoder(
+        name,
+        encode,
+        body.size_step,
+        device,
+        fixed_size=body.fixed_size,
+        heads=heads,
+        inner=student.layers,
+    )
 
 
 def teacher_encoder(

@@ -49,7 +49,7 @@ def block_shape(student: FoldedStudent, format_name: str) -> BlockShape:
     Raises:
         ExportError: naming what is not plain about them.
     """
-    body = student.model.student
+    body = student.vit
     oddity = next(_oddities(body), None)
     if oddity is not None:
         raise ExportError(

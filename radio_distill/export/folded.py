@@ -11,9 +11,11 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..config import StudentConfig, of_summary, partition_sizes
+from ..errors import ExportError
 from ..models.backbone import summary_slots
 from ..models.heads import DistilledStudent
 from ..models.spectral import fold as fold_matrices
+from ..models.student import Student
 from ..normalize.normalizers import normalizers_of
 from ..train.checkpoint import Checkpoint
 from ..train.restore import load_student
@@ -48,6 +50,17 @@ class FoldedStudent:
         )
 
     @property
+    def vit(self) -> Student:
+        """Its body, a vision transformer; raises ExportError where it is another one."""
+        body = self.model.student
+        if isinstance(body, Student):
+            return body
+        raise ExportError(
+            f"a student of `body: timm` ({self.config.architecture}) can be exported as timm or "
+            "onnx alone"
+        )
+
+    @property
     def preferred_size(self) -> Size:
         """The largest size that the last stage trained at, as (height, width)."""
         partitions = self.checkpoint.recipe.stages[self.checkpoint.stage].partitions
@@ -57,13 +70,13 @@ class FoldedStudent:
     @property
     def summary_teachers(self) -> tuple[str, ...]:
         """Names of the teachers that have a summary, in the order of their summary tokens."""
-        names = list(self.checkpoint.teachers)
-        return tuple(names[slot] for slot in self.summary_slots)
+        teachers = self.checkpoint.teachers.items()
+        return tuple(name for name, spec in teachers if spec.summary_channels is not None)
 
     @property
     def summary_slots(self) -> list[int]:
-        """Indices of these teachers' summary tokens."""
-        return summary_slots(self.checkpoint.teachers)
+        """Indices of these teachers' summary tokens; one, where they share one summary."""
+        return summary_slots(self.checkpoint.teachers, self.model.student)
 
 
 def folded(checkpoint: Checkpoint) -> FoldedStudent:

@@ -28,7 +28,8 @@ tags: [radio, distillation, vision-backbone]
 
 # {{ recipe.name }}
 
-A vision transformer ({{ student.config.architecture }}, patch {{ student.config.patch_size }}, \
+{{ "A vision transformer" if vit else "An encoder" }} ({{ student.config.architecture }}, \
+{{ "patch" if vit else "stride" }} {{ student.config.patch_size }}, \
 {{ "%.1f" % millions }} M parameters) that learned the features of {{ listed(teachers) }}, trained \
 with radio_distill. One pass gives a summary and a feature map; a head for each teacher turns them \
 into that teacher's own features.
@@ -38,7 +39,8 @@ into that teacher's own features.
 {{ usage }}
 
 Images are RGB in [0, 1]; height and width are any multiples of {{ step }} px. It was trained at \
-{{ listed(sizes) }} px, and its table of positions spans {{ student.config.max_size }} px.
+{{ listed(sizes) }} px\
+{% if vit %}, and its table of positions spans {{ student.config.max_size }} px{% endif %}.
 
 ## Teachers
 
@@ -103,6 +105,7 @@ def model_card(student: FoldedStudent, usage: str, library: str) -> str:
         research=_research_only(checkpoint),
         recipe=recipe,
         student=student,
+        vit=student.config.body == "vit",
         millions=sum(parameter.numel() for parameter in body.parameters()) / 1e6,
         teachers=checkpoint.teachers,
         usage=usage,

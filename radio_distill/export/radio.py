@@ -118,12 +118,12 @@ def _file(student: FoldedStudent) -> str:
 
 
 def _numbers(student: FoldedStudent) -> tuple[int, int, int, int, bool]:
-    body, shape = student.model.student, block_shape(student, Radio.name)
+    body, shape = student.vit, block_shape(student, Radio.name)
     return body.embed_dim, len(body.blocks), shape.heads, shape.mlp_hidden, shape.layer_scale
 
 
 def _tensors(student: FoldedStudent) -> dict[str, Tensor]:
-    body = student.model.student
+    body = student.vit
     tensors = {
         f"base_model.{key.replace('.gamma', '.grandma')}": value
         for key, value in body_tensors(body).items()
@@ -158,7 +158,7 @@ def _labels(student: FoldedStudent) -> list[str]:
 
 def _arguments(student: FoldedStudent) -> Namespace:
     """Return the training arguments that the hub's code asks for."""
-    body, versions = student.model.student, {"mlp_version": "v2", "spatial_mlp_version": "v2"}
+    body, versions = student.vit, {"mlp_version": "v2", "spatial_mlp_version": "v2"}
     teachers = [
         {
             "name": name,

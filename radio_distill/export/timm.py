@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from ..errors import ExportError
 from ..types import Size
 from .folded import FoldedStudent
+from .timm_body import TimmBody
 from .write import Format, probe_images, write_json
 
 _PROBES: list[tuple[int, Size]] = [(1, (4, 4)), (3, (2, 5)), (1, (7, 3))]
@@ -60,6 +61,10 @@ class Timm(Format):
     def __init__(self, size: Size | None = None):
         self.size = size
 
+    def for_student(self, student: FoldedStudent) -> Format:
+        """Return what writes a timm model as it is, for a student that is one."""
+        return TimmBody(self.size) if student.config.body == "timm" else self
+
     def check(self, student: FoldedStudent) -> None:
         """Refuse windows, a size that the patch does not divide, and what is no NaFlexViT."""
         import timm
@@ -70,7 +75,7 @@ class Timm(Format):
                 "globally in every block; export it as onnx"
             )
         if self.size is not None:
-            student.model.student.grid(self.size)
+            student.vit.grid(self.size)
             return
         name, arguments = self._model(student)
         try:
@@ -83,7 +88,7 @@ class Timm(Format):
 
     def write(self, student: FoldedStudent, folder: Path) -> str:
         """Write weights and configuration."""
-        body, (name, arguments) = student.model.student, self._model(student)
+        body, (name, arguments) = student.vit, self._model(student)
         config = {
             "architecture": name,
             "num_classes": 0,
@@ -112,7 +117,7 @@ class Timm(Format):
 
     def usage(self, student: FoldedStudent) -> str:
         """Return an example for :func:`.model_card.model_card`."""
-        body, (height, width) = student.model.student, self.size or student.preferred_size
+        body, (height, width) = student.vit, self.size or student.preferred_size
         rows, columns = body.grid((height, width))
         slots = zip(student.summary_teachers, student.summary_slots, strict=True)
         only = f" This file takes images of {height}x{width} px only." if self.size else ""
@@ -134,7 +139,7 @@ class Timm(Format):
         """Yield the outputs of the student and of timm's model."""
         import timm
 
-        body = student.model.student
+        body = student.vit
         model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
         step, shapes = (1, [(1, self.size)]) if self.size else (body.patch_size, _PROBES)
         for pixels in probe_images(step, shapes):
@@ -149,7 +154,7 @@ class Timm(Format):
 
     def _model(self, student: FoldedStudent) -> tuple[str, dict[str, Any]]:
         """Return the name of timm's model, and its arguments."""
-        body = student.model.student
+        body = student.vit
         arguments: dict[str, Any] = {
             "patch_size": body.patch_size,
             "class_token": True,
@@ -175,7 +180,7 @@ class Timm(Format):
 
     def _tensors(self, student: FoldedStudent) -> dict[str, Tensor]:
         """Return the body under timm's names."""
-        body, side = student.model.student, student.model.student.patch_size
+        body, side = student.vit, student.vit.patch_size
         patches, tokens = body.patch_embedding.weight, body.prefix_tokens[None]
         if self.size is None:
             parent, proj = "embeds.", "embeds.proj"
@@ -203,7 +208,7 @@ def _radio_model(student: FoldedStudent, pattern: str) -> str:
     """Return the newest of timm's RADIO models that has the student's blocks, or nothing."""
     import timm
 
-    if not isinstance(student.model.student.norm_pre, nn.Identity):
+    if not isinstance(student.vit.norm_pre, nn.Identity):
         return ""
     names = sorted(timm.list_models(pattern), key=lambda name: name.rpartition("_v")[2])
     blocks = _blocks_of(student.config.architecture.partition(".")[0])

@@ -89,7 +89,7 @@ class Transformers(Format):
 
     def usage(self, student: FoldedStudent) -> str:
         """Return an example for :func:`.model_card.model_card`."""
-        body, (height, width) = student.model.student, student.preferred_size
+        body, (height, width) = student.vit, student.preferred_size
         return _USAGE.format(
             height=height,
             width=width,
@@ -116,7 +116,7 @@ class Transformers(Format):
             raise ExportError(
                 f"transformers does not take all that was written ({gaps[0]}); report it"
             )
-        body = student.model.student
+        body = student.vit
         for pixels in probe_images(body.patch_size, [(1, (2, 3))]):
             tokens, spatial = body(pixels)
             expected = {"features": rearrange(spatial, "b d h w -> b (h w) d")}
@@ -141,7 +141,7 @@ def _library() -> Any:
 
 def _config(student: FoldedStudent) -> Any:
     """Return the RadioConfig."""
-    body, shape = student.model.student, block_shape(student, Transformers.name)
+    body, shape = student.vit, block_shape(student, Transformers.name)
     return _library().RadioConfig(
         architectures=["RadioModel"],
         dtype="float32",
@@ -173,7 +173,7 @@ def _mlp_ratio(shape: BlockShape, width: int) -> float:
 
 def _tensors(student: FoldedStudent) -> dict[str, Tensor]:
     """Return the tensors under the names that the published models have on the hub."""
-    body, shape = student.model.student, block_shape(student, Transformers.name)
+    body, shape = student.vit, block_shape(student, Transformers.name)
     tensors = {}
     for key, value in body_tensors(body).items():
         for name, part in _translated(key, value, shape.gated).items():

@@ -30,6 +30,10 @@ class Format(ABC):
     tolerance: ClassVar[float] = 0.0
     """Largest difference from the student, see :func:`check_equal`."""
 
+    def for_student(self, student: FoldedStudent) -> "Format":
+        """Return what writes this student: itself, or what a library has for other bodies."""
+        return self
+
     @abstractmethod
     def check(self, student: FoldedStudent) -> None:
         """Raise ExportError where the format cannot hold a student, with the reason."""
@@ -63,6 +67,7 @@ def export(student: FoldedStudent, folder: Path, form: Format) -> Path:
             was written, or the folder cannot be written.
         ConfigError, UnknownNameError: an option of the format that does not fit the student.
     """
+    form = form.for_student(student)
     form.check(student)
     with new_folder(folder) as draft:
         file = form.write(student, draft)

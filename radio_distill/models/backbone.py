@@ -25,8 +25,8 @@ from ..config import StudentConfig
 from ..errors import ConfigError, UnknownNameError
 from ..registry import nearest
 from ..types import Features, Size, TeacherSpec
+from .body import Body
 from .heads import DistilledStudent, Head, at_slot
-from .student import Student
 
 Format = Literal["NCHW", "NLC"]
 Fit = Literal["pad", "resize"]
@@ -39,7 +39,8 @@ class EncoderOutput(NamedTuple):
     """What a student says of a batch of images."""
 
     summary: Tensor
-    """``[B, S]``: the summary tokens of the teachers that have a summary, side by side."""
+    """``[B, S]``: the summary tokens of the teachers that have a summary, side by side; of a body
+    whose teachers share one summary, that one."""
     features: Tensor
     """``[B, D, h, w]``, or ``[B, h * w, D]`` for NLC."""
     heads: dict[str, Features]
@@ -62,7 +63,7 @@ class StudentEncoder(nn.Module):
 
     def __init__(
         self,
-        student: Student,
+        student: Body,
         config: StudentConfig,
         teachers: Mapping[str, TeacherSpec] | None = None,
         heads: Mapping[str, Head] | None = None,
@@ -92,12 +93,15 @@ class StudentEncoder(nn.Module):
     @property
     def summary_dim(self) -> int:
         """Channels S of the summary."""
-        return len(self.summary_slots) * self.embed_dim
+        return len(self.summary_slots) * self.student.summary_dim
 
     @property
-    def max_size(self) -> int:
-        """Longest side that the table of positions spans, in pixels; beyond, it is stretched."""
-        return len(self.student.positions.table) * self.patch_size
+    def max_size(self) -> int | None:
+        """Longest side that the table of positions spans, in pixels; beyond, it is stretched.
+
+        None for a body without such a table.
+        """
+        return self.student.max_size
 
     @property
     def heads(self) -> dict[str, Head]:
@@ -111,6 +115,8 @@ class StudentEncoder(nn.Module):
 
     def nearest_size(self, height: int, width: int) -> Size:
         """Return the size nearest to an image's that is taken as it is."""
+        if self.student.fixed_size is not None:
+            return self.student.fixed_size
         step = self.student.size_step
         return max(round(height / step), 1) * step, max(round(width / step), 1) * step
 
@@ -205,7 +211,7 @@ class StudentEncoder(nn.Module):
         if not self.takes_normalised:
             _check_range(pixels)
         height, width = pixels.shape[-2:]
-        dtype = self.student.patch_embedding.weight.dtype
+        dtype = self.student.mean.dtype
         if fit == "resize":
             size = self.nearest_size(height, width)
             if size != (height, width):
@@ -227,11 +233,15 @@ class StudentEncoder(nn.Module):
         return canvas
 
 
-def summary_slots(teachers: Mapping[str, TeacherSpec]) -> list[int]:
-    """Return the indices of the summary tokens of those teachers that have a summary."""
-    return [
+def summary_slots(teachers: Mapping[str, TeacherSpec], student: Body) -> list[int]:
+    """Return the indices of the summary tokens of those teachers that have a summary.
+
+    One of them, where all teachers share one summary.
+    """
+    slots = [
         slot for slot, spec in enumerate(teachers.values()) if spec.summary_channels is not None
     ]
+    return slots[:1] if student.shares_summary else slots
 
 
 def as_encoder(
@@ -245,7 +255,7 @@ def as_encoder(
     It stays in training or evaluation mode. Where the normalizers are not folded, its heads speak
     in the teachers' normalised spaces.
     """
-    slots = summary_slots(teachers)
+    slots = summary_slots(teachers, model.student)
     return StudentEncoder(model.student, config, teachers, model.heads, slots, native_size)
 
 

@@ -23,9 +23,11 @@ from ..protocols import Normalizer
 from ..registry import check_takes, nearest
 from ..types import Features, TeacherSpec
 from . import HEADS
+from .body import Body
+from .build import build_body
 from .projectors import HeadShape, Projector
 from .spectral import ReparametrizedLinear
-from .student import Initialise, Student
+from .student import Initialise
 
 SUMMARY, FEATURES = "summary", "features"
 SHARED = "shared"
@@ -36,10 +38,11 @@ class Head(nn.Module):
     """What translates the student's tokens into one teacher's normalised space.
 
     Args:
-        embed_dim: width D of the student.
+        embed_dim: channels D of the student's map.
         teacher: gives the channels C of the features, and S of the summary or None.
         config: the recipe's student section, which says what the teacher's heads are.
         depth: blocks of the student.
+        summary_dim: channels of the student's summary; 0 for D.
 
     Raises:
         ConfigError: where a head is unknown, or is none for these widths.
@@ -49,7 +52,14 @@ class Head(nn.Module):
     """The summary's own head; None without a summary, and where it shares that of the features."""
     spatial: Projector
 
-    def __init__(self, embed_dim: int, teacher: TeacherSpec, config: StudentConfig, depth: int = 0):
+    def __init__(
+        self,
+        embed_dim: int,
+        teacher: TeacherSpec,
+        config: StudentConfig,
+        depth: int = 0,
+        summary_dim: int = 0,
+    ):
         super().__init__()
         chosen, channels = config.heads_of(teacher.name), teacher.summary_channels
         shape = HeadShape(
@@ -63,7 +73,8 @@ class Head(nn.Module):
         self.is_shared = self.has_summary and chosen.summary.name == SHARED
         self.summary = None
         if channels is not None and not self.is_shared:
-            own = replace(shape, out_features=channels)
+            width = summary_dim or embed_dim
+            own = replace(shape, in_features=width, out_features=channels)
             self.summary = build_projector(chosen.summary, own, f"{where}: summary")
             if self.summary.reads_map:
                 raise ConfigError(
@@ -73,6 +84,14 @@ class Head(nn.Module):
         self.spatial = build_projector(chosen.features, shape, f"{where}: features")
         if self.is_shared and not self.spatial.takes_summary:
             raise ConfigError(f"{where}: {chosen.features.name} is of maps alone, not to be shared")
+        joins = self.is_shared or (self.has_summary and self.spatial.with_summary)
+        if joins and summary_dim not in (0, embed_dim):
+            raise ConfigError(
+                f"{where}: one head reads the map's {embed_dim} channels and the summary's "
+                f"{summary_dim}; set student.summary to mean"
+            )
+        if self.reads_blocks and not depth:
+            raise ConfigError(f"{where}: a student of stages has no blocks of one width to read")
         if self.is_shared and channels != teacher.channels:
             raise ConfigError(
                 f"{where}: a shared head predicts {teacher.channels} channels, and the summary has "
@@ -94,7 +113,7 @@ class Head(nn.Module):
         """Predict summary ``[B, S]`` (or None) and spatial ``[B, C, h, w]``.
 
         Args:
-            summary_token: ``[B, D]``.
+            summary_token: ``[B, summary_dim]``.
             spatial: ``[B, D, h, w]``.
             inner: the same two behind each block in turn, where heads ``reads_blocks``.
         """
@@ -235,7 +254,7 @@ class DistilledStudent(nn.Module):
         learned_weights: also learn how uncertain each term of the loss is.
     """
 
-    def __init__(self, student: Student, heads: Mapping[str, Head], learned_weights: bool = False):
+    def __init__(self, student: Body, heads: Mapping[str, Head], learned_weights: bool = False):
         super().__init__()
         assert student.num_summary_tokens == len(heads), "one summary token a head"
         self.student = student
@@ -295,6 +314,11 @@ class DistilledStudent(nn.Module):
         return Predictions({name: features[name] for name in teachers}, next(tied), next(tied))
 
 
+def head_for(student: Body, teacher: TeacherSpec, config: StudentConfig) -> Head:
+    """Make a student's head for one teacher, with random weights; errors are those of Head."""
+    return Head(student.embed_dim, teacher, config, student.depth, student.summary_dim)
+
+
 def build_student(
     config: StudentConfig,
     teachers: Mapping[str, TeacherSpec],
@@ -316,11 +340,8 @@ def build_student(
         ConfigError: where fields of the recipe do not fit each other.
         WeightsError: where ``config.pretrained`` is missing, damaged or another model's.
     """
-    student = Student(config, len(teachers), weight_noise, initialise)
-    heads = {
-        name: Head(student.embed_dim, spec, config, student.depth)
-        for name, spec in teachers.items()
-    }
+    student = build_body(config, len(teachers), weight_noise, initialise)
+    heads = {name: head_for(student, spec, config) for name, spec in teachers.items()}
     return DistilledStudent(student, heads, learned_weights)
 
 
@@ -341,7 +362,7 @@ def parameter_groups(model: DistilledStudent, weight_decay: float) -> list[dict[
     ]
     scales = {module.spectral_scale for module in spectral}
     matrices = [module.weight for module in spectral]
-    kept = {model.student.prefix_tokens, model.student.positions.table, *matrices}
+    kept = {*model.student.undecayed, *matrices}
     for part, module in (("body", model.student), ("head", model.adaptors)):
         for parameter in module.parameters():
             decays = parameter in scales or (parameter.ndim > 1 and parameter not in kept)

@@ -19,17 +19,17 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..config import StudentConfig
-from ..errors import ConfigError, WeightsError
-from ..registry import nearest
+from ..errors import ConfigError
 from ..types import Size, spread_layers
+from .body import Body, check_known, create_timm
 from .position import NUM_DRAWS, CroppedPositions
 from .spectral import reparametrize
 
-Initialise = Callable[["Student", Any, StudentConfig], None]
+Initialise = Callable[[Any, Any, StudentConfig], None]
 """Gives a student that was just made, of a timm model of its architecture, pretrained weights."""
 
 
-class Student(nn.Module):
+class Student(Body):
     """Vision transformer with a summary token for each teacher.
 
     Args:
@@ -44,8 +44,7 @@ class Student(nn.Module):
         WeightsError: where ``config.pretrained`` is missing, damaged or another model's.
     """
 
-    mean: Tensor
-    std: Tensor
+    shares_summary = False
 
     def __init__(
         self,
@@ -58,7 +57,7 @@ class Student(nn.Module):
 
         super().__init__()
         body = create_body(config.architecture, config.pretrained == "timm", config.drop_path)
-        self.embed_dim: int = body.embed_dim
+        self.embed_dim = self.summary_dim = body.embed_dim
         self.depth = len(body.blocks)
         self.patch_size = config.patch_size
         self.num_summary_tokens = num_summary_tokens
@@ -91,24 +90,19 @@ class Student(nn.Module):
         """Pixels that each side of an input must be a multiple of."""
         return self.patch_size * max(self.window_size, 1)
 
-    def grid(self, size: Size) -> Size:
-        """Return the feature grid for an input of ``size`` pixels.
+    @property
+    def max_size(self) -> int:
+        """Longest side that the table of positions spans, in pixels."""
+        return len(self.positions.table) * self.patch_size
 
-        Raises:
-            ConfigError: where the patch (or the window) does not divide it, naming sizes that fit.
-        """
-        step = self.size_step
-        if any(side < step or side % step for side in size):
-            below = "x".join(str(max(side // step, 1) * step) for side in size)
-            above = "x".join(str(-(-side // step) * step) for side in size)
-            unit = f"patch {self.patch_size}"
-            if self.window_size:
-                unit += f" times window {self.window_size}"
-            raise ConfigError(
-                f"student: an input of {size[0]}x{size[1]} px is not a multiple of {unit} "
-                f"(nearest {' and '.join(dict.fromkeys((below, above)))})"
-            )
-        return size[0] // self.patch_size, size[1] // self.patch_size
+    @property
+    def undecayed(self) -> set[nn.Parameter]:
+        """The summary tokens and registers, and the table of positions."""
+        return {self.prefix_tokens, self.positions.table}
+
+    def _what_fits(self) -> str:
+        windows = f" times window {self.window_size}" if self.window_size else ""
+        return f"a multiple of patch {self.patch_size}{windows}"
 
     def forward(
         self,
@@ -206,22 +200,10 @@ def create_body(architecture: str, pretrained: bool, drop_path: float) -> Any:
     from timm.models.vision_transformer import VisionTransformer
 
     known = timm.list_models(module=["vision_transformer", "deit"], exclude_filters="*distilled*")
-    if architecture.partition(".")[0] not in known:
-        raise ConfigError(
-            f"student.architecture: {architecture!r} is not a plain vision transformer of timm "
-            f"({nearest(architecture, known)})"
-        )
-    try:
-        body = timm.create_model(
-            architecture, pretrained=pretrained, num_classes=0, drop_path_rate=drop_path
-        )
-    except Exception as error:  # a hub fails in as many ways as there are networks
-        if not pretrained:
-            raise
-        raise WeightsError(
-            f"student.pretrained: cannot get timm's weights of {architecture} "
-            f"({' '.join(str(error).split())}); name a local file instead"
-        ) from error
+    check_known(
+        architecture, known, "a plain vision transformer of timm; other bodies need `body: timm`"
+    )
+    body = create_timm(architecture, pretrained, drop_path_rate=drop_path)
     assert type(body) is VisionTransformer, f"{architecture} is a {type(body).__name__}"
     return body
 

@@ -268,7 +268,7 @@ class ModelCosts:
         body = self.student.student
         kinds = [structure(block) for block in body.blocks]
         # Global blocks among others are not equal, nor is a head for all blocks one for a few.
-        if body.window_size or self.student.reads_blocks:
+        if not kinds or body.window_size or self.student.reads_blocks:
             return len(kinds)
         return next(at for at in range(len(kinds)) if len(set(kinds[at:])) == 1) + 1
 
@@ -349,9 +349,9 @@ class ModelCosts:
         return measure_work(lambda: self.normalizers[name].apply(spatial))
 
     def _measure_head(self, name: str, grid: Size, images: int) -> Work:
-        width = self.student.student.embed_dim
-        token = torch.empty(images, width, requires_grad=True)
-        tokens = torch.empty(images, width, *grid, requires_grad=True)
+        body = self.student.student
+        token = torch.empty(images, body.summary_dim, requires_grad=True)
+        tokens = torch.empty(images, body.embed_dim, *grid, requires_grad=True)
         head, depth = self.student.heads[name], self.student.student.depth
         inner = [token, tokens] * depth if head.reads_blocks else []
 

@@ -35,6 +35,7 @@ from ..errors import ConfigError, WeightsError
 from ..models.position import CroppedPositions
 from ..models.spectral import fold
 from ..models.student import Student
+from ..models.timm_student import TimmStudent
 from ..system.files import is_there
 from ..system.trust import check_sha256
 from ..train.restore import load_student
@@ -52,6 +53,7 @@ from .files import (
     tensors_of,
 )
 from .radio import holds_radio, radio_checkpoint
+from .timm_body import load_timm_body
 
 LEFT_BEHIND = ("norm.", "fc_norm.", "attn_pool.", "pre_logits.", "head.")
 TOKENS, PATCHES, POSITIONS = ("cls_token", "reg_token"), "patch_embed.proj.weight", "pos_embed"
@@ -79,16 +81,20 @@ class PretrainedWeights:
     """False where the source says that its tokens have no positions."""
 
 
-def initialise(student: Student, body: Any, config: StudentConfig) -> None:
+def initialise(student: Student | TimmStudent, body: Any, config: StudentConfig) -> None:
     """Give a student, whose blocks are not yet reparametrised, the weights of ``pretrained``.
 
-    ``body`` is the timm model of the architecture, with timm's weights for ``timm``.
+    ``body`` is the timm model of the architecture, with timm's weights for ``timm``. A student that
+    is such a model has those already.
 
     Raises:
         ConfigError: a checksum for ``timm``, whose file is not in our hands.
         WeightsError: where there is nothing, another checksum, or another architecture.
     """
-    load_into(student, read_pretrained(config, body))
+    if isinstance(student, TimmStudent):
+        load_timm_body(student, _path_of(config), config)
+    else:
+        load_into(student, read_pretrained(config, body))
 
 
 def read_pretrained(config: StudentConfig, body: Any) -> PretrainedWeights:
@@ -108,23 +114,31 @@ def read_pretrained(config: StudentConfig, body: Any) -> PretrainedWeights:
             body.state_dict(), grid=getattr(body.patch_embed, "grid_size", None)
         )
     else:
-        path = Path(os.path.expanduser(name.removeprefix(FOLDER)))
-        if name.startswith(HUB):
-            path = hub_model(name, "student.pretrained")
-        weights = _read(path, body, config.pretrained_sha256, grid)
+        weights = _read(_path_of(config), body, grid)
     check_architecture(weights, body, name, config.architecture)
     return replace(weights, grid=_grid_of(weights, body, grid, name))
 
 
-def _read(path: Path, body: Any, sha256: str, grid: tuple[int, ...]) -> PretrainedWeights:
+def _path_of(config: StudentConfig) -> Path:
+    """Return the checked path of ``student.pretrained``, fetched from the hub where it is there."""
+    name, sha256 = config.pretrained, config.pretrained_sha256
+    path = Path(os.path.expanduser(name.removeprefix(FOLDER)))
+    if name.startswith(HUB):
+        path = hub_model(name, "student.pretrained")
     refuse_unreadable(path)
     if not is_there(path):
         raise WeightsError(f"no weights file {path}; correct student.pretrained")
     if sha256:
         check_sha256(checksummed_files(path), sha256, "student.pretrained_sha256")
+    return path
+
+
+def _read(path: Path, body: Any, grid: tuple[int, ...]) -> PretrainedWeights:
     is_folder = path.is_dir()
     if is_folder and not (path / "config.json").is_file():
         distilled = load_student(find_checkpoint(path), torch.device("cpu"))
+        if not isinstance(distilled.student, Student):
+            raise WeightsError(f"{path} holds a student of `body: timm`, no vision transformer")
         fold(distilled)
         return weights_of(distilled.student)
     checkpoint = read_checkpoint(path)

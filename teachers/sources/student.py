@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from radio_distill.errors import ConfigError, WeightsError
 from radio_distill.loading import load as load_student
 from radio_distill.models.backbone import StudentEncoder
-from radio_distill.models.heads import Head
-from radio_distill.models.student import Student
+from radio_distill.models.build import build_body
+from radio_distill.models.heads import head_for
 
 from ..presets import Preset
 
@@ -80,10 +80,10 @@ def build(preset: Preset) -> StudentTower:
     arguments = preset.arguments
     config, teachers = arguments["config"], arguments.get("teachers", {})
     head = arguments.get("head", "")
-    student = Student(config, arguments["num_summary_tokens"])
+    student = build_body(config, arguments["num_summary_tokens"])
     heads = {}
     if head:
-        heads[head] = Head(student.embed_dim, teachers[head], config, student.depth)
+        heads[head] = head_for(student, teachers[head], config)
     return StudentTower(
         StudentEncoder(student, config, teachers, heads, arguments["summary_slots"]), head
     )

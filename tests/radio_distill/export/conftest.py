@@ -15,8 +15,8 @@ CHANNELS = {"clip": (12, 5), "sam": (8, None), "dino": (4, 4)}
 LICENCES = {"clip": "apple-ascl (research only)", "sam": "apache-2.0", "dino": "dinov3-license"}
 
 
-def _recipe(folder, normalizer, teachers, student):
-    partition = {"name": "a", "size": [32, 48], "teachers": list(teachers), "batch_size": 2}
+def _recipe(folder, normalizer, teachers, student, size):
+    partition = {"name": "a", "size": size, "teachers": list(teachers), "batch_size": 2}
     recipe: Recipe = build(
         Recipe,
         {
@@ -46,17 +46,25 @@ def _randomise(model):
         if parameter.ndim == 1:
             centre = 1.0 if name.endswith(("norm1.weight", "norm2.weight")) else 0.0
             parameter.data.normal_(centre, 0.3)
-    model.student.prefix_tokens.data.normal_()
+    if hasattr(model.student, "prefix_tokens"):
+        model.student.prefix_tokens.data.normal_()
 
 
 @pytest.fixture
 def make_checkpoint(tmp_path, random_statistics):
     """Write and open the checkpoint of a new student; its run folder is ``tmp_path / "tiny"``."""
 
-    def make(normalizer="phi_s", stage="stage1", step=7, teachers=tuple(CHANNELS), **student):
+    def make(
+        normalizer="phi_s",
+        stage="stage1",
+        step=7,
+        teachers=tuple(CHANNELS),
+        size=(32, 48),
+        **student,
+    ):
         torch.manual_seed(0)
         student = {"architecture": "test_vit", **student}
-        recipe = _recipe(tmp_path, normalizer, teachers, student)
+        recipe = _recipe(tmp_path, normalizer, teachers, student, list(size))
         specs = {name: _spec(name) for name in teachers}
         model = build_student(recipe.student, specs)
         _randomise(model)

@@ -1,0 +1,165 @@
+"""A model folder of a student that is a timm model; ``radio_distill.load`` reads it, heads and all.
+
+::
+
+    FOLDER/
+        config.json             architecture and arguments of timm, normalisation
+        model.safetensors       the model, under timm's names
+        adaptors.safetensors    heads, folded
+        radio_distill.json      student, teachers, what was trained
+        README.md               model card
+
+timm makes the whole model, so parts that a student leaves out (a last stage behind the map,
+pooling) are in the file as a new model has them, untrained.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..errors import ExportError
+from ..models.timm_student import TimmStudent, create_model
+from ..types import Size
+from .folded import FoldedStudent
+from .transformers import description
+from .write import Format, probe_images, write_json
+
+_USAGE = """\
+```python
+import timm
+import torch
+
+model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()
+config = timm.data.resolve_model_data_config(model)
+mean, std = (torch.tensor(config[key]).view(3, 1, 1) for key in ("mean", "std"))
+
+pixels = (torch.rand(1, 3, {height}, {width}) - mean) / std  # RGB in [0, 1]
+{code}
+```
+
+`features` are [1, {channels}, {rows}, {columns}]{resized}, the summary has {summary} channels.
+With the heads: `radio_distill.load("FOLDER")`."""
+
+
+class TimmBody(Format):
+    """The timm model that a student is."""
+
+    name, tolerance = "timm", 1e-5
+
+    def __init__(self, size: Size | None = None):
+        self.size = size
+
+    def check(self, student: FoldedStudent) -> None:
+        """Refuse a size, since the model is what it is, and a norm that timm's model lacks."""
+        if self.size is not None:
+            raise ExportError(
+                f"timm: {student.config.architecture} has no table of positions to be cut for one "
+                "size; leave out the size"
+            )
+        if student.config.final_norm and not _body_of(student).norm_name:
+            raise ExportError(
+                f"timm cannot hold student.final_norm of {student.config.architecture}, whose "
+                "model has no norm there; export it as onnx"
+            )
+
+    def write(self, student: FoldedStudent, folder: Path) -> str:
+        """Write weights, heads and configurations."""
+        body = _body_of(student)
+        config = {
+            "architecture": student.config.architecture.partition(".")[0],
+            "num_classes": 0,
+            "num_features": body.embed_dim,
+            "model_args": body.arguments,
+            "pretrained_cfg": {
+                "tag": student.checkpoint.recipe.name,
+                "custom_load": False,
+                "input_size": [3, *student.preferred_size],
+                "fixed_input_size": body.fixed_size is not None,
+                "interpolation": "bicubic",
+                "crop_pct": 1.0,
+                "mean": body.mean.flatten().tolist(),
+                "std": body.std.flatten().tolist(),
+                "num_classes": 0,
+            },
+        }
+        write_json(folder / "config.json", config)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            whole = create_model(student.plain_config)[0].state_dict()
+        tensors = {key: value.contiguous() for key, value in (whole | body.to_timm()).items()}
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        save_file(student.model.adaptors.state_dict(), folder / "adaptors.safetensors")
+        write_json(folder / "radio_distill.json", description(student))
+        return ""
+
+    def usage(self, student: FoldedStudent) -> str:
+        """Return an example for :func:`.model_card.model_card`."""
+        body, (height, width) = _body_of(student), student.preferred_size
+        rows, columns = body.grid((height, width))
+        resized = student.config.map == "resized"
+        if resized:
+            rows, columns = height // body.stride, width // body.stride
+        return _USAGE.format(
+            height=height,
+            width=width,
+            code="\n".join(_code(body)),
+            channels=body.embed_dim,
+            rows=rows,
+            columns=columns,
+            summary=body.summary_dim,
+            resized=f", and were trained resized to {body.patch_size} px a cell" if resized else "",
+        )
+
+    def read_back(
+        self, student: FoldedStudent, folder: Path
+    ) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+        """Yield the outputs of the student and of the card's lines with timm's model."""
+        import timm
+        import torch.nn.functional as F
+
+        body = _body_of(student)
+        model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+        shapes: list[tuple[int, Size]] = [(1, (1, 2)), (2, (3, 2))]
+        step = body.size_step
+        if body.fixed_size:
+            step, shapes = 1, [(2, body.fixed_size)]
+        for pixels in probe_images(step, shapes):
+            found: dict[str, Any] = {"model": model, "pixels": (pixels - body.mean) / body.std}
+            exec("\n".join(_code(body)), found)  # our own lines, above
+            tokens, spatial = body(pixels)
+            features = found["features"]
+            if features.shape != spatial.shape:
+                features = F.interpolate(features, spatial.shape[2:], mode="bilinear")
+            expected = {"summary": tokens[:, 0], "features": spatial}
+            yield expected, {"summary": found["summary"], "features": features}
+
+
+def _body_of(student: FoldedStudent) -> TimmStudent:
+    body = student.model.student
+    assert isinstance(body, TimmStudent), "another format's student"
+    return body
+
+
+def _code(body: TimmStudent) -> Iterator[str]:
+    """Yield the lines that compute ``features`` and ``summary`` of ``pixels`` with timm alone."""
+    call = f"model.forward_intermediates(pixels, indices=[{body.level}], intermediates_only=True"
+    if body.num_prefix_tokens:
+        yield f"features, tokens = {call}, return_prefix_tokens=True)[0]"
+    else:
+        yield f"features = {call})[0]"
+    if body.summary == "token":
+        yield "summary = tokens[:, 0]"
+    elif body.summary == "mean":
+        yield "summary = features.mean((2, 3))"
+    else:
+        yield "summary = model.forward_head(model.forward_features(pixels), pre_logits=True)"
+    if body.norm_name == "norm":
+        yield "summary = model.norm(summary)"
+        yield "features = model.norm(features.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)"
+    elif body.norm_name:
+        yield f"summary = model.{body.norm_name}(summary[:, :, None, None]).flatten(1)"
+        yield f"features = model.{body.norm_name}(features)"

@@ -1,0 +1,72 @@
+"""Gives a student that is a timm model the weights of a file, a folder, or a run.
+
+Files have timm's names, or those of the authors that timm converts (DINOv3's, EUPE's and many
+more). What is behind the student's map (classifier, pooling, stages that are left out) is left
+behind. An exported student is a timm folder.
+"""
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..config import StudentConfig
+from ..errors import WeightsError
+from ..models.timm_student import TimmStudent, create_model
+from ..train.restore import load_student
+from .files import find_checkpoint, named_as, read_checkpoint, read_json, tensors_of
+
+
+def load_timm_body(student: TimmStudent, path: Path, config: StudentConfig) -> None:
+    """Load what is at ``path``, which is there; mean and std of pixels too, where it says them.
+
+    Raises:
+        WeightsError: where it holds no weights, or those of another architecture.
+    """
+    is_folder = path.is_dir()
+    if is_folder and not (path / "config.json").is_file():
+        run = load_student(find_checkpoint(path), torch.device("cpu")).student
+        _load(student, run.state_dict(), str(path), config)
+        return
+    with torch.device("meta"):
+        model, _ = create_model(config)
+    wanted = model.state_dict()
+    state = named_as(tensors_of(read_checkpoint(path), path), wanted, str(path))
+    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    if convert and any(key not in state or state[key].shape != wanted[key].shape for key in wanted):
+        try:
+            state = convert(dict(state), model)
+        except (KeyError, ValueError, RuntimeError, AttributeError) as error:
+            raise WeightsError(
+                f"{path} does not hold weights of {config.architecture}: timm cannot read them"
+            ) from error
+    tensors = student.from_timm(state)
+    tensors |= {name: getattr(student, name) for name in ("mean", "std")}
+    if is_folder:
+        settings = read_json(path / "config.json")
+        published = settings.get("pretrained_cfg", settings)
+        for name in ("mean", "std"):
+            if published.get(name):
+                tensors[name] = torch.tensor(published[name]).view(3, 1, 1)
+    _load(student, tensors, str(path), config)
+
+
+def _load(
+    student: TimmStudent, tensors: Mapping[str, Tensor], where: str, config: StudentConfig
+) -> None:
+    wanted = student.state_dict()
+    problems = [f"{key} is missing" for key in wanted if key not in tensors]
+    problems += [f"{key} is unexpected" for key in tensors if key not in wanted]
+    problems += [
+        f"{key} has shape {list(tensors[key].shape)}, expected {list(value.shape)}"
+        for key, value in wanted.items()
+        if key in tensors and tensors[key].shape != value.shape
+    ]
+    if problems:
+        more = f" (and {len(problems) - 1} more differences)" if len(problems) > 1 else ""
+        raise WeightsError(
+            f"{where} does not hold weights of {config.architecture}: {problems[0]}{more}"
+        )
+    student.load_state_dict(tensors)
