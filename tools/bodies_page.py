@@ -23,6 +23,7 @@ from radio_distill.export.folded import FoldedStudent
 from radio_distill.export.write import export
 from radio_distill.models.build import build_body
 from radio_distill.models.heads import build_student
+from radio_distill.models.timm_student import TimmStudent
 from radio_distill.train.checkpoint import Checkpoint
 from radio_distill.types import TeacherSpec
 
@@ -104,6 +105,7 @@ class Row:
     def measured(cls, family: Family) -> "Row":
         """Build a family's small model in each way, and say what came of it."""
         body = build_body(family.config(), 1)
+        assert isinstance(body, TimmStudent)
         norms = any(isinstance(module, _BatchNorm) for module in body.modules())
         return cls(
             family=family.name,

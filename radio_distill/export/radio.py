@@ -67,6 +67,7 @@ class Radio(Format):
 
     def check(self, student: FoldedStudent) -> None:
         """Refuse what the hub's code would not build."""
+        _ = student.vit  # another body is refused
         if student.config.window_size:
             raise ExportError(
                 f"radio cannot hold student.window_size {student.config.window_size}: a checkpoint "

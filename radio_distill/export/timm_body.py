@@ -146,7 +146,8 @@ def _body_of(student: FoldedStudent) -> TimmStudent:
 
 def _code(body: TimmStudent) -> Iterator[str]:
     """Yield the lines that compute ``features`` and ``summary`` of ``pixels`` with timm alone."""
-    call = f"model.forward_intermediates(pixels, indices=[{body.level}], intermediates_only=True"
+    call = f"model.forward_intermediates(pixels, indices=[{body.level}], "
+    call += "intermediates_only=True, stop_early=True"
     if body.num_prefix_tokens:
         yield f"features, tokens = {call}, return_prefix_tokens=True)[0]"
     else:

@@ -63,6 +63,7 @@ class Transformers(Format):
 
     def check(self, student: FoldedStudent) -> None:
         """Refuse what RadioModel cannot hold."""
+        _ = student.vit  # another body is refused
         what = ""
         if student.config.window_size:
             what = f"student.window_size {student.config.window_size}: RadioModel attends globally"

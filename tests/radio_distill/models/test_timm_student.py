@@ -81,9 +81,7 @@ def test_final_norm__of_a_convnext_is_that_of_its_head():
     body = make(CONVNEXT, final_norm=True).eval()
     nn.init.normal_(body.norm.weight)
     pooled = make(CONVNEXT, summary="pool").eval()
-    pooled.load_state_dict(
-        {f"body.{key}": value for key, value in body.to_timm().items()}, strict=True
-    )
+    pooled.body.load_state_dict(body.to_timm())
     pixels = torch.rand(2, 3, 64, 96)
     (tokens, spatial), (expected, raw) = body(pixels), pooled(pixels)
     torch.testing.assert_close(tokens, expected)
@@ -163,8 +161,8 @@ def test_parameter_groups__tokens_do_not_decay():
         ("test_convnext", {"summary": "pool", "final_norm": True, "patch_size": 32}, "final_norm"),
         ("test_convnext", {"options": {"depht": 3}}, "student.options"),
         ("test_convnext", {"options": {"checkpoint_path": "x"}}, "checkpoint_path"),
-        ("test_efficientnet", {"map": "dilated", "patch_size": 7}, "student.options"),
-        ("vit_tiny_patch16_dinov3", {"map": "second_last"}, "student.map"),
+        ("repvit_m0_9", {"map": "dilated", "patch_size": 16}, "student.options"),
+        ("vit_tiny_patch16_dinov3_qkvb", {"map": "second_last"}, "student.map"),
         ("hiera_tiny_224", {"patch_size": 32}, "img_size"),
     ],
 )  # fmt: skip
