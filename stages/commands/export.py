@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
         folder = place / "export" / arguments.format
     check_output(folder, is_folder=True)
     student = folded(checkpoint)
-    form.check(student)
+    form.for_student(student).check(student)
     with making_room(folder) if arguments.output is None else nullcontext():
         path = export(student, folder, form)
     print(path)

@@ -1,4 +1,4 @@
-"""A ConvNeXt as the student: trained, resumed, evaluated, exported, planned; and what is refused."""
+"""A ConvNeXt as the student: trained, resumed, evaluated, exported, planned; what is refused."""
 
 import shutil
 
@@ -51,7 +51,7 @@ def test_convnext__trains_resumes_is_evaluated_and_exported(with_student, tmp_pa
     assert_equal(whole, tensors(folder, 3))
 
     assert cli(["eval", str(run_folder(recipe))]) == 0
-    scores = list(run_folder(recipe).rglob("scores*.json"))
+    scores = list(run_folder(recipe).rglob("scores.jsonl"))
     assert scores, "fidelity was scored"
     exported = tmp_path / "exported"
     options = ["--format", "timm", "--output", str(exported)]
@@ -65,7 +65,7 @@ def test_convnext__trains_resumes_is_evaluated_and_exported(with_student, tmp_pa
     model = timm.create_model(f"local-dir:{exported}", pretrained=True)
     assert type(model).__name__ == "ConvNeXt"
     capsys.readouterr()
-    assert cli(["plan", str(recipe), "--gpus", "1"]) == 0
+    assert cli(["plan", str(recipe), "--devices", "1"]) == 0
     assert "convnext_atto" in capsys.readouterr().out
 
 
