@@ -41,7 +41,7 @@ pixels = (torch.rand(1, 3, {height}, {width}) - mean) / std  # RGB in [0, 1]
 {code}
 ```
 
-`features` are [1, {channels}, {rows}, {columns}]{resized}, the summary has {summary} channels.
+`features` are [1, {channels}, {rows}, {columns}], the summary has {summary} channels.
 With the heads: `radio_distill.load("FOLDER")`."""
 
 
@@ -100,9 +100,6 @@ class TimmBody(Format):
         """Return an example for :func:`.model_card.model_card`."""
         body, (height, width) = _body_of(student), student.preferred_size
         rows, columns = body.grid((height, width))
-        resized = student.config.map == "resized"
-        if resized:
-            rows, columns = height // body.stride, width // body.stride
         return _USAGE.format(
             height=height,
             width=width,
@@ -111,7 +108,6 @@ class TimmBody(Format):
             rows=rows,
             columns=columns,
             summary=body.summary_dim,
-            resized=f", and were trained resized to {body.patch_size} px a cell" if resized else "",
         )
 
     def read_back(
@@ -119,7 +115,6 @@ class TimmBody(Format):
     ) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
         """Yield the outputs of the student and of the card's lines with timm's model."""
         import timm
-        import torch.nn.functional as F
 
         body = _body_of(student)
         model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
@@ -128,14 +123,12 @@ class TimmBody(Format):
         if body.fixed_size:
             step, shapes = 1, [(2, body.fixed_size)]
         for pixels in probe_images(step, shapes):
-            found: dict[str, Any] = {"model": model, "pixels": (pixels - body.mean) / body.std}
+            normalised = (pixels - body.mean) / body.std
+            found: dict[str, Any] = {"torch": torch, "model": model, "pixels": normalised}
             exec("\n".join(_code(body)), found)  # our own lines, above
             tokens, spatial = body(pixels)
-            features = found["features"]
-            if features.shape != spatial.shape:
-                features = F.interpolate(features, spatial.shape[2:], mode="bilinear")
             expected = {"summary": tokens[:, 0], "features": spatial}
-            yield expected, {"summary": found["summary"], "features": features}
+            yield expected, {name: found[name] for name in expected}
 
 
 def _body_of(student: FoldedStudent) -> TimmStudent:
@@ -158,6 +151,10 @@ def _code(body: TimmStudent) -> Iterator[str]:
         yield "summary = features.mean((2, 3))"
     else:
         yield "summary = model.forward_head(model.forward_features(pixels), pre_logits=True)"
+    if body.config.map == "resized":
+        yield f"grid = [side // {body.patch_size} for side in pixels.shape[2:]]"
+        yield "resize = torch.nn.functional.interpolate"
+        yield 'features = resize(features, grid, mode="bilinear", antialias=True)'
     if body.norm_name == "norm":
         yield "summary = model.norm(summary)"
         yield "features = model.norm(features.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)"

@@ -18,10 +18,16 @@ from tools.bodies_page import FAMILIES, exported
 
 BY_NAME = {family.name: family for family in FAMILIES}
 ROPE = {"architecture": "vit_tiny_patch16_dinov3_qkvb", "options": {"depth": 2}, "patch_size": 16}
+BEFORE = {"architecture": "test_convnext", "map": "second_last", "patch_size": 16}
 STUDENTS = {
     "convnext": {"architecture": "test_convnext", "final_norm": True},
-    "second_last": {"architecture": "test_convnext", "map": "second_last", "patch_size": 16},
-    "resized": {"architecture": "test_convnext", "map": "resized", "patch_size": 16},
+    "second_last": BEFORE,
+    "resized": {**BEFORE, "map": "resized", "final_norm": True},
+        "architecture": "test_convnext",
+        "map": "resized",
+        "patch_size": 16,
+        "final_norm": True,
+    },
     "rope": {**ROPE, "final_norm": True},
     "pool": {"architecture": "test_efficientnet", "summary": "pool"},
 }
