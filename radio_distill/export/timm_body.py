@@ -69,11 +69,15 @@ class TimmBody(Format):
     def write(self, student: FoldedStudent, folder: Path) -> str:
         """Write weights, heads and configurations."""
         body = _body_of(student)
+        arguments = dict(body.arguments)
+        side = getattr(getattr(body.body, "patch_embed", None), "img_size", None)
+        if side and getattr(body.body, "pos_embed", None) is not None:  # the table's own grid
+            arguments["img_size"] = list(side)
         config = {
             "architecture": student.config.architecture.partition(".")[0],
             "num_classes": 0,
             "num_features": body.embed_dim,
-            "model_args": body.arguments,
+            "model_args": arguments,
             "pretrained_cfg": {
                 "tag": student.checkpoint.recipe.name,
                 "custom_load": False,

@@ -23,11 +23,6 @@ STUDENTS = {
     "convnext": {"architecture": "test_convnext", "final_norm": True},
     "second_last": BEFORE,
     "resized": {**BEFORE, "map": "resized", "final_norm": True},
-        "architecture": "test_convnext",
-        "map": "resized",
-        "patch_size": 16,
-        "final_norm": True,
-    },
     "rope": {**ROPE, "final_norm": True},
     "pool": {"architecture": "test_efficientnet", "summary": "pool"},
 }
