@@ -11,7 +11,6 @@ import logging
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from inspect import signature
 from math import isqrt
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from radio_distill.errors import ConfigError, WeightsError
+from radio_distill.models.body import check_options
 from radio_distill.registry import nearest
 from radio_distill.system.files import reason_of
 from radio_distill.types import spread_layers
@@ -222,14 +222,7 @@ def _create(preset: Preset, state: Mapping[str, Tensor] | None = None) -> nn.Mod
 
 def _checked(options: Mapping[str, Any]) -> Mapping[str, Any]:
     """Refuse what makes timm fetch or unpickle weights, which a folder's config.json could ask."""
-    import timm
-
-    for name, parameter in signature(timm.create_model).parameters.items():
-        if name in options and parameter.kind is not parameter.VAR_KEYWORD:
-            raise ConfigError(
-                f"options.create, or model_args of config.json: {name} is not the architecture's; "
-                "remove it, and name weights in `weights`"
-            )
+    check_options(options, "options.create, or model_args of config.json")
     if options.get("in_chans", 3) != 3:
         raise ConfigError(
             f"a model of {options['in_chans']} channels: images are read in three, RGB; take "
