@@ -79,6 +79,7 @@ def with_student(recipe_file):
     def write(**fields):
         recipe = yaml.safe_load(recipe_file.read_text())
         recipe["student"] = CONVNEXT | fields
+        recipe["stages"] = {"stage1": recipe["stages"]["stage1"]}
         recipe_file.write_text(yaml.safe_dump(recipe, sort_keys=False))
         return recipe_file
 
