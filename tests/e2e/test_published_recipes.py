@@ -1,0 +1,68 @@
+"""The recipes of other papers than RADIO's, with tiny models, images and numbers."""
+
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from e2e import rows, run
+from radio_distill.config import dump
+from stages import stage1, stage2
+from stages.recipes import load_recipe
+
+LADDER = {"name": "ladder", "options": {"hidden": 16, "last_hidden": 32}}
+ADAPTER = {"name": "ln_mlp", "options": {"hidden": 16, "bias": True, "init_std": 0.01}}
+STUDENTS: dict[str, dict[str, Any]] = {
+    "unic_b": {"architecture": "test_vit", "summary_head": LADDER, "feature_head": LADDER},
+    "theia_b": {"architecture": "test_vit"},
+    "siglino_dense": {
+        "options": {"embed_dim": 64, "depth": 2, "num_heads": 2},
+        "heads": {name: {"features": ADAPTER} for name in ("siglip2", "dinov3")},
+    },
+}
+TEACHERS = {
+    "vit": "tiny_vit",
+    "ibot": "tiny_vit",
+    "dinov2": "tiny_dinov2",
+    "dinov3": "tiny_dinov3",
+    "siglip2": "tiny_siglip",
+}
+
+
+def shrunk(name: str, shards: Path, output: Path) -> dict[str, Any]:
+    """Return a recipe with tiny models and two steps a stage; everything else is as it was."""
+    recipe: dict[str, Any] = yaml.safe_load(dump(load_recipe(name)))
+    data = recipe["data"]
+    data |= {"shards": [str(shards)] * len(data["shards"]), "workers": 0}
+    recipe |= {"output": str(output), "name": name}
+    recipe["student"] |= {"head_hidden": 16, **STUDENTS[name]}
+    recipe["normalizer"]["images"] = 16
+    recipe["engine"] = {"precision": "float32"}
+    for teacher, config in recipe["teachers"].items():
+        config |= {"preset": TEACHERS.get(teacher, "tiny_clip"), "options": {}, "weights": ""}
+        config |= {"dtype": "float32", "input_size": "match"}
+    for stage in recipe["stages"].values():
+        stage |= {"steps": 2, "warmup_steps": 0, "freeze_body_steps": 0}
+        for partition in stage["partitions"]:
+            partition["batch_size"] = 3
+            sizes = [32, 64] if partition["sizes"] else []
+            partition |= {"size": 0 if sizes else 32, "sizes": sizes}
+    recipe["log"] = {"every": 1, "trackers": []}
+    return recipe
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_recipe__all_its_stages_train(name, images, tmp_path):
+    pytest.importorskip("transformers")  # some of the teachers
+    recipe = shrunk(name, images / "shards", tmp_path)
+    path = tmp_path / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    for stage, entry in zip(recipe["stages"], (stage1, stage2), strict=False):
+        assert run(entry, path) == 0
+        log = rows(tmp_path / name / stage)
+        assert [row["step"] for row in log] == [1, 2]
+        terms = {tuple(key.split("/")[-2:]) for key in log[-1] if key.startswith("loss/")}
+        kinds = ["features"] if name == "theia_b" else ["features", "summary"]
+        assert set(product(recipe["teachers"], kinds)) <= terms
