@@ -1,13 +1,14 @@
 """A run, as frozen dataclasses: ``load(yaml) -> override(argv) -> check() -> dump()``.
 
-:mod:`.schema` has the sections (:mod:`.models` teachers and student), :mod:`.fields` how their
-fields are declared, :mod:`.reading` the way in and out, :mod:`.rules` what must hold between
-fields, :mod:`.resolve` what `auto` means, :mod:`.recipes` the project's own. Nothing here
-imports torch.
+:mod:`.schema` has the sections (:mod:`.models` teachers and student, :mod:`.objective` losses),
+:mod:`.fields` how their fields are declared, :mod:`.reading` the way in and out, :mod:`.rules` what
+must hold between fields, :mod:`.resolve` what `auto` means, :mod:`.recipes` the project's own.
+Nothing here imports torch.
 """
 
 from .fields import option, plain, share_of, size_pair
 from .models import HeadConfig, HeadsConfig, StudentConfig, TeacherConfig
+from .objective import AugmentationConfig, LossConfig, NormalizerConfig
 from .reading import (
     assignments_of,
     build,
@@ -37,14 +38,11 @@ from .resolve import (
 )
 from .rules import check
 from .schema import (
-    AugmentationConfig,
     DataConfig,
     EngineConfig,
     EvaluationConfig,
     FitConfig,
     LogConfig,
-    LossConfig,
-    NormalizerConfig,
     PartitionConfig,
     Recipe,
     StageConfig,

@@ -11,12 +11,12 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
+from .objective import NormalizerConfig
 from .schema import (
     DataConfig,
     EngineConfig,
     FitConfig,
     LogConfig,
-    NormalizerConfig,
     Recipe,
     StageConfig,
 )

@@ -13,8 +13,8 @@ from ..registry import nearest
 from ..system.redaction import secrets_in
 from .fields import share_of
 from .models import StudentConfig
+from .objective import AugmentationConfig
 from .schema import (
-    AugmentationConfig,
     DataConfig,
     EngineConfig,
     EvaluationConfig,

@@ -1,6 +1,6 @@
 """Colours and sharpness of an image changed at random, alike for all encoders.
 
-Student and teachers must see the same picture. So what is drawn for an image holds for each of its
+Student and teachers must see the same image. So what is drawn for an image holds for each of its
 views: the grey that contrast is measured from is one of them all, and a blur is as wide in shares
 of the view. Operations and their order are those of SimCLR (arXiv 2002.05709) and DINO, each as
 torchvision has it; it draws the order of the four jitters too, here they follow one another.
