@@ -32,7 +32,7 @@ def files(tmp_path):
             scores += [Score("agreement", "cosine", 0.5, "1", True, "Agreement", 9, pixels=both)]
             write_scores(path, subject, scores)
             write_examples(
-                path, subject, "voc", [Image.new("RGB", (3, 3), (side % 251, number, 0))] * 4
+                path, subject, "voc", [Image.new("RGB", (3, 3), (side % 251, 99 * number, 0))] * 4
             )
         paths.append(path)
     return paths
@@ -54,7 +54,7 @@ def test_report__score_files_have_a_page_without_a_run(files, tmp_path, capsys):
     assert cli.main(["report", *texts]) == 0
     page = (tmp_path / "report.html").read_text()
     assert set(re.findall(r'section id="(\w+)"', page)) == {"scores", "sizes", "examples"}
-    shown = Counter(re.findall(r'data:image/png[^"]*', page))
+    shown = Counter(re.findall(r'data:image/webp[^"]*', page))
     assert sorted(shown.values()) == [2] * 5, "two of four examples, of each model and file"
     assert cli.main(["report", texts[0], "--baseline", "dino"]) == 0
     page = (tmp_path / "report.html").read_text()

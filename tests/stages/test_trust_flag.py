@@ -67,7 +67,7 @@ def test_trust_checkpoint__lets_the_code_run(hostile, capsys, caplog):
 def test_trust_checkpoint__every_command_that_reads_weights_has_it():
     readers = {
         "demo", "plan", "train", "eval", "sweep", "fit-upsampler", "convert-upsampler", "export",
-        "report", "upsampler-report", "mode-switching", "slurm",
+        "report", "upsampler-report", "mode-switching", "slurm", "upsample", "curate",
     }  # fmt: skip
     for name, (module, _) in cli.COMMANDS.items():
         parser = Parser(prog=name)
