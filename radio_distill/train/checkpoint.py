@@ -263,7 +263,7 @@ def _whole_number(value: object) -> int:
 def specs_of(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, TeacherSpec]:
     """Return the specs of teachers, by name, that were written as JSON.
 
-    Raises ValueError for sizes that no teacher has.
+    Raises ValueError for names and sizes that no teacher has.
     """
     specs = {}
     for name, row in rows.items():
@@ -271,6 +271,8 @@ def specs_of(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, TeacherSpec]:
             key: tuple(value) if isinstance(value, list) else value for key, value in row.items()
         }
         spec = specs[name] = TeacherSpec(**values)
+        if not isinstance(spec.name, str):
+            raise ValueError(f"teacher {name} is called {spec.name!r}")
         for size in (spec.channels, spec.summary_channels or 1, spec.patch_size):
             if not isinstance(size, int) or not 0 < size <= _MOST_CHANNELS:
                 raise ValueError(f"teacher {name} has {size!r} channels or pixels")
