@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from inspect import signature
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, WeightsError
@@ -84,6 +85,14 @@ class Body(nn.Module, ABC):
                 f"(nearest {' and '.join(names)})"
             )
         return size[0] // self.patch_size, size[1] // self.patch_size
+
+    def _take_statistics(self, model: Any) -> None:
+        """Register the mean and deviation of pixels that a timm model was made for."""
+        from timm.data import resolve_model_data_config
+
+        found = resolve_model_data_config(model)
+        self.register_buffer("mean", torch.tensor(found["mean"]).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor(found["std"]).view(3, 1, 1))
 
     def _what_fits(self) -> str:
         if self.fixed_size:

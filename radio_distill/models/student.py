@@ -53,8 +53,6 @@ class Student(Body):
         weight_noise: float = 0.0,
         initialise: Initialise | None = None,
     ):
-        from timm.data import resolve_model_data_config
-
         super().__init__()
         body = create_body(config.architecture, config.pretrained == "timm", config.drop_path)
         self.embed_dim = self.summary_dim = body.embed_dim
@@ -69,9 +67,7 @@ class Student(Body):
             num_global = min(num_global, self.depth)
         self.global_blocks = spread_global_blocks(self.depth, num_global)
 
-        normalisation = resolve_model_data_config(body)
-        self.register_buffer("mean", torch.tensor(normalisation["mean"]).view(3, 1, 1))
-        self.register_buffer("std", torch.tensor(normalisation["std"]).view(3, 1, 1))
+        self._take_statistics(body)
         self.patch_embedding = nn.Linear(3 * config.patch_size**2, self.embed_dim, bias=False)
         side = config.max_size // config.patch_size
         self.positions = CroppedPositions(self.embed_dim, side, config.position_dropout)

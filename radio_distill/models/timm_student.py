@@ -65,15 +65,11 @@ class TimmStudent(Body):
         num_summary_tokens: int,
         initialise: Initialise | None = None,
     ):
-        from timm.data import resolve_model_data_config
-
         super().__init__()
         self.config, self.num_summary_tokens = config, num_summary_tokens
         self.patch_size = config.patch_size
         body, self.arguments = create_model(config, config.pretrained == "timm")
-        normalisation = resolve_model_data_config(body)
-        self.register_buffer("mean", torch.tensor(normalisation["mean"]).view(3, 1, 1))
-        self.register_buffer("std", torch.tensor(normalisation["std"]).view(3, 1, 1))
+        self._take_statistics(body)
         self._has_tokens = _takes(body.forward_intermediates, "return_prefix_tokens")
         self.num_prefix_tokens = body.num_prefix_tokens if self._has_tokens else 0
         self.summary = self._summary_of(body)
