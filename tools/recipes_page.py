@@ -111,7 +111,8 @@ def _losses(recipe: Recipe) -> Iterator[str]:
         yield f"relation {_sum(loss.relation)}"
     if loss.drop_teachers:
         yield f"teachers dropped {loss.drop_teachers:.0%}"
-    yield f"alignment {loss.alignment}"
+    bicubic = " bicubic" if loss.interpolation == "bicubic" else ""
+    yield f"alignment {loss.alignment}{bicubic}"
 
 
 def _sum(loss: str | Mapping[Any, float]) -> str:

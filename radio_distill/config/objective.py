@@ -44,6 +44,9 @@ class LossConfig:
         "smaller",
         "which of the two feature grids is resampled to the other before they are compared",
     )
+    interpolation: Literal["bilinear", "bicubic"] = option(
+        "bilinear", "how it is resampled; bicubic as in EUPE"
+    )
     drop_teachers: Share = option(
         0.0,
         "probability that a teacher is left out for an image, but for the one whose loss is largest there; the loss is then a mean over those that stay (UNIC, DUNE: 0.5)",

@@ -124,7 +124,9 @@ def _of_survivors(
 def _compare_maps(
     prediction: Features, target: Features, config: LossConfig, shift: Tensor | None
 ) -> Tensor:
-    predicted, wanted = align(prediction.spatial, target.spatial, config.alignment)
+    predicted, wanted = align(
+        prediction.spatial, target.spatial, config.alignment, config.interpolation
+    )
     cells = None
     if shift is not None:
         wanted, cells = warp_to_student(wanted, shift)

@@ -57,6 +57,23 @@ def test_common_grid__error_for_an_unknown_rule():
         common_grid((1, 1), (1, 1), "teachers_up")
 
 
+@pytest.mark.parametrize(("old", "new"), [((4, 6), (7, 9)), ((9, 8), (5, 20)), ((3, 30), (3, 7))])
+def test_resample__bicubic_equals_torchs_antialiased_filter(old, new):
+    features = torch.rand(2, 3, *old, dtype=torch.float64)
+    expected = F.interpolate(features, new, mode="bicubic", align_corners=False, antialias=True)
+    torch.testing.assert_close(resample(features, new, "bicubic"), expected)
+
+
+def test_resample__bicubic_continues_a_parabola_where_bilinear_cuts_its_corners():
+    def parabola(cells):
+        return ((torch.arange(cells, dtype=torch.float64) + 0.5) / cells).square()[None, None, None]
+
+    inner = slice(6, -6)  # the kernel reaches two old cells
+    cubic, linear = (resample(parabola(8), (1, 24), name) for name in ("bicubic", "bilinear"))
+    torch.testing.assert_close(cubic[..., inner], parabola(24)[..., inner])
+    assert (linear - parabola(24))[..., inner].max() > 1e-3
+
+
 def test_rules__are_those_of_the_recipe():
     assert [build(LossConfig, {"alignment": rule}).alignment for rule in RULES] == list(RULES)
     with pytest.raises(ConfigError, match=", ".join(sorted(RULES, key=RULES.index))):
@@ -128,10 +145,11 @@ def test_align__low_precision_is_resampled_in_float32(dtype):
     torch.testing.assert_close(aligned, resample(prediction.float(), (5, 5)), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize(
     ("rule", "teacher"), [("smaller", (2, 2)), ("smaller", (2, 1)), ("larger", (4, 2))]
 )
-def test_align__gradient_reaches_the_student(rule, teacher):
+def test_align__gradient_reaches_the_student(rule, teacher, interpolation):
     prediction = torch.rand(1, 2, 3, 4, dtype=torch.float64, requires_grad=True)
     target = torch.rand(1, 2, *teacher, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda x: align(x, target, rule)[0], prediction)
+    assert torch.autograd.gradcheck(lambda x: align(x, target, rule, interpolation)[0], prediction)

@@ -76,14 +76,15 @@ def test_distillation_loss__takes_the_losses_of_the_recipe(pair, summary, featur
     torch.testing.assert_close(terms["sam/features"], feature_loss(config)(x, y).mean())
 
 
+@pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("rule", ["smaller", "larger", "student_down"])
-def test_distillation_loss__takes_the_alignment_of_the_recipe(pair, rule):
+def test_distillation_loss__takes_the_alignment_of_the_recipe(pair, rule, mode):
     predictions, targets = pair
     weights = {name: teacher() for name in targets}
-    report = loss_of(predictions, targets, LossConfig(alignment=rule), weights)
+    report = loss_of(predictions, targets, LossConfig(alignment=rule, interpolation=mode), weights)
     grid = (4, 6) if rule == "larger" else (3, 4)
     x, y = (
-        F.interpolate(item["clip"].spatial, grid, mode="bilinear", antialias=True)
+        F.interpolate(item["clip"].spatial, grid, mode=mode, antialias=True)
         for item in (predictions, targets)
     )
     torch.testing.assert_close(report.terms["clip/features"], F.mse_loss(x, y))
