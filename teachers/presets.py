@@ -183,7 +183,7 @@ def _pathology(hub: str, model: str, channels: int, create: Mapping[str, Any], *
 _DINOV3 = {"licence": "dinov3-license"}
 _SATELLITE = {"mean": (0.43, 0.411, 0.296), "std": (0.213, 0.156, 0.143), **_DINOV3}
 _EUPE = {"licence": "fair-noncommercial-research-license"}
-_MEAN_AND_NORM = {"summary": "mean of the last map, normed"}
+_MEAN_AND_NORM = {"summary": "mean of the last map, normed", "arguments": {"final_norm": True}}
 _TIPS = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0), "licence": "apache-2.0"}
 _OPTIMUS = {"mean": (0.707223, 0.578729, 0.703617), "std": (0.211883, 0.230117, 0.177517)}
 _NON_COMMERCIAL = {"licence": "cc-by-nc-nd-4.0"}

@@ -112,8 +112,8 @@ class External:
         if not self.repository:
             raise ConfigError(
                 f"upsampler {self.name!r} is not part of this project: `git clone "
-                f"https://github.com/{self.source}` and name the folder in "
-                f"upsampler.options.repository (its code will run)"
+                f"https://github.com/{self.source}` and name the folder in its option "
+                f"`repository` (its code will run)"
             )
         folder = Path(self.repository).expanduser().resolve()
         if not folder.is_dir():
@@ -159,7 +159,7 @@ class AnyUp(External):
         if not self.checkpoint:
             raise ConfigError(
                 f"upsampler 'anyup': the installed package has no weights; name a file from "
-                f"https://github.com/{self.source}/releases in upsampler.options.checkpoint"
+                f"https://github.com/{self.source}/releases in its option `checkpoint`"
             )
         return self._with_checkpoint(importlib.import_module("anyup.model").AnyUp())
 
@@ -209,7 +209,7 @@ class Jafar(External):
         if not self.checkpoint:
             raise ConfigError(
                 f"upsampler 'jafar' has one file of weights for each encoder: name one from "
-                f"https://github.com/{self.source}/releases in upsampler.options.checkpoint"
+                f"https://github.com/{self.source}/releases in its option `checkpoint`"
             )
         state = _read(self.checkpoint, self.checkpoint_sha256)
         first = state.get("key_features_encoder.0.weight")

@@ -11,12 +11,14 @@ quick
 A benchmark whose data is not named is left out, and said to be.
 """
 
+from collections.abc import Collection
 from dataclasses import fields, replace
 from importlib.util import find_spec
 from typing import Any
 
 from ..config import EvaluationConfig
 from ..errors import ConfigError
+from ..registry import nearest
 from ..types import Suite
 from .headlines import HEADLINES
 from .run import BENCHMARKS, source_value
@@ -51,17 +53,29 @@ QUICK_DETECTOR: dict[str, Any] = {"width": 64, "learning_rate": 3e-3, "gradient_
 """Those of a detector, whose own rate is one for epochs."""
 
 
-def with_suite(config: EvaluationConfig, suite: Suite) -> tuple[EvaluationConfig, dict[str, str]]:
+def with_suite(
+    config: EvaluationConfig, suite: Suite, among: Collection[str] = ()
+) -> tuple[EvaluationConfig, dict[str, str]]:
     """Return what a suite asks, and why each benchmark that it leaves out is.
 
     Options of the recipe hold, and its limit where it sets one; sizes do where they are quick.
 
+    Args:
+        config: data, options and sizes of the recipe.
+        suite: its name.
+        among: benchmarks that may be asked; empty for all.
+
     Raises:
-        ConfigError: no data of the suite is named.
+        ConfigError: no data of the suite is named; a benchmark that it has not.
     """
     asked, left_out = list[str](), dict[str, str]()
     every = (*PUBLISHED, *BENCHMARKS.names()) if suite == "quick" else PUBLISHED
-    for name in dict.fromkeys(every):
+    if strange := set(among) - set(every):
+        raise ConfigError(
+            f"suite {suite!r} has no {', '.join(sorted(strange))}; take it out of "
+            f"evaluation.benchmarks ({nearest(min(strange), list(every))})"
+        )
+    for name in dict.fromkeys(among or every):
         if reason := _reason_against(name, config):
             left_out[name] = reason
         else:

@@ -112,7 +112,8 @@ def add_suite_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--suite",
         choices=get_args(Suite),
-        help="benchmarks whose data is named: as published, or quick at small size (minutes)",
+        help="benchmarks whose data is named: as published, or quick at small size (minutes); "
+        "--evaluation.benchmarks takes some of them",
     )
 
 
@@ -130,7 +131,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError("--recipe is for models without a run; runs have recipes of their own")
     checkpoints = [find_checkpoint(path) for path in arguments.runs]
     check_labels(arguments.labels, len(checkpoints))
-    suited = partial(in_suite, arguments.suite)
+    suited = partial(in_suite, arguments.suite, fields=arguments.fields)
     evaluations = [suited(evaluation_with(one.recipe, arguments.fields)) for one in checkpoints]
     asked: Recipe | Asked
     if checkpoints:
@@ -177,14 +178,20 @@ def evaluation_with(recipe: Recipe, fields: Sequence[str]) -> EvaluationConfig:
     return changed.evaluation
 
 
-def in_suite(suite: Suite | None, evaluation: EvaluationConfig) -> EvaluationConfig:
-    """Return what a suite asks, and say which of its benchmarks have no data."""
+def in_suite(
+    suite: Suite | None, evaluation: EvaluationConfig, fields: Sequence[str]
+) -> EvaluationConfig:
+    """Return what a suite asks, and say which of its benchmarks have no data.
+
+    ``fields`` of the command line, if they name benchmarks, take those alone.
+    """
     if suite is None:
         return evaluation
     from radio_distill.data.find import say_once
     from radio_distill.evals.suites import with_suite
 
-    asked, left_out = with_suite(evaluation, suite)
+    is_chosen = any(field.startswith("evaluation.benchmarks") for field in fields)
+    asked, left_out = with_suite(evaluation, suite, evaluation.benchmarks if is_chosen else ())
     if left_out:
         reasons = "; ".join(
             f"{', '.join(name for name in left_out if left_out[name] == reason)} ({reason})"

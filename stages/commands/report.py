@@ -208,14 +208,17 @@ def _sheets(
         for name, student in students.items()
     }
     encoders |= trained
-    max_sizes = sorted({student.recipe.student.max_size for student in students.values()})
+    bodies = [student.recipe.student for student in students.values()]
+    max_sizes = sorted({body.max_size for body in bodies if body.body == "vit"})
     caption = (
         "Three principal components of the features as colours, one basis a row: equal colours "
         "across a row mean equal features at every resolution. A column is the size that encoders "
         "were given; an encoder that takes other sizes says which, and its cell stays empty where "
-        "it takes none near the column's. Students take any, with their positions stretched above "
-        f"student.max_size ({' and '.join(map(str, max_sizes))} px)."
+        "it takes none near the column's."
     )
+    if max_sizes:
+        sides = " and ".join(map(str, max_sizes))
+        caption += f" A student's positions are stretched above student.max_size ({sides} px)."
     of_heads = (
         "Three principal components of the student's own map, and of what each head makes of it "
         "beside its teacher's map, both normalised: in a column, equal colours mean equal features."

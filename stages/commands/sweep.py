@@ -169,7 +169,7 @@ def sweep(
             find(train("stage3", with_upsampler(own, name), options)) for name in upsamplers
         ]
         with_references = references and number == 0
-        evaluations = [in_suite(suite, own.evaluation)] * len(students)
+        evaluations = [in_suite(suite, own.evaluation, asked.fields)] * len(students)
         score_checkpoints(students, evaluations, with_references, with_references)
     students = [find(variant.stage_folder("stage3")) for variant in variants.values()]
     return gain_of(recipe.folder, students, students[upsamplers.index(baseline)], references)

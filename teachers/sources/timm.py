@@ -35,6 +35,7 @@ ARGUMENTS = {
     "blocks": "number of transformer blocks to run, from the first; 0 for all",
     "stage": "index of the stage whose map is taken; -1 is the last, before SAM's neck",
     "summary": "token (class token), pool (the model's), token_and_mean (of patches), or none",
+    "final_norm": "true puts the last map of a ConvNeXt through its head's norm, as DINOv3 does",
     "create": "further arguments of timm.create_model",
     "prefix": "prefix of the model's tensors in the file; empty finds it",
 }
@@ -48,7 +49,14 @@ class TimmTower(nn.Module):
     stated_stride: int | None
     """Pixels a side of one cell as timm states it; None where it does not."""
 
-    def __init__(self, model: Any, blocks: int = 0, stage: int | None = None, summary: str = ""):
+    def __init__(
+        self,
+        model: Any,
+        blocks: int = 0,
+        stage: int | None = None,
+        summary: str = "",
+        final_norm: bool = False,
+    ):
         super().__init__()
         if blocks:
             _keep_blocks(model, blocks)
@@ -57,13 +65,14 @@ class TimmTower(nn.Module):
         if self.summary.startswith("token") and getattr(model, "cls_token", None) is None:
             kind = type(model).__name__
             raise ConfigError(f"options.summary: {summary}: timm's {kind} has no class token")
+        self.norm = _norm_of_head(model) if final_norm else nn.Identity()
         self.stage = stage
         self.stated_stride = _stated_stride(model, -1 if stage is None else stage)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor | None, Tensor]:
         if self.stage is None:
             final = self.model.forward_features(pixels)
-            return self._summary(final), self._map(final, pixels)
+            return self._summary(final), self.norm(self._map(final, pixels))
         if self.summary == "none":  # nothing behind the stage is computed
             maps = self.model.forward_intermediates(
                 pixels, indices=[self.stage], stop_early=True, intermediates_only=True
@@ -121,6 +130,17 @@ def _usual_summary(model: Any) -> str:
     if _is_sam(model):
         return "none"
     return "pool" if getattr(model, "cls_token", None) is None else "token"
+
+
+def _norm_of_head(model: Any) -> nn.Module:
+    """Return the norm of maps that a head applies to their mean (DINOv3, EUPE: to both)."""
+    from timm.layers import LayerNorm2d
+
+    norm = getattr(getattr(model, "head", None), "norm", None)
+    if not isinstance(norm, LayerNorm2d):
+        kind = type(model).__name__
+        raise ConfigError(f"options.final_norm: the head of timm's {kind} has no norm of maps")
+    return norm
 
 
 def complete(preset: Preset, weights_path: str) -> Preset:
@@ -195,7 +215,11 @@ def load(preset: Preset, path: Path) -> TimmTower:
 
 
 def _tower(model: nn.Module, arguments: Mapping[str, Any]) -> TimmTower:
-    taken = {key: arguments[key] for key in ("blocks", "stage", "summary") if key in arguments}
+    taken = {
+        key: arguments[key]
+        for key in ("blocks", "stage", "summary", "final_norm")
+        if key in arguments
+    }
     return TimmTower(model, **taken)
 
 

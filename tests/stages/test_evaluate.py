@@ -297,6 +297,10 @@ def test_eval__a_suite_asks_what_data_is_named_for(tmp_path, asked, images):
     written = lines(file)
     assert {"knn", "correspondence", "agreement"} <= {line["benchmark"] for line in written}
     assert all(line["protocol"].partition("@")[0].endswith("-quick") for line in written)
+    some = ["--evaluation.benchmarks", "[knn]", "--again"]
+    (folder := tmp_path / "some").mkdir()
+    assert evaluate(*model[:-1], folder / "scores.jsonl", *asked, *fields, *some) == 0
+    assert {line["benchmark"] for line in lines(folder / "scores.jsonl")} == {"knn"}
 
 
 def test_eval__runs_are_asked_of_a_data_set_by_name(tmp_path):

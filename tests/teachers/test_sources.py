@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import open_clip
 import pytest
+import timm
 import torch
 from safetensors.torch import save_file
 
@@ -15,6 +16,7 @@ from teachers import build_teacher
 from teachers.presets import PRESETS
 from teachers.sources import find_source
 from teachers.sources.open_clip import build_text_encoder
+from teachers.sources.timm import TimmTower
 from teachers.text import text_tower
 
 
@@ -49,6 +51,25 @@ def test_timm__convolutional_network_equals_forward_features_and_its_pooling():
     summary, spatial = tower(pixels)
     assert torch.equal(spatial, tower.model.forward_features(pixels))
     torch.testing.assert_close(summary, spatial.mean((2, 3)))
+
+
+@torch.no_grad()
+def test_timm__a_convnext_s_map_and_mean_share_the_norm_of_its_head():
+    """DINOv3 (arXiv 2508.10104): the mean of the map is one token more before the last norm."""
+    assert PRESETS["eupe_convnext_t"].arguments == {"final_norm": True}
+    model = timm.create_model("test_convnext", num_classes=0).eval()
+    norm = model.head.norm
+    norm.weight.normal_()
+    norm.bias.normal_()
+    pixels = torch.randn(2, 3, 64, 96)
+    summary, spatial = TimmTower(model, final_norm=True)(pixels)
+    raw = model.forward_features(pixels)
+    every = torch.cat([raw.mean((2, 3))[:, None], tokens(raw)], dim=1)  # [B, 1 + hw, C]
+    every = torch.nn.functional.layer_norm(
+        every, norm.normalized_shape, norm.weight, norm.bias, norm.eps
+    )
+    torch.testing.assert_close(summary, every[:, 0])
+    torch.testing.assert_close(tokens(spatial), every[:, 1:], rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
@@ -300,6 +321,7 @@ def test_text_encoder__a_teacher_without_text_says_so():
         ("tiny_clip", {"config": "clip"}, "'clip'"),
         ("tiny_vit", {"summary": "cls"}, "token_and_mean"),
         ("tiny_cnn", {"summary": "token"}, "no class token"),
+        ("tiny_cnn", {"final_norm": True}, "no norm of maps"),
         ("tiny_vit", {"create": {"mlp_layer": "SwiGluPacked"}}, "'SwiGLUPacked'"),
         ("timm", {"model": "resnet18", "create": {"in_chans": 6}}, "6 channels"),
         ("timm", {"model": "resnet18", "mean": [0.5] * 6}, "three numbers"),

@@ -173,7 +173,7 @@ def test_anyup__a_checkpoint_replaces_its_own_weights(anyup, tmp_path):
 def test_anyup__an_installed_package_is_used(tmp_path, monkeypatch, teacher):
     repository(tmp_path / "site", {"anyup.__init__": "", "anyup.model": ANYUP_MODEL})
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
-    with pytest.raises(ConfigError, match=r"options\.checkpoint"):
+    with pytest.raises(ConfigError, match=r"`checkpoint`"):
         AnyUp(2)
     torch.save({"gain": torch.tensor([3.0])}, tmp_path / "anyup.pth")
     upsampler = AnyUp(2, checkpoint=str(tmp_path / "anyup.pth"))
@@ -198,7 +198,7 @@ def test_external__says_how_to_get_what_is_missing(kind, source, tmp_path):
         kind(2)
     message = str(error.value)
     assert f"`git clone https://github.com/{source}`" in message
-    assert "upsampler.options.repository" in message
+    assert "`repository`" in message
     assert "\n" not in message
     with pytest.raises(ConfigError, match="nowhere"):
         kind(2, repository=str(tmp_path / "nowhere"))

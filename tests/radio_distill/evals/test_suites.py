@@ -43,6 +43,15 @@ def test_with_suite__what_the_recipe_says_holds():
     assert quick.limit == 5
 
 
+def test_with_suite__asks_some_of_its_benchmarks_alone():
+    config = EvaluationConfig(data={"spair": "/spair"}, images="/images")
+    quick, left_out = with_suite(config, "quick", ("agreement", "knn"))
+    assert quick.benchmarks == ("agreement",)
+    assert left_out.keys() == {"knn"}
+    with pytest.raises(ConfigError, match=r"fidelity.*evaluation\.benchmarks"):
+        with_suite(config, "published", ("spair", "fidelity"))
+
+
 def test_with_suite__no_data_is_one_line():
     with pytest.raises(ConfigError, match=r"evaluation\.data"):
         with_suite(EvaluationConfig(), "published")
