@@ -32,6 +32,8 @@ UPSAMPLERS = Registry(
         "carafe": "upsamplers.fitted:Carafe",
         "sapa": "upsamplers.fitted:Sapa",
         "resize_conv": "upsamplers.fitted:ResizeConv",
+        "uplift": "upsamplers.fitted:Uplift",
+        "lift": "upsamplers.fitted:Lift",
         "native": "upsamplers.methods.native:Native",
         "strided": "upsamplers.methods.strided:Strided",
         "anyup": "upsamplers.external:AnyUp",

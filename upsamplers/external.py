@@ -28,9 +28,10 @@ from radio_distill.errors import ConfigError, RadioDistillError, WeightsError
 from radio_distill.protocols import Teacher
 from radio_distill.system.files import reason_of
 from radio_distill.system.trust import check_sha256, read_torch_file
-from radio_distill.types import IMAGENET_MEAN, IMAGENET_STD, Features, Size
+from radio_distill.types import Features, Size
 
 from .methods import tiling
+from .networks import as_imagenet
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +107,7 @@ class External:
 
     def _run(self, guidance: Tensor, spatial: Tensor, grid: Size) -> Tensor:
         """Call the network: image ``[1, 3, H, W]`` in [0, 1], map ``[1, C, h, w]``."""
-        return self.network(_normalised(guidance), spatial, grid)
+        return self.network(as_imagenet(guidance), spatial, grid)
 
     def _load(self) -> nn.Module:
         if not self.repository:
@@ -165,7 +166,7 @@ class AnyUp(External):
 
     def _run(self, guidance: Tensor, spatial: Tensor, grid: Size) -> Tensor:
         chunk = self.q_chunk_size
-        return self.network(_normalised(guidance), spatial, output_size=grid, q_chunk_size=chunk)
+        return self.network(as_imagenet(guidance), spatial, output_size=grid, q_chunk_size=chunk)
 
 
 @dataclass(frozen=True)
@@ -195,7 +196,7 @@ class LoftUp(External):
 
     def _run(self, guidance: Tensor, spatial: Tensor, grid: Size) -> Tensor:
         # The image decides the size of its result.
-        return self.network(spatial, _normalised(resize(guidance, grid)))
+        return self.network(spatial, as_imagenet(resize(guidance, grid)))
 
 
 @dataclass(frozen=True)
@@ -218,12 +219,6 @@ class Jafar(External):
         network = importlib.import_module("src.upsampler.jafar").JAFAR(v_dim=first.shape[1])
         _fill(network, state, self.checkpoint)
         return network
-
-
-def _normalised(pixels: Tensor) -> Tensor:
-    return (pixels - pixels.new_tensor(IMAGENET_MEAN).view(3, 1, 1)) / pixels.new_tensor(
-        IMAGENET_STD
-    ).view(3, 1, 1)
 
 
 @contextmanager

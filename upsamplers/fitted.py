@@ -268,6 +268,18 @@ class ResizeConv(FittedUpsampler):
     network = "resize_conv"
 
 
+class Uplift(FittedUpsampler):
+    """UPLiFT (arXiv 2601.17950): steps of 2x that mix nearby cells under the image."""
+
+    network = "uplift"
+
+
+class Lift(FittedUpsampler):
+    """LiFT (ECCV 2024): steps of 2x that a U-Net of image and map writes."""
+
+    network = "lift"
+
+
 def load_model(path: str | Path) -> UpsamplerModel:
     """Build the model of a fitted file; raises WeightsError where it does not fit together."""
     header, parts = read_header(path), read_tensors(path)

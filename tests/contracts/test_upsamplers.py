@@ -130,7 +130,7 @@ def test_upsampler__an_object_moves_by_its_cells(build, name):
         assert found == pytest.approx([row + 0.5, column + 0.5], abs=1), (row, column)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "lift"])
 def test_upsampler__a_constant_image_gives_a_constant_map_of_a_local_teacher(build, name):
     def average(pixels):
         return pixels.mean((2, 3)), torch.nn.functional.avg_pool2d(pixels, 8)

@@ -385,7 +385,9 @@ def observed(batch=2, views=2):
     return TeacherOutput(None, Observation(guidance, low, {2: tiles}), further), drawn
 
 
-@pytest.mark.parametrize("upsampler", ["featup", "featsharp", "carafe", "sapa", "resize_conv"])
+@pytest.mark.parametrize(
+    "upsampler", ["featup", "featsharp", "carafe", "sapa", "resize_conv", "uplift", "lift"]
+)
 def test_consistency__trains_everything_it_has(run_of, upsampler):
     modules = run_of(upsampler, uncertainty=True).consistency
     for parameter in modules.parameters():

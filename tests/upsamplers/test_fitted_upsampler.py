@@ -21,7 +21,7 @@ from upsamplers.fitted_files import FittedHeader, read_header
 from upsamplers.networks import NETWORKS, Observation, build_network
 
 CHANNELS, GRID, FACTOR = 32, (3, 4), 2
-KINDS = ("featup", "featsharp", "carafe", "sapa", "resize_conv")
+KINDS = ("featup", "featsharp", "carafe", "sapa", "resize_conv", "uplift", "lift")
 PIXELS = torch.rand(2, 3, 40, 60, generator=torch.Generator().manual_seed(0))
 
 

@@ -1,4 +1,4 @@
-"""CARAFE, SAPA, resize-convolution and plain interpolation: what holds for all, and for each."""
+"""Networks of the field, and plain interpolation: what holds for all, and for each."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ SIZES = [(5, 7), (1, 3), (8, 2)]
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("factor", [2, 3])
-@pytest.mark.parametrize("name", ["carafe", "sapa", "resize_conv"])
+@pytest.mark.parametrize("name", ["carafe", "sapa", "resize_conv", "uplift", "lift"])
 def test_network__trains_every_parameter(observation, name, factor, dtype):
     network, seen = build_network(name, 16, factor, {}), observation(16, factor)
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
@@ -28,7 +28,7 @@ def test_network__trains_every_parameter(observation, name, factor, dtype):
         assert parameter.grad.abs().max() > 0, label
 
 
-@pytest.mark.parametrize("name", ["carafe", "sapa"])
+@pytest.mark.parametrize("name", ["carafe", "sapa", "uplift", "lift"])
 def test_network__bf16_is_close_to_float32(observation, name):
     network, seen = build_network(name, 16, 3, {}), observation(16, 3)
     expected = network(seen)
@@ -61,7 +61,12 @@ def test_network__starts_near_bilinear(observation, name, factor, size):
 
 @pytest.mark.parametrize(
     ("name", "part"),
-    [("carafe", "encode.weight"), ("sapa", "position"), ("resize_conv", "convolution.weight")],
+    [
+        ("carafe", "encode.weight"),
+        ("sapa", "position"),
+        ("resize_conv", "convolution.weight"),
+        ("uplift", "attend.weight"),
+    ],
 )
 def test_network__a_constant_map_stays_constant_to_its_border(name, part):
     network = build_network(name, 4, 3, {})
@@ -83,6 +88,8 @@ def test_network__a_constant_map_stays_constant_to_its_border(name, part):
         ("sapa", 0, {}, "factor is 0"),
         ("bilinear", 2, {"mode": "bicubic"}, "'mode'"),
         ("resize_conv", 0, {}, "factor is 0"),
+        ("uplift", 2, {"width": 16}, "width: 16"),
+        ("uplift", 2, {"cell_pixels": 0}, "cell_pixels: 0"),
     ],
 )
 def test_network__bad_options(name, factor, options, message):
