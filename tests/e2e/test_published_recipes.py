@@ -18,7 +18,8 @@ STUDENTS: dict[str, dict[str, Any]] = {
     "unic_b": {"architecture": "test_vit", "summary_head": LADDER, "feature_head": LADDER},
     "theia_b": {"architecture": "test_vit"},
     "siglino_dense": {
-        "options": {"embed_dim": 64, "depth": 2, "num_heads": 2},
+        # A LayerScale of 1e-5 would leave the summaries of all images alike but for rounding.
+        "options": {"embed_dim": 64, "depth": 2, "num_heads": 2, "init_values": 0.5},
         "heads": {name: {"features": ADAPTER} for name in ("siglip2", "dinov3")},
     },
 }
@@ -61,8 +62,7 @@ def run_here(module: str, path: Path) -> None:
 @pytest.mark.parametrize("name", STUDENTS)
 def test_recipe__all_its_stages_on_two_processes_as_on_one(name, images, tmp_path, crew):
     """Losses of both steps of each stage. AdamW's steps are next to nothing, or what rounding does
-    to the sign of a tiny gradient would be in the second. Relations ask for the absolute bound: a
-    new student's summaries are so alike that their distances keep few digits."""
+    to the sign of a tiny gradient would be in the second."""
     pytest.importorskip("transformers")  # some of the teachers
     runs: dict[str, list[Path]] = {}
     for folder, start in {"one": run_here, "two": crew}.items():
@@ -76,6 +76,6 @@ def test_recipe__all_its_stages_on_two_processes_as_on_one(name, images, tmp_pat
     for one, two in runs.values():
         for here, there in zip(rows(one), rows(two), strict=True):
             losses = {key: value for key, value in here.items() if key.startswith("loss/")}
-            assert {key: there[key] for key in losses} == pytest.approx(losses, abs=2e-4)
+            assert {key: there[key] for key in losses} == pytest.approx(losses, abs=1e-5)
             terms = {tuple(key.split("/")[-2:]) for key in losses}
             assert set(product(recipe["teachers"], kinds)) <= terms
