@@ -28,6 +28,7 @@ def range_weights(
     sigma: Tensor | float,
     radius: int = 3,
     implementation: str = "auto",
+    euclidean: bool = False,
 ) -> Tensor:
     """Weigh each pixel's neighbours by likeness and distance.
 
@@ -40,6 +41,8 @@ def range_weights(
         projected: ``[B, K, H, W]`` guidance features.
         temperature: scalar factor of the likeness.
         sigma: scalar width of the Gaussian; its sign has no meaning, and 0 stands for very narrow.
+        euclidean: put ``-|centre - neighbour| ** 2`` in the place of the product. There is no
+            kernel for it: the folded form does it on every device.
 
     Returns:
         ``[B, T, H, W]`` in the type of ``projected``.
@@ -48,8 +51,11 @@ def range_weights(
         ConfigError: a map smaller than the window, or an implementation that cannot do it.
     """
     _check_window(projected, radius)
-    chosen = _choose(implementation, projected)
-    return chosen.range_weights(projected, *_scalars(projected, temperature, sigma), radius)
+    scalars = _scalars(projected, temperature, sigma)
+    if euclidean:
+        return folded.range_weights(projected, *scalars, radius, euclidean)
+    weights: Tensor = _choose(implementation, projected).range_weights(projected, *scalars, radius)
+    return weights
 
 
 def joint_bilateral(

@@ -34,12 +34,17 @@ _STRETCH = 32
 """Target pixels of a row in one product of dot products."""
 
 
-def range_weights(projected: Tensor, temperature: Tensor, sigma: Tensor, radius: int) -> Tensor:
+def range_weights(
+    projected: Tensor, temperature: Tensor, sigma: Tensor, radius: int, euclidean: bool = False
+) -> Tensor:
     """Return the bilateral weights ``[B, T, H, W]`` of ``projected [B, K, H, W]``."""
     with _as_given(projected):
         wide = projected.to(torch.promote_types(projected.dtype, torch.float32))
         keys = F.pad(wide, (radius,) * 4, mode="reflect")
         logits = _Similarity.apply(_channels_last(wide), _channels_last(keys), radius)
+        if euclidean:  # the centre's own length is the same for all of its neighbours
+            lengths = keys.square().sum(dim=1).unfold(1, 2 * radius + 1, 1)
+            logits = 2 * logits - lengths.unfold(2, 2 * radius + 1, 1).flatten(3)
         offset = torch.linspace(-1, 1, 2 * radius + 1, dtype=wide.dtype, device=wide.device)
         distance = (offset[:, None].square() + offset.square()).flatten()  # [T]
         weights = torch.addcmul(-distance / (2 * sigma.square()), logits, temperature).softmax(-1)

@@ -15,7 +15,7 @@ two scalars. FeatUp's stack always has four levels of 2.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -25,9 +25,10 @@ from torch import Tensor, nn
 from radio_distill.errors import ConfigError
 from radio_distill.types import Size
 
-from .dispatch import apply_kernel, joint_bilateral, range_weights
+from .dispatch import Base, apply_kernel, joint_bilateral, range_weights
 
 Variant = Literal["featup", "featsharp"]
+Similarity = Literal["softmax", "euclidean", "cosine"]
 
 
 class JointBilateralLevel(nn.Module):
@@ -38,6 +39,13 @@ class JointBilateralLevel(nn.Module):
         radius: of the window, in target pixels.
         key_channels: width of the projected guidance.
         implementation: see :mod:`.dispatch`.
+        guidance_mlp: whether an MLP projects the guidance before pixels are compared (FeatUp's
+            Tables 3 and 4 leave it out in one row).
+        similarity: the softmax is of dot products (``softmax``) or, as in other rows there, of a
+            distance's Gaussian: ``cosine`` or ``euclidean``.
+
+    Raises:
+        ConfigError: a variant, similarity or radius that is not known.
     """
 
     def __init__(
@@ -46,38 +54,46 @@ class JointBilateralLevel(nn.Module):
         radius: int = 3,
         key_channels: int = 32,
         implementation: str = "auto",
+        guidance_mlp: bool = True,
+        similarity: Similarity = "softmax",
     ) -> None:
         super().__init__()
-        if variant not in ("featup", "featsharp"):
-            raise ConfigError(f"variant {variant!r} is not known; use featup or featsharp")
+        _check_known("variant", variant, Variant)
+        _check_known("similarity", similarity, Similarity)
         if radius < 1:
             raise ConfigError(f"joint-bilateral radius is {radius}; it must be at least 1")
-        self.variant, self.radius, self.implementation = variant, radius, implementation
+        self.radius, self.implementation, self.similarity = radius, implementation, similarity
         dropout = variant == "featup"
         self.range_temp = nn.Parameter(torch.zeros(()))
         self.sigma_spatial = nn.Parameter(torch.ones(()))
-        self.range_proj = _mlp(3, key_channels, dropout)
+        self.range_proj = _mlp(3, key_channels, dropout) if guidance_mlp else nn.Identity()
         taps = (2 * radius + 1) ** 2
         self.fixup_proj = _mlp(taps + 3, taps, dropout) if variant == "featup" else None
 
     def kernel(self, guidance: Tensor) -> Tensor:
         """Return the filter ``[B, T, H, W]`` of each pixel of ``guidance [B, 3, H, W]``."""
-        kernel = range_weights(*self._range(guidance), self.radius, self.implementation)
+        euclidean = self.similarity == "euclidean"
+        range_ = self._range(guidance)
+        kernel = range_weights(*range_, self.radius, self.implementation, euclidean)
         if self.fixup_proj is None:
             return kernel
         return kernel + 0.1 * self.fixup_proj(torch.cat([kernel, guidance], dim=1))
 
     def forward(self, low: Tensor, guidance: Tensor) -> Tensor:
         """Upsample ``low [B, C, h, w]`` to ``[B, C, H, W]`` under ``guidance [B, 3, H, W]``."""
-        if self.fixup_proj is None:
-            range_ = self._range(guidance)
-            return joint_bilateral(low, *range_, self.radius, "bilinear", self.implementation)
-        return apply_kernel(low, self.kernel(guidance), "bicubic", self.implementation)
+        base: Base = "bilinear" if self.fixup_proj is None else "bicubic"
+        if self.fixup_proj is None and self.similarity != "euclidean":
+            return joint_bilateral(
+                low, *self._range(guidance), self.radius, base, self.implementation
+            )
+        return apply_kernel(low, self.kernel(guidance), base, self.implementation)
 
     def _range(self, guidance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the projected guidance ``[B, K, H, W]``, temperature and sigma."""
-        temperature = self.range_temp.exp().clamp(1e-4, 1e4)
-        return self.range_proj(guidance), temperature, self.sigma_spatial
+        projected = self.range_proj(guidance)
+        if self.similarity == "cosine":  # exp(-t (1 - cosine)) is exp(t cosine) but for a factor
+            projected = F.normalize(projected, dim=1)
+        return projected, self.range_temp.exp().clamp(1e-4, 1e4), self.sigma_spatial
 
 
 class JointBilateralStack(nn.Module):
@@ -86,7 +102,8 @@ class JointBilateralStack(nn.Module):
     Args:
         channels: of the features.
         factor: any integer from 1; 14 makes a level of 2 and one of 7.
-        variant, radius, key_channels, implementation: see :class:`JointBilateralLevel`.
+        variant, radius, key_channels, implementation, guidance_mlp, similarity: see
+            :class:`JointBilateralLevel`.
 
     Raises:
         ConfigError: a factor below 1, or options that are not known.
@@ -100,11 +117,16 @@ class JointBilateralStack(nn.Module):
         radius: int = 3,
         key_channels: int = 32,
         implementation: str = "auto",
+        guidance_mlp: bool = True,
+        similarity: Similarity = "softmax",
     ) -> None:
         super().__init__()
         self.factors = prime_factors(factor)
         self.levels = nn.ModuleList(
-            JointBilateralLevel(variant, radius, key_channels, implementation) for _ in self.factors
+            JointBilateralLevel(
+                variant, radius, key_channels, implementation, guidance_mlp, similarity
+            )
+            for _ in self.factors
         )
         featup = variant == "featup"
         self.fixup_proj = (
@@ -158,6 +180,12 @@ def prime_factors(factor: int) -> tuple[int, ...]:
             factor //= prime
         prime += 1
     return tuple(primes)
+
+
+def _check_known(option: str, value: str, known: Any) -> None:
+    if value not in get_args(known):
+        names = " or ".join(get_args(known))
+        raise ConfigError(f"{option} {value!r} is not known; use {names}")
 
 
 def _mlp(channels: int, width: int, dropout: bool) -> nn.Sequential:

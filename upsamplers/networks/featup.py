@@ -4,15 +4,11 @@ The stack of :mod:`upsamplers.joint_bilateral` as a network that the fitting loo
 arXiv 2403.10516, section 3.1). The implicit form is in :mod:`upsamplers.implicit`.
 """
 
-import torch
-from einops import rearrange
 from torch import Tensor, nn
 
-from radio_distill.types import IMAGENET_MEAN, IMAGENET_STD
-
 from ..joint_bilateral import JointBilateralStack
-from ..joint_bilateral.layer import Variant
-from . import Observation
+from ..joint_bilateral.layer import Similarity, Variant
+from . import Observation, as_imagenet
 
 
 class FeatUpNetwork(nn.Module):
@@ -25,11 +21,13 @@ class FeatUpNetwork(nn.Module):
         radius: of the window, in target pixels.
         key_channels: width of the projected guidance.
         implementation: ``auto``, ``reference``, ``folded`` or ``triton``.
+        guidance_mlp: whether an MLP projects the guidance before pixels are compared; without it
+            they are compared by their colours (a row of the paper's Tables 3 and 4).
+        similarity: ``softmax`` of dot products, or of minus the ``euclidean`` or ``cosine``
+            distance (two further rows there).
     """
 
     tile_levels: tuple[int, ...] = ()
-    mean: Tensor
-    std: Tensor
 
     def __init__(
         self,
@@ -39,18 +37,22 @@ class FeatUpNetwork(nn.Module):
         radius: int = 3,
         key_channels: int = 32,
         implementation: str = "auto",
+        guidance_mlp: bool = True,
+        similarity: Similarity = "softmax",
     ) -> None:
         super().__init__()
         self.stack = JointBilateralStack(
-            channels, factor, variant, radius, key_channels, implementation
+            channels,
+            factor,
+            variant,
+            radius,
+            key_channels,
+            implementation,
+            guidance_mlp,
+            similarity,
         )
-        mean, std = (
-            rearrange(torch.tensor(v), "c -> 1 c 1 1") for v in (IMAGENET_MEAN, IMAGENET_STD)
-        )
-        self.register_buffer("mean", mean, persistent=False)
-        self.register_buffer("std", std, persistent=False)
 
     def forward(self, observation: Observation) -> Tensor:
         """Return ``[B, C, h * factor, w * factor]``."""
-        guidance = (observation.guidance - self.mean) / self.std
-        return self.stack(observation.low, guidance)
+        upsampled: Tensor = self.stack(observation.low, as_imagenet(observation.guidance))
+        return upsampled
