@@ -24,15 +24,18 @@ of position end where two fitted points make a period, those of colour at 15 of 
 which lost no fidelity. Three more things are this project's: features are brought to unit variance
 by one number, so that the weight of the TV means the same for every teacher; cells beyond the
 image's edge do not count; and the map may be fitted at fewer points than one a pixel.
+
+:class:`Parts` has what the paper's Table 5 and Figure 9 leave out.
 """
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -42,11 +45,12 @@ from radio_distill.geometry import valid_mask, warp
 from radio_distill.normalize.affine import mean_variance
 from radio_distill.normalize.statistics import Moments
 from radio_distill.protocols import Teacher
+from radio_distill.registry import nearest
 from radio_distill.system.precision import AUTO, autocast
 from radio_distill.system.progress import Progress
 from radio_distill.types import Features, Size
 
-from .fit.downsamplers import AttentionDownsampler
+from .fit.downsamplers import build_downsampler
 from .fit.losses import UncertaintyNet, masked_mse, total_variation
 from .fit.views import ViewRange, draw_homographies, render
 from .methods import tiling
@@ -60,7 +64,7 @@ NUM_FREQUENCIES = 30
 LOWEST_FREQUENCY = math.exp(-2)
 LEARNING_RATE = 1e-3
 VIEWS_PER_STEP = 10
-TV_WEIGHT = 0.05
+DOWNSAMPLERS = ("attention", "featup", "simple")
 _VIEWS_PER_CALL = 64
 _POINTS_PER_CALL = 1 << 16
 
@@ -98,14 +102,47 @@ class Compression:
         return tokens @ self.axes.T / self.scale + self.mean
 
 
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What a fit consists of.
+
+    Raises:
+        ConfigError: a value that cannot be.
+    """
+
+    buffer: bool = False
+    """Fit a free map, from a normal start, that is interpolated elsewhere: no network."""
+    colours: bool = True
+    """Whether the network knows the colour of a point, or its place alone."""
+    uncertainty: bool = True
+    """Whether cells that views cannot agree on count less, as a small net predicts."""
+    downsampler: str = "attention"
+    """How the teacher pools the map, as ``fit.downsampler``."""
+    total_variation: float = 0.05
+    """Weight of the total variation of the features' magnitudes."""
+
+    def __post_init__(self) -> None:
+        for name in ("buffer", "colours", "uncertainty"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise ConfigError(f"{name} of an implicit fit is {value!r}; say true or false")
+        if self.downsampler not in DOWNSAMPLERS:
+            hint = nearest(self.downsampler, DOWNSAMPLERS)
+            raise ConfigError(f"no downsampler {self.downsampler!r} of an implicit fit ({hint})")
+        weight = self.total_variation
+        if isinstance(weight, str) or not 0 <= weight < math.inf:
+            raise ConfigError(
+                f"total_variation of an implicit fit is {weight!r}; it must be 0 or more"
+            )
+
+
 @dataclass(frozen=True)
 class ImplicitFeatures:
     """The features of one image at every resolution."""
 
     image: Tensor
     """``[1, 3, H, W]`` RGB in [0, 1]."""
-    network: nn.Module
-    """``[N, 300]`` (:func:`fourier_features`) to ``[N, K]``."""
+    network: "_Network | _Buffer"
+    """What it knows of N points to ``[N, K]``."""
     downsampler: nn.Module
     """The learned downsampler: how the teacher pools the map."""
     compression: Compression
@@ -115,14 +152,14 @@ class ImplicitFeatures:
     @torch.no_grad()
     def render(self, grid: Size) -> Tensor:
         """Return ``[C, *grid]`` in the teacher's own space, at the centres of the grid's cells."""
-        points = fourier_features(self.image, grid, self.fitted).split(_POINTS_PER_CALL)
+        points = self.network.points(self.image, grid, self.fitted).split(_POINTS_PER_CALL)
         tokens = torch.cat([self.compression.expand(self.network(part)) for part in points])
         return rearrange(tokens, "(h w) c -> c h w", h=grid[0])
 
     @torch.no_grad()
     def predict(self, homographies: Tensor) -> Tensor:
         """Predict the teacher's maps ``[V, C, h, w]`` of views ``[V, 3, 3]`` of the image."""
-        points = fourier_features(self.image, self.fitted, self.fitted)
+        points = self.network.points(self.image, self.fitted, self.fitted)
         maps = pooled_views(self.network(points), self.downsampler, homographies, self.fitted)
         tokens = self.compression.expand(rearrange(maps, "v k h w -> (v h w) k"))
         return rearrange(tokens, "(v h w) c -> v c h w", v=len(maps), h=maps.shape[2])
@@ -137,6 +174,7 @@ def fit_implicit(
     views: int = 3000,
     seed: int = 0,
     progress: bool = True,
+    parts: Parts = Parts(),
 ) -> ImplicitFeatures:
     """Fit an implicit map to one image, on the device that the teacher answers on.
 
@@ -152,6 +190,7 @@ def fit_implicit(
         views: how many random views of the image to encode.
         seed: of views, first weights and dropout.
         progress: show progress bars.
+        parts: what the fit consists of.
 
     Raises:
         ConfigError: an argument that cannot be, or a size that the teacher cannot take.
@@ -167,16 +206,15 @@ def fit_implicit(
     devices = [targets.device] if targets.is_cuda else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
-        fit = _Fit(targets.shape[1], factor).to(targets.device)
+        fit = _Fit(targets.shape[1:], factor, parts).to(targets.device)
         with Progress("fit implicit map", steps, "steps", visible=progress) as bar:
             _optimise(fit, image, targets, homographies, steps, draw, bar.update)
-    height, width = targets.shape[-2:]
-    fitted = (height * factor, width * factor)
-    return ImplicitFeatures(image, fit.network.eval(), fit.downsampler.eval(), compression, fitted)
+    fit.eval()
+    return ImplicitFeatures(image, fit.network, fit.downsampler, compression, fit.size)
 
 
 @dataclass(frozen=True)
-class Implicit:
+class Implicit(Parts):
     """FeatUp's implicit network, fitted to each image anew: for `radio-distill upsample`."""
 
     factor: int
@@ -188,16 +226,15 @@ class Implicit:
     """Of views, first weights and dropout."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_numbers(factor=self.factor, steps=self.steps, views=self.views)
 
     def __call__(self, teacher: Teacher, pixels: Tensor, grid: Size) -> Features:
         """Return features with spatial ``[B, C, *grid]``; ConfigError for a grid that cannot be."""
         size = tiling.low_resolution(teacher, grid, self.factor)
         low = tiling.encode_low(teacher, pixels, grid, self.factor, 0)
-        fits = (
-            fit_implicit(teacher, image, size, self.factor, self.steps, self.views, self.seed)
-            for image in pixels
-        )
+        numbers = (self.factor, self.steps, self.views, self.seed)
+        fits = (fit_implicit(teacher, image, size, *numbers, parts=self) for image in pixels)
         return Features(low.summary, torch.stack([fit.render(grid) for fit in fits]))
 
     def cost(self, grid: Size) -> int:
@@ -205,7 +242,7 @@ class Implicit:
         return 1 + self.views
 
 
-def fourier_features(image: Tensor, grid: Size, fitted: Size) -> Tensor:
+def fourier_features(image: Tensor, grid: Size, fitted: Size, colours: bool = True) -> Tensor:
     """Return what the network knows of the points of a grid: ``[h * w, 5 * 30 * 2]``, row by row.
 
     Sines and cosines (eq. 7) of row and column, with edges at -1 and 1, and of colour, each
@@ -216,19 +253,25 @@ def fourier_features(image: Tensor, grid: Size, fitted: Size) -> Tensor:
         image: ``[1, 3, H, W]``.
         grid: where to look.
         fitted: the grid that a map was, or will be, fitted at.
+        colours: without them it knows row and column alone, ``[h * w, 2 * 30 * 2]``.
     """
     channels = rearrange(image, "1 c h w -> c 1 (h w)")
     low, high = channels.amin(-1, keepdim=True), channels.amax(-1, keepdim=True)
-    colours = rearrange(resize(image, grid), "1 c h w -> c h w")
-    colours = 2 * (colours - low) / (high - low).clamp_min(1 / 255) - 1
-    axes = [(2 * torch.arange(num, device=image.device) + 1) / num - 1 for num in grid]
-    places = torch.stack(torch.meshgrid(*axes, indexing="ij"))
-    values = rearrange(torch.cat([places, colours]), "c h w -> (h w) c 1")
+    seen = rearrange(resize(image, grid), "1 c h w -> c h w")
+    seen = 2 * (seen - low) / (high - low).clamp_min(1 / 255) - 1
+    known = torch.cat([_places(grid, image.device), seen])[: 5 if colours else 2]
+    values = rearrange(known, "c h w -> (h w) c 1")
     highest = torch.tensor([*(math.pi * num / 2 for num in fitted), *3 * (math.exp(4),)])
     steps = torch.linspace(0, 1, NUM_FREQUENCIES)
     frequencies = LOWEST_FREQUENCY * (highest[:, None] / LOWEST_FREQUENCY) ** steps  # [5, 30]
-    waves = (values * frequencies.to(values)).flatten(1)  # [N, 150]
+    waves = (values * frequencies[: len(known)].to(values)).flatten(1)  # [N, 150]
     return torch.cat([waves.sin(), waves.cos()], dim=1)
+
+
+def _places(grid: Size, device: torch.device) -> Tensor:
+    """Return row and column of a grid's centres ``[2, h, w]``, the image's edges at -1 and 1."""
+    axes = [(2 * torch.arange(num, device=device) + 1) / num - 1 for num in grid]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"))
 
 
 def encode_views(
@@ -268,33 +311,70 @@ def pooled_views(
     return pooled[:, 1:]
 
 
-class _Fit(nn.Module):
-    """Everything that is trained."""
+class _Network(nn.Sequential):
+    """Fourier features of points to ``[N, K]``."""
 
-    def __init__(self, components: int, factor: int):
-        super().__init__()
-        self.factor = factor
-        inputs = 5 * NUM_FREQUENCIES * 2
-        self.network = nn.Sequential(
+    def __init__(self, components: int, colours: bool):
+        inputs = (5 if colours else 2) * NUM_FREQUENCIES * 2
+        super().__init__(
             *(nn.LayerNorm(inputs), nn.Dropout(0.1), nn.Linear(inputs, COMPONENTS), nn.ReLU()),
             *(nn.LayerNorm(COMPONENTS), nn.Dropout(0.1), nn.Linear(COMPONENTS, COMPONENTS)),
             *(nn.ReLU(), nn.Linear(COMPONENTS, components)),
         )
+        self.colours = colours
+
+    def points(self, image: Tensor, grid: Size, fitted: Size) -> Tensor:
+        """Return what ``forward`` takes of the points of a grid, row by row."""
+        return fourier_features(image, grid, fitted, self.colours)
+
+
+class _Buffer(nn.Module):
+    """A free map in the place of the network, interpolated bilinearly between its points."""
+
+    def __init__(self, components: int, fitted: Size):
+        super().__init__()
+        self.map = nn.Parameter(torch.randn(1, components, *fitted))
+
+    def points(self, image: Tensor, grid: Size, fitted: Size) -> Tensor:
+        """Return what ``forward`` takes of the points of a grid, row by row: ``[N, 2]``."""
+        return rearrange(_places(grid, image.device), "c h w -> (h w) c")
+
+    def forward(self, points: Tensor) -> Tensor:
+        """Return ``[N, K]``."""
+        places = rearrange(points.flip(1), "n c -> 1 n 1 c")  # grid_sample has columns first
+        found = F.grid_sample(self.map, places, padding_mode="border", align_corners=False)
+        return rearrange(found, "1 k n 1 -> n k")
+
+
+class _Fit(nn.Module):
+    """Everything that is trained, for targets ``[K, h, w]``."""
+
+    def __init__(self, shape: Sequence[int], factor: int, parts: Parts):
+        super().__init__()
+        components, height, width = shape
+        self.size = (height * factor, width * factor)
+        self.total_variation = parts.total_variation
+        self.network: _Network | _Buffer
+        if parts.buffer:
+            self.network = _Buffer(components, self.size)
+        else:
+            self.network = _Network(components, parts.colours)
         kernel_size = round(29 / 16 * factor)  # Table 7: 29 for cells of 16 pixels
-        self.downsampler = AttentionDownsampler(components + 1, factor, kernel_size)
-        self.uncertainty = UncertaintyNet(components)
+        self.downsampler = build_downsampler(parts.downsampler, components + 1, factor, kernel_size)
+        self.uncertainty = UncertaintyNet(components) if parts.uncertainty else None
 
     def forward(
         self, points: Tensor, target: Tensor, homographies: Tensor, valid: Tensor
     ) -> Tensor:
         """Return the loss of views, FeatUp's eq. 1 and eq. 8."""
-        grid = target.shape[-2:]
-        size = (grid[0] * self.factor, grid[1] * self.factor)
         tokens = self.network(points)
-        prediction = pooled_views(tokens, self.downsampler, homographies, size)
-        views = masked_mse(prediction, target, valid, self.uncertainty(target))
-        magnitude = rearrange(tokens.float().norm(dim=1), "(h w) -> 1 1 h w", h=size[0])
-        return views.mean() + TV_WEIGHT * total_variation(magnitude, variant="featup").mean()
+        prediction = pooled_views(tokens, self.downsampler, homographies, self.size)
+        log_scale = torch.zeros_like(target[:, 0])
+        if self.uncertainty is not None:
+            log_scale = self.uncertainty(target)
+        views = masked_mse(prediction, target, valid, log_scale).mean()
+        magnitude = rearrange(tokens.float().norm(dim=1), "(h w) -> 1 1 h w", h=self.size[0])
+        return views + self.total_variation * total_variation(magnitude, variant="featup").mean()
 
 
 def _optimise(
@@ -308,8 +388,7 @@ def _optimise(
 ) -> None:
     grid = (targets.shape[-2], targets.shape[-1])
     valid = valid_mask(homographies, grid)  # [V, h, w]
-    size = (grid[0] * fit.factor, grid[1] * fit.factor)
-    points = fourier_features(image, size, size)
+    points = fit.network.points(image, fit.size, fit.size)
     optimizer = torch.optim.NAdam(fit.parameters(), lr=LEARNING_RATE)
     for step in range(steps):
         chosen = torch.from_numpy(draw.integers(len(targets), size=VIEWS_PER_STEP))

@@ -13,7 +13,14 @@ from radio_distill.geometry import valid_mask
 from radio_distill.types import Features, TeacherSpec
 from upsamplers import implicit
 from upsamplers.fit.views import draw_homographies, render
-from upsamplers.implicit import Compression, fit_implicit, fourier_features
+from upsamplers.implicit import (
+    Compression,
+    Implicit,
+    ImplicitFeatures,
+    Parts,
+    fit_implicit,
+    fourier_features,
+)
 
 PATCH, CHANNELS = 8, 6
 MIX = torch.randn(CHANNELS, 3, generator=torch.Generator().manual_seed(1))
@@ -174,8 +181,58 @@ def test_fit_implicit__bad_input_in_one_line(change, kind, message):
     assert "\n" not in str(error.value)
 
 
+PARTS = [
+    {"buffer": True}, {"colours": False}, {"uncertainty": False}, {"downsampler": "simple"},
+    {"total_variation": 0.0},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", PARTS, ids=lambda change: next(iter(change)))
+def test_parts__each_can_be_left_out_and_counts(image, change):
+    numbers = {"steps": 3, "views": 12}
+    without, whole = fit(image, **numbers, parts=Parts(**change)), fit(image, **numbers)
+    found = without.render((12, 8))
+    assert found.shape == (CHANNELS, 12, 8)
+    assert not torch.equal(found, whole.render((12, 8)))
+    assert without.predict(torch.eye(3)[None]).shape == (1, CHANNELS, 6, 4)
+
+
+def test_parts__the_loss_is_the_terms_that_are_left():
+    """Eq. 1 with a deviation of 1, and the sum of squared steps of the magnitude (eq. 8)."""
+    torch.manual_seed(0)
+    target, identity = torch.randn(1, 3, 4, 2), torch.eye(3)[None]
+    plain = implicit._Fit((3, 4, 2), 2, Parts(uncertainty=False, total_variation=0.0)).eval()
+    points = torch.randn(32, 300)
+    valid = torch.ones(1, 4, 2, dtype=torch.bool)
+    found = plain(points, target, identity, valid)
+    tokens = plain.network(points)
+    seen = implicit.pooled_views(tokens, plain.downsampler, identity, (8, 4))
+    torch.testing.assert_close(found, (seen - target).square().mean() / 2)
+    plain.total_variation = 0.3
+    size = tokens.norm(dim=1).unflatten(0, (8, 4))
+    steps = size.diff(dim=0).square().sum() + size.diff(dim=1).square().sum()
+    torch.testing.assert_close(plain(points, target, identity, valid), found + 0.3 * steps / 32)
+
+
+def test_parts__a_buffer_is_a_map_that_is_interpolated(image):
+    fitted = fit(image, steps=1, views=2, parts=Parts(buffer=True))
+    expected = fitted.compression.expand(fitted.network.map.detach()[0].flatten(1).T)
+    expected = expected.T.unflatten(1, fitted.fitted)
+    torch.testing.assert_close(fitted.render(fitted.fitted), expected, rtol=1e-4, atol=1e-4)
+    finer = F.interpolate(expected[None], (48, 32), mode="bilinear")[0]
+    torch.testing.assert_close(fitted.render((48, 32)), finer, rtol=1e-4, atol=1e-4)
+
+
+def test_parts__without_colours_a_point_is_its_place(image):
+    fitted = fit(image, steps=2, views=4, parts=Parts(colours=False))
+    other = ImplicitFeatures(
+        1 - fitted.image, fitted.network, fitted.downsampler, fitted.compression, fitted.fitted
+    )
+    assert torch.equal(other.render((9, 9)), fitted.render((9, 9)))
+
+
 def test_implicit__images_of_a_batch_are_fitted_each_by_itself(image):
-    upsampler = implicit.Implicit(factor=4, steps=3, views=12)
+    upsampler = Implicit(factor=4, steps=3, views=12)
     batch = torch.stack([image, 1 - image])
     found = upsampler(MeanColour(), batch, (24, 16)).spatial
     expected = fit(1 - image, steps=3, views=12).render((24, 16))
