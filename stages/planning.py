@@ -26,6 +26,8 @@ from teachers import build_module, teacher_spec
 from teachers.base import FrozenTeacher
 from upsamplers import UPSAMPLERS, build_upsampler
 
+from .fits import fit_of
+
 
 @dataclass(frozen=True)
 class Models:
@@ -97,7 +99,9 @@ def _upsampler(models: Models, name: str) -> Upsampler:
     try:
         kind = UPSAMPLERS.get(config.name)
         if hasattr(kind, "untrained"):
-            return kind.untrained(config.factor, {key: item.spec for key, item in used.items()})
+            specs = {key: item.spec for key, item in used.items()}
+            options = fit_of(models.recipe, "", config.name, config.factor).options
+            return kind.untrained(config.factor, specs, options)
         return build_upsampler(config, used)
     except RadioDistillError as error:
         models.problems.append(f"stages.{name}.upsampler: {error} (above, `tile` stands for it)")

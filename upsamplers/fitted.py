@@ -13,7 +13,7 @@ network, so it works for any. Files are :mod:`.fitted_files`.
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -184,14 +184,19 @@ class FittedUpsampler:
         self._sizes = {name: read_header(path).size for name, path in files}
 
     @classmethod
-    def untrained(cls, factor: int, specs: Mapping[str, TeacherSpec]) -> "FittedUpsampler":
-        """Build one with random weights, which costs what a fitted one does."""
+    def untrained(
+        cls,
+        factor: int,
+        specs: Mapping[str, TeacherSpec],
+        options: Mapping[str, Any] | None = None,
+    ) -> "FittedUpsampler":
+        """Build one with random weights, which costs what a fitted one with its options does."""
         upsampler = cls(factor, any_size=True)
         for name, spec in specs.items():
             channels = spec.channels
             identity = {"scale": torch.ones(()), "rotation": torch.eye(channels)}
             normalizer = PhiS().load_state({"mean": torch.zeros(channels), **identity})
-            network = build_network(cls.network, channels, factor, {})
+            network = build_network(cls.network, channels, factor, options or {})
             model = UpsamplerModel(network, normalizer, channels, spec.grid(spec.native_size))
             upsampler._models[name] = model.eval()
         return upsampler
@@ -249,23 +254,63 @@ class FittedUpsampler:
 
 
 class FeatUp(FittedUpsampler):
+    """FeatUp (arXiv 2403.10516): joint-bilateral filters under the image."""
+
     network = "featup"
 
 
 class FeatSharp(FittedUpsampler):
+    """FeatSharp (arXiv 2502.16025): FeatUp's map and tiles, fused by local attention."""
+
     network = "featsharp"
 
 
 class Carafe(FittedUpsampler):
+    """CARAFE (arXiv 1905.02188): kernels that the features predict."""
+
     network = "carafe"
 
 
 class Sapa(FittedUpsampler):
+    """SAPA (arXiv 2209.12866): kernels of the similarity of colours and features."""
+
     network = "sapa"
 
 
 class ResizeConv(FittedUpsampler):
+    """Bilinear interpolation and a 3x3 convolution of it."""
+
     network = "resize_conv"
+
+
+class Deconvolution(FittedUpsampler):
+    """A transposed convolution that starts at bilinear interpolation."""
+
+    network = "deconvolution"
+
+
+class IndexNet(FittedUpsampler):
+    """IndexNet (arXiv 1908.00672): each cell times indices that the image predicts."""
+
+    network = "indexnet"
+
+
+class A2U(FittedUpsampler):
+    """A2U (arXiv 2011.14288): kernels of the image's second-order features."""
+
+    network = "a2u"
+
+
+class Fade(FittedUpsampler):
+    """FADE (arXiv 2207.10392): kernels that image and features predict together."""
+
+    network = "fade"
+
+
+class ReSFU(FittedUpsampler):
+    """ReSFU (arXiv 2407.02283): guided similarity of cells a coarse cell apart."""
+
+    network = "resfu"
 
 
 class Uplift(FittedUpsampler):

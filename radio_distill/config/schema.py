@@ -140,7 +140,7 @@ class FitConfig:
     teacher: str = option("", "name of the teacher; empty where the recipe has only one")
     upsampler: str = option(
         "featsharp",
-        "name of the network: featsharp, featup, bilinear, carafe, sapa, resize_conv, uplift, lift",
+        "name of the network: featsharp, featup, bilinear, carafe, sapa, fade, a2u, indexnet, resfu, resize_conv, deconvolution, uplift, lift",
     )
     factor: Positive = option(2, "how much finer than the teacher's own grid", "x")
     options: dict[str, Any] = option(dict, "arguments of the network, for instance window: 5")

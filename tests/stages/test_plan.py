@@ -128,6 +128,13 @@ def test_plan__costs_a_fitted_upsampler_itself_and_names_the_missing_fit(
     assert f"{lacking}, or set stages.stage2.upsampler.weights.clip" in out
 
 
+def test_plan__costs_an_upsampler_with_the_options_that_the_recipe_fits_it_with(recipe, capsys):
+    fields = ("--stages.stage2.upsampler.name=resfu", "--fit.upsampler=resfu")
+    status, out, _ = output_of(capsys, recipe, *fields, "--fit.options={tiles: true}")
+    assert status == 0
+    assert images_of(out, "clip", "18x18") == "10"
+
+
 def test_find_missing__the_fits_of_the_featsharp_recipe():
     found = find_missing(load_recipe("featsharp_radio_l"), Asked("featsharp_radio_l"))
     needs = [(need.stage.name, need.teacher, need.sides) for need in found.unfitted.values()]

@@ -30,7 +30,7 @@ from upsamplers.fit.task import (
     passes_of_step,
 )
 from upsamplers.fitted import TeacherOutput, UpsamplerModel
-from upsamplers.networks import Observation, build_network
+from upsamplers.networks import NETWORKS, Observation, build_network
 
 SIZE, FACTOR, CHANNELS = (48, 48), 2, 32
 FIT = {
@@ -385,9 +385,7 @@ def observed(batch=2, views=2):
     return TeacherOutput(None, Observation(guidance, low, {2: tiles}), further), drawn
 
 
-@pytest.mark.parametrize(
-    "upsampler", ["featup", "featsharp", "carafe", "sapa", "resize_conv", "uplift", "lift"]
-)
+@pytest.mark.parametrize("upsampler", [name for name in NETWORKS.names() if name != "bilinear"])
 def test_consistency__trains_everything_it_has(run_of, upsampler):
     modules = run_of(upsampler, uncertainty=True).consistency
     for parameter in modules.parameters():

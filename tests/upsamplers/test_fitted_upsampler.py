@@ -21,7 +21,7 @@ from upsamplers.fitted_files import FittedHeader, read_header
 from upsamplers.networks import NETWORKS, Observation, build_network
 
 CHANNELS, GRID, FACTOR = 32, (3, 4), 2
-KINDS = ("featup", "featsharp", "carafe", "sapa", "resize_conv", "uplift", "lift")
+KINDS = [name for name in NETWORKS.names() if name != "bilinear"]
 PIXELS = torch.rand(2, 3, 40, 60, generator=torch.Generator().manual_seed(0))
 
 
@@ -267,6 +267,7 @@ def test_call__views_whose_longer_side_is_the_fit_s_are_taken(file_of, tiny, gri
         ("featsharp", 4, {"progressive": True}, 21),
         ("featsharp", 4, {}, 17),
         ("featsharp", 2, {"inputs": ["featup"]}, 1),
+        ("resfu", 3, {"tiles": True}, 10),
     ],
 )
 def test_cost__is_what_the_teacher_encodes(file_of, spy, name, factor, options, images):

@@ -42,6 +42,11 @@ NETWORKS = Registry(
         "resize_conv": "upsamplers.networks.resize_conv:ResizeConvNetwork",
         "uplift": "upsamplers.networks.uplift:UpliftNetwork",
         "lift": "upsamplers.networks.lift:LiftNetwork",
+        "deconvolution": "upsamplers.networks.deconvolution:DeconvolutionNetwork",
+        "indexnet": "upsamplers.networks.indexnet:IndexNetNetwork",
+        "a2u": "upsamplers.networks.a2u:A2UNetwork",
+        "fade": "upsamplers.networks.fade:FadeNetwork",
+        "resfu": "upsamplers.networks.resfu:ReSFUNetwork",
     },
 )
 """A network has ``tile_levels: tuple[int, ...]``, the levels of tiles that it needs, and

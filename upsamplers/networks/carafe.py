@@ -74,11 +74,16 @@ def bilinear_logits(factor: int, kernel_size: int) -> Tensor:
 
     Each tap has a thousandth more than that, for a weight of zero could never learn.
     """
-    position = (torch.arange(factor) + 0.5) / factor - 0.5  # of fine cells, from the cell's centre
-    taps = torch.arange(kernel_size) - kernel_size // 2
-    line = (1 - (taps - position[:, None]).abs()).clamp_min(0)  # [f, k]
+    line = interpolation_weights(factor, kernel_size)
     weights = torch.einsum("i a, j b -> i j a b", line, line)
     return (weights + 1e-3).log().flatten(2).flatten(0, 1)
+
+
+def interpolation_weights(factor: int, kernel_size: int) -> Tensor:
+    """Return what each fine cell along an axis takes of the cells around its own, ``[f, k]``."""
+    position = (torch.arange(factor) + 0.5) / factor - 0.5  # of fine cells, from the cell's centre
+    taps = torch.arange(kernel_size) - kernel_size // 2
+    return (1 - (taps - position[:, None]).abs()).clamp_min(0)
 
 
 def reassemble(low: Tensor, weights: Tensor, factor: int) -> Tensor:

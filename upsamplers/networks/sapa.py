@@ -10,12 +10,12 @@ added a learned bias for each tap, which starts at bilinear interpolation: colou
 know where in the neighbourhood the fine cell lies.
 """
 
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 from . import Observation
 from .carafe import bilinear_logits, check_odd, neighbourhoods, reassemble
+from .guidance import MeanColours
 
 
 class SapaNetwork(nn.Module):
@@ -41,6 +41,7 @@ class SapaNetwork(nn.Module):
         self.factor, self.kernel_size = factor, kernel_size
         last = nn.Conv2d(embedding_channels, embedding_channels, 1)
         nn.init.normal_(last.weight, std=0.02)
+        self.colours = MeanColours(factor)
         self.query = nn.Sequential(nn.Conv2d(3, embedding_channels, 1), nn.GELU(), last)
         # No biases: they would add the same to each tap, which the softmax takes away again.
         self.norm = nn.LayerNorm(channels, bias=False)
@@ -54,11 +55,9 @@ class SapaNetwork(nn.Module):
 
     def _similarity(self, observation: Observation) -> Tensor:
         """Return logits ``[B, h, w, f * f, T]``."""
-        height, width = observation.low.shape[2:]
-        fine = (height * self.factor, width * self.factor)
-        colour = F.adaptive_avg_pool2d(observation.guidance, fine)
+        queries = self.query(self.colours(observation))
         queries = rearrange(
-            self.query(colour), "b d (h i) (w j) -> b h w (i j) d", i=self.factor, j=self.factor
+            queries, "b d (h i) (w j) -> b h w (i j) d", i=self.factor, j=self.factor
         )
         keys = self.key(self.norm(rearrange(observation.low, "b c h w -> b h w c")))
         keys = neighbourhoods(rearrange(keys, "b h w d -> b d h w"), self.kernel_size)
