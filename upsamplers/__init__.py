@@ -45,6 +45,7 @@ UPSAMPLERS = Registry(
         "jafar": "upsamplers.external:Jafar",
         "loftup": "upsamplers.external:LoftUp",
         "naf": "upsamplers.external:Naf",
+        "uplift_published": "upsamplers.external:UpliftPublished",
     },
 )
 

@@ -1,4 +1,4 @@
-"""Upsamplers of others, from the copy that the user has: AnyUp, JAFAR, LoftUp and NAF.
+"""Upsamplers of others, from the copy that the user has: AnyUp, JAFAR, LoftUp, NAF and UPLiFT.
 
 Each is a network that is handed an image and a low-resolution map. Nothing of theirs is in this
 project and nothing is fetched: the user clones the repository and names the folder in
@@ -6,7 +6,7 @@ project and nothing is fetched: the user clones the repository and names the fol
 only one that you trust. Their own entry functions may fetch their weights on first use, unless
 ``upsampler.options.checkpoint`` names a file of them.
 
-All four take images normalised by ImageNet's mean and deviation and are run one image at a
+All of them take images normalised by ImageNet's mean and deviation and are run one image at a
 time, in float32: they need much memory, and LoftUp scales colours by what else is in the batch.
 """
 
@@ -27,8 +27,9 @@ from radio_distill.distill.views import resize
 from radio_distill.errors import ConfigError, RadioDistillError, WeightsError
 from radio_distill.protocols import Teacher
 from radio_distill.system.files import reason_of
-from radio_distill.system.trust import check_sha256, read_torch_file
+from radio_distill.system.trust import check_sha256
 from radio_distill.types import Features, Size
+from radio_distill.weights.files import read_checkpoint
 
 from .methods import tiling
 from .networks import as_imagenet
@@ -221,6 +222,34 @@ class Jafar(External):
         return network
 
 
+@dataclass(frozen=True)
+class UpliftPublished(External):
+    """UPLiFT (arXiv 2601.17950) with its authors' weights, for one encoder, which entry names.
+
+    There are DINOv2 ViT-S/14 and, with ``entry: uplift_dinov3_splus16``, DINOv3 ViT-S+/16; its code
+    needs ``omegaconf``. The upsampler ``uplift`` is the method fitted to a teacher of one's own.
+    """
+
+    entry: str = "uplift_dinov2_s14"
+    name: ClassVar[str] = "uplift_published"
+    source: ClassVar[str] = "mwalmer-umd/UPLiFT"
+
+    def _build(self, folder: Path) -> nn.Module:
+        network: Any = torch.hub.load(
+            str(folder), self.entry, source="local", pretrained=not self.checkpoint,
+            include_extractor=False,
+        )  # fmt: skip
+        network.enable_iterative(max(1, (self.factor - 1).bit_length()))  # each step doubles
+        return self._with_checkpoint(network)
+
+    def _run(self, guidance: Tensor, spatial: Tensor, grid: Size) -> Tensor:
+        # Its image is what the teacher is shown. Between powers of two it interpolates its result.
+        height, width = guidance.shape[-2:]
+        image = as_imagenet(resize(guidance, (height // self.factor, width // self.factor)))
+        is_power = self.factor & (self.factor - 1) == 0
+        return self.network(image, spatial, outsize=None if is_power else list(grid))
+
+
 @contextmanager
 def _importing_from(folder: Path) -> Iterator[None]:
     """Import ``folder``'s modules as though nothing of the same name were loaded, then forget them.
@@ -250,9 +279,9 @@ def _read(path: str, sha256: str) -> Mapping[str, Tensor]:
     """Read a checkpoint's tensors, out of the wrappers that these projects use."""
     file = Path(path).expanduser()
     check_sha256([file], sha256, "upsampler.options.checkpoint_sha256")
-    checkpoint = read_torch_file(file)
+    checkpoint: Any = read_checkpoint(file)
     for wrapper in ("state_dict", "jafar"):
-        if isinstance(checkpoint, dict) and wrapper in checkpoint:
+        if wrapper in checkpoint:
             checkpoint = checkpoint[wrapper]
     if not isinstance(checkpoint, dict):
         raise WeightsError(f"{path} holds a {type(checkpoint).__name__}, not a table of tensors")

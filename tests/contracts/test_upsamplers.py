@@ -19,7 +19,7 @@ from upsamplers.fitted import UpsamplerModel, save_model
 from upsamplers.fitted_files import FittedHeader
 from upsamplers.networks import build_network
 
-EXTERNAL = {"anyup", "jafar", "loftup", "naf"}
+EXTERNAL = {"anyup", "jafar", "loftup", "naf", "uplift_published"}
 """They need a clone of another project; tests/upsamplers/test_external.py has stand-ins."""
 NAMES = [name for name in UPSAMPLERS.names() if name not in EXTERNAL]
 FREE = [name for name in NAMES if not is_fitted(name)]

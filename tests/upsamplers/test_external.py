@@ -7,6 +7,7 @@ from textwrap import dedent
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 
 import upsamplers
 from radio_distill.config import TeacherConfig
@@ -16,7 +17,7 @@ from radio_distill.system.trust import trusting_pickles
 from radio_distill.types import TeacherSpec
 from teachers import build_teacher
 from teachers.base import FrozenTeacher
-from upsamplers.external import AnyUp, Jafar, LoftUp, Naf
+from upsamplers.external import AnyUp, Jafar, LoftUp, Naf, UpliftPublished
 
 MEAN = torch.tensor([0.485, 0.456, 0.406])
 STD = torch.tensor([0.229, 0.224, 0.225])
@@ -98,6 +99,38 @@ JAFAR_MODEL = """
             return SCALE * F.interpolate(features, output_size, mode="nearest")
     """
 
+UPLIFT_HUB = """
+    dependencies = ["torch"]
+
+    def uplift_dinov2_s14(pretrained=True, include_extractor=True, fast=False, **kwargs):
+        from uplift.hub_loader import load_model
+        return load_model("dinov2-s14", pretrained, include_extractor, fast=fast, **kwargs)
+    """
+UPLIFT_LOADER = """
+    import torch
+    from torchvision.transforms.functional import resize
+
+    class UPLiFT(torch.nn.Module):
+        def __init__(self, pretrained):
+            super().__init__()
+            self.gain = torch.nn.Parameter(torch.ones(1))
+            self.pretrained, self.iters, self.seen = pretrained, 1, []
+
+        def enable_iterative(self, iters):
+            assert iters > 0
+            self.iters = iters
+
+        def forward(self, img, x, outsize=None):
+            self.seen.append((img, outsize))
+            for _ in range(self.iters):
+                x = self.gain * x.repeat_interleave(2, 2).repeat_interleave(2, 3)
+            return x if outsize is None else resize(x, outsize)
+
+    def load_model(variant, pretrained=True, include_extractor=True, fast=False, **kwargs):
+        assert not include_extractor, "it would load a backbone of its own"
+        return UPLiFT(pretrained)
+    """
+
 
 def repository(folder, files):
     """Write ``{module: source}`` into a folder, as a clone has it."""
@@ -123,6 +156,12 @@ def loftup(tmp_path):
 def jafar(tmp_path):
     modules = {"src.upsampler.jafar": JAFAR_MODEL, "utils.img": "SCALE = 1"}
     return repository(tmp_path / "JAFAR", modules)
+
+
+@pytest.fixture
+def uplift(tmp_path):
+    modules = {"uplift.__init__": "", "uplift.hub_loader": UPLIFT_LOADER}
+    return repository(tmp_path / "UPLiFT", {"hubconf": UPLIFT_HUB, **modules})
 
 
 @pytest.fixture(scope="module")
@@ -191,6 +230,7 @@ def test_anyup__an_installed_package_is_used(tmp_path, monkeypatch, teacher):
         (Jafar, "PaulCouairon/JAFAR"),
         (LoftUp, "andrehuang/loftup"),
         (Naf, "valeoai/NAF"),
+        (UpliftPublished, "mwalmer-umd/UPLiFT"),
     ],
 )
 def test_external__says_how_to_get_what_is_missing(kind, source, tmp_path):
@@ -207,7 +247,7 @@ def test_external__says_how_to_get_what_is_missing(kind, source, tmp_path):
 def test_external__a_folder_that_is_not_a_clone(tmp_path):
     with pytest.raises(ConfigError, match=r"'naf'.*: No such file"):
         Naf(2, repository=str(tmp_path))
-    with pytest.raises(ConfigError, match=r"options\.checkpoint"):
+    with pytest.raises(ConfigError, match="`checkpoint`"):
         Jafar(2, repository=str(tmp_path))
 
 
@@ -264,6 +304,32 @@ def test_loftup__of_another_encoder_says_so(loftup):
     other = FrozenTeacher(lambda pixels: (None, F.avg_pool2d(pixels, 8)), spec)
     with pytest.raises(ConfigError, match=r"'loftup'.*\[1, 3, 4, 4\].*32"):
         LoftUp(2, repository=loftup)(other, torch.rand(1, 3, 32, 32), (8, 8))
+
+
+@pytest.mark.parametrize(("factor", "steps"), [(2, 1), (4, 2), (3, 2)])
+def test_uplift__doubles_and_sees_what_the_teacher_is_shown(uplift, teacher, factor, steps):
+    upsampler = UpliftPublished(factor, repository=uplift)
+    pixels, grid = torch.rand(2, 3, 100, 80), (2 * factor, 3 * factor)
+    features = upsampler(teacher, pixels, grid)
+    assert (upsampler.network.pretrained, upsampler.network.iters) == (True, steps)
+    image, outsize = upsampler.network.seen[1]
+    assert image.shape == (1, 3, 16, 24)
+    if factor == 3:
+        assert (features.spatial.shape[2:], outsize) == (grid, [6, 9])
+        return
+    assert outsize is None
+    expected = nearest(teacher, pixels, (16, 24), grid)
+    torch.testing.assert_close(features.spatial, expected)
+
+
+def test_uplift__a_checkpoint_of_safetensors(uplift, tmp_path):
+    path = tmp_path / "uplift.safetensors"
+    save_file({"gain": torch.full((1,), 2.0)}, path)
+    network = UpliftPublished(1, repository=uplift, checkpoint=str(path)).network
+    assert (network.gain, network.pretrained) == (2, False)
+    path.write_bytes(b"not safe tensors")
+    with pytest.raises(WeightsError, match=r"uplift\.safetensors"):
+        UpliftPublished(1, repository=uplift, checkpoint=str(path))
 
 
 def test_external__a_result_of_another_size_is_refused(tmp_path, teacher):
