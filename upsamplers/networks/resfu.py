@@ -89,12 +89,12 @@ class Score(nn.Module):
         self.factor, width = factor, 4 * channels
         self.norm = nn.GroupNorm(8, channels)
         self.difference = nn.Conv2d(channels, width, _SIDE, dilation=factor, groups=_GROUPS)
-        middle, last = nn.Conv2d(width, width, 1, groups=_GROUPS), nn.Conv2d(width, _SIDE**2, 1)
+        middle = nn.Conv2d(width, width, 1, groups=_GROUPS)
+        last = nn.Conv2d(width, _SIDE**2, 1, bias=False)  # the network has one for both scores
         self.head = nn.Sequential(nn.ReLU(), middle, nn.ReLU(), nn.GroupNorm(8, width), last)
         nn.init.kaiming_normal_(self.difference.weight, mode="fan_out")
         for convolution in (middle, last):
             nn.init.normal_(convolution.weight, std=0.02)
-        last.register_parameter("bias", None)  # the network has one for both scores
 
     def forward(self, around: Tensor, here: Tensor) -> Tensor:
         """Return ``[B, 9, f * h, f * w]`` for maps a and b, ``[B, D, f * h, f * w]``."""
