@@ -49,7 +49,13 @@ UPSAMPLERS = Registry(
     },
 )
 
-PER_IMAGE = Registry("per-image upsampler", {"implicit": "upsamplers.implicit:Implicit"})
+PER_IMAGE = Registry(
+    "per-image upsampler",
+    {
+        "implicit": "upsamplers.implicit:Implicit",
+        "deep_image_prior": "upsamplers.deep_image_prior:DeepImagePrior",
+    },
+)
 """Upsamplers that are fitted to each image anew: to look at, too slow to train a student with."""
 
 

@@ -227,7 +227,7 @@ class Implicit(Parts):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_numbers(factor=self.factor, steps=self.steps, views=self.views)
+        check_numbers("an implicit fit", factor=self.factor, steps=self.steps, views=self.views)
 
     def __call__(self, teacher: Teacher, pixels: Tensor, grid: Size) -> Features:
         """Return features with spatial ``[B, C, *grid]``; ConfigError for a grid that cannot be."""
@@ -411,11 +411,12 @@ def _checked(image: Tensor, **numbers: int) -> Tensor:
         raise ConfigError(f"an implicit map is of one image [3, H, W], not {[*image.shape]}")
     if not image.isfinite().all():
         raise DataError("the image holds values that are not finite; read it again")
-    _check_numbers(**numbers)
+    check_numbers("an implicit fit", **numbers)
     return image
 
 
-def _check_numbers(**numbers: int) -> None:
+def check_numbers(fit: str, **numbers: int) -> None:
+    """Raise ConfigError for a number of ``fit``, as the message calls it, that is not above 0."""
     for name, value in numbers.items():
         if not isinstance(value, int) or value < 1:
-            raise ConfigError(f"{name} of an implicit fit is {value}; it must be at least 1")
+            raise ConfigError(f"{name} of {fit} is {value}; it must be at least 1")

@@ -14,8 +14,8 @@ The shortest way to see what an upsampler does. Each photograph keeps its shape.
                                    interpolation, and by the upsampler; one basis of colours
 
 UPSAMPLER is a name (`radio-distill list upsamplers`), the file of a fit, `shipped:` and one that
-comes with the project, or `implicit`, which is fitted to each photograph by itself: thousands of
-steps, to the teacher's answers for thousands of views of it.
+comes with the project, or one that is fitted to each photograph by itself, in thousands of steps:
+`implicit` to the teacher's answers for thousands of views of it, `deep_image_prior` to the one map.
 """
 
 import argparse
@@ -64,7 +64,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--factor", type=int, help=f"how much finer (default: the file's, else {FACTOR})")
     size = "longer side of what the teacher sees (default: that of the fit, else the teacher's own)"
     add("--size", type=side_of, metavar="PX", help=size)
-    options = "options of the upsampler: steps, views and seed of implicit, repository of anyup ..."
+    options = (
+        "options of the upsampler: steps of implicit and deep_image_prior, repository of anyup ..."
+    )
     add("--options", nargs="+", default=[], metavar="KEY=VALUE", help=options)
     add(
         "--output",

@@ -16,6 +16,7 @@ from stages import cli
 from stages.commands.upsample import SIDE, paint
 from teachers import build_teacher
 from upsamplers import build_upsampler
+from upsamplers.deep_image_prior import DeepImagePrior
 from upsamplers.fitted import FeatUp, save_model
 from upsamplers.fitted_files import FittedHeader
 from upsamplers.implicit import fit_implicit
@@ -90,6 +91,14 @@ def test_upsample__implicit_is_the_fit_to_this_photograph(photo):
     fit = fit_implicit(teacher, pixels, (24, 48), 2, 2, 4, 3, progress=False)
     written = load_file("cat-implicit-2x.safetensors")["features"]
     torch.testing.assert_close(written, fit.render((6, 12)))
+
+
+def test_upsample__deep_image_prior_is_fitted_to_the_teachers_map(photo):
+    asked = ("--upsampler", "deep_image_prior", "--factor", "2", "--options", "steps=2", "seed=3")
+    assert upsample(photo, "--teacher", "tiny_vit", *asked) == 0
+    written = load_file("cat-deep_image_prior-2x.safetensors")
+    expected = DeepImagePrior(2, steps=2, seed=3).fit(written["low"])
+    torch.testing.assert_close(written["features"], expected)
 
 
 def test_paint__the_upsampled_map_has_colours_of_its_own_and_bilinear_is_shown_once():
