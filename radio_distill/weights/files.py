@@ -294,6 +294,11 @@ def find_checkpoint(path: Path) -> Checkpoint:
     except UnreadableError:
         raise
     except CheckpointError as error:
+        if others := [folder.parent.name for folder in sorted(path.glob("*/checkpoints"))]:
+            raise CheckpointError(
+                f"{path}: which stage is the last is known of names that begin with stage; "
+                f"name one: {', '.join(others)}"
+            ) from error
         raise CheckpointError(
             f"{path} is no run, stage or checkpoint folder, nor a model folder: {error}"
         ) from error

@@ -16,6 +16,7 @@ from radio_distill.export.folded import folded
 from radio_distill.normalize.normalizers import Identity, normalizers_of
 from radio_distill.train import checkpoint as checkpoints
 from radio_distill.train.restore import load_student
+from radio_distill.weights.files import find_checkpoint
 
 SIZES = [(64, 64), (64, 96), (48, 32)]
 
@@ -59,11 +60,18 @@ def test_load__takes_the_last_stage_and_not_what_was_moved_aside(write_run):
     write_run(stage="stage2")
     shutil.copytree(run / "stage1", run / "stage3.1")
     stage = checkpoints.find(run / "stage2")
-    assert radio_distill.loading.find_checkpoint(run).folder == stage.folder
+    assert find_checkpoint(run).folder == stage.folder
     for name in ("stage3-tile", "stage3-bilinear"):
         shutil.copytree(run / "stage1", run / name)
     with pytest.raises(CheckpointError, match="stage3-bilinear, stage3-tile"):
         radio_distill.load(run)
+
+
+def test_load__of_stages_with_other_names_one_must_be_named(write_run):
+    run = write_run(stage="proxy")
+    with pytest.raises(CheckpointError, match="name one: proxy"):
+        radio_distill.load(run)
+    assert radio_distill.load(run / "proxy").head_names == ("clip", "sam", "dino")
 
 
 def test_load__a_spectral_run_is_folded(write_run):
