@@ -1,7 +1,7 @@
 """Measures the upsamplers of one teacher for ``radio-distill upsampler-report``, writes its page.
 
-Tables 7 to 10 of FeatSharp (arXiv 2502.16025, appendix B) and its Figure 10, of one's own teacher
-and images.
+Tables 7 to 10 of FeatSharp (arXiv 2502.16025, appendix B) and its Figures 10 and 13, of one's own
+teacher and images.
 """
 
 import json

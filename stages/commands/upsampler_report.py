@@ -1,7 +1,8 @@
-"""Compare the upsamplers of one teacher: FeatSharp's Tables 7 to 10, images, a page.
+"""Compare the upsamplers of one teacher: FeatSharp's Tables 7 to 10, Figure 13, images, a page.
 
     radio-distill upsampler-report demo --teacher dino
     radio-distill upsampler-report mine --teacher siglip --factors 2 --tables 7 9 --fit
+    radio-distill upsampler-report mine --teacher siglip --tables 10 --windows 1 3 5 7 9 11 --fit
 
 Fitted upsamplers are those of the recipe's run folder, else those that come with the project. What
 is missing is listed with the command that fits it, or fitted here with --fit, where all fits of a
@@ -45,6 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--tables", nargs="+", type=int, choices=TABLES, default=TABLES, help="(default: all)")
     names = f"of Tables 7 and 9 (default: {' '.join(DEFAULT)})"
     add("--upsamplers", nargs="+", metavar="NAME", default=DEFAULT, help=names)
+    windows = "compare these windows of FeatSharp's attention too, as in Figure 13: 1 3 5 7 9 11"
+    add("--windows", nargs="+", type=int, default=[], metavar="CELLS", help=windows)
     add("--fit", action="store_true", help="fit what is missing; goes on where it was stopped")
     allow = "with --fit, go on although the recipe differs from a checkpoint's"
     add("--allow-changed-recipe", action="store_true", help=allow)
@@ -60,6 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
         tuple(sorted(set(arguments.factors))),
         tuple(dict.fromkeys(arguments.upsamplers)),
         arguments.num_images,
+        tuple(sorted(set(arguments.windows))),
     )
     given = {
         "fit.teacher": arguments.teacher,

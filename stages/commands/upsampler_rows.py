@@ -1,7 +1,7 @@
 """Rows of the upsampler report's tables: which upsamplers they compare, and where their files are.
 
 FeatSharp (arXiv 2502.16025), appendix B: Table 7 de-bias, Table 8 inputs, Table 9 upsamplers, Table
-10 modules. Most fits serve several tables.
+10 modules; and its Figure 13, the window of attention. Most fits serve several tables.
 """
 
 from collections.abc import Sequence
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 TABLES = (7, 8, 9, 10)
 """Of FeatSharp (arXiv 2502.16025), appendix B: de-bias, inputs, upsamplers, modules."""
+FIGURE = 13
+"""Stands among the tables for Figure 13, which is asked for by its windows."""
 DEFAULT = ("bilinear", "featup", "featsharp", "tile", "s2", "strided", "native")
 FREE = ("bicubic", "tile", "s2", "strided", "native")
 """Upsamplers without parameters that Table 9 can show beside the fitted ones."""
@@ -50,6 +52,8 @@ class Request:
     """Of Tables 7 and 9."""
     num_images: int = 4
     """Photographs that are painted."""
+    windows: tuple[int, ...] = ()
+    """Cells a side that FeatSharp's attention sees, in the rows of Figure 13."""
 
     def __post_init__(self) -> None:
         """Raise ConfigError for a number or an upsampler that cannot be."""
@@ -60,19 +64,28 @@ class Request:
         for factor in self.factors:
             if factor < 2:
                 raise ConfigError(f"--factors {factor}: an upsampler's factor is at least 2")
+        for window in self.windows:
+            if window not in range(1, 12, 2):
+                raise ConfigError(f"--windows {window}: a window is odd, from 1 to 11")
         known = [*NETWORKS.names(), *FREE]
         for name in self.upsamplers:
             if name not in known:
                 hint = nearest(name, known)
                 raise ConfigError(f"--upsamplers {name}: cannot compare it ({hint})")
 
+    @property
+    def shown(self) -> tuple[int, ...]:
+        """The tables, and the figure where it is asked for."""
+        return (*self.tables, *((FIGURE,) if self.windows else ()))
+
     def rows(self, table: int, recipe: Recipe) -> dict[int, list[Row]]:
         """Return the rows of a table, for each factor."""
-        return {factor: rows_of(table, recipe, factor, self.upsamplers) for factor in self.factors}
+        names = self.windows if table == FIGURE else self.upsamplers
+        return {factor: rows_of(table, recipe, factor, names) for factor in self.factors}
 
     def configs(self, recipe: Recipe) -> dict[str, FitConfig]:
         """Return every upsampler that the tables compare, by the name of its fit."""
-        every = (self.rows(table, recipe).values() for table in self.tables)
+        every = (self.rows(table, recipe).values() for table in self.shown)
         configs = (row.config for factors in every for rows in factors for row in rows)
         return {fit_name(config): config for config in configs}
 
@@ -89,11 +102,11 @@ def is_network(upsampler: str) -> bool:
     return upsampler in NETWORKS.names()
 
 
-def rows_of(table: int, recipe: Recipe, factor: int, upsamplers: Sequence[str]) -> list[Row]:
+def rows_of(table: int, recipe: Recipe, factor: int, asked: Sequence[Any]) -> list[Row]:
     """Return the rows of one table at one factor.
 
-    ``upsamplers`` are those of Tables 7 and 9; what is not fitted is in Table 9 alone. The rows of
-    Table 7 are pairs, without and with de-bias.
+    ``asked`` are the upsamplers of Tables 7 and 9, or the windows of Figure 13. What is not fitted
+    is in Table 9 alone. The rows of Table 7 are pairs, without and with de-bias.
     """
 
     def fit(name: str, **options: Any) -> FitConfig:
@@ -102,7 +115,7 @@ def rows_of(table: int, recipe: Recipe, factor: int, upsamplers: Sequence[str]) 
 
     inputs = ["bilinear", "tiles"]
     if table == 7:
-        fitted = [fit(name) for name in upsamplers if is_network(name)]
+        fitted = [fit(name) for name in asked if is_network(name)]
         pairs = ((config, de_bias) for config in fitted for de_bias in (False, True))
         return [Row(config.upsampler, replace(config, de_bias=bias)) for config, bias in pairs]
     if table == 8:
@@ -110,8 +123,15 @@ def rows_of(table: int, recipe: Recipe, factor: int, upsamplers: Sequence[str]) 
     if table == 10:
         blocks = BLOCKS.items()
         return [Row(name, fit("featsharp", inputs=inputs, block=block)) for block, name in blocks]
+    if table == FIGURE:
+        from upsamplers.networks.featsharp import PRESETS
+
+        usual = PRESETS[fit("featsharp").options.get("preset", "paper")]["window"]
+        others = {window: {} if window == usual else {"window": window} for window in asked}
+        plain = [Row(name, fit(name)) for name in ("bilinear", "featup")]
+        return plain + [Row(f"window {n}", fit("featsharp", **own)) for n, own in others.items()]
     rows = []
-    for name in upsamplers:
+    for name in asked:
         rows.append(Row(name, fit(name)))
         if name == "featsharp":
             rows.append(Row("featsharp, bilinear residual", fit(name, inputs=inputs)))

@@ -23,7 +23,7 @@ from upsamplers.fitted_files import read_header
 from upsamplers.metrics import VIEWS_PER_IMAGE
 
 from ..fits import fit_name
-from .upsampler_rows import Row, is_network
+from .upsampler_rows import FIGURE, Row, is_network
 
 if TYPE_CHECKING:
     from .upsampler_comparison import Comparison
@@ -44,9 +44,9 @@ _OF_THE_MODEL = ("teacher", "upsampler", "factor", "options", "de_bias", "images
 def tables_of(report: "Comparison") -> list[Table]:
     """Make those of the tables that have any value; a dash stands for what is not there."""
     tables = []
-    for number in report.request.tables:
+    for number in report.request.shown:
         rows = report.request.rows(number, report.recipe)
-        if number in (7, 10):
+        if number in (7, 10, FIGURE):
             tables.append(_by_factor(report, number, rows))
         else:
             make = _inputs if number == 8 else _upsamplers
@@ -55,7 +55,7 @@ def tables_of(report: "Comparison") -> list[Table]:
 
 
 def _by_factor(report: "Comparison", number: int, rows: Mapping[int, Sequence[Row]]) -> Table:
-    """Make Table 7, whose rows come in pairs, without and with de-bias, or Table 10: fidelity."""
+    """Make one of fidelity: Table 7, whose rows are pairs without and with de-bias, 10 or 13."""
     title, first, note = {
         7: (
             "De-bias: fidelity without and with (FeatSharp, Table 7)",
@@ -67,11 +67,16 @@ def _by_factor(report: "Comparison", number: int, rows: Mapping[int, Sequence[Ro
             "modules",
             "The inputs are bilinear, which is the residual path, and tiles.",
         ),
+        FIGURE: (
+            "Window of FeatSharp's attention: fidelity (FeatSharp, Figure 13)",
+            "cells a side",
+            "Bilinear and FeatUp have no attention.",
+        ),
     }[number]
     columns, cells = [Column(first)], dict[str, list[Cell]]()
     for factor, same in rows.items():
         values = [_value(report, row.config, "fidelity") for row in same]
-        if number == 10:
+        if number != 7:
             columns.append(Column(f"{factor}x", ".3f", "higher"))
             for row, value in zip(same, values, strict=True):
                 cells.setdefault(row.label, []).append(value)

@@ -116,13 +116,14 @@ def place(recipe: Recipe, config: FitConfig, teacher: Teacher) -> None:
 
 @pytest.fixture(scope="module")
 def folder(recipe_file: Path) -> Path:
-    """The report of everything at 2x; three of its eighteen fits are the command's own work."""
+    """The report of everything at 2x; three of its nineteen fits are the command's own work."""
     recipe = load(recipe_file)
     teacher = build_teacher("vit", recipe.teachers["vit"], torch.device("cpu"))
-    for name, config in Request(factors=(2,)).fits(recipe).items():
+    for name, config in Request(factors=(2,), windows=(1, 5)).fits(recipe).items():
         if name not in FITTED_HERE:
             place(recipe, config, teacher)
-    assert command(recipe_file, "--factors", "2", "--num-images", "2", "--fit") == 0
+    words = ("--windows", "5", "1", "--num-images", "2", "--fit")
+    assert command(recipe_file, "--factors", "2", *words) == 0
     return recipe_file.parent / "runs" / "tiny" / "upsampler_report" / "vit"
 
 
@@ -165,8 +166,14 @@ def test_report__tables_have_the_papers_rows_and_no_gaps(folder: Path) -> None:
     rows = table(text, "Modules of FeatSharp")
     assert [row[0] for row in rows[1:]] == list(BLOCKS.values())
     assert rows[4][1] == table(text, "Upsamplers, 2x")[4][1]  # both modules, bilinear + tiles
+    rows = table(text, "Window of FeatSharp's attention")
+    assert [row[0] for row in rows[1:]] == ["bilinear", "featup", "window 1", "window 5"]
+    assert rows[4][1] == table(text, "Upsamplers, 2x")[3][1]  # 5 is the window of the paper
+    assert float(rows[3][1]) == pytest.approx(
+        scores["vit-featsharp-2x-window_1"]["fidelity"], abs=6e-4
+    )
     assert DASH not in text
-    assert text.count("normalised by PHI-S") == 4
+    assert text.count("normalised by PHI-S") == 5
 
 
 def test_report__its_measures_are_those_of_the_fit(folder: Path) -> None:
@@ -233,6 +240,7 @@ def test_report__nothing_fitted_ends_with_one_line(
     ("arguments", "message"),
     [
         (["--factors", "1"], "--factors 1: an upsampler's factor is at least 2"),
+        (["--windows", "4"], "--windows 4"),
         (["--upsamplers", "featupp"], "did you mean 'featup'?"),
         (["--num-images", "0"], "--num-images 0"),
         (["--evaluation.images", ""], "evaluation.images"),
