@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from upsamplers.networks import Observation, build_network
+from upsamplers.networks import Observation
 from upsamplers.networks.lift import LiftNetwork
 from upsamplers.networks.uplift import OFFSETS, UpliftNetwork
 
@@ -114,40 +114,3 @@ def test_lift__is_its_definition():
     torch.testing.assert_close(network(seen), expected)
     constant = network(seen._replace(low=torch.ones_like(seen.low)))
     assert constant.std() > 0.1, "what comes out is written, not mixed"
-
-
-@pytest.mark.parametrize(
-    ("network", "part"),
-    [(UpliftNetwork(2, 2, 17, 1), "attend.weight"), (LiftNetwork(2, 2), "write.6.weight")],
-)
-def test_network__gradients(network, part):
-    randomised(network)
-    seen = seen_by(2, (2, 2), 4)
-
-    def run(low, guidance, weight):
-        arguments = (Observation(guidance, low),)
-        return torch.func.functional_call(network, {part: weight}, arguments)
-
-    inputs = (seen.low, seen.guidance, network.get_parameter(part).detach().clone())
-    inputs = tuple(value.requires_grad_() for value in inputs)
-    assert torch.autograd.gradcheck(run, inputs, fast_mode=True)
-
-
-def test_uplift__fitted_to_an_edge_of_the_image_beats_bilinear():
-    """Two colours meet inside a cell: fitted, the map changes there, not at the cell's border."""
-    torch.manual_seed(0)
-    low = torch.zeros(1, 2, 4, 8)
-    low[:, 0, :, :4], low[:, 1, :, 4:] = 1, 1
-    low[..., 4] = 0.5  # the cell that both colours share
-    image = torch.zeros(1, 3, 16, 32)
-    image[..., 18:] = 1
-    target = torch.stack([1 - image[0, 0], image[0, 0]])[None]
-    bilinear = F.mse_loss(F.interpolate(low, scale_factor=4, mode="bilinear"), target)
-    network = build_network("uplift", 2, 4, {"cell_pixels": 4})
-    optimizer = torch.optim.NAdam(network.parameters(), 1e-3)
-    for _ in range(12):
-        loss = F.mse_loss(network(Observation(image, low)), target)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert loss < bilinear / 5
