@@ -2,6 +2,8 @@
 #
 # Only relative paths are used, so that the checkout may lie in a folder with spaces. An extra is
 # installed again when pyproject.toml changes: .venv/.ready-EXTRA remembers when it was.
+# Tests begin with benchmarks and e2e, in order: xdist would take the files with the fewest tests
+# last, which are those that train on several processes, and leave one worker idle.
 
 PYTHON ?= python3
 WORKERS ?= 2
@@ -26,7 +28,8 @@ demo: .venv/.ready-demo  ## train and score a small student on photographs (DATA
 	@$(call timed,$(if $(DATA),,$(BIN)/python -m tools.demo_images &&) $(BIN)/radio-distill demo $(if $(DATA),--data "$(DATA)"))
 
 test: .venv/.ready-test  ## run every test (WORKERS=2)
-	@$(call timed,OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS))
+	@$(call timed,OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile \
+		--no-loadscope-reorder $(ARGS))
 
 faults: .venv/.ready-test  ## kill, damage and flood runs; 10 minutes (as root with Slurm's packages: a real Slurm too)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m faults -n $(WORKERS) --dist loadfile -rPs \

@@ -187,13 +187,13 @@ def test_resume__two_processes_bit_for_bit(recipe_file, crew, zero_stage):
     assert [row["step"] for row in rows(folder)] == [1, 2, 3, 4, 5, 6]
 
 
-def test_train__two_stages_in_the_same_two_processes(recipe_file):
+def test_train__two_stages_in_the_same_two_processes(recipe_file, crew):
     """DeepSpeed keeps the groups of the first stage, so the second must be given the same ones.
 
     The first is AdamW under ZeRO 1, the second LAMB without ZeRO: the defaults of each.
     """
     steps = ["--stages.stage1.steps", "2", "--stages.stage2.steps", "2"]
-    torchrun("-m", "stages.cli", "train", str(recipe_file), "--stages", "stage1", "stage2", *steps)
+    crew("cli", "train", recipe_file, "--stages", "stage1", "stage2", *steps)
     runs = run_folder(recipe_file)
     steps_done = [
         int(tensors(runs / stage, 2, "optimizer")["step"]) for stage in ("stage1", "stage2")

@@ -1,8 +1,20 @@
-"""What the tests of students share."""
+"""What the tests of the library share."""
+
+from collections.abc import Iterator
 
 import pytest
 
 from radio_distill.config import StudentConfig
+
+from .pair import Pair
+
+
+@pytest.fixture(scope="session")
+def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    """Two processes of one group: ``two_processes(function, *arguments)`` gives both answers."""
+    pair = Pair(tmp_path_factory.mktemp("pair"))
+    yield pair
+    pair.leave()
 
 
 @pytest.fixture

@@ -1,14 +1,11 @@
 """Detection: boxes come back where they are, a good map finds them, and the metric is COCO's."""
 
-import os
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.nn import functional as F
 from torchvision.ops import box_iou
 
@@ -174,31 +171,26 @@ def trained_output(probe: CocoDetection) -> torch.Tensor:
     return probe.predict(perfect_encoder(), heads, probe.test_example(image).pixels)["objects"]
 
 
-def run_on_rank(rank: int, coco: str, folder: str) -> None:
-    torch.set_num_threads(1)
-    os.environ["LOCAL_RANK"] = str(rank)
-    dist.init_process_group("gloo", rank=rank, world_size=2, init_method=f"file://{folder}/store")
-    probe = benchmark(Path(coco), steps=2, warmup_steps=0, learning_rate=1e-3, images_per_step=3)
+def run_on_rank(rank: int, coco: Path):
+    probe = benchmark(coco, steps=2, warmup_steps=0, learning_rate=1e-3, images_per_step=3)
     output = trained_output(probe)
     metric = BoxPrecision()
     for item in guessed()[rank::2]:
         metric.update(*item)
     metric.all_reduce()
-    torch.save((output, metric.compute()), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return output, metric.compute()
 
 
 @pytest.mark.distributed
-def test_coco_detection__two_processes_equal_one(coco, tmp_path):
+def test_coco_detection__two_processes_equal_one(coco, two_processes):
     """Three images a step: two on one process, one on the other; the test's are shared, too."""
-    mp.start_processes(run_on_rank, (str(coco), str(tmp_path)), nprocs=2, start_method="spawn")
+    answers = two_processes(run_on_rank, coco)
     probe = benchmark(coco, steps=2, warmup_steps=0, learning_rate=1e-3, images_per_step=3)
     output = trained_output(probe)
     metric = BoxPrecision()
     for item in guessed():
         metric.update(*item)
-    for rank in range(2):
-        found, values = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+    for found, values in answers:
         assert values == metric.compute()
         torch.testing.assert_close(found, output, rtol=1e-3, atol=1e-3)  # a step changes it by 1
 

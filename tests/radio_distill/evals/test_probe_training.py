@@ -1,14 +1,11 @@
 """A probe is the same for any passes of the encoder and any processes, and however often killed."""
 
 import math
-import os
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 import layouts
 from radio_distill.errors import ConfigError, DataError
@@ -104,30 +101,26 @@ def test_train__passes_of_the_encoder_do_not_matter(voc, kind):
         torch.testing.assert_close(one[name], value, rtol=1e-5, atol=1e-6)
 
 
-def train_on_rank(rank: int, voc: str, folder: str) -> None:
-    torch.set_num_threads(1)
-    os.environ["LOCAL_RANK"] = str(rank)
-    dist.init_process_group("gloo", rank=rank, world_size=2, init_method=f"file://{folder}/store")
+def train_on_rank(rank: int, voc: Path, folder: Path):
+    """Return weights and score of each kind."""
+    answers = {}
     for kind in KINDS:
-        probe, encoder = benchmark(kind, Path(voc), steps=5), kept_in(Path(folder))
+        probe, encoder = benchmark(kind, voc, steps=5), kept_in(folder)
         found = weights(probe, encoder=encoder)
-        scores = probe.run(encoder)  # with the heads that were saved
-        torch.save((found, scores[0].value), f"{folder}/{kind}-{rank}.pt")
+        answers[kind] = found, probe.run(encoder)[0].value  # with the heads that were saved
     with pytest.raises(ConfigError, match="2 processes cannot share the 1 images"):
-        weights(benchmark("linear", Path(voc), images_per_step=1))
-    dist.destroy_process_group()
+        weights(benchmark("linear", voc, images_per_step=1))
+    return answers
 
 
 @pytest.mark.distributed
-def test_train__two_processes_equal_one(voc, tmp_path):
+def test_train__two_processes_equal_one(voc, tmp_path, two_processes):
     """Five images a step: three on one process, two on the other."""
-    args = (str(voc), str(tmp_path))
-    mp.start_processes(train_on_rank, args, nprocs=2, start_method="spawn")
+    answers = two_processes(train_on_rank, voc, tmp_path)
     for kind in KINDS:
         probe = benchmark(kind, voc, steps=5)
         expected, score = weights(probe), probe.run(perfect_encoder())[0].value
-        for rank in range(2):
-            found, other = torch.load(tmp_path / f"{kind}-{rank}.pt", weights_only=True)
+        for found, other in (answer[kind] for answer in answers):
             for name, value in expected.items():
                 torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
             assert math.isclose(other, score, rel_tol=1e-6), kind

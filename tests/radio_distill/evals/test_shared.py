@@ -1,12 +1,8 @@
 """Benchmarks that train nothing: two processes share the images and get the scores of one."""
 
-import os
-
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from PIL import Image
 from torch.nn import functional as F
 
@@ -95,27 +91,19 @@ def failing(own):
         yield item
 
 
-def answer_on_rank(rank: int, folder: str, config: EvaluationConfig) -> None:
-    torch.set_num_threads(1)
-    os.environ["LOCAL_RANK"] = str(rank)
-    dist.init_process_group("gloo", rank=rank, world_size=2, init_method=f"file://{folder}/store")
+def answer_on_rank(rank: int, config: EvaluationConfig):
     with pytest.raises(DataError, match="image 3"):
         share_out(range(6), failing)
     assert share_out(range(3), failing) == [0, 1, 2]
     assert share_out(range(0), failing) == []
-    torch.save(answers(config), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return answers(config)
 
 
 @pytest.mark.distributed
-def test_evaluate__two_processes_share_the_images_and_get_the_scores_of_one(config, tmp_path):
+def test_evaluate__two_processes_share_the_images_and_get_the_scores_of_one(config, two_processes):
     expected, whole = answers(config)
-    mp.start_processes(answer_on_rank, (str(tmp_path), config), nprocs=2, start_method="spawn")
-    shares = []
-    for rank in range(2):
-        found, seen = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        assert found == expected, rank
-        shares.append(seen)
+    found, shares = zip(*two_processes(answer_on_rank, config), strict=True)
+    assert found == (expected, expected)
     assert {name.partition("/")[0] for name in expected} == set(BENCHMARKS)
     assert sum(shares) == whole
     assert max(shares) < 0.7 * whole

@@ -1,10 +1,7 @@
 import math
-from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -135,28 +132,17 @@ def test_all_reduce__alone_changes_nothing():
     assert moments.count == 5
 
 
-def reduce_on_rank(rank: int, parts: list[torch.Tensor], starts: list[int], folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", rank=rank, world_size=2, init_method=f"file://{folder}/rendezvous"
-    )
+def reduce_on_rank(rank: int, parts: list[torch.Tensor], starts: list[int]) -> tuple[int, float]:
     moments = of_parts([parts[rank]], [starts[rank]], kept=10)
     moments.all_reduce()
-    Path(folder, f"{rank}.txt").write_text(f"{moments.count} {moments.dispersion()!r}")
-    dist.destroy_process_group()
+    return moments.count, moments.dispersion()
 
 
 @pytest.mark.distributed
-def test_all_reduce__two_processes_equal_one(tmp_path: Path):
+def test_all_reduce__two_processes_equal_one(two_processes):
     whole = draw(13, 6)
-    mp.start_processes(
-        reduce_on_rank,
-        (list(whole.split([8, 5])), [0, 8], str(tmp_path)),
-        nprocs=2,
-        start_method="spawn",
-    )
-    first, second = ((tmp_path / f"{rank}.txt").read_text() for rank in range(2))
+    first, second = two_processes(reduce_on_rank, list(whole.split([8, 5])), [0, 8])
     assert first == second
-    count, dispersion = first.split()
-    assert int(count) == 13
-    assert float(dispersion) == pytest.approx(dispersion_of(whole, kept=10), rel=1e-12)
+    count, dispersion = first
+    assert count == 13
+    assert dispersion == pytest.approx(dispersion_of(whole, kept=10), rel=1e-12)

@@ -1,10 +1,7 @@
 import pickle
-from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -137,25 +134,17 @@ def test_all_reduce__alone_changes_nothing():
     assert torch.equal(moments.covariance, before)
 
 
-def reduce_on_rank(rank: int, cases: list[list[torch.Tensor]], folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", rank=rank, world_size=2, init_method=f"file://{folder}/rendezvous"
-    )
-    for number, parts in enumerate(cases):
-        moments = of_parts([parts[rank]])
-        moments.all_reduce()
-        torch.save(moments.state(), f"{folder}/{number}-{rank}.pt")
-    dist.destroy_process_group()
+def reduce_on_rank(rank: int, parts: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    moments = of_parts([parts[rank]])
+    moments.all_reduce()
+    return moments.state()
 
 
 @pytest.mark.distributed
-def test_all_reduce__two_processes_equal_one(tmp_path: Path):
+def test_all_reduce__two_processes_equal_one(two_processes):
     whole = torch.randn(1, 6, 27, 1) * 4 + 9
     cases = [list(whole.split([20, 7], dim=2)), [whole, whole[:, :, :0]]]  # unequal, and nothing
-    mp.start_processes(reduce_on_rank, (cases, str(tmp_path)), nprocs=2, start_method="spawn")
-    for number in range(len(cases)):
-        files = [tmp_path / f"{number}-{rank}.pt" for rank in range(2)]
-        first, second = (torch.load(file, weights_only=True) for file in files)
+    for parts in cases:
+        first, second = two_processes(reduce_on_rank, parts)
         assert all(torch.equal(first[name], second[name]) for name in first)
         assert_same(Moments.from_state(first), of_parts([whole]))

@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
 from radio_distill.train.buckets import GradientBuckets
@@ -25,9 +23,8 @@ def loss(layers: nn.Sequential, rank: int, step: int, number: int) -> torch.Tens
     return values.square().sum()
 
 
-def train_on_rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2, init_method=f"file://{folder}/store")
+def train_on_rank(rank: int):
+    """Return the gradients of each step, buckets that had left when each came, and all buckets."""
     layers, found, early = model(), [], []
     buckets = GradientBuckets(layers.parameters(), bucket_bytes=288)
     layers[0].weight.register_post_accumulate_grad_hook(lambda _: early.append(len(buckets._sent)))
@@ -39,14 +36,12 @@ def train_on_rank(rank: int, folder: str) -> None:
             loss(layers, rank, step, number).backward()
         buckets.close()
         found.append([parameter.grad.clone() for parameter in layers.parameters()])
-    torch.save((found, early, len(buckets._sent)), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return found, early, len(buckets._sent)
 
 
 @pytest.mark.distributed
-def test_buckets__are_the_sum_and_leave_before_the_pass_ends(tmp_path):
-    mp.start_processes(train_on_rank, (str(tmp_path),), nprocs=2, start_method="spawn")
-    answers = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+def test_buckets__are_the_sum_and_leave_before_the_pass_ends(two_processes):
+    answers = two_processes(train_on_rank)
     for step in range(STEPS):
         parts = []
         for rank in range(2):

@@ -1,12 +1,9 @@
 """A step has the same gradient on one process as on many, whatever the recipe combines."""
 
-import multiprocessing
 import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
-from multiprocessing.connection import Connection
+from functools import cache, partial
 from unittest.mock import patch
 
 import numpy as np
@@ -134,10 +131,15 @@ def recipes(draw) -> Recipe:
     return recipe
 
 
+@cache
+def teacher(name: str):
+    return build_teacher(name, TEACHERS[name])
+
+
 def build(recipe: Recipe, world: World) -> Distillation:
     """One process of a run, the same student and teachers whoever asks."""
     torch.manual_seed(0)
-    teachers = {name: build_teacher(name, config) for name, config in TEACHERS.items()}
+    teachers = {name: teacher(name) for name in TEACHERS}
     specs = {name: teacher.spec for name, teacher in teachers.items()}
     stage = resolve_stage(recipe, "stage1", specs)
     upsampler = build_upsampler(UpsamplerConfig(name="bilinear", factor=2), {})
@@ -234,7 +236,7 @@ def without_past(recipe: Recipe) -> Recipe:
 
 
 SLOW = settings(
-    max_examples=20,
+    max_examples=16,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
@@ -279,53 +281,20 @@ def test_gradient__of_relations_and_dropped_teachers_is_the_sum_over_many():
         assert torch.equal(first, again)
 
 
-def serve(rank: int, folder: str, pipe) -> None:
-    """Answer recipes with this process's gradient, summed over both."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2, init_method=f"file://{folder}/store")
-    while (recipe := pipe.recv()) is not None:
-        parts = gradient(recipe, World(rank, 2))
-        for part in parts:
-            dist.all_reduce(part)
-        pipe.send([part.numpy() for part in parts])
-    dist.destroy_process_group()
-
-
-@contextmanager
-def serving(serve: Callable[..., None], folder: str) -> Iterator[list[Connection]]:
-    """Run ``serve(rank, folder, pipe)`` in two processes; yields our ends of their pipes."""
-    context = multiprocessing.get_context("spawn")
-    pipes, processes = [], []
-    for rank in range(2):
-        ours, theirs = context.Pipe()
-        process = context.Process(target=serve, args=(rank, folder, theirs), daemon=True)
-        process.start()
-        pipes.append(ours)
-        processes.append(process)
-    yield pipes
-    for pipe, process in zip(pipes, processes, strict=True):
-        pipe.send(None)
-        process.join(20)
-
-
-@pytest.fixture(scope="module")
-def two_processes(tmp_path_factory):
-    with serving(serve, str(tmp_path_factory.mktemp("processes"))) as pipes:
-        yield pipes
+def summed_gradient(rank: int, recipe: Recipe) -> tuple[torch.Tensor, torch.Tensor]:
+    """This process's gradient and loss, summed over both."""
+    parts = gradient(recipe, World(rank, 2))
+    for part in parts:
+        dist.all_reduce(part)
+    return parts
 
 
 @pytest.mark.distributed
-@settings(SLOW, max_examples=8)
+@settings(SLOW, max_examples=6)
 @given(recipes())
 def test_gradient__of_two_real_processes(two_processes, recipe):
-    for pipe in two_processes:
-        pipe.send(recipe)
     expected = gradient(recipe, World())
-    answers = []
-    for pipe in two_processes:  # both are read before either is judged, or the next draw would hang
-        assert pipe.poll(60), "a process gave no answer"
-        answers.append([torch.from_numpy(part) for part in pipe.recv()])
-    for answer in answers:
+    for answer in two_processes(summed_gradient, recipe):
         assert_equal(answer, expected)
 
 

@@ -1,14 +1,12 @@
 """How often the host waits for the device, and passes that only ZeRO 2 and 3 need."""
 
 import hashlib
-import os
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from radio_distill.config import (
@@ -27,7 +25,7 @@ from radio_distill.train.engine import build_engine
 from radio_distill.train.health import NonFiniteGuard, agree
 from radio_distill.train.optim import build_optimizer
 
-from .test_equal_gradients import CPU, TEACHERS, build, images, serving
+from .test_equal_gradients import CPU, TEACHERS, build, images
 
 STEPS = 4  # DeepSpeed's timer, which is off, would begin to wait in the third
 
@@ -88,9 +86,10 @@ class Waits(TorchDispatchMode):
 
 
 def train(
-    zero_stage: int, pads: bool, compiled: bool, runs_student: bool, world: World
-) -> tuple[list[int], str, list[int]]:
-    """Return waits of each step, a digest of the weights, and encodes of each step."""
+    rank: int, zero_stage: int, pads: bool, compiled: bool, runs_student: bool
+) -> tuple[list[int], str, int]:
+    """Return waits of each step, a digest of the weights, and the number of encodes."""
+    world = World(rank, 2, rank)
     run = build(recipe(zero_stage), world)
     if compiled:
         torch._dynamo.reset()
@@ -126,37 +125,15 @@ def train(
     return waits, digest.hexdigest(), len(encoded)
 
 
-def serve(rank: int, folder: str, pipe) -> None:
-    torch.set_num_threads(1)
-    os.environ["LOCAL_RANK"] = str(rank)
-    dist.init_process_group("gloo", rank=rank, world_size=2, init_method=f"file://{folder}/store")
-    while (asked := pipe.recv()) is not None:
-        pipe.send(train(*asked, World(rank, 2, rank)))
-    dist.destroy_process_group()
-
-
-@pytest.fixture(scope="module")
-def two_processes(tmp_path_factory):
-    with serving(serve, str(tmp_path_factory.mktemp("processes"))) as pipes:
-        yield pipes
-
-
-def answers(pipes, *asked):
-    for pipe in pipes:
-        pipe.send(asked)
-    assert all(pipe.poll(120) for pipe in pipes), "a process gave no answer"
-    return [pipe.recv() for pipe in pipes]
-
-
 @pytest.mark.distributed
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
 def test_step__waits_once_and_runs_no_teacher_for_padding(two_processes, zero_stage):
-    found = answers(two_processes, zero_stage, False, False, False)
+    found = two_processes(train, zero_stage, False, False, False)
     for waits, _, _ in found:
         assert waits[1:] == [1] * (STEPS - 1)  # ZeRO 3 sets itself up in the first step
     assert sorted(encodes for _, _, encodes in found) == [2 * STEPS, 3 * STEPS]
     if zero_stage < 2:
-        padded = answers(two_processes, zero_stage, True, False, False)
+        padded = two_processes(train, zero_stage, True, False, False)
         assert found[0][1] == padded[0][1], "the same weights with padding passes and without"
 
 
@@ -164,7 +141,7 @@ def test_step__waits_once_and_runs_no_teacher_for_padding(two_processes, zero_st
 @pytest.mark.parametrize("zero_stage", [0, 1, 2])
 def test_step__compiled_blocks_end_with_the_same_weights(two_processes, zero_stage):
     (_, eager, _), (_, compiled, _) = (
-        answers(two_processes, zero_stage, False, is_compiled, False)[0]
+        two_processes(train, zero_stage, False, is_compiled, False)[0]
         for is_compiled in (False, True)
     )
     assert compiled == eager
@@ -173,6 +150,6 @@ def test_step__compiled_blocks_end_with_the_same_weights(two_processes, zero_sta
 @pytest.mark.distributed
 def test_step__padding_without_the_student_ends_with_the_same_weights(two_processes):
     (_, zeros, _), (_, student, _) = (
-        answers(two_processes, 2, False, False, runs_student)[0] for runs_student in (False, True)
+        two_processes(train, 2, False, False, runs_student)[0] for runs_student in (False, True)
     )
     assert zeros == student
