@@ -42,18 +42,6 @@ def test_near_pairs__are_those_of_all_cosines(vectors, rows, threshold, monkeypa
     assert pairs == set(brute_force(vectors[:40], vectors[40:], threshold))
 
 
-def test_near_pairs__are_what_faiss_finds(vectors):
-    faiss = pytest.importorskip("faiss")
-    unit = F.normalize(vectors.float(), dim=1).numpy()
-    index = faiss.IndexFlatIP(unit.shape[1])
-    index.add(unit)
-    ends, _, others = index.range_search(unit, 0.4)
-    rows = np.repeat(np.arange(len(unit)), np.diff(ends.astype(np.int64)))
-    found = near_pairs(vectors, None, 0.4, CPU)
-    ours = set(zip(found.first.tolist(), found.second.tolist(), strict=True))
-    assert ours == {(i, j) for i, j in zip(rows.tolist(), others.tolist(), strict=True) if i < j}
-
-
 def test_near_pairs__too_many(vectors, monkeypatch):
     monkeypatch.setattr(duplicates, "MOST_PAIRS", 3)
     with pytest.raises(ConfigError, match=r"--duplicates 0\.01"):

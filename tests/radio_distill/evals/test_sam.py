@@ -1,4 +1,5 @@
 from dataclasses import replace
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -101,6 +102,20 @@ def test_sam_coco__masks_that_are_right_are_at_the_top(coco, monkeypatch):
     assert scores[0].details == {"masks": 4}
     assert scores[0].num_samples == 2
     assert SamCoco(coco).run(_encoder(), limit=1)[0].details == {"masks": 2}
+
+
+def scores_on_rank(rank, coco, channels):
+    with patch.object(sam, "load_decoder", lambda *_: Boxes()):
+        return SamCoco(coco).run(_encoder(channels))
+
+
+@pytest.mark.distributed
+def test_sam_coco__two_processes_equal_one(coco, two_processes):
+    """Each has an image; both pass over an encoder of another width."""
+    expected = scores_on_rank(0, coco, 32)
+    assert expected[0].num_samples == 2
+    assert two_processes(scores_on_rank, coco, 32) == [expected, expected]
+    assert two_processes(scores_on_rank, coco, 5) == [[], []]
 
 
 def test_sam_coco__shows_masks_of_which_the_smaller_lie_above(coco, monkeypatch):

@@ -6,8 +6,6 @@ import numpy as np
 import pytest
 import torch
 from sklearn import metrics as sklearn_metrics
-from torchmetrics.classification import MulticlassJaccardIndex
-from torchmetrics.retrieval import RetrievalHitRate
 
 from radio_distill.evals import losses
 from radio_distill.evals.metrics.cam import average_drop, average_increase
@@ -47,6 +45,8 @@ def labels_with_gaps(generator):
 
 
 def test_mean_iou__torchmetrics_and_scikit_learn(generator):
+    from torchmetrics.classification import MulticlassJaccardIndex  # it takes seconds to import
+
     prediction, target = labels_with_gaps(generator)
     confusion = confusion_matrix(prediction, target, CLASSES)
     jaccard = MulticlassJaccardIndex(CLASSES, ignore_index=IGNORED)(prediction, target).item()
@@ -160,6 +160,8 @@ def test_max_f__scikit_learn_and_the_published_slip(generator):
 
 
 def test_recalls_both_ways__torchmetrics(generator):
+    from torchmetrics.retrieval import RetrievalHitRate
+
     images = torch.randn(12, 6, generator=generator)
     image_of_text = torch.arange(12).repeat(3)[torch.randperm(36, generator=generator)]
     texts = images[image_of_text] + 1.5 * torch.randn(36, 6, generator=generator)
