@@ -40,7 +40,7 @@ DOWNSAMPLERS = ("average", "attention", "simple")
 
 @dataclass(frozen=True)
 class DeepImagePrior:
-    """A convolutional network fitted to each map anew: for `radio-distill upsample`."""
+    """Deep image prior (arXiv 1711.10925), fitted to each map: for `radio-distill upsample`."""
 
     factor: int
     steps: int = 2000
