@@ -27,8 +27,7 @@ from radio_distill.system.distributed import World, join
 from radio_distill.train.engine import build_engine
 from radio_distill.train.optim import build_optimizer
 from radio_distill.types import ImageBatch, View
-from stages.recipes import teacher_specs
-from teachers import build_module
+from teachers import build_module, teacher_specs
 from teachers.base import FrozenTeacher
 from upsamplers import UPSAMPLERS, build_upsampler
 
@@ -86,7 +85,7 @@ def one_partition(
 def build_task(recipe: Recipe, stage_name: str, device: torch.device) -> Distillation:
     """Build what one process trains a stage with, as :mod:`stages.build` does out of files."""
     facts = Facts(native_dtype=precision.native_dtype(device), images_in_shards=10**6)
-    stage = resolve_stage(recipe, stage_name, teacher_specs(recipe), facts)
+    stage = resolve_stage(recipe, stage_name, teacher_specs(recipe, stage_name), facts)
     world, config = World(), stage.config
     if stage.engine.name == "deepspeed":
         os.environ.update(RANK="0", WORLD_SIZE="1")

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .config import Recipe, StudentConfig, build
+from .config import Recipe, StudentConfig, build, for_stage
 from .config import load as load_recipe
 from .errors import WeightsError
 from .export.folded import FoldedStudent, folded
@@ -67,8 +67,8 @@ def from_config(
     """Build an untrained student with random weights, without teachers, files or heads.
 
     Args:
-        config: a student's section, a recipe, or the file of one. Of a recipe it has a summary
-            token for each teacher, else one.
+        config: a student's section, a recipe, or the file of one. Of a recipe, whose last stage's
+            student it is, it has a summary token for each teacher, else one.
         device: where to.
 
     Raises:
@@ -78,6 +78,7 @@ def from_config(
         config = load_recipe(config)
     num_summary_tokens = 1
     if isinstance(config, Recipe):
+        config = for_stage(config)
         num_summary_tokens, config = len(config.teachers), config.student
     config = replace(config, pretrained="")
     student = build_body(config, num_summary_tokens)

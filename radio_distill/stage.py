@@ -36,6 +36,7 @@ from .config import (
     TeacherConfig,
     UpsamplerConfig,
     WatchConfig,
+    for_stage,
     partition_sizes,
     resolve,
 )
@@ -293,7 +294,7 @@ def resolve_stage(
     """Resolve a stage of a recipe.
 
     Args:
-        recipe: as a person wrote it.
+        recipe: as a person wrote it; the stage's is the part of it that has its student.
         name: of one of its stages, or :data:`FIT`.
         specs: of the recipe's teachers, by name.
         facts: what is known when it starts. Without them, fields that are `auto` stay so: enough to
@@ -306,6 +307,7 @@ def resolve_stage(
     """
     if name != FIT:
         check_has_stage(recipe, name)
+        recipe = for_stage(recipe, name)
     if facts is not None:
         recipe = resolve(recipe, name, facts, earlier)
     specs = {teacher: specs[teacher] for teacher in recipe.teachers if teacher in specs}

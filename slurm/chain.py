@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from radio_distill.config import Recipe, load
+from radio_distill.config import Recipe, for_stage, load
 from radio_distill.config.recipes import find_recipe
 from radio_distill.errors import ConfigError
 from radio_distill.registry import nearest
@@ -283,10 +283,15 @@ def _tasks_of(
         raise ConfigError(f"--sweep {request.sweep}: write it as FIELD=VALUE,VALUE,...")
     _no_doubles(values, "--sweep")
     base = load(file, list(request.overrides), stage)
+    # A run of another name would look for earlier stages in its own folder.
     start = base.stages[stage].start_from
-    extra: tuple[str, ...] = ()
-    if start in base.stages:  # a run of another name would look for it in its own folder
-        extra = (f"stages.{stage}.start_from={base.stage_folder(start).absolute()}",)
+    places = {f"stages.{stage}.start_from": start} if start in base.stages else {}
+    places |= {
+        f"teachers.{teacher}.weights": base.teachers[teacher].stage
+        for teacher, config in for_stage(base, stage).teachers.items()
+        if base.teachers[teacher].stage and not base.teachers[teacher].weights
+    }
+    extra = tuple(f"{field}={base.stage_folder(of).absolute()}" for field, of in places.items())
     short = name.rpartition(".")[2]
     labels = [re.sub(r"[^\w.+-]+", "_", f"{short}-{value}") for value in values]
     return [

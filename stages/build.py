@@ -60,7 +60,13 @@ from upsamplers import build_upsampler
 
 from .launch import Options, Train, launch
 from .recipes import Asked, describe_stage
-from .resume import check_same_teachers, check_shards, origin_of, start_checkpoint
+from .resume import (
+    check_same_teachers,
+    check_shards,
+    check_stage_teachers,
+    origin_of,
+    start_checkpoint,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -84,8 +90,10 @@ def train_stage(
 
     Raises:
         ChangedError: in that case, without ``retrain``.
+        ConfigError: an earlier stage, whose student is a teacher, has to be trained first.
     """
     stage, options = describe_stage(recipe, name), options or Options()
+    check_stage_teachers(recipe, name, options.asked)
     try:
         return launch(stage, build_stage, options)
     except ChangedError as error:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 if __package__ in (None, ""):  # run as a file: put the checkout, and only it, first on the path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from radio_distill.config import Recipe, check
+from radio_distill.config import Recipe, check, plain_teacher
 from radio_distill.errors import ConfigError
 from radio_distill.stage import FIT, Stage, resolve_stage
 from radio_distill.system.progress import Progress
@@ -109,7 +109,7 @@ def fit_recipe(recipe: Recipe) -> Recipe:
         raise ConfigError(f"fit.teacher: name one of the recipe's teachers with --teacher: {known}")
     fitted = replace(
         recipe,
-        teachers={name: recipe.teachers[name]},
+        teachers={name: plain_teacher(recipe, name)},
         fit=replace(recipe.fit, teacher=name),
         stages={},
     )
@@ -139,11 +139,10 @@ def fit_upsampler(
         ChangedError: the fit to resume was made of something else, unless that is allowed.
     """
     from stages.launch import Options, launch
-    from teachers import teacher_spec
+    from teachers import teacher_specs
 
-    name = recipe.fit.teacher
-    specs = {name: teacher_spec(name, recipe.teachers[name])}
-    stage = resolve_stage(recipe, FIT, specs, folder=fit_folder(recipe, recipe.fit))
+    folder = fit_folder(recipe, recipe.fit)
+    stage = resolve_stage(recipe, FIT, teacher_specs(recipe), folder=folder)
     options = Options(resume=resume, allow_changed=allow_changed, take_over=take_over)
     launch(stage, partial(build_task, pool), options, lambda: has_result(stage))
     return stage.folder / FITTED

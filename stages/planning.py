@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from radio_distill.config import Facts, Recipe, resolve_dtypes
+from radio_distill.config import Facts, Recipe, for_stage, resolve_dtypes
 from radio_distill.errors import RadioDistillError
 from radio_distill.models.heads import DistilledStudent, build_student
 from radio_distill.plan.cost import ModelCosts
@@ -22,7 +22,7 @@ from radio_distill.plan.meter import fake_module, fake_tensors
 from radio_distill.plan.work import with_work
 from radio_distill.protocols import Upsampler
 from radio_distill.stage import Stage, resolve_stage
-from teachers import build_module, teacher_spec
+from teachers import build_module, teacher_specs
 from teachers.base import FrozenTeacher
 from upsamplers import UPSAMPLERS, build_upsampler
 
@@ -31,7 +31,7 @@ from .fits import fit_of
 
 @dataclass(frozen=True)
 class Models:
-    """The models of a recipe, without data in their tensors."""
+    """The models of a recipe of one student, without data in their tensors."""
 
     recipe: Recipe
     student: DistilledStudent
@@ -67,25 +67,29 @@ class Models:
         return {name: sum(part.nbytes for part in state.values()) for name, state in states.items()}
 
 
-def build_models(recipe: Recipe, native: Literal["float32", "bfloat16"] = "bfloat16") -> Models:
-    """Build a recipe's models on the meta device, so without memory and without weights.
+def build_models(
+    recipe: Recipe, native: Literal["float32", "bfloat16"] = "bfloat16", stage: str = ""
+) -> Models:
+    """Build the models of a stage on the meta device, so without memory and without weights.
 
+    They are those of all stages that train its student; without a stage, of the last one's.
     ``native`` is what ``auto`` means for number types, on the devices that are planned for.
     """
-    recipe = resolve_dtypes(recipe, native)
-    specs = {name: teacher_spec(name, config) for name, config in recipe.teachers.items()}
+    part, specs = resolve_dtypes(for_stage(recipe, stage), native), teacher_specs(recipe, stage)
     logging.disable(logging.WARNING)  # libraries warn that a model has no weights
     try:
         with torch.device("meta"):
-            student = build_student(replace(recipe.student, pretrained=""), specs)
-            towers = {name: build_module(config) for name, config in recipe.teachers.items()}
+            student = build_student(replace(part.student, pretrained=""), specs)
+            towers = {
+                name: build_module(recipe.teachers[name], recipe=recipe) for name in part.teachers
+            }
     finally:
         logging.disable(logging.NOTSET)
     teachers = {
         name: FrozenTeacher(towers[name], specs[name], config.dtype, config.micro_batch)
-        for name, config in recipe.teachers.items()
+        for name, config in part.teachers.items()
     }
-    return Models(recipe, student, teachers, [])
+    return Models(part, student, teachers, [])
 
 
 def _upsampler(models: Models, name: str) -> Upsampler:

@@ -16,16 +16,17 @@ def plan_stages(
     utilisation: float = 0.35,
     with_memory: bool = True,
 ) -> list[StagePlan]:
-    """Plan every stage, each on its own number of devices.
+    """Plan every stage of one student, each on its own number of devices.
 
     Args:
-        models: of the recipe.
-        counts: devices of each stage.
+        models: of the student.
+        counts: devices of each stage; stages of other students are passed over.
         device: their kind.
         utilisation: share of the peak that is reached.
         with_memory: measure memory too, which is most of the work.
     """
     stages = models.stages()
+    counts = {name: count for name, count in counts.items() if name in stages}
     total = sum(measurements(stages[name], with_memory) for name in counts)
     done = itertools.count(1)
     teacher_bytes = models.all_teacher_bytes  # counted before, since fake tensors take longer

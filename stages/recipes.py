@@ -2,19 +2,17 @@
 
 import argparse
 import shlex
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
 
-from radio_distill.config import Recipe, load
+from radio_distill.config import Recipe, for_stage, load
 from radio_distill.config.recipes import find_recipe
 from radio_distill.errors import ConfigError
 from radio_distill.stage import Stage, check_has_stage, resolve_stage
+from teachers import teacher_specs
 
 from .arguments import add_training_arguments
-
-if TYPE_CHECKING:
-    from radio_distill.types import TeacherSpec
 
 
 @dataclass(frozen=True)
@@ -45,23 +43,34 @@ def load_recipe(name: str, overrides: Sequence[str] = (), stage: str = "") -> Re
     return load(find_recipe(name), overrides, stage)
 
 
-def teacher_specs(recipe: Recipe) -> "dict[str, TeacherSpec]":
-    """Describe the teachers of a recipe without their weights.
-
-    Raises ConfigError or WeightsError for one that cannot be described.
-    """
-    from teachers import teacher_spec
-
-    return {name: teacher_spec(name, config) for name, config in recipe.teachers.items()}
-
-
 def describe_stage(recipe: Recipe, name: str) -> Stage:
     """Resolve a stage as far as its recipe alone says; what is `auto` stays so.
 
     Raises ConfigError or WeightsError for a teacher that cannot be described, and for one that
     cannot give what a partition asks of it.
     """
-    return resolve_stage(recipe, name, teacher_specs(recipe))
+    return resolve_stage(recipe, name, teacher_specs(recipe, name))
+
+
+def untrained_teachers(
+    recipe: Recipe, name: str, before: Collection[str], asked: Asked
+) -> Iterator[str]:
+    """Say which students of earlier stages teach a stage, and are neither there nor trained before.
+
+    Args:
+        recipe: whose stage it is.
+        name: of the stage.
+        before: stages, or their folders, that are trained before.
+        asked: how the recipe was named on the command line, for the command in the line.
+    """
+    for teacher, config in for_stage(recipe, name).teachers.items():
+        stage = recipe.teachers[teacher].stage
+        has_weights = any(Path(config.weights, "checkpoints").glob("step-*"))
+        if stage and stage not in before and not has_weights:
+            yield (
+                f"teachers.{teacher} is the student of {stage}, and there is no checkpoint in "
+                f"{config.weights}; train that stage first: {asked.train(stage)}"
+            )
 
 
 def add_stage_arguments(parser: argparse.ArgumentParser) -> None:

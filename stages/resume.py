@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from radio_distill.config import Recipe, differences, keep_resolved
+from radio_distill.config import Recipe, differences, for_stage, keep_resolved, section_of
 from radio_distill.config.flat import NO_NUMBER, ROUNDING, is_within
 from radio_distill.errors import ChangedError, CheckpointError, ConfigError
 from radio_distill.stage import Stage
@@ -26,11 +26,11 @@ from radio_distill.train.run_dir import FRESH, was_requeued
 from radio_distill.types import TeacherSpec
 from upsamplers.fitted_files import path_of
 
-from .recipes import Asked
+from .recipes import Asked, untrained_teachers
 
 _NOT_OF_STAGES = ("fit",)  # what was fitted is compared by its checksum
 _NOT_OF_FITS = ("stages", "student", "loss", "augmentation", "fit.images_every")
-_BY_CHECKSUM = ("data.shards", "data.curation")  # wherever they lie
+_BY_CHECKSUM = ("data.shards", "data.curation", "teachers.*.weights")  # wherever they lie
 
 logger = logging.getLogger(__name__)
 
@@ -176,6 +176,29 @@ def start_checkpoint(stage: Stage, asked: Asked | None = None) -> Checkpoint | N
             hint = f"run it first: {(asked or Asked(recipe.name)).train(start)}"
             hint += ", or `make demo`, which runs all stages" if recipe.name == "demo" else ""
         raise ConfigError(f"{stage.name} starts from {start}, but {error}; {hint}") from error
+
+
+def check_stage_teachers(recipe: Recipe, name: str, asked: Asked | None = None) -> None:
+    """Raise ConfigError, with the command to run, where a stage learns from students of others.
+
+    That is, where one of them is not trained yet, or has another section than when it was.
+    """
+    asked = asked or Asked(recipe.name)
+    problems = [*untrained_teachers(recipe, name, (), asked)]
+    for teacher, config in for_stage(recipe, name).teachers.items():
+        stage = recipe.teachers[teacher].stage
+        if not stage or problems:
+            continue
+        trained, part = checkpoints.find(Path(config.weights)), for_stage(recipe, stage)
+        for line in differences(replace(part, student=trained.recipe.student), part):
+            if not is_within(line.partition(":")[0].split("."), ROUNDING):
+                problems.append(
+                    f"{section_of(recipe, stage)}{line.removeprefix('student')}, since "
+                    f"{trained.folder} was trained; take the change back, or train it anew: "
+                    f"{asked.train(stage)}"
+                )
+    if problems:
+        raise ConfigError(*problems)
 
 
 def _newest(stage: Stage) -> Checkpoint | None:

@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from radio_distill.config import Recipe
+from radio_distill.config import Recipe, for_stage
 from radio_distill.evals.cost import Counted, Price, counted, priced
 from radio_distill.evals.encoder import Encoder, student_encoder
 from radio_distill.models.backbone import as_encoder
@@ -17,13 +17,13 @@ from radio_distill.plan.meter import fake_module, fake_tensors, share_equal_bloc
 from radio_distill.plan.time import DeviceType
 from radio_distill.system.progress import duration
 from radio_distill.types import Suite, format_size
-from teachers import teacher_spec
+from teachers import teacher_specs
 
 
 @contextmanager
 def measured_student(recipe: Recipe) -> Iterator[Encoder]:
-    """Give a recipe's student as an encoder of tensors that have shapes and no data."""
-    specs = {name: teacher_spec(name, config) for name, config in recipe.teachers.items()}
+    """Give a recipe's last student as an encoder of tensors that have shapes and no data."""
+    specs, recipe = teacher_specs(recipe), for_stage(recipe)
     with torch.device("meta"):
         student = build_student(replace(recipe.student, pretrained=""), specs)
     with fake_tensors():

@@ -10,7 +10,7 @@ Importing this package imports no model library, nor torch.
 
 from typing import TYPE_CHECKING, Any
 
-from radio_distill.config import TeacherConfig
+from radio_distill.config import Recipe, TeacherConfig, for_stage
 from radio_distill.errors import ConfigError
 from radio_distill.types import TeacherSpec
 
@@ -33,6 +33,7 @@ __all__ = [
     "build_teacher",
     "resolve",
     "teacher_spec",
+    "teacher_specs",
 ]
 
 
@@ -67,20 +68,37 @@ def build_teacher(
     return FrozenTeacher(tower, spec, dtype, config.micro_batch).to(device)
 
 
-def teacher_spec(name: str, config: TeacherConfig) -> TeacherSpec:
-    """Describe a teacher without reading its weights (so without their hash)."""
+def teacher_spec(name: str, config: TeacherConfig, recipe: Recipe | None = None) -> TeacherSpec:
+    """Describe a teacher without reading its weights (so without their hash).
+
+    ``recipe`` has the stage whose student it is, where it is one.
+    """
     with naming_teacher(name):
-        return _spec(name, resolve(config), "")
+        return _spec(name, resolve(config, recipe), "")
 
 
-def build_module(config: TeacherConfig, device: Any = "meta") -> "nn.Module":
+def teacher_specs(recipe: Recipe, stage: str = "") -> dict[str, TeacherSpec]:
+    """Describe the teachers of a stage's student, by name; without a stage, of the last one's.
+
+    Raises ConfigError or WeightsError for one that cannot be described.
+    """
+    return {
+        name: teacher_spec(name, recipe.teachers[name], recipe)
+        for name in for_stage(recipe, stage).teachers
+    }
+
+
+def build_module(
+    config: TeacherConfig, device: Any = "meta", recipe: Recipe | None = None
+) -> "nn.Module":
     """Build the encoder with random weights, by default on the meta device, to count what it costs.
 
-    Its ``forward`` takes normalised pixels and returns (summary or None, map).
+    Its ``forward`` takes normalised pixels and returns (summary or None, map). ``recipe`` is as in
+    :func:`teacher_spec`.
     """
     import torch
 
-    preset = resolve(config)
+    preset = resolve(config, recipe)
     with torch.device(device):
         return find_source(preset.source).build(preset).eval()
 

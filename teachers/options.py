@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from radio_distill.config import TeacherConfig
+from radio_distill.config import Recipe, TeacherConfig
 from radio_distill.errors import ConfigError, WeightsError
 from radio_distill.registry import Registry, nearest
 
@@ -71,8 +71,12 @@ def naming_teacher(name: str) -> Iterator[None]:
         raise type(error)(f"teachers.{name}: {error}") from error
 
 
-def resolve(config: TeacherConfig) -> Preset:
+def resolve(config: TeacherConfig, recipe: Recipe | None = None) -> Preset:
     """Return the preset that a recipe asks for, with its options and every measure filled in.
+
+    Args:
+        config: the teacher's section.
+        recipe: which has the stage whose student it is, trained or not, where it is one.
 
     Raises:
         ConfigError: options that do not fit the preset or its source.
@@ -90,6 +94,11 @@ def resolve(config: TeacherConfig) -> Preset:
     for key in fields.keys() & {"mean", "std"}:
         fields[key] = tuple(float(value) for value in fields[key])
     preset = replace(named, **fields, arguments={**named.arguments, **arguments})
+    if config.stage:
+        from .stage_students import described
+
+        assert recipe is not None, f"{config.stage} is a stage of no recipe"
+        return described(preset, recipe, config.stage)
     if not (preset.model or preset.arguments or config.weights):
         raise ConfigError(f"options.model is missing: which model of {config.preset}?")
     if not arguments and preset.channels:

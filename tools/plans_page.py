@@ -5,12 +5,13 @@ python -m tools.plans_page mine.yaml --devices 8 64
 """
 
 import argparse
+import itertools
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from radio_distill.config import Recipe
+from radio_distill.config import Recipe, by_student
 from stages.planning import build_models, measured
 from stages.plans import plan_stages
 from stages.recipes import load_recipe
@@ -101,27 +102,18 @@ def compare(
     recipes: Iterable[Recipe], counts: Sequence[int], utilisation: float
 ) -> Iterator[Comparison]:
     """Plan recipes on every number and every kind of devices."""
-    from radio_distill.plan.time import DEVICES, plan_stage
+    from radio_distill.plan.time import DEVICES, StagePlan, plan_stage
 
     for recipe in recipes:
-        models = build_models(recipe)
-        with measured(models) as costs:
-            for count in counts:
-                plans = {
-                    kind: [
-                        plan_stage(
-                            costs,
-                            stage,
-                            count,
-                            DEVICES[kind],
-                            models.all_teacher_bytes,
-                            utilisation,
-                        )
-                        for stage in recipe.stages
-                    ]
-                    for kind in KINDS
-                }
-                yield Comparison(recipe.name, count, plans)
+        plans = {count: {kind: list[StagePlan]() for kind in KINDS} for count in counts}
+        for stages in by_student(recipe):
+            models = build_models(recipe, stage=stages[0])
+            teachers = models.all_teacher_bytes
+            with measured(models) as costs:
+                for count, kind, stage in itertools.product(counts, KINDS, stages):
+                    plan = plan_stage(costs, stage, count, DEVICES[kind], teachers, utilisation)
+                    plans[count][kind].append(plan)
+        yield from (Comparison(recipe.name, count, of) for count, of in plans.items())
 
 
 def cells(item: Comparison) -> list[str]:

@@ -53,7 +53,7 @@ def rows_of(recipe: Recipe, figures: Mapping[str, Published]) -> list[Row]:
         for path, value in flat_fields(recipe).items()
         if not any(matches(field, path[: len(field)]) for field in ignored)
     ]
-    return [row for row in rows if row.paper or row.value not in ([], {})]
+    return [row for row in rows if row.paper or row.value not in ([], {}, None)]
 
 
 def _figure(path: tuple[str, ...], figures: Mapping[str, Published]) -> Published | None:

@@ -134,8 +134,9 @@ def _teachers(recipe: Recipe) -> Iterator[str]:
     for name, config in recipe.teachers.items():
         size: object = config.input_size
         if size == "native":
-            size = teacher_spec(name, config).native_size[0]
-        yield f"{config.preset}: {f'{size} px' if size != 'match' else 'as the student'}"
+            size = teacher_spec(name, config, recipe).native_size[0]
+        what = f"student of {config.stage}" if config.stage else config.preset
+        yield f"{what}: {f'{size} px' if size != 'match' else 'as the student'}"
 
 
 def _stage(name: str, stage: StageConfig) -> str:

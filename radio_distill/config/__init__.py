@@ -2,7 +2,8 @@
 
 :mod:`.schema` has the sections (:mod:`.models` teachers and student, :mod:`.objective` losses),
 :mod:`.fields` how their fields are declared, :mod:`.reading` the way in and out, :mod:`.rules` what
-must hold between fields, :mod:`.resolve` what `auto` means, :mod:`.recipes` the project's own.
+must hold between fields, :mod:`.students` what a recipe of several students is for each,
+:mod:`.resolve` what `auto` means, :mod:`.recipes` the project's own.
 Nothing here imports torch.
 """
 
@@ -51,3 +52,4 @@ from .schema import (
     of_summary,
     partition_sizes,
 )
+from .students import by_student, for_stage, plain_teacher, section_of, stages_needed

@@ -129,7 +129,7 @@ def _section_of(kind: Any) -> tuple[Any, str]:
 
 
 def _default_text(item: dataclasses.Field[Any]) -> str:
-    if item.default_factory is not MISSING or item.default == "":
+    if item.default_factory is not MISSING or item.default in ("", None):
         return "none"
     if item.default is MISSING:
         return "required"

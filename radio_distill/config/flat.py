@@ -20,7 +20,7 @@ ROUNDING = (
 """Fields that change how sums are rounded, and nothing else."""
 WITHOUT_EFFECT = (
     *NO_NUMBER, *ROUNDING, "name", "seed", "fit",
-    "teachers.*.weights", "teachers.*.sha256", "stages.*.upsampler.weights",
+    "teachers.*.weights", "teachers.*.stage", "teachers.*.sha256", "stages.*.upsampler.weights",
     "stages.*.partitions.*.name", "stages.*.partitions.*.ranks",
 )  # fmt: skip
 """Fields, or sections, that say how a student is trained and not what it becomes."""

@@ -1,6 +1,6 @@
 """The sections of a recipe that describe its teachers and its student."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 from .fields import Count, Positive, Range, Share, Side, SmallCount, Weight, option, our_option
@@ -20,6 +20,10 @@ class TeacherConfig:
         help="name in `radio-distill list teachers`, or a source: timm, open_clip, transformers, radio, student"
     )
     weights: str = option("", "local weights file or folder; empty takes the preset's own source")
+    stage: str = option(
+        "",
+        "of `preset: student`: an earlier stage of this recipe whose student it is; `weights` then only says where that stage lies, if not in this run",
+    )
     sha256: str = option("", "sha256 that the weights file must have; empty for no check")
     input_size: Positive | Literal["native", "match"] = option(
         "native", "side of its input: a number, native, or match: the grid is the student's", "px"
@@ -119,6 +123,17 @@ class StudentConfig:
     gradient_checkpointing: bool = option(
         False, "recompute blocks in the backward pass, to save memory"
     )
+
+    @property
+    def plain(self) -> "StudentConfig":
+        """The section of the student that was trained: without a start, its matrices folded."""
+        return replace(
+            self,
+            pretrained="",
+            pretrained_sha256="",
+            pretrained_grid=(),
+            spectral_reparametrization=False,
+        )
 
     def heads_of(self, teacher: str) -> HeadsConfig:
         """Return the heads of a teacher, with a name each."""

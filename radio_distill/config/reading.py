@@ -319,6 +319,8 @@ def _convert(kind: Any, value: Any, path: str) -> Any:
             return value
         raise ConfigError(f"{path}: {value!r} is not one of {', '.join(map(str, arguments))}")
     if origin in (Union, types.UnionType):
+        if types.NoneType in arguments:
+            return None if value is None else _convert(arguments[0], value, path)
         mappings = [item for item in arguments if typing.get_origin(item) is dict]
         if isinstance(value, Mapping) and mappings:
             return _convert(mappings[0], value, path)

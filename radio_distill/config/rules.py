@@ -24,6 +24,7 @@ from .schema import (
     of_summary,
     partition_sizes,
 )
+from .students import by_student, check_students, for_stage, section_of
 
 MOST_TRIPLES = 256
 """Images of a partition whose triples rkd_angle compares."""
@@ -47,7 +48,6 @@ def check(recipe: Recipe) -> None:
         *_check_names(recipe),
         *_check_secrets(recipe),
         *_check_data(recipe.data),
-        *_check_student(recipe),
         *([] if recipe.teachers else ["teachers: a recipe needs at least one teacher"]),
         *_check_amount("normalizer.images", recipe.normalizer.images),
         *_check_fit(recipe),
@@ -61,11 +61,23 @@ def check(recipe: Recipe) -> None:
         ),
         *_check_engine(recipe.engine),
         *_check_losses(recipe),
+        *_check_starts(recipe),
     ]
-    for name, stage in recipe.stages.items():
-        problems += _check_stage(recipe, name, stage)
+    chain = [*check_students(recipe)]
+    problems += chain or _check_each_student(recipe)
     if problems:
-        raise ConfigError(*problems)
+        raise ConfigError(*dict.fromkeys(problems))
+
+
+def _check_each_student(recipe: Recipe) -> Iterator[str]:
+    """Check the sections of students, and their stages, each as it will run."""
+    for names in by_student(recipe):
+        first = names[0] if names else ""
+        part, section = for_stage(recipe, first), section_of(recipe, first)
+        for line in _check_student(part):
+            yield re.sub(r"^student\b", section, line)
+        for name in names:
+            yield from _check_stage(part, name, part.stages[name])
 
 
 def _check_evaluation(recipe: Recipe) -> Iterator[str]:
@@ -253,8 +265,6 @@ def _check_stage(recipe: Recipe, name: str, config: StageConfig) -> Iterator[str
     path = f"stages.{name}"
     if not config.partitions:
         yield f"{path}.partitions: a stage needs at least one partition"
-    if config.start_from == name:
-        yield f"{path}.start_from: a stage cannot start from itself"
     if config.reset_heads and not config.start_from:
         yield f"{path}.reset_heads: heads are new without start_from; set it to false"
     names = [partition.name for partition in config.partitions]
@@ -284,6 +294,15 @@ def _check_stage(recipe: Recipe, name: str, config: StageConfig) -> Iterator[str
             yield f"{where}.source: its images are those of {partition.images_of}; drop one of both"
         if partition.images_of:
             yield from _check_shared_images(where, partition, config.partitions[:index])
+
+
+def _check_starts(recipe: Recipe) -> Iterator[str]:
+    for name in recipe.stages:
+        first = recipe.stages_before(name)[0]
+        if recipe.stages[first].start_from in recipe.stages:
+            yield (
+                f"stages.{name}.start_from: a stage cannot start from itself, nor by way of others"
+            )
 
 
 def _check_frozen(path: str, stage: StageConfig) -> list[str]:

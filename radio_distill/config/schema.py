@@ -97,6 +97,10 @@ class StageConfig:
 
     steps: Positive = option(300_000, "optimizer steps", "steps")
     partitions: tuple[PartitionConfig, ...] = option(help="what a step is made of")
+    student: StudentConfig | None = option(
+        None,
+        "the whole section of another student than the recipe's, which stages that start from this one go on with",
+    )
     start_from: str = option(
         "", "stage name or checkpoint whose weights the stage starts from; empty for a new student"
     )
@@ -126,6 +130,12 @@ class StageConfig:
     def frozen_steps(self) -> int:
         """First steps in which only the heads learn, of a stage that is resolved."""
         return share_of(self.freeze_body_steps, self.steps)
+
+    @property
+    def largest_size(self) -> tuple[int, int]:
+        """The largest input of its student, (height, width) in pixels."""
+        sizes = [size for item in self.partitions for size in partition_sizes(item)]
+        return max(sizes, key=lambda size: size[0] * size[1])
 
     @property
     def images_per_step(self) -> int:
@@ -385,7 +395,7 @@ class Recipe:
     def stages_before(self, stage: str) -> list[str]:
         """Return the names of the stages that led to ``stage``, itself the last."""
         chain = [stage]
-        while (start := self.stages[chain[0]].start_from) in self.stages:
+        while (start := self.stages[chain[0]].start_from) in self.stages and start not in chain:
             chain.insert(0, start)
         return chain
 

@@ -15,7 +15,11 @@ from ..train.checkpoint import Checkpoint
 from ..types import TeacherSpec
 from .subjects import MODEL, TEACHER, UNTRAINED, Subject
 
-_MAY_DIFFER = (*WITHOUT_EFFECT, "data.shards", "data.curation")  # they have a fingerprint
+_MAY_DIFFER = (
+    *WITHOUT_EFFECT,
+    *("data.shards", "data.curation"),  # they have a fingerprint
+    "stages.*.student",  # a checkpoint's recipe has one student, in its own section
+)
 """Fields in which seeds of one model may differ."""
 
 

@@ -6,11 +6,11 @@ head's last linear layer (PHI-S paper, arXiv 2410.01680, appendix A.6).
 """
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
-from ..config import StudentConfig, of_summary, partition_sizes
+from ..config import StudentConfig, of_summary
 from ..errors import ExportError
 from ..models.backbone import summary_slots
 from ..models.heads import DistilledStudent
@@ -41,13 +41,7 @@ class FoldedStudent:
     @property
     def plain_config(self) -> StudentConfig:
         """The student section of what was folded: not pretrained, its matrices plain."""
-        return replace(
-            self.config,
-            pretrained="",
-            pretrained_sha256="",
-            pretrained_grid=(),
-            spectral_reparametrization=False,
-        )
+        return self.config.plain
 
     @property
     def vit(self) -> Student:
@@ -63,9 +57,7 @@ class FoldedStudent:
     @property
     def preferred_size(self) -> Size:
         """The largest size that the last stage trained at, as (height, width)."""
-        partitions = self.checkpoint.recipe.stages[self.checkpoint.stage].partitions
-        sizes = [size for partition in partitions for size in partition_sizes(partition)]
-        return max(sizes, key=lambda size: size[0] * size[1])
+        return self.checkpoint.recipe.stages[self.checkpoint.stage].largest_size
 
     @property
     def summary_teachers(self) -> tuple[str, ...]:

@@ -10,7 +10,14 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 
-from radio_distill.config import Recipe, TeacherConfig, UpsamplerConfig
+from radio_distill.config import (
+    Recipe,
+    TeacherConfig,
+    UpsamplerConfig,
+    by_student,
+    for_stage,
+    section_of,
+)
 from radio_distill.data.cache import cache_of
 from radio_distill.data.curation import read_curation
 from radio_distill.data.find import find_shards
@@ -22,7 +29,7 @@ from teachers import resolve, teacher_spec
 from teachers.weights import FOLDER, HUB, local_path
 
 from ..fits import Need, problems_of
-from ..recipes import Asked
+from ..recipes import Asked, untrained_teachers
 
 
 @dataclass
@@ -55,9 +62,12 @@ def find_missing(
     """
     asked, stages = asked or Asked(recipe.name), stages or list(recipe.stages)
     found = Findings([*_shards(recipe)])
-    _look(found, "student.pretrained", _student(recipe))
+    for names in by_student(recipe):
+        part = for_stage(recipe, names[0])
+        _look(found, f"{section_of(recipe, names[0])}.pretrained", _student(part))
     for name, config in recipe.teachers.items():
-        _look(found, f"teachers.{name}", _teacher(config))
+        if not config.stage:
+            _look(found, f"teachers.{name}", _teacher(config))
     for problem, need in _stage_problems(recipe, stages, asked, before):
         if need is None:
             found.missing.append(problem)
@@ -106,7 +116,10 @@ def _stage_problems(
     specs, broken = _specs(recipe)
     for number, name in enumerate(names):
         check_has_stage(recipe, name)
-        for line in _start(recipe, name, (*before, *names[:number]), asked):
+        earlier = (*before, *names[:number])
+        for line in _start(recipe, name, earlier, asked):
+            yield line, None
+        for line in untrained_teachers(recipe, name, earlier, asked):
             yield line, None
         shown = {teacher for item in recipe.stages[name].partitions for teacher in item.teachers}
         if lines := [line for teacher, line in broken.items() if teacher in shown]:
@@ -132,7 +145,7 @@ def _specs(recipe: Recipe) -> tuple[dict[str, TeacherSpec], dict[str, str]]:
     specs, broken = {}, {}
     for name, config in recipe.teachers.items():
         try:
-            specs[name] = teacher_spec(name, config)
+            specs[name] = teacher_spec(name, config, recipe)
         except RadioDistillError as error:
             broken[name] = str(error)
     return specs, broken

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from radio_distill.config import Recipe, share_of
+from radio_distill.config import Recipe, by_student, share_of
 from radio_distill.errors import ConfigError
 from radio_distill.hints import hints
 from radio_distill.registry import nearest
@@ -81,10 +81,14 @@ def run(arguments: argparse.Namespace) -> int:
     device, counts = _device(kind), _counts(arguments.devices or [8], recipe)
     console = Console() if Console().is_terminal else Console(width=150)
     with _without_collector():
-        models = build_models(recipe, device.native_dtype)
+        models = [build_models(recipe, device.native_dtype, of[0]) for of in by_student(recipe)]
         if not (arguments.devices and arguments.device):
             console.print(_assumed(arguments, counts, kind), soft_wrap=True)
-        plans = plan_stages(models, counts, device, arguments.utilisation)
+        plans = [
+            plan
+            for one in models
+            for plan in plan_stages(one, counts, device, arguments.utilisation)
+        ]
     for table in _tables(models, plans, device, arguments.price):
         console.print(table)
     console.print(
@@ -108,9 +112,10 @@ def run(arguments: argparse.Namespace) -> int:
         for line in hints(plan.stage):
             console.print(f"Note: {line}", markup=False, highlight=False, soft_wrap=True)
     found = find_missing(recipe, asked)
-    built = [problem.partition(" (above, ")[0] for problem in models.problems]
+    problems = [problem for one in models for problem in one.problems]
+    built = [problem.partition(" (above, ")[0] for problem in problems]
     lacking = [line for line in found.missing if line not in built]
-    missing = [*lacking, *found.unfitted, *models.problems]
+    missing = [*lacking, *found.unfitted, *problems]
     console.print("Missing:" if missing else "Nothing is missing.", style="bold")
     _print_lines(console, missing)
     if found.notes:
@@ -177,12 +182,12 @@ def _counts(counts: list[int], recipe: Recipe) -> dict[str, int]:
 
 
 def _tables(
-    models: "Models", plans: "Sequence[StagePlan]", device: "DeviceType", price: float
+    models: "Sequence[Models]", plans: "Sequence[StagePlan]", device: "DeviceType", price: float
 ) -> list[Table]:
     """Make every table, in the order they are read.
 
     Args:
-        models: of the recipe.
+        models: of each student of the recipe.
         plans: of its stages.
         device: kind of device.
         price: of one device for an hour; 0 leaves the column out.
@@ -205,42 +210,48 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def _student_table(models: "Models") -> Table:
-    """Describe the student."""
-    config, student = models.recipe.student, models.student
-    table = _table("Student", "architecture", "body", "heads", "patch", "prefix tokens", "start")
-    table.add_row(
-        config.architecture,
-        _count(student.student),
-        _count(student.adaptors),
-        f"{config.patch_size} px",
-        str(student.student.num_prefix_tokens),
-        config.pretrained or "random",
+def _student_table(models: "Sequence[Models]") -> Table:
+    """Describe the students."""
+    table = _table(
+        "Student", "architecture", "stages", "body", "heads", "patch", "prefix tokens", "start"
     )
+    for one in models:
+        config, student = one.recipe.student, one.student
+        table.add_row(
+            config.architecture,
+            ", ".join(one.recipe.stages),
+            _count(student.student),
+            _count(student.adaptors),
+            f"{config.patch_size} px",
+            str(student.student.num_prefix_tokens),
+            config.pretrained or "random",
+        )
     return table
 
 
-def _teacher_table(models: "Models", plans: "Sequence[StagePlan]") -> Table:
+def _teacher_table(models: "Sequence[Models]", plans: "Sequence[StagePlan]") -> Table:
     """Describe the teachers: a row for each way in which one is used."""
     table = _table(
         "Teachers", "name", "preset", "parameters", "GiB", "input", "target grid",
         "images / image", "GFLOP / image", "licence",
     )  # fmt: skip
     costs = [cost for plan in plans for item in plan.partitions for cost in item.teachers]
+    of_teacher = {name: one for one in models for name in one.teachers}
     for cost in dict.fromkeys(
-        cost for name in models.teachers for cost in costs if cost.view.teacher == name
+        cost for name in of_teacher for cost in costs if cost.view.teacher == name
     ):
         name, images = cost.view.teacher, cost.view.images_per_input
+        one = of_teacher[name]
         table.add_row(
             name,
-            models.recipe.teachers[name].preset,
-            _count(models.tower(name)),
-            f"{models.teacher_bytes(name) / 2**30:.1f}",
+            one.recipe.teachers[name].preset,
+            _count(one.tower(name)),
+            f"{one.teacher_bytes(name) / 2**30:.1f}",
             _size(cost.view.encoded),
             _size(cost.view.grid),
             str(cost.calls) if images == 1 else f"1/{images}",
             f"{cost.flops / 1e9:,.1f}",
-            models.teachers[name].spec.licence,
+            one.teachers[name].spec.licence,
         )
     return table
 

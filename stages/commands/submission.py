@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from radio_distill.config import Recipe
+from radio_distill.config import Recipe, by_student, for_stage
 from radio_distill.config.recipes import find_recipe
 from radio_distill.errors import ConfigError
 from radio_distill.registry import nearest
@@ -354,16 +354,20 @@ def hours_of(
     names = [f"{item.stage} {item.label}".strip() for item in variants]
     first = {item.stage: name for item, name in reversed(list(zip(variants, names, strict=True)))}
     measured = {
-        name: item.recipe.stages[item.stage]
+        name: (item.stage, for_stage(item.recipe, item.stage).stages[item.stage])
         for item, name in zip(variants, names, strict=True)
         if not one_for_all or name == first[item.stage]
     }
-    recipe = replace(variants[-1].recipe, stages=measured)
-    counts = dict.fromkeys(measured, devices)
-    device = DEVICES[kind]
-    models = build_models(recipe, device.native_dtype)
-    plans = plan_stages(models, counts, device, with_memory=False)
-    hours = {plan.stage.name: plan.hours for plan in plans}
+    recipe, device, hours = variants[-1].recipe, DEVICES[kind], dict[str, float]()
+    for group in by_student(recipe):
+        stages = {name: stage for name, (of, stage) in measured.items() if of in group}
+        if not stages:
+            continue
+        models = build_models(recipe, device.native_dtype, group[0])
+        models = replace(models, recipe=replace(models.recipe, stages=stages))
+        counts = dict.fromkeys(stages, devices)
+        plans = plan_stages(models, counts, device, with_memory=False)
+        hours |= {plan.stage.name: plan.hours for plan in plans}
     return {
         name: hours[first[item.stage] if one_for_all else name]
         for item, name in zip(variants, names, strict=True)

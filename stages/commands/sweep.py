@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from radio_distill.config import Recipe
+from radio_distill.config import Recipe, stages_needed
 from radio_distill.errors import ConfigError
 from radio_distill.evals.subjects import SCORES
 from radio_distill.system.files import make_private
@@ -95,14 +95,14 @@ def with_upsampler(recipe: Recipe, name: str) -> Recipe:
 def with_seed(recipe: Recipe, asked: Asked, number: int) -> tuple[Recipe, Asked]:
     """Return the recipe of one seed of stage 3; the first is the recipe's own.
 
-    Others lie in folders of the run, and start from what its stage 3 starts from.
+    Others lie in folders of the run, and start and learn from what its stage 3 does.
     """
     if number == 0:
         return recipe, asked
     seed = recipe.seed + number
     own = replace(recipe, name=f"seed-{seed}", output=str(recipe.folder), seed=seed)
     make_private(own.folder)
-    for name in recipe.stages_before("stage3")[:-1]:
+    for name in stages_needed(recipe, "stage3")[:-1]:
         start = own.stage_folder(name)
         if not start.is_symlink():
             start.symlink_to(Path("..") / start.name)
@@ -156,7 +156,7 @@ def sweep(
     for name in upsamplers:
         UPSAMPLERS.get(name)  # an unknown name ends here, before anything is trained
     variants = {name: with_upsampler(recipe, name) for name in upsamplers}
-    stages = recipe.stages_before("stage3")
+    stages = stages_needed(recipe, "stage3")
     for variant in variants.values():
         check_stages(variant, stages, asked, resume=True)
     train = partial(train_stage, retrain=retrain, way_out="add --retrain to train it anew")

@@ -54,9 +54,12 @@ def complete(preset: Preset, weights_path: str) -> Preset:
         return preset
     if not weights_path:
         raise ConfigError(_MISSING)
-    head = preset.arguments.get("head", "")
-    encoder = _load(Path(weights_path), head)
-    student, patch = encoder.student, encoder.patch_size
+    return described(preset, _load(Path(weights_path), preset.arguments.get("head", "")))
+
+
+def described(preset: Preset, encoder: StudentEncoder) -> Preset:
+    """Fill in what a student is; pixels are looked up where the preset says nothing of them."""
+    student, patch, head = encoder.student, encoder.patch_size, preset.arguments.get("head", "")
     arguments = {
         "head": head,
         "config": encoder.config,

@@ -19,8 +19,8 @@ from radio_distill.system.distributed import World
 from stages import fit_upsampler
 from stages.cli import main as cli
 from stages.fits import FITTED, fit_folder, fit_name, fit_of, upsampler_of
-from stages.recipes import describe_stage, load_recipe, teacher_specs
-from teachers import build_teacher
+from stages.recipes import describe_stage, load_recipe
+from teachers import build_teacher, teacher_specs
 from upsamplers import build_upsampler
 from upsamplers.fitted_files import hash_of, read_header, read_tensors
 

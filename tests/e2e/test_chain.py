@@ -1,0 +1,125 @@
+"""A proxy and its students as stages of one recipe: trained, resumed, moved, refused."""
+
+import shlex
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import radio_distill
+from e2e import RECIPE, assert_equal, one_line, run, tensors
+from radio_distill.config import load, plain_teacher
+from radio_distill.train.checkpoint import find
+from stages import stage1, stage2
+from stages.cli import main as cli
+from stages.commands.missing import find_missing
+from teachers import build_module, build_teacher, teacher_spec
+
+CHAIN = yaml.safe_load("""
+student:
+  body: timm
+  architecture: test_convnext
+  options: {depths: [1, 1, 1, 1]}
+  patch_size: 32
+  head_hidden: 16
+teachers:
+  vit: {preset: tiny_vit, input_size: match, dtype: float32}
+  sam: {preset: tiny_samvit, summary_weight: 0, dtype: float32}
+  proxy: {preset: student, stage: stage1, dtype: float32}
+normalizer: {images: 8}
+stages:
+  stage1:
+    student: {architecture: test_vit, max_size: 128, registers: 2, head_hidden: 32}
+    steps: 1
+    partitions: [{name: low, size: 64, teachers: [vit, sam], batch_size: 4}]
+  stage2:
+    student: {architecture: test_vit2, max_size: 128, registers: 1, head_hidden: 16}
+    steps: 2
+    partitions: [{name: low, size: 64, teachers: [proxy], batch_size: 4}]
+  stage3:
+    steps: 1
+    partitions:
+      - name: low
+        sizes: [64, 96]
+        teachers: [proxy]
+        teacher_sizes: {proxy: [64, 96]}
+        batch_size: 4
+""")
+
+
+@pytest.fixture
+def chain(images: Path, tmp_path: Path) -> Path:
+    """The file of a recipe with a proxy, and two students that it teaches."""
+    recipe = {**RECIPE, **CHAIN, "name": "chain", "output": str(tmp_path / "runs")}
+    recipe["data"] = {**RECIPE["data"], "shards": [str(images / "shards")]}
+    recipe["evaluation"] = {**RECIPE["evaluation"], "images": str(images / "held_out")}
+    path = tmp_path / "chain.yaml"
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False))
+    return path
+
+
+def test_chain__its_students_learn_what_the_proxy_says(chain, capfd):
+    recipe = load(chain)
+    config = recipe.teachers["proxy"]
+    planned = teacher_spec("proxy", config, recipe)
+    module = build_module(config, recipe=recipe)
+    shapes = {name: value.shape for name, value in module.state_dict().items()}
+    fields = ("--stages.stage3", "null", "--devices", "1", "2", "--device", "cpu")
+    assert cli(["plan", str(chain), *fields]) == 0
+    text = capfd.readouterr().out
+    assert all(name in text for name in ("test_vit ", "test_vit2"))
+    assert "Nothing is missing" in text
+    assert cli(["train", str(chain)]) == 0
+
+    runs = chain.parent / "runs" / "chain"
+    teacher = build_teacher("proxy", plain_teacher(recipe, "proxy"))
+    spec = teacher.spec
+    assert find(runs / "stage2").teachers == find(runs / "stage3").teachers == {"proxy": spec}
+    known = {"weights_hash": "", "mean": planned.mean, "std": planned.std}
+    assert planned == replace(spec, **known), "all but what the weights say"
+    assert {name: value.shape for name, value in teacher.tower.state_dict().items()} == shapes
+
+    students = [radio_distill.load(runs / name) for name in ("stage1", "stage2", "stage3")]
+    pixels = torch.rand(2, 3, 64, 96)
+    with torch.no_grad():
+        proxy, *others = (student(pixels) for student in students)
+        taught = teacher.encode(pixels)
+    torch.testing.assert_close(taught.spatial, proxy.features, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(taught.summary, proxy.summary, rtol=1e-5, atol=1e-5)
+    assert [output.features.shape[-2:] for output in others] == [(4, 6), (2, 3)]
+    assert [student.head_names for student in students] == [("vit", "sam"), *[("proxy",)] * 2]
+
+
+def test_chain__resumes_to_the_same_numbers_wherever_it_lies(chain, tmp_path, capfd):
+    every = ("--log.save_every", "1")
+    for stage in (stage1, stage2):
+        assert run(stage, chain, *every) == 0
+    whole = tensors(tmp_path / "runs" / "chain" / "stage2", 2)
+    (tmp_path / "runs").rename(tmp_path / "moved")
+    folder = tmp_path / "moved" / "chain" / "stage2"
+    last = folder / "checkpoints" / "step-00000002"
+    shutil.rmtree(last)
+    resume = (*every, "--output", str(tmp_path / "moved"), "--resume")
+    assert run(stage2, chain, *resume) == 0
+    assert_equal(whole, tensors(folder, 2))
+
+    assert run(stage1, chain, *resume[:-1], "--seed", "5") == 0  # another proxy
+    shutil.rmtree(last)
+    capfd.readouterr()
+    assert run(stage2, chain, *resume) == 2
+    assert "teachers.proxy: its weights" in one_line(capfd)
+    assert run(stage2, chain, *resume, "--stages.stage1.student.registers", "3") == 2
+    assert "stages.stage1.student.registers: 2 -> 3" in one_line(capfd)
+
+
+def test_chain__what_must_be_trained_first_is_said_with_its_command(chain, capfd):
+    assert run(stage2, chain) == 2
+    line = one_line(capfd)
+    words = shlex.split(line.partition("first: ")[2])
+    assert words == ["radio-distill", "train", str(chain), "--stages", "stage1"]
+    assert find_missing(load(chain)).missing == []
+    (missing,) = find_missing(load(chain), stages=["stage2", "stage3"]).missing
+    assert missing.startswith("teachers.proxy is the student of stage1")
