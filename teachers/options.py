@@ -95,10 +95,10 @@ def resolve(config: TeacherConfig, recipe: Recipe | None = None) -> Preset:
         fields[key] = tuple(float(value) for value in fields[key])
     preset = replace(named, **fields, arguments={**named.arguments, **arguments})
     if config.stage:
-        from .stage_students import described
+        from .stage_students import preset_of
 
         assert recipe is not None, f"{config.stage} is a stage of no recipe"
-        return described(preset, recipe, config.stage)
+        return preset_of(preset, recipe, config.stage)
     if not (preset.model or preset.arguments or config.weights):
         raise ConfigError(f"options.model is missing: which model of {config.preset}?")
     if not arguments and preset.channels:

@@ -156,6 +156,11 @@ def _pe_spatial(size: str, patch_size: int, native_size: int, channels: int) -> 
                  summary_channels=None, summary="", licence="apache-2.0", arguments={"summary": "none"})  # fmt: skip
 
 
+def _pe_lang(size: str, channels: int) -> Preset:
+    return _timm(f"vit_pe_lang_{size}_patch14_448.fb", 14, 448, channels, mean=HALF, std=HALF,
+                 summary="mean of the patch tokens", licence="apache-2.0")  # fmt: skip
+
+
 def _sam2(size: str, native_size: int, channels: int) -> Preset:
     # Which of its maps is our choice: that of 16 px, before the neck, as of SAM. Its windows need
     # multiples of 32 px, which is not its stride: it is shown one size.
@@ -218,6 +223,8 @@ FAMILIES = {
     "pe_core_b": _pe_core("base", 16, 224, 768, 1024, "B-16"),
     "pe_core_l": _pe_core("large", 14, 336, 1024, 1024, "L-14-336"),
     "pe_core_g": _pe_core("gigantic", 14, 448, 1536, 1280, "bigG-14-448"),
+    "pe_lang_l": _pe_lang("large", 1024),
+    "pe_lang_g": _pe_lang("gigantic", 1536),
     "pe_spatial_t": _pe_spatial("tiny", 16, 512, 192),
     "pe_spatial_s": _pe_spatial("small", 16, 512, 384),
     "pe_spatial_b": _pe_spatial("base", 16, 512, 768),

@@ -4,20 +4,20 @@ What it is follows from that stage's section: planning a chain needs none of its
 """
 
 from dataclasses import replace
+from functools import lru_cache
 
 import torch
 
-from radio_distill.config import Recipe, for_stage
-from radio_distill.models.backbone import as_encoder
+from radio_distill.config import Recipe, StudentConfig, build, dump, for_stage, parse_yaml
+from radio_distill.models.backbone import StudentEncoder, as_encoder
 from radio_distill.models.heads import build_student
-from radio_distill.types import IMAGENET_MEAN, IMAGENET_STD
+from radio_distill.types import IMAGENET_MEAN, IMAGENET_STD, TeacherSpec
 
-from .measuring import measured
 from .presets import Preset
-from .sources import student
+from .sources.student import described
 
 
-def described(preset: Preset, recipe: Recipe, stage: str) -> Preset:
+def preset_of(preset: Preset, recipe: Recipe, stage: str) -> Preset:
     """Fill in what the student of a stage is.
 
     Pixels are taken to be normalised as for ImageNet, which decides nothing before weights that say
@@ -28,8 +28,25 @@ def described(preset: Preset, recipe: Recipe, stage: str) -> Preset:
     from . import teacher_specs
 
     part, specs = for_stage(recipe, stage), teacher_specs(recipe, stage)
-    config, largest = part.student.plain, max(part.stages[stage].largest_size)
+    size = max(part.stages[stage].largest_size)
+    encoder = _encoder(dump(part.student.plain), tuple(specs.values()), size)
+    head = specs.get(preset.arguments.get("head", ""))
+    return replace(
+        described(
+            replace(preset, mean=preset.mean or IMAGENET_MEAN, std=preset.std or IMAGENET_STD),
+            encoder,
+        ),
+        patch_size=encoder.patch_size,
+        channels=head.channels if head else encoder.embed_dim,
+        summary_channels=head.summary_channels if head else encoder.summary_dim or None,
+        fixed_size=encoder.student.fixed_size is not None,
+    )
+
+
+@lru_cache(maxsize=8)
+def _encoder(config: str, specs: tuple[TeacherSpec, ...], native_size: int) -> StudentEncoder:
+    """Build a student, of its section as YAML, without data: a large one takes seconds."""
+    student = build(StudentConfig, parse_yaml(config))
+    teachers = {spec.name: spec for spec in specs}
     with torch.device("meta"):
-        encoder = as_encoder(build_student(config, specs), config, specs, largest)
-    plain = replace(preset, mean=preset.mean or IMAGENET_MEAN, std=preset.std or IMAGENET_STD)
-    return measured(student.described(plain, encoder), student.build)
+        return as_encoder(build_student(student, teachers), student, teachers, native_size)

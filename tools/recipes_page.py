@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from radio_distill.config import Recipe, StageConfig, partition_sizes
+from radio_distill.config import Recipe, StageConfig, by_student, for_stage, partition_sizes
 from stages.recipes import load_recipe
 
 from .published import Row, markdown, merge_equal, published, rows_of
@@ -19,7 +19,7 @@ OURS = "*ours*"
 INTRODUCTION = """\
 # Recipes
 
-The published recipes of the RADIO family, and where ours differ from what the papers print. This
+The published recipes of RADIO-like models, and where ours differ from what the papers print. This
 page is what `python -m tools.recipes_page` prints in a checkout; the papers' figures are in
 [published.yaml](../../tools/published.yaml), what the recipes cost in [plans.md](plans.md).
 """
@@ -32,7 +32,8 @@ empty. What is alike in all recipes stands at the end.
 AMR: AM-RADIO (arXiv 2312.06709) · PHIS: PHI-S (arXiv 2410.01680) · V2.5: RADIOv2.5 (arXiv
 2412.07679) · FS: FeatSharp (arXiv 2502.16025) · V4: C-RADIOv4 (arXiv 2601.17237) · HF:
 configuration of the published model · repo: code that runs the published models · TAO: NVIDIA's
-trainer in TAO Toolkit
+trainer in TAO Toolkit · UN: UNIC (ECCV 2024) · TH: Theia (arXiv 2407.20179) · SL: SigLino (arXiv
+2512.20157) · EU: EUPE (arXiv 2603.22387)
 """
 
 
@@ -89,7 +90,7 @@ def overview_cells(recipe: Recipe) -> list[str]:
     """Return one recipe's row of the overview; cells have several lines."""
     return [
         recipe.name,
-        _student(recipe),
+        "\n".join(_students(recipe)),
         "\n".join(_teachers(recipe)),
         "\n".join(_stage(name, stage) for name, stage in recipe.stages.items()),
         "\n".join(dict.fromkeys(map(_optimizer, recipe.stages.values()))),
@@ -122,10 +123,13 @@ def _sum(loss: str | Mapping[Any, float]) -> str:
     return " + ".join(f"{weight:g} {name}" for name, weight in loss.items())
 
 
-def _student(recipe: Recipe) -> str:
-    config = recipe.student
-    start = f"from {config.pretrained}" if config.pretrained else "random"
-    return f"{config.architecture}, patch {config.patch_size}, {start}"
+def _students(recipe: Recipe) -> Iterator[str]:
+    groups = by_student(recipe)
+    for names in groups:
+        config = for_stage(recipe, names[0]).student
+        start = f"from {config.pretrained}" if config.pretrained else "random"
+        of = f"{', '.join(names)}: " if len(groups) > 1 else ""
+        yield f"{of}{config.architecture}, patch {config.patch_size}, {start}"
 
 
 def _teachers(recipe: Recipe) -> Iterator[str]:

@@ -5,7 +5,7 @@
 
 import pytest
 
-from radio_distill.config import Recipe, build, check, dump
+from radio_distill.config import Recipe, build, by_student, check, dump
 from radio_distill.config.recipes import recipe_names
 from radio_distill.evals.run import BENCHMARKS
 from radio_distill.models.student import create_body
@@ -38,13 +38,15 @@ def test_recipe__names_exist(name):
         assert stage.upsampler.name in UPSAMPLERS.names()
     for teacher, config in recipe.teachers.items():
         assert config.preset in TEACHERS.names()
-        assert teacher_spec(teacher, config).channels > 0
+        assert teacher_spec(teacher, config, recipe).channels > 0
 
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_recipe__stages_start_from_the_one_before(name):
-    stages = load_recipe(name).stages
-    assert [stage.start_from for stage in stages.values()] == ["", *list(stages)[:-1]]
+    recipe = load_recipe(name)
+    for names in by_student(recipe):
+        starts = [recipe.stages[stage].start_from for stage in names]
+        assert starts == ["", *names[:-1]]
 
 
 @pytest.mark.parametrize("name", recipe_names())
