@@ -13,10 +13,10 @@ from stages import stage1, stage2, stage3
 from stages.recipes import load_recipe
 
 LADDER = {"name": "ladder", "options": {"hidden": 16, "last_hidden": 32}}
-EUPE_HEADS = dict.fromkeys(
-    ("summary_head", "feature_head"), {"name": "ln_mlp", "options": {"hidden": 16}}
-)
+EUPE_HEAD = {"name": "ln_mlp", "options": {"hidden": 16}}
+EUPE_HEADS = {"summary_head": EUPE_HEAD, "feature_head": EUPE_HEAD}
 EUPE_VIT = EUPE_HEADS | {"options": {"embed_dim": 64, "depth": 2, "num_heads": 2}}
+CONVNEXT = {"architecture": "test_convnext", "options": {"depths": [1, 1, 1, 1]}}
 ADAPTER = {"name": "ln_mlp", "options": {"hidden": 16, "bias": True, "init_std": 0.01}}
 STUDENTS: dict[str, dict[str, Any]] = {
     "eupe_b": EUPE_VIT,
