@@ -2,7 +2,7 @@
 
     radio-distill upsampler-report demo --teacher dino
     radio-distill upsampler-report mine --teacher siglip --factors 2 --tables 7 9 --fit
-    radio-distill upsampler-report mine --teacher siglip --tables 10 --windows 1 3 5 7 9 11 --fit
+    radio-distill upsampler-report mine --teacher siglip --tables --windows 1 3 5 7 9 11 --fit
 
 Fitted upsamplers are those of the recipe's run folder, else those that come with the project. What
 is missing is listed with the command that fits it, or fitted here with --fit, where all fits of a
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--teacher", metavar="NAME", help="a teacher of the recipe")
     add("--factors", nargs="+", type=int, default=[2, 4], help="(default: 2 4)")
-    add("--tables", nargs="+", type=int, choices=TABLES, default=TABLES, help="(default: all)")
+    add("--tables", nargs="*", type=int, choices=TABLES, default=TABLES, help="(default: all)")
     names = f"of Tables 7 and 9 (default: {' '.join(DEFAULT)})"
     add("--upsamplers", nargs="+", metavar="NAME", default=DEFAULT, help=names)
     windows = "compare these windows of FeatSharp's attention too, as in Figure 13: 1 3 5 7 9 11"

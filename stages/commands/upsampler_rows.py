@@ -59,6 +59,8 @@ class Request:
         """Raise ConfigError for a number or an upsampler that cannot be."""
         from upsamplers.networks import NETWORKS
 
+        if not self.shown:
+            raise ConfigError("--tables: name one, or the --windows of Figure 13")
         if self.num_images < 1:
             raise ConfigError(f"--num-images {self.num_images}: paint at least 1")
         for factor in self.factors:

@@ -241,6 +241,7 @@ def test_report__nothing_fitted_ends_with_one_line(
     [
         (["--factors", "1"], "--factors 1: an upsampler's factor is at least 2"),
         (["--windows", "4"], "--windows 4"),
+        (["--tables"], "--windows"),
         (["--upsamplers", "featupp"], "did you mean 'featup'?"),
         (["--num-images", "0"], "--num-images 0"),
         (["--evaluation.images", ""], "evaluation.images"),
