@@ -17,11 +17,14 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from radio_distill.config import Recipe, for_stage, load
+import yaml
+
+from radio_distill.config import Recipe, for_stage, load, section_of
 from radio_distill.config.recipes import find_recipe
 from radio_distill.errors import ConfigError
 from radio_distill.registry import nearest
 from radio_distill.system.files import make_private, reason_of, replacing
+from radio_distill.system.nested import plain_data
 from radio_distill.system.trust import FLAG as TRUST
 
 from .cluster import Cluster, load_cluster
@@ -292,6 +295,12 @@ def _tasks_of(
         if base.teachers[teacher].stage and not base.teachers[teacher].weights
     }
     extra = tuple(f"{field}={base.stage_folder(of).absolute()}" for field, of in places.items())
+    if (
+        start in base.stages and section_of(base, stage) != "student"
+    ):  # the path does not say whose it is
+        student = plain_data(for_stage(base, stage).student)
+        text = yaml.safe_dump(student, default_flow_style=True, width=10**6).strip()
+        extra += (f"stages.{stage}.student={text}",)
     short = name.rpartition(".")[2]
     labels = [re.sub(r"[^\w.+-]+", "_", f"{short}-{value}") for value in values]
     return [

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from radio_distill.config import load
+from radio_distill.config import for_stage, load
 from radio_distill.errors import ConfigError
 from slurm.chain import (
     Chain,
@@ -179,6 +179,28 @@ def test_jobs_of__a_field_is_swept_in_run_folders_of_their_own(tmp_path, recipe)
     overrides = [item[2:] for item in stage3.tasks[1].arguments[1:]]
     changed = load(recipe, overrides, "stage3").stages["stage3"]
     assert (changed.steps, changed.start_from) == (7, str(runs / "tiny" / "stage2"))
+
+
+@pytest.mark.parametrize("last", ["stage2", "stage4"])
+def test_jobs_of__a_sweep_finds_the_students_of_earlier_stages(tmp_path, last):
+    """Each value trains the same student, from the same start, with the same proxy."""
+    stage = "partitions: [{name: all, size: 32, batch_size: 2, teachers: [%s]}]"
+    path = tmp_path / "chain.yaml"
+    path.write_text(f"""
+output: {tmp_path}
+data: {{shards: [a.tar]}}
+teachers: {{t: {{preset: tiny_vit}}, proxy: {{preset: student, stage: stage2}}}}
+stages:
+  stage1: {{student: {{registers: 7}}, {stage % "t"}}}
+  stage2: {{start_from: stage1, {stage % "t"}}}
+  stage3: {{{stage % "proxy"}}}
+  stage4: {{start_from: stage3, {stage % "proxy"}}}
+""")
+    _, (job,) = jobs_of(Request(recipe=path, stages=(last,), sweep="stage.learning_rate=1e-3,1e-4"))
+    swept = load(path, [item[2:] for item in job.tasks[1].arguments[1:]], last)
+    before, after = for_stage(load(path), last), for_stage(swept, last)
+    assert after.stages[last].start_from == str(before.stage_folder(before.stages[last].start_from))
+    assert (after.student, after.teachers) == (before.student, before.teachers)
 
 
 def test_jobs_of__resumes(recipe):
