@@ -200,14 +200,7 @@ class Stage:
     @property
     def losses(self) -> dict[str, LossConfig]:
         """The losses by teacher, its own before the recipe's."""
-        return {
-            name: replace(
-                self.loss,
-                summary=teacher.summary_loss or self.loss.summary,
-                feature=teacher.feature_loss or self.loss.feature,
-            )
-            for name, teacher in self.teachers.items()
-        }
+        return self.recipe.losses
 
     @property
     def augmentation(self) -> AugmentationConfig:

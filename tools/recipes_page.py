@@ -108,6 +108,8 @@ def _losses(recipe: Recipe) -> Iterator[str]:
         for kind, own in (("summary", teacher.summary_loss), ("features", teacher.feature_loss)):
             if own:
                 yield f"{kind} of {name} {_sum(own)}"
+        if teacher.relation:
+            yield f"relation of {name} {_sum(teacher.relation)}"
     if loss.relation:
         yield f"relation {_sum(loss.relation)}"
     if loss.drop_teachers:

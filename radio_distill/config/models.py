@@ -41,6 +41,9 @@ class TeacherConfig:
     feature_loss: FeatureLoss | dict[FeatureLoss, Weight] = option(
         dict, "its own loss between feature maps; none for loss.feature"
     )
+    relation: dict[RelationLoss, Weight] = option(
+        dict, "its own losses between pairs; none for loss.relation, {arkd: 0} for no such loss"
+    )
     feature_normalizer: str = option("", "its own scale; empty for normalizer.name")
     summary_normalizer: str = option("", "its own scale of summaries; empty for normalizer.summary")
     options: dict[str, Any] = option(

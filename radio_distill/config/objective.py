@@ -47,6 +47,10 @@ class LossConfig:
     interpolation: Literal["bilinear", "bicubic"] = option(
         "bilinear", "how it is resampled; bicubic as in EUPE"
     )
+    reduction: Literal["image", "token"] = option(
+        "image",
+        "what counts alike in a feature loss: each image's mean over its cells, or each cell of a step (TAO)",
+    )
     drop_teachers: Share = option(
         0.0,
         "probability that a teacher is left out for an image, but for the one whose loss is largest there; the loss is then a mean over those that stay (UNIC, DUNE: 0.5)",

@@ -123,20 +123,22 @@ def _check_losses(recipe: Recipe) -> Iterator[str]:
     fields = {"loss.summary": recipe.loss.summary}
     for name, teacher in recipe.teachers.items():
         fields[f"teachers.{name}.summary_loss"] = teacher.summary_loss
+    related = {name: losses.relation for name, losses in recipe.losses.items()}
     for stage, config in recipe.stages.items():
         for partition in config.partitions:
-            if "rkd_angle" in recipe.loss.relation and partition.batch_size > MOST_TRIPLES:
+            asked = any("rkd_angle" in related.get(name, {}) for name in partition.teachers)
+            if asked and partition.batch_size > MOST_TRIPLES:
                 yield (
                     f"stages.{stage}.partitions.{partition.name}.batch_size: rkd_angle compares "
                     f"{partition.batch_size:,}³ triples of images, and takes at most "
-                    f"{MOST_TRIPLES}³; set loss.relation to rkd_distance or arkd"
+                    f"{MOST_TRIPLES}³; set relation to rkd_distance or arkd"
                 )
     for field, loss in fields.items():
         if "angle" in loss and loss != "angle":
             yield f"{field}: angle is measured in the teacher's dispersion and stands alone"
-    if recipe.loss.relation and recipe.engine.zero_stage == 3:
+    if any(related.values()) and recipe.engine.zero_stage == 3:
         yield (
-            "engine.zero_stage: loss.relation runs the student ahead of its passes, for which 3 "
+            "engine.zero_stage: a relation runs the student ahead of its passes, for which 3 "
             "would bring all weights once more; set it to 2"
         )
     if recipe.loss.drop_teachers and recipe.loss.weighting != "fixed":

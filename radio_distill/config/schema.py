@@ -4,7 +4,7 @@ Everything that changes a number of a run is a field here, with its explanation,
 prints. The types say which numbers it takes.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -379,6 +379,20 @@ class Recipe:
         config = self.stages[stage]
         upsampled = any(partition.upsample for partition in config.partitions)
         return self.folder / (f"{stage}-{config.upsampler.name}" if upsampled else stage)
+
+    @property
+    def losses(self) -> dict[str, LossConfig]:
+        """The losses by teacher, its own before the recipe's; relations without weight left out."""
+        losses = {}
+        for name, teacher in self.teachers.items():
+            relation = teacher.relation or self.loss.relation
+            losses[name] = replace(
+                self.loss,
+                summary=teacher.summary_loss or self.loss.summary,
+                feature=teacher.feature_loss or self.loss.feature,
+                relation={kind: weight for kind, weight in relation.items() if weight},
+            )
+        return losses
 
     @property
     def normalizers(self) -> dict[str, str]:

@@ -41,6 +41,7 @@ def distillation_loss(
     shifts: Mapping[str, Tensor | None] | None = None,
     log_variances: Mapping[str, Tensor] | None = None,
     survivors: "Survivors | None" = None,
+    mean_cells: Mapping[str, float] | None = None,
 ) -> LossReport:
     """Compare a student with all its teachers.
 
@@ -58,6 +59,8 @@ def distillation_loss(
             the image.
         log_variances: learned ones of each term, where weights are learned.
         survivors: who is not dropped, where teachers are.
+        mean_cells: by teacher, the cells that an image of the step is compared at, on average;
+            given where each cell counts alike (``loss.reduction: token``).
 
     Raises:
         ConfigError: where all weights are 0, or the alignment rule does not suit the grids.
@@ -72,7 +75,10 @@ def distillation_loss(
             losses[f"{name}/{SUMMARY}"] = loss
         if weights[f"{name}/{FEATURES}"]:
             shift = None if shifts is None else shifts[name]
-            losses[f"{name}/{FEATURES}"] = _compare_maps(prediction, target, losses_of[name], shift)
+            loss, cells = _compare_maps(prediction, target, losses_of[name], shift)
+            if mean_cells is not None:
+                loss = loss * (cells / mean_cells[name])
+            losses[f"{name}/{FEATURES}"] = loss
     if not losses:
         raise ConfigError(
             f"teachers {', '.join(targets)}: every loss weight is 0, nothing to learn; "
@@ -123,14 +129,16 @@ def _of_survivors(
 
 def _compare_maps(
     prediction: Features, target: Features, config: LossConfig, shift: Tensor | None
-) -> Tensor:
+) -> tuple[Tensor, Tensor | int]:
+    """Return the loss of each image, ``[B]``, and the number of cells that it is taken at."""
     predicted, wanted = align(
         prediction.spatial, target.spatial, config.alignment, config.interpolation
     )
-    cells = None
-    if shift is not None:
-        wanted, cells = warp_to_student(wanted, shift)
-    return feature_loss(config)(predicted, wanted, cells)
+    loss = feature_loss(config)
+    if shift is None:
+        return loss(predicted, wanted), wanted.shape[-2] * wanted.shape[-1]
+    wanted, cells = warp_to_student(wanted, shift)
+    return loss(predicted, wanted, cells), cells.sum((1, 2))
 
 
 def uncertain(loss: Tensor, log_variance: Tensor) -> Tensor:

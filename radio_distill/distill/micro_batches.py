@@ -16,20 +16,23 @@ ZeRO 0 and 1 reduce once a step: there only a rank without any image has a paddi
 
 import itertools
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
 import numpy as np
+import torch
 
 from ..data.loader import StepSlice
 from ..stage import Partition, Stage
 from ..system.distributed import World
 from ..teacher_view import TeacherView
 from ..types import Size, View
+from .alignment import common_grid
 from .dealing import deal
 from .randomness import StepRandomness
-from .views import EMA, STUDENT
+from .views import EMA, STUDENT, shown_by_both
 
 _MOST_DRAWS = 256
 
@@ -105,6 +108,24 @@ class MicroBatchSchedule:
             shape = self._draws.shape(micro.size)
             slices.append(StepSlice(micro.start, micro.stop, shape, views))
         return slices
+
+    def mean_cells(self, step: int) -> dict[str, float]:
+        """Return the cells at which an image is compared with each teacher, as a mean over the
+        images of a step by their weights; the same on all ranks."""
+        stage, sizes = self._stage, self._draws.sizes(step, self._stage.partitions)
+        cells, shares = defaultdict[str, float](float), stage.teacher_shares()
+        for partition in stage.partitions:
+            size = sizes[partition.name]
+            whole = Pass(partition, size, partition.image_weight, partition.views_drawn(sizes))
+            images = MicroBatch(partition.start, partition.start + partition.batch_size, (whole,))
+            seen = self._draws.views(step, images, whole, {})
+            student = size[0] // stage.student.patch_size, size[1] // stage.student.patch_size
+            for name, view in whole.views.items():
+                grid, shift = common_grid(student, view.grid, stage.loss.alignment), seen.shift(name)
+                each = torch.ones(1, *grid) if shift is None else shown_by_both(shift, grid)
+                mean = float(each.sum((1, 2), dtype=torch.float64).mean())
+                cells[name] += partition.share / shares[name] * mean
+        return dict(cells)
 
     def _assign(self, sizes: tuple[tuple[str, Size], ...]) -> Sequence[MicroBatch]:
         ranks = assign_micro_batches(self._stage, dict(sizes), self._world.world_size)

@@ -47,7 +47,7 @@ class Summaries:
     """The summaries of a step's images, student's and teachers', where a relation is asked for.
 
     Args:
-        stage: its partitions, its teachers and its relation.
+        stage: its partitions, its teachers and their relations.
         device: where they lie.
     """
 
@@ -80,17 +80,20 @@ class Summaries:
     def relations(self) -> dict[tuple[str, str], Relation]:
         """Return the relation by partition and teacher; every rank must call, once a step."""
         return {
-            key: relate(self._stage.loss.relation, *all_reduce_sum(table))
-            for key, table in self._tables.items()
+            (partition, teacher): relate(
+                self._stage.losses[teacher].relation, *all_reduce_sum(table)
+            )
+            for (partition, teacher), table in self._tables.items()
         }
 
 
 def teachers_related(stage: Stage, partition: Partition) -> list[str]:
     """Return the teachers whose relations a partition's images take over."""
+    losses = stage.losses
     return [
         name
         for name in partition.teachers
-        if stage.loss.relation
+        if losses[name].relation
         and stage.teachers[name].summary_weight
         and stage.specs[name].summary_channels is not None
         and partition.has_summaries[name]

@@ -90,6 +90,8 @@ class Distillation:
     moves."""
     scores: Evaluate | None = None
     """Evaluates a student during training; None without ``evaluation.every``."""
+    _mean_cells: dict[str, float] | None = None
+    """Of this step, where each cell counts alike."""
     _terms: list[tuple[Pass, dict[str, Tensor], int]] = field(default_factory=list)
     """Of each pass of the step, as means over a number of images."""
 
@@ -135,6 +137,8 @@ class Distillation:
             step, micro_batches, on_device(batches, self.engine.device)
         )
         self._progress = step / self.stage.steps
+        if self.stage.loss.reduction == "token":
+            self._mean_cells = self.schedule.mean_cells(step)
         if self.targets.needs_whole_step:
             looks = self._encoded_whole(list(looks))
         if self._is_related:
@@ -291,6 +295,7 @@ class Distillation:
                 shifts={name: views.shift(name) for name in targets},
                 log_variances=self._log_variances(predictions),
                 survivors=self._survivors(step, look),
+                mean_cells=self._mean_cells,
             )
         total, terms = report
         for name, features in predictions.features.items():

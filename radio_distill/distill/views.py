@@ -100,7 +100,8 @@ def warp_to_student(features: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
         The warped map ``[B, C, h, w]``, and which cells both crops show, ``[B, h, w]``.
     """
     height, width = features.shape[-2:]
-    down, right = to_device(shift.float(), features.device).unbind(1)  # [B] each
+    shift = to_device(shift.float(), features.device)
+    down, right = shift.unbind(1)  # [B] each
     rows = torch.arange(height, device=features.device) + down[:, None] * height  # [B, h]
     columns = torch.arange(width, device=features.device) + right[:, None] * width  # [B, w]
     points = torch.stack(
@@ -116,8 +117,16 @@ def warp_to_student(features: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
         padding_mode="border",
         align_corners=False,
     )
-    shown = _inside(rows, height)[:, :, None] & _inside(columns, width)[:, None, :]
-    return warped, shown
+    return warped, shown_by_both(shift, (height, width))
+
+
+def shown_by_both(shift: Tensor, grid: Size) -> Tensor:
+    """Return which cells of a grid two crops show that lie ``[B, 2]`` apart: ``[B, *grid]``."""
+    inside = []
+    for axis, length in enumerate(grid):
+        places = torch.arange(length, device=shift.device) + shift[:, axis, None] * length
+        inside.append(_inside(places, length))
+    return inside[0][:, :, None] & inside[1][:, None, :]
 
 
 def _inside(positions: Tensor, length: int) -> Tensor:

@@ -17,6 +17,7 @@ from functools import cached_property, partial
 import torch
 from torch import nn
 
+from ..distill.relations import teachers_related
 from ..distill.targets import upsampled
 from ..distill.views import STUDENT
 from ..models.heads import DistilledStudent
@@ -298,7 +299,8 @@ class ModelCosts:
         body, views = self.student.student, partition.views[size]
         grid = body.grid(size)
         work = self._body(size)
-        for _ in filter(None, (stage.loss.mesa, stage.anchor, stage.loss.relation)):
+        related = teachers_related(stage, partition)
+        for _ in filter(None, (stage.loss.mesa, stage.anchor, related)):
             work += self._forward(size)  # once more
         for name in partition.teachers:
             work += self._heads[name](grid)

@@ -89,6 +89,7 @@ def recipes(draw) -> Recipe:
             images_of="low" if shares else "",
         )
         partitions.append(high)
+    own = draw(st.sampled_from([{}, {"arkd": 0.0}, {"rkd_distance": 3.0}]))
     weighting = draw(st.sampled_from(["fixed", "uncertainty", "adaloss"]))
     recipe = Recipe(
         name="any",
@@ -103,10 +104,11 @@ def recipes(draw) -> Recipe:
             final_norm=draw(yes),
             spectral_reparametrization=draw(yes),
         ),
-        teachers=TEACHERS,
+        teachers={**TEACHERS, "vit": replace(TEACHERS["vit"], relation=own)},
         loss=LossConfig(
             summary=draw(st.sampled_from(["cosine", "angle"])),
             relation=draw(st.sampled_from([{}, {}, {}, {"arkd": 2.0, "rkd_angle": 1.0}])),
+            reduction=draw(st.sampled_from(["image", "token"])),
             rebalance=draw(yes),
             weighting=weighting,
             drop_teachers=draw(st.sampled_from([0.0, 0.5])) if weighting == "fixed" else 0.0,
@@ -215,7 +217,7 @@ def on_ranks(recipe: Recipe, world_size: int) -> list[tuple[torch.Tensor, torch.
         tables[rank].append(table.clone())
         return table
 
-    if not recipe.loss.relation:
+    if not any(losses.relation for losses in recipe.losses.values()):
         return one_round(lambda rank, table: table)
     one_round(write_down)
     sums = [list(map(sum, zip(*tables, strict=True))) for _ in range(world_size)]
