@@ -16,7 +16,7 @@ import itertools
 import math
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from .config import (
@@ -162,6 +162,11 @@ class Stage:
     def anchor(self) -> float:
         """Weight of the distance to the student at its start; none in a fit."""
         return 0.0 if self.is_fit else self.config.anchor
+
+    @property
+    def weight_anchor(self) -> float:
+        """Weight of the distance to its weights at the start, likewise."""
+        return 0.0 if self.is_fit else self.config.weight_anchor
 
     @property
     def frozen_steps(self) -> int:

@@ -281,9 +281,16 @@ def _check_stage(recipe: Recipe, name: str, config: StageConfig) -> Iterator[str
             f"{path}.ema_decay: loss.mesa compares with the student's EMA, which 0 switches off; "
             "set it, for instance to 0.999"
         )
-    if config.anchor and not (config.start_from or recipe.student.pretrained):
+    if config.weight_anchor and recipe.engine.zero_stage == 3:
         yield (
-            f"{path}.anchor: keeps the student near its start, and the stage has none; give it "
+            f"{path}.weight_anchor: ZeRO 3 has no whole weights to compare; set engine.zero_stage "
+            "to 2"
+        )
+    for name in ("anchor", "weight_anchor"):
+        if not getattr(config, name) or config.start_from or recipe.student.pretrained:
+            continue
+        yield (
+            f"{path}.{name}: keeps the student near its start, and the stage has none; give it "
             "start_from, or set student.pretrained"
         )
     for index, partition in enumerate(config.partitions):

@@ -121,7 +121,10 @@ class MicroBatchSchedule:
             seen = self._draws.views(step, images, whole, {})
             student = size[0] // stage.student.patch_size, size[1] // stage.student.patch_size
             for name, view in whole.views.items():
-                grid, shift = common_grid(student, view.grid, stage.loss.alignment), seen.shift(name)
+                grid, shift = (
+                    common_grid(student, view.grid, stage.loss.alignment),
+                    seen.shift(name),
+                )
                 each = torch.ones(1, *grid) if shift is None else shown_by_both(shift, grid)
                 mean = float(each.sum((1, 2), dtype=torch.float64).mean())
                 cells[name] += partition.share / shares[name] * mean

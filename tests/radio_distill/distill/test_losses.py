@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from radio_distill.config import LossConfig
 from radio_distill.distill.distances import feature_loss, summary_loss
 from radio_distill.distill.losses import KINDS, Survivors, distillation_loss
+from radio_distill.distill.views import warp_to_student
 from radio_distill.errors import ConfigError
 from radio_distill.types import Features
 
@@ -88,6 +89,26 @@ def test_distillation_loss__takes_the_alignment_of_the_recipe(pair, rule, mode):
         for item in (predictions, targets)
     )
     torch.testing.assert_close(report.terms["clip/features"], F.mse_loss(x, y))
+
+
+def test_distillation_loss__every_cell_counts_alike_where_tokens_do(pair):
+    """Crops that lie apart share 24, 15 and 16 of the 24 cells, as a loop over all counts them."""
+    predictions, targets = ({"sam": item["sam"]} for item in pair)
+    shift = torch.tensor([[0.0, 0.0], [0.25, -1 / 6], [0.0, 1 / 3]])
+    wanted, seen = warp_to_student(targets["sam"].spatial, shift)
+    errors = (predictions["sam"].spatial - wanted).square().mean(1)
+    cells = zip(errors.flatten(), seen.flatten(), strict=True)
+    expected = sum(float(error) for error, is_seen in cells if is_seen)
+    assert seen.sum((1, 2)).tolist() == [24, 15, 16]
+    report = loss_of(
+        predictions,
+        targets,
+        LossConfig(),
+        {"sam": teacher()},
+        shifts={"sam": shift},
+        mean_cells={"sam": (24 + 15 + 16) / 3},
+    )
+    assert report.total.mean().item() == pytest.approx(expected / (24 + 15 + 16), rel=1e-5)
 
 
 def test_distillation_loss__error_where_alignment_does_not_suit(pair):

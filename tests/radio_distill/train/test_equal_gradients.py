@@ -123,7 +123,14 @@ def recipes(draw) -> Recipe:
             blur_share=draw(st.sampled_from([0.0, 0.5])),
         ),
         stages={
-            "stage1": StageConfig(partitions=tuple(partitions), ema_decay=0.9, freeze_body_steps=0)
+            "stage1": StageConfig(
+                partitions=tuple(partitions),
+                ema_decay=0.9,
+                freeze_body_steps=0,
+                start_from="start",
+                anchor=draw(st.sampled_from([0.0, 0.5])),
+                weight_anchor=draw(st.sampled_from([0.0, 0.5])),
+            )
         },
         engine=EngineConfig(
             precision="float32", device="cpu", name="single", micro_batch=draw(st.integers(0, 3))
@@ -157,11 +164,13 @@ def build(recipe: Recipe, world: World) -> Distillation:
     weights = TermWeights(stage, {"vit": 0.5, "cnn": 2.0}, CPU)
     optimizer = build_optimizer(stage.config.optimizer, parameter_groups(model, 0.02))
     engine = build_engine(model, optimizer, stage.engine, stage.config.gradient_clip, World(), CPU)
-    ema = Ema(model)
-    with torch.no_grad():  # an average that is not the student, so that MESA has a gradient
-        for average in ema.model.parameters():
+    other = Ema(model)
+    with torch.no_grad():  # an average, or a start, that is not the student: it has a gradient
+        for average in other.model.parameters():
             average.mul_(1.1)
-    return Distillation(stage, world, engine, targets, None, schedule, draws, weights, ema)  # type: ignore[arg-type]
+    return Distillation(
+        stage, world, engine, targets, None, schedule, draws, weights, ema=other, anchor=other
+    )  # type: ignore[arg-type]
 
 
 def images(run: Distillation, step: int) -> list[ImageBatch]:
@@ -281,6 +290,63 @@ def test_gradient__of_relations_and_dropped_teachers_is_the_sum_over_many():
     # What stochastic depth drops is the same ahead and in the pass.
     for first, again in zip(gradient(recipe, World()), gradient(recipe, World()), strict=True):
         assert torch.equal(first, again)
+
+
+def plain(partitions: tuple[PartitionConfig, ...], **fields) -> Recipe:
+    """Partitions without draws, trained towards the maps of `vit` alone, from a start."""
+    stage = StageConfig(partitions=partitions, freeze_body_steps=0, start_from="start")
+    recipe = Recipe(
+        name="any",
+        data=DataConfig(shards=("none",)),
+        student=StudentConfig(
+            architecture="test_vit", max_size=256, registers=1, head_hidden=16, position_dropout=0.0
+        ),
+        teachers={**TEACHERS, "vit": replace(TEACHERS["vit"], summary_weight=0.0)},
+        loss=LossConfig(**fields),
+        stages={"stage1": stage},
+        engine=EngineConfig(precision="float32", device="cpu", name="single"),
+    )
+    check(recipe)
+    return recipe
+
+
+def test_gradient__where_tokens_count_alike_is_that_of_partitions_weighed_by_their_cells():
+    """Two partitions of 2 and 3 images, of 16 and 36 cells: each cell weighs 1 / 140."""
+    low = PartitionConfig(name="low", size=64, teachers=("vit",), batch_size=2, weight=2.0)
+    high = PartitionConfig(name="high", size=96, teachers=("vit",), batch_size=3, weight=3.0)
+    found = gradient(plain((low, high), reduction="token"), World())
+    by_cells = (replace(low, weight=2.0 * 16), replace(high, weight=3.0 * 36))
+    assert_equal(found, gradient(plain(by_cells), World()))
+
+
+def test_mean_cells__of_shifted_crops():
+    """Crops of 4x4 patches that lie (a, b) patches apart share (4 - |a|)(4 - |b|) of them."""
+    recipe = plain((PartitionConfig(name="low", size=64, teachers=("vit",), batch_size=5),))
+    run = build(replace(recipe, augmentation=AugmentationConfig(shift=2)), World())
+    (micro,) = run.schedule.micro_batches(7)
+    apart = run.draws.views(7, micro, micro.passes[0], {}).shift("vit") * 4
+    expected = (4 - apart.abs()).prod(1).mean()
+    assert 4 < float(expected) < 16
+    assert run.schedule.mean_cells(7)["vit"] == pytest.approx(float(expected))
+
+
+def test_gradient__of_the_weight_anchor_is_the_way_back():
+    """Half the squared distance: the gradient is the difference, of the body alone."""
+    recipe = plain((PartitionConfig(name="low", size=64, teachers=("vit",), batch_size=2),))
+    held = replace(recipe.stages["stage1"], weight_anchor=0.5)
+    (without, loss), (anchored, more) = (
+        gradient(replace(recipe, stages={"stage1": stage}), World(), steps=1)
+        for stage in (recipe.stages["stage1"], held)
+    )
+    model = build(recipe, World()).engine.model
+    apart = torch.cat(
+        [
+            (-0.1 if name.startswith("student.") else 0.0) * parameter.detach().flatten()
+            for name, parameter in model.named_parameters()
+        ]
+    )
+    torch.testing.assert_close(anchored[0] - without[0], 0.5 * apart, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close((more - loss)[0], 0.5 * apart.square().sum() / 2, rtol=1e-4, atol=0)
 
 
 def summed_gradient(rank: int, recipe: Recipe) -> tuple[torch.Tensor, torch.Tensor]:
