@@ -70,6 +70,10 @@ class HeadsConfig:
 
     summary: HeadConfig = option(HeadConfig, "for its summaries")
     features: HeadConfig = option(HeadConfig, "for its features")
+    inner: dict[str, Weight] = option(
+        dict,
+        "blocks of the student, from 0, that are asked for the features too, each by a head of its own that is thrown away, and the weight of that loss beside the last's 1: {5: 0.5}",
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -148,4 +152,5 @@ class StudentConfig:
         return HeadsConfig(
             summary=first(own.summary, self.summary_head, mlp),
             features=first(own.features, self.feature_head, mlp),
+            inner=own.inner,
         )

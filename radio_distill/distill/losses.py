@@ -5,14 +5,14 @@ Each term compares one teacher's summary or features with what the student's hea
 until the end, so that micro-batches of unequal size can be weighted exactly.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..config import LossConfig
+from ..config import LossConfig, StudentConfig
 from ..errors import ConfigError
 from ..types import Features
 from .alignment import align
@@ -22,6 +22,8 @@ from .views import warp_to_student
 SUMMARY, FEATURES = "summary", "features"
 KINDS = (SUMMARY, FEATURES)
 """A term is called ``teacher/kind``."""
+INNER = "inner"
+"""The part of a term of features that inner blocks have."""
 
 
 class LossReport(NamedTuple):
@@ -42,6 +44,7 @@ def distillation_loss(
     log_variances: Mapping[str, Tensor] | None = None,
     survivors: "Survivors | None" = None,
     mean_cells: Mapping[str, float] | None = None,
+    inner: Mapping[str, Sequence[tuple[float, Tensor]]] | None = None,
 ) -> LossReport:
     """Compare a student with all its teachers.
 
@@ -61,12 +64,15 @@ def distillation_loss(
         survivors: who is not dropped, where teachers are.
         mean_cells: by teacher, the cells that an image of the step is compared at, on average;
             given where each cell counts alike (``loss.reduction: token``).
+        inner: by teacher, what inner blocks of the student predict of its map, with the weights of
+            those losses; they are part of the term of its features, and reported apart.
 
     Raises:
         ConfigError: where all weights are 0, or the alignment rule does not suit the grids.
     """
     assert predictions.keys() == targets.keys(), f"{set(predictions) ^ set(targets)} unmatched"
     losses: dict[str, Tensor] = {}  # [B]
+    reported: dict[str, Tensor] = {}
     for name, target in targets.items():
         prediction = predictions[name]
         if weights[f"{name}/{SUMMARY}"] and target.summary is not None:
@@ -75,22 +81,39 @@ def distillation_loss(
             losses[f"{name}/{SUMMARY}"] = loss
         if weights[f"{name}/{FEATURES}"]:
             shift = None if shifts is None else shifts[name]
-            loss, cells = _compare_maps(prediction, target, losses_of[name], shift)
-            if mean_cells is not None:
-                loss = loss * (cells / mean_cells[name])
-            losses[f"{name}/{FEATURES}"] = loss
+            asked = [(1.0, prediction.spatial), *(inner or {}).get(name, ())]
+            parts = []
+            for weight, spatial in asked:
+                loss, cells = _compare_maps(spatial, target.spatial, losses_of[name], shift)
+                if mean_cells is not None:
+                    loss = loss * (cells / mean_cells[name])
+                parts.append(weight * loss)
+            losses[f"{name}/{FEATURES}"] = torch.stack(parts).sum(0)
+            reported[f"{name}/{FEATURES}"] = parts[0].detach().mean()
+            if parts[1:]:
+                reported[f"{name}/{INNER}"] = torch.stack(parts[1:]).sum(0).detach().mean()
     if not losses:
         raise ConfigError(
             f"teachers {', '.join(targets)}: every loss weight is 0, nothing to learn; "
             "set a summary_weight or feature_weight, or leave them out of the partition"
         )
-    terms = {name: loss.detach().mean() for name, loss in losses.items()}
+    terms = {name: loss.detach().mean() for name, loss in losses.items()} | reported
     if log_variances is not None:
         losses = {name: uncertain(loss, log_variances[name]) for name, loss in losses.items()}
     if survivors is not None:
         return LossReport(_of_survivors(losses, weights, survivors), terms)
     total = torch.stack([weights[name] * loss for name, loss in losses.items()]).sum(0)
     return LossReport(total, terms)
+
+
+def weighted_inner(
+    inner: Mapping[str, Sequence[Tensor]], student: StudentConfig
+) -> dict[str, list[tuple[float, Tensor]]]:
+    """Put the recipe's weights beside what inner blocks predict of each teacher's map."""
+    return {
+        name: list(zip(student.heads_of(name).inner.values(), maps, strict=True))
+        for name, maps in inner.items()
+    }
 
 
 class Survivors(NamedTuple):
@@ -128,12 +151,10 @@ def _of_survivors(
 
 
 def _compare_maps(
-    prediction: Features, target: Features, config: LossConfig, shift: Tensor | None
+    predicted: Tensor, wanted: Tensor, config: LossConfig, shift: Tensor | None
 ) -> tuple[Tensor, Tensor | int]:
     """Return the loss of each image, ``[B]``, and the number of cells that it is taken at."""
-    predicted, wanted = align(
-        prediction.spatial, target.spatial, config.alignment, config.interpolation
-    )
+    predicted, wanted = align(predicted, wanted, config.alignment, config.interpolation)
     loss = feature_loss(config)
     if shift is None:
         return loss(predicted, wanted), wanted.shape[-2] * wanted.shape[-1]

@@ -40,7 +40,14 @@ from ..train.trackers import WriteImage
 from ..types import Features, ImageBatch, Score
 from .distances import mesa, weight_distance
 from .loss_weights import TermWeights
-from .losses import KINDS, LossReport, Survivors, distillation_loss
+from .losses import (
+    INNER,
+    KINDS,
+    LossReport,
+    Survivors,
+    distillation_loss,
+    weighted_inner,
+)
 from .micro_batches import MicroBatch, MicroBatchSchedule, Pass
 from .randomness import StepRandomness
 from .relations import RELATION, Relation, Summaries, teachers_related
@@ -101,7 +108,9 @@ class Distillation:
 
     def __post_init__(self) -> None:
         kinds = [f"{teacher}/{kind}" for teacher in self.targets.teachers for kind in KINDS]
-        kinds += [f"{teacher}/{RELATION}" for teacher in self.targets.teachers]
+        kinds += [
+            f"{teacher}/{it}" for teacher in self.targets.teachers for it in (RELATION, INNER)
+        ]
         kinds += [MESA, ANCHOR]
         names = [f"{part.name}/{kind}" for part in self.stage.partitions for kind in kinds]
         self._is_related = any(teachers_related(self.stage, it) for it in self.stage.partitions)
@@ -304,6 +313,7 @@ class Distillation:
                 log_variances=self._log_variances(predictions),
                 survivors=self._survivors(step, look),
                 mean_cells=self._mean_cells,
+                inner=weighted_inner(predictions.inner, self.stage.student),
             )
         total, terms = report
         for name, features in predictions.features.items():

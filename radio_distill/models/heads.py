@@ -241,6 +241,8 @@ class Predictions:
     """By teacher, those alone that were asked; in their normalised spaces."""
     spatial: Tensor
     """The student's own features ``[B, D, h, w]``."""
+    inner: dict[str, list[Tensor]]
+    """By teacher, the maps ``[B, C, h, w]`` that its inner heads predict, where it has some."""
     log_variances: Tensor | None = None
     """Of the loss's terms, ``[T, 2]`` in the heads' order, where weights are learned."""
 
@@ -252,9 +254,16 @@ class DistilledStudent(nn.Module):
         student: has one summary token for each head, in their order.
         heads: by teacher name.
         learned_weights: also learn how uncertain each term of the loss is.
+        inner: heads of inner blocks by teacher and by the block's number, for training alone.
     """
 
-    def __init__(self, student: Body, heads: Mapping[str, Head], learned_weights: bool = False):
+    def __init__(
+        self,
+        student: Body,
+        heads: Mapping[str, Head],
+        learned_weights: bool = False,
+        inner: Mapping[str, Mapping[str, Head]] | None = None,
+    ):
         super().__init__()
         assert student.num_summary_tokens == len(heads), "one summary token a head"
         self.student = student
@@ -263,7 +272,14 @@ class DistilledStudent(nn.Module):
         except KeyError as error:
             raise ConfigError(f"teachers: a teacher cannot have this name ({error})") from error
         self.uncertainty = Uncertainty(list(heads)) if learned_weights else None
-        self.reads_blocks = any(head.reads_blocks for head in heads.values())
+        levels = {name: nn.ModuleDict((inner or {}).get(name)) for name in heads}
+        self.inner = nn.ModuleDict(levels)
+        self.reads_blocks = any(head.reads_blocks or levels[name] for name, head in heads.items())
+
+    def inner_heads(self, teacher: str) -> dict[int, Head]:
+        """The heads of inner blocks that predict a teacher's features, by the block's number."""
+        heads = cast(nn.ModuleDict, self.inner[teacher]).items()
+        return {int(block): cast(Head, head) for block, head in heads}
 
     @property
     def heads(self) -> dict[str, Head]:
@@ -298,25 +314,55 @@ class DistilledStudent(nn.Module):
         outputs: Sequence[Tensor] = self.student(pixels, draws, window_size, self.reads_blocks)
         if freeze_body:
             outputs = [zero_gradient(output) for output in outputs]
-        features = {}
+        features, inner = {}, dict[str, list[Tensor]]()
         for slot, (name, head) in enumerate(self.adaptors.items()):
             own = at_slot(outputs, slot)
-            if name in teachers:
-                features[name] = head(*own)
-            else:  # one token is enough; it stays in the graph, which ZeRO-3 compares over ranks
+            if name not in teachers:  # one token stays in the graph, which ZeRO-3 compares
                 few = [each[:1] if each.ndim == 2 else each[:1, :, :1, :1] for each in own]
-                features[name] = head(*map(zero_gradient, few))
+                own = [zero_gradient(each) for each in few]
+            features[name] = head(*own)
+            levels = self.inner_heads(name).items()
+            inner[name] = [level(*own[2 * at + 2 : 2 * at + 4]).spatial for at, level in levels]
         # All outputs are tied together, so that a loss on any one reaches every parameter.
         log_variances = None if self.uncertainty is None else self.uncertainty()
         predicted = [tensor for pair in features.values() for tensor in pair]
-        tied = iter(join_gradients(*predicted, outputs[1], log_variances))
+        maps = [tensor for level in inner.values() for tensor in level]
+        tied = iter(join_gradients(*predicted, *maps, outputs[1], log_variances))
         features = {name: Features(next(tied), next(tied)) for name in features}
-        return Predictions({name: features[name] for name in teachers}, next(tied), next(tied))
+        inner = {name: [next(tied) for _ in level] for name, level in inner.items()}
+        return Predictions(
+            features={name: features[name] for name in teachers},
+            inner={name: inner[name] for name in teachers if inner[name]},
+            spatial=next(tied),
+            log_variances=next(tied),
+        )
 
 
 def head_for(student: Body, teacher: TeacherSpec, config: StudentConfig) -> Head:
     """Make a student's head for one teacher, with random weights; errors are those of Head."""
     return Head(student.embed_dim, teacher, config, student.depth, student.summary_dim)
+
+
+def inner_heads_for(student: Body, teacher: TeacherSpec, config: StudentConfig) -> dict[str, Head]:
+    """Make the heads of inner blocks for one teacher's features, each of the last's kind.
+
+    Intermediate supervision as in TAO Toolkit: each level has a head of its own, and all are asked
+    for the teacher's last map.
+
+    Raises:
+        ConfigError: where the student has no such block, or the kind reads all blocks by itself.
+    """
+    where, blocks = f"heads of teacher {teacher.name!r}: inner", config.heads_of(teacher.name).inner
+    known = [str(number) for number in range(student.depth)]
+    for block in blocks:
+        if block not in known:
+            has = f"blocks 0 to {student.depth - 1}" if known else "no blocks of one width"
+            raise ConfigError(f"{where}: {block} is no block of the student, which has {has}")
+    map_alone = replace(teacher, summary_channels=None)
+    heads = {block: head_for(student, map_alone, config) for block in blocks}
+    if any(head.reads_blocks for head in heads.values()):
+        raise ConfigError(f"{where}: the head of the features reads inner blocks itself")
+    return heads
 
 
 def build_student(
@@ -342,7 +388,8 @@ def build_student(
     """
     student = build_body(config, len(teachers), weight_noise, initialise)
     heads = {name: head_for(student, spec, config) for name, spec in teachers.items()}
-    return DistilledStudent(student, heads, learned_weights)
+    inner = {name: inner_heads_for(student, spec, config) for name, spec in teachers.items()}
+    return DistilledStudent(student, heads, learned_weights, inner)
 
 
 def parameter_groups(model: DistilledStudent, weight_decay: float) -> list[dict[str, Any]]:
@@ -363,7 +410,8 @@ def parameter_groups(model: DistilledStudent, weight_decay: float) -> list[dict[
     scales = {module.spectral_scale for module in spectral}
     matrices = [module.weight for module in spectral]
     kept = {*model.student.undecayed, *matrices}
-    for part, module in (("body", model.student), ("head", model.adaptors)):
+    parts = (("body", model.student), ("head", model.adaptors), ("head", model.inner))
+    for part, module in parts:
         for parameter in module.parameters():
             decays = parameter in scales or (parameter.ndim > 1 and parameter not in kept)
             groups[f"{part}_decay" if decays else part].append(parameter)

@@ -356,11 +356,13 @@ class ModelCosts:
         tokens = torch.empty(images, body.embed_dim, *grid, requires_grad=True)
         head, depth = self.student.heads[name], self.student.student.depth
         inner = [token, tokens] * depth if head.reads_blocks else []
+        levels = self.student.inner_heads(name).values()
 
         def run() -> None:
             with autocast(self.precision, torch.device("cpu")):
-                prediction = head(token, tokens, *inner)
-            sum(part.sum() for part in prediction if part is not None).backward()
+                parts = list(head(token, tokens, *inner))
+                parts += [level(token, tokens).spatial for level in levels]
+            sum(part.sum() for part in parts if part is not None).backward()
 
         return measure_work(run)
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..config import EngineConfig
-from ..distill.losses import KINDS, distillation_loss
+from ..distill.losses import KINDS, distillation_loss, weighted_inner
 from ..distill.micro_batches import Pass, images_together
 from ..models.position import NUM_DRAWS
 from ..stage import Partition, Stage
@@ -173,14 +173,19 @@ def _learning_memory(
 ) -> int:
     """Return what forward, losses and backward of one pass take."""
 
-    def predict() -> dict[str, Features]:
+    def predict() -> tuple[dict[str, Features], dict[str, list[torch.Tensor]]]:
         with autocast(stage.engine.precision, torch.device("cpu")):
             draws = torch.empty(images, NUM_DRAWS)
-            return costs.student(pixels, item.partition.teachers, draws=draws).features
+            predictions = costs.student(pixels, item.partition.teachers, draws=draws)
+            return predictions.features, predictions.inner
 
-    def learn(predictions: dict[str, Features]) -> None:
+    def learn(
+        predictions: tuple[dict[str, Features], dict[str, list[torch.Tensor]]],
+    ) -> None:
         weights = {f"{name}/{kind}": 1.0 for name in targets for kind in KINDS}
-        report = distillation_loss(predictions, targets, stage.losses, weights)
+        features, inner = predictions
+        asked = weighted_inner(inner, stage.student)
+        report = distillation_loss(features, targets, stage.losses, weights, inner=asked)
         report.total.sum().backward()
 
     pixels = torch.empty(images, 3, *item.size)

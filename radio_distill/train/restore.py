@@ -9,7 +9,7 @@ from ..errors import CheckpointError, WeightsError
 from ..models.heads import DistilledStudent, build_student
 from .checkpoint import EMA, OPTIMIZER, STUDENT, Checkpoint
 
-HEADS = "adaptors."
+HEADS = "adaptors.", "inner."
 """How the names of the heads' tensors begin."""
 
 

@@ -90,7 +90,8 @@ def test_stage2__an_anchor_holds_the_student_at_its_start(recipe_file, field, lo
 
 EVERY_HEAD = (
     "--student.heads.vit",
-    "{summary: {name: ln_mlp}, features: {name: attention, options: {heads: 2, prefix: true}}}",
+    "{summary: {name: ln_mlp}, inner: {0: 0.5},"
+    " features: {name: attention, options: {heads: 2, prefix: true}}}",
     "--student.heads.cnn",
     "{summary: {name: ladder}, features: {name: conv}}",
     "--student.heads.sam",

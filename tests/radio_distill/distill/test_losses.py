@@ -91,6 +91,21 @@ def test_distillation_loss__takes_the_alignment_of_the_recipe(pair, rule, mode):
     torch.testing.assert_close(report.terms["clip/features"], F.mse_loss(x, y))
 
 
+def test_distillation_loss__inner_blocks_are_asked_for_the_same_map(pair):
+    predictions, targets = ({"sam": item["sam"]} for item in pair)
+    level = torch.randn_like(predictions["sam"].spatial).requires_grad_()
+    report = loss_of(
+        predictions, targets, LossConfig(), {"sam": teacher(1, 3)}, inner={"sam": [(0.5, level)]}
+    )
+    last, inner = (
+        (spatial - targets["sam"].spatial).square().mean((1, 2, 3))
+        for spatial in (predictions["sam"].spatial, level)
+    )
+    torch.testing.assert_close(report.total, 3 * (last + 0.5 * inner))
+    torch.testing.assert_close(report.terms["sam/features"], last.mean())
+    torch.testing.assert_close(report.terms["sam/inner"], (0.5 * inner).mean().detach())
+
+
 def test_distillation_loss__every_cell_counts_alike_where_tokens_do(pair):
     """Crops that lie apart share 24, 15 and 16 of the 24 cells, as a loop over all counts them."""
     predictions, targets = ({"sam": item["sam"]} for item in pair)

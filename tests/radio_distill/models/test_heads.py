@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from radio_distill.config import HeadConfig, HeadsConfig
 from radio_distill.errors import ConfigError, UnknownNameError
 from radio_distill.models.heads import (
     Head,
@@ -103,8 +104,14 @@ def changed(model):
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, f"{name} has no gradient"
         if parameter.grad.any():
-            parts.add(".".join(name.split(".")[:3]) if name.startswith("adaptors") else "body")
+            is_head = name.startswith(("adaptors", "inner"))
+            parts.add(".".join(name.split(".")[:3]) if is_head else "body")
     return parts
+
+
+def changed_by(loss, model):
+    loss.backward()
+    return {part.split(".")[0] for part in changed(model)}
 
 
 def test_forward__shapes(model, pixels):
@@ -227,6 +234,36 @@ def test_forward__bfloat16_autocast(model, pixels):
     expected = model(pixels, ("clip",)).features["clip"].spatial
     torch.testing.assert_close(features.spatial.float(), expected, atol=0.05, rtol=0.05)
     assert "body" in changed(model)
+
+
+@pytest.mark.parametrize("freeze_body", [False, True])
+def test_forward__an_inner_head_sees_the_student_that_ends_at_its_block(
+    student_config, teachers, pixels, freeze_body
+):
+    inner = HeadsConfig(features=HeadConfig(name="conv"), inner={"0": 0.5, "1": 2.0})
+    model = build_student(student_config(heads={"clip": inner}), teachers)
+    predictions = model(pixels, ("clip",), freeze_body=freeze_body)
+    loss = sum(spatial.square().sum() for spatial in predictions.inner["clip"])
+    assert changed_by(loss, model) == ({"inner"} if freeze_body else {"body", "inner"})
+    with torch.no_grad():
+        del model.student.blocks[1:]
+        token, spatial = model.student(pixels)
+        expected = model.inner_heads("clip")[0](token[:, 0], spatial).spatial
+    torch.testing.assert_close(predictions.inner["clip"][0], expected)
+    groups = {name for group in parameter_groups(model, 0.1) for name in group["params"]}
+    assert set(model.inner.parameters()) <= groups
+
+
+@pytest.mark.parametrize(
+    ("heads", "message"),
+    [
+        (HeadsConfig(inner={"99": 1.0}), "99 is no block .* 0 to"),
+        (HeadsConfig(features=HeadConfig(name="ladder"), inner={"0": 1.0}), "itself"),
+    ],
+)
+def test_build_student__error_for_inner_heads(student_config, teachers, heads, message):
+    with pytest.raises(ConfigError, match=f"clip.*inner.*{message}"):
+        build_student(student_config(heads={"clip": heads}), teachers)
 
 
 def test_forward__unknown_teacher(model, pixels):

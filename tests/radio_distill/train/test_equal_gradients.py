@@ -56,6 +56,7 @@ HEADS = {
     "vit": HeadsConfig(
         summary=HeadConfig(name="shared"),
         features=HeadConfig(name="attention", options={"heads": 2, "layer_scale": 0.5}),
+        inner={"1": 0.5},
     ),
     "cnn": HeadsConfig(summary=HeadConfig(name="ladder"), features=HeadConfig(name="conv")),
     "sam": HeadsConfig(features=HeadConfig(name="ln_mlp")),
