@@ -23,6 +23,7 @@ _FAMILIES = (
     "sam2",
     "sam",
     "radio",
+    "croco",
 )
 
 

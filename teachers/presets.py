@@ -323,7 +323,10 @@ TINY = {
 }  # fmt: skip
 
 GENERIC = {
-    **{name: Preset(source=name) for name in ("timm", "open_clip", "transformers", "radio")},
+    **{
+        name: Preset(source=name)
+        for name in ("timm", "open_clip", "transformers", "radio", "croco")
+    },
     "student": Preset(source="student", arguments={"head": ""}),
 }
 

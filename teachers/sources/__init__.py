@@ -23,6 +23,7 @@ SOURCES = {
     "open_clip": "teachers.sources.open_clip",
     "transformers": "teachers.sources.transformers",
     "radio": "teachers.sources.radio",
+    "croco": "teachers.sources.croco",
     "student": "teachers.sources.student",
 }
 _FUNCTIONS = {
