@@ -86,7 +86,8 @@ def distillation_loss(
             for weight, spatial in asked:
                 loss, cells = _compare_maps(spatial, target.spatial, losses_of[name], shift)
                 if mean_cells is not None:
-                    loss = loss * (cells / mean_cells[name])
+                    # Shifted crops may have no cell of a coarse map in common: then no image does.
+                    loss = loss * (cells / (mean_cells[name] or 1.0))
                 parts.append(weight * loss)
             losses[f"{name}/{FEATURES}"] = torch.stack(parts).sum(0)
             reported[f"{name}/{FEATURES}"] = parts[0].detach().mean()
