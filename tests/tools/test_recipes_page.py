@@ -40,8 +40,8 @@ def test_published__every_figure_is_of_a_field(name):
 
 @pytest.mark.parametrize("name", published())
 def test_published__names_the_papers(name):
-    known = "AMR PHIS V2.5 FS V4 HF repo TAO UN TH SL EU DU".split()
-    known.append("all papers")
+    known = ("AMR", "PHIS", "V2.5", "FS", "V4", "HF", "repo", "TAO", "UN", "TH", "SL", "EU", "DU",
+             "all papers")  # fmt: skip
     for field, entry in published()[name].items():
         assert any(source in entry.source for source in known), field
 
