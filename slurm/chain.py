@@ -291,13 +291,12 @@ def _tasks_of(
     places = {f"stages.{stage}.start_from": start} if start in base.stages else {}
     places |= {
         f"teachers.{teacher}.weights": base.teachers[teacher].stage
-        for teacher, config in for_stage(base, stage).teachers.items()
+        for teacher in for_stage(base, stage).teachers
         if base.teachers[teacher].stage and not base.teachers[teacher].weights
     }
     extra = tuple(f"{field}={base.stage_folder(of).absolute()}" for field, of in places.items())
-    if (
-        start in base.stages and section_of(base, stage) != "student"
-    ):  # the path does not say whose it is
+    if start in base.stages and section_of(base, stage) != "student":
+        # A stage whose start is a path has the recipe's student, or its own.
         student = plain_data(for_stage(base, stage).student)
         text = yaml.safe_dump(student, default_flow_style=True, width=10**6).strip()
         extra += (f"stages.{stage}.student={text}",)

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from radio_distill.config import Recipe, build, option
+from radio_distill.config import Recipe, build, by_student, for_stage, option, section_of
 from radio_distill.config.flat import WITHOUT_EFFECT, flat_fields, matches
 
 FILE = Path(__file__).with_name("published.yaml")
@@ -45,9 +45,16 @@ def published() -> dict[str, dict[str, Published]]:
 def rows_of(recipe: Recipe, figures: Mapping[str, Published]) -> list[Row]:
     """Return every field of a recipe that has an effect on the student, with the paper's figure.
 
-    Lists and mappings that are empty, and that no paper gives, are left out.
+    Lists and mappings that are empty, and that no paper gives, are left out, and so are a student's
+    fields that its kind of body does not have.
     """
-    ignored = [tuple(field.split(".")) for field in WITHOUT_EFFECT]
+    sections = {section_of(recipe, names[0]): names[0] for names in by_student(recipe)}
+    foreign = [
+        f"{section}.{field}"
+        for section, stage in sections.items()
+        for field in for_stage(recipe, stage).student.foreign_fields
+    ]
+    ignored = [tuple(field.split(".")) for field in (*WITHOUT_EFFECT, *foreign)]
     rows = [
         Row(path, value, _figure(path, figures))
         for path, value in flat_fields(recipe).items()

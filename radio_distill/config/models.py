@@ -9,6 +9,17 @@ SummaryLoss = Literal["cosine", "mse", "angle", "smooth_l1", "dampened_mse"]
 FeatureLoss = Literal[
     "mse", "cosine", "am_radio", "smooth_l1", "dampened_mse", "map_cosine", "gram", "channel_kl"
 ]
+_VIT_FIELDS = (
+    "pretrained_grid",
+    "max_size",
+    "registers",
+    "position_dropout",
+    "window_size",
+    "global_blocks",
+    "spectral_reparametrization",
+)
+_TIMM_FIELDS = "options", "map", "summary"
+
 RelationLoss = Literal["rkd_distance", "rkd_angle", "arkd"]
 
 
@@ -130,6 +141,11 @@ class StudentConfig:
     gradient_checkpointing: bool = option(
         False, "recompute blocks in the backward pass, to save memory"
     )
+
+    @property
+    def foreign_fields(self) -> tuple[str, ...]:
+        """Names of the fields that only the other kind of body has."""
+        return _TIMM_FIELDS if self.body == "vit" else _VIT_FIELDS
 
     @property
     def plain(self) -> "StudentConfig":

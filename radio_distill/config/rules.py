@@ -28,16 +28,6 @@ from .students import by_student, check_students, for_stage, section_of
 
 MOST_TRIPLES = 256
 """Images of a partition whose triples rkd_angle compares."""
-_VIT_FIELDS = (
-    "pretrained_grid",
-    "max_size",
-    "registers",
-    "position_dropout",
-    "window_size",
-    "global_blocks",
-    "spectral_reparametrization",
-)
-_TIMM_FIELDS = "options", "map", "summary"
 _NAME = re.compile(r"\w[\w.+ -]{0,99}")
 _ADDRESS = re.compile(r"\w[\w.+-]*://")
 
@@ -238,7 +228,7 @@ def _check_student(recipe: Recipe) -> Iterator[str]:
 def _check_body(student: StudentConfig, augmentation: AugmentationConfig) -> Iterator[str]:
     """A field that the other kind of body has must be as it is where nobody sets it."""
     plain = StudentConfig()
-    for name in _TIMM_FIELDS if student.body == "vit" else _VIT_FIELDS:
+    for name in student.foreign_fields:
         if getattr(student, name) != getattr(plain, name):
             other = "timm" if student.body == "vit" else "vit"
             yield f"student.{name}: only a student of `body: {other}` has it; leave it out"
