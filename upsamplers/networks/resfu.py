@@ -8,9 +8,10 @@ compares itself with (arXiv 2502.16025, Table 9)::
     low ────► 1x1 ──► k, interpolated ─────┴──────────► score of meaning ──┘        │
     low, interpolated ──► shifted by a low-resolution cell, 3 x 3 ways ──────────► mean
 
-Ours differs in two things. It starts at bilinear interpolation, by a bias of the middle tap, rather
-than at the mean of all nine. And the nine shifted maps are not written out: shift and interpolation
-are both linear, so the kernel over them is one over 5 x 5 low-resolution cells.
+It starts at about the mean of the nine, a blur, as the paper's: with a bias that makes it bilinear
+interpolation it stayed there, for all taps but one had next to no gradient. Ours differs in one
+thing: the nine shifted maps are not written out. Shift and interpolation are both linear, so the
+kernel over them is one over 5 x 5 low-resolution cells.
 """
 
 import torch
@@ -22,7 +23,7 @@ from radio_distill.errors import ConfigError
 
 from ..methods.interpolate import enlarge
 from . import Observation
-from .carafe import bilinear_logits, interpolation_weights, reassemble
+from .carafe import interpolation_weights, reassemble
 from .guidance import MeanColours
 
 _SIDE = 3  # of the shifts
@@ -59,7 +60,7 @@ class ReSFUNetwork(nn.Module):
             nn.init.normal_(convolution.weight, std=0.02)
         self.meaning = Score(embedding_channels, factor)
         self.details = Score(embedding_channels, factor)
-        self.position = nn.Parameter(bilinear_logits(1, _SIDE).flatten())
+        self.bias = nn.Parameter(torch.zeros(_SIDE**2))
         self.register_buffer(
             "shifted_interpolation", shifted_interpolation(factor), persistent=False
         )
@@ -71,7 +72,7 @@ class ReSFUNetwork(nn.Module):
         query = self.query(torch.cat(seen, dim=1))
         key = enlarge(self.key(low), query.shape[-2:])
         scores = self.meaning(key, guided_filter(query, key)) + self.details(blur(query), query)
-        scores = scores + rearrange(self.position, "t -> t 1 1")
+        scores = scores + rearrange(self.bias, "t -> t 1 1")
         scores = scores.masked_fill(beyond_border(scores, f), -torch.inf)  # [B, 9, f * h, f * w]
         weights = rearrange(scores.softmax(1), "b t (h i) (w j) -> b h w (i j) t", i=f, j=f)
         kernels = torch.einsum("b h w f t, f t k -> b h w f k", weights, self.shifted_interpolation)
