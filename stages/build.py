@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from radio_distill.config import EvaluationConfig, Recipe, of_summary
+from radio_distill.config import EvaluationConfig, Recipe, of_summary, plain_teacher
 from radio_distill.data.loader import ShardBatches
 from radio_distill.distill.loss_weights import TermWeights
 from radio_distill.distill.micro_batches import MicroBatchSchedule, teachers_of
@@ -376,7 +376,8 @@ def _teachers_for(stage: Stage, world: World, device: torch.device) -> dict[str,
 
 def build_teachers(recipe: Recipe, device: torch.device) -> dict[str, Teacher]:
     """Build every teacher of a recipe."""
-    return {name: build_teacher(name, config, device) for name, config in recipe.teachers.items()}
+    configs = {name: plain_teacher(recipe, name) for name in recipe.teachers}
+    return {name: build_teacher(name, config, device) for name, config in configs.items()}
 
 
 def _restore(task: Distillation, resumed: Checkpoint) -> None:

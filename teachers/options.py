@@ -97,7 +97,8 @@ def resolve(config: TeacherConfig, recipe: Recipe | None = None) -> Preset:
     if config.stage:
         from .stage_students import preset_of
 
-        assert recipe is not None, f"{config.stage} is a stage of no recipe"
+        if recipe is None:
+            raise ConfigError(f"only its recipe knows the student of {config.stage}; set `weights`")
         return preset_of(preset, recipe, config.stage)
     if not (preset.model or preset.arguments or config.weights):
         raise ConfigError(f"options.model is missing: which model of {config.preset}?")

@@ -44,6 +44,7 @@ from radio_distill.config import (
     build,
     dump,
     override,
+    plain_teacher,
 )
 from radio_distill.errors import ConfigError
 from radio_distill.evals.subjects import SCORES
@@ -138,7 +139,9 @@ def run(arguments: argparse.Namespace) -> int:
         asked = replace(checkpoints[0].recipe, evaluation=evaluations[0])
     else:
         if arguments.recipe:
-            asked = load_recipe(arguments.recipe, arguments.fields)
+            recipe = load_recipe(arguments.recipe, arguments.fields)
+            teachers = {name: plain_teacher(recipe, name) for name in recipe.teachers}
+            asked = replace(recipe, teachers=teachers)
         else:
             asked = build(Asked, override({}, arguments.fields))
         asked = replace(asked, evaluation=suited(asked.evaluation))

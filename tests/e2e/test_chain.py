@@ -11,15 +11,16 @@ import yaml
 
 import radio_distill
 from e2e import RECIPE, assert_equal, one_line, run, tensors
-from radio_distill.config import load, plain_teacher
+from radio_distill.config import load
 from radio_distill.plan.time import DEVICES
 from radio_distill.train.checkpoint import find
 from stages import stage1, stage2
+from stages.build import build_teachers
 from stages.cli import main as cli
 from stages.commands.missing import find_missing
 from stages.planning import build_models
 from stages.plans import plan_stages
-from teachers import build_module, build_teacher, teacher_spec
+from teachers import build_module, teacher_spec
 
 CHAIN = yaml.safe_load("""
 student:
@@ -77,7 +78,7 @@ def test_chain__its_students_learn_what_the_proxy_says(chain):
     assert cli(["train", str(chain)]) == 0
 
     runs = chain.parent / "runs" / "chain"
-    teacher = build_teacher("proxy", plain_teacher(recipe, "proxy"))
+    teacher = build_teachers(recipe, torch.device("cpu"))["proxy"]
     spec = teacher.spec
     assert find(runs / "stage2").teachers == find(runs / "stage3").teachers == {"proxy": spec}
     known = {"weights_hash": "", "mean": planned.mean, "std": planned.std}
