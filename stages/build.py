@@ -23,6 +23,7 @@ from radio_distill.evals.encoder import student_encoder
 from radio_distill.evals.fidelity import targets_of
 from radio_distill.evals.run import check_data, evaluate
 from radio_distill.models.backbone import as_encoder
+from radio_distill.models.body import Body
 from radio_distill.models.ema import Ema
 from radio_distill.models.heads import (
     DistilledStudent,
@@ -196,6 +197,9 @@ def _student_from(
     """Build the student of a stage: with a checkpoint's weights, else as its recipe begins.
 
     Without its heads, they are new.
+
+    Raises:
+        ConfigError: a partition has images of a size that the student does not take.
     """
     model = build_student(
         stage.student if start is None else replace(stage.student, pretrained=""),
@@ -204,12 +208,23 @@ def _student_from(
         weight_noise=stage.augmentation.weight_noise,
         initialise=initialise,
     )
+    _check_sizes(stage, model.student)
     if start is None:
         model.student.check_start(stage.student.pretrained)
     else:
         checkpoints.check_teachers(start, specs, with_heads)
         load_weights(model, start, with_heads)
     return model
+
+
+def _check_sizes(stage: Stage, body: Body) -> None:
+    for partition in stage.partitions:
+        for size in partition.sizes:
+            try:
+                body.grid(size)
+            except ConfigError as error:
+                path = f"stages.{stage.name}.partitions.{partition.name}"
+                raise ConfigError(f"{path}: {error}") from error
 
 
 def _fit_scales(

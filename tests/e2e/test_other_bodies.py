@@ -112,3 +112,11 @@ def test_convnext__resumes_to_the_same_numbers(with_student):
 def test_what_another_body_lacks_is_refused_in_one_line(with_student, capfd, fields, what):
     assert run(stage1, with_student(**fields)) != 0
     assert what in one_line(capfd)
+
+
+def test_size_that_another_body_does_not_take_is_refused_before_statistics(with_student, capfd):
+    recipe = with_student()
+    sizes = ("--stages.stage1.partitions.0.size", "80")
+    assert run(stage1, recipe, *sizes) != 0
+    assert "stages.stage1.partitions." in one_line(capfd)
+    assert not (recipe.parent / "runs" / "tiny" / "statistics").exists()
