@@ -264,6 +264,9 @@ SHARED = (
         (["augmentation.window_sizes=[5, 3]"], "5, 3 is not smallest <="),
         (["augmentation.weight_noise=-1"], "weight_noise: -1.0 is below 0"),
         (["loss.mesa=1"], "loss.mesa compares with the student's EMA"),
+        (["stage.weight_anchor=1"], "weight_anchor: keeps the student near its start, and the stage has none"),  # noqa: E501
+        (["stage.weight_anchor=1", "stage.start_from=a", "engine.zero_stage=3"], "weight_anchor: ZeRO 3"),  # noqa: E501
+        (["teachers.dino.relation={arkd: 1}", "engine.zero_stage=3"], "engine.zero_stage: a relation runs"),  # noqa: E501
         (["stage.partitions.a.sizes=[64, 80]"], "give either size or sizes"),
         (["stage.partitions.a.size=0"], "give either size or sizes"),
         (["stage.partitions.a.size=0", "stage.partitions.a.sizes=[64, 70]"], "sizes: 70 is not a multiple"),  # noqa: E501
@@ -312,6 +315,14 @@ def test_override__null_drops_a_partition_and_a_stage():
     assert recipe(*more) == recipe()
     with pytest.raises(ConfigError, match="'hgih'"):
         recipe("stage.partitions.hgih=null")
+
+
+def test_losses__relations_of_one_teacher_before_those_of_all():
+    made = recipe("loss.relation={arkd: 2}", "teachers.clip.relation={arkd: 0, rkd_distance: 1}")
+    assert {name: losses.relation for name, losses in made.losses.items()} == {
+        "dino": {"arkd": 2.0},
+        "clip": {"rkd_distance": 1.0},
+    }
 
 
 def test_losses__one_by_name_or_several_with_weights(tmp_path):
