@@ -15,7 +15,6 @@ from typing import Any, cast
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.autograd import Function
 
 from ..config import HeadConfig, StudentConfig, build_options
 from ..errors import ConfigError, UnknownNameError
@@ -25,6 +24,7 @@ from ..types import Features, TeacherSpec
 from . import HEADS
 from .body import Body
 from .build import build_body
+from .gradients import join_gradients, zero_gradient
 from .projectors import HeadShape, Projector
 from .spectral import ReparametrizedLinear
 from .student import Initialise
@@ -425,45 +425,3 @@ def parameter_groups(model: DistilledStudent, weight_decay: float) -> list[dict[
         }
         for name, parameters in groups.items()
     ]
-
-
-class _Join(Function):
-    @staticmethod
-    def forward(ctx: Any, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-        return tuple(None if tensor is None else tensor.view_as(tensor) for tensor in tensors)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        return gradients  # autograd hands in zeros for outputs that nobody used
-
-
-class _Zero(Function):
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor) -> Tensor:
-        return tensor.view_as(tensor)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return torch.zeros_like(gradient)
-
-
-class _Touch(Function):
-    @staticmethod
-    def forward(ctx: Any, *parameters: Tensor) -> Tensor:
-        ctx.save_for_backward(*parameters)
-        return parameters[0].new_zeros(())
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
-        return tuple(gradient * torch.zeros_like(tensor) for tensor in ctx.saved_tensors)
-
-
-join_gradients: Callable[..., tuple[Any, ...]] = _Join.apply
-"""Return equal tensors, bit for bit (None stays None); the gradient of any one reaches all of them,
-as zeros where it is not used."""
-
-touch: Callable[..., Tensor] = _Touch.apply
-"""Return a scalar of zero that gives each tensor a gradient of zeros, or NaN where its own is."""
-
-zero_gradient: Callable[[Tensor], Tensor] = _Zero.apply
-"""Return an equal tensor, bit for bit, whose gradient is exactly zero (but not None)."""

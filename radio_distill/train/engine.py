@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..config import EngineConfig
 from ..errors import ConfigError
-from ..models.heads import touch
+from ..models.gradients import touch
 from ..system.compiled import compile_blocks
 from ..system.distributed import World, all_gather_object
 from ..system.precision import autocast
