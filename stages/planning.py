@@ -68,14 +68,15 @@ class Models:
 
 
 def build_models(
-    recipe: Recipe, native: Literal["float32", "bfloat16"] = "bfloat16", stage: str = ""
+    recipe: Recipe, native: Literal["float32", "bfloat16"] = "bfloat16", of_stage: str = ""
 ) -> Models:
     """Build the models of a stage on the meta device, so without memory and without weights.
 
     They are those of all stages that train its student; without a stage, of the last one's.
     ``native`` is what ``auto`` means for number types, on the devices that are planned for.
     """
-    part, specs = resolve_dtypes(for_stage(recipe, stage), native), teacher_specs(recipe, stage)
+    part = resolve_dtypes(for_stage(recipe, of_stage), native)
+    specs = teacher_specs(recipe, of_stage)
     logging.disable(logging.WARNING)  # libraries warn that a model has no weights
     try:
         with torch.device("meta"):

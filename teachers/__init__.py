@@ -14,7 +14,7 @@ from radio_distill.config import Recipe, TeacherConfig, for_stage
 from radio_distill.errors import ConfigError
 from radio_distill.types import TeacherSpec
 
-from .options import FIELDS, TEACHERS, naming_teacher, resolve
+from .options import FIELDS, TEACHERS, chosen, naming_teacher, resolve
 from .presets import Preset
 from .sources import SOURCES, find_source
 
@@ -74,17 +74,17 @@ def teacher_spec(name: str, config: TeacherConfig, recipe: Recipe | None = None)
     ``recipe`` has the stage whose student it is, where it is one.
     """
     with naming_teacher(name):
-        return _spec(name, resolve(config, recipe), "")
+        return _spec(name, _preset(config, recipe), "")
 
 
-def teacher_specs(recipe: Recipe, stage: str = "") -> dict[str, TeacherSpec]:
+def teacher_specs(recipe: Recipe, of_stage: str = "") -> dict[str, TeacherSpec]:
     """Describe the teachers of a stage's student, by name; without a stage, of the last one's.
 
     Raises ConfigError or WeightsError for one that cannot be described.
     """
     return {
         name: teacher_spec(name, recipe.teachers[name], recipe)
-        for name in for_stage(recipe, stage).teachers
+        for name in for_stage(recipe, of_stage).teachers
     }
 
 
@@ -98,9 +98,19 @@ def build_module(
     """
     import torch
 
-    preset = resolve(config, recipe)
+    preset = _preset(config, recipe)
     with torch.device(device):
         return find_source(preset.source).build(preset).eval()
+
+
+def _preset(config: TeacherConfig, recipe: Recipe | None) -> Preset:
+    if not config.stage or recipe is None:
+        return resolve(config)
+    from .stage_students import preset_of
+
+    part = for_stage(recipe, config.stage)
+    size = max(part.stages[config.stage].largest_size)
+    return preset_of(chosen(config), part.student, teacher_specs(recipe, config.stage), size)
 
 
 def _random(preset: Preset, config: TeacherConfig) -> "tuple[nn.Module, str]":

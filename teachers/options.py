@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from radio_distill.config import Recipe, TeacherConfig
+from radio_distill.config import TeacherConfig
 from radio_distill.errors import ConfigError, WeightsError
 from radio_distill.registry import Registry, nearest
 
@@ -71,45 +71,49 @@ def naming_teacher(name: str) -> Iterator[None]:
         raise type(error)(f"teachers.{name}: {error}") from error
 
 
-def resolve(config: TeacherConfig, recipe: Recipe | None = None) -> Preset:
-    """Return the preset that a recipe asks for, with its options and every measure filled in.
-
-    Args:
-        config: the teacher's section.
-        recipe: which has the stage whose student it is, trained or not, where it is one.
+def chosen(config: TeacherConfig) -> Preset:
+    """Return the preset that a recipe names, with its options, and nothing measured yet.
 
     Raises:
         ConfigError: options that do not fit the preset or its source.
-        WeightsError: weights that must be read for it, and are missing or damaged.
     """
     named = TEACHERS.get(config.preset)
     if not isinstance(named, Preset):
         kind = type(named).__name__
         raise ConfigError(f"preset {config.preset} is a {kind}, not a teachers.presets.Preset")
     source = find_source(named.source)
-    options = {RENAMED.get(key, key): value for key, value in config.options.items()}
+    options = _options(config)
     _check_options(options, named, source.ARGUMENTS, config.preset)
     arguments = {key: value for key, value in options.items() if key in source.ARGUMENTS}
     fields = {key: value for key, value in options.items() if key in FIELDS}
     for key in fields.keys() & {"mean", "std"}:
         fields[key] = tuple(float(value) for value in fields[key])
-    preset = replace(named, **fields, arguments={**named.arguments, **arguments})
-    if config.stage:
-        from .stage_students import preset_of
+    return replace(named, **fields, arguments={**named.arguments, **arguments})
 
-        if recipe is None:
-            raise ConfigError(f"only its recipe knows the student of {config.stage}; set `weights`")
-        return preset_of(preset, recipe, config.stage)
+
+def resolve(config: TeacherConfig) -> Preset:
+    """Return the preset that a recipe asks for, with its options and every measure filled in.
+
+    Raises:
+        ConfigError: options that do not fit the preset or its source, or the student of a stage,
+            which :func:`teachers.teacher_spec` describes.
+        WeightsError: weights that must be read for it, and are missing or damaged.
+    """
+    if config.stage:
+        raise ConfigError(f"only its recipe knows the student of {config.stage}; set `weights`")
+    preset, options = chosen(config), _options(config)
+    source = find_source(preset.source)
+    takes_arguments = not options.keys().isdisjoint(source.ARGUMENTS)
     if not (preset.model or preset.arguments or config.weights):
         raise ConfigError(f"options.model is missing: which model of {config.preset}?")
-    if not arguments and preset.channels:
+    if not takes_arguments and preset.channels:
         _check_multiple(preset.native_size, preset.patch_size)
         return _with_normalisation(preset)
     from .measuring import measured
     from .weights import check_local
 
     check_local(config)  # since `complete` may read the weights
-    if arguments:  # which the preset's own stride does not know of
+    if takes_arguments:  # which the preset's own stride does not know of
         preset = replace(preset, patch_size=0)
     completed = source.complete(preset, config.weights)
     if not isinstance(completed, Preset):
@@ -122,6 +126,10 @@ def resolve(config: TeacherConfig, recipe: Recipe | None = None) -> Preset:
     if "native_size" in options:
         _check_multiple(options["native_size"], preset.patch_size)
     return preset
+
+
+def _options(config: TeacherConfig) -> dict[str, Any]:
+    return {RENAMED.get(key, key): value for key, value in config.options.items()}
 
 
 def _check_options(

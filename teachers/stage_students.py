@@ -3,12 +3,13 @@
 What it is follows from that stage's section: planning a chain needs none of its weights.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
 
 import torch
 
-from radio_distill.config import Recipe, StudentConfig, build, dump, for_stage, parse_yaml
+from radio_distill.config import StudentConfig, build, dump, parse_yaml
 from radio_distill.models.backbone import StudentEncoder, as_encoder
 from radio_distill.models.heads import build_student
 from radio_distill.types import IMAGENET_MEAN, IMAGENET_STD, TeacherSpec
@@ -17,19 +18,21 @@ from .presets import Preset
 from .sources.student import described
 
 
-def preset_of(preset: Preset, recipe: Recipe, stage: str) -> Preset:
-    """Fill in what the student of a stage is.
+def preset_of(
+    preset: Preset, student: StudentConfig, specs: Mapping[str, TeacherSpec], native_size: int
+) -> Preset:
+    """Fill in what a student is.
 
     Pixels are taken to be normalised as for ImageNet, which decides nothing before weights that say
     so themselves are there.
 
-    Raises as the parts of that stage do.
+    Args:
+        preset: that the recipe names, with its options.
+        student: the student's section.
+        specs: of the student's own teachers, by name.
+        native_size: largest side that it is trained at, in pixels.
     """
-    from . import teacher_specs
-
-    part, specs = for_stage(recipe, stage), teacher_specs(recipe, stage)
-    size = max(part.stages[stage].largest_size)
-    encoder = _encoder(dump(part.student.plain), tuple(specs.values()), size)
+    encoder = _encoder(dump(student.plain), tuple(specs.values()), native_size)
     head = specs.get(preset.arguments.get("head", ""))
     return replace(
         described(

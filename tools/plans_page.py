@@ -107,7 +107,7 @@ def compare(
     for recipe in recipes:
         plans = {count: {kind: list[StagePlan]() for kind in KINDS} for count in counts}
         for stages in by_student(recipe):
-            models = build_models(recipe, stage=stages[0])
+            models = build_models(recipe, of_stage=stages[0])
             teachers = models.all_teacher_bytes
             with measured(models) as costs:
                 for count, kind, stage in itertools.product(counts, KINDS, stages):

@@ -57,11 +57,11 @@ def plain_teacher(recipe: Recipe, name: str) -> TeacherConfig:
     return replace(config, stage="", weights=folder)
 
 
-def section_of(recipe: Recipe, stage: str) -> str:
+def section_of(recipe: Recipe, name: str) -> str:
     """Return the name of the section that describes the student of a stage."""
-    if stage not in recipe.stages:
+    if name not in recipe.stages:
         return "student"
-    first = recipe.stages_before(stage)[0]
+    first = recipe.stages_before(name)[0]
     return f"stages.{first}.student" if recipe.stages[first].student else "student"
 
 
