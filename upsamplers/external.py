@@ -131,10 +131,11 @@ class External:
             ) from error
 
     def _build(self, folder: Path) -> nn.Module:
-        network = torch.hub.load(
-            str(folder), self.entry, source="local", pretrained=not self.checkpoint
-        )
-        return self._with_checkpoint(network)
+        return self._with_checkpoint(self._from_hub(folder))
+
+    def _from_hub(self, folder: Path, **options: Any) -> Any:
+        own = not self.checkpoint
+        return torch.hub.load(str(folder), self.entry, source="local", pretrained=own, **options)
 
     def _with_checkpoint(self, network: nn.Module) -> nn.Module:
         if self.checkpoint:
@@ -235,10 +236,7 @@ class UpliftPublished(External):
     source: ClassVar[str] = "mwalmer-umd/UPLiFT"
 
     def _build(self, folder: Path) -> nn.Module:
-        network: Any = torch.hub.load(
-            str(folder), self.entry, source="local", pretrained=not self.checkpoint,
-            include_extractor=False,
-        )  # fmt: skip
+        network = self._from_hub(folder, include_extractor=False)
         network.enable_iterative(max(1, (self.factor - 1).bit_length()))  # each step doubles
         return self._with_checkpoint(network)
 

@@ -276,11 +276,11 @@ def _check_stage(recipe: Recipe, name: str, config: StageConfig) -> Iterator[str
             f"{path}.weight_anchor: ZeRO 3 has no whole weights to compare; set engine.zero_stage "
             "to 2"
         )
-    for name in ("anchor", "weight_anchor"):
-        if not getattr(config, name) or config.start_from or recipe.student.pretrained:
+    for field in ("anchor", "weight_anchor"):
+        if not getattr(config, field) or config.start_from or recipe.student.pretrained:
             continue
         yield (
-            f"{path}.{name}: keeps the student near its start, and the stage has none; give it "
+            f"{path}.{field}: keeps the student near its start, and the stage has none; give it "
             "start_from, or set student.pretrained"
         )
     for index, partition in enumerate(config.partitions):
