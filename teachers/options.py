@@ -43,7 +43,7 @@ def _is_triple(value: Any) -> bool:
 
 
 SUMMARIES = ("token", "pool", "token_and_mean", "none")
-"""Where a model of timm's may take its summary from."""
+"""Where a model of timm or transformers may take its summary from."""
 
 Kind = tuple[str, Callable[[Any], bool]]
 

@@ -21,6 +21,7 @@ from radio_distill.system.files import reason_of
 
 from .. import weights
 from ..presets import Preset
+from .summaries import summary_of
 
 logger = logging.getLogger(__name__)
 
@@ -30,15 +31,16 @@ OPTION = "trust_remote_code"
 class RemoteTower(nn.Module):
     """Normalised pixels ``[B, 3, H, W]`` to (summary or None, map ``[B, C, h, w]``)."""
 
-    def __init__(self, model: Any):
+    def __init__(self, model: Any, summary: str = ""):
         super().__init__()
         self.model: Any = model
+        self.summary = summary
         self._options = size_options(model)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor | None, Tensor]:
         try:
             return self._forward(pixels)
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, ConfigError):
             raise
         except Exception as error:  # code of others fails in its own ways
             name = type(self.model).__name__
@@ -49,11 +51,18 @@ class RemoteTower(nn.Module):
         tokens = output.last_hidden_state  # [B, P + N, C]
         height, width = (side // self.model.config.patch_size for side in pixels.shape[-2:])
         num_prefix_tokens = tokens.shape[1] - height * width
-        summary = getattr(output, "pooler_output", None)
-        if summary is None and num_prefix_tokens:
-            summary = tokens[:, 0]
-        spatial = rearrange(tokens[:, num_prefix_tokens:], "b (h w) c -> b c h w", h=height)
-        return summary, spatial
+        token = tokens[:, 0] if num_prefix_tokens else None
+        pooled = getattr(output, "pooler_output", None)
+        patches = tokens[:, num_prefix_tokens:]
+        usual = "pool" if pooled is not None else "none" if token is None else "token"
+        summary = summary_of(
+            self.summary or usual,
+            type(self.model).__name__,
+            token=token,
+            pooled=pooled,
+            patches=patches,
+        )
+        return summary, rearrange(patches, "b (h w) c -> b c h w", h=height)
 
 
 def size_options(model: Any) -> dict[str, bool]:
@@ -92,7 +101,7 @@ def build(preset: Preset) -> RemoteTower:
     reference = _reference(settings, model)
     try:
         config, kind = _code_of(folder, reference, model)
-        return RemoteTower(kind(config))
+        return RemoteTower(kind(config), preset.arguments.get("summary", ""))
     except Exception as error:  # code of others fails in its own ways
         raise ConfigError(f"the code of {model} failed: {reason_of(error)}") from error
 

@@ -15,7 +15,6 @@ from math import isqrt
 from pathlib import Path
 from typing import Any
 
-import torch
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -28,13 +27,14 @@ from radio_distill.types import spread_layers
 from .. import weights
 from ..presets import Preset
 from .packaged import packaged_weights
+from .summaries import SUMMARY_OPTION, summary_of
 
 logger = logging.getLogger(__name__)
 
 ARGUMENTS = {
     "blocks": "number of transformer blocks to run, from the first; 0 for all",
     "stage": "index of the stage whose map is taken; -1 is the last, before SAM's neck",
-    "summary": "token (class token), pool (the model's), token_and_mean (of patches), or none",
+    "summary": SUMMARY_OPTION,
     "final_norm": "true puts the last map of a ConvNeXt through its head's norm, as DINOv3 does",
     "create": "further arguments of timm.create_model",
     "prefix": "prefix of the model's tensors in the file; empty finds it",
@@ -62,9 +62,6 @@ class TimmTower(nn.Module):
             _keep_blocks(model, blocks)
         self.model: Any = model
         self.summary = summary or _usual_summary(model)
-        if self.summary.startswith("token") and getattr(model, "cls_token", None) is None:
-            kind = type(model).__name__
-            raise ConfigError(f"options.summary: {summary}: timm's {kind} has no class token")
         self.norm = _norm_of_head(model) if final_norm else nn.Identity()
         self.stage = stage
         self.stated_stride = _stated_stride(model, -1 if stage is None else stage)
@@ -94,15 +91,14 @@ class TimmTower(nn.Module):
         return [by_index[index] for index in indices]
 
     def _summary(self, final: Tensor) -> Tensor | None:
-        if self.summary == "none":
-            return None
+        token, pooled, patches = None, None, final
+        if _has_token(self.model):
+            token, patches = final[:, 0], final[:, getattr(self.model, "num_prefix_tokens", 1) :]
         if self.summary == "pool":
             # A model that is asked for outputs projects what it has pooled to them.
-            return self.model.forward_head(final, pre_logits=not self.model.num_classes)  # [B, S]
-        token = final[:, 0]  # [B, C]
-        if self.summary == "token":
-            return token
-        return torch.cat([token, final[:, self.model.num_prefix_tokens :].mean(1)], dim=1)
+            pooled = self.model.forward_head(final, pre_logits=not self.model.num_classes)  # [B, S]
+        kind = f"timm's {type(self.model).__name__}"
+        return summary_of(self.summary, kind, token=token, pooled=pooled, patches=patches)
 
     def _map(self, final: Tensor, pixels: Tensor) -> Tensor:
         kind = type(self.model).__name__
@@ -129,7 +125,11 @@ class TimmTower(nn.Module):
 def _usual_summary(model: Any) -> str:
     if _is_sam(model):
         return "none"
-    return "pool" if getattr(model, "cls_token", None) is None else "token"
+    return "token" if _has_token(model) else "pool"
+
+
+def _has_token(model: Any) -> bool:
+    return getattr(model, "cls_token", None) is not None
 
 
 def _norm_of_head(model: Any) -> nn.Module:

@@ -239,6 +239,30 @@ def test_transformers__equals_last_hidden_state_without_its_prefix(name, prefix)
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("name", ["tiny_clip", "tiny_dinov2", "tiny_dinov3", "tiny_radio"])
+def test_transformers__summary_is_what_the_option_says(name):
+    plain, pixels = tower_and_pixels(name)
+    teachers = {
+        mode: build_teacher(name, TeacherConfig(preset=name, options={"summary": mode}))
+        for mode in ("token", "pool", "token_and_mean", "none")
+    }
+    found = {mode: teacher.tower(pixels) for mode, teacher in teachers.items()}
+    usual, spatial = plain(pixels)
+    token = plain.model(pixels).last_hidden_state[:, 0]
+    if name == "tiny_clip":  # its class token has a norm of its own, before the projection
+        token = plain.model.vision_model(pixels).pooler_output
+    assert torch.equal(found["token"][0], token)
+    assert torch.equal(found["pool"][0], usual)
+    both = torch.cat([token, spatial.mean((2, 3))], 1)
+    torch.testing.assert_close(found["token_and_mean"][0], both)
+    for mode, teacher in teachers.items():
+        width = None if mode == "none" else found[mode][0].shape[1]
+        assert teacher.spec.summary_channels == width
+        assert torch.equal(found[mode][1], spatial), mode
+    assert found["none"][0] is None
+
+
+@torch.no_grad()
 def test_transformers__sam_equals_its_encoder():
     tower, pixels = tower_and_pixels("tiny_sam")
     summary, spatial = tower(pixels)
@@ -321,6 +345,8 @@ def test_text_encoder__a_teacher_without_text_says_so():
         ("tiny_clip", {"config": "clip"}, "'clip'"),
         ("tiny_vit", {"summary": "cls"}, "token_and_mean"),
         ("tiny_cnn", {"summary": "token"}, "no class token"),
+        ("tiny_siglip", {"summary": "token"}, "SiglipVisionModel has no class token"),
+        ("tiny_sam", {"summary": "pool"}, "SamVisionModel pools nothing"),
         ("tiny_cnn", {"final_norm": True}, "no norm of maps"),
         ("tiny_vit", {"create": {"mlp_layer": "SwiGluPacked"}}, "'SwiGLUPacked'"),
         ("timm", {"model": "resnet18", "create": {"in_chans": 6}}, "6 channels"),

@@ -78,6 +78,28 @@ def test_generic__equals_the_library_s_last_hidden_state(kind, tmp_path):
         assert other.spatial.shape == (1, teacher.spec.channels, 2, 3)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("kind", "refused"), [("vit", ["pool"]), ("ijepa", ["token", "token_and_mean"])]
+)
+def test_generic__summary_is_what_the_option_says(kind, refused, tmp_path):
+    name, _, values, _, _ = MODELS[kind]
+    folder = folder_of(model_of(kind, name, values), tmp_path)
+    for choice in refused:
+        with pytest.raises(ConfigError, match=rf"options\.summary: {choice}: "):
+            load(folder, summary=choice, **HALF)
+    pixels, plain = torch.rand(2, 3, 64, 64), load(folder, **HALF)
+    usual, spatial = plain.encode(pixels)
+    mean = spatial.mean((2, 3))
+    if kind == "vit":
+        both = load(folder, summary="token_and_mean", **HALF)
+        assert both.spec.summary_channels == 64
+        torch.testing.assert_close(both.encode(pixels).summary, torch.cat([usual, mean], 1))
+    else:
+        pooled = load(folder, summary="pool", **HALF).encode(pixels).summary
+        torch.testing.assert_close(pooled, mean)
+
+
 def test_generic__a_model_that_masks_its_input_is_no_teacher(tmp_path):
     decoder = {"decoder_num_attention_heads": 2, "decoder_hidden_size": 32,
                "decoder_num_hidden_layers": 1, "decoder_intermediate_size": 32}  # fmt: skip

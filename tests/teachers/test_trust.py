@@ -216,6 +216,13 @@ def test_trust_remote_code__with_the_field_the_model_is_the_one_of_the_code(odd,
     )
     torch.testing.assert_close(found.spatial, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found.summary, state["token"][0].expand(2, -1))
+    options = {"trust_remote_code": True, "summary": "token_and_mean"}
+    both = build("transformers", folder, options=options)
+    assert both.spec.summary_channels == 24
+    expected = torch.cat([found.summary, found.spatial.mean((2, 3))], 1)
+    torch.testing.assert_close(both.encode(pixels).summary, expected)
+    with pytest.raises(ConfigError, match="OddModel pools nothing"):
+        build("transformers", folder, options={**options, "summary": "pool"})
 
 
 def test_trust_remote_code__code_that_fails_is_one_line(odd):
