@@ -1,6 +1,6 @@
 """What a suite of benchmarks costs with a recipe's student: a table of ``radio-distill plan``."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -35,10 +35,18 @@ def measured_student(recipe: Recipe) -> Iterator[Encoder]:
 
 
 def print_suite(
-    console: Console, recipe: Recipe, suite: Suite, device: DeviceType, kind: str
+    console: Console,
+    recipe: Recipe,
+    suite: Suite,
+    device: DeviceType,
+    kind: str,
+    among: Collection[str] = (),
 ) -> None:
-    """Print what each benchmark of a suite takes with the student on one device, and all."""
-    benchmarks, left_out = counted(recipe.evaluation, suite)
+    """Print what each benchmark of a suite takes with the student on one device, and all.
+
+    ``among`` are those of the suite that are asked; empty for every one.
+    """
+    benchmarks, left_out = counted(recipe.evaluation, suite, among)
     with measured_student(recipe) as encoder:
         prices = priced(benchmarks, encoder, device)
     console.print(

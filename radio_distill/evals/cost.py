@@ -7,7 +7,7 @@ else is float32. Left out: losses and metrics, text towers, SAM's decoder, the t
 fidelity compares with, and the augmentation of images.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -59,13 +59,16 @@ class Price:
     """Of one core that decodes the images."""
 
 
-def counted(config: EvaluationConfig, suite: Suite) -> tuple[dict[str, Counted], dict[str, str]]:
+def counted(
+    config: EvaluationConfig, suite: Suite, among: Collection[str] = ()
+) -> tuple[dict[str, Counted], dict[str, str]]:
     """Count what the benchmarks of a suite ask, and say why each that is left out is.
 
     A data set that ``config`` does not name, or that cannot be read, is taken to be whole.
+    ``among`` and errors are as for :func:`.suites.with_suite`.
     """
     named = {name: name for name in DATASETS.names()} | config.data
-    asked, left_out = with_suite(replace(config, data=named), suite)
+    asked, left_out = with_suite(replace(config, data=named), suite, among)
     found = {}
     for name in asked.benchmarks:
         benchmark: Any = make(name, asked)

@@ -181,6 +181,12 @@ def evaluation_with(recipe: Recipe, fields: Sequence[str]) -> EvaluationConfig:
     return changed.evaluation
 
 
+def chosen_benchmarks(evaluation: EvaluationConfig, fields: Sequence[str]) -> tuple[str, ...]:
+    """Return the benchmarks that fields of the command line take of a suite; none for all."""
+    is_chosen = any(field.startswith("evaluation.benchmarks") for field in fields)
+    return tuple(evaluation.benchmarks) if is_chosen else ()
+
+
 def in_suite(
     suite: Suite | None, evaluation: EvaluationConfig, fields: Sequence[str]
 ) -> EvaluationConfig:
@@ -193,8 +199,7 @@ def in_suite(
     from radio_distill.data.find import say_once
     from radio_distill.evals.suites import with_suite
 
-    is_chosen = any(field.startswith("evaluation.benchmarks") for field in fields)
-    asked, left_out = with_suite(evaluation, suite, evaluation.benchmarks if is_chosen else ())
+    asked, left_out = with_suite(evaluation, suite, chosen_benchmarks(evaluation, fields))
     if left_out:
         reasons = "; ".join(
             f"{', '.join(name for name in left_out if left_out[name] == reason)} ({reason})"

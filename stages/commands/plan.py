@@ -21,7 +21,7 @@ from radio_distill.system.progress import duration
 
 from ..arguments import add_recipe_argument, add_trust_argument
 from ..recipes import Asked, load_recipe
-from .evaluate import add_suite_argument
+from .evaluate import add_suite_argument, chosen_benchmarks
 
 if TYPE_CHECKING:
     from torch import nn
@@ -107,7 +107,8 @@ def run(arguments: argparse.Namespace) -> int:
     )
     if arguments.suite:
         with _without_collector():
-            print_suite(console, recipe, arguments.suite, device, kind)
+            among = chosen_benchmarks(recipe.evaluation, asked.fields)
+            print_suite(console, recipe, arguments.suite, device, kind, among)
     for plan in plans:
         for line in hints(plan.stage):
             console.print(f"Note: {line}", markup=False, highlight=False, soft_wrap=True)

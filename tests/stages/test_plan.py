@@ -1,6 +1,7 @@
 """``radio-distill plan``, as a user calls it."""
 
 import argparse
+import re
 import shlex
 from pathlib import Path
 
@@ -63,6 +64,15 @@ def test_plan__prices_a_suite(recipe, capsys):
     assert knn[1:6] == ["published", "set", "120", "120", "224x224"]
     assert "not in it: knn: needs evaluation.labels" in out
     assert "not in it: agreement:" in out  # its folder is not there
+
+
+def test_plan__prices_those_benchmarks_of_a_suite_that_are_named(recipe, capsys):
+    named = ["--evaluation.benchmarks", "[imagenet_knn, knn]"]
+    status, out, _ = output_of(capsys, recipe, "--devices", "1", "--suite", "quick", *named)
+    assert status == 0
+    asked = out.partition("Suite quick")[2].partition("Images:")[0].splitlines()[2:]
+    assert [line.split()[0] for line in asked if line.strip()] == ["imagenet_knn", "all"]
+    assert re.findall(r"not in it: (\w+)", out) == ["knn"]
 
 
 def test_plan__prints_everything_and_writes_nothing(recipe, capsys, tmp_path):
