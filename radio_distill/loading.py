@@ -4,9 +4,10 @@
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -15,18 +16,22 @@ from .config import Recipe, StudentConfig, build, for_stage
 from .config import load as load_recipe
 from .errors import WeightsError
 from .export.folded import FoldedStudent, folded
-from .models.backbone import StudentEncoder
+from .models.backbone import StudentEncoder, as_encoder
 from .models.body import Body
 from .models.build import build_body
-from .models.heads import head_for
+from .models.heads import build_student, head_for
 from .models.spectral import fold
 from .train import checkpoint as checkpoints
 from .train.checkpoint import Checkpoint
 from .train.restore import load_student
+from .types import TeacherSpec
 from .weights.files import find_checkpoint as find_checkpoint
 from .weights.files import read_checkpoint, read_json
 from .weights.pretrained import initialise
 from .weights.radio import read_radio, student_config
+
+DESCRIPTION = "radio_distill.json"
+"""What an export says of its student and its heads."""
 
 
 def load(
@@ -46,19 +51,43 @@ def load(
         CheckpointError: where a folder is none of these, or may not be read.
         UnknownNameError: where there is no head of a name.
     """
-    path = Path(os.path.expanduser(path))  # pathlib's fails where there is no home
-    checkpoints.refuse_unreadable(path)
-    if not path.exists():
-        raise WeightsError(f"nothing at {path}: expected a run, a checkpoint or a model folder")
-    if (path / "radio_distill.json").is_file():
+    path = _checked(path)
+    if (path / DESCRIPTION).is_file():
         model = _read_export(path)
-    elif path.is_file() or (path / "config.json").is_file():
+    elif _may_be_radio(path):
         model = _read_radio(path)
     else:
         model = _read_run(find_checkpoint(path), with_heads=heads is None or len(heads) > 0)
     if heads is not None:
         model.keep(heads)
     return model.requires_grad_(True).to(device).eval()
+
+
+def describe(path: str | Path, heads: Sequence[str] | None = None) -> StudentEncoder:
+    """Return the student that :func:`load` would, of which only mean and std of pixels are read.
+
+    All else is on the meta device: what it is follows from the recipe of a checkpoint, or from what
+    an export says beside its weights. A published RADIO model says too little there, and is loaded.
+    Checksums are not verified. Arguments and errors are those of :func:`load`.
+    """
+    path = _checked(path)
+    if (path / DESCRIPTION).is_file():
+        model = _describe_export(path)
+    elif _may_be_radio(path):
+        model = _read_radio(path)
+    else:
+        model = _describe_run(find_checkpoint(path, verified=False))
+    if heads is not None:
+        model.keep(heads)
+    return model.eval()
+
+
+def without_data(
+    config: StudentConfig, teachers: Mapping[str, TeacherSpec], native_size: int
+) -> StudentEncoder:
+    """Build a student with all its heads on the meta device."""
+    with torch.device("meta"):
+        return as_encoder(build_student(config, teachers), config, teachers, native_size)
 
 
 def from_config(
@@ -86,6 +115,18 @@ def from_config(
     return StudentEncoder(student, config, summary_slots=slots).to(device).eval()
 
 
+def _checked(path: str | Path) -> Path:
+    path = Path(os.path.expanduser(path))  # pathlib's fails where there is no home
+    checkpoints.refuse_unreadable(path)
+    if not path.exists():
+        raise WeightsError(f"nothing at {path}: expected a run, a checkpoint or a model folder")
+    return path
+
+
+def _may_be_radio(path: Path) -> bool:
+    return path.is_file() or (path / "config.json").is_file()
+
+
 def _read_run(checkpoint: Checkpoint, with_heads: bool) -> StudentEncoder:
     if with_heads:
         student = folded(checkpoint)
@@ -103,18 +144,56 @@ def _read_run(checkpoint: Checkpoint, with_heads: bool) -> StudentEncoder:
     )
 
 
-def _read_export(folder: Path) -> StudentEncoder:
-    description = read_json(folder / "radio_distill.json")
+def _describe_run(checkpoint: Checkpoint) -> StudentEncoder:
+    recipe = checkpoint.recipe
+    size = max(recipe.stages[checkpoint.stage].largest_size)
+    model = without_data(recipe.student.plain, checkpoint.teachers, size)
+    for name, values in checkpoint.student_tensors(("student.mean", "student.std")).items():
+        setattr(model.student, name.removeprefix("student."), values)
+    return model
+
+
+class _Export(NamedTuple):
+    """What an exported folder says beside its weights."""
+
+    config: StudentConfig
+    teachers: dict[str, TeacherSpec]
+    summary_slots: list[int]
+    native_size: int
+    pixels: dict[str, list[float]]
+    """Their ``mean`` and ``std``."""
+
+
+def _exported(folder: Path) -> _Export:
+    description = read_json(folder / DESCRIPTION)
+    settings = read_json(folder / "config.json")  # of transformers, or of timm
     try:
         config: StudentConfig = build(StudentConfig, description["student"])
         teachers = checkpoints.specs_of(description["teachers"])
         slots = list(description["summary_slots"].values())
+        published = settings.get("pretrained_cfg", {})
+        native_size = settings.get("image_size") or max(published["input_size"][1:])
+        pixels = {name: settings.get(f"norm_{name}") or published[name] for name in ("mean", "std")}
     except (KeyError, TypeError, AttributeError) as error:
         raise WeightsError(
-            f"{folder}/radio_distill.json is not what an export writes: {error}"
+            f"{folder}/{DESCRIPTION} is not what an export writes: {error}"
         ) from error
     # Sum and grid are those of what its training started from.
     config = replace(config, pretrained_sha256="", pretrained_grid=())
+    return _Export(config, teachers, slots, native_size, pixels)
+
+
+def _describe_export(folder: Path) -> StudentEncoder:
+    export = _exported(folder)
+    model = without_data(export.config, export.teachers, export.native_size)
+    model.summary_slots = export.summary_slots
+    for name, values in export.pixels.items():
+        setattr(model.student, name, torch.tensor(values).view(3, 1, 1))
+    return model
+
+
+def _read_export(folder: Path) -> StudentEncoder:
+    config, teachers, slots, native_size, _ = _exported(folder)
     student = _initialised(config, folder, len(teachers))
     heads = {name: head_for(student, spec, config) for name, spec in teachers.items()}
     file = folder / "adaptors.safetensors"
@@ -124,9 +203,6 @@ def _read_export(folder: Path) -> StudentEncoder:
         raise WeightsError(
             f"{file} does not hold the heads that are described beside it"
         ) from error
-    settings = read_json(folder / "config.json")  # of transformers, or of timm
-    published = settings.get("pretrained_cfg", {})
-    native_size = settings.get("image_size") or max(published["input_size"][1:])
     return StudentEncoder(student, config, teachers, heads, slots, native_size)
 
 

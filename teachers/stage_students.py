@@ -7,11 +7,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
 
-import torch
-
 from radio_distill.config import StudentConfig, build, dump, parse_yaml
-from radio_distill.models.backbone import StudentEncoder, as_encoder
-from radio_distill.models.heads import build_student
+from radio_distill.loading import without_data
+from radio_distill.models.backbone import StudentEncoder
 from radio_distill.types import IMAGENET_MEAN, IMAGENET_STD, TeacherSpec
 
 from .presets import Preset
@@ -51,5 +49,4 @@ def _encoder(config: str, specs: tuple[TeacherSpec, ...], native_size: int) -> S
     """Build a student, of its section as YAML, without data: a large one takes seconds."""
     student = build(StudentConfig, parse_yaml(config))
     teachers = {spec.name: spec for spec in specs}
-    with torch.device("meta"):
-        return as_encoder(build_student(student, teachers), student, teachers, native_size)
+    return without_data(student, teachers, native_size)

@@ -158,7 +158,8 @@ def write_run(
         for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter.data.normal_(1, 0.3)
-        model.student.prefix_tokens.data.normal_()
+        if recipe.student.body == "vit":
+            model.student.prefix_tokens.data.normal_()
         widths = {key: sizes[0] for key, sizes in CHANNELS.items()}
         widths |= {f"{key}.summary": sizes[1] for key, sizes in CHANNELS.items() if sizes[1]}
         statistics = random_statistics(recipe, widths)

@@ -27,13 +27,13 @@ import json
 import logging
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -82,7 +82,7 @@ class Best:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint folder: one whose files were verified, or one that is about to be written."""
+    """A checkpoint folder: one that was read, or one that is about to be written."""
 
     folder: Path
     step: int
@@ -106,18 +106,21 @@ class Checkpoint:
         """Return whether it holds that file (``ema`` and ``loss`` are optional)."""
         return (self.folder / f"{part}.safetensors").exists()
 
-    def tensors(self, part: str) -> dict[str, Tensor]:
-        """Read one of its files; raises CheckpointError where it is damaged."""
+    def tensors(self, part: str, names: Collection[str] = ()) -> dict[str, Tensor]:
+        """Read one of its files, or some tensors of it; raises CheckpointError where damaged."""
         path = self.folder / f"{part}.safetensors"
         refuse_unreadable(path)
         try:
-            return load_file(path)
+            if not names:
+                return load_file(path)
+            with safe_open(path, "pt") as file:
+                return {name: file.get_tensor(name) for name in names}
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{path} is damaged: {reason_of(error)}") from error
 
-    def student_tensors(self) -> dict[str, Tensor]:
-        """Weights to use: those of the EMA where there is one."""
-        return self.tensors(EMA if self.has(EMA) else STUDENT)
+    def student_tensors(self, names: Collection[str] = ()) -> dict[str, Tensor]:
+        """Weights to use, or some of them: those of the EMA where there is one."""
+        return self.tensors(EMA if self.has(EMA) else STUDENT, names)
 
     @property
     def weights_sha256(self) -> str:
@@ -157,15 +160,17 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
-def read(folder: Path) -> Checkpoint:
-    """Open a checkpoint and verify its files.
+def read(folder: Path, verified: bool = True) -> Checkpoint:
+    """Open a checkpoint and verify its files; else they must be there, and are not read.
 
     Raises:
         CheckpointError: where it is damaged or not a checkpoint.
     """
     meta = _read_meta(folder)
     try:
-        _verify_parts(folder, meta["sha256"])
+        _check_parts(folder, meta["sha256"])
+        if verified:
+            _verify_parts(folder, meta["sha256"])
         recipe: Recipe = build(Recipe, with_new_names(parse_yaml(meta["recipe"])))
         return Checkpoint(
             folder,
@@ -242,15 +247,18 @@ def _read_meta(folder: Path) -> dict[str, Any]:
     return meta
 
 
-def _verify_parts(folder: Path, sums: Mapping[str, str]) -> None:
+def _check_parts(folder: Path, sums: Mapping[str, str]) -> None:
     present = {path.name for path in folder.glob("*.safetensors") if path.is_file()}
     if not present or present != set(sums):
         raise CheckpointError(
             f"{folder} is not a whole checkpoint: it has the files {', '.join(sorted(present))}, "
             f"{META} names {', '.join(map(repr, sums))}"
         )
-    for name in present:
-        if sha256_of(folder / name) != sums[name]:
+
+
+def _verify_parts(folder: Path, sums: Mapping[str, str]) -> None:
+    for name, expected in sums.items():
+        if sha256_of(folder / name) != expected:
             raise CheckpointError(f"{folder / name} is damaged: its sha256 differs from {META}")
 
 
@@ -279,10 +287,10 @@ def specs_of(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, TeacherSpec]:
     return specs
 
 
-def newest(root: Path, stage: str = "") -> Checkpoint | None:
+def newest(root: Path, stage: str = "", verified: bool = True) -> Checkpoint | None:
     """Return the newest whole checkpoint under ``root``, saying which ones were passed over.
 
-    Where a stage is named, those of another are passed over too.
+    Where a stage is named, those of another are passed over too. ``verified`` as for :func:`read`.
 
     Raises:
         UnreadableError: where one may not be read; it may be the newest.
@@ -290,7 +298,7 @@ def newest(root: Path, stage: str = "") -> Checkpoint | None:
     refuse_unreadable(root)
     for folder in checkpoint_folders(root):
         try:
-            checkpoint = read(folder)
+            checkpoint = read(folder, verified)
             if stage and checkpoint.stage != stage:
                 raise CheckpointError(f"{folder} is of {checkpoint.stage!r}, not of {stage}")
             return checkpoint
@@ -309,8 +317,10 @@ def refuse_unreadable(path: Path) -> None:
         raise UnreadableError(unreadable(error)) from error
 
 
-def find(path: Path) -> Checkpoint:
+def find(path: Path, verified: bool = True) -> Checkpoint:
     """Open a checkpoint folder, or the newest of a stage's or a ``checkpoints`` folder.
+
+    ``verified`` as for :func:`read`.
 
     Raises:
         CheckpointError: where there is none, or where it may not be read.
@@ -319,8 +329,9 @@ def find(path: Path) -> Checkpoint:
     if not is_there(path):
         raise CheckpointError(f"no whole checkpoint in {path}, which is not there")
     if is_there(path / META):
-        return read(path)
-    checkpoint = newest(path / "checkpoints") or newest(path)
+        return read(path, verified)
+    folders = path / "checkpoints", path
+    checkpoint = newest(folders[0], verified=verified) or newest(folders[1], verified=verified)
     if checkpoint is None:
         raise CheckpointError(f"no whole checkpoint in {path}")
     return checkpoint

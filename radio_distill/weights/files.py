@@ -274,8 +274,10 @@ def checksummed_files(path: Path) -> list[Path]:
     return [*files, heads] if heads.is_file() else files
 
 
-def find_checkpoint(path: Path) -> Checkpoint:
+def find_checkpoint(path: Path, verified: bool = True) -> Checkpoint:
     """Open a checkpoint, the newest of a stage folder, or that of a run's last stage.
+
+    Its files are read and ``verified``; else they must be there.
 
     Raises:
         CheckpointError: where there is none, or a run has several last stages.
@@ -290,7 +292,7 @@ def find_checkpoint(path: Path) -> Checkpoint:
             )
         path = stages[-1]
     try:
-        return checkpoints.find(path)
+        return checkpoints.find(path, verified)
     except UnreadableError:
         raise
     except CheckpointError as error:

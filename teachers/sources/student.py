@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from radio_distill.errors import ConfigError, WeightsError
+from radio_distill.loading import describe
 from radio_distill.loading import load as load_student
 from radio_distill.models.backbone import StudentEncoder
 from radio_distill.models.build import build_body
@@ -29,6 +30,7 @@ class StudentTower(nn.Module):
     def __init__(self, encoder: StudentEncoder, head: str):
         super().__init__()
         self.backbone, self.head = encoder, head
+        self.stated_stride = encoder.patch_size
         with torch.no_grad():  # pixels arrive normalised
             encoder.student.mean.zero_()
             encoder.student.std.fill_(1)
@@ -54,7 +56,8 @@ def complete(preset: Preset, weights_path: str) -> Preset:
         return preset
     if not weights_path:
         raise ConfigError(_MISSING)
-    return described(preset, _load(Path(weights_path), preset.arguments.get("head", "")))
+    head = preset.arguments.get("head", "")
+    return described(preset, describe(Path(weights_path), heads=(head,) if head else ()))
 
 
 def described(preset: Preset, encoder: StudentEncoder) -> Preset:
@@ -100,11 +103,7 @@ def locate(preset: Preset) -> Path:
 def load(preset: Preset, path: Path) -> StudentTower:
     """Load the student in ``path``, its matrices folded."""
     head = preset.arguments.get("head", "")
-    return StudentTower(_load(path, head), head)
-
-
-def _load(path: Path, head: str) -> StudentEncoder:
-    return load_student(path, heads=(head,) if head else ())
+    return StudentTower(load_student(path, heads=(head,) if head else ()), head)
 
 
 def _licence(encoder: StudentEncoder) -> str:

@@ -1,12 +1,26 @@
 """A student as a teacher: the same features, and what it says of itself."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import radio_distill
 from radio_distill.config import TeacherConfig
 from radio_distill.errors import CheckpointError, ConfigError, UnknownNameError, WeightsError
+from radio_distill.export.folded import folded
+from radio_distill.export.timm import Timm
+from radio_distill.export.transformers import Transformers
+from radio_distill.export.write import export
+from radio_distill.train import checkpoint
+from radio_distill.train.checkpointer import save
 from teachers import build_module, build_teacher, teacher_spec
+from teachers.options import chosen
+from teachers.sources import student
+from teachers.sources.student import described
+
+PIXELS = ("student.mean", "student.std")
 
 
 def teacher(path, **options):
@@ -56,6 +70,53 @@ def test_run__the_plan_sees_the_same_tensors_without_weights(write_run):
     assert (spec.channels, spec.summary_channels, spec.weights_hash) == (12, 5, "")
 
 
+def with_own_pixels(run):
+    """Add a checkpoint whose mean and std are no architecture's; returns the run."""
+    old = checkpoint.find(run / "stage1")
+    tensors = old.tensors("student")
+    tensors["student.mean"] = torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1)
+    tensors["student.std"] = torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1)
+    parts = {"student": tensors, "statistics": old.tensors("statistics")}
+    folder = checkpoint.folder_of(old.folder.parent, 8)
+    save(replace(old, folder=folder, step=8), parts, 1)
+    return run
+
+
+BODIES = {
+    "vit": {"registers": 3, "spectral_reparametrization": True},
+    "timm": {"body": "timm", "architecture": "test_convnext", "patch_size": 32, "registers": 0},
+}
+
+
+@pytest.mark.parametrize("is_export", [False, True])
+@pytest.mark.parametrize("body", BODIES)
+def test_describing__tells_what_the_loaded_one_is_from_its_mean_and_std_alone(
+    write_run, tmp_path, body, is_export
+):
+    folder = run = with_own_pixels(write_run(**BODIES[body]))
+    if is_export:
+        folder = tmp_path / "export"
+        format = Transformers() if body == "vit" else Timm()
+        export(folded(checkpoint.find(run / "stage1")), folder, format)
+    weights = {"preset": "student", "weights": str(folder)}
+    configs = [
+        TeacherConfig(**weights, options={"head": head} if head else {})
+        for head in ("", "dino", "sam")
+    ]
+    loaded = [
+        described(chosen(config), radio_distill.load(folder, [*config.options.values()]))
+        for config in configs
+    ]
+    for file in folder.rglob("*.safetensors"):  # and nothing else is there to be read
+        kept = {name: value for name, value in load_file(file).items() if name in PIXELS}
+        save_file(kept, file)
+    with pytest.raises((CheckpointError, WeightsError)):
+        radio_distill.load(folder)
+    for config, preset in zip(configs, loaded, strict=True):
+        assert preset.mean == pytest.approx((0.1, 0.2, 0.3))
+        assert student.complete(chosen(config), config.weights) == preset
+
+
 def test_run__its_hash_is_that_of_its_weights(write_run):
     first, again = teacher(write_run()), teacher(write_run())
     other = teacher(write_run("another"))
@@ -72,11 +133,6 @@ def test_run__of_windows_takes_sizes_that_the_patch_divides(write_run):
 @pytest.mark.parametrize("preset", ["student", "radio"])
 def test_export__is_the_run(write_run, tmp_path, preset):
     """As a student, and as any RADIO: with the mean and std that its body was trained with."""
-    from radio_distill.export.folded import folded
-    from radio_distill.export.transformers import Transformers
-    from radio_distill.export.write import export
-    from radio_distill.train import checkpoint
-
     run, folder = write_run(), tmp_path / "export"
     export(folded(checkpoint.find(run / "stage1")), folder, Transformers())
     mine = build_teacher("mine", TeacherConfig(preset=preset, weights=str(folder)))
@@ -87,11 +143,6 @@ def test_export__is_the_run(write_run, tmp_path, preset):
 
 @torch.no_grad()
 def test_timm_export__is_the_run(write_run, tmp_path):
-    from radio_distill.export.folded import folded
-    from radio_distill.export.timm import Timm
-    from radio_distill.export.write import export
-    from radio_distill.train import checkpoint
-
     run, folder = write_run(), tmp_path / "export"
     export(folded(checkpoint.find(run / "stage1")), folder, Timm())
     mine = build_teacher("mine", TeacherConfig(preset="timm", weights=str(folder)))
