@@ -43,11 +43,13 @@ class Teacher(Protocol):
 class LayeredTeacher(Teacher, Protocol):
     """A teacher that may be asked for inner layers, which dense probes read."""
 
-    def layers(self, pixels: "Tensor", count: int) -> "list[Tensor]":
-        """Return the maps ``[B, C, h, w]`` of ``count`` layers, evenly spread over the depth.
+    def layers(self, pixels: "Tensor", count: int) -> "list[Features]":
+        """Return the features of ``count`` layers, evenly spread over the depth.
 
-        Each has gone through the final norm, prefix tokens are cut, and the last is the map of
-        :meth:`encode`. Raises NoLayersError, naming the teacher, where its library gives none.
+        Each has gone through the final norm, and the last one's map is that of :meth:`encode`. The
+        summary of a layer is its class token, before any projection, or of several those that the
+        model's own summary is made of, side by side; None where there is none. Raises
+        NoLayersError, naming the teacher, where its library gives no layers.
         """
         ...
 

@@ -48,6 +48,11 @@ class Features(NamedTuple):
     spatial: "Tensor"
     """``[B, C, h, w]``: patch tokens only, never class or register tokens."""
 
+    def to_float(self) -> "Features":
+        """Return them in float32."""
+        summary = None if self.summary is None else self.summary.float()
+        return Features(summary, self.spatial.float())
+
     @classmethod
     def joined(cls, parts: "Sequence[Features]") -> "Features":
         """Put the batches of some parts of a batch together; one part is not copied."""

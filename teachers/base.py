@@ -71,15 +71,18 @@ class FrozenTeacher:
         return Features(summary, spatial.contiguous(memory_format=torch.channels_last))
 
     @torch.no_grad()
-    def layers(self, pixels: Tensor, count: int) -> list[Tensor]:
-        """Return the float32 maps ``[B, C, h, w]`` of ``count`` layers, spread over the depth.
+    def layers(self, pixels: Tensor, count: int) -> list[Features]:
+        """Return the float32 features of ``count`` layers, spread over the depth.
+
+        The summary of a layer is its class tokens, see
+        :class:`radio_distill.protocols.LayeredTeacher`.
 
         Raises:
             ConfigError: a size that this teacher cannot take.
             NoLayersError: a tower that gives no layers.
         """
         parts = self._in_parts(pixels, partial(self._layers, count=count))
-        return [torch.cat(layer) for layer in zip(*parts, strict=True)]
+        return [Features.joined(layer) for layer in zip(*parts, strict=True)]
 
     def _in_parts(self, pixels: Tensor, run: Callable[[Tensor], Output]) -> list[Output]:
         """Run on ``micro_batch`` images at a time."""
@@ -106,16 +109,16 @@ class FrozenTeacher:
                 f"{height}x{width} pixels, not {format_size(grid)} as its patch "
                 f"{self.spec.patch_size} says; show it {format_size(self.spec.native_size)}"
             )
-        return Features(None if summary is None else summary.float(), spatial.float())
+        return Features(summary, spatial).to_float()
 
-    def _layers(self, pixels: Tensor, count: int) -> list[Tensor]:
+    def _layers(self, pixels: Tensor, count: int) -> list[Features]:
         layers = getattr(self.tower, "layers", None)
         what = f"teacher {self.spec.name!r} has no inner layers to read"
         if layers is None:
             raise NoLayersError(f"{what}: its source gives none")
         try:
             with self._autocast():
-                return [layer.float() for layer in layers(self._normalised(pixels), count)]
+                return [layer.to_float() for layer in layers(self._normalised(pixels), count)]
         except ConfigError as error:
             raise NoLayersError(f"{what}: {error}") from error
 

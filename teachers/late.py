@@ -34,8 +34,8 @@ class LateTeacher:
         """Encode ``[B, 3, H, W]`` as the teacher does, which stays until :meth:`release`."""
         return self._loaded().encode(pixels)
 
-    def layers(self, pixels: Tensor, count: int) -> list[Tensor]:
-        """Return the maps of inner layers, as the teacher does."""
+    def layers(self, pixels: Tensor, count: int) -> list[Features]:
+        """Return the features of inner layers, as the teacher does."""
         return self._loaded().layers(pixels, count)
 
     def _loaded(self) -> LayeredTeacher:

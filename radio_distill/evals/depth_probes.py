@@ -230,12 +230,13 @@ class NyuDepth(TrainedBenchmark):
     far: float = 10.0
     """Greatest depth that counts, in metres."""
     num_layers: Literal[1, 4] = 4
-    """4 as they are, or the last one with the encoder's summary in each cell: DINOv2's lin1, where
-    that is [CLS]. Its lin4 has [CLS] of each of the four, which is not read here."""
+    """DINOv2's lin4, with [CLS] of each of the four in each cell of its map; or lin1, the last with
+    the encoder's summary, if any, which is [CLS] of DINOv2 and may be pooled elsewhere."""
 
     name: ClassVar[str] = "nyu_depth"
     sources: ClassVar[Mapping[str, str]] = {"data": "data.nyu_depth"}
     group: ClassVar[str] = "NYU depth"
+    reads_summary: ClassVar[bool] = True
     pools_step: ClassVar[bool] = True
     mirrors_test: ClassVar[bool] = True
 
@@ -250,9 +251,9 @@ class NyuDepth(TrainedBenchmark):
         return self.num_layers
 
     @property
-    def reads_summary(self) -> bool:  # type: ignore[override]
-        """Whether it is lin1."""
-        return self.num_layers == 1
+    def version(self) -> int:
+        """Of lin4 without [CLS] it was 1, as it is of lin1."""
+        return 2 if self.num_layers == 4 else 1
 
     def images(self) -> tuple[Sequence[Any], Sequence[Any]]:
         """List BTS' training and test images."""

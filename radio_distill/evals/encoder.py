@@ -82,7 +82,7 @@ class Encoder:
     """The only size it takes, if there is but one."""
     heads: Heads | None = None
     """For fidelity; None for an encoder that imitates no teacher."""
-    inner: Callable[[Tensor, int], list[Tensor]] | None = None
+    inner: Callable[[Tensor, int], list[Features]] | None = None
     """For :meth:`layers`, of pixels as ``encode`` takes them; None where there are none."""
     text: TextTower | None = None
     """Encodes texts into the space of its summary; None where nothing does."""
@@ -111,22 +111,22 @@ class Encoder:
     @torch.inference_mode()
     def __call__(self, pixels: Tensor) -> Features:
         """Encode ``[B, 3, H, W]`` of any size, resized to the nearest that the encoder takes."""
-        summary, spatial = self.encode(self._fitted(pixels))
-        return Features(None if summary is None else summary.float(), spatial.float())
+        return self.encode(self._fitted(pixels)).to_float()
 
     @torch.inference_mode()
-    def layers(self, pixels: Tensor, count: int) -> list[Tensor]:
-        """Return the float32 maps ``[B, C, h, w]`` of ``count`` layers, spread over the depth.
+    def layers(self, pixels: Tensor, count: int) -> list[Features]:
+        """Return the float32 features of ``count`` layers, spread over the depth.
 
         They lie at 1/count, 2/count ... 1 of it; each has gone through the final norm, and the last
-        is the map of a call. ``pixels`` are resized as for a call.
+        one's map is that of a call. A layer's summary is its class tokens, if it has any, see
+        :class:`..protocols.LayeredTeacher`. ``pixels`` are resized as for a call.
 
         Raises:
             NoLayersError: the encoder gives none.
         """
         if self.inner is None:
             raise NoLayersError(f"encoder {self.name!r} has no inner layers to read")
-        return [layer.float() for layer in self.inner(self._fitted(pixels), count)]
+        return [layer.to_float() for layer in self.inner(self._fitted(pixels), count)]
 
     def _fitted(self, pixels: Tensor) -> Tensor:
         size = self.nearest_size((pixels.shape[-2], pixels.shape[-1]))

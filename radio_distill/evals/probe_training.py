@@ -31,7 +31,7 @@ from ..config import DataConfig, EngineConfig, LogConfig, Recipe, WatchConfig
 from ..data.images import to_float
 from ..data.loader import made_by_workers
 from ..data.order import SampleOrder, view_generator
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, DataError, NoLayersError
 from ..protocols import Engine
 from ..stage import Stage
 from ..system.distributed import (
@@ -161,24 +161,34 @@ def encode(benchmark: "TrainedBenchmark", encoder: Encoder, pixels: Tensor) -> M
     """Return the float32 maps that a benchmark's heads read of ``[B, 3, H, W]`` uint8.
 
     On a GPU the encoder computes in bfloat16 where that is native, on a processor in float32.
+
+    Raises:
+        NoLayersError: of several layers and their summaries, where the encoder gives neither, or
+            layers without class token.
     """
     device, layers = torch.device(encoder.device), benchmark.layers
     passes = []
     for some in pixels.split(benchmark.batch_size):
         some = to_float(some.to(device, non_blocking=True))
         with autocast("auto" if device.type == "cuda" else "float32", device):
-            if layers > 1:
-                passes.append(encoder.layers(some, layers))
-            else:
-                passes.append([_last(encoder(some), benchmark.reads_summary)])
+            found = encoder.layers(some, layers) if layers > 1 else [encoder(some)]
+        if benchmark.reads_summary:
+            if layers > 1 and any(layer.summary is None for layer in found):
+                raise NoLayersError(
+                    f"encoder {encoder.name!r} has layers without class token, which "
+                    f"{benchmark.head} reads beside their maps; num_layers: 1 reads the last map"
+                )
+            passes.append([_with_summary(layer) for layer in found])
+        else:
+            passes.append([layer.spatial for layer in found])
     # Joined outside of inference mode, they are tensors that gradients may be computed from.
     return [torch.cat(layer).float() for layer in zip(*passes, strict=True)]
 
 
-def _last(features: Features, with_summary: bool) -> Tensor:
-    """Return the map, ``[B, C, h, w]``, or with the summary in each cell ``[B, C + S, h, w]``."""
+def _with_summary(features: Features) -> Tensor:
+    """Return a map with the summary, if any, in each cell, ``[B, C + S, h, w]``."""
     summary, spatial = features
-    if summary is None or not with_summary:
+    if summary is None:
         return spatial
     height, width = spatial.shape[-2:]
     return torch.cat([spatial, repeat(summary, "b s -> b s h w", h=height, w=width)], dim=1)

@@ -68,7 +68,8 @@ class TrainedBenchmark(ABC):
     layers: ClassVar[int] = 1
     """How many layers of the encoder the heads read."""
     reads_summary: ClassVar[bool] = False
-    """Whether each cell of the last layer's map has the encoder's summary, if any, beside it."""
+    """Whether each cell of a map has the summary beside it: the encoder's, if any, where the last
+    layer is read alone, else the layer's class token, which an encoder must have."""
     shuffles: ClassVar[bool] = True
     """Whether every epoch has an order of its own."""
     mirrors_test: ClassVar[bool] = False
@@ -150,7 +151,7 @@ class TrainedBenchmark(ABC):
     ) -> list[Score]:
         """Train the heads on one split and score them on the other; ``limit`` thins out each.
 
-        An encoder without the inner layers that the heads read gets no score.
+        An encoder without inner layers gets no score where the heads read them.
 
         All processes of a run may call together: they share the images, and get the scores.
         """

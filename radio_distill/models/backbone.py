@@ -168,14 +168,21 @@ class StudentEncoder(nn.Module):
         encoded = self._encode(pixels, fit, (name,))
         return self.heads[name].summarize(*at_slot(encoded, self._slots[name]))
 
-    def layers(self, pixels: Tensor, count: int, fit: Fit = "pad") -> list[Tensor]:
-        """Return the maps ``[B, D, h, w]`` of ``count`` blocks, evenly spread over the depth.
+    def layers(self, pixels: Tensor, count: int, fit: Fit = "pad") -> list[Features]:
+        """Return summaries ``[B, S]`` and maps ``[B, D, h, w]`` of ``count`` blocks.
 
-        The last is the ``features`` of :meth:`forward`, whose ``pixels``, ``fit`` and errors these
-        are.
+        They are evenly spread over the depth. The last are ``summary`` and ``features`` of
+        :meth:`forward`, whose ``pixels``, ``fit`` and errors these are. A summary is of the same
+        tokens in each; it is None of a student without summary, or whose summary is no token.
         """
         prepared, (rows, columns) = self._prepared(pixels, fit)
-        return [layer[:, :, :rows, :columns] for layer in self.student.layers(prepared, count)]
+        layers = []
+        for tokens, spatial in self.student.layers(prepared, count):
+            summary = None
+            if tokens is not None and self.summary_slots:
+                summary = tokens[:, self.summary_slots].flatten(1)
+            layers.append(Features(summary, spatial[:, :, :rows, :columns]))
+        return layers
 
     def keep(self, heads: Sequence[str]) -> None:
         """Drop the heads of all teachers but these; raises UnknownNameError."""

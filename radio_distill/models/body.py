@@ -122,10 +122,11 @@ class Body(nn.Module, ABC):
         """
 
     @abstractmethod
-    def layers(self, pixels: Tensor, count: int) -> list[Tensor]:
-        """Return the maps ``[B, C, h, w]`` of ``count`` layers, spread evenly over the depth.
+    def layers(self, pixels: Tensor, count: int) -> list[tuple[Tensor | None, Tensor]]:
+        """Return what :meth:`forward` does of ``count`` layers, spread evenly over the depth.
 
-        All have the grid of :meth:`forward`'s map, which is the last.
+        All maps ``[B, C, h, w]`` have the grid of the last, which is :meth:`forward`'s. Summary
+        tokens ``[B, T, C]`` are None of a body whose summary is no token.
         """
 
     def check_start(self, pretrained: str) -> None:

@@ -136,20 +136,20 @@ class Student(Body):
     def _parts(self, tokens: Tensor, pixels: Tensor, window: int) -> tuple[Tensor, Tensor]:
         return tokens[:, : self.num_summary_tokens], self._map(tokens, pixels, window)
 
-    def layers(self, pixels: Tensor, count: int) -> list[Tensor]:
-        """Return the maps ``[B, D, h, w]`` of ``count`` blocks, evenly spread over the depth.
+    def layers(self, pixels: Tensor, count: int) -> list[tuple[Tensor | None, Tensor]]:
+        """Return summary tokens and maps of ``count`` blocks, evenly spread over the depth.
 
-        Each has gone through the final norm, where there is one; the last is that of
-        :meth:`forward`, whose arguments and errors it has.
+        They are of the shapes of :meth:`forward`, whose arguments and errors these are, and whose
+        two come last; each has gone through the final norm, where there is one.
         """
         wanted = spread_layers(len(self.blocks), count)
         tokens = self._start(pixels, None, self.window_size)
-        maps = {}
+        found: dict[int, tuple[Tensor | None, Tensor]] = {}
         for index, block in enumerate(self.blocks):
             tokens = self._run_block(index, block, tokens, self.window_size)
             if index in wanted:
-                maps[index] = self._map(self.norm(tokens), pixels, self.window_size)
-        return [maps[index] for index in wanted]
+                found[index] = self._parts(self.norm(tokens), pixels, self.window_size)
+        return [found[index] for index in wanted]
 
     def _start(self, pixels: Tensor, draws: Tensor | None, window: int) -> Tensor:
         """Return the tokens ``[B, P + N, D]`` that the first block takes."""

@@ -152,21 +152,24 @@ class TimmStudent(Body):
             outputs += [self._a_teacher(self._summarised(level)), level.spatial]
         return tuple(outputs)
 
-    def layers(self, pixels: Tensor, count: int) -> list[Tensor]:
-        """Return the maps ``[B, C, h, w]`` of ``count`` blocks or stages, spread over the depth.
+    def layers(self, pixels: Tensor, count: int) -> list[tuple[Tensor | None, Tensor]]:
+        """Return class tokens and maps of ``count`` blocks or stages, spread over the depth.
 
-        Those of stages are resized to the grid of the last, and have channels of their own; the
-        last alone is normalised then.
+        Maps of stages are resized to the grid of the last, and have channels of their own; the
+        last alone is normalised then. Where the summary is a mean or pooled, no token comes.
         """
         grid = self.grid((pixels.shape[-2], pixels.shape[-1]))
         wanted = spread_layers(self.level + 1, count)
         indices = sorted(set(wanted))
-        resized = {}
+        found: dict[int, tuple[Tensor | None, Tensor]] = {}
         for index, level in zip(indices, self._run(pixels, indices)[1], strict=True):
-            resized[index] = _resized(level.spatial, grid)
+            tokens, spatial = None, _resized(level.spatial, grid)
+            if self.summary == "token":
+                tokens = self._a_teacher(self.norm(self._summarised(level)))
             if self.depth or index == self.level:
-                resized[index] = self._normalised(resized[index])
-        return [resized[index] for index in wanted]
+                spatial = self._normalised(spatial)
+            found[index] = tokens, spatial
+        return [found[index] for index in wanted]
 
     def to_timm(self) -> dict[str, Tensor]:
         """Return the weights under the names that they have in the whole timm model.

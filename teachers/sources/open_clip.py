@@ -18,7 +18,7 @@ from radio_distill.errors import ConfigError, WeightsError
 from radio_distill.registry import nearest
 from radio_distill.system.files import reason_of
 from radio_distill.system.redaction import redact
-from radio_distill.types import spread_layers
+from radio_distill.types import Features, spread_layers
 
 from .. import weights
 from ..options import naming_teacher, resolve
@@ -49,13 +49,13 @@ class OpenClipTower(nn.Module):
         summary, tokens = torch.func.functional_call(self.visual, table, (pixels,))
         return summary, rearrange(tokens, "b (h w) c -> b c h w", h=grid[0])
 
-    def layers(self, pixels: Tensor, count: int) -> list[Tensor]:
-        """Return the maps of ``count`` blocks, each normed as the last one is."""
+    def layers(self, pixels: Tensor, count: int) -> list[Features]:
+        """Return class tokens, not projected, and maps of ``count`` blocks, normed as the last."""
         grid = self._grid(pixels)
         indices = spread_layers(len(self.visual.transformer.resblocks), count)
         table = {"visual.positional_embedding": self._positions(grid)}
-        maps = torch.func.functional_call(_Intermediates(self.visual), table, (pixels, indices))
-        by_index = dict(zip(sorted(set(indices)), maps, strict=True))
+        found = torch.func.functional_call(_Intermediates(self.visual), table, (pixels, indices))
+        by_index = dict(zip(sorted(set(indices)), found, strict=True))
         return [by_index[index] for index in indices]
 
     def _grid(self, pixels: Tensor) -> tuple[int, int]:
@@ -72,21 +72,24 @@ class OpenClipTower(nn.Module):
 
 
 class _Intermediates(nn.Module):
-    """A tower whose call gives the maps of some of its blocks."""
+    """A tower whose call gives class tokens and maps of some of its blocks."""
 
     def __init__(self, visual: Any):
         super().__init__()
         self.visual: Any = visual
 
-    def forward(self, pixels: Tensor, indices: list[int]) -> list[Tensor]:
+    def forward(self, pixels: Tensor, indices: list[int]) -> list[Features]:
         output = self.visual.forward_intermediates(
             pixels,
             indices=indices,
             normalize_intermediates=not self.visual.final_ln_after_pool,
             intermediates_only=True,
+            output_extra_tokens=True,
         )
-        maps: list[Tensor] = output["image_intermediates"]
-        return maps
+        levels = zip(
+            output["image_intermediates_prefix"], output["image_intermediates"], strict=True
+        )
+        return [Features(prefix[:, 0], spatial) for prefix, spatial in levels]
 
 
 class TextEncoder:

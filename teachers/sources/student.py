@@ -17,6 +17,7 @@ from radio_distill.loading import load as load_student
 from radio_distill.models.backbone import StudentEncoder
 from radio_distill.models.build import build_body
 from radio_distill.models.heads import head_for
+from radio_distill.types import Features
 
 from ..presets import Preset
 
@@ -43,8 +44,8 @@ class StudentTower(nn.Module):
         output = self.backbone(pixels)
         return output.summary if self.backbone.summary_dim else None, output.features
 
-    def layers(self, pixels: Tensor, count: int) -> list[Tensor]:
-        """Return the maps of ``count`` of the student's blocks; a head has none of its own."""
+    def layers(self, pixels: Tensor, count: int) -> list[Features]:
+        """Return the features of ``count`` of the student's blocks; a head has none of its own."""
         if self.head:
             raise ConfigError(f"head {self.head!r} reads the student's last block alone")
         return self.backbone.layers(pixels, count)

@@ -11,6 +11,7 @@ import logging
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from inspect import signature
 from math import isqrt
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from radio_distill.errors import ConfigError, WeightsError
 from radio_distill.models.body import check_options
 from radio_distill.registry import nearest
 from radio_distill.system.files import reason_of
-from radio_distill.types import spread_layers
+from radio_distill.types import Features, spread_layers
 
 from .. import weights
 from ..presets import Preset
@@ -78,16 +79,23 @@ class TimmTower(nn.Module):
         final, maps = self.model.forward_intermediates(pixels, indices=[self.stage])
         return self._summary(final), maps[0]
 
-    def layers(self, pixels: Tensor, count: int) -> list[Tensor]:
-        """Return the maps of ``count`` blocks of a transformer, up to the one that is taken."""
+    def layers(self, pixels: Tensor, count: int) -> list[Features]:
+        """Return the features of ``count`` blocks of a transformer, up to the one that is taken.
+
+        Their summary is the class token; where that joins behind the blocks, there is none.
+        """
         if not (hasattr(self.model, "num_prefix_tokens") or _is_sam(self.model)):
             raise ConfigError(f"timm's {type(self.model).__name__} has stages of different grids")
         taken = range(len(self.model.blocks))[-1 if self.stage is None else self.stage]
         indices = spread_layers(taken + 1, count)
-        maps = self.model.forward_intermediates(
-            pixels, indices=indices, norm=self.stage is None, intermediates_only=True
-        )
-        by_index = dict(zip(sorted(set(indices)), maps, strict=True))
+        run = self.model.forward_intermediates
+        settings = {"indices": indices, "norm": self.stage is None, "intermediates_only": True}
+        if _has_token(self.model) and "return_prefix_tokens" in signature(run).parameters:
+            levels = run(pixels, return_prefix_tokens=True, **settings)
+            found = [Features(prefix[:, 0], spatial) for spatial, prefix in levels]
+        else:
+            found = [Features(None, spatial) for spatial in run(pixels, **settings)]
+        by_index = dict(zip(sorted(set(indices)), found, strict=True))
         return [by_index[index] for index in indices]
 
     def _summary(self, final: Tensor) -> Tensor | None:

@@ -8,7 +8,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from radio_distill.errors import ConfigError
-from radio_distill.types import spread_layers
+from radio_distill.types import Features, spread_layers
 
 from ..presets import CLIP_MEAN, CLIP_STD, HALF, IMAGENET_MEAN, IMAGENET_STD, Triple
 from .remote_code import size_options
@@ -78,11 +78,11 @@ class TransformersTower(nn.Module):
         output = self.model(pixels, **self._options)
         return self._summary(output), self._map(output.last_hidden_state, pixels)
 
-    def layers(self, pixels: Tensor, count: int) -> list[Tensor]:
-        """Return the maps of ``count`` blocks."""
+    def layers(self, pixels: Tensor, count: int) -> list[Features]:
+        """Return class tokens, RADIO's side by side, and maps of ``count`` blocks."""
         output = self.model(pixels, output_hidden_states=True, **self._options)
         states = _inner_states(self.model, output, count, (self.family.norm,))
-        return [self._map(state, pixels) for state in states]
+        return [Features(self._class_tokens(state), self._map(state, pixels)) for state in states]
 
     def _summary(self, output: Any) -> Tensor | None:
         pooled, tokens = output.get(self.family.pooled), output.last_hidden_state
@@ -90,10 +90,20 @@ class TransformersTower(nn.Module):
         return summary_of(
             self.summary or ("none" if pooled is None else "pool"),
             type(self.model).__name__,
-            token=_norm_of(self.model, self.family.token_norm)(tokens[:, 0]) if prefix else None,
+            token=self._normed(tokens[:, 0]) if prefix else None,
             pooled=pooled,
             patches=tokens[:, prefix:],
         )
+
+    def _class_tokens(self, tokens: Tensor) -> Tensor | None:
+        """Return those that the model's own summary is made of, ``[B, S]``."""
+        if not self.family.prefix_tokens(self.model.config):
+            return None
+        return self._normed(tokens[:, getattr(self.model, "summary_idxs", [0])]).flatten(1)
+
+    def _normed(self, class_tokens: Tensor) -> Tensor:
+        normed: Tensor = _norm_of(self.model, self.family.token_norm)(class_tokens)
+        return normed
 
     def _map(self, tokens: Tensor, pixels: Tensor) -> Tensor:
         if tokens.ndim == 4:  # SAM's neck speaks in maps already
@@ -165,9 +175,7 @@ class GenericTower(nn.Module):
         spatial = last = output.last_hidden_state
         pooled, token = output.get("pooler_output"), None
         if last.ndim == 3:  # tokens, else [B, C, h, w]
-            height, width, prefix = self._grid(last.shape[1], pixels)
-            spatial = rearrange(last[:, prefix:], "b (h w) c -> b c h w", h=height, w=width)
-            token = last[:, 0] if prefix else None
+            token, spatial = self._split(last, pixels)
         patches = rearrange(spatial, "b c h w -> b (h w) c")
         if pooled is None and token is None:
             pooled = patches.mean(1)
@@ -180,17 +188,22 @@ class GenericTower(nn.Module):
         )
         return summary, spatial
 
-    def layers(self, pixels: Tensor, count: int) -> list[Tensor]:
-        """Return the maps of ``count`` blocks, through what is called as final norms mostly are."""
+    def layers(self, pixels: Tensor, count: int) -> list[Features]:
+        """Return first tokens, if no patches, and maps of ``count`` blocks.
+
+        They have gone through what is called as final norms mostly are.
+        """
         output = self.model(pixels, output_hidden_states=True, **self._options)
         states = _inner_states(self.model, output, count, ("layernorm", "norm", "post_layernorm"))
         if output.last_hidden_state.ndim == 4:
-            return states
-        height, width, prefix = self._grid(states[0].shape[1], pixels)
-        return [
-            rearrange(state[:, prefix:], "b (h w) c -> b c h w", h=height, w=width)
-            for state in states
-        ]
+            return [Features(None, state) for state in states]
+        return [Features(*self._split(state, pixels)) for state in states]
+
+    def _split(self, tokens: Tensor, pixels: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Return the first token, unless it is a patch, and the map of tokens ``[B, N, C]``."""
+        height, width, prefix = self._grid(tokens.shape[1], pixels)
+        spatial = rearrange(tokens[:, prefix:], "b (h w) c -> b c h w", h=height, w=width)
+        return tokens[:, 0] if prefix else None, spatial
 
     def _grid(self, num_tokens: int, pixels: Tensor) -> tuple[int, int, int]:
         for patch in self._patches:

@@ -71,7 +71,7 @@ def _encode(pixels):
 
 
 def _layers(pixels, count):
-    return [_encode(pixels).spatial] * count
+    return [_encode(pixels)] * count
 
 
 PARTS = {
@@ -157,8 +157,8 @@ def test_benchmark__takes_an_encoder_without_summary_and_with_a_patch_of_its_own
     def encode(pixels):
         return Features(None, F.avg_pool2d(pixels, 14))
 
-    def layers(pixels, count):
-        return [encode(pixels).spatial] * count
+    def layers(pixels, count):  # class tokens, which are no summary
+        return [Features(pixels.mean((2, 3)), encode(pixels).spatial)] * count
 
     encoder = Encoder("no summary", encode, 14, heads=HEADS, inner=layers, text=FakeText())
     scores = make(benchmark_name, config).run(encoder, 3)

@@ -112,15 +112,22 @@ def test_encode__normalises_inside(name):
 
 
 LAYERED = sorted(set(TINY) - {"tiny_cnn", "tiny_sam"})
+WITHOUT_CLASS_TOKEN = {"tiny_siglip", "tiny_vit_pooled", "tiny_samvit"}
+PROJECTIONS = {
+    "tiny_clip": lambda tower, token: tower.model.visual_projection(token),
+    "tiny_open_clip": lambda tower, token: token @ tower.visual.proj,
+}
+"""What makes a CLIP's summary of its class token."""
 
 
 @pytest.mark.parametrize("name", LAYERED)
-def test_layers__the_last_is_the_map_and_an_inner_one_that_of_a_model_cut_there(name):
-    """So the final norm is applied, prefix tokens are cut, and the layer is the one meant."""
+def test_layers__the_last_is_the_output_and_an_inner_one_that_of_a_model_cut_there(name):
+    """So the final norm is applied, class tokens are told from others, and the layer is meant."""
     teacher, pixels = tiny(name), images(tiny(name).spec)
     inner, last = teacher.layers(pixels, 2)
-    assert torch.equal(last, teacher.encode(pixels).spatial)
-    assert not torch.equal(inner, last)
+    whole = teacher.encode(pixels)
+    assert torch.equal(last.spatial, whole.spatial)
+    assert not torch.equal(inner.spatial, last.spatial)
     cut = build_teacher(name, TeacherConfig(preset=name, micro_batch=2))
     (blocks,) = (
         module
@@ -129,8 +136,15 @@ def test_layers__the_last_is_the_map_and_an_inner_one_that_of_a_model_cut_there(
         and isinstance(module, (torch.nn.ModuleList, torch.nn.Sequential))
     )
     del blocks[len(blocks) // 2 :]
-    torch.testing.assert_close(inner, cut.encode(pixels).spatial)
+    features = cut.encode(pixels)
+    torch.testing.assert_close(inner.spatial, features.spatial)
     assert len(cut.layers(pixels, 4)) == 4
+    if name in WITHOUT_CLASS_TOKEN:
+        assert inner.summary is last.summary is None
+    else:
+        project = PROJECTIONS.get(name, lambda tower, token: token)
+        torch.testing.assert_close(project(teacher.tower, last.summary), whole.summary)
+        torch.testing.assert_close(project(teacher.tower, inner.summary), features.summary)
 
 
 @pytest.mark.parametrize("name", ["tiny_cnn", "tiny_sam"])

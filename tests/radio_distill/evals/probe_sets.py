@@ -17,7 +17,11 @@ def _encoder(name: str, encode, cell: int) -> Encoder:
     def features(pixels: Tensor) -> Features:
         return Features(None, encode(pixels))
 
-    return Encoder(name, features, cell, inner=lambda pixels, count: [encode(pixels)] * count)
+    def layers(pixels: Tensor, count: int) -> list[Features]:
+        class_token = torch.zeros(len(pixels), 1)  # says nothing
+        return [Features(class_token, encode(pixels))] * count
+
+    return Encoder(name, features, cell, inner=layers)
 
 
 def perfect_encoder(cell: int = 4) -> Encoder:

@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 import layouts
+from radio_distill.errors import NoLayersError
 from radio_distill.evals.depth_probes import NaviDepth, NaviNormals, NyuDepth, square_around
 from radio_distill.evals.encoder import Encoder
 from radio_distill.evals.probe_training import encode
@@ -65,7 +66,7 @@ def colours(cell: int) -> Encoder:
     def encode(pixels):
         return Features(None, F.avg_pool2d(2 * pixels - 1, cell))
 
-    return Encoder("colours", encode, cell, inner=lambda p, n: [encode(p).spatial] * n)
+    return Encoder("colours", encode, cell, inner=lambda p, n: [encode(p)] * n)
 
 
 def values(benchmark, encoder) -> dict[str, float]:
@@ -99,7 +100,7 @@ def test_nyu_depth__perfect_features_at_the_top_and_noise_at_chance(tmp_path):
     assert perfect["rmse"] < 0.7 * noise["rmse"]
 
 
-def test_nyu_depth__one_layer_is_read_with_the_summary_in_each_cell(tmp_path):
+def test_nyu_depth__each_layer_is_read_with_its_summary_in_each_cell(tmp_path):
     layouts.nyu_depth(tmp_path, train=6)
     silent = torch.zeros(1, 2, 5, 6)
 
@@ -107,7 +108,14 @@ def test_nyu_depth__one_layer_is_read_with_the_summary_in_each_cell(tmp_path):
         summary = F.adaptive_avg_pool2d(pixels, 2).flatten(1)
         return Features(summary, silent.expand(len(pixels), -1, -1, -1))
 
-    encoder = Encoder("summary", knowing, 8, inner=lambda p, n: [knowing(p).spatial] * n)
+    def layers(pixels, count):
+        class_tokens = pixels.mean((2, 3))
+        return [
+            Features(number * class_tokens, knowing(pixels).spatial + number)
+            for number in range(count)
+        ]
+
+    encoder = Encoder("summary", knowing, 8, inner=layers)
     four = NyuDepth(data=str(tmp_path), learning_rate=0.05, **{**QUICK, "crop": (40, 48)})
     one = replace(four, num_layers=1)
     pixels = torch.randint(256, (2, 3, 40, 48), dtype=torch.uint8)
@@ -115,9 +123,15 @@ def test_nyu_depth__one_layer_is_read_with_the_summary_in_each_cell(tmp_path):
     assert maps.shape == (2, 2 + 12, 5, 6)
     expected = knowing(pixels / 255).summary[:, :, None, None].expand(-1, -1, 5, 6)
     torch.testing.assert_close(maps[:, 2:], expected)
-    assert [layer.shape[1] for layer in encode(four, encoder, pixels)] == [2] * 4
+    for number, maps in enumerate(encode(four, encoder, pixels)):
+        assert torch.equal(maps[:, :2], torch.full((2, 2, 5, 6), float(number)))
+        tokens = number * (pixels / 255).mean((2, 3))
+        torch.testing.assert_close(maps[:, 2:], tokens[:, :, None, None].expand(-1, -1, 5, 6))
     without = Encoder("map alone", lambda p: knowing(p)._replace(summary=None), 8)
+    without = replace(without, inner=lambda p, n: [without(p)] * n)
     assert encode(one, without, pixels)[0].shape[1] == 2
+    with pytest.raises(NoLayersError, match="'map alone' has layers without class token"):
+        four.run(without)
     assert values(one, encoder)["rmse"] != values(four, encoder)["rmse"]
     (score, *_) = one.run(encoder)
     assert score.protocol.startswith("nyu_depth-lin1-60-quick@")

@@ -50,11 +50,15 @@ def test_encoder__resizes_what_it_does_not_take():
 
 
 def test_layers__are_of_the_size_that_a_call_is_given():
-    encoder = _encoder(size_multiple=8, inner=lambda pixels, count: [pixels.half()] * count)
+    def inner(pixels, count):
+        return [Features(pixels.mean((2, 3)).half(), pixels.half())] * count
+
+    encoder = _encoder(size_multiple=8, inner=inner)
     layers = encoder.layers(torch.rand(1, 3, 30, 17), 3)
-    assert [(tuple(layer.shape), layer.dtype) for layer in layers] == [
+    assert [(tuple(layer.spatial.shape), layer.spatial.dtype) for layer in layers] == [
         ((1, 3, 32, 16), torch.float32)
     ] * 3
+    assert {layer.summary.dtype for layer in layers} == {torch.float32}
 
 
 def test_layers__an_encoder_without_them_is_named():

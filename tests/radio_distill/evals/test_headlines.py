@@ -71,7 +71,7 @@ def colours(pixels):
 
 
 ENCODER = Encoder(
-    "colours", colours, 16, inner=lambda pixels, n: [colours(pixels).spatial] * n, text=Lengths()
+    "colours", colours, 16, inner=lambda pixels, n: [colours(pixels)] * n, text=Lengths()
 )
 
 

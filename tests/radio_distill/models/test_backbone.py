@@ -207,11 +207,15 @@ def test_forward__what_a_filter_overshoots_is_let_through(model):
 
 
 @pytest.mark.parametrize("window", [0, 2])
-def test_layers__the_last_is_the_map_and_an_inner_one_that_of_a_student_cut_there(window):
+def test_layers__the_last_is_the_output_and_an_inner_one_that_of_a_student_cut_there(window):
     model = make(window_size=window, global_blocks=1, final_norm=True)
     pixels = torch.rand(2, 3, 40, 70)
     depth = len(model.student.blocks)
-    maps = model.layers(pixels, depth)
-    assert torch.equal(maps[-1], model(pixels).features)
+    layers = model.layers(pixels, depth)
+    summary, features, _ = model(pixels)
+    assert torch.equal(layers[-1].spatial, features)
+    assert torch.equal(layers[-1].summary, summary)
     del model.student.blocks[1:]
-    torch.testing.assert_close(maps[0], model(pixels).features)
+    summary, features, _ = model(pixels)
+    torch.testing.assert_close(layers[0].spatial, features)
+    torch.testing.assert_close(layers[0].summary, summary)

@@ -10,7 +10,7 @@ from radio_distill.config import StudentConfig
 from radio_distill.errors import ConfigError
 from radio_distill.models.build import build_body
 from radio_distill.models.heads import build_student, parameter_groups
-from radio_distill.types import TeacherSpec
+from radio_distill.types import TeacherSpec, spread_layers
 from tools.bodies_page import FAMILIES
 
 BY_NAME = {family.name: family for family in FAMILIES}
@@ -42,8 +42,20 @@ def test_every_family_gives_a_map_one_summary_and_gradients(family):
     assert [name for name, item in body.named_parameters() if item.grad is None] == []
     with torch.no_grad():
         layers = body.eval().layers(pixels, 3)
-        assert {layer.shape[2:] for layer in layers} == {grid}
-        torch.testing.assert_close(layers[-1], body(pixels)[1])
+        assert {spatial.shape[2:] for _, spatial in layers} == {grid}
+        (*_, (last_tokens, last)), (tokens, spatial) = layers, body(pixels)
+        torch.testing.assert_close(last, spatial)
+        if body.summary == "token":
+            torch.testing.assert_close(last_tokens, tokens)
+            ((_, prefix),) = body.body.forward_intermediates(
+                (pixels - body.mean) / body.std,
+                indices=spread_layers(body.level + 1, 3)[:1],
+                return_prefix_tokens=True,
+                intermediates_only=True,
+            )
+            torch.testing.assert_close(layers[0][0][:, 1], body.norm(prefix[:, 0]))
+        else:
+            assert all(token is None for token, _ in layers)
     with torch.device("meta"):  # as `plan` builds it
         assert make(family).embed_dim == body.embed_dim
 
