@@ -16,8 +16,8 @@
 ``TEACHER_features``  ``[batch, C, rows, columns]``  head's output, if asked for
 ===================== ============================== ==========================================
 
-Every student fits, windowed ones too. Weights and computation are float32: other precisions are
-left to the tools of the runtime that the file is for.
+Every student of more than one size fits, windowed ones too. Weights and computation are float32:
+other precisions are left to the tools of the runtime that the file is for.
 """
 
 import json
@@ -100,7 +100,13 @@ class Onnx(Format):
         self.heads = tuple(heads)
 
     def check(self, student: FoldedStudent) -> None:
-        """Refuse unknown heads, and missing packages; every student fits."""
+        """Refuse unknown heads, missing packages, and a student of one size alone."""
+        size = student.model.student.fixed_size
+        if size:
+            raise ExportError(
+                f"onnx: its graph is for images of any size, and this student takes {size[0]}x"
+                f"{size[1]} px alone; take timm"
+            )
         missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if not find_spec(name)]
         if missing:
             raise ExportError(

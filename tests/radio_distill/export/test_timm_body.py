@@ -14,7 +14,7 @@ from radio_distill.export.timm import Timm
 from radio_distill.export.write import export
 from radio_distill.models.build import build_body
 from radio_distill.weights.pretrained import initialise
-from tools.bodies_page import FAMILIES, exported
+from tools.bodies_page import FAMILIES, exported, folded_student
 
 BY_NAME = {family.name: family for family in FAMILIES}
 ROPE = {"architecture": "vit_tiny_patch16_dinov3_qkvb", "options": {"depth": 2}, "patch_size": 16}
@@ -73,6 +73,9 @@ def test_timm__what_it_cannot_hold_is_refused(make_body, make_student, tmp_path)
     for name in ("radio", "transformers"):
         with pytest.raises(ExportError, match="timm or onnx"):
             export(make_body(), tmp_path / "out", format_named(name))
+    one_size = folded_student(BY_NAME["Hiera, at one size"], tmp_path)
+    with pytest.raises(ExportError, match="224x224 px alone; take timm"):
+        export(one_size, tmp_path / "out", format_named("onnx"))
 
 
 @pytest.mark.parametrize("name", ["ConvNeXt", "ViT with RoPE: DINOv3, EUPE"])
