@@ -65,13 +65,20 @@ def test_generic__equals_the_library_s_last_hidden_state(kind, tmp_path):
     assert (teacher.spec.patch_size, teacher.spec.native_size) == (stride, (64, 64))
     pixels = torch.rand(2, 3, 64, 64)
     summary, spatial = teacher.encode(pixels)
-    expected = getattr(model, tower or "_", model)((pixels - 0.5) / 0.5).last_hidden_state
+    inside = getattr(model, tower or "_", model)
+    output = inside((pixels - 0.5) / 0.5, output_hidden_states=True)
+    expected = output.last_hidden_state
     if prefix is None:
         torch.testing.assert_close(spatial, expected)
     else:
         torch.testing.assert_close(spatial.flatten(2).mT, expected[:, prefix:])
     if prefix:
         torch.testing.assert_close(summary, expected[:, 0])
+        inner, last = teacher.layers(pixels, 2)
+        half = (len(output.hidden_states) - 1) // 2  # the first are the embeddings
+        expected = inside.layernorm(output.hidden_states[half])[:, 0]
+        torch.testing.assert_close(inner.summary, expected)
+        torch.testing.assert_close(last.summary, summary)
     assert summary.shape == (2, teacher.spec.summary_channels)
     if not teacher.spec.fixed_size:
         other = teacher.encode(torch.rand(1, 3, 2 * stride, 3 * stride))
