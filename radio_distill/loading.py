@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -160,34 +160,37 @@ class _Export(NamedTuple):
     teachers: dict[str, TeacherSpec]
     summary_slots: list[int]
     native_size: int
-    pixels: dict[str, list[float]]
-    """Their ``mean`` and ``std``."""
+    settings: Mapping[str, Any]
+    """Its ``config.json``, of transformers or of timm."""
 
 
 def _exported(folder: Path) -> _Export:
     description = read_json(folder / DESCRIPTION)
-    settings = read_json(folder / "config.json")  # of transformers, or of timm
+    settings = read_json(folder / "config.json")
     try:
         config: StudentConfig = build(StudentConfig, description["student"])
         teachers = checkpoints.specs_of(description["teachers"])
         slots = list(description["summary_slots"].values())
         published = settings.get("pretrained_cfg", {})
         native_size = settings.get("image_size") or max(published["input_size"][1:])
-        pixels = {name: settings.get(f"norm_{name}") or published[name] for name in ("mean", "std")}
     except (KeyError, TypeError, AttributeError) as error:
         raise WeightsError(
             f"{folder}/{DESCRIPTION} is not what an export writes: {error}"
         ) from error
     # Sum and grid are those of what its training started from.
     config = replace(config, pretrained_sha256="", pretrained_grid=())
-    return _Export(config, teachers, slots, native_size, pixels)
+    return _Export(config, teachers, slots, native_size, settings)
 
 
 def _describe_export(folder: Path) -> StudentEncoder:
     export = _exported(folder)
     model = without_data(export.config, export.teachers, export.native_size)
     model.summary_slots = export.summary_slots
-    for name, values in export.pixels.items():
+    published = export.settings.get("pretrained_cfg", {})
+    for name in ("mean", "std"):
+        values = export.settings.get(f"norm_{name}") or published.get(name)
+        if values is None:
+            raise WeightsError(f"{folder}/config.json has no {name} of pixels; export it again")
         setattr(model.student, name, torch.tensor(values).view(3, 1, 1))
     return model
 

@@ -30,7 +30,7 @@ from .recipes import Asked, untrained_teachers
 
 _NOT_OF_STAGES = ("fit",)  # what was fitted is compared by its checksum
 _NOT_OF_FITS = ("stages", "student", "loss", "augmentation", "fit.images_every")
-_BY_CHECKSUM = ("data.shards", "data.curation", "teachers.*.weights")  # wherever they lie
+_BY_CHECKSUM = ("data.shards", "data.curation")  # wherever they lie
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +93,9 @@ def changes_since(checkpoint: Checkpoint, stage: Stage) -> tuple[list[str], list
     """
     old = checkpoint.recipe
     new = _same_files(old, replace(stage, recipe=keep_resolved(stage.recipe, old)))
-    ignored = (*NO_NUMBER, *_BY_CHECKSUM, *(_NOT_OF_FITS if stage.is_fit else _NOT_OF_STAGES))
+    known = [name for name, spec in checkpoint.teachers.items() if spec.weights_hash]
+    by_checksum = (*_BY_CHECKSUM, *(f"teachers.{name}.weights" for name in known))
+    ignored = (*NO_NUMBER, *by_checksum, *(_NOT_OF_FITS if stage.is_fit else _NOT_OF_STAGES))
     changed, rounding = list[str](), list[str]()
     for line in differences(old, new):
         path = line.partition(":")[0].split(".")

@@ -33,7 +33,7 @@ AMR: AM-RADIO (arXiv 2312.06709) · PHIS: PHI-S (arXiv 2410.01680) · V2.5: RADI
 2412.07679) · FS: FeatSharp (arXiv 2502.16025) · V4: C-RADIOv4 (arXiv 2601.17237) · HF:
 configuration of the published model · repo: code that runs the published models · TAO: NVIDIA's
 trainer in TAO Toolkit · UN: UNIC (ECCV 2024) · TH: Theia (arXiv 2407.20179) · SL: SigLino (arXiv
-2512.20157) · EU: EUPE (arXiv 2603.22387)
+2512.20157) · EU: EUPE (arXiv 2603.22387) · DU: DUNE (arXiv 2503.14405)
 """
 
 

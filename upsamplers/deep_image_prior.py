@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from radio_distill.errors import ConfigError, DataError, DivergedError
+from radio_distill.errors import ConfigError, DataError
 from radio_distill.protocols import Teacher
 from radio_distill.registry import nearest
 from radio_distill.system.precision import AUTO, autocast
@@ -27,7 +27,7 @@ from radio_distill.system.progress import Progress
 from radio_distill.types import Features, Size
 
 from .fit.downsamplers import build_downsampler
-from .implicit import Compression, check_numbers
+from .implicit import Compression, check_numbers, descend
 from .methods import tiling
 
 WIDTH, SKIP_WIDTH, NOISE_CHANNELS = 128, 4, 32
@@ -99,16 +99,13 @@ class DeepImagePrior:
         trained = nn.ModuleList([network, pool.to(target.device)])
         noise = torch.rand(1, NOISE_CHANNELS, *size, device=target.device) * NOISE
         optimizer = torch.optim.Adam(trained.parameters(), lr=LEARNING_RATE)
-        for step in range(self.steps):
+
+        def loss_of_noise() -> Tensor:
             with autocast(AUTO, target.device):
                 fine = network(noise + self.jitter * torch.randn_like(noise)).float()
-                loss = F.mse_loss(pool(fine), target)
-            if not loss.isfinite():
-                raise DivergedError(f"a deep image prior's loss is {loss.item()} at {step + 1}")
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            report(step + 1, f"loss {loss.item():.4f}")
+                return F.mse_loss(pool(fine), target)
+
+        descend("a deep image prior", loss_of_noise, optimizer, self.steps, report)
         with torch.no_grad(), autocast(AUTO, target.device):
             return network(noise).float()
 

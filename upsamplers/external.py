@@ -32,7 +32,7 @@ from radio_distill.types import Features, Size
 from radio_distill.weights.files import read_checkpoint
 
 from .methods import tiling
-from .networks import as_imagenet
+from .networks.guidance import as_imagenet
 
 log = logging.getLogger(__name__)
 

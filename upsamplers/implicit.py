@@ -390,17 +390,34 @@ def _optimise(
     valid = valid_mask(homographies, grid)  # [V, h, w]
     points = fit.network.points(image, fit.size, fit.size)
     optimizer = torch.optim.NAdam(fit.parameters(), lr=LEARNING_RATE)
-    for step in range(steps):
+
+    def loss_of_views() -> Tensor:
         chosen = torch.from_numpy(draw.integers(len(targets), size=VIEWS_PER_STEP))
         chosen = chosen.to(targets.device)
         with autocast(AUTO, targets.device):
-            loss = fit(points, targets[chosen].float(), homographies[chosen], valid[chosen])
-        if not loss.isfinite():
-            raise DivergedError(f"the implicit fit's loss is {loss.item()} at step {step + 1}")
+            loss: Tensor = fit(points, targets[chosen].float(), homographies[chosen], valid[chosen])
+        return loss
+
+    descend("an implicit fit", loss_of_views, optimizer, steps, report)
+
+
+def descend(
+    fit: str,
+    loss_of_step: Callable[[], Tensor],
+    optimizer: torch.optim.Optimizer,
+    steps: int,
+    report: Callable[[int, str], None],
+) -> None:
+    """Take ``steps`` down a loss; raises DivergedError, naming ``fit``, where it is not finite."""
+    for step in range(steps):
+        loss = loss_of_step()
+        value = loss.item()
+        if not math.isfinite(value):
+            raise DivergedError(f"the loss of {fit} is {value} at step {step + 1}")
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        report(step + 1, f"loss {loss.item():.4f}")
+        report(step + 1, f"loss {value:.4f}")
 
 
 def _checked(image: Tensor, **numbers: int) -> Tensor:

@@ -257,6 +257,20 @@ def test_weights_of_teachers__are_those_of_the_checkpoint(recipe_file, capfd):
     assert "teachers.vit" in "".join(find(folder).origin.changed)
 
 
+def test_weights__for_a_teacher_that_had_none_are_a_change(recipe_file, capfd):
+    """Random weights leave no fingerprint to compare, so their place is compared."""
+    steps = ("--stage.steps", "2", "--log.save_every", "1")
+    assert run(stage1, recipe_file, *steps) == 0
+    folder = run_folder(recipe_file) / "stage1"
+    assert find(folder).teachers["vit"].weights_hash == ""
+    shutil.rmtree(folder / "checkpoints" / "step-00000002")
+    file = recipe_file.parent / "vit.safetensors"
+    state = build_teacher("vit", TeacherConfig(preset="tiny_vit")).tower.model.state_dict()
+    save_file({name: value + 1 for name, value in state.items()}, file)
+    assert run(stage1, recipe_file, *steps, "--resume", "--teachers.vit.weights", str(file)) != 0
+    assert "teachers.vit.weights" in one_line(capfd)
+
+
 def test_fresh_run__moves_the_earlier_one_aside(recipe_file):
     assert run(stage1, recipe_file, "--stage.steps", "1") == 0
     first = tensors(run_folder(recipe_file) / "stage1", 1)

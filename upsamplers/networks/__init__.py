@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from radio_distill.errors import ConfigError
 from radio_distill.registry import Registry, check_has, check_takes, nearest
-from radio_distill.types import IMAGENET_MEAN, IMAGENET_STD
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -51,12 +50,6 @@ NETWORKS = Registry(
 )
 """A network has ``tile_levels: tuple[int, ...]``, the levels of tiles that it needs, and
 ``forward(observation) -> [B, C, h * factor, w * factor]``."""
-
-
-def as_imagenet(pixels: "Tensor") -> "Tensor":
-    """Return ``[..., 3, H, W]`` RGB in [0, 1] by ImageNet's mean and deviation."""
-    mean, std = (pixels.new_tensor(value).view(3, 1, 1) for value in (IMAGENET_MEAN, IMAGENET_STD))
-    return (pixels - mean) / std
 
 
 def build_network(name: str, channels: int, factor: int, options: Mapping[str, Any]) -> "nn.Module":

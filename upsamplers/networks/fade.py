@@ -61,6 +61,7 @@ class FadeNetwork(nn.Module):
             self.project = nn.Conv2d(guide_channels, channels, 1)
             self.gate = nn.Conv2d(channels, 1, 1)
             nn.init.zeros_(self.project.weight)
+            # Nearly closed, since what comes through it starts at zero.
             nn.init.constant_(self.gate.bias, -4.0)  # type: ignore[arg-type]
 
     def forward(self, observation: Observation) -> Tensor:

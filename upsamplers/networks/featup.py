@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from ..joint_bilateral import JointBilateralStack
 from ..joint_bilateral.layer import Similarity, Variant
-from . import Observation, as_imagenet
+from . import Observation
+from .guidance import as_imagenet
 
 
 class FeatUpNetwork(nn.Module):

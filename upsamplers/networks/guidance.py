@@ -1,13 +1,25 @@
-"""What networks read off the image: mean colours on the fine grid, and two convolutions of them.
+"""What networks read off the image: colours, their means on the fine grid, convolutions of them.
 
 SAPA, FADE, A2U and IndexNet were made for decoders, beside an encoder with features of the fine
 size. A teacher has none, so the image stands in for them.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from radio_distill.types import IMAGENET_MEAN, IMAGENET_STD
+
 from . import Observation
+
+
+def as_imagenet(pixels: Tensor) -> Tensor:
+    """Return ``[..., 3, H, W]`` RGB in [0, 1] by ImageNet's mean and deviation.
+
+    They are numbers of the host, so that nothing is copied to the device, which would wait for it.
+    """
+    channels = zip(pixels.unbind(-3), IMAGENET_MEAN, IMAGENET_STD, strict=True)
+    return torch.stack([(channel - mean) / std for channel, mean, std in channels], dim=-3)
 
 
 class FineGuide(nn.Sequential):

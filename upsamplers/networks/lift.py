@@ -13,7 +13,8 @@ from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
 from ..methods.interpolate import enlarge
-from . import Observation, as_imagenet
+from . import Observation
+from .guidance import as_imagenet
 
 IMAGE_WIDTH = 32
 CELL_PIXELS = 16

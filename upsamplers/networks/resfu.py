@@ -108,7 +108,7 @@ class Score(nn.Module):
 
 def blur(maps: Tensor) -> Tensor:
     """Blur ``[B, D, H, W]`` by a 3x3 Gaussian of one fine cell; the edge is repeated."""
-    line = torch.exp(torch.tensor([-0.5, 0.0, -0.5], device=maps.device))
+    line = torch.exp(-torch.arange(-1, 2, device=maps.device).square() / 2)
     line = (line / line.sum()).to(maps.dtype)
     kernel = torch.outer(line, line).expand(maps.shape[1], 1, 3, 3)
     return F.conv2d(F.pad(maps, (1, 1, 1, 1), mode="replicate"), kernel, groups=maps.shape[1])

@@ -21,8 +21,9 @@ from radio_distill.errors import ConfigError
 from radio_distill.types import Size
 
 from ..methods.interpolate import enlarge
-from . import Observation, as_imagenet
+from . import Observation
 from .carafe import bilinear_logits, reassemble
+from .guidance import as_imagenet
 
 ENCODER_WIDTHS = (16, 32, 64, 128, 128)
 OFFSETS = ((-2, -2), (-2, 0), (-2, 2), (-1, -1), (-1, 0), (-1, 1), (0, -2), (0, -1), (0, 0),
@@ -47,6 +48,7 @@ class UpliftNetwork(nn.Module):
     """
 
     tile_levels: tuple[int, ...] = ()
+    taps: Tensor
 
     def __init__(self, channels: int, factor: int, width: int = 64, cell_pixels: int = 16):
         super().__init__()
@@ -64,6 +66,7 @@ class UpliftNetwork(nn.Module):
         self.attend = nn.Conv2d(width, len(OFFSETS), 1)
         start = bilinear_logits(2, 2 * _REACH + 1)  # [4, 25]
         self.position = nn.Parameter(start[:, _TAPS])
+        self.register_buffer("taps", torch.tensor(_TAPS), persistent=False)
 
     def forward(self, observation: Observation) -> Tensor:
         """Return ``[B, C, h * factor, w * factor]``."""
@@ -104,7 +107,7 @@ class UpliftNetwork(nn.Module):
         cells = logits.view(batch, len(OFFSETS), height, 2, width, 2).permute(0, 2, 4, 3, 5, 1)
         shares = (cells.flatten(3, 4) + self.position).softmax(-1)  # [B, h, w, 4, 17]
         weights = shares.new_zeros(*shares.shape[:-1], (2 * _REACH + 1) ** 2)
-        return weights.index_copy(-1, torch.tensor(_TAPS, device=low.device), shares)
+        return weights.index_copy(-1, self.taps, shares)
 
 
 class _Residual(nn.Module):
