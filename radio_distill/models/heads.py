@@ -182,9 +182,11 @@ class Head(nn.Module):
 
 
 def build_projector(config: HeadConfig, shape: HeadShape, where: str) -> Projector:
-    """Make one head; raises ConfigError for an unknown name, or options that it does not take."""
+    """Make one head; raises ConfigError for an unknown or unfinished kind, or strange options."""
     kind = HEADS.get(config.name)
     check_takes(f"{where}: {config.name}", kind, ("shape",), ())
+    if missing := getattr(kind, "__abstractmethods__", None):
+        raise ConfigError(f"{where}: {config.name} lacks {', '.join(sorted(missing))}")
     options = build_options(kind, config.options, f"{where}: {config.name}")
     try:
         projector: Projector = kind(shape, **options)

@@ -9,6 +9,7 @@ Its last layer is linear and stands in :meth:`Projector.last`, so that what a no
 folded into it; only :class:`IdentityHead` has none.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -42,7 +43,7 @@ class HeadShape:
     """Blocks of the student."""
 
 
-class Projector(nn.Module):
+class Projector(nn.Module, ABC):
     """Base of all kinds: tokens ``[B, P + N, D]`` of each image to ``[B, P + N, C]``."""
 
     final: nn.Sequential
@@ -59,6 +60,7 @@ class Projector(nn.Module):
         """Return the layers whose last one is the linear layer that predicts; None without any."""
         return self.final
 
+    @abstractmethod
     def forward(self, tokens: Tensor, grid: Size, inner: Sequence[Tensor] = ()) -> Tensor:
         """Predict a teacher's tokens.
 
@@ -68,7 +70,6 @@ class Projector(nn.Module):
             grid: rows and columns of the N patches; (0, 0) without patches.
             inner: the same behind each block, for a kind that ``reads_blocks``.
         """
-        raise NotImplementedError
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         """Make room for the bias that a last layer without one has once it was folded."""

@@ -10,7 +10,7 @@ from radio_distill.config import HeadConfig, HeadsConfig
 from radio_distill.errors import ConfigError, UnknownNameError
 from radio_distill.models import HEADS
 from radio_distill.models.heads import FEATURES, SUMMARY, Head, build_projector, exchange_last
-from radio_distill.models.projectors import HeadShape
+from radio_distill.models.projectors import HeadShape, Projector
 from radio_distill.normalize.phi_s import PhiS
 from radio_distill.normalize.statistics import Moments
 from radio_distill.types import TeacherSpec
@@ -214,6 +214,17 @@ def test_build_projector__mistakes_are_one_line(config, message):
     with pytest.raises((ConfigError, UnknownNameError), match=message) as caught:
         build_projector(config, SHAPE, "heads of teacher 'clip': features")
     assert "\n" not in str(caught.value)
+
+
+class Unfinished(Projector):
+    def __init__(self, shape):
+        super().__init__()
+
+
+def test_build_projector__a_kind_that_predicts_nothing_is_one_line(monkeypatch):
+    monkeypatch.setitem(HEADS._entries, "unfinished", f"{__name__}:Unfinished")
+    with pytest.raises(ConfigError, match="unfinished lacks forward"):
+        build_projector(HeadConfig(name="unfinished"), SHAPE, "head")
 
 
 def test_attention__published_names():
