@@ -76,12 +76,13 @@ def bilinear_logits(factor: int, kernel_size: int) -> Tensor:
     """
     line = interpolation_weights(factor, kernel_size)
     weights = torch.einsum("i a, j b -> i j a b", line, line)
-    return (weights + 1e-3).log().flatten(2).flatten(0, 1)
+    return (weights + 1e-3).log().flatten(2).flatten(0, 1).float()
 
 
 def interpolation_weights(factor: int, kernel_size: int) -> Tensor:
     """Return what each fine cell along an axis takes of the cells around its own, ``[f, k]``."""
-    position = (torch.arange(factor) + 0.5) / factor - 0.5  # of fine cells, from the cell's centre
+    fine = torch.arange(factor, dtype=torch.float64)
+    position = (fine + 0.5) / factor - 0.5  # of fine cells, from the cell's centre
     taps = torch.arange(kernel_size) - kernel_size // 2
     return (1 - (taps - position[:, None]).abs()).clamp_min(0)
 

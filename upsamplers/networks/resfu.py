@@ -61,9 +61,8 @@ class ReSFUNetwork(nn.Module):
         self.meaning = Score(embedding_channels, factor)
         self.details = Score(embedding_channels, factor)
         self.bias = nn.Parameter(torch.zeros(_SIDE**2))
-        self.register_buffer(
-            "shifted_interpolation", shifted_interpolation(factor), persistent=False
-        )
+        interpolation = shifted_interpolation(factor).float()
+        self.register_buffer("shifted_interpolation", interpolation, persistent=False)
 
     def forward(self, observation: Observation) -> Tensor:
         """Return ``[B, C, h * factor, w * factor]``."""
@@ -108,7 +107,8 @@ class Score(nn.Module):
 
 def blur(maps: Tensor) -> Tensor:
     """Blur ``[B, D, H, W]`` by a 3x3 Gaussian of one fine cell; the edge is repeated."""
-    line = torch.exp(-torch.arange(-1, 2, device=maps.device).square() / 2)
+    dtype = torch.promote_types(maps.dtype, torch.float32)
+    line = torch.exp(-torch.arange(-1, 2, device=maps.device, dtype=dtype).square() / 2)
     line = (line / line.sum()).to(maps.dtype)
     kernel = torch.outer(line, line).expand(maps.shape[1], 1, 3, 3)
     return F.conv2d(F.pad(maps, (1, 1, 1, 1), mode="replicate"), kernel, groups=maps.shape[1])

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from radio_distill.errors import ConfigError
 from upsamplers.networks import Observation, build_network
 from upsamplers.networks.carafe import bilinear_logits, neighbourhoods, reassemble
+from upsamplers.networks.resfu import shifted_interpolation
 from upsamplers.networks.sapa import SapaNetwork
 
 SIZES = [(5, 7), (1, 3), (8, 2)]
@@ -59,7 +60,7 @@ def test_network__starts_near_bilinear(observation, name, factor, size):
     fine = build_network(name, 32, factor, {})(seen)
     expected = F.interpolate(seen.low, scale_factor=factor, mode="bilinear", align_corners=False)
     assert fine.shape == (2, 32, size[0] * factor, size[1] * factor)
-    assert (fine - expected).square().mean().sqrt() < 0.05
+    assert (fine - expected).square().mean().sqrt() < 0.1  # of features whose spread is one
 
 
 @pytest.mark.parametrize("name", [*MIXING, "resize_conv"])
@@ -387,6 +388,7 @@ def mixed(low, weights, factor):
 def test_resfu__mixes_nine_shifts_of_the_interpolated_map(observation, factor, tiles):
     guidance, low, _ = observation(8, factor, (3, 2))
     network = build_network("resfu", 8, factor, {"tiles": tiles}).double()
+    network.shifted_interpolation = shifted_interpolation(factor)  # thirds are no float32
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     size = (3 * factor, 2 * factor)
