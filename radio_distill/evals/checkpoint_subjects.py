@@ -1,16 +1,19 @@
 """What a score is of: the run, the stage and the step of a student, and a digest of its training.
 
-Two students are seeds of one model where these digests are equal and their seeds are not.
+Two students are seeds of one model where these digests are equal and their seeds are not. Digests
+are of what is set away from its default alone, so that a field that a later version adds is none of
+them: what was scored before is compared with what is scored after.
 """
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..config.flat import WITHOUT_EFFECT, flat_fields, is_within
+from ..config.flat import WITHOUT_EFFECT, is_within
+from ..system.nested import leaves, plain_data
 from ..train.checkpoint import Checkpoint
 from ..types import TeacherSpec
 from .subjects import MODEL, TEACHER, UNTRAINED, Subject
@@ -48,8 +51,7 @@ def student_subject(checkpoint: Checkpoint, name: str = "") -> Subject:
 def untrained_subject(checkpoint: Checkpoint) -> Subject:
     """Say whose scores those of a checkpoint's untrained student are."""
     recipe = checkpoint.recipe
-    body = {path: value for path, value in flat_fields(recipe).items() if path[0] == "student"}
-    digest = _digest([_text(body), recipe.seed, _specs(checkpoint.teachers)])
+    digest = _digest([recipe.student, recipe.seed, checkpoint.teachers])
     return Subject(
         folder=str(run_folder(checkpoint).resolve()),
         seed=recipe.seed,
@@ -81,7 +83,7 @@ def model_subject(
     """
     return Subject(
         folder=str(folder.resolve()),
-        weights=_digest([asdict(replace(spec, name="")), *parts]),
+        weights=_digest([replace(spec, name=""), *parts]),
         reference=f"{MODEL} {text}",
         name=name,
     )
@@ -91,7 +93,7 @@ def teacher_digest(checkpoint: Checkpoint, teacher: str) -> str:
     """Return a digest of a teacher: its weights and how they are used, but for their precision."""
     config, spec = checkpoint.recipe.teachers[teacher], checkpoint.teachers[teacher]
     weights = spec.weights_hash or config.weights
-    return _digest([config.preset, weights, config.options, asdict(spec)])
+    return _digest([config.preset, weights, config.options, spec])
 
 
 def training_digest(checkpoint: Checkpoint) -> str:
@@ -103,8 +105,8 @@ def training_digest(checkpoint: Checkpoint) -> str:
     recipe = checkpoint.recipe
     stages = recipe.stages_before(checkpoint.stage)
     fields = {
-        path: value
-        for path, value in flat_fields(recipe).items()
+        ".".join(path): value
+        for path, value in leaves(plain_data(recipe, defaults=False), "named")
         if not is_within(path, _MAY_DIFFER) and (path[0] != "stages" or path[1] in stages)
     }
     # Files that nothing but their path tells apart.
@@ -122,8 +124,8 @@ def training_digest(checkpoint: Checkpoint) -> str:
     return _digest(
         [
             checkpoint.stage,
-            _text(fields),
-            _specs(checkpoint.teachers),
+            fields,
+            checkpoint.teachers,
             [teachers, upsamplers],
             checkpoint.shards or list(recipe.data.shards),
             *checkpoint.origin.changed,
@@ -131,14 +133,6 @@ def training_digest(checkpoint: Checkpoint) -> str:
     )
 
 
-def _specs(teachers: Mapping[str, TeacherSpec]) -> Any:
-    return {name: asdict(spec) for name, spec in teachers.items()}
-
-
-def _text(fields: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
-    return {".".join(path): value for path, value in fields.items()}
-
-
 def _digest(parts: list[Any]) -> str:
-    text = json.dumps(parts, sort_keys=True, default=str)
+    text = json.dumps(plain_data(parts, defaults=False), sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

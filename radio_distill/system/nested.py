@@ -5,16 +5,29 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 
-def plain_data(value: Any) -> Any:
-    """Copy nested data, with dataclasses in it, to dicts and lists."""
+def plain_data(value: Any, defaults: bool = True) -> Any:
+    """Copy nested data, with dataclasses in it, to dicts and lists.
+
+    Without ``defaults``, fields that have theirs are left out.
+    """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        names = [field.name for field in dataclasses.fields(value)]
-        return {name: plain_data(getattr(value, name)) for name in names}
+        return {
+            field.name: plain_data(getattr(value, field.name), defaults)
+            for field in dataclasses.fields(value)
+            if defaults or not _has_default(field, value)
+        }
     if isinstance(value, Mapping):
-        return {key: plain_data(item) for key, item in value.items()}
+        return {key: plain_data(item, defaults) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain_data(item) for item in value]
+        return [plain_data(item, defaults) for item in value]
     return value
+
+
+def _has_default(field: dataclasses.Field[Any], owner: Any) -> bool:
+    value, factory = getattr(owner, field.name), field.default_factory
+    if factory is not dataclasses.MISSING:
+        return bool(value == factory())
+    return field.default is not dataclasses.MISSING and bool(value == field.default)
 
 
 def leaves(

@@ -1,5 +1,6 @@
 """Results of several runs and steps keep apart, on their way from a checkpoint to a table."""
 
+import dataclasses
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -251,6 +252,31 @@ def test_training_digest__is_of_what_decides_the_training_but_for_the_seed(tmp_p
     assert teacher_digest(replace(first, teachers={"vit": learned}), "vit") != teacher_digest(
         first, "vit"
     )
+
+
+def test_training_digest__a_field_that_a_later_version_adds_changes_nothing(tmp_path):
+    """Seeds that were scored by two versions are seeds of one model."""
+
+    def later(section: object, value: str) -> object:
+        """The section in a version whose sections of this kind have one more field."""
+        new = [("taste", str, dataclasses.field(default="sweet"))]
+        kind = dataclasses.make_dataclass("Later", new, bases=(type(section),), frozen=True)
+        own = {item.name: getattr(section, item.name) for item in dataclasses.fields(section)}
+        return kind(**own, taste=value)
+
+    first = write_student(tmp_path, loss__feature="am_radio")
+
+    def all_later(value: str) -> Checkpoint:
+        changed = replace(first.recipe, loss=later(first.recipe.loss, value))
+        stages = {key: later(stage, value) for key, stage in changed.stages.items()}
+        recipe = later(replace(changed, stages=stages), value)
+        specs = {key: later(spec, value) for key, spec in first.teachers.items()}
+        return replace(first, recipe=recipe, teachers=specs)
+
+    same, other = all_later("sweet"), all_later("sour")
+    assert training_digest(same) == training_digest(first) != training_digest(other)
+    assert teacher_digest(same, "vit") == teacher_digest(first, "vit")
+    assert teacher_digest(other, "vit") != teacher_digest(first, "vit")
 
 
 def test_training_digest__fitted_upsamplers_are_known_by_their_checksum(tmp_path):
