@@ -21,6 +21,7 @@ from .models.body import Body
 from .models.build import build_body
 from .models.heads import build_student, head_for
 from .models.spectral import fold
+from .system.files import refuse_unreadable
 from .train import checkpoint as checkpoints
 from .train.checkpoint import Checkpoint
 from .train.restore import load_student
@@ -117,7 +118,7 @@ def from_config(
 
 def _checked(path: str | Path) -> Path:
     path = Path(os.path.expanduser(path))  # pathlib's fails where there is no home
-    checkpoints.refuse_unreadable(path)
+    refuse_unreadable(path, checkpoints.UnreadableError)
     if not path.exists():
         raise WeightsError(f"nothing at {path}: expected a run, a checkpoint or a model folder")
     return path

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from radio_distill.config import TeacherConfig
 from radio_distill.errors import WeightsError
+from radio_distill.system.files import refuse_unreadable
 from radio_distill.system.trust import check_sha256 as check_sha256
 from radio_distill.weights.files import FOLDER as FOLDER
 from radio_distill.weights.files import HUB as HUB
@@ -27,7 +28,6 @@ from radio_distill.weights.files import hub_model as hub_model
 from radio_distill.weights.files import named_as as named_as
 from radio_distill.weights.files import read_json as read_json
 from radio_distill.weights.files import read_state as read_state
-from radio_distill.weights.files import refuse_unreadable as refuse_unreadable
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -42,7 +42,7 @@ def local_path(weights: str) -> Path:
         if weights.startswith(word):
             raise WeightsError(f"weights: {weights} is no path; name {option} in options.model")
     path = Path(os.path.expanduser(weights))  # pathlib's fails where there is no home
-    refuse_unreadable(path)
+    refuse_unreadable(path, WeightsError)
     if not path.exists():
         raise WeightsError(f"no weights at {weights}; correct `weights` or leave it empty")
     return path

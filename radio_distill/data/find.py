@@ -26,7 +26,7 @@ from pathlib import Path
 from braceexpand import braceexpand
 
 from ..errors import DataError
-from ..system.files import check_readable, printable, reason_of, shortened, unreadable
+from ..system.files import printable, reason_of, refuse_unreadable, shortened
 from .cache import Cache
 from .images import IMAGE_SUFFIXES, readable_suffixes, what_reads
 from .remote import PACKAGES, PIPE, FetchError, Place, Remote, matching, shown
@@ -121,7 +121,7 @@ def list_tree(folder: Path) -> Tree:
     Raises:
         DataError: the folder itself may not be looked into.
     """
-    refuse_unreadable(folder)
+    refuse_unreadable(folder, DataError)
     tree = Tree(folder)
     waiting: list[tuple[Path, frozenset[tuple[int, int]]]] = [(folder, frozenset())]
     while waiting:
@@ -145,14 +145,6 @@ def list_tree(folder: Path) -> Tree:
                 tree.files.append(here / entry.name)
     tree.files.sort()
     return tree
-
-
-def refuse_unreadable(path: Path) -> None:
-    """Raise DataError where a file or folder is there and may not be read."""
-    try:
-        check_readable(path)
-    except PermissionError as error:
-        raise DataError(unreadable(error)) from error
 
 
 @cache
@@ -183,6 +175,8 @@ def find_shards(patterns: Sequence[str], cache: Cache | None = None) -> FoundSha
     """
     notes: list[str] = []
     paths = [path for pattern in patterns for path in _shards_of(pattern, notes, cache)]
+    if not paths:
+        raise _no_shards(", ".join(patterns), "nothing is named", _MAKE_THEM)
     by_place: dict[str, Place] = {}
     for path in paths:
         name = path.key if isinstance(path, Remote) else os.path.realpath(path)
@@ -199,7 +193,7 @@ def find_shards(patterns: Sequence[str], cache: Cache | None = None) -> FoundSha
 def _shards_of(pattern: str, notes: list[str], cache: Cache | None) -> list[Place]:
     text = os.path.expanduser(pattern)
     literal = re.split(r"[*?\[{]", text)[0]  # up to the folder in which a pattern begins to match
-    refuse_unreadable(Path(text if literal == text else os.path.dirname(literal) or "."))
+    refuse_unreadable(Path(text if literal == text else os.path.dirname(literal) or "."), DataError)
     if os.path.isdir(text):
         return _in_folder(Path(text), pattern, notes)
     if os.path.isfile(text):
@@ -230,9 +224,8 @@ def _elsewhere(text: str, pattern: str, cache: Cache | None) -> list[Place]:
     """Return the shards of an address or a command; nothing but ``*`` asks its server."""
     scheme = text.partition(":")[0].lower()
     is_command = text.startswith(PIPE)
-    if not is_command and (scheme not in PACKAGES or "://" not in text):
-        raise _no_shards(shown(text), _about_address(text))
-    if cache is None:
+    is_known = is_command or (scheme in PACKAGES and "://" in text)
+    if cache is None or not is_known:
         raise _no_shards(shown(text), _about_address(text))
     if is_command and not cache.commands:
         reason = "it is a command, and data.commands is not set, so nothing is run"
@@ -317,7 +310,10 @@ def _listed(file: Path, pattern: str, cache: Cache | None) -> list[Place]:
     """Read a list of shards, one a line, found from here or from the folder of the list."""
     try:
         with file.open("rb") as stream:
-            lines = stream.read(_MAX_LIST_BYTES).decode("utf-8-sig").splitlines()
+            data = stream.read(_MAX_LIST_BYTES + 1)
+        if len(data) > _MAX_LIST_BYTES:
+            raise _no_shards(pattern, f"the list has more than {_MAX_LIST_BYTES >> 20} MB; cut it")
+        lines = data.decode("utf-8-sig").splitlines()
     except OSError as error:
         raise _no_shards(pattern, reason_of(error)) from error
     except UnicodeDecodeError as error:

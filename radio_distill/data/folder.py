@@ -13,8 +13,8 @@ from typing import NamedTuple, TypeVar, overload
 from PIL.Image import Image
 
 from ..errors import DataError
-from ..system.files import printable, reason_of
-from .find import Tree, find_shards, is_address, is_hidden, list_tree, refuse_unreadable, say_once
+from ..system.files import printable, reason_of, refuse_unreadable
+from .find import Tree, find_shards, is_address, is_hidden, list_tree, say_once
 from .images import BadImageError, decode_image, read_image
 from .remote import without_secrets
 from .sources import describe_notes
@@ -169,7 +169,7 @@ def labelled_images(folder: str) -> LabelledImages:
         DataError: another layout, one class only, or images in ``val`` of a class that has none
             in ``train``.
     """
-    refuse_unreadable(Path(folder).expanduser())
+    refuse_unreadable(Path(folder).expanduser(), DataError)
     root = _find_splits(Path(folder).expanduser())
     train, val = (_by_class(split_folder(root, split)) for split in ("train", "val"))
     names = tuple(sorted(name for name, paths in train.items() if paths))

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from ..errors import ConfigError
+from ..errors import ConfigError, RadioDistillError
 
 _CHUNK = 1 << 20
 _SHOWN_LENGTH = 100  # characters of a name that a line shows
@@ -75,13 +75,10 @@ def is_there(path: Path) -> bool:
         return False
 
 
-def check_readable(path: Path) -> None:
-    """Check that a file can be read, or a folder looked into, if it is there.
+def refuse_unreadable(path: Path, kind: type[RadioDistillError]) -> None:
+    """Raise an error of ``kind`` where a file or folder is there and may not be read.
 
     Patterns and walks pass over what they may not see in silence, as if it were not there.
-
-    Raises:
-        PermissionError: naming it.
     """
     try:
         if path.is_dir():
@@ -91,8 +88,8 @@ def check_readable(path: Path) -> None:
             os.close(os.open(path, os.O_RDONLY))
         else:
             os.stat(path)
-    except PermissionError:
-        raise
+    except PermissionError as error:
+        raise kind(unreadable(error)) from error
     except (OSError, ValueError):  # ValueError: no file can have such a name
         return  # whoever opens it says why it cannot be
 

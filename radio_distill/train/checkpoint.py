@@ -40,7 +40,7 @@ from torch import Tensor
 from .. import __version__
 from ..config import Recipe, build, parse_yaml, with_new_names
 from ..errors import CheckpointError, ConfigError, WeightsError
-from ..system.files import check_readable, is_there, reason_of, sha256_of, unreadable
+from ..system.files import is_there, reason_of, refuse_unreadable, sha256_of, unreadable
 from ..types import TeacherSpec
 
 logger = logging.getLogger(__name__)
@@ -109,7 +109,7 @@ class Checkpoint:
     def tensors(self, part: str, names: Collection[str] = ()) -> dict[str, Tensor]:
         """Read one of its files, or some tensors of it; raises CheckpointError where damaged."""
         path = self.folder / f"{part}.safetensors"
-        refuse_unreadable(path)
+        refuse_unreadable(path, UnreadableError)
         try:
             if not names:
                 return load_file(path)
@@ -295,7 +295,7 @@ def newest(root: Path, stage: str = "", verified: bool = True) -> Checkpoint | N
     Raises:
         UnreadableError: where one may not be read; it may be the newest.
     """
-    refuse_unreadable(root)
+    refuse_unreadable(root, UnreadableError)
     for folder in checkpoint_folders(root):
         try:
             checkpoint = read(folder, verified)
@@ -309,14 +309,6 @@ def newest(root: Path, stage: str = "", verified: bool = True) -> Checkpoint | N
     return None
 
 
-def refuse_unreadable(path: Path) -> None:
-    """Raise UnreadableError where a file or folder is there and may not be read."""
-    try:
-        check_readable(path)
-    except PermissionError as error:
-        raise UnreadableError(unreadable(error)) from error
-
-
 def find(path: Path, verified: bool = True) -> Checkpoint:
     """Open a checkpoint folder, or the newest of a stage's or a ``checkpoints`` folder.
 
@@ -325,7 +317,7 @@ def find(path: Path, verified: bool = True) -> Checkpoint:
     Raises:
         CheckpointError: where there is none, or where it may not be read.
     """
-    refuse_unreadable(path)
+    refuse_unreadable(path, UnreadableError)
     if not is_there(path):
         raise CheckpointError(f"no whole checkpoint in {path}, which is not there")
     if is_there(path / META):
@@ -343,11 +335,11 @@ def stage_folders(run: Path) -> list[Path]:
     Raises:
         UnreadableError: the run, or a stage of it, may not be looked into.
     """
-    refuse_unreadable(run)
+    refuse_unreadable(run, UnreadableError)
     found = []
     for folder in sorted(run.iterdir()) if run.is_dir() else ():
         if folder.name.startswith("stage") and "." not in folder.name:
-            refuse_unreadable(folder)
+            refuse_unreadable(folder, UnreadableError)
             found += [folder] if (folder / "checkpoints").is_dir() else []
     return found
 

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, WeightsError
-from ..system.files import check_readable, reason_of, unreadable
+from ..system.files import reason_of
 from ..system.redaction import redact
 from ..system.trust import read_torch_file
 from ..train import checkpoint as checkpoints
@@ -40,14 +40,6 @@ _NO_WEIGHTS = ("optim", "scheduler", "scaler", "args", "config")
 _WRAPPED = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _CHUNKED = re.compile(r"^blocks\.\d+\.(\d+)\.")  # DINOv2's FSDP chunks: blocks.CHUNK.BLOCK.
 _AVERAGED, _STUDENT = ("ema", "teacher"), "student"
-
-
-def refuse_unreadable(path: Path) -> None:
-    """Raise WeightsError where weights are there and may not be read."""
-    try:
-        check_readable(path)
-    except PermissionError as error:
-        raise WeightsError(unreadable(error)) from error
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

@@ -36,7 +36,7 @@ from ..models.position import CroppedPositions
 from ..models.spectral import fold
 from ..models.student import Student
 from ..models.timm_student import TimmStudent
-from ..system.files import is_there
+from ..system.files import is_there, refuse_unreadable
 from ..system.trust import check_sha256
 from ..train.restore import load_student
 from ..types import Size
@@ -49,7 +49,6 @@ from .files import (
     named_as,
     read_checkpoint,
     read_json,
-    refuse_unreadable,
     tensors_of,
 )
 from .radio import holds_radio, radio_checkpoint
@@ -125,7 +124,7 @@ def _path_of(config: StudentConfig) -> Path:
     path = Path(os.path.expanduser(name.removeprefix(FOLDER)))
     if name.startswith(HUB):
         path = hub_model(name, "student.pretrained")
-    refuse_unreadable(path)
+    refuse_unreadable(path, WeightsError)
     if not is_there(path):
         raise WeightsError(f"no weights file {path}; correct student.pretrained")
     if sha256:

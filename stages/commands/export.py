@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from radio_distill.errors import ConfigError, ExportError
 from radio_distill.export import FORMATS, format_named
 from radio_distill.registry import nearest
-from radio_distill.system.files import move_aside, reason_of
+from radio_distill.system.files import move_aside, reason_of, refuse_unreadable
 
 from ..arguments import add_trust_argument, check_output, joined_size, size_of
 
@@ -80,12 +80,10 @@ def format_of(arguments: argparse.Namespace) -> "Format":
 
 def stage_of_run(folder: Path, stage: str) -> Path:
     """Return the folder of a run's stage; raises ConfigError where there is none of that name."""
-    from radio_distill.train.checkpoint import refuse_unreadable
-
-    refuse_unreadable(folder)
+    refuse_unreadable(folder, ConfigError)
     names = [path.parent.name for path in folder.glob("*/checkpoints")]
     if stage not in names:
-        refuse_unreadable(folder / stage / "checkpoints")
+        refuse_unreadable(folder / stage / "checkpoints", ConfigError)
     if not names:
         raise ConfigError(f"--stage {stage}: {folder} is not the folder of a run")
     if stage not in names:

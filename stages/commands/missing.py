@@ -23,7 +23,7 @@ from radio_distill.data.curation import read_curation
 from radio_distill.data.find import find_shards
 from radio_distill.errors import ConfigError, DataError, RadioDistillError
 from radio_distill.stage import check_has_stage, resolve_stage
-from radio_distill.system.files import check_readable, unreadable
+from radio_distill.system.files import refuse_unreadable
 from radio_distill.types import TeacherSpec
 from teachers import resolve, teacher_spec
 from teachers.weights import FOLDER, HUB, local_path
@@ -99,10 +99,7 @@ def _is_complete(recipe: Recipe, name: str) -> bool:
     """Return whether a stage's last checkpoint is there; raises ConfigError where none may look."""
     check_has_stage(recipe, name)
     root = recipe.stage_folder(name) / "checkpoints"
-    try:
-        check_readable(root)
-    except PermissionError as error:
-        raise ConfigError(unreadable(error)) from error
+    refuse_unreadable(root, ConfigError)
     return (root / f"step-{recipe.stages[name].steps:08d}").is_dir()
 
 

@@ -27,11 +27,12 @@ def test_find_shards__each_comes_once(shard_folder, monkeypatch):
     assert len(find_shards(spellings).paths) == 5
 
 
-@pytest.mark.parametrize("pattern", ["nothing-*.tar", "nothing.tar", "empty"])
-def test_find_shards__none_found_says_what_to_run(tmp_path, pattern):
+@pytest.mark.parametrize("entries", [["nothing-*.tar"], ["nothing.tar"], ["empty"], ["::"], []])
+def test_find_shards__none_found_says_what_to_run(tmp_path, entries, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="radio-distill shards SRC OUT"):
-        find_shards([str(tmp_path / pattern)])
+        find_shards(entries)
 
 
 @pytest.mark.parametrize(
@@ -96,7 +97,13 @@ def test_find_shards__lists_of_shards(shard_folder, monkeypatch):
     (shard_folder / "list.txt").write_text("\n".join(lines))
     found = find_shards([str(shard_folder / "list.txt")])
     assert [path.name for path in found.paths] == ["part-3.tar", "part-1.tar", "part-0.tar"]
-    for text, reason in (("", "empty"), ("gone.tar", "lists 'gone.tar'"), ("list.txt", "no file")):
+    monkeypatch.setattr("radio_distill.data.find._MAX_LIST_BYTES", 20)
+    for text, reason in (
+        ("", "empty"),
+        ("gone.tar", "lists 'gone.tar'"),
+        ("list.txt", "no file"),
+        ("part-3.tar\n" * 2, "more than"),
+    ):
         (shard_folder / "list.txt").write_text(text)
         with pytest.raises(DataError, match=reason):
             find_shards([str(shard_folder / "list.txt")])
