@@ -114,30 +114,26 @@ def compare(factors: list[int], batches: list[int], repeats: int, device: torch.
 
 
 def compare_attention(repeats: int, device: torch.device, cells: int = 81) -> None:
-    """Print forward and forward+backward of the attention layer (C 1280), by window and form."""
-    forms = ("blocks", "flex") if device.type == "cuda" else ("blocks",)
+    """Print forward and forward+backward of the attention layer (C 1280), by window."""
     tokens = torch.randn(1, cells, cells, 2560, device=device, requires_grad=True)
     for window in (3, 5, 7, 11):
-        for form in forms:
-            layer = LocalSelfAttention(2560, 2560, window, implementation=form).to(device)
+        layer = LocalSelfAttention(2560, 2560, window).to(device)
 
-            def forward(layer: nn.Module = layer) -> Tensor:
-                with torch.autocast(device.type, torch.bfloat16):
-                    out: Tensor = layer(tokens)
-                return out
+        def forward(layer: nn.Module = layer) -> Tensor:
+            with torch.autocast(device.type, torch.bfloat16):
+                out: Tensor = layer(tokens)
+            return out
 
-            rows = []
-            for repeat in range(repeats + 1):
-                clock = Clock(device)
-                with torch.no_grad():
-                    clock.time("forward", forward)
-                clock.time("both", lambda forward=forward: forward().sum().backward())
-                if repeat:
-                    rows.append(clock.spent)
-            spent = [1e3 * median(row[key] for row in rows) for key in ("forward", "both")]
-            print(
-                f"window {window:2} {form:6} {spent[0]:8.2f} ms, with backward {spent[1]:8.2f} ms"
-            )
+        rows = []
+        for repeat in range(repeats + 1):
+            clock = Clock(device)
+            with torch.no_grad():
+                clock.time("forward", forward)
+            clock.time("both", lambda forward=forward: forward().sum().backward())
+            if repeat:
+                rows.append(clock.spent)
+        spent = [1e3 * median(row[key] for row in rows) for key in ("forward", "both")]
+        print(f"window {window:2} {spent[0]:8.2f} ms, with backward {spent[1]:8.2f} ms")
 
 
 def count(fake: str, factor: int) -> None:

@@ -9,10 +9,9 @@ Importing this package does not import torch.
 """
 
 from collections.abc import Mapping
-from inspect import signature
 from typing import Any
 
-from radio_distill.config import UpsamplerConfig
+from radio_distill.config import UpsamplerConfig, build_options
 from radio_distill.errors import ConfigError
 from radio_distill.protocols import Teacher, Upsampler
 from radio_distill.registry import Registry, check_has, check_takes, nearest
@@ -80,52 +79,49 @@ def build_upsampler(
             for an upsampler without parameters.
         WeightsError: a file that was fitted for another teacher or factor, or has another checksum.
     """
-    check_config(config)
+    options = check_config(config)
     arguments: dict[str, Any] = {"factor": config.factor, "micro_batch": config.micro_batch}
     if is_fitted(config.name):
         arguments |= {"weights": _files(config, teachers), "precision": precision}
-    upsampler: Upsampler = UPSAMPLERS.get(config.name)(**(arguments | config.options))
+    upsampler: Upsampler = UPSAMPLERS.get(config.name)(**(arguments | options))
     check_has(f"upsampler {config.name!r}", upsampler, ("factor", "cost", "__call__"))
     return upsampler
 
 
-def check_config(config: UpsamplerConfig) -> None:
-    """Raise ConfigError for a section that cannot be right, whatever the teachers are."""
+def check_config(config: UpsamplerConfig) -> dict[str, Any]:
+    """Return a section's options as its upsampler takes them.
+
+    Raises:
+        ConfigError: a section that cannot be right, whatever the teachers are.
+    """
     name = config.name
     kind = UPSAMPLERS.get(name)
-    if config.factor < 1:
-        raise ConfigError(f"upsampler.factor is {config.factor}; it must be at least 1")
     given = ("factor", "micro_batch", *(("weights", "precision") if is_fitted(name) else ()))
     check_has(f"upsampler {name!r}", kind, ("cost", "__call__"))
-    _check_options(name, kind, config.options)
+    options = _options(name, kind, config.factor, config.options)
     keywords = tuple(dict.fromkeys((*given, *config.options)))
     check_takes(f"upsampler {name!r}", kind, keywords=keywords)
     if is_fitted(name):
-        return
+        return options
     if config.weights:
         raise ConfigError(f"upsampler {name!r} has no parameters; remove upsampler.weights")
     for field in ("sha256", "sizes"):
         if getattr(config, field):
             raise ConfigError(f"upsampler {name!r} has no file to check; remove upsampler.{field}")
+    return options
 
 
 def build_per_image(name: str, factor: int, options: Mapping[str, Any]) -> Upsampler:
     """Build one of ``PER_IMAGE``; raises ConfigError for an unknown name or option."""
     kind = PER_IMAGE.get(name)
-    _check_options(name, kind, options)
-    upsampler: Upsampler = kind(factor=factor, **options)
+    upsampler: Upsampler = kind(factor=factor, **_options(name, kind, factor, options))
     return upsampler
 
 
-def _check_options(name: str, kind: Any, options: Mapping[str, Any]) -> None:
-    known = [key for key in signature(kind).parameters if key not in _SET_BY_RECIPE]
-    for key in options:
-        if key not in known:
-            hint = nearest(key, known) if known else "it has none"
-            raise ConfigError(f"upsampler {name!r} has no option {key!r} ({hint})")
-
-
-_SET_BY_RECIPE = ("factor", "micro_batch", "weights")
+def _options(name: str, kind: Any, factor: int, options: Mapping[str, Any]) -> dict[str, Any]:
+    if factor < 1:
+        raise ConfigError(f"upsampler.factor is {factor}; it must be at least 1")
+    return build_options(kind, options, f"upsampler {name}", ("factor", "micro_batch", "weights"))
 
 
 def _files(config: UpsamplerConfig, teachers: Mapping[str, Teacher]) -> Mapping[str, str]:

@@ -10,24 +10,24 @@ Channels are compressed as in :mod:`.implicit`. The norms are those of one image
 whose batch is one.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from radio_distill.errors import ConfigError, DataError
+from radio_distill.config.fields import Positive, Weight
+from radio_distill.errors import DataError
 from radio_distill.protocols import Teacher
-from radio_distill.registry import nearest
 from radio_distill.system.precision import AUTO, autocast
 from radio_distill.system.progress import Progress
 from radio_distill.types import Features, Size
 
 from .fit.downsamplers import build_downsampler
-from .implicit import Compression, check_numbers, descend
+from .implicit import Compression, descend
 from .methods import tiling
 
 WIDTH, SKIP_WIDTH, NOISE_CHANNELS = 128, 4, 32
@@ -35,7 +35,6 @@ SCALES = 5
 LEARNING_RATE = 0.01
 NOISE = 0.1
 """The input is drawn evenly from 0 to this."""
-DOWNSAMPLERS = ("average", "attention", "simple")
 
 
 @dataclass(frozen=True)
@@ -43,22 +42,14 @@ class DeepImagePrior:
     """Deep image prior (arXiv 1711.10925), fitted to each map: for `radio-distill upsample`."""
 
     factor: int
-    steps: int = 2000
+    steps: Positive = 2000
     """Updates; the method has twice as many at 8x."""
-    jitter: float = 0.03
+    jitter: Weight = 0.03
     """Deviation of what is added to the noise in each step; 0.05 at 8x."""
-    downsampler: str = "average"
+    downsampler: Literal["average", "attention", "simple"] = "average"
     """How the teacher pools the map: ``average``, or fitted with it, ``attention``, ``simple``."""
     seed: int = 0
     """Of noise and first weights."""
-
-    def __post_init__(self) -> None:
-        check_numbers("a deep image prior", factor=self.factor, steps=self.steps)
-        if self.downsampler not in DOWNSAMPLERS:
-            hint = nearest(self.downsampler, DOWNSAMPLERS)
-            raise ConfigError(f"no downsampler {self.downsampler!r} of a deep image prior ({hint})")
-        if isinstance(self.jitter, str) or not 0 <= self.jitter < math.inf:
-            raise ConfigError(f"jitter of a deep image prior is {self.jitter!r}; say 0 or more")
 
     def __call__(self, teacher: Teacher, pixels: Tensor, grid: Size) -> Features:
         """Return features with spatial ``[B, C, *grid]``; ConfigError for a grid that cannot be."""

@@ -13,7 +13,7 @@ network, so it works for any. Files are :mod:`.fitted_files`.
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,7 @@ from radio_distill.normalize import NORMALIZERS
 from radio_distill.normalize.affine import converted
 from radio_distill.normalize.phi_s import PhiS
 from radio_distill.protocols import Normalizer, Teacher
-from radio_distill.system.precision import AUTO, autocast
+from radio_distill.system.precision import autocast
 from radio_distill.types import Features, Size, TeacherSpec, format_size
 
 from .fitted_files import FittedHeader, hash_of, read_header, read_tensors, write
@@ -154,11 +154,10 @@ class FittedUpsampler:
         micro_batch: teacher images in one call, tiles counted; 0 for the teacher's own setting.
         weights: file of the fitted upsampler, by teacher name.
         any_size: accept teacher inputs of another size than the fit's; the bias is resized.
-        precision: of the network's matrix products, bfloat16 or float32; auto is bfloat16 where
-            the device has instructions for it.
+        precision: of the network's matrix products; auto is bfloat16 where the device has
+            instructions for it.
 
     Raises:
-        ConfigError: another precision.
         WeightsError: a file that cannot be read, or does not hold what its header says.
     """
 
@@ -171,11 +170,8 @@ class FittedUpsampler:
         micro_batch: int = 0,
         weights: Mapping[str, str] | None = None,
         any_size: bool = False,
-        precision: str = AUTO,
+        precision: Literal["auto", "bfloat16", "float32"] = "auto",
     ):
-        if precision not in (AUTO, "bfloat16", "float32"):
-            known = f"{AUTO}, bfloat16 or float32"
-            raise ConfigError(f"upsampler option precision: {precision!r} is not {known}")
         self.factor = factor
         self._micro_batch, self._any_size, self._precision = micro_batch, any_size, precision
         self._device = torch.device("cpu")

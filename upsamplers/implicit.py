@@ -32,6 +32,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -39,13 +40,13 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from radio_distill.config.fields import Positive, Weight
 from radio_distill.distill.views import resize
 from radio_distill.errors import ConfigError, DataError, DivergedError
 from radio_distill.geometry import valid_mask, warp
 from radio_distill.normalize.affine import mean_variance
 from radio_distill.normalize.statistics import Moments
 from radio_distill.protocols import Teacher
-from radio_distill.registry import nearest
 from radio_distill.system.precision import AUTO, autocast
 from radio_distill.system.progress import Progress
 from radio_distill.types import Features, Size
@@ -64,7 +65,6 @@ NUM_FREQUENCIES = 30
 LOWEST_FREQUENCY = math.exp(-2)
 LEARNING_RATE = 1e-3
 VIEWS_PER_STEP = 10
-DOWNSAMPLERS = ("attention", "featup", "simple")
 _VIEWS_PER_CALL = 64
 _POINTS_PER_CALL = 1 << 16
 
@@ -104,11 +104,7 @@ class Compression:
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """What a fit consists of.
-
-    Raises:
-        ConfigError: a value that cannot be.
-    """
+    """What a fit consists of."""
 
     buffer: bool = False
     """Fit a free map, from a normal start, that is interpolated elsewhere: no network."""
@@ -116,23 +112,10 @@ class Parts:
     """Whether the network knows the colour of a point, or its place alone."""
     uncertainty: bool = True
     """Whether cells that views cannot agree on count less, as a small net predicts."""
-    downsampler: str = "attention"
+    downsampler: Literal["attention", "featup", "simple"] = "attention"
     """How the teacher pools the map, as ``fit.downsampler``."""
-    total_variation: float = 0.05
+    total_variation: Weight = 0.05
     """Weight of the total variation of the features' magnitudes."""
-
-    def __post_init__(self) -> None:
-        for name in ("buffer", "colours", "uncertainty"):
-            if not isinstance(value := getattr(self, name), bool):
-                raise ConfigError(f"{name} of an implicit fit is {value!r}; say true or false")
-        if self.downsampler not in DOWNSAMPLERS:
-            hint = nearest(self.downsampler, DOWNSAMPLERS)
-            raise ConfigError(f"no downsampler {self.downsampler!r} of an implicit fit ({hint})")
-        weight = self.total_variation
-        if isinstance(weight, str) or not 0 <= weight < math.inf:
-            raise ConfigError(
-                f"total_variation of an implicit fit is {weight!r}; it must be 0 or more"
-            )
 
 
 @dataclass(frozen=True)
@@ -218,16 +201,12 @@ class Implicit(Parts):
     """FeatUp's implicit network, fitted to each image anew: for `radio-distill upsample`."""
 
     factor: int
-    steps: int = 2000
+    steps: Positive = 2000
     """Updates."""
-    views: int = 3000
+    views: Positive = 3000
     """Random views of the image that the teacher is asked about."""
     seed: int = 0
     """Of views, first weights and dropout."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_numbers("an implicit fit", factor=self.factor, steps=self.steps, views=self.views)
 
     def __call__(self, teacher: Teacher, pixels: Tensor, grid: Size) -> Features:
         """Return features with spatial ``[B, C, *grid]``; ConfigError for a grid that cannot be."""
@@ -428,12 +407,7 @@ def _checked(image: Tensor, **numbers: int) -> Tensor:
         raise ConfigError(f"an implicit map is of one image [3, H, W], not {[*image.shape]}")
     if not image.isfinite().all():
         raise DataError("the image holds values that are not finite; read it again")
-    check_numbers("an implicit fit", **numbers)
-    return image
-
-
-def check_numbers(fit: str, **numbers: int) -> None:
-    """Raise ConfigError for a number of ``fit``, as the message calls it, that is not above 0."""
     for name, value in numbers.items():
-        if not isinstance(value, int) or value < 1:
-            raise ConfigError(f"{name} of {fit} is {value}; it must be at least 1")
+        if value < 1:
+            raise ConfigError(f"{name} of an implicit fit is {value}; it must be at least 1")
+    return image

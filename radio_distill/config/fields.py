@@ -28,25 +28,35 @@ our_option = partial(option, ours=True)
 
 @dataclass(frozen=True)
 class Range:
-    """Numbers that a field takes; without ``including`` the least is not one of them."""
+    """Numbers that a field takes; without ``including`` the least is not one of them.
+
+    With a ``step`` they are the least, so much more, and so on.
+    """
 
     least: float
     most: float = math.inf
     including: bool = True
+    step: int = 0
 
     def problem(self, value: float) -> str:
         """Say why a number is not one of them; empty where it is."""
-        if (value >= self.least if self.including else value > self.least) and value <= self.most:
+        is_step = not self.step or (value - self.least) % self.step == 0
+        is_above = value >= self.least if self.including else value > self.least
+        if is_above and value <= self.most and is_step:
             return ""
         least, most = f"{self.least:,.10g}", f"{self.most:,.10g}"
         if not self.including:
             return f"is not above {least}" + (f", at most {most}" if self.most < math.inf else "")
+        if self.step:
+            numbers = ", ".join(f"{self.least + self.step * n:g}" for n in range(3))
+            return f"is not one of {numbers}, …" + (f" {most}" if self.most < math.inf else "")
         return f"is not {least} to {most}" if self.most < math.inf else f"is below {least}"
 
 
 Count = Annotated[int, Range(0)]
 """A whole number from 0 on; where 0 stands for something else, the field says so."""
 Positive = Annotated[int, Range(1)]
+Odd = Annotated[int, Range(1, step=2)]
 Side = Annotated[int, Range(1, 65_536)]
 """Pixels a side."""
 SmallCount = Annotated[int, Range(0, 1024)]

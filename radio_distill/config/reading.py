@@ -265,21 +265,33 @@ def build(cls: type, data: Any, path: str = "") -> Any:
     return cls(**dict(zip(known, values, strict=True)))
 
 
-def build_options(target: Any, options: Mapping[str, Any], path: str) -> dict[str, Any]:
+def build_options(
+    target: Any, options: Mapping[str, Any], path: str, given: Sequence[str] = ()
+) -> dict[str, Any]:
     """Return the keyword arguments of a component as the types that its signature says.
+
+    Args:
+        target: its class.
+        options: by name.
+        path: what a message begins with.
+        given: arguments that are no options, as something else decides them.
 
     Raises:
         ConfigError: for those that it does not take, or of another type or range, a line each.
     """
     parameters = signature(target).parameters.values()
-    known = [item.name for item in parameters if item.kind == item.KEYWORD_ONLY]
+    named = [it.name for it in parameters if it.kind in (it.POSITIONAL_OR_KEYWORD, it.KEYWORD_ONLY)]
+    known = [name for name in named if name not in given]
     lacking = "no option {!r} ({})" if known else "it takes no options, not {!r}"
     problems = [
         f"{path}: {lacking.format(name, nearest(name, known))}"
         for name in options
         if name not in known
     ]
-    kinds = typing.get_type_hints(target.__init__, include_extras=True)
+    try:
+        kinds = typing.get_type_hints(target.__init__, include_extras=True)
+    except NameError:  # a class of the user's whose types only a type checker imports
+        kinds = {}
     items = [(name, kinds.get(name, Any), value) for name, value in options.items()]
     try:
         values = _convert_each(path, [item for item in items if item[0] in known])

@@ -187,7 +187,7 @@ def build_projector(config: HeadConfig, shape: HeadShape, where: str) -> Project
     check_takes(f"{where}: {config.name}", kind, ("shape",), ())
     if missing := getattr(kind, "__abstractmethods__", None):
         raise ConfigError(f"{where}: {config.name} lacks {', '.join(sorted(missing))}")
-    options = build_options(kind, config.options, f"{where}: {config.name}")
+    options = build_options(kind, config.options, f"{where}: {config.name}", given=("shape",))
     try:
         projector: Projector = kind(shape, **options)
     except ConfigError as error:

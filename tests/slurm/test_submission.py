@@ -125,7 +125,7 @@ def test_submit__what_is_fitted_is_not_fitted_again(recipe, run, login_node, cap
         (["--evaluation.images", ""], "evaluation.images is empty and benchmark 'fidelity'"),
         (["--stages", "stage3"], "stages.stage3 starts from stage1, and there is no checkpoint"),
         (["--stages.stage3.partitions.high.teacher_sizes.vit", "33"], "33 is not a multiple"),
-        (["--stages.stage3.upsampler.options", "{radius: 1}"], "has no option 'radius'"),
+        (["--stages.stage3.upsampler.options", "{radius: 1}"], "no option 'radius'"),
     ],
 )
 def test_submit__what_cannot_run_is_not_queued(recipe, login_node, capsys, arguments, message):

@@ -358,7 +358,7 @@ def test_check_stages__a_later_stage_is_looked_at_before_the_first(recipe):
     ("field", "message"),
     [
         ("stages.stage2.upsampler.name=bilinaer", "stages.stage2.upsampler: unknown upsampler"),
-        ("stages.stage2.upsampler.options={beta: 1}", "has no option 'beta'"),
+        ("stages.stage2.upsampler.options={beta: 1}", "takes no options, not 'beta'"),
         ("stages.stage2.upsampler.name=anyup", "upsampler 'anyup' is not part of this project"),
         ("stages.stage2.partitions.high.teacher_sizes.clip=50", "50 is not a multiple of its"),
         ("stages.stage2.start_from=nowhere", "stages.stage2.start_from: neither a stage"),

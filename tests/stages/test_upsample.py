@@ -126,7 +126,7 @@ def test_paint__the_upsampled_map_has_colours_of_its_own_and_bilinear_is_shown_o
         (["cat.png", "--upsampler", "implicit", "--options", "step=1"], "did you mean 'steps'"),
         (["cat.png", "--upsampler", "implicit", "--options", "steps=many"], "steps"),
         (["cat.png", "--upsampler", "implicit", "--options", "buffer=2"], "true or false"),
-        (["cat.png", "--upsampler", "implicit", "--options", "total_variation=-1"], "0 or more"),
+        (["cat.png", "--upsampler", "implicit", "--options", "total_variation=-1"], "below 0"),
         (["cat.png", "--upsampler", "implicit", "--options", "downsampler=mean"], "simple"),
         (["cat.png", "--upsampler", "s2", "--options", "beta"], "KEY=VALUE"),
         (["cat.png", "--upsampler", "bilinear", "--factor", "0"], "at least 1"),

@@ -70,6 +70,10 @@ def built(converted):
 
 @torch.no_grad()
 def test_convert_featup__gives_the_published_outputs(stack, tmp_path):
+    """Level by level: the image is smaller than the last, where the published stack repeats pixels.
+
+    Ours would refuse.
+    """
     converted = convert_featup(saved(featup_checkpoint(stack), tmp_path))
     assert (converted.channels, converted.factor) == (8, 16)
     layers = built(converted).stack
@@ -260,7 +264,7 @@ def test_convert__numbers_that_are_not_finite(stack, toy, tmp_path, bad):
         ({"type": "featup"}, "holds a 'featup'"),
         ({"type": "featsharp.inputs-jafar-tiles"}, "fitted with 'inputs-jafar-tiles'"),
         ({"type": "featsharp.xpos-qk"}, "fitted with 'xpos-qk'"),
-        ({"type": "featsharp.wnd-4"}, "window is 4"),
+        ({"type": "featsharp.wnd-4"}, "window: 4"),
         ({"type": "featsharp.inputs-tiles"}, "not a featsharp of factor 2"),
     ],
 )

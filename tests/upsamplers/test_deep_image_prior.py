@@ -85,7 +85,7 @@ def test_call__fits_each_map_of_a_batch_by_itself():
     [
         ({"steps": 0}, "steps"),
         ({"jitter": -1}, "jitter"),
-        ({"downsampler": "averages"}, "'average'"),
+        ({"downsampler": "averages"}, "not one of average"),
         ({"views": 3}, "'views'"),
     ],
 )

@@ -4,11 +4,10 @@ Two functions (:mod:`.dispatch`) under one module (:mod:`.layer`), each in three
 that agree: ``reference``, ``folded`` (torch only) and ``triton_kernels``.
 """
 
-from .dispatch import IMPLEMENTATIONS, apply_kernel, joint_bilateral, range_weights
+from .dispatch import apply_kernel, joint_bilateral, range_weights
 from .layer import JointBilateralLevel, JointBilateralStack, prime_factors
 
 __all__ = [
-    "IMPLEMENTATIONS",
     "JointBilateralLevel",
     "JointBilateralStack",
     "apply_kernel",

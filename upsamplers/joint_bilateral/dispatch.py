@@ -6,7 +6,7 @@ form.
 """
 
 from types import ModuleType
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from radio_distill.types import format_size
 from . import folded, reference
 
 Base = Literal["bilinear", "bicubic"]
-IMPLEMENTATIONS = ("auto", "reference", "folded", "triton")
+Implementation = Literal["auto", "reference", "folded", "triton"]
 _TRITON_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 _SMALLEST_SIGMA = 1e-3
 
@@ -108,8 +108,8 @@ def apply_kernel(
 
 def _choose(implementation: str, tensor: Tensor) -> ModuleType:
     """Return the module that computes: the one choice rule."""
-    if implementation not in IMPLEMENTATIONS:
-        known = ", ".join(IMPLEMENTATIONS)
+    if implementation not in get_args(Implementation):
+        known = ", ".join(get_args(Implementation))
         raise ConfigError(f"implementation {implementation!r} is not known; use one of {known}")
     if implementation == "reference":
         return reference

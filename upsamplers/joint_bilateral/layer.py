@@ -15,7 +15,7 @@ two scalars. FeatUp's stack always has four levels of 2.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -43,9 +43,6 @@ class JointBilateralLevel(nn.Module):
             Tables 3 and 4 leave it out in one row).
         similarity: the softmax is of dot products (``softmax``) or, as in other rows there, of a
             distance's Gaussian: ``cosine`` or ``euclidean``.
-
-    Raises:
-        ConfigError: a variant, similarity or radius that is not known.
     """
 
     def __init__(
@@ -58,10 +55,6 @@ class JointBilateralLevel(nn.Module):
         similarity: Similarity = "softmax",
     ) -> None:
         super().__init__()
-        _check_known("variant", variant, Variant)
-        _check_known("similarity", similarity, Similarity)
-        if radius < 1:
-            raise ConfigError(f"joint-bilateral radius is {radius}; it must be at least 1")
         self.radius, self.implementation, self.similarity = radius, implementation, similarity
         dropout = variant == "featup"
         self.range_temp = nn.Parameter(torch.zeros(()))
@@ -102,32 +95,19 @@ class JointBilateralStack(nn.Module):
     Args:
         channels: of the features.
         factor: any integer from 1; 14 makes a level of 2 and one of 7.
-        variant, radius, key_channels, implementation, guidance_mlp, similarity: see
-            :class:`JointBilateralLevel`.
+        variant: see the module.
+        options: further ones of :class:`JointBilateralLevel`.
 
     Raises:
-        ConfigError: a factor below 1, or options that are not known.
+        ConfigError: a factor below 1.
     """
 
     def __init__(
-        self,
-        channels: int,
-        factor: int,
-        variant: Variant = "featup",
-        radius: int = 3,
-        key_channels: int = 32,
-        implementation: str = "auto",
-        guidance_mlp: bool = True,
-        similarity: Similarity = "softmax",
+        self, channels: int, factor: int, variant: Variant = "featup", **options: Any
     ) -> None:
         super().__init__()
         self.factors = prime_factors(factor)
-        self.levels = nn.ModuleList(
-            JointBilateralLevel(
-                variant, radius, key_channels, implementation, guidance_mlp, similarity
-            )
-            for _ in self.factors
-        )
+        self.levels = nn.ModuleList(JointBilateralLevel(variant, **options) for _ in self.factors)
         featup = variant == "featup"
         self.fixup_proj = (
             nn.Sequential(nn.Dropout2d(0.2), _Pointwise(channels, channels)) if featup else None
@@ -180,12 +160,6 @@ def prime_factors(factor: int) -> tuple[int, ...]:
             factor //= prime
         prime += 1
     return tuple(primes)
-
-
-def _check_known(option: str, value: str, known: Any) -> None:
-    if value not in get_args(known):
-        names = " or ".join(get_args(known))
-        raise ConfigError(f"{option} {value!r} is not known; use {names}")
 
 
 def _mlp(channels: int, width: int, dropout: bool) -> nn.Sequential:

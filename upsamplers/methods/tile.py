@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from radio_distill.errors import ConfigError
+from radio_distill.config.fields import Share
 from radio_distill.protocols import Teacher
 from radio_distill.types import Features, Size
 
@@ -37,12 +37,8 @@ class Tile(tiling.Method):
 class S2(tiling.Method):
     """``beta * bilinear(low) + (1 - beta) * tiles``."""
 
-    beta: float = 0.5
-    """Share of the interpolated map, 0 to 1."""
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.beta, (int, float)) or not 0 <= self.beta <= 1:
-            raise ConfigError(f"upsampler option beta: {self.beta!r} is not a number from 0 to 1")
+    beta: Share = 0.5
+    """Share of the interpolated map."""
 
     def __call__(self, teacher: Teacher, pixels: Tensor, grid: Size) -> Features:
         """Return features with spatial ``[B, C, *grid]``; ConfigError for a grid that cannot be."""

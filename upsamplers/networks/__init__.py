@@ -3,17 +3,18 @@
 A network works in the teacher's normalised space (PHI-S) and knows neither teacher nor file. What
 it is shown is an :class:`Observation`; :mod:`upsamplers.fitted` makes it, adds the de-bias, and
 goes back to the teacher's own space. A network is an ``nn.Module`` built as
-``Network(channels, factor, **options)``.
+``Network(channels, factor, **options)``; which types and numbers its options take is said by its
+signature.
 
 Importing this module does not import torch.
 """
 
 from collections.abc import Mapping
-from inspect import signature
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
+from radio_distill.config import build_options
 from radio_distill.errors import ConfigError
-from radio_distill.registry import Registry, check_has, check_takes, nearest
+from radio_distill.registry import Registry, check_has, check_takes
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -53,16 +54,12 @@ NETWORKS = Registry(
 
 
 def build_network(name: str, channels: int, factor: int, options: Mapping[str, Any]) -> "nn.Module":
-    """Build a network with random weights; raises ConfigError for an option it does not have."""
+    """Build a network with random weights; raises ConfigError for an option it does not take."""
     if factor < 1:
         raise ConfigError(f"upsampler.factor is {factor}; it must be at least 1")
     kind = NETWORKS.get(name)
     check_takes(f"network {name!r}", kind, ("channels", "factor"))
-    known = [key for key in signature(kind).parameters if key not in ("channels", "factor")]
-    for key in options:
-        if key not in known:
-            hint = nearest(key, known) if known else "it has none"
-            raise ConfigError(f"upsampler {name!r} has no option {key!r} ({hint})")
-    network = kind(channels, factor, **options)
+    known = build_options(kind, options, f"upsampler {name}", given=("channels", "factor"))
+    network = kind(channels, factor, **known)
     check_has(f"network {name!r}", network, ("tile_levels", "forward", "parameters"))
     return cast("nn.Module", network)

@@ -8,12 +8,16 @@ with zeros, so that a constant map stays constant; and the predicted kernels, wh
 are of three cells at any factor.
 """
 
+from typing import Annotated
+
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from radio_distill.config.fields import Odd, Range
+
 from . import Observation
-from .carafe import check_odd, reassemble
+from .carafe import reassemble
 from .guidance import FineGuide
 
 
@@ -27,17 +31,19 @@ class A2UNetwork(nn.Module):
         channels: C of the features.
         factor: f, how much finer the result is.
         kernel_size: side of the neighbourhood, in low-resolution cells; the paper's s.
-        guide_channels: c, what is read off the image, a multiple of 32.
-
-    Raises:
-        ConfigError: a side that is not odd.
+        guide_channels: c, what is read off the image.
     """
 
     tile_levels: tuple[int, ...] = ()
 
-    def __init__(self, channels: int, factor: int, kernel_size: int = 3, guide_channels: int = 64):
+    def __init__(
+        self,
+        channels: int,
+        factor: int,
+        kernel_size: Odd = 3,
+        guide_channels: Annotated[int, Range(32, step=32)] = 64,
+    ):
         super().__init__()
-        check_odd("kernel_size", kernel_size)
         self.factor = factor
         self.guide = FineGuide(factor, guide_channels)
         self.left, self.right = (Affine(guide_channels, factor) for _ in range(2))

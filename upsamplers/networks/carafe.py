@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from radio_distill.errors import ConfigError
+from radio_distill.config.fields import Odd, Positive
 
 from . import Observation
 
@@ -26,9 +26,6 @@ class CarafeNetwork(nn.Module):
         kernel_size: side of the neighbourhood, in low-resolution cells; the paper's k_up.
         encoder_size: side of the convolution that predicts; the paper's k_encoder.
         compressed_channels: what the features are squeezed to before it; the paper's C_m.
-
-    Raises:
-        ConfigError: a side that is not odd.
     """
 
     tile_levels: tuple[int, ...] = ()
@@ -37,13 +34,11 @@ class CarafeNetwork(nn.Module):
         self,
         channels: int,
         factor: int,
-        kernel_size: int = 5,
-        encoder_size: int = 3,
-        compressed_channels: int = 64,
+        kernel_size: Odd = 5,
+        encoder_size: Odd = 3,
+        compressed_channels: Positive = 64,
     ):
         super().__init__()
-        check_odd("kernel_size", kernel_size)
-        check_odd("encoder_size", encoder_size)
         self.factor = factor
         self.compress = nn.Conv2d(channels, compressed_channels, 1)
         self.encode = nn.Conv2d(
@@ -61,12 +56,6 @@ class CarafeNetwork(nn.Module):
         logits = self.encode(self.compress(observation.low))  # [B, f * f * T, h, w]
         logits = rearrange(logits, "b (f t) h w -> b h w f t", f=self.factor**2)
         return reassemble(observation.low, logits.softmax(-1), self.factor)
-
-
-def check_odd(option: str, size: int) -> None:
-    """Raise ConfigError unless ``size`` is a positive odd number."""
-    if not isinstance(size, int) or size < 1 or size % 2 == 0:
-        raise ConfigError(f"upsampler option {option}: {size!r} is not an odd number, such as 5")
 
 
 def bilinear_logits(factor: int, kernel_size: int) -> Tensor:

@@ -13,9 +13,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from radio_distill.config.fields import Odd, Positive
+
 from . import Observation
-from .carafe import bilinear_logits, check_odd, reassemble
-from .guidance import FineGuide
+from .carafe import bilinear_logits, reassemble
+from .guidance import FineGuide, Grouped
 
 
 class FadeNetwork(nn.Module):
@@ -26,12 +28,9 @@ class FadeNetwork(nn.Module):
         factor: f, how much finer the result is.
         kernel_size: side of the neighbourhood, in low-resolution cells; the paper's K.
         embedding_channels: what image and features are both brought to; the paper's 64.
-        guide_channels: what is read off the image, a multiple of 8.
+        guide_channels: what is read off the image.
         gate: let the image's features, brought to C channels, through where a gate of the features
             says so. A constant map does not stay constant then.
-
-    Raises:
-        ConfigError: a side that is not odd.
     """
 
     tile_levels: tuple[int, ...] = ()
@@ -40,13 +39,12 @@ class FadeNetwork(nn.Module):
         self,
         channels: int,
         factor: int,
-        kernel_size: int = 5,
-        embedding_channels: int = 64,
-        guide_channels: int = 32,
+        kernel_size: Odd = 5,
+        embedding_channels: Positive = 64,
+        guide_channels: Grouped = 32,
         gate: bool = False,
     ):
         super().__init__()
-        check_odd("kernel_size", kernel_size)
         self.factor = factor
         self.guide = FineGuide(factor, guide_channels)
         self.from_image = nn.Conv2d(guide_channels, embedding_channels, 1)

@@ -14,23 +14,23 @@ training, which :mod:`upsamplers.convert` folds into the weights.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from radio_distill.config.fields import AboveZero, Weight
 from radio_distill.errors import ConfigError
-from radio_distill.registry import nearest
 from radio_distill.types import Size
 
 from ..joint_bilateral.layer import JointBilateralStack, prime_factors
 from ..methods.interpolate import enlarge
 from . import Observation
-from .local_attention import LocalSelfAttention, check
+from .local_attention import LocalSelfAttention, Window
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
@@ -54,16 +54,16 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """Values of the options that are None; everything else is the same in both."""
 
-INPUTS = ("bilinear", "featup", "tiles")
-BLOCKS = ("linear", "attention", "mlp", "both")
+Input = Literal["bilinear", "featup", "tiles"]
+Kind = Literal["linear", "attention", "mlp", "both"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """Options of a level; :class:`FeatSharpNetwork` explains them."""
 
-    inputs: tuple[str, ...]
-    block: str
+    inputs: tuple[Input, ...]
+    block: Kind
     window: int
     alibi: bool
     tile_position: bool
@@ -72,24 +72,6 @@ class Options:
     mlp_ratio: float
     pad_heads: bool
     aliased_guidance: bool
-    attention: str
-
-    def __post_init__(self) -> None:
-        check(self.window, self.attention)
-        for name in self.inputs:
-            if name not in INPUTS:
-                raise ConfigError(f"featsharp has no input {name!r} ({nearest(name, INPUTS)})")
-        if not self.inputs or len(set(self.inputs)) < len(self.inputs):
-            raise ConfigError(
-                f"featsharp's inputs are {list(self.inputs)}; name one to three different ones of "
-                f"{', '.join(INPUTS)}"
-            )
-        if self.block not in BLOCKS:
-            raise ConfigError(
-                f"featsharp has no block {self.block!r} ({nearest(self.block, BLOCKS)})"
-            )
-        if self.mlp_ratio <= 0 or self.layer_scale < 0:
-            raise ConfigError("featsharp's mlp_ratio must be above 0, and layer_scale at least 0")
 
 
 class FeatSharpNetwork(nn.Module):
@@ -102,7 +84,7 @@ class FeatSharpNetwork(nn.Module):
         inputs: of bilinear, featup and tiles, one to three; the first is the residual path (Table
             8).
         block: linear, attention, mlp or both (Table 10).
-        window: cells that attention sees, odd, 1 to 11 (Figure 13).
+        window: cells that attention sees (Figure 13).
         alibi: let attention fall off with distance.
         tile_position: add a learned vector to each tile.
         layer_norm: normalise before attention and before the MLP.
@@ -113,31 +95,32 @@ class FeatSharpNetwork(nn.Module):
         aliased_guidance: shrink the image to the fine grid by four pixels a cell.
         progressive: one level for each prime factor, with its own tiles (section 3.5); otherwise
             one level with the finest tiles.
-        attention: implementation of :func:`.local_attention.local_attention`.
+
+    Raises:
+        ConfigError: a factor below 2, no input, or one twice.
     """
 
     def __init__(
         self,
         channels: int,
         factor: int,
-        preset: str = "paper",
-        inputs: Sequence[str] = ("featup", "tiles"),
-        block: str = "both",
-        window: int | None = None,
+        preset: Literal["paper", "released"] = "paper",
+        inputs: tuple[Input, ...] = ("featup", "tiles"),
+        block: Kind = "both",
+        window: Window | None = None,
         alibi: bool | None = None,
         tile_position: bool | None = None,
         layer_norm: bool = True,
-        layer_scale: float | None = None,
-        mlp_ratio: float | None = None,
+        layer_scale: Weight | None = None,
+        mlp_ratio: AboveZero | None = None,
         pad_heads: bool | None = None,
         aliased_guidance: bool | None = None,
         progressive: bool = False,
-        attention: str = "auto",
     ):
         super().__init__()
-        if preset not in PRESETS:
+        if not inputs or len(set(inputs)) < len(inputs):
             raise ConfigError(
-                f"featsharp has no preset {preset!r} ({nearest(preset, list(PRESETS))})"
+                f"featsharp's inputs are {list(inputs)}; name one to three different ones"
             )
         if factor < 2:
             raise ConfigError(f"featsharp's factor is {factor}; it must be at least 2")
@@ -151,9 +134,7 @@ class FeatSharpNetwork(nn.Module):
             "aliased_guidance": aliased_guidance,
         }
         chosen = {k: PRESETS[preset][k] if value is None else value for k, value in given.items()}
-        options = Options(
-            inputs=tuple(inputs), block=block, layer_norm=layer_norm, attention=attention, **chosen
-        )
+        options = Options(inputs=tuple(inputs), block=block, layer_norm=layer_norm, **chosen)
         steps = prime_factors(factor) if progressive else (factor,)
         scales = [math.prod(steps[: index + 1]) for index in range(len(steps))]
         self.levels = nn.ModuleList(
@@ -254,9 +235,7 @@ class Block(nn.Module):
         self.attention = self.mlp = None
         if options.block in ("attention", "both"):
             out = width if options.block == "both" else channels
-            body = LocalSelfAttention(
-                width, out, options.window, options.alibi, options.pad_heads, options.attention
-            )
+            body = LocalSelfAttention(width, out, options.window, options.alibi, options.pad_heads)
             self.attention = Branch(width, body, out, options)
         if options.block == "linear":
             self.mlp = Branch(width, nn.Linear(width, channels), channels, options)

@@ -6,7 +6,10 @@ arXiv 2403.10516, section 3.1). The implicit form is in :mod:`upsamplers.implici
 
 from torch import Tensor, nn
 
+from radio_distill.config.fields import Positive
+
 from ..joint_bilateral import JointBilateralStack
+from ..joint_bilateral.dispatch import Implementation
 from ..joint_bilateral.layer import Similarity, Variant
 from . import Observation
 from .guidance import as_imagenet
@@ -35,9 +38,9 @@ class FeatUpNetwork(nn.Module):
         channels: int,
         factor: int,
         variant: Variant = "featup",
-        radius: int = 3,
-        key_channels: int = 32,
-        implementation: str = "auto",
+        radius: Positive = 3,
+        key_channels: Positive = 32,
+        implementation: Implementation = "auto",
         guidance_mlp: bool = True,
         similarity: Similarity = "softmax",
     ) -> None:
@@ -46,11 +49,11 @@ class FeatUpNetwork(nn.Module):
             channels,
             factor,
             variant,
-            radius,
-            key_channels,
-            implementation,
-            guidance_mlp,
-            similarity,
+            radius=radius,
+            key_channels=key_channels,
+            implementation=implementation,
+            guidance_mlp=guidance_mlp,
+            similarity=similarity,
         )
 
     def forward(self, observation: Observation) -> Tensor:

@@ -4,13 +4,19 @@ SAPA, FADE, A2U and IndexNet were made for decoders, beside an encoder with feat
 size. A teacher has none, so the image stands in for them.
 """
 
+from typing import Annotated
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from radio_distill.config.fields import Range
 from radio_distill.types import IMAGENET_MEAN, IMAGENET_STD
 
 from . import Observation
+
+Grouped = Annotated[int, Range(8, step=8)]
+"""Channels that are normalised in 8 groups."""
 
 
 def as_imagenet(pixels: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import Observation
-from .guidance import FineGuide
+from .guidance import FineGuide, Grouped
 
 
 class IndexNetNetwork(nn.Module):
@@ -22,13 +22,15 @@ class IndexNetNetwork(nn.Module):
     Args:
         channels: C of the features.
         factor: f, how much finer the result is.
-        guide_channels: c, what is read off the image, a multiple of 8.
+        guide_channels: c, what is read off the image.
         context: see two cells a side rather than one.
     """
 
     tile_levels: tuple[int, ...] = ()
 
-    def __init__(self, channels: int, factor: int, guide_channels: int = 32, context: bool = True):
+    def __init__(
+        self, channels: int, factor: int, guide_channels: Grouped = 32, context: bool = True
+    ):
         super().__init__()
         self.factor = factor
         self.guide = FineGuide(factor, guide_channels)

@@ -5,28 +5,23 @@ Position may enter through ALiBi, by row distance in even heads and by column di
 as in FeatSharp's released code; the paper (arXiv 2502.16025, section 3.3) names no position term.
 Left out: dilation, rotary embeddings, and masks kept from call to call.
 
-Three forms of one function:
-
-    reference   every pair of cells, masked: quadratic, for tests
-    blocks      a block of queries against the keys of the block and its rim: linear in the cells,
-                torch only, with a backward on every device
-    flex        FlexAttention: compiled on CUDA on its first use; its backward needs CUDA
+A block of queries meets the keys of the block and its rim: linear in the cells, torch only, with a
+backward pass on every device, which FlexAttention lacks on a CPU.
 """
 
-from functools import cache
 from math import ceil
-from typing import Any
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from radio_distill.errors import ConfigError
+from radio_distill.config.fields import Range
 from radio_distill.types import Size
 
-MAX_WINDOW = 11
-IMPLEMENTATIONS = ("auto", "reference", "blocks", "flex")
+Window = Annotated[int, Range(1, 11, step=2)]
+"""Cells a side that a cell attends to."""
 
 
 class LocalSelfAttention(nn.Module):
@@ -38,7 +33,6 @@ class LocalSelfAttention(nn.Module):
         window: odd, 1 to 11.
         alibi: let attention fall off with distance.
         pad_heads: give queries and keys the next power of two dimensions a head.
-        implementation: see :func:`local_attention`.
     """
 
     def __init__(
@@ -48,7 +42,6 @@ class LocalSelfAttention(nn.Module):
         window: int,
         alibi: bool = False,
         pad_heads: bool = False,
-        implementation: str = "auto",
     ):
         super().__init__()
         self.num_heads = max(heads for heads in range(1, 17) if width % heads == 0)
@@ -56,7 +49,7 @@ class LocalSelfAttention(nn.Module):
         key = 1 << (head - 1).bit_length() if pad_heads else head
         self.parts = [self.num_heads * size for size in (key, key, head)]
         self.scale = head**-0.5
-        self.window, self.alibi, self.implementation = window, alibi, implementation
+        self.window, self.alibi = window, alibi
         self.qkv = nn.Linear(width, sum(self.parts), bias=False)
         self.proj = nn.Linear(width, out)
 
@@ -65,9 +58,7 @@ class LocalSelfAttention(nn.Module):
         parts = self.qkv(tokens).split(self.parts, dim=-1)
         heads = "b h w (heads d) -> b heads h w d"
         query, key, value = (rearrange(part, heads, heads=self.num_heads) for part in parts)
-        seen = local_attention(
-            query, key, value, self.window, self.alibi, self.scale, self.implementation
-        )
+        seen = local_attention(query, key, value, self.window, self.alibi, self.scale)
         out: Tensor = self.proj(rearrange(seen, "b heads h w d -> b h w (heads d)"))
         return out
 
@@ -79,7 +70,6 @@ def local_attention(
     window: int,
     alibi: bool = False,
     scale: float | None = None,
-    implementation: str = "auto",
 ) -> Tensor:
     """Attend to the ``window x window`` cells around each cell.
 
@@ -90,28 +80,15 @@ def local_attention(
         window: odd, 1 to 11; it may exceed the grid.
         alibi: subtract ``slope * distance`` from the logits, see :func:`alibi_slopes`.
         scale: of the logits; ``d ** -0.5`` if None.
-        implementation: see the module; ``auto`` is ``blocks`` everywhere, until a measurement shows
-            where ``flex`` wins.
 
     Returns:
         ``[B, heads, h, w, e]``. A NaN shows in all cells whose window has it and may show in those
         of the blocks around, so up to ``window // 2`` cells and a block away; in no other image.
     """
-    check(window, implementation)
     if window == 1:
         return value
     query = query * (query.shape[-1] ** -0.5 if scale is None else scale)
-    form = {"reference": _reference, "flex": _flex}.get(implementation, _blocks)
-    return form(query, key, value, window // 2, alibi)
-
-
-def check(window: int, implementation: str) -> None:
-    """Raise ConfigError for a window or an implementation that cannot be."""
-    if not 1 <= window <= MAX_WINDOW or window % 2 == 0:
-        raise ConfigError(f"attention window is {window}; it must be odd, from 1 to {MAX_WINDOW}")
-    if implementation not in IMPLEMENTATIONS:
-        known = ", ".join(IMPLEMENTATIONS)
-        raise ConfigError(f"attention {implementation!r} is not known; use one of {known}")
+    return _blocks(query, key, value, window // 2, alibi)
 
 
 def alibi_slopes(num_heads: int) -> Tensor:
@@ -119,20 +96,6 @@ def alibi_slopes(num_heads: int) -> Tensor:
     head = torch.arange(num_heads)
     slopes = 2.0 ** -((head + 2) // 2)
     return torch.stack([slopes * (head % 2 == 0), slopes * (head % 2 == 1)])
-
-
-def _reference(q: Tensor, k: Tensor, v: Tensor, radius: int, alibi: bool) -> Tensor:
-    height, width = q.shape[2:4]
-    slopes = _slopes(q, alibi)
-    rows, columns = (torch.arange(length, device=q.device) for length in (height, width))
-    bias = rearrange(
-        _axis_bias(rows, rows, height, radius, slopes[0])[:, :, None, :, None]
-        + _axis_bias(columns, columns, width, radius, slopes[1])[:, None, :, None, :],
-        "heads y x ky kx -> heads (y x) (ky kx)",
-    )
-    q, k, v = (part.flatten(2, 3) for part in (q, k, v))  # [B, heads, N, d]
-    weights = (q @ k.transpose(-2, -1) + bias).softmax(-1)  # [B, heads, N, N]
-    return (weights @ v).unflatten(2, (height, width))
 
 
 def _slopes(query: Tensor, alibi: bool) -> Tensor:
@@ -213,32 +176,3 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, columns: Tensor) -> T
     return rearrange(
         out, "(b ny nx) heads (y x) d -> b (ny y) (nx x) heads d", ny=ny, nx=nx, y=height
     )
-
-
-def _flex(q: Tensor, k: Tensor, v: Tensor, radius: int, alibi: bool) -> Tensor:
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    height, width = q.shape[2:4]
-    row_slopes, column_slopes = alibi_slopes(q.shape[1]).to(q.device)
-
-    def near(_b: Tensor, _h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        rows, columns = (i // width - j // width).abs(), (i % width - j % width).abs()
-        return (rows <= radius) & (columns <= radius)
-
-    def fall_off(score: Tensor, _b: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        rows, columns = (i // width - j // width).abs(), (i % width - j % width).abs()
-        return score - row_slopes[head] * rows - column_slopes[head] * columns
-
-    cells = height * width
-    mask = create_block_mask(near, None, None, cells, cells, q.device, _compile=q.is_cuda)
-    q, k, v = (part.flatten(2, 3) for part in (q, k, v))  # [B, heads, N, d]
-    attend = _flex_attention(q.is_cuda)
-    out: Tensor = attend(q, k, v, fall_off if alibi else None, block_mask=mask, scale=1.0)
-    return out.unflatten(2, (height, width))
-
-
-@cache
-def _flex_attention(compiled: bool) -> Any:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention, dynamic=False) if compiled else flex_attention

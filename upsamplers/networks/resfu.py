@@ -24,7 +24,7 @@ from radio_distill.errors import ConfigError
 from ..methods.interpolate import enlarge
 from . import Observation
 from .carafe import interpolation_weights, reassemble
-from .guidance import MeanColours
+from .guidance import Grouped, MeanColours
 
 _SIDE = 3  # of the shifts
 _GROUPS = 4
@@ -36,7 +36,7 @@ class ReSFUNetwork(nn.Module):
     Args:
         channels: C of the features.
         factor: f, how much finer the result is.
-        embedding_channels: where image and features are compared, a multiple of 8; 32 in the paper.
+        embedding_channels: where image and features are compared; 32 in the paper.
         tiles: look at the stitched tiles beside the colours, FeatSharp's "ReSFU-tiled".
 
     Raises:
@@ -46,7 +46,7 @@ class ReSFUNetwork(nn.Module):
     shifted_interpolation: Tensor
 
     def __init__(
-        self, channels: int, factor: int, embedding_channels: int = 32, tiles: bool = False
+        self, channels: int, factor: int, embedding_channels: Grouped = 32, tiles: bool = False
     ):
         super().__init__()
         if tiles and factor < 2:

@@ -13,8 +13,10 @@ know where in the neighbourhood the fine cell lies.
 from einops import rearrange
 from torch import Tensor, nn
 
+from radio_distill.config.fields import Odd, Positive
+
 from . import Observation
-from .carafe import bilinear_logits, check_odd, neighbourhoods, reassemble
+from .carafe import bilinear_logits, neighbourhoods, reassemble
 from .guidance import MeanColours
 
 
@@ -26,18 +28,14 @@ class SapaNetwork(nn.Module):
         factor: how much finer the result is.
         kernel_size: side of the neighbourhood, in low-resolution cells; the paper's K.
         embedding_channels: where the two are compared; the paper's d.
-
-    Raises:
-        ConfigError: a side that is not odd.
     """
 
     tile_levels: tuple[int, ...] = ()
 
     def __init__(
-        self, channels: int, factor: int, kernel_size: int = 5, embedding_channels: int = 32
+        self, channels: int, factor: int, kernel_size: Odd = 5, embedding_channels: Positive = 32
     ):
         super().__init__()
-        check_odd("kernel_size", kernel_size)
         self.factor, self.kernel_size = factor, kernel_size
         last = nn.Conv2d(embedding_channels, embedding_channels, 1)
         nn.init.normal_(last.weight, std=0.02)

@@ -12,12 +12,14 @@ not at its upper left pixel. And only the last map is compared with the teacher,
 network here.
 """
 
+from typing import Annotated
+
 import torch
 import torch.nn.functional as F
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
-from radio_distill.errors import ConfigError
+from radio_distill.config.fields import Positive, Range
 from radio_distill.types import Size
 
 from ..methods.interpolate import enlarge
@@ -39,21 +41,22 @@ class UpliftNetwork(nn.Module):
     Args:
         channels: C of the features.
         factor: how much finer the result is.
-        width: of the decoder, at least 17.
+        width: of the decoder.
         cell_pixels: pixels a side in which the encoder sees a low-resolution cell; the paper's 16.
             Time and memory of the encoder go with its square.
-
-    Raises:
-        ConfigError: a number that is too small.
     """
 
     tile_levels: tuple[int, ...] = ()
     taps: Tensor
 
-    def __init__(self, channels: int, factor: int, width: int = 64, cell_pixels: int = 16):
+    def __init__(
+        self,
+        channels: int,
+        factor: int,
+        width: Annotated[int, Range(len(OFFSETS))] = 64,
+        cell_pixels: Positive = 16,
+    ):
         super().__init__()
-        _check_least("width", width, len(OFFSETS))
-        _check_least("cell_pixels", cell_pixels, 1)
         self.factor, self.cell_pixels = factor, cell_pixels
         self.num_steps = (factor - 1).bit_length()
         ins = (3, *ENCODER_WIDTHS[:-1])
@@ -126,11 +129,6 @@ class _Residual(nn.Module):
         out: Tensor = self.layers(maps)
         missing = out.shape[1] - maps.shape[1]  # a negative number of channels is cut off
         return out + F.pad(maps, (0, 0, 0, 0, 0, missing))
-
-
-def _check_least(option: str, value: int, least: int) -> None:
-    if not isinstance(value, int) or value < least:
-        raise ConfigError(f"upsampler option {option}: {value!r}; use at least {least}")
 
 
 def _beside(maps: Tensor, encoded: Tensor) -> Tensor:

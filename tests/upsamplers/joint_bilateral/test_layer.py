@@ -19,18 +19,10 @@ def state_dict(expected, prefix="sd."):
 
 
 @pytest.mark.parametrize("how", WRITTEN_OUT)
-@pytest.mark.parametrize("name", ["featup_jbu_2x", "featup_jbu_3x"])
-def test_level__is_featup(golden, close, name, how):
-    check_level(golden(name), "featup", how, close)
-
-
-@pytest.mark.parametrize("how", WRITTEN_OUT)
-@pytest.mark.parametrize("name", ["featsharp_jbu_2x", "featsharp_jbu_3x"])
-def test_level__is_featsharp(golden, close, name, how):
-    check_level(golden(name), "featsharp", how, close)
-
-
-def check_level(expected, variant, how, close):
+@pytest.mark.parametrize("factor", [2, 3])
+@pytest.mark.parametrize("variant", ["featup", "featsharp"])
+def test_level__is_the_published_one(golden, close, variant, factor, how):
+    expected = golden(f"{variant}_jbu_{factor}x")
     level = JointBilateralLevel(variant, implementation=how).eval()
     level.load_state_dict(state_dict(expected))
     source = expected["source"].requires_grad_()
@@ -40,25 +32,6 @@ def check_level(expected, variant, how, close):
     close(source.grad, expected["grad_source"], 1e-4)
     for name, parameter in level.named_parameters():
         close(parameter.grad, expected[f"grad.{name}"], 1e-4)
-
-
-def test_stack__is_featup(golden, close):
-    # The image is smaller than the last level: the published stack repeats its pixels there,
-    # ours would refuse. So the levels run one by one.
-    expected = golden("featup_jbu_stack_16x")
-    stack = JointBilateralStack(8, 16).eval()
-    renamed = {}
-    for name, tensor in state_dict(expected).items():
-        level, _, rest = name.partition(".")
-        renamed[f"levels.{int(level[2:]) - 1}.{rest}" if level[:2] == "up" else name] = tensor
-    stack.load_state_dict(renamed)
-    map_ = expected["source"]
-    for level, published in zip(stack.levels, ("after_up1", "after_up2", None, None), strict=True):
-        size = (map_.shape[2] * 2, map_.shape[3] * 2)
-        map_ = level(map_, F.adaptive_avg_pool2d(expected["guidance"], size))
-        if published:
-            close(map_, expected[published], 1e-5)
-    close(map_ + 0.1 * stack.fixup_proj(map_), expected["out"], 1e-5)
 
 
 def test_stack__is_featsharp(golden, close):
@@ -90,7 +63,8 @@ def test_stack__output_fixup_commutes_with_the_levels(training):
 @pytest.mark.parametrize("variant", ["featup", "featsharp"])
 def test_stack__gradcheck(variant, how):
     torch.manual_seed(0)
-    stack = JointBilateralStack(2, 2, variant, 1, 3, how).double().eval()
+    options = {"radius": 1, "key_channels": 3, "implementation": how}
+    stack = JointBilateralStack(2, 2, variant, **options).double().eval()
     names, parameters = zip(*stack.named_parameters(), strict=True)
     low = torch.randn(1, 2, 2, 3, dtype=torch.float64, requires_grad=True)
     guidance = torch.randn(1, 3, 8, 6, dtype=torch.float64, requires_grad=True)
@@ -99,7 +73,7 @@ def test_stack__gradcheck(variant, how):
         values = dict(zip(names, values, strict=True))
         return torch.func.functional_call(stack, values, (low, guidance))
 
-    assert torch.autograd.gradcheck(run, (low, guidance, *parameters))
+    assert torch.autograd.gradcheck(run, (low, guidance, *parameters), fast_mode=True)
 
 
 def test_stack__featsharp_keeps_constants_and_featup_does_not():
@@ -182,10 +156,6 @@ def test_stack__bad_input():
         JointBilateralStack(4, 14)(low, guidance)
     with pytest.raises(ConfigError, match=r"2x12.*radius 3 needs 4"):
         JointBilateralStack(4, 2)(low[:, :, :1], guidance)
-    with pytest.raises(ConfigError, match="'jbu'"):
-        JointBilateralStack(4, 2, "jbu")
-    with pytest.raises(ConfigError, match="radius is 0"):
-        JointBilateralStack(4, 2, radius=0)
     with pytest.raises(ConfigError, match="'cuda'"):
         JointBilateralStack(4, 2, implementation="cuda")(low, guidance)
 
