@@ -53,6 +53,10 @@ class CheckpointError(RadioDistillError):
     """A checkpoint that could not be written or read whole."""
 
 
+class UnreadableError(CheckpointError):
+    """A checkpoint that may be whole, but may not be read: no reason to take another."""
+
+
 class ExportError(RadioDistillError):
     """A student that a format cannot hold, or an export that could not be written."""
 

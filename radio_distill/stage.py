@@ -132,6 +132,8 @@ class Stage:
     """Of every teacher, by name, in the order of the recipe."""
     work: StageWork = field(default_factory=dict)
     """What the processes share out by; empty where it need not be known."""
+    order: tuple[str, ...] = ()
+    """Names of all stages of the whole recipe, of its other students too, in their order."""
     micro_batches: Mapping[tuple[str, Size], int] = field(default_factory=dict)
     """Most images of a pass by partition and size, where they were found for a device's memory."""
 
@@ -303,6 +305,7 @@ def resolve_stage(
     Raises:
         ConfigError: there is no such stage, or teachers cannot give what its partitions ask for.
     """
+    order = tuple(recipe.stages)
     if name != FIT:
         check_has_stage(recipe, name)
         recipe = for_stage(recipe, name)
@@ -325,6 +328,7 @@ def resolve_stage(
         images_per_step=config.images_per_step,
         partitions=_partitions(recipe, name, specs),
         specs=specs,
+        order=order,
     )
 
 

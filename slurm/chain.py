@@ -188,7 +188,7 @@ def jobs_of(request: Request) -> tuple[Recipe, tuple[Job, ...]]:
             Task(
                 label=variant.label,
                 arguments=(
-                    str(file),
+                    *("train", str(file), "--stages", stage),
                     *(f"--{text}" for text in (*variant.overrides, *fitted)),
                     *request.flags,
                 ),
@@ -199,7 +199,7 @@ def jobs_of(request: Request) -> tuple[Recipe, tuple[Job, ...]]:
         )
         if len({task.stage_folder for task in tasks}) < len(tasks):
             raise ConfigError(f"--upsamplers: no partition of {stage} upsamples a teacher")
-        jobs.append(Job(name=stage, target=f"stages.{stage}:main", tasks=tasks))
+        jobs.append(Job(name=stage, target="stages.cli:main", tasks=tasks))
     if request.upsamplers:
         jobs.append(_gain_job(file, stages[-1], request))
     elif not request.sweep and stages[-1] == list(recipe.stages)[-1]:

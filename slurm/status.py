@@ -1,12 +1,14 @@
 """How a chain is doing: a line for each job, from Slurm, the stages' files and the history."""
 
+import itertools
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from radio_distill.system.progress import clock, table_console
-from radio_distill.train.run_dir import Status, read_status
+from radio_distill.train.run_dir import STATUS, Status, read_status
+from radio_distill.train.stage_folders import is_aside, stage_folders
 
 from . import scontrol
 from .chain import Chain, Job, Task
@@ -82,9 +84,10 @@ def rows_of(folder: Path, chain: Chain) -> list[Row]:
 def rows_here(run: Path) -> list[Row]:
     """Return a row for each stage and fit that Slurm knows nothing of, from their files."""
     rows = []
-    for folder in [*sorted(run.glob("stage*")), *sorted(run.glob("fit/*"))]:
-        status, moved_aside = read_status(folder), folder.suffix[1:].isdecimal()
-        if status is not None and not moved_aside:
+    stages = itertools.chain.from_iterable(stage_folders(run, STATUS).values())
+    fits = (folder for folder in sorted(run.glob("fit/*")) if not is_aside(folder))
+    for folder in (*stages, *fits):
+        if (status := read_status(folder)) is not None:
             name = folder.relative_to(run).as_posix()
             state, reason = status.state, status.reason
             rows.append(Row(name=name, job_id="", state=state, detail=reason, status=status))

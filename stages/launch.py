@@ -10,7 +10,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -50,6 +50,7 @@ from radio_distill.system.files import (
 from radio_distill.train.checkpoint import META, Checkpoint
 from radio_distill.train.engine import engine_name
 from radio_distill.train.run_dir import RunLock, refuse_living
+from radio_distill.train.stage_folders import write_stages
 from radio_distill.train.trackers import check_trackers
 
 from .fits import with_files
@@ -140,7 +141,9 @@ def resolve_at_start(
         can_compile=can_compile(device),
     )
     earlier = resumed.recipe if resumed else None
+    order = stage.order  # of the whole recipe
     stage = resolve_stage(recipe, stage.name, stage.specs, facts, earlier, stage.folder)
+    stage = replace(stage, order=order)
     check(stage.recipe)  # what a checkpoint said may not go with what is asked for now
     stage = run_on_main(world, lambda: measured_or_plain(stage, world.world_size, device))
     for line in hints(stage, in_shards):
@@ -256,6 +259,8 @@ def lock_folder(
                 )
                 make_private(folder)
                 lock = RunLock.take(folder)
+            if stage.order:
+                write_stages(stage.run_folder, stage.order)
             with replacing(folder / "recipe.yaml") as temporary:
                 temporary.write_text(dump(stage.recipe), encoding="utf-8")
         except BaseException:

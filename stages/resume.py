@@ -16,7 +16,7 @@ from pathlib import Path
 
 from radio_distill.config import Recipe, differences, for_stage, keep_resolved, section_of
 from radio_distill.config.flat import NO_NUMBER, ROUNDING, is_within
-from radio_distill.errors import ChangedError, CheckpointError, ConfigError
+from radio_distill.errors import ChangedError, CheckpointError, ConfigError, UnreadableError
 from radio_distill.stage import Stage
 from radio_distill.system.distributed import World, run_on_main
 from radio_distill.system.files import free_name, sha256_of
@@ -169,7 +169,7 @@ def start_checkpoint(stage: Stage, asked: Asked | None = None) -> Checkpoint | N
         return None
     try:
         return checkpoints.find(folder)
-    except checkpoints.UnreadableError:
+    except UnreadableError:
         raise
     except CheckpointError as error:
         start, recipe = stage.config.start_from, stage.recipe

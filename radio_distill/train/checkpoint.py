@@ -39,7 +39,7 @@ from torch import Tensor
 
 from .. import __version__
 from ..config import Recipe, build, parse_yaml, with_new_names
-from ..errors import CheckpointError, ConfigError, WeightsError
+from ..errors import CheckpointError, ConfigError, UnreadableError, WeightsError
 from ..system.files import is_there, reason_of, refuse_unreadable, sha256_of, unreadable
 from ..types import TeacherSpec
 
@@ -54,10 +54,6 @@ _SEAL = "seal"
 _NAME = re.compile(r"step-\d{8}")
 _MOST_CHANNELS = 1 << 20
 _MOST_META = 64 << 20  # bytes
-
-
-class UnreadableError(CheckpointError):
-    """A checkpoint that may be whole, but may not be read: no reason to take another."""
 
 
 @dataclass(frozen=True)
@@ -327,21 +323,6 @@ def find(path: Path, verified: bool = True) -> Checkpoint:
     if checkpoint is None:
         raise CheckpointError(f"no whole checkpoint in {path}")
     return checkpoint
-
-
-def stage_folders(run: Path) -> list[Path]:
-    """List the folders of a run's stages, sorted; earlier runs that were moved aside are not.
-
-    Raises:
-        UnreadableError: the run, or a stage of it, may not be looked into.
-    """
-    refuse_unreadable(run, UnreadableError)
-    found = []
-    for folder in sorted(run.iterdir()) if run.is_dir() else ():
-        if folder.name.startswith("stage") and "." not in folder.name:
-            refuse_unreadable(folder, UnreadableError)
-            found += [folder] if (folder / "checkpoints").is_dir() else []
-    return found
 
 
 def check_teachers(

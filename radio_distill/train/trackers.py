@@ -27,6 +27,8 @@ from ..system.redaction import redact
 
 logger = logging.getLogger(__name__)
 
+LOG = "metrics.jsonl"
+
 PROJECT = "radio-distill"
 """Name of the project or experiment, unless the tracker's own environment variable says another."""
 
@@ -269,7 +271,7 @@ def open_trackers(stage: Stage, is_main: bool, resume_step: int = 0) -> Trackers
     if not is_main:
         return Trackers()
     try:
-        log = JsonLines(stage.folder / "metrics.jsonl", resume_step)
+        log = JsonLines(stage.folder / LOG, resume_step)
     except OSError as error:
         raise ConfigError(
             f"cannot write logs in {stage.folder}: {reason_of(error)}; make room, or move what is "

@@ -15,12 +15,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..errors import CheckpointError, WeightsError
+from ..errors import CheckpointError, UnreadableError, WeightsError
 from ..system.files import reason_of
 from ..system.redaction import redact
 from ..system.trust import read_torch_file
 from ..train import checkpoint as checkpoints
-from ..train.checkpoint import Checkpoint, UnreadableError
+from ..train.checkpoint import Checkpoint
+from ..train.stage_folders import stage_folders
 
 logger = logging.getLogger(__name__)
 
@@ -274,15 +275,11 @@ def find_checkpoint(path: Path, verified: bool = True) -> Checkpoint:
     Raises:
         CheckpointError: where there is none, or a run has several last stages.
     """
-    stages = checkpoints.stage_folders(path)
-    if stages:
-        last = stages[-1].name.partition("-")[0]
-        rivals = [stage.name for stage in stages if stage.name.partition("-")[0] == last]
-        if len(rivals) > 1:
-            raise CheckpointError(
-                f"{path} holds several last stages; name one: {', '.join(rivals)}"
-            )
-        path = stages[-1]
+    if stages := stage_folders(path):
+        path, *rivals = [*stages.values()][-1]
+        if rivals:
+            names = ", ".join(folder.name for folder in (path, *rivals))
+            raise CheckpointError(f"{path.parent} holds several last stages; name one: {names}")
     try:
         return checkpoints.find(path, verified)
     except UnreadableError:
@@ -290,8 +287,7 @@ def find_checkpoint(path: Path, verified: bool = True) -> Checkpoint:
     except CheckpointError as error:
         if others := [folder.parent.name for folder in sorted(path.glob("*/checkpoints"))]:
             raise CheckpointError(
-                f"{path}: which stage is the last is known of names that begin with stage; "
-                f"name one: {', '.join(others)}"
+                f"{path}: it does not say which stage is the last; name one: {', '.join(others)}"
             ) from error
         raise CheckpointError(
             f"{path} is no run, stage or checkpoint folder, nor a model folder: {error}"

@@ -9,6 +9,7 @@ scores alone; where an encoder has scores at several sizes, it shows them over t
 """
 
 import argparse
+import itertools
 import logging
 import platform
 from collections.abc import Mapping, Sequence
@@ -52,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--baseline",
-        help="model that the others are compared with (default: a run's first stage 3)",
+        help="model that the others are compared with (default: the first of a run's last stage)",
     )
     parser.add_argument(
         "--output", type=Path, metavar="FILE", help="(default: report.html beside the scores)"
@@ -63,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Write the page."""
-    from radio_distill.train.checkpoint import stage_folders
+    from radio_distill.train.stage_folders import stage_folders
 
     asked, first = arguments, arguments.paths[0]
     is_run = first.is_dir() and (stage_folders(first) or not any(first.rglob(SCORES)))
@@ -87,22 +88,20 @@ def report(
     from radio_distill.report.charts import training_curves
     from radio_distill.report.gain_tables import gain_tables
     from radio_distill.report.page import Section, write_page
-    from radio_distill.train.checkpoint import find, stage_folders
-    from radio_distill.train.trackers import read_json_lines
+    from radio_distill.train.checkpoint import find
+    from radio_distill.train.stage_folders import stage_folders
+    from radio_distill.train.trackers import LOG, read_json_lines
 
     stages = stage_folders(folder)
-    last = [path for path in stages if path.name.startswith("stage3")] or stages[-1:]
-    if not last:
+    if not stages:
         raise DataError(f"{folder} holds no stage; train one first: radio-distill train")
-    students = {path.name: find(path) for path in last}
+    students = {path.name: find(path) for path in [*stages.values()][-1]}
     output = output or folder / "report.html"
     check_output(output)
     newest = [*students.values()][-1]
     gain, scores = _compared(folder, students, baseline)
-    logs = sorted(
-        path for path in folder.glob("stage*/metrics.jsonl") if "." not in path.parent.name
-    )
-    curves = training_curves({path.parent.name: read_json_lines(path) for path in logs})
+    logged = itertools.chain.from_iterable(stage_folders(folder, LOG).values())
+    curves = training_curves({path.name: read_json_lines(path / LOG) for path in logged})
     sheets, heads = _sheets(students, num_images, images or newest.recipe.evaluation.images)
     sections = [
         Section("result", "Result", gain_tables(gain)),

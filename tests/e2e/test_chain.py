@@ -14,6 +14,7 @@ from e2e import RECIPE, assert_equal, one_line, run, tensors
 from radio_distill.config import load
 from radio_distill.plan.time import DEVICES
 from radio_distill.train.checkpoint import find
+from radio_distill.weights.files import find_checkpoint
 from stages import stage1, stage2
 from stages.build import build_teachers
 from stages.cli import main as cli
@@ -43,7 +44,7 @@ stages:
     student: {architecture: test_vit2, max_size: 128, registers: 1, head_hidden: 16}
     steps: 2
     partitions: [{name: low, size: 64, teachers: [proxy], batch_size: 4}]
-  stage3:
+  finest:
     steps: 1
     partitions:
       - name: low
@@ -80,12 +81,13 @@ def test_chain__its_students_learn_what_the_proxy_says(chain):
     runs = chain.parent / "runs" / "chain"
     teacher = build_teachers(recipe, torch.device("cpu"))["proxy"]
     spec = teacher.spec
-    assert find(runs / "stage2").teachers == find(runs / "stage3").teachers == {"proxy": spec}
+    assert find(runs / "stage2").teachers == find(runs / "finest").teachers == {"proxy": spec}
     known = {"weights_hash": "", "mean": planned.mean, "std": planned.std}
     assert planned == replace(spec, **known), "all but what the weights say"
     assert {name: value.shape for name, value in teacher.tower.state_dict().items()} == shapes
 
-    students = [radio_distill.load(runs / name) for name in ("stage1", "stage2", "stage3")]
+    assert find_checkpoint(runs).stage == "finest"
+    students = [radio_distill.load(runs / name) for name in ("stage1", "stage2", "finest")]
     pixels = torch.rand(2, 3, 64, 96)
     with torch.no_grad():
         proxy, *others = (student(pixels) for student in students)
@@ -124,5 +126,5 @@ def test_chain__what_must_be_trained_first_is_said_with_its_command(chain, capfd
     words = shlex.split(line.partition("first: ")[2])
     assert words == ["radio-distill", "train", str(chain), "--stages", "stage1"]
     assert find_missing(load(chain)).missing == []
-    (missing,) = find_missing(load(chain), stages=["stage2", "stage3"]).missing
+    (missing,) = find_missing(load(chain), stages=["stage2", "finest"]).missing
     assert missing.startswith("teachers.proxy is the student of stage1")

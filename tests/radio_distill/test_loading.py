@@ -16,6 +16,7 @@ from radio_distill.export.folded import folded
 from radio_distill.normalize.normalizers import Identity, normalizers_of
 from radio_distill.train import checkpoint as checkpoints
 from radio_distill.train.restore import load_student
+from radio_distill.train.stage_folders import write_stages
 from radio_distill.weights.files import find_checkpoint
 
 SIZES = [(64, 64), (64, 96), (48, 32)]
@@ -67,11 +68,22 @@ def test_load__takes_the_last_stage_and_not_what_was_moved_aside(write_run):
         radio_distill.load(run)
 
 
-def test_load__of_stages_with_other_names_one_must_be_named(write_run):
+def test_load__the_order_of_stages_is_that_of_the_recipe_whatever_their_names(write_run):
     run = write_run(stage="proxy")
     with pytest.raises(CheckpointError, match="name one: proxy"):
-        radio_distill.load(run)
+        radio_distill.load(run)  # of an earlier version
     assert radio_distill.load(run / "proxy").head_names == ("clip", "sam", "dino")
+    for name in ("high-tile.1", "high.low", "alone"):
+        shutil.copytree(run / "proxy", run / name)
+    write_stages(run, ["proxy", "high", "high.low", "never trained"])
+    assert find_checkpoint(run).folder.parents[1].name == "high.low"
+    shutil.copytree(run / "proxy", run / "high.low-tile")
+    with pytest.raises(CheckpointError, match=r"name one: high\.low, high\.low-tile"):
+        find_checkpoint(run)
+    (run / "stages.json").write_text("[")
+    with pytest.raises(CheckpointError, match=r"stages\.json is damaged"):
+        find_checkpoint(run)
+    assert find_checkpoint(run / "high.low").step == 7
 
 
 def test_load__a_spectral_run_is_folded(write_run):

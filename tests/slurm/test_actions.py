@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from radio_distill.train.run_dir import Status, write_status
+from radio_distill.train.stage_folders import write_stages
 from slurm.chain import read_chain
 from slurm.requeue import Stop, append_stop
 from stages.cli import main as cli
@@ -39,7 +40,7 @@ def test_dry_run__scripts_say_all_without_a_cluster(tmp_path, recipe, monkeypatc
     flags = ["--partition", "gpu", "--gpus-per-node", "8", "--cpus-per-task", "6"]
     assert slurm(recipe, *flags, "--dry-run", "--resume", "--stages.stage2.steps", "7") == 0
     text = capsys.readouterr().out
-    call = f"stages.stage1:main {recipe} --stages.stage2.steps=7 --resume"
+    call = f"stages.cli:main train {recipe} --stages stage1 --stages.stage2.steps=7 --resume"
     assert f"# ---- stage1: {call}\n" in text
     assert text.count("#SBATCH --ntasks-per-node=8\n") == 3
     assert text.count("#SBATCH --ntasks-per-node=1\n") == 2
@@ -65,7 +66,7 @@ def test_dry_run__recipe_by_name(tmp_path, capsys):
     assert slurm("demo", "--dry-run", "--output", tmp_path) == 0
     text = capsys.readouterr().out
     recipe = Path(__file__).resolve().parents[2] / "radio_distill/config/recipes/demo.yaml"
-    assert f"{shlex.quote(str(recipe))} --output={tmp_path}" in text
+    assert f"train {shlex.quote(str(recipe))} --stages stage1 --output={tmp_path}" in text
     assert f"#SBATCH --output={tmp_path / 'demo' / 'slurm'}/%j_0_log.out" in text
 
 
@@ -118,10 +119,7 @@ def test_submit__refuses_a_second_chain_while_the_first_is_alive(recipe, run, lo
 
 
 def test_submit__runs_here_too(tmp_path, recipe, recorded, monkeypatch, capsys):
-    import recording_stage
-
-    monkeypatch.setitem(sys.modules, "stages.stage1", recording_stage)
-    monkeypatch.setattr(recording_stage, "main", lambda argv: 0)
+    monkeypatch.setattr("stages.commands.train.run", lambda arguments: 0)
     flags = ["--executor", "debug", "--stages", "stage1", "--gpus-per-node", "0"]
     assert slurm(recipe, *flags) == 0
     assert "debug executor: waiting for stage1" in capsys.readouterr().out
@@ -198,31 +196,29 @@ def test_help__explains_it_all(capsys):
 
 def test_status__of_jobs_that_ran_on_this_machine(recipe, run, recorded, monkeypatch, capsys):
     """There is no Slurm: what is known comes from the stages' own files."""
-    import recording_stage
-
-    monkeypatch.setitem(sys.modules, "stages.stage1", recording_stage)
-    monkeypatch.setattr(recording_stage, "main", lambda argv: 0)
+    monkeypatch.setattr("stages.commands.train.run", lambda arguments: 0)
     flags = ["--executor", "debug", "--stages", "stage1", "--gpus-per-node", "0"]
     assert slurm(recipe, *flags) == 0
-    for folder in ("stage1", "stage1.1", "stage2", "stage3-tile"):
+    for folder in ("stage1", "stage1.1", "proxy", "a.b-tile"):
         (run / folder).mkdir(parents=True, exist_ok=True)
+    write_stages(run, ["stage1", "proxy", "a.b"])
     capsys.readouterr()
     assert slurm("status", run) == 0
     assert "no stage" in capsys.readouterr().out
     write_status(run / "stage1", Status(state="complete", step=6, steps=6))
     write_status(run / "stage1.1", Status(state="failed", step=2, steps=6))
     running = Status(state="running", step=3, steps=4, images_per_second=8.0, seconds_left=60)
-    write_status(run / "stage2", running)
+    write_status(run / "proxy", running)
     failed = Status(state="failed", step=1, steps=4, reason="out of memory")
-    write_status(run / "stage3-tile", failed)
+    write_status(run / "a.b-tile", failed)
     assert slurm("status", run) == 0
     first, *lines = capsys.readouterr().out.splitlines()
     assert first.startswith(f"{run} has no jobs in Slurm (its jobs run on this machine")
     lines = [" ".join(line.split()) for line in lines]
     assert lines[0].split()[:3] == ["job", "id", "state"]
     assert lines[1].startswith("stage1 complete 6 of 6")
-    assert lines[2].startswith("stage2 running 3 of 4 8.0 1:00")
-    assert lines[3].startswith("stage3-tile failed out of memory 1 of 4")
+    assert lines[2].startswith("proxy running 3 of 4 8.0 1:00")
+    assert lines[3].startswith("a.b-tile failed out of memory 1 of 4")
     assert len(lines) == 4
 
 

@@ -112,10 +112,9 @@ def test_jobs_of__stages_then_export_and_scores(tmp_path, recipe):
     assert found.seed == 3
     assert names(jobs) == ["stage1", "stage2", "stage3", "export", "eval"]
     stage2, export, evaluation = jobs[1], jobs[3], jobs[4]
-    assert stage2.target == "stages.stage2:main"
-    assert stage2.tasks[0].arguments == (str(recipe), "--seed=3")
+    assert stage2.tasks[0].arguments == ("train", str(recipe), "--stages", "stage2", "--seed=3")
     assert stage2.tasks[0].stage_folder == str(run / "stage2")
-    assert export.target == evaluation.target == "stages.cli:main"
+    assert {job.target for job in jobs} == {"stages.cli:main"}
     assert export.tasks[0].arguments == ("export", str(run), "--format", "transformers")
     assert evaluation.tasks[0].arguments == ("eval", str(run / "stage3"))
     assert [job.is_stage for job in jobs] == [True, True, True, False, False]
@@ -176,7 +175,7 @@ def test_jobs_of__a_field_is_swept_in_run_folders_of_their_own(tmp_path, recipe)
         runs / "tiny-steps-5" / "stage3",
         runs / "tiny-steps-7" / "stage3",
     ]
-    overrides = [item[2:] for item in stage3.tasks[1].arguments[1:]]
+    overrides = [item[2:] for item in stage3.tasks[1].arguments[4:]]
     changed = load(recipe, overrides, "stage3").stages["stage3"]
     assert (changed.steps, changed.start_from) == (7, str(runs / "tiny" / "stage2"))
 
@@ -197,7 +196,7 @@ stages:
   stage4: {{start_from: stage3, {stage % "proxy"}}}
 """)
     _, (job,) = jobs_of(Request(recipe=path, stages=(last,), sweep="stage.learning_rate=1e-3,1e-4"))
-    swept = load(path, [item[2:] for item in job.tasks[1].arguments[1:]], last)
+    swept = load(path, [item[2:] for item in job.tasks[1].arguments[4:]], last)
     before, after = for_stage(load(path), last), for_stage(swept, last)
     assert after.stages[last].start_from == str(before.stage_folder(before.stages[last].start_from))
     assert (after.student, after.teachers) == (before.student, before.teachers)

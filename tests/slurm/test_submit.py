@@ -73,7 +73,7 @@ def test_submit__jobs_depend_on_each_other(tmp_path, chain, login_node):
     pickled = DelayedSubmission.load(folder / "42_submitted.pkl").function
     arguments = chain.jobs[1].tasks[0].arguments
     assert pickled == Call(
-        target="stages.stage2:main",
+        target="stages.cli:main",
         arguments=arguments,
         name="stage2",
         folder=str(folder),
