@@ -6,7 +6,7 @@ A component satisfies a protocol by its methods; there is no base class to inher
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from .types import Features, ImageBatch, Score, Size, TeacherSpec
+from .types import Features, ImageBatch, Report, Score, Size, TeacherSpec, unheard
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -306,7 +306,7 @@ class Benchmark(Protocol):
         self,
         encoder: "Encoder",
         limit: int | None = None,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Report = unheard,
     ) -> list[Score]:
         """Measure an encoder on at most ``limit`` images; ``progress`` gets (done, total)."""
         ...

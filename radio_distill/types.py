@@ -10,21 +10,25 @@ cares), images ``[B, 3, H, W]`` RGB in [0, 1]; sizes and grids are ``(height, wi
 This module imports torch for annotations only, so that the command line answers without it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from torch import Tensor
 
 Size = tuple[int, int]
 """(height, width), of pixels or of grid cells."""
 Suite = Literal["quick", "published"]
 """Which benchmarks are asked, and how: see :mod:`.evals.suites`."""
+Report = Callable[[int, int], object]
+"""Told how much is done, and of how much."""
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Mean and deviation of ImageNet's red, green and blue, for pixels in [0, 1]."""
+
+
+def unheard(done: int, total: int) -> None:
+    """Be a :data:`Report` that nobody hears."""
 
 
 def format_size(size: Sequence[int]) -> str:

@@ -5,7 +5,7 @@ a connected component of such pairs (DINOv2, appendix A). All pairs are looked a
 device: N²S/2 multiplications.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import ConfigError
+from ..types import Report, unheard
 
 _ROWS = 4096  # of a block of pairs
 _MARGIN = 4e-3
@@ -35,7 +36,7 @@ def near_pairs(
     second: Tensor | None,
     threshold: float,
     device: torch.device,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Report = unheard,
 ) -> Pairs:
     """Find the pairs whose cosine is at least ``threshold``, sorted by their rows.
 
@@ -59,8 +60,7 @@ def near_pairs(
                 "much alike; raise the threshold, or name another teacher"
             )
         parts += blocks
-        if progress is not None:
-            progress(min(start + _ROWS, len(first)), len(first))
+        progress(min(start + _ROWS, len(first)), len(first))
     found = Pairs(*map(np.concatenate, zip(*parts, strict=True)))
     order = np.lexsort((found.second, found.first))
     return Pairs(*(column[order] for column in found))

@@ -14,7 +14,7 @@ mode switch
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..data.folder import list_images, spread
-from ..types import Score, Size
+from ..types import Report, Score, Size, unheard
 from .demand import Demand, at_most
 from .encoder import AnyImage, Encoder, encode_shared
 from .protocol import file_names, protocol_of
@@ -66,10 +66,7 @@ class Agreement:
         )
 
     def run(
-        self,
-        encoder: Encoder,
-        limit: int | None = None,
-        progress: Callable[[int, int], None] | None = None,
+        self, encoder: Encoder, limit: int | None = None, progress: Report = unheard
     ) -> list[Score]:
         """Score ``encoder``; one that takes a single size gets no score."""
         images = spread(list_images(self.images), limit)
@@ -104,7 +101,7 @@ def across_sizes(
     images: Sequence[AnyImage],
     sides: Sequence[int],
     batch_size: int = 4,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Report = unheard,
 ) -> list[SizeAgreement]:
     """Compare the features at each distinct size the encoder takes with those at the first.
 
@@ -114,12 +111,13 @@ def across_sizes(
     total = len(sizes) * len(images)
 
     def maps(index: int) -> list[Tensor]:
-        def report(done: int, _: int) -> None:
-            if progress is not None:
-                progress(index * len(images) + done, total)
-
         return encode_shared(
-            encoder, images, sizes[index], lambda it: it.spatial, batch_size, report
+            encoder,
+            images,
+            sizes[index],
+            lambda it: it.spatial,
+            batch_size,
+            lambda done, _: progress(index * len(images) + done, total),
         )  # each [B, C, h, w]
 
     reference = maps(0)

@@ -11,7 +11,7 @@ blur and nothing else, so upsamplers of one encoder have one judge.
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -22,14 +22,14 @@ from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as vision
 
 from ..data.folder import labelled_images, spread
-from ..system.distributed import current_world, share_out
-from ..types import Features, Score, Size
+from ..types import Features, Report, Score, Size, unheard
 from .demand import Demand, at_most
 from .encoder import Encoder, encode_shared, to_pixels
 from .knn import Labelled, thin_out
 from .metrics.cam import average_drop, average_increase
 from .probes import LinearProbe
 from .protocol import file_names, protocol_of
+from .shared import answers, in_batches
 
 logger = logging.getLogger(__name__)
 
@@ -89,10 +89,7 @@ class ClassActivation:
         )
 
     def run(
-        self,
-        encoder: Encoder,
-        limit: int | None = None,
-        progress: Callable[[int, int], None] | None = None,
+        self, encoder: Encoder, limit: int | None = None, progress: Report = unheard
     ) -> list[Score]:
         """Train the classifier, and ask it of whole and of blurred images.
 
@@ -102,24 +99,22 @@ class ClassActivation:
         train, val, names = labelled_images(self.folder)
         train, val = thin_out(train, val, limit)
         train = spread(train, self.training_images)
-        total, world = len(train) + 2 * len(val), current_world()
+        total = len(train) + 2 * len(val)
 
-        def report(done: int) -> None:
-            if progress is not None:
-                progress(min(done, total), total)
+        def report(before: int, done: int) -> None:
+            progress(min(before + done, total), total)
 
         size = encoder.nearest_size((self.size, self.size))
         judge = self._judge(encoder, size, train, len(names), report)
-        right = self._right(judge, val, lambda done: report(len(train) + done))
-
-        def ask(own: Sequence[Sequence[Labelled]]) -> Iterator[dict[str, Tensor]]:
-            done = len(train) + len(val)
-            for some in own:
-                yield self._confidences(encoder, judge, size, some)
-                report(done := done + world.world_size * len(some))
-
-        found = share_out(_in_batches(right, self.batch_size), ask)
-        report(total)
+        right = self._right(judge, val)
+        before = len(train) + len(val)
+        report(before, 0)
+        found = answers(
+            in_batches(right, self.batch_size),
+            lambda some, _: self._confidences(encoder, judge, size, some),
+            lambda done, _: report(before, done * self.batch_size),
+        )
+        report(total, 0)
         if not right:
             logger.warning("%s: %s gets no image right, no score", self.name, encoder.name)
             return []
@@ -168,7 +163,7 @@ class ClassActivation:
         size: Size,
         images: Sequence[Labelled],
         num_classes: int,
-        report: Callable[[int], None],
+        report: Report,
     ) -> _Judge:
         """Train the classifier on maps without upsampler of images of the encoder's ``size``."""
         coarse = encoder.before or encoder
@@ -177,16 +172,14 @@ class ClassActivation:
         paths, labels = [path for path, _ in images], torch.tensor([label for _, label in images])
         pooled = encode_shared(
             coarse, paths, size, lambda features: _pooled(features.spatial), self.batch_size,
-            lambda done, _: report(done),
+            lambda done, _: report(0, done),
         )  # fmt: skip
         probe = LinearProbe(num_classes).fit(
             torch.cat(pooled), labels[:, None, None], coarse.device
         )
         return _Judge(coarse, size, probe)
 
-    def _right(
-        self, judge: _Judge, val: Sequence[Labelled], report: Callable[[int], None]
-    ) -> list[Labelled]:
+    def _right(self, judge: _Judge, val: Sequence[Labelled]) -> list[Labelled]:
         """Draw images that the classifier gets right."""
 
         def answer(features: Features) -> Tensor:
@@ -194,14 +187,13 @@ class ClassActivation:
 
         order = torch.randperm(len(val), generator=torch.Generator().manual_seed(self.seed))
         right: list[Labelled] = []
-        for some in _in_batches([val[index] for index in order.tolist()], self.most):
+        for some in in_batches([val[index] for index in order.tolist()], self.most):
             paths = [path for path, _ in some]
             answers = encode_shared(judge.encoder, paths, judge.size, answer, self.batch_size)
             given = torch.cat(answers).tolist()
             right += [image for image, one in zip(some, given, strict=True) if image[1] == one]
             if len(right) >= self.most:
                 break
-        report(len(val))
         return right[: self.most]
 
 
@@ -232,10 +224,6 @@ def keep_most_active(pixels: Tensor, activation: Tensor, share: float, blur: flo
     for kernel in ([side, 1], [1, side]):  # at once, it would take `side` times as many products
         blurred = vision.gaussian_blur(blurred, kernel, [deviation, deviation])
     return pixels.where(stays.reshape(-1, 1, height, width), blurred)
-
-
-def _in_batches(images: Sequence[Labelled], size: int) -> list[Sequence[Labelled]]:
-    return [images[first : first + size] for first in range(0, len(images), size)]
 
 
 def _pooled(spatial: Tensor) -> Tensor:

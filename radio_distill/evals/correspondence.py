@@ -11,7 +11,7 @@ Left out: Probe3D's ratio test, which keeps the surest matches of each encoder a
 something else; and its NAVI and ScanNet data, which must be downloaded.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import hypot, prod
 from typing import ClassVar
@@ -26,12 +26,12 @@ from ..config import size_pair
 from ..data.folder import load_images
 from ..errors import ConfigError
 from ..geometry import homography, in_unit, inside, sample, transform, warp
-from ..system.distributed import current_world, share_out
-from ..types import Score, Size
+from ..types import Report, Score, Size, unheard
 from .demand import Demand, at_most
 from .encoder import Encoder, to_pixels
-from .examples import Show, shown_matches, shown_of
+from .examples import Show, shown_matches
 from .protocol import file_names, protocol_of
+from .shared import answers
 
 _STEREO_SIZE = (500, 741)
 GREY = 0.5  # what a warped view shows beyond its image
@@ -76,7 +76,7 @@ class Correspondence:
         self,
         encoder: Encoder,
         limit: int | None = None,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Report = unheard,
         show: Show | None = None,
     ) -> list[Score]:
         """Match every image with its warp; all points of all images count alike."""
@@ -88,21 +88,16 @@ class Correspondence:
             for _ in images
         ]
         middle = self.thresholds[len(self.thresholds) // 2]
-        world = current_world()
 
-        def match(own: Sequence[int]) -> Iterator[Tensor]:
-            shown = shown_of(len(own), show if world.is_main else None)
-            for number, index in enumerate(own):
-                pixels = to_pixels(images[index][1], size)
-                views = torch.stack([pixels, warped(pixels, matrices[index])])
-                queries, truth, found = self._match(encoder, views, matrices[index])
-                if show is not None and number in shown:
-                    show(shown_matches([*views], [queries, truth, found], middle))
-                yield (found - truth).norm(dim=1)
-                if progress is not None:
-                    progress(min((number + 1) * world.world_size, len(images)), len(images))
+        def match(index: int, show: Show | None) -> Tensor:
+            pixels = to_pixels(images[index][1], size)
+            views = torch.stack([pixels, warped(pixels, matrices[index])])
+            queries, truth, found = self._match(encoder, views, matrices[index])
+            if show is not None:
+                show(shown_matches([*views], [queries, truth, found], middle))
+            return (found - truth).norm(dim=1)
 
-        errors = share_out(range(len(images)), match)
+        errors = answers(range(len(images)), match, progress, show)
         thresholds = self.thresholds, self.shares
         protocol = protocol_of(self, images=file_names(images.keys))
         return recalls(self.name, torch.cat(errors), size, *thresholds, len(images), protocol)
@@ -147,7 +142,7 @@ class Stereo:
         self,
         encoder: Encoder,
         limit: int | None = None,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Report = unheard,
         show: Show | None = None,
     ) -> list[Score]:
         """Match the left view with the right; occluded points and points without truth are out.
@@ -171,8 +166,7 @@ class Stereo:
             truth = columns - disparity[row, columns]
             errors.append((nearest - truth).abs())
             matches.append([_row_points(some, row) for some in (columns, truth, nearest)])
-            if progress is not None:
-                progress(done, len(rows))
+            progress(done, len(rows))
         if show is not None:
             points = [torch.cat(some) for some in zip(*matches, strict=True)]
             middle = self.thresholds[len(self.thresholds) // 2]

@@ -27,8 +27,9 @@ from ..errors import NoLayersError
 from ..models.backbone import StudentEncoder
 from ..protocols import LayeredTeacher, Normalizer, Teacher, TextTower
 from ..system.distributed import cores_of_process, current_world, share_out
-from ..types import Features, Size
+from ..types import Features, Report, Size, unheard
 from .cache import SummaryCache
+from .shared import in_batches
 
 AnyImage = Image.Image | Path | ImageRef
 
@@ -219,15 +220,14 @@ def encode_images(
     images: Sequence[AnyImage],
     size: Size,
     batch_size: int = 16,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Report | None = None,
 ) -> Iterator[Features]:
     """Yield the features of ``images``, a batch at a time, each cropped to ``size``."""
-    pixels = _decoded(images, size, 2 * batch_size)
+    pixels, report = _decoded(images, size, 2 * batch_size), progress or unheard
     for start in range(0, len(images), batch_size):
         batch = list(islice(pixels, batch_size))
         yield encoder(torch.stack(batch))
-        if progress is not None:
-            progress(start + len(batch), len(images))
+        report(start + len(batch), len(images))
 
 
 def encode_shared(
@@ -236,18 +236,17 @@ def encode_shared(
     size: Size,
     keep: Callable[[Features], Tensor],
     batch_size: int = 16,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Report = unheard,
 ) -> list[Tensor]:
     """Return what ``keep`` makes of each batch's features, in order, on the host.
 
     All processes of a run call together: they share the batches, and get all of them.
     """
-    batches = [images[first : first + batch_size] for first in range(0, len(images), batch_size)]
-    world = current_world()
+    batches = in_batches(images, batch_size)
+    total, processes = len(images), current_world().world_size
 
     def report(done: int, _: int) -> None:
-        if progress is not None:
-            progress(min(done * world.world_size, len(images)), len(images))
+        progress(min(done * processes, total), total)
 
     def encode(own: Sequence[Sequence[AnyImage]]) -> Iterator[Tensor]:
         some = [image for batch in own for image in batch]
@@ -290,56 +289,34 @@ def encode_summaries(
     images: Sequence[AnyImage],
     size: int,
     batch_size: int = 16,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Report = unheard,
 ) -> Tensor:
     """Return the summaries of images as unit vectors ``[N, S]``, in half precision on the CPU.
 
     Each is resized to cover the square nearest to ``size`` that the encoder takes, and its centre
     is cropped, so that it is resampled once. Of an encoder without a summary the mean of its map
-    counts.
+    counts. All processes of a run call together: they share the images, and get all.
     """
-    square = encoder.nearest_size((size, size))
-
-    def encode(start: int, end: int) -> Tensor:
-        report = progress and (lambda done, _: progress(start + done, len(images)))
-        found = []
-        for features in encode_images(encoder, images[start:end], square, batch_size, report):
-            found.append(unit_summaries(features))
-        return torch.cat(found)
-
+    square, cache = encoder.nearest_size((size, size)), encoder.cache
     paths = [image for image in images if isinstance(image, Path)]
-    if encoder.cache is None or len(paths) < len(images):
-        return encode(0, len(images))
-    parts = []
-    for start in range(0, len(paths), encoder.cache.piece):
-        piece = paths[start : start + encoder.cache.piece]
-        end = start + len(piece)
-        parts.append(encoder.cache.get(piece, square, partial(encode, start, end)))
-        if progress is not None:
-            progress(end, len(paths))
-    return torch.cat(parts)
-
-
-def shared_summaries(
-    encoder: Encoder,
-    images: Sequence[AnyImage],
-    size: int,
-    batch_size: int = 16,
-    progress: Callable[[int, int], None] | None = None,
-) -> Tensor:
-    """Return the same; all processes of a run call together, share the images, and get all."""
+    if cache is None or len(paths) < len(images):
+        found = encode_shared(encoder, images, square, unit_summaries, batch_size, progress)
+        return torch.cat(found)
     total, processes = len(images), current_world().world_size
-    unit = batch_size * -(-total // batch_size // processes)
-    if encoder.cache is not None:
-        unit = encoder.cache.piece
 
-    def report(before: int, done: int, _: int) -> None:
-        if progress is not None:
+    def kept(own: Sequence[Sequence[Path]]) -> Iterator[Tensor]:
+        before = 0
+
+        def encode(piece: Sequence[Path]) -> Tensor:
+            batches = encode_images(encoder, piece, square, batch_size, report)
+            return torch.cat([unit_summaries(features) for features in batches])
+
+        def report(done: int, _: int) -> None:
             progress(min((before + done) * processes, total), total)
 
-    def encode(own: Sequence[int]) -> Iterator[Tensor]:
-        for turn, first in enumerate(own):
-            some = images[first : first + unit]
-            yield encode_summaries(encoder, some, size, batch_size, partial(report, turn * unit))
+        for piece in own:
+            yield cache.get(piece, square, partial(encode, piece))
+            before += len(piece)
+            report(0, 0)
 
-    return torch.cat(share_out(range(0, total, unit), encode))
+    return torch.cat(share_out(in_batches(paths, cache.piece), kept))

@@ -5,7 +5,7 @@ teacher; students of different normalizers are compared in the teachers' own spa
 heads and targets that have no normalizer. The measure is FeatSharp's (:mod:`.metrics.fidelity`).
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -18,13 +18,13 @@ from ..config import TeacherConfig, of_summary, size_pair
 from ..data.folder import load_images
 from ..distill.alignment import align
 from ..protocols import Normalizer, Teacher
-from ..system.distributed import current_world, share_out
 from ..teacher_view import input_size
-from ..types import Features, Score, Size
+from ..types import Features, Report, Score, Size, unheard
 from .demand import Demand, at_most
 from .encoder import Encoder, Target, open_image, to_pixels
 from .metrics.fidelity import Fidelity as FidelitySums
 from .protocol import file_names, protocol_of
+from .shared import answers, in_batches
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,27 +50,22 @@ class Fidelity:
 
     @torch.inference_mode()
     def run(
-        self,
-        encoder: Encoder,
-        limit: int | None = None,
-        progress: Callable[[int, int], None] | None = None,
+        self, encoder: Encoder, limit: int | None = None, progress: Report = unheard
     ) -> list[Score]:
         """Compare the heads' predictions with their targets, teacher by teacher."""
         if encoder.heads is None:
             return []
         targets = encoder.heads.targets
         images = load_images(self.images, limit)
-        processes = current_world().world_size
 
-        def compare(own: Sequence[int]) -> Iterator[dict[str, _Sums]]:
-            for done, start in enumerate(own, start=1):
-                batch = [open_image(image) for _, image in images[start : start + self.batch_size]]
-                yield self._compared(encoder, batch)
-                if progress is not None:
-                    progress(min(done * self.batch_size * processes, len(images)), len(images))
+        def compare(numbers: Sequence[int], _: object) -> dict[str, _Sums]:
+            return self._compared(encoder, [open_image(images[number][1]) for number in numbers])
 
         sums: dict[str, _Sums] = {}
-        for part in share_out(range(0, len(images), self.batch_size), compare):
+        for part in answers(
+            in_batches(range(len(images)), self.batch_size), compare,
+            lambda done, _: progress(min(done * self.batch_size, len(images)), len(images)),
+        ):  # fmt: skip
             for name, some in part.items():
                 if name in sums:
                     sums[name].merge(some)

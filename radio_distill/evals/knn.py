@@ -7,7 +7,7 @@ Left out: the sweep over k and temperature that some codes report the best of.
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 from pathlib import Path
@@ -19,9 +19,9 @@ from torch.nn import functional as F
 
 from ..data.folder import labelled_images, spread
 from ..errors import ConfigError
-from ..types import Score
+from ..types import Report, Score, unheard
 from .demand import Demand, at_most
-from .encoder import Encoder, shared_summaries
+from .encoder import Encoder, encode_summaries
 from .metrics.classification import macro_accuracy
 from .protocol import file_names, protocol_of
 
@@ -58,10 +58,7 @@ class Knn:
         )
 
     def run(
-        self,
-        encoder: Encoder,
-        limit: int | None = None,
-        progress: Callable[[int, int], None] | None = None,
+        self, encoder: Encoder, limit: int | None = None, progress: Report = unheard
     ) -> list[Score]:
         """Classify the validation split; ``limit`` thins out each split, evenly over the classes.
 
@@ -74,9 +71,11 @@ class Knn:
         total = len(train) + len(val)
 
         def encode(split: Sequence[Labelled], before: int) -> Tensor:
-            report = progress and (lambda done, _: progress(before + done, total))
             paths = [path for path, _ in split]
-            return shared_summaries(encoder, paths, self.size, self.batch_size, report)
+            return encode_summaries(
+                encoder, paths, self.size, self.batch_size,
+                lambda done, _: progress(before + done, total),
+            )  # fmt: skip
 
         bank, queries = encode(train, 0), encode(val, len(train))
         known, truth = (torch.tensor([label for _, label in split]) for split in (train, val))

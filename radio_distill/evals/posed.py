@@ -8,7 +8,7 @@ matches that it is judged by.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, pairwise
 from math import comb, prod
@@ -22,17 +22,17 @@ from torch.nn import functional as F
 
 from ..data.folder import spread
 from ..errors import DataError
-from ..system.distributed import current_world, share_out
-from ..types import Score, Size
+from ..types import Report, Score, Size, unheard
 from .augmentation import nearest
 from .datasets.navi import Navi, NaviImage
 from .datasets.redwood import Redwood, RgbdFrame
 from .demand import Demand, at_most
 from .depth_probes import square_around
 from .encoder import Encoder, to_pixels
-from .examples import Show, shown_matches, shown_of
+from .examples import Show, shown_matches
 from .metrics.matching import ratio_matches
 from .protocol import file_names, protocol_of
+from .shared import answers
 from .trained import read_pixels
 
 ROTATIONS = (0, 30, 60, 90, 120)
@@ -98,25 +98,20 @@ class PosedMatching(ABC):
         self,
         encoder: Encoder,
         limit: int | None = None,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Report = unheard,
         show: Show | None = None,
     ) -> list[Score]:
         """Match the pairs; ``limit`` thins them out."""
-        pairs, world = spread(self.pairs(), limit), current_world()
-        near = self.pixels[len(self.pixels) // 2]
+        pairs, near = spread(self.pairs(), limit), self.pixels[len(self.pixels) // 2]
 
-        def match(own: Sequence[tuple[Any, Any]]) -> Iterator[_Errors]:
-            shown = shown_of(len(own), show if world.is_main else None)
-            for done, (first, second) in enumerate(own, start=1):
-                views = self.view(first), self.view(second)
-                errors, places = self._errors(encoder, *views)
-                if show is not None and done - 1 in shown:
-                    show(shown_matches([view.pixels for view in views], places, near))
-                yield errors
-                if progress is not None:
-                    progress(min(done * world.world_size, len(pairs)), len(pairs))
+        def match(pair: tuple[Any, Any], show: Show | None) -> _Errors:
+            views = [self.view(image) for image in pair]
+            errors, places = self._errors(encoder, *views)
+            if show is not None:
+                show(shown_matches([view.pixels for view in views], places, near))
+            return errors
 
-        errors = share_out(pairs, match)
+        errors = answers(pairs, match, progress, show)
         if not sum(len(error.metres) for error in errors):
             raise DataError(f"{self.name}: no pair of images has depth in both; nothing to match")
         metres, pixels = (

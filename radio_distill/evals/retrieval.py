@@ -5,7 +5,7 @@ CLIP_benchmark does. So it is asked of encoders alone whose summary lies in the 
 tower.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -13,12 +13,13 @@ from typing import ClassVar
 import torch
 
 from ..data.folder import spread
-from ..types import Score
+from ..types import Report, Score, unheard
 from .datasets.captions import Captions, CocoRetrieval, Flickr30k
 from .demand import Demand, at_most
-from .encoder import Encoder, shared_summaries
+from .encoder import Encoder, encode_summaries
 from .metrics.retrieval import recalls_both_ways
 from .protocol import file_names, protocol_of
+from .shared import in_batches
 
 _TEXTS_AT_ONCE = 256
 
@@ -45,10 +46,7 @@ class CocoCaptions:
         return Demand(images=images, passes={(self.size, self.size): images}, batch=self.batch_size)
 
     def run(
-        self,
-        encoder: Encoder,
-        limit: int | None = None,
-        progress: Callable[[int, int], None] | None = None,
+        self, encoder: Encoder, limit: int | None = None, progress: Report = unheard
     ) -> list[Score]:
         """Score both directions; ``limit`` thins out the images, which keep all their captions.
 
@@ -66,19 +64,15 @@ class CocoCaptions:
         ]
         total = len(kept) + len(pairs)
 
-        def report(done: int) -> None:
-            if progress is not None:
-                progress(done, total)
-
-        images = shared_summaries(
+        images = encode_summaries(
             encoder, [data.images[number] for number in kept], self.size, self.batch_size,
-            lambda done, _: report(done),
+            lambda done, _: progress(done, total),
         )  # fmt: skip
-        texts = []
-        for start in range(0, len(pairs), _TEXTS_AT_ONCE):
-            batch = [text for text, _ in pairs[start : start + _TEXTS_AT_ONCE]]
-            texts.append(encoder.text.embed(batch).float().to(encoder.device))
-            report(len(kept) + start + len(batch))
+        texts, done = [], len(kept)
+        for some in in_batches(pairs, _TEXTS_AT_ONCE):
+            embedded = encoder.text.embed([text for text, _ in some])
+            texts.append(embedded.float().to(encoder.device))
+            progress(done := done + len(some), total)
         recalls = recalls_both_ways(
             images.to(encoder.device).float(), torch.cat(texts),
             torch.tensor([image for _, image in pairs]), self.ranks,

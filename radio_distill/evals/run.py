@@ -27,7 +27,7 @@ from ..data.folder import labelled_images, list_images
 from ..errors import ConfigError, NoLayersError
 from ..protocols import Benchmark
 from ..registry import Registry, check_has, check_takes, nearest
-from ..types import Score, Size, format_size
+from ..types import Score, Size, format_size, unheard
 from .cache import SummaryCache
 from .datasets import DATASETS
 from .encoder import Encoder
@@ -155,7 +155,7 @@ def _check_benchmark(name: str, kind: Any) -> None:
 def evaluate(
     encoder: Encoder,
     config: EvaluationConfig,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Callable[[str, int, int], object] | None = None,
     asked: Mapping[str, str] | None = None,
     write: Callable[[list[Score]], None] | None = None,
     show: Callable[[str, Shown], None] | None = None,
@@ -190,7 +190,7 @@ def evaluate(
         encoder = replace(encoder, cache=cache)
     scores = []
     for name, benchmark in zip(config.benchmarks, benchmarks, strict=True):
-        report = partial(progress, benchmark.name) if progress else None
+        report = partial(progress, benchmark.name) if progress else unheard
         sizes: dict[Size, None] = {}
         ask: Callable[..., list[Score]] = benchmark.run
         if show is not None and "show" in signature(ask).parameters:

@@ -8,7 +8,7 @@ the decoder. Left out: boxes that a detector finds.
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from ..data.folder import spread
 from ..errors import ConfigError
 from ..system.distributed import current_world, share_out
-from ..types import Score, Size
+from ..types import Report, Score, Size, unheard
 from .datasets.coco import Coco, CocoImage, CocoObject
 from .demand import Demand, at_most
 from .encoder import Encoder, open_image
@@ -61,7 +61,7 @@ class SamCoco:
         self,
         encoder: Encoder,
         limit: int | None = None,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Report = unheard,
         show: Show | None = None,
     ) -> list[Score]:
         """Score the annotations of the images that have some; ``limit`` thins out the images.
@@ -87,8 +87,7 @@ class SamCoco:
                 if found is None:
                     yield from [None] * (len(own) - done)
                     return
-                if progress is not None:
-                    progress(min(done * world.world_size, len(images)), len(images))
+                progress(min(done * world.world_size, len(images)), len(images))
 
         answers = [found for found in share_out(images, ask) if found is not None]
         if not answers:

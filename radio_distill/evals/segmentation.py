@@ -6,7 +6,7 @@ sets of hundreds of images, and its protocol is called quick; ``ade20k`` and ``v
 that come from disk (:mod:`.semantic`).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import DataError
-from ..types import Score, Size
+from ..types import Report, Score, Size, unheard
 from .demand import Demand, at_most
 from .encoder import Encoder, encode_shared, to_pixels
 from .examples import Show, as_bytes, shown_maps, shown_of
@@ -68,7 +68,7 @@ class Segmentation:
         self,
         encoder: Encoder,
         limit: int | None = None,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Report = unheard,
         show: Show | None = None,
     ) -> list[Score]:
         """Train the probe on one split and score it on the other; ``limit`` thins out each."""
@@ -87,11 +87,7 @@ class Segmentation:
         return data, masks
 
     def _encode(
-        self,
-        encoder: Encoder,
-        paths: Sequence[Path],
-        size: Size,
-        progress: Callable[[int, int], None] | None,
+        self, encoder: Encoder, paths: Sequence[Path], size: Size, progress: Report
     ) -> list[Tensor]:
         batches = encode_shared(
             encoder, paths, size, lambda it: it.spatial.half(), self.batch_size, progress
@@ -169,7 +165,7 @@ class FeaturePreservation(Segmentation):
         self,
         encoder: Encoder,
         limit: int | None = None,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Report = unheard,
         show: Show | None = None,
     ) -> list[Score]:
         """Train the probe on coarse maps; progress counts these, then the upsampled ones."""
@@ -179,8 +175,8 @@ class FeaturePreservation(Segmentation):
         split, paths = len(data.train), [pair.image for pair in data.train + data.val]
         total = len(paths) + len(data.val)
 
-        def report(first: int) -> Callable[[int, int], None] | None:
-            return progress and (lambda done, _: progress(first + done, total))
+        def report(first: int) -> Report:
+            return lambda done, _: progress(first + done, total)
 
         fine = encoder.nearest_size((self.size, self.size))
         factor = encoder.size_multiple // encoder.before.size_multiple

@@ -7,7 +7,7 @@ class, and a cell stands for its upper left corner, which is off by up to one ce
 usual in papers on semantic correspondence, stands beside it: all pairs, and cells at their centres.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -20,13 +20,14 @@ from torch.nn import functional as F
 
 from ..data.folder import spread
 from ..system.distributed import current_world, share_out
-from ..types import Score
+from ..types import Report, Score, unheard
 from .datasets.spair import Spair, SpairPair
 from .demand import Demand, at_most
 from .encoder import Encoder, open_image, to_pixels
 from .examples import Show, ShownMatches, shown_matches, shown_of
 from .metrics.matching import pck_per_image, pck_per_point, transfer_errors, transferred
 from .protocol import protocol_of
+from .shared import in_batches
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +78,7 @@ class KeypointTransfer:
         self,
         encoder: Encoder,
         limit: int | None = None,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Report = unheard,
         show: Show | None = None,
     ) -> list[Score]:
         """Match the pairs, class by class; ``limit`` thins them out."""
@@ -99,12 +100,10 @@ class KeypointTransfer:
                         show(self._example(pair, maps))
                 yield [_match(pair, maps) for pair in some]
                 done += len(some)
-                if progress is not None:
-                    progress(min(done * world.world_size, len(pairs)), len(pairs))
+                progress(min(done * world.world_size, len(pairs)), len(pairs))
 
         matched = share_out(list(by_category), match)
-        if progress is not None:
-            progress(len(pairs), len(pairs))
+        progress(len(pairs), len(pairs))
         return self._scores(dict(zip(by_category, matched, strict=True)))
 
     def _encode(self, encoder: Encoder, pairs: Sequence[SpairPair]) -> dict[Path, Tensor]:
@@ -112,8 +111,7 @@ class KeypointTransfer:
         paths = list(dict.fromkeys(path for pair in pairs for path in (pair.source, pair.target)))
         size = encoder.nearest_size((self.size, self.size))
         maps: dict[Path, Tensor] = {}
-        for start in range(0, len(paths), self.batch_size):
-            some = paths[start : start + self.batch_size]
+        for some in in_batches(paths, self.batch_size):
             pixels = torch.stack([to_pixels(squared(open_image(path)), size) for path in some])
             maps |= zip(some, F.normalize(encoder(pixels).spatial, dim=1), strict=True)
         return maps

@@ -8,7 +8,7 @@ lose, and what is counted on test images. Its fields are its published protocol;
 import logging
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from ..data.folder import spread
 from ..errors import DataError
 from ..system.distributed import current_world
-from ..types import Score, Size
+from ..types import Report, Score, Size, unheard
 from .demand import Demand, at_most
 from .encoder import Encoder, open_image
 from .examples import Show, Shown, shown_maps, shown_of
@@ -146,7 +146,7 @@ class TrainedBenchmark(ABC):
         self,
         encoder: Encoder,
         limit: int | None = None,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Report = unheard,
         show: Show | None = None,
     ) -> list[Score]:
         """Train the heads on one split and score them on the other; ``limit`` thins out each.
@@ -164,8 +164,7 @@ class TrainedBenchmark(ABC):
         total = self.steps + len(test)
 
         def report(done: int) -> None:
-            if progress is not None:
-                progress(min(done, total), total)
+            progress(min(done, total), total)
 
         report(0)
         heads = train(self, encoder, training, report)

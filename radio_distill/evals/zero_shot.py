@@ -17,10 +17,10 @@ from torch.nn import functional as F
 
 from ..data.folder import spread
 from ..protocols import TextTower
-from ..types import Score
+from ..types import Report, Score, unheard
 from .datasets.imagenet import ImageNet
 from .demand import Demand, at_most
-from .encoder import Encoder, shared_summaries
+from .encoder import Encoder, encode_summaries
 from .metrics.classification import top_k_accuracy
 from .protocol import protocol_of
 
@@ -42,10 +42,7 @@ class ImagenetZeroShot:
         return Demand(images=val, passes={(self.size, self.size): val}, batch=self.batch_size)
 
     def run(
-        self,
-        encoder: Encoder,
-        limit: int | None = None,
-        progress: Callable[[int, int], None] | None = None,
+        self, encoder: Encoder, limit: int | None = None, progress: Report = unheard
     ) -> list[Score]:
         """Classify the images; progress counts classes and images.
 
@@ -57,17 +54,15 @@ class ImagenetZeroShot:
         names, templates = class_names(), prompt_templates()
         total = len(names) + len(images)
 
-        def report(done: int) -> None:
-            if progress is not None:
-                progress(done, total)
-
         sentences = [[template(name) for template in templates] for name in names]
-        embed = partial(text_classifier, encoder.text, sentences, report)
+        embed = partial(
+            text_classifier, encoder.text, sentences, lambda done: progress(done, total)
+        )
         cache = encoder.cache
         classifier = embed() if cache is None else cache.get_classes(sentences, embed)
-        summaries = shared_summaries(
+        summaries = encode_summaries(
             encoder, [path for path, _ in images], self.size, self.batch_size,
-            lambda done, _: report(len(names) + done),
+            lambda done, _: progress(len(names) + done, total),
         )  # fmt: skip
         similarity = summaries.float() @ classifier.T  # [N, K]
         labels = torch.tensor([label for _, label in images])
@@ -85,7 +80,7 @@ class ImagenetZeroShot:
 def text_classifier(
     text: TextTower,
     sentences: Sequence[Sequence[str]],
-    report: Callable[[int], None] = lambda done: None,
+    report: Callable[[int], object] = lambda done: None,
 ) -> Tensor:
     """Return a unit vector for each class ``[K, S]``, float32 on the CPU.
 

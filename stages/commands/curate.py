@@ -13,8 +13,9 @@ balanced over its clusters. The shards stay as they are.
 
 Writes curation.jsonl for the field data.curation, left_out.csv with what each copy and each leak is
 alike to, and index.html with clusters and pairs to look at: what is a copy depends on the use, so
-look. Summaries are kept in the output folder; a command that was stopped, or is asked with another
-threshold or number, goes on from there. Several processes
+look. Summaries are kept in the output folder, or in one that --summaries names for several outputs;
+a command that was stopped, or is asked with another threshold or number, goes on from there.
+Several processes
 (torchrun --nproc-per-node 8 -m stages.cli curate …) share the shards out. Fields of the sections
 data and engine can be set.
 """
@@ -67,6 +68,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("shards", nargs="+", help="shards, folders or patterns, as data.shards takes them")
     add("--teacher", metavar="TEACHER", help="PRESET or SOURCE:MODEL whose summaries are compared")
     add("--output", type=Path, default=Path("curated"), metavar="DIR", help="(default: curated)")
+    add(
+        "--summaries", type=Path, metavar="DIR",
+        help="where summaries are kept (default: summaries in the output folder)",
+    )  # fmt: skip
     add("--size", type=int, default=224, metavar="PX", help="side that it sees (default: 224)")
     add("--batch-size", type=int, default=32, metavar="N", help="images it sees at once (32)")
     add(
@@ -99,6 +104,7 @@ def run(arguments: argparse.Namespace) -> int:
     from radio_distill.curation.curate import Settings
     from radio_distill.curation.summaries import encode_shards
     from radio_distill.data.sources import open_sources
+    from radio_distill.evals.cache import SummaryCache
     from radio_distill.system.distributed import (
         all_gather_object,
         choose_device,
@@ -116,6 +122,8 @@ def run(arguments: argparse.Namespace) -> int:
     )
     _check(arguments, settings.leaks)
     check_output(arguments.output, is_folder=True)
+    kept = arguments.summaries or arguments.output / "summaries"
+    check_output(kept, "--summaries", is_folder=True)
     asked = _asked(arguments)
     sets = [(name, _tested_images(name, path)) for name, path in arguments.against]
     world = world_from(os.environ)
@@ -124,12 +132,15 @@ def run(arguments: argparse.Namespace) -> int:
     shards = run_on_main(world, lambda: open_sources(asked.data)).shards
     encoder, digest = _encoder(arguments.teacher, device)
     size = encoder.nearest_size((arguments.size, arguments.size))
-    folder = arguments.output / "summaries" / _folder_name(digest, size, asked.data)
+    folder = kept / _folder_name(digest, size, asked.data)
     encode_shards(shards, encoder, size, asked.data, folder, arguments.batch_size, world)
     all_gather_object([None])  # all have come as far
+    tested = [image for _, images in sets for image in images]
+    cache = SummaryCache(kept / "evaluation", digest[:16])
+    vectors = _summaries_of_tested(replace(encoder, cache=cache), tested, arguments)
     facts = {"teacher": arguments.teacher, "teacher_digest": digest, "size": size[0]}
     facts |= asdict(settings) | {"against": [[name, len(images)] for name, images in sets]}
-    request = _Request(arguments, settings, shards, folder, encoder, digest, device, sets, facts)
+    request = _Request(arguments.output, settings, shards, folder, vectors, device, sets, facts)
     run_on_main(world, lambda: _choose(request))
     return 0
 
@@ -138,13 +149,12 @@ def run(arguments: argparse.Namespace) -> int:
 class _Request:
     """What is asked for, when every image has its summary."""
 
-    arguments: argparse.Namespace
+    output: Path
     settings: "Settings"
     shards: "Sequence[Shard]"
     summaries: Path
-    encoder: "Encoder"
-    digest: str
-    """Of the teacher."""
+    tested: "Tensor | None"
+    """Summaries of the images of evaluation sets, ``[E, S]``; None for none."""
     device: "torch.device"
     sets: "Sequence[tuple[str, Sequence[AnyImage]]]"
     facts: dict[str, Any]
@@ -159,12 +169,12 @@ def _choose(request: _Request) -> None:
     from radio_distill.report.curation import balance_table, counts_table, write_curation_page
     from radio_distill.report.tables import print_tables
 
-    output, shards, facts = request.arguments.output, request.shards, request.facts
+    output, shards, facts = request.output, request.shards, request.facts
     tested = [image for _, images in request.sets for image in images]
     summaries = read_summaries(shards, request.summaries)
-    vectors = None
-    if tested:
-        vectors = without_mean(_summaries_of_tested(request, tested), summaries.mean)
+    vectors = request.tested
+    if vectors is not None:
+        vectors = without_mean(vectors, summaries.mean)
     curated = curate(summaries, vectors, request.settings, request.device, output / "work")
     if not curated.kept.any():
         raise ConfigError("curate: no image is left; look at --duplicates, --leaks and --against")
@@ -246,15 +256,17 @@ def _folder_name(digest: str, size: "Size", data: DataConfig) -> str:
     return sha256(repr(parts).encode()).hexdigest()[:16]
 
 
-def _summaries_of_tested(request: _Request, images: "Sequence[AnyImage]") -> "Tensor":
-    from radio_distill.evals.cache import SummaryCache
+def _summaries_of_tested(
+    encoder: "Encoder", images: "Sequence[AnyImage]", asked: argparse.Namespace
+) -> "Tensor | None":
+    """Encode the images of evaluation sets, or find them again; all processes share them."""
     from radio_distill.evals.encoder import encode_summaries
+    from radio_distill.system.distributed import current_world
     from radio_distill.system.progress import Progress
 
-    asked = request.arguments
-    cache = SummaryCache(asked.output / "evaluation", request.digest[:16])
-    encoder = replace(request.encoder, cache=cache)
-    with Progress("evaluation sets", len(images)) as bar:
+    if not images:
+        return None
+    with Progress("evaluation sets", len(images), visible=current_world().is_main) as bar:
         return encode_summaries(
             encoder, images, asked.size, asked.batch_size, lambda done, _: bar.update(done)
         )

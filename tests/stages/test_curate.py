@@ -115,7 +115,10 @@ def test_curate__goes_on_where_it_was_stopped(shards, tmp_path, monkeypatch):
         ours, theirs = (tmp_path / run / name for run in ("out", "whole"))
         assert ours.read_bytes() == theirs.read_bytes()
     assert curate(shards, tmp_path / "out", "--images", "5") == 0
+    kept = str(tmp_path / "out" / "summaries")
+    assert curate(shards, tmp_path / "other", "--summaries", kept) == 0
     assert sum(encoded[4:]) == 8
+    assert not (tmp_path / "other" / "summaries").exists()
 
 
 def test_curate__images_that_training_would_replace(tmp_path, bad_shard):
