@@ -22,8 +22,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 from radio_distill.config import Recipe
-from radio_distill.evals.encoder import student_encoder
-from radio_distill.evals.fidelity import Fidelity, targets_of
+from radio_distill.evals.encoder import student_encoder, targets_of
+from radio_distill.evals.fidelity import Fidelity
 from radio_distill.loading import load
 from radio_distill.protocols import Teacher
 from radio_distill.report.tables import Cell, Column, Estimate, Table, print_tables, render

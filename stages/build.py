@@ -19,8 +19,7 @@ from radio_distill.distill.randomness import StepRandomness
 from radio_distill.distill.targets import TargetMaker
 from radio_distill.distill.task import Distillation
 from radio_distill.errors import ChangedError, ConfigError, DataError
-from radio_distill.evals.encoder import student_encoder
-from radio_distill.evals.fidelity import targets_of
+from radio_distill.evals.encoder import student_encoder, targets_of
 from radio_distill.evals.run import check_data, evaluate
 from radio_distill.models.backbone import as_encoder
 from radio_distill.models.body import Body

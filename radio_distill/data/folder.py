@@ -90,6 +90,11 @@ def load_images(source: str, limit: int | None = None) -> Images:
     return Images(spread(list_images(source), limit))
 
 
+def in_batches(items: Sequence[T], size: int) -> list[Sequence[T]]:
+    """Return items in their order, ``size`` at a time, the last perhaps fewer."""
+    return [items[first : first + size] for first in range(0, len(items), size)]
+
+
 def spread(items: Sequence[T], limit: int | None) -> list[T]:
     """Return at most ``limit`` items at even distances, so that sorted classes all stay present."""
     if not limit or limit >= len(items):

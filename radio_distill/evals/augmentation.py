@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as vision
 
 from ..types import Size
-from .metrics.segmentation import IGNORED
+from .metrics import IGNORED
 
 Labels = Mapping[str, Tensor]
 """Maps of an image by name, ``[H, W]`` or ``[C, H, W]``; see ``datasets.LabelledImage.labels``."""

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as vision
 
-from ..data.folder import labelled_images, spread
+from ..data.folder import in_batches, labelled_images, spread
 from ..types import Features, Report, Score, Size, unheard
 from .demand import Demand, at_most
 from .encoder import Encoder, encode_shared, to_pixels
@@ -29,7 +29,7 @@ from .knn import Labelled, thin_out
 from .metrics.cam import average_drop, average_increase
 from .probes import LinearProbe
 from .protocol import file_names, protocol_of
-from .shared import answers, in_batches
+from .shared import answers
 
 logger = logging.getLogger(__name__)
 

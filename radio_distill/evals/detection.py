@@ -33,8 +33,8 @@ from .augmentation import padded
 from .datasets.coco import Coco
 from .encoder import Encoder
 from .examples import ShownBoxes
+from .metrics import IGNORED
 from .metrics.detection import BoxPrecision, check_installed
-from .metrics.segmentation import IGNORED
 from .probe_heads import BatchNorm
 from .probe_training import Example, Heads, encode
 from .trained import Decay, Meters, TrainedBenchmark, read_pixels

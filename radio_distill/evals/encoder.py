@@ -21,15 +21,16 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..data.folder import ImageRef
+from ..config import TeacherConfig, of_summary, size_pair
+from ..data.folder import ImageRef, in_batches
 from ..distill.targets import scaled_summary
 from ..errors import NoLayersError
 from ..models.backbone import StudentEncoder
 from ..protocols import LayeredTeacher, Normalizer, Teacher, TextTower
 from ..system.distributed import cores_of_process, current_world, share_out
+from ..teacher_view import input_size
 from ..types import Features, Report, Size, unheard
 from .cache import SummaryCache
-from .shared import in_batches
 
 AnyImage = Image.Image | Path | ImageRef
 
@@ -55,6 +56,40 @@ class Target:
         if self.normalizer is not None:
             spatial = self.normalizer.apply(spatial)
         return Features(scaled_summary(summary, self.summary_normalizer), spatial)
+
+
+def targets_of(
+    teachers: Mapping[str, Teacher],
+    configs: Mapping[str, TeacherConfig],
+    size: int | Size,
+    patch_size: int,
+    normalizers: Mapping[str, Normalizer] | None = None,
+    digests: Mapping[str, str] | None = None,
+) -> dict[str, Target]:
+    """Return the teachers as a student's heads are compared with them, whatever it learned from.
+
+    Args:
+        teachers: on the student's device.
+        configs: their sections of the recipe, which say how large they see an image.
+        size: the student's input (``evaluation.size``), in pixels.
+        patch_size: the student's.
+        normalizers: those of its heads; None where these are folded.
+        digests: by teacher, see :class:`.Target`.
+
+    Raises:
+        ConfigError: a teacher that cannot take its size.
+    """
+    view = size_pair(size)
+    return {
+        name: Target(
+            teacher,
+            input_size(teacher.spec, configs[name].input_size, view, patch_size),
+            (normalizers or {}).get(name),
+            (digests or {}).get(name, ""),
+            (normalizers or {}).get(of_summary(name)),
+        )
+        for name, teacher in teachers.items()
+    }
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,17 +14,15 @@ from PIL.Image import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..config import TeacherConfig, of_summary, size_pair
-from ..data.folder import load_images
+from ..config import size_pair
+from ..data.folder import in_batches, load_images
 from ..distill.alignment import align
-from ..protocols import Normalizer, Teacher
-from ..teacher_view import input_size
-from ..types import Features, Report, Score, Size, unheard
+from ..types import Features, Report, Score, unheard
 from .demand import Demand, at_most
 from .encoder import Encoder, Target, open_image, to_pixels
 from .metrics.fidelity import Fidelity as FidelitySums
 from .protocol import file_names, protocol_of
-from .shared import answers, in_batches
+from .shared import answers
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,37 +138,3 @@ class _Sums:
             )
             for metric, (value, higher) in values.items()
         ]  # fmt: skip
-
-
-def targets_of(
-    teachers: Mapping[str, Teacher],
-    configs: Mapping[str, TeacherConfig],
-    size: int | Size,
-    patch_size: int,
-    normalizers: Mapping[str, Normalizer] | None = None,
-    digests: Mapping[str, str] | None = None,
-) -> dict[str, Target]:
-    """Return the teachers as a student's heads are compared with them, whatever it learned from.
-
-    Args:
-        teachers: on the student's device.
-        configs: their sections of the recipe, which say how large they see an image.
-        size: the student's input (``evaluation.size``), in pixels.
-        patch_size: the student's.
-        normalizers: those of its heads; None where these are folded.
-        digests: by teacher, see :class:`.Target`.
-
-    Raises:
-        ConfigError: a teacher that cannot take its size.
-    """
-    view = size_pair(size)
-    return {
-        name: Target(
-            teacher,
-            input_size(teacher.spec, configs[name].input_size, view, patch_size),
-            (normalizers or {}).get(name),
-            (digests or {}).get(name, ""),
-            (normalizers or {}).get(of_summary(name)),
-        )
-        for name, teacher in teachers.items()
-    }

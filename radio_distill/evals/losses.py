@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .metrics.segmentation import IGNORED
+from .metrics import IGNORED
 
 _EPS = 1e-3  # metres, so that no logarithm is of zero
 _STRIDES = (1, 2, 4, 6)

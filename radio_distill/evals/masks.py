@@ -28,7 +28,7 @@ from ..data.folder import split_folder, spread
 from ..data.images import BadImageError, Shape, image_shape, upright
 from ..errors import DataError
 from ..system.files import open_regular, printable, reason_of
-from .metrics.segmentation import IGNORED
+from .metrics import IGNORED
 
 logger = logging.getLogger(__name__)
 

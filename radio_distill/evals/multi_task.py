@@ -19,10 +19,11 @@ from ..types import Score, Size
 from .augmentation import Augmentation, padded, resized
 from .datasets import DATASETS
 from .losses import balanced_cross_entropy, depth_l1_loss, normal_l1_loss
+from .metrics import IGNORED
 from .metrics.depth import PooledDepth
 from .metrics.normals import PooledNormals
 from .metrics.saliency import MaxF
-from .metrics.segmentation import IGNORED, Confusion, mean_iou
+from .metrics.segmentation import Confusion, mean_iou
 from .probe_heads import ConvProbe
 from .probe_training import Example
 from .trained import Decay, Meters, TrainedBenchmark, read_pixels

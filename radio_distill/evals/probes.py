@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from ..errors import DataError
 from ..types import Size
-from .metrics.segmentation import IGNORED
+from .metrics import IGNORED
 from .metrics.sums import check_finite
 
 Standardise = Callable[[Tensor], Tensor]

@@ -12,14 +12,13 @@ from typing import ClassVar
 
 import torch
 
-from ..data.folder import spread
+from ..data.folder import in_batches, spread
 from ..types import Report, Score, unheard
 from .datasets.captions import Captions, CocoRetrieval, Flickr30k
 from .demand import Demand, at_most
 from .encoder import Encoder, encode_summaries
 from .metrics.retrieval import recalls_both_ways
 from .protocol import file_names, protocol_of
-from .shared import in_batches
 
 _TEXTS_AT_ONCE = 256
 

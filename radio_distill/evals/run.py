@@ -16,7 +16,7 @@ from functools import partial
 from hashlib import sha256
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -31,9 +31,11 @@ from ..types import Score, Size, format_size, unheard
 from .cache import SummaryCache
 from .datasets import DATASETS
 from .encoder import Encoder
-from .examples import Shown
 from .masks import open_set
 from .protocol import protocol_of, quick
+
+if TYPE_CHECKING:
+    from .examples import Shown
 
 logger = logging.getLogger(__name__)
 
@@ -158,7 +160,7 @@ def evaluate(
     progress: Callable[[str, int, int], object] | None = None,
     asked: Mapping[str, str] | None = None,
     write: Callable[[list[Score]], None] | None = None,
-    show: Callable[[str, Shown], None] | None = None,
+    show: "Callable[[str, Shown], None] | None" = None,
 ) -> list[Score]:
     """Score ``encoder`` on the benchmarks of ``config``.
 

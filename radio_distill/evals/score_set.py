@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 
 from ..errors import DataError, UnknownNameError
@@ -115,22 +116,22 @@ class ScoreSet:
 
         That is on other images, or under another protocol.
         """
-        for name, metric in self.definitions.items():
-            samples = self._by(name, lambda how: how.of)
-            if metric.counts and len(samples) > 1:
-                (less, one), (more, other) = list(samples.items())[:2]
+        kinds: tuple[tuple[str, Callable[[Measured], str], str], ...] = (
+            ("", lambda how: how.of, "on the same (radio-distill eval, --evaluation.limit 0)"),
+            (
+                "protocol ",
+                lambda how: how.protocol,
+                "with the same section evaluation and version (radio-distill eval)",
+            ),
+        )
+        counting = [name for name, metric in self.definitions.items() if metric.counts]
+        for name, (what, value, fix) in product(counting, kinds):
+            found = self._by(name, value)
+            if len(found) > 1:
+                (first, one), (second, other) = list(found.items())[:2]
                 raise DataError(
-                    f"{name} is of {less} for {one[0]} and of {more} for {other[0]}; score both on "
-                    "the same (radio-distill eval, --evaluation.limit 0), or leave one out with "
-                    "--models"
-                )
-            protocols = self._by(name, lambda how: how.protocol)
-            if metric.counts and len(protocols) > 1:
-                (first, one), (second, other) = list(protocols.items())[:2]
-                raise DataError(
-                    f"{name} is of protocol {first} for {one[0]} and of {second} for {other[0]}; "
-                    "score both with the same section evaluation and version (radio-distill "
-                    "eval), or leave one out with --models"
+                    f"{name} is of {what}{first} for {one[0]} and of {what}{second} for "
+                    f"{other[0]}; score both {fix}, or leave one out with --models"
                 )
 
     def only(self, chosen: Iterable[str]) -> "ScoreSet":

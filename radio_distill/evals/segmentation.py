@@ -21,7 +21,8 @@ from .demand import Demand, at_most
 from .encoder import Encoder, encode_shared, to_pixels
 from .examples import Show, as_bytes, shown_maps, shown_of
 from .masks import Ignore, SegmentationSet, listed, open_set
-from .metrics.segmentation import IGNORED, confusion_matrix, mean_iou, num_shown
+from .metrics import IGNORED
+from .metrics.segmentation import confusion_matrix, mean_iou, num_shown
 from .probes import AdamW, LinearProbe
 from .protocol import file_names, protocol_of
 

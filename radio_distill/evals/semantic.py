@@ -22,7 +22,8 @@ from ..types import Score, Size
 from .augmentation import Augmentation, resized
 from .datasets import DATASETS
 from .encoder import Encoder
-from .metrics.segmentation import IGNORED, Confusion, mean_iou, num_shown
+from .metrics import IGNORED
+from .metrics.segmentation import Confusion, mean_iou, num_shown
 from .probe_heads import Linear
 from .probe_training import Example, Heads
 from .trained import Meters, TrainedBenchmark, read_pixels

@@ -11,11 +11,6 @@ S = TypeVar("S")
 T = TypeVar("T")
 
 
-def in_batches(items: Sequence[S], size: int) -> list[Sequence[S]]:
-    """Return items in their order, ``size`` at a time."""
-    return [items[first : first + size] for first in range(0, len(items), size)]
-
-
 def answers(
     items: Sequence[S],
     answer: Callable[[S, Show | None], T],

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..data.folder import spread
+from ..data.folder import in_batches, spread
 from ..system.distributed import current_world, share_out
 from ..types import Report, Score, unheard
 from .datasets.spair import Spair, SpairPair
@@ -27,7 +27,6 @@ from .encoder import Encoder, open_image, to_pixels
 from .examples import Show, ShownMatches, shown_matches, shown_of
 from .metrics.matching import pck_per_image, pck_per_point, transfer_errors, transferred
 from .protocol import protocol_of
-from .shared import in_batches
 
 
 @dataclass(frozen=True, slots=True)

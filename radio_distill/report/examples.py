@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
 from ..evals.examples import Shown, ShownBoxes, ShownMatches
-from ..evals.metrics.segmentation import IGNORED
+from ..evals.metrics import IGNORED
 from ..evals.score_set import ScoreSet
 from ..evals.subjects import MODEL, SCORES, Subject
 from ..system.files import replacing

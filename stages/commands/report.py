@@ -237,7 +237,7 @@ def _sheets(
 
 def _targets(student: "Checkpoint", teachers: "Mapping[str, Teacher]") -> "dict[str, Target]":
     """Return the teachers as a student's heads imitate them, for dense benchmarks' size."""
-    from radio_distill.evals.fidelity import targets_of
+    from radio_distill.evals.encoder import targets_of
     from radio_distill.normalize.normalizers import normalizers_of
 
     recipe = student.recipe

@@ -27,9 +27,14 @@ from radio_distill.evals.checkpoint_subjects import (
     teacher_subject,
     untrained_subject,
 )
-from radio_distill.evals.encoder import Encoder, Target, student_encoder, teacher_encoder
+from radio_distill.evals.encoder import (
+    Encoder,
+    Target,
+    student_encoder,
+    targets_of,
+    teacher_encoder,
+)
 from radio_distill.evals.examples import Shown
-from radio_distill.evals.fidelity import targets_of
 from radio_distill.evals.gain import MultiTaskGain, multi_task_gain
 from radio_distill.evals.headlines import in_order
 from radio_distill.evals.run import BENCHMARKS, asked_of, check_data, evaluate, source_value

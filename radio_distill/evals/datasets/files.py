@@ -17,7 +17,7 @@ from ...errors import DataError
 from ...system.files import open_regular, printable, reason_of
 from ..encoder import open_image
 from ..masks import class_numbers
-from ..metrics.segmentation import IGNORED
+from ..metrics import IGNORED
 
 _NONE = IGNORED - 1
 """Stands for a number that is no class and not ignored either."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from ...errors import ConfigError, DataError
 from ...system.files import reason_of
 from ..masks import class_numbers
-from ..metrics.segmentation import IGNORED
+from ..metrics import IGNORED
 from . import LabelledDataset, LabelledImage
 from .files import check_listed, read_classes, read_lines, read_normals, stems
 

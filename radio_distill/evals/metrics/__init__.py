@@ -5,3 +5,6 @@ of sums, not a mean of ratios of batches, and is a class that adds up in float64
 processes (:class:`.sums.Sums`). Where published numbers come out of a program with a mistake in it,
 ``as_published=True`` repeats the mistake, and the default is right.
 """
+
+IGNORED = -1
+"""Label of pixels that are of no class."""

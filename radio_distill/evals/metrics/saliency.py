@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .segmentation import IGNORED
+from . import IGNORED
 from .sums import Sums
 
 THRESHOLDS = tuple(step / 20 for step in range(1, 20))

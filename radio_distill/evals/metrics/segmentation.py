@@ -5,10 +5,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from . import IGNORED
 from .sums import Sums
-
-IGNORED = -1
-"""Index of pixels that are of no class."""
 
 Counted = Literal["shown", "met", "all"]
 

@@ -11,7 +11,7 @@ from radio_distill.evals.augmentation import (
     padded,
     resized,
 )
-from radio_distill.evals.metrics.segmentation import IGNORED
+from radio_distill.evals.metrics import IGNORED
 
 
 def random(seed: int = 0) -> np.random.Generator:

@@ -7,7 +7,7 @@ from PIL import Image
 
 from radio_distill.errors import DataError
 from radio_distill.evals.masks import find_pairs, labelled_classes, open_set, read_mask
-from radio_distill.evals.metrics.segmentation import IGNORED
+from radio_distill.evals.metrics import IGNORED
 from radio_distill.evals.segmentation import Segmentation
 
 NUMBERS = np.array([[0, 0, 1, 1], [2, 2, 255, 255], [3, 3, 3, 0], [1, 2, 3, 0]], dtype=np.uint8)

@@ -7,7 +7,8 @@ from torch.nn import functional as F
 from radio_distill.errors import DataError
 from radio_distill.evals.encoder import Encoder
 from radio_distill.evals.masks import labelled_classes, read_mask
-from radio_distill.evals.metrics.segmentation import IGNORED, confusion_matrix, mean_iou
+from radio_distill.evals.metrics import IGNORED
+from radio_distill.evals.metrics.segmentation import confusion_matrix, mean_iou
 from radio_distill.evals.probes import class_shares
 from radio_distill.evals.segmentation import FeaturePreservation, Segmentation
 from radio_distill.types import Features

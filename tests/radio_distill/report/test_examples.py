@@ -16,7 +16,7 @@ from radio_distill.evals.examples import (
     shown_maps,
     shown_of,
 )
-from radio_distill.evals.metrics.segmentation import IGNORED
+from radio_distill.evals.metrics import IGNORED
 from radio_distill.evals.score_set import ScoreSet
 from radio_distill.evals.subjects import Subject
 from radio_distill.report.examples import (

@@ -12,7 +12,7 @@ from radio_distill.errors import DataError
 from radio_distill.evals.datasets.nyu_depth import NyuDepth
 from radio_distill.evals.datasets.nyud import Nyud
 from radio_distill.evals.datasets.pascal_context import PascalContext
-from radio_distill.evals.metrics.segmentation import IGNORED
+from radio_distill.evals.metrics import IGNORED
 
 
 def test_nyud__labels_cover_each_other(tmp_path):

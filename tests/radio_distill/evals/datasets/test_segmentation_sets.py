@@ -13,7 +13,7 @@ from radio_distill.evals.datasets import DATASETS
 from radio_distill.evals.datasets.ade20k import Ade20k
 from radio_distill.evals.datasets.coco import Coco
 from radio_distill.evals.datasets.voc import Voc
-from radio_distill.evals.metrics.segmentation import IGNORED
+from radio_distill.evals.metrics import IGNORED
 
 
 def test_ade20k__zero_is_ignored_and_classes_begin_at_zero(tmp_path):

@@ -8,6 +8,7 @@ import torch
 from sklearn import metrics as sklearn_metrics
 
 from radio_distill.evals import losses
+from radio_distill.evals.metrics import IGNORED
 from radio_distill.evals.metrics.cam import average_drop, average_increase
 from radio_distill.evals.metrics.classification import top_k_accuracy
 from radio_distill.evals.metrics.depth import align_scale_and_shift, depth_errors
@@ -21,11 +22,7 @@ from radio_distill.evals.metrics.matching import (
 from radio_distill.evals.metrics.normals import angles_between, normals_from_depth
 from radio_distill.evals.metrics.retrieval import recalls_both_ways
 from radio_distill.evals.metrics.saliency import MaxF
-from radio_distill.evals.metrics.segmentation import (
-    IGNORED,
-    confusion_matrix,
-    mean_iou,
-)
+from radio_distill.evals.metrics.segmentation import confusion_matrix, mean_iou
 
 CLASSES = 7
 
