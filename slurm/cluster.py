@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from radio_distill.config import build, describe, option, read_yaml
+from radio_distill.config import build, describe_fields, option, read_yaml
 from radio_distill.config.fields import Count, Positive, Range
 from radio_distill.errors import ConfigError
 from radio_distill.system.redaction import secrets_in
@@ -123,7 +123,7 @@ def _check(cluster: Cluster) -> None:
 def add_cluster_flags(parser: argparse.ArgumentParser) -> None:
     """Add one flag for every field of :class:`Cluster`; what is not given is not set."""
     group = parser.add_argument_group("cluster")
-    for name, default, unit, explanation in describe(Cluster):
+    for name, default, unit, explanation in describe_fields(Cluster):
         kind: dict[str, Any] = {"metavar": "NAME"}
         if default.isdigit():
             kind = {"metavar": "N", "type": int}

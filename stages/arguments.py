@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
-from radio_distill.config import assignments_of, describe
+from radio_distill.config import Recipe, assignments_of, describe_fields
 from radio_distill.errors import ConfigError, RadioDistillError
 from radio_distill.registry import nearest
 from radio_distill.system.files import check_writable, printable, reason_of
@@ -45,7 +45,7 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             flag = unknown[0].partition("=")[0]
             known = [name for action in self._actions for name in action.option_strings]
-            known += [f"--{row[0]}" for row in describe()] if takes_fields else []
+            known += [f"--{row[0]}" for row in describe_fields(Recipe)] if takes_fields else []
             raise ConfigError(f"unknown argument {flag!r} ({_nearest_flag(flag, known)})")
         if named := vars(arguments).pop(_RECIPE_FLAG, None):
             if arguments.recipe not in (self.get_default("recipe"), named):

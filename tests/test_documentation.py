@@ -11,7 +11,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from radio_distill.config import check, describe, load
+from radio_distill.config import Recipe, check, describe_fields, load
 from stages.arguments import Parser
 from stages.cli import COMMANDS
 from stages.cli import main as cli
@@ -51,7 +51,7 @@ def commands() -> list[tuple[Path, str]]:
     ]
 
 
-KNOWN = {re.sub(r"\.(NAME|N)\b", "", row[0]).rpartition(".")[2] for row in describe()}
+KNOWN = {re.sub(r"\.(NAME|N)\b", "", row[0]).rpartition(".")[2] for row in describe_fields(Recipe)}
 
 
 def check_parsed(parser: Parser, words: list[str], takes_fields: bool) -> None:
@@ -157,7 +157,7 @@ def test_yaml__is_of_recipes(page, language, text, tmp_path):
     values = yaml.safe_load(text)
     if page.name == "multi_task_gain.md":
         return  # definitions of metrics, which test_score reads
-    check_fields(values, (), [tuple(row[0].split(".")) for row in describe()])
+    check_fields(values, (), [tuple(row[0].split(".")) for row in describe_fields(Recipe)])
     if "stages" in values:
         (tmp_path / "whole.yaml").write_text(text)
         check(load(tmp_path / "whole.yaml"))

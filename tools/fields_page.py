@@ -5,14 +5,16 @@ python -m tools.fields_page > docs/reference/fields.md
 
 import sys
 
-from radio_distill.config import describe
+from radio_distill.config import Recipe, describe_fields
 
 from .published import markdown
 
 
 def main() -> int:
     """Print the page."""
-    print("\n".join(markdown(("field", "default", "unit", "what it does"), describe())))
+    print(
+        "\n".join(markdown(("field", "default", "unit", "what it does"), describe_fields(Recipe)))
+    )
     return 0
 
 

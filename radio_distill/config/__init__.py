@@ -7,14 +7,13 @@ must hold between fields, :mod:`.students` what a recipe of several students is 
 Nothing here imports torch.
 """
 
-from .fields import option, plain, share_of, size_pair
+from .fields import describe_fields, option, plain, share_of, size_pair
 from .models import HeadConfig, HeadsConfig, StudentConfig, TeacherConfig
 from .objective import AugmentationConfig, LossConfig, NormalizerConfig
 from .reading import (
     assignments_of,
     build,
     build_options,
-    describe,
     differences,
     dump,
     load,

@@ -14,11 +14,7 @@ def option(default: Any = MISSING, help: str = "", unit: str = "", ours: bool = 
     ``ours`` marks a default that no paper publishes, so that the documentation can say so.
     """
     metadata = {"help": help, "unit": unit, "ours": ours}
-    if isinstance(default, (dict, list)):
-        raise TypeError("use a tuple or a factory for mutable defaults")
-    if default in (dict, tuple) or (
-        isinstance(default, type) and dataclasses.is_dataclass(default)
-    ):
+    if isinstance(default, type):  # a section, dict or tuple
         return field(default_factory=default, metadata=metadata)
     return field(default=default, metadata=metadata)
 

@@ -25,14 +25,7 @@ from .fields import Range, describe_fields, joined
 from .rules import check
 from .schema import Recipe
 
-
-def describe(cls: type = Recipe, path: str = "") -> list[tuple[str, str, str, str]]:
-    """List every field of a recipe, or of a section; see :func:`.fields.describe_fields`."""
-    return describe_fields(cls, path)
-
-
-_FIELD_NAMES = frozenset(part for name, *_ in describe() for part in name.split("."))
-
+_FIELD_NAMES = frozenset(part for name, *_ in describe_fields(Recipe) for part in name.split("."))
 _MOST_VALUES, _MOST_DEPTH = 100_000, 50
 _NAMES_TEACHERS = ("teachers", "upsample", "mosaic")
 _BY_TEACHER = ("teacher_sizes", "weights", "sha256", "sizes", "heads")
@@ -74,14 +67,32 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return data
 
 
+class _Loader(yaml.SafeLoader):
+    """A safe loader to which a repeated key is an error; YAML's own would drop the first value."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                name, line = key.value, key.start_mark.line + 1
+                if name in lines:
+                    raise ConfigError(
+                        f"{name!r} stands in lines {lines[name]} and {line}; keep one"
+                    )
+                lines[name] = line
+        return node
+
+
 def parse_yaml(text: str) -> Any:
     """Parse YAML into plain values; references are unfolded, as far as a recipe can need it.
 
     Raises:
-        ConfigError: no YAML, deeper or larger than any recipe, or a number that no field can hold.
+        ConfigError: no YAML, deeper or larger than any recipe, a field that is written twice, or a
+            number that no field can hold.
     """
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, _Loader)
         return _bounded(value, [_MOST_VALUES], 0)
     except yaml.YAMLError as error:
         raise ConfigError(reason_of(error)) from error
@@ -141,22 +152,25 @@ def override(
             value = parse_yaml(text)
         except ConfigError:
             value = text
+        if value is None and len(keys) == 2 and keys[0] in ("teachers", "stages"):
+            _drop(result, *keys)
+            continue
         _assign(result, keys, value, path)
-        if value is None:
-            _drop(result, keys)
+        if value is None and len(keys) == 4 and (keys[0], keys[2]) == ("stages", "partitions"):
+            items = result["stages"][keys[1]]["partitions"]
+            result["stages"][keys[1]]["partitions"] = [item for item in items if item is not None]
     return result
 
 
-def _drop(data: dict[str, Any], keys: list[str]) -> None:
-    """Take out what was set to null, where a recipe has any number of its kind."""
-    if len(keys) == 2 and keys[0] in ("teachers", "stages"):
-        del data[keys[0]][keys[1]]
-    if len(keys) == 4 and (keys[0], keys[2]) == ("stages", "partitions"):
-        stage = data["stages"][keys[1]]
-        stage["partitions"] = [item for item in stage["partitions"] if item is not None]
-    if len(keys) == 2 and keys[0] == "teachers":
-        for section in ("student", "stages"):
-            _forget(data.get(section), keys[1])
+def _drop(data: dict[str, Any], section: str, name: str) -> None:
+    """Take out a stage, or a teacher wherever it is named."""
+    known = data.get(section)
+    if not isinstance(known, dict) or name not in known:
+        names = list(known) if isinstance(known, dict) else []
+        raise ConfigError(f"{section}.{name}: there is none to drop ({nearest(name, names)})")
+    del known[name]
+    for place in ("student", "stages") if section == "teachers" else ():
+        _forget(data.get(place), name)
 
 
 def _forget(node: Any, teacher: str) -> None:

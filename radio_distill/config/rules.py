@@ -76,7 +76,8 @@ def _check_evaluation(recipe: Recipe) -> Iterator[str]:
     if config.best and not config.every:
         yield "evaluation.best: nothing is scored during training; set evaluation.every"
     names = config.during or config.benchmarks
-    if config.best and config.best.partition("/")[0] not in names:
+    benchmark, slash, _ = config.best.partition("/")
+    if config.best and (benchmark not in names or not slash):
         yield (
             f"evaluation.best: {config.best!r} is no BENCHMARK/METRIC of a benchmark that is run "
             f"during training ({', '.join(names)})"
@@ -241,7 +242,7 @@ def _check_body(student: StudentConfig, augmentation: AugmentationConfig) -> Ite
 
 def _check_fit(recipe: Recipe) -> Iterator[str]:
     fit = recipe.fit
-    if fit.pool % max(fit.batch_size, 1):
+    if fit.pool % fit.batch_size:
         yield f"fit.pool: {fit.pool} is not a multiple of fit.batch_size {fit.batch_size}"
     if fit.teacher:
         yield from _check_known(recipe, "fit.teacher", [fit.teacher])
@@ -308,7 +309,7 @@ def _check_frozen(path: str, stage: StageConfig) -> list[str]:
     frozen = stage.freeze_body_steps
     if problems := _check_amount(path, frozen):
         return problems
-    if frozen != "auto" and 0 < stage.steps <= share_of(frozen, stage.steps):
+    if frozen != "auto" and stage.steps <= share_of(frozen, stage.steps):
         return [
             f"{path}: with {frozen} of {stage.steps} steps frozen the body would not learn at all; "
             "set it to auto, to 0, or to a share such as 0.02"

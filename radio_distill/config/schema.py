@@ -306,7 +306,7 @@ class WatchConfig:
         "s",
     )
     loss_spike: Weight = our_option(
-        8.0, "warn of a loss this many deviations above its mean; 0 for never", ""
+        8.0, "warn of a loss this many deviations above its mean; 0 for never"
     )
     slow_share: Weight = our_option(
         0.5, "warn of a rate below this share of the median; 0 for never"

@@ -9,14 +9,12 @@ import csv
 import io
 import json
 import math
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from ..config import build
-from ..errors import DataError
+from ..config import build, parse_yaml
+from ..errors import ConfigError, DataError
 from ..system.files import reason_of
 from .gain import Metric
 
@@ -41,23 +39,12 @@ def read_definitions(path: str | Path) -> dict[str, Metric]:
 def read_yaml(path: str | Path) -> dict[Any, Any]:
     """Read a YAML mapping in which no key stands twice; raises DataError."""
     try:
-        data = yaml.load(read_text(Path(path)), _StrictLoader)
-    except yaml.YAMLError as error:
-        raise DataError(f"{path} is not valid YAML: {reason_of(error)}") from error
+        data = parse_yaml(read_text(Path(path)))
+    except ConfigError as error:
+        raise DataError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(data, dict):
         raise DataError(f"{path}: expected a mapping of names, found {type(data).__name__}")
     return data
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """A safe loader to which a repeated key is an error; YAML's own would drop the first value."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.YAMLError(f"{key!r} stands twice; several results are a list under it")
-        return super().construct_mapping(node, deep)
 
 
 def read_json(path: Path) -> Any:

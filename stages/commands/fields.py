@@ -7,7 +7,7 @@ import argparse
 
 from rich.table import Table
 
-from radio_distill.config import describe
+from radio_distill.config import Recipe, describe_fields
 from radio_distill.system.progress import table_console
 
 
@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the fields."""
-    rows = [row for row in describe() if row[0].startswith(arguments.prefix)]
+    rows = [row for row in describe_fields(Recipe) if row[0].startswith(arguments.prefix)]
     table = Table("field", "default", "unit", "what it does", box=None, pad_edge=False)
     for name, default, unit, text in rows:
         table.add_row(f"--{name}", default, unit, text)

@@ -6,7 +6,7 @@ from importlib import import_module
 
 import pytest
 
-from radio_distill.config import describe
+from radio_distill.config import Recipe, describe_fields
 from radio_distill.errors import ConfigError
 from stages import fit_upsampler, stage1, stage3
 from stages.arguments import Parser
@@ -86,7 +86,7 @@ def test_parser__unknown_flags_name_the_nearest():
 
 
 def test_fields__their_names_are_no_flags_of_a_command():
-    names = {row[0] for row in describe()}
+    names = {row[0] for row in describe_fields(Recipe)}
     for command in COMMANDS:
         flags = {flag for action in parser_of(command)._actions for flag in action.option_strings}
         assert not flags & {f"--{name}" for name in names if "." in name} or command == "shards"

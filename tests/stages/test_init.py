@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from radio_distill.config import describe
+from radio_distill.config import Recipe, describe_fields
 from radio_distill.config.recipes import RECIPES, find_recipe
 from radio_distill.data.sources import open_sources
 from radio_distill.errors import ConfigError
@@ -128,6 +128,8 @@ def test_fields__a_field_is_one_line_where_it_is_piped(
 ) -> None:
     assert cli.main(["fields", "student."]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 1 + len([row for row in describe() if row[0].startswith("student.")])
+    assert len(lines) == 1 + len(
+        [row for row in describe_fields(Recipe) if row[0].startswith("student.")]
+    )
     max_size = next(line for line in lines if "--student.max_size" in line)
     assert "longest image side that the position table (CPE) spans" in max_size

@@ -74,9 +74,9 @@ def _dumped(recipe: dict[str, Any]) -> bytes:
 
 def _fields(base: dict[str, Any]) -> Iterator[str]:
     """Yield every field that a recipe can have, one item of each list and mapping included."""
-    from radio_distill.config import describe
+    from radio_distill.config import Recipe, describe_fields
 
-    for name, *_ in describe():
+    for name, *_ in describe_fields(Recipe):
         place = name.replace("stages.NAME", "stages.stage1").replace(".N.", ".0.")
         yield place.replace("NAME", next(iter(base["teachers"])))
 

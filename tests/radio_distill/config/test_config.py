@@ -14,7 +14,7 @@ from radio_distill.config import (
     assignments_of,
     build,
     check,
-    describe,
+    describe_fields,
     differences,
     dump,
     override,
@@ -134,6 +134,7 @@ def test_override__leaves_its_input_alone():
         ("stage.partitions=[]", "a stage needs at least one partition"),
         ("teachers={}", "a recipe needs at least one teacher"),
         ("stage.upsampler.factor=0", "upsampler.factor: 0 is below 1"),
+        ("evaluation={every: 1, best: fidelity}", "'fidelity' is no BENCHMARK/METRIC"),
         ("noequals", "is not of the form field.name=value"),
     ],
 )
@@ -178,7 +179,9 @@ def test_build__missing_field_says_what_it_is():
         build(Recipe, {**BASE, "data": {}})
 
 
-@pytest.mark.parametrize("text", ["[1, 2]", "a: [", "", "a: \x00"])
+@pytest.mark.parametrize(
+    "text", ["[1, 2]", "a: [", "", "a: \x00", "data: {a: 1}\ndata: {b: 1}", "data: {a: 1, a: 1}"]
+)
 def test_load__not_a_recipe(tmp_path, text):
     path = tmp_path / "broken.yaml"
     path.write_text(text)
@@ -195,7 +198,7 @@ def test_differences__names_fields_and_values():
 
 
 def test_describe__explains_every_field():
-    rows = describe()
+    rows = describe_fields(Recipe)
     assert all(text for _, _, _, text in rows)
     names = [name for name, *_ in rows]
     assert len(names) == len(set(names))
@@ -313,8 +316,9 @@ def test_override__null_drops_a_partition_and_a_stage():
     ]
     more = ["stages.stage2={start_from: stage1, partitions: []}", "stages.stage2=null"]
     assert recipe(*more) == recipe()
-    with pytest.raises(ConfigError, match="'hgih'"):
-        recipe("stage.partitions.hgih=null")
+    for nothing in ("stage.partitions.hgih=null", "teachers.hgih=null", "stages.hgih=null"):
+        with pytest.raises(ConfigError, match="hgih"):
+            recipe(nothing)
 
 
 def test_losses__relations_of_one_teacher_before_those_of_all():

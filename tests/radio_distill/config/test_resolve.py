@@ -10,7 +10,7 @@ from radio_distill.config import (
     Recipe,
     build,
     check,
-    describe,
+    describe_fields,
     dtypes_of,
     dump,
     keep_resolved,
@@ -170,7 +170,7 @@ def test_keep_resolved__looks_at_auto_alone():
 
 
 def test_every_field_that_is_auto_is_kept_or_chosen_anew_and_gets_a_value():
-    automatic = {name for name, default, *_ in describe() if default == "auto"}
+    automatic = {name for name, default, *_ in describe_fields(Recipe) if default == "auto"}
     automatic -= {"engine.name", "engine.device"}
     assert automatic == {name.replace("*", "NAME") for name in (*KEPT, *CHOSEN_ANEW)}
     left = {"fit.warmup_steps"}  # a stage does not look at it
