@@ -9,7 +9,7 @@ import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +160,33 @@ def _prefix_of(state: Mapping[str, Tensor], wanted: frozenset[str], where: str) 
 def _rank(prefix: str) -> int:
     words = re.split(r"[._]", prefix)
     return 0 if {*_AVERAGED} & {*words} else 1 + (_STUDENT in words)
+
+
+def refuse_differences(
+    found: Mapping[str, Sequence[Any]], wanted: Mapping[str, Sequence[Any]], where: str, name: str
+) -> None:
+    """Raise WeightsError, naming the first difference, where shapes are not an architecture's.
+
+    Args:
+        found: shapes of the tensors of the file ``where``.
+        wanted: those of the architecture ``name``.
+        where: file, for the message.
+        name: architecture, for the message.
+    """
+    problems = [f"{key} is missing" for key in wanted if key not in found]
+    problems += [f"{key} is unexpected" for key in found if key not in wanted]
+    problems += [
+        f"{key} has shape [{_joined(found[key])}], expected [{_joined(shape)}]"
+        for key, shape in wanted.items()
+        if [*found.get(key, shape)] != [*shape]
+    ]
+    if problems:
+        more = f" (and {len(problems) - 1} more differences)" if len(problems) > 1 else ""
+        raise WeightsError(f"{where} does not hold weights of {name}: {problems[0]}{more}")
+
+
+def _joined(shape: Sequence[Any]) -> str:
+    return ", ".join(map(str, shape))
 
 
 def _some(names: list[str]) -> str:

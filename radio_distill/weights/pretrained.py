@@ -49,6 +49,7 @@ from .files import (
     named_as,
     read_checkpoint,
     read_json,
+    refuse_differences,
     tensors_of,
 )
 from .radio import holds_radio, radio_checkpoint
@@ -113,7 +114,7 @@ def read_pretrained(config: StudentConfig, body: Any) -> PretrainedWeights:
             body.state_dict(), grid=getattr(body.patch_embed, "grid_size", None)
         )
     else:
-        weights = _read(_path_of(config), body, grid)
+        weights = _read(_path_of(config), body)
     check_architecture(weights, body, name, config.architecture)
     return replace(weights, grid=_grid_of(weights, body, grid, name))
 
@@ -132,7 +133,7 @@ def _path_of(config: StudentConfig) -> Path:
     return path
 
 
-def _read(path: Path, body: Any, grid: tuple[int, ...]) -> PretrainedWeights:
+def _read(path: Path, body: Any) -> PretrainedWeights:
     is_folder = path.is_dir()
     if is_folder and not (path / "config.json").is_file():
         distilled = load_student(find_checkpoint(path), torch.device("cpu"))
@@ -146,7 +147,7 @@ def _read(path: Path, body: Any, grid: tuple[int, ...]) -> PretrainedWeights:
     if not holds_radio(state):
         state = named_as(state, body.state_dict(), str(path))
         return _from_timm(state, settings if is_folder else {})
-    radio = radio_checkpoint(settings, state, str(path), grid)
+    radio = radio_checkpoint(settings, state, str(path))
     config = radio.config
     return PretrainedWeights(
         radio.timm_tensors(),
@@ -218,34 +219,27 @@ def check_architecture(pretrained: PretrainedWeights, body: Any, source: str, na
     That of ``body``, a timm model. Patch size, grid, tokens and LayerScale are free. ``source`` and
     ``name``, of the architecture, stand in the message.
     """
-    weights, wanted = pretrained.weights, body.state_dict()
-    found, expected = _fixed_shapes(weights), _fixed_shapes(wanted)
+    found, wanted = _fixed_shapes(pretrained.weights), _fixed_shapes(body.state_dict())
+    refuse_differences(found, wanted, source, name)
     heads, own_heads = pretrained.num_heads, body.blocks[0].attn.num_heads
-    problems = [f"{key} is missing" for key in expected if key not in found]
-    problems += [f"{key} is unexpected" for key in found if key not in expected]
-    problems += [
-        f"{key} has shape {list(weights[key].shape)}, expected {list(wanted[key].shape)}"
-        for key, shape in found.items()
-        if shape != expected.get(key, shape)
-    ]
-    if not problems and heads not in (None, own_heads):
-        problems = [f"its blocks have {heads} attention heads, expected {own_heads}"]
-    if problems:
-        more = f" (and {len(problems) - 1} more differences)" if len(problems) > 1 else ""
-        raise WeightsError(f"{source} does not hold weights of {name}: {problems[0]}{more}")
+    if heads not in (None, own_heads):
+        raise WeightsError(
+            f"{source} does not hold weights of {name}: its blocks have {heads} attention heads, "
+            f"expected {own_heads}"
+        )
 
 
-def _fixed_shapes(weights: Mapping[str, Tensor]) -> dict[str, list[int]]:
-    """Return the shapes of the tensors, in so far as the architecture alone decides them."""
-    shapes = {
-        key: [value.ndim, *value.shape]
+def _fixed_shapes(weights: Mapping[str, Tensor]) -> dict[str, list[Any]]:
+    """Return the shapes of the tensors, with ``*`` where the architecture alone decides nothing."""
+    shapes: dict[str, list[Any]] = {
+        key: [*value.shape]
         for key, value in weights.items()
         if not key.startswith(_OPTIONAL) and not key.endswith(tuple(_SCALED))
     }
     if PATCHES in shapes:
-        shapes[PATCHES] = shapes[PATCHES][:3]
+        shapes[PATCHES][2:] = "*" * len(shapes[PATCHES][2:])
     if POSITIONS in shapes:
-        shapes[POSITIONS] = [shapes[POSITIONS][0], shapes[POSITIONS][-1]]
+        shapes[POSITIONS][:-1] = "*" * len(shapes[POSITIONS][:-1])
     return shapes
 
 
@@ -263,7 +257,8 @@ def _grid_of(
     counts = [num_rows - tokens for tokens in _token_counts(pretrained, body)]
     if given:
         rows, columns = given
-        if rows * columns not in (*counts, num_rows, num_rows - 1):
+        others = () if pretrained.cropped else (num_rows, num_rows - 1)
+        if rows * columns not in (*counts, *others):
             raise WeightsError(
                 f"student.pretrained_grid: {rows}x{columns} are {rows * columns} positions, and "
                 f"{source} has {counts[0]}"

@@ -9,7 +9,7 @@ left out, since their layout changed from version to version, and so are hierarc
 """
 
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import isqrt
 from pathlib import Path
@@ -77,8 +77,8 @@ class RadioCheckpoint:
     """RadioModel's configuration, with ``norm_mean`` and ``norm_std``."""
     tensors: dict[str, Tensor]
     """Tensors as ``RadioModel.from_pretrained`` takes them."""
-    grid: Size
-    """Rows and columns of its position table."""
+    grid: Size | None
+    """Rows and columns of its position table; None where it is no square and nothing says them."""
 
     @property
     def has_final_norm(self) -> bool:
@@ -116,28 +116,27 @@ def read_radio(path: Path) -> RadioCheckpoint:
     checkpoint = read_checkpoint(path)
     settings = read_json(path / "config.json") if path.is_dir() else checkpoint
     radio = radio_checkpoint(settings, tensors_of(checkpoint, path), str(path))
-    if radio.grid[0] != radio.grid[1]:
+    if radio.grid is None or radio.grid[0] != radio.grid[1]:
         raise WeightsError(
-            f"{path} has a position table of {radio.grid[0]}x{radio.grid[1]} cells; a RADIO model "
-            "is read with a square one only (but can be a student's start)"
+            f"{path} has a position table that is no square, which a RADIO model is not read with "
+            "(but it can be a student's start)"
         )
     return radio
 
 
 def radio_checkpoint(
-    settings: Mapping[str, Any], state: Mapping[str, Tensor], where: str, grid: Sequence[int] = ()
+    settings: Mapping[str, Any], state: Mapping[str, Tensor], where: str
 ) -> RadioCheckpoint:
     """Sort tensors and settings that were read from ``where``.
 
-    ``settings`` are the ``config.json`` of a folder, or a torch.hub file's table. ``grid`` has the
-    rows and columns of the position table; empty, the settings say it, or it is a square.
+    ``settings`` are the ``config.json`` of a folder, or a torch.hub file's table.
     """
     if not holds_radio(state):
         raise WeightsError(f"{where} is not a RADIO vision transformer, which is read here")
     if settings.get("model_type") == "radio":
         config = {**settings, **_normalisation(state, settings)}
-        side = config.get("max_img_size", 0)
-        return RadioCheckpoint(config, dict(state), _grid(state, side, config, where, grid))
+        grid = _grid(state, config.get("max_img_size", 0), config["patch_size"], where)
+        return RadioCheckpoint(config, dict(state), grid)
     arguments = settings.get("args", {})
     arguments = vars(arguments) if isinstance(arguments, Namespace) else dict(arguments)
     found = {_unwrapped(key): value for key, value in state.items()}
@@ -147,43 +146,32 @@ def radio_checkpoint(
         if key.startswith(("blocks.", "patch_generator.", "norm."))
     }
     config = _configuration(found, arguments, where)
-    cells = _grid(found, arguments.get("cpe_max_size", 0), config, where, grid)
-    config["max_img_size"] = max(cells) * config["patch_size"]
+    grid = _grid(found, arguments.get("cpe_max_size", 0), config["patch_size"], where)
+    if grid is not None:
+        config["max_img_size"] = max(grid) * config["patch_size"]
     tensors = {
         **body,
         "summary_idxs": torch.tensor(config["summary_idxs"]),
         "input_conditioner.norm_mean": torch.tensor(config["norm_mean"]).view(3, 1, 1),
         "input_conditioner.norm_std": torch.tensor(config["norm_std"]).view(3, 1, 1),
     }
-    return RadioCheckpoint(config, tensors, cells)
+    return RadioCheckpoint(config, tensors, grid)
 
 
-def _grid(
-    state: Mapping[str, Tensor],
-    size: Any,
-    config: Mapping[str, Any],
-    where: str,
-    given: Sequence[int],
-) -> Size:
-    """Return the rows and columns of the position table.
+def _grid(state: Mapping[str, Tensor], size: Any, patch: int, where: str) -> Size | None:
+    """Return the rows and columns of the position table; None where nothing says them.
 
-    ``size`` is the side, or height and width, of the largest image in pixels, as the settings say;
-    ``given`` is what the user says of the grid.
+    ``size`` is the side, or height and width, of the largest image in pixels, as the settings say.
     """
     tables = [value for key, value in state.items() if _unwrapped(key) in _POSITIONS]
     if not tables:
         raise WeightsError(f"{where} has no position table")
-    count, patch = tables[0].flatten(0, -2).shape[0], config["patch_size"]
+    count = tables[0].flatten(0, -2).shape[0]
     pair = (size, size) if isinstance(size, int) else tuple(size)
-    said = (pair[0] // patch, pair[-1] // patch)
-    for rows, columns in (tuple(given),) if given else (said, (isqrt(count), isqrt(count))):
+    for rows, columns in ((pair[0] // patch, pair[-1] // patch), (isqrt(count), isqrt(count))):
         if rows * columns == count:
             return rows, columns
-    raise WeightsError(
-        f"{where} has {count} positions, which is no square grid"
-        + (f", nor {given[0]}x{given[1]}" if given else ", and its settings name no other")
-        + "; as a student's start, set student.pretrained_grid: [ROWS, COLUMNS]"
-    )
+    return None
 
 
 def student_config(checkpoint: RadioCheckpoint, where: str) -> StudentConfig:

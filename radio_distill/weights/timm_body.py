@@ -16,7 +16,14 @@ from ..config import StudentConfig
 from ..errors import WeightsError
 from ..models.timm_student import TimmStudent, create_model
 from ..train.restore import load_student
-from .files import find_checkpoint, named_as, read_checkpoint, read_json, tensors_of
+from .files import (
+    find_checkpoint,
+    named_as,
+    read_checkpoint,
+    read_json,
+    refuse_differences,
+    tensors_of,
+)
 
 
 def load_timm_body(student: TimmStudent, path: Path, config: StudentConfig) -> None:
@@ -56,17 +63,9 @@ def load_timm_body(student: TimmStudent, path: Path, config: StudentConfig) -> N
 def _load(
     student: TimmStudent, tensors: Mapping[str, Tensor], where: str, config: StudentConfig
 ) -> None:
-    wanted = student.state_dict()
-    problems = [f"{key} is missing" for key in wanted if key not in tensors]
-    problems += [f"{key} is unexpected" for key in tensors if key not in wanted]
-    problems += [
-        f"{key} has shape {list(tensors[key].shape)}, expected {list(value.shape)}"
-        for key, value in wanted.items()
-        if key in tensors and tensors[key].shape != value.shape
-    ]
-    if problems:
-        more = f" (and {len(problems) - 1} more differences)" if len(problems) > 1 else ""
-        raise WeightsError(
-            f"{where} does not hold weights of {config.architecture}: {problems[0]}{more}"
-        )
+    found, wanted = (
+        {key: value.shape for key, value in state.items()}
+        for state in (tensors, student.state_dict())
+    )
+    refuse_differences(found, wanted, where, config.architecture)
     student.load_state_dict(tensors)

@@ -187,16 +187,6 @@ def test_file__code_in_it_runs_only_where_it_is_trusted(student_config, referenc
     assert trap.ran.exists()
 
 
-def test_student__starts_from_the_file_with_the_sum_that_the_recipe_says(
-    weights_file, student_config
-):
-    found = sha256(weights_file.read_bytes()).hexdigest()
-    config = student_config(pretrained=str(weights_file), pretrained_sha256=found)
-    Student(config, num_summary_tokens=1)
-    with pytest.raises(WeightsError, match=r"student\.pretrained_sha256"):
-        Student(replace(config, pretrained_sha256="0" * 64), num_summary_tokens=1)
-
-
 def test_read_pretrained__has_the_sum_that_the_recipe_says(reference, write_run, tmp_path):
     file, folder, run = tmp_path / "w.pth", tmp_path / "folder", write_run()
     torch.save(reference.state_dict(), file)
