@@ -192,7 +192,7 @@ def _describe_export(folder: Path) -> StudentEncoder:
         values = export.settings.get(f"norm_{name}") or published.get(name)
         if values is None:
             raise WeightsError(f"{folder}/config.json has no {name} of pixels; export it again")
-        setattr(model.student, name, torch.tensor(values).view(3, 1, 1))
+        setattr(model.student, name, torch.tensor(values).view(-1, 1, 1))
     return model
 
 

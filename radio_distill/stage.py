@@ -312,6 +312,7 @@ def resolve_stage(
     if facts is not None:
         recipe = resolve(recipe, name, facts, earlier)
     specs = {teacher: specs[teacher] for teacher in recipe.teachers if teacher in specs}
+    _check_bands(recipe, name, specs)
     if name == FIT:
         fit, folder = recipe.fit, folder or recipe.folder / FIT
         partition = _fit_partition(fit, specs[fit.teacher])
@@ -330,6 +331,27 @@ def resolve_stage(
         specs=specs,
         order=order,
     )
+
+
+def _check_bands(recipe: Recipe, name: str, specs: Mapping[str, TeacherSpec]) -> None:
+    """Raise ConfigError for teachers that do not see what they are shown."""
+    upsampled = {recipe.fit.teacher} if name == FIT else set[str]()
+    for partition in () if name == FIT else recipe.stages[name].partitions:
+        upsampled |= {*partition.upsample}
+    problems = []
+    for teacher, spec in specs.items():
+        shown = len(spec.bands) or recipe.data.bands
+        if len(spec.mean) != shown:
+            problems.append(
+                f"teachers.{teacher}: sees {len(spec.mean)} bands and is shown {shown}; choose "
+                "some with bands: [3, 2, 1], or take a timm model with options.create.in_chans"
+            )
+        elif shown != 3 and teacher in upsampled:
+            problems.append(
+                f"teachers.{teacher}: upsamplers are guided by three bands, and it sees {shown}"
+            )
+    if problems:
+        raise ConfigError(*problems)
 
 
 def check_has_stage(recipe: Recipe, name: str) -> None:

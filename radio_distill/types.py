@@ -5,7 +5,8 @@ Legend
     D student width · T summary tokens (one a teacher) · N = h * w.
 
 Feature maps are always ``[B, C, h, w]`` (in ``torch.channels_last`` memory format where a kernel
-cares), images ``[B, 3, H, W]`` RGB in [0, 1]; sizes and grids are ``(height, width)``.
+cares), images ``[B, 3, H, W]`` RGB in [0, 1], or ``[B, bands, H, W]`` where ``data.bands`` says
+so; sizes and grids are ``(height, width)``.
 
 This module imports torch for annotations only, so that the command line answers without it.
 """
@@ -125,13 +126,20 @@ class TeacherSpec:
     """The size it was trained at, in pixels."""
     max_size: int | None
     """Longest side it accepts, in pixels; None for any."""
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: tuple[float, ...]
+    """Of its pixels in [0, 1], a number for each band that it sees."""
+    std: tuple[float, ...]
     fixed_size: bool = False
     """True when only ``native_size`` is accepted (SAM's absolute canvas)."""
     weights_hash: str = ""
     """sha256 of the weights, as a hexadecimal string; empty for random weights."""
     licence: str = "unknown"
+    bands: tuple[int, ...] = ()
+    """Bands of the images that it sees, in its order; empty for all."""
+
+    def seen(self, pixels: "Tensor") -> "Tensor":
+        """Return the bands that it sees of ``[B, bands, H, W]``."""
+        return pixels[:, list(self.bands)] if self.bands else pixels
 
     def grid(self, size: Size) -> Size:
         """Return the feature grid for an input of ``size`` pixels."""

@@ -61,7 +61,7 @@ def build_teacher(
         preset = resolve(config)
         is_random = preset.random and not config.weights
         tower, weights_hash = _random(preset, config) if is_random else _loaded(preset, config)
-    spec = _spec(name, preset, weights_hash)
+    spec = _spec(name, preset, config, weights_hash)
     dtype = resolved_dtype(config.dtype, device)
     if compiled:
         compile_blocks(tower)
@@ -74,7 +74,7 @@ def teacher_spec(name: str, config: TeacherConfig, recipe: Recipe | None = None)
     ``recipe`` has the stage whose student it is, where it is one.
     """
     with naming_teacher(name):
-        return _spec(name, _preset(config, recipe), "")
+        return _spec(name, _preset(config, recipe), config, "")
 
 
 def teacher_specs(recipe: Recipe, of_stage: str = "") -> dict[str, TeacherSpec]:
@@ -151,7 +151,7 @@ def _loaded(preset: Preset, config: TeacherConfig) -> "tuple[nn.Module, str]":
     return tower, note.fingerprint(lambda: fingerprint(tower))
 
 
-def _spec(name: str, preset: Preset, weights_hash: str) -> TeacherSpec:
+def _spec(name: str, preset: Preset, config: TeacherConfig, weights_hash: str) -> TeacherSpec:
     assert preset.mean, f"{name}: resolve knows its mean"
     assert preset.std, f"{name}: resolve knows its std"
     return TeacherSpec(
@@ -166,4 +166,5 @@ def _spec(name: str, preset: Preset, weights_hash: str) -> TeacherSpec:
         fixed_size=preset.fixed_size,
         weights_hash=weights_hash,
         licence=preset.licence,
+        bands=config.bands,
     )

@@ -46,8 +46,8 @@ class FrozenTeacher:
         self.dtype: torch.dtype = getattr(torch, dtype)
         self.device = torch.device("cpu")
         self.tower = tower
-        self._mean = torch.tensor(spec.mean).view(3, 1, 1)
-        self._std = torch.tensor(spec.std).view(3, 1, 1)
+        self._mean = torch.tensor(spec.mean).view(-1, 1, 1)
+        self._std = torch.tensor(spec.std).view(-1, 1, 1)
         if isinstance(tower, nn.Module):
             tower.eval().requires_grad_(False)
             _store(tower, self.dtype)
@@ -64,8 +64,10 @@ class FrozenTeacher:
     def encode(self, pixels: Tensor) -> Features:
         """Encode ``[B, 3, H, W]`` RGB in [0, 1] to float32 features, without gradient.
 
+        Of other bands those that it sees, see :meth:`.TeacherSpec.seen`.
+
         Raises:
-            ConfigError: a size that this teacher cannot take, with the nearest that it can.
+            ConfigError: bands or a size that this teacher cannot take.
         """
         summary, spatial = Features.joined(self._in_parts(pixels, self._encode))
         return Features(summary, spatial.contiguous(memory_format=torch.channels_last))
@@ -88,6 +90,9 @@ class FrozenTeacher:
         """Run on ``micro_batch`` images at a time."""
         height, width = pixels.shape[-2:]
         check_size(self.spec, (height, width))
+        shown, own = pixels.shape[1], len(self.spec.mean)
+        if shown != own:
+            raise ConfigError(f"teacher {self.spec.name!r} sees {own} bands, and is shown {shown}")
         at_once = min(self.micro_batch or len(pixels), len(pixels))
         size = f"{height}x{width} px, {at_once} images at once"
         with explain_oom(f"teacher {self.spec.name!r}", size, self._hint(at_once)):

@@ -31,7 +31,7 @@ def measured(preset: Preset, build: Callable[[Preset], nn.Module]) -> Preset:
     Args:
         preset: completed by its source. A ``patch_size`` of its own is checked as the library's is.
         build: makes the tower with random weights; its ``stated_stride``, if it has one and it is
-            not None, is what the library says.
+            not None, is what the library says, and its ``bands`` what it takes, else 3.
 
     Raises:
         ConfigError: a model that cannot run at its native size, whose cells are not square, or
@@ -69,7 +69,7 @@ def _run(tower: nn.Module, name: str, size: Size) -> tuple[Tensor | None, Tensor
     """Return (summary, map) of one image; ConfigError where the model fails or gives no map."""
     shown = f"{size[0]}x{size[1]} px"
     try:
-        output = tower(torch.zeros(1, 3, *size, device="meta"))
+        output = tower(torch.zeros(1, getattr(tower, "bands", 3), *size, device="meta"))
     except RadioDistillError:
         raise
     except Exception as error:  # models refuse a size in ways of their own

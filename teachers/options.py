@@ -17,8 +17,8 @@ TEACHERS = Registry("teacher", {name: f"teachers.presets:{name}" for name in PRE
 FIELDS = {
     "model": "the model's name in its library; timm also hf-hub:OWNER/NAME and local-dir:PATH",
     "native_size": "side of the images it was trained at, in pixels",
-    "mean": "mean of each channel of pixels in [0, 1]: three numbers",
-    "std": "standard deviation of each channel of pixels in [0, 1]: three numbers",
+    "mean": "mean of each channel of pixels in [0, 1]: three numbers, or one for each band it sees",
+    "std": "standard deviation of each channel of pixels in [0, 1], likewise",
     "max_size": "longest side that it takes, in pixels",
     "fixed_size": "true where it takes its native size alone",
     "licence": "licence of the weights, for the model card of the student",
@@ -26,6 +26,8 @@ FIELDS = {
 }
 """Preset fields that ``options`` may set, with any source: what each is."""
 
+RGB_SOURCES = ("open_clip", "transformers", "radio", "croco")
+"""Sources whose models are built for red, green and blue."""
 RENAMED = {"adaptor": "head"}
 """Options that recipes of earlier versions name otherwise."""
 
@@ -38,8 +40,8 @@ def _is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_triple(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and len(value) == 3 and all(map(_is_number, value))
+def _are_numbers(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) > 0 and all(map(_is_number, value))
 
 
 SUMMARIES = ("token", "pool", "token_and_mean", "none")
@@ -52,8 +54,8 @@ _PIXELS: Kind = ("a number of pixels", lambda value: _is_whole(value) and value 
 _KINDS: dict[str, Kind] = {
     **dict.fromkeys(("model", "text", "head", "licence", "prefix"), _NAME),
     **dict.fromkeys(("native_size", "max_size"), _PIXELS),
-    "mean": ("three numbers: [0.485, 0.456, 0.406]", _is_triple),
-    "std": ("three numbers above 0", lambda v: _is_triple(v) and min(v) > 0),
+    "mean": ("numbers, one for each channel: [0.485, 0.456, 0.406]", _are_numbers),
+    "std": ("numbers above 0", lambda v: _are_numbers(v) and min(v) > 0),
     "fixed_size": ("true or false", lambda value: isinstance(value, bool)),
     **dict.fromkeys(("blocks", "stage"), ("a whole number", _is_whole)),
     "summary": (", ".join(SUMMARIES), lambda value: value in SUMMARIES),
@@ -163,7 +165,18 @@ def _with_normalisation(preset: Preset) -> Preset:
     for field in ("mean", "std"):
         if not getattr(preset, field):
             raise ConfigError(
-                f"options.{field} is missing, for neither preset nor source names it; three "
-                "numbers, for pixels in [0, 1]"
+                f"options.{field} is missing, for neither preset nor source names it; a "
+                "number for each channel, for pixels in [0, 1]"
             )
+    assert preset.mean, "checked above"
+    assert preset.std, "likewise"
+    if len(preset.mean) != len(preset.std):
+        raise ConfigError(
+            f"options.std: {len(preset.std)} numbers, and options.mean has {len(preset.mean)}"
+        )
+    if len(preset.mean) != 3 and preset.source in RGB_SOURCES:
+        raise ConfigError(
+            f"options.mean: models of {preset.source} see three bands; choose them with bands: "
+            "[3, 2, 1], or take a timm model with options.create.in_chans"
+        )
     return preset

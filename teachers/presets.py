@@ -17,8 +17,6 @@ from typing import Any
 from radio_distill.config import StudentConfig
 from radio_distill.types import IMAGENET_MEAN, IMAGENET_STD
 
-Triple = tuple[float, float, float]
-
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 HALF = (0.5, 0.5, 0.5)
 
@@ -36,8 +34,8 @@ class Preset:
     """Side it was trained at, rounded down to a multiple of the patch, in pixels."""
     channels: int = 0
     summary_channels: int | None = None
-    mean: Triple | None = None
-    std: Triple | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
     summary: str = ""
     """Description of its summary; empty for none."""
     licence: str = "unknown"

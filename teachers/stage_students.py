@@ -34,7 +34,11 @@ def preset_of(
     head = specs.get(preset.arguments.get("head", ""))
     return replace(
         described(
-            replace(preset, mean=preset.mean or IMAGENET_MEAN, std=preset.std or IMAGENET_STD),
+            replace(
+                preset,
+                mean=preset.mean or student.mean or IMAGENET_MEAN,
+                std=preset.std or student.std or IMAGENET_STD,
+            ),
             encoder,
         ),
         patch_size=encoder.patch_size,

@@ -3,7 +3,18 @@
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
-from .fields import Count, Positive, Range, Share, Side, SmallCount, Weight, option, our_option
+from .fields import (
+    AboveZero,
+    Count,
+    Positive,
+    Range,
+    Share,
+    Side,
+    SmallCount,
+    Weight,
+    option,
+    our_option,
+)
 
 SummaryLoss = Literal["cosine", "mse", "angle", "smooth_l1", "dampened_mse"]
 FeatureLoss = Literal[
@@ -44,6 +55,10 @@ class TeacherConfig:
         "type the frozen encoder computes in; auto: bfloat16 where the device has instructions for it, else float32",
     )
     micro_batch: Count = option(0, "images in one call of the encoder; 0 for all at once", "images")
+    bands: tuple[Count, ...] = option(
+        tuple,
+        "bands of the images that it sees, from 0, in its own order: [3, 2, 1] for red, green and blue of Sentinel-2; empty for all",
+    )
     summary_weight: Weight = option(1.0, "weight of the summary loss; 0 for none")
     feature_weight: Weight = option(1.0, "weight of the feature loss")
     summary_loss: SummaryLoss | dict[SummaryLoss, Weight] = option(
@@ -119,6 +134,11 @@ class StudentConfig:
         16, "pixels a side of one token, or of one cell of the map", "px"
     )
     max_size: Side = option(2048, "longest image side that the position table (CPE) spans", "px")
+    mean: tuple[float, ...] = option(
+        tuple,
+        "mean of the pixels in [0, 1], one number for each of data.bands; empty: that of the start or the architecture, which are of RGB",
+    )
+    std: tuple[AboveZero, ...] = option(tuple, "their standard deviation, likewise")
     registers: SmallCount = our_option(4, "tokens beside the summary tokens", "tokens")
     position_dropout: Share = option(0.1, "share of training samples without position embedding")
     window_size: Count = option(0, "side of the attention windows (ViTDet); 0 for none", "tokens")
@@ -141,6 +161,11 @@ class StudentConfig:
     gradient_checkpointing: bool = option(
         False, "recompute blocks in the backward pass, to save memory"
     )
+
+    @property
+    def bands(self) -> int:
+        """Bands of the images that it takes."""
+        return len(self.mean) or 3
 
     @property
     def foreign_fields(self) -> tuple[str, ...]:

@@ -38,6 +38,7 @@ def check(recipe: Recipe) -> None:
         *_check_names(recipe),
         *_check_secrets(recipe),
         *_check_data(recipe.data),
+        *_check_bands(recipe),
         *([] if recipe.teachers else ["teachers: a recipe needs at least one teacher"]),
         *_check_amount("normalizer.images", recipe.normalizer.images),
         *_check_fit(recipe),
@@ -203,8 +204,42 @@ def _check_data(data: DataConfig) -> Iterator[str]:
         yield "data.index: no folder is named; give one, or auto"
 
 
+def _check_bands(recipe: Recipe) -> Iterator[str]:
+    """What is made for red, green and blue cannot be asked of other bands."""
+    data, augmentation = recipe.data, recipe.augmentation
+    if len(data.band_range) not in (0, 1, data.bands):
+        yield f"data.band_range: {len(data.band_range)} pairs for {data.bands} bands; give each one"
+    for low, high in data.band_range:
+        if not low < high:
+            yield f"data.band_range: {low:g}, {high:g} is not low < high"
+    for name, teacher in recipe.teachers.items():
+        for band in teacher.bands:
+            if band >= data.bands:
+                yield f"teachers.{name}.bands: no band {band} in 0 to {data.bands - 1}"
+    if data.bands == 3:
+        return
+    if any(augmentation.jitter[2:]):
+        yield "augmentation.jitter: saturation and hue are of RGB; set the last two to 0"
+    if augmentation.grey_share:
+        yield "augmentation.grey_share: grey is one of RGB; set it to 0"
+    if recipe.evaluation.every:
+        yield f"evaluation.every: benchmarks show RGB, not {data.bands} bands; set it to 0"
+
+
 def _check_student(recipe: Recipe) -> Iterator[str]:
     student, augmentation = recipe.student, recipe.augmentation
+    if not len(student.mean) == len(student.std) == (len(student.mean) and recipe.data.bands):
+        yield (
+            f"student.mean: {len(student.mean)} numbers, and student.std {len(student.std)}; give "
+            f"each {recipe.data.bands}, one for each of data.bands"
+        )
+    elif student.bands != recipe.data.bands:
+        yield (
+            f"student.mean: missing; with data.bands {recipe.data.bands} it has a number for each, "
+            "and so has student.std"
+        )
+    if "in_chans" in student.options:
+        yield "student.options: in_chans follows from student.mean; leave it out"
     yield from _check_body(student, augmentation)
     grid = student.pretrained_grid
     if grid and (len(grid) != 2 or min(grid) < 1):

@@ -204,6 +204,13 @@ class DataConfig:
     homogeneous: dict[str, Share] = option(
         dict, "share of the steps whose images all come from one named entry: imagenet: 0.1"
     )
+    bands: Positive = option(
+        3, "bands of an image: 3 of photographs; of arrays and multi-band TIFFs any number", "bands"
+    )
+    band_range: tuple[tuple[float, float], ...] = option(
+        tuple,
+        "numbers in the files that become 0 and 1, one pair for all bands or one for each: [[0, 10000]]; empty for the whole range of 8 or 16 bits",
+    )
     curation: str = our_option(
         "", "file of `radio-distill curate` that says which images of the shards are used"
     )
@@ -237,6 +244,11 @@ class DataConfig:
     read_timeout: Annotated[float, Range(0, 1e9, including=False)] = our_option(
         60.0, "time after which a read counts as stalled, and its image as bad", "s"
     )
+
+    @property
+    def photographs(self) -> bool:
+        """Whether images are read as photographs, and not as the arrays that they are."""
+        return self.bands == 3 and not self.band_range
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,12 +7,16 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+import torch
+from torch import Tensor
+
 from ..config import DataConfig
 from ..errors import DataError
 from ..system.files import printable
+from .bands import decode
 from .cache import CacheError, cache_of
 from .find import find_shards
-from .images import FIELD_OF_KIND, BadImageError, decode_pixels
+from .images import FIELD_OF_KIND, BadImageError
 from .remote import FetchError, Place
 from .sources import describe_notes, index_folders
 from .tar_index import Shard, open_shard
@@ -45,6 +49,16 @@ class ShardReport:
     """``shard:member: reason`` of each image that training would replace, by kind."""
     sizes: Counter[str] = field(default_factory=Counter)
     """Number of good images by shortest side, for instance ``256-511``."""
+    levels: Tensor | float = 0.0
+    """Sums over good arrays of mean and mean square of each band, ``[2, bands]``."""
+
+    @property
+    def statistics(self) -> tuple[list[float], list[float]] | None:
+        """Mean and deviation of each band of pixels in [0, 1], images alike; of arrays only."""
+        if not isinstance(self.levels, Tensor):
+            return None
+        mean, square = self.levels / self.sizes.total()
+        return mean.tolist(), (square - mean**2).clamp(min=0).sqrt().tolist()
 
     @property
     def num_bad(self) -> int:
@@ -65,6 +79,7 @@ class _Checked:
     bad: list[tuple[str, str]] = field(default_factory=list)
     """Kind and line of each bad image."""
     sizes: Counter[str] = field(default_factory=Counter)
+    levels: Tensor | float = 0.0
 
 
 def check_shards(
@@ -118,8 +133,11 @@ def _check_shard(path: Place, config: DataConfig) -> _Checked | DataError:
             sample = reader.sample(0, number)
             try:
                 data = reader.image_bytes(0, sample)
-                limits = {"max_pixels": config.max_pixels, "min_size": config.min_size}
-                checked.sizes[_bucket(min(decode_pixels(data, **limits).shape[1:]))] += 1
+                pixels = decode(data, config)
+                checked.sizes[_bucket(min(pixels.shape[1:]))] += 1
+                if not config.photographs:
+                    shares = pixels.double().div_(255).flatten(1)
+                    checked.levels += torch.stack([shares.mean(1), shares.square().mean(1)])
             except BadImageError as error:
                 checked.bad.append((error.kind, f"{reader.key(0, sample)}: {error}"))
     except CacheError:
@@ -134,6 +152,7 @@ def _add(report: ShardReport, checked: _Checked) -> None:
     report.num_images += shard.num_samples
     report.num_bytes += shard.size
     report.sizes += checked.sizes
+    report.levels += checked.levels
     report.empty += [] if shard.num_samples else [printable(shard.path)]
     for kind, line in checked.bad:
         report.bad.setdefault(kind, []).append(line)

@@ -28,7 +28,7 @@ from braceexpand import braceexpand
 from ..errors import DataError
 from ..system.files import printable, reason_of, refuse_unreadable, shortened
 from .cache import Cache
-from .images import IMAGE_SUFFIXES, readable_suffixes, what_reads
+from .images import ARRAY_SUFFIXES, IMAGE_SUFFIXES, readable_suffixes, what_reads
 from .remote import PACKAGES, PIPE, FetchError, Place, Remote, matching, shown
 
 logger = logging.getLogger(__name__)
@@ -83,11 +83,14 @@ class Tree:
     """Links back to a folder above them."""
     unreadable: list[Path] = field(default_factory=list)
     """Folders that cannot be listed."""
+    has_arrays: bool = False
+    """Whether arrays are images too, as those of ``data.bands`` are."""
 
     @property
     def images(self) -> list[Path]:
         """Files whose suffix says that they are images, and that this installation decodes."""
-        return [path for path in self.files if _suffix(path).lstrip(".") in readable_suffixes()]
+        known = readable_suffixes().union(ARRAY_SUFFIXES if self.has_arrays else ())
+        return [path for path in self.files if _suffix(path).lstrip(".") in known]
 
     def describe_rest(self, used: Collection[Path]) -> str:
         """Return in words what is passed over where ``used`` are the files in use, or nothing."""

@@ -43,6 +43,8 @@ SUFFIX_OF_FORMAT = {
     "AVIF": "avif",
     "HEIF": "heic",
 }
+ARRAY_SUFFIXES = ("npy", "npz")
+"""Suffixes of images that are arrays, in shards and folders of ``data.bands``."""
 IMAGE_SUFFIXES = (
     *("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"),
     *("jfif", "jfi", "jif", "jpe", "pjpeg", "pjp", "apng", "avif", "heic", "heif", "hif"),
@@ -76,6 +78,7 @@ _NO_IMAGES = {  # what stands in place of images, by the first bytes
     b"\0\0\0\x0cjp": "a JPEG 2000 image",
     b"pk\3\4": "a zip file",
     b"\x1f\x8b": "a gzip file",
+    b"\x93numpy": "an array, which data.bands reads",
     b"version https://git-lfs": "a pointer of Git LFS, whose file was not fetched",
 }
 _ORIENTATION = 0x0112  # tag of EXIF
@@ -133,12 +136,9 @@ def decode_pixels(data: bytes, *, max_pixels: int = MAX_PIXELS, min_size: int = 
         BadImageError: not decodable or truncated; shortest side below ``min_size``; more than
             ``max_pixels``.
     """
-    image = _open(data)
+    image = open_header(data)
     width, height = image.size
-    if width * height > max_pixels:
-        raise BadImageError("too_large", f"{width}x{height} pixels, more than {max_pixels}")
-    if min(width, height) < min_size:
-        raise BadImageError("too_small", f"{width}x{height}, shortest side below {min_size}")
+    check_extent(image.size, max_pixels, min_size)
     is_jpeg = image.format in ("JPEG", "MPO")
     if is_jpeg and width * height > _JPEG_PIXELS_PER_BYTE * len(data):
         reason = f"header claims {width}x{height} pixels, more than {len(data)} bytes can hold"
@@ -155,6 +155,15 @@ def decode_pixels(data: bytes, *, max_pixels: int = MAX_PIXELS, min_size: int = 
         raise
     except Exception as error:  # decoders fail on hostile bytes with nearly any exception
         raise BadImageError("undecodable", _reason(error)) from error
+
+
+def check_extent(size: tuple[int, int], max_pixels: int, min_size: int) -> None:
+    """Raise BadImageError for a (width, height) that is too large or too small."""
+    width, height = size
+    if width * height > max_pixels:
+        raise BadImageError("too_large", f"{width}x{height} pixels, more than {max_pixels}")
+    if min(size) < min_size:
+        raise BadImageError("too_small", f"{width}x{height}, shortest side below {min_size}")
 
 
 def _flawless_jpeg(data: bytes, image: Image.Image) -> np.ndarray | None:
@@ -189,7 +198,7 @@ def read_image(path: Path) -> bytes:
 
 def image_suffix(data: bytes) -> str:
     """Return the file suffix that fits the bytes of an image, whatever its file was called."""
-    return SUFFIX_OF_FORMAT[_open(data).format or ""]
+    return SUFFIX_OF_FORMAT[open_header(data).format or ""]
 
 
 @cache
@@ -253,7 +262,8 @@ def image_shape(file: BinaryIO) -> Shape:
     return Shape(image.size, _orientation(image))
 
 
-def _open(data: bytes) -> Image.Image:
+def open_header(data: bytes) -> Image.Image:
+    """Read the header of an image alone; raises BadImageError for what is none."""
     return _open_file(io.BytesIO(data))
 
 
@@ -359,7 +369,7 @@ def render(
     """Resize a view of a photograph, or a part of it, with antialiased bicubic resampling.
 
     Args:
-        image: the photograph, ``[3, H, W]`` uint8, channels last.
+        image: the photograph, ``[3, H, W]`` uint8, channels last; of other bands likewise.
         origin: where the view lies in it.
         size: (height, width) in pixels.
         crop: (top, left, height, width) as shares of the view's height and width; None for all.
@@ -369,7 +379,7 @@ def render(
         Pixels ``[3, *size]`` uint8, channels last.
     """
     if out is None:
-        out = torch.empty((*size, 3), dtype=torch.uint8).permute(2, 0, 1)
+        out = torch.empty((*size, len(image)), dtype=torch.uint8).permute(2, 0, 1)
     pixels = _cut(out, 0, 0, *size)
     if crop is None:
         view = _cut(image, origin.top, origin.left, origin.height, origin.width)
@@ -384,7 +394,7 @@ def render(
         rendered = _cut(rendered, 0, 0, *size)
     if not origin.flipped:
         return out.copy_(rendered[0])
-    rows = max(_FLIPPED_BYTES // (3 * size[1]), 1)
+    rows = max(_FLIPPED_BYTES // (len(image) * size[1]), 1)
     for top in range(0, size[0], rows):
         pixels[:, :, top : top + rows] = rendered[:, :, top : top + rows].flip(-1)
     return out
@@ -397,7 +407,7 @@ def _cut(image: Tensor, top: int, left: int, height: int, width: int) -> Tensor:
     """
     strides = image.numel(), *image.stride()
     first = image.storage_offset() + top * strides[2] + left * strides[3]
-    return image.as_strided((1, 3, height, width), strides, first)
+    return image.as_strided((1, len(image), height, width), strides, first)
 
 
 def _render_part(view: Tensor, size: Size, crop: Sequence[float], flipped: bool) -> Tensor:
@@ -410,9 +420,15 @@ def _render_part(view: Tensor, size: Size, crop: Sequence[float], flipped: bool)
     down, across = view.shape[1:]
     box = (left * across, top * down, (left + width) * across, (top + height) * down)
     inside = np.clip(box, 0, (across, down, across, down))  # a rounding error may lead out
-    whole = Image.fromarray(view.permute(1, 2, 0).numpy())
-    part = whole.resize((size[1], size[0]), Image.Resampling.BICUBIC, tuple(inside.tolist()))
-    return torch.from_numpy(np.array(part)).permute(2, 0, 1)
+
+    def resized(pixels: Tensor) -> Tensor:
+        whole = Image.fromarray(pixels.numpy())
+        part = whole.resize((size[1], size[0]), Image.Resampling.BICUBIC, tuple(inside.tolist()))
+        return torch.from_numpy(np.array(part))
+
+    if len(view) != 3:  # Pillow has no image of any number of bands
+        return torch.stack([resized(band.contiguous()) for band in view], -1).permute(2, 0, 1)
+    return resized(view.permute(1, 2, 0)).permute(2, 0, 1)
 
 
 def to_float(pixels: Tensor) -> Tensor:

@@ -33,13 +33,8 @@ from ..errors import DataError
 from ..system.signals import SIGNALS
 from ..types import ImageBatch, Size, View, ViewOrigin
 from .ahead import Ahead
-from .images import (
-    FIELD_OF_KIND,
-    BadImageError,
-    decode_pixels,
-    random_origin,
-    render,
-)
+from .bands import decode
+from .images import FIELD_OF_KIND, BadImageError, random_origin, render
 from .order import SampleOrder, StepLayout, view_generator
 from .remote import Remote
 from .sources import open_sources
@@ -299,7 +294,7 @@ class _Views(Dataset[Any]):
     def _batch(self, task: _Task) -> _Batch:
         pixels = {
             view: torch.empty(
-                (task.stop - task.start, 3, *view.size),
+                (task.stop - task.start, self._config.bands, *view.size),
                 dtype=torch.uint8,
                 memory_format=torch.channels_last,
             )
@@ -332,9 +327,7 @@ class _Views(Dataset[Any]):
                 sample = self._reader.sample(*place)
                 key = self._reader.key(place.shard, sample)
                 data = self._reader.image_bytes(place.shard, sample)
-                return key, decode_pixels(
-                    data, max_pixels=config.max_pixels, min_size=config.min_size
-                )
+                return key, decode(data, config)
             except BadImageError as error:
                 bad.append(BadImage(key, error.kind, str(error)))
             place = self._order.substitute(position, attempt)

@@ -18,8 +18,9 @@ from typing import Any
 from ..config import DataConfig
 from ..errors import ConfigError, DataError
 from ..system.files import flush, printable, reason_of
+from .bands import decode, suffix_of
 from .find import Tree, list_tree
-from .images import FIELD_OF_KIND, BadImageError, decode_pixels, image_suffix, read_image
+from .images import FIELD_OF_KIND, BadImageError, read_image
 
 _COMPANIONS = ("txt", "cls", "json")  # kept where they lie beside an image under its name
 _SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing", "dev")
@@ -87,7 +88,9 @@ def write_shards(
         raise ConfigError(f"images_per_shard: {images_per_shard} is not positive")
     if not 0 <= hold_out < 1:
         raise ConfigError(f"hold_out: {hold_out:g} is not a share of 0 to below 1")
+    limits = limits or DataConfig(shards=())
     tree = list_tree(source)
+    tree.has_arrays = not limits.photographs
     if not tree.images:
         there = tree.describe_rest([])
         only = f": only {there}" if there else ""
@@ -103,7 +106,7 @@ def write_shards(
                 "folder"
             )
     classes = _classes(tree.images, source) if labels else {}
-    packer = _Packer(source, tree, classes, limits or DataConfig(shards=()), progress)
+    packer = _Packer(source, tree, classes, limits, progress)
     made: list[tuple[tuple[Path, ...], int]] = []
     for place, paths in parts.items():
         try:
@@ -251,12 +254,12 @@ class _Packer:
 
     def _sample(self, image: Path) -> dict[str, Any]:
         data = read_image(image)
-        decode_pixels(data, min_size=self._limits.min_size, max_pixels=self._limits.max_pixels)
+        decode(data, self._limits)
         # Keys are ours: numbered, so that they are unique; ASCII without dots, so that every reader
         # splits them alike; with a trace of the old name, so that a person finds the file again.
         stem = re.sub(r"[^A-Za-z0-9_-]+", "_", image.stem)[:40]
         sample: dict[str, Any] = {"__key__": f"{self.num_packed:08d}-{stem}"}
-        sample[image_suffix(data)] = data
+        sample[suffix_of(data)] = data
         sample |= self._side_files.of(image)
         if self._classes:
             name = self._classes[image]

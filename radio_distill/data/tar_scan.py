@@ -17,7 +17,8 @@ A member whose last suffix is that of an image is an image, and each makes a sam
 ``a.jpg``, ``a.1.jpg`` and ``a.left.png`` are three. Not so masks and the like: where two images
 differ in the last suffix alone (``a.jpg``, ``a.png``), the one is used whose suffix comes first in
 ``IMAGE_SUFFIXES``, and a member such as ``a.seg.png`` is used only where there is no other. Members
-of one name need not stand side by side. What is notable but no fault is counted too, see ``NOTES``.
+of one name need not stand side by side. Arrays (``ARRAY_SUFFIXES``) are images in a shard that has
+no others. What is notable but no fault is counted too, see ``NOTES``.
 """
 
 import os
@@ -25,14 +26,14 @@ import posixpath
 import re
 import tarfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO, NamedTuple
 
 from ..errors import DataError
 from ..system.files import printable, reason_of, shortened
 from .cache import CacheError
 from .find import is_hidden
-from .images import IMAGE_SUFFIXES, MAX_MEMBER_BYTES
+from .images import ARRAY_SUFFIXES, IMAGE_SUFFIXES, MAX_MEMBER_BYTES
 from .remote import Place, open_place
 
 _BLOCK = 512
@@ -92,7 +93,8 @@ class Sample(NamedTuple):
     @property
     def image_suffix(self) -> str | None:
         """Suffix of the image that is used."""
-        return min(filter(_is_image, self.members), key=_preference, default=None)
+        images = [*filter(_is_image, self.members)] or [*filter(_is_array, self.members)]
+        return min(images, key=_preference, default=None)
 
 
 class LeftOut(NamedTuple):
@@ -193,9 +195,13 @@ def _is_image(suffix: str) -> bool:
     return suffix.rpartition(".")[2] in IMAGE_SUFFIXES
 
 
+def _is_array(suffix: str) -> bool:
+    return suffix.rpartition(".")[2] in ARRAY_SUFFIXES
+
+
 def _preference(suffix: str) -> tuple[bool, int]:
     stem, _, last = suffix.rpartition(".")
-    return _is_no_photograph(stem), IMAGE_SUFFIXES.index(last)
+    return _is_no_photograph(stem), (*IMAGE_SUFFIXES, *ARRAY_SUFFIXES).index(last)
 
 
 def _is_no_photograph(stem: str) -> bool:
@@ -275,10 +281,12 @@ class _Members:
         for key, suffix, info in self._links:
             self._is_repeated = False
             self._add_link(key, suffix, info)
-        samples = [sample for key in self._groups for sample in self._split(key)]
+        found = any(_is_image(suffix) for members in self._groups.values() for suffix in members)
+        is_image = _is_image if found else _is_array
+        samples = [sample for key in self._groups for sample in self._split(key, is_image)]
         folders = {posixpath.dirname(sample.key) for sample in samples}
         for key, members in self._groups.items():
-            if any(map(_is_image, members)) or key in self._incomplete:
+            if any(map(is_image, members)) or key in self._incomplete:
                 continue  # used, or counted already
             name = f"{key}.{next(iter(members))}"
             if samples and posixpath.dirname(key) not in folders:
@@ -307,13 +315,13 @@ class _Members:
             self._leave_out("duplicate", key, name)
         return self._is_repeated
 
-    def _split(self, key: str) -> list[Sample]:
+    def _split(self, key: str, is_image: Callable[[str], bool]) -> list[Sample]:
         """Make a sample of each image of a group, and give it the members of its name.
 
         The others go with the first.
         """
         members = self._groups[key]
-        images = list(filter(_is_image, members))
+        images = list(filter(is_image, members))
         stems = dict.fromkeys(suffix.rpartition(".")[0] for suffix in images)
         own = [stem for stem in stems if not _is_no_photograph(stem)] or list(stems)[:1]
         parts: dict[str, dict[str, Member]] = {stem: {} for stem in own}

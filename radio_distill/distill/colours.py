@@ -72,7 +72,7 @@ def recoloured(
         contrasty = middle.lerp(bright, contrast).clamp(0, 1)
         saturated = _grey(contrasty).lerp(contrasty, saturation).clamp(0, 1)
         pixels[jittered] = turn_hue(saturated, turns) if turn else saturated
-        pixels[grey] = _grey(pixels[grey]).expand(-1, 3, -1, -1)
+        pixels[grey] = _grey(pixels[grey]).expand_as(pixels[grey])
         scale = view.size[0] / size[0]
         pixels[blurred] = blur(pixels[blurred], sigma * scale, 3 * config.blur_sigma[1] * scale)
         bright = pixels[solarised]
@@ -82,7 +82,9 @@ def recoloured(
 
 
 def _grey(pixels: Tensor) -> Tensor:
-    """``[B, 3, H, W]`` to ``[B, 1, H, W]``."""
+    """``[B, 3, H, W]`` to ``[B, 1, H, W]``; of other bands their mean."""
+    if pixels.shape[1] != 3:
+        return pixels.mean(1, keepdim=True)
     red, green, blue = pixels.unbind(1)
     return (_LUMA[0] * red + _LUMA[1] * green + _LUMA[2] * blue)[:, None]
 

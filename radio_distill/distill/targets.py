@@ -114,11 +114,14 @@ class TargetMaker:
                 targets[view.teacher] = cache[view]
                 continue
             with _explain_oom(views, view):
-                pixels = views.of_teacher(view.teacher, view.rendered)
+                pixels = self._pixels(views, view)
                 targets[view.teacher] = self._normalised(pixels, view)
             if cache is not None:
                 cache[view] = targets[view.teacher]
         return targets
+
+    def _pixels(self, views: Views, view: TeacherView) -> Tensor:
+        return self.teachers[view.teacher].spec.seen(views.of_teacher(view.teacher, view.rendered))
 
     def _normalised(self, pixels: Tensor, view: TeacherView) -> Features:
         """Return what a teacher says of ``[B, 3, *view.rendered]``, normalised."""
@@ -135,7 +138,7 @@ class TargetMaker:
         features = {}
         for view in teacher_views:
             with _explain_oom(views, view):
-                pixels, teacher = views.of_teacher(view.teacher, view.rendered), view.teacher
+                pixels, teacher = self._pixels(views, view), view.teacher
                 if view.is_upsampled:
                     assert self._upsampler is not None, f"no upsampler for teacher {teacher}"
                     features[teacher] = self._upsampler(self.teachers[teacher], pixels, view.grid)
@@ -214,7 +217,7 @@ def encode(teacher: Teacher, pixels: Tensor, view: TeacherView) -> Features:
     return Features(None, unpack(view.mosaic, spatial, len(pixels)))
 
 
-def pack(mosaic: Mosaic, images: Tensor, mean: tuple[float, float, float]) -> Tensor:
+def pack(mosaic: Mosaic, images: Tensor, mean: tuple[float, ...]) -> Tensor:
     """Lay ``[B, 3, *view]`` in [0, 1] on canvases ``[canvases(B), 3, *canvas]``.
 
     Every other pixel is ``mean``, the teacher's, so that it is zero once the teacher has normalised
@@ -223,7 +226,7 @@ def pack(mosaic: Mosaic, images: Tensor, mean: tuple[float, float, float]) -> Te
     size = tuple(images.shape[-2:])
     assert size == mosaic.view, f"images of {size} pixels in a mosaic of {mosaic.view}"
     dtype = torch.promote_types(images.dtype, torch.float32)
-    padding = to_device(torch.tensor(mean, dtype=dtype), images.device).view(1, 3, 1, 1)
+    padding = to_device(torch.tensor(mean, dtype=dtype), images.device).view(1, -1, 1, 1)
     canvases = padding.repeat(mosaic.canvases(len(images)), 1, *mosaic.canvas)  # [N, 3, H, W]
     for place, (rows, columns) in enumerate(_places(mosaic, unit=1)):
         part = images[place :: mosaic.images]  # one image from each canvas

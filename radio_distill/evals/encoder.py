@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from ..config import TeacherConfig, of_summary, size_pair
 from ..data.folder import ImageRef, in_batches
 from ..distill.targets import scaled_summary
-from ..errors import NoLayersError
+from ..errors import ConfigError, NoLayersError
 from ..models.backbone import StudentEncoder
 from ..protocols import LayeredTeacher, Normalizer, Teacher, TextTower
 from ..system.distributed import cores_of_process, current_world, share_out
@@ -205,6 +205,7 @@ def student_encoder(
 
     heads = Heads(predict, targets) if targets else None
     body = student.student
+    _check_rgb(name, body.bands)
     return Encoder(
         name,
         encode,
@@ -221,6 +222,7 @@ def teacher_encoder(
 ) -> Encoder:
     """Present a teacher as an encoder; ``name`` is that of its spec where none is given."""
     spec = teacher.spec
+    _check_rgb(spec.name, len(spec.mean))
     fixed = spec.native_size if spec.fixed_size else None
     return Encoder(
         name or spec.name,
@@ -232,6 +234,11 @@ def teacher_encoder(
         inner=teacher.layers if isinstance(teacher, LayeredTeacher) else None,
         dtype=getattr(teacher, "dtype", torch.float32),
     )
+
+
+def _check_rgb(name: str, bands: int) -> None:
+    if bands != 3:
+        raise ConfigError(f"{name} sees {bands} bands, and all that is shown here are RGB images")
 
 
 def open_image(image: AnyImage) -> Image.Image:

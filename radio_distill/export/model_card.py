@@ -38,7 +38,9 @@ into that teacher's own features.
 
 {{ usage }}
 
-Images are RGB in [0, 1]; height and width are any multiples of {{ step }} px. It was trained at \
+Images are {{ "RGB" if body.bands == 3 else body.bands ~ " bands" }} in [0, 1]\
+{% if recipe.data.band_range %} (0 and 1 are {{ recipe.data.band_range | map("list") | list }} of \
+the files){% endif %}; height and width are any multiples of {{ step }} px. It was trained at \
 {{ listed(sizes) }} px\
 {% if vit %}, and its table of positions spans {{ student.config.max_size }} px{% endif %}.
 
@@ -109,6 +111,7 @@ def model_card(student: FoldedStudent, usage: str, library: str) -> str:
         millions=sum(parameter.numel() for parameter in body.parameters()) / 1e6,
         teachers=checkpoint.teachers,
         usage=usage,
+        body=body,
         step=body.size_step,
         sizes=sorted({size for stage in stages.values() for size in _sizes(stage)}),
         licences=licence_note(checkpoint),

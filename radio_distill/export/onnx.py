@@ -8,7 +8,8 @@
         README.md          model card
 
 ===================== ============================== ==========================================
-``pixels``            ``[batch, 3, height, width]``  RGB in [0, 1]; normalised inside; sides are
+``pixels``            ``[batch, 3, height, width]``  RGB in [0, 1], or the bands that it was trained
+                                                     with; normalised inside; sides are
                                                      multiples of the metadata's ``size_step``
 ``summary``           ``[batch, S]``                 summary tokens, one behind the other, if any
 ``features``          ``[batch, D, rows, columns]``  feature map
@@ -48,7 +49,7 @@ import onnxruntime
 
 session = onnxruntime.InferenceSession("FOLDER/model.onnx")
 step = int(session.get_modelmeta().custom_metadata_map["size_step"])
-pixels = np.random.rand(1, 3, {height}, {width}).astype(np.float32)  # RGB in [0, 1]
+pixels = np.random.rand(1, {bands}, {height}, {width}).astype(np.float32)  # in [0, 1]
 assert all(side % step == 0 for side in pixels.shape[2:]), f"sides are multiples of {{step}} px"
 outputs = dict(zip({names}, session.run(None, {{"pixels": pixels}})))
 ```
@@ -120,11 +121,12 @@ class Onnx(Format):
 
     def write(self, student: FoldedStudent, folder: Path) -> str:
         """Translate to ONNX, with free batch and sides."""
-        graph, step = _Graph(student, self.heads).eval(), student.model.student.size_step
+        graph, body = _Graph(student, self.heads).eval(), student.model.student
+        step, bands = body.size_step, body.bands
         batch, rows, columns = (torch.export.Dim(n, min=1) for n in ("batch", "rows", "columns"))
         program: Any = torch.onnx.export(
             graph,
-            tuple(probe_images(step, [_EXAMPLE])),
+            tuple(probe_images(step, [_EXAMPLE], bands)),
             dynamo=True,
             dynamic_shapes=({0: batch, 2: step * rows, 3: step * columns},),
             opset_version=OPSET,
@@ -133,7 +135,7 @@ class Onnx(Format):
             verbose=False,
         )
         for value in program.model.graph.inputs:  # names for people
-            value.shape = type(value.shape)(["batch", 3, "height", "width"])
+            value.shape = type(value.shape)(["batch", bands, "height", "width"])
         for value in program.model.graph.outputs:
             sides = ["rows", "columns"] if len(value.shape) == 4 else []
             value.shape = type(value.shape)(["batch", value.shape[1], *sides])
@@ -145,8 +147,9 @@ class Onnx(Format):
         """Return an example for :func:`.model_card.model_card`."""
         height, width = student.preferred_size
         names = json.dumps(_Graph(student, self.heads).names)
-        step = student.model.student.size_step
-        return _USAGE.format(height=height, width=width, names=names, step=step)
+        body = student.model.student
+        shape = {"height": height, "width": width, "bands": body.bands}
+        return _USAGE.format(**shape, names=names, step=body.size_step)
 
     def read_back(
         self, student: FoldedStudent, folder: Path
@@ -157,7 +160,8 @@ class Onnx(Format):
         file, providers = str(folder / "model.onnx"), ["CPUExecutionProvider"]
         session = onnxruntime.InferenceSession(file, providers=providers)
         graph = _Graph(student, self.heads).eval()
-        for pixels in probe_images(student.model.student.size_step, _PROBES):
+        body = student.model.student
+        for pixels in probe_images(body.size_step, _PROBES, body.bands):
             try:
                 outputs = session.run(None, {"pixels": pixels.numpy()})
             except Exception as error:  # onnxruntime has a class of its own for every status

@@ -67,7 +67,11 @@ class Radio(Format):
 
     def check(self, student: FoldedStudent) -> None:
         """Refuse what the hub's code would not build."""
-        _ = student.vit  # another body is refused
+        if student.vit.bands != 3:
+            raise ExportError(
+                f"radio cannot hold a student of {student.vit.bands} bands: its code reads RGB; "
+                "export it as transformers, timm or onnx"
+            )
         if student.config.window_size:
             raise ExportError(
                 f"radio cannot hold student.window_size {student.config.window_size}: a checkpoint "

@@ -41,9 +41,9 @@ import torch
 
 model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()
 config = timm.data.resolve_model_data_config(model)
-mean, std = (torch.tensor(config[key]).view(3, 1, 1) for key in ("mean", "std"))
+mean, std = (torch.tensor(config[key]).view(-1, 1, 1) for key in ("mean", "std"))
 
-pixels = torch.rand(1, 3, {height}, {width})  # RGB in [0, 1]
+pixels = torch.rand(1, {bands}, {height}, {width})  # in [0, 1]
 tokens = model.forward_features((pixels - mean) / std)  # [1, {tokens}, {channels}]
 features = tokens[:, {prefix}:].reshape(1, {rows}, {columns}, {channels})
 {summaries}
@@ -98,7 +98,7 @@ class Timm(Format):
             "pretrained_cfg": {
                 "tag": student.checkpoint.recipe.name,
                 "custom_load": False,
-                "input_size": [3, *(self.size or student.preferred_size)],
+                "input_size": [body.bands, *(self.size or student.preferred_size)],
                 "fixed_input_size": self.size is not None,
                 "interpolation": "bicubic",
                 "crop_pct": 1.0,
@@ -122,6 +122,7 @@ class Timm(Format):
         slots = zip(student.summary_teachers, student.summary_slots, strict=True)
         only = f" This file takes images of {height}x{width} px only." if self.size else ""
         return _USAGE.format(
+            bands=body.bands,
             height=height,
             width=width,
             tokens=body.num_prefix_tokens + rows * columns,
@@ -142,7 +143,7 @@ class Timm(Format):
         body = student.vit
         model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
         step, shapes = (1, [(1, self.size)]) if self.size else (body.patch_size, _PROBES)
-        for pixels in probe_images(step, shapes):
+        for pixels in probe_images(step, shapes, body.bands):
             tokens = model.forward_features((pixels - body.mean) / body.std)
             summary, spatial = body(pixels)
             expected = {"summary": summary, "features": rearrange(spatial, "b d h w -> b (h w) d")}
@@ -163,6 +164,8 @@ class Timm(Format):
             "fc_norm": False,
             "final_norm": not isinstance(body.norm, nn.Identity),
         }
+        if body.bands != 3:
+            arguments["in_chans"] = body.bands
         own = student.config.architecture.partition(".")[0]
         if self.size is not None:
             size = {"img_size": list(self.size), "dynamic_img_size": False, "no_embed_class": True}

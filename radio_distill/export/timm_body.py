@@ -35,9 +35,9 @@ import torch
 
 model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()
 config = timm.data.resolve_model_data_config(model)
-mean, std = (torch.tensor(config[key]).view(3, 1, 1) for key in ("mean", "std"))
+mean, std = (torch.tensor(config[key]).view(-1, 1, 1) for key in ("mean", "std"))
 
-pixels = (torch.rand(1, 3, {height}, {width}) - mean) / std  # RGB in [0, 1]
+pixels = (torch.rand(1, {bands}, {height}, {width}) - mean) / std  # in [0, 1]
 {code}
 ```
 
@@ -81,7 +81,7 @@ class TimmBody(Format):
             "pretrained_cfg": {
                 "tag": student.checkpoint.recipe.name,
                 "custom_load": False,
-                "input_size": [3, *student.preferred_size],
+                "input_size": [body.bands, *student.preferred_size],
                 "fixed_input_size": body.fixed_size is not None,
                 "interpolation": "bicubic",
                 "crop_pct": 1.0,
@@ -105,6 +105,7 @@ class TimmBody(Format):
         body, (height, width) = _body_of(student), student.preferred_size
         rows, columns = body.grid((height, width))
         return _USAGE.format(
+            bands=body.bands,
             height=height,
             width=width,
             code="\n".join(_code(body)),
@@ -126,7 +127,7 @@ class TimmBody(Format):
         step = body.size_step
         if body.fixed_size:
             step, shapes = 1, [(2, body.fixed_size)]
-        for pixels in probe_images(step, shapes):
+        for pixels in probe_images(step, shapes, body.bands):
             normalised = (pixels - body.mean) / body.std
             found: dict[str, Any] = {"torch": torch, "model": model, "pixels": normalised}
             exec("\n".join(_code(body)), found)  # our own lines, above

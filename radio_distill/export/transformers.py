@@ -41,7 +41,7 @@ import torch
 from transformers import AutoModel
 
 model = AutoModel.from_pretrained("FOLDER").eval()
-pixels = torch.rand(1, 3, {height}, {width})  # RGB in [0, 1]; sides are multiples of {patch}
+pixels = torch.rand(1, {bands}, {height}, {width})  # in [0, 1]; sides are multiples of {patch}
 output = model(pixels)
 output.summary  # [1, {summary}]
 output.features  # [1, {cells}, {width_of_model}]
@@ -92,6 +92,7 @@ class Transformers(Format):
         """Return an example for :func:`.model_card.model_card`."""
         body, (height, width) = student.vit, student.preferred_size
         return _USAGE.format(
+            bands=body.bands,
             height=height,
             width=width,
             patch=body.patch_size,
@@ -118,7 +119,7 @@ class Transformers(Format):
                 f"transformers does not take all that was written ({gaps[0]}); report it"
             )
         body = student.vit
-        for pixels in probe_images(body.patch_size, [(1, (2, 3))]):
+        for pixels in probe_images(body.patch_size, [(1, (2, 3))], body.bands):
             tokens, spatial = body(pixels)
             expected = {"features": rearrange(spatial, "b d h w -> b (h w) d")}
             if student.summary_slots:
@@ -154,6 +155,7 @@ def _config(student: FoldedStudent) -> Any:
         layer_norm_eps=shape.eps,
         use_swiglu_ffn=shape.gated,
         qkv_bias=shape.qkv_bias,
+        num_channels=body.bands,
         patch_size=body.patch_size,
         image_size=max(student.preferred_size),
         max_img_size=len(body.positions.table) * body.patch_size,

@@ -118,14 +118,14 @@ def write_json(path: Path, data: Any) -> None:
     path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
 
-def probe_images(step: int, shapes: Sequence[tuple[int, Size]]) -> Iterator[Tensor]:
-    """Yield the same random images ``[B, 3, H, W]`` in [0, 1] in every run.
+def probe_images(step: int, shapes: Sequence[tuple[int, Size]], bands: int) -> Iterator[Tensor]:
+    """Yield the same random images ``[B, bands, H, W]`` in [0, 1] in every run.
 
     ``shapes`` has (B, (H, W)) of each batch, sides in steps of so many pixels.
     """
     generator = torch.Generator().manual_seed(0)
     for batch, (height, width) in shapes:
-        yield torch.rand(batch, 3, height * step, width * step, generator=generator)
+        yield torch.rand(batch, bands, height * step, width * step, generator=generator)
 
 
 def check_equal(

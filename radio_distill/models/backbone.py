@@ -130,7 +130,7 @@ class StudentEncoder(nn.Module):
         """Encode images of any one size.
 
         Args:
-            pixels: ``[B, 3, H, W]`` float RGB in [0, 1].
+            pixels: ``[B, 3, H, W]`` float RGB in [0, 1], or of the bands it was trained with.
             heads: teachers whose features are asked for too.
             format: of all maps, ``[B, D, h, w]`` or ``[B, h * w, D]``.
             fit: how a size that the patch does not divide becomes one. ``pad`` adds the mean colour
@@ -209,8 +209,10 @@ class StudentEncoder(nn.Module):
 
     def _prepared(self, pixels: Tensor, fit: Fit) -> tuple[Tensor, Size]:
         """Return pixels of a size that the student takes, and the grid of cells that show image."""
-        if pixels.ndim != 4 or pixels.shape[1] != 3 or 0 in pixels.shape:
-            raise ConfigError(f"pixels have shape {list(pixels.shape)}, expected [B, 3, H, W]")
+        bands = self.student.bands
+        if pixels.ndim != 4 or pixels.shape[1] != bands or 0 in pixels.shape:
+            shape = list(pixels.shape)
+            raise ConfigError(f"pixels have shape {shape}, expected [B, {bands}, H, W]")
         if not pixels.is_floating_point():
             raise ConfigError(f"pixels are {pixels.dtype}, expected floats in [0, 1]")
         if fit not in ("pad", "resize"):
@@ -235,7 +237,7 @@ class StudentEncoder(nn.Module):
         rows, columns = -(-height // step) * step, -(-width // step) * step
         if (rows, columns) == (height, width):
             return pixels
-        canvas = self.student.mean.to(pixels).expand(batch, 3, rows, columns).clone()
+        canvas = self.student.mean.to(pixels).expand(batch, -1, rows, columns).clone()
         canvas[:, :, :height, :width] = pixels
         return canvas
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..config import StudentConfig
 from ..errors import ConfigError, WeightsError
 from ..registry import nearest
 from ..system.files import reason_of
@@ -27,7 +28,7 @@ class Body(nn.Module, ABC):
         num_prefix_tokens: tokens beside the patches, in a body of tokens.
         shares_summary: whether one summary serves all teachers, so that the T tokens are equal.
         window_size: side of its attention windows, in tokens; 0 for none.
-        mean: of the pixels that the body was made for, ``[3, 1, 1]``.
+        mean: of the pixels that the body was made for, ``[bands, 1, 1]``.
         std: likewise.
     """
 
@@ -47,6 +48,11 @@ class Body(nn.Module, ABC):
     @abstractmethod
     def size_step(self) -> int:
         """Pixels that each side of an input must be a multiple of."""
+
+    @property
+    def bands(self) -> int:
+        """Bands of the images that it takes: 3 of RGB."""
+        return len(self.mean)
 
     @property
     def fixed_size(self) -> Size | None:
@@ -86,13 +92,13 @@ class Body(nn.Module, ABC):
             )
         return size[0] // self.patch_size, size[1] // self.patch_size
 
-    def _take_statistics(self, model: Any) -> None:
-        """Register the mean and deviation of pixels that a timm model was made for."""
+    def _take_statistics(self, model: Any, config: StudentConfig) -> None:
+        """Register the mean and deviation of pixels: the recipe's, else a timm model's own."""
         from timm.data import resolve_model_data_config
 
         found = resolve_model_data_config(model)
-        self.register_buffer("mean", torch.tensor(found["mean"]).view(3, 1, 1))
-        self.register_buffer("std", torch.tensor(found["std"]).view(3, 1, 1))
+        for name, own in (("mean", config.mean), ("std", config.std)):
+            self.register_buffer(name, torch.tensor(own or found[name]).view(-1, 1, 1))
 
     def _what_fits(self) -> str:
         if self.fixed_size:
@@ -110,7 +116,7 @@ class Body(nn.Module, ABC):
         """Encode images into summary tokens ``[B, T, S]`` and a feature map ``[B, D, h, w]``.
 
         Args:
-            pixels: ``[B, 3, H, W]`` RGB in [0, 1].
+            pixels: ``[B, 3, H, W]`` RGB in [0, 1], or of the body's ``bands``.
             draws: ``[B, NUM_DRAWS]`` uniform numbers for the position augmentation, of a body that
                 has one; None for none.
             window_size: side of the attention windows, in tokens; None for the recipe's.

@@ -54,7 +54,9 @@ class Student(Body):
         initialise: Initialise | None = None,
     ):
         super().__init__()
-        body = create_body(config.architecture, config.pretrained == "timm", config.drop_path)
+        body = create_body(
+            config.architecture, config.pretrained == "timm", config.drop_path, config.bands
+        )
         self.embed_dim = self.summary_dim = body.embed_dim
         self.depth = len(body.blocks)
         self.patch_size = config.patch_size
@@ -67,8 +69,9 @@ class Student(Body):
             num_global = min(num_global, self.depth)
         self.global_blocks = spread_global_blocks(self.depth, num_global)
 
-        self._take_statistics(body)
-        self.patch_embedding = nn.Linear(3 * config.patch_size**2, self.embed_dim, bias=False)
+        self._take_statistics(body, config)
+        numbers = config.bands * config.patch_size**2
+        self.patch_embedding = nn.Linear(numbers, self.embed_dim, bias=False)
         side = config.max_size // config.patch_size
         self.positions = CroppedPositions(self.embed_dim, side, config.position_dropout)
         tokens = torch.randn(self.num_prefix_tokens, self.embed_dim) * self.embed_dim**-0.5
@@ -185,8 +188,10 @@ class Student(Body):
         return run(tokens)
 
 
-def create_body(architecture: str, pretrained: bool, drop_path: float) -> Any:
+def create_body(architecture: str, pretrained: bool, drop_path: float, bands: int = 3) -> Any:
     """Create a timm ``VisionTransformer``; its blocks are wanted, not its head.
+
+    For other than three bands timm repeats the pretrained weights of red, green and blue.
 
     Raises:
         ConfigError: where the name is not that of a plain vision transformer.
@@ -199,7 +204,7 @@ def create_body(architecture: str, pretrained: bool, drop_path: float) -> Any:
     check_known(
         architecture, known, "a plain vision transformer of timm; other bodies need `body: timm`"
     )
-    body = create_timm(architecture, pretrained, drop_path_rate=drop_path)
+    body = create_timm(architecture, pretrained, drop_path_rate=drop_path, in_chans=bands)
     assert type(body) is VisionTransformer, f"{architecture} is a {type(body).__name__}"
     return body
 

@@ -69,7 +69,7 @@ class TimmStudent(Body):
         self.config, self.num_summary_tokens = config, num_summary_tokens
         self.patch_size = config.patch_size
         body, self.arguments = create_model(config, config.pretrained == "timm")
-        self._take_statistics(body)
+        self._take_statistics(body, config)
         self._has_tokens = _takes(body.forward_intermediates, "return_prefix_tokens")
         self.num_prefix_tokens = body.num_prefix_tokens if self._has_tokens else 0
         self.summary = self._summary_of(body)
@@ -270,7 +270,7 @@ class TimmStudent(Body):
         was, wanted = self.training, (size[0] // self.patch_size, size[1] // self.patch_size)
         self.eval()
         try:
-            final, (level,) = self._run(torch.full((1, 3, *size), 0.5), [self.level])
+            final, (level,) = self._run(torch.full((1, self.bands, *size), 0.5), [self.level])
         except Exception as error:  # models check their inputs in ways of their own
             raise ConfigError(
                 f"student.architecture: {config.architecture} does not take images of any size; "
@@ -306,6 +306,8 @@ def create_model(config: StudentConfig, pretrained: bool = False) -> tuple[Any, 
     options = dict(config.options)
     if config.map == "dilated":
         options["output_stride"] = config.patch_size
+    if config.bands != 3:
+        options["in_chans"] = config.bands
     depth = {"drop_path_rate": config.drop_path} if config.drop_path else {}
     for any_size in _ANY_SIZE:
         arguments = {**any_size, **options}

@@ -220,7 +220,7 @@ def _estimate(
     }
     for first, views, teacher_views, keys in stream.batches(device):
         for name, teacher in teachers.items():
-            pixels = views.of_teacher(name, teacher_views[name].size)
+            pixels = teacher.spec.seen(views.of_teacher(name, teacher_views[name].size))
             features = encode(teacher, pixels, teacher_views[name])
             check_targets({name: features}, keys)
             moments[name].update(features.spatial)
@@ -272,6 +272,8 @@ def _file_name(stage: Stage, teacher: Teacher, stream: ImageStream) -> str:
         parts = (*parts, stage.augmentation)
     if partition.source:
         parts = (*parts, partition.source)
+    if spec.bands:
+        parts = (*parts, spec.bands)
     digest = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
     height, width = max(sizes)
     return f"{name}-{height}x{width}-{digest}.safetensors"

@@ -317,7 +317,8 @@ class ModelCosts:
         calls, encode = 1, self._encode[name](view.encoded)
         if view.is_upsampled:
             calls = upsampler.cost(view.grid)
-            teacher, pixels = self.teachers[name], torch.empty(1, 3, *size)
+            teacher = self.teachers[name]
+            pixels = torch.empty(1, len(teacher.spec.mean), *size)
             whole = measure_work(
                 lambda: upsampled(upsampler, teacher, pixels, view.grid, normalizer)
             )
@@ -334,7 +335,7 @@ class ModelCosts:
     def _measure_body(self, size: Size, images: int) -> Work:
         def run() -> None:
             with autocast(self.precision, torch.device("cpu")):
-                summary, spatial = self.student.student(torch.empty(images, 3, *size))
+                summary, spatial = self._run(images, size)
             (summary.sum() + spatial.sum()).backward()
 
         return self._by_depth(run)
@@ -342,9 +343,14 @@ class ModelCosts:
     def _measure_forward(self, size: Size, images: int) -> Work:
         def run() -> None:
             with torch.no_grad(), autocast(self.precision, torch.device("cpu")):
-                self.student.student(torch.empty(images, 3, *size))
+                self._run(images, size)
 
         return self._by_depth(run)
+
+    def _run(self, images: int, size: Size) -> tuple[torch.Tensor, ...]:
+        body = self.student.student
+        outputs: tuple[torch.Tensor, ...] = body(torch.empty(images, body.bands, *size))
+        return outputs
 
     def _measure_normalizer(self, name: str, grid: Size, images: int) -> Work:
         spatial = torch.empty(images, self.teachers[name].spec.channels, *grid)
@@ -368,4 +374,5 @@ class ModelCosts:
 
 
 def _measure_encode(teacher: Teacher, size: Size, images: int) -> Work:
-    return measure_work(lambda: teacher.encode(torch.empty(images, 3, *size)))
+    bands = len(teacher.spec.mean)
+    return measure_work(lambda: teacher.encode(torch.empty(images, bands, *size)))

@@ -141,7 +141,7 @@ def step_memory(costs: ModelCosts, stage: Stage, passes: Sequence[Pass], images:
     """
     sizes = {view.rendered for item in passes for view in item.views.values()}
     sizes |= {item.size for item in passes}
-    pixels = _FLOAT * images * 3 * sum(map(math.prod, sizes))
+    pixels = _FLOAT * images * stage.data.bands * sum(map(math.prod, sizes))
     kept: dict[TeacherView, int] = {}
     peaks = []
     for item in passes:
@@ -162,8 +162,8 @@ def _encode_memory(costs: ModelCosts, stage: Stage, view: TeacherView, images: i
         limit = stage.upsampler.micro_batch or limit
     key = view.teacher, view.encoded, min(inputs, limit or inputs)
     if key not in costs.known_peaks:
-        pixels = torch.empty(key[2], 3, *view.encoded)
-        encode = costs.teachers[view.teacher].encode
+        teacher = costs.teachers[view.teacher]
+        pixels, encode = torch.empty(key[2], len(teacher.spec.mean), *view.encoded), teacher.encode
         costs.known_peaks[key] = peak_memory(lambda: encode(pixels))
     return costs.known_peaks[key]
 
@@ -188,7 +188,7 @@ def _learning_memory(
         report = distillation_loss(features, targets, stage.losses, weights, inner=asked)
         report.total.sum().backward()
 
-    pixels = torch.empty(images, 3, *item.size)
+    pixels = torch.empty(images, stage.data.bands, *item.size)
     inputs = images, item.size, stage.engine.precision
     key = *inputs, tuple(item.views.values()), repr(stage.losses)
     if key not in costs.known_peaks:

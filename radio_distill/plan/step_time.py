@@ -237,7 +237,8 @@ def _rank(
             launches += host + launched
             if schedule.waits:
                 waiting += max(device, host) + max(took, launched)
-            pixels = [3 * images * math.prod(size) for size in set(cost.rendered.values())]
+            numbers = stage.data.bands * images
+            pixels = [numbers * math.prod(size) for size in set(cost.rendered.values())]
             if schedule.float_copies:
                 floats += sum(_float_copy(4 * size) for size in pixels)
             else:

@@ -116,7 +116,8 @@ def read_pretrained(config: StudentConfig, body: Any) -> PretrainedWeights:
     else:
         weights = _read(_path_of(config), body)
     check_architecture(weights, body, name, config.architecture)
-    return replace(weights, grid=_grid_of(weights, body, grid, name))
+    mean, std = config.mean or weights.mean, config.std or weights.std
+    return replace(weights, grid=_grid_of(weights, body, grid, name), mean=mean, std=std)
 
 
 def _path_of(config: StudentConfig) -> Path:
@@ -180,9 +181,9 @@ def _from_timm(state: dict[str, Tensor], settings: Mapping[str, Any]) -> Pretrai
         embeds_class = not arguments.get("no_embed_class", False)
         return PretrainedWeights(state, mean=mean, std=std, grid=grid, embeds_class=embeds_class)
     weights = {key.replace("embeds.", ""): value for key, value in state.items()}
-    patches = weights.pop("proj.weight")  # [D, p * p * 3]
+    patches = weights.pop("proj.weight")  # [D, p * p * bands]
     table = weights.pop("pos_embed")  # [1, h, w, D]
-    side = math.isqrt(patches.shape[1] // 3)
+    side = math.isqrt(patches.shape[1] // arguments.get("in_chans", 3))
     weights[PATCHES] = rearrange(patches, "d (y x c) -> d c y x", y=side, x=side)
     weights[POSITIONS] = rearrange(table, "1 h w d -> 1 (h w) d")
     if "proj.bias" in weights:
@@ -313,7 +314,7 @@ def load_into(student: Student, pretrained: PretrainedWeights) -> None:
         student.positions.table.add_(weights[PATCH_BIAS])
     for buffer, values in ((student.mean, pretrained.mean), (student.std, pretrained.std)):
         if values is not None:
-            buffer.copy_(torch.tensor(values).view(3, 1, 1))
+            buffer.copy_(torch.tensor(values).view(-1, 1, 1))
 
 
 def _below(prefix: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

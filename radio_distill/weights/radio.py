@@ -152,8 +152,8 @@ def radio_checkpoint(
     tensors = {
         **body,
         "summary_idxs": torch.tensor(config["summary_idxs"]),
-        "input_conditioner.norm_mean": torch.tensor(config["norm_mean"]).view(3, 1, 1),
-        "input_conditioner.norm_std": torch.tensor(config["norm_std"]).view(3, 1, 1),
+        "input_conditioner.norm_mean": torch.tensor(config["norm_mean"]).view(-1, 1, 1),
+        "input_conditioner.norm_std": torch.tensor(config["norm_std"]).view(-1, 1, 1),
     }
     return RadioCheckpoint(config, tensors, grid)
 

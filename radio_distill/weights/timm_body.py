@@ -34,8 +34,9 @@ def load_timm_body(student: TimmStudent, path: Path, config: StudentConfig) -> N
     """
     is_folder = path.is_dir()
     if is_folder and not (path / "config.json").is_file():
-        run = load_student(find_checkpoint(path), torch.device("cpu")).student
-        _load(student, run.state_dict(), str(path), config)
+        tensors = load_student(find_checkpoint(path), torch.device("cpu")).student.state_dict()
+        own = {name: getattr(student, name) for name in ("mean", "std") if getattr(config, name)}
+        _load(student, tensors | own, str(path), config)
         return
     with torch.device("meta"):
         model, _ = create_model(config)
@@ -55,8 +56,8 @@ def load_timm_body(student: TimmStudent, path: Path, config: StudentConfig) -> N
         settings = read_json(path / "config.json")
         published = settings.get("pretrained_cfg", settings)
         for name in ("mean", "std"):
-            if published.get(name):
-                tensors[name] = torch.tensor(published[name]).view(3, 1, 1)
+            if published.get(name) and not getattr(config, name):
+                tensors[name] = torch.tensor(published[name]).view(-1, 1, 1)
     _load(student, tensors, str(path), config)
 
 

@@ -9,9 +9,10 @@ label. What is passed over or left out is counted and said.
 """
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
-from radio_distill.config import DataConfig
+from radio_distill.config import DataConfig, build, parse_yaml
 from radio_distill.errors import ConfigError
 from radio_distill.system.progress import Progress
 
@@ -49,6 +50,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"largest image that is taken (default {defaults.max_pixels})",
     )
     parser.add_argument(
+        "--data.bands", metavar="N", dest="bands", default=defaults.bands,
+        help="bands of an image: others than 3 are arrays (.npy, .npz) or multi-band TIFFs",
+    )  # fmt: skip
+    parser.add_argument(
+        "--data.band_range", metavar="[[LOW, HIGH]]", dest="band_range", default="[]",
+        help="numbers that become 0 and 1, of all bands or of each (default: 8 or 16 bits)",
+    )  # fmt: skip
+    parser.add_argument(
         "--data.index",
         metavar="FOLDER",
         dest="index",
@@ -71,8 +80,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Make or check shards."""
-    limits = DataConfig(
-        shards=(),
+    asked = {
+        "bands": parse_yaml(str(arguments.bands)),
+        "band_range": parse_yaml(arguments.band_range),
+    }
+    limits = replace(
+        build(DataConfig, {"shards": [], **asked}, "data"),
         min_size=arguments.min_size,
         max_pixels=arguments.max_pixels,
         index=(arguments.index,) if arguments.index else "auto",
@@ -134,6 +147,8 @@ def _check(source: str, config: DataConfig) -> int:
     )
     for sides in sorted(report.sizes, key=lambda name: int(name.rstrip("+").partition("-")[0])):
         print(f"  shortest side {sides} px: {report.sizes[sides]}")
+    for name, numbers in zip(("mean", "std"), report.statistics or (), strict=False):
+        print(f"  {name}: [{', '.join(f'{number:.4f}' for number in numbers)}]")
     for name in report.empty:
         print(f"no images: {name}")
     for note in report.notes:

@@ -31,7 +31,7 @@ class StudentTower(nn.Module):
     def __init__(self, encoder: StudentEncoder, head: str):
         super().__init__()
         self.backbone, self.head = encoder, head
-        self.stated_stride = encoder.patch_size
+        self.stated_stride, self.bands = encoder.patch_size, encoder.student.bands
         with torch.no_grad():  # pixels arrive normalised
             encoder.student.mean.zero_()
             encoder.student.std.fill_(1)

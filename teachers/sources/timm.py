@@ -57,8 +57,10 @@ class TimmTower(nn.Module):
         stage: int | None = None,
         summary: str = "",
         final_norm: bool = False,
+        bands: int = 3,
     ):
         super().__init__()
+        self.bands = bands
         if blocks:
             _keep_blocks(model, blocks)
         self.model: Any = model
@@ -184,7 +186,7 @@ def complete(preset: Preset, weights_path: str) -> Preset:
 
 def build(preset: Preset) -> TimmTower:
     """Build the encoder with random weights."""
-    return _tower(_create(preset), preset.arguments)
+    return _tower(_create(preset), preset)
 
 
 def locate(preset: Preset) -> Path:
@@ -219,16 +221,17 @@ def load(preset: Preset, path: Path) -> TimmTower:
     if convert and _without_classifier(state, model).keys() != model.state_dict().keys():
         state = _converted(convert, state, model)
     weights.load_strict(model, _without_classifier(state, model), str(path), take=True)
-    return _tower(model, preset.arguments)
+    return _tower(model, preset)
 
 
-def _tower(model: nn.Module, arguments: Mapping[str, Any]) -> TimmTower:
+def _tower(model: nn.Module, preset: Preset) -> TimmTower:
+    arguments = preset.arguments
     taken = {
         key: arguments[key]
         for key in ("blocks", "stage", "summary", "final_norm")
         if key in arguments
     }
-    return TimmTower(model, **taken)
+    return TimmTower(model, **taken, bands=len(preset.mean or ()))
 
 
 def _create(preset: Preset, state: Mapping[str, Tensor] | None = None) -> nn.Module:
@@ -236,6 +239,11 @@ def _create(preset: Preset, state: Mapping[str, Tensor] | None = None) -> nn.Mod
 
     architecture = _architecture(preset.model)
     options = {"num_classes": 0, **_checked(preset.arguments.get("create", {}))}
+    if (bands := options.get("in_chans", 3)) != len(preset.mean or ()):
+        raise ConfigError(
+            f"options.create.in_chans: a model of {bands} bands needs as many numbers in "
+            f"options.mean and options.std, not {len(preset.mean or ())}"
+        )
     if isinstance(options.get("mlp_layer"), str):  # the other layers timm takes by name itself
         options["mlp_layer"] = _layer(options["mlp_layer"])
     if architecture.startswith("vit_") and "_radio_" in architecture:
@@ -255,11 +263,6 @@ def _create(preset: Preset, state: Mapping[str, Tensor] | None = None) -> nn.Mod
 def _checked(options: Mapping[str, Any]) -> Mapping[str, Any]:
     """Refuse what makes timm fetch or unpickle weights, which a folder's config.json could ask."""
     check_options(options, "options.create, or model_args of config.json")
-    if options.get("in_chans", 3) != 3:
-        raise ConfigError(
-            f"a model of {options['in_chans']} channels: images are read in three, RGB; take "
-            "another model"
-        )
     return options
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from radio_distill.errors import ConfigError
 from radio_distill.types import Features, spread_layers
 
-from ..presets import CLIP_MEAN, CLIP_STD, HALF, IMAGENET_MEAN, IMAGENET_STD, Triple
+from ..presets import CLIP_MEAN, CLIP_STD, HALF, IMAGENET_MEAN, IMAGENET_STD, tuple[float, ...]
 from .remote_code import size_options
 from .summaries import summary_of
 
@@ -30,9 +30,9 @@ class Family:
     norm: str = ""
     """Name of the norm between its last block and its map; empty where there is none."""
     fixed_size: bool = False
-    mean: Triple = HALF
+    mean: tuple[float, ...] = HALF
     """Normalisation that most published models of the family have, for a message."""
-    std: Triple = HALF
+    std: tuple[float, ...] = HALF
 
 
 def _registers(config: Any) -> int:
@@ -143,8 +143,8 @@ class GenericFamily:
     model: Any
     """Class of transformers."""
     fixed_size: bool = False
-    mean: Triple = IMAGENET_MEAN
-    std: Triple = IMAGENET_STD
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
 
 
 class GenericTower(nn.Module):

@@ -222,7 +222,7 @@ class Fit:
     def _encode_pass(self, step: int, part: StepSlice, batch: ImageBatch) -> FitBatch:
         """Encode images, their tiles and their views in one batch."""
         config, device, view = self.stage.fit, self.engine.device, self._view
-        pixels = batch.pixels  # [B, 3, H, W]
+        pixels = self.teacher.spec.seen(batch.pixels)  # [B, 3, H, W]
         drawn = step_homographies(self.stage.seed, step, config)[part.start : part.stop]
         drawn = to_device(drawn, device)
         views = render(pixels, drawn.flatten(0, 1), view.size)  # [(B V), 3, H', W']
