@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from radio_distill.errors import ConfigError
 from radio_distill.types import Features, spread_layers
 
-from ..presets import CLIP_MEAN, CLIP_STD, HALF, IMAGENET_MEAN, IMAGENET_STD, tuple[float, ...]
+from ..presets import CLIP_MEAN, CLIP_STD, HALF, IMAGENET_MEAN, IMAGENET_STD
 from .remote_code import size_options
 from .summaries import summary_of
 

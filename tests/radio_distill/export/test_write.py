@@ -88,7 +88,7 @@ def test_check_equal__refuses_what_is_not_finite():
 
 def test_probe_images__are_the_same_every_time():
     shapes = [(1, (2, 3)), (2, (1, 1))]
-    first, second = (list(probe_images(8, shapes)) for _ in range(2))
+    first, second = (list(probe_images(8, shapes, 3)) for _ in range(2))
     assert [tuple(images.shape) for images in first] == [(1, 3, 16, 24), (2, 3, 8, 8)]
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert all(0 <= images.min() <= images.max() <= 1 for images in first)
