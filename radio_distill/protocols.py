@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 from .types import Features, ImageBatch, Report, Score, Size, TeacherSpec, unheard
 
 if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
-
     import numpy as np
     import torch
     from torch import Tensor, nn
 
     from .evals.encoder import Encoder
     from .normalize.statistics import Moments
+    from .train.engine import Engine
     from .train.health import Agree, Agreement, NonFiniteGuard
     from .train.trackers import WriteImage
 
@@ -168,78 +167,11 @@ class MovingNormalizer(Normalizer, Protocol):
         ...
 
 
-class Engine(Protocol):
-    """Runs forward, backward and update of what is trained, on one or many processes."""
-
-    @property
-    def device(self) -> "torch.device": ...
-
-    @property
-    def model(self) -> "nn.Module": ...
-
-    def forward(self, *arguments: Any, **settings: Any) -> Any:
-        """Call the model in the recipe's precision."""
-        ...
-
-    def autocast(self) -> "AbstractContextManager[Any]":
-        """Return the context in which the model computes in the recipe's precision."""
-        ...
-
-    @property
-    def cuts_weights(self) -> bool:
-        """Whether a weight is whole only while its layer runs."""
-        ...
-
-    def whole(self, weights: "Sequence[Tensor]") -> "AbstractContextManager[Any]":
-        """Return the context in which weights are whole; every rank must enter it."""
-        ...
-
-    def backward(
-        self,
-        loss: "Tensor",
-        last: bool,
-        skip: "Tensor | None" = None,
-        closing: "Callable[[], Tensor] | None" = None,
-    ) -> None:
-        """Add the gradient of ``loss`` to the step's, summed over ranks; ``last`` closes it.
-
-        Where ``skip``, a scalar bool on the device, is true, the gradient is made NaN, so that
-        :meth:`step` clears it and updates nothing. The host does not wait to learn it.
-        ``closing``, asked behind the last pass, gives a loss made of what the gradients of all
-        passes left in tensors that are no parameters; its own gradient is added too.
-        """
-        ...
-
-    def zero(self) -> "Tensor | None":
-        """Return a loss for a pass without images, whose gradient is zero; None needs a forward."""
-        ...
-
-    def step(self, learning_rates: Mapping[str, float]) -> bool:
-        """Update each group at its rate; returns whether it did, for the norm was finite."""
-        ...
-
-    def gradient_norm(self) -> float:
-        """Return the norm of the last step's gradient before clipping, which may wait for it."""
-        ...
-
-    def model_tensors(self) -> "dict[str, Tensor]":
-        """Whole weights by name; every rank calls, rank 0 gets them."""
-        ...
-
-    def optimizer_tensors(self) -> "dict[str, Tensor]":
-        """Whole optimizer state by name; every rank calls, rank 0 gets it."""
-        ...
-
-    def load(self, weights: "Mapping[str, Tensor]", optimizer: "Mapping[str, Tensor]") -> None:
-        """Restore both, whatever the number of ranks that wrote them."""
-        ...
-
-
 class Task(Protocol):
     """What a :class:`radio_distill.train.trainer.Trainer` trains."""
 
     @property
-    def engine(self) -> Engine: ...
+    def engine(self) -> "Engine": ...
 
     @property
     def source(self) -> "Source": ...

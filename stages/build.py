@@ -47,7 +47,7 @@ from radio_distill.system.files import make_private
 from radio_distill.system.memory import explain_oom
 from radio_distill.train import checkpoint as checkpoints
 from radio_distill.train.checkpoint import Checkpoint, Origin
-from radio_distill.train.engine import build_engine, zero_hint
+from radio_distill.train.deepspeed_engine import build_engine, zero_hint
 from radio_distill.train.optim import build_optimizer
 from radio_distill.train.restore import check_tensors, load_weights
 from radio_distill.train.run_dir import RunLock

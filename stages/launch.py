@@ -48,7 +48,7 @@ from radio_distill.system.files import (
     replacing,
 )
 from radio_distill.train.checkpoint import META, Checkpoint
-from radio_distill.train.engine import engine_name
+from radio_distill.train.deepspeed_engine import engine_name
 from radio_distill.train.run_dir import RunLock, refuse_living
 from radio_distill.train.stage_folders import write_stages
 from radio_distill.train.trackers import check_trackers

@@ -26,13 +26,13 @@ from ..data.device import on_device
 from ..models.ema import Ema
 from ..models.heads import Predictions
 from ..models.spectral import begin_step, closing_loss, share_matrices
-from ..protocols import BatchSource, Engine
+from ..protocols import BatchSource
 from ..stage import Stage
 from ..system.distributed import World, all_reduce_sum, run_on_main
 from ..system.memory import explain_oom, lower
 from ..system.transfer import to_device
 from ..train import checkpoint as checkpoints
-from ..train.engine import on_host
+from ..train.engine import Engine, on_host
 from ..train.health import Agree, Agreement, NonFiniteGuard
 from ..train.meters import Meter
 from ..train.optim import learning_rates

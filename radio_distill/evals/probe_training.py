@@ -32,7 +32,6 @@ from ..data.images import to_float
 from ..data.loader import made_by_workers
 from ..data.order import SampleOrder, view_generator
 from ..errors import ConfigError, DataError, NoLayersError
-from ..protocols import Engine
 from ..stage import Stage
 from ..system.distributed import (
     World,
@@ -45,7 +44,8 @@ from ..system.distributed import (
 )
 from ..system.precision import autocast
 from ..train import checkpoint as checkpoints
-from ..train.engine import build_engine
+from ..train.deepspeed_engine import build_engine
+from ..train.engine import Engine
 from ..train.health import Agree, Agreement, NonFiniteGuard
 from ..train.optim import build_optimizer
 from ..train.trackers import WriteImage

@@ -1,11 +1,13 @@
-"""Forward, backward and update of what is trained, on one process or on many.
+"""Forward, backward and update of what is trained: what an engine is, and that of one process.
 
-Both engines keep float32 weights and compute in the recipe's precision through autocast, and both
-*sum* gradients over processes, so that a task weighs images and never asks who runs them. Teachers
-stay outside: they are not trained, and a checkpoint must not carry them.
+Engines keep float32 weights and compute in the recipe's precision through autocast, and they *sum*
+gradients over processes, so that a task weighs images and never asks who runs them. Teachers stay
+outside: they are not trained, and a checkpoint must not carry them. The engine of several processes
+is :mod:`.deepspeed_engine`'s.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -14,99 +16,44 @@ import torch
 from torch import Tensor, nn
 
 from ..config import EngineConfig
-from ..errors import ConfigError
 from ..models.gradients import touch
 from ..system.compiled import compile_blocks
-from ..system.distributed import World, all_gather_object
 from ..system.precision import autocast
-from .buckets import GradientBuckets
 from .optim import load_optimizer_tensors, optimizer_tensors, set_learning_rates
 
 Closing = Callable[[], Tensor]
-"""Gives a loss behind the last pass of a step; see :meth:`..protocols.Engine.backward`."""
+"""Gives a loss behind the last pass of a step; see :meth:`Engine.backward`."""
 
 
-def build_engine(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    config: EngineConfig,
-    gradient_clip: float,
-    world: World,
-    device: torch.device,
-) -> "SingleProcessEngine | DeepSpeedEngine":
-    """Make the engine that the recipe asks for; :func:`engine_name` has checked that it can be.
+class Engine(ABC):
+    """Runs forward, backward and update of what is trained.
 
     Args:
         model: everything that is trained, on ``device``.
         optimizer: of the model's parameters, in groups with names.
         config: the recipe's engine section.
         gradient_clip: largest norm of the gradient; 0 for no limit.
-        world: this process's place.
         device: where it runs.
     """
-    name = config.name
-    if name == "single" or (name == "auto" and world.world_size == 1):
-        return SingleProcessEngine(model, optimizer, config, gradient_clip, device)
-    return DeepSpeedEngine(model, optimizer, config, gradient_clip, world, device)
-
-
-def engine_name(
-    config: EngineConfig, world_size: int, optimizer: str, with_ema: bool = False
-) -> str:
-    """Return which engine a run has, ``single`` or ``deepspeed``.
-
-    Args:
-        config: the recipe's engine section.
-        world_size: processes of the run.
-        optimizer: its name.
-        with_ema: whether the run keeps an EMA of its weights.
-
-    Raises:
-        ConfigError: where that engine cannot do what the recipe asks.
-    """
-    name = config.name
-    if name == "auto":
-        name = "deepspeed" if world_size > 1 else "single"
-    if name == "single":
-        if world_size > 1:
-            raise ConfigError(
-                f"engine.name: single runs one process, but {world_size} were started; "
-                "set it to auto"
-            )
-        return name
-    if optimizer == "lamb" and config.zero_stage in (1, 2, 3):
-        raise ConfigError(
-            "engine.zero_stage: lamb needs the norm of whole parameters, which ZeRO flattens and "
-            "cuts up; set engine.zero_stage to 0, or the stage's optimizer to adamw"
-        )
-    if config.compile is True and config.zero_stage == 3:
-        raise ConfigError(
-            "engine.compile: ZeRO 3 brings weights to each layer by hooks, at which a graph ends; "
-            "set it to false, or engine.zero_stage to 2"
-        )
-    if with_ema and config.zero_stage == 3:
-        raise ConfigError(
-            "engine.zero_stage: 3 cuts up the weights that ema_decay averages; "
-            "set engine.zero_stage to 2, or ema_decay to 0"
-        )
-    return name
-
-
-def zero_hint(config: EngineConfig) -> str:
-    """Say what makes the weights, gradients and moments of a model take less memory."""
-    return f"raise engine.zero_stage (now: {config.zero_stage}), or take a smaller student"
-
-
-class _Forward:
-    """What both engines share: precision and the call of the model."""
 
     cuts_weights = False
     """Whether a weight is whole only while its layer runs."""
 
-    device: torch.device
-    model: nn.Module
-    _callable: Any
-    _precision: str
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        config: EngineConfig,
+        gradient_clip: float,
+        device: torch.device,
+    ):
+        self.device, self.model = device, model
+        self._optimizer: Any = optimizer
+        self._precision, self._clip = config.precision, gradient_clip
+        self._callable: Any = model
+        self._norm: float | Tensor = math.nan
+        if config.compile is True:
+            compile_blocks(model)
 
     def forward(self, *arguments: Any, **settings: Any) -> Any:
         """Call the model in the recipe's precision."""
@@ -117,37 +64,57 @@ class _Forward:
         """Return the context in which the model computes in the recipe's precision."""
         return autocast(self._precision, self.device)
 
-    def zero(self) -> Tensor | None:
-        """Return a loss for a pass without images, which gives each weight zeros."""
-        return touch(*self.model.parameters())
-
     def whole(self, weights: Sequence[Tensor]) -> AbstractContextManager[Any]:
         """Return the context in which weights are whole; every rank must enter it."""
-        if not self.cuts_weights:
-            return nullcontext()
-        import deepspeed
+        return nullcontext()
 
-        gathered: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(weights)
-        return gathered
-
-
-class SingleProcessEngine(_Forward):
-    """Plain PyTorch on one device."""
-
-    def __init__(
+    @abstractmethod
+    def backward(
         self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        config: EngineConfig,
-        gradient_clip: float,
-        device: torch.device,
-    ):
-        self.device, self.model, self._optimizer = device, model, optimizer
-        self._norm = math.nan
-        self._callable: Any = model
-        if config.compile is True:
-            compile_blocks(model)
-        self._precision, self._clip = config.precision, gradient_clip
+        loss: Tensor,
+        last: bool,
+        skip: Tensor | None = None,
+        closing: Closing | None = None,
+    ) -> None:
+        """Add the gradient of ``loss`` to the step's, summed over ranks; ``last`` closes it.
+
+        Where ``skip``, a scalar bool on the device, is true, the gradient is made NaN, so that
+        :meth:`step` clears it and updates nothing. The host does not wait to learn it.
+        ``closing``, asked behind the last pass, gives a loss made of what the gradients of all
+        passes left in tensors that are no parameters; its own gradient is added too.
+        """
+
+    def zero(self) -> Tensor | None:
+        """Return a loss for a pass without images, which gives each weight zeros; None where only
+        a forward pass does."""
+        return touch(*self.model.parameters())
+
+    @abstractmethod
+    def step(self, learning_rates: Mapping[str, float]) -> bool:
+        """Clip, update each group at its rate, clear; returns whether the norm was finite, so that
+        it did update."""
+
+    def gradient_norm(self) -> float:
+        """Return the norm of the last step's gradient before clipping, which may wait for it; NaN
+        where none was taken."""
+        return float(self._norm)
+
+    @abstractmethod
+    def model_tensors(self) -> dict[str, Tensor]:
+        """Whole float32 weights and buffers by name, on the host; every rank calls, rank 0 gets
+        them."""
+
+    @abstractmethod
+    def optimizer_tensors(self) -> dict[str, Tensor]:
+        """Whole optimizer state by name, on the host; every rank calls, rank 0 gets it."""
+
+    @abstractmethod
+    def load(self, weights: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]) -> None:
+        """Restore both, whatever the number of ranks and the ZeRO stage that wrote them."""
+
+
+class SingleProcessEngine(Engine):
+    """Plain PyTorch on one device."""
 
     def backward(
         self,
@@ -156,222 +123,28 @@ class SingleProcessEngine(_Forward):
         skip: Tensor | None = None,
         closing: Closing | None = None,
     ) -> None:
-        """Add the gradient of ``loss`` to the step's; ``last`` closes it, ``skip`` spoils it."""
-        _spoiled(loss, skip).backward()
+        spoiled(loss, skip).backward()
         if last and closing is not None:
             closing().backward()
 
     def step(self, learning_rates: Mapping[str, float]) -> bool:
-        """Clip, update at these rates, clear; returns whether the norm was finite, so updated."""
         set_learning_rates(self._optimizer, learning_rates)
-        self._norm = float(_clip_gradient(self.model, self._clip))  # the host waits here alone
+        self._norm = float(clip_gradient(self.model, self._clip))  # the host waits here alone
         is_taken = math.isfinite(self._norm)
         if is_taken:
             self._optimizer.step()
         self._optimizer.zero_grad()
         return is_taken
 
-    def gradient_norm(self) -> float:
-        """Return the norm of the last step's gradient before clipping."""
-        return self._norm
-
     def model_tensors(self) -> dict[str, Tensor]:
-        """Whole float32 weights and buffers, by name."""
         return on_host(self.model.state_dict())
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
-        """Whole optimizer state, by name."""
         return on_host(optimizer_tensors(self._optimizer, self.model))
 
     def load(self, weights: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]) -> None:
-        """Restore weights and optimizer state."""
         self.model.load_state_dict(weights)
         load_optimizer_tensors(self._optimizer, self.model, optimizer)
-
-
-class DeepSpeedEngine(_Forward):
-    """DeepSpeed with ZeRO 0 to 3, over nccl or gloo."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        config: EngineConfig,
-        gradient_clip: float,
-        world: World,
-        device: torch.device,
-    ):
-        import deepspeed
-
-        # Without this, a CPU run compiles a shared-memory op at start that it never uses.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        self.rank, self.world_size = world.rank, world.world_size
-        self.device, self.model = device, model
-        self._norm: float | Tensor = math.nan
-        self._precision, self._clip = config.precision, gradient_clip
-        self._zero_stage = config.zero_stage
-        self.cuts_weights = config.zero_stage == 3
-        # DeepSpeed broadcasts parameters as bytes, which a tensor without dimensions cannot be
-        # seen as; ZeRO leaves them the dimension that they have while it starts.
-        scalars = [(name, it) for name, it in model.named_parameters() if it.ndim == 0]
-        self._scalars = {name for name, _ in scalars}
-        for _, parameter in scalars:
-            parameter.data = parameter.data.view(1)
-        if config.compile is True:
-            compile_blocks(model)
-        self._engine, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=optimizer,
-            config=_deepspeed_config(config, gradient_clip, world.world_size),
-            dist_init_required=False,
-        )
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self._buckets: GradientBuckets | None = None
-        if self._zero_stage == 0:
-            for _, parameter in scalars:
-                parameter.data = parameter.data.view(())
-            # DeepSpeed's own sum begins behind the backward pass, of a copy of all gradients.
-            self._buckets = GradientBuckets(trained)
-            self._engine.set_gradient_accumulation_boundary(False)
-        self._callable = self._engine
-        self._arrived: list[nn.Parameter] = []
-        """Parameters in the order in which a pass gives them gradients; of ZeRO 1 and 2."""
-        self._is_same_order = self._zero_stage not in (1, 2) or world.world_size == 1
-        self._recording = [
-            parameter.register_post_accumulate_grad_hook(self._arrived.append)
-            for parameter in (trained if self._zero_stage in (1, 2) else ())
-        ]
-
-    def backward(
-        self,
-        loss: Tensor,
-        last: bool,
-        skip: Tensor | None = None,
-        closing: Closing | None = None,
-    ) -> None:
-        """Add the gradient of ``loss`` to the step's; ``last`` closes it, ``skip`` spoils it."""
-        if self._buckets is not None:
-            self._backward_in_buckets(self._buckets, _spoiled(loss, skip), last, closing)
-            return
-        self._engine.set_gradient_accumulation_boundary(last and closing is None)
-        # DeepSpeed averages over ranks; times the world size is the sum. A step is skipped by a
-        # gradient that is not finite: ZeRO 1 to 3 hold parts of it in buffers of their own, which
-        # they clear where they find an overflow themselves, and in no public way else.
-        self._engine.backward(_spoiled(loss, skip) * float(self.world_size), scale_wrt_gas=False)
-        while self._recording:
-            self._recording.pop().remove()
-        if last and closing is not None:
-            self._engine.set_gradient_accumulation_boundary(True)
-            # The factor is in what it is made of. ZeRO reduces what has a gradient in the last
-            # pass, so everything gets one.
-            reached = touch(*self.model.parameters())
-            self._engine.backward(closing() + reached, scale_wrt_gas=False)
-
-    def _backward_in_buckets(
-        self, buckets: GradientBuckets, loss: Tensor, last: bool, closing: Closing | None
-    ) -> None:
-        if last and closing is None:
-            buckets.open()
-        self._engine.backward(loss, scale_wrt_gas=False)
-        if last and closing is not None:
-            buckets.open()
-            self._engine.backward(closing(), scale_wrt_gas=False)
-        if last:
-            buckets.close()
-
-    def zero(self) -> Tensor | None:
-        """Return a loss for a pass without images, which gives each weight zeros.
-
-        ZeRO 1 and 2 reduce gradients in the order of their arrival, which must be that of the other
-        ranks: it is taken from the first pass, whatever that was, since all passes run all modules
-        alike. Autograd adds up a gradient as soon as it is there, so a chain keeps any order.
-        ZeRO 3 gathers weights as each module's forward and backward begin, some of them ahead: no
-        rank can take part without running the modules, so there is no such loss.
-        """
-        if self._zero_stage == 0:
-            return super().zero()
-        if self._zero_stage == 3 or not self._arrived:
-            return None
-        loss = touch(self._arrived[-1])
-        for parameter in reversed(self._arrived[:-1]):
-            loss = touch(loss, parameter)
-        return loss
-
-    def step(self, learning_rates: Mapping[str, float]) -> bool:
-        """Clip, update at these rates, clear; returns whether the norm was finite, so updated."""
-        set_learning_rates(self._engine.optimizer, learning_rates)
-        if self._zero_stage == 0:  # DeepSpeed tells no norm there, so it is left to us to clip
-            self._norm = float(_clip_gradient(self.model, self._clip))
-            is_taken = math.isfinite(self._norm)
-            if is_taken:
-                self._engine.set_gradient_accumulation_boundary(True)
-                self._engine.step()
-                self._engine.set_gradient_accumulation_boundary(False)
-            else:
-                self._engine.zero_grad()
-            return is_taken
-        if not self._is_same_order:
-            self._check_order()
-        self._engine.step()  # which waits once, for whether the norm is finite
-        is_taken = bool(self._engine.was_step_applied())
-        # A step that was not taken leaves the norm of another one behind in some versions.
-        self._norm = self._engine.get_global_grad_norm() if is_taken else math.nan
-        return is_taken
-
-    def _check_order(self) -> None:
-        """Check once that gradients come in one order everywhere: else wrong ones are added up."""
-        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
-        first, *others = all_gather_object([[names[id(it)] for it in self._arrived]])
-        if any(other != first for other in others):
-            raise ConfigError(
-                f"engine.zero_stage: {self._zero_stage} adds up gradients as they come, and here "
-                "they come in another order on another process; set it to 0"
-            )
-        self._is_same_order = True
-
-    def gradient_norm(self) -> float:
-        """Return the norm of the last step's gradient before clipping; NaN where none was taken."""
-        return float(self._norm)
-
-    def model_tensors(self) -> dict[str, Tensor]:
-        """Whole float32 weights and buffers, by name; every rank must call, rank 0 gets them."""
-        from .deepspeed_state import whole_parameters
-
-        if self._zero_stage == 0:
-            return on_host(self.model.state_dict()) if self.rank == 0 else {}
-        kept = self.model.state_dict().keys()
-        buffers = {name: value for name, value in self.model.named_buffers() if name in kept}
-        whole = self._without_dimension(whole_parameters(self._engine, self.rank == 0))
-        return {**whole, **on_host(buffers)}
-
-    def optimizer_tensors(self) -> dict[str, Tensor]:
-        """Whole optimizer state, by name; every rank must call, rank 0 gets it."""
-        from .deepspeed_state import whole_optimizer_state
-
-        if self._zero_stage == 0:
-            whole = optimizer_tensors(self._engine.optimizer, self.model)
-            return on_host(whole) if self.rank == 0 else {}
-        return self._without_dimension(whole_optimizer_state(self._engine, self.rank == 0))
-
-    def _without_dimension(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the tensors of scalar parameters as scalars again."""
-        return {
-            name: value.view(()) if name.rpartition("/")[2] in self._scalars else value
-            for name, value in tensors.items()
-        }
-
-    def load(self, weights: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]) -> None:
-        """Restore weights and optimizer state, on any world size and ZeRO stage."""
-        from .deepspeed_state import load_whole_state
-
-        if self._zero_stage == 0:
-            self.model.load_state_dict(weights)
-            load_optimizer_tensors(self._engine.optimizer, self.model, optimizer)
-        else:
-            load_whole_state(self._engine, weights, optimizer)
-            for name, buffer in self.model.named_buffers():
-                if name in weights:
-                    buffer.copy_(weights[name])
 
 
 def on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -379,36 +152,11 @@ def on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.detach().to("cpu", copy=True) for name, value in tensors.items()}
 
 
-def _spoiled(loss: Tensor, skip: Tensor | None) -> Tensor:
+def spoiled(loss: Tensor, skip: Tensor | None) -> Tensor:
     """Return ``loss``, NaN where ``skip`` (scalar bool, on the device) says so; nobody waits."""
     return loss if skip is None else loss * torch.where(skip, math.nan, 1.0)
 
 
-def _clip_gradient(model: nn.Module, limit: float) -> Tensor:
+def clip_gradient(model: nn.Module, limit: float) -> Tensor:
     """Scale the gradient down to norm ``limit`` (0: leave it); returns the norm before."""
     return nn.utils.clip_grad_norm_(model.parameters(), limit or float("inf"))
-
-
-def _deepspeed_config(
-    config: EngineConfig, gradient_clip: float, world_size: int
-) -> dict[str, Any]:
-    return {
-        "train_micro_batch_size_per_gpu": 1,  # a task weighs images itself
-        "gradient_accumulation_steps": 1,  # and says which pass is the step's last
-        "gradient_clipping": gradient_clip if config.zero_stage else 0.0,
-        "zero_optimization": {
-            "stage": config.zero_stage,
-            # The default of 5e8 elements is a 2 GB buffer, whatever the student's size.
-            "reduce_bucket_size": 50_000_000,
-            "allgather_bucket_size": 50_000_000,
-            # Sums leave while the backward pass runs. The host waits for the device behind each
-            # pass that is summed (the last under ZeRO 1, all under 2), which is far less.
-            "overlap_comm": config.zero_stage in (1, 2) and world_size > 1,
-        },
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": 10**12,
-        "wall_clock_breakdown": False,
-        # It would wait for the device before every forward pass.
-        "timers": {"throughput": {"enabled": False}},
-    }

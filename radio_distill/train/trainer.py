@@ -42,7 +42,7 @@ from ..system.progress import Progress
 from ..types import Score
 from .checkpoint import Best, Checkpoint, Origin, folder_of
 from .checkpointer import AsyncCheckpointer, clear_unfinished, save
-from .engine import zero_hint
+from .deepspeed_engine import zero_hint
 from .health import (
     Agreement,
     LossMonitor,

@@ -28,7 +28,7 @@ from radio_distill.config import FitConfig, plain
 from radio_distill.data.device import on_device
 from radio_distill.data.loader import StepSlice
 from radio_distill.errors import ConfigError
-from radio_distill.protocols import BatchSource, Engine, Teacher
+from radio_distill.protocols import BatchSource, Teacher
 from radio_distill.registry import nearest
 from radio_distill.stage import FIT, Stage
 from radio_distill.system.distributed import World, all_reduce_sum
@@ -36,7 +36,8 @@ from radio_distill.system.memory import explain_oom, lower
 from radio_distill.system.transfer import to_device
 from radio_distill.train import checkpoint as checkpoints
 from radio_distill.train.checkpoint import Checkpoint
-from radio_distill.train.engine import build_engine
+from radio_distill.train.deepspeed_engine import build_engine
+from radio_distill.train.engine import Engine
 from radio_distill.train.health import Agree, Agreement, NonFiniteGuard
 from radio_distill.train.optim import build_optimizer, cosine
 from radio_distill.train.trackers import WriteImage

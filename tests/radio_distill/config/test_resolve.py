@@ -21,7 +21,7 @@ from radio_distill.config import (
 from radio_distill.config.resolve import CHOSEN_ANEW, KEPT
 from radio_distill.hints import hints
 from radio_distill.stage import resolve_stage
-from radio_distill.train.engine import engine_name
+from radio_distill.train.deepspeed_engine import engine_name
 from radio_distill.train.optim import learning_rates
 from radio_distill.types import TeacherSpec
 
