@@ -15,7 +15,7 @@ from radio_distill.distill.targets import TargetMaker
 from radio_distill.distill.task import Distillation
 from radio_distill.errors import ConfigError
 from radio_distill.models.ema import Ema
-from radio_distill.models.heads import build_student, parameter_groups
+from radio_distill.models.heads import build_student
 from radio_distill.normalize.normalizers import build_normalizers
 from radio_distill.normalize.statistics import Moments
 from radio_distill.protocols import Upsampler
@@ -25,7 +25,7 @@ from radio_distill.system import precision
 from radio_distill.system.compiled import compile_blocks
 from radio_distill.system.distributed import World, join
 from radio_distill.train.engine import build_engine
-from radio_distill.train.optim import build_optimizer
+from radio_distill.train.optim import build_optimizer, parameter_groups
 from radio_distill.types import ImageBatch, View
 from teachers import build_module, teacher_specs
 from teachers.base import FrozenTeacher

@@ -18,8 +18,7 @@ from .errors import WeightsError
 from .export.folded import FoldedStudent, folded
 from .models.backbone import StudentEncoder, as_encoder
 from .models.body import Body
-from .models.build import build_body
-from .models.heads import build_student, head_for
+from .models.heads import build_body, build_student, head_for
 from .models.spectral import fold
 from .system.files import refuse_unreadable
 from .train import checkpoint as checkpoints

@@ -24,12 +24,7 @@ from radio_distill.evals.run import check_data, evaluate
 from radio_distill.models.backbone import as_encoder
 from radio_distill.models.body import Body
 from radio_distill.models.ema import Ema
-from radio_distill.models.heads import (
-    DistilledStudent,
-    build_student,
-    exchange_last,
-    parameter_groups,
-)
+from radio_distill.models.heads import DistilledStudent, build_student
 from radio_distill.normalize.fit import fit_normalizers, is_fitted
 from radio_distill.normalize.normalizers import (
     Identity,
@@ -48,7 +43,7 @@ from radio_distill.system.memory import explain_oom
 from radio_distill.train import checkpoint as checkpoints
 from radio_distill.train.checkpoint import Checkpoint, Origin
 from radio_distill.train.deepspeed_engine import build_engine, zero_hint
-from radio_distill.train.optim import build_optimizer
+from radio_distill.train.optim import build_optimizer, parameter_groups
 from radio_distill.train.restore import check_tensors, load_weights
 from radio_distill.train.run_dir import RunLock
 from radio_distill.train.trainer import Trainer
@@ -313,7 +308,7 @@ def refold_heads(
     for name, projector in heads.items():
         old, new = (found.get(name, Identity()) for found in (before, now))
         if not isinstance(new, LayerNorm):
-            exchange_last(projector, partial(_refolded, old, new))
+            projector.exchange_last(partial(_refolded, old, new))
 
 
 def _refolded(before: Normalizer, now: Normalizer, last: nn.Linear) -> nn.Linear:

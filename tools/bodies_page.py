@@ -23,8 +23,7 @@ from radio_distill.errors import ConfigError, RadioDistillError
 from radio_distill.export import format_named
 from radio_distill.export.folded import FoldedStudent
 from radio_distill.export.write import export
-from radio_distill.models.build import build_body
-from radio_distill.models.heads import build_student
+from radio_distill.models.heads import build_body, build_student
 from radio_distill.models.timm_student import TimmStudent
 from radio_distill.train.checkpoint import Checkpoint
 from radio_distill.types import TeacherSpec

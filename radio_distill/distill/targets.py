@@ -114,63 +114,56 @@ class TargetMaker:
                 targets[view.teacher] = cache[view]
                 continue
             with _explain_oom(views, view):
-                pixels = self._pixels(views, view)
-                targets[view.teacher] = self._normalised(pixels, view)
+                targets[view.teacher] = self._target(views, view)
             if cache is not None:
                 cache[view] = targets[view.teacher]
         return targets
-
-    def _pixels(self, views: Views, view: TeacherView) -> Tensor:
-        return self.teachers[view.teacher].spec.seen(views.of_teacher(view.teacher, view.rendered))
-
-    def _normalised(self, pixels: Tensor, view: TeacherView) -> Features:
-        """Return what a teacher says of ``[B, 3, *view.rendered]``, normalised."""
-        if not view.is_upsampled:
-            return scaled(self._own(pixels, view), view.teacher, self.normalizers)
-        assert self._upsampler is not None, f"no upsampler for teacher {view.teacher}"
-        teacher, normalizer = self.teachers[view.teacher], self.normalizers[view.teacher]
-        features = upsampled(self._upsampler, teacher, pixels, view.grid, normalizer)
-        of_summaries = self.normalizers.get(of_summary(view.teacher))
-        return Features(scaled_summary(features.summary, of_summaries), features.spatial)
 
     def encoded(self, views: Views, teacher_views: Iterable[TeacherView]) -> dict[str, Features]:
         """Return what teachers say of some images in their own spaces; see :meth:`__call__`."""
         features = {}
         for view in teacher_views:
             with _explain_oom(views, view):
-                pixels, teacher = self._pixels(views, view), view.teacher
-                if view.is_upsampled:
-                    assert self._upsampler is not None, f"no upsampler for teacher {teacher}"
-                    features[teacher] = self._upsampler(self.teachers[teacher], pixels, view.grid)
-                else:
-                    features[teacher] = self._own(pixels, view)
+                features[view.teacher] = self._encoded(views, view)
         return features
 
     def normalised(self, encoded: Mapping[str, Features]) -> dict[str, Features]:
         """Return the targets of what :meth:`encoded` gave."""
         return {name: scaled(item, name, self.normalizers) for name, item in encoded.items()}
 
-    def _own(self, pixels: Tensor, view: TeacherView) -> Features:
-        """Return what a teacher says at its own grid, in its own space, and let it be observed."""
-        features = self._corrected(self.teachers[view.teacher], pixels, view)
-        if (normalizer := self._moving.get(view.teacher)) is not None:
-            normalizer.observe(features.spatial)
-        summaries = self._moving.get(of_summary(view.teacher))
-        if summaries is not None and features.summary is not None:
-            summaries.observe(features.summary[:, :, None, None])
-        return features
+    def _target(self, views: Views, view: TeacherView) -> Features:
+        name = view.teacher
+        if not view.is_upsampled:
+            return scaled(self._encoded(views, view), name, self.normalizers)
+        assert self._upsampler is not None, f"no upsampler for teacher {name}"
+        teacher, pixels = self.teachers[name], self._pixels(views, view)
+        features = upsampled(self._upsampler, teacher, pixels, view.grid, self.normalizers[name])
+        of_summaries = self.normalizers.get(of_summary(name))
+        return Features(scaled_summary(features.summary, of_summaries), features.spatial)
 
-    def _corrected(self, teacher: Teacher, pixels: Tensor, view: TeacherView) -> Features:
-        """Return what a teacher says at its own grid, in its own space.
+    def _pixels(self, views: Views, view: TeacherView) -> Tensor:
+        return self.teachers[view.teacher].spec.seen(views.of_teacher(view.teacher, view.rendered))
 
-        What a fitted upsampler takes out of its own maps is taken out of the teacher's own grid
-        too, so that all partitions teach the same. A mosaic keeps it: where on the canvas an image
-        lies has nothing to do with the fit.
+    def _encoded(self, views: Views, view: TeacherView) -> Features:
+        """Return what a teacher says of some images, in its own space.
+
+        At its own grid it is observed by statistics that move. What a fitted upsampler takes out of
+        its own maps is taken out there too, so that all partitions teach the same; but not of a
+        mosaic, since where on the canvas an image lies has nothing to do with the fit.
         """
-        features = encode(teacher, pixels, view)
-        if view.mosaic is not None or not isinstance(self._upsampler, Corrector):
-            return features
-        return Features(features.summary, self._upsampler.correct(view.teacher, features.spatial))
+        teacher, pixels = self.teachers[view.teacher], self._pixels(views, view)
+        if view.is_upsampled:
+            assert self._upsampler is not None, f"no upsampler for teacher {view.teacher}"
+            return self._upsampler(teacher, pixels, view.grid)
+        summary, spatial = encode(teacher, pixels, view)
+        if view.mosaic is None and isinstance(self._upsampler, Corrector):
+            spatial = self._upsampler.correct(view.teacher, spatial)
+        if (normalizer := self._moving.get(view.teacher)) is not None:
+            normalizer.observe(spatial)
+        summaries = self._moving.get(of_summary(view.teacher))
+        if summaries is not None and summary is not None:
+            summaries.observe(summary[:, :, None, None])
+        return Features(summary, spatial)
 
 
 def _explain_oom(views: Views, view: TeacherView) -> AbstractContextManager[None]:

@@ -52,7 +52,7 @@ from .micro_batches import MicroBatch, MicroBatchSchedule, Pass
 from .randomness import StepRandomness
 from .relations import RELATION, Relation, Summaries, teachers_related
 from .targets import TargetCache, TargetMaker
-from .views import EMA, Views, warp_to_student
+from .views import EMA, STUDENT, Views, warp_to_student
 
 MESA = "mesa"
 """Name of the term that compares with the EMA of the student; no teacher can be called that."""
@@ -323,14 +323,15 @@ class Distillation:
                 related = relation.of(features.summary, first)  # [B]
                 total = total + self.stage.teachers[name].summary_weight * related
                 terms[f"{name}/{RELATION}"] = relation.value
-        if config.mesa:
-            distance = self._mesa(views, predictions)
-            total, terms[MESA] = total + config.mesa * distance, distance.detach().mean()
-        if self.stage.anchor:
-            assert self.anchor is not None, "it teaches on every rank"
-            start = self._frozen(self.anchor, views, views.of_student(), "the stage's anchor")
-            distance = mesa(predictions.spatial, start)
-            total, terms[ANCHOR] = total + self.stage.anchor * distance, distance.detach().mean()
+        others = (
+            (MESA, config.mesa, self.ema, EMA),
+            (ANCHOR, self.stage.anchor, self.anchor, STUDENT),
+        )
+        for name, weight, other, encoder in others:
+            if weight:
+                assert other is not None, "it teaches on every rank"
+                distance = self._apart(predictions, other, views, encoder, name)
+                total, terms[name] = total + weight * distance, distance.detach().mean()
         return LossReport(total, terms)
 
     def _survivors(self, step: int, look: "_Look") -> Survivors | None:
@@ -349,23 +350,22 @@ class Distillation:
         self._weights_apart = distance.detach()
         return self.stage.weight_anchor / self.world.world_size * distance
 
-    def _mesa(self, views: Views, predictions: Predictions) -> Tensor:
-        """Return the distance of each image's features to those of the EMA, ``[B]``."""
-        assert self.ema is not None, "it teaches on every rank"
-        average = self._frozen(self.ema, views, views.of_student(EMA), "loss.mesa")
-        shift, cells = views.shift(EMA), None
-        if shift is not None:
-            average, cells = warp_to_student(average, shift)
-        return mesa(predictions.spatial, average, cells)
+    def _apart(
+        self, predictions: Predictions, other: Ema, views: Views, encoder: str, term: str
+    ) -> Tensor:
+        """Return the distance of each image's features to those of a student that does not learn.
 
-    def _frozen(self, model: Ema, views: Views, pixels: Tensor, field: str) -> Tensor:
-        """Return the features ``[B, D, h, w]`` of a student that does not learn."""
+        ``[B]``; ``encoder`` names whose pixels that one sees.
+        """
         size = f"{views.size[0]}x{views.size[1]} px"
-        hint = f"lower engine.micro_batch, or set {field} to 0"
-        explained = explain_oom(f"the other student of {field}", size, hint)
+        hint = f"lower engine.micro_batch, or set {term} to 0"
+        explained = explain_oom(f"the other student of {term}", size, hint)
         with explained, torch.no_grad(), self.engine.autocast():
-            features: Tensor = model.model.get_submodule("student")(pixels)[1]
-        return features
+            features: Tensor = other.model.get_submodule("student")(views.of_student(encoder))[1]
+        shift, cells = views.shift(encoder), None
+        if shift is not None and encoder != STUDENT:
+            features, cells = warp_to_student(features, shift)
+        return mesa(predictions.spatial, features, cells)
 
     def _predict(self, step: int, look: "_Look") -> Predictions:
         micro, one = look.micro, look.one

@@ -8,7 +8,7 @@ the order of the modules. So a head that is not asked, or a body that is frozen 
 all the same and receives zeros; ``requires_grad`` stays as it is.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -16,18 +16,16 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..config import HeadConfig, StudentConfig, build_options
+from ..config import StudentConfig
 from ..errors import ConfigError, UnknownNameError
 from ..protocols import Normalizer
-from ..registry import check_takes, nearest
+from ..registry import nearest
 from ..types import Features, TeacherSpec
-from . import HEADS
 from .body import Body
-from .build import build_body
 from .gradients import join_gradients, zero_gradient
-from .projectors import HeadShape, Projector
-from .spectral import ReparametrizedLinear
-from .student import Initialise
+from .projectors import HeadShape, Projector, build_projector
+from .student import Initialise, Student
+from .timm_student import TimmStudent
 
 SUMMARY, FEATURES = "summary", "features"
 SHARED = "shared"
@@ -142,7 +140,7 @@ class Head(nn.Module):
         Raises:
             ConfigError: where a normalizer has no inverse.
         """
-        kept = [] if exchange_last(self.spatial, features.fold) else [FEATURES]
+        kept = [] if self.spatial.exchange_last(features.fold) else [FEATURES]
         if self.is_shared and not kept:
             same = nn.Linear(self.channels, self.channels)
             nn.init.eye_(same.weight)
@@ -150,7 +148,7 @@ class Head(nn.Module):
             back = features.unfold(same)  # what was folded into the features, taken out again
             self.summary_map = back if summary is None else summary.fold(back)
         if self.summary is not None and summary is not None:
-            kept += [] if exchange_last(self.summary, summary.fold) else [SUMMARY]
+            kept += [] if self.summary.exchange_last(summary.fold) else [SUMMARY]
         return kept
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
@@ -179,31 +177,6 @@ class Head(nn.Module):
         levels = [level[:, None] for level in inner[::2]]
         predicted: Tensor = self.summary(token[:, None], (0, 0), levels)
         return predicted[:, 0]
-
-
-def build_projector(config: HeadConfig, shape: HeadShape, where: str) -> Projector:
-    """Make one head; raises ConfigError for an unknown or unfinished kind, or strange options."""
-    kind = HEADS.get(config.name)
-    check_takes(f"{where}: {config.name}", kind, ("shape",), ())
-    if missing := getattr(kind, "__abstractmethods__", None):
-        raise ConfigError(f"{where}: {config.name} lacks {', '.join(sorted(missing))}")
-    options = build_options(kind, config.options, f"{where}: {config.name}", given=("shape",))
-    try:
-        projector: Projector = kind(shape, **options)
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from error
-    return projector
-
-
-def exchange_last(projector: Projector, exchange: Callable[[nn.Linear], nn.Linear]) -> bool:
-    """Put what a function returns in the place of a head's last linear layer; False without one."""
-    layers = projector.last()
-    if layers is None:
-        return False
-    last = layers[-1]
-    assert isinstance(last, nn.Linear), "the last layer of a head is linear"
-    layers[-1] = exchange(last)
-    return True
 
 
 def at_slot(outputs: Sequence[Tensor], slot: int) -> list[Tensor]:
@@ -367,6 +340,18 @@ def inner_heads_for(student: Body, teacher: TeacherSpec, config: StudentConfig) 
     return heads
 
 
+def build_body(
+    config: StudentConfig,
+    num_summary_tokens: int,
+    weight_noise: float = 0.0,
+    initialise: Initialise | None = None,
+) -> Body:
+    """Build the body of a student; arguments and errors are those of :class:`.student.Student`."""
+    if config.body == "timm":
+        return TimmStudent(config, num_summary_tokens, initialise)
+    return Student(config, num_summary_tokens, weight_noise, initialise)
+
+
 def build_student(
     config: StudentConfig,
     teachers: Mapping[str, TeacherSpec],
@@ -392,38 +377,3 @@ def build_student(
     heads = {name: head_for(student, spec, config) for name, spec in teachers.items()}
     inner = {name: inner_heads_for(student, spec, config) for name, spec in teachers.items()}
     return DistilledStudent(student, heads, learned_weights, inner)
-
-
-def parameter_groups(model: DistilledStudent, weight_decay: float) -> list[dict[str, Any]]:
-    """Divide the parameters into ``body_decay``, ``body``, ``head_decay`` and ``head``.
-
-    Vectors (biases, norms, scales), tokens, the position table and learned weights of the loss do
-    not decay. Of a spectrally reparametrised matrix its scale decays and the matrix, whose size has
-    no effect, does not.
-    """
-    groups: dict[str, list[nn.Parameter]] = {
-        name: [] for name in ("body_decay", "body", "head_decay", "head")
-    }
-    spectral = [
-        module
-        for module in model.student.modules()
-        if isinstance(module, ReparametrizedLinear) and module.spectral
-    ]
-    scales = {module.spectral_scale for module in spectral}
-    matrices = [module.weight for module in spectral]
-    kept = {*model.student.undecayed, *matrices}
-    parts = (("body", model.student), ("head", model.adaptors), ("head", model.inner))
-    for part, module in parts:
-        for parameter in module.parameters():
-            decays = parameter in scales or (parameter.ndim > 1 and parameter not in kept)
-            groups[f"{part}_decay" if decays else part].append(parameter)
-    if model.uncertainty is not None:
-        groups["head"] += model.uncertainty.parameters()
-    return [
-        {
-            "name": name,
-            "params": parameters,
-            "weight_decay": weight_decay if name.endswith("_decay") else 0.0,
-        }
-        for name, parameters in groups.items()
-    ]

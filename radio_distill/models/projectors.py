@@ -10,7 +10,7 @@ folded into it; only :class:`IdentityHead` has none.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, Literal
@@ -19,9 +19,12 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from ..config import HeadConfig, build_options
 from ..config.fields import Count, Positive, Range, SmallCount, Weight
 from ..errors import ConfigError
+from ..registry import check_takes
 from ..types import Size
+from . import HEADS
 
 Hidden = Annotated[int, Range(0, 1 << 20)]
 """Channels inside; 0 for `student.head_hidden`."""
@@ -59,6 +62,16 @@ class Projector(nn.Module, ABC):
     def last(self) -> nn.Sequential | None:
         """Return the layers whose last one is the linear layer that predicts; None without any."""
         return self.final
+
+    def exchange_last(self, exchange: Callable[[nn.Linear], nn.Linear]) -> bool:
+        """Put what a function returns in the place of the last linear layer; False without one."""
+        layers = self.last()
+        if layers is None:
+            return False
+        last = layers[-1]
+        assert isinstance(last, nn.Linear), "the last layer of a head is linear"
+        layers[-1] = exchange(last)
+        return True
 
     @abstractmethod
     def forward(self, tokens: Tensor, grid: Size, inner: Sequence[Tensor] = ()) -> Tensor:
@@ -333,6 +346,20 @@ class ConvHead(Projector):
         hidden = self.layers(rearrange(tokens, "b (h w) d -> b d h w", h=grid[0]))
         result: Tensor = self.final(rearrange(hidden, "b d h w -> b (h w) d"))
         return result
+
+
+def build_projector(config: HeadConfig, shape: HeadShape, where: str) -> Projector:
+    """Make one head; raises ConfigError for an unknown or unfinished kind, or strange options."""
+    kind = HEADS.get(config.name)
+    check_takes(f"{where}: {config.name}", kind, ("shape",), ())
+    if missing := getattr(kind, "__abstractmethods__", None):
+        raise ConfigError(f"{where}: {config.name} lacks {', '.join(sorted(missing))}")
+    options = build_options(kind, config.options, f"{where}: {config.name}", given=("shape",))
+    try:
+        projector: Projector = kind(shape, **options)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
+    return projector
 
 
 def _layer(in_features: int, out_features: int, bias: bool = True) -> nn.Sequential:

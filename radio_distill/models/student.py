@@ -110,19 +110,9 @@ class Student(Body):
         window_size: int | None = None,
         every_block: bool = False,
     ) -> tuple[Tensor, ...]:
-        """Encode images into summary tokens ``[B, T, D]`` and spatial features ``[B, D, h, w]``.
+        """Encode images; in evaluation mode ``draws`` are not looked at.
 
-        Args:
-            pixels: ``[B, 3, H, W]`` RGB in [0, 1].
-            draws: ``[B, NUM_DRAWS]`` uniform numbers for the position augmentation; without them
-                positions are as in evaluation. In evaluation mode they are not looked at.
-            window_size: side of the attention windows in tokens, which must divide the grid;
-                0 for global attention, None for what the recipe says of the student.
-            every_block: return, behind these two, the same two behind each block, without the
-                final norm.
-
-        Raises:
-            ConfigError: where the size does not fit, naming sizes that do.
+        ``window_size`` must divide the grid; 0 is global attention.
         """
         draws = draws if self.training else None
         assert draws is None or draws.shape == (len(pixels), NUM_DRAWS), "one row of draws an image"

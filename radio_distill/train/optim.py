@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ..config import StageConfig
+from ..models.heads import DistilledStudent
+from ..models.spectral import ReparametrizedLinear
 
 
 def build_optimizer(
@@ -30,6 +32,41 @@ def build_optimizer(
 
     # The engine clips the gradient itself, the same way for every optimizer.
     return Lamb(groups, betas=betas, max_grad_norm=None)
+
+
+def parameter_groups(model: DistilledStudent, weight_decay: float) -> list[dict[str, Any]]:
+    """Divide the parameters into ``body_decay``, ``body``, ``head_decay`` and ``head``.
+
+    Vectors (biases, norms, scales), tokens, the position table and learned weights of the loss do
+    not decay. Of a spectrally reparametrised matrix its scale decays and the matrix, whose size has
+    no effect, does not.
+    """
+    groups: dict[str, list[nn.Parameter]] = {
+        name: [] for name in ("body_decay", "body", "head_decay", "head")
+    }
+    spectral = [
+        module
+        for module in model.student.modules()
+        if isinstance(module, ReparametrizedLinear) and module.spectral
+    ]
+    scales = {module.spectral_scale for module in spectral}
+    matrices = [module.weight for module in spectral]
+    kept = {*model.student.undecayed, *matrices}
+    parts = (("body", model.student), ("head", model.adaptors), ("head", model.inner))
+    for part, module in parts:
+        for parameter in module.parameters():
+            decays = parameter in scales or (parameter.ndim > 1 and parameter not in kept)
+            groups[f"{part}_decay" if decays else part].append(parameter)
+    if model.uncertainty is not None:
+        groups["head"] += model.uncertainty.parameters()
+    return [
+        {
+            "name": name,
+            "params": parameters,
+            "weight_decay": weight_decay if name.endswith("_decay") else 0.0,
+        }
+        for name, parameters in groups.items()
+    ]
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, rates: Mapping[str, float]) -> None:

@@ -105,67 +105,58 @@ class TensorBoard:
         self._writer.close()
 
 
-class Wandb:
-    """A run of Weights & Biases; WANDB_PROJECT, WANDB_ENTITY and WANDB_MODE hold for it."""
+class _Run:
+    """The run that was begun last with wandb, or with trackio, which has the same functions."""
 
-    def __init__(self, stage: Stage, resume_step: int):
-        import wandb
-
-        self._wandb = wandb
-        self._run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT") or PROJECT,
-            group=stage.recipe.name,
-            name=_run_name(stage),
-            id=_earlier_id(stage, "wandb", resume_step),
-            resume="allow",
-            dir=stage.folder,
-            config=_settings(stage),
-        )
-        _keep_id(stage, "wandb", self._run.id)
+    def __init__(self, library: Any):
+        self._library = library
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Log all values of a step."""
-        self._run.log(dict(values), step=step)
+        self._library.log(dict(values), step=step)
 
     def write_image(self, step: int, name: str, image: np.ndarray) -> None:
         """Log ``[h, w, 3]`` uint8."""
-        self._run.log({name: self._wandb.Image(image)}, step=step)
+        self._library.log({name: self._library.Image(image)}, step=step)
 
     def close(self) -> None:
-        """Upload what is left."""
-        self._run.finish()
+        """Upload, or write, what is left."""
+        self._library.finish()
 
 
-class Trackio:
-    """A run of trackio, in TRACKIO_DIR, or in the space of TRACKIO_SPACE_ID."""
+def wandb_run(stage: Stage, resume_step: int) -> Tracker:
+    """Begin a run of Weights & Biases, for which WANDB_PROJECT, _ENTITY and _MODE hold."""
+    import wandb
 
-    def __init__(self, stage: Stage, resume_step: int):
-        import trackio
+    run = wandb.init(
+        project=os.environ.get("WANDB_PROJECT") or PROJECT,
+        group=stage.recipe.name,
+        name=_run_name(stage),
+        id=_earlier_id(stage, "wandb", resume_step),
+        resume="allow",
+        dir=stage.folder,
+        config=_settings(stage),
+    )
+    _keep_id(stage, "wandb", run.id)
+    return _Run(wandb)
 
-        self._trackio = trackio
-        name = _earlier_id(stage, "trackio", resume_step)
-        self._run = trackio.init(
-            project=os.environ.get("TRACKIO_PROJECT") or PROJECT,
-            name=name or f"{_run_name(stage)} {time.strftime('%Y-%m-%d %H:%M:%S')}",
-            group=stage.recipe.name,
-            space_id=os.environ.get("TRACKIO_SPACE_ID") or None,
-            resume="allow",
-            config=_settings(stage),
-            embed=False,
-        )
-        _keep_id(stage, "trackio", self._run.name)
 
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Log all values of a step."""
-        self._trackio.log(dict(values), step=step)
+def trackio_run(stage: Stage, resume_step: int) -> Tracker:
+    """Begin a run of trackio, in TRACKIO_DIR, or in the space of TRACKIO_SPACE_ID."""
+    import trackio
 
-    def write_image(self, step: int, name: str, image: np.ndarray) -> None:
-        """Log ``[h, w, 3]`` uint8."""
-        self._trackio.log({name: self._trackio.Image(image)}, step=step)
-
-    def close(self) -> None:
-        """Write what is left."""
-        self._trackio.finish()
+    name = _earlier_id(stage, "trackio", resume_step)
+    run = trackio.init(
+        project=os.environ.get("TRACKIO_PROJECT") or PROJECT,
+        name=name or f"{_run_name(stage)} {time.strftime('%Y-%m-%d %H:%M:%S')}",
+        group=stage.recipe.name,
+        space_id=os.environ.get("TRACKIO_SPACE_ID") or None,
+        resume="allow",
+        config=_settings(stage),
+        embed=False,
+    )
+    _keep_id(stage, "trackio", run.name)
+    return _Run(trackio)
 
 
 class MLflow:
@@ -209,8 +200,8 @@ class MLflow:
 
 TRACKERS: dict[str, Callable[[Stage, int], Tracker]] = {
     "tensorboard": TensorBoard,
-    "wandb": Wandb,
-    "trackio": Trackio,
+    "wandb": wandb_run,
+    "trackio": trackio_run,
     "mlflow": MLflow,
 }
 

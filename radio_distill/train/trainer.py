@@ -12,13 +12,12 @@ norm of the gradient.
 
 Parts around the loop keep a run of days alive: :mod:`.health` (skipped steps, warnings of losses
 and rates), :mod:`.watchdog` (ends a process that hangs), :mod:`.checkpointer` (writes in the
-background), :mod:`.run_dir` (lock and status), :mod:`.trackers` (where numbers go).
+background), :mod:`.run_dir` (lock and status). Beside it: :mod:`.evaluation` (scores on the way),
+:mod:`.trackers` (where numbers go).
 """
 
 import json
 import logging
-import math
-import random
 import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -26,8 +25,6 @@ from pathlib import Path
 from statistics import fmean
 from types import TracebackType
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from ..config import plain
@@ -39,10 +36,10 @@ from ..system.distributed import World, all_gather_object, run_on_main
 from ..system.files import reason_of
 from ..system.memory import explain_oom
 from ..system.progress import Progress
-from ..types import Score
-from .checkpoint import Best, Checkpoint, Origin, folder_of
+from .checkpoint import Checkpoint, Origin, folder_of
 from .checkpointer import AsyncCheckpointer, clear_unfinished, save
 from .deepspeed_engine import zero_hint
+from .evaluation import Evaluations
 from .health import (
     Agreement,
     LossMonitor,
@@ -93,7 +90,9 @@ class Trainer:
         self._stage, self._task, self._world, self._lock = stage, task, world, lock
         self._origin = origin or Origin()
         self._start = self._done = resumed.step if resumed else 0
-        self._best = resumed.best if resumed else None
+        self._evaluations = Evaluations(
+            stage, task, world.is_main, resumed.best if resumed else None
+        )
         self._checkpointer = AsyncCheckpointer(resumed.folder if resumed else None)
         self._monitor = LossMonitor(stage.watch)
         self._watchdog = Watchdog(
@@ -143,7 +142,7 @@ class Trainer:
                 values: dict[str, float] = {}
                 if every(done, plain(stage.log.every), total):
                     values |= self._log_values(done)
-                if self._evaluation_is_due(done, status):
+                if self._evaluations.is_due(done) and not status.signal:
                     values |= self._evaluate(done, trackers.write_image)
                 if values:
                     with self._writing("its metrics"):
@@ -254,12 +253,8 @@ class Trainer:
             _warn(warning)
         return {**values, **rates, "skipped_steps": self._skips.total}
 
-    def _evaluation_is_due(self, done: int, status: StepStatus) -> bool:
-        interval = self._task.evaluate_every
-        return interval > 0 and every(done, interval, self._stage.steps) and not status.signal
-
     def _evaluate(self, done: int, write_image: WriteImage) -> dict[str, float]:
-        """Score what is trained, and note whether it is the best so far; every rank must call."""
+        """Score what is trained; every rank must call."""
 
         def beat() -> None:
             self._watchdog.beat(done)
@@ -267,24 +262,8 @@ class Trainer:
             if self._world.is_main and signals.requested():
                 raise InterruptedRunError("a signal asks the run to stop")
 
-        try:
-            with self._throughput.paused(), _same_randomness():
-                scores = self._task.evaluate(done, beat, write_image)
-        except (RadioDistillError, OSError) as error:  # a run of days does not end for a score
-            logger.warning("step %d is not evaluated: %s", done, reason_of(error))
-            return {}
-        shown = [f"{score.name} {score.value:.4g}" for score in scores if score.headline]
-        logger.info("%s, step %d: %s", self._stage.folder.name, done, ", ".join(shown))
-        wanted, names = self._stage.evaluation.best, [score.name for score in scores]
-        if wanted and names and wanted not in names and self._world.is_main:
-            logger.warning(
-                "evaluation.best: step %d has no score %s, so none is the best; it has %s",
-                done, wanted, ", ".join(names),
-            )  # fmt: skip
-        for score in scores:
-            if score.name == wanted and not self._skips.in_a_row and _is_better(score, self._best):
-                self._best = Best(wanted, score.value, done)
-        return {f"eval/{score.name}": score.value for score in scores}
+        with self._throughput.paused():
+            return self._evaluations.run(done, beat, write_image, not self._skips.in_a_row)
 
     @contextmanager
     def _writing(self, what: str) -> Iterator[None]:
@@ -305,7 +284,8 @@ class Trainer:
         """
         if status.signal or done == self._stage.steps:
             return True
-        is_best = self._best is not None and self._best.step == done
+        best = self._evaluations.best
+        is_best = best is not None and best.step == done
         is_due = done % plain(self._stage.log.save_every) == 0
         return (is_due or is_best) and not self._skips.in_a_row
 
@@ -327,7 +307,7 @@ class Trainer:
                 {"skipped_steps": self._skips.total, "skipped_in_a_row": self._skips.in_a_row},
                 world_size=self._world.world_size,
                 origin=self._origin,
-                best=self._best,
+                best=self._evaluations.best,
             )
             keep = stage.log.keep_last, stage.log.keep_every
             if self._world.is_main and self._checkpointer.error is None:
@@ -381,27 +361,6 @@ class Trainer:
         if self._world.is_main:
             error = self._status.write(state, self._done, self._throughput.rate, reason)
             self._checkpointer.error = self._checkpointer.error or error
-
-
-@contextmanager
-def _same_randomness() -> Iterator[None]:
-    """Leave every global generator as it was before the block."""
-    states = random.getstate(), np.random.get_state()
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices):
-        try:
-            yield
-        finally:
-            random.setstate(states[0])
-            np.random.set_state(states[1])
-
-
-def _is_better(score: Score, best: Best | None) -> bool:
-    if not math.isfinite(score.value):
-        return False
-    if best is None or best.metric != score.name:
-        return True
-    return score.value > best.score if score.higher_is_better else score.value < best.score
 
 
 def _warn(line: str | None) -> None:

@@ -15,8 +15,7 @@ from radio_distill.errors import ConfigError, WeightsError
 from radio_distill.loading import describe
 from radio_distill.loading import load as load_student
 from radio_distill.models.backbone import StudentEncoder
-from radio_distill.models.build import build_body
-from radio_distill.models.heads import head_for
+from radio_distill.models.heads import build_body, head_for
 from radio_distill.types import Features
 
 from ..presets import Preset

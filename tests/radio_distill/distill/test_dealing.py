@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from radio_distill.distill.dealing import SLACK, deal
+from radio_distill.distill.micro_batches import SLACK, deal
 
 GROUPS = st.lists(st.tuples(st.integers(1, 60), st.floats(0.01, 100)), min_size=1, max_size=6)
 

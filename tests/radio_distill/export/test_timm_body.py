@@ -12,7 +12,7 @@ from radio_distill.errors import ConfigError, ExportError, WeightsError
 from radio_distill.export import format_named
 from radio_distill.export.timm import Timm
 from radio_distill.export.write import export
-from radio_distill.models.build import build_body
+from radio_distill.models.heads import build_body
 from radio_distill.weights.pretrained import initialise
 from tools.bodies_page import FAMILIES, exported, folded_student
 

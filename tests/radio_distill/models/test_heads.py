@@ -11,10 +11,10 @@ from radio_distill.errors import ConfigError, UnknownNameError
 from radio_distill.models.heads import (
     Head,
     build_student,
-    parameter_groups,
 )
 from radio_distill.models.position import NUM_DRAWS
 from radio_distill.models.projectors import HeadShape, MLPHead
+from radio_distill.train.optim import parameter_groups
 from radio_distill.types import TeacherSpec
 
 

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from radio_distill.config import HeadConfig, HeadsConfig
 from radio_distill.errors import ConfigError, UnknownNameError
 from radio_distill.models import HEADS
-from radio_distill.models.heads import FEATURES, SUMMARY, Head, build_projector, exchange_last
-from radio_distill.models.projectors import HeadShape, Projector
+from radio_distill.models.heads import FEATURES, SUMMARY, Head
+from radio_distill.models.projectors import HeadShape, Projector, build_projector
 from radio_distill.normalize.phi_s import PhiS
 from radio_distill.normalize.statistics import Moments
 from radio_distill.types import TeacherSpec
@@ -166,7 +166,7 @@ def test_projector__a_folded_normalizer_is_its_inverse(name):
     normalizer = PhiS().fit(moments())
     tokens, *inner = tokens_of()
     before = head(tokens, GRID, inner)
-    folded = exchange_last(head, normalizer.fold)
+    folded = head.exchange_last(normalizer.fold)
     assert folded == (name != "identity"), "the identity has nothing that could be exchanged"
     if not folded:
         return
@@ -174,7 +174,7 @@ def test_projector__a_folded_normalizer_is_its_inverse(name):
     torch.testing.assert_close(head(tokens, GRID, inner), inverted, atol=1e-10, rtol=1e-10)
     again = projector(name, shape_of(name), **options)
     again.load_state_dict(head.state_dict())  # also where the kind's last layer has no bias
-    exchange_last(again, normalizer.unfold)
+    again.exchange_last(normalizer.unfold)
     torch.testing.assert_close(again(tokens, GRID, inner), before, atol=1e-10, rtol=1e-10)
 
 

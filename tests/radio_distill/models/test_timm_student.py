@@ -8,8 +8,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from radio_distill.config import StudentConfig
 from radio_distill.errors import ConfigError
-from radio_distill.models.build import build_body
-from radio_distill.models.heads import build_student, parameter_groups
+from radio_distill.models.heads import build_body, build_student
+from radio_distill.train.optim import parameter_groups
 from radio_distill.types import TeacherSpec, spread_layers
 from tools.bodies_page import FAMILIES
 

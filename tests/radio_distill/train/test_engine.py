@@ -7,10 +7,10 @@ import torch
 
 from radio_distill.config import EngineConfig, PartitionConfig, StageConfig, StudentConfig
 from radio_distill.errors import ConfigError
-from radio_distill.models.heads import build_student, parameter_groups
+from radio_distill.models.heads import build_student
 from radio_distill.train.deepspeed_engine import engine_name
 from radio_distill.train.engine import SingleProcessEngine
-from radio_distill.train.optim import build_optimizer
+from radio_distill.train.optim import build_optimizer, parameter_groups
 from radio_distill.types import TeacherSpec
 
 STUDENT = StudentConfig(architecture="test_vit", max_size=128, head_hidden=16)

@@ -35,13 +35,13 @@ from radio_distill.distill.randomness import StepRandomness
 from radio_distill.distill.targets import TargetMaker
 from radio_distill.distill.task import Distillation
 from radio_distill.models.ema import Ema
-from radio_distill.models.heads import build_student, parameter_groups
+from radio_distill.models.heads import build_student
 from radio_distill.normalize.normalizers import build_normalizers
 from radio_distill.stage import resolve_stage
 from radio_distill.system.distributed import World
 from radio_distill.train.deepspeed_engine import build_engine
 from radio_distill.train.health import NonFiniteGuard, agree
-from radio_distill.train.optim import build_optimizer
+from radio_distill.train.optim import build_optimizer, parameter_groups
 from radio_distill.types import ImageBatch, ViewOrigin
 from teachers import build_teacher
 from upsamplers import build_upsampler

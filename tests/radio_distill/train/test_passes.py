@@ -18,12 +18,11 @@ from radio_distill.config import (
     StudentConfig,
 )
 from radio_distill.distill.micro_batches import MicroBatchSchedule
-from radio_distill.models.heads import parameter_groups
 from radio_distill.system.compiled import compile_blocks
 from radio_distill.system.distributed import World
 from radio_distill.train.deepspeed_engine import build_engine
 from radio_distill.train.health import NonFiniteGuard, agree
-from radio_distill.train.optim import build_optimizer
+from radio_distill.train.optim import build_optimizer, parameter_groups
 
 from .test_equal_gradients import CPU, TEACHERS, build, images
 
