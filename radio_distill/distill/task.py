@@ -323,14 +323,13 @@ class Distillation:
                 related = relation.of(features.summary, first)  # [B]
                 total = total + self.stage.teachers[name].summary_weight * related
                 terms[f"{name}/{RELATION}"] = relation.value
-        others = (
+        for name, weight, other, encoder in (
             (MESA, config.mesa, self.ema, EMA),
             (ANCHOR, self.stage.anchor, self.anchor, STUDENT),
-        )
-        for name, weight, other, encoder in others:
+        ):
             if weight:
                 assert other is not None, "it teaches on every rank"
-                distance = self._apart(predictions, other, views, encoder, name)
+                distance = self._apart(predictions, other, views, encoder)
                 total, terms[name] = total + weight * distance, distance.detach().mean()
         return LossReport(total, terms)
 
@@ -350,20 +349,19 @@ class Distillation:
         self._weights_apart = distance.detach()
         return self.stage.weight_anchor / self.world.world_size * distance
 
-    def _apart(
-        self, predictions: Predictions, other: Ema, views: Views, encoder: str, term: str
-    ) -> Tensor:
+    def _apart(self, predictions: Predictions, other: Ema, views: Views, encoder: str) -> Tensor:
         """Return the distance of each image's features to those of a student that does not learn.
 
         ``[B]``; ``encoder`` names whose pixels that one sees.
         """
-        size = f"{views.size[0]}x{views.size[1]} px"
-        hint = f"lower engine.micro_batch, or set {term} to 0"
-        explained = explain_oom(f"the other student of {term}", size, hint)
+        size, is_ema = f"{views.size[0]}x{views.size[1]} px", encoder == EMA
+        field = "loss.mesa" if is_ema else "the stage's anchor"
+        hint = f"lower engine.micro_batch, or set {field} to 0"
+        explained = explain_oom(f"the other student of {field}", size, hint)
         with explained, torch.no_grad(), self.engine.autocast():
             features: Tensor = other.model.get_submodule("student")(views.of_student(encoder))[1]
-        shift, cells = views.shift(encoder), None
-        if shift is not None and encoder != STUDENT:
+        shift, cells = views.shift(encoder) if is_ema else None, None
+        if shift is not None:
             features, cells = warp_to_student(features, shift)
         return mesa(predictions.spatial, features, cells)
 
