@@ -24,7 +24,7 @@ from radio_distill.stage import Stage, check_has_stage, resolve_stage
 from radio_distill.system import precision
 from radio_distill.system.compiled import compile_blocks
 from radio_distill.system.distributed import World, join
-from radio_distill.train.engine import build_engine
+from radio_distill.train.deepspeed_engine import build_engine
 from radio_distill.train.optim import build_optimizer, parameter_groups
 from radio_distill.types import ImageBatch, View
 from teachers import build_module, teacher_specs
