@@ -30,7 +30,7 @@ import torch
 from PIL import Image, ImageOps
 
 from radio_distill.config import DataConfig
-from radio_distill.curation.clusters import hierarchy, level_sizes
+from radio_distill.curation.clusters import Clusters, level_sizes, next_level
 from radio_distill.curation.duplicates import groups_of, kept_of_groups, near_pairs
 from radio_distill.curation.sampling import balanced
 from radio_distill.curation.summaries import Summaries, encode_shards, read_summaries
@@ -191,8 +191,11 @@ def balance_table(
         points = summaries.vectors[torch.from_numpy(members)]
         for way, asked in WAYS.items():
             sizes = level_sizes(len(members)) if asked is None else asked
-            levels = [it.labels.numpy() for it in hierarchy(points, sizes, seed, CPU)]
-            drawn = balanced(levels or [np.zeros(len(members), int)], arguments.keep, seed)
+            levels: list[Clusters] = []
+            for size in sizes:
+                levels.append(next_level(points, levels, size, seed, CPU))
+            labels_of = [level.labels.numpy() for level in levels]
+            drawn = balanced(labels_of or [np.zeros(len(members), int)], arguments.keep, seed)
             measured.setdefault(way, []).append(_evenness(labels[drawn]))
     rows = [(way, *np.mean(values, axis=0).tolist()) for way, values in measured.items()]
     columns = (

@@ -64,36 +64,19 @@ def level_sizes(num_images: int) -> tuple[int, ...]:
     return tuple(sizes)
 
 
-def hierarchy(
+def next_level(
     points: Tensor,
-    sizes: Sequence[int],
+    levels: Sequence[Clusters],
+    count: int,
     seed: int,
     device: torch.device,
-    keep: Callable[[int, Callable[[], Clusters]], Clusters] = lambda level, make: make(),
     say: Say = lambda text: None,
-) -> list[Clusters]:
-    """Cluster points, then the centroids, level by level.
-
-    Args:
-        points: ``[N, S]``.
-        sizes: clusters of each level, the first those of the points.
-        seed: of all draws.
-        device: where distances are computed.
-        keep: returns a level that was made before, else makes and keeps it.
-        say: is told how far it is.
-    """
-    levels: list[Clusters] = []
-    for level, size in enumerate(sizes):
-        below = levels[-1].centroids if levels else points
-        rounds = _ROUNDS if levels else 0
-
-        def make(
-            below: Tensor = below, size: int = size, rounds: int = rounds, level: int = level
-        ) -> Clusters:
-            return resampled(below, size, rounds, (seed, level), device, say)
-
-        levels.append(keep(level, make))
-    return levels
+) -> Clusters:
+    """Cluster points ``[N, S]``, or, where there are levels, the highest one's centroids."""
+    key = (seed, len(levels))
+    if not levels:
+        return resampled(points, count, 0, key, device, say)
+    return resampled(levels[-1].centroids, count, _ROUNDS, key, device, say)
 
 
 def resampled(

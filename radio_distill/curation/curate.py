@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import IntEnum
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from torch.nn import functional as F
 from ..config import share_of
 from ..system.files import replacing
 from ..system.progress import Progress
-from .clusters import Clusters, hierarchy, level_sizes
+from .clusters import Clusters, level_sizes, next_level
 from .duplicates import Pairs, groups_of, kept_of_groups, near_pairs
 from .sampling import balanced
 from .summaries import Summaries
@@ -173,20 +174,21 @@ def _levels(
     chosen = hashlib.sha256(candidates.tobytes()).hexdigest()
     points = summaries.vectors[torch.from_numpy(candidates)]
 
-    made = 0
+    levels: list[Clusters] = []
     with Progress("clusters", len(sizes), unit="levels") as bar:
 
-        def keep(level: int, make: Callable[[], Clusters]) -> Clusters:
-            nonlocal made
-            name = _digest(summaries.digest, chosen, sizes[: level + 1], settings.seed)
-            found = _kept(folder / f"clusters-{name}.safetensors", lambda: asdict(make()))
-            made = level + 1
-            bar.update(made)
-            return Clusters(**found)
+        def make(size: int) -> dict[str, Tensor]:
+            def say(text: str) -> None:
+                bar.update(len(levels), text)
 
-        return hierarchy(
-            points, sizes, settings.seed, device, keep, lambda text: bar.update(made, text)
-        )
+            return asdict(next_level(points, levels, size, settings.seed, device, say))
+
+        for number, size in enumerate(sizes, 1):
+            name = _digest(summaries.digest, chosen, sizes[:number], settings.seed)
+            found = _kept(folder / f"clusters-{name}.safetensors", partial(make, size))
+            levels.append(Clusters(**found))
+            bar.update(number)
+    return levels
 
 
 def _cosines(first: Tensor, second: Tensor) -> np.ndarray:

@@ -9,7 +9,6 @@ normals that is sheared, images that always come in one order.
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -19,15 +18,14 @@ from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as vision
 
 from ..types import Score, Size
-from .augmentation import Augmentation, Labels, nearest, resized
-from .datasets import DATASETS
+from .augmentation import Augmentation, Labels, nearest
 from .losses import depth_loss, uncertain_angular_loss
 from .metrics.depth import align_scale_and_shift, depth_errors, eigen_crop
 from .metrics.normals import normal_errors, normals_from_depth
 from .metrics.sums import ImageMeans
 from .probe_heads import DepthBins, Linear, Pyramid
 from .probe_training import Example
-from .trained import Decay, Meters, TrainedBenchmark, read_pixels
+from .trained import Decay, Meters, Outputs, TrainedBenchmark, read_pixels
 
 SHARES = ("d1", "d2", "d3")
 _NEAR = 0.001  # metres
@@ -63,8 +61,8 @@ class NaviProbe(TrainedBenchmark):
 
     def images(self) -> tuple[Sequence[Any], Sequence[Any]]:
         """List every fourth image of multiview and of the wild sets."""
-        dataset = DATASETS.get("navi")(Path(self.data))
-        return dataset.split("train")[:: self.every], dataset.split("val")[:: self.every]
+        training, test = TrainedBenchmark.images(self)
+        return training[:: self.every], test[:: self.every]
 
     def split_sizes(self, parts: Mapping[str, int]) -> tuple[int, int]:
         """Return a fourth of both."""
@@ -131,9 +129,7 @@ class NaviDepth(NaviProbe):
         pyramid = Pyramid(channels, self.bins, self.hidden, self.as_published)
         return {"depth": DepthBins(pyramid, _NEAR, 1.0)}
 
-    def losses(
-        self, outputs: Mapping[str, Tensor], labels: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
+    def losses(self, outputs: Outputs, labels: Labels) -> dict[str, Tensor]:
         """Return Probe3D's loss of depth."""
         target = labels["depth"][:, None]
         depth = F.interpolate(outputs["depth"], target.shape[-2:], mode="bilinear")
@@ -144,9 +140,7 @@ class NaviDepth(NaviProbe):
         names = (*SHARES, "rmse")
         return {kind: ImageMeans(names, device) for kind in ("aware", "invariant")}
 
-    def measure(
-        self, meters: Meters, outputs: Mapping[str, Tensor], labels: Mapping[str, Tensor]
-    ) -> None:
+    def measure(self, meters: Meters, outputs: Outputs, labels: Labels) -> None:
         """Compare a depth map, as it is and aligned."""
         depth, target = outputs["depth"][:, 0], labels["depth"][None]
         aligned = align_scale_and_shift(depth, target)
@@ -182,9 +176,7 @@ class NaviNormals(NaviProbe):
         """Make a pyramid of a vector and how sure it is."""
         return {"normals": Pyramid(channels, 4, self.hidden, self.as_published)}
 
-    def losses(
-        self, outputs: Mapping[str, Tensor], labels: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
+    def losses(self, outputs: Outputs, labels: Labels) -> dict[str, Tensor]:
         """Return the likelihood of the angles."""
         target = labels["normals"]
         normals = F.interpolate(outputs["normals"], target.shape[-2:], mode="bilinear")
@@ -197,9 +189,7 @@ class NaviNormals(NaviProbe):
         """Make a meter of the three shares and the error."""
         return {"normals": ImageMeans((*SHARES, "rmse"), device)}
 
-    def measure(
-        self, meters: Meters, outputs: Mapping[str, Tensor], labels: Mapping[str, Tensor]
-    ) -> None:
+    def measure(self, meters: Meters, outputs: Outputs, labels: Labels) -> None:
         """Compare the normals of an image."""
         target = labels["normals"][None]
         errors = normal_errors(outputs["normals"], target, target.any(dim=1))
@@ -255,34 +245,19 @@ class NyuDepth(TrainedBenchmark):
         """Of lin4 without [CLS] it was 1, as it is of lin1."""
         return 2 if self.num_layers == 4 else 1
 
-    def images(self) -> tuple[Sequence[Any], Sequence[Any]]:
-        """List BTS' training and test images."""
-        dataset = DATASETS.get("nyu_depth")(Path(self.data))
-        return dataset.split("train"), dataset.split("val")
-
     def test_views(self) -> dict[Size, int]:
         """Return the size of all images of the set, which are mirrored too."""
         return {(480, 640): 2}
 
-    def training_example(self, image: Any, random: np.random.Generator | None) -> Example:
-        """Read an image, and crop and mirror it; without a generator, resize it to the crop."""
-        pixels, labels = read_pixels(image), image.labels()
-        if random is None:
-            return Example(image.key, *resized(pixels, labels, self.crop))
-        vary = Augmentation(self.crop, scale=(1.0, 1.0), distort=False)
-        return Example(image.key, *vary(pixels, labels, random))
-
-    def test_example(self, image: Any) -> Example:
-        """Read an image, whole."""
-        return Example(image.key, read_pixels(image), image.labels())
+    def augmentation(self) -> Augmentation:
+        """Crop and mirror images."""
+        return Augmentation(self.crop, scale=(1.0, 1.0), distort=False)
 
     def heads(self, channels: Sequence[int]) -> dict[str, nn.Module]:
         """Make the linear head, with bins."""
         return {"depth": DepthBins(Linear(sum(channels), 256, factor=4), _NEAR, self.far)}
 
-    def losses(
-        self, outputs: Mapping[str, Tensor], labels: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
+    def losses(self, outputs: Outputs, labels: Labels) -> dict[str, Tensor]:
         """Return DINOv2's loss of depth."""
         target = labels["depth"][:, None]
         depth = F.interpolate(outputs["depth"], target.shape[-2:], mode="bilinear")
@@ -292,9 +267,7 @@ class NyuDepth(TrainedBenchmark):
         """Make a meter of the usual errors."""
         return {"depth": ImageMeans(("rmse", "abs_rel", "d1"), device)}
 
-    def measure(
-        self, meters: Meters, outputs: Mapping[str, Tensor], labels: Mapping[str, Tensor]
-    ) -> None:
+    def measure(self, meters: Meters, outputs: Outputs, labels: Labels) -> None:
         """Compare a depth map in the Eigen crop."""
         target = labels["depth"][None]
         valid = (target > _NEAR) & (target < self.far)

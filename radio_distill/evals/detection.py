@@ -29,7 +29,7 @@ from torchvision.transforms.v2 import functional as vision
 
 from ..errors import ConfigError, DataError
 from ..types import Score, Size
-from .augmentation import padded
+from .augmentation import Labels, padded
 from .datasets.coco import Coco
 from .encoder import Encoder
 from .examples import ShownBoxes
@@ -37,7 +37,7 @@ from .metrics import IGNORED
 from .metrics.detection import BoxPrecision, check_installed
 from .probe_heads import BatchNorm
 from .probe_training import Example, Heads, encode
-from .trained import Decay, Meters, TrainedBenchmark, read_pixels
+from .trained import Decay, Meters, Outputs, TrainedBenchmark, read_pixels
 
 STRIDES = (8, 16, 32, 64)
 """Pixels from cell to cell of the levels; each finds objects of up to eight times that."""
@@ -137,9 +137,7 @@ class CocoDetection(TrainedBenchmark):
             raise ConfigError(f"evaluation.options.{self.name}.width is no multiple of 64")
         return {"objects": Detector(sum(channels), self.width, _grids(self.crop))}
 
-    def losses(
-        self, outputs: Mapping[str, Tensor], labels: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
+    def losses(self, outputs: Outputs, labels: Labels) -> dict[str, Tensor]:
         """Return FCOS' losses: focal, generalised IoU, and cross-entropy of the centre-ness."""
         output = outputs["objects"]
         targets = []
@@ -162,9 +160,7 @@ class CocoDetection(TrainedBenchmark):
         """Return the output for an image of the size of the crop, ``[1, N, K + 5]``."""
         return heads(encode(self, encoder, pixels[None]))
 
-    def measure(
-        self, meters: Meters, outputs: Mapping[str, Tensor], labels: Mapping[str, Tensor]
-    ) -> None:
+    def measure(self, meters: Meters, outputs: Outputs, labels: Labels) -> None:
         """Count the boxes that are found in an image."""
         found = self._found(outputs["objects"], labels["image"])
         meters["precision"].update(int(labels["image"][0]), found, labels["objects"])
@@ -176,9 +172,7 @@ class CocoDetection(TrainedBenchmark):
             self.score(name, 100 * value, "%", headline=False) for name, value in values.items()
         ]
 
-    def shown(
-        self, pixels: Tensor, labels: Mapping[str, Tensor], outputs: Mapping[str, Tensor]
-    ) -> ShownBoxes:
+    def shown(self, pixels: Tensor, labels: Labels, outputs: Outputs) -> ShownBoxes:
         """Make an example of the truth but crowds, and of as many boxes, the surest."""
         size = _sizes(labels["image"])
         height, width = self._size_in_crop(size)

@@ -7,17 +7,14 @@ trained together. Which rates RADIO and FeatSharp used is not public, so AdamW w
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..types import Score, Size
-from .augmentation import Augmentation, padded, resized
-from .datasets import DATASETS
+from .augmentation import Augmentation, Labels, padded
 from .losses import balanced_cross_entropy, depth_l1_loss, normal_l1_loss
 from .metrics import IGNORED
 from .metrics.depth import PooledDepth
@@ -26,7 +23,7 @@ from .metrics.saliency import MaxF
 from .metrics.segmentation import Confusion, mean_iou
 from .probe_heads import ConvProbe
 from .probe_training import Example
-from .trained import Decay, Meters, TrainedBenchmark, read_pixels
+from .trained import Decay, Meters, Outputs, TrainedBenchmark, read_pixels
 
 WEIGHTS = {"segmentation": 1.0, "parts": 2.0, "saliency": 5.0, "normals": 10.0, "depth": 1.0}
 """Of the losses, as in MLoRE."""
@@ -48,18 +45,9 @@ class MultiTaskProbe(TrainedBenchmark):
     tasks: ClassVar[Mapping[str, int]]
     """Channels of each head."""
 
-    def images(self) -> tuple[Sequence[Any], Sequence[Any]]:
-        """List the training and test images."""
-        dataset = DATASETS.get(self.name)(Path(self.data))
-        return dataset.split("train"), dataset.split("val")
-
-    def training_example(self, image: Any, random: np.random.Generator | None) -> Example:
-        """Read an image and vary it; without a generator, resize it to the crop."""
-        pixels, labels = read_pixels(image), image.labels()
-        if random is None:
-            return Example(image.key, *resized(pixels, labels, self.crop))
-        vary = Augmentation(self.crop, scale_depth=True, centred=True)
-        return Example(image.key, *vary(pixels, labels, random))
+    def augmentation(self) -> Augmentation:
+        """Divide depth by the scale, and pad on all sides."""
+        return Augmentation(self.crop, scale_depth=True, centred=True)
 
     def test_example(self, image: Any) -> Example:
         """Read an image, at its own size, with black around it up to the crop's."""
@@ -71,9 +59,7 @@ class MultiTaskProbe(TrainedBenchmark):
         """Make a head for each task."""
         return {name: ConvProbe(sum(channels), outputs) for name, outputs in self.tasks.items()}
 
-    def losses(
-        self, outputs: Mapping[str, Tensor], labels: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
+    def losses(self, outputs: Outputs, labels: Labels) -> dict[str, Tensor]:
         """Return the weighted loss of each task; zero for one that no image of the step shows."""
         losses = {}
         for name, output in outputs.items():
@@ -90,9 +76,7 @@ class MultiTaskProbe(TrainedBenchmark):
     def meters(self, device: torch.device | str) -> Meters:
         """Make a meter for each task."""
 
-    def measure(
-        self, meters: Meters, outputs: Mapping[str, Tensor], labels: Mapping[str, Tensor]
-    ) -> None:
+    def measure(self, meters: Meters, outputs: Outputs, labels: Labels) -> None:
         """Feed a test image to the meter of each task."""
         for name, output in outputs.items():
             target = labels[name][None]
@@ -110,10 +94,10 @@ class MultiTaskProbe(TrainedBenchmark):
         scores = []
         for name, meter in meters.items():
             if name == "normals":
-                value = meter.compute()["mean"]
+                value = meter.compute()
                 scores.append(self.score("normals_mean", value, "°", higher_is_better=False))
             elif name == "depth":
-                value = meter.compute()["rmse"]
+                value = meter.compute()
                 scores.append(self.score("depth_rmse", value, "m", higher_is_better=False))
             elif name == "saliency":
                 scores.append(self.score("saliency_maxf", 100 * meter.compute(), "%"))
@@ -162,7 +146,7 @@ class Nyud(MultiTaskProbe):
         """Make a meter for each task."""
         return {
             "segmentation": Confusion(self.tasks["segmentation"], device),
-            "depth": PooledDepth(device=device),
+            "depth": PooledDepth(device),
             "normals": PooledNormals(device),
         }
 

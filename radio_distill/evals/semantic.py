@@ -10,23 +10,20 @@ FeatSharp, arXiv 2502.16025, table 2, Dense).
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..types import Score, Size
-from .augmentation import Augmentation, resized
-from .datasets import DATASETS
+from .augmentation import Augmentation, Labels, resized
 from .encoder import Encoder
 from .metrics import IGNORED
 from .metrics.segmentation import Confusion, mean_iou, num_shown
 from .probe_heads import Linear
 from .probe_training import Example, Heads
-from .trained import Meters, TrainedBenchmark, read_pixels
+from .trained import Meters, Outputs, TrainedBenchmark, read_pixels
 
 Window = tuple[range, range]
 """Rows and columns."""
@@ -54,12 +51,9 @@ class SemanticProbe(TrainedBenchmark):
     head: ClassVar[str] = "linear"
     num_classes: ClassVar[int]
 
-    def training_example(self, image: Any, random: np.random.Generator | None) -> Example:
-        """Read an image and vary it; without a generator, resize it to the crop."""
-        pixels, labels = read_pixels(image), image.labels()
-        if random is None:
-            return Example(image.key, *resized(pixels, labels, self.crop))
-        return Example(image.key, *Augmentation(self.crop, self.fit)(pixels, labels, random))
+    def augmentation(self) -> Augmentation:
+        """Make images fit, then vary them."""
+        return Augmentation(self.crop, self.fit)
 
     def test_example(self, image: Any) -> Example:
         """Read an image, whole, with labels of its original size."""
@@ -100,9 +94,7 @@ class SemanticProbe(TrainedBenchmark):
         """Make the linear head."""
         return {"segmentation": Linear(sum(channels), self.num_classes)}
 
-    def losses(
-        self, outputs: Mapping[str, Tensor], labels: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
+    def losses(self, outputs: Outputs, labels: Labels) -> dict[str, Tensor]:
         """Return the cross-entropy, a mean over all pixels, those of no class included.
 
         A quick probe looks at every fourth row and column.
@@ -118,9 +110,7 @@ class SemanticProbe(TrainedBenchmark):
         """Make an empty confusion matrix."""
         return {"confusion": Confusion(self.num_classes, device)}
 
-    def measure(
-        self, meters: Meters, outputs: Mapping[str, Tensor], labels: Mapping[str, Tensor]
-    ) -> None:
+    def measure(self, meters: Meters, outputs: Outputs, labels: Labels) -> None:
         """Count the pixels of an image by class and predicted class."""
         target = labels["segmentation"]
         logits = F.interpolate(outputs["segmentation"], target.shape, mode="bilinear")
@@ -141,11 +131,6 @@ class Ade20k(SemanticProbe):
     sources: ClassVar[Mapping[str, str]] = {"data": "data.ade20k"}
     num_classes: ClassVar[int] = 150
 
-    def images(self) -> tuple[Sequence[Any], Sequence[Any]]:
-        """List ``train`` and ``val``."""
-        dataset = DATASETS.get("ade20k")(Path(self.data))
-        return dataset.split("train"), dataset.split("val")
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Voc(SemanticProbe):
@@ -157,7 +142,7 @@ class Voc(SemanticProbe):
 
     def images(self) -> tuple[Sequence[Any], Sequence[Any]]:
         """List ``trainaug``, or ``train`` where that is all there is, and ``val``."""
-        dataset = DATASETS.get("voc")(Path(self.data))
+        dataset = self.dataset()
         return dataset.split(dataset.training), dataset.split("val")
 
     def split_sizes(self, parts: Mapping[str, int]) -> tuple[int, int]:

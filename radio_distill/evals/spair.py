@@ -81,7 +81,7 @@ class KeypointTransfer:
         show: Show | None = None,
     ) -> list[Score]:
         """Match the pairs, class by class; ``limit`` thins them out."""
-        pairs = spread(Spair(Path(self.data)).pairs("test"), limit)
+        pairs = spread(Spair(Path(self.data)).pairs(), limit)
         by_category: dict[str, list[SpairPair]] = {}
         for pair in pairs:
             by_category.setdefault(pair.category, []).append(pair)

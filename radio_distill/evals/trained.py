@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -21,6 +22,8 @@ from ..data.folder import spread
 from ..errors import DataError
 from ..system.distributed import current_world
 from ..types import Report, Score, Size, unheard
+from .augmentation import Augmentation, Labels, resized
+from .datasets import DATASETS
 from .demand import Demand, at_most
 from .encoder import Encoder, open_image
 from .examples import Show, Shown, shown_maps, shown_of
@@ -30,6 +33,8 @@ from .protocol import protocol_of
 Decay = Literal["linear", "poly", "cosine", "quarter", "step"]
 logger = logging.getLogger(__name__)
 
+Outputs = Mapping[str, Tensor]
+"""What heads say, ``[B, K, H, W]`` by the name of what they predict."""
 Meters = Mapping[str, Any]
 """What is counted on test images, by name: ``metrics.Sums``, each of a class of its own."""
 
@@ -77,9 +82,14 @@ class TrainedBenchmark(ABC):
     pools_step: ClassVar[bool] = False
     """Whether a loss is of all images of a step together, and no mean over them."""
 
-    @abstractmethod
+    def dataset(self) -> Any:
+        """Return the data set that ``data`` is the folder of."""
+        return DATASETS.get(self.sources["data"].removeprefix("data."))(Path(self.data))
+
     def images(self) -> tuple[Sequence[Any], Sequence[Any]]:
         """List the images to train and to test on, ``datasets.LabelledImage``."""
+        dataset = self.dataset()
+        return dataset.split("train"), dataset.split("val")
 
     def split_sizes(self, parts: Mapping[str, int]) -> tuple[int, int]:
         """Return how many images :meth:`images` lists, of a set with such parts."""
@@ -89,22 +99,27 @@ class TrainedBenchmark(ABC):
         """Return how often the encoder sees a test image, by size in pixels."""
         return {self.crop: 1}
 
-    @abstractmethod
-    def training_example(self, image: Any, random: np.random.Generator | None) -> Example:
-        """Read an image and vary it, to the size ``crop``; without a generator, do not vary it."""
+    def augmentation(self) -> Augmentation:
+        """Return how training images are varied."""
+        return Augmentation(self.crop)
 
-    @abstractmethod
+    def training_example(self, image: Any, random: np.random.Generator | None) -> Example:
+        """Read an image and vary it, to the size ``crop``; without a generator, resize it."""
+        pixels, labels = read_pixels(image), image.labels()
+        if random is None:
+            return Example(image.key, *resized(pixels, labels, self.crop))
+        return Example(image.key, *self.augmentation()(pixels, labels, random))
+
     def test_example(self, image: Any) -> Example:
-        """Read an image of the test."""
+        """Read an image of the test, whole, with labels of its own size."""
+        return Example(image.key, read_pixels(image), image.labels())
 
     @abstractmethod
     def heads(self, channels: Sequence[int]) -> dict[str, nn.Module]:
         """Make the heads, for maps of so many channels."""
 
     @abstractmethod
-    def losses(
-        self, outputs: Mapping[str, Tensor], labels: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
+    def losses(self, outputs: Outputs, labels: Labels) -> dict[str, Tensor]:
         """Return the weighted terms of the loss of some images, scalars; their sum is trained.
 
         Each is a mean over the images, or, with ``pools_step``, of all images of the step.
@@ -115,9 +130,7 @@ class TrainedBenchmark(ABC):
         """Make empty meters."""
 
     @abstractmethod
-    def measure(
-        self, meters: Meters, outputs: Mapping[str, Tensor], labels: Mapping[str, Tensor]
-    ) -> None:
+    def measure(self, meters: Meters, outputs: Outputs, labels: Labels) -> None:
         """Feed a test image to the meters.
 
         ``outputs`` are ``[1, K, H, W]`` of the example's height and width, ``labels`` lie on the
@@ -224,9 +237,7 @@ class TrainedBenchmark(ABC):
         """Return a training image ``[3, H, W]`` and its labels as the encoder is to see them."""
         return in_whole_patches(encoder, pixels, labels)
 
-    def shown(
-        self, pixels: Tensor, labels: Mapping[str, Tensor], outputs: Mapping[str, Tensor]
-    ) -> Shown:
+    def shown(self, pixels: Tensor, labels: Labels, outputs: Outputs) -> Shown:
         """Make an example of a test image, for people to look at."""
         return shown_maps(pixels, labels, outputs)
 

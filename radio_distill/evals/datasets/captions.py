@@ -47,7 +47,7 @@ class _Retrieval(Dataset):
             return _listed_captions(paths[0], folders)
         if paths[0].name.startswith("dataset_"):
             return _karpathy_captions(paths[0], folders)
-        return coco_captions(paths[0], folders)
+        return _coco_captions(paths[0], folders)
 
     def count(self, part: str) -> int:
         """Count the images or the captions."""
@@ -107,12 +107,8 @@ class Flickr30k(_Retrieval):
     )
 
 
-def coco_captions(path: Path, folders: Sequence[Path]) -> Captions:
-    """Read captions in COCO's format; the images are in the first of ``folders`` that has them.
-
-    Raises:
-        DataError: file or images are missing, or an image has no caption.
-    """
+def _coco_captions(path: Path, folders: Sequence[Path]) -> Captions:
+    """Read captions in COCO's format; the images are in the first of ``folders`` that has them."""
     data = read_json(path)
     try:
         names = {item["id"]: item["file_name"] for item in data["images"]}

@@ -1,4 +1,4 @@
-"""COCO 2017: objects with boxes and masks, people with keypoints, captions."""
+"""COCO 2017: objects with boxes and masks."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ...errors import ConfigError, DataError
 from . import Dataset
-from .captions import Captions, coco_captions
 from .files import check_json_end, check_listed, read_json, stems
 
 
@@ -38,8 +37,6 @@ class CocoObject(NamedTuple):
     """Whether it stands for several objects that nobody told apart."""
     segmentation: Any
     """Polygons, or a run-length code, as in the file."""
-    keypoints: tuple[tuple[float, float, int], ...]
-    """x, y in pixels and visibility, 0 to 2; empty but for people in ``person_keypoints``."""
 
     def mask(self) -> Tensor:
         """Draw the mask, ``[H, W]`` bool, as COCO's own programs do."""
@@ -70,28 +67,21 @@ class CocoObjects(NamedTuple):
 class Coco(Dataset):
     """COCO 2017 as it is published.
 
-    ``{train,val}2017/NAME.jpg`` and ``annotations/KIND_{train,val}2017.json``, where KIND is
-    ``instances``, ``captions`` or ``person_keypoints``.
+    ``{train,val}2017/NAME.jpg`` and ``annotations/instances_{train,val}2017.json``.
     """
 
     name: ClassVar[str] = "coco"
     layout: ClassVar[str] = "annotations/, train2017/ and val2017/"
     licence: ClassVar[str] = "annotations CC BY 4.0, images flickr's terms"
-    published: ClassVar[Mapping[str, int]] = {
-        "train": 118_287,
-        "val": 5_000,
-        "val instances": 36_781,
-        "val captions": 25_014,
-        "val person_keypoints": 11_004,
-    }
+    published: ClassVar[Mapping[str, int]] = {"train": 118_287, "val": 5_000, "instances": 36_781}
 
-    def objects(self, split: str, kind: str = "instances") -> CocoObjects:
-        """Read the ``instances`` or ``person_keypoints`` of ``train`` or ``val``, crowds too.
+    def objects(self, split: str) -> CocoObjects:
+        """Read the objects of ``train`` or ``val``, crowds too.
 
         Raises:
             DataError: file or images are missing, or it names what it does not describe.
         """
-        path = self._annotations(split, kind)
+        path = self._annotations(split)
         data, folder = read_json(path), self.folder(f"{split}2017")
         try:
             images = {
@@ -104,38 +94,31 @@ class Coco(Dataset):
             index = {number: position for position, number in enumerate(categories)}
             objects = [_object(item, images, index) for item in data["annotations"]]
         except (KeyError, TypeError) as error:
-            raise DataError(f"{path} is no whole {kind} file of COCO ({error!r})") from error
+            raise DataError(f"{path} is no whole instances file of COCO ({error!r})") from error
         check_listed(path, [image.path.name for image in images.values()], folder)
         return CocoObjects(list(images.values()), categories, objects)
 
-    def captions(self, split: str) -> Captions:
-        """Read the captions of ``train`` or ``val``."""
-        return coco_captions(self._annotations(split, "captions"), [self.root / f"{split}2017"])
-
     def count(self, part: str) -> int:
-        """Count the images of a split, or its annotations of a kind."""
-        split, _, kind = part.partition(" ")
-        if not kind:  # of train no file is read whole, since that takes half a minute and 3 GB
-            check_json_end(self._annotations(split, "instances"))
-            return len(stems(self.folder(f"{split}2017"), ".jpg"))
-        if kind == "captions":
-            return len(self.captions(split).texts)
-        return len(self.objects(split, kind).objects)
+        """Count the images of a split, or the objects of ``val``."""
+        if part == "instances":
+            return len(self.objects("val").objects)
+        # Of train no file is read whole, since that takes half a minute and 3 GB.
+        check_json_end(self._annotations(part))
+        return len(stems(self.folder(f"{part}2017"), ".jpg"))
 
     def tested(self) -> list[Path]:
         """List the images of ``val``."""
         folder = self.folder("val2017")
         return [folder / f"{name}.jpg" for name in stems(folder, ".jpg")]
 
-    def _annotations(self, split: str, kind: str) -> Path:
-        return self.folder("annotations") / f"{kind}_{split}2017.json"
+    def _annotations(self, split: str) -> Path:
+        return self.folder("annotations") / f"instances_{split}2017.json"
 
 
 def _object(
     item: Mapping[str, Any], images: Mapping[int, CocoImage], index: Mapping[int, int]
 ) -> CocoObject:
     left, top, width, height = item["bbox"]
-    flat = item.get("keypoints", ())
     return CocoObject(
         item["id"],
         images[item["image_id"]],
@@ -144,5 +127,4 @@ def _object(
         item["area"],
         bool(item["iscrowd"]),
         item["segmentation"],
-        tuple(zip(flat[0::3], flat[1::3], flat[2::3], strict=True)),
     )

@@ -63,7 +63,6 @@ class PascalContext(LabelledDataset):
     licence: ClassVar[str] = "research (PASCAL's images)"
     published: ClassVar[Mapping[str, int]] = {"train": 4_998, "val": 5_105}
     num_classes: ClassVar[int] = 21
-    num_parts: ClassVar[int] = 7
 
     def split(self, split: str) -> list[LabelledImage]:
         """List ``train`` or ``val``.

@@ -25,22 +25,13 @@ class Keypoints(NamedTuple):
     """``[K, 2]`` x, y in pixels of the source image."""
     target: Tensor
     """``[K, 2]`` x, y of the same points in the target image."""
-    ids: tuple[str, ...]
-    """Which points of the class they are."""
     source_size: Size
     """Height and width."""
     target_size: Size
-    source_box: tuple[float, float, float, float]
-    """Left, top, right, bottom of the object."""
     target_box: tuple[float, float, float, float]
+    """Left, top, right, bottom of the object."""
     viewpoint: int
     """How much the view differs, 0 to 2."""
-    scale: int
-    """How much the size differs, 0 to 2."""
-    truncation: int
-    """0: neither is cut off, 1: the source is, 2: the target is, 3: both are."""
-    occlusion: int
-    """0 to 3, in the same way."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,15 +51,10 @@ class SpairPair:
             return Keypoints(
                 torch.tensor(data["src_kps"], dtype=torch.float32).reshape(-1, 2),
                 torch.tensor(data["trg_kps"], dtype=torch.float32).reshape(-1, 2),
-                tuple(data["kps_ids"]),
                 (data["src_imsize"][1], data["src_imsize"][0]),
                 (data["trg_imsize"][1], data["trg_imsize"][0]),
-                tuple(data["src_bndbox"]),
                 tuple(data["trg_bndbox"]),
                 data["viewpoint_variation"],
-                data["scale_variation"],
-                data["truncation"],
-                data["occlusion"],
             )
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise DataError(f"{self.file} is no pair of SPair-71k ({error!r})") from error
@@ -76,21 +62,19 @@ class SpairPair:
 
 @dataclass(frozen=True)
 class Spair(Dataset):
-    """SPair-71k as it is published.
+    """SPair-71k as it is published: its test pairs.
 
-    ``JPEGImages/CLASS/ID.jpg`` and ``PairAnnotation/{trn,val,test}/NUMBER-ID-ID:CLASS.json``.
+    ``JPEGImages/CLASS/ID.jpg`` and ``PairAnnotation/test/NUMBER-ID-ID:CLASS.json``.
     """
 
     name: ClassVar[str] = "spair"
     layout: ClassVar[str] = "JPEGImages/ and PairAnnotation/ (SPair-71k)"
     licence: ClassVar[str] = "research (PASCAL's images)"
-    published: ClassVar[Mapping[str, int]] = {
-        "trn": 53_340, "val": 5_384, "test": 12_234, "images": 1_800
-    }  # fmt: skip
+    published: ClassVar[Mapping[str, int]] = {"test": 12_234, "images": 1_800}
 
-    def pairs(self, split: str) -> list[SpairPair]:
-        """List the pairs of ``trn``, ``val`` or ``test``, sorted by number."""
-        folder, images = self.folder("PairAnnotation", split), self.folder("JPEGImages")
+    def pairs(self) -> list[SpairPair]:
+        """List the pairs of the test, sorted by number."""
+        folder, images = self.folder("PairAnnotation", "test"), self.folder("JPEGImages")
         pairs = []
         for key in stems(folder, ".json"):
             match = _NAME.fullmatch(key)
@@ -109,13 +93,12 @@ class Spair(Dataset):
         return pairs
 
     def count(self, part: str) -> int:
-        """Count the pairs of a split, or the images."""
+        """Count the pairs, or the images."""
         if part == "images":
             folder = self.folder("JPEGImages")
             return sum(len(stems(item, ".jpg")) for item in folder.iterdir() if item.is_dir())
-        return len(self.pairs(part))
+        return len(self.pairs())
 
     def tested(self) -> list[Path]:
         """List the images of the test pairs, each once."""
-        pairs = self.pairs("test")
-        return sorted({path for pair in pairs for path in (pair.source, pair.target)})
+        return sorted({path for pair in self.pairs() for path in (pair.source, pair.target)})

@@ -6,13 +6,15 @@ Four programs call four different numbers "NYU depth rmse": pooled over all pixe
 after alignment, of relative depth (both Probe3D). They never belong in one table.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .sums import Sums
+
+_FAR = 80.0
+"""Targets from here on do not count in :class:`PooledDepth`, in metres."""
 
 
 class DepthErrors(NamedTuple):
@@ -28,16 +30,6 @@ class DepthErrors(NamedTuple):
     """Mean of |p - t|/t."""
     rmse: Tensor
     """Root of the mean of (p - t)², in metres."""
-    log10: Tensor
-    """Mean of |log₁₀ p - log₁₀ t|."""
-    rmse_log: Tensor
-    """Root of the mean of (log p - log t)²."""
-    silog: Tensor
-    """100 times the standard deviation of log p - log t."""
-    sq_rel: Tensor
-    """Mean of (p - t)²/t."""
-    mae: Tensor
-    """Mean of |p - t|, in metres."""
 
 
 def depth_errors(prediction: Tensor, target: Tensor, valid: Tensor | None = None) -> DepthErrors:
@@ -58,24 +50,17 @@ def depth_errors(prediction: Tensor, target: Tensor, valid: Tensor | None = None
 
     positive = prediction.clamp(min=1e-9)
     ratio = torch.maximum(positive / target, target / positive)
-    error, log_error = prediction - target, positive.log() - target.log()
+    error = prediction - target
     return DepthErrors(
         d1=mean((ratio < 1.25).double()),
         d2=mean((ratio < 1.25**2).double()),
         d3=mean((ratio < 1.25**3).double()),
         abs_rel=mean(error.abs() / target),
         rmse=mean(error.square()).sqrt(),
-        log10=mean(log_error.abs()) / math.log(10),
-        rmse_log=mean(log_error.square()).sqrt(),
-        silog=100 * (mean(log_error.square()) - mean(log_error).square()).clamp(min=0).sqrt(),
-        sq_rel=mean(error.square() / target),
-        mae=mean(error.abs()),
     )
 
 
-def align_scale_and_shift(
-    prediction: Tensor, target: Tensor, valid: Tensor | None = None
-) -> Tensor:
+def align_scale_and_shift(prediction: Tensor, target: Tensor) -> Tensor:
     """Return ``a * prediction + b`` with the least squared error to ``target``, per image.
 
     With it depth is judged up to scale and shift (MiDaS, arXiv 1907.01341; "scale-invariant" in
@@ -84,21 +69,14 @@ def align_scale_and_shift(
     Args:
         prediction: ``[B, H, W]``.
         target: ``[B, H, W]``, 0 where not known.
-        valid: pixels that count; by default those with a target.
     """
-    weight = ((target > 0) if valid is None else (target > 0) & valid).double()
+    weight = (target > 0).double()
     p, t = prediction.double(), target.double()
 
     def total(values: Tensor) -> Tensor:
         return (weight * values).sum(dim=(1, 2), keepdim=True)
 
-    count, p1, t1, pp, pt = (
-        total(torch.ones_like(p)),
-        total(p),
-        total(t),
-        total(p * p),
-        total(p * t),
-    )
+    count, p1, t1, pp, pt = map(total, (torch.ones_like(p), p, t, p * p, p * t))
     determinant = count * pp - p1 * p1
     flat = determinant == 0
     determinant = determinant.where(~flat, 1.0)
@@ -119,31 +97,22 @@ def eigen_crop(height: int, width: int) -> Tensor:
 
 
 class PooledDepth(Sums):
-    """Errors over all pixels of a set with a target between 0 and ``far`` (NYUDv2 as in MLoRE).
+    """Root mean squared error over all pixels of a set with a target below 80 m, as in MLoRE.
 
     Args:
-        far: targets from here on do not count, in metres.
         device: where the sums live.
     """
 
-    def __init__(self, far: float = 80.0, device: torch.device | str | None = None):
-        super().__init__(5, device)
-        self.far = far
+    def __init__(self, device: torch.device | str | None = None):
+        super().__init__(2, device)
 
     def update(self, prediction: Tensor, target: Tensor) -> None:
         """Add maps in metres, of any equal shape; 0 is no target."""
-        known = (target > 0) & (target < self.far)
+        known = (target > 0) & (target < _FAR)
         p, t = prediction[known].to(self.sums), target[known].to(self.sums)
-        error, log_error = p - t, p.clamp(min=1e-9).log() - t.log()
-        terms = (torch.ones_like(t), error.square(), error.abs() / t, log_error.square())
-        self.sums += torch.stack([x.sum() for x in (*terms, error.square() / t)])
+        self.sums += torch.stack([torch.ones_like(t).sum(), (p - t).square().sum()])
 
-    def compute(self) -> dict[str, float]:
-        """Return ``rmse`` (metres), ``abs_rel``, ``rmse_log`` and ``sq_rel``."""
-        squared, relative, logarithmic, squared_relative = (self.sums[1:] / self.sums[0]).tolist()
-        return {
-            "rmse": squared**0.5,
-            "abs_rel": relative,
-            "rmse_log": logarithmic**0.5,
-            "sq_rel": squared_relative,
-        }
+    def compute(self) -> float:
+        """Return the error in metres."""
+        count, squared = self.sums.tolist()
+        return float((squared / count) ** 0.5)

@@ -32,8 +32,6 @@ class NormalErrors(NamedTuple):
     """… under 30 degrees."""
     rmse: Tensor
     """Root of the mean squared angle, in degrees."""
-    mean: Tensor
-    """Mean angle, in degrees."""
 
 
 def normal_errors(prediction: Tensor, target: Tensor, valid: Tensor) -> NormalErrors:
@@ -45,33 +43,27 @@ def normal_errors(prediction: Tensor, target: Tensor, valid: Tensor) -> NormalEr
         return values.where(valid, 0.0).sum(dim=(1, 2)) / count
 
     d1, d2, d3 = (mean((angle < threshold).double()) for threshold in THRESHOLDS)
-    return NormalErrors(d1, d2, d3, mean(angle.square()).sqrt(), mean(angle))
+    return NormalErrors(d1, d2, d3, mean(angle.square()).sqrt())
 
 
 class PooledNormals(Sums):
-    """The mean angle over all pixels of a set, and the shares under the three thresholds."""
+    """The mean angle over all pixels of a set."""
 
     def __init__(self, device: torch.device | str | None = None):
-        super().__init__(2 + len(THRESHOLDS), device)
+        super().__init__(2, device)
 
     def update(self, prediction: Tensor, target: Tensor, valid: Tensor) -> None:
         """Add normals ``[B, 3, H, W]``, of pixels that are ``valid`` ``[B, H, W]``."""
         angle = angles_between(prediction, target)[valid].to(self.sums)
-        under = [(angle < threshold).sum() for threshold in THRESHOLDS]
-        self.sums += torch.stack([torch.ones_like(angle).sum(), angle.sum(), *under])
+        self.sums += torch.stack([torch.ones_like(angle).sum(), angle.sum()])
 
-    def compute(self) -> dict[str, float]:
-        """Return ``mean`` in degrees, and ``d1``, ``d2``, ``d3`` in [0, 1]."""
-        values = (self.sums[1:] / self.sums[0]).tolist()
-        return dict(zip(("mean", "d1", "d2", "d3"), values, strict=True))
+    def compute(self) -> float:
+        """Return the mean in degrees."""
+        count, total = self.sums.tolist()
+        return float(total / count)
 
 
-def normals_from_depth(
-    depth: Tensor,
-    focal: float,
-    centre: tuple[float, float] | None = None,
-    as_published: bool = False,
-) -> Tensor:
+def normals_from_depth(depth: Tensor, focal: float, as_published: bool = False) -> Tensor:
     """Return unit normals ``[3, H, W]`` of a depth map, away from the camera; 0 where unknown.
 
     The mean of the four cross products of a point's differences to its neighbours left, above,
@@ -81,13 +73,12 @@ def normals_from_depth(
     Args:
         depth: ``[H, W]`` metres, 0 where not known.
         focal: focal length in pixels, the same in both directions.
-        centre: principal point (x, y) in pixels, 0 at the outer edge; by default the middle.
         as_published: as Probe3D makes the truth of its NAVI normals: the principal point lies in
-            the image's corner, which shears all points, and a neighbour without depth is a
-            million metres away instead of unknown.
+            the image's corner, not in its middle, which shears all points, and a neighbour without
+            depth is a million metres away instead of unknown.
     """
     height, width = depth.shape
-    x0, y0 = (0.0, 0.0) if as_published else centre or (width / 2, height / 2)
+    x0, y0 = (0.0, 0.0) if as_published else (width / 2, height / 2)
     known = depth > 0
     z = depth.where(known, 1e6)
     y, x = (torch.arange(n, device=depth.device) + 0.5 for n in (height, width))

@@ -5,10 +5,10 @@ import torch
 from radio_distill.curation.clusters import (
     Clusters,
     assigned,
-    hierarchy,
     k_means,
     level_sizes,
     nearest_members,
+    next_level,
     resampled,
     starts,
 )
@@ -97,6 +97,13 @@ def test_nearest_members():
     assert nearest_members(clusters, 1).tolist() == [2, 4]
 
 
+def hierarchy(points, sizes, seed):
+    levels = []
+    for size in sizes:
+        levels.append(next_level(points, levels, size, seed, CPU))
+    return levels
+
+
 def test_higher_levels_are_flatter():
     """On a line on which nine tenths of the points lie in a tenth of the length.
 
@@ -107,14 +114,14 @@ def test_higher_levels_are_flatter():
         torch.rand(2700, 1, generator=generator) / 10,
         torch.rand(300, 1, generator=generator),
     )
-    levels = hierarchy(torch.cat([dense, thin]).half(), (300, 30), 0, CPU)
+    levels = hierarchy(torch.cat([dense, thin]).half(), (300, 30), 0)
     shares = [float((level.centroids < 0.1).float().mean()) for level in levels]
     assert 0.9 > shares[0] > 1.15 * shares[1]
     assert [len(level.centroids) for level in levels] == [300, 30]
 
 
 def test_hierarchy__is_a_function_of_the_seed(points):
-    first, again, other = (hierarchy(points, (30, 5), seed, CPU) for seed in (0, 0, 1))
+    first, again, other = (hierarchy(points, (30, 5), seed) for seed in (0, 0, 1))
     for one, two in zip(first, again, strict=True):
         assert torch.equal(one.labels, two.labels)
         assert torch.equal(one.centroids, two.centroids)

@@ -124,8 +124,8 @@ def imagenet(root: Path, train: int = 4, val: int = 2) -> Path:
     return root
 
 
-def coco(root: Path, train: int = 3, val: int = 2, captions: int = 5) -> Path:
-    """COCO 2017: in each picture a person (a polygon, 17 keypoints) and a crowd of dogs (a code).
+def coco(root: Path, train: int = 3, val: int = 2) -> Path:
+    """COCO 2017: in each picture a person (a polygon) and a crowd of dogs (a code).
 
     Their number in COCO is 1 and 18, their colour that of :func:`painted`.
     """
@@ -133,7 +133,7 @@ def coco(root: Path, train: int = 3, val: int = 2, captions: int = 5) -> Path:
     width, height = SIZE
     categories = [{"id": 1, "name": "person"}, {"id": 18, "name": "dog"}]
     for split, count in (("train", train), ("val", val)):
-        images, objects, people, texts = [], [], [], []
+        images, objects = [], []
         for number in range(1, count + 1):
             image = {"id": 100 + number, "file_name": f"{number:012d}.jpg"}
             images.append(image | {"height": height, "width": width})
@@ -150,16 +150,8 @@ def coco(root: Path, train: int = 3, val: int = 2, captions: int = 5) -> Path:
             crowd |= {"id": 2 * number + 1, "image_id": image["id"], "category_id": 18}
             crowd["segmentation"] = {"size": [height, width], "counts": run_lengths(shown == 18)}
             objects += [person, crowd]
-            points = [value for index in range(17) for value in (left + index % 12, top, 2)]
-            people.append(person | {"keypoints": points, "num_keypoints": 17})
-            for index in range(captions):
-                text = f"image {number} of {split}, in words {index}"
-                texts.append({"id": len(texts), "image_id": image["id"], "caption": text})
-        for kind, items in (
-            ("instances", objects), ("person_keypoints", people), ("captions", texts)
-        ):  # fmt: skip
-            data = {"images": images, "annotations": items, "categories": categories}
-            write_json(root / "annotations" / f"{kind}_{split}2017.json", data)
+        data = {"images": images, "annotations": objects, "categories": categories}
+        write_json(root / "annotations" / f"instances_{split}2017.json", data)
     return root
 
 
@@ -208,7 +200,7 @@ def texture(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def spair(root: Path, pictures: int = 3) -> Path:
-    """SPair-71k: of two classes ``pictures`` views of one pattern, in all pairs, in every split.
+    """SPair-71k: of two classes ``pictures`` views of one pattern, in all pairs.
 
     View ``i`` is moved by (3 i, 2 i) pixels, and so are its four keypoints.
     """
@@ -226,18 +218,14 @@ def spair(root: Path, pictures: int = 3) -> Path:
             points.append((np.array([[10, 10], [30, 10], [10, 26], [30, 26]]) + moved).tolist())
             boxes.append((np.array([[8, 8], [34, 30]]) + moved).reshape(-1).tolist())
         pairs = [(a, b) for a in range(pictures) for b in range(pictures) if a != b]
-        for split in ("trn", "val", "test"):
-            for count, (a, b) in enumerate(pairs):
-                name = f"{count:06d}-2008_00000{a}-2008_00000{b}:{category}"
-                pair = {
-                    "filename": name, "category": category, "mirror": 0, "occlusion": 0,
-                    "src_imname": f"2008_00000{a}.jpg", "trg_imname": f"2008_00000{b}.jpg",
-                    "src_imsize": [width, height, 3], "trg_imsize": [width, height, 3],
-                    "src_bndbox": boxes[a], "trg_bndbox": boxes[b],
-                    "src_kps": points[a], "trg_kps": points[b], "kps_ids": ["0", "1", "2", "3"],
-                    "viewpoint_variation": count % 3, "scale_variation": 0, "truncation": 0,
-                }  # fmt: skip
-                write_json(root / "PairAnnotation" / split / f"{name}.json", pair)
+        for count, (a, b) in enumerate(pairs):
+            name = f"{count:06d}-2008_00000{a}-2008_00000{b}:{category}"
+            pair = {
+                "src_imsize": [width, height, 3], "trg_imsize": [width, height, 3],
+                "src_bndbox": boxes[a], "trg_bndbox": boxes[b],
+                "src_kps": points[a], "trg_kps": points[b], "viewpoint_variation": count % 3,
+            }  # fmt: skip
+            write_json(root / "PairAnnotation" / "test" / f"{name}.json", pair)
     return root
 
 

@@ -1,4 +1,4 @@
-"""COCO's files: objects, masks, keypoints, captions, and the splits for retrieval."""
+"""COCO's files: objects, masks, and the splits for retrieval."""
 
 import json
 
@@ -30,26 +30,9 @@ def test_coco__boxes_and_masks_cover_what_the_picture_shows(tmp_path):
         assert item.crowd == (item.category == 1)
 
 
-def test_coco__keypoints_and_captions(tmp_path):
-    data = Coco(layouts.coco(tmp_path, train=2))
-    people = data.objects("train", "person_keypoints").objects
-    assert len(people) == 2
-    assert len(people[0].keypoints) == 17
-    assert people[0].keypoints[0] == (*people[0].box[:2], 2)
-    captions = data.captions("train")
-    assert captions.image_of == [0] * 5 + [1] * 5
-    assert captions.texts[5].startswith("image 2 of train")
-    assert captions.images[1].name == "000000000002.jpg"
-
-
 def test_coco__check_counts_every_file(tmp_path):
     layouts.coco(tmp_path)
-    (tmp_path / "annotations" / "captions_val2017.json").write_text('{"images": [')
-    contents = Coco(tmp_path).check()
-    assert contents.counts == {
-        "train": 3, "val": 2, "val instances": 4, "val person_keypoints": 2
-    }  # fmt: skip
-    assert any("captions_val2017.json is no whole JSON file" in line for line in contents.missing)
+    assert Coco(tmp_path).check().counts == {"train": 3, "val": 2, "instances": 4}
     path = tmp_path / "annotations" / "instances_train2017.json"
     path.write_text(path.read_text()[:-9])
     assert "train: " + str(path) in Coco(tmp_path).check().problems["train"]
@@ -111,10 +94,7 @@ def test_retrieval__a_truncated_list(tmp_path, line):
 def test_real__coco(real):
     pytest.importorskip("faster_coco_eval")
     data = Coco(real / "coco51")
-    assert data.check().counts == {
-        "train": 26, "val": 25, "val instances": 213,
-        "val captions": 125, "val person_keypoints": 44,
-    }  # fmt: skip
+    assert data.check().counts == {"train": 26, "val": 25, "instances": 213}
     objects = data.objects("val").objects
     for item in objects:
         with Image.open(item.image.path) as image:

@@ -17,11 +17,9 @@ def read_all(data):
     """Look at everything that benchmarks look at."""
     if data.name == "coco":
         for split in ("train", "val"):
-            for kind in ("instances", "person_keypoints"):
-                for item in data.objects(split, kind).objects:
-                    item.mask()
-                    open_image(item.image.path)
-            data.captions(split)
+            for item in data.objects(split).objects:
+                item.mask()
+                open_image(item.image.path)
     elif data.name in ("coco_retrieval", "flickr30k"):
         for path in data.test().images:
             open_image(path)
@@ -29,7 +27,7 @@ def read_all(data):
         for path, _ in data.split("train") + data.split("val"):
             open_image(path)
     elif data.name == "spair":
-        for pair in data.pairs("trn") + data.pairs("val") + data.pairs("test"):
+        for pair in data.pairs():
             pair.keypoints()
             open_image(pair.source)
     elif data.name == "redwood":

@@ -40,7 +40,7 @@ def test_imagenet__val_as_it_is_published_and_a_strange_class(tmp_path):
 
 
 def test_spair__keypoints_correspond(tmp_path):
-    pairs = Spair(layouts.spair(tmp_path)).pairs("test")
+    pairs = Spair(layouts.spair(tmp_path)).pairs()
     assert {pair.category for pair in pairs} == {"cat", "train"}
     assert len(pairs) == 12
     for pair in pairs:
@@ -57,26 +57,26 @@ def test_spair__keypoints_correspond(tmp_path):
 
 def test_spair__check_and_a_lost_picture(tmp_path):
     data = Spair(layouts.spair(tmp_path))
-    assert data.check().counts == {"trn": 12, "val": 12, "test": 12, "images": 6}
+    assert data.check().counts == {"test": 12, "images": 6}
     (tmp_path / "JPEGImages" / "cat" / "2008_000001.jpg").unlink()
     with pytest.raises(DataError, match=r"1 of 3 names .*2008_000001\.jpg"):
-        data.pairs("val")
+        data.pairs()
 
 
 def test_spair__a_damaged_pair_and_an_empty_split(tmp_path):
     data = Spair(layouts.spair(tmp_path))
-    pair = data.pairs("val")[0]
+    pair = data.pairs()[0]
     pair.file.write_text("{}")
     with pytest.raises(DataError, match="no pair of SPair"):
         pair.keypoints()
-    for path in (tmp_path / "PairAnnotation" / "val").iterdir():
+    for path in (tmp_path / "PairAnnotation" / "test").iterdir():
         path.unlink()
     with pytest.raises(DataError, match="no pairs in"):
-        data.pairs("val")
+        data.pairs()
 
 
 def test_real__spair(real):
-    pairs = Spair(real / "spair_like").pairs("test")
+    pairs = Spair(real / "spair_like").pairs()
     assert len(pairs) == 90
     assert sum(len(pair.keypoints().source) for pair in pairs if pair.category == "horse") > 0
     for pair in pairs[:20]:
