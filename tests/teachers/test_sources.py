@@ -350,7 +350,7 @@ def test_text_encoder__a_teacher_without_text_says_so():
         ("tiny_cnn", {"final_norm": True}, "no norm of maps"),
         ("tiny_vit", {"create": {"mlp_layer": "SwiGluPacked"}}, "'SwiGLUPacked'"),
         ("timm", {"model": "resnet18", "create": {"in_chans": 6}}, "6 bands"),
-        ("timm", {"model": "resnet18", "mean": [0.5] * 6}, "options.std: 3 numbers"),
+        ("timm", {"model": "resnet18", "mean": [0.5] * 6}, "a model of 3 bands"),
     ],
 )  # fmt: skip
 def test_options__a_wrong_one_is_one_line_that_names_teacher_and_mend(preset, options, message):
