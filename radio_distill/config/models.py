@@ -101,6 +101,12 @@ class HeadsConfig:
         "blocks of the student, from 0, that are asked for the features too, each by a head of its own that is thrown away, and the weight of that loss beside the last's 1: {5: 0.5}",
     )
 
+    @property
+    def upsample(self) -> int:
+        """Cells a side that are predicted for each of the student's."""
+        asked = self.features.options.get("upsample", 1)
+        return asked if isinstance(asked, int) else 1  # which the head's own check refuses
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StudentConfig:

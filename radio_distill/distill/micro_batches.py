@@ -122,12 +122,11 @@ class MicroBatchSchedule:
             whole = Pass(partition, size, partition.image_weight, partition.views_drawn(sizes))
             images = MicroBatch(partition.start, partition.start + partition.batch_size, (whole,))
             seen = self._draws.views(step, images, whole, {})
-            student = size[0] // stage.student.patch_size, size[1] // stage.student.patch_size
+            rows, columns = (side // stage.student.patch_size for side in size)
             for name, view in whole.views.items():
-                grid, shift = (
-                    common_grid(student, view.grid, stage.loss.alignment),
-                    seen.shift(name),
-                )
+                fine = stage.student.heads_of(name).upsample
+                student, shift = (rows * fine, columns * fine), seen.shift(name)
+                grid = common_grid(student, view.grid, stage.loss.alignment)
                 each = torch.ones(1, *grid) if shift is None else shown_by_both(shift, grid)
                 mean = float(each.sum((1, 2), dtype=torch.float64).mean())
                 cells[name] += partition.share / shares[name] * mean

@@ -136,8 +136,13 @@ class Onnx(Format):
         )
         for value in program.model.graph.inputs:  # names for people
             value.shape = type(value.shape)(["batch", bands, "height", "width"])
+        finer = {
+            f"{name}_features": graph.model.heads[name].spatial.upsample for name in self.heads
+        }
         for value in program.model.graph.outputs:
             sides = ["rows", "columns"] if len(value.shape) == 4 else []
+            if (times := finer.get(value.name, 1)) > 1:
+                sides = [f"{times}*{side}" for side in sides]
             value.shape = type(value.shape)(["batch", value.shape[1], *sides])
         program.model.metadata_props.update(_metadata(student))
         program.save(folder / "model.onnx")  # with external data where protobuf's 2 GB are too few

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ExportError
-from ..models.projectors import MLPHead
+from ..models.projectors import MLPHead, Projector
 from ..system.files import reason_of
 from .blocks import block_shape, body_tensors
 from .folded import FoldedStudent
@@ -79,10 +79,10 @@ class Radio(Format):
             )
         for name, head in student.model.heads.items():
             kinds = head.projectors.values()
-            if any(type(kind) is not MLPHead or kind.fc1.bias is None for kind in kinds):
+            if any(not _is_plain(kind) for kind in kinds):
                 raise ExportError(
-                    f"radio cannot hold student.heads: that of {name} is no MLP with biases, which "
-                    "alone its code reads; export it as transformers or onnx"
+                    f"radio cannot hold student.heads: that of {name} is no plain MLP with biases, "
+                    "which alone its code reads; export it as transformers or onnx"
                 )
         shape = block_shape(student, self.name)
         what = f"radio cannot hold student.architecture {student.config.architecture!r}"
@@ -116,6 +116,10 @@ class Radio(Format):
     def usage(self, student: FoldedStudent) -> str:
         """Return an example for :func:`.model_card.model_card`."""
         return _USAGE.format(file=_file(student), names=list(student.checkpoint.teachers))
+
+
+def _is_plain(kind: Projector) -> bool:
+    return type(kind) is MLPHead and kind.fc1.bias is not None and kind.upsample == 1
 
 
 def _file(student: FoldedStudent) -> str:

@@ -74,6 +74,8 @@ class Head(nn.Module):
             width = summary_dim or embed_dim
             own = replace(shape, in_features=width, out_features=channels)
             self.summary = build_projector(chosen.summary, own, f"{where}: summary")
+            if self.summary.upsample > 1:
+                raise ConfigError(f"{where}: a summary has no cells to upsample; leave that out")
             if self.summary.reads_map:
                 raise ConfigError(
                     f"{where}: {chosen.summary.name} is of tokens that see each other, and the "
@@ -110,6 +112,8 @@ class Head(nn.Module):
     def forward(self, summary_token: Tensor, spatial: Tensor, *inner: Tensor) -> Features:
         """Predict summary ``[B, S]`` (or None) and spatial ``[B, C, h, w]``.
 
+        Of a head that upsamples, spatial has as many times the rows and columns.
+
         Args:
             summary_token: ``[B, summary_dim]``.
             spatial: ``[B, D, h, w]``.
@@ -118,7 +122,11 @@ class Head(nn.Module):
         predicted = self._all(summary_token, spatial, *inner)  # [B, P + N, C]
         height, width = spatial.shape[-2:]
         tokens = predicted[:, -height * width :]
-        features = rearrange(tokens, "b (h w) c -> b c h w", h=height)
+        if (fine := self.spatial.upsample) > 1:
+            order = "b (h w) (i j c) -> b c (h i) (w j)"
+            features = rearrange(tokens, order, h=height, i=fine, j=fine)
+        else:
+            features = rearrange(tokens, "b (h w) c -> b c h w", h=height)
         if self.is_shared:
             return Features(self._shared_summary(predicted), features)
         if self.summary is None:

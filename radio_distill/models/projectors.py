@@ -11,7 +11,7 @@ folded into it; only :class:`IdentityHead` has none.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -58,19 +58,35 @@ class Projector(nn.Module, ABC):
     """Whether the summary token may stand ahead of the patches."""
     with_summary: bool = False
     """Whether a head of features gets the summary token too, ahead of the patches."""
+    upsample: int = 1
+    """Cells a side that a head of features predicts for each of the student's, row by row, their
+    channels side by side: ``[B, N, upsample * upsample * C]``."""
 
     def last(self) -> nn.Sequential | None:
         """Return the layers whose last one is the linear layer that predicts; None without any."""
         return self.final
 
     def exchange_last(self, exchange: Callable[[nn.Linear], nn.Linear]) -> bool:
-        """Put what a function returns in the place of the last linear layer; False without one."""
+        """Put what a function returns in the place of the last linear layer; False without one.
+
+        Where it upsamples, the layer of each cell by itself.
+        """
         layers = self.last()
         if layers is None:
             return False
         last = layers[-1]
         assert isinstance(last, nn.Linear), "the last layer of a head is linear"
-        layers[-1] = exchange(last)
+        if (cells := self.upsample**2) == 1:
+            layers[-1] = exchange(last)
+            return True
+        biases = [None] * cells if last.bias is None else last.bias.chunk(cells)
+        parts = [
+            exchange(_linear(weight, bias))
+            for weight, bias in zip(last.weight.chunk(cells), biases, strict=True)
+        ]
+        found = [part.bias for part in parts if part.bias is not None]
+        weight = torch.cat([part.weight for part in parts])
+        layers[-1] = _linear(weight, torch.cat(found) if found else None)
         return True
 
     @abstractmethod
@@ -107,6 +123,8 @@ class MLPHead(Projector):
         layers: residual layers; None for ``student.head_layers``.
         bias: whether the first linear layer and the residual ones have biases.
         last_bias: whether the last one has.
+        upsample: cells a side that are predicted for each of the student's (C-RADIOv4); then
+            ``student.head_hidden`` counts as many times.
         init_std: draw weights of linear layers from a truncated normal distribution of this
             deviation and let biases begin at zero; 0 for torch's own way.
     """
@@ -119,14 +137,16 @@ class MLPHead(Projector):
         layers: SmallCount | None = None,
         bias: bool = True,
         last_bias: bool = True,
+        upsample: Positive = 1,
         init_std: Weight = 0.0,
     ):
         super().__init__()
-        hidden = hidden or shape.hidden
+        self.upsample, self.takes_summary = upsample, upsample == 1
+        hidden = hidden or shape.hidden * upsample
         self.fc1 = nn.Linear(shape.in_features, hidden, bias)
         count = shape.layers if layers is None else layers
         self.blocks = nn.ModuleList(_layer(hidden, hidden, bias) for _ in range(count))
-        self.final = _layer(hidden, shape.out_features, last_bias)
+        self.final = _layer(hidden, shape.out_features * upsample**2, last_bias)
         if init_std:
             _draw(self, init_std)
 
@@ -213,6 +233,7 @@ class AttentionHead(Projector):
         prefix: let the summary token take part too, also where it is not predicted from here.
         output: what comes behind the blocks, ``mlp`` without residual layers, or ``linear``.
         hidden: width inside that MLP; 0 for ``student.head_hidden``.
+        upsample: as for :class:`MLPHead`.
     """
 
     reads_map = True
@@ -228,6 +249,7 @@ class AttentionHead(Projector):
         prefix: bool = False,
         output: Literal["mlp", "linear"] = "mlp",
         hidden: Hidden = 0,
+        upsample: Positive = 1,
     ):
         from timm.models.vision_transformer import Block
 
@@ -237,6 +259,7 @@ class AttentionHead(Projector):
         if width % heads:
             raise ConfigError(f"{heads} attention heads do not divide the student's width {width}")
         self.with_summary = prefix
+        self.upsample, self.takes_summary = upsample, upsample == 1
         self.blocks = nn.ModuleList(
             Block(
                 width,
@@ -247,8 +270,10 @@ class AttentionHead(Projector):
             )
             for _ in range(blocks)
         )
-        is_mlp = output == "mlp"
-        self.mlp = MLPHead(shape, hidden=hidden, layers=0) if is_mlp else LinearHead(shape)
+        if output == "mlp":
+            self.mlp: Projector = MLPHead(shape, hidden=hidden, layers=0, upsample=upsample)
+        else:
+            self.mlp = LinearHead(replace(shape, out_features=shape.out_features * upsample**2))
 
     def last(self) -> nn.Sequential | None:
         """Return the layers behind the blocks."""
@@ -360,6 +385,14 @@ def build_projector(config: HeadConfig, shape: HeadShape, where: str) -> Project
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
     return projector
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], len(weight), bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight.detach())
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach())
+    return linear
 
 
 def _layer(in_features: int, out_features: int, bias: bool = True) -> nn.Sequential:

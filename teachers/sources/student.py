@@ -61,8 +61,16 @@ def complete(preset: Preset, weights_path: str) -> Preset:
 
 
 def described(preset: Preset, encoder: StudentEncoder) -> Preset:
-    """Fill in what a student is; pixels are looked up where the preset says nothing of them."""
+    """Fill in what a student is; pixels are looked up where the preset says nothing of them.
+
+    Raises ConfigError for a head whose map is not of the student's grid.
+    """
     student, patch, head = encoder.student, encoder.patch_size, preset.arguments.get("head", "")
+    if head and (fine := encoder.heads[head].spatial.upsample) > 1:
+        raise ConfigError(
+            f"options.head: {head} predicts {fine} cells a side for each of the student's, whose "
+            "grid a teacher has; take another head, or none for the student's features"
+        )
     arguments = {
         "head": head,
         "config": encoder.config,

@@ -49,6 +49,7 @@ def _check_outputs(student, path, pixels):
 
 
 HEADS = {
+    "clip": {"features": {"name": "mlp", "options": {"upsample": 2}}},
     "sam": {"features": {"name": "ladder", "options": {"blocks": [1]}}},
     "dino": {
         "summary": {"name": "shared"},
@@ -59,12 +60,12 @@ HEADS = {
 
 def test_export__every_batch_and_size(make_student, tmp_path):
     student = _shallow(make_student(spectral_reparametrization=True, heads=HEADS), depth=2)
-    path = export(student, tmp_path / "out", Onnx(("dino", "sam")))
+    path = export(student, tmp_path / "out", Onnx(("dino", "sam", "clip")))
     assert path == tmp_path / "out" / "model.onnx"
     for shape in ((1, 224, 224), (3, 224, 192), (2, 160, 320), (1, 16, 16), (1, 768, 512)):
         names = _check_outputs(student, path, torch.rand(shape[0], 3, *shape[1:]))
     heads = ["dino_summary", "dino_features", "sam_features"]  # SAM has no summary
-    assert names == ["summary", "features", *heads]
+    assert names == ["summary", "features", *heads, "clip_summary", "clip_features"]
 
     _check_metadata(path)
     _check_example(student, path)

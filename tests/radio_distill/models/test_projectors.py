@@ -178,6 +178,40 @@ def test_projector__a_folded_normalizer_is_its_inverse(name):
     torch.testing.assert_close(again(tokens, GRID, inner), before, atol=1e-10, rtol=1e-10)
 
 
+@pytest.mark.parametrize("name", ["mlp", "attention"])
+def test_head__upsampled_cells_lie_in_their_own_cell(student_config, name):
+    """A finer map, and each of its cells is what its part of the last layer says."""
+    options = {"upsample": 3, **({"heads": 4} if name == "attention" else {})}
+    chosen = HeadsConfig(features=HeadConfig(name=name, options=options))
+    teacher = TeacherSpec("a", CHANNELS, None, 16, (64, 64), None, (0.5,) * 3, (0.5,) * 3)
+    head = Head(WIDTH, teacher, student_config(heads={"a": chosen})).double()
+    spatial = torch.randn(2, WIDTH, *GRID, dtype=torch.float64)
+    fine = head(spatial[:, :, 0, 0], spatial).spatial
+    assert fine.shape == (2, CHANNELS, 3 * GRID[0], 3 * GRID[1])
+    cells = head.spatial(spatial.flatten(2).mT, GRID).unflatten(1, GRID).unflatten(-1, (3, 3, -1))
+    for row, column in ((0, 0), (3, 7), (5, 4)):
+        expected = cells[:, row // 3, column // 3, row % 3, column % 3]
+        torch.testing.assert_close(fine[:, :, row, column], expected)
+    normalizer = PhiS().fit(moments())
+    assert head.fold(normalizer, None) == []
+    folded = head(spatial[:, :, 0, 0], spatial).spatial
+    torch.testing.assert_close(folded, normalizer.invert(fine), atol=1e-6, rtol=1e-6)
+    head.spatial.exchange_last(normalizer.unfold)
+    again = head(spatial[:, :, 0, 0], spatial).spatial
+    torch.testing.assert_close(again, fine, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("part", ["summary", "shared"])
+def test_head__a_summary_has_no_cells_to_upsample(student_config, part):
+    upsampled = HeadConfig(name="mlp", options={"upsample": 2})
+    chosen = HeadsConfig(summary=upsampled)
+    if part == "shared":
+        chosen = HeadsConfig(summary=HeadConfig(name="shared"), features=upsampled)
+    teacher = TeacherSpec("a", CHANNELS, CHANNELS, 16, (64, 64), None, (0.5,) * 3, (0.5,) * 3)
+    with pytest.raises(ConfigError, match="heads of teacher 'a'"):
+        Head(WIDTH, teacher, student_config(heads={"a": chosen}))
+
+
 def test_ln_mlp__biases_and_widths():
     names = {name for name, _ in projector("ln_mlp", hidden=5).named_parameters()}
     assert names == {"fc1.weight", "final.0.weight", "final.0.bias", "final.2.weight"}
