@@ -84,7 +84,7 @@ class Projector(nn.Module, ABC):
             exchange(_linear(weight, bias))
             for weight, bias in zip(last.weight.chunk(cells), biases, strict=True)
         ]
-        found = [part.bias for part in parts if part.bias is not None]
+        found: list[Tensor] = [part.bias for part in parts if part.bias is not None]
         weight = torch.cat([part.weight for part in parts])
         layers[-1] = _linear(weight, torch.cat(found) if found else None)
         return True
