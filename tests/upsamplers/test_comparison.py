@@ -10,7 +10,6 @@ from torch import Tensor
 from radio_distill.config import FitConfig
 from radio_distill.errors import DataError, WeightsError
 from radio_distill.normalize.phi_s import PhiS
-from radio_distill.types import Features, TeacherSpec
 from upsamplers.comparison import (
     fit_probe,
     load_fitted,
@@ -28,23 +27,13 @@ from upsamplers.methods.tile import Tile
 from upsamplers.metrics import measure
 from upsamplers.networks.resize_conv import BilinearNetwork
 
+from .colours import MeanColours
+
 CHANNELS, PATCH, SIZE, FACTOR = 6, 4, (24, 32), 2
 
 
-class Means:
-    """Each cell is a linear map of the mean colour of its patch, and of that of the image."""
-
-    def __init__(self, context: float = 0.0, **limits: object):
-        self.spec = TeacherSpec(
-            "means", CHANNELS, None, PATCH, SIZE, None, (0.0,) * 3, (1.0,) * 3, **limits
-        )
-        self._mixing = torch.randn(CHANNELS, 3, generator=torch.Generator().manual_seed(0))
-        self._context = context
-
-    def encode(self, pixels: Tensor) -> Features:
-        colours = F.avg_pool2d(pixels, PATCH)
-        colours = colours + self._context * pixels.mean(dim=(2, 3), keepdim=True)
-        return Features(None, torch.einsum("kc,bchw->bkhw", self._mixing, colours))
+def means(context: float = 0.0) -> MeanColours:
+    return MeanColours(PATCH, CHANNELS, context, SIZE)
 
 
 def normalizer(scale: float = 1.0) -> PhiS:
@@ -62,11 +51,6 @@ def bilinear_fit(bias: bool) -> Consistency:
     return Consistency(model, FitConfig(factor=FACTOR, downsampler_kernel=5), CHANNELS)
 
 
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
-
-
 @pytest.fixture
 def batches() -> list[Tensor]:
     coarse = torch.rand(3, 3, 6, 7)
@@ -77,11 +61,11 @@ def batches() -> list[Tensor]:
 def test_load_fitted__measures_as_the_fit_did(tmp_path: Path, batches: list[Tensor]) -> None:
     made, path = bilinear_fit(bias=True), tmp_path / "fit.safetensors"
     header = FittedHeader(
-        "bilinear", "means", "", CHANNELS, FACTOR, SIZE, fit={"downsampler_kernel": 5}
+        "bilinear", "colours", "", CHANNELS, FACTOR, SIZE, fit={"downsampler_kernel": 5}
     )
     save_model(path, made.model, header, made.downsampler.state_dict())
-    assert measure(load_fitted(path), Means(), batches, SIZE, FACTOR) == pytest.approx(
-        measure(made, Means(), batches, SIZE, FACTOR), rel=1e-6
+    assert measure(load_fitted(path), means(), batches, SIZE, FACTOR) == pytest.approx(
+        measure(made, means(), batches, SIZE, FACTOR), rel=1e-6
     )
     save_model(path, made.model, header)
     with pytest.raises(WeightsError, match="downsampler"):
@@ -90,14 +74,14 @@ def test_load_fitted__measures_as_the_fit_did(tmp_path: Path, batches: list[Tens
 
 def test_without_parameters__bilinear_is_the_network_of_that_name(batches: list[Tensor]) -> None:
     made = bilinear_fit(bias=False)
-    free = without_parameters(Bilinear(FACTOR), Means(), made)
-    assert measure(free, Means(), batches, SIZE, FACTOR) == pytest.approx(
-        measure(made, Means(), batches, SIZE, FACTOR), rel=1e-5
+    free = without_parameters(Bilinear(FACTOR), means(), made)
+    assert measure(free, means(), batches, SIZE, FACTOR) == pytest.approx(
+        measure(made, means(), batches, SIZE, FACTOR), rel=1e-5
     )
 
 
 def test_without_parameters__the_map_is_the_upsamplers_own(batches: list[Tensor]) -> None:
-    made, teacher = bilinear_fit(bias=True), Means(context=0.5)
+    made, teacher = bilinear_fit(bias=True), means(context=0.5)
     for upsampler in (Tile(FACTOR), Strided(FACTOR), Native(FACTOR)):
         free = without_parameters(upsampler, teacher, made)
         maps = maps_of(free.model, teacher, batches[0], SIZE, FACTOR)
@@ -109,7 +93,7 @@ def test_without_parameters__the_map_is_the_upsamplers_own(batches: list[Tensor]
 
 def test_maps_of__the_base_is_the_de_biased_low_map(batches: list[Tensor]) -> None:
     model = bilinear_fit(bias=True).model
-    maps = maps_of(model, Means(), batches[0], SIZE, FACTOR)
+    maps = maps_of(model, means(), batches[0], SIZE, FACTOR)
     assert torch.equal(maps.base, maps.low + model.bias)
     fine = F.interpolate(maps.base, scale_factor=FACTOR, mode="bilinear")
     assert torch.allclose(maps.fine, fine, atol=1e-6)
@@ -124,7 +108,7 @@ def stripes(width: int, scale: int) -> tuple[Tensor, Tensor]:
 
 def test_preservation__what_only_the_finer_map_shows_counts_and_a_shift_counts_against() -> None:
     """Stripes of half a cell: the low map is all alike, the native one has them."""
-    teacher, made = Means(), bilinear_fit(bias=False)
+    teacher, made = means(), bilinear_fit(bias=False)
     probe = fit_probe(teacher, [stripes(PATCH * 2, 1)], 2)
     fine_stripes, wide_stripes = [stripes(PATCH, FACTOR)], [stripes(PATCH * 4, FACTOR)]
 

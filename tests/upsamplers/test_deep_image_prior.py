@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from radio_distill.errors import ConfigError, DataError
-from radio_distill.types import Features, TeacherSpec
 from upsamplers import build_per_image
 from upsamplers.deep_image_prior import DeepImagePrior, Hourglass
+
+from .colours import MeanColours
 
 FACTOR = 4
 
@@ -65,15 +66,9 @@ def test_hourglass__any_size_down_to_one_cell(size):
 
 
 def test_call__fits_each_map_of_a_batch_by_itself():
-    class Colours:
-        spec = TeacherSpec("colours", 3, None, 8, (32, 32), None, (0, 0, 0), (1, 1, 1))
-
-        def encode(self, pixels):
-            return Features(None, F.avg_pool2d(pixels, 8))
-
     upsampler = build_per_image("deep_image_prior", 2, {"steps": 2})
     pixels = torch.rand(2, 3, 64, 48)
-    found = upsampler(Colours(), pixels, (8, 6)).spatial
+    found = upsampler(MeanColours(8), pixels, (8, 6)).spatial
     small = F.interpolate(pixels[1:], (32, 24), mode="bicubic", antialias=True).clamp(0, 1)
     expected = DeepImagePrior(2, steps=2).fit(F.avg_pool2d(small, 8)[0])
     torch.testing.assert_close(found[1], expected, rtol=0.05, atol=0.05)

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from radio_distill.errors import ConfigError, DataError
 from radio_distill.evals.metrics.fidelity import Fidelity
 from radio_distill.geometry import valid_mask
-from radio_distill.types import Features, TeacherSpec
 from upsamplers import implicit
 from upsamplers.fit.views import draw_homographies, render
 from upsamplers.implicit import (
@@ -22,26 +21,11 @@ from upsamplers.implicit import (
     fourier_features,
 )
 
+from .colours import MeanColours
+
 PATCH, CHANNELS = 8, 6
-MIX = torch.randn(CHANNELS, 3, generator=torch.Generator().manual_seed(1))
-
-
-class MeanColour:
-    """Six linear functions of each cell's mean colour."""
-
-    spec = TeacherSpec("mean", CHANNELS, None, PATCH, (48, 48), None, (0, 0, 0), (1, 1, 1))
-
-    def __init__(self, poison: float = 0.0):
-        self.poison = poison
-
-    def encode(self, pixels):
-        if any(side % PATCH for side in pixels.shape[-2:]):
-            raise ConfigError("teacher 'mean' cannot take this size")
-        return Features(None, colours(pixels, PATCH) + self.poison)
-
-
-def colours(pixels, patch):
-    return torch.einsum("ck,bkhw->bchw", MIX, F.avg_pool2d(pixels, patch))
+TEACHER = MeanColours(PATCH, CHANNELS)
+colours = TEACHER.map_of
 
 
 def squares(height, width):
@@ -57,7 +41,7 @@ def squares(height, width):
 
 def fit(image, size=(48, 32), teacher=None, **changes):
     settings = {"factor": 4, "steps": 120, "views": 80, "progress": False, **changes}
-    return fit_implicit(teacher or MeanColour(), image, size, **settings)
+    return fit_implicit(teacher or TEACHER, image, size, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +65,7 @@ def test_render__is_nearer_to_the_true_fine_features_than_bilinear_is(image, fit
 def test_see__predicts_views_that_were_not_fitted_better_than_pooled_bilinear(image, fitted):
     draw = np.random.Generator(np.random.Philox(key=[99, 1]))
     views = draw_homographies(16, implicit.VIEW_RANGE, draw, 32 / 48)
-    target = MeanColour().encode(render(image[None], views, (48, 32))).spatial
+    target = TEACHER.encode(render(image[None], views, (48, 32))).spatial
     valid = valid_mask(views, (6, 4))
     smooth = F.interpolate(colours(image[None], PATCH), (48, 32), mode="bilinear")
     scores = []
@@ -169,9 +153,9 @@ def test_compression__keeps_the_largest_of_many_components():
         ({"steps": 0}, ConfigError, "steps"),
         ({"views": 0}, ConfigError, "views"),
         ({"factor": 0}, ConfigError, "factor"),
-        ({"size": (20, 16)}, ConfigError, "size"),
-        ({"teacher": MeanColour(math.inf)}, DataError, "features"),
-        ({"teacher": MeanColour(math.nan)}, DataError, "features"),
+        ({"size": (20, 16)}, ConfigError, "20x16"),
+        ({"teacher": MeanColours(PATCH, CHANNELS, math.inf)}, DataError, "features"),
+        ({"teacher": MeanColours(PATCH, CHANNELS, math.nan)}, DataError, "features"),
     ],
 )  # fmt: skip
 def test_fit_implicit__bad_input_in_one_line(change, kind, message):
@@ -234,7 +218,7 @@ def test_parts__without_colours_a_point_is_its_place(image):
 def test_implicit__images_of_a_batch_are_fitted_each_by_itself(image):
     upsampler = Implicit(factor=4, steps=3, views=12)
     batch = torch.stack([image, 1 - image])
-    found = upsampler(MeanColour(), batch, (24, 16)).spatial
+    found = upsampler(TEACHER, batch, (24, 16)).spatial
     expected = fit(1 - image, steps=3, views=12).render((24, 16))
     torch.testing.assert_close(found[1], expected)
     assert not torch.equal(found[0], found[1])

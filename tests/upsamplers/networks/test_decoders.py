@@ -15,7 +15,6 @@ from upsamplers.networks.carafe import bilinear_logits, neighbourhoods, reassemb
 from upsamplers.networks.resfu import shifted_interpolation
 from upsamplers.networks.sapa import SapaNetwork
 
-SIZES = [(5, 7), (1, 3), (8, 2)]
 MIXING = ["carafe", "sapa", "a2u", "fade", "resfu", "uplift"]
 """Positive weights that sum to one."""
 LEARNED = [*MIXING, "resize_conv", "deconvolution", "indexnet", "lift"]
@@ -52,17 +51,6 @@ def test_network__a_bad_cell_reaches_no_further_than_the_kernels(observation, na
     assert fine[0, 0, :4].isnan().any()
     assert fine[0, :, 8:].isfinite().all()
     assert fine[0, :, :, 8:].isfinite().all()
-
-
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("factor", [1, 2, 3, 7])
-@pytest.mark.parametrize("name", ["carafe", "sapa", "fade"])
-def test_network__starts_near_bilinear(observation, name, factor, size):
-    seen = observation(32, factor, size)
-    fine = build_network(name, 32, factor, {})(seen)
-    expected = F.interpolate(seen.low, scale_factor=factor, mode="bilinear", align_corners=False)
-    assert fine.shape == (2, 32, size[0] * factor, size[1] * factor)
-    assert (fine - expected).square().mean().sqrt() < 0.1  # of features whose spread is one
 
 
 @pytest.mark.parametrize("name", [*MIXING, "resize_conv"])
@@ -169,38 +157,23 @@ def test_sapa__large_values_stay_finite():
 
 
 @pytest.mark.parametrize(
-    ("name", "options"),
+    ("name", "options", "error"),  # of features whose spread is one
     [
-        ("resize_conv", {}),
-        ("bilinear", {}),
-        ("deconvolution", {}),
-        ("deconvolution", {"depthwise": True}),
+        *((name, {}, 0.1) for name in ("carafe", "sapa", "fade")),
+        ("resize_conv", {}, 1e-6),
+        ("bilinear", {}, 1e-6),
+        ("deconvolution", {}, 1e-6),
+        ("deconvolution", {"depthwise": True}, 1e-6),
     ],
 )
-@pytest.mark.parametrize("size", [(5, 7), (1, 1), (8, 2)])
+@pytest.mark.parametrize("size", [(5, 7), (1, 1), (1, 3), (8, 2)])
 @pytest.mark.parametrize("factor", [1, 2, 3, 4, 7])
-def test_network__starts_at_bilinear(observation, name, options, factor, size):
-    seen = observation(6, factor, size)
-    network = build_network(name, 6, factor, options)
+def test_network__starts_at_bilinear(observation, name, options, error, factor, size):
+    seen = observation(32, factor, size)
+    found = build_network(name, 32, factor, options)(seen)
     expected = F.interpolate(seen.low, scale_factor=factor, mode="bilinear", align_corners=False)
-    torch.testing.assert_close(network(seen), expected)
-    assert network.tile_levels == ()
-
-
-def test_resize_conv__learns_to_undo_some_of_the_blur():
-    torch.manual_seed(0)
-    low = torch.randn(4, 3, 12, 8)
-    target = F.interpolate(low, scale_factor=2, mode="nearest")
-    network = build_network("resize_conv", 3, 2, {})
-    seen = Observation(torch.rand(4, 3, 48, 32), low)
-    start = F.mse_loss(network(seen), target).item()
-    optimizer = torch.optim.NAdam(network.parameters(), 0.02)
-    for _ in range(60):
-        loss = F.mse_loss(network(seen), target)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert loss < start / 2
+    assert found.shape == expected.shape
+    assert (found - expected).square().mean().sqrt() <= error
 
 
 def test_sapa__is_the_softmax_of_similarities():
