@@ -361,8 +361,9 @@ def weights_hash(name: str, config: TeacherConfig) -> str | None:
 
     None where they would have to be downloaded, cannot be read, or are larger than 1 GiB.
     """
+    from radio_distill.weights.files import checksummed_files
     from teachers import resolve
-    from teachers.weights import checksummed_files, local_path
+    from teachers.weights import local_path
 
     try:
         if not config.weights:

@@ -106,11 +106,11 @@ def build_module(
 def _preset(config: TeacherConfig, recipe: Recipe | None) -> Preset:
     if not config.stage or recipe is None:
         return resolve(config)
-    from .stage_students import preset_of
+    from .sources.student import preset_of_stage
 
     part = for_stage(recipe, config.stage)
     size = max(part.stages[config.stage].largest_size)
-    return preset_of(chosen(config), part.student, teacher_specs(recipe, config.stage), size)
+    return preset_of_stage(chosen(config), part.student, teacher_specs(recipe, config.stage), size)
 
 
 def _random(preset: Preset, config: TeacherConfig) -> "tuple[nn.Module, str]":
@@ -127,15 +127,11 @@ def _random(preset: Preset, config: TeacherConfig) -> "tuple[nn.Module, str]":
 
 def _loaded(preset: Preset, config: TeacherConfig) -> "tuple[nn.Module, str]":
     """Return a tower with its weights, maybe still in their file, and their fingerprint."""
+    from radio_distill.system.trust import check_sha256
+    from radio_distill.weights.files import checksummed_files, files_of
+
     from .fingerprints import FingerprintNote
-    from .weights import (
-        check_local,
-        check_sha256,
-        checksummed_files,
-        files_of,
-        fingerprint,
-        local_path,
-    )
+    from .weights import check_local, fingerprint, local_path
 
     source = find_source(preset.source)
     path = local_path(config.weights) if config.weights else source.locate(preset)

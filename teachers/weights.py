@@ -17,17 +17,8 @@ from torch.overrides import TorchFunctionMode
 from radio_distill.config import TeacherConfig
 from radio_distill.errors import WeightsError
 from radio_distill.system.files import refuse_unreadable
-from radio_distill.system.trust import check_sha256 as check_sha256
-from radio_distill.weights.files import FOLDER as FOLDER
-from radio_distill.weights.files import HUB as HUB
-from radio_distill.weights.files import checksummed_files as checksummed_files
-from radio_distill.weights.files import files_of as files_of
-from radio_distill.weights.files import from_hub as from_hub
-from radio_distill.weights.files import hub_folder as hub_folder
-from radio_distill.weights.files import hub_model as hub_model
-from radio_distill.weights.files import named_as as named_as
-from radio_distill.weights.files import read_json as read_json
-from radio_distill.weights.files import read_state as read_state
+from radio_distill.system.trust import check_sha256
+from radio_distill.weights.files import FOLDER, HUB, checksummed_files
 
 _HALF = (torch.float16, torch.bfloat16)
 

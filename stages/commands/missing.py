@@ -25,8 +25,9 @@ from radio_distill.errors import ConfigError, DataError, RadioDistillError
 from radio_distill.stage import check_has_stage, resolve_stage
 from radio_distill.system.files import refuse_unreadable
 from radio_distill.types import TeacherSpec
+from radio_distill.weights.files import FOLDER, HUB
 from teachers import resolve, teacher_spec
-from teachers.weights import FOLDER, HUB, local_path
+from teachers.weights import local_path
 
 from ..fits import Need, problems_of
 from ..recipes import Asked, untrained_teachers

@@ -21,7 +21,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from radio_distill.errors import WeightsError
-from radio_distill.weights.files import named_as
+from radio_distill.weights import files
 
 from .. import weights
 from ..presets import HALF, Preset
@@ -72,8 +72,8 @@ def load(preset: Preset, path: Path) -> nn.Module:
     own = tower.model.state_dict()
     scales = {key: value for key, value in own.items() if "gamma_" in key}
     wanted = {_published(key): key for key in own if key not in scales}
-    state = named_as(
-        weights.read_state(path), wanted, str(path), preset.arguments.get("prefix", "")
+    state = files.named_as(
+        files.read_state(path), wanted, str(path), preset.arguments.get("prefix", "")
     )
     encoder = {
         wanted.get(key, key): _neighbours(value, heads) if ".attn.qkv." in key else value

@@ -19,6 +19,7 @@ from radio_distill.registry import nearest
 from radio_distill.system.files import reason_of
 from radio_distill.system.redaction import redact
 from radio_distill.types import Features, spread_layers
+from radio_distill.weights import files
 
 from .. import weights
 from ..options import naming_teacher, resolve
@@ -146,14 +147,14 @@ def locate(preset: Preset) -> Path:
             f"open_clip has no weights {tag!r} for {name} (known: {', '.join(tags)}); name them as "
             f"model/tag, or put a local file into `weights`"
         )
-    return weights.from_hub(preset.model, lambda: open_clip.download_pretrained(published))
+    return files.from_hub(preset.model, lambda: open_clip.download_pretrained(published))
 
 
 def load(preset: Preset, path: Path) -> OpenClipTower:
     """Build the image tower with the weights at ``path``, of a whole CLIP or that tower."""
     with weights.WithoutValues():
         visual = _visual(preset)
-    state = weights.named_as(weights.read_state(path), visual.state_dict(), str(path))
+    state = files.named_as(files.read_state(path), visual.state_dict(), str(path))
     weights.load_strict(visual, state, str(path), take=True)
     return OpenClipTower(visual)
 
@@ -190,7 +191,7 @@ def _text_encoder(preset: Preset, path: Path | None, device: Any) -> TextEncoder
     text_preset = replace(preset, source="open_clip", model=preset.text)
     model, name = _model(text_preset), _name_and_tag(preset.text)[0]
     weights.load_strict(
-        model, weights.read_state(path or locate(text_preset)), str(path or preset.text)
+        model, files.read_state(path or locate(text_preset)), str(path or preset.text)
     )
     model.visual = None  # the image tower is the teacher's
     # SigLIP's tokenizer is a file on the hub; without the word transformers would ask the terminal.

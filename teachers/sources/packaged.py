@@ -20,8 +20,7 @@ from torch import Tensor
 
 from radio_distill.errors import WeightsError
 from radio_distill.system.files import replacing
-
-from .. import weights
+from radio_distill.weights import files
 
 
 def packaged_weights(requirement: str) -> Path:
@@ -87,9 +86,7 @@ def efficientnet_lite0(path: Path) -> dict[str, Tensor]:
     with torch.device("meta"):
         stages = timm.create_model("tf_efficientnet_lite0").blocks
     places = [(stage, block) for stage, blocks in enumerate(stages) for block in range(len(blocks))]
-    return {
-        _efficientnet_name(key, places): value for key, value in weights.read_state(path).items()
-    }
+    return {_efficientnet_name(key, places): value for key, value in files.read_state(path).items()}
 
 
 _STEM_AND_HEAD = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head",

@@ -5,18 +5,22 @@ Its map is the student's features and its summary the summary tokens side by sid
 own space. ``weights`` is anything that :func:`radio_distill.load` reads.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from radio_distill.config import StudentConfig, dump, parse_yaml
+from radio_distill.config import build as build_section
 from radio_distill.errors import ConfigError, WeightsError
-from radio_distill.loading import describe
+from radio_distill.loading import describe, without_data
 from radio_distill.loading import load as load_student
 from radio_distill.models.backbone import StudentEncoder
 from radio_distill.models.heads import build_body, head_for
-from radio_distill.types import Features
+from radio_distill.types import IMAGENET_MEAN, IMAGENET_STD, Features, TeacherSpec
 
 from ..presets import Preset
 
@@ -87,6 +91,40 @@ def described(preset: Preset, encoder: StudentEncoder) -> Preset:
         std=preset.std or tuple(student.std.flatten().tolist()),
         licence=_licence(encoder) if preset.licence == "unknown" else preset.licence,
     )
+
+
+def preset_of_stage(
+    preset: Preset, student: StudentConfig, specs: Mapping[str, TeacherSpec], native_size: int
+) -> Preset:
+    """Fill in what the student of an earlier stage of the same recipe is, before it is trained.
+
+    Pixels are taken to be normalised as for ImageNet, which decides nothing before weights that say
+    so themselves are there.
+
+    Args:
+        preset: that the recipe names, with its options.
+        student: the student's section.
+        specs: of the student's own teachers, by name.
+        native_size: largest side that it is trained at, in pixels.
+    """
+    encoder = _untrained(dump(student.plain), tuple(specs.values()), native_size)
+    head = specs.get(preset.arguments.get("head", ""))
+    mean, std = preset.mean or student.mean, preset.std or student.std
+    pixels = replace(preset, mean=mean or IMAGENET_MEAN, std=std or IMAGENET_STD)
+    return replace(
+        described(pixels, encoder),
+        patch_size=encoder.patch_size,
+        channels=head.channels if head else encoder.embed_dim,
+        summary_channels=head.summary_channels if head else encoder.summary_dim or None,
+        fixed_size=encoder.student.fixed_size is not None,
+    )
+
+
+@lru_cache(maxsize=8)
+def _untrained(config: str, specs: tuple[TeacherSpec, ...], native_size: int) -> StudentEncoder:
+    """Build a student, of its section as YAML, without data: a large one takes seconds."""
+    student = build_section(StudentConfig, parse_yaml(config))
+    return without_data(student, {spec.name: spec for spec in specs}, native_size)
 
 
 def build(preset: Preset) -> StudentTower:

@@ -24,6 +24,7 @@ from radio_distill.models.body import check_options
 from radio_distill.registry import nearest
 from radio_distill.system.files import reason_of
 from radio_distill.types import Features, spread_layers
+from radio_distill.weights import files
 
 from .. import weights
 from ..presets import Preset
@@ -156,13 +157,13 @@ def _norm_of_head(model: Any) -> nn.Module:
 def complete(preset: Preset, weights_path: str) -> Preset:
     """Fill in size and normalisation from timm's configuration of the model, or its folder's."""
     folder = Path(weights_path).expanduser() if weights_path else None
-    if preset.model.startswith((weights.HUB, weights.FOLDER)):
+    if preset.model.startswith((files.HUB, files.FOLDER)):
         place = preset.model
         preset = _described(preset, _folder_of(place, "config.json") / "config.json")
         preset = replace(
             preset,
             arguments={**preset.arguments, _PLACE: place},
-            weights=place.replace(weights.HUB, "hub: ").replace(weights.FOLDER, "folder: "),
+            weights=place.replace(files.HUB, "hub: ").replace(files.FOLDER, "folder: "),
         )
     elif folder and not preset.model and (folder / "config.json").is_file():
         preset = _described(preset, folder / "config.json")
@@ -200,19 +201,19 @@ def locate(preset: Preset) -> Path:
         raise WeightsError(
             f"timm names no hub weights for {preset.model}; put a local file into `weights`"
         )
-    return weights.hub_model(repository)
+    return files.hub_model(repository)
 
 
 def load(preset: Preset, path: Path) -> TimmTower:
     """Build the encoder with the weights at ``path``, under timm's names or some it converts.
 
-    Names may have a prefix, as :func:`weights.named_as` reads them.
+    Names may have a prefix, as :func:`files.named_as` reads them.
     """
-    state = weights.read_state(path)
+    state = files.read_state(path)
     with weights.WithoutValues():
         model = _create(preset, state)
     prefix = preset.arguments.get("prefix", "")
-    state = weights.named_as(state, model.state_dict(), str(path), prefix)
+    state = files.named_as(state, model.state_dict(), str(path), prefix)
     side = _table_side(state, model)
     if side:
         with weights.WithoutValues():
@@ -328,9 +329,9 @@ def _folder_of(place: str, *patterns: str) -> Path:
         place: either.
         patterns: the hub's files that are wanted; none for the whole model.
     """
-    if place.startswith(weights.HUB):
-        return weights.hub_folder(place, *patterns) if patterns else weights.hub_model(place)
-    folder = Path(place.removeprefix(weights.FOLDER)).expanduser()
+    if place.startswith(files.HUB):
+        return files.hub_folder(place, *patterns) if patterns else files.hub_model(place)
+    folder = Path(place.removeprefix(files.FOLDER)).expanduser()
     if not folder.is_dir():
         raise WeightsError(f"no folder {folder}; correct options.model")
     return folder
@@ -338,7 +339,7 @@ def _folder_of(place: str, *patterns: str) -> Path:
 
 def _described(preset: Preset, path: Path) -> Preset:
     """Take over what ``config.json`` of a timm folder says of its model."""
-    settings = weights.read_json(path)
+    settings = files.read_json(path)
     published = settings.get("pretrained_cfg", settings)  # older files have one table for both
     try:
         model, size = settings["architecture"], published["input_size"]

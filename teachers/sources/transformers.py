@@ -24,6 +24,7 @@ from radio_distill.errors import ConfigError
 from radio_distill.registry import nearest
 from radio_distill.system.files import reason_of
 from radio_distill.system.progress import quiet_transformers
+from radio_distill.weights import files
 
 from .. import weights
 from ..presets import HALF, Preset
@@ -80,8 +81,8 @@ def _described(preset: Preset, weights_path: str) -> Preset:
     trusted = preset.arguments.get(remote_code.OPTION, False)
     folder = Path(weights_path).expanduser()
     if not weights_path:
-        folder = weights.hub_folder(preset.model, "*.json", *(["*.py"] if trusted is True else []))
-    settings = weights.read_json(folder / "config.json")
+        folder = files.hub_folder(preset.model, "*.json", *(["*.py"] if trusted is True else []))
+    settings = files.read_json(folder / "config.json")
     if "model_type" not in settings and "architecture" in settings:
         raise ConfigError(f"{weights_path or preset.model} is a model of timm; take preset: timm")
     arguments = {**preset.arguments, "config": settings}
@@ -101,7 +102,7 @@ def build(preset: Preset) -> nn.Module:
 
 def locate(preset: Preset) -> Path:
     """Fetch the model's folder from the hub: configuration and safetensors, no code."""
-    return weights.hub_folder(preset.model, "*.json", "*.safetensors")
+    return files.hub_folder(preset.model, "*.json", "*.safetensors")
 
 
 def load(preset: Preset, path: Path) -> nn.Module:
@@ -109,7 +110,7 @@ def load(preset: Preset, path: Path) -> nn.Module:
     prefix, is_remote = preset.arguments.get("prefix", ""), "code" in preset.arguments
     state = {
         key.removeprefix(prefix): value
-        for key, value in weights.read_state(path).items()
+        for key, value in files.read_state(path).items()
         if key.startswith(prefix) and (is_remote or not key.startswith(_OTHER_TOWERS))
     }
     if is_remote:
@@ -128,7 +129,7 @@ def load_state(
     if family is not FAMILIES["radio"]:  # whose published layouts are renamed with their prefix
         base = f"{type(kind).base_model_prefix}."
         has_base = isinstance(family, GenericFamily) and any(key.startswith(base) for key in state)
-        state = weights.named_as(state, kind.state_dict(), where, base if has_base else "")
+        state = files.named_as(state, kind.state_dict(), where, base if has_base else "")
     if isinstance(family, GenericFamily):  # pools anew what it gives, and has no head
         state = {key: value for key, value in state.items() if not key.startswith("pooler.")}
     with quiet_transformers():
@@ -268,6 +269,6 @@ def _normalisation(folder: Path, preset: Preset) -> dict[str, Any]:
 def _processor(folder: Path) -> Mapping[str, Any]:
     """Return the image processor's settings: in a file of its own, or in that of all processors."""
     if (folder / "preprocessor_config.json").exists():
-        return weights.read_json(folder / "preprocessor_config.json")
+        return files.read_json(folder / "preprocessor_config.json")
     path = folder / "processor_config.json"
-    return weights.read_json(path).get("image_processor", {}) if path.exists() else {}
+    return files.read_json(path).get("image_processor", {}) if path.exists() else {}

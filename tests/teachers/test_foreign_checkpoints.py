@@ -186,10 +186,13 @@ def test_named_as__efficientnet_blocks_are_no_chunks():
     assert named_as(state, wanted, "here").keys() == wanted
 
 
-def test_read_state__leaves_optimizer_and_arguments_out(tmp_path):
+def test_read_state__leaves_optimizer_and_arguments_out_and_takes_averages_first(tmp_path):
     torch.save({"net": {"w": torch.ones(1)}, "optimizer": {"state": {0: torch.zeros(1)}}},
                tmp_path / "w.pt")  # fmt: skip
     assert read_state(tmp_path / "w.pt") == {"net.w": torch.ones(1)}
+    wrapped = {"state_dict": {"w": torch.zeros(1)}, "state_dict_ema": {"module.w": torch.ones(1)}}
+    torch.save(wrapped, tmp_path / "w.pt")
+    assert read_state(tmp_path / "w.pt") == {"w": torch.ones(1)}
     torch.save({"epoch": 3, "optimizer": {"state": torch.zeros(1)}}, tmp_path / "w.pt")
     with pytest.raises(WeightsError, match="no tensors"):
         read_state(tmp_path / "w.pt")

@@ -69,22 +69,16 @@ def test_packaged__converts_once_and_knows_real_classes(name, size, cache_folder
     require(name)
     teacher = build_teacher("t", TeacherConfig(preset=name, micro_batch=16))
     assert re.fullmatch("[0-9a-f]{64}", teacher.spec.weights_hash)
-    assert one_nearest_neighbour(teacher, size) > 0.8
+    score = one_nearest_neighbour(teacher, size)
+    assert score > 0.8
     (file,) = cache_folder.glob(f"{PACKAGED[name].package.replace('==', '-')}*")
     written = file.stat().st_mtime_ns
     again = build_teacher("t", TeacherConfig(preset=name))
     assert file.stat().st_mtime_ns == written
     assert again.spec == teacher.spec
-
-
-def test_packaged__block_11_knows_more_than_the_bent_last_block(cache_folder):
-    """Measured 0.91 against 0.75."""
-    require("vits14_packaged")
-    scores = {}
-    for blocks in (11, 12):
-        config = TeacherConfig(preset="vits14_packaged", options={"blocks": blocks}, micro_batch=16)
-        scores[blocks] = one_nearest_neighbour(build_teacher("t", config), 112)
-    assert scores[11] > scores[12]
+    if name == "vits14_packaged":  # whose last block was bent: measured 0.75
+        config = TeacherConfig(preset=name, options={"blocks": 12}, micro_batch=16)
+        assert one_nearest_neighbour(build_teacher("t", config), size) < score
 
 
 def backbone_graph(path):

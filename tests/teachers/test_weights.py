@@ -7,10 +7,10 @@ import torch
 from safetensors.torch import save_file
 
 from radio_distill.config import TeacherConfig
-from radio_distill.errors import ConfigError, WeightsError
+from radio_distill.errors import WeightsError
 from teachers import build_teacher, resolve
 from teachers.presets import PRESETS
-from teachers.weights import fingerprint, load_strict, read_state
+from teachers.weights import fingerprint, load_strict
 
 
 def module_of(teacher):
@@ -105,12 +105,6 @@ def test_load__a_transformers_folder_of_both_towers(kind, tmp_path):
     torch.testing.assert_close(teacher.encode(pixels).summary, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_load__a_folder_without_normalisation_asks_for_it(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "dinov2"}))
-    with pytest.raises(ConfigError, match=r"options\.mean.*options\.std"):
-        load("transformers", tmp_path)
-
-
 def test_load__tensors_in_several_files(tmp_path):
     teacher = trained("tiny_clip")
     state = state_of(teacher)
@@ -184,12 +178,6 @@ def test_load_strict__changes_nothing_when_it_refuses():
     with pytest.raises(WeightsError, match=r"1 missing \(first bias\)"):
         load_strict(layer, {"weight": torch.zeros(2, 2)}, "here")
     assert torch.equal(layer.weight, before)
-
-
-def test_read_state__takes_the_averaged_weights_first(tmp_path):
-    wrapped = {"state_dict": {"w": torch.zeros(1)}, "state_dict_ema": {"module.w": torch.ones(1)}}
-    torch.save(wrapped, tmp_path / "w.pt")
-    assert read_state(tmp_path / "w.pt") == {"w": torch.ones(1)}
 
 
 @pytest.mark.parametrize(

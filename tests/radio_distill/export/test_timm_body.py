@@ -78,11 +78,14 @@ def test_timm__what_it_cannot_hold_is_refused(make_body, make_student, tmp_path)
         export(one_size, tmp_path / "out", format_named("onnx"))
 
 
-@pytest.mark.parametrize("name", ["ConvNeXt", "ViT with RoPE: DINOv3, EUPE"])
-def test_onnx__computes_the_same_at_every_size(tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "few"),
+    [("ConvNeXt", {"depths": (1, 1, 1, 1)}), ("ViT with RoPE: DINOv3, EUPE", {"depth": 1})],
+)
+def test_onnx__computes_the_same_at_every_size(tmp_path, name, few):
     pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")
-    assert exported(BY_NAME[name], "onnx", tmp_path) == "yes"
+    assert exported(replace(BY_NAME[name], options=few), "onnx", tmp_path) == "yes"
 
 
 @pytest.mark.parametrize("name", ["convnext", "rope"])

@@ -18,14 +18,14 @@ from upsamplers.joint_bilateral import (
 # Sizes that leave a rest: against tiles of cells, blocks of channels, strips and rows of strips.
 LAYERS = [
     # batch, channels, cells, factors, radius, base
-    (2, 3, (5, 9), (2, 2), 3, "bilinear"),
+    (1, 3, (5, 6), (2, 2), 3, "bilinear"),
     (1, 70, (7, 5), (2, 2), 1, "bicubic"),
     (1, 17, (4, 7), (3, 3), 1, "bilinear"),
     (1, 2, (3, 5), (3, 3), 1, "bicubic"),
     (1, 300, (2, 3), (5, 5), 1, "bilinear"),
     (1, 2, (1, 2), (7, 7), 2, "bicubic"),
     (1, 2, (2, 1), (11, 11), 1, "bilinear"),
-    (2, 2, (6, 11), (3, 2), 1, "bilinear"),
+    (2, 2, (6, 7), (3, 2), 1, "bilinear"),
 ]
 
 
@@ -67,8 +67,11 @@ def test_apply_kernel__is_reference(batch, channels, cells, factors, radius, bas
 
 @pytest.mark.parametrize(
     ("batch", "channels", "cells", "factors", "radius", "base"),
-    # both bases, and unequal factors
-    [(2, 3, (3, 6), (2, 2), 3, "bilinear"), LAYERS[3], (2, 2, (2, 5), (3, 2), 1, "bilinear")],
+    [  # both bases, and unequal factors
+        (1, 3, (2, 5), (2, 2), 3, "bilinear"),
+        (1, 2, (2, 3), (3, 3), 1, "bicubic"),
+        (2, 2, (2, 3), (3, 2), 1, "bilinear"),
+    ],
 )
 def test_joint_bilateral__is_reference(batch, channels, cells, factors, radius, base):
     low, _, given = layer(batch, channels, cells, factors, radius)
@@ -165,8 +168,8 @@ def test_range_weights__16_bit_is_reference():
 
 
 def test_both__gradcheck():
-    low = normal(1, 1, 2, 3, dtype=torch.float64).requires_grad_()
-    projected = normal(1, 2, 4, 6, dtype=torch.float64).requires_grad_()
+    low = normal(1, 1, 2, 2, dtype=torch.float64).requires_grad_()
+    projected = normal(1, 2, 4, 4, dtype=torch.float64).requires_grad_()
     scalars = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (0.8, 0.5)]
 
     def function(low, *tensors):
