@@ -17,9 +17,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from radio_distill.config import Recipe, for_stage, load, section_of
+from radio_distill.config import Recipe, for_stage, load, section_of, yaml_line
 from radio_distill.config.recipes import find_recipe
 from radio_distill.errors import ConfigError
 from radio_distill.registry import nearest
@@ -50,9 +48,9 @@ class Job:
     """A job of a chain, which waits for the one before."""
 
     name: str
-    target: str
-    """``module:function``."""
     tasks: tuple[Task, ...]
+    target: str = "stages.cli:main"
+    """``module:function``, called with each task's arguments."""
     is_stage: bool = True
     """A stage, or a fit, runs on all nodes and takes ``--resume``; other jobs are one process."""
     most_processes: int = 0
@@ -199,7 +197,7 @@ def jobs_of(request: Request) -> tuple[Recipe, tuple[Job, ...]]:
         )
         if len({task.stage_folder for task in tasks}) < len(tasks):
             raise ConfigError(f"--upsamplers: no partition of {stage} upsamples a teacher")
-        jobs.append(Job(name=stage, target="stages.cli:main", tasks=tasks))
+        jobs.append(Job(name=stage, tasks=tasks))
     if request.upsamplers:
         jobs.append(_gain_job(file, stages[-1], request))
     elif not request.sweep and stages[-1] == list(recipe.stages)[-1]:
@@ -298,8 +296,7 @@ def _tasks_of(
     if start in base.stages and section_of(base, stage) != "student":
         # A stage whose start is a path has the recipe's student, or its own.
         student = plain_data(for_stage(base, stage).student)
-        text = yaml.safe_dump(student, default_flow_style=True, width=10**6).strip()
-        extra += (f"stages.{stage}.student={text}",)
+        extra += (f"stages.{stage}.student={yaml_line(student)}",)
     short = name.rpartition(".")[2]
     labels = [re.sub(r"[^\w.+-]+", "_", f"{short}-{value}") for value in values]
     return [
@@ -323,14 +320,15 @@ def _fit_jobs(stage: str, request: Request) -> list[Job]:
     """Return the job that fits what a stage needs; an array, where that is more than one thing."""
     fits = [fit for fit in request.fits if fit.before == stage]
     tasks = tuple(
-        Task(label=fit.label, arguments=(*fit.arguments, *request.flags), stage_folder=fit.folder)
+        Task(
+            label=fit.label,
+            arguments=("fit-upsampler", *fit.arguments, *request.flags),
+            stage_folder=fit.folder,
+        )
         for fit in fits
     )
     most = min((fit.most_processes for fit in fits), default=0)
-    job = Job(
-        name=f"fit-{stage}", target="stages.fit_upsampler:main", tasks=tasks, most_processes=most
-    )
-    return [job] * bool(fits)
+    return [Job(name=f"fit-{stage}", tasks=tasks, most_processes=most)] * bool(fits)
 
 
 def _gain_job(file: Path, stage: str, request: Request) -> Job:
@@ -347,7 +345,7 @@ def _gain_job(file: Path, stage: str, request: Request) -> Job:
 def _command(name: str, *arguments: str) -> Job:
     """Return a job of one process that runs a command of ``radio-distill``."""
     task = Task(arguments=(name, *arguments))
-    return Job(name=name, target="stages.cli:main", tasks=(task,), is_stage=False)
+    return Job(name=name, tasks=(task,), is_stage=False)
 
 
 def private_folder(folder: Path) -> Path:

@@ -7,7 +7,8 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
@@ -51,10 +52,12 @@ class Parser(argparse.ArgumentParser):
             if arguments.recipe not in (self.get_default("recipe"), named):
                 raise ConfigError(f"two recipes, {arguments.recipe!r} and --recipe {named!r}")
             arguments.recipe = named
+        if folder := vars(arguments).pop(_RUN_FOLDER, None):
+            fields.insert(0, f"output={folder}")
         return arguments, fields
 
 
-_RECIPE_FLAG = "recipe_flag"
+_RECIPE_FLAG, _RUN_FOLDER = "recipe_flag", "run_folder"
 
 
 def _nearest_flag(flag: str, known: list[str]) -> str:
@@ -224,8 +227,9 @@ def add_recipe_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def add_run_folder_argument(parser: argparse.ArgumentParser) -> None:
-    """Add ``--output`` of the commands that make run folders."""
-    parser.add_argument("--output", metavar="DIR", help="folder for run folders (default: runs)")
+    """Add ``--output`` of the commands that make run folders: the recipe's field of that name."""
+    text = "folder for run folders (default: runs)"
+    parser.add_argument("--output", dest=_RUN_FOLDER, metavar="DIR", help=text)
 
 
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
@@ -277,13 +281,19 @@ def run_script(module: ModuleType, argv: Sequence[str] | None = None) -> int:
 def check_output(path: Path, flag: str = "--output", is_folder: bool = False) -> None:
     """Check that a file, or files in a folder, can be written before the work is done.
 
-    Raises:
-        ConfigError: where it cannot; the hint is to choose another with ``flag``.
+    Raises ConfigError where it cannot; see :func:`writing`.
     """
-    try:
+    with writing(path, flag):
         check_writable(path if is_folder else path.parent)
         if path.is_dir() and not is_folder:
             raise OSError("it is a folder")
+
+
+@contextmanager
+def writing(path: Path, flag: str = "--output") -> Iterator[None]:
+    """Make an OSError of the block a ConfigError, whose hint is to choose another with ``flag``."""
+    try:
+        yield
     except OSError as error:
         reason = reason_of(error)
         raise ConfigError(f"cannot write {path}: {reason}; choose another with {flag}") from error

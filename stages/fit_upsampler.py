@@ -82,8 +82,6 @@ def _overrides(arguments: argparse.Namespace) -> list[str]:
     for name in ("teacher", "upsampler", "factor"):
         if getattr(arguments, name) is not None:
             values[f"fit.{name}"] = getattr(arguments, name)
-    if arguments.output:
-        values["output"] = arguments.output
     return [*(f"{name}={value}" for name, value in values.items()), *arguments.fields]
 
 

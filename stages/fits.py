@@ -15,8 +15,6 @@ from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from radio_distill.config import (
     FitConfig,
     Recipe,
@@ -25,6 +23,7 @@ from radio_distill.config import (
     build,
     dump,
     parse_yaml,
+    yaml_line,
 )
 from radio_distill.errors import RadioDistillError
 from radio_distill.stage import Stage
@@ -301,8 +300,7 @@ def fit_words(recipe: Recipe, config: FitConfig) -> list[str]:
     words = ["--teacher", config.teacher, "--upsampler", config.upsampler]
     words += ["--factor", str(config.factor)]
     if recipe.fit.options or changed_options(config.upsampler, config.options):
-        options = yaml.safe_dump(dict(config.options), default_flow_style=True, width=10**6)
-        words += ["--fit.options", options.strip()]
+        words += ["--fit.options", yaml_line(dict(config.options))]
     if not (config.de_bias and recipe.fit.de_bias):
         words += ["--fit.de_bias", str(config.de_bias).lower()]
     if config.size:

@@ -109,14 +109,14 @@ def launch(
     with (
         saying_what_is_left(stage.folder, begun=False),
         deterministic(stage.engine.deterministic, warn_only=stage.is_fit),
-        claimed(stage.folder, world, resumed, options.take_over) as claim,
+        held(world, lambda: claim_folder(stage.folder, resumed, options.take_over)) as claim,
     ):
-        if resumed is not None and not is_still_there(world, resumed):
+        if resumed is not None and not run_on_main(world, resumed.folder.is_dir):
             resumed = checkpoint_to_resume(world, stage, options.allow_changed)
         stage = resolve_at_start(stage, world, device, resumed)
         train = build(stage, world, device, resumed, options)
         with (
-            locked(stage, world, resumed, options.take_over, claim) as lock,
+            held(world, lambda: lock_folder(stage, resumed, options.take_over, claim)) as lock,
             saying_what_is_left(stage.folder, begun=True),
         ):
             last = train(lock)
@@ -193,44 +193,21 @@ def check_folder(folder: Path, resumed: Checkpoint | None, take_over: bool) -> N
 
 
 @contextmanager
-def claimed(
-    folder: Path, world: World, resumed: Checkpoint | None, take_over: bool
-) -> Iterator[RunLock | None]:
-    """Claim for the block the folder of a run that goes on, so that nobody else writes into it.
-
-    Every process must call; rank 0 gets the lock. A run that begins claims nothing yet.
-    """
-    locks: list[RunLock] = []  # not for others: it has a thread
-    if resumed is not None:
-        run_on_main(world, lambda: locks.append(RunLock.take(folder, take_over)))
+def held(world: World, take: Callable[[], RunLock | None]) -> Iterator[RunLock | None]:
+    """Hold for the block the lock that rank 0 takes, which it alone gets; every rank must call."""
+    locks: list[RunLock | None] = []  # not for others: a lock has a thread
+    run_on_main(world, lambda: locks.append(take()))
+    lock = locks[0] if locks else None
     try:
-        yield locks[0] if locks else None
+        yield lock
     finally:
-        for lock in locks:
+        if lock is not None:
             lock.release()
 
 
-def is_still_there(world: World, checkpoint: Checkpoint) -> bool:
-    """Return whether a checkpoint is still where it was found, the same on every process."""
-    return run_on_main(world, checkpoint.folder.is_dir)
-
-
-@contextmanager
-def locked(
-    stage: Stage,
-    world: World,
-    resumed: Checkpoint | None,
-    take_over: bool,
-    claim: RunLock | None,
-) -> Iterator[RunLock | None]:
-    """Make a stage's folder its own for the block; every rank must call, rank 0 gets the lock."""
-    locks: list[RunLock] = []
-    run_on_main(world, lambda: locks.append(lock_folder(stage, resumed, take_over, claim)))
-    try:
-        yield locks[0] if locks else None
-    finally:
-        for lock in locks:
-            lock.release()
+def claim_folder(folder: Path, resumed: Checkpoint | None, take_over: bool) -> RunLock | None:
+    """Claim the folder of a run that goes on; one that begins claims nothing yet."""
+    return RunLock.take(folder, take_over) if resumed is not None else None
 
 
 def lock_folder(

@@ -94,8 +94,6 @@ def recipe_from(
 
         UPSAMPLERS.get(arguments.teacher_upsampler)  # an unknown name ends here
         overrides.insert(0, f"stages.{target}.upsampler.name={arguments.teacher_upsampler}")
-    if arguments.output:
-        overrides.insert(0, f"output={arguments.output}")
     recipe = load_recipe(arguments.recipe, overrides, own_stage)
     if arguments.teacher_upsampler:
         check_has_stage(recipe, target)

@@ -1,11 +1,13 @@
 """The command line of a script that trains one stage: ``stages/stage1.py`` and its like."""
 
+import argparse
 from collections.abc import Sequence
 
+from radio_distill.config import Recipe
 from radio_distill.system.trust import trusting_pickles
 
 from .arguments import FIELDS_HELP, Parser, run_command
-from .recipes import add_stage_arguments, recipe_from
+from .recipes import Asked, add_stage_arguments, recipe_from
 
 
 def stage_main(name: str, argv: Sequence[str] | None = None) -> int:
@@ -20,16 +22,23 @@ def stage_main(name: str, argv: Sequence[str] | None = None) -> int:
     def command() -> None:
         arguments, fields = parser.parse(argv, takes_fields=True)
         with trusting_pickles(arguments.trust_checkpoint):
-            recipe, asked = recipe_from(arguments, fields, name)
-            from .build import train_stage
-            from .launch import Options
-
-            options = Options(
-                resume=arguments.resume,
-                allow_changed=arguments.allow_changed_recipe,
-                take_over=arguments.take_over,
-                asked=asked,
-            )
-            train_stage(name, recipe, options)
+            train_stages([name], *recipe_from(arguments, fields, name), arguments)
 
     return run_command(command)
+
+
+def train_stages(
+    names: Sequence[str], recipe: Recipe, asked: Asked, arguments: argparse.Namespace
+) -> None:
+    """Train stages one after another as the arguments say."""
+    from .build import train_stage
+    from .launch import Options
+
+    options = Options(
+        resume=arguments.resume,
+        allow_changed=arguments.allow_changed_recipe,
+        take_over=arguments.take_over,
+        asked=asked,
+    )
+    for name in names:
+        train_stage(name, recipe, options)

@@ -15,7 +15,7 @@ from radio_distill.models.backbone import as_encoder
 from radio_distill.models.heads import build_student
 from radio_distill.plan.meter import fake_module, fake_tensors, share_equal_blocks
 from radio_distill.plan.time import DeviceType
-from radio_distill.system.progress import duration
+from radio_distill.system.progress import duration, titled_table
 from radio_distill.types import Suite, format_size
 from teachers import teacher_specs
 
@@ -68,27 +68,28 @@ def print_suite(
 
 
 def _table(benchmarks: Mapping[str, Counted], prices: Mapping[str, Price], title: str) -> Table:
-    columns = ("benchmark", "images of", "images", "passes", "px", "steps", "encoder TFLOP")
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False, title_style="bold")
-    for column in (*columns, "time", "reading"):
-        is_text = column in ("benchmark", "images of")
-        table.add_column(column, justify="left" if is_text else "right")
+    columns = (
+        "benchmark", "images of", "images", "passes", "px", "steps", "encoder TFLOP", "time",
+        "reading",
+    )  # fmt: skip
+    rows = []
     for name, price in prices.items():
         demand = price.demand
-        table.add_row(
-            name,
-            "data named" if benchmarks[name].is_named else "published set",
-            f"{demand.images:,}",
-            f"{demand.num_passes:,}",
-            ", ".join(map(format_size, demand.passes)),
-            f"{demand.steps:,}" if demand.steps else "-",
-            *_amounts([price]),
+        rows.append(
+            (
+                name,
+                "data named" if benchmarks[name].is_named else "published set",
+                f"{demand.images:,}",
+                f"{demand.num_passes:,}",
+                ", ".join(map(format_size, demand.passes)),
+                f"{demand.steps:,}" if demand.steps else "-",
+                *_amounts([price]),
+            )
         )
     demands = [price.demand for price in prices.values()]
     passes, steps = (sum(it.num_passes for it in demands), sum(it.steps for it in demands))
-    amounts = _amounts(list(prices.values()))
-    table.add_row("all", "", "", f"{passes:,}", "", f"{steps:,}", *amounts, style="bold")
-    return table
+    sums = ("all", "", "", f"{passes:,}", "", f"{steps:,}", *_amounts(list(prices.values())))
+    return titled_table(title, columns, rows, sums, left=("images of",))
 
 
 def _amounts(prices: Sequence[Price]) -> list[str]:

@@ -21,6 +21,7 @@ from .reading import (
     parse_yaml,
     read_yaml,
     with_new_names,
+    yaml_line,
 )
 from .resolve import (
     AUTO,

@@ -126,9 +126,14 @@ def assignments_of(path: str | Path) -> list[str]:
     a list replaces the whole list.
     """
     return [
-        f"{'.'.join(keys)}={yaml.safe_dump(value, default_flow_style=True, width=10**6)}"
-        for keys, value in leaves(read_yaml(path), "whole")
+        f"{'.'.join(keys)}={yaml_line(value)}" for keys, value in leaves(read_yaml(path), "whole")
     ]
+
+
+def yaml_line(value: Any) -> str:
+    """Write plain data as one line of YAML, as an assignment has it."""
+    text: str = yaml.safe_dump(value, default_flow_style=True, width=10**6)
+    return text.removesuffix("\n").removesuffix("\n...")
 
 
 def override(

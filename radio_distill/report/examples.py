@@ -34,33 +34,16 @@ _FINER = 2  # lines are drawn so much larger and made smaller, for smooth edges
 _FOUND, _MISSED = (63, 193, 255), (255, 122, 26)  # blue and orange: told apart by all eyes
 _UNKNOWN = 128  # grey, where there is no truth
 
-LEGEND = (
-    (
-        "classes",
-        "one colour each in all images; white is none",
-    ),
-    (
-        "masks",
-        "one colour for an object in prediction and truth; black is none",
-    ),
-    (
-        "depth",
-        "from near (blue) to far (red), in the range of the truth; grey is unknown",
-    ),
-    (
-        "normals",
-        "red, green and blue are x, y and z; grey is unknown",
-    ),
-    (
-        "matches",
-        "a line ends where a point was found: blue near enough to the truth, orange too far, with "
-        "a ring at the truth",
-    ),
-    (
-        "boxes",
-        "true ones on the right, as many of the surest on the left; in an image, one colour a kind",
-    ),
-)
+LEGEND = {
+    "classes": "one colour each in all images; white is none",
+    "masks": "one colour for an object in prediction and truth; black is none",
+    "depth": "from near (blue) to far (red), in the range of the truth; grey is unknown",
+    "normals": "red, green and blue are x, y and z; grey is unknown",
+    "matches": "a line ends where a point was found: blue near enough to the truth, orange too "
+    "far, with a ring at the truth",
+    "boxes": "true ones on the right, as many of the surest on the left; in an image, one colour a "
+    "kind",
+}
 """Names and texts, for a page that shows examples."""
 
 

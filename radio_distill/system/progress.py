@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress as RichProgress
+    from rich.table import Table
 
 PLAIN_INTERVAL = 15.0
 """Seconds between lines where no terminal can redraw a bar."""
@@ -146,6 +147,40 @@ def table_console() -> "Console":
 
     width = None if Console().is_terminal else 10_000
     return Console(width=width, markup=False, highlight=False)
+
+
+def titled_table(
+    title: str,
+    columns: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    sums: Sequence[str] = (),
+    left: Collection[str] = (),
+) -> "Table":
+    """Lay texts out under a title and their headings; ``sums`` are a last row in bold.
+
+    The first column, and those named in ``left``, are flush left, the others flush right.
+    """
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, title_style="bold")
+    for index, column in enumerate(columns):
+        is_left = index == 0 or column in left
+        table.add_column(column, justify="left" if is_left else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    if sums:
+        table.add_row(*sums, style="bold")
+    return table
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print texts under their headings."""
+    from rich.table import Table
+
+    table = Table(*columns, box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*row)
+    table_console().print(table)
 
 
 def _rich_bar(unit: str) -> "RichProgress":

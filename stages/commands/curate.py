@@ -54,7 +54,7 @@ _IMAGES = "images"  # in place of the name of a published set: any folder or sha
 
 
 @dataclass(frozen=True)
-class Asked:
+class Sections:
     """The sections of a recipe that have a say here."""
 
     data: DataConfig
@@ -124,7 +124,7 @@ def run(arguments: argparse.Namespace) -> int:
     check_output(arguments.output, is_folder=True)
     kept = arguments.summaries or arguments.output / "summaries"
     check_output(kept, "--summaries", is_folder=True)
-    asked = _asked(arguments)
+    asked = _sections(arguments)
     sets = [(name, _tested_images(name, path)) for name, path in arguments.against]
     world = world_from(os.environ)
     device = choose_device(asked.engine.device, world)
@@ -211,12 +211,12 @@ def _check(arguments: argparse.Namespace, leaks: float) -> None:
         raise ConfigError(f"--clusters {sizes}: at least 1 each, and fewer at each level")
 
 
-def _asked(arguments: argparse.Namespace) -> Asked:
+def _sections(arguments: argparse.Namespace) -> Sections:
     """Return the sections that fields are of, with a number of workers."""
     from radio_distill.system.distributed import cores_of_process
 
     given = override({"data": {"shards": arguments.shards}}, arguments.fields)
-    asked: Asked = build(Asked, given)
+    asked: Sections = build(Sections, given)
     if asked.data.curation or asked.data.weights:
         raise ConfigError("curate: data.curation and data.weights have no meaning here; drop them")
     data = resolve_data(asked.data, Facts(cores=cores_of_process(os.environ)))

@@ -6,10 +6,8 @@ radio-distill data check ade20k /data/ADEChallengeData2016
 
 import argparse
 
-from rich.table import Table
-
 from radio_distill.errors import ConfigError
-from radio_distill.system.progress import table_console
+from radio_distill.system.progress import print_table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,12 +31,12 @@ def run(arguments: argparse.Namespace) -> int:
 def _list() -> int:
     from radio_distill.evals.datasets import DATASETS
 
-    table = Table("name", "the folder holds", "items", "licence", box=None, pad_edge=False)
+    rows = []
     for name in DATASETS.names():
         kind = DATASETS.get(name)
         items = ", ".join(f"{part} {whole:,}" for part, whole in kind.published.items())
-        table.add_row(name, kind.layout, items, kind.licence)
-    table_console().print(table)
+        rows.append((name, kind.layout, items, kind.licence))
+    print_table(("name", "the folder holds", "items", "licence"), rows)
     return 0
 
 
@@ -46,17 +44,13 @@ def _check(name: str, path: str) -> int:
     from radio_distill.evals.datasets import DATASETS
 
     contents = DATASETS.get(name)(path).check()
-    table = Table("part", "found", "published", "missing", box=None, pad_edge=False)
+    rows = []
     for part, whole in contents.published.items():
         found = contents.counts.get(part)
         missing = max(whole - (found or 0), 0)
-        table.add_row(
-            part,
-            "not readable" if found is None else f"{found:,}",
-            f"{whole:,}",
-            f"{missing:,}" if missing else "",
-        )
-    table_console().print(table)
+        seen = "not readable" if found is None else f"{found:,}"
+        rows.append((part, seen, f"{whole:,}", f"{missing:,}" if missing else ""))
+    print_table(("part", "found", "published", "missing"), rows)
     for problem in contents.problems.values():
         print(problem)
     return 1 if contents.missing else 0

@@ -57,7 +57,7 @@ TAKES_FIELDS = True
 
 
 @dataclass(frozen=True)
-class Asked:
+class Sections:
     """The sections of a recipe that models are scored by, where there is none."""
 
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -128,13 +128,16 @@ def run(arguments: argparse.Namespace) -> int:
 
     if not (arguments.runs or arguments.models):
         raise ConfigError("nothing to score: name a run, or --models")
+    of_runs = ("teachers", "untrained", "head")
+    if not arguments.runs and (given := [name for name in of_runs if getattr(arguments, name)]):
+        raise ConfigError(f"--{given[0]} is of runs, and none is named; drop it, or name a run")
     if arguments.runs and arguments.recipe:
         raise ConfigError("--recipe is for models without a run; runs have recipes of their own")
     checkpoints = [find_checkpoint(path) for path in arguments.runs]
     check_labels(arguments.labels, len(checkpoints))
     suited = partial(in_suite, arguments.suite, fields=arguments.fields)
     evaluations = [suited(evaluation_with(one.recipe, arguments.fields)) for one in checkpoints]
-    asked: Recipe | Asked
+    asked: Recipe | Sections
     if checkpoints:
         asked = replace(checkpoints[0].recipe, evaluation=evaluations[0])
     else:
@@ -143,7 +146,7 @@ def run(arguments: argparse.Namespace) -> int:
             teachers = {name: plain_teacher(recipe, name) for name in recipe.teachers}
             asked = replace(recipe, teachers=teachers)
         else:
-            asked = build(Asked, override({}, arguments.fields))
+            asked = build(Sections, override({}, arguments.fields))
         asked = replace(asked, evaluation=suited(asked.evaluation))
     models = named_models(arguments.models, asked.teachers)
     world = world_from(os.environ)

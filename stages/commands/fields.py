@@ -5,10 +5,8 @@ radio-distill fields stages.NAME
 
 import argparse
 
-from rich.table import Table
-
 from radio_distill.config import Recipe, describe_fields
-from radio_distill.system.progress import table_console
+from radio_distill.system.progress import print_table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,8 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Print the fields."""
     rows = [row for row in describe_fields(Recipe) if row[0].startswith(arguments.prefix)]
-    table = Table("field", "default", "unit", "what it does", box=None, pad_edge=False)
-    for name, default, unit, text in rows:
-        table.add_row(f"--{name}", default, unit, text)
-    table_console().print(table)
+    print_table(
+        ("field", "default", "unit", "what it does"),
+        ((f"--{name}", *others) for name, *others in rows),
+    )
     return 0

@@ -16,9 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import yaml
-
-from radio_distill.config import TeacherConfig
+from radio_distill.config import TeacherConfig, yaml_line
 from radio_distill.config.recipes import recipe_names
 from radio_distill.errors import ConfigError
 from radio_distill.system.files import reason_of
@@ -147,9 +145,9 @@ def recipe_text(name: str, teachers: Mapping[str, TeacherConfig], shards: str) -
 def _teacher_text(name: str, config: TeacherConfig, spec: "TeacherSpec") -> str:
     more = ""
     if config.weights:
-        more += f"    weights: {_yaml(config.weights)}\n"
+        more += f"    weights: {yaml_line(config.weights)}\n"
     if config.options:
-        more += f"    options: {_yaml(config.options)}\n"
+        more += f"    options: {yaml_line(config.options)}\n"
     if spec.summary_channels is None:
         more += "    summary_weight: 0           # it has no summary\n"
     size = "native" if spec.fixed_size else "match"
@@ -163,8 +161,3 @@ def _teacher_text(name: str, config: TeacherConfig, spec: "TeacherSpec") -> str:
         size=size,
         why=_WHY[size],
     )
-
-
-def _yaml(value: object) -> str:
-    text: str = yaml.safe_dump(value, default_flow_style=True, width=10**6)
-    return text.removesuffix("\n").removesuffix("\n...")

@@ -15,7 +15,7 @@ from radio_distill.config.recipes import find_recipe, recipe_names
 from radio_distill.models import HEADS
 from radio_distill.normalize import NORMALIZERS
 from radio_distill.registry import Registry
-from radio_distill.system.progress import table_console
+from radio_distill.system.progress import print_table, table_console
 from teachers import FIELDS, SOURCES, TEACHERS
 from upsamplers import PER_IMAGE, UPSAMPLERS
 
@@ -105,17 +105,12 @@ def _print_sources() -> None:
 
 
 def _print_teachers(for_tests: bool) -> None:
-    table = Table(box=None, pad_edge=False)
-    table.add_column("name", no_wrap=True)
-    table.add_column("size")
-    table.add_column("patch")
-    table.add_column("summary")
-    table.add_column("licence")
     presets = {name: TEACHERS.get(name) for name in TEACHERS.names()}
     shown = {name: preset for name, preset in presets.items() if for_tests or not preset.random}
+    rows = []
     for name, preset in shown.items():
         size, patch = (str(value or "") for value in (preset.native_size, preset.patch_size))
-        table.add_row(name, size, patch, "yes" if preset.summary else "", preset.licence)
-    table_console().print(table)
+        rows.append((name, size, patch, "yes" if preset.summary else "", preset.licence))
+    print_table(("name", "size", "patch", "summary", "licence"), rows)
     if len(shown) < len(presets):
         print(f"and {len(presets) - len(shown)} with random weights, for tests (--all)")

@@ -24,13 +24,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from radio_distill.errors import ConfigError
-from radio_distill.system.files import reason_of, replacing
+from radio_distill.system.files import replacing, write_text
 
 from ..arguments import (
     add_images_argument,
     add_trust_argument,
     check_output,
     side_of,
+    writing,
 )
 
 if TYPE_CHECKING:
@@ -105,6 +106,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Measure, print the tables, write the files."""
     from radio_distill.data.folder import list_images, spread
+    from radio_distill.evals.checkpoint_subjects import run_folder
     from radio_distill.evals.encoder import open_image
     from radio_distill.report.feature_images import size_sheet
     from radio_distill.report.tables import print_tables
@@ -120,7 +122,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError("the recipe's evaluation.images is empty; name some by --images")
     most = evaluation.limit if arguments.num_images is None else arguments.num_images
     images = spread(list_images(source), most)
-    folder = arguments.output or first.folder.resolve().parents[2] / "mode_switching"
+    folder = arguments.output or run_folder(first) / "mode_switching"
     check_output(folder / "curves.png")
     students = [encoder_of(checkpoint, label) for label, checkpoint in runs.items()]
     sizes = _sizes(students, evaluation.size, arguments.reference, arguments.sizes)
@@ -144,10 +146,13 @@ def _labelled(
     runs: "Sequence[Checkpoint]", labels: Sequence[str] | None
 ) -> "dict[str, Checkpoint]":
     """Name runs as the figure calls them; raises ConfigError where names do not tell them apart."""
+    from radio_distill.evals.checkpoint_subjects import student_subject
+
     from .scoring import check_labels
 
     check_labels(labels, len(runs))
-    names = labels or ["/".join(run.folder.resolve().parts[-4:-2]) for run in runs]
+    subjects = map(student_subject, runs)
+    names = labels or [f"{subject.run}/{subject.stage}" for subject in subjects]
     if not labels and len({run.step for run in runs}) > 1:
         names = [
             f"{name}/step-{run.step}" if names.count(name) > 1 else name
@@ -275,17 +280,12 @@ def draw(curves: Sequence[Curve], png: Path, svg: Path) -> None:
 
 def _write(folder: Path, curves: Sequence[Curve], sheet: "Image", facts: Mapping[str, Any]) -> None:
     """Write the figure, the photograph and the numbers; raises ConfigError."""
-    try:
+    with writing(folder):
         with replacing(folder / "curves.png") as png, replacing(folder / "curves.svg") as svg:
             draw(curves, png, svg)
         with replacing(folder / "photograph.png") as path:
             sheet.save(path, "PNG")
-        with replacing(folder / "curves.json") as path:
-            path.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(
-            f"cannot write to {folder}: {reason_of(error)}; choose another with --output"
-        ) from error
+    write_text(folder / "curves.json", json.dumps(facts, indent=2) + "\n")
 
 
 def _plain(curve: Curve) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from radio_distill.config import Recipe, by_student, share_of
 from radio_distill.errors import ConfigError
 from radio_distill.hints import hints
 from radio_distill.registry import nearest
-from radio_distill.system.progress import duration
+from radio_distill.system.progress import duration, titled_table
 
 from ..arguments import add_recipe_argument, add_trust_argument
 from ..recipes import Asked, load_recipe
@@ -204,85 +204,82 @@ def _tables(
     ]
 
 
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False, title_style="bold")
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if index else "left", overflow="fold")
-    return table
-
-
 def _student_table(models: "Sequence[Models]") -> Table:
     """Describe the students."""
-    table = _table(
-        "Student", "architecture", "stages", "body", "heads", "patch", "prefix tokens", "start"
-    )
+    columns = ("architecture", "stages", "body", "heads", "patch", "prefix tokens", "start")
+    rows = []
     for one in models:
         config, student = one.recipe.student, one.student
-        table.add_row(
-            config.architecture,
-            ", ".join(one.recipe.stages),
-            _count(student.student),
-            _count(student.adaptors),
-            f"{config.patch_size} px",
-            str(student.student.num_prefix_tokens),
-            config.pretrained or "random",
+        rows.append(
+            (
+                config.architecture,
+                ", ".join(one.recipe.stages),
+                _count(student.student),
+                _count(student.adaptors),
+                f"{config.patch_size} px",
+                str(student.student.num_prefix_tokens),
+                config.pretrained or "random",
+            )
         )
-    return table
+    return titled_table("Student", columns, rows)
 
 
 def _teacher_table(models: "Sequence[Models]", plans: "Sequence[StagePlan]") -> Table:
     """Describe the teachers: a row for each way in which one is used."""
-    table = _table(
-        "Teachers", "name", "preset", "parameters", "GiB", "input", "target grid",
-        "images / image", "GFLOP / image", "licence",
+    columns = (
+        "name", "preset", "parameters", "GiB", "input", "target grid", "images / image",
+        "GFLOP / image", "licence",
     )  # fmt: skip
-    costs = [cost for plan in plans for item in plan.partitions for cost in item.teachers]
-    of_teacher = {name: one for one in models for name in one.teachers}
-    for cost in dict.fromkeys(
-        cost for name in of_teacher for cost in costs if cost.view.teacher == name
-    ):
-        name, images = cost.view.teacher, cost.view.images_per_input
-        one = of_teacher[name]
-        table.add_row(
-            name,
-            one.recipe.teachers[name].preset,
-            _count(one.tower(name)),
-            f"{one.teacher_bytes(name) / 2**30:.1f}",
-            _size(cost.view.encoded),
-            _size(cost.view.grid),
-            str(cost.calls) if images == 1 else f"1/{images}",
-            f"{cost.flops / 1e9:,.1f}",
-            one.teachers[name].spec.licence,
-        )
-    return table
+    costs = dict.fromkeys(
+        cost for plan in plans for item in plan.partitions for cost in item.teachers
+    )
+    rows, of_teacher = [], {name: one for one in models for name in one.teachers}
+    for name, one in of_teacher.items():
+        for cost in (cost for cost in costs if cost.view.teacher == name):
+            images = cost.view.images_per_input
+            rows.append(
+                (
+                    name,
+                    one.recipe.teachers[name].preset,
+                    _count(one.tower(name)),
+                    f"{one.teacher_bytes(name) / 2**30:.1f}",
+                    _size(cost.view.encoded),
+                    _size(cost.view.grid),
+                    str(cost.calls) if images == 1 else f"1/{images}",
+                    f"{cost.flops / 1e9:,.1f}",
+                    one.teachers[name].spec.licence,
+                )
+            )
+    return titled_table("Teachers", columns, rows)
 
 
 def _partition_table(plans: "Sequence[StagePlan]") -> Table:
     """Describe the partitions; where a size is drawn, by their means."""
-    table = _table(
-        "Partitions", "stage", "partition", "student",
-        "rendered at",
-        "images / step", "micro-batch", "tokens / image", "student GFLOP", "teachers GFLOP",
-        "share of work",
+    columns = (
+        "stage", "partition", "student", "rendered at", "images / step", "micro-batch",
+        "tokens / image", "student GFLOP", "teachers GFLOP", "share of work",
     )  # fmt: skip
+    rows = []
     for plan in plans:
         total = plan.student_flops + plan.teacher_flops
         for cost in plan.partitions:
             images = cost.partition.batch_size
             work = images * (cost.student_flops + cost.teacher_flops)
-            table.add_row(
-                plan.stage.name,
-                cost.partition.name,
-                ", ".join(map(_size, cost.partition.sizes)),
-                ", ".join(map(_size, cost.rendered)),
-                f"{images:,}",
-                _micro_batches(plan.stage, cost.partition),
-                f"{cost.tokens:,.0f}",
-                f"{cost.student_flops / 1e9:,.1f}",
-                f"{cost.teacher_flops / 1e9:,.1f}",
-                f"{work / total:.1%}",
+            rows.append(
+                (
+                    plan.stage.name,
+                    cost.partition.name,
+                    ", ".join(map(_size, cost.partition.sizes)),
+                    ", ".join(map(_size, cost.rendered)),
+                    f"{images:,}",
+                    _micro_batches(plan.stage, cost.partition),
+                    f"{cost.tokens:,.0f}",
+                    f"{cost.student_flops / 1e9:,.1f}",
+                    f"{cost.teacher_flops / 1e9:,.1f}",
+                    f"{work / total:.1%}",
+                )
             )
-    return table
+    return titled_table("Partitions", columns, rows)
 
 
 def _micro_batches(stage: "Stage", partition: "Partition") -> str:
@@ -299,57 +296,52 @@ _HINT = "lower engine.micro_batch or raise engine.zero_stage"
 def _memory_table(plans: "Sequence[StagePlan]", device: "DeviceType") -> Table:
     """Say what lies on the fullest device."""
     parts = ("weights", "gradients", "optimizer", "average", "teachers", "step")
-    table = _table("Memory of a device, GiB", "stage", *parts, "total", "of", "")
+    rows = []
     for plan in plans:
         memory = plan.memory
         sizes = [*(getattr(memory, part) for part in parts), memory.total]
         verdict = "fits" if memory.fits(device.memory) else f"[bold red]does not fit[/]: {_HINT}"
-        table.add_row(
-            plan.stage.name,
-            *(f"{size / 2**30:.2f}" for size in sizes),
-            f"{device.memory:g}",
-            verdict,
-        )
-    return table
+        amounts = (f"{size / 2**30:.2f}" for size in sizes)
+        rows.append((plan.stage.name, *amounts, f"{device.memory:g}", verdict))
+    columns = ("stage", *parts, "total", "of", "")
+    return titled_table("Memory of a device, GiB", columns, rows)
 
 
 def _time_table(plans: "Sequence[StagePlan]", price: float) -> Table:
     """Say how long each stage takes."""
-    table = _table(
-        "Time", "stage", "devices", "steps", "images / step", "tokens / step", "student FLOP",
+    columns = (
+        "stage", "devices", "steps", "images / step", "tokens / step", "student FLOP",
         "teachers FLOP", "a step", "devices busy", "decoding cores", "time", "device time",
         *(["price"] if price else []),
     )  # fmt: skip
-    for plan in plans:
-        table.add_row(
+    rows = [
+        (
             plan.stage.name, str(plan.devices), f"{plan.stage.steps:,}",
             f"{plan.stage.images_per_step:,}", f"{plan.tokens:,.0f}",
             _flops(plan.student_flops), _flops(plan.teacher_flops),
             duration(plan.step_seconds), f"{plan.busy:.0%}",
             f"{plan.decoding_cores:.1f}", *_times([plan], price),
-        )  # fmt: skip
-    table.add_row("all", *[""] * 9, *_times(plans, price), style="bold")
-    return table
+        )
+        for plan in plans
+    ]  # fmt: skip
+    return titled_table("Time", columns, rows, ("all", *[""] * 9, *_times(plans, price)))
 
 
 def _step_table(plans: "Sequence[StagePlan]") -> Table:
     """Say where a step's time is expected to go, and what bounds it."""
-    parts = (
-        "encode", "learn", "other", "waiting", "elementwise", "launches", "copies", "exchange",
-        "optimizer", "waits",
-    )  # fmt: skip
-    table = _table(
-        "A step's parts, estimated, ms (launches and copies go beside the devices' work)", "stage",
-        "all", "useful", "bound by", "teachers", "student", "other", "unequal work",
-        "elementwise", "launches", "copies", "exchange", "optimizer", "waits",
-    )  # fmt: skip
+    parts = {
+        "encode": "teachers", "learn": "student", "other": "other", "waiting": "unequal work",
+        "elementwise": "elementwise", "launches": "launches", "copies": "copies",
+        "exchange": "exchange", "optimizer": "optimizer", "waits": "waits",
+    }  # fmt: skip
+    rows = []
     for plan in plans:
         step = plan.parts
         times = (_milliseconds(getattr(step, part)) for part in parts)
-        table.add_row(
-            plan.stage.name, _milliseconds(step.total), f"{step.useful:.0%}", step.bound, *times
-        )
-    return table
+        first = (plan.stage.name, _milliseconds(step.total), f"{step.useful:.0%}", step.bound)
+        rows.append((*first, *times))
+    title = "A step's parts, estimated, ms (launches and copies go beside the devices' work)"
+    return titled_table(title, ("stage", "all", "useful", "bound by", *parts.values()), rows)
 
 
 def _milliseconds(seconds: float) -> str:
@@ -358,23 +350,26 @@ def _milliseconds(seconds: float) -> str:
 
 def _resolved_table(plans: "Sequence[StagePlan]") -> Table:
     """Say what each stage makes of fields that are `auto`, and of shares."""
-    table = _table(
-        "Resolved; the shards may hold fewer images", "stage", "body frozen for",
-        "images of statistics", "precision", "ZeRO stage", "log every",
+    columns = (
+        "stage", "body frozen for", "images of statistics", "precision", "ZeRO stage", "log every",
         "save every",
     )  # fmt: skip
+    rows = []
     for plan in plans:
         stage = plan.stage
-        table.add_row(
-            plan.stage.name,
-            f"{stage.frozen_steps:,} of {stage.steps:,} steps",
-            f"{share_of(stage.normalizer.images, stage.steps * stage.images_per_step):,}",
-            stage.engine.precision,
-            str(stage.engine.zero_stage) if plan.devices > 1 else "-",
-            f"{stage.log.every} steps",
-            f"{stage.log.save_every} steps",
+        images = share_of(stage.normalizer.images, stage.steps * stage.images_per_step)
+        rows.append(
+            (
+                stage.name,
+                f"{stage.frozen_steps:,} of {stage.steps:,} steps",
+                f"{images:,}",
+                stage.engine.precision,
+                str(stage.engine.zero_stage) if plan.devices > 1 else "-",
+                f"{stage.log.every} steps",
+                f"{stage.log.save_every} steps",
+            )
         )
-    return table
+    return titled_table("Resolved; the shards may hold fewer images", columns, rows)
 
 
 def _times(plans: "Sequence[StagePlan]", price: float) -> list[str]:

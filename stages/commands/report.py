@@ -152,7 +152,9 @@ def _score_sections(scores: "ScoreSet") -> "list[Section]":
     return [
         Section("scores", "Scores", [headline_table(*read), *score_tables(*read)]),
         Section("sizes", "Scores over the size of the input", panels=size_curves(scores)),
-        Section("examples", "Examples", facts=LEGEND if examples else (), sheets=examples),
+        Section(
+            "examples", "Examples", facts=[*LEGEND.items()] if examples else (), sheets=examples
+        ),
     ]
 
 

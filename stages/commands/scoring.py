@@ -8,17 +8,16 @@ import logging
 import os
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from PIL import Image
 
-from radio_distill.config import EvaluationConfig, dtypes_of
+from radio_distill.config import EvaluationConfig, dtypes_of, yaml_line
 from radio_distill.errors import ConfigError, DataError
 from radio_distill.evals.checkpoint_subjects import (
     run_folder,
@@ -231,22 +230,23 @@ def check_alike(checkpoints: Sequence[Checkpoint], evaluations: Sequence[Evaluat
     for name, evaluation in zip(names[1:], evaluations[1:], strict=True):
         for field, value in _asked(evaluation).items():
             if value != first.get(field, value):
-                wanted = shlex.quote(_yaml(first[field]))
+                wanted = shlex.quote(yaml_line(first[field]))
                 raise ConfigError(
-                    f"{field} is {_yaml(first[field])} in the recipe of {names[0]} and "
-                    f"{_yaml(value)} in that of {name}, so that their scores could not be "
+                    f"{field} is {yaml_line(first[field])} in the recipe of {names[0]} and "
+                    f"{yaml_line(value)} in that of {name}, so that their scores could not be "
                     f"compared; set it for all, for instance --{field} {wanted}"
                 )
     if "fidelity" not in evaluations[0].benchmarks:
         return
     others = [benchmark for benchmark in evaluations[0].benchmarks if benchmark != "fidelity"]
+    without = shlex.quote(yaml_line(others))
     for name, checkpoint in zip(names[1:], checkpoints[1:], strict=True):
         for teacher in checkpoint.teachers.keys() & checkpoints[0].teachers.keys():
             if teacher_digest(checkpoint, teacher) != teacher_digest(checkpoints[0], teacher):
                 raise ConfigError(
                     f"teacher {teacher!r} of {names[0]} and of {name} are not the same, so that "
                     "fidelity to them could not be compared; leave it out "
-                    f"(--evaluation.benchmarks {shlex.quote(_yaml(others))}), or score them apart"
+                    f"(--evaluation.benchmarks {without}), or score them apart"
                 )
 
 
@@ -263,11 +263,6 @@ def _asked(evaluation: EvaluationConfig) -> dict[str, Any]:
     for name in evaluation.benchmarks:
         asked[f"evaluation.options.{name}"] = evaluation.options.get(name, {})
     return asked
-
-
-def _yaml(value: Any) -> str:
-    text: str = yaml.safe_dump(value, default_flow_style=True, width=10**6)
-    return text.removesuffix("\n").removesuffix("\n...")
 
 
 def check_labels(labels: Sequence[str] | None, num_runs: int) -> None:
@@ -359,24 +354,18 @@ def targets_for(
 @contextmanager
 def _bars(label: str) -> Iterator[Report]:
     """Give a callback that shows a progress bar for one benchmark after another."""
-    current: list[tuple[str, Progress]] = []
+    bars: dict[str, Progress] = {}
+    with ExitStack() as shown:
 
-    def close() -> None:
-        for _, bar in current:
-            bar.__exit__(None, None, None)
-        current.clear()
+        def report(benchmark: str, done: int, total: int) -> None:
+            if benchmark not in bars:
+                shown.close()
+                bars.clear()
+                bar = Progress(f"{label}: {benchmark}", total, visible=current_world().is_main)
+                bars[benchmark] = shown.enter_context(bar)
+            bars[benchmark].update(done)
 
-    def report(benchmark: str, done: int, total: int) -> None:
-        if not current or current[0][0] != benchmark:
-            close()
-            bar = Progress(f"{label}: {benchmark}", total, visible=current_world().is_main)
-            current.append((benchmark, bar.__enter__()))
-        current[0][1].update(done)
-
-    try:
         yield report
-    finally:
-        close()
 
 
 def gain_of(

@@ -48,6 +48,7 @@ from slurm.cluster import Cluster, add_cluster_flags, cluster_from
 from slurm.status import print_rows, rows_here, rows_of
 from slurm.submit import require_slurm, run_here, scripts, submit
 
+from ..arguments import add_run_folder_argument
 from ..fits import FITTED, SET_BY_FIT, Need, fit_name, fit_words, is_shipped, needs_of, upsampler_of
 from ..recipes import Asked, describe_stage
 
@@ -81,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--cluster", metavar="FILE", help="YAML file with the fields named below")
     add("--executor", choices=EXECUTORS, default="slurm", help="default: slurm")
     add("--folder", metavar="DIR", type=Path, help="job files and logs (default: RUN/slurm)")
-    add("--output", metavar="DIR", help="folder for run folders (default: runs)")
+    add_run_folder_argument(parser)
     add("--resume", action="store_true", help="go on from the newest checkpoints")
     add(
         "--take-over",
@@ -114,9 +115,8 @@ def run(args: argparse.Namespace) -> int:
 
 def request_from(args: argparse.Namespace) -> Request:
     """Return what the command line asks for."""
-    overrides = [f"output={args.output}"] if args.output else []
-    if args.teacher_upsampler:
-        overrides.append(f"stages.stage3.upsampler.name={args.teacher_upsampler}")
+    name = args.teacher_upsampler
+    overrides = [f"stages.stage3.upsampler.name={name}"] if name else []
     return Request(
         recipe=args.recipe,
         stages=tuple(args.stages),

@@ -68,8 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from .scoring import write_gain
 
-    output = [f"output={arguments.output}"] if arguments.output else []
-    asked = Asked(arguments.recipe, (*output, *arguments.fields))
+    asked = Asked(arguments.recipe, tuple(arguments.fields))
     recipe = load_recipe(asked.recipe, asked.fields)
     gain = sweep(
         recipe, arguments.upsamplers, arguments.baseline, arguments.seeds, asked,

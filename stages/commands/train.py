@@ -7,6 +7,7 @@ torchrun --nproc-per-node 8 -m stages.cli train my_recipe.yaml --stages stage1 s
 import argparse
 
 from ..recipes import add_stage_arguments, recipe_from
+from ..script import train_stages
 
 TAKES_FIELDS = True
 
@@ -19,19 +20,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Train the stages; with ``--resume``, those that are complete are passed over."""
-    from ..build import train_stage
-    from ..launch import Options
     from .missing import check_stages
 
     recipe, asked = recipe_from(arguments, arguments.fields)
     stages = arguments.stages or list(recipe.stages)
     check_stages(recipe, stages, asked, arguments.resume)
-    options = Options(
-        resume=arguments.resume,
-        allow_changed=arguments.allow_changed_recipe,
-        take_over=arguments.take_over,
-        asked=asked,
-    )
-    for stage in stages:
-        train_stage(stage, recipe, options)
+    train_stages(stages, recipe, asked, arguments)
     return 0

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 from radio_distill.errors import ConfigError, DataError
 
-from ..arguments import add_trust_argument, check_output, side_of
+from ..arguments import add_trust_argument, check_output, side_of, writing
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -320,18 +320,17 @@ def _write(
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    from radio_distill.system.files import reason_of, replacing
+    from radio_distill.system.files import replacing
 
     tensors = {"features": fine.spatial[0], "low": low.spatial[0]}
     if fine.summary is not None:
         tensors["summary"] = fine.summary[0]
     tensors = {key: value.float().cpu().contiguous() for key, value in tensors.items()}
-    try:
+    with writing(features.parent):
         with replacing(features) as draft:
-            save_file(tensors, draft, {"radio_distill": json.dumps(about)})
+            try:
+                save_file(tensors, draft, {"radio_distill": json.dumps(about)})
+            except SafetensorError as error:  # as the library calls a full disk
+                raise OSError(str(error)) from error
         with replacing(colours) as draft:
             sheet.save(draft, "PNG")
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(
-            f"cannot write to {features.parent}: {reason_of(error)}; choose another with --output"
-        ) from error

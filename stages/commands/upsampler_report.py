@@ -65,11 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.num_images,
         tuple(sorted(set(arguments.windows))),
     )
-    given = {
-        "fit.teacher": arguments.teacher,
-        "output": arguments.output,
-        "evaluation.images": arguments.images,
-    }
+    given = {"fit.teacher": arguments.teacher, "evaluation.images": arguments.images}
     fields = [f"{name}={value}" for name, value in given.items() if value] + arguments.fields
     recipe = fit_recipe(load_recipe(arguments.recipe, fields))
     if not recipe.evaluation.images:

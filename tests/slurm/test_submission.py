@@ -84,11 +84,10 @@ def test_submit__a_fit_is_a_job_before_the_stage_that_needs_it(recipe, run, logi
     assert "on 8 devices, which makes" in captured.err
     job = jobs(run)["fit-stage3"]
     (task,) = job.tasks
-    assert job.target == "stages.fit_upsampler:main"
     assert task.stage_folder == str(run / "fit" / "vit-featup-2x")
     assert task.arguments == (
-        *(str(recipe), "--teacher", "vit", "--upsampler", "featup", "--factor", "2"),
-        *("--fit.size", "32", "--output", str(run.parent), "--seed", "3"),
+        *("fit-upsampler", str(recipe), "--teacher", "vit", "--upsampler", "featup"),
+        *("--factor", "2", "--fit.size", "32", "--output", str(run.parent), "--seed", "3"),
     )
     script = (login_node / "42.sh").read_text()
     assert "#SBATCH --ntasks-per-node=4\n" in script, "no more processes than images in a step"
@@ -170,7 +169,9 @@ def test_dry_run__says_what_is_missing_beside_the_scripts(recipe, capsys):
     assert slurm(recipe, "--data.shards", "[nowhere]", "--dry-run") == 0
     captured = capsys.readouterr()
     assert "missing here: data.shards: no shards found for 'nowhere'" in captured.err
-    assert f"# ---- fit-stage3 vit-featup-2x: stages.fit_upsampler:main {recipe} " in captured.out
+    assert (
+        f"# ---- fit-stage3 vit-featup-2x: stages.cli:main fit-upsampler {recipe} " in captured.out
+    )
     assert captured.out.index("# ---- fit-stage3") < captured.out.index("# ---- stage3")
 
 

@@ -1,6 +1,7 @@
 """Curves over the size are those of the measure, one a student, and the files hold them."""
 
 import json
+import shutil
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -127,6 +128,11 @@ def test_command__labels_images_and_the_place_of_the_results(root, tmp_path, cap
     assert list(facts["runs"]) == ["low only"]
     assert facts["runs"]["low only"].endswith("blind/stage1/checkpoints/step-00000001")
     assert facts["num_images"] == 3
+    kept = tmp_path / "kept" / "step-00000001"
+    shutil.copytree(folder / "checkpoints" / kept.name, kept)
+    assert cli.main(["mode-switching", str(kept), *arguments[:4]]) == 0
+    facts = json.loads((tmp_path / "kept" / "mode_switching" / "curves.json").read_text())
+    assert list(facts["runs"]) == ["kept/stage1"], "a checkpoint may be copied out of its run"
 
 
 def test_command__teachers_are_dashed_and_one_of_a_single_size_is_left_out(root, tmp_path, caplog):

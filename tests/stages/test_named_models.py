@@ -178,5 +178,7 @@ def test_eval__fits_of_another_model_and_nothing_to_score_are_one_line(tmp_path,
     assert not output[1].exists(), "it is seen before the first is scored"
     assert evaluate(images) == 2
     assert "nothing to score: name a run, or --models" in capsys.readouterr().err
+    assert evaluate(images, "--models", "tiny_vit", "--head", "clip", *output) == 2
+    assert "--head is of runs" in capsys.readouterr().err
     assert evaluate(images, "--models", "tiny_vit", "--student.registers=3", *output) == 2
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
