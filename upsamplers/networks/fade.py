@@ -9,6 +9,8 @@ for all, and starts at a blur); and the gate, which lets the encoder's features 
 there are none.
 """
 
+from typing import Any
+
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
@@ -31,6 +33,8 @@ class FadeNetwork(nn.Module):
         guide_channels: what is read off the image.
         gate: let the image's features, brought to C channels, through where a gate of the features
             says so. A constant map does not stay constant then.
+        lite: bring both straight to the numbers of a kernel, each of which a convolution of its own
+            smooths (FADE-Lite); ``embedding_channels`` has no part in it.
     """
 
     tile_levels: tuple[int, ...] = ()
@@ -43,15 +47,16 @@ class FadeNetwork(nn.Module):
         embedding_channels: Positive = 64,
         guide_channels: Grouped = 32,
         gate: bool = False,
+        lite: bool = False,
     ):
         super().__init__()
-        self.factor = factor
+        self.factor, taps = factor, kernel_size**2
+        width, groups = (taps, taps) if lite else (embedding_channels, 1)
         self.guide = FineGuide(factor, guide_channels)
-        self.from_image = nn.Conv2d(guide_channels, embedding_channels, 1)
-        self.from_features = nn.Conv2d(channels, embedding_channels, 1, bias=False)
-        self.encode = nn.Conv2d(
-            embedding_channels, kernel_size**2, 3, padding=1, padding_mode="replicate", bias=False
-        )
+        self.from_image = nn.Conv2d(guide_channels, width, 1)
+        self.from_features = nn.Conv2d(channels, width, 1, bias=False)
+        edges: dict[str, Any] = {"padding": 1, "padding_mode": "replicate"}
+        self.encode = nn.Conv2d(width, taps, 3, groups=groups, bias=False, **edges)
         nn.init.normal_(self.encode.weight, std=1e-3)
         self.position = nn.Parameter(bilinear_logits(factor, kernel_size))  # [f * f, T]
         self.project = self.gate = None

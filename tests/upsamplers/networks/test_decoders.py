@@ -295,6 +295,47 @@ def test_indexnet__is_sigmoids_over_their_mean_in_each_cell(observation, factor,
     torch.testing.assert_close(F.avg_pool2d(found, factor), seen.low)
 
 
+@pytest.mark.parametrize("kind", ["o2o", "m2o"])
+def test_indexnet__depthwise_has_an_index_for_each_channel(observation, kind):
+    """Branch by branch, by functions of torch: o2o sees one channel, m2o all of them."""
+    factor, channels, wide = 2, 5, 8
+    guidance, low, _ = observation(channels, factor, (2, 3), batch=1)
+    options = {"context": False, "kind": kind, "guide_channels": wide}
+    network = scrambled(build_network("indexnet", channels, factor, options)).double()
+    seen = Observation(guidance.double(), low.double())
+    guide = network.bring(network.guide(seen))
+    _, first, norm, _, last = network.index
+    sources = guide[0].split(1) if kind == "o2o" else [guide[0]] * channels
+    gates = torch.empty(channels, factor**2, 2, 3).double()
+    for channel, source in enumerate(sources):
+        each = 2 * len(source)  # hidden channels of a branch
+        branches = []
+        for cell in range(factor**2):
+            place = channel * factor**2 + cell if kind == "o2o" else cell
+            rows = slice(place * each, (place + 1) * each)
+            branches.append(F.conv2d(source[None], first.weight[rows], first.bias[rows], stride=2))
+        if kind == "o2o":  # the branches of a channel are normalised together
+            rows = slice(channel * each * factor**2, (channel + 1) * each * factor**2)
+            joint = F.group_norm(torch.cat(branches, 1), 1, norm.weight[rows], norm.bias[rows])
+            branches = joint.split(each, 1)
+        else:
+            weights, biases = norm.weight.split(each), norm.bias.split(each)
+            branches = [
+                F.group_norm(*branch)
+                for branch in zip(branches, [8] * 4, weights, biases, strict=True)
+            ]
+        for cell, branch in enumerate(branches):
+            row = channel * factor**2 + cell if kind == "o2o" else cell * channels + channel
+            logits = F.conv2d(F.relu6(branch), last.weight[row, None], last.bias[row, None])
+            gates[channel, cell] = logits[0, 0].sigmoid()
+    indices = F.pixel_shuffle(gates / gates.mean(1, keepdim=True), factor)[:, 0]
+    nearest = F.interpolate(seen.low, scale_factor=2.0, mode="nearest")
+    found = network(seen)
+    torch.testing.assert_close(found[0], nearest[0] * indices)
+    found.square().sum().backward()
+    assert all(parameter.grad.abs().max() > 0 for parameter in network.parameters())
+
+
 @pytest.mark.parametrize(("factor", "side"), [(2, 3), (3, 5)])
 def test_a2u__is_the_softmax_of_sigmoids_of_affinities(observation, factor, side):
     guidance, low, _ = observation(3, factor, (2, 3))
@@ -320,13 +361,14 @@ def test_a2u__is_the_softmax_of_sigmoids_of_affinities(observation, factor, side
     torch.testing.assert_close(network(seen), expected)
 
 
-@pytest.mark.parametrize("factor", [2, 3])
-def test_fade__adds_logits_of_image_and_features_on_the_fine_grid(observation, factor):
+@pytest.mark.parametrize(("factor", "lite"), [(2, False), (3, False), (2, True)])
+def test_fade__adds_logits_of_image_and_features_on_the_fine_grid(observation, factor, lite):
     guidance, low, _ = observation(3, factor, (2, 4))
-    options = {"kernel_size": 3, "gate": True}
+    options = {"kernel_size": 3, "gate": True, "lite": lite}
     network = scrambled(build_network("fade", 3, factor, options)).double()
     seen = Observation(guidance.double(), low.double())
     guide, size = network.guide(seen), (2 * factor, 4 * factor)
+    assert network.encode.weight.shape == ((9, 1, 3, 3) if lite else (9, 64, 3, 3))
     encoded = network.encode(network.from_features(seen.low))
     enlarged = F.interpolate(encoded, size, mode="nearest")
     position = network.position.unflatten(0, (factor, factor)).permute(2, 0, 1).repeat(1, 2, 4)
