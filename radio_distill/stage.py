@@ -166,11 +166,6 @@ class Stage:
         return 0.0 if self.is_fit else self.config.anchor
 
     @property
-    def weight_anchor(self) -> float:
-        """Weight of the distance to its weights at the start, likewise."""
-        return 0.0 if self.is_fit else self.config.weight_anchor
-
-    @property
     def frozen_steps(self) -> int:
         """First steps in which only the heads learn."""
         return self.config.frozen_steps

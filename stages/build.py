@@ -162,8 +162,8 @@ def build_distillation(
     hint = "set ema_decay to 0, or take a smaller student"
     with explain_oom("the EMA of the student", "the start", hint):
         ema = Ema(model.to(device)) if keeps_ema else None
-    with explain_oom("the start of the student", "the start", "set the stage's anchors to 0"):
-        anchor = Ema(model.to(device)) if stage.anchor or stage.weight_anchor else None
+    with explain_oom("the start of the student", "the start", "set the stage's anchor to 0"):
+        anchor = Ema(model.to(device)) if stage.anchor else None
     with explain_oom("the student and its optimizer", "the start", zero_hint(stage.engine)):
         groups = parameter_groups(model.to(device), config.weight_decay)
         optimizer = build_optimizer(stage.optimizer, groups, config.betas)

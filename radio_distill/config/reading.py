@@ -230,21 +230,36 @@ RENAMED = {
 }
 """Fields that were called otherwise before version 0.2.0."""
 
+REMOVED = {"weight_anchor": (0.0, "the stage's `anchor` holds the student near its start")}
+"""Fields of the first 0.2.0: what each was where nobody set it, and what there is instead."""
 
 _TRACKERS = {True: ["tensorboard"], False: []}  # of log.tensorboard
 
 
 def with_new_names(data: Any) -> Any:
-    """Return the plain data of an earlier version's recipe with today's names of its fields."""
+    """Return the plain data of an earlier version's recipe with today's names of its fields.
+
+    Those that are gone are left out where nobody had set them.
+    """
     if not isinstance(data, Mapping):
         return data
-    data = {key: dict(item) if isinstance(item, Mapping) else item for key, item in data.items()}
+    data = _without_removed(data)
     for old, new in RENAMED.items():
         (section, before), after = old.split("."), new.partition(".")[2]
         if isinstance(data.get(section), dict) and before in data[section]:
             value = data[section].pop(before)
             data[section][after] = _TRACKERS.get(value, value) if after == "trackers" else value
     return data
+
+
+def _without_removed(data: Any) -> Any:
+    if isinstance(data, Mapping):
+        return {
+            key: _without_removed(item)
+            for key, item in data.items()
+            if key not in REMOVED or item != REMOVED[key][0]
+        }
+    return list(map(_without_removed, data)) if isinstance(data, list) else data
 
 
 class _NumberError(ConfigError):
@@ -267,6 +282,8 @@ def build(cls: type, data: Any, path: str = "") -> Any:
         name = joined(path, key)
         if new := RENAMED.get(name):
             problems.append(f"{name} is called {new} now; rename it")
+        elif key in REMOVED and key not in fields:
+            problems.append(f"{name} is gone: {REMOVED[key][1]}; take it out")
         elif key not in fields:
             problems.append(f"unknown field {name!r} ({nearest(str(key), list(fields))})")
     for name, item in fields.items():

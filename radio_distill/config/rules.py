@@ -307,16 +307,9 @@ def _check_stage(recipe: Recipe, name: str, config: StageConfig) -> Iterator[str
             f"{path}.ema_decay: loss.mesa compares with the student's EMA, which 0 switches off; "
             "set it, for instance to 0.999"
         )
-    if config.weight_anchor and recipe.engine.zero_stage == 3:
+    if config.anchor and not (config.start_from or recipe.student.pretrained):
         yield (
-            f"{path}.weight_anchor: ZeRO 3 has no whole weights to compare; set engine.zero_stage "
-            "to 2"
-        )
-    for field in ("anchor", "weight_anchor"):
-        if not getattr(config, field) or config.start_from or recipe.student.pretrained:
-            continue
-        yield (
-            f"{path}.{field}: keeps the student near its start, and the stage has none; give it "
+            f"{path}.anchor: keeps the student near its start, and the stage has none; give it "
             "start_from, or set student.pretrained"
         )
     for index, partition in enumerate(config.partitions):

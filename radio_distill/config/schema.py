@@ -124,10 +124,6 @@ class StageConfig:
         0.0,
         "weight of the distance to the features of the student that the stage starts from, measured as loss.mesa's",
     )
-    weight_anchor: Weight = our_option(
-        0.0,
-        "weight of half the squared distance of the body's weights to those that the stage starts from (L2-SP)",
-    )
     upsampler: UpsamplerConfig = option(UpsamplerConfig, "how upsampled teachers are upsampled")
 
     @property

@@ -65,7 +65,7 @@ class StepSlice:
 
 
 Slices = Callable[[int], Sequence[StepSlice]]
-"""The slices of a step, counted from 0, that one process makes."""
+"""The slices of a step, counted from 0, that one process makes; one at least."""
 
 
 def in_every_step(slices: Sequence[StepSlice]) -> Slices:

@@ -40,12 +40,10 @@ class Location(NamedTuple):
 
 def random_stream(*key: int) -> np.random.Philox:
     """Make a stream of random numbers that depends on ``key`` alone."""
-    # SeedSequence fills up with zeros, so the length is part of what it is given.
-    parts = [len(key), *(part & _WORD for part in key)]
-    words = np.array(parts, dtype=np.uint64).view(
-        np.uint32
-    )  # a list would take three times as long
-    return np.random.Philox(np.random.SeedSequence(words))
+    # SeedSequence fills up with zeros, so the length is part of what it is given. A list of numbers
+    # would take it three times as long.
+    words = np.array([len(key), *(part & _WORD for part in key)], dtype=np.uint64)
+    return np.random.Philox(np.random.SeedSequence(words.view(np.uint32)))
 
 
 def view_generator(seed: int, position: int) -> np.random.Generator:

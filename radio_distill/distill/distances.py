@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from einops import rearrange, reduce
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..config import LossConfig
 from ..errors import UnknownNameError
@@ -140,19 +140,6 @@ def mesa(student: Tensor, average: Tensor, valid: Tensor | None = None) -> Tenso
         for item in (student, average)
     )
     return _mean_over_cells((ours - theirs).square().mean(-1), valid)
-
-
-def weight_distance(student: nn.Module, start: nn.Module) -> Tensor:
-    """Return half the squared distance of a student's parameters to another's, a scalar.
-
-    L2-SP (arXiv 1802.01483): its gradient is the difference.
-    """
-    starts = dict(start.named_parameters())
-    parts = [
-        F.mse_loss(parameter, starts[name].to(parameter), reduction="sum")
-        for name, parameter in student.named_parameters()
-    ]
-    return torch.stack(parts).sum() / 2
 
 
 _OF_CELLS: dict[str, Callable[..., Tensor]] = {

@@ -38,7 +38,7 @@ from ..train.meters import Meter
 from ..train.optim import learning_rates
 from ..train.trackers import WriteImage
 from ..types import Features, ImageBatch, Score
-from .distances import mesa, weight_distance
+from .distances import mesa
 from .loss_weights import TermWeights
 from .losses import (
     INNER,
@@ -58,8 +58,6 @@ MESA = "mesa"
 """Name of the term that compares with the EMA of the student; no teacher can be called that."""
 ANCHOR = "anchor"
 """Name of the term that compares with the student at its start."""
-WEIGHTS = "weight_anchor"
-"""Name of the term that compares with its weights there; of a step, not of a partition."""
 
 Evaluate = Callable[[Mapping[str, Tensor], Callable[[], None]], list[Score]]
 """Scores the student of these weights; the second argument is called again and again."""
@@ -95,14 +93,12 @@ class Distillation:
     ema: Ema | None = None
     """On rank 0, and on every rank where it teaches."""
     anchor: Ema | None = None
-    """The student as the stage starts, on every rank, where its features or its weights are
-    anchored to it; it never moves."""
+    """The student as the stage starts, on every rank, where its features are anchored to it; it
+    never moves."""
     scores: Evaluate | None = None
     """Evaluates a student during training; None without ``evaluation.every``."""
     _mean_cells: dict[str, float] | None = None
     """Of this step, where each cell counts alike."""
-    _weights_apart: Tensor | None = None
-    """Distance to the weights at the start, before the last step."""
     _terms: list[tuple[Pass, dict[str, Tensor], int]] = field(default_factory=list)
     """Of each pass of the step, as means over a number of images."""
 
@@ -168,8 +164,6 @@ class Distillation:
                 self._terms.append((one, report.terms, len(keys)))
                 loss = report.total.sum() * one.image_weight
             left -= 1
-            if left == 0 and self.stage.weight_anchor:
-                loss = loss + self._weight_anchor()
             total = total + loss.detach()
             if left == 0:
                 agreement = agree(total, guard)
@@ -198,8 +192,6 @@ class Distillation:
         """Return mean terms, learning rates, and the number of bad images."""
         values = {f"loss/{name}": value for name, value in self._meter.means().items()}
         values |= {f"learning_rate/{group}": rate for group, rate in self._step_rates.items()}
-        if self._weights_apart is not None:
-            values[f"loss/{WEIGHTS}"] = float(self._weights_apart)
         bad = torch.tensor([sum(self.source.bad.values())], device=self.engine.device)
         return {**values, "bad_images": float(all_reduce_sum(bad))}
 
@@ -338,16 +330,6 @@ class Distillation:
             return None
         drawn = self.draws.survivors(step, look.micro, look.one, share)
         return drawn._replace(others=to_device(drawn.others, self.engine.device))
-
-    def _weight_anchor(self) -> Tensor:
-        """Return this rank's part of the distance to the weights at the start, weighted."""
-        assert self.anchor is not None, "it holds every rank"
-        student, start = (
-            model.get_submodule("student") for model in (self.engine.model, self.anchor.model)
-        )
-        distance = weight_distance(student, start)
-        self._weights_apart = distance.detach()
-        return self.stage.weight_anchor / self.world.world_size * distance
 
     def _apart(self, predictions: Predictions, other: Ema, views: Views, encoder: str) -> Tensor:
         """Return the distance of each image's features to those of a student that does not learn.

@@ -73,7 +73,7 @@ def state_memory(parameters: int, zero_stage: int, devices: int) -> Memory:
 
 def resident_memory(costs: ModelCosts, stage: Stage, devices: int, teacher_bytes: int) -> Memory:
     """Return what stays on the fullest device from step to step."""
-    others = bool(stage.config.ema_decay) + bool(stage.anchor or stage.weight_anchor)
+    others = bool(stage.config.ema_decay) + bool(stage.anchor)
     return replace(
         state_memory(costs.parameters, _zero_stage(stage.engine, devices), devices),
         average=4 * costs.parameters * others,

@@ -155,9 +155,12 @@ def join(
     if world.world_size == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         return
-    os.environ.setdefault(
-        "MASTER_PORT", str(20000 + int(os.environ.get("SLURM_JOB_ID", 0)) % 20000)
+    port = _number(
+        os.environ, "MASTER_PORT", 20000 + int(os.environ.get("SLURM_JOB_ID", 0)) % 20000
     )
+    if not 0 < port < 65_536:
+        raise ConfigError(f"MASTER_PORT={port} is no port; set it to a free one, 1024 to 65535")
+    os.environ["MASTER_PORT"] = str(port)
     if "MASTER_ADDR" not in os.environ:
         if int(os.environ.get("SLURM_NNODES", "1")) > 1:
             raise ConfigError(

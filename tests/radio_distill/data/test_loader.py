@@ -108,28 +108,12 @@ def test_batches__are_the_views_at_their_positions(shard_folder, encode):
     assert source.bad == {}
 
 
-def test_batches__an_epoch_has_every_image_once(shard_folder):
-    batches, _ = batches_of(config_of(shard_folder), [StepSlice(0, 5, SIZE)], 5, images_per_step=5)
-    keys = [key for step in batches for batch in step for key in batch.keys]
-    assert len(keys) == len(set(keys)) == 25
-
-
 @pytest.mark.parametrize("workers", [1, 2])
 def test_batches__do_not_depend_on_workers(shard_folder, workers):
     slices = [StepSlice(0, 2, SIZE), StepSlice(2, 6, (16, 16))]
     alone, _ = batches_of(config_of(shard_folder), slices, 9)
     together, _ = batches_of(config_of(shard_folder, workers=workers), slices, 9)
     assert_equal(together, alone)
-
-
-def test_batches__resume_at_any_step(shard_folder):
-    slices = [StepSlice(0, 4, SIZE), StepSlice(4, 6, SIZE)]
-    whole, _ = batches_of(config_of(shard_folder), slices, 12)
-    for start in (1, 3, 4, 5, 9):  # 25 images: the first epoch ends within step 4
-        rest, _ = batches_of(config_of(shard_folder), slices, 3, start=start)
-        assert_equal(rest, whole[start : start + 3])
-    rest, _ = batches_of(config_of(shard_folder, workers=2), slices, 4, start=7)
-    assert_equal(rest, whole[7:11])
 
 
 def test_batches__slicing_shares_out_the_same_step(shard_folder):
@@ -154,17 +138,6 @@ def test_batches__leave_global_random_numbers_alone(shard_folder):
     assert torch.equal(torch.get_rng_state(), before[0])
     assert np.random.get_state()[1].tolist() == before[1]
     assert random.getstate() == before[2]
-
-
-def test_batches__weights_share_out_the_images(shard_folder, tmp_path):
-    config = DataConfig(
-        shards=(str(tmp_path / "part-[0-3].tar"), str(tmp_path / "part-4.tar")),
-        weights=(0.8, 0.2),
-        workers=0,
-    )
-    batches, _ = batches_of(config, [StepSlice(0, 10, SIZE)], 7, images_per_step=10)
-    for (batch,) in batches:
-        assert sum(key.startswith("part-4") for key in batch.keys) == 2
 
 
 @pytest.fixture
@@ -345,14 +318,7 @@ def test_batches__program_ends_with_workers_still_running(shard_folder):
     # Regression: workers that ignore SIGTERM kept the interpreter from ending.
     program = f"""
 from radio_distill.config import DataConfig
-from radio_distill.data.loader import (
-    BadImage,
-    BadImageCounter,
-    ShardBatches,
-    StepSlice,
-    in_every_step,
-    too_many_bad,
-)
+from radio_distill.data.loader import ShardBatches, StepSlice, in_every_step
 config = DataConfig(shards=({str(shard_folder)!r},), workers=1)
 slices = in_every_step([StepSlice(0, 1, (8, 8))])
 stream = ShardBatches(config, seed=0, images_per_step=1, slices=slices).batches(0)

@@ -124,10 +124,15 @@ def config(server, tmp_path_factory):
     return make
 
 
-def batches_of(config, steps=range(6)):
-    """The keys and pixels of some steps; 25 images are five steps."""
+def source_of(config):
+    """Five images a step; 25 images are five steps."""
     slices = in_every_step([StepSlice(0, 5, (32, 32))])
-    source = ShardBatches(config, seed=3, images_per_step=5, slices=slices)
+    return ShardBatches(config, seed=3, images_per_step=5, slices=slices)
+
+
+def batches_of(config, steps=range(6)):
+    """The keys and pixels of some steps, and where they come from."""
+    source = source_of(config)
     stream = source.batches(steps[0])
     found = [next(stream)[0] for _ in steps]
     stream.close()
@@ -164,9 +169,7 @@ def test_batches__those_of_the_disk_whatever_the_server_does(server, config):
 
 def test_batches__with_workers_and_a_server_that_dies_and_comes_back(server, config):
     expected, _ = of_disk(server, range(12))
-    config = config(workers=2)
-    slices = in_every_step([StepSlice(0, 5, (32, 32))])
-    source = ShardBatches(config, seed=3, images_per_step=5, slices=slices)
+    source = source_of(config(workers=2))
     server.delay = 0.01
     stream = source.batches(0)
     found = [next(stream)[0] for _ in range(2)]
@@ -182,10 +185,7 @@ def test_batches__with_workers_and_a_server_that_dies_and_comes_back(server, con
 def test_batches__a_process_that_serves_is_gone_for_a_while(shard_folder, config, server):
     with serving(Server(shard_folder)) as first:
         port = first.server_address[1]
-        made = config(f"{first.url}/part-{{0..4}}.tar")
-        slices = in_every_step([StepSlice(0, 5, (32, 32))])
-        source = ShardBatches(made, seed=3, images_per_step=5, slices=slices)
-        stream = source.batches(0)
+        stream = source_of(config(f"{first.url}/part-{{0..4}}.tar")).batches(0)
         found = [next(stream)[0] for _ in range(2)]
     again = Server.__new__(Server)
 
@@ -206,10 +206,7 @@ def test_batches__a_process_that_serves_is_gone_for_a_while(shard_folder, config
 
 def test_batches__what_stays_away_is_named_and_the_run_may_start_again(server, config, monkeypatch):
     monkeypatch.setattr(remote_module, "_WAITS", 6 * (0.01,))
-    made = config()
-    slices = in_every_step([StepSlice(0, 5, (32, 32))])
-    source = ShardBatches(made, seed=3, images_per_step=5, slices=slices)
-    stream = source.batches(0)
+    stream = source_of(config()).batches(0)
     next(stream)
     server.status = 503
     with pytest.raises(DataError, match=r"/part-\d\.tar: .* 503, 7 times") as e:
@@ -222,8 +219,7 @@ def test_batches__what_stays_away_is_named_and_the_run_may_start_again(server, c
 def test_batches__lost_shards_within_the_budget_are_bad_images(server, config, monkeypatch):
     monkeypatch.setattr(remote_module, "_WAITS", (0.01,))
     made = config(max_bad_shards=1.0, max_bad_share=1.0)
-    slices = in_every_step([StepSlice(0, 5, (32, 32))])
-    source = ShardBatches(made, seed=3, images_per_step=5, slices=slices)
+    source = source_of(made)
     stream = source.batches(0)
     next(stream)
     (server.folder / "part-2.tar").rename(server.folder / "gone")

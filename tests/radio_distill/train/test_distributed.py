@@ -13,7 +13,7 @@ import torch
 
 from radio_distill.errors import ConfigError
 from radio_distill.system import rendezvous
-from radio_distill.system.distributed import World, choose_device, gpu_index, world_from
+from radio_distill.system.distributed import World, choose_device, gpu_index, join, world_from
 from radio_distill.system.rendezvous import meet
 
 
@@ -98,6 +98,13 @@ def place(monkeypatch, unused_port):
     for name in ("SLURM_STEP_ID", "TORCHELASTIC_USE_AGENT_STORE"):
         monkeypatch.delenv(name, raising=False)
     return f"127.0.0.1:{unused_port}"
+
+
+@pytest.mark.parametrize("port", ["one", "0", "70000"])
+def test_join__a_port_that_is_none_is_one_line(place, monkeypatch, port):
+    monkeypatch.setenv("MASTER_PORT", port)
+    with pytest.raises(ConfigError, match=rf"^MASTER_PORT={port} is no"):
+        join(World(1, 2), torch.device("cpu"))
 
 
 def test_meet__processes_share_a_store(place):

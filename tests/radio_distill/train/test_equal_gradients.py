@@ -130,7 +130,6 @@ def recipes(draw) -> Recipe:
                 freeze_body_steps=0,
                 start_from="start",
                 anchor=draw(st.sampled_from([0.0, 0.5])),
-                weight_anchor=draw(st.sampled_from([0.0, 0.5])),
             )
         },
         engine=EngineConfig(
@@ -329,25 +328,6 @@ def test_mean_cells__of_shifted_crops():
     expected = (4 - apart.abs()).prod(1).mean()
     assert 4 < float(expected) < 16
     assert run.schedule.mean_cells(7)["vit"] == pytest.approx(float(expected))
-
-
-def test_gradient__of_the_weight_anchor_is_the_way_back():
-    """Half the squared distance: the gradient is the difference, of the body alone."""
-    recipe = plain((PartitionConfig(name="low", size=64, teachers=("vit",), batch_size=2),))
-    held = replace(recipe.stages["stage1"], weight_anchor=0.5)
-    (without, loss), (anchored, more) = (
-        gradient(replace(recipe, stages={"stage1": stage}), World(), steps=1)
-        for stage in (recipe.stages["stage1"], held)
-    )
-    model = build(recipe, World()).engine.model
-    apart = torch.cat(
-        [
-            (-0.1 if name.startswith("student.") else 0.0) * parameter.detach().flatten()
-            for name, parameter in model.named_parameters()
-        ]
-    )
-    torch.testing.assert_close(anchored[0] - without[0], 0.5 * apart, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close((more - loss)[0], 0.5 * apart.square().sum() / 2, rtol=1e-4, atol=0)
 
 
 def summed_gradient(rank: int, recipe: Recipe) -> tuple[torch.Tensor, torch.Tensor]:
