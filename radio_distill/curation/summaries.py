@@ -14,7 +14,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,7 +22,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import Dataset
 
 from ..config import DataConfig, plain
 from ..data.images import BadImageError, centre_origin, decode_pixels, render, to_float
@@ -92,9 +91,10 @@ def encode_shards(
     total = sum(shard.num_samples for shard in mine.values())
     done = total - sum(shards[number].num_samples for number in tasks)
     flat = [task for of_shard in tasks.values() for task in of_shard]
+    centres = _Centres(shards, size, config)
     with (
         Progress("summaries", total, start=done, visible=rank == 0) as bar,
-        made_by_workers(_Centres(shards, size, config), flat, plain(config.workers), 2) as stream,
+        made_by_workers(centres.batch, flat, plain(config.workers), 2) as stream,
     ):
         for number, of_shard in tasks.items():
             parts = []
@@ -150,9 +150,7 @@ def _is_kept(path: Path, shard: Shard) -> bool:
     return all(shape[0] == shard.num_samples for shape in shapes)
 
 
-def _encoded(batch: "_Batch | DataError", encoder: Encoder) -> dict[str, Tensor]:
-    if isinstance(batch, DataError):
-        raise batch
+def _encoded(batch: "_Batch", encoder: Encoder) -> dict[str, Tensor]:
     pixels = to_float(batch.views.to(encoder.device, non_blocking=True))
     vectors = unit_summaries(encoder(pixels))
     return {"vectors": vectors * (batch.pixels > 0)[:, None], "pixels": batch.pixels}
@@ -180,25 +178,23 @@ class _Batch(NamedTuple):
     """``[B]`` int64, as in :class:`Summaries`."""
 
 
-class _Centres(Dataset[Any]):
+class _Centres:
     """Decodes images and cuts out their centres, in whichever process."""
 
     def __init__(self, shards: Sequence[Shard], size: Size, config: DataConfig):
         self._reader = ShardReader(shards, timeout=config.read_timeout)
         self._size, self._config = size, config
 
-    def __getitem__(self, task: _Task) -> _Batch | DataError:
+    def batch(self, task: _Task) -> _Batch:
+        """Decode some samples."""
         shape = (task.stop - task.start, 3, *self._size)
         views = torch.zeros(shape, dtype=torch.uint8).to(memory_format=torch.channels_last)
         pixels = torch.zeros(len(views), dtype=torch.int64)
-        try:
-            for row, image in enumerate(self._images(task)):
-                if image is not None:
-                    source = image.shape[1], image.shape[2]
-                    render(image, centre_origin(source, self._size), self._size, out=views[row])
-                    pixels[row] = source[0] * source[1]
-        except DataError as error:  # as a value, for DataLoader would wrap it in a stack trace
-            return error
+        for row, image in enumerate(self._images(task)):
+            if image is not None:
+                source = image.shape[1], image.shape[2]
+                render(image, centre_origin(source, self._size), self._size, out=views[row])
+                pixels[row] = source[0] * source[1]
         return _Batch(views, pixels)
 
     def _images(self, task: _Task) -> Iterator[Tensor | None]:

@@ -223,13 +223,11 @@ class ShardBatches:
         # A whole step is made ahead, whatever the number of its micro-batches.
         ahead = max(2, math.ceil(in_a_step / workers)) if workers else 2
         tasks = _tasks(self._slices, self._images_per_step, start_step)
-        with made_by_workers(self._views, tasks, workers, ahead) as stream:
+        with made_by_workers(self._views.batch, tasks, workers, ahead) as stream:
             for step in itertools.count(start_step):
                 yield [self._receive(next(stream)) for _ in self._slices(step)]
 
-    def _receive(self, batch: "_Batch | DataError") -> ImageBatch:
-        if isinstance(batch, DataError):
-            raise batch
+    def _receive(self, batch: "_Batch") -> ImageBatch:
         self._counter.add(len(batch.keys), batch.bad)
         if batch.views is None:
             verdict = self._counter.verdict()
@@ -267,20 +265,13 @@ def _tasks(slices: Slices, images_per_step: int, start_step: int) -> Iterator[_T
             yield _Task(first + piece.start, first + piece.stop, piece.size, views)
 
 
-class _Views(Dataset[Any]):
+class _Views:
     """Makes micro-batches, in whichever process."""
 
     def __init__(self, reader: ShardReader, order: SampleOrder, config: DataConfig, seed: int):
         self._reader, self._order, self._config, self._seed = reader, order, config, seed
         self._has_remote = any(isinstance(shard.path, Remote) for shard in reader.shards)
         self._ahead: Ahead | None = None
-
-    def __getitem__(self, task: _Task) -> "_Batch | DataError":
-        try:
-            self._fetch_ahead(task.start)
-            return self._batch(task)
-        except DataError as error:  # as a value, for DataLoader would wrap it in a stack trace
-            return error
 
     def _fetch_ahead(self, position: int) -> None:
         """Let the first worker fill the cache of remote shards, in threads of its own."""
@@ -291,7 +282,9 @@ class _Views(Dataset[Any]):
             self._ahead = Ahead(self._reader.shards, self._order)
         self._ahead.move(position)
 
-    def _batch(self, task: _Task) -> _Batch:
+    def batch(self, task: _Task) -> _Batch:
+        """Make one micro-batch."""
+        self._fetch_ahead(task.start)
         pixels = {
             view: torch.empty(
                 (task.stop - task.start, self._config.bands, *view.size),
@@ -334,8 +327,27 @@ class _Views(Dataset[Any]):
         return None
 
 
-def _as_is(batch: Any) -> Any:
-    return batch
+class _Made(Dataset[Any]):
+    """What a function makes, in whichever process."""
+
+    def __init__(self, make: Callable[[Any], Any]):
+        self._make = make
+
+    def __getitem__(self, task: Any) -> Any:
+        try:
+            return self._make(task)
+        except DataError as error:  # as a value, for DataLoader would wrap it in a stack trace
+            return error
+
+
+def _as_is(item: Any) -> Any:
+    return item
+
+
+def _or_raised(item: Any) -> Any:
+    if isinstance(item, DataError):
+        raise item
+    return item
 
 
 def _prepare_worker(worker: int) -> None:
@@ -351,16 +363,16 @@ def _prepare_worker(worker: int) -> None:
 
 @contextmanager
 def made_by_workers(
-    dataset: "Dataset[Any]", tasks: Iterable[Any], workers: int, ahead: int
+    make: Callable[[Any], Any], tasks: Iterable[Any], workers: int, ahead: int
 ) -> Iterator[Iterator[Any]]:
-    """Give ``dataset[task]`` for each of ``tasks`` in turn, made by processes of its own.
+    """Give ``make(task)`` for each of ``tasks`` in turn, made by processes of its own.
 
     Their tensors lie in pinned memory where there is a GPU. The processes end with the block in any
     case; as they ignore SIGTERM, multiprocessing would wait for them for ever at the end of the
     program.
 
     Args:
-        dataset: an error must be a value of it, for DataLoader would wrap it in a stack trace.
+        make: may raise DataError, which is raised here too.
         tasks: may be endless.
         workers: processes; 0 for this one.
         ahead: items that each of them makes before they are asked for.
@@ -369,7 +381,7 @@ def made_by_workers(
         WorkerDiedError: from within the block, where one of them died.
     """
     loader: DataLoader[Any] = DataLoader(
-        dataset,
+        _Made(make),
         sampler=tasks,
         batch_size=None,  # an item is whole
         num_workers=workers,
@@ -386,7 +398,7 @@ def made_by_workers(
     end = partial(_end, stream)
     atexit.register(end)
     try:
-        yield stream
+        yield map(_or_raised, stream)
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise

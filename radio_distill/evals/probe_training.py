@@ -25,13 +25,12 @@ import torch
 import torch.distributed as dist
 from einops import repeat
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from ..config import DataConfig, EngineConfig, LogConfig, Recipe, WatchConfig
 from ..data.images import to_float
 from ..data.loader import made_by_workers
 from ..data.order import SampleOrder, view_generator
-from ..errors import ConfigError, DataError, NoLayersError
+from ..errors import ConfigError, NoLayersError
 from ..stage import Stage
 from ..system.distributed import (
     World,
@@ -134,27 +133,8 @@ def examples(
     """Give ``make(task)`` for each task in turn; other processes make them for a GPU."""
     is_gpu = torch.device(device).type == "cuda"
     workers = min(_MOST_WORKERS, cores_of_process(os.environ) - 1) if is_gpu else 0
-    with made_by_workers(_Made(make), tasks, workers, 4) as stream:
-        yield map(_received, stream)
-
-
-class _Made(Dataset[Any]):
-    """What a function makes, in whichever process; an error is a value."""
-
-    def __init__(self, make: Callable[[Any], Example]):
-        self._make = make
-
-    def __getitem__(self, task: Any) -> Example | DataError:
-        try:
-            return self._make(task)
-        except DataError as error:
-            return error
-
-
-def _received(example: Example | DataError) -> Example:
-    if isinstance(example, DataError):
-        raise example
-    return example
+    with made_by_workers(make, tasks, workers, 4) as stream:
+        yield stream
 
 
 def encode(benchmark: "TrainedBenchmark", encoder: Encoder, pixels: Tensor) -> Maps:

@@ -296,7 +296,7 @@ def test_batches__workers_ignore_the_signals_of_slurm(shard_folder):
 
 
 def test_batches__worker_that_dies_is_one_line(shard_folder, monkeypatch):
-    make = loader._Views._batch
+    make = loader._Views.batch
 
     def make_two_then_die(self, task):
         if task.start >= 4:
@@ -304,7 +304,7 @@ def test_batches__worker_that_dies_is_one_line(shard_folder, monkeypatch):
             os.kill(os.getpid(), signal.SIGKILL)
         return make(self, task)
 
-    monkeypatch.setattr(loader._Views, "_batch", make_two_then_die)
+    monkeypatch.setattr(loader._Views, "batch", make_two_then_die)
     config = config_of(shard_folder, workers=1)
     source = source_of(config, [StepSlice(0, 2, SIZE)], 2)
     stream = source.batches(0)
