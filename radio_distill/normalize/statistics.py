@@ -1,6 +1,6 @@
 """Statistics of a teacher's outputs: mean and covariance of tokens, dispersion of summaries.
 
-Both are taken in one pass over any number of images, merge over processes, and go into a file that
+Both are taken in one pass over any number of images, add up over processes, and go into a file that
 the caller names after all that its numbers depend on, so that a run that starts again need not
 estimate them again. Moments and not normalizers are kept: one file serves every normalizer.
 """
@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
 from safetensors import SafetensorError
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from ..distill.distances import angle
 from ..errors import CheckpointError, DataError
+from ..system.distributed import all_reduce_sum
 from ..system.files import check_writable, reason_of, replacing
 
 logger = logging.getLogger(__name__)
@@ -73,23 +73,13 @@ class Moments:
             centred = chunk - mean
             self._add(len(chunk), mean, centred.T @ centred)
 
-    def merge(self, other: "Moments") -> None:
-        """Add the tokens that ``other`` has seen."""
-        self._add(other.count, other.mean.to(self.mean), other._scatter.to(self.mean))
-
     def all_reduce(self) -> None:
         """Merge over all processes, which end with equal numbers; alone, do nothing."""
-        if not (dist.is_available() and dist.is_initialized()):
-            return
-        count = self.mean.new_tensor([self.count])
-        dist.all_reduce(count)
-        total = int(count.item())
-        mean = self.mean * (self.count / max(total, 1))
-        dist.all_reduce(mean)
+        total = int(all_reduce_sum(self.mean.new_tensor([self.count])).item())
+        mean = all_reduce_sum(self.mean * (self.count / max(total, 1)))
         offset = self.mean - mean
         scatter = self._scatter + self.count * torch.outer(offset, offset)
-        dist.all_reduce(scatter)
-        self.count, self.mean, self._scatter = total, mean, scatter
+        self.count, self.mean, self._scatter = total, mean, all_reduce_sum(scatter)
 
     def state(self) -> dict[str, Tensor]:
         """Return tensors that make equal moments through :meth:`from_state`."""
@@ -176,22 +166,13 @@ class SummaryMoments:
         self._directions[rows] = F.normalize(first, dim=1).float()
         self._times_seen[rows] += 1
 
-    def merge(self, other: "SummaryMoments") -> None:
-        """Add the summaries, of other images, that ``other`` has seen."""
-        self.count += other.count
-        self._sum += other._sum.to(self._sum)
-        self._directions += other._directions.to(self._directions)
-        self._times_seen += other._times_seen.to(self._times_seen)
-
     def all_reduce(self) -> None:
         """Merge over all processes, which end with equal numbers; alone, do nothing."""
-        if not (dist.is_available() and dist.is_initialized()):
-            return
-        count = self._sum.new_tensor([self.count])
+        self.count = int(all_reduce_sum(self._sum.new_tensor([self.count])).item())
+        self._sum = all_reduce_sum(self._sum)
         # A direction is zero everywhere but on the process that saw it, so a sum gathers it.
-        for tensor in (count, self._sum, self._directions, self._times_seen):
-            dist.all_reduce(tensor)
-        self.count = int(count.item())
+        self._directions = all_reduce_sum(self._directions)
+        self._times_seen = all_reduce_sum(self._times_seen)
 
     def dispersion(self) -> float:
         """Return the mean squared angle to the mean direction, in rad², at least 1e-8.

@@ -8,6 +8,7 @@ A crash or a full disk leaves the former ones as they were.
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import threading
@@ -31,6 +32,8 @@ from .checkpoint import (
     step_of,
     versions,
 )
+
+logger = logging.getLogger(__name__)
 
 
 class AsyncCheckpointer:
@@ -155,14 +158,21 @@ def _link_best(root: Path, step: int) -> None:
 
 
 def _drop_old(checkpoint: Checkpoint, keep_last: int, keep_every: int) -> None:
-    """Delete what is older than the newest up to a step; later ones are not this run's."""
+    """Delete what is older than the newest up to a step; later ones are not this run's.
+
+    What cannot be deleted, for instance since another process reads it on a network's disk, is
+    warned of and tried again with the next: the new one is whole.
+    """
     step, best = checkpoint.step, checkpoint.best
     folders = checkpoint_folders(checkpoint.folder.parent)
     upto = [path for path in folders if path.is_dir() and step_of(path) <= step]
     for folder in upto[keep_last:]:
         is_best = best is not None and step_of(folder) == best.step
         if not is_best and (not keep_every or step_of(folder) % keep_every):
-            shutil.rmtree(folder)
+            try:
+                shutil.rmtree(folder)
+            except OSError as error:
+                logger.warning("cannot delete %s: %s", folder, reason_of(error))
 
 
 _CHUNK = 16 << 20

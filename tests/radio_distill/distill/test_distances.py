@@ -24,7 +24,7 @@ FEATURE = [
 ]
 
 
-def maps(*shape: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def pair(*shape: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     draw = torch.randn(2, *shape, dtype=torch.float64, generator=generator) * 3
     return draw[0], draw[1]
@@ -32,7 +32,7 @@ def maps(*shape: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("shape", [(3, 8, 4, 6), (1, 5, 1, 1)])
 def test_feature_loss__equals_torch(shape):
-    x, y = maps(*shape)
+    x, y = pair(*shape)
     mse, cosine, both = (feature_loss(name)(x, y) for name in FEATURE[:3])
     torch.testing.assert_close(mse, F.mse_loss(x, y, reduction="none").mean((1, 2, 3)))
     similarity = F.cosine_similarity(x, y).mean((1, 2))
@@ -42,7 +42,7 @@ def test_feature_loss__equals_torch(shape):
 
 
 def test_summary_loss__equals_torch():
-    x, y = maps(7, 12)
+    x, y = pair(7, 12)
     torch.testing.assert_close(summary_loss("cosine")(x, y), 1 - F.cosine_similarity(x, y))
     torch.testing.assert_close(summary_loss("mse")(x, y), (x - y).square().mean(1))
 
@@ -60,7 +60,7 @@ def test_losses__by_hand():
 
 @pytest.mark.parametrize("name", FEATURE)
 def test_feature_loss__zero_for_equal_and_two_for_opposite_directions(name):
-    x, _ = maps(2, 6, 3, 3)
+    x, _ = pair(2, 6, 3, 3)
     assert feature_loss(name)(x, x).abs().max() < 1e-15
     if name == "cosine":
         torch.testing.assert_close(feature_loss(name)(x, -5 * x), torch.full((2,), 2.0).double())
@@ -68,7 +68,7 @@ def test_feature_loss__zero_for_equal_and_two_for_opposite_directions(name):
 
 @pytest.mark.parametrize("name", FEATURE)
 def test_feature_loss__mask_equals_leaving_cells_out(name):
-    x, y = maps(2, 6, 3, 4)
+    x, y = pair(2, 6, 3, 4)
     valid = torch.ones(2, 3, 4, dtype=torch.bool)
     valid[0, :, 3] = False
     valid[1, 1:] = False
@@ -81,7 +81,7 @@ def test_feature_loss__mask_equals_leaving_cells_out(name):
 
 @pytest.mark.parametrize("name", FEATURE)
 def test_feature_loss__image_without_valid_cells_costs_nothing(name):
-    x, y = maps(2, 6, 3, 3)
+    x, y = pair(2, 6, 3, 3)
     x.requires_grad_()
     valid = torch.zeros(2, 3, 3, dtype=torch.bool)
     valid[1] = True
@@ -95,42 +95,44 @@ def test_feature_loss__image_without_valid_cells_costs_nothing(name):
 
 @pytest.mark.parametrize("name", FEATURE)
 def test_feature_loss__images_do_not_touch_each_other(name):
-    x, y = maps(4, 6, 3, 3)
+    x, y = pair(4, 6, 3, 3)
     loss = feature_loss(name)
     apart = torch.cat([loss(x[:1], y[:1]), loss(x[1:], y[1:])])
     torch.testing.assert_close(loss(x, y), apart)
 
 
-@pytest.mark.parametrize("name", FEATURE)
-def test_feature_loss__gradients(name):
-    x, y = maps(2, 4, 2, 3)
+OF_MAPS = {name: feature_loss(name) for name in FEATURE} | {"mesa": mesa}
+OF_SUMMARIES = {name: summary_loss(name) for name in (*SUMMARY, "angle")}
+
+
+@pytest.mark.parametrize("name", OF_MAPS)
+def test_loss_of_maps__gradients(name):
+    x, y = pair(2, 4, 2, 3)
     valid = torch.rand(2, 2, 3, generator=torch.Generator().manual_seed(0)) > 0.3
     x.requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: feature_loss(name)(x, y, valid), x)
+    assert torch.autograd.gradcheck(lambda x: OF_MAPS[name](x, y, valid), x)
 
 
 @pytest.mark.parametrize("name", SUMMARY)
-def test_summary_loss__gradients(name):
-    x, y = maps(3, 5)
-    assert torch.autograd.gradcheck(lambda x: summary_loss(name)(x, y), x.requires_grad_())
+def test_loss_of_summaries__gradients(name):
+    x, y = pair(3, 5)
+    assert torch.autograd.gradcheck(lambda x: OF_SUMMARIES[name](x, y), x.requires_grad_())
 
 
-@pytest.mark.parametrize("name", FEATURE)
-def test_feature_loss__float32_under_autocast(name):
-    x, y = (item.to(torch.bfloat16) for item in maps(2, 256, 5, 5))
+@pytest.mark.parametrize(
+    ("loss_of", "shape"),
+    [
+        *((loss_of, (2, 256, 5, 5)) for loss_of in OF_MAPS.values()),
+        *((loss_of, (3, 256)) for loss_of in OF_SUMMARIES.values()),
+    ],
+    ids=[*OF_MAPS, *(f"summary {name}" for name in OF_SUMMARIES)],
+)
+def test_losses__float32_under_autocast(loss_of, shape):
+    x, y = (item.to(torch.bfloat16) for item in pair(*shape))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = feature_loss(name)(x, y)
+        loss = loss_of(x, y)
     assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss.double(), feature_loss(name)(x.double(), y.double()))
-
-
-@pytest.mark.parametrize("name", SUMMARY)
-def test_summary_loss__float32_under_autocast(name):
-    x, y = (item.to(torch.bfloat16) for item in maps(2, 256))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = summary_loss(name)(x, y)
-    assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss.double(), summary_loss(name)(x.double(), y.double()))
+    torch.testing.assert_close(loss.double(), loss_of(x.double(), y.double()))
 
 
 def test_loss_lookups__unknown_names():
@@ -140,19 +142,10 @@ def test_loss_lookups__unknown_names():
         summary_loss("kl")
 
 
-DOUBLE = torch.float64
-
-
-def vectors(*shape: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    draw = torch.randn(2, *shape, dtype=DOUBLE, generator=generator) * 3
-    return draw[0], draw[1]
-
-
 def at_angles(angles: list[float], channels: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
     """Pairs ``[B, S]`` of vectors of different lengths, at known angles in random planes."""
-    axes = torch.linalg.qr(vectors(len(angles), channels, 2)[0]).Q  # [B, S, 2]
-    theta = torch.tensor(angles, dtype=DOUBLE)[:, None]
+    axes = torch.linalg.qr(pair(len(angles), channels, 2)[0]).Q  # [B, S, 2]
+    theta = torch.tensor(angles, dtype=torch.float64)[:, None]
     first, second = axes.unbind(-1)
     return 0.3 * first, 7 * (theta.cos() * first + theta.sin() * second)
 
@@ -161,7 +154,7 @@ ANGLES = [0.0, 1e-7, 1e-3, 0.5, math.pi / 2, 2.5, math.pi - 1e-3, math.pi - 1e-7
 
 
 def test_angle__is_the_squared_angle():
-    expected = torch.tensor(ANGLES, dtype=DOUBLE)
+    expected = torch.tensor(ANGLES, dtype=torch.float64)
     torch.testing.assert_close(angle(*at_angles(ANGLES)).sqrt(), expected, rtol=1e-12, atol=1e-15)
 
 
@@ -173,18 +166,18 @@ def test_angle__by_hand():
 
 
 def test_angle__equals_arccos_of_the_cosine():
-    x, y = vectors(50, 8)
+    x, y = pair(50, 8)
     torch.testing.assert_close(angle(x, y), torch.acos(F.cosine_similarity(x, y)).square())
 
 
 def test_angle__is_symmetric_and_blind_to_length():
-    x, y = vectors(9, 5)
+    x, y = pair(9, 5)
     torch.testing.assert_close(angle(x, y), angle(y, x))
     torch.testing.assert_close(angle(x, y), angle(1e5 * x, 1e-5 * y))
 
 
 def test_angle__of_maps_is_that_of_their_cells():
-    x, y = vectors(2, 5, 3, 4)
+    x, y = pair(2, 5, 3, 4)
     cells = angle(x.permute(0, 2, 3, 1).reshape(-1, 5), y.permute(0, 2, 3, 1).reshape(-1, 5))
     torch.testing.assert_close(angle(x, y).flatten(), cells)
 
@@ -193,10 +186,10 @@ def test_angle__float32_keeps_small_angles():
     """Where the arccos of a clamped cosine says 2e-6 whatever the angle."""
     small = [1e-5, 1e-4, 1e-3, 1e-2]
     x, y = (item.float() for item in at_angles(small, channels=1024))
-    error = angle(x, y).sqrt().double() - torch.tensor(small, dtype=DOUBLE)
+    error = angle(x, y).sqrt().double() - torch.tensor(small, dtype=torch.float64)
     assert error.abs().max() < 2e-7
     clamped = torch.acos(F.cosine_similarity(x, y).clamp(max=1 - 1e-6)).double()
-    assert (clamped[:2] - torch.tensor(small[:2], dtype=DOUBLE)).abs().min() > 1e-3
+    assert (clamped[:2] - torch.tensor(small[:2], dtype=torch.float64)).abs().min() > 1e-3
 
 
 # Closer to the opposite direction than 1e-3, a step of gradcheck's leaps over it.
@@ -246,14 +239,6 @@ def test_angle__descent_turns_a_nearly_opposite_direction():
     assert angle(x, y) < 1e-6
 
 
-def test_summary_loss__angle_is_float32_under_autocast():
-    x, y = (item.to(torch.bfloat16) for item in vectors(3, 256))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = summary_loss("angle")(x, y)
-    assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss.double(), angle(x.double(), y.double()))
-
-
 def test_mesa__by_hand():
     student = torch.tensor([1.0, 3.0]).reshape(1, 2, 1, 1)  # normalised: -1 and 1
     average = torch.tensor([9.0, 5.0]).reshape(1, 2, 1, 1)  # normalised: 1 and -1
@@ -261,7 +246,7 @@ def test_mesa__by_hand():
 
 
 def test_mesa__equals_layer_norm_and_cdist():
-    x, y = vectors(2, 16, 3, 5)
+    x, y = pair(2, 16, 3, 5)
     norm = torch.nn.LayerNorm(16, elementwise_affine=False)
     tokens = (norm(item.permute(0, 2, 3, 1)).reshape(-1, 1, 16) for item in (x, y))
     expected = torch.cdist(*tokens).square().reshape(2, -1).mean(1)
@@ -269,18 +254,18 @@ def test_mesa__equals_layer_norm_and_cdist():
 
 
 def test_mesa__is_blind_to_scale_and_offset_of_a_cell():
-    x, y = vectors(2, 16, 3, 3)
+    x, y = pair(2, 16, 3, 3)
     torch.testing.assert_close(mesa(x, y), mesa(100 * x + 5, y - 3), rtol=1e-5, atol=0)
     assert mesa(x, 10 * x + 1).max() < 1e-9
 
 
 def test_mesa__unrelated_cells_are_2_apart():
-    x, y = vectors(1, 512, 32, 32)
+    x, y = pair(1, 512, 32, 32)
     assert mesa(x, y).item() == pytest.approx(2, rel=0.01)
 
 
 def test_mesa__mask_equals_leaving_cells_out():
-    x, y = vectors(3, 6, 3, 4)
+    x, y = pair(3, 6, 3, 4)
     valid = torch.ones(3, 3, 4, dtype=torch.bool)
     valid[0, :, 3] = False
     valid[1] = False
@@ -288,20 +273,6 @@ def test_mesa__mask_equals_leaving_cells_out():
     torch.testing.assert_close(masked[:1], mesa(x[:1, :, :, :3], y[:1, :, :, :3]))
     assert masked[1] == 0
     torch.testing.assert_close(masked[2:], mesa(x[2:], y[2:]))
-
-
-def test_mesa__gradients():
-    x, y = vectors(2, 4, 2, 3)
-    valid = torch.rand(2, 2, 3, generator=torch.Generator().manual_seed(0)) > 0.3
-    assert torch.autograd.gradcheck(lambda x: mesa(x, y, valid), x.requires_grad_())
-
-
-def test_mesa__float32_under_autocast():
-    x, y = (item.to(torch.bfloat16) for item in vectors(2, 256, 5, 5))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = mesa(x, y)
-    assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss.double(), mesa(x.double(), y.double()))
 
 
 def test_smooth_l1__by_hand_on_either_side_of_beta():
@@ -313,17 +284,19 @@ def test_smooth_l1__by_hand_on_either_side_of_beta():
 
 
 def test_dampened_mse__by_hand_without_a_jump_at_1():
-    errors = torch.tensor([[0.0], [0.5], [1.0], [-4.0], [100.0]], dtype=DOUBLE, requires_grad=True)
+    errors = torch.tensor(
+        [[0.0], [0.5], [1.0], [-4.0], [100.0]], dtype=torch.float64, requires_grad=True
+    )
     loss = distances.dampened_mse(errors, torch.zeros_like(errors))
-    expected = torch.tensor([0, 0.125, 0.5, 2.5, 18.5], dtype=DOUBLE)
+    expected = torch.tensor([0, 0.125, 0.5, 2.5, 18.5], dtype=torch.float64)
     torch.testing.assert_close(loss, expected)
     (slope,) = torch.autograd.grad(loss.sum(), errors)
-    expected = torch.tensor([0, 0.5, 1, -0.5, 0.1], dtype=DOUBLE)
+    expected = torch.tensor([0, 0.5, 1, -0.5, 0.1], dtype=torch.float64)
     torch.testing.assert_close(slope[:, 0], expected)
 
 
 def test_map_cosine__is_one_angle_of_the_whole_map():
-    x, y = vectors(3, 4, 2, 5)
+    x, y = pair(3, 4, 2, 5)
     expected = torch.stack(
         [1 - (a * b).sum() / (a.norm() * b.norm()) for a, b in zip(x, y, strict=True)]
     )
@@ -333,7 +306,7 @@ def test_map_cosine__is_one_angle_of_the_whole_map():
 @pytest.mark.parametrize("shape", [(2, 9, 2, 3), (2, 3, 4, 5)], ids=["few cells", "many cells"])
 def test_gram__equals_the_matrices_of_cosines_between_cells(shape):
     """With fewer cells than channels and with more, and with other channels of the teacher."""
-    x, y = vectors(*shape)[0], vectors(2, 5, *shape[2:], seed=1)[0]
+    x, y = pair(*shape)[0], pair(2, 5, *shape[2:], seed=1)[0]
     expected = []
     for student, teacher in zip(x, y, strict=True):
         matrices = [
@@ -345,14 +318,14 @@ def test_gram__equals_the_matrices_of_cosines_between_cells(shape):
 
 
 def test_gram__is_blind_to_a_rotation_of_channels():
-    x, _ = vectors(2, 6, 3, 3)
-    rotation = torch.linalg.qr(vectors(6, 6)[0]).Q
+    x, _ = pair(2, 6, 3, 3)
+    rotation = torch.linalg.qr(pair(6, 6)[0]).Q
     turned = torch.einsum("bchw,cd->bdhw", x, rotation)
     assert distances.gram(x, turned).max() < 1e-12
 
 
 def test_channel_kl__equals_the_sum_over_places():
-    x, y = vectors(2, 3, 2, 2)
+    x, y = pair(2, 3, 2, 2)
     student, teacher = (
         (item / 4).exp() / (item / 4).exp().sum((2, 3), keepdim=True) for item in (x, y)
     )
@@ -361,13 +334,13 @@ def test_channel_kl__equals_the_sum_over_places():
 
 
 def test_channel_kl__is_blind_to_a_channels_offset():
-    x, _ = vectors(2, 3, 4, 4)
-    assert distances.channel_kl(x, x + vectors(2, 3, 1, 1, seed=1)[0]).abs().max() < 1e-12
+    x, _ = pair(2, 3, 4, 4)
+    assert distances.channel_kl(x, x + pair(2, 3, 1, 1, seed=1)[0]).abs().max() < 1e-12
 
 
 def test_losses__a_sum_has_the_weights_of_its_parts():
     """EUPE's features, UNIC's summaries, and AM-RADIO's own loss written as a sum."""
-    x, y = vectors(3, 6, 2, 2)
+    x, y = pair(3, 6, 2, 2)
     eupe = feature_loss({"cosine": 0.9, "smooth_l1": 0.1})(x, y)
     parts = 0.9 * feature_loss("cosine")(x, y) + 0.1 * feature_loss("smooth_l1")(x, y)
     torch.testing.assert_close(eupe, parts)

@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -106,22 +107,16 @@ def test_update__keeps_no_graph_and_ignores_autocast():
 @settings(max_examples=30, deadline=None)
 @given(
     sizes=st.lists(st.integers(0, 9), min_size=1, max_size=6).filter(sum),
-    processes=st.integers(1, 4),
     kept=st.sampled_from([1, 7, 64]),
     data=st.data(),
 )
-def test_merge__any_split_over_processes_gives_the_whole(sizes, processes, kept, data):
+def test_update__any_split_in_any_order_gives_the_whole(sizes, kept, data):
     whole = draw(sum(sizes), 5)
-    starts = torch.tensor([0, *sizes]).cumsum(0).tolist()[:-1]
-    owners = data.draw(st.lists(st.integers(0, processes - 1), min_size=6, max_size=6))
-    parts = [SummaryMoments(5, kept) for _ in range(processes)]
-    for size, start, owner in zip(sizes, starts, owners, strict=False):
-        parts[owner].update(whole[start : start + size], start)
-    merged = SummaryMoments(5, kept)
-    for part in data.draw(st.permutations(parts)):
-        merged.merge(part)
-    assert merged.count == len(whole)
-    assert merged.dispersion() == pytest.approx(dispersion_of(whole, kept), rel=1e-12)
+    starts = torch.tensor([0, *sizes]).cumsum(0).tolist()
+    parts = data.draw(st.permutations(list(itertools.pairwise(starts))))
+    moments = of_parts([whole[start:stop] for start, stop in parts], [at for at, _ in parts], kept)
+    assert moments.count == len(whole)
+    assert moments.dispersion() == pytest.approx(dispersion_of(whole, kept), rel=1e-12)
 
 
 def test_all_reduce__alone_changes_nothing():

@@ -22,13 +22,6 @@ def of_parts(parts: list[torch.Tensor]) -> Moments:
     return moments
 
 
-def merged(*items: Moments) -> Moments:
-    result = Moments(len(items[0].mean))
-    for item in items:
-        result.merge(item)
-    return result
-
-
 def test_update__equals_torch_cov(skewed_tokens, moments_of):
     tokens = skewed_tokens(20, 500)
     moments = moments_of(tokens)
@@ -103,17 +96,6 @@ def test_update__any_split_gives_the_whole(sizes, channels, seed):
     generator = torch.Generator().manual_seed(seed)
     whole = torch.randn(1, channels, sum(sizes), 1, dtype=torch.float64, generator=generator) + 3
     assert_same(of_parts(list(whole.split(sizes, dim=2))), of_parts([whole]))
-
-
-@settings(max_examples=30, deadline=None)
-@given(sizes=st.tuples(*[st.integers(0, 9)] * 3), seed=st.integers(0, 99))
-def test_merge__is_associative_and_commutative(sizes, seed):
-    generator = torch.Generator().manual_seed(seed)
-    draws = [torch.randn(1, 3, n, 1, dtype=torch.float64, generator=generator) for n in sizes]
-    a, b, c = (of_parts([draw * (i + 1) + i]) for i, draw in enumerate(draws))
-    if sum(sizes):
-        assert_same(merged(merged(a, b), c), merged(a, merged(b, c)))
-        assert_same(merged(a, b, c), merged(c, b, a))
 
 
 def test_from_state__gives_equal_moments():

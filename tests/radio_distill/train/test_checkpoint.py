@@ -1,5 +1,6 @@
 """Checkpoints are whole or absent, whatever happens while they are written."""
 
+import errno
 import hashlib
 import json
 import os
@@ -189,6 +190,23 @@ def test_save__keeps_the_best_and_links_it(tmp_path):
     ]  # fmt: skip
     assert checkpoints.find(tmp_path).best == best
     assert checkpoints.find(tmp_path / "best").step == 2
+
+
+def test_save__an_old_one_that_cannot_be_deleted_is_warned_of(tmp_path, monkeypatch, caplog):
+    """As on NFS while another process reads it: the run goes on, and the next one tries again."""
+    busy, delete = write(tmp_path, 1, keep_last=1), checkpointer.shutil.rmtree
+
+    def refuse(path, **options):
+        if path == busy:
+            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))
+        delete(path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpointer.shutil, "rmtree", refuse)
+        assert write(tmp_path, 2, keep_last=1).is_dir()
+    assert "cannot delete" in caplog.text
+    write(tmp_path, 3, keep_last=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000003"]
 
 
 def test_save__deletes_nothing_before_the_new_one_is_verified(tmp_path, monkeypatch):
