@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,13 +16,12 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
-import yaml
 
-from ..config import dump
 from ..errors import ConfigError
 from ..protocols import Tracker
 from ..stage import Stage
 from ..system.files import reason_of, replacing
+from ..system.nested import leaves, plain_data
 from ..system.redaction import redact
 
 logger = logging.getLogger(__name__)
@@ -173,7 +172,8 @@ class MLflow:
         if run is None:
             number = experiment.experiment_id if experiment else client.create_experiment(name)
             run = client.create_run(number, run_name=_run_name(stage)).info.run_id
-            settings = [Param(key, str(value)[:500]) for key, value in _leaves(_settings(stage))]
+            fields = leaves(_settings(stage), "whole")
+            settings = [Param(".".join(path), str(value)[:500]) for path, value in fields]
             for start in range(0, len(settings), 100):  # the most that a server takes at once
                 client.log_batch(run, params=settings[start : start + 100])
         else:
@@ -287,16 +287,16 @@ def _run_name(stage: Stage) -> str:
 
 def _settings(stage: Stage) -> dict[str, Any]:
     """Return the resolved recipe as plain values, with nothing in it that looks like a secret."""
-    settings: dict[str, Any] = yaml.safe_load(redact(dump(stage.recipe)))
+    settings: dict[str, Any] = _redacted(plain_data(stage.recipe))
     return settings
 
 
-def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict) and value:
-        for key, item in value.items():
-            yield from _leaves(item, f"{path}.{key}" if path else str(key))
-    else:
-        yield path, value
+def _redacted(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _redacted(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_redacted(item) for item in value]
+    return redact(value) if isinstance(value, str) else value
 
 
 def _earlier_id(stage: Stage, name: str, resume_step: int) -> str | None:

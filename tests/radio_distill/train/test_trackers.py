@@ -2,6 +2,7 @@
 
 import io
 import json
+import sys
 from importlib.util import find_spec
 from types import SimpleNamespace
 
@@ -108,6 +109,20 @@ def test_check_trackers__says_what_to_install(monkeypatch):
     monkeypatch.setattr(trackers, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install radio-distill\[mlflow\]"):
         check_trackers(["mlflow"])
+
+
+def test_trackers__settings_are_whole_whatever_is_hidden_in_them(tmp_path, monkeypatch):
+    """A value that begins with what is hidden, and names and words that are no secrets."""
+    begun = {}
+    library = SimpleNamespace(
+        init=lambda **fields: begun.update(fields) or SimpleNamespace(id="1"), finish=lambda: None
+    )
+    monkeypatch.setitem(sys.modules, "wandb", library)
+    monkeypatch.setenv("HUB_TOKEN", "as-long-as-a-token")
+    options = {"path": "as-long-as-a-token/x", "mysecret": "a: b # c", "sizes": [1, 2]}
+    with open_trackers(stage_of(tmp_path, "wandb", options=options), is_main=True):
+        pass
+    assert begun["config"]["teachers"]["t"]["options"] == options | {"path": "***/x"}
 
 
 @pytest.fixture
