@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from radio_distill.train.buckets import GradientBuckets
+from radio_distill.train.deepspeed_engine import GradientBuckets
 
 STEPS = 2
 
