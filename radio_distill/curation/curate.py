@@ -17,13 +17,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..config import share_of
 from ..system.files import replacing
 from ..system.progress import Progress
 from .clusters import Clusters, level_sizes, next_level
-from .duplicates import Pairs, groups_of, kept_of_groups, near_pairs
+from .duplicates import Pairs, cosines, groups_of, kept_of_groups, near_pairs
 from .sampling import balanced
 from .summaries import Summaries
 
@@ -108,11 +107,11 @@ def curate(
     if tested is not None:
         leaked, nearest = _leaks(summaries.vectors, tested, settings, groups, device)
         verdicts[leaked], like[leaked] = Verdict.LEAKED, nearest
-        cosine[leaked] = _cosines(summaries.vectors[leaked], tested[nearest])
+        cosine[leaked] = cosines(summaries.vectors[leaked], tested[nearest])
     stands = kept_of_groups(groups, summaries.pixels)
     copies = np.flatnonzero((verdicts == Verdict.KEPT) & (stands != np.arange(len(good))))
     verdicts[copies], like[copies] = Verdict.DUPLICATE, stands[copies]
-    cosine[copies] = _cosines(summaries.vectors[copies], summaries.vectors[stands[copies]])
+    cosine[copies] = cosines(summaries.vectors[copies], summaries.vectors[stands[copies]])
     candidates = np.flatnonzero(verdicts == Verdict.KEPT)
     levels = _levels(summaries, candidates, settings, device, folder)
     wanted = share_of(settings.images, len(candidates)) or len(candidates)
@@ -189,10 +188,6 @@ def _levels(
             levels.append(Clusters(**found))
             bar.update(number)
     return levels
-
-
-def _cosines(first: Tensor, second: Tensor) -> np.ndarray:
-    return F.cosine_similarity(first.double(), second.double(), dim=1).numpy()
 
 
 def _digest(*parts: object) -> str:

@@ -81,12 +81,13 @@ def _of_rows(
         if second is None:
             found = found[found[:, 0] < found[:, 1]]
         i, j = found.unbind(dim=1)
-        cosines = _cosines(first[i], others[j])
-        enough = cosines >= threshold
-        yield Pairs(i[enough].numpy(), j[enough].numpy(), cosines[enough].numpy())
+        values = cosines(first[i], others[j]).numpy()
+        enough = values >= threshold
+        yield Pairs(i.numpy()[enough], j.numpy()[enough], values[enough])
 
 
-def _cosines(first: Tensor, second: Tensor) -> Tensor:
+def cosines(first: Tensor, second: Tensor) -> Tensor:
+    """Return the cosines of rows ``[N, S]`` and rows, ``[N]`` in float64."""
     return F.cosine_similarity(first.double(), second.double(), dim=1)
 
 

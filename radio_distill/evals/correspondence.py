@@ -31,7 +31,7 @@ from .demand import Demand, at_most
 from .encoder import Encoder, to_pixels
 from .examples import Show, shown_matches
 from .protocol import file_names, protocol_of
-from .shared import answers
+from .shared import answers, scores_of
 
 _STEREO_SIZE = (500, 741)
 GREY = 0.5  # what a warped view shows beyond its image
@@ -223,15 +223,8 @@ def recalls(
     headline = f"recall@{thresholds[len(thresholds) // 2]:g}px"
     limits = {f"recall@{threshold:g}px": threshold for threshold in thresholds}
     limits |= {f"recall@{share:g}%": share / 100 * hypot(*size) for share in shares}
-    values = {metric: 100 * (errors <= limit).double().mean() for metric, limit in limits.items()}
-    about = "%", True, "Correspondence", num_samples
-    return [
-        Score(
-            benchmark, metric, value.item(), *about,
-            headline=metric == headline, protocol=protocol,
-        )
-        for metric, value in values.items()
-    ]  # fmt: skip
+    found = {name: (errors <= limit).double().mean().item() for name, limit in limits.items()}
+    return scores_of(benchmark, found, "Correspondence", num_samples, (headline,), protocol)
 
 
 def random_homography(

@@ -145,8 +145,7 @@ class NaviDepth(NaviProbe):
         depth, target = outputs["depth"][:, 0], labels["depth"][None]
         aligned = align_scale_and_shift(depth, target)
         for kind, prediction in {"aware": depth, "invariant": aligned}.items():
-            errors = depth_errors(prediction, target)
-            meters[kind].update([errors.d1, errors.d2, errors.d3, errors.rmse])
+            meters[kind].update(depth_errors(prediction, target))
 
     def scores(self, meters: Meters) -> list[Score]:
         """Return the mean of the three shares after alignment, which counts, and each of them."""
@@ -192,8 +191,7 @@ class NaviNormals(NaviProbe):
     def measure(self, meters: Meters, outputs: Outputs, labels: Labels) -> None:
         """Compare the normals of an image."""
         target = labels["normals"][None]
-        errors = normal_errors(outputs["normals"], target, target.any(dim=1))
-        meters["normals"].update([errors.d1, errors.d2, errors.d3, errors.rmse])
+        meters["normals"].update(normal_errors(outputs["normals"], target, target.any(dim=1)))
 
     def scores(self, meters: Meters) -> list[Score]:
         """Return the mean of the three shares, which counts, and each of them."""
@@ -273,8 +271,7 @@ class NyuDepth(TrainedBenchmark):
         valid = (target > _NEAR) & (target < self.far)
         valid &= eigen_crop(target.shape[-2], target.shape[-1]).to(target.device)
         depth = outputs["depth"][:, 0].clamp(_NEAR, self.far)
-        errors = depth_errors(depth, target, valid)
-        meters["depth"].update([errors.rmse, errors.abs_rel, errors.d1])
+        meters["depth"].update(depth_errors(depth, target, valid))
 
     def scores(self, meters: Meters) -> list[Score]:
         """Return the errors; none counts in a gain of other benchmarks."""

@@ -24,6 +24,7 @@ from .demand import Demand, at_most
 from .encoder import Encoder, encode_summaries
 from .metrics.classification import macro_accuracy
 from .protocol import file_names, protocol_of
+from .shared import scores_of
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ class Knn:
         train, val, names = labelled_images(self.folder)
         train, val = thin_out(train, val, limit)
         self._check_bank(train, limit)
-        _log_contents(train, val, len(names))
+        self._log_contents(train, val, len(names))
         total = len(train) + len(val)
 
         def encode(split: Sequence[Labelled], before: int) -> Tensor:
@@ -87,24 +88,35 @@ class Knn:
             "top1": correct.double().mean().item(),
             "macro_accuracy": macro_accuracy(correct, truth),
         }
-        details = {"classes": len(truth.unique())}
         used = [file_names(path for path, _ in split) for split in (train, val)]
         protocol = protocol_of(self, train=used[0], val=used[1])
-        return [
-            Score(
-                self.name, metric, 100 * value, "%", True, "Classification", len(val),
-                headline=metric == "top1", details=details, protocol=protocol,
-            )
-            for metric, value in accuracy.items()
-        ]  # fmt: skip
+        about = "Classification", len(val), ("top1",), protocol
+        return scores_of(self.name, accuracy, *about, classes=len(truth.unique()))
 
     def _check_bank(self, train: Sequence[Labelled], limit: int | None) -> None:
         if len(train) < self.k:
             raise ConfigError(
-                f"knn: the bank has {len(train)} images, fewer than k={self.k}; "
+                f"{self.name}: the bank has {len(train)} images, fewer than k={self.k}; "
                 + ("raise --evaluation.limit, or " if limit else "add training images, or ")
-                + f"set --evaluation.options '{{knn: {{k: {max(1, len(train) // 2)}}}}}'"
+                + f"set --evaluation.options '{{{self.name}: {{k: {max(1, len(train) // 2)}}}}}'"
             )
+
+    def _log_contents(
+        self, train: Sequence[Labelled], val: Sequence[Labelled], num_classes: int
+    ) -> None:
+        """Log how many images and classes there are, so that a class that is lost is noticed."""
+        bank = Counter(label for _, label in train)
+        shown = {label for _, label in val}
+        logger.info(
+            "%s: %d classes; %d training images, %d to %d a class; %d validation images of %d "
+            "classes", self.name, num_classes, len(train), min(bank.values()), max(bank.values()),
+            len(val), len(shown),
+        )  # fmt: skip
+        if len(bank) < num_classes:
+            logger.warning(
+                "%s: evaluation.limit leaves %d of %d classes; the score is of an easier task",
+                self.name, len(bank), num_classes,
+            )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,21 +162,6 @@ def _thin_split(split: Sequence[Labelled], kept: set[int], limit: int) -> list[L
         if counts[label] < len(groups[label]):
             heappush(queue, ((counts[label] + 0.5) / len(groups[label]), label))
     return [image for label, group in groups.items() for image in spread(group, counts[label])]
-
-
-def _log_contents(train: Sequence[Labelled], val: Sequence[Labelled], num_classes: int) -> None:
-    """Log how many images and classes there are, so that a class that is lost is noticed."""
-    bank = Counter(label for _, label in train)
-    shown = {label for _, label in val}
-    logger.info(
-        "knn: %d classes; %d training images, %d to %d a class; %d validation images of %d classes",
-        num_classes, len(train), min(bank.values()), max(bank.values()), len(val), len(shown),
-    )  # fmt: skip
-    if len(bank) < num_classes:
-        logger.warning(
-            "knn: evaluation.limit leaves %d of %d classes; the score is of an easier task",
-            len(bank), num_classes,
-        )  # fmt: skip
 
 
 def knn_votes(

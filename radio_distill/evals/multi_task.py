@@ -7,7 +7,7 @@ trained together. Which rates RADIO and FeatSharp used is not public, so AdamW w
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +25,53 @@ from .probe_heads import ConvProbe
 from .probe_training import Example
 from .trained import Decay, Meters, Outputs, TrainedBenchmark, read_pixels
 
-WEIGHTS = {"segmentation": 1.0, "parts": 2.0, "saliency": 5.0, "normals": 10.0, "depth": 1.0}
-"""Of the losses, as in MLoRE."""
+
+class _Task(NamedTuple):
+    """How a head of a task is trained and scored; outputs are ``[B, K, H, W]``."""
+
+    weight: float
+    """Of the loss, as in MLoRE."""
+    loss: Callable[[Tensor, Tensor, Tensor], Tensor]
+    """Of output, label, and where the label says something."""
+    read: Callable[[Tensor], Tensor]
+    """Brings an output into the form of the label."""
+    metric: str
+    unit: str
+    score: Callable[[Any], float]
+    """Reads the metric off the meter."""
+
+
+def _classes(weight: float, metric: str) -> _Task:
+    def loss(output: Tensor, target: Tensor, _: Tensor) -> Tensor:
+        return F.cross_entropy(output, target, ignore_index=IGNORED)
+
+    def score(meter: Confusion) -> float:
+        return 100 * mean_iou(meter.compute(), "all")
+
+    return _Task(weight, loss, lambda output: output.argmax(dim=1), metric, "%", score)
+
+
+TASKS = {
+    "segmentation": _classes(1.0, "semseg_miou"),
+    "parts": _classes(2.0, "parts_miou"),
+    "saliency": _Task(
+        5.0,
+        lambda output, target, _: balanced_cross_entropy(output[:, 0], target),
+        lambda output: output[:, 0].sigmoid(),
+        "saliency_maxf", "%", lambda meter: 100 * meter.compute(),
+    ),
+    "normals": _Task(
+        10.0, normal_l1_loss, lambda output: output,
+        "normals_mean", "°", lambda meter: meter.compute(),
+    ),
+    "depth": _Task(
+        1.0,
+        lambda output, target, _: depth_l1_loss(output[:, 0], target),
+        lambda output: output[:, 0],
+        "depth_rmse", "m", lambda meter: meter.compute(),
+    ),
+}  # fmt: skip
+"""By the name of the label."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +112,7 @@ class MultiTaskProbe(TrainedBenchmark):
             known = known_pixels(name, target)
             if known.any():
                 output = F.interpolate(output, target.shape[-2:], mode="bilinear")
-                losses[name] = WEIGHTS[name] * _LOSSES[name](output, target, known)
+                losses[name] = TASKS[name].weight * TASKS[name].loss(output, target, known)
             else:
                 losses[name] = 0 * output.sum()
         return losses
@@ -80,31 +125,16 @@ class MultiTaskProbe(TrainedBenchmark):
         """Feed a test image to the meter of each task."""
         for name, output in outputs.items():
             target = labels[name][None]
-            if name == "normals":
-                meters[name].update(output, target, known_pixels(name, target))
-            elif name == "depth":
-                meters[name].update(output[:, 0], target)
-            elif name == "saliency":
-                meters[name].update(output[:, 0].sigmoid(), target)
-            else:
-                meters[name].update(output.argmax(dim=1), target)
+            known = [known_pixels(name, target)] if name == "normals" else []
+            meters[name].update(TASKS[name].read(output), target, *known)
 
     def scores(self, meters: Meters) -> list[Score]:
         """Return the score of each task."""
-        scores = []
-        for name, meter in meters.items():
-            if name == "normals":
-                value = meter.compute()
-                scores.append(self.score("normals_mean", value, "°", higher_is_better=False))
-            elif name == "depth":
-                value = meter.compute()
-                scores.append(self.score("depth_rmse", value, "m", higher_is_better=False))
-            elif name == "saliency":
-                scores.append(self.score("saliency_maxf", 100 * meter.compute(), "%"))
-            else:
-                metric = {"segmentation": "semseg_miou", "parts": "parts_miou"}[name]
-                scores.append(self.score(metric, 100 * mean_iou(meter.compute(), "all"), "%"))
-        return scores
+        tasks = [(TASKS[name], meter) for name, meter in meters.items()]
+        return [
+            self.score(task.metric, task.score(meter), task.unit, task.unit == "%")
+            for task, meter in tasks
+        ]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,17 +186,3 @@ def known_pixels(name: str, target: Tensor) -> Tensor:
     if name == "normals":
         return target.any(dim=1)
     return target > 0 if name == "depth" else target != IGNORED
-
-
-def _classes(output: Tensor, target: Tensor, known: Tensor) -> Tensor:
-    del known
-    return F.cross_entropy(output, target, ignore_index=IGNORED)
-
-
-_LOSSES: Mapping[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
-    "segmentation": _classes,
-    "parts": _classes,
-    "saliency": lambda output, target, _: balanced_cross_entropy(output[:, 0], target),
-    "normals": normal_l1_loss,
-    "depth": lambda output, target, _: depth_l1_loss(output[:, 0], target),
-}

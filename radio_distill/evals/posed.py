@@ -32,7 +32,7 @@ from .encoder import Encoder, to_pixels
 from .examples import Show, shown_matches
 from .metrics.matching import ratio_matches
 from .protocol import file_names, protocol_of
-from .shared import answers
+from .shared import answers, scores_of
 from .trained import read_pixels
 
 ROTATIONS = (0, 30, 60, 90, 120)
@@ -127,13 +127,7 @@ class PosedMatching(ABC):
                 found[f"recall@{100 * middle:g}cm/{low}-{high}°"] = _share(torch.cat(some), middle)
         names = file_names(item.image for pair in pairs for item in pair)
         protocol = protocol_of(self, images=names)
-        return [
-            Score(
-                self.name, metric, 100 * value, "%", True, self.group, len(pairs),
-                headline=metric == "mean_recall", protocol=protocol,
-            )
-            for metric, value in found.items()
-        ]  # fmt: skip
+        return scores_of(self.name, found, self.group, len(pairs), ("mean_recall",), protocol)
 
     def _demand(self, pairs: int, size: Size) -> Demand:
         cells = prod(side // self.stride for side in size)

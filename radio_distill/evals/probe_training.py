@@ -381,7 +381,8 @@ def _folder(encoder: Encoder, source: TrainingImages, world: World, stack: ExitS
             own.mkdir()
         return Path(broadcast_object(own))
     asked = replace(source.benchmark, batch_size=1)
-    digest = sha256(f"{asked!r} {source.fingerprint}".encode()).hexdigest()[:16]
+    version = getattr(asked, "version", 1)
+    digest = sha256(f"{asked!r} {version} {source.fingerprint}".encode()).hexdigest()[:16]
     folder = encoder.cache.folder / encoder.cache.encoder / f"{asked.name}-{digest}"
     folder.mkdir(parents=True, exist_ok=True)
     return folder

@@ -19,6 +19,7 @@ from .demand import Demand, at_most
 from .encoder import Encoder, encode_summaries
 from .metrics.retrieval import recalls_both_ways
 from .protocol import file_names, protocol_of
+from .shared import scores_of
 
 _TEXTS_AT_ONCE = 256
 
@@ -78,14 +79,9 @@ class CocoCaptions:
         )  # fmt: skip
         names = file_names(data.images[number] for number in kept)
         protocol = protocol_of(self, images=names, captions=len(pairs))
-        return [
-            Score(
-                self.name, metric, 100 * value, "%", True, "Retrieval", len(kept),
-                headline=metric.endswith("@1"),
-                details={"images": len(kept), "captions": len(pairs)}, protocol=protocol,
-            )
-            for metric, value in recalls.items()
-        ]  # fmt: skip
+        firsts = [metric for metric in recalls if metric.endswith("@1")]
+        about = "Retrieval", len(kept), firsts, protocol
+        return scores_of(self.name, recalls, *about, images=len(kept), captions=len(pairs))
 
 
 @dataclass(frozen=True, slots=True)

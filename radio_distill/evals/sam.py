@@ -31,6 +31,7 @@ from .encoder import Encoder, open_image
 from .examples import Show, ShownMaps, shown_of
 from .metrics.masks import mask_iou, mean_iou_by_area
 from .protocol import protocol_of
+from .shared import scores_of
 
 logger = logging.getLogger(__name__)
 
@@ -97,14 +98,8 @@ class SamCoco:
         protocol = protocol_of(
             replace(self, decoder=""), decoder=decoder.digest, images=len(images), masks=len(ious)
         )
-        return [
-            Score(
-                self.name, "iou" if kind == "all" else f"iou/{kind}", 100 * value, "%", True,
-                "Dense", len(images), headline=kind == "all", details={"masks": len(ious)},
-                protocol=protocol,
-            )
-            for kind, value in mean_iou_by_area(ious, areas).items()
-        ]  # fmt: skip
+        about = "Dense", len(images), ("iou",), protocol
+        return scores_of(self.name, mean_iou_by_area(ious, areas), *about, masks=len(ious))
 
     def _ious(
         self,

@@ -1,10 +1,10 @@
-"""Test items that the processes of a run share: each asks its own, and all get all answers."""
+"""What benchmarks share: test items are dealt to the processes of a run, shares become scores."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TypeVar
 
 from ..system.distributed import current_world, share_out
-from ..types import Report, unheard
+from ..types import Report, Score, unheard
 from .examples import Show, shown_of
 
 S = TypeVar("S")
@@ -35,3 +35,32 @@ def answers(
         return found
 
     return share_out(items, ask)
+
+
+def scores_of(
+    benchmark: str,
+    shares: Mapping[str, float],
+    group: str,
+    num_samples: int,
+    headlines: Collection[str],
+    protocol: str = "",
+    **details: int | str,
+) -> list[Score]:
+    """Return scores, in per cent, of shares of what is right; higher is better.
+
+    Args:
+        benchmark: its name.
+        shares: by metric, in [0, 1].
+        group: the column of the gain table that they belong to.
+        num_samples: of how many images or pairs they are.
+        headlines: the metrics that count there.
+        protocol: what decides the numbers.
+        details: what else must agree where they are compared.
+    """
+    return [
+        Score(
+            benchmark, metric, 100 * share, "%", True, group, num_samples,
+            headline=metric in headlines, details=details, protocol=protocol,
+        )
+        for metric, share in shares.items()
+    ]  # fmt: skip

@@ -8,7 +8,7 @@ lose, and what is counted on test images. Its fields are its published protocol;
 import logging
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from ..data.folder import spread
 from ..errors import DataError
-from ..system.distributed import current_world
+from ..system.distributed import current_world, share_out
 from ..types import Report, Score, Size, unheard
 from .augmentation import Augmentation, Labels, resized
 from .datasets import DATASETS
@@ -181,18 +181,21 @@ class TrainedBenchmark(ABC):
 
         report(0)
         heads = train(self, encoder, training, report)
-        world = current_world()
-        meters = self.meters(encoder.device)
-        own = test[world.rank :: world.world_size]
-        shown = shown_of(len(own), show if world.is_main else None)
-        with examples(self.test_example, own, encoder.device) as stream:
-            for number, example in enumerate(stream, 1):
-                labels = {name: it.to(encoder.device) for name, it in example.labels.items()}
-                outputs = self.predict(encoder, heads, example.pixels)
-                self.measure(meters, outputs, labels)
-                if show is not None and number - 1 in shown:
-                    show(self.shown(example.pixels, labels, outputs))
-                report(self.steps + number * world.world_size)
+        world, meters = current_world(), self.meters(encoder.device)
+
+        def measure(own: Sequence[Any]) -> Iterator[None]:  # so that an error ends all processes
+            shown = shown_of(len(own), show if world.is_main else None)
+            with examples(self.test_example, own, encoder.device) as stream:
+                for number, example in enumerate(stream, 1):
+                    labels = {name: it.to(encoder.device) for name, it in example.labels.items()}
+                    outputs = self.predict(encoder, heads, example.pixels)
+                    self.measure(meters, outputs, labels)
+                    if show is not None and number - 1 in shown:
+                        show(self.shown(example.pixels, labels, outputs))
+                    report(self.steps + number * world.world_size)
+                    yield
+
+        share_out(test, measure)
         report(total)
         for meter in meters.values():
             meter.all_reduce()

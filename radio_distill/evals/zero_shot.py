@@ -23,6 +23,7 @@ from .demand import Demand, at_most
 from .encoder import Encoder, encode_summaries
 from .metrics.classification import top_k_accuracy
 from .protocol import protocol_of
+from .shared import scores_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,14 +68,9 @@ class ImagenetZeroShot:
         similarity = summaries.float() @ classifier.T  # [N, K]
         labels = torch.tensor([label for _, label in images])
         protocol = protocol_of(self, classes=len(names), prompts=len(templates), val=len(images))
-        return [
-            Score(
-                self.name, f"top{k}", 100 * top_k_accuracy(similarity, labels, k), "%", True,
-                "Classification", len(images), headline=k == 1,
-                details={"classes": len(names)}, protocol=protocol,
-            )
-            for k in (1, 5)
-        ]  # fmt: skip
+        accuracy = {f"top{k}": top_k_accuracy(similarity, labels, k) for k in (1, 5)}
+        about = "Classification", len(images), ("top1",), protocol
+        return scores_of(self.name, accuracy, *about, classes=len(names))
 
 
 def text_classifier(

@@ -25,14 +25,14 @@ def area_classes(area: float) -> list[Area]:
 
 
 def mean_iou_by_area(ious: list[float], areas: list[float]) -> dict[str, float]:
-    """Return the mean IoU of all masks, and of each class of area that occurs.
+    """Return ``iou``, the mean of all masks, and ``iou/AREA`` of each class of area that occurs.
 
     Args:
         ious: of each annotation.
         areas: of each annotation, the annotation's own ``area`` in pixels.
     """
-    groups: dict[str, list[float]] = {"all": ious}
+    groups: dict[str, list[float]] = {"iou": ious}
     for iou, area in zip(ious, areas, strict=True):
         for name in area_classes(area):
-            groups.setdefault(name, []).append(iou)
+            groups.setdefault(f"iou/{name}", []).append(iou)
     return {name: sum(values) / len(values) for name, values in groups.items() if values}

@@ -41,7 +41,7 @@ class ImageMeans(Sums):
     """Means over the images of a set, for measures of single images.
 
     Args:
-        names: of the measures, in the order in which they come.
+        names: of the measures.
         device: where the sums live.
     """
 
@@ -49,9 +49,10 @@ class ImageMeans(Sums):
         super().__init__(1 + len(names), device)
         self.names = tuple(names)
 
-    def update(self, values: Sequence[Tensor]) -> None:
-        """Add measures, each ``[B]``; an image for which one is NaN does not count."""
-        rows = torch.stack(list(values)).to(self.sums)  # [N, B]
+    def update(self, measures: object) -> None:
+        """Add measures, attributes ``[B]``; an image for which one is NaN does not count."""
+        values = [getattr(measures, name) for name in self.names]
+        rows = torch.stack(values).to(self.sums)  # [N, B]
         rows = rows[:, rows.isfinite().all(dim=0)]
         self.sums += torch.cat([torch.ones_like(rows[:1]), rows]).sum(dim=1)
 

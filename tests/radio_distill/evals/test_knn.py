@@ -136,8 +136,8 @@ def test_knn__bank_smaller_than_k_is_an_error(colours, colour_classes):
         Knn(str(colour_classes), 16).run(colours(8))
     option = re.search(r"--evaluation.options '(.*)'", str(caught.value)).group(1)
     assert Knn(str(colour_classes), 16, **yaml.safe_load(option)["knn"]).run(colours(8))
-    with pytest.raises(ConfigError, match=r"--evaluation\.limit"):
-        Knn(str(colour_classes), 16).run(colours(8), limit=8)
+    with pytest.raises(ConfigError, match=r"--evaluation\.limit.*{imagenet_knn: {k: 4}}"):
+        ImagenetKnn(str(colour_classes), 16).run(colours(8), limit=8)
 
 
 def _fill(folder, counts, colour_of):

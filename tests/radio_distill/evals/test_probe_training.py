@@ -110,12 +110,16 @@ def train_on_rank(rank: int, voc: Path, folder: Path):
         answers[kind] = found, probe.run(encoder)[0].value  # with the heads that were saved
     with pytest.raises(ConfigError, match="2 processes cannot share the 1 images"):
         weights(benchmark("linear", voc, images_per_step=1))
+    with pytest.raises(DataError, match="2007_000007"):  # which the second reads alone
+        benchmark("linear", folder / "damaged", steps=1).run(perfect_encoder())
     return answers
 
 
 @pytest.mark.distributed
 def test_train__two_processes_equal_one(voc, tmp_path, two_processes):
     """Five images a step: three on one process, two on the other."""
+    damaged = layouts.voc(tmp_path / "damaged", train=6, aug=0)
+    (damaged / "JPEGImages" / "2007_000007.jpg").write_bytes(b"no image")
     answers = two_processes(train_on_rank, voc, tmp_path)
     for kind in KINDS:
         probe = benchmark(kind, voc, steps=5)

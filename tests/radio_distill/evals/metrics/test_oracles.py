@@ -206,7 +206,7 @@ def test_mask_iou__scikit_learn_and_classes_of_area(generator):
     assert area_classes(32**2) == ["small", "medium"]
     assert area_classes(96**2) == ["medium", "large"]
     means = mean_iou_by_area([0.2, 0.4, 0.9], [10, 1024, 2000])
-    assert means == pytest.approx({"all": 0.5, "small": 0.3, "medium": 0.65})
+    assert means == pytest.approx({"iou": 0.5, "iou/small": 0.3, "iou/medium": 0.65})
 
 
 def test_average_drop_and_increase__known_ones():
