@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 Size = tuple[int, int]
 """(height, width), of pixels or of grid cells."""
+SUMMARY, FEATURES = "summary", "features"
+"""What a teacher says of an image, as heads and the terms of a loss are called."""
 Suite = Literal["quick", "published"]
 """Which benchmarks are asked, and how: see :mod:`.evals.suites`."""
 Report = Callable[[int, int], object]

@@ -19,7 +19,8 @@ from torch import Tensor
 from ..stage import Stage
 from ..system.distributed import all_reduce_sum
 from ..system.transfer import OnItsWay
-from .losses import FEATURES, KINDS, SUMMARY
+from ..types import FEATURES, SUMMARY
+from .losses import KINDS
 
 _DISPERSION = "dispersion/"
 SMALLEST = 1e-8

@@ -14,12 +14,11 @@ from torch import Tensor
 
 from ..config import LossConfig, StudentConfig
 from ..errors import ConfigError
-from ..types import Features
+from ..types import FEATURES, SUMMARY, Features
 from .alignment import align
 from .distances import feature_loss, summary_loss
 from .views import warp_to_student
 
-SUMMARY, FEATURES = "summary", "features"
 KINDS = (SUMMARY, FEATURES)
 """A term is called ``teacher/kind``."""
 INNER = "inner"

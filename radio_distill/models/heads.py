@@ -20,14 +20,13 @@ from ..config import StudentConfig
 from ..errors import ConfigError, UnknownNameError
 from ..protocols import Normalizer
 from ..registry import nearest
-from ..types import Features, TeacherSpec
+from ..types import FEATURES, SUMMARY, Features, TeacherSpec
 from .body import Body
 from .gradients import join_gradients, zero_gradient
 from .projectors import HeadShape, Projector, build_projector
 from .student import Initialise, Student
 from .timm_student import TimmStudent
 
-SUMMARY, FEATURES = "summary", "features"
 SHARED = "shared"
 """Name of a summary's head that is that of the features."""
 

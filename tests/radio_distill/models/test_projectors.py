@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from radio_distill.config import HeadConfig, HeadsConfig
 from radio_distill.errors import ConfigError, UnknownNameError
 from radio_distill.models import HEADS
-from radio_distill.models.heads import FEATURES, SUMMARY, Head
+from radio_distill.models.heads import Head
 from radio_distill.models.projectors import HeadShape, Projector, build_projector
 from radio_distill.normalize.phi_s import PhiS
 from radio_distill.normalize.statistics import Moments
-from radio_distill.types import TeacherSpec
+from radio_distill.types import FEATURES, SUMMARY, TeacherSpec
 
 WIDTH, CHANNELS, DEPTH, GRID = 8, 4, 3, (2, 3)
 SHAPE = HeadShape(WIDTH, CHANNELS, hidden=12, depth=DEPTH)
