@@ -186,10 +186,11 @@ def run_module(module: ModuleType, argv: Sequence[str] | None, prog: str | None 
 
 def size_of(text: str) -> tuple[int, int]:
     """Read ``64`` or ``64x96`` as (height, width), for argparse's ``type``."""
-    match = re.fullmatch(r"(-?\d+)(?: ?[xX\N{MULTIPLICATION SIGN}] ?(\d+))?", text.strip())
-    if match is None:
+    match = re.fullmatch(r"(\d+)(?: ?[xX\N{MULTIPLICATION SIGN}] ?(\d+))?", text.strip())
+    size = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    if not all(size):
         raise argparse.ArgumentTypeError(f"{text!r} is no size, such as 64 or 64x96, in px")
-    return int(match[1]), int(match[2] or match[1])
+    return size
 
 
 def side_of(text: str) -> int:

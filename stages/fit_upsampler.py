@@ -293,7 +293,7 @@ def _measure(task: "Fit") -> dict[str, float]:
             batches,
             task.size,
             factor,
-            lambda done, _: progress.update(done),
+            progress.report,
             task.stage.engine.precision,
         )
     logging.info("%s", ", ".join(f"{name} {value:.4g}" for name, value in values.items()))

@@ -55,7 +55,8 @@ def read_scores(paths: Iterable[str | Path], settled: Iterable[str] = ()) -> Sco
         elif path.suffix in SUFFIXES:
             tables.append(path)
         else:
-            raise DataError(f"{path}: scores are read from .jsonl, .yaml, .json and .csv files")
+            problem = "scores are read from .jsonl, .yaml, .json and .csv files"
+            raise DataError(f"{path}: {problem if path.exists() else 'nothing is there'}")
     _add_results(scores, results)
     evaluated = {
         label: {name for run in scores.results[label] for name in run} for label in scores.subjects

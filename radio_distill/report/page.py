@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING
 from .. import __version__
 from ..errors import ConfigError
 from ..system.files import write_text
-from .tables import Table
-from .templates import render_template
+from .tables import Table, render_template
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -12,13 +12,14 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TextIO
 
 from ..errors import ConfigError
 from ..evals.gain import Estimate
-from .templates import render_template
 
 if TYPE_CHECKING:
+    import jinja2
     import rich.console
 
 MINUS = "\N{MINUS SIGN}"
@@ -249,6 +250,19 @@ class Table:
             parts += [Text()] if number else []
             parts += [Text(title, style="bold"), _terminal(grid)]
         return Group(*parts, *(Text(note, style="dim") for note in self.notes))
+
+
+def render_template(name: str, **values: Any) -> str:
+    """Fill in a file of ``templates``; every text that is not markup of its own is escaped."""
+    return _templates().get_template(name).render(**values)
+
+
+@cache
+def _templates() -> "jinja2.Environment":
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    loader = PackageLoader("radio_distill.report")
+    return Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
 
 
 FORMATS: dict[str, Callable[[Table], str]] = {

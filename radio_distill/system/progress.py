@@ -113,6 +113,10 @@ class Progress:
         elif self._plain and time.monotonic() - self._last_line >= PLAIN_INTERVAL:
             self._print(f"{text + '  ' if text else ''}ETA {clock(left)}")
 
+    def report(self, done: int, total: int) -> None:
+        """Move to ``done`` of ``total``, as what takes a callback calls it."""
+        self.update(done, total=total)
+
     def _print(self, text: str) -> None:
         self._last_line = time.monotonic()
         print(

@@ -198,10 +198,10 @@ def _check(arguments: argparse.Namespace, leaks: float) -> None:
     if not arguments.teacher:
         raise ConfigError("curate: name the teacher that images are compared by: --teacher NAME")
     for flag, value in (("duplicates", arguments.duplicates), ("leaks", leaks)):
-        if value <= 0:
+        if not value > 0:  # nor no number
             raise ConfigError(f"--{flag} {value:g}: a cosine above 0; above 1 nothing is alike")
     images = arguments.images
-    if images < 0 or (images >= 1 and not float(images).is_integer()):
+    if not images >= 0 or (images >= 1 and not float(images).is_integer()):
         raise ConfigError(f"--images {images:g}: a number of images, a share below 1, or 0 for all")
     for flag in ("size", "batch_size"):
         if getattr(arguments, flag) < 1:
@@ -267,9 +267,7 @@ def _summaries_of_tested(
     if not images:
         return None
     with Progress("evaluation sets", len(images), visible=current_world().is_main) as bar:
-        return encode_summaries(
-            encoder, images, asked.size, asked.batch_size, lambda done, _: bar.update(done)
-        )
+        return encode_summaries(encoder, images, asked.size, asked.batch_size, bar.report)
 
 
 def _text(value: object) -> str:

@@ -18,10 +18,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING
 
 from radio_distill.config import Recipe
 from radio_distill.errors import ConfigError, DataError
+from radio_distill.evals.gain import MultiTaskGain
+from radio_distill.report.gain_tables import beside_tables, gain_table
+from radio_distill.report.tables import print_tables
 from radio_distill.system.progress import clock
 
 from ..arguments import add_trust_argument
@@ -29,9 +31,6 @@ from ..recipes import Asked, load_recipe
 from .evaluate import show
 from .report import report
 from .sweep import sweep
-
-if TYPE_CHECKING:
-    from radio_distill.evals.gain import MultiTaskGain
 
 TAKES_FIELDS = True
 UPSAMPLERS = ["bilinear", "tile", "featsharp"]
@@ -65,9 +64,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the demo."""
-    from radio_distill.report.gain_tables import beside_tables, gain_table
-    from radio_distill.report.tables import print_tables
-
     from .scoring import write_gain
 
     begin, upsamplers = time.monotonic(), arguments.upsamplers
@@ -134,7 +130,7 @@ def _work() -> float:
     return seconds
 
 
-def verdict(gain: "MultiTaskGain", model: str) -> str:
+def verdict(gain: MultiTaskGain, model: str) -> str:
     """Say in one line what a model's row of the gain table does and does not mean.
 
     Two models differ where their Δm do by more than two standard errors of the difference; the
@@ -165,7 +161,7 @@ def verdict(gain: "MultiTaskGain", model: str) -> str:
     )
 
 
-def _fidelity(gain: "MultiTaskGain", model: str) -> float:
+def _fidelity(gain: MultiTaskGain, model: str) -> float:
     """Return the mean of what is shown beside Δm of a model."""
     return fmean(value for run in gain.beside[model] for value in run.values())
 

@@ -47,7 +47,10 @@ from radio_distill.config import (
     plain_teacher,
 )
 from radio_distill.errors import ConfigError
+from radio_distill.evals.scores import read_scores
 from radio_distill.evals.subjects import SCORES
+from radio_distill.report.gain_tables import headline_table, score_tables
+from radio_distill.report.tables import print_tables
 from radio_distill.types import Suite
 
 from ..arguments import add_trust_argument
@@ -214,10 +217,6 @@ def in_suite(
 
 def show(*paths: Path) -> None:
     """Print all scores of some files, a table for each group."""
-    from radio_distill.evals.scores import read_scores
-    from radio_distill.report.gain_tables import headline_table, score_tables
-    from radio_distill.report.tables import print_tables
-
     scores = read_scores(paths)
     read = scores.results, scores.definitions, scores.measured
     print_tables([headline_table(*read), *score_tables(*read)])

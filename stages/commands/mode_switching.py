@@ -24,7 +24,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from radio_distill.errors import ConfigError
+from radio_distill.report.tables import Column, Table, print_tables
 from radio_distill.system.files import replacing, write_text
+from radio_distill.system.progress import Progress
 
 from ..arguments import (
     add_images_argument,
@@ -39,7 +41,6 @@ if TYPE_CHECKING:
 
     from radio_distill.data.folder import ImageRef
     from radio_distill.evals.encoder import Encoder
-    from radio_distill.report.tables import Table
     from radio_distill.train.checkpoint import Checkpoint
     from radio_distill.types import Size
 
@@ -47,7 +48,7 @@ logger = logging.getLogger(__name__)
 
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0)
 """Default sizes, times the recipe's ``evaluation.size``."""
-MEASURES: tuple[tuple[str, str, str, str, "Literal['higher', 'lower']"], ...] = (
+MEASURES: tuple[tuple[str, str, str, str, Literal["higher", "lower"]], ...] = (
     ("Agreement with", "cosine", "agreement", "mean", "higher"),
     ("Shift of the mean feature from", "shift", "mode_switch", "largest", "lower"),
 )
@@ -109,7 +110,6 @@ def run(arguments: argparse.Namespace) -> int:
     from radio_distill.evals.checkpoint_subjects import run_folder
     from radio_distill.evals.encoder import open_image
     from radio_distill.report.feature_images import size_sheet
-    from radio_distill.report.tables import print_tables
     from radio_distill.weights.files import find_checkpoint
 
     from .scoring import encoder_of, teacher_encoders
@@ -201,16 +201,11 @@ def measure(
     An encoder that takes one size only is left out, with a warning.
     """
     from radio_distill.evals.agreement import across_sizes, largest_shift, mean_cosine
-    from radio_distill.system.progress import Progress
 
     curves = []
     for encoder in encoders:
         with Progress(encoder.name, len(sizes) * len(images)) as bar:
-
-            def update(done: int, total: int, bar: Progress = bar) -> None:
-                bar.update(done, total=total)
-
-            rows = across_sizes(encoder, images, sizes, progress=update)
+            rows = across_sizes(encoder, images, sizes, progress=bar.report)
         if len(rows) == 1:
             logger.warning("%s takes one size only: left out", encoder.name)
             continue
@@ -224,10 +219,8 @@ def measure(
     return curves
 
 
-def tables(curves: Sequence[Curve], sizes: Sequence[int], num_images: int) -> "list[Table]":
+def tables(curves: Sequence[Curve], sizes: Sequence[int], num_images: int) -> list[Table]:
     """Make a table of each measure: rows are encoders, columns sizes but the first."""
-    from radio_distill.report.tables import Column, Table
-
     reference, *others = sizes
     note = (
         f"{num_images} images; an encoder whose patch does not divide a size takes the nearest "

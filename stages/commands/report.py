@@ -17,9 +17,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from radio_distill import __version__
+from radio_distill.config import dump
 from radio_distill.errors import ConfigError, DataError
+from radio_distill.evals.gain import MultiTaskGain, multi_task_gain
+from radio_distill.evals.score_set import ScoreSet
+from radio_distill.evals.scores import read_scores
 from radio_distill.evals.subjects import SCORES, UNTRAINED, matches
+from radio_distill.report.charts import size_curves, training_curves
+from radio_distill.report.gain_tables import gain_tables, headline_table, score_tables
+from radio_distill.report.page import Figure, Section, write_page
+from radio_distill.report.tables import Table
 from radio_distill.system.progress import Progress
+from radio_distill.train.stage_folders import stage_folders
 
 from ..arguments import (
     add_images_argument,
@@ -30,11 +39,7 @@ from ..arguments import (
 
 if TYPE_CHECKING:
     from radio_distill.evals.encoder import Target
-    from radio_distill.evals.gain import MultiTaskGain
-    from radio_distill.evals.score_set import ScoreSet
     from radio_distill.protocols import Teacher
-    from radio_distill.report.page import Figure, Section
-    from radio_distill.report.tables import Table
     from radio_distill.train.checkpoint import Checkpoint
 
 logger = logging.getLogger(__name__)
@@ -64,7 +69,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Write the page."""
-    from radio_distill.train.stage_folders import stage_folders
 
     asked, first = arguments, arguments.paths[0]
     is_run = first.is_dir() and (stage_folders(first) or not any(first.rglob(SCORES)))
@@ -84,12 +88,7 @@ def report(
     images: str | None = None,
 ) -> Path:
     """Write the page of a run folder; returns its path."""
-    from radio_distill.config import dump
-    from radio_distill.report.charts import training_curves
-    from radio_distill.report.gain_tables import gain_tables
-    from radio_distill.report.page import Section, write_page
     from radio_distill.train.checkpoint import find
-    from radio_distill.train.stage_folders import stage_folders
     from radio_distill.train.trackers import LOG, read_json_lines
 
     stages = stage_folders(folder)
@@ -117,10 +116,6 @@ def report(
 
 def score_page(paths: Sequence[Path], baseline: str | None, output: Path | None) -> Path:
     """Write the page of files and folders of scores; returns its path."""
-    from radio_distill.evals.gain import multi_task_gain
-    from radio_distill.evals.scores import read_scores
-    from radio_distill.report.gain_tables import gain_tables
-    from radio_distill.report.page import Section, write_page
 
     beside = paths[0] if paths[0].is_dir() else paths[0].parent
     output = output or beside / "report.html"
@@ -140,12 +135,9 @@ def score_page(paths: Sequence[Path], baseline: str | None, output: Path | None)
     return write_page(output, "radio_distill: scores", sections)
 
 
-def _score_sections(scores: "ScoreSet") -> "list[Section]":
+def _score_sections(scores: ScoreSet) -> list[Section]:
     """Lay out scores, the same over the size of the input, and examples."""
-    from radio_distill.report.charts import size_curves
     from radio_distill.report.examples import LEGEND, find_examples
-    from radio_distill.report.gain_tables import headline_table, score_tables
-    from radio_distill.report.page import Section
 
     read = scores.results, scores.definitions, scores.measured
     examples = find_examples(scores, EXAMPLES)
@@ -160,10 +152,9 @@ def _score_sections(scores: "ScoreSet") -> "list[Section]":
 
 def _compared(
     folder: Path, students: "Mapping[str, Checkpoint]", baseline: str | None
-) -> "tuple[MultiTaskGain, ScoreSet]":
+) -> tuple[MultiTaskGain, ScoreSet]:
     """Compare those students that were scored; and return all scores of the run."""
     from radio_distill.evals.checkpoint_subjects import student_subject
-    from radio_distill.evals.scores import read_scores
 
     from .scoring import gain_of
 
@@ -191,11 +182,10 @@ def _compared(
 
 def _sheets(
     students: "Mapping[str, Checkpoint]", num_images: int, source: str
-) -> "tuple[list[Figure], list[Figure]]":
+) -> tuple[list[Figure], list[Figure]]:
     """Paint held-out images: features over the size, teachers above students; and heads."""
     from radio_distill.data.folder import load_images
     from radio_distill.report.feature_images import head_sheet, size_sheet
-    from radio_distill.report.page import Figure
 
     from ..build import build_teachers
     from .scoring import device_of, encoder_of, teacher_encoders

@@ -119,7 +119,7 @@ def _write(arguments: argparse.Namespace, limits: DataConfig) -> int:
             labels=arguments.labels,
             limits=limits,
             hold_out=arguments.hold_out,
-            progress=lambda done, total: bar.update(done, total=total),
+            progress=bar.report,
         )
     for line in summary.describe():
         print(line)
@@ -136,9 +136,7 @@ def _check(source: str, config: DataConfig) -> int:
     from radio_distill.data.check import check_shards, limits_of
 
     with Progress("shards", 1, unit="shards") as bar:
-        report = check_shards(
-            [source], config, progress=lambda done, total: bar.update(done, total=total)
-        )
+        report = check_shards([source], config, progress=bar.report)
     print(
         f"{report.num_images} images in {report.num_shards} shards, "
         f"{report.num_bytes / 1e6:.1f} MB; {report.num_bad} bad images, "

@@ -8,15 +8,19 @@ passed over, so a sweep that was stopped goes on where it was.
 """
 
 import argparse
+import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from radio_distill.config import Recipe, stages_needed
 from radio_distill.errors import ConfigError
+from radio_distill.evals.gain import MultiTaskGain
 from radio_distill.evals.subjects import SCORES
+from radio_distill.report.gain_tables import gain_tables
+from radio_distill.report.tables import print_tables
 from radio_distill.system.files import make_private
 from radio_distill.types import Suite
 
@@ -28,9 +32,6 @@ from ..arguments import (
 )
 from ..recipes import Asked, load_recipe
 from .evaluate import add_suite_argument, in_suite
-
-if TYPE_CHECKING:
-    from radio_distill.evals.gain import MultiTaskGain
 
 TAKES_FIELDS = True
 
@@ -63,8 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the sweep and print the table."""
-    from radio_distill.report.gain_tables import gain_tables
-    from radio_distill.report.tables import print_tables
+    from radio_distill.system.distributed import world_from
 
     from .scoring import write_gain
 
@@ -74,8 +74,9 @@ def run(arguments: argparse.Namespace) -> int:
         recipe, arguments.upsamplers, arguments.baseline, arguments.seeds, asked,
         retrain=arguments.retrain, suite=arguments.suite,
     )  # fmt: skip
-    print_tables(gain_tables(gain))
-    write_gain(gain, recipe.folder)
+    if world_from(os.environ).is_main:
+        print_tables(gain_tables(gain))
+        write_gain(gain, recipe.folder)
     return 0
 
 
@@ -103,7 +104,7 @@ def with_seed(recipe: Recipe, asked: Asked, number: int) -> tuple[Recipe, Asked]
     make_private(own.folder)
     for name in stages_needed(recipe, "stage3")[:-1]:
         start = own.stage_folder(name)
-        if not start.is_symlink():
+        with suppress(FileExistsError):  # of another process, or of a sweep before
             start.symlink_to(Path("..") / start.name)
     fields = (f"name={own.name}", f"output={own.output}", f"seed={seed}")
     return own, Asked(asked.recipe, (*asked.fields, *fields))
@@ -118,7 +119,7 @@ def sweep(
     references: bool = False,
     retrain: bool = False,
     suite: Suite | None = None,
-) -> "MultiTaskGain":
+) -> MultiTaskGain:
     """Train stage 3 with each upsampler and seed, score, compare.
 
     Args:
@@ -154,6 +155,7 @@ def sweep(
     check_output(recipe.folder / SCORES, "--override output=DIR")
     for name in upsamplers:
         UPSAMPLERS.get(name)  # an unknown name ends here, before anything is trained
+    upsamplers = list(dict.fromkeys(upsamplers))
     variants = {name: with_upsampler(recipe, name) for name in upsamplers}
     stages = stages_needed(recipe, "stage3")
     for variant in variants.values():

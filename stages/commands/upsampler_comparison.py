@@ -7,8 +7,7 @@ teacher and images.
 import json
 import logging
 import platform
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -146,9 +145,9 @@ class Comparison:
             consistency = self.load(config)
             if consistency is None:
                 return
-            with _bar(f"{name}: held-out images", len(batches)) as progress:
+            with Progress(f"{name}: held-out images", len(batches), "batches") as bar:
                 self.scores[name] = measure(
-                    consistency, self.teacher, batches, self.size, config.factor, progress,
+                    consistency, self.teacher, batches, self.size, config.factor, bar.report,
                     self.precision,
                 )  # fmt: skip
         except (ConfigError, WeightsError) as error:
@@ -167,10 +166,10 @@ class Comparison:
                 if consistency is None:
                     continue
                 probe = probe or compare.fit_probe(self.teacher, train, len(data.classes))
-                with _bar(f"{name}: segmentation", len(images)) as progress:
+                with Progress(f"{name}: segmentation", len(images), "batches") as bar:
                     fine, low = compare.preservation(
                         consistency.model, self.teacher, probe, images, self.size, factor,
-                        progress, self.precision,
+                        bar.report, self.precision,
                     )  # fmt: skip
                 self.scores[name] |= {"preservation": fine, "preservation_low": low}
 
@@ -186,12 +185,6 @@ class Comparison:
             )
             for part in (pairs[at : at + BATCH] for at in range(0, len(pairs), BATCH))
         ]
-
-
-@contextmanager
-def _bar(label: str, total: int) -> Iterator[Callable[[int, int], None]]:
-    with Progress(label, total, "batches") as bar:
-        yield lambda done, _: bar.update(done)
 
 
 def write_report(report: Comparison) -> Path:

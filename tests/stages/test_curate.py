@@ -149,6 +149,8 @@ def bad_shard(tmp_path: Path) -> Path:
         (["--images", "1.5"], "--images 1.5"),
         (["--clusters", "3", "10"], "fewer at each level"),
         (["--duplicates", "-1"], "--duplicates -1"),
+        (["--duplicates", "nan"], "--duplicates nan"),
+        (["--images", "nan"], "--images nan"),
         (["--duplicates", "1e-9"], "--duplicates 1e-09: more than"),
         (["--data.curation", "x"], "data.curation"),
         (["--data.sharts", "x"], "sharts"),

@@ -12,6 +12,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
+from e2e import one_line
 from radio_distill.config import Facts, FitConfig, UpsamplerConfig
 from radio_distill.data.shards import write_shards
 from radio_distill.stage import FIT, resolve_stage
@@ -100,13 +101,6 @@ def run(recipe_file: str, *arguments: str, teacher: str = "vit") -> int:
 
 def folder_of(recipe_file: str, name: str = "vit-featup-2x") -> Path:
     return Path(recipe_file).parent / "runs" / "tiny" / "fit" / name
-
-
-def one_line(capfd) -> str:
-    """Return the last line of stderr, and check that there was no stack trace."""
-    error = capfd.readouterr().err
-    assert "Traceback" not in error, error
-    return error.strip().splitlines()[-1]
 
 
 @pytest.fixture

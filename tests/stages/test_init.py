@@ -126,6 +126,8 @@ def test_find_recipe__the_project_s_own_before_a_file_of_that_name(
 def test_fields__a_field_is_one_line_where_it_is_piped(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    assert cli.main(["fields", "studnet."]) == 2
+    assert "did you mean 'student." in capsys.readouterr().err
     assert cli.main(["fields", "student."]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 1 + len(
