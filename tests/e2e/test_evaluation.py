@@ -34,23 +34,27 @@ def scores(folder) -> dict[int, dict[str, float]]:
     return {step: values for step, values in named.items() if values}
 
 
-@pytest.mark.parametrize("weights", ["student", "ema"])
-def test_evaluation__moves_no_number_of_training(recipe_file, weights, caplog):
+def test_evaluation__moves_no_number_of_training(recipe_file, caplog):
     caplog.set_level("INFO")
     folder = run_folder(recipe_file) / "stage1"
     assert run(stage1, recipe_file) == 0
     expected = [trained(row) for row in rows(folder)]
     parts = {part: tensors(folder, 6, part) for part in ("student", "ema", "optimizer")}
-    assert run(stage1, recipe_file, *EVERY, "--evaluation.of", weights) == 0
-    assert [trained(row) for row in rows(folder)] == expected
-    for part, values in parts.items():
-        assert_equal(values, tensors(folder, 6, part), part)
-    assert list(scores(folder)) == [2, 4, 6]
+    found = []
+    for weights in ("student", "ema"):
+        assert run(stage1, recipe_file, *EVERY, "--evaluation.of", weights) == 0
+        assert [trained(row) for row in rows(folder)] == expected
+        for part, values in parts.items():
+            assert_equal(values, tensors(folder, 6, part), part)
+        found.append(scores(folder))
+    assert found[0] != found[1]
+    for of_run in found:
+        assert list(of_run) == [2, 4, 6]
+        for values in of_run.values():
+            assert f"eval/{METRIC}" in values
+            assert any(name.startswith("eval/agreement/") for name in values)
+            assert all(map(math.isfinite, values.values()))
     assert all(f"step {step}: {METRIC}" in caplog.text for step in (2, 4, 6))
-    for values in scores(folder).values():
-        assert f"eval/{METRIC}" in values
-        assert any(name.startswith("eval/agreement/") for name in values)
-        assert all(map(math.isfinite, values.values()))
 
 
 def test_evaluation__is_the_same_in_a_resumed_run_which_knows_the_best(recipe_file):

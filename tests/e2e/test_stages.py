@@ -65,10 +65,9 @@ def test_stage1__resumes_with_everything_that_a_step_can_have(recipe_file):
     assert expected <= {name.removeprefix("loss/") for name in terms}
 
 
-def test_stage2__an_anchor_holds_the_student_at_its_start(recipe_file):
+def test_stage2__an_anchor_holds_the_student_at_its_start(recipe_file, two_steps):
     """The student ends nearer to it; a resumed run has the same anchor, not where it resumes."""
-    folder = run_folder(recipe_file) / "stage2"
-    assert run(stage1, recipe_file, "--stage.steps", "1") == 0
+    folder = two_steps / "stage2"
     steps = ("--stage.steps", "4", "--stage.freeze_body_steps", "0")
     ends = {}
     for weight in ("1e-6", "30"):
@@ -76,7 +75,7 @@ def test_stage2__an_anchor_holds_the_student_at_its_start(recipe_file):
         ends[weight] = rows(folder)[-1]["loss/a/anchor"]
     assert ends["30"] < ends["1e-6"]
     anchored, anchor = tensors(folder, 4), tensors(folder, 4, "anchor")
-    start = tensors(run_folder(recipe_file) / "stage1", 1, "ema")
+    start = tensors(two_steps / "stage1", 2, "ema")
     body = [name for name in start if name.startswith("student.")]
     assert body
     assert all(torch.equal(anchor[name], start[name]) for name in body)
@@ -192,15 +191,14 @@ def test_defaults__the_shortest_recipe_trains_body_and_heads(images, tmp_path):
     assert changes_since(find(folder), describe_stage(load(path), "stage1")) == ([], [])
 
 
-def test_micro_batches__same_step_in_pieces(recipe_file):
+def test_micro_batches__same_step_in_pieces(recipe_file, two_steps):
     """Two partitions of unequal batch and weight, whole and in micro-batches of two."""
-    assert run(stage1, recipe_file, "--stage.steps", "1") == 0
     arguments = ["--stage.steps", "1", "--stage.optimizer", "adamw"]
     arguments += ["--stage.freeze_body_steps", "0"]
     assert run(stage2, recipe_file, *arguments) == 0
-    whole = tensors(run_folder(recipe_file) / "stage2", 1, "optimizer")
+    whole = tensors(two_steps / "stage2", 1, "optimizer")
     assert run(stage2, recipe_file, *arguments, "--engine.micro_batch", "2") == 0
-    pieces = tensors(run_folder(recipe_file) / "stage2", 1, "optimizer")
+    pieces = tensors(two_steps / "stage2", 1, "optimizer")
     for name, value in whole.items():
         if name.startswith("exp_avg/"):  # a tenth of the first gradient
             assert torch.allclose(
@@ -326,10 +324,8 @@ def test_stage3__takes_the_upsampler_that_the_recipe_fitted(recipe_file, capfd):
     assert log[0]["loss/high/vit/features"] > 0
 
 
-def test_cli__eval_scores_what_was_trained(recipe_file, capfd):
-    assert run(stage1, recipe_file, "--stage.steps", "2") == 0
-    folder = recipe_file.parent / "runs" / "tiny"
-    assert cli(["eval", str(folder / "stage1"), "--untrained"]) == 0
-    rows = [json.loads(line) for line in (folder / "scores.jsonl").read_text().splitlines()]
+def test_cli__eval_scores_what_was_trained(two_steps):
+    assert cli(["eval", str(two_steps / "stage1"), "--untrained"]) == 0
+    rows = [json.loads(line) for line in (two_steps / "scores.jsonl").read_text().splitlines()]
     assert {row["subject"] for row in rows} == {"stage1", "untrained student"}
     assert {row["metric"] for row in rows} >= {"fidelity/vit", "cosine/sam", "summary_cosine/cnn"}

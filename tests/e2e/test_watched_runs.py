@@ -88,23 +88,27 @@ def test_skip__too_many_in_a_row_end_the_run(recipe_file, faults, capsys):
     assert "3rd in a row" in status.reason
 
 
+@pytest.fixture
+def ask(faults):
+    """Send this process a signal, once, in the third step."""
+
+    def install(number):
+        asked = []
+
+        def kill(step, targets):
+            if step == 3 and not asked:
+                asked.append(True)
+                os.kill(os.getpid(), number)
+
+        faults(kill)
+
+    return install
+
+
 @pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM, signal.SIGINT])
-def test_signal__saves_at_the_end_of_the_step_and_resumes_bit_for_bit(
-    recipe_file, faults, capsys, number
-):
+def test_signal__saves_at_the_end_of_the_step(recipe_file, ask, capsys, number):
     folder = folder_of(recipe_file)
-    assert stage1.main([str(recipe_file)]) == 0
-    expected = {part: tensors(folder, 6, part) for part in ("student", "optimizer", "ema")}
-    losses = rows(folder)
-
-    asked = []
-
-    def ask(step, targets):
-        if step == 3 and not asked:
-            asked.append(True)
-            os.kill(os.getpid(), number)
-
-    faults(ask)
+    ask(number)
     before = signal.getsignal(number)
     assert stage1.main([str(recipe_file)]) == 75
     assert signal.getsignal(number) is before
@@ -116,6 +120,15 @@ def test_signal__saves_at_the_end_of_the_step_and_resumes_bit_for_bit(
         "step-00000002",
         "step-00000003",
     ]
+
+
+def test_signal__its_checkpoint_resumes_bit_for_bit(recipe_file, ask):
+    folder = folder_of(recipe_file)
+    assert stage1.main([str(recipe_file)]) == 0
+    expected = {part: tensors(folder, 6, part) for part in ("student", "optimizer", "ema")}
+    losses = rows(folder)
+    ask(signal.SIGUSR2)
+    assert stage1.main([str(recipe_file)]) == 75
     assert stage1.main([str(recipe_file), "--resume"]) == 0
     for part, values in expected.items():
         assert_equal(values, tensors(folder, 6, part))
@@ -172,10 +185,8 @@ def test_draws__do_not_depend_on_what_was_drawn_before(recipe_file, faults):
     assert len(set(drawn[0])) == len(drawn[0])
 
 
-def test_run_folder__is_private(recipe_file):
-    assert stage1.main([str(recipe_file), "--stage.steps", "1"]) == 0
-    folder = folder_of(recipe_file)
-    for path in (folder, folder.parent):
+def test_run_folder__is_private(two_steps):
+    for path in (two_steps, two_steps / "stage1"):
         assert stat.S_IMODE(path.stat().st_mode) == 0o700, path
 
 
