@@ -13,7 +13,7 @@ from PIL import Image
 
 from radio_distill.config import Recipe, check, describe_fields, load
 from stages.arguments import Parser
-from stages.cli import COMMANDS
+from stages.cli import COMMANDS, module_of
 from stages.cli import main as cli
 from stages.recipes import add_stage_arguments
 from tools import fields_page
@@ -86,7 +86,7 @@ def check_command(words: list[str]) -> None:
         assert words, f"{program} starts nothing"
         program = "python"
     if program == "radio-distill":
-        check_module(import_module(COMMANDS[words[0]][0]), words[1:])
+        check_module(module_of(words[0]), words[1:])
     elif program == "make":
         assert re.search(rf"^{words[0]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), words
     elif program == "python" and words[:2] == ["-m", "stages.cli"]:

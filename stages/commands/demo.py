@@ -47,9 +47,10 @@ _BUSY = 0.75
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``radio-distill demo``."""
+    add = parser.add_argument
     add_trust_argument(parser)
-    parser.add_argument("--data", type=Path, metavar="DIR", help="folder of your own images")
-    parser.add_argument(
+    add("--data", type=Path, metavar="DIR", help="folder of your own images")
+    add(
         "--upsamplers",
         nargs="+",
         default=UPSAMPLERS,
@@ -57,9 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the first is what the others are compared with (default: %(default)s; s2 and featup "
         "are there too)",
     )
-    parser.add_argument(
-        "--seeds", type=int, default=SEEDS, metavar="N", help="of stage 3 (default: %(default)s)"
-    )
+    add("--seeds", type=int, default=SEEDS, metavar="N", help="of stage 3 (default: %(default)s)")
 
 
 def run(arguments: argparse.Namespace) -> int:

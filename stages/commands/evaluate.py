@@ -70,45 +70,44 @@ class Sections:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``radio-distill eval``."""
+    add = parser.add_argument
     add_trust_argument(parser)
-    parser.add_argument(
+    add(
         "runs",
         nargs="*",
         type=Path,
         help="folders of runs (their last stage), of stages (their newest checkpoint), checkpoints",
     )
-    parser.add_argument(
+    add(
         "--models",
         nargs="+",
         default=[],
         metavar="MODEL",
         help="[NAME=]PRESET or [NAME=]SOURCE:MODEL, with +UPSAMPLER:FACTOR behind an upsampler",
     )
-    parser.add_argument(
-        "--recipe", help="what models are asked, and teachers that may be named, without a run"
-    )
-    parser.add_argument("--teachers", action="store_true", help="score the teachers too")
-    parser.add_argument("--untrained", action="store_true", help="score an untrained student too")
-    parser.add_argument(
+    add("--recipe", help="what models are asked, and teachers that may be named, without a run")
+    add("--teachers", action="store_true", help="score the teachers too")
+    add("--untrained", action="store_true", help="score an untrained student too")
+    add(
         "--output",
         type=Path,
         metavar="FILE",
         help=f"(default: {SCORES} of each run, of models here)",
     )
-    parser.add_argument(
+    add(
         "--labels",
         nargs="+",
         metavar="NAME",
         help="what tables call them, one for each (default: STAGE, or RUN/STAGE/step-N)",
     )
-    parser.add_argument(
+    add(
         "--head",
         default="",
         metavar="TEACHER",
         help="take the students' summary from this head, with the teacher's texts",
     )
     add_suite_argument(parser)
-    parser.add_argument("--again", action="store_true", help="score anew what is there already")
+    add("--again", action="store_true", help="score anew what is there already")
 
 
 def add_suite_argument(parser: argparse.ArgumentParser) -> None:

@@ -38,29 +38,30 @@ EMULATION = 5
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``radio-distill plan``."""
+    add = parser.add_argument
     add_trust_argument(parser)
     add_recipe_argument(parser)
-    parser.add_argument(
+    add(
         "--devices",
         type=int,
         nargs="+",
         metavar="N",
         help="how many devices, for all stages or for each (default: 8)",
     )
-    parser.add_argument(
+    add(
         "--device",
         metavar="TYPE",
         help="a100-40, a100-80, h100, h200, rtx4090, or cpu: two cores, with bfloat16 only where "
         "this processor has it (default: h100)",
     )
-    parser.add_argument(
+    add(
         "--utilisation",
         type=float,
         default=0.35,
         metavar="SHARE",
         help="share of the device's peak that training reaches (default: 0.35, assumed)",
     )
-    parser.add_argument("--price", type=float, default=0, help="price of a device for an hour")
+    add("--price", type=float, default=0, help="price of a device for an hour")
     add_suite_argument(parser)
 
 

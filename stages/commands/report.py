@@ -52,17 +52,14 @@ EXAMPLES = 2
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``radio-distill report``."""
+    add = parser.add_argument
     add_trust_argument(parser)
-    parser.add_argument(
-        "paths", nargs="+", type=Path, help="run folder; or files and folders of scores"
-    )
-    parser.add_argument(
+    add("paths", nargs="+", type=Path, help="run folder; or files and folders of scores")
+    add(
         "--baseline",
         help="model that the others are compared with (default: the first of a run's last stage)",
     )
-    parser.add_argument(
-        "--output", type=Path, metavar="FILE", help="(default: report.html beside the scores)"
-    )
+    add("--output", type=Path, metavar="FILE", help="(default: report.html beside the scores)")
     add_num_images_argument(parser, 3)
     add_images_argument(parser)
 

@@ -5,104 +5,50 @@
 
 Every image becomes one sample of a webdataset tar, its bytes unchanged. A text file of the same
 name beside an image is kept as its caption, and with --labels the name of its class folder as its
-label. What is passed over or left out is counted and said.
+label. What is passed over or left out is counted and said. Fields of the section data can be set:
+--data.min_size and --data.max_pixels say which images are taken, --data.bands of how many bands.
 """
 
 import argparse
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 
-from radio_distill.config import DataConfig, build, parse_yaml
+from radio_distill.config import DataConfig, build, override
 from radio_distill.errors import ConfigError
 from radio_distill.system.progress import Progress
+
+TAKES_FIELDS = True
+
+
+@dataclass(frozen=True)
+class Section:
+    """The section of a recipe that has a say here."""
+
+    data: DataConfig
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``radio-distill shards``."""
-    parser.add_argument("source", help="folder of images; with --check: shards, folder or pattern")
-    parser.add_argument("out", nargs="?", type=Path, help="folder for the shards")
-    parser.add_argument("--images-per-shard", type=int, default=1000, metavar="N")
-    parser.add_argument(
-        "--labels", action="store_true", help="keep names of class folders as labels"
-    )
-    parser.add_argument(
-        "--hold-out",
-        type=float,
-        default=0.0,
-        metavar="SHARE",
+    add = parser.add_argument
+    add("source", help="folder of images; with --check: shards, folder or pattern")
+    add("out", nargs="?", type=Path, help="folder for the shards")
+    add("--images-per-shard", type=int, default=1000, metavar="N", help="(default: %(default)s)")
+    add("--labels", action="store_true", help="keep names of class folders as labels")
+    add(
+        "--hold-out", type=float, default=0.0, metavar="SHARE",
         help="pack a share of the images into OUT_held_out, for evaluation.images",
-    )
-    defaults = DataConfig(shards=())
-    parser.add_argument(
-        "--data.min_size",
-        type=int,
-        default=defaults.min_size,
-        metavar="PX",
-        dest="min_size",
-        help=f"shortest side that an image must have (default {defaults.min_size})",
-    )
-    parser.add_argument(
-        "--data.max_pixels",
-        type=int,
-        default=defaults.max_pixels,
-        metavar="N",
-        dest="max_pixels",
-        help=f"largest image that is taken (default {defaults.max_pixels})",
-    )
-    parser.add_argument(
-        "--data.bands", metavar="N", dest="bands", default=defaults.bands,
-        help="bands of an image: others than 3 are arrays (.npy, .npz) or multi-band TIFFs",
     )  # fmt: skip
-    parser.add_argument(
-        "--data.band_range", metavar="[[LOW, HIGH]]", dest="band_range", default="[]",
-        help="numbers that become 0 and 1, of all bands or of each (default: 8 or 16 bits)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--data.index",
-        metavar="FOLDER",
-        dest="index",
-        help="with --check: folder for the indexes of shards (default: beside them)",
-    )
-    parser.add_argument(
-        "--data.cache", metavar="FOLDER", dest="cache", default=defaults.cache,
-        help="with --check: folder for copies of shards that lie elsewhere",
-    )  # fmt: skip
-    parser.add_argument(
-        "--data.cache_gb", metavar="GB", dest="cache_gb", type=float, default=defaults.cache_gb,
-        help=f"size that the copies may take together (default {defaults.cache_gb:g})",
-    )  # fmt: skip
-    parser.add_argument(
-        "--data.commands", dest="commands", action="store_true",
-        help="with --check: let pipe: run a shell",
-    )  # fmt: skip
-    parser.add_argument("--check", action="store_true", help="read shards whole and report")
+    add("--check", action="store_true", help="read shards whole and report")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Make or check shards."""
-    asked = {
-        "bands": parse_yaml(str(arguments.bands)),
-        "band_range": parse_yaml(arguments.band_range),
-    }
-    limits = replace(
-        build(DataConfig, {"shards": [], **asked}, "data"),
-        min_size=arguments.min_size,
-        max_pixels=arguments.max_pixels,
-        index=(arguments.index,) if arguments.index else "auto",
-        cache=arguments.cache,
-        cache_gb=arguments.cache_gb,
-        commands=arguments.commands,
-    )
-    if limits.min_size < 1 or limits.max_pixels < 1 or limits.cache_gb <= 0:
-        raise ConfigError(
-            "shards: --data.min_size and --data.max_pixels are at least 1, and --data.cache_gb is "
-            "above 0"
-        )
+    section: Section = build(Section, override({"data": {"shards": []}}, arguments.fields))
     if arguments.check:
-        return _check(arguments.source, limits)
+        return _check(arguments.source, section.data)
     if arguments.out is None:
         raise ConfigError("shards: name the folder to write to: radio-distill shards SOURCE OUT")
-    return _write(arguments, limits)
+    return _write(arguments, section.data)
 
 
 def _write(arguments: argparse.Namespace, limits: DataConfig) -> int:

@@ -38,23 +38,20 @@ TAKES_FIELDS = True
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``radio-distill sweep``."""
+    add = parser.add_argument
     add_trust_argument(parser)
     add_recipe_argument(parser)
-    parser.add_argument(
-        "--upsamplers", nargs="+", metavar="NAME", default=["bilinear", "tile", "s2"]
-    )
-    parser.add_argument(
+    add("--upsamplers", nargs="+", metavar="NAME", default=["bilinear", "tile", "s2"])
+    add(
         "--baseline",
         metavar="NAME",
         default="bilinear",
         help="what the others are compared with: tile, stage3-tile",
     )
-    parser.add_argument(
-        "--seeds", type=int, default=1, metavar="N", help="of stage 3 (default: %(default)s)"
-    )
+    add("--seeds", type=int, default=1, metavar="N", help="of stage 3 (default: %(default)s)")
     add_suite_argument(parser)
     add_run_folder_argument(parser)
-    parser.add_argument(
+    add(
         "--retrain",
         action="store_true",
         help="train anew what was made of another recipe or upsampler; the earlier run is moved "

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from importlib import import_module
 
 import pytest
 
@@ -10,14 +9,14 @@ from radio_distill.config import Recipe, describe_fields
 from radio_distill.errors import ConfigError
 from stages import fit_upsampler, stage1, stage3
 from stages.arguments import Parser
-from stages.cli import COMMANDS
+from stages.cli import COMMANDS, module_of
 
 WITH_RECIPE = ("train", "plan", "sweep", "fit-upsampler", "upsampler-report")
 
 
 def parser_of(command: str) -> Parser:
     parser = Parser(prog=command)
-    import_module(COMMANDS[command][0]).add_arguments(parser)
+    module_of(command).add_arguments(parser)
     return parser
 
 
@@ -89,4 +88,4 @@ def test_fields__their_names_are_no_flags_of_a_command():
     names = {row[0] for row in describe_fields(Recipe)}
     for command in COMMANDS:
         flags = {flag for action in parser_of(command)._actions for flag in action.option_strings}
-        assert not flags & {f"--{name}" for name in names if "." in name} or command == "shards"
+        assert not flags & {f"--{name}" for name in names if "." in name}, command

@@ -69,9 +69,9 @@ def test_trust_checkpoint__every_command_that_reads_weights_has_it():
         "demo", "plan", "train", "eval", "sweep", "fit-upsampler", "convert-upsampler", "export",
         "report", "upsampler-report", "mode-switching", "slurm", "upsample", "curate",
     }  # fmt: skip
-    for name, (module, _) in cli.COMMANDS.items():
+    for name in cli.COMMANDS:
         parser = Parser(prog=name)
-        __import__(module, fromlist=["add_arguments"]).add_arguments(parser)
+        cli.module_of(name).add_arguments(parser)
         has = any(trust.FLAG in action.option_strings for action in parser._actions)
         assert has == (name in readers), name
 
