@@ -7,6 +7,7 @@ is escaped by the templates.
 
 import base64
 import io
+import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from ..system.files import write_text
 from .tables import Table, render_template
 
 if TYPE_CHECKING:
+    import torch
     from PIL.Image import Image
 
 
@@ -74,6 +76,16 @@ class Section:
     def is_empty(self) -> bool:
         """Whether there is nothing to show."""
         return not (self.tables or self.facts or self.panels or self.sheets or self.settings)
+
+
+def machine_facts(device: "torch.device") -> list[tuple[str, str]]:
+    """Say on which machine and with which versions a page's numbers were computed."""
+    import torch
+
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    python = f"{torch.get_num_threads()} threads, Python {platform.python_version()}"
+    versions = f"radio_distill {__version__}, torch {torch.__version__}"
+    return [("machine", f"{kind}, {python}"), ("versions", versions)]
 
 
 def write_page(path: str | Path, title: str, sections: Sequence[Section]) -> Path:

@@ -11,12 +11,10 @@ scores alone; where an encoder has scores at several sizes, it shows them over t
 import argparse
 import itertools
 import logging
-import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from radio_distill import __version__
 from radio_distill.config import dump
 from radio_distill.errors import ConfigError, DataError
 from radio_distill.evals.gain import MultiTaskGain, multi_task_gain
@@ -25,7 +23,7 @@ from radio_distill.evals.scores import read_scores
 from radio_distill.evals.subjects import SCORES, UNTRAINED, matches
 from radio_distill.report.charts import size_curves, training_curves
 from radio_distill.report.gain_tables import gain_tables, headline_table, score_tables
-from radio_distill.report.page import Figure, Section, write_page
+from radio_distill.report.page import Figure, Section, machine_facts, write_page
 from radio_distill.report.tables import Table
 from radio_distill.system.progress import Progress
 from radio_distill.train.stage_folders import stage_folders
@@ -38,8 +36,6 @@ from ..arguments import (
 )
 
 if TYPE_CHECKING:
-    from radio_distill.evals.encoder import Target
-    from radio_distill.protocols import Teacher
     from radio_distill.train.checkpoint import Checkpoint
 
 logger = logging.getLogger(__name__)
@@ -185,14 +181,15 @@ def _sheets(
     from radio_distill.report.feature_images import head_sheet, size_sheet
 
     from ..build import build_teachers
-    from .scoring import device_of, encoder_of, teacher_encoders
+    from .scoring import device_of, encoder_of, targets_for, teacher_encoders
 
     newest = [*students.values()][-1]
+    side = newest.recipe.evaluation.dense_size
     teachers = build_teachers(newest.recipe, device_of(newest))
     encoders = {encoder.name: encoder for encoder in teacher_encoders(newest, teachers)}
     encoders[UNTRAINED] = encoder_of(newest, untrained=True)
     trained = {
-        name: encoder_of(student, name, targets=_targets(student, teachers))
+        name: encoder_of(student, name, targets=targets_for(student, side, teachers))
         for name, student in students.items()
     }
     encoders |= trained
@@ -213,7 +210,6 @@ def _sheets(
     )
     images = load_images(source, num_images)
     figures, heads = [], []
-    side = newest.recipe.evaluation.dense_size
     with Progress("images", len(images), unit="images") as bar:
         for number, (key, image) in enumerate(images, 1):
             figures.append(Figure(key, caption, size_sheet(image, encoders, SIZES)))
@@ -224,19 +220,9 @@ def _sheets(
     return figures, heads
 
 
-def _targets(student: "Checkpoint", teachers: "Mapping[str, Teacher]") -> "dict[str, Target]":
-    """Return the teachers as a student's heads imitate them, for dense benchmarks' size."""
-    from radio_distill.evals.encoder import targets_of
-    from radio_distill.normalize.normalizers import normalizers_of
-
-    recipe = student.recipe
-    size, patch = recipe.evaluation.dense_size, recipe.student.patch_size
-    return targets_of(teachers, recipe.teachers, size, patch, normalizers_of(student))
-
-
 def _facts(newest: "Checkpoint", students: "Mapping[str, Checkpoint]") -> list[tuple[str, str]]:
     """Say what was run, where, as names and texts."""
-    import torch
+    from .scoring import device_of
 
     recipe = newest.recipe
     teachers = [f"{name} ({teacher.preset})" for name, teacher in recipe.teachers.items()]
@@ -244,14 +230,11 @@ def _facts(newest: "Checkpoint", students: "Mapping[str, Checkpoint]") -> list[t
         f"{name} {stage.steps} steps of {stage.images_per_step} images"
         for name, stage in recipe.stages.items()
     ]
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
-    python = f"{torch.get_num_threads()} threads, Python {platform.python_version()}"
     return [
         ("recipe", recipe.name),
         ("student", f"{recipe.student.architecture}, patch {recipe.student.patch_size}"),
         ("teachers", ", ".join(teachers)),
         ("training", ", ".join(training)),
         ("compared", ", ".join(f"{name} at step {one.step}" for name, one in students.items())),
-        ("machine", f"{device}, {python}"),
-        ("versions", f"radio_distill {__version__}, torch {torch.__version__}"),
+        *machine_facts(device_of(newest)),
     ]

@@ -107,15 +107,15 @@ def score_checkpoints(
     known: dict[str, list[Score]] = {}
     for number, (checkpoint, evaluation) in enumerate(zip(checkpoints, evaluations, strict=True)):
         recipe, device = checkpoint.recipe, device_of(checkpoint)
-        needs_teachers = teachers or "fidelity" in evaluation.benchmarks
+        imitates = "fidelity" in evaluation.benchmarks
         is_new = number == 0 or recipe.teachers != checkpoints[number - 1].recipe.teachers
-        if needs_teachers and is_new:
+        if (teachers or imitates) and is_new:
             dtypes = dtypes_of(recipe)
             del dtypes["engine.precision"]  # students are scored in float32, whatever they saw
             if line := emulation_warning(dtypes, device):
                 logger.warning("%s", line)
             built = build_teachers(recipe, device)
-        targets = targets_for(checkpoint, evaluation, built)
+        targets = targets_for(checkpoint, evaluation.size, built) if imitates else {}
         subject = with_head(student_subject(checkpoint, labels[number] if labels else ""), head)
         text = f"{subject.run}/{subject.title} at step {subject.step}"
         tested: list[tuple[Subject, str, Callable[[], Encoder]]] = [
@@ -335,16 +335,14 @@ def teacher_encoders(
 
 
 def targets_for(
-    checkpoint: Checkpoint, config: EvaluationConfig, teachers: Mapping[str, Teacher]
+    checkpoint: Checkpoint, size: int, teachers: Mapping[str, Teacher]
 ) -> dict[str, Target]:
-    """Return the teachers that a student's heads are compared with; none where nobody asks."""
-    if "fidelity" not in config.benchmarks:
-        return {}
+    """Return the teachers that a student's heads are compared with, for inputs of a size in px."""
     recipe = checkpoint.recipe
     return targets_of(
         teachers,
         recipe.teachers,
-        config.size,
+        size,
         recipe.student.patch_size,
         normalizers_of(checkpoint),
         {name: teacher_digest(checkpoint, name) for name in recipe.teachers},

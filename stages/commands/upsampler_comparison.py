@@ -6,7 +6,6 @@ teacher and images.
 
 import json
 import logging
-import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +14,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from radio_distill import __version__
 from radio_distill.config import FitConfig, Recipe, dump
 from radio_distill.data.folder import load_images
 from radio_distill.errors import ConfigError, WeightsError
@@ -23,7 +21,7 @@ from radio_distill.evals.encoder import to_pixels
 from radio_distill.evals.masks import SegmentationSet, open_set
 from radio_distill.evals.probes import LinearProbe
 from radio_distill.protocols import Teacher
-from radio_distill.report.page import Section, write_page
+from radio_distill.report.page import Section, machine_facts, write_page
 from radio_distill.report.tables import print_tables, render
 from radio_distill.stage import FIT, resolve_stage
 from radio_distill.system.distributed import World, choose_device
@@ -216,9 +214,6 @@ def write_report(report: Comparison) -> Path:
 
 def _summary(report: Comparison) -> list[tuple[str, str]]:
     spec, config = report.teacher.spec, report.recipe.teachers[report.teacher.spec.name]
-    machine = platform.machine()
-    if report.device.type == "cuda":
-        machine = torch.cuda.get_device_name()
     dtype = resolved_dtype(config.dtype, report.device)
     lines = {
         "teacher": f"{spec.name} ({config.preset}, {dtype}), {spec.channels} channels",
@@ -226,11 +221,9 @@ def _summary(report: Comparison) -> list[tuple[str, str]]:
         "held-out images": f"{report.num_images} of {report.recipe.evaluation.images}",
         "not fitted": "\n".join(report.missing),
         "not measured": "\n".join(report.notes),
-        "machine": f"{machine}, {torch.get_num_threads()} threads, "
-        f"Python {platform.python_version()}",
-        "versions": f"radio_distill {__version__}, torch {torch.__version__}",
     }
-    return [(name, text) for name, text in lines.items() if text]
+    known = [(name, text) for name, text in lines.items() if text]
+    return [*known, *machine_facts(report.device)]
 
 
 def _scores(report: Comparison) -> dict[str, Any]:
