@@ -24,33 +24,23 @@ from typing import Any
 
 import torch
 from einops import rearrange
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..errors import ExportError
 from ..types import Size
 from .folded import FoldedStudent
-from .timm_body import TimmBody
-from .write import Format, probe_images, write_json
+from .timm_body import EXAMPLE, TimmBody, write_model
+from .write import Format, probe_images
 
 _PROBES: list[tuple[int, Size]] = [(1, (4, 4)), (3, (2, 5)), (1, (7, 3))]
-_USAGE = """\
-```python
-import timm
-import torch
-
-model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()
-config = timm.data.resolve_model_data_config(model)
-mean, std = (torch.tensor(config[key]).view(-1, 1, 1) for key in ("mean", "std"))
-
-pixels = torch.rand(1, {bands}, {height}, {width})  # in [0, 1]
-tokens = model.forward_features((pixels - mean) / std)  # [1, {tokens}, {channels}]
-features = tokens[:, {prefix}:].reshape(1, {rows}, {columns}, {channels})
-{summaries}
-```
-
+_USAGE = f"""\
+{EXAMPLE}
 timm normalises outside of the model, calls all prefix tokens but the first registers, and has no
-place for the teachers' heads.{only}"""
+place for the teachers' heads.{{only}}"""
+_CODE = """\
+tokens = model.forward_features(pixels)  # [1, {tokens}, {channels}]
+features = tokens[:, {prefix}:].reshape(1, {rows}, {columns}, {channels})
+"""
 
 
 class Timm(Format):
@@ -88,31 +78,11 @@ class Timm(Format):
 
     def write(self, student: FoldedStudent, folder: Path) -> str:
         """Write weights and configuration."""
-        body, (name, arguments) = student.vit, self._model(student)
-        config = {
-            "architecture": name,
-            "num_classes": 0,
-            "num_features": body.embed_dim,
-            "global_pool": "token",
-            "model_args": arguments,
-            "pretrained_cfg": {
-                "tag": student.checkpoint.recipe.name,
-                "custom_load": False,
-                "input_size": [body.bands, *(self.size or student.preferred_size)],
-                "fixed_input_size": self.size is not None,
-                "interpolation": "bicubic",
-                "crop_pct": 1.0,
-                "mean": body.mean.flatten().tolist(),
-                "std": body.std.flatten().tolist(),
-                "num_classes": 0,
-                "pool_size": None,
-                "first_conv": "patch_embed.proj" if self.size else "embeds.proj",
-                "classifier": "head",
-            },
-        }
-        write_json(folder / "config.json", config)
-        tensors = {key: value.contiguous() for key, value in self._tensors(student).items()}
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        first = "patch_embed.proj" if self.size else "embeds.proj"
+        usual = {"pool_size": None, "first_conv": first, "classifier": "head"}
+        name, arguments = self._model(student)
+        described = {"architecture": name, "global_pool": "token", "model_args": arguments}
+        write_model(student, folder, described, self._tensors(student), self.size, **usual)
         return ""
 
     def usage(self, student: FoldedStudent) -> str:
@@ -121,18 +91,15 @@ class Timm(Format):
         rows, columns = body.grid((height, width))
         slots = zip(student.summary_teachers, student.summary_slots, strict=True)
         only = f" This file takes images of {height}x{width} px only." if self.size else ""
-        return _USAGE.format(
-            bands=body.bands,
-            height=height,
-            width=width,
+        code = _CODE.format(
             tokens=body.num_prefix_tokens + rows * columns,
             channels=body.embed_dim,
             prefix=body.num_prefix_tokens,
             rows=rows,
             columns=columns,
-            summaries="\n".join(f"tokens[:, {slot}]  # summary for {name}" for name, slot in slots),
-            only=only,
         )
+        code += "\n".join(f"tokens[:, {slot}]  # summary for {name}" for name, slot in slots)
+        return _USAGE.format(bands=body.bands, height=height, width=width, code=code, only=only)
 
     def read_back(
         self, student: FoldedStudent, folder: Path

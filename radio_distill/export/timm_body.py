@@ -13,22 +13,20 @@ timm makes the whole model, so parts that a student leaves out (a last stage beh
 pooling) are in the file as a new model has them, untrained.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import ExportError
 from ..models.timm_student import TimmStudent, create_model
 from ..types import Size
 from .folded import FoldedStudent
-from .transformers import description
-from .write import Format, probe_images, write_json
+from .write import Format, probe_images, write_heads, write_json, write_tensors
 
-_USAGE = """\
+EXAMPLE = """\
 ```python
 import timm
 import torch
@@ -37,12 +35,55 @@ model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()
 config = timm.data.resolve_model_data_config(model)
 mean, std = (torch.tensor(config[key]).view(-1, 1, 1) for key in ("mean", "std"))
 
-pixels = (torch.rand(1, {bands}, {height}, {width}) - mean) / std  # in [0, 1]
+pixels = (torch.rand(1, {bands}, {height}, {width}) - mean) / std  # of pixels in [0, 1]
 {code}
 ```
-
-`features` are [1, {channels}, {rows}, {columns}], the summary has {summary} channels.
+"""
+"""The way to read a folder with timm, up to normalised pixels, and what follows."""
+_USAGE = f"""\
+{EXAMPLE}
+`features` are [1, {{channels}}, {{rows}}, {{columns}}], the summary has {{summary}} channels.
 With the heads: `radio_distill.load("FOLDER")`."""
+
+
+def write_model(
+    student: FoldedStudent,
+    folder: Path,
+    described: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    size: Size | None = None,
+    **pretrained: Any,
+) -> None:
+    """Write a folder that timm reads: ``config.json`` and ``model.safetensors``.
+
+    Args:
+        student: what is exported.
+        folder: where to.
+        described: timm's name of the model as ``architecture``, its arguments as ``model_args``.
+        tensors: under timm's names.
+        size: (height, width) of the one size that the file takes; None for any.
+        pretrained: further lines of timm's ``pretrained_cfg``.
+    """
+    body = student.model.student
+    config = {
+        **described,
+        "num_classes": 0,
+        "num_features": body.embed_dim,
+        "pretrained_cfg": {
+            "tag": student.checkpoint.recipe.name,
+            "custom_load": False,
+            "input_size": [body.bands, *(size or student.preferred_size)],
+            "fixed_input_size": size is not None,
+            "interpolation": "bicubic",
+            "crop_pct": 1.0,
+            "mean": body.mean.flatten().tolist(),
+            "std": body.std.flatten().tolist(),
+            "num_classes": 0,
+            **pretrained,
+        },
+    }
+    write_json(folder / "config.json", config)
+    write_tensors(folder / "model.safetensors", tensors)
 
 
 class TimmBody(Format):
@@ -73,31 +114,13 @@ class TimmBody(Format):
         side = getattr(getattr(body.body, "patch_embed", None), "img_size", None)
         if side and getattr(body.body, "pos_embed", None) is not None:  # the table's own grid
             arguments["img_size"] = list(side)
-        config = {
-            "architecture": student.config.architecture.partition(".")[0],
-            "num_classes": 0,
-            "num_features": body.embed_dim,
-            "model_args": arguments,
-            "pretrained_cfg": {
-                "tag": student.checkpoint.recipe.name,
-                "custom_load": False,
-                "input_size": [body.bands, *student.preferred_size],
-                "fixed_input_size": body.fixed_size is not None,
-                "interpolation": "bicubic",
-                "crop_pct": 1.0,
-                "mean": body.mean.flatten().tolist(),
-                "std": body.std.flatten().tolist(),
-                "num_classes": 0,
-            },
-        }
-        write_json(folder / "config.json", config)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             whole = create_model(student.plain_config)[0].state_dict()
-        tensors = {key: value.contiguous() for key, value in (whole | body.to_timm()).items()}
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        save_file(student.model.adaptors.state_dict(), folder / "adaptors.safetensors")
-        write_json(folder / "radio_distill.json", description(student))
+        name = student.config.architecture.partition(".")[0]
+        described = {"architecture": name, "model_args": arguments}
+        write_model(student, folder, described, whole | body.to_timm(), body.fixed_size)
+        write_heads(student, folder)
         return ""
 
     def usage(self, student: FoldedStudent) -> str:

@@ -17,21 +17,18 @@ folder is read back and compared with the student before it gets its final name.
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from einops import rearrange
-from safetensors.torch import save_file
 from torch import Tensor
 
-from .. import __version__
 from ..errors import ExportError
 from ..system.progress import quiet_transformers
 from .blocks import BlockShape, block_shape, body_tensors
 from .folded import FoldedStudent
-from .write import Format, probe_images, write_json
+from .write import Format, probe_images, write_heads, write_json, write_tensors
 
 _GAPS = ("missing_keys", "unexpected_keys", "mismatched_keys")
 
@@ -64,28 +61,22 @@ class Transformers(Format):
     def check(self, student: FoldedStudent) -> None:
         """Refuse what RadioModel cannot hold."""
         _ = student.vit  # another body is refused
-        what = ""
-        if student.config.window_size:
-            what = f"student.window_size {student.config.window_size}: RadioModel attends globally"
-            what += " in every block"
-        elif student.config.final_norm:
-            what = "student.final_norm: RadioModel ends with its last block"
-        else:
-            shape = block_shape(student, self.name)
-            if shape.gated and shape.mlp_hidden % 8:
-                what = f"a SwiGLU of {shape.mlp_hidden} channels: RadioModel rounds to multiples"
-                what += " of 8"
-        if what:
-            raise ExportError(f"transformers cannot hold {what}; export it as onnx")
+        if window := student.config.window_size:
+            raise _refusal(f"student.window_size {window}: RadioModel attends globally everywhere")
+        if student.config.final_norm:
+            raise _refusal("student.final_norm: RadioModel ends with its last block")
+        shape = block_shape(student, self.name)
+        if shape.gated and shape.mlp_hidden % 8:
+            raise _refusal(
+                f"a SwiGLU of {shape.mlp_hidden} channels: RadioModel rounds to multiples of 8"
+            )
 
     def write(self, student: FoldedStudent, folder: Path) -> str:
         """Write weights, heads and configurations."""
         _config(student).save_pretrained(folder)
-        tensors = {key: value.contiguous() for key, value in _tensors(student).items()}
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        save_file(student.model.adaptors.state_dict(), folder / "adaptors.safetensors")
+        write_tensors(folder / "model.safetensors", _tensors(student))
         write_json(folder / "preprocessor_config.json", _preprocessor(student))
-        write_json(folder / "radio_distill.json", description(student))
+        write_heads(student, folder)
         return ""
 
     def usage(self, student: FoldedStudent) -> str:
@@ -125,6 +116,10 @@ class Transformers(Format):
             if student.summary_slots:
                 expected["summary"] = tokens[:, student.summary_slots].flatten(1)
             yield expected, model.eval()(pixels)
+
+
+def _refusal(what: str) -> ExportError:
+    return ExportError(f"transformers cannot hold {what}; export it as onnx")
 
 
 def _library() -> Any:
@@ -213,19 +208,4 @@ def _preprocessor(student: FoldedStudent) -> dict[str, Any]:
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": False,
-    }
-
-
-def description(student: FoldedStudent) -> dict[str, Any]:
-    """Describe a folded student, so that its body and heads can be built without a checkpoint."""
-    checkpoint = student.checkpoint
-    slots = dict(zip(student.summary_teachers, student.summary_slots, strict=False))
-    return {
-        "student": asdict(student.plain_config),
-        "teachers": {name: asdict(spec) for name, spec in checkpoint.teachers.items()},
-        "summary_slots": slots,
-        "recipe": checkpoint.recipe.name,
-        "stage": checkpoint.stage,
-        "step": checkpoint.step,
-        "versions": {"radio_distill": __version__, "torch": torch.__version__},
     }

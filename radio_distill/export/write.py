@@ -7,13 +7,16 @@ import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
+from .. import __version__
 from ..errors import ExportError
 from ..system.files import flush, reason_of
 from ..types import Size
@@ -116,6 +119,32 @@ def new_folder(folder: Path) -> Iterator[Path]:
 def write_json(path: Path, data: Any) -> None:
     """Write JSON for people: indented, in the given order."""
     path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write safetensors as the hub's libraries expect them."""
+    contiguous = {key: value.contiguous() for key, value in tensors.items()}
+    save_file(contiguous, path, metadata={"format": "pt"})
+
+
+def write_heads(student: FoldedStudent, folder: Path) -> None:
+    """Write what :func:`radio_distill.load` reads beside a body: heads, and what a student is.
+
+    The second is ``radio_distill.json``, of which body and heads are built without a checkpoint.
+    """
+    save_file(student.model.adaptors.state_dict(), folder / "adaptors.safetensors")
+    checkpoint = student.checkpoint
+    slots = dict(zip(student.summary_teachers, student.summary_slots, strict=False))
+    description = {
+        "student": asdict(student.plain_config),
+        "teachers": {name: asdict(spec) for name, spec in checkpoint.teachers.items()},
+        "summary_slots": slots,
+        "recipe": checkpoint.recipe.name,
+        "stage": checkpoint.stage,
+        "step": checkpoint.step,
+        "versions": {"radio_distill": __version__, "torch": torch.__version__},
+    }
+    write_json(folder / "radio_distill.json", description)
 
 
 def probe_images(step: int, shapes: Sequence[tuple[int, Size]], bands: int) -> Iterator[Tensor]:

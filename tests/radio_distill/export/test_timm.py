@@ -123,7 +123,7 @@ def test_export__the_cards_example_runs(make_student, tmp_path):
     assert example
     names: dict[str, Any] = {}
     exec(example[1].replace("FOLDER", str(folder)), names)
-    summary, spatial = student.model.student(names["pixels"])
+    summary, spatial = student.model.student(names["pixels"] * names["std"] + names["mean"])
     assert names["features"].shape == rearrange(spatial, "b d h w -> b h w d").shape
     assert torch.allclose(rearrange(names["features"], "b h w d -> b d h w"), spatial, atol=1e-5)
     assert torch.allclose(names["tokens"][:, 2], summary[:, 2], atol=1e-5)
