@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from radio_distill.config import TeacherConfig
 from radio_distill.types import Features, TeacherSpec
 from teachers import build_teacher
-from upsamplers.fitted import FeatSharp
+from upsamplers.fitted import FittedUpsampler
 from upsamplers.networks import Observation
 from upsamplers.networks.featsharp import FeatSharpNetwork
 from upsamplers.networks.local_attention import LocalSelfAttention
@@ -89,7 +89,7 @@ def compare(factors: list[int], batches: list[int], repeats: int, device: torch.
     cells, patch = 16, teacher.spec.patch_size
     print("factor batch | teacher ms  network ms  rest ms | share % | us/token  native us/token")
     for factor in factors:
-        upsampler = FeatSharp.untrained(factor, {"dino": teacher.spec})
+        upsampler = FittedUpsampler.untrained("featsharp", factor, {"dino": teacher.spec})
         model = upsampler._models["dino"].to(device)
         network, fine = model.network, cells * factor
         for batch in batches:

@@ -142,6 +142,6 @@ def _upsampler(stage: Stage, teachers: Mapping[str, FrozenTeacher]) -> Upsampler
     config, kind = stage.upsampler, UPSAMPLERS.get(stage.upsampler.name)
     if hasattr(kind, "untrained"):
         specs = {name: teacher.spec for name, teacher in used.items()}
-        untrained: Upsampler = kind.untrained(config.factor, specs)
+        untrained: Upsampler = kind.untrained(config.name, config.factor, specs)
         return untrained
     return build_upsampler(config, used, stage.engine.precision)

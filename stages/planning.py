@@ -106,7 +106,7 @@ def _upsampler(models: Models, name: str) -> Upsampler:
         if hasattr(kind, "untrained"):
             specs = {key: item.spec for key, item in used.items()}
             options = fit_of(models.recipe, "", config.name, config.factor).options
-            return kind.untrained(config.factor, specs, options)
+            return kind.untrained(config.name, config.factor, specs, options)
         return build_upsampler(config, used)
     except RadioDistillError as error:
         models.problems.append(f"stages.{name}.upsampler: {error} (above, `tile` stands for it)")

@@ -45,11 +45,11 @@ assert found.spatial.shape == (2, 8, 4, 4)
 config = UpsamplerConfig(name="my_upsampler", factor=2, options={"share": 1.0})
 fine = build_upsampler(config, {"mine": teacher})(teacher, pixels, (8, 12)).spatial
 assert torch.equal(fine[..., ::2, ::2], fine[..., 1::2, 1::2])
-assert is_fitted("my_fitted") and not is_fitted("my_upsampler")
+assert is_fitted("my_network") and not is_fitted("my_upsampler")
 network = build_network("my_network", 8, 2, {"kernel": 5})
 seen = network(Observation(pixels, teacher.encode(pixels).spatial))
 assert seen.shape == (2, 8, 8, 12)
-untrained = UPSAMPLERS.get("my_fitted").untrained(2, {"mine": teacher.spec})
+untrained = UPSAMPLERS.get("my_network").untrained("my_network", 2, {"mine": teacher.spec})
 assert untrained(teacher, pixels, (8, 12)).spatial.shape == (2, 8, 8, 12)
 
 Path("images").mkdir()

@@ -1,9 +1,9 @@
 """Finer feature grids out of frozen teachers: one idea a file, all behind the Upsampler protocol.
 
 An upsampler is handed the teacher, not a feature map, because tiling calls it several times. A
-fitted upsampler is a class with ``fitted = True`` that takes ``weights={teacher: path}``; each file
-names the teacher it was fitted for (:mod:`upsamplers.fitted`). One of one's own joins through the
-entry point group ``radio_distill.upsamplers``.
+fitted upsampler has the name of its network and a file for each teacher, which names the teacher it
+was fitted for (:mod:`upsamplers.fitted`). One of one's own joins through the entry point group
+``radio_distill.upsamplers``.
 
 Importing this package does not import torch.
 """
@@ -19,25 +19,17 @@ from radio_distill.system.trust import check_sha256
 
 PROJECT = "radio-distill"
 
+FITTED = ("featup", "featsharp", "carafe", "sapa", "resize_conv", "uplift", "lift", "deconvolution",
+          "indexnet", "a2u", "fade", "resfu")  # fmt: skip
+"""Networks that recipes name as upsamplers."""
 UPSAMPLERS = Registry(
     "upsampler",
     {
+        **dict.fromkeys(FITTED, "upsamplers.fitted:FittedUpsampler"),
         "bilinear": "upsamplers.methods.interpolate:Bilinear",
         "bicubic": "upsamplers.methods.interpolate:Bicubic",
         "tile": "upsamplers.methods.tile:Tile",
         "s2": "upsamplers.methods.tile:S2",
-        "featup": "upsamplers.fitted:FeatUp",
-        "featsharp": "upsamplers.fitted:FeatSharp",
-        "carafe": "upsamplers.fitted:Carafe",
-        "sapa": "upsamplers.fitted:Sapa",
-        "resize_conv": "upsamplers.fitted:ResizeConv",
-        "uplift": "upsamplers.fitted:Uplift",
-        "lift": "upsamplers.fitted:Lift",
-        "deconvolution": "upsamplers.fitted:Deconvolution",
-        "indexnet": "upsamplers.fitted:IndexNet",
-        "a2u": "upsamplers.fitted:A2U",
-        "fade": "upsamplers.fitted:Fade",
-        "resfu": "upsamplers.fitted:ReSFU",
         "native": "upsamplers.methods.native:Native",
         "strided": "upsamplers.methods.strided:Strided",
         "anyup": "upsamplers.external:AnyUp",
@@ -82,7 +74,11 @@ def build_upsampler(
     options = check_config(config)
     arguments: dict[str, Any] = {"factor": config.factor, "micro_batch": config.micro_batch}
     if is_fitted(config.name):
-        arguments |= {"weights": _files(config, teachers), "precision": precision}
+        arguments |= {
+            "network": config.name,
+            "weights": _files(config, teachers),
+            "precision": precision,
+        }
     upsampler: Upsampler = UPSAMPLERS.get(config.name)(**(arguments | options))
     check_has(f"upsampler {config.name!r}", upsampler, ("factor", "cost", "__call__"))
     return upsampler
@@ -96,7 +92,8 @@ def check_config(config: UpsamplerConfig) -> dict[str, Any]:
     """
     name = config.name
     kind = UPSAMPLERS.get(name)
-    given = ("factor", "micro_batch", *(("weights", "precision") if is_fitted(name) else ()))
+    of_fit = ("network", "weights", "precision") if is_fitted(name) else ()
+    given = ("factor", "micro_batch", *of_fit)
     check_has(f"upsampler {name!r}", kind, ("cost", "__call__"))
     options = _options(name, kind, config.factor, config.options)
     keywords = tuple(dict.fromkeys((*given, *config.options)))
@@ -121,7 +118,8 @@ def build_per_image(name: str, factor: int, options: Mapping[str, Any]) -> Upsam
 def _options(name: str, kind: Any, factor: int, options: Mapping[str, Any]) -> dict[str, Any]:
     if factor < 1:
         raise ConfigError(f"upsampler.factor is {factor}; it must be at least 1")
-    return build_options(kind, options, f"upsampler {name}", ("factor", "micro_batch", "weights"))
+    given = ("network", "factor", "micro_batch", "weights")
+    return build_options(kind, options, f"upsampler {name}", given)
 
 
 def _files(config: UpsamplerConfig, teachers: Mapping[str, Teacher]) -> Mapping[str, str]:

@@ -1,4 +1,4 @@
-"""Fitted upsamplers: their model, and the upsamplers that recipes name.
+"""Fitted upsamplers: their model, and the upsampler that runs it.
 
 ::
 
@@ -147,9 +147,10 @@ def _resized(bias: Tensor, grid: Size) -> Tensor:
 
 
 class FittedUpsampler:
-    """Upsample each teacher with the network that was fitted to it; a subclass names the network.
+    """Upsample each teacher with the network that was fitted to it.
 
     Args:
+        network: a name in :data:`upsamplers.networks.NETWORKS`.
         factor: how much finer than the teacher's own grid.
         micro_batch: teacher images in one call, tiles counted; 0 for the teacher's own setting.
         weights: file of the fitted upsampler, by teacher name.
@@ -162,17 +163,17 @@ class FittedUpsampler:
     """
 
     fitted: ClassVar[bool] = True
-    network: ClassVar[str]
 
     def __init__(
         self,
+        network: str,
         factor: int,
         micro_batch: int = 0,
         weights: Mapping[str, str] | None = None,
         any_size: bool = False,
         precision: Literal["auto", "bfloat16", "float32"] = "auto",
     ):
-        self.factor = factor
+        self.network, self.factor = network, factor
         self._micro_batch, self._any_size, self._precision = micro_batch, any_size, precision
         self._device = torch.device("cpu")
         files = (weights or {}).items()
@@ -182,18 +183,19 @@ class FittedUpsampler:
     @classmethod
     def untrained(
         cls,
+        network: str,
         factor: int,
         specs: Mapping[str, TeacherSpec],
         options: Mapping[str, Any] | None = None,
     ) -> "FittedUpsampler":
         """Build one with random weights, which costs what a fitted one with its options does."""
-        upsampler = cls(factor, any_size=True)
+        upsampler = cls(network, factor, any_size=True)
         for name, spec in specs.items():
             channels = spec.channels
             identity = {"scale": torch.ones(()), "rotation": torch.eye(channels)}
             normalizer = PhiS().load_state({"mean": torch.zeros(channels), **identity})
-            network = build_network(cls.network, channels, factor, options or {})
-            model = UpsamplerModel(network, normalizer, channels, spec.grid(spec.native_size))
+            made = build_network(network, channels, factor, options or {})
+            model = UpsamplerModel(made, normalizer, channels, spec.grid(spec.native_size))
             upsampler._models[name] = model.eval()
         return upsampler
 
@@ -247,78 +249,6 @@ class FittedUpsampler:
                 f"shows it {given}; set teacher_sizes.{name} of the partition, fit one at that "
                 "size, or set upsampler.options.any_size"
             )
-
-
-class FeatUp(FittedUpsampler):
-    """FeatUp (arXiv 2403.10516): joint-bilateral filters under the image."""
-
-    network = "featup"
-
-
-class FeatSharp(FittedUpsampler):
-    """FeatSharp (arXiv 2502.16025): FeatUp's map and tiles, fused by local attention."""
-
-    network = "featsharp"
-
-
-class Carafe(FittedUpsampler):
-    """CARAFE (arXiv 1905.02188): kernels that the features predict."""
-
-    network = "carafe"
-
-
-class Sapa(FittedUpsampler):
-    """SAPA (arXiv 2209.12866): kernels of the similarity of colours and features."""
-
-    network = "sapa"
-
-
-class ResizeConv(FittedUpsampler):
-    """Bilinear interpolation and a 3x3 convolution of it."""
-
-    network = "resize_conv"
-
-
-class Deconvolution(FittedUpsampler):
-    """A transposed convolution that starts at bilinear interpolation."""
-
-    network = "deconvolution"
-
-
-class IndexNet(FittedUpsampler):
-    """IndexNet (arXiv 1908.00672): each cell times indices that the image predicts."""
-
-    network = "indexnet"
-
-
-class A2U(FittedUpsampler):
-    """A2U (arXiv 2011.14288): kernels of the image's second-order features."""
-
-    network = "a2u"
-
-
-class Fade(FittedUpsampler):
-    """FADE (arXiv 2207.10392): kernels that image and features predict together."""
-
-    network = "fade"
-
-
-class ReSFU(FittedUpsampler):
-    """ReSFU (arXiv 2407.02283): guided similarity of cells a coarse cell apart."""
-
-    network = "resfu"
-
-
-class Uplift(FittedUpsampler):
-    """UPLiFT (arXiv 2601.17950): steps of 2x that mix nearby cells under the image."""
-
-    network = "uplift"
-
-
-class Lift(FittedUpsampler):
-    """LiFT (ECCV 2024): steps of 2x that a U-Net of image and map writes."""
-
-    network = "lift"
 
 
 def load_model(path: str | Path) -> UpsamplerModel:

@@ -17,7 +17,8 @@ from radio_distill.normalize import NORMALIZERS
 from radio_distill.registry import Registry
 from radio_distill.system.progress import print_table, table_console
 from teachers import FIELDS, SOURCES, TEACHERS
-from upsamplers import PER_IMAGE, UPSAMPLERS
+from upsamplers import PER_IMAGE, UPSAMPLERS, is_fitted
+from upsamplers.networks import NETWORKS
 
 KINDS = ("teachers", "sources", "heads", "upsamplers", "normalizers", "benchmarks", "recipes")
 
@@ -46,7 +47,9 @@ def run(arguments: argparse.Namespace) -> int:
 def _descriptions(kind: str) -> dict[str, str]:
     """Return a line for each name."""
     if kind == "upsamplers":
-        return _of_registry(UPSAMPLERS) | _of_registry(PER_IMAGE)
+        known, networks = _of_registry(UPSAMPLERS), _of_registry(NETWORKS)
+        fitted = {name: networks.get(name, "") for name in known if is_fitted(name)}
+        return known | fitted | _of_registry(PER_IMAGE)
     if kind == "heads":
         return _of_registry(HEADS)
     if kind == "normalizers":

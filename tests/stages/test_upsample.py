@@ -17,7 +17,7 @@ from stages.commands.upsample import SIDE, paint
 from teachers import build_teacher
 from upsamplers import build_upsampler
 from upsamplers.deep_image_prior import DeepImagePrior
-from upsamplers.fitted import FeatUp, save_model
+from upsamplers.fitted import FittedUpsampler, save_model
 from upsamplers.fitted_files import FittedHeader
 from upsamplers.implicit import fit_implicit
 
@@ -62,7 +62,7 @@ def test_upsample__writes_the_upsamplers_features_and_says_of_what(photo, capsys
 def test_upsample__a_fit_s_file_says_which_upsampler_at_which_size(photo):
     teacher = build_teacher("tiny_vit", TeacherConfig(preset="tiny_vit"))
     torch.manual_seed(0)
-    fitted = FeatUp.untrained(2, {"tiny_vit": teacher.spec})._models["tiny_vit"]
+    fitted = FittedUpsampler.untrained("featup", 2, {"tiny_vit": teacher.spec})._models["tiny_vit"]
     header = FittedHeader("featup", "tiny_vit", "", 32, 2, (32, 32))
     save_model("mine.safetensors", fitted, header)
     assert upsample(photo, "--teacher", "tiny_vit", "--upsampler", "mine.safetensors") == 0

@@ -27,6 +27,7 @@ HEADER = fitted_files.FittedHeader(
 class OwnFitted:
     """A fitted upsampler, as far as building it goes."""
 
+    network: str
     factor: int
     micro_batch: int
     weights: dict

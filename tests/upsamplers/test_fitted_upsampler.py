@@ -314,7 +314,7 @@ def test_untrained__costs_and_shapes_of_a_fitted_one(tiny, kind):
     from upsamplers import UPSAMPLERS
 
     teacher = tiny("tiny_cnn")
-    upsampler = UPSAMPLERS.get(kind).untrained(2, {"tiny_cnn": teacher.spec})
+    upsampler = UPSAMPLERS.get(kind).untrained(kind, 2, {"tiny_cnn": teacher.spec})
     found = upsampler(teacher, PIXELS, (4, 6))
     assert found.spatial.shape == (2, CHANNELS, 4, 6)
     assert upsampler.cost((4, 6)) == (5 if kind == "featsharp" else 1)

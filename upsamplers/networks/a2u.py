@@ -22,7 +22,7 @@ from .guidance import FineGuide
 
 
 class A2UNetwork(nn.Module):
-    """Mix each cell's neighbourhood by the affinity of the image with itself.
+    """A2U (arXiv 2011.14288): kernels of the image's second-order features.
 
     The paper's softmax of sigmoids keeps weights within a factor e of each other: it can only blur,
     a little more here than there. It starts at the mean of the neighbourhood.

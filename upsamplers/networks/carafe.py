@@ -18,7 +18,7 @@ from . import Observation
 
 
 class CarafeNetwork(nn.Module):
-    """Predict the kernels from the features, then mix.
+    """CARAFE (arXiv 1905.02188): kernels that the features predict.
 
     Args:
         channels: C of the features.

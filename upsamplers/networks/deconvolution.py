@@ -13,7 +13,9 @@ from . import Observation
 
 
 class DeconvolutionNetwork(nn.Module):
-    """One transposed convolution, of about ``4 * C * C`` multiply-adds a fine cell.
+    """A transposed convolution that starts at bilinear interpolation.
+
+    It takes about ``4 * C * C`` multiply-adds a fine cell.
 
     Args:
         channels: C of the features.

@@ -23,7 +23,7 @@ from .guidance import FineGuide, Grouped
 
 
 class FadeNetwork(nn.Module):
-    """Predict the kernels from image and features, then mix.
+    """FADE (arXiv 2207.10392): kernels that image and features predict together.
 
     Args:
         channels: C of the features.

@@ -75,7 +75,9 @@ class Options:
 
 
 class FeatSharpNetwork(nn.Module):
-    """FeatSharp as an upsampling network; an untrained one returns its first input.
+    """FeatSharp (arXiv 2502.16025): FeatUp's map and tiles, fused by local attention.
+
+    An untrained one returns its first input.
 
     Args:
         channels: C.

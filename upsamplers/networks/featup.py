@@ -16,7 +16,9 @@ from .guidance import as_imagenet
 
 
 class FeatUpNetwork(nn.Module):
-    """Upsample the low-resolution map under the image, normalised as in the published weights.
+    """FeatUp (arXiv 2403.10516): joint-bilateral filters under the image.
+
+    The image is normalised as in the published weights.
 
     Args:
         channels: of the features.

@@ -19,7 +19,9 @@ from .guidance import FineGuide, Grouped
 
 
 class IndexNetNetwork(nn.Module):
-    """Predict ``factor * factor`` indices of each cell from the image; start at nearest neighbour.
+    """IndexNet (arXiv 1908.00672): each cell times indices that the image predicts.
+
+    There are ``factor * factor`` of each cell; they start at nearest neighbour.
 
     One map for all channels can only change how large a cell's features are here and there, not
     their direction.

@@ -22,7 +22,9 @@ CELL_PIXELS = 16
 
 
 class LiftNetwork(nn.Module):
-    """Take steps of 2x with shared weights; another factor is interpolated from the next power.
+    """LiFT (ECCV 2024): steps of 2x that a U-Net of image and map writes.
+
+    They share their weights; another factor is interpolated from the next power.
 
     Args:
         channels: C of the features.

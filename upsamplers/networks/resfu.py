@@ -31,7 +31,7 @@ _GROUPS = 4
 
 
 class ReSFUNetwork(nn.Module):
-    """Compare each fine cell with the nine around it, a low-resolution cell apart, and mix those.
+    """ReSFU (arXiv 2407.02283): guided similarity of cells a coarse cell apart.
 
     Args:
         channels: C of the features.

@@ -27,7 +27,7 @@ class BilinearNetwork(nn.Module):
 
 
 class ResizeConvNetwork(nn.Module):
-    """Interpolate bilinearly and add a 3x3 convolution of the result."""
+    """Bilinear interpolation and a 3x3 convolution of it."""
 
     tile_levels: tuple[int, ...] = ()
 

@@ -21,7 +21,7 @@ from .guidance import MeanColours
 
 
 class SapaNetwork(nn.Module):
-    """Compare each fine cell's colour with the features around it, then mix them.
+    """SAPA (arXiv 2209.12866): kernels of the similarity of colours and features.
 
     Args:
         channels: C of the features.

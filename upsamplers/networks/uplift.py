@@ -36,7 +36,9 @@ _TAPS = [(row + _REACH) * (2 * _REACH + 1) + column + _REACH for row, column in 
 
 
 class UpliftNetwork(nn.Module):
-    """Take steps of 2x with shared weights; another factor is interpolated from the next power.
+    """UPLiFT (arXiv 2601.17950): steps of 2x that mix nearby cells under the image.
+
+    They share their weights; another factor is interpolated from the next power.
 
     Args:
         channels: C of the features.

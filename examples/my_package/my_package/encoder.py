@@ -5,8 +5,9 @@ from dataclasses import replace
 from torch import nn
 
 from radio_distill.errors import WeightsError
+from radio_distill.weights.files import read_state
 from teachers.presets import Preset
-from teachers.weights import load_strict, read_state
+from teachers.weights import load_strict
 
 ARGUMENTS = {"width": "channels of the map"}  # options of a recipe: what each is
 

@@ -3,8 +3,6 @@
 from torch import nn
 from torch.nn import functional as F
 
-from upsamplers.fitted import FittedUpsampler
-
 
 class MyNetwork(nn.Module):
     """Further arguments are `fit.options`."""
@@ -21,9 +19,3 @@ class MyNetwork(nn.Module):
         """Return [B, C, h * factor, w * factor]."""
         fine = F.interpolate(observation.low, scale_factor=self.factor, mode="bilinear")
         return fine + self.mend(fine)
-
-
-class MyFitted(FittedUpsampler):
-    """What recipes name as upsampler, with a file for each teacher."""
-
-    network = "my_network"
