@@ -257,7 +257,7 @@ def load_model(path: str | Path) -> UpsamplerModel:
     network, normalizer = parts.get("network", {}), parts.get("normalizer", {})
     try:
         return assemble(header, network, normalizer, parts.get("bias", {}).get(""))
-    except (ConfigError, CheckpointError, RuntimeError, TypeError, IndexError) as error:
+    except (ConfigError, CheckpointError, RuntimeError, TypeError, ValueError, IndexError) as error:
         reason = str(error).splitlines()[-1].strip()
         raise WeightsError(
             f"upsampler {path} does not hold what its header says: {reason}"

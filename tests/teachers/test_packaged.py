@@ -15,7 +15,7 @@ from teachers import build_teacher
 from teachers.presets import PACKAGED
 from teachers.sources import packaged
 
-PICTURES = Path(__file__).resolve().parents[3] / "shared/data/real/classification/caltech101_20x60"
+IMAGES = Path(__file__).resolve().parents[3] / "shared/data/real/classification/caltech101_20x60"
 
 
 def require(name):
@@ -39,12 +39,12 @@ def cache_folder(tmp_path_factory):
 @cache
 def photographs(part, size):
     """Pixels [N, 3, size, size] and labels: 4 images of each of 8 classes."""
-    if not PICTURES.is_dir():
+    if not IMAGES.is_dir():
         pytest.skip("needs the labelled photographs beside the checkout")
     from PIL import Image
     from torchvision.transforms.functional import to_tensor
 
-    folders = sorted(path for path in (PICTURES / part).iterdir() if path.is_dir())[:8]
+    folders = sorted(path for path in (IMAGES / part).iterdir() if path.is_dir())[:8]
     files = [
         (file, label)
         for label, folder in enumerate(folders)

@@ -38,7 +38,6 @@ def make_tiny(make_student):
 
 @torch.no_grad()
 def test_export__the_reader_of_published_checkpoints_sees_the_student(make_tiny, tmp_path):
-    pytest.importorskip("transformers")
     student = make_tiny(registers=3, spectral_reparametrization=True)
     path = export(student, tmp_path / "out")
     body = student.model.student

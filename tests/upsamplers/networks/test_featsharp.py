@@ -6,7 +6,7 @@ from torch import Tensor
 
 from radio_distill.errors import ConfigError, WeightsError
 from upsamplers.convert import from_released_state
-from upsamplers.networks import Observation, build_network
+from upsamplers.networks import Observation
 from upsamplers.networks.featsharp import PRESETS, FeatSharpNetwork
 
 
@@ -131,15 +131,6 @@ def test_featsharp_network__asks_for_the_tiles_that_it_uses(factor, inputs, leve
     assert FeatSharpNetwork(8, factor, inputs=inputs).tile_levels == levels
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_featsharp_network__an_image_does_not_depend_on_its_batch(preset):
-    network = stirred(FeatSharpNetwork(8, 2, preset))
-    seen = observe(2, grid=(7, 4), batch=3)
-    last = Observation(seen.guidance[2:], seen.low[2:], {2: seen.tiles[2][2:]})
-    both, alone = network(seen), network(last)
-    torch.testing.assert_close(both[2:], alone, atol=1e-5, rtol=0)
-
-
 def test_featsharp_network__a_nan_in_a_tile_stays_near_and_in_its_image():
     network = stirred(FeatSharpNetwork(8, 2, inputs=("bilinear", "tiles")))
     seen = observe(2, grid=(15, 15))
@@ -160,13 +151,6 @@ def test_featsharp_network__bfloat16_autocast_trains_and_stays_close():
     out.float().square().mean().backward()
     torch.testing.assert_close(out.float(), expected, atol=0.1, rtol=0)
     assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
-
-
-def test_featsharp_network__state_loads_into_another():
-    options = {"preset": "released", "inputs": ["bilinear", "tiles"]}
-    first, second = (build_network("featsharp", 8, 2, options) for _ in range(2))
-    second.load_state_dict(stirred(first).state_dict())
-    torch.testing.assert_close(first(observe(2)), second(observe(2)))
 
 
 @pytest.mark.parametrize("factor", [2, 3, 4])
