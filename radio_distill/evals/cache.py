@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,12 +94,13 @@ class SummaryCache:
 
 
 def _remove_oldest(folder: Path) -> None:
-    files = sorted(
-        (path.stat().st_mtime_ns, path.stat().st_size, path)
-        for path in folder.glob("*/*.safetensors")
-    )
+    files = []
+    for path in folder.glob("*/*.safetensors"):
+        with suppress(FileNotFoundError):  # another process removed it
+            status = path.stat()
+            files.append((status.st_mtime_ns, status.st_size, path))
     excess = sum(size for _, size, _ in files) - LIMIT
-    for _, size, path in files:
+    for _, size, path in sorted(files):
         if excess <= 0:
             return
         path.unlink(missing_ok=True)

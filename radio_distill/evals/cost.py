@@ -27,6 +27,7 @@ from .datasets import DATASETS
 from .demand import Demand
 from .encoder import Encoder
 from .masks import find_pairs
+from .protocol import DATA
 from .run import BENCHMARKS, make
 from .suites import with_suite
 from .trained import TrainedBenchmark
@@ -93,7 +94,7 @@ def parts_of(name: str, config: EvaluationConfig) -> tuple[Mapping[str, int], bo
         DataError: a folder of one's own that cannot be read.
     """
     sources = set(BENCHMARKS.get(name).sources.values())
-    for dataset in (it.removeprefix("data.") for it in sources if it.startswith("data.")):
+    for dataset in (it.removeprefix(DATA) for it in sources if it.startswith(DATA)):
         kind = DATASETS.get(dataset)
         if dataset in config.data:
             try:

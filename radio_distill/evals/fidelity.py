@@ -11,7 +11,6 @@ from typing import ClassVar
 
 import torch
 from PIL.Image import Image
-from torch import Tensor
 from torch.nn import functional as F
 
 from ..config import size_pair
@@ -86,32 +85,25 @@ class Fidelity:
         }
         predicted = encoder.heads.predict(pixels[size])
         for name, target in targets.items():
-            features = target(pixels[target.size])
-            sums[name] = _Sums(features.spatial)
-            sums[name].add(predicted[name], features)
-            sums[name].fidelity.sums = sums[name].fidelity.sums.cpu()
+            sums[name] = _Sums(predicted[name], target(pixels[target.size]))
         return sums
 
 
 class _Sums:
-    """Sums over images for one teacher."""
+    """Sums over images for one teacher, on the host."""
 
-    def __init__(self, spatial: Tensor) -> None:
-        self.fidelity = FidelitySums(spatial.shape[1], spatial.device)
-        self.num_images = self.num_positions = 0
-        self.cosine = 0.0
-        self.summary_cosine: float | None = None
-
-    def add(self, predicted: Features, target: Features) -> None:
+    def __init__(self, predicted: Features, target: Features) -> None:
         x, y = align(predicted.spatial, target.spatial, "smaller")
         x, y = x.double(), y.double()  # [B, C, h, w]
+        self.fidelity = FidelitySums(y.shape[1], y.device)
         self.fidelity.update(x, y)
-        self.num_images += len(y)
-        self.num_positions += y.numel() // y.shape[1]
-        self.cosine += F.cosine_similarity(x, y, dim=1).sum().item()
+        self.fidelity.sums = self.fidelity.sums.cpu()
+        self.num_images, self.num_positions = len(y), y.numel() // y.shape[1]
+        self.cosine = F.cosine_similarity(x, y, dim=1).sum().item()
+        self.summary_cosine: float | None = None
         if target.summary is not None and predicted.summary is not None:
             cosine = F.cosine_similarity(predicted.summary.double(), target.summary.double(), dim=1)
-            self.summary_cosine = (self.summary_cosine or 0.0) + cosine.sum().item()
+            self.summary_cosine = cosine.sum().item()
 
     def merge(self, other: "_Sums") -> None:
         """Add those of other images."""

@@ -18,8 +18,8 @@ _NO_PROTOCOL = ("batch_size", "seed", "workers")
 _FOLDERS = ("images", "labels", "segmentation")
 """Fields of `evaluation` that say where somebody's own images lie."""
 _QUICK = "-quick"
-_DATA = "data."
-"""What a source of a benchmark begins with that is a data set by name."""
+DATA = "data."
+"""How a benchmark's ``sources`` begin where they name a data set."""
 
 
 def protocol_of(benchmark: Any, name: str = "", **facts: Any) -> str:
@@ -38,8 +38,8 @@ def protocol_of(benchmark: Any, name: str = "", **facts: Any) -> str:
     values: dict[str, Any] = {"version": getattr(benchmark, "version", 1)}
     for field in fields(benchmark):
         source = sources.get(field.name, "")
-        if source.startswith(_DATA):
-            values[field.name] = source.removeprefix(_DATA)
+        if source.startswith(DATA):
+            values[field.name] = source.removeprefix(DATA)
         elif field.name not in _NO_PROTOCOL and source not in _FOLDERS:
             values[field.name] = getattr(benchmark, field.name)
     name = name or benchmark.name

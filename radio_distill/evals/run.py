@@ -32,7 +32,7 @@ from .cache import SummaryCache
 from .datasets import DATASETS
 from .encoder import Encoder
 from .masks import open_set
-from .protocol import protocol_of, quick
+from .protocol import DATA, protocol_of, quick
 
 if TYPE_CHECKING:
     from .examples import Shown
@@ -69,9 +69,6 @@ BENCHMARKS = Registry(
         "voc": "radio_distill.evals.semantic:Voc",
     },
 )
-
-_DATA = "data."
-"""How a benchmark's ``sources`` begin where they name a data set."""
 
 
 def make(name: str, config: EvaluationConfig) -> Benchmark:
@@ -118,14 +115,14 @@ def check_data(config: EvaluationConfig) -> None:
         labelled_images(config.labels)
     if "segmentation" in fields:
         open_set(config.segmentation, config.limit or None, config.segmentation_ignore)
-    for dataset in {field.removeprefix(_DATA) for field in fields if field.startswith(_DATA)}:
+    for dataset in {field.removeprefix(DATA) for field in fields if field.startswith(DATA)}:
         DATASETS.get(dataset)(config.data[dataset]).check()
 
 
 def source_value(config: EvaluationConfig, field: str) -> Any:
     """Return a field of ``evaluation``, or with ``data.NAME`` the path of a data set."""
-    if field.startswith(_DATA):
-        return config.data.get(field.removeprefix(_DATA), "")
+    if field.startswith(DATA):
+        return config.data.get(field.removeprefix(DATA), "")
     return getattr(config, field)
 
 
@@ -139,7 +136,7 @@ def _check_benchmark(name: str, kind: Any) -> None:
         raise ConfigError(f"{what} is no dataclass; its fields are what a recipe can set")
     own = {field.name for field in fields(kind)}
     known = {field.name for field in fields(EvaluationConfig)} - {"data"}
-    known |= {_DATA + dataset for dataset in DATASETS.names()}
+    known |= {DATA + dataset for dataset in DATASETS.names()}
     if not isinstance(sources, Mapping):
         raise ConfigError(
             f"{what}: sources is a {type(sources).__name__}, not a mapping of its own fields to "

@@ -8,7 +8,7 @@ the decoder. Left out: boxes that a detector finds.
 
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -23,15 +23,14 @@ from torch.nn import functional as F
 
 from ..data.folder import spread
 from ..errors import ConfigError
-from ..system.distributed import current_world, share_out
 from ..types import Report, Score, Size, unheard
 from .datasets.coco import Coco, CocoImage, CocoObject
 from .demand import Demand, at_most
 from .encoder import Encoder, open_image
-from .examples import Show, ShownMaps, shown_of
+from .examples import Show, ShownMaps
 from .metrics.masks import mask_iou, mean_iou_by_area
 from .protocol import protocol_of
-from .shared import scores_of
+from .shared import answers, scores_of
 
 logger = logging.getLogger(__name__)
 
@@ -77,23 +76,17 @@ class SamCoco:
             if item.area >= 1:
                 objects.setdefault(item.image, []).append(item)
         decoder = load_decoder(self.decoder, encoder.device)
-        images, world = spread(list(objects), limit), current_world()
+        images, fits = spread(list(objects), limit), True
 
-        def ask(own: Sequence[CocoImage]) -> Iterator[list[float] | None]:
-            shown = shown_of(len(own), show if world.is_main else None)
-            for done, image in enumerate(own, start=1):
-                seen = show if done - 1 in shown else None
-                found = self._ious(encoder, decoder, image, objects[image], seen)
-                yield found
-                if found is None:
-                    yield from [None] * (len(own) - done)
-                    return
-                progress(min(done * world.world_size, len(images)), len(images))
+        def ask(image: CocoImage, show: Show | None) -> list[float] | None:
+            nonlocal fits
+            found = self._ious(encoder, decoder, image, objects[image], show) if fits else None
+            fits = found is not None
+            return found
 
-        answers = [found for found in share_out(images, ask) if found is not None]
-        if not answers:
+        ious = [iou for found in answers(images, ask, progress, show) for iou in found or ()]
+        if not ious:
             return []
-        ious = [iou for found in answers for iou in found]
         areas = [item.area for image in images for item in objects[image]]
         protocol = protocol_of(
             replace(self, decoder=""), decoder=decoder.digest, images=len(images), masks=len(ious)

@@ -17,7 +17,7 @@ from typing import Any
 
 from ..config import build
 from ..errors import DataError
-from ..system.files import reason_of, replacing
+from ..system.files import locked, reason_of, replacing
 from ..types import Score
 from .gain import Measured, Metric
 from .headlines import HEADLINES
@@ -110,6 +110,12 @@ def write_scores(path: str | Path, subject: Subject, scores: Sequence[Score]) ->
         DataError: the file that is there holds something else.
     """
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with locked(path.parent):  # others may add theirs to the same file
+        _add_scores(path, subject, scores)
+
+
+def _add_scores(path: Path, subject: Subject, scores: Sequence[Score]) -> None:
     benchmarks = {score.benchmark for score in scores}
     entries = [
         (former, line)

@@ -7,7 +7,7 @@ class, and a cell stands for its upper left corner, which is off by up to one ce
 usual in papers on semantic correspondence, stands beside it: all pairs, and cells at their centres.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -19,14 +19,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..data.folder import in_batches, spread
-from ..system.distributed import current_world, share_out
 from ..types import Report, Score, unheard
 from .datasets.spair import Spair, SpairPair
 from .demand import Demand, at_most
 from .encoder import Encoder, open_image, to_pixels
-from .examples import Show, ShownMatches, shown_matches, shown_of
+from .examples import Show, ShownMatches, shown_matches
 from .metrics.matching import pck_per_image, pck_per_point, transfer_errors, transferred
 from .protocol import protocol_of
+from .shared import answers
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,24 +85,18 @@ class KeypointTransfer:
         by_category: dict[str, list[SpairPair]] = {}
         for pair in pairs:
             by_category.setdefault(pair.category, []).append(pair)
-        world = current_world()
 
-        def match(own: Sequence[str]) -> Iterator[list[_Matched]]:
-            mine = [pair for category in own for pair in by_category[category]]
-            numbers = shown_of(len(mine), show if world.is_main else None)
-            shown, done = {mine[number].key for number in numbers}, 0
-            for category in own:
-                some = by_category[category]
-                maps = self._encode(encoder, some)
-                for pair in some:
-                    if show is not None and pair.key in shown:
-                        show(self._example(pair, maps))
-                yield [_match(pair, maps) for pair in some]
-                done += len(some)
-                progress(min(done * world.world_size, len(pairs)), len(pairs))
+        def match(category: str, show: Show | None) -> list[_Matched]:
+            some = by_category[category]
+            maps = self._encode(encoder, some)
+            if show is not None:
+                show(self._example(some[0], maps))
+            return [_match(pair, maps) for pair in some]
 
-        matched = share_out(list(by_category), match)
-        progress(len(pairs), len(pairs))
+        def report(done: int, categories: int) -> None:
+            progress(len(pairs) * done // categories, len(pairs))
+
+        matched = answers(list(by_category), match, report, show)
         return self._scores(dict(zip(by_category, matched, strict=True)))
 
     def _encode(self, encoder: Encoder, pairs: Sequence[SpairPair]) -> dict[Path, Tensor]:

@@ -21,6 +21,7 @@ from ..errors import ConfigError
 from ..registry import nearest
 from ..types import Suite
 from .headlines import HEADLINES
+from .protocol import DATA
 from .run import BENCHMARKS, source_value
 
 PUBLISHED = (
@@ -114,7 +115,7 @@ def _reason_against(name: str, config: EvaluationConfig) -> str:
 
 def _quick_options(name: str) -> dict[str, Any]:
     kind = BENCHMARKS.get(name)
-    if not any(source.startswith("data.") for source in kind.sources.values()):
+    if not any(source.startswith(DATA) for source in kind.sources.values()):
         return {"scales": (1.0, 2.0)} if name == "agreement" else {}
     own = {field.name for field in fields(kind)} - kind.sources.keys()
     values = QUICK | (QUICK_PYRAMID if "hidden" in own else {})

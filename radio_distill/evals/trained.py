@@ -28,7 +28,7 @@ from .demand import Demand, at_most
 from .encoder import Encoder, open_image
 from .examples import Show, Shown, shown_maps, shown_of
 from .probe_training import Example, Heads, encode, examples, in_whole_patches, train
-from .protocol import protocol_of
+from .protocol import DATA, protocol_of
 
 Decay = Literal["linear", "poly", "cosine", "quarter", "step"]
 logger = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ class TrainedBenchmark(ABC):
 
     def dataset(self) -> Any:
         """Return the data set that ``data`` is the folder of."""
-        return DATASETS.get(self.sources["data"].removeprefix("data."))(Path(self.data))
+        return DATASETS.get(self.sources["data"].removeprefix(DATA))(Path(self.data))
 
     def images(self) -> tuple[Sequence[Any], Sequence[Any]]:
         """List the images to train and to test on, ``datasets.LabelledImage``."""

@@ -1,5 +1,6 @@
 """Files that are written whole or not at all, their checksums, and names that are fit for a log."""
 
+import fcntl
 import hashlib
 import itertools
 import os
@@ -7,7 +8,7 @@ import stat
 import tempfile
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -41,6 +42,22 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep out others that lock a folder too, processes and threads, while the block runs.
+
+    The lock is the operating system's, on the folder itself: it ends with its process and leaves no
+    file behind. Where a file system has none, nobody is kept out.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,4 +1,5 @@
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
@@ -111,6 +112,14 @@ def test_write_scores__failure_leaves_the_earlier_file(tmp_path: Path) -> None:
     path.write_text("no score\n")
     with pytest.raises(DataError, match="line 1"):
         write_scores(path, subject(), [score(1.0)])
+
+
+def test_write_scores__of_several_at_once_none_is_lost(tmp_path: Path) -> None:
+    path = tmp_path / "scores.jsonl"
+    with ThreadPoolExecutor(4) as pool:
+        runs = [subject(f"run{number}", recipe=f"r{number}") for number in range(24)]
+        list(pool.map(lambda run: write(path, run), runs))
+    assert len(values(path)) == 24
 
 
 def test_read_scores__two_runs_of_unlike_recipes_are_two_models(tmp_path: Path) -> None:
