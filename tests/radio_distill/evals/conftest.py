@@ -1,5 +1,6 @@
 """Encoders whose answers are known, and small folders of images."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -81,9 +82,13 @@ def photographs(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def real() -> Path:
-    """Photographs and labels kept beside the checkout, where there are any."""
-    folder = Path(__file__).resolve().parents[3].parent / "shared" / "data" / "real"
-    if not folder.is_dir():
-        pytest.skip("no real images beside the checkout")
-    return folder
+def real() -> Callable[[str], Path]:
+    """Find a folder of photographs and labels that are kept beside the checkout, where it is."""
+
+    def find(name: str) -> Path:
+        folder = Path(__file__).resolve().parents[3].parent / "shared" / "data" / "real" / name
+        if not folder.is_dir():
+            pytest.skip(f"no {name} beside the checkout")
+        return folder
+
+    return find

@@ -257,10 +257,7 @@ def test_box_precision__a_crowd_is_neither_right_nor_wrong():
 
 
 def test_real__boxes_of_coco(real):
-    coco51 = real / "evaluation" / "coco51"
-    if not coco51.is_dir():
-        pytest.skip("no COCO beside the checkout")
-    probe = CocoDetection(data=str(coco51))
+    probe = CocoDetection(data=str(real("evaluation/coco51")))
     train, test = probe.images()
     assert (len(train), len(test)) == (26, 25)
     meters = probe.meters("cpu")

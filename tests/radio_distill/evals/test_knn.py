@@ -201,7 +201,7 @@ def test_knn__fewer_images_than_classes_is_said(colours, colour_classes, caplog)
 
 
 def test_knn__real_images_beat_chance_by_colour_alone(colours, real):
-    folder = real / "classification" / "caltech101_20x60"
+    folder = real("classification/caltech101_20x60")
     score, _ = Knn(str(folder), 32).run(Encoder("flat", lambda p: colours(16).encode(p), 16), 100)
     assert score.num_samples == 100
     assert score.value > 2 * 100 / 20

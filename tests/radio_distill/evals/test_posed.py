@@ -125,9 +125,7 @@ def test_redwood__a_trajectory_of_other_frames_is_one_line(tmp_path):
 
 def test_rgbd__poses_of_real_frames_bring_depth_to_depth(real):
     """Points of the first frame, moved to the last one's camera, have the depth measured there."""
-    folder = real / "evaluation" / "redwood5"
-    if not folder.is_dir():
-        pytest.skip("no posed frames beside the checkout")
+    folder = real("evaluation/redwood5")
     benchmark = RgbdMatching(str(folder), stride=4)
     frames = Redwood(folder).frames()
     first, last = benchmark.view(frames[0]), benchmark.view(frames[-1])
@@ -144,9 +142,7 @@ def test_rgbd__poses_of_real_frames_bring_depth_to_depth(real):
 
 
 def test_rgbd__blind_encoder_scores_on_real_frames(real):
-    folder = real / "evaluation" / "redwood5"
-    if not folder.is_dir():
-        pytest.skip("no posed frames beside the checkout")
+    folder = real("evaluation/redwood5")
 
     def encode(pixels):
         return Features(None, torch.ones(len(pixels), 2, 24, 32))

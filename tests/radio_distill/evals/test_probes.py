@@ -1,7 +1,5 @@
 """The probe of a teacher's space is the best one there is, and honest about finer maps."""
 
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,7 +12,6 @@ from radio_distill.evals.metrics.segmentation import mean_iou
 from radio_distill.evals.probes import Lbfgs, LinearProbe, training_set
 from upsamplers.comparison import preserved
 
-COCO = Path(__file__).resolve().parents[4] / "shared/data/real/segmentation/coco"
 GRID, SIZE, CLASSES = 8, 32, 3
 
 
@@ -123,13 +120,12 @@ def test_linear_probe__bad_input(probe: LinearProbe) -> None:
         preserved(probe, low, labels)
 
 
-@pytest.mark.skipif(not COCO.is_dir(), reason="no photographs here")
-def test_preservation__real_masks() -> None:
+def test_preservation__real_masks(real) -> None:
     """Colours are poor features, but their probe beats chance, and pixels beat cells."""
-    both = {}
-    classes = sets.labelled_classes([mask for _, mask in sets.find_pairs(str(COCO), "train")])
+    both, folder = {}, str(real("segmentation/coco"))
+    classes = sets.labelled_classes([mask for _, mask in sets.find_pairs(folder, "train")])
     for split in ("train", "val"):
-        pairs = sets.find_pairs(str(COCO), split)[:8]
+        pairs = sets.find_pairs(folder, split)[:8]
         images = [to_pixels(image, (64, 64)) for image, _ in pairs]
         masks = [sets.read_mask(mask, 64, classes) for _, mask in pairs]
         both[split] = torch.stack(images), torch.stack(masks)

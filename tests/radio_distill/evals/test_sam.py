@@ -172,9 +172,7 @@ def test_load_decoder__what_is_wrong_is_one_line(tmp_path, folder):
 
 
 def test_sam_coco__a_box_is_no_mask_on_real_pictures(real, monkeypatch):
-    coco51 = real / "evaluation" / "coco51"
-    if not coco51.is_dir():
-        pytest.skip("no COCO beside the checkout")
+    coco51 = real("evaluation/coco51")
     monkeypatch.setattr(sam, "load_decoder", lambda *_: Boxes())
     scores = {score.metric: score.value for score in SamCoco(str(coco51)).run(_encoder())}
     assert scores.keys() == {"iou", "iou/small", "iou/medium", "iou/large"}

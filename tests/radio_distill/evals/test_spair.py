@@ -1,5 +1,3 @@
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -72,10 +70,8 @@ def test_spair__another_folder_is_one_line(colours, tmp_path):
         KeypointTransfer(str(tmp_path)).run(colours(8))
 
 
-def test_spair__reads_real_pictures(colours, real: Path):
-    folder = real / "evaluation" / "spair_like"
-    if not folder.is_dir():
-        pytest.skip("no pairs beside the checkout")
+def test_spair__reads_real_pictures(colours, real):
+    folder = real("evaluation/spair_like")
     scores = KeypointTransfer(str(folder), size=64).run(colours(8))
     assert {score.num_samples for score in scores} == {90}
     assert _values(scores)["recall@0.10"] < 30

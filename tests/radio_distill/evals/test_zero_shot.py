@@ -179,9 +179,7 @@ def test_retrieval__a_caption_of_another_picture_is_not_right(hues, tmp_path):
 
 
 def test_retrieval__reads_real_captions(colours, real, tmp_path):
-    folder = real / "evaluation" / "coco51"
-    if not folder.is_dir():
-        pytest.skip("no captions beside the checkout")
+    folder = real("evaluation/coco51")
 
     def encode(pixels):
         return Features(torch.ones(len(pixels), 32), torch.ones(len(pixels), 3, 2, 2))

@@ -93,7 +93,7 @@ def test_retrieval__a_truncated_list(tmp_path, line):
 
 def test_real__coco(real):
     pytest.importorskip("faster_coco_eval")
-    data = Coco(real / "coco51")
+    data = Coco(real("evaluation/coco51"))
     assert data.check().counts == {"train": 26, "val": 25, "instances": 213}
     objects = data.objects("val").objects
     for item in objects:
@@ -103,17 +103,14 @@ def test_real__coco(real):
             assert item.mask().sum() == sum(item.segmentation["counts"][1::2])
     areas = torch.tensor([(item.mask().sum(), item.area) for item in objects if item.area > 1000])
     assert (areas[:, 0] / areas[:, 1] - 1).abs().max() < 0.1
-    retrieval = CocoRetrieval(real / "coco51").check()
+    retrieval = CocoRetrieval(real("evaluation/coco51")).check()
     assert retrieval.missing == ["images: 25 of 5,000", "captions: 125 of 25,010"]
 
 
 def test_real__codes_made_of_panoptic_masks(real, tmp_path):
     pytest.importorskip("faster_coco_eval")
-    (tmp_path / "annotations").symlink_to(real / "coco53" / "annotations")
-    pictures = real.parent / "segmentation" / "coco" / "images" / "val"
-    if not pictures.is_dir():
-        pytest.skip("no images of the codes")
-    (tmp_path / "val2017").symlink_to(pictures)
+    (tmp_path / "annotations").symlink_to(real("evaluation/coco53") / "annotations")
+    (tmp_path / "val2017").symlink_to(real("segmentation/coco/images/val"))
     objects = Coco(tmp_path).objects("val").objects
     assert len(objects) == 174
     assert all(item.mask().sum() == item.area for item in objects)

@@ -76,7 +76,7 @@ def test_spair__a_damaged_pair_and_an_empty_split(tmp_path):
 
 
 def test_real__spair(real):
-    pairs = Spair(real / "spair_like").pairs()
+    pairs = Spair(real("evaluation/spair_like")).pairs()
     assert len(pairs) == 90
     assert sum(len(pair.keypoints().source) for pair in pairs if pair.category == "horse") > 0
     for pair in pairs[:20]:
@@ -157,7 +157,7 @@ def test_navi__a_picture_without_depth_or_annotation(tmp_path):
 
 def test_real__poses_carry_depth_from_frame_to_frame(real, tmp_path):
     pytest.importorskip("scipy")
-    images = Navi(layouts.navi_of_redwood(tmp_path, real / "redwood5")).split("val")
+    images = Navi(layouts.navi_of_redwood(tmp_path, real("evaluation/redwood5"))).split("val")
     first, last = images[0], images[4]
     depth, other = (item.labels()["depth"] for item in (first, last))
     camera = first.intrinsics((480, 640))

@@ -119,7 +119,7 @@ def test_real__depth_in_millimetres(real, tmp_path):
     scene = tmp_path / "office"
     scene.mkdir()
     for name, source in (("rgb_0.png", "nyu_color.png"), ("sync_depth_0.png", "nyu_depth_mm.png")):
-        (scene / name).symlink_to(real / "rgbd_single" / source)
+        (scene / name).symlink_to(real("evaluation/rgbd_single") / source)
     layouts.write(tmp_path / "nyu_test.txt", "office/rgb_0.png office/sync_depth_0.png 518.8579\n")
     (item,) = NyuDepth(tmp_path).split("val")
     depth = item.labels()["depth"]

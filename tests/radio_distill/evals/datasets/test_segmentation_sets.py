@@ -97,7 +97,7 @@ def test_dataset__a_wrong_folder_and_none_are_one_line(name, tmp_path):
 def test_real__ade20k(real, tmp_path):
     for kind in ("images", "annotations"):
         (tmp_path / kind).mkdir()
-        (tmp_path / kind / "validation").symlink_to(real / "ade20k_3" / kind)
+        (tmp_path / kind / "validation").symlink_to(real("evaluation/ade20k_3") / kind)
     for item in Ade20k(tmp_path).split("val"):
         labels = item.labels()["segmentation"]
         assert labels.shape == Image.open(item.image).size[::-1]
@@ -107,7 +107,7 @@ def test_real__ade20k(real, tmp_path):
 
 def test_real__voc(real, tmp_path):
     for kind in ("JPEGImages", "SegmentationClass"):
-        (tmp_path / kind).symlink_to(real / "voc_3" / kind)
+        (tmp_path / kind).symlink_to(real("evaluation/voc_3") / kind)
     stems = sorted(path.stem for path in (tmp_path / "JPEGImages").iterdir())
     layouts.write(tmp_path / "ImageSets" / "Segmentation" / "val.txt", "\n".join(stems))
     shown = set()
@@ -121,7 +121,7 @@ def test_real__voc(real, tmp_path):
 
 def test_real__voc_of_cocos_pictures(real, tmp_path):
     pytest.importorskip("faster_coco_eval")
-    data = Voc(layouts.voc_of_coco(tmp_path, Coco(real / "coco51")))
+    data = Voc(layouts.voc_of_coco(tmp_path, Coco(real("evaluation/coco51"))))
     assert data.check().counts == {"train": 26, "val": 25}
     shown = {split: set[int]() for split in ("train", "val")}
     for split, classes in shown.items():
