@@ -26,8 +26,6 @@ from .reading import (
 from .resolve import (
     AUTO,
     AUTO_MICRO_BATCH,
-    CHOSEN_ANEW,
-    KEPT,
     Facts,
     dtypes_of,
     images_shown,

@@ -24,7 +24,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..config import DataConfig, plain
-from ..data.images import BadImageError, centre_origin, decode_pixels, render, to_float
+from ..data.bands import decode
+from ..data.images import BadImageError, centre_origin, render, to_float
 from ..data.loader import made_by_workers
 from ..data.tar_index import Shard
 from ..data.tar_reader import ShardReader
@@ -173,7 +174,7 @@ class _Batch(NamedTuple):
     """Images on their way from a worker."""
 
     views: Tensor
-    """``[B, 3, H, W]`` uint8, channels last; black where an image cannot be used."""
+    """``[B, bands, H, W]`` uint8, channels last; black where an image cannot be used."""
     pixels: Tensor
     """``[B]`` int64, as in :class:`Summaries`."""
 
@@ -187,7 +188,7 @@ class _Centres:
 
     def batch(self, task: _Task) -> _Batch:
         """Decode some samples."""
-        shape = (task.stop - task.start, 3, *self._size)
+        shape = (task.stop - task.start, self._config.bands, *self._size)
         views = torch.zeros(shape, dtype=torch.uint8).to(memory_format=torch.channels_last)
         pixels = torch.zeros(len(views), dtype=torch.int64)
         for row, image in enumerate(self._images(task)):
@@ -199,11 +200,10 @@ class _Centres:
 
     def _images(self, task: _Task) -> Iterator[Tensor | None]:
         """Yield the images, None for one that training would replace."""
-        limits = {"max_pixels": self._config.max_pixels, "min_size": self._config.min_size}
         for number in range(task.start, task.stop):
             try:
                 sample = self._reader.sample(task.shard, number)
-                yield decode_pixels(self._reader.image_bytes(task.shard, sample), **limits)
+                yield decode(self._reader.image_bytes(task.shard, sample), self._config)
             except BadImageError as error:
                 if error.kind in _PASSING:
                     raise DataError(f"{error}; start again to go on") from error

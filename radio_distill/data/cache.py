@@ -50,7 +50,7 @@ def cache_of(config: DataConfig) -> Cache | None:
 def reserve(cache: Cache, part: Path, size: int, must: bool) -> BinaryIO | None:
     """Open an unfinished copy that takes its room at once."""
     with locked_file(cache.folder / ".lock"):
-        if not make_room(cache, size, locked=True) and not must:
+        if not _make_room(cache, size) and not must:
             return None
         file = part.open("w+b")
         flock(file, fcntl.LOCK_EX)
@@ -58,11 +58,14 @@ def reserve(cache: Cache, part: Path, size: int, must: bool) -> BinaryIO | None:
         return file
 
 
-def make_room(cache: Cache, size: int = 0, locked: bool = False) -> bool:
-    """Remove the copies that are longest not in use; returns whether ``size`` bytes fit now."""
-    if not locked:
-        with locked_file(cache.folder / ".lock"):
-            return make_room(cache, size, locked=True)
+def make_room(cache: Cache) -> None:
+    """Remove the copies that are longest not in use, as far as they are above the bound."""
+    with locked_file(cache.folder / ".lock"):
+        _make_room(cache, 0)
+
+
+def _make_room(cache: Cache, size: int) -> bool:
+    """Remove them under the lock; returns whether ``size`` bytes more fit now."""
     files = []
     for entry in os.scandir(cache.folder):
         if entry.name.endswith((".tar", ".part")):

@@ -24,6 +24,7 @@ from .tar_reader import ShardReader
 
 SIZE_STEPS = (0, 64, 128, 256, 512, 1024, 2048, 4096)
 """Borders of the histogram of shortest sides, in pixels."""
+_THREADS = 2
 
 
 @dataclass
@@ -86,7 +87,6 @@ def check_shards(
     patterns: Sequence[str],
     config: DataConfig,
     progress: Callable[[int, int], None] | None = None,
-    threads: int = 2,
 ) -> ShardReport:
     """Decode every image under the limits of ``config``.
 
@@ -95,7 +95,6 @@ def check_shards(
     Args:
         patterns: as ``data.shards``.
         progress: called with shards done and shards in all.
-        threads: that look at one shard each.
 
     Raises:
         DataError: no shards found. Damage is reported, not raised.
@@ -103,7 +102,7 @@ def check_shards(
     """
     found = find_shards(patterns, cache_of(config))
     report, shards = ShardReport(num_shards=len(found.paths)), []
-    with warnings.catch_warnings(), ThreadPoolExecutor(threads) as pool:
+    with warnings.catch_warnings(), ThreadPoolExecutor(_THREADS) as pool:
         warnings.filterwarnings("ignore", module="PIL")  # what matters is reported
         results = pool.map(lambda path: _check_shard(path, config), found.paths)
         for done, result in enumerate(results, 1):

@@ -19,7 +19,7 @@ import shlex
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from itertools import islice
 from pathlib import Path
 
@@ -86,7 +86,7 @@ class Tree:
     has_arrays: bool = False
     """Whether arrays are images too, as those of ``data.bands`` are."""
 
-    @property
+    @cached_property
     def images(self) -> list[Path]:
         """Files whose suffix says that they are images, and that this installation decodes."""
         known = readable_suffixes().union(ARRAY_SUFFIXES if self.has_arrays else ())

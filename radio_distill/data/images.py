@@ -119,10 +119,9 @@ class BadImageError(DataError):
         self.kind = kind
 
 
-def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS, min_size: int = 1) -> Image.Image:
+def decode_image(data: bytes) -> Image.Image:
     """Decode an image as :func:`decode_pixels` does, for those who draw or resize with Pillow."""
-    pixels = decode_pixels(data, max_pixels=max_pixels, min_size=min_size)
-    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    return Image.fromarray(decode_pixels(data).permute(1, 2, 0).numpy())
 
 
 def decode_pixels(data: bytes, *, max_pixels: int = MAX_PIXELS, min_size: int = 1) -> Tensor:

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from ..config import DataConfig, plain
-from ..errors import DataError
+from ..errors import DataError, RadioDistillError
 from ..system.signals import SIGNALS
 from ..types import ImageBatch, Size, View, ViewOrigin
 from .ahead import Ahead
@@ -192,23 +192,13 @@ class ShardBatches:
         self._counter = BadImageCounter(config.max_bad_share)
 
     @property
-    def num_images(self) -> int:
-        """Images in all shards that are in use."""
-        return self._order.num_samples
-
-    @property
     def fingerprint(self) -> str:
         """sha256 of all that the order depends on besides the recipe; see ``Sources``."""
         return self._sources.fingerprint
 
     @property
-    def num_reads(self) -> int:
-        """Images read for this process since it started, substitutes included."""
-        return self._counter.num_reads
-
-    @property
     def bad(self) -> dict[str, int]:
-        """Number of those reads that were bad, by kind."""
+        """Number of images read for this process, since it started, that were bad, by kind."""
         return dict(self._counter.bad)
 
     def batches(self, start_step: int) -> Iterator[list[ImageBatch]]:
@@ -336,7 +326,9 @@ class _Made(Dataset[Any]):
     def __getitem__(self, task: Any) -> Any:
         try:
             return self._make(task)
-        except DataError as error:  # as a value, for DataLoader would wrap it in a stack trace
+        except (
+            RadioDistillError
+        ) as error:  # as a value, for DataLoader would wrap it in a stack trace
             return error
 
 
@@ -345,7 +337,7 @@ def _as_is(item: Any) -> Any:
 
 
 def _or_raised(item: Any) -> Any:
-    if isinstance(item, DataError):
+    if isinstance(item, RadioDistillError):
         raise item
     return item
 
@@ -372,7 +364,7 @@ def made_by_workers(
     program.
 
     Args:
-        make: may raise DataError, which is raised here too.
+        make: may raise an error of ours, which is raised here too.
         tasks: may be endless.
         workers: processes; 0 for this one.
         ahead: items that each of them makes before they are asked for.

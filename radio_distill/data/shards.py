@@ -56,7 +56,6 @@ def write_shards(
     out: Path,
     *,
     images_per_shard: int = 1000,
-    prefix: str = "shard",
     labels: bool = False,
     limits: DataConfig | None = None,
     hold_out: float = 0.0,
@@ -100,17 +99,16 @@ def write_shards(
     if held:
         parts[held_out_folder(out)] = [path for path in tree.images if path in held]
     for place in parts:
-        if list(place.glob(f"{prefix}-*.tar")):
+        if list(place.glob("shard-*.tar")):
             raise DataError(
-                f"{printable(place)} already holds {prefix}-*.tar; remove them or choose another "
-                "folder"
+                f"{printable(place)} already holds shard-*.tar; remove them, or name another folder"
             )
     classes = _classes(tree.images, source) if labels else {}
     packer = _Packer(source, tree, classes, limits, progress)
     made: list[tuple[tuple[Path, ...], int]] = []
     for place, paths in parts.items():
         try:
-            names = _write(packer, paths, place, images_per_shard, prefix)
+            names = _write(packer, paths, place, images_per_shard)
         except OSError as error:
             reason = reason_of(error)
             raise DataError(f"cannot write shards to {printable(place)}: {reason}") from error
@@ -329,9 +327,7 @@ def _listed(counts: Counter[str]) -> str:
     return ", ".join(words) + (", …" if len(counts) > _SHOWN else "")
 
 
-def _write(
-    packer: _Packer, paths: Sequence[Path], out: Path, images_per_shard: int, prefix: str
-) -> list[str]:
+def _write(packer: _Packer, paths: Sequence[Path], out: Path, images_per_shard: int) -> list[str]:
     """Write all shards to a hidden folder, then move them; returns their names."""
     from webdataset import TarWriter
 
@@ -340,7 +336,7 @@ def _write(
     samples = packer.samples(paths)
     with tempfile.TemporaryDirectory(dir=out, prefix=".writing-") as folder:
         for first in samples:
-            names.append(f"{prefix}-{len(names):06d}.tar")
+            names.append(f"shard-{len(names):06d}.tar")
             path = Path(folder, names[-1])
             with path.open("wb") as file, TarWriter(file, encoder=False, mtime=0) as writer:
                 for sample in chain([first], islice(samples, images_per_shard - 1)):

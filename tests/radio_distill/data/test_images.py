@@ -126,12 +126,12 @@ def test_decode_image__animation_gives_first_frame(encode, kind):
 
 def test_decode_image__limits_are_inclusive(encode):
     data = encode(1, size=(40, 50))
-    assert decode_image(data, max_pixels=2000, min_size=40).size == (50, 40)
+    assert decode_pixels(data, max_pixels=2000, min_size=40).shape == (3, 40, 50)
     with pytest.raises(BadImageError, match=r"50x40.*1999") as error:
-        decode_image(data, max_pixels=1999, min_size=1)
+        decode_pixels(data, max_pixels=1999, min_size=1)
     assert error.value.kind == "too_large"
     with pytest.raises(BadImageError, match="41") as error:
-        decode_image(data, max_pixels=2000, min_size=41)
+        decode_pixels(data, max_pixels=2000, min_size=41)
     assert error.value.kind == "too_small"
 
 
@@ -160,10 +160,10 @@ def test_decode_image__damage_gives_a_image_or_a_bad_image(data):
     for _ in range(data.draw(st.integers(1, 8))):
         raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
     try:
-        image = decode_image(bytes(raw), max_pixels=100_000)
+        pixels = decode_pixels(bytes(raw), max_pixels=100_000)
     except BadImageError:
         return
-    assert image.mode == "RGB"
+    assert len(pixels) == 3
 
 
 @pytest.mark.parametrize(("kind", "suffix"), [("JPEG", "jpg"), ("PNG", "png"), ("WEBP", "webp")])
@@ -218,8 +218,8 @@ def test_decode_image__the_limit_is_ours_alone(encode, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
     large, data = gradient(40, 50), encode(gradient(40, 50))
     with pytest.raises(BadImageError, match=r"50x40.*1999"):
-        decode_image(data, max_pixels=1999)
-    image = decode_image(data, max_pixels=2000)
+        decode_pixels(data, max_pixels=1999)
+    image = Image.fromarray(decode_pixels(data, max_pixels=2000).permute(1, 2, 0).numpy())
     np.testing.assert_array_equal(pixels_of(image.crop((0, 0, 50, 40))), pixels_of(large))
 
 

@@ -24,10 +24,11 @@ from radio_distill.data.loader import (
     ShardBatches,
     StepSlice,
     in_every_step,
+    made_by_workers,
     too_many_bad,
 )
 from radio_distill.data.order import SampleOrder, view_generator
-from radio_distill.errors import DataError
+from radio_distill.errors import ConfigError, DataError
 
 SIZE = (16, 24)
 
@@ -104,7 +105,6 @@ def test_batches__are_the_views_at_their_positions(shard_folder, encode):
             assert batch.origins[row] == origin
             view = render(image, origin, item.size)
             assert torch.equal(batch.pixels[row], view)
-    assert source.num_images == 25
     assert source.bad == {}
 
 
@@ -206,7 +206,6 @@ def test_batches__shard_that_vanishes_is_bad_images(shard_folder, workers):
     assert not any(key.startswith("part-0") for key in batch.keys)
     assert source.bad.keys() == {"unreadable"}
     assert source.bad["unreadable"] >= 3
-    assert source.num_reads == 25 + source.bad["unreadable"]
 
 
 def test_batches__too_many_vanished_shards_end_in_one_line(shard_folder):
@@ -239,7 +238,6 @@ def test_batches__reads_that_stall_are_bad_images(shard_folder, wedge, workers):
     config = config_of(shard_folder, workers=workers, read_timeout=0.15, max_bad_share=1.0)
     batches, source = batches_of(config, [StepSlice(0, 5, SIZE)], 5, images_per_step=5)
     assert source.bad.keys() == {"stalled"}
-    assert source.num_reads == 25 + source.bad["stalled"]
     assert not any(key.startswith("part-0") for (batch,) in batches for key in batch.keys)
 
 
@@ -344,6 +342,17 @@ def test_batches__slices_may_differ_from_step_to_step(shard_folder):
     for step, expected in zip(stream, whole, strict=True):
         assert sum((batch.keys for batch in step), ()) == expected[0].keys
     assert torch.equal(torch.cat([batch.pixels for batch in stream[2]]), whole[2][0].pixels)
+
+
+def refuse(task):
+    raise ConfigError("one line")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_made_by_workers__an_error_of_ours_comes_without_a_stack(workers):
+    with pytest.raises(ConfigError) as error, made_by_workers(refuse, [0], workers, 2) as stream:
+        next(stream)
+    assert error.value.args == ("one line",)
 
 
 def test_too_many_bad__waits_for_evidence():
