@@ -44,13 +44,10 @@ _ADDRESS = re.compile(r"(?i)\s*\||\w[\w+.-]*://|(pipe|s3a?|gs|gcs|hdfs|hf|https?
 _JOINT = re.compile(r"(?<!\[)::")  # not that of an IPv6 address
 _RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)")
 _LISTS = (".txt", ".lst", ".list")
-_UNPACK = {
-    **dict.fromkeys((".gz", ".tgz"), "gunzip -k"),
-    **dict.fromkeys((".bz2", ".tbz2", ".tbz"), "bunzip2 -k"),
-    **dict.fromkeys((".xz", ".txz"), "unxz -k"),
-    **dict.fromkeys((".zst", ".tzst"), "unzstd"),
-}
-_ARCHIVES = {".zip": "unzip", ".7z": "7z x", ".rar": "unrar x"}
+_PACKED = (
+    *(".gz", ".tgz", ".bz2", ".tbz2", ".tbz", ".xz", ".txz", ".zst", ".tzst"),
+    *(".zip", ".7z", ".rar"),
+)
 _TABLES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".feather", ".yaml", ".yml")
 _MAKE_THEM = "make them with `radio-distill shards SRC OUT`"
 
@@ -299,8 +296,8 @@ def _in_file(path: Path, pattern: str, cache: Cache | None = None) -> list[Place
     suffix = _suffix(path)
     if suffix in _LISTS:
         return _listed(path, pattern, cache)
-    if suffix in _UNPACK or suffix in _ARCHIVES:
-        raise _no_shards(pattern, *_about_packed([path], path))
+    if suffix in _PACKED:
+        raise _no_shards(pattern, *_about_packed([path]))
     if suffix.lstrip(".") in IMAGE_SUFFIXES:
         raise _no_shards(pattern, "it is an image, not a tar of images", _MAKE_THEM)
     if suffix in _TABLES:
@@ -396,9 +393,8 @@ def _about_nothing(text: str) -> str:
 
 
 def _about_folder(folder: Path, tree: Tree) -> tuple[str, str]:
-    packed = [path for path in tree.files if _suffix(path) in {*_UNPACK, *_ARCHIVES}]
-    if packed:
-        return _about_packed(packed, folder)
+    if packed := [path for path in tree.files if _suffix(path) in _PACKED]:
+        return _about_packed(packed)
     if images := tree.images:
         command = f"radio-distill shards {shlex.quote(printable(folder))} OUT"
         return f"the folder holds {len(images)} images and no .tar", f"make shards with `{command}`"
@@ -406,19 +402,11 @@ def _about_folder(folder: Path, tree: Tree) -> tuple[str, str]:
     return "the folder holds no .tar" + (f" but {rest}" if rest else ""), _MAKE_THEM
 
 
-def _about_packed(packed: list[Path], place: Path) -> tuple[str, str]:
-    """Say what compressed files are, and what unpacks them."""
-    suffix = _suffix(packed[0])
-    file = shlex.quote(printable(packed[0])) if len(packed) == 1 else ""
-    if suffix in _ARCHIVES:
-        what = "an archive that is no tar" if file else f"{len(packed)} archives that are no tar"
-        command = f"{_ARCHIVES[suffix]} {file or '*' + suffix}"
-        return what, f"unpack with `{command}`, then `radio-distill shards SRC OUT`"
-    what = "it is compressed" if file else f"{_count_suffixes(packed)} are compressed"
-    files = file or f"{shlex.quote(printable(place))}/*{suffix[-2:]}"
+def _about_packed(packed: list[Path]) -> tuple[str, str]:
     return (
-        f"{what}, and single images cannot be read out of that",
-        f"unpack with `{_UNPACK[suffix]} {files}`",
+        f"compressed ({_count_suffixes(packed)}), and single images cannot be read out of that",
+        "unpack it (`gunzip`, `unzip`, …), and if it is no tar, "
+        "make shards with `radio-distill shards SRC OUT`",
     )
 
 

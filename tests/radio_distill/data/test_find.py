@@ -118,13 +118,12 @@ def test_find_shards__lists_of_shards(shard_folder, monkeypatch):
         ("gs://bucket/{000..999}.tar", "elsewhere"),
         ("hdfs://host/a.tar", "kind that is not read.*s3://"),
         ("https://x.org/a.tar::b.tar", "elsewhere"),
-        ("a.tar.gz", r"compressed.*`gunzip -k .*a\.tar\.gz`"),
-        ("a.tgz", "compressed.*gunzip"),
-        ("a.zip", "unzip"),
+        ("a.tar.gz", "compressed.*gunzip"),
+        ("a.zip", "compressed.*unzip"),
         ("*.tgz", "compressed.*gunzip"),
         ("images/a.png", "an image, not a tar"),
         ("a.parquet", "no tar"),
-        ("packed", r"2 \.gz are compressed.*gunzip -k .*packed/\*gz"),
+        ("packed", r"compressed \(2 \.gz\)"),
         ("images", "1 images and no .tar; make shards with `radio-distill shards .*images OUT`"),
         ("absent", "no such file or folder.*radio-distill shards SRC OUT"),
         ("absent-*.tar", "no file matches"),
@@ -172,7 +171,7 @@ def test_find_shards__what_lies_beside_is_counted(shard_folder):
 
 def test_find_shards__names_too_long_or_impossible(tmp_path):
     long = os.path.join(str(tmp_path), "b" * 300, "*.tar")
-    for entry in ("a" * 5000, "a\0b", long, "{a", "{" * 4000 + "}" * 4000, "{0.." + "9" * 5000):
+    for entry in ("a" * 5000, "a\0b", long, "{a", "{" * 1200 + "}" * 1200, "{0.." + "9" * 5000):
         with pytest.raises(DataError, match="no shards found"):
             find_shards([entry])
 

@@ -22,9 +22,14 @@ Student = partial(students.Student, initialise=initialise)
 def vit(rows, columns, **options):
     torch.manual_seed(0)
     size = (16 * rows, 16 * columns)
-    model = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=size, **options)
+    model = timm.create_model("test_vit", num_classes=0, img_size=size, **options)
     torch.nn.init.normal_(model.pos_embed)
     return model
+
+
+@pytest.fixture
+def small(student_config):
+    return partial(student_config, architecture="test_vit")
 
 
 def write(model, folder, **settings):
@@ -43,8 +48,6 @@ def expected(model, grid, side):
     return (table + bias).view(side, side, -1).detach()
 
 
-# 4 x 9 and 8 x 2 are squares by their number alone.
-GRIDS = [(4, 9), (8, 2), (3, 5), (6, 6)]
 SETTINGS = {
     "model_args": lambda h, w: {"model_args": {"img_size": [16 * h, 16 * w]}},
     "input_size": lambda h, w: {"pretrained_cfg": {"input_size": [3, 16 * h, 16 * w]}},
@@ -52,41 +55,44 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("grid", GRIDS)
-@pytest.mark.parametrize("kind", SETTINGS)
-def test_folder__its_configuration_says_the_grid(grid, kind, tmp_path, student_config):
+@pytest.mark.parametrize(
+    ("grid", "kind"),
+    # 4 x 9 and 8 x 2 are squares by their number alone.
+    [((4, 9), "model_args"), ((8, 2), "input_size"), ((3, 5), "one table"), ((6, 6), "model_args")],
+)
+def test_folder__its_configuration_says_the_grid(grid, kind, tmp_path, small):
     model = vit(*grid)
-    folder = write(model, tmp_path, architecture="vit_tiny_patch16_224", **SETTINGS[kind](*grid))
-    student = Student(student_config(pretrained=str(folder), max_size=128), 1)
+    folder = write(model, tmp_path, architecture="test_vit", **SETTINGS[kind](*grid))
+    student = Student(small(pretrained=str(folder), max_size=128), 1)
     torch.testing.assert_close(student.positions.table.data, expected(model, grid, 8))
 
 
-def test_folder__a_configuration_of_another_size_is_not_believed(tmp_path, student_config):
+def test_folder__a_configuration_of_another_size_is_not_believed(tmp_path, small):
     """A square table stays a square where config.json was not changed with it."""
     model = vit(6, 6)
     folder = write(model, tmp_path, pretrained_cfg={"input_size": [3, 224, 224]})
-    student = Student(student_config(pretrained=str(folder), max_size=96), 1)
+    student = Student(small(pretrained=str(folder), max_size=96), 1)
     torch.testing.assert_close(student.positions.table.data, expected(model, (6, 6), 6))
 
 
-def test_file__a_table_that_is_no_square_must_be_said(tmp_path, student_config):
+def test_file__a_table_that_is_no_square_must_be_said(tmp_path, small):
     model = vit(3, 5)
     file = write(model, tmp_path)
     with pytest.raises(WeightsError, match=r"15 .*\.pretrained_grid") as error:
-        Student(student_config(pretrained=str(file)), 1)
+        Student(small(pretrained=str(file)), 1)
     assert "\n" not in str(error.value)
-    config = student_config(pretrained=str(file), pretrained_grid=(3, 5), max_size=64)
+    config = small(pretrained=str(file), pretrained_grid=(3, 5), max_size=64)
     torch.testing.assert_close(Student(config, 1).positions.table.data, expected(model, (3, 5), 4))
     with pytest.raises(WeightsError, match=r"pretrained_grid: 5x5 .*25.* 15"):
-        Student(student_config(pretrained=str(file), pretrained_grid=(5, 5)), 1)
+        Student(small(pretrained=str(file), pretrained_grid=(5, 5)), 1)
 
 
-def test_file__what_is_said_goes_before_a_square(tmp_path, student_config):
+def test_file__what_is_said_goes_before_a_square(tmp_path, small):
     model = vit(4, 9)
-    config = student_config(pretrained=str(write(model, tmp_path)), max_size=96)
+    config = small(pretrained=str(write(model, tmp_path)), max_size=96)
     square = Student(config, 1).positions.table.data
     torch.testing.assert_close(square, expected(model, (6, 6), 6))
-    config = student_config(pretrained=config.pretrained, max_size=96, pretrained_grid=(4, 9))
+    config = small(pretrained=config.pretrained, max_size=96, pretrained_grid=(4, 9))
     torch.testing.assert_close(Student(config, 1).positions.table.data, expected(model, (4, 9), 6))
 
 
