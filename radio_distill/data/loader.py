@@ -18,7 +18,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple
@@ -226,15 +226,6 @@ class ShardBatches:
         return ImageBatch(batch.views, batch.keys, batch.origins)
 
 
-class _Task(NamedTuple):
-    """One micro-batch to make: the views at [start, stop), counted since the start of training."""
-
-    start: int
-    stop: int
-    size: Size
-    views: Mapping[View, np.ndarray | None]
-
-
 class _Batch(NamedTuple):
     """One micro-batch on its way from a worker."""
 
@@ -245,14 +236,13 @@ class _Batch(NamedTuple):
     bad: tuple[BadImage, ...]
 
 
-def _tasks(slices: Slices, images_per_step: int, start_step: int) -> Iterator[_Task]:
-    """Yield one micro-batch after the other, without end."""
+def _tasks(slices: Slices, images_per_step: int, start_step: int) -> Iterator[StepSlice]:
+    """Yield one micro-batch after the other, without end, counted since the start of training."""
     for step in itertools.count(start_step):
         first = step * images_per_step
         for piece in slices(step):
             assert 0 <= piece.start < piece.stop <= images_per_step, str(piece)
-            views = piece.views or {View(piece.size): None}
-            yield _Task(first + piece.start, first + piece.stop, piece.size, views)
+            yield replace(piece, start=first + piece.start, stop=first + piece.stop)
 
 
 class _Views:
@@ -272,16 +262,17 @@ class _Views:
             self._ahead = Ahead(self._reader.shards, self._order)
         self._ahead.move(position)
 
-    def batch(self, task: _Task) -> _Batch:
-        """Make one micro-batch."""
+    def batch(self, task: StepSlice) -> _Batch:
+        """Make one micro-batch, of images counted since the start of training."""
         self._fetch_ahead(task.start)
+        views = task.views or {View(task.size): None}
         pixels = {
             view: torch.empty(
                 (task.stop - task.start, self._config.bands, *view.size),
                 dtype=torch.uint8,
                 memory_format=torch.channels_last,
             )
-            for view in task.views
+            for view in views
         }
         keys: list[str] = []
         origins: list[ViewOrigin] = []
@@ -294,7 +285,7 @@ class _Views:
             generator = view_generator(self._seed, position)
             source = image.shape[1], image.shape[2]
             origin = random_origin(source, task.size, self._config, generator)
-            for view, crops in task.views.items():
+            for view, crops in views.items():
                 crop = None if crops is None else crops[row]
                 render(image, origin, view.size, crop, out=pixels[view][row])
             keys.append(key)
