@@ -9,6 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
+
+settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy")  # a machine with other work fails no test
 
 # Where the tests run in the background of a shell, Ctrl-C is ignored, and so in what they start.
 if threading.current_thread() is threading.main_thread():

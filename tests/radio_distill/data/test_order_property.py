@@ -20,6 +20,8 @@ from radio_distill.data.loader import ShardBatches, StepSlice, in_every_step
 from radio_distill.types import ImageBatch, ViewOrigin
 
 SIZE = (8, 8)
+SHARED = [*HealthCheck]
+"""Every example reads the same shards."""
 
 
 @dataclass(frozen=True)
@@ -182,17 +184,13 @@ def check(run: Run, patterns, parts: list[tuple[int, int, int]]) -> None:
     assert step == run.steps
 
 
-@settings(
-    max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=50, suppress_health_check=SHARED)
 @given(runs, segments)
 def test_order__any_run_any_interruption(shards, run, parts):
     check(run, shards(run), parts)
 
 
-@settings(
-    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=20, suppress_health_check=SHARED)
 @given(runs, st.integers(1, 4))
 def test_order__interrupted_at_the_border_of_an_epoch(shards, run, ranks):
     epoch = run.totals[0] // run.batch
