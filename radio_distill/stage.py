@@ -181,7 +181,7 @@ class Stage:
 
     @property
     def statistics_folder(self) -> Path:
-        return Path(self.normalizer.cache or self.run_folder / "statistics")
+        return Path(self.normalizer.cache or self.run_folder / "statistics").expanduser()
 
     @property
     def teachers(self) -> dict[str, TeacherConfig]:

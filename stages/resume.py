@@ -142,7 +142,7 @@ def _start_folder(stage: Stage) -> Path | None:
     if not start:
         return None
     recipe = stage.recipe
-    return recipe.stage_folder(start) if start in recipe.stages else Path(start)
+    return recipe.stage_folder(start) if start in recipe.stages else Path(start).expanduser()
 
 
 def _changed_start(checkpoint: Checkpoint, stage: Stage) -> list[str]:

@@ -122,7 +122,7 @@ def place_indexes(recipe: Recipe) -> Recipe:
     """
     if recipe.data.index != AUTO:
         return recipe
-    folders = ("beside", str(Path(recipe.output) / "indexes"))
+    folders = ("beside", str(Path(recipe.output).expanduser() / "indexes"))
     return replace(recipe, data=replace(recipe.data, index=folders))
 
 

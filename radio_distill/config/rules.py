@@ -43,13 +43,7 @@ def check(recipe: Recipe) -> None:
         *_check_amount("normalizer.images", recipe.normalizer.images),
         *_check_fit(recipe),
         *_check_evaluation(recipe),
-        *elsewhere(
-            {
-                "output": recipe.output,
-                "data.cache": recipe.data.cache,
-                **places_of_evaluation(recipe.evaluation),
-            }
-        ),
+        *elsewhere(_places(recipe)),
         *_check_engine(recipe.engine),
         *_check_losses(recipe),
         *_check_starts(recipe),
@@ -83,6 +77,18 @@ def _check_evaluation(recipe: Recipe) -> Iterator[str]:
             f"evaluation.best: {config.best!r} is no BENCHMARK/METRIC of a benchmark that is run "
             f"during training ({', '.join(names)})"
         )
+
+
+def _places(recipe: Recipe) -> dict[str, str]:
+    """Return the folders that a run reads or writes, by field."""
+    index = () if recipe.data.index == "auto" else recipe.data.index
+    return {
+        "output": recipe.output,
+        "normalizer.cache": recipe.normalizer.cache,
+        "data.cache": recipe.data.cache,
+        **{f"data.index.{number}": folder for number, folder in enumerate(index)},
+        **places_of_evaluation(recipe.evaluation),
+    }
 
 
 def places_of_evaluation(config: EvaluationConfig) -> dict[str, str]:

@@ -384,7 +384,7 @@ class Recipe:
     @property
     def folder(self) -> Path:
         """The run folder of this recipe: ``output/name``."""
-        return Path(self.output) / self.name
+        return Path(self.output).expanduser() / self.name
 
     def stage_folder(self, stage: str) -> Path:
         """The folder of a stage, named after its upsampler too where it uses one."""

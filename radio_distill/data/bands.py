@@ -50,7 +50,7 @@ def decode(data: bytes, config: DataConfig) -> Tensor:
     if config.photographs:
         return decode_pixels(data, max_pixels=config.max_pixels, min_size=config.min_size)
     try:
-        array = _with_bands_last(_read(data), config.bands)
+        array = _with_bands_last(_read(data, config), config.bands)
         height, width, _ = array.shape
         check_extent((width, height), config.max_pixels, config.min_size)
         pixels = np.ascontiguousarray(_to_bytes(array, config.band_range))
@@ -70,7 +70,7 @@ def suffix_of(data: bytes) -> str:
     return image_suffix(data)
 
 
-def _read(data: bytes) -> np.ndarray:
+def _read(data: bytes, config: DataConfig) -> np.ndarray:
     if data.startswith(_NUMPY):
         array: np.ndarray = np.load(io.BytesIO(data), allow_pickle=False)
         return array
@@ -81,7 +81,7 @@ def _read(data: bytes) -> np.ndarray:
     image = open_header(data)
     if image.mode not in _MODES:
         raise BadImageError("undecodable", f"its mode is {image.mode}, whose bands are not its own")
-    _check_bytes(4 * image.width * image.height)
+    check_extent(image.size, config.max_pixels, config.min_size)  # before any pixel is decoded
     return upright(np.array(image), image)
 
 

@@ -18,6 +18,7 @@ from radio_distill.config import (
     differences,
     dump,
     override,
+    place_indexes,
     share_of,
     with_new_names,
 )
@@ -164,11 +165,22 @@ def test_check__reports_every_problem_on_a_line_of_its_own():
 
 @pytest.mark.parametrize(
     "field",
-    ["output", "data.cache", "evaluation.images", "evaluation.labels", "evaluation.data.voc"],
+    [
+        *("output", "data.cache", "normalizer.cache", "evaluation.images", "evaluation.labels"),
+        *("evaluation.data.voc", "data.index"),
+    ],
 )
 def test_check__folders_are_no_addresses(field):
-    with pytest.raises(ConfigError, match=f"^{field}: .*a disk"):
+    with pytest.raises(ConfigError, match=rf"^{field}\S*: .*a disk"):
         recipe(f"{field}=s3://bucket/folder")
+
+
+def test_folder__below_ones_own_home(monkeypatch, tmp_path):
+    """YAML does not unfold ``~``, as a shell does for what is given on its line."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    made = recipe("output=~/runs")
+    assert made.folder == tmp_path / "runs" / "small"
+    assert place_indexes(made).data.index == ("beside", str(tmp_path / "runs" / "indexes"))
 
 
 def test_check__compiled_blocks_promise_no_bits():

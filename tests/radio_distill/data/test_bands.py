@@ -1,10 +1,13 @@
 """Arrays of any number of bands: what is read of them, how, and where they are images."""
 
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from radio_distill.config import DataConfig
 from radio_distill.data.bands import decode, suffix_of
@@ -56,6 +59,15 @@ def test_decode__the_same_scene_in_every_file():
             np.testing.assert_array_equal(read(data), expected)
 
 
+def test_decode__the_size_of_a_photograph_is_judged_by_its_header(encode):
+    data = bytearray(encode(Image.new("L", (8, 8))))
+    data[16:24] = struct.pack(">II", 12_000, 12_000)
+    data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    with pytest.raises(BadImageError) as error:
+        read(bytes(data), 1)
+    assert error.value.kind == "too_large", "not undecodable, which it is as well"
+
+
 def test_decode__ranges_become_0_to_255_and_what_lies_beyond_is_clipped():
     low, high = np.arange(5) * 1000.0, np.arange(5) * 1000.0 + 5000
     expected = np.rint(((SCENE - low) / (high - low)).clip(0, 1) * 255)
@@ -67,8 +79,6 @@ def test_decode__ranges_become_0_to_255_and_what_lies_beyond_is_clipped():
 
 
 def test_decode__photographs_as_they_are_and_without_a_change_of_colours(encode):
-    from PIL import Image
-
     grey = np.random.default_rng(1).integers(0, 256, (40, 48), dtype=np.uint8)
     np.testing.assert_array_equal(read(encode(Image.fromarray(grey)), 1)[..., 0], grey)
     four = np.random.default_rng(2).integers(0, 256, (40, 48, 4), dtype=np.uint8)
