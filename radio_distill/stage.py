@@ -412,6 +412,13 @@ def _fit_partition(fit: FitConfig, spec: TeacherSpec) -> Partition:
         raise ConfigError(
             f"fit.size: teacher {spec.name!r} cannot see {size[0]} px (nearest {nearest})"
         )
+    step = 2**fit.halvings * spec.patch_size
+    if fit.halvings and (spec.fixed_size or size[0] % step):
+        hint = "it takes one" if spec.fixed_size else f"take a multiple of {step}"
+        raise ConfigError(
+            f"fit.halvings: teacher {spec.name!r} cannot see {size[0]} px halved {fit.halvings} "
+            f"times ({hint})"
+        )
     rows, columns = spec.grid(size)
     grid = rows * fit.factor, columns * fit.factor
     view = TeacherView(spec.name, size, grid, True, fit.factor)

@@ -40,6 +40,8 @@ class TeacherOutput(NamedTuple):
     observation: Observation
     further: Tensor
     """``[N, C, h, w]`` of the further images that were encoded along."""
+    halves: tuple[Tensor, ...] = ()
+    """``[B, C, h / 2, w / 2]`` of the images halved once, and so on."""
 
 
 class UpsamplerModel(nn.Module):
@@ -92,6 +94,15 @@ class UpsamplerModel(nn.Module):
         observation = Observation(guidance, normalise(encoded.low.spatial), tiles)
         further_maps = normalise(encoded.further) if len(encoded.further) else encoded.further
         return TeacherOutput(encoded.low.summary, observation, further_maps)
+
+    @torch.no_grad()
+    def encode_halves(
+        self, teacher: Teacher, pixels: Tensor, size: Size, count: int
+    ) -> tuple[Tensor, ...]:
+        """Return normalised maps of images of ``size`` halved once, twice, up to ``count`` times."""
+        sizes = [(size[0] >> times, size[1] >> times) for times in range(1, count + 1)]
+        maps = (teacher.encode(resize(pixels, smaller)).spatial for smaller in sizes)
+        return tuple(map(self.normalizer.apply, maps))
 
     def forward(self, observation: Observation) -> Tensor:
         """De-bias, then upsample: ``[B, C, h * factor, w * factor]`` in the normalised space."""

@@ -287,6 +287,11 @@ def _check_fit(recipe: Recipe) -> Iterator[str]:
         yield f"fit.pool: {fit.pool} is not a multiple of fit.batch_size {fit.batch_size}"
     if fit.teacher:
         yield from _check_known(recipe, "fit.teacher", [fit.teacher])
+    if not fit.halvings and fit.distance != "mse":
+        yield f"fit.distance: {fit.distance} is of fit.halvings; set that, or leave it out"
+    for name in ("de_bias", "uncertainty", "total_variation", "crf") if fit.halvings else ():
+        if getattr(fit, name):
+            yield f"fit.{name}: is learned of views, which fit.halvings replaces; set it to false"
 
 
 def _check_known(recipe: Recipe, path: str, teachers: Sequence[str]) -> Iterator[str]:

@@ -183,6 +183,17 @@ class FitConfig:
     uncertainty: bool = option(False, "learn how uncertain each cell is, and weigh by it")
     total_variation: Weight = option(0.0, "weight of the total variation of fine maps")
     crf: Weight = option(0.0, "weight of the conditional random field loss (FeatUp: 0.001)")
+    halvings: Count = option(
+        0,
+        "in place of views, for networks of steps of 2x (uplift, lift): how often the image is halved; the map of each smaller one is to become those of the larger ones (UPLiFT: 3, LiFT: 2)",
+    )
+    chain: bool = option(
+        True,
+        "with halvings: take each map step by step to the whole image's, compared at every step (UPLiFT), or one step (LiFT)",
+    )
+    distance: Literal["mse", "cosine"] = option(
+        "mse", "with halvings: how maps are compared; cosine as LiFT"
+    )
     images_every: Count = our_option(500, "steps between images of fine maps", "steps")
 
 

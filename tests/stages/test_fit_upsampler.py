@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from e2e import one_line
 from radio_distill.config import Facts, FitConfig, UpsamplerConfig
 from radio_distill.data.shards import write_shards
+from radio_distill.errors import WeightsError
 from radio_distill.stage import FIT, resolve_stage
 from radio_distill.system.distributed import World
 from stages import fit_upsampler
@@ -23,6 +24,7 @@ from stages.fits import FITTED, fit_folder, fit_name, fit_of, upsampler_of
 from stages.recipes import describe_stage, load_recipe
 from teachers import build_teacher, teacher_specs
 from upsamplers import build_upsampler
+from upsamplers.comparison import load_fitted
 from upsamplers.fitted_files import hash_of, read_header, read_tensors
 
 RECIPE = {
@@ -237,6 +239,30 @@ def test_resume__a_complete_fit_is_not_run_again_and_half_of_one_ends_the_same(r
         json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()
     ]
     assert steps == [1, 2, 3, 4]
+
+
+def test_fit__by_halvings_is_resumed_to_the_same_and_has_no_measure_of_views(
+    recipe_file, images, capfd
+):
+    words = ["--teacher", "vit", "--preset", "uplift", "--fit.size", "64", "--fit.batch_size", "2"]
+    words += ["--fit.steps", "4", "--fit.options", "{cell_pixels: 2}"]
+    words += ["--evaluation.images", str(images / "held_out")]
+    assert fit_upsampler.main([str(recipe_file), *words]) == 0
+    folder = Path(capfd.readouterr().out.split()[-1]).parent
+    whole = load_file(folder / FITTED)
+    assert not any(name.startswith("downsampler") for name in whole)
+    shutil.rmtree(folder / "checkpoints" / "step-00000004")
+    (folder / FITTED).unlink()
+    assert fit_upsampler.main([str(recipe_file), *words, "--resume"]) == 0
+    for name, value in load_file(folder / FITTED).items():
+        assert torch.equal(value, whole[name]), name
+    with pytest.raises(WeightsError, match="downsampler"):
+        load_fitted(folder / FITTED)
+    capfd.readouterr()
+    assert fit_upsampler.main([str(recipe_file), *words, "--fit.size", "48"]) != 0
+    assert "fit.halvings: teacher 'vit' cannot see 48 px" in capfd.readouterr().err
+    assert fit_upsampler.main([str(recipe_file), *words, "--teacher", "sam"]) != 0
+    assert "(it takes one)" in capfd.readouterr().err
 
 
 def test_resume__a_changed_recipe_is_refused_and_one_that_looks_elsewhere_is_not(

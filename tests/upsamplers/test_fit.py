@@ -22,6 +22,7 @@ from radio_distill.train.trainer import Trainer
 from radio_distill.types import Features, ImageBatch, View
 from upsamplers.fit.batches import assign_images, step_homographies
 from upsamplers.fit.consistency import Consistency
+from upsamplers.fit.halvings import Halvings
 from upsamplers.fit.task import (
     MODULES,
     Fit,
@@ -133,7 +134,8 @@ def run_of(tmp_path, tiny, normalizer):
         network = build_network(upsampler, CHANNELS, FACTOR, config.options)
         grid = (6, 6) if config.de_bias else None
         model = UpsamplerModel(network, normalizer, CHANNELS, grid)
-        consistency = Consistency(model, config, CHANNELS)
+        asked = Halvings(model, config) if config.halvings else None
+        consistency = asked or Consistency(model, config, CHANNELS)
         engine = build_fit_engine(consistency, stage, World(), torch.device("cpu"))
         images = Images(slices, config.batch_size)
         num_passes = passes_of_step(stage, world.world_size, micro_batch, len(slices))
@@ -290,17 +292,25 @@ def terms_of(run: Fit):
     }
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_forward_backward__processes_and_passes_add_up_to_one(run_of, world_size):
+VIEWED = {"downsampler": "simple", "total_variation": 0.1, "crf": 0.01}
+HALVED = {"size": 64, "halvings": 3, "de_bias": False, "options": {"cell_pixels": 2}}
+
+
+@pytest.mark.parametrize(
+    ("upsampler", "settings", "world_size"),
+    [("featsharp", VIEWED, 2), ("featsharp", VIEWED, 3), ("uplift", HALVED, 2)],
+)
+def test_forward_backward__processes_and_passes_add_up_to_one(
+    run_of, upsampler, settings, world_size
+):
     """Nothing is dropped by the simple downsampler, so that the draws are all there is."""
-    settings = {"downsampler": "simple", "total_variation": 0.1, "crf": 0.01}
-    whole = run_of("featsharp", **settings)
+    whole = run_of(upsampler, **settings)
     terms = terms_of(whole)
     expected = [item.grad.clone() for item in whole.consistency.parameters()]
     summed = [torch.zeros_like(item) for item in expected]
     totals = dict.fromkeys(terms, 0.0)
     for rank in range(world_size):
-        run = run_of("featsharp", world=World(rank, world_size), micro_batch=1, **settings)
+        run = run_of(upsampler, world=World(rank, world_size), micro_batch=1, **settings)
         for name, value in terms_of(run).items():
             totals[name] += float(value)
         for total, item in zip(summed, run.consistency.parameters(), strict=True):
@@ -361,6 +371,8 @@ def test_assign_images__more_processes_than_images():
         ),
         ({"view_range": "wild"}, "fit.view_range: 'wild' is not one of featup, featsharp"),
         ({"stpes": 3}, "did you mean 'steps'?"),
+        ({"halvings": 1}, "fit.de_bias: is learned of views"),
+        ({"distance": "cosine"}, "fit.distance: cosine is of fit.halvings"),
     ],
 )
 def test_check__a_fit_that_cannot_be_is_one_line(values, message):

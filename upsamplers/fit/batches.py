@@ -33,14 +33,15 @@ class FitBatch(NamedTuple):
 
     output: TeacherOutput
     homographies: Tensor
-    """``[B, V, 3, 3]``."""
+    """``[B, V, 3, 3]``; V is 0 where images are halved in place of views."""
     keys: tuple[str, ...]
     """Names of the images."""
 
     def maps(self) -> Iterator[tuple[Tensor, list[str]]]:
         """Yield all of the teacher's maps, with the name of each map's image."""
         observation = self.output.observation
-        for maps in (observation.low, *observation.tiles.values(), self.output.further):
+        output = self.output
+        for maps in (observation.low, *observation.tiles.values(), output.further, *output.halves):
             each = len(maps) // len(self.keys)
             yield maps, [key for key in self.keys for _ in range(each)]
 
@@ -53,7 +54,9 @@ class FitBatch(NamedTuple):
             {level: maps.to(dtype) for level, maps in tiles.items()},
         )
         further = self.output.further.to(dtype)
-        return self._replace(output=TeacherOutput(self.output.summary, observation, further))
+        halves = tuple(maps.to(dtype) for maps in self.output.halves)
+        output = TeacherOutput(self.output.summary, observation, further, halves)
+        return self._replace(output=output)
 
 
 class TeacherTimer:

@@ -45,6 +45,7 @@ from radio_distill.types import Features, ImageBatch, Score, Size
 
 from .batches import FitBatch, TeacherTimer, halved, step_homographies
 from .consistency import Consistency
+from .halvings import Halvings
 from .views import render
 
 logger = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ class Fit:
     stage: Stage
     world: World
     teacher: Teacher
-    consistency: Consistency
+    consistency: Consistency | Halvings
     """Everything that is trained, on the engine's device."""
     engine: Engine
     source: BatchSource
@@ -225,11 +226,15 @@ class Fit:
         config, device, view = self.stage.fit, self.engine.device, self._view
         pixels = self.teacher.spec.seen(batch.pixels)  # [B, 3, H, W]
         drawn = step_homographies(self.stage.seed, step, config)[part.start : part.stop]
-        drawn = to_device(drawn, device)
-        views = render(pixels, drawn.flatten(0, 1), view.size)  # [(B V), 3, H', W']
-        output = self.consistency.model.encode(
-            self.teacher, pixels, view.grid, config.factor, further=views
-        )
+        model, views, drawn = self.consistency.model, None, to_device(drawn, device)
+        if config.halvings:
+            drawn = drawn[:, :0]
+        else:
+            views = render(pixels, drawn.flatten(0, 1), view.size)  # [(B V), 3, H', W']
+        output = model.encode(self.teacher, pixels, view.grid, config.factor, further=views)
+        if config.halvings:
+            halves = model.encode_halves(self.teacher, pixels, view.size, config.halvings)
+            output = output._replace(halves=halves)
         return FitBatch(output, drawn, batch.keys)
 
     def _explain_oom(self, batch: FitBatch) -> Any:
@@ -241,7 +246,7 @@ class Fit:
 
 
 def build_fit_engine(
-    consistency: Consistency, stage: Stage, world: World, device: torch.device
+    consistency: Consistency | Halvings, stage: Stage, world: World, device: torch.device
 ) -> Engine:
     """Make the engine of a fit, with NAdam; moves ``consistency`` to the device.
 

@@ -2,9 +2,9 @@
 
 Suri et al. (ECCV 2024). Unlike the other networks here it writes features rather than mixing those
 there are, so even a constant map comes out as what it has learned to write. In the paper a step is
-fitted alone, to the teacher's answer for an image of twice the size; here the whole chain is, and
-each place is normalised by its channels rather than by the batch, for the reason that
-:mod:`.uplift` gives.
+fitted alone, to the teacher's answer for an image of twice the size, as ``fit.halvings`` with
+``fit.chain: false`` does; the common fit asks for the whole chain. And each place is normalised by
+its channels rather than by the batch, for the reason that :mod:`.uplift` gives.
 """
 
 import torch
@@ -51,10 +51,19 @@ class LiftNetwork(nn.Module):
     def forward(self, observation: Observation) -> Tensor:
         """Return ``[B, C, h * factor, w * factor]``."""
         low, (height, width) = observation.low, observation.low.shape[2:]
-        for _ in range(self.num_steps):
-            low = self._step(low, observation.guidance)
+        low = [low, *self.steps(observation, self.num_steps)][-1]
         grid = (height * self.factor, width * self.factor)
         return low if low.shape[2:] == grid else enlarge(low, grid)
+
+    def steps(self, observation: Observation, count: int) -> list[Tensor]:
+        """Return the maps behind each of some steps: ``[B, C, 2 h, 2 w]``, ``[B, C, 4 h, 4 w]`` …
+
+        The image may be of any size.
+        """
+        maps = [observation.low]
+        for _ in range(count):
+            maps.append(self._step(maps[-1], observation.guidance))
+        return maps[1:]
 
     def _step(self, low: Tensor, guidance: Tensor) -> Tensor:
         """Return ``[B, C, 2 h, 2 w]`` of ``low [B, C, h, w]`` and an image of any size."""

@@ -9,7 +9,7 @@ which the first map is a blur of five cells. Where the released configurations n
 ours normalises each place by its channels, which their code offers too: the gradient of a step must
 not depend on how many passes and processes share it. The encoder is asked at the middle of a cell,
 not at its upper left pixel. And only the last map is compared with the teacher, as for every
-network here.
+network here, unless ``fit.halvings`` asks for the paper's own training.
 """
 
 from typing import Annotated
@@ -78,11 +78,21 @@ class UpliftNetwork(nn.Module):
         low, (height, width) = observation.low, observation.low.shape[2:]
         if not self.num_steps:
             return low
-        encoded = self._encode(observation.guidance, (height, width))
-        for _ in range(self.num_steps):
-            low = reassemble(low, self._weights(low, *encoded), 2)
+        low = self.steps(observation, self.num_steps)[-1]
         grid = (height * self.factor, width * self.factor)
         return low if low.shape[2:] == grid else enlarge(low, grid)
+
+    def steps(self, observation: Observation, count: int) -> list[Tensor]:
+        """Return the maps behind each of some steps: ``[B, C, 2 h, 2 w]``, ``[B, C, 4 h, 4 w]`` …
+
+        The image may be of any size.
+        """
+        low, maps = observation.low, list[Tensor]()
+        encoded = self._encode(observation.guidance, (low.shape[2], low.shape[3]))
+        for _ in range(count):
+            low = reassemble(low, self._weights(low, *encoded), 2)
+            maps.append(low)
+        return maps
 
     def _encode(self, guidance: Tensor, grid: Size) -> tuple[Tensor, Tensor]:
         """Return the maps of the last two blocks, of ``cell_pixels`` pixels a cell of the grid."""
