@@ -99,7 +99,7 @@ class UpsamplerModel(nn.Module):
     def encode_halves(
         self, teacher: Teacher, pixels: Tensor, size: Size, count: int
     ) -> tuple[Tensor, ...]:
-        """Return normalised maps of images of ``size`` halved once, twice, up to ``count`` times."""
+        """Return normalised maps of images of ``size`` halved once, twice ... ``count`` times."""
         sizes = [(size[0] >> times, size[1] >> times) for times in range(1, count + 1)]
         maps = (teacher.encode(resize(pixels, smaller)).spatial for smaller in sizes)
         return tuple(map(self.normalizer.apply, maps))
