@@ -294,10 +294,11 @@ def write_result(task: "Fit") -> None:
 
 def _measure(task: "Fit") -> dict[str, float]:
     """Measure the fitted upsampler on the recipe's held-out images, where it names some."""
+    from upsamplers.fit.halvings import Halvings
     from upsamplers.metrics import measure
 
     evaluation, factor = task.stage.evaluation, task.stage.fit.factor
-    if task.stage.fit.halvings:
+    if isinstance(task.consistency, Halvings):
         logging.info("a fit of halvings has no downsampler to measure views through")
         return {}
     if not evaluation.images:
