@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..config import share_of
+from ..errors import DataError
 from ..system.files import replacing
 from ..system.progress import Progress
 from .clusters import Clusters, level_sizes, next_level
@@ -99,6 +100,9 @@ def curate(
         settings: how.
         device: where products are computed.
         folder: where pairs and clusters are kept.
+
+    Raises:
+        DataError: every image is bad, or like one of an evaluation set.
     """
     good = summaries.pixels > 0
     verdicts = np.where(good, Verdict.KEPT, Verdict.BAD).astype(np.uint8)
@@ -113,6 +117,12 @@ def curate(
     verdicts[copies], like[copies] = Verdict.DUPLICATE, stands[copies]
     cosine[copies] = cosines(summaries.vectors[copies], summaries.vectors[stands[copies]])
     candidates = np.flatnonzero(verdicts == Verdict.KEPT)
+    if not len(candidates):
+        counts = {it: np.count_nonzero(verdicts == it) for it in (Verdict.BAD, Verdict.LEAKED)}
+        raise DataError(
+            f"none of {len(good)} images is left to draw: {counts[Verdict.BAD]} bad, "
+            f"{counts[Verdict.LEAKED]} like those of evaluation sets"
+        )
     levels = _levels(summaries, candidates, settings, device, folder)
     wanted = share_of(settings.images, len(candidates)) or len(candidates)
     drawn = balanced([level.labels.numpy() for level in levels], wanted, settings.seed)

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from radio_distill.curation import curate as module
 from radio_distill.curation.curate import Settings, Verdict, curate
 from radio_distill.curation.summaries import Summaries
+from radio_distill.errors import DataError
 
 CPU = torch.device("cpu")
 OFF = 2.0
@@ -61,6 +62,12 @@ def test_verdicts(tmp_path):
     assert curated.cosine[2:4] == pytest.approx(exact, abs=1e-3)
     assert exact[0] < 0.97 < exact[1]  # the first goes with its group
     assert curated.candidates.tolist() == [1, 5]
+
+
+def test_nothing_left_to_draw_is_one_line(tmp_path):
+    nothing = summaries_of(torch.eye(8)[:3], np.array([0, 0, 0]))
+    with pytest.raises(DataError, match="none of 3 images is left to draw: 3 bad"):
+        curate(nothing, None, Settings(duplicates=0.99, leaks=OFF), CPU, tmp_path)
 
 
 def test_a_share_is_of_what_is_left_without_copies(tail, tmp_path):
