@@ -1,11 +1,10 @@
 """The own training of UPLiFT and LiFT: the map of a smaller image becomes that of a larger one.
 
-The teacher sees each image whole and halved, once or more. A network of steps of 2x is to make of
-the map of a halved image what the teacher says of the next larger one (LiFT, Suri et al., ECCV
-2024: the squared half and quarter, by their cosine), or of all larger ones, step by step (UPLiFT,
-arXiv 2601.17950: three halvings, by the squared error). Unlike views it asks nothing beyond the
-teacher's own grid, so a fit may be small; and what the network adds there is only what it has
-learned to add to coarser maps.
+The teacher sees each image whole and halved, once or more. Of the map of a halved image a network
+of steps of 2x is to make what the teacher says of the next larger one (LiFT, Suri et al., ECCV
+2024: from a half and from a quarter, by the cosine), or of all larger ones, step by step (UPLiFT,
+arXiv 2601.17950: from three halvings, by the squared error). Nothing beyond the teacher's own grid
+is asked for: what the network adds there is what it has learned to add to coarser maps.
 
 Ours: images are halved with antialiasing, where LiFT drops every other pixel; the comparisons of an
 image weigh alike; and the optimizer is that of all fits.
