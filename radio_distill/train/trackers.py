@@ -47,12 +47,7 @@ class JsonLines:
     """
 
     def __init__(self, path: Path, resume_step: int = 0):
-        kept = [row for row in read_json_lines(path) if row["step"] <= resume_step]
-        # A new file: an earlier process that has lost the folder, and does not know it yet, goes on
-        # to write into the old one, which has no name now.
-        with replacing(path) as temporary:
-            text = "".join(json.dumps(row) + "\n" for row in kept)
-            temporary.write_text(text, encoding="utf-8")
+        rewind(path, resume_step)
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -65,6 +60,18 @@ class JsonLines:
         """Close the file; what a full disk did not take is lost."""
         with suppress(OSError):
             self._file.close()
+
+
+def rewind(path: Path, step: int) -> None:
+    """Keep the lines of a log up to a step: those beyond are about to be written again.
+
+    It becomes a new file: an earlier process that has lost the folder, and does not know it yet,
+    goes on to write into the old one, which has no name now.
+    """
+    kept = [row for row in read_json_lines(path) if row["step"] <= step]
+    with replacing(path) as temporary:
+        text = "".join(json.dumps(row) + "\n" for row in kept)
+        temporary.write_text(text, encoding="utf-8")
 
 
 def read_json_lines(path: Path) -> list[dict[str, float]]:

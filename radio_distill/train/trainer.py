@@ -54,7 +54,7 @@ from .health import (
 from .meters import Throughput
 from .optim import every
 from .run_dir import RunLock, State, StatusFile
-from .trackers import Trackers, WriteImage, open_trackers
+from .trackers import Trackers, WriteImage, open_trackers, rewind
 from .watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
@@ -167,6 +167,9 @@ class Trainer:
             stack.push(self._end_saving)
             if is_main:
                 clear_unfinished(stage.folder / "checkpoints")
+                if (stage.folder / SKIPPED).exists():
+                    with self._writing(SKIPPED):
+                        rewind(stage.folder / SKIPPED, self._start)
             self._report("running")
             bar = Progress(name, steps, "steps", self._start, is_main, stage.images_per_step)
             progress = stack.enter_context(bar)

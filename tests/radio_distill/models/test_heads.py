@@ -4,7 +4,6 @@ import itertools
 
 import pytest
 import torch
-from torch import nn
 
 from radio_distill.config import HeadConfig, HeadsConfig
 from radio_distill.errors import ConfigError, UnknownNameError
@@ -64,21 +63,6 @@ def test_head__without_summary_has_no_parameters_for_it(student_config):
     head = Head(6, teacher(None), student_config())
     assert head(torch.randn(2, 6), torch.randn(2, 6, 3, 5)).summary is None
     assert all(name.startswith("spatial.") for name, _ in head.named_parameters())
-
-
-def test_head__last_linear_can_be_exchanged(student_config):
-    """Folding a normalizer replaces ``final[-1]``."""
-    head = Head(6, teacher(None), student_config())
-    token, spatial = torch.randn(1, 6), torch.randn(1, 6, 2, 2)
-    before = head(token, spatial).spatial
-    last = head.spatial.final[-1]
-    assert isinstance(last, nn.Linear)
-    scaled = nn.Linear(last.in_features, last.out_features)
-    with torch.no_grad():
-        scaled.weight.copy_(2 * last.weight)
-        scaled.bias.copy_(2 * last.bias + 1)
-    head.spatial.final[-1] = scaled
-    torch.testing.assert_close(head(token, spatial).spatial, 2 * before + 1)
 
 
 @pytest.fixture

@@ -199,6 +199,14 @@ def test_run__skips_what_is_not_finite_and_stops_after_too_many(tmp_path):
         Trainer(stage_of(tmp_path / "worse"), Descent(bad={1, 2, 3}), World()).run()
 
 
+def test_run__a_resumed_run_tells_of_a_skipped_step_once(tmp_path):
+    stage = stage_of(tmp_path)
+    Trainer(stage, Descent(bad={1, 4}), World()).run()
+    resumed = find(tmp_path / "checkpoints" / "step-00000004")
+    Trainer(stage, Descent(bad={1, 4}), World(), resumed=resumed).run()
+    assert [row["step"] for row in read_json_lines(tmp_path / "skipped.jsonl")] == [2, 5]
+
+
 def test_run__the_best_is_not_saved_while_steps_are_skipped(tmp_path):
     stage = stage_of(tmp_path, best="toy/height", save_every=100)
     score = lambda step: 9.0 if step == 2 else float(step)  # noqa: E731
