@@ -25,8 +25,7 @@ from .train import checkpoint as checkpoints
 from .train.checkpoint import Checkpoint
 from .train.restore import load_student
 from .types import TeacherSpec
-from .weights.files import find_checkpoint as find_checkpoint
-from .weights.files import read_checkpoint, read_json
+from .weights.files import find_checkpoint, read_checkpoint, read_json
 from .weights.pretrained import initialise
 from .weights.radio import read_radio, student_config
 

@@ -1,8 +1,8 @@
 """An exponential moving average of the student, in float32.
 
 It is a whole second model, so it is evaluated, exported and checkpointed like the first, and can
-teach it (MESA). ZeRO-3 leaves a rank only a part of each parameter: there, the caller gathers them
-before an update.
+teach it (MESA). It needs whole parameters, which ZeRO 3 leaves no rank, so they are refused
+together.
 """
 
 from collections.abc import Mapping

@@ -18,7 +18,7 @@ from ..protocols import Normalizer
 from ..system.files import reason_of
 from ..train.checkpoint import STATISTICS, Checkpoint
 from ..types import TeacherSpec
-from . import NORMALIZERS as NORMALIZERS
+from . import NORMALIZERS
 from .affine import Affine, mean_variance
 from .statistics import Moments
 

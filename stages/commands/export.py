@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Export; prints what was written."""
     from radio_distill.export.folded import folded
     from radio_distill.export.write import export
-    from radio_distill.loading import find_checkpoint
+    from radio_distill.weights.files import find_checkpoint
 
     form = format_of(arguments)
     path = stage_of_run(arguments.run, arguments.stage) if arguments.stage else arguments.run
