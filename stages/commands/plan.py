@@ -5,6 +5,7 @@ radio-distill plan phi_s_b --devices 32 64 128 --device a100-80 --price 2.5
 
 import argparse
 import gc
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -69,6 +70,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Print the plan."""
     if not 0 < arguments.utilisation <= 1:
         raise ConfigError(f"--utilisation: {arguments.utilisation} is not between 0 and 1")
+    if not 0 <= arguments.price < math.inf:
+        raise ConfigError(f"--price: {arguments.price} is no price")
     from radio_distill.plan.step_time import LAUNCH
 
     from ..planning import build_models

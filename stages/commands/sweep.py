@@ -134,6 +134,7 @@ def sweep(
     Raises:
         ChangedError: a student was made of something else, and ``retrain`` is not set.
     """
+    from radio_distill.evals.run import check_data
     from radio_distill.train.checkpoint import find
     from upsamplers import UPSAMPLERS
 
@@ -157,6 +158,8 @@ def sweep(
     stages = stages_needed(recipe, "stage3")
     for variant in variants.values():
         check_stages(variant, stages, asked, resume=True)
+    evaluation = in_suite(suite, recipe.evaluation, asked.fields)
+    check_data(evaluation)
     train = partial(train_stage, retrain=retrain, way_out="add --retrain to train it anew")
     for stage in stages[:-1]:
         train(stage, recipe, Options(resume=True, asked=asked))
@@ -167,7 +170,6 @@ def sweep(
             find(train("stage3", with_upsampler(own, name), options)) for name in upsamplers
         ]
         with_references = references and number == 0
-        evaluations = [in_suite(suite, own.evaluation, asked.fields)] * len(students)
-        score_checkpoints(students, evaluations, with_references, with_references)
+        score_checkpoints(students, [evaluation] * len(students), with_references, with_references)
     students = [find(variant.stage_folder("stage3")) for variant in variants.values()]
     return gain_of(recipe.folder, students, students[upsamplers.index(baseline)], references)

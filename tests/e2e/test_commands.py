@@ -47,6 +47,9 @@ def test_sweep__mistakes_end_before_anything_is_trained(trained, capfd):
     assert "--baseline bilinear" in capfd.readouterr().err
     assert cli(["sweep", str(trained), "--upsamplers", "bilinear", "tlie"]) == 2
     assert "'tile'" in capfd.readouterr().err
+    for words in (["--evaluation.benchmarks", "[knn]"], ["--suite", "published"]):
+        assert cli(["sweep", str(trained), "--seed", "5", *words]) == 2
+        assert "evaluation." in capfd.readouterr().err
     assert not list((trained.parent / "runs" / "tiny").glob("stage3*"))
 
 

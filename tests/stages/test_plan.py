@@ -298,6 +298,7 @@ def test_plan__says_what_it_assumes(recipe, capsys, given, said, unsaid):
         (["--devices", "1", "2", "3"], "give one positive number, or 2: stage1, stage2"),
         (["--devices", "0"], "give one positive number"),
         (["--utilisation", "35"], "35.0 is not between 0 and 1"),
+        (["--price", "nan"], "--price: nan is no price"),
         (["--engine.zero_stag=1"], "unknown field 'engine.zero_stag' (did you mean 'zero_stage'?)"),
         (["--teachers.clip.preset=tiny_opne_clip"], "did you mean 'tiny_open_clip'?"),
     ],
