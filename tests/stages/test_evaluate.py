@@ -5,11 +5,9 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import yaml
-from PIL import Image
 
 import layouts
 from radio_distill.config import Recipe, TeacherConfig, build, dump
@@ -47,16 +45,6 @@ RECIPE = {
         "options": {"correspondence": {"target_stride": 8}, "agreement": {"scales": [1.0, 3.0]}},
     },
 }
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("images")
-    generator = np.random.default_rng(0)
-    for index in range(2):
-        coarse = Image.fromarray(generator.integers(0, 256, (4, 5, 3), dtype=np.uint8))
-        coarse.resize((90, 70), Image.Resampling.BICUBIC).save(folder / f"{index}.png")
-    return folder
 
 
 def recipe_of(root: Path, **fields: object) -> Recipe:

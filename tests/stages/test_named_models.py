@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -18,16 +17,6 @@ from teachers import build_teacher
 from upsamplers.methods.tile import Tile
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("images")
-    generator = np.random.default_rng(0)
-    for index in range(2):
-        coarse = Image.fromarray(generator.integers(0, 256, (4, 5, 3), dtype=np.uint8))
-        coarse.resize((90, 70), Image.Resampling.BICUBIC).save(folder / f"{index}.png")
-    return folder
 
 
 def evaluate(images, *arguments):
