@@ -233,7 +233,11 @@ def _model(preset: Preset) -> Any:
     import open_clip
 
     if "config" in preset.arguments:
-        return open_clip.CLIP(**_checked(preset.arguments["config"]))
+        config = _checked(preset.arguments["config"])
+        try:
+            return open_clip.CLIP(**config)
+        except Exception as error:  # it checks values in ways of its own
+            raise ConfigError(f"options.config: {reason_of(error)[:150]}") from error
     name = _name_and_tag(preset.model)[0]
     # open_clip moves what it made to a device, and tensors on `meta` can only stay there.
     return open_clip.create_model(name, pretrained=None, device=torch.get_default_device())
@@ -242,7 +246,9 @@ def _model(preset: Preset) -> Any:
 def _checked(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """Refuse towers of other libraries, which open_clip fetches by name when it builds them."""
     for tower, key in (("text_cfg", "hf_model_name"), ("vision_cfg", "timm_model_name")):
-        if key in config.get(tower, {}):
+        if not isinstance(config.get(tower), Mapping):
+            raise ConfigError(f"options.config.{tower} is missing, or no mapping of arguments")
+        if key in config[tower]:
             raise ConfigError(
                 f"options.config.{tower}.{key} names a model of another library; take it by its "
                 "own preset, timm or transformers"

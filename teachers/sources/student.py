@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from radio_distill.config import StudentConfig, dump, parse_yaml
 from radio_distill.config import build as build_section
-from radio_distill.errors import ConfigError, WeightsError
+from radio_distill.errors import ConfigError, UnknownNameError, WeightsError
 from radio_distill.loading import describe, without_data
 from radio_distill.loading import load as load_student
 from radio_distill.models.backbone import StudentEncoder
 from radio_distill.models.heads import build_body, head_for
+from radio_distill.registry import nearest
 from radio_distill.types import IMAGENET_MEAN, IMAGENET_STD, Features, TeacherSpec
 
 from ..presets import Preset
@@ -70,6 +71,7 @@ def described(preset: Preset, encoder: StudentEncoder) -> Preset:
     Raises ConfigError for a head whose map is not of the student's grid.
     """
     student, patch, head = encoder.student, encoder.patch_size, preset.arguments.get("head", "")
+    _check_head(head, encoder.teachers)
     if head and (fine := encoder.heads[head].spatial.upsample) > 1:
         raise ConfigError(
             f"options.head: {head} predicts {fine} cells a side for each of the student's, whose "
@@ -132,6 +134,7 @@ def build(preset: Preset) -> StudentTower:
     arguments = preset.arguments
     config, teachers = arguments["config"], arguments.get("teachers", {})
     head = arguments.get("head", "")
+    _check_head(head, teachers)
     student = build_body(config, arguments["num_summary_tokens"])
     heads = {}
     if head:
@@ -150,6 +153,12 @@ def load(preset: Preset, path: Path) -> StudentTower:
     """Load the student in ``path``, its matrices folded."""
     head = preset.arguments.get("head", "")
     return StudentTower(load_student(path, heads=(head,) if head else ()), head)
+
+
+def _check_head(head: str, teachers: Mapping[str, TeacherSpec]) -> None:
+    if head and head not in teachers:
+        hint = nearest(head, list(teachers)) if teachers else "it has none"
+        raise UnknownNameError(f"options.head: the student has no head {head!r} ({hint})")
 
 
 def _licence(encoder: StudentEncoder) -> str:

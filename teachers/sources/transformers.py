@@ -189,6 +189,8 @@ def _library() -> Any:
 def _image_tower(settings: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
     """Return model_type and settings of the image tower inside a model's settings."""
     kind, inner = settings.get("model_type", ""), settings.get("vision_config")
+    if not isinstance(kind, str):
+        raise ConfigError(f"model_type {kind!r} is not a name ({nearest('', list(FAMILIES))})")
     if kind in FAMILIES or not isinstance(inner, Mapping):
         return _WHOLE_MODELS.get(kind, kind), settings
     tower = _WHOLE_MODELS.get(kind) or inner.get("model_type") or f"{kind}_vision_model"
