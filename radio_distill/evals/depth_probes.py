@@ -19,6 +19,7 @@ from torchvision.transforms.v2 import functional as vision
 
 from ..types import Score, Size
 from .augmentation import Augmentation, Labels, nearest
+from .datasets.navi import NaviImage
 from .losses import depth_loss, uncertain_angular_loss
 from .metrics.depth import align_scale_and_shift, depth_errors, eigen_crop
 from .metrics.normals import normal_errors, normals_from_depth
@@ -77,16 +78,11 @@ class NaviProbe(TrainedBenchmark):
 
     def test_example(self, image: Any) -> Example:
         """Read the object of an image, in a square around it."""
-        pixels, side = read_pixels(image), min(self.crop)
-        factor = side / min(pixels.shape[-2:])
-        height, width = (max(side, round(factor * length)) for length in pixels.shape[-2:])
-        depth = nearest(image.labels()["depth"], (height, width))
+        pixels, depth, (rows, columns) = object_in(image, min(self.crop))
         labels = {"depth": depth, **self.further_labels(image, depth)}
-        rows, columns = square_around(depth > 0, side)
         labels = {name: label[..., rows, columns] for name, label in labels.items()}
-        pixels = nearest(pixels, (height, width))[:, rows, columns]
         targets = {name: nearest(it, self.crop) for name, it in self.targets(labels).items()}
-        return Example(image.key, nearest(pixels, self.crop), targets)
+        return Example(image.key, nearest(pixels[:, rows, columns], self.crop), targets)
 
     def further_labels(self, image: Any, depth: Tensor) -> dict[str, Tensor]:
         """Return labels that are made of the whole image's depth ``[H, W]``."""
@@ -286,6 +282,18 @@ class NyuDepth(TrainedBenchmark):
 def mean_share(values: Mapping[str, float]) -> float:
     """Return the mean of the shares under three thresholds."""
     return sum(values[name] for name in SHARES) / len(SHARES)
+
+
+def object_in(image: NaviImage, side: int) -> tuple[Tensor, Tensor, tuple[slice, slice]]:
+    """Read an image and its depth, with ``side`` pixels as the shorter side, and find the object.
+
+    Returns ``[3, H, W]`` uint8, ``[H, W]`` in metres, and rows and columns of the square around it.
+    """
+    pixels = read_pixels(image)
+    factor = side / min(pixels.shape[-2:])
+    height, width = (max(side, round(factor * length)) for length in pixels.shape[-2:])
+    depth = nearest(image.labels()["depth"], (height, width))
+    return nearest(pixels, (height, width)), depth, square_around(depth > 0, side)
 
 
 def square_around(mask: Tensor, least: int) -> tuple[slice, slice]:

@@ -36,7 +36,7 @@ from .examples import ShownBoxes
 from .metrics import IGNORED
 from .metrics.detection import BoxPrecision, check_installed
 from .probe_heads import BatchNorm
-from .probe_training import Example, Heads, encode
+from .probe_training import Example, ProbeHeads, encode
 from .trained import Decay, Meters, Outputs, TrainedBenchmark, read_pixels
 
 STRIDES = (8, 16, 32, 64)
@@ -156,7 +156,7 @@ class CocoDetection(TrainedBenchmark):
         return {"precision": BoxPrecision()}
 
     @torch.no_grad()
-    def predict(self, encoder: Encoder, heads: Heads, pixels: Tensor) -> dict[str, Tensor]:
+    def predict(self, encoder: Encoder, heads: ProbeHeads, pixels: Tensor) -> dict[str, Tensor]:
         """Return the output for an image of the size of the crop, ``[1, N, K + 5]``."""
         return heads(encode(self, encoder, pixels[None]))
 

@@ -27,13 +27,12 @@ from .augmentation import nearest
 from .datasets.navi import Navi, NaviImage
 from .datasets.redwood import Redwood, RgbdFrame
 from .demand import Demand, at_most
-from .depth_probes import square_around
+from .depth_probes import object_in
 from .encoder import Encoder, to_pixels
 from .examples import Show, shown_matches
 from .metrics.matching import ratio_matches
 from .protocol import file_names, protocol_of
 from .shared import answers, scores_of
-from .trained import read_pixels
 
 ROTATIONS = (0, 30, 60, 90, 120)
 """Degrees that bound the classes of pairs."""
@@ -87,12 +86,18 @@ class PosedMatching(ABC):
         """List the pairs of images."""
 
     @abstractmethod
-    def demand(self, parts: Mapping[str, int], limit: int | None = None) -> Demand:
-        """Count the views of the pairs, and compare all of their cells."""
+    def pairs_in(self, parts: Mapping[str, int]) -> tuple[int, Size]:
+        """Return how many pairs a set with such parts has, and the size of their images."""
 
     @abstractmethod
     def view(self, image: Any) -> View:
         """Read an image of a pair."""
+
+    def demand(self, parts: Mapping[str, int], limit: int | None = None) -> Demand:
+        """Count the views of the pairs, and compare all of their cells."""
+        known, size = self.pairs_in(parts)
+        pairs, cells = at_most(known, limit), prod(side // self.stride for side in size)
+        return Demand(images=2 * pairs, passes={size: 2 * pairs}, products=pairs * cells**2)
 
     def run(
         self,
@@ -128,10 +133,6 @@ class PosedMatching(ABC):
         names = file_names(item.image for pair in pairs for item in pair)
         protocol = protocol_of(self, images=names)
         return scores_of(self.name, found, self.group, len(pairs), ("mean_recall",), protocol)
-
-    def _demand(self, pairs: int, size: Size) -> Demand:
-        cells = prod(side // self.stride for side in size)
-        return Demand(images=2 * pairs, passes={size: 2 * pairs}, products=pairs * cells**2)
 
     def _errors(
         self, encoder: Encoder, first: View, second: View
@@ -179,10 +180,9 @@ class NaviMatching(PosedMatching):
     group: ClassVar[str] = "Probe3D"
     sources: ClassVar[dict[str, str]] = {"data": "data.navi"}
 
-    def demand(self, parts: Mapping[str, int], limit: int | None = None) -> Demand:
+    def pairs_in(self, parts: Mapping[str, int]) -> tuple[int, Size]:
         """Count a pair for every fourth image."""
-        pairs = at_most(-(-parts["wild"] // self.every), limit)
-        return self._demand(pairs, (self.size, self.size))
+        return -(-parts["wild"] // self.every), (self.size, self.size)
 
     def pairs(self) -> list[tuple[NaviImage, NaviImage]]:
         """Draw a partner for each image, and keep every fourth pair."""
@@ -202,21 +202,15 @@ class NaviMatching(PosedMatching):
 
     def view(self, image: NaviImage) -> View:
         """Read the square around the object, at the size asked for."""
-        pixels = read_pixels(image)
-        factor = self.size / min(pixels.shape[-2:])
-        height, width = (max(self.size, round(factor * side)) for side in pixels.shape[-2:])
-        depth = nearest(image.labels()["depth"], (height, width))
-        intrinsics = image.intrinsics((height, width))
+        pixels, depth, (rows, columns) = object_in(image, self.size)
+        intrinsics = image.intrinsics((depth.shape[0], depth.shape[1]))
         points = in_space(depth, intrinsics)
-        rows, columns = square_around(depth > 0, self.size)
-        side = rows.stop - rows.start
-        pixels = nearest(pixels, (height, width))[:, rows, columns]
         cells = self.size // self.stride
         return View(
-            nearest(pixels, (self.size, self.size)) / 255,
+            nearest(pixels[:, rows, columns], (self.size, self.size)) / 255,
             nearest(points[:, rows, columns], (cells, cells)),
             image.pose(),
-            intrinsics[0, 0].item() * self.size / side,
+            intrinsics[0, 0].item() * self.size / (rows.stop - rows.start),
         )
 
 
@@ -232,10 +226,10 @@ class RgbdMatching(PosedMatching):
     group: ClassVar[str] = "Correspondence"
     sources: ClassVar[dict[str, str]] = {"data": "data.redwood"}
 
-    def demand(self, parts: Mapping[str, int], limit: int | None = None) -> Demand:
+    def pairs_in(self, parts: Mapping[str, int]) -> tuple[int, Size]:
         """Count the pairs of frames of 4:3."""
-        pairs = at_most(at_most(comb(parts["frames"], 2), self.most_pairs), limit)
-        return self._demand(pairs, (self.size, self.size * 4 // 3))
+        pairs = at_most(comb(parts["frames"], 2), self.most_pairs)
+        return pairs, (self.size, self.size * 4 // 3)
 
     def pairs(self) -> list[tuple[RgbdFrame, RgbdFrame]]:
         """List all pairs, thinned out evenly where there are too many."""

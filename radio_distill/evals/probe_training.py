@@ -73,7 +73,7 @@ class Example(NamedTuple):
     labels: dict[str, Tensor]
 
 
-class Heads(nn.ModuleDict):
+class ProbeHeads(nn.ModuleDict):
     """The heads of a probe by the name of what they predict."""
 
     def forward(self, maps: Maps) -> dict[str, Tensor]:
@@ -317,7 +317,7 @@ def train(
     encoder: Encoder,
     images: Sequence[Any],
     progress: Callable[[int], None],
-) -> Heads:
+) -> ProbeHeads:
     """Train the heads of a benchmark, or go on where that was interrupted; every process calls.
 
     Args:
@@ -350,7 +350,7 @@ def train(
         stage = _stage(benchmark, folder)
         with torch.random.fork_rng([]):
             torch.manual_seed(benchmark.seed)
-            heads = Heads(benchmark.heads([layer.shape[1] for layer in sample])).to(device)
+            heads = ProbeHeads(benchmark.heads([layer.shape[1] for layer in sample])).to(device)
         group = {
             "name": HEADS,
             "params": list(heads.parameters()),

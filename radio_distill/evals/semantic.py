@@ -22,7 +22,7 @@ from .encoder import Encoder
 from .metrics import IGNORED
 from .metrics.segmentation import Confusion, mean_iou, num_shown
 from .probe_heads import Linear
-from .probe_training import Example, Heads
+from .probe_training import Example, ProbeHeads
 from .trained import Meters, Outputs, TrainedBenchmark, read_pixels
 
 Window = tuple[range, range]
@@ -78,7 +78,7 @@ class SemanticProbe(TrainedBenchmark):
         ]
         return [(rows, columns) for rows in sides[0] for columns in sides[1]]
 
-    def predict(self, encoder: Encoder, heads: Heads, pixels: Tensor) -> dict[str, Tensor]:
+    def predict(self, encoder: Encoder, heads: ProbeHeads, pixels: Tensor) -> dict[str, Tensor]:
         """Return the mean of the logits of all windows that show a pixel."""
         height, width = pixels.shape[-2:]
         sums = counts = torch.zeros((), device=encoder.device)

@@ -27,7 +27,7 @@ from .datasets import DATASETS
 from .demand import Demand, at_most
 from .encoder import Encoder, open_image
 from .examples import Show, Shown, shown_maps, shown_of
-from .probe_training import Example, Heads, encode, examples, in_whole_patches, train
+from .probe_training import Example, ProbeHeads, encode, examples, in_whole_patches, train
 from .protocol import DATA, protocol_of
 
 Decay = Literal["linear", "poly", "cosine", "quarter", "step"]
@@ -245,7 +245,7 @@ class TrainedBenchmark(ABC):
         return shown_maps(pixels, labels, outputs)
 
     @torch.no_grad()
-    def predict(self, encoder: Encoder, heads: Heads, pixels: Tensor) -> dict[str, Tensor]:
+    def predict(self, encoder: Encoder, heads: ProbeHeads, pixels: Tensor) -> dict[str, Tensor]:
         """Return the outputs for one image ``[3, H, W]``, each ``[1, K, H, W]``."""
         height, width = pixels.shape[-2:]
         whole, _ = in_whole_patches(encoder, pixels, {})

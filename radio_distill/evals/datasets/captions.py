@@ -146,7 +146,7 @@ def _captions(
     pairs: Sequence[tuple[str, str]],
 ) -> Captions:
     """Number the images, and find their folder."""
-    numbers = {name: number for number, name in enumerate(names)}
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
     if silent := numbers.keys() - {name for name, _ in pairs}:
         raise DataError(f"{path}: {len(silent):,} images have no caption; copy it again")
     if not numbers:

@@ -93,7 +93,7 @@ class Coco(Dataset):
             categories = {item["id"]: item["name"] for item in data["categories"]}
             index = {number: position for position, number in enumerate(categories)}
             objects = [_object(item, images, index) for item in data["annotations"]]
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"{path} is no whole instances file of COCO ({error!r})") from error
         check_listed(path, [image.path.name for image in images.values()], folder)
         return CocoObjects(list(images.values()), categories, objects)

@@ -5,7 +5,7 @@ import torch
 
 import layouts
 from radio_distill.config import EvaluationConfig
-from radio_distill.evals.probe_training import Heads
+from radio_distill.evals.probe_training import ProbeHeads
 from radio_distill.evals.run import make
 from radio_distill.evals.semantic import Ade20k
 
@@ -62,7 +62,7 @@ def test_windows__are_those_of_mmsegmentation():
 def test_predict__is_the_mean_of_the_windows_that_show_a_pixel():
     probe, whole = (Ade20k(data="", crop=(32, 32), slide=slide) for slide in (2 / 3, 0))
     generator = torch.Generator().manual_seed(0)
-    heads = Heads(probe.heads([11])).eval()
+    heads = ProbeHeads(probe.heads([11])).eval()
     pixels = torch.randint(256, (3, 40, 75), generator=generator, dtype=torch.uint8)
 
     def predict(probe, pixels):

@@ -44,9 +44,12 @@ def test_coco__check_counts_every_file(tmp_path):
 def test_coco__annotations_of_pictures_that_are_not_listed(tmp_path):
     path = layouts.coco(tmp_path) / "annotations" / "instances_val2017.json"
     data = json.loads(path.read_text())
-    path.write_text(json.dumps(data | {"images": data["images"][:1]}))
-    with pytest.raises(DataError, match="no whole instances file"):
-        Coco(tmp_path).objects("val")
+    lost = data | {"images": data["images"][:1]}
+    short = data | {"annotations": [item | {"bbox": [1]} for item in data["annotations"]]}
+    for damaged in (lost, short):
+        path.write_text(json.dumps(damaged))
+        with pytest.raises(DataError, match="no whole instances file"):
+            Coco(tmp_path).objects("val")
 
 
 def test_retrieval__every_form_of_a_split_says_the_same(tmp_path):
@@ -65,6 +68,7 @@ def test_retrieval__every_form_of_a_split_says_the_same(tmp_path):
         for number, image in enumerate(wanted.images)
     ]  # fmt: skip
     items.insert(1, {"filename": "other.jpg", "split": "train", "sentences": [{"raw": "no"}]})
+    items.append(items[0] | {"sentences": []})  # listed twice
     (tmp_path / "flickr30k_test_karpathy.txt").unlink()
     layouts.write_json(tmp_path / "dataset_flickr30k.json", {"images": items})
     found = Flickr30k(tmp_path).test()
