@@ -17,7 +17,7 @@ from radio_distill.normalize import NORMALIZERS
 from radio_distill.registry import Registry
 from radio_distill.system.progress import print_table, table_console
 from teachers import FIELDS, SOURCES, TEACHERS
-from upsamplers import PER_IMAGE, UPSAMPLERS, is_fitted
+from upsamplers import PER_IMAGE, UPSAMPLERS
 from upsamplers.networks import NETWORKS
 
 KINDS = ("teachers", "sources", "heads", "upsamplers", "normalizers", "benchmarks", "recipes")
@@ -47,9 +47,11 @@ def run(arguments: argparse.Namespace) -> int:
 def _descriptions(kind: str) -> dict[str, str]:
     """Return a line for each name."""
     if kind == "upsamplers":
-        known, networks = _of_registry(UPSAMPLERS), _of_registry(NETWORKS)
-        fitted = {name: networks.get(name, "") for name in known if is_fitted(name)}
-        return known | fitted | _of_registry(PER_IMAGE)
+        known = _of_registry(UPSAMPLERS)
+        # A fitted one is what its network is; interpolation is a method too, without a fit.
+        networks = {name: text for name, text in _of_registry(NETWORKS).items() if name in known}
+        plain = {"bilinear": known["bilinear"]}
+        return known | networks | plain | _of_registry(PER_IMAGE)
     if kind == "heads":
         return _of_registry(HEADS)
     if kind == "normalizers":
