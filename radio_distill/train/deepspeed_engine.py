@@ -14,7 +14,7 @@ from ..errors import ConfigError
 from ..models.gradients import touch
 from ..system.distributed import World, all_gather_object
 from .deepspeed_state import load_whole_state, whole_optimizer_state, whole_parameters
-from .engine import Closing, Engine, SingleProcessEngine, clip_gradient, on_host, spoiled
+from .engine import Closing, Engine, SingleProcessEngine, clip_gradient, on_host
 from .optim import load_optimizer_tensors, optimizer_tensors, set_learning_rates
 
 BUCKET_BYTES = 32 << 20
@@ -192,37 +192,31 @@ class DeepSpeedEngine(Engine):
             for parameter in (trained if self._zero_stage in (1, 2) else ())
         ]
 
-    def backward(
-        self,
-        loss: Tensor,
-        last: bool,
-        skip: Tensor | None = None,
-        closing: Closing | None = None,
-    ) -> None:
+    def _add_gradient(self, loss: Tensor, last: bool, closing: Closing | None) -> None:
         if self._buckets is not None:
-            self._backward_in_buckets(self._buckets, spoiled(loss, skip), last, closing)
+            self._add_in_buckets(self._buckets, loss, last, closing)
             return
         self._engine.set_gradient_accumulation_boundary(last and closing is None)
         # DeepSpeed averages over ranks; times the world size is the sum. A step is skipped by a
         # gradient that is not finite: ZeRO 1 to 3 hold parts of it in buffers of their own, which
         # they clear where they find an overflow themselves, and in no public way else.
-        self._engine.backward(spoiled(loss, skip) * float(self.world_size), scale_wrt_gas=False)
+        self._engine.backward(loss * float(self.world_size), scale_wrt_gas=False)
         while self._recording:
             self._recording.pop().remove()
-        if last and closing is not None:
+        if closing is not None:
             self._engine.set_gradient_accumulation_boundary(True)
             # The factor is in what it is made of. ZeRO reduces what has a gradient in the last
             # pass, so everything gets one.
             reached = touch(*self.model.parameters())
             self._engine.backward(closing() + reached, scale_wrt_gas=False)
 
-    def _backward_in_buckets(
+    def _add_in_buckets(
         self, buckets: GradientBuckets, loss: Tensor, last: bool, closing: Closing | None
     ) -> None:
         if last and closing is None:
             buckets.open()
         self._engine.backward(loss, scale_wrt_gas=False)
-        if last and closing is not None:
+        if closing is not None:
             buckets.open()
             self._engine.backward(closing(), scale_wrt_gas=False)
         if last:

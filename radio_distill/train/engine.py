@@ -68,7 +68,6 @@ class Engine(ABC):
         """Return the context in which weights are whole; every rank must enter it."""
         return nullcontext()
 
-    @abstractmethod
     def backward(
         self,
         loss: Tensor,
@@ -83,6 +82,13 @@ class Engine(ABC):
         ``closing``, asked behind the last pass, gives a loss made of what the gradients of all
         passes left in tensors that are no parameters; its own gradient is added too.
         """
+        if skip is not None:
+            loss = loss * torch.where(skip, math.nan, 1.0)
+        self._add_gradient(loss, last, closing if last else None)
+
+    @abstractmethod
+    def _add_gradient(self, loss: Tensor, last: bool, closing: Closing | None) -> None:
+        """Add it; ``closing`` comes with the last pass alone, and ``loss`` may be NaN."""
 
     def zero(self) -> Tensor | None:
         """Return a loss for a pass without images, which gives each weight zeros; None where only
@@ -116,15 +122,9 @@ class Engine(ABC):
 class SingleProcessEngine(Engine):
     """Plain PyTorch on one device."""
 
-    def backward(
-        self,
-        loss: Tensor,
-        last: bool,
-        skip: Tensor | None = None,
-        closing: Closing | None = None,
-    ) -> None:
-        spoiled(loss, skip).backward()
-        if last and closing is not None:
+    def _add_gradient(self, loss: Tensor, last: bool, closing: Closing | None) -> None:
+        loss.backward()
+        if closing is not None:
             closing().backward()
 
     def step(self, learning_rates: Mapping[str, float]) -> bool:
@@ -150,11 +150,6 @@ class SingleProcessEngine(Engine):
 def on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Copy tensors to the host, so that what is written of them is of this step."""
     return {name: value.detach().to("cpu", copy=True) for name, value in tensors.items()}
-
-
-def spoiled(loss: Tensor, skip: Tensor | None) -> Tensor:
-    """Return ``loss``, NaN where ``skip`` (scalar bool, on the device) says so; nobody waits."""
-    return loss if skip is None else loss * torch.where(skip, math.nan, 1.0)
 
 
 def clip_gradient(model: nn.Module, limit: float) -> Tensor:
