@@ -20,7 +20,8 @@ from benchmarks.synthetic import one_partition
 from benchmarks.train_step import BACKWARD, FORWARD, REST, TARGETS, UPDATE, Clock, measure
 from radio_distill.config import Recipe
 from radio_distill.distill.micro_batches import assign_micro_batches
-from radio_distill.plan.step_time import Speed, StepTime, step_time
+from radio_distill.plan.meter import Speed
+from radio_distill.plan.step_time import StepTime, step_time
 from radio_distill.plan.work import with_work
 from stages.planning import build_models, measured
 from stages.recipes import load_recipe
@@ -104,7 +105,7 @@ def predict(recipe: Recipe, name: str, speed: Speed) -> StepTime:
     with measured(models) as costs:
         stage = costs.stages[name]
         counted = {item.name: costs.partition(stage, item) for item in stage.partitions}
-        stage = with_work(stage, costs)
+        stage = with_work(stage, costs, speed)
         sizes = {item.name: item.sizes[0] for item in stage.partitions}
         ranks = assign_micro_batches(stage, sizes, 1)
         return step_time(costs, stage, counted, ranks, speed)

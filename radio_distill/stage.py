@@ -100,7 +100,7 @@ class Partition:
 
 @dataclass(frozen=True)
 class ImageWork:
-    """Operations of a partition at one size, those in float32 weighed by how slow they are."""
+    """What a partition costs at one size, in seconds of a device."""
 
     image: float
     """Of the student and the upsamplers, for each image."""

@@ -166,7 +166,7 @@ def measured_or_plain(stage: Stage, devices: int, device: torch.device) -> Stage
 
     total = torch.cuda.get_device_properties(device).total_memory if is_auto else 0
     try:
-        return measure_stage(stage, devices, total / 2**30)
+        return measure_stage(stage, devices, device.type == "cuda", total / 2**30)
     except Exception as error:
         logging.warning(
             "%s: its work cannot be measured (%s: %s); processes share images by their pixels%s",

@@ -19,6 +19,7 @@ from radio_distill.models.heads import DistilledStudent, build_student
 from radio_distill.plan.cost import ModelCosts
 from radio_distill.plan.memory import resident_memory, with_micro_batches
 from radio_distill.plan.meter import fake_module, fake_tensors
+from radio_distill.plan.time import dealing_speed
 from radio_distill.plan.work import with_work
 from radio_distill.protocols import Upsampler
 from radio_distill.stage import Stage, resolve_stage
@@ -39,12 +40,11 @@ class Models:
     problems: list[str]
     """What could not be built, and what stands for it."""
 
-    def stages(self) -> dict[str, Stage]:
+    def stages(self, can_compile: bool = False) -> dict[str, Stage]:
         """Resolve the stages, but for what the shards and the machine decide."""
         specs = {name: teacher.spec for name, teacher in self.teachers.items()}
-        return {
-            name: resolve_stage(self.recipe, name, specs, Facts()) for name in self.recipe.stages
-        }
+        facts = Facts(can_compile=can_compile)
+        return {name: resolve_stage(self.recipe, name, specs, facts) for name in self.recipe.stages}
 
     def tower(self, teacher: str) -> nn.Module:
         """Return a teacher's encoder."""
@@ -115,24 +115,28 @@ def _upsampler(models: Models, name: str) -> Upsampler:
 
 
 @contextmanager
-def measured(models: Models) -> Iterator[ModelCosts]:
-    """Give a recipe's models tensors of shapes without data, and what measures them."""
+def measured(models: Models, can_compile: bool = False) -> Iterator[ModelCosts]:
+    """Give a recipe's models tensors of shapes without data, and what measures them.
+
+    ``can_compile`` says that they are to run where ``engine.compile: auto`` compiles.
+    """
     with fake_tensors():
         fake_module(models.student)
         for teacher in models.teachers:
             fake_module(models.tower(teacher))
         upsamplers = {name: _upsampler(models, name) for name in models.recipe.stages}
-        yield ModelCosts(models.stages(), models.student, models.teachers, upsamplers)
+        stages = models.stages(can_compile)
+        yield ModelCosts(stages, models.student, models.teachers, upsamplers)
 
 
-def measure_stage(stage: Stage, devices: int, gib: float) -> Stage:
+def measure_stage(stage: Stage, devices: int, is_gpu: bool, gib: float) -> Stage:
     """Return a resolved stage with what its images cost, and the micro-batches that `auto` means.
 
-    ``gib`` is the memory of a device; 0 where it is a CPU, for which nothing is measured.
+    ``gib`` is the memory of a device; 0 where none is to be filled.
     """
     models = build_models(stage.recipe)
     with measured(models) as costs:
-        stage = with_work(stage, costs)
+        stage = with_work(stage, costs, dealing_speed(is_gpu))
         if not gib:
             return stage
         resident = resident_memory(costs, stage, devices, models.all_teacher_bytes)

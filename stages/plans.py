@@ -33,7 +33,7 @@ def plan_stages(
     plans = []
     with (
         Progress("measuring models without data", total, "views") as bar,
-        measured(models) as costs,
+        measured(models, can_compile=not device.is_host) as costs,
     ):
         for name, count in counts.items():
             plan = plan_stage(

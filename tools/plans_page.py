@@ -109,7 +109,7 @@ def compare(
         for stages in by_student(recipe):
             models = build_models(recipe, of_stage=stages[0])
             teachers = models.all_teacher_bytes
-            with measured(models) as costs:
+            with measured(models, can_compile=True) as costs:
                 for count, kind, stage in itertools.product(counts, KINDS, stages):
                     plan = plan_stage(costs, stage, count, DEVICES[kind], teachers, utilisation)
                     plans[count][kind].append(plan)

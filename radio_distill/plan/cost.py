@@ -11,7 +11,7 @@ windows that are drawn in some steps (they save attention).
 import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
 
 import torch
@@ -21,6 +21,7 @@ from ..distill.relations import teachers_related
 from ..distill.targets import upsampled
 from ..distill.views import STUDENT
 from ..models.heads import DistilledStudent
+from ..models.spectral import ReparametrizedLinear, begin_step, closing_loss, share_matrices
 from ..normalize import NORMALIZERS
 from ..protocols import Normalizer, Teacher, Upsampler
 from ..stage import Partition, Stage
@@ -41,8 +42,15 @@ class BatchWork:
 
     def __call__(self, inputs: float) -> Work:
         """Return the work on some inputs at once."""
-        traffic = self.fixed + inputs * (self.one.traffic - self.fixed)
-        return Work(inputs * self.one.flops, traffic, self.one.kernels)
+        more = self.growth * (inputs - 1)
+        return self.one + replace(more, kernels=0, block_kernels=0)
+
+    @property
+    def growth(self) -> Work:
+        """The work of one input more, without the kernels, of which there are as many."""
+        share = 1 - self.fixed / self.one.traffic if self.fixed else 1
+        grown = self.one * share
+        return replace(grown, flops=self.one.flops, kernels=0, block_kernels=0)
 
     def __add__(self, other: "BatchWork") -> "BatchWork":
         return BatchWork(self.one + other.one, self.fixed + other.fixed)
@@ -82,7 +90,7 @@ class WorkBySize:
             others = [other for other in self._nodes if other != node]
             share = math.prod((area - other) / (node - other) for other in others)
             work += self._one(self._areas[node]) * share
-        return Work(round(work.flops), round(work.traffic), round(work.kernels))
+        return Work(*(round(getattr(work, item.name)) for item in fields(Work)))
 
     @cached_property
     def _fixed(self) -> float:
@@ -214,7 +222,8 @@ class ModelCosts:
         for teacher in teachers.values():
             if isinstance(tower := getattr(teacher, "tower", None), nn.Module):
                 share_equal_blocks(tower)
-        self.precision = next(iter(stages.values())).engine.precision
+        engine = next(iter(stages.values())).engine
+        self.precision, self._cuts_weights = engine.precision, engine.zero_stage == 3
         for parameter in student.parameters():
             parameter.grad = torch.empty_like(parameter)  # memory of a step does not include it
         self._partitions: dict[tuple[str, str], PartitionCost] = {}
@@ -284,16 +293,53 @@ class ModelCosts:
         finally:
             body.blocks = own
 
-    def _by_depth(self, run: Callable[[], None]) -> Work:
+    def by_depth(self, run: Callable[[], None]) -> Work:
         """Measure the student with few blocks: its work grows by the same with each equal one."""
         blocks, few = self.student.student.blocks, self.few_blocks
         rest = len(blocks) - few
-        if rest < 2:
+        if not few:
             return measure_work(run)
+        with self.with_blocks(()):
+            outside = measure_work(run)
+        if rest < 2:
+            return outside + (measure_work(run) - outside).inside_blocks()
         with self.with_blocks(blocks[:few]):
-            work = measure_work(run)
+            inside = measure_work(run) - outside
         with self.with_blocks(blocks[: few + 1]):
-            return work + (measure_work(run) - work) * rest
+            inside += (measure_work(run) - outside - inside) * rest
+        return outside + inside.inside_blocks()
+
+    @contextmanager
+    def sharing_matrices(self) -> Iterator[None]:
+        """Let passes run as in a step: matrices are derived before and have gradients already."""
+        is_shared = not self._cuts_weights and share_matrices(self.student)
+        for layer in self.student.modules():
+            if isinstance(layer, ReparametrizedLinear) and layer.shared is not None:
+                layer.shared.grad = torch.empty_like(layer.shared)
+        yield
+        if is_shared:
+            closing_loss(self.student).backward()
+
+    @cached_property
+    def matrices(self) -> Work:
+        """Once a step: deriving the matrices that passes share, and handing on their gradients."""
+
+        def run() -> None:
+            begin_step(self.student, 0)
+            with self.sharing_matrices():
+                pass
+
+        return measure_work(run)
+
+    def student_pass(self, size: Size, images: int) -> Callable[[], None]:
+        """Return what runs the student, without heads, forward and backward."""
+
+        def run() -> None:
+            with autocast(self.precision, torch.device("cpu")):
+                summary, spatial = self._run(images, size)
+            (summary.sum() + spatial.sum()).backward()
+
+        return run
 
     def _pass(self, stage: Stage, partition: Partition, size: Size) -> PassCost:
         body, views = self.student.student, partition.views[size]
@@ -333,19 +379,15 @@ class ModelCosts:
         return TeacherCost(view, calls, encode, BatchWork(other))
 
     def _measure_body(self, size: Size, images: int) -> Work:
-        def run() -> None:
-            with autocast(self.precision, torch.device("cpu")):
-                summary, spatial = self._run(images, size)
-            (summary.sum() + spatial.sum()).backward()
-
-        return self._by_depth(run)
+        with self.sharing_matrices():
+            return self.by_depth(self.student_pass(size, images))
 
     def _measure_forward(self, size: Size, images: int) -> Work:
         def run() -> None:
             with torch.no_grad(), autocast(self.precision, torch.device("cpu")):
                 self._run(images, size)
 
-        return self._by_depth(run)
+        return self.by_depth(run)
 
     def _run(self, images: int, size: Size) -> tuple[torch.Tensor, ...]:
         body = self.student.student

@@ -109,27 +109,37 @@ def micro_batches_that_fit(
     for group in groups.values():
         largest = [max(item.sizes, key=math.prod) for item in group]
         for at, partition in enumerate(group):
-            for size in partition.sizes:
+            most = 0
+            for size in sorted(partition.sizes, key=math.prod, reverse=True):
                 sizes = [*largest[:at], size, *largest[at + 1 :]]
                 passes = [
                     Pass(item, shown, item.image_weight)
                     for item, shown in zip(group, sizes, strict=True)
                 ]
-                found[partition.name, size] = _most_images(costs, stage, passes, room * SAFETY)
+                limit = _limit(passes)
+                if most < limit:  # else smaller images fit as well
+                    most = _most_images(costs, stage, passes, room * SAFETY)
+                found[partition.name, size] = min(most, limit)
     return found
+
+
+def _limit(passes: Sequence[Pass]) -> int:
+    """Return the most images that a micro-batch may have, whatever its memory."""
+    unit = images_together(passes)
+    units = max(min(passes[0].partition.batch_size, MOST_IMAGES) // unit, 1)
+    return unit << (units.bit_length() - 1)  # times a power of two
 
 
 def _most_images(costs: ModelCosts, stage: Stage, passes: Sequence[Pass], room: float) -> int:
     """Return the most images of a micro-batch whose step takes no more than ``room`` bytes."""
-    unit = images_together(passes)
-    most = min(passes[0].partition.batch_size, MOST_IMAGES)
-    first = step_memory(costs, stage, passes, unit)
-    each = max(step_memory(costs, stage, passes, 2 * unit) - first, 1)
-    units = max(min(1 + int((room - first) / each), most // unit), 1)
-    units = 1 << (units.bit_length() - 1)  # a power of two
-    while units > 1 and step_memory(costs, stage, passes, units * unit) > room:
-        units //= 2
-    return units * unit
+    unit, limit = images_together(passes), _limit(passes)
+    most = step_memory(costs, stage, passes, limit)
+    if most <= room or limit == unit:
+        return limit
+    # Memory is the largest of sums that grow evenly: between two numbers it is below their line.
+    least = step_memory(costs, stage, passes, unit)
+    units = 1 + int((limit // unit - 1) * max(room - least, 0) / (most - least))
+    return unit << (units.bit_length() - 1)
 
 
 def step_memory(costs: ModelCosts, stage: Stage, passes: Sequence[Pass], images: int) -> int:

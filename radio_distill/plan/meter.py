@@ -9,7 +9,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, ClassVar
 from weakref import finalize
@@ -21,6 +21,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
+
+from ..system.compiled import blocks_of
 
 _ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -63,17 +65,66 @@ class Work:
     """Bytes that all other operators read and write, as they run one by one."""
     kernels: float = 0
     """Operators that launch something: all but views."""
+    block_traffic: float = 0
+    """Of the traffic, that inside transformer blocks, most of which compilation spares."""
+    block_kernels: float = 0
 
     def __add__(self, other: "Work") -> "Work":
         return Work(
-            self.flops + other.flops, self.traffic + other.traffic, self.kernels + other.kernels
+            self.flops + other.flops,
+            self.traffic + other.traffic,
+            self.kernels + other.kernels,
+            self.block_traffic + other.block_traffic,
+            self.block_kernels + other.block_kernels,
         )
 
     def __mul__(self, factor: float) -> "Work":
-        return Work(self.flops * factor, self.traffic * factor, self.kernels * factor)
+        return Work(
+            self.flops * factor,
+            self.traffic * factor,
+            self.kernels * factor,
+            self.block_traffic * factor,
+            self.block_kernels * factor,
+        )
 
     def __sub__(self, other: "Work") -> "Work":
         return self + other * -1
+
+    def fused(self, traffic: float, kernels: float) -> "Work":
+        """Return what is left when blocks keep these shares of their traffic and their kernels."""
+        return replace(
+            self,
+            traffic=self.traffic - (1 - traffic) * self.block_traffic,
+            kernels=self.kernels - (1 - kernels) * self.block_kernels,
+        )
+
+    def inside_blocks(self) -> "Work":
+        """Return the same as work of which nothing is outside of blocks."""
+        return replace(self, block_traffic=self.traffic, block_kernels=self.kernels)
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What a device does in a second."""
+
+    bfloat16: float
+    """Operations of matrix products alone; float16 is as bfloat16."""
+    float32: float
+    streaming: float
+    """Bytes of elementwise kernels."""
+    link: float = 370e9
+    """Bytes of an all-reduce among the devices of a node."""
+    launch: float = 0
+    """Seconds of an operator where the device is its own host; on others launches go beside."""
+
+    @property
+    def is_host(self) -> bool:
+        return self.launch > 0
+
+    def seconds(self, work: Work, dtype: str) -> float:
+        """Return how long the device is busy with some work."""
+        rate = self.float32 if dtype == "float32" else self.bfloat16
+        return work.flops / rate + work.traffic / self.streaming + work.kernels * self.launch
 
 
 class _Meter(TorchDispatchMode, ABC):
@@ -106,7 +157,7 @@ class _Meter(TorchDispatchMode, ABC):
         """Count an operator, and return what it returns."""
 
     @abstractmethod
-    def record(self, run: Callable[[], Any]) -> tuple[Any, Any]:
+    def record(self, run: Callable[[], Any], is_block: bool) -> tuple[Any, Any]:
         """Return what ``run`` returns, and what :meth:`replay` needs to count it again."""
 
     @abstractmethod
@@ -130,10 +181,14 @@ class _WorkMeter(_Meter):
             self.work += _elementwise(func, args, kwargs, result)
         return result
 
-    def record(self, run: Callable[[], Any]) -> tuple[Any, Work]:
+    def record(self, run: Callable[[], Any], is_block: bool) -> tuple[Any, Work]:
         before = self.work
         result = run()
-        return result, self.work - before
+        taken = self.work - before
+        if is_block:
+            taken = taken.inside_blocks()
+            self.work = before + taken
+        return result, taken
 
     def replay(self, taken: Work) -> None:
         self.work += taken
@@ -214,7 +269,7 @@ class _LiveBytes(_Meter):
     def _remove(self, size: int) -> None:
         self.now -= size
 
-    def record(self, run: Callable[[], Any]) -> tuple[Any, int]:
+    def record(self, run: Callable[[], Any], is_block: bool) -> tuple[Any, int]:
         before, self.peak, start = self.peak, self.now, self.now
         result = run()
         taken = self.peak - start
@@ -271,12 +326,13 @@ def share_equal_blocks(model: nn.Module) -> None:
     only.
     """
     shared: dict[Hashable, dict[Hashable, Any]] = {}
+    compiled = set(blocks_of(model))
     for parent in list(model.modules()):
         if isinstance(parent, (nn.ModuleList, nn.Sequential)):
             for block in parent:
                 if any(True for _ in block.children()):
                     known = shared.setdefault(structure(block), {})
-                    block.forward = _measured_once(block.forward, known)
+                    block.forward = _measured_once(block.forward, known, block in compiled)
 
 
 def structure(module: nn.Module) -> Hashable:
@@ -294,17 +350,19 @@ def structure(module: nn.Module) -> Hashable:
     return tuple(parts)
 
 
-def _measured_once(forward: Callable[..., Any], known: dict[Hashable, Any]) -> Callable[..., Any]:
+def _measured_once(
+    forward: Callable[..., Any], known: dict[Hashable, Any], is_block: bool
+) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         if not _Meter.active or torch.is_grad_enabled():
             return forward(*args, **kwargs)
         meter = _Meter.active[-1]
-        key = (type(meter), torch.is_autocast_enabled("cpu"), _shapes((args, kwargs)))
+        key = (type(meter), is_block, torch.is_autocast_enabled("cpu"), _shapes((args, kwargs)))
         if key in known:
             taken, shapes = known[key]
             meter.replay(taken)
             return tree_map(lambda leaf: leaf() if isinstance(leaf, _Empty) else leaf, shapes)
-        result, taken = meter.record(lambda: forward(*args, **kwargs))
+        result, taken = meter.record(lambda: forward(*args, **kwargs), is_block)
         if not _storages(result).keys() & _storages((args, kwargs)).keys():
             known[key] = taken, tree_map(_Empty.like, result)
         return result

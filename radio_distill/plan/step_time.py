@@ -1,7 +1,8 @@
 """How long a step takes on GPUs when all that runs is priced, and what bounds it. All estimated.
 
 Kernels of a process run one after another: products at a share of the peak, the others at a share
-of the memory's bandwidth (:class:`Speed`). The host launches them meanwhile and copies the next
+of the memory's bandwidth (:class:`.meter.Speed`); of those inside compiled blocks, the share that
+is left (:mod:`.work`). The host launches them meanwhile and copies the next
 images, so a step takes the largest of the three, then the exchange of gradients, the optimizer and
 the one synchronisation; where the device is the host, launches are part of its work. ``plan``'s
 hours do not follow from this but from the utilisation that is assumed. Left out: the losses,
@@ -16,8 +17,8 @@ from dataclasses import dataclass, fields
 from ..distill.micro_batches import MicroBatch
 from ..stage import Stage
 from .cost import ModelCosts, PartitionCost, TeacherCost
-from .meter import Work
-from .work import other_dtype
+from .meter import Speed, Work
+from .work import of_encoder, of_student, other_dtype
 
 LAUNCH = 16e-6
 """Seconds of the host for one operator, autograd included: a pass of ViT-B with spectral matrices
@@ -43,30 +44,6 @@ of 224 px, since glibc takes from :data:`MAPPED` bytes on fresh pages for each a
 
 
 @dataclass(frozen=True)
-class Speed:
-    """What a device does in a second."""
-
-    bfloat16: float
-    """Operations of matrix products alone; float16 is as bfloat16."""
-    float32: float
-    streaming: float
-    """Bytes of elementwise kernels."""
-    link: float = 370e9
-    """Bytes of an all-reduce among the devices of a node."""
-    launch: float = 0
-    """Seconds of an operator where the device is its own host; on others launches go beside."""
-
-    @property
-    def is_host(self) -> bool:
-        return self.launch > 0
-
-    def seconds(self, work: Work, dtype: str) -> float:
-        """Return how long the device is busy with some work."""
-        rate = self.float32 if dtype == "float32" else self.bfloat16
-        return work.flops / rate + work.traffic / self.streaming + work.kernels * self.launch
-
-
-@dataclass(frozen=True)
 class Schedule:
     """What the host does beside launching; the defaults are what training does."""
 
@@ -89,7 +66,8 @@ class StepTime:
     learn: float
     """Device time of the student's forward and backward passes, without those of padding."""
     other: float
-    """Device time of upsamplers, normalizers and padding; a mean over devices too."""
+    """Device time of upsamplers, normalizers, padding and the derivation of spectral matrices; a
+    mean over devices too."""
     elementwise: float
     """What of encoding and learning is memory traffic."""
     device: float
@@ -111,6 +89,11 @@ class StepTime:
     def waiting(self) -> float:
         """Device time that the mean device waits for the busiest."""
         return max(self.device - self.encode - self.learn - self.other, 0)  # rounding
+
+    @property
+    def busy(self) -> float:
+        """Mean work of the devices over that of the busiest."""
+        return (self.encode + self.learn + self.other) / self.device
 
     @property
     def useful(self) -> float:
@@ -166,7 +149,7 @@ def step_time(
         speed: of a device.
         schedule: what the host does.
     """
-    sums = [_rank(stage, measured, work, speed, schedule) for work in ranks]
+    sums = [_rank(costs, stage, measured, work, speed, schedule) for work in ranks]
     devices = len(sums)
     parameters = 4 * costs.parameters
     link = speed.link if devices <= NODE else min(speed.link, NETWORK)
@@ -199,6 +182,7 @@ def mean(times: Sequence[StepTime]) -> StepTime:
 
 
 def _rank(
+    costs: ModelCosts,
     stage: Stage,
     measured: Mapping[str, PartitionCost],
     work: Sequence[MicroBatch],
@@ -206,7 +190,9 @@ def _rank(
     schedule: Schedule,
 ) -> _Rank:
     """Add up the passes of one process."""
-    encode = learn = other = elementwise = launches = copies = floats = waiting = 0.0
+    encode = learn = elementwise = copies = floats = waiting = 0.0
+    other = speed.seconds(costs.matrices, "float32")
+    launches = schedule.launch * costs.matrices.kernels
     for micro in work:
         images = micro.stop - micro.start
         seen: set[object] = set()
@@ -227,7 +213,7 @@ def _rank(
                 host += schedule.launch * (calls * each.kernels + beside.kernels)
             if item.is_padding and stage.engine.zero_stage != 3:
                 continue  # zeros for each weight, without a model
-            student = cost.student(images)
+            student = of_student(stage, cost.student(images))
             took = speed.seconds(student, stage.engine.precision)
             if item.is_padding:
                 other += took
@@ -258,4 +244,4 @@ def _calls(stage: Stage, teacher: TeacherCost, images: int) -> tuple[int, Work]:
     if teacher.view.is_upsampled:
         limit = stage.upsampler.micro_batch or limit
     calls = math.ceil(inputs / limit) if limit else 1
-    return calls, teacher.encode(inputs / calls)
+    return calls, of_encoder(stage, teacher.encode(inputs / calls))

@@ -1,9 +1,10 @@
 """What a stage costs on given devices: operations, memory, time; found without weights or data.
 
 The images of a step are dealt to devices as the trainer deals them, and a step takes as long as its
-busiest device. Where sizes are drawn, a few steps are looked at that show every size of a partition
-equally often. Time is operations / (peak * utilisation): the utilisation is an assumption, and
-every figure of time stands and falls with it. Left out: communication, evaluation, checkpoints.
+busiest device, which :mod:`.step_time` finds. Where sizes are drawn, a few steps are looked at that
+show every size of a partition equally often. Time is operations / (peak * utilisation) of the mean
+device, over the share that it is busy: the utilisation is an assumption, and every figure of time
+stands and falls with it. Left out: communication, evaluation, checkpoints.
 Decoding runs beside the devices; what it asks of the processors, :attr:`StagePlan.decoding_cores`,
 is told apart from the time.
 """
@@ -24,7 +25,8 @@ from .memory import (
     step_memory,
     with_micro_batches,
 )
-from .step_time import LAUNCH, Speed, StepTime, mean, step_time
+from .meter import Speed
+from .step_time import LAUNCH, StepTime, mean, step_time
 from .work import other_dtype, with_work
 
 UTILISATION = 0.35
@@ -92,6 +94,12 @@ DEVICES = {
 }
 
 
+def dealing_speed(is_gpu: bool) -> Speed:
+    """Return the speed by which work is dealt: all GPUs count as one kind, so that a run is dealt
+    on each as it was planned."""
+    return DEVICES["h100" if is_gpu else "cpu"].speed
+
+
 @dataclass(frozen=True)
 class StagePlan:
     """The costs of a stage; tokens and operations are the mean step's, on all devices together."""
@@ -150,21 +158,20 @@ def plan_stage(
     for item in stage.partitions:
         measured[item.name] = costs.partition(stage, item)
         progress()
-    stage = with_work(stage, costs)
+    is_gpu = device is not DEVICES["cpu"]
+    stage = with_work(stage, costs, dealing_speed(is_gpu))
     resident = resident_memory(costs, stage, devices, teacher_bytes)
-    if with_memory and device is not DEVICES["cpu"]:
+    if with_memory and is_gpu:
         stage = with_micro_batches(stage, costs, resident, device.memory)
     steps = [assign_micro_batches(stage, sizes, devices) for sizes in _draws(stage)]
-    seconds = [
-        [sum(_seconds(stage, micro, measured, device) for micro in work) for work in ranks]
-        for ranks in steps
-    ]
-    waits = sum(map(max, seconds))
+    parts = mean([step_time(costs, stage, measured, ranks, device.speed) for ranks in steps])
     decoding = sum(
         max(sum(_decoding_seconds(micro, measured) for micro in work) for work in ranks)
         for ranks in steps
     )
     every = [micro for ranks in steps for work in ranks for micro in work]
+    at_peak = sum(_seconds(stage, micro, measured, device) for micro in every)
+    step_seconds = at_peak / len(steps) / devices / parts.busy / utilisation
     step_bytes = 0
     for micro in _largest(every) if with_memory else ():
         images = micro.stop - micro.start
@@ -179,10 +186,10 @@ def plan_stage(
         student_flops=sum(cost.student_flops * images for cost, images in sums),
         teacher_flops=sum(_teacher_flops(stage, micro, measured) for micro in every) / len(steps),
         memory=replace(resident, step=step_bytes),
-        step_seconds=waits / len(steps) / utilisation,
-        busy=sum(map(sum, seconds)) / devices / waits,
-        decoding_cores=decoding / waits * utilisation,
-        parts=mean([step_time(costs, stage, measured, ranks, device.speed) for ranks in steps]),
+        step_seconds=step_seconds,
+        busy=parts.busy,
+        decoding_cores=decoding / len(steps) / step_seconds,
+        parts=parts,
         statistics_seconds=_statistics_seconds(costs, stage, device) / devices / utilisation,
     )
 

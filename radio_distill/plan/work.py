@@ -4,10 +4,12 @@ from dataclasses import replace
 
 from ..stage import ImageWork, Stage
 from .cost import ModelCosts, TeacherCost
+from .meter import Speed, Work
 
-FLOAT32 = 15
-"""Times that an operation in float32 takes, where others are in bfloat16: 14.8 on an H100, 16 on an
-A100 (data sheets, without TF32)."""
+ENCODER_LEFT, STUDENT_LEFT = (0.52, 0.68), (0.72, 0.72)
+"""Shares of a block's elementwise traffic and of its kernels that compilation leaves, forward alone
+and with the backward pass: medians of what ``python -m benchmarks.compiled_blocks`` counts of the
+published recipes' models."""
 
 
 def needs_work(stage: Stage, world_size: int) -> bool:
@@ -16,22 +18,41 @@ def needs_work(stage: Stage, world_size: int) -> bool:
     return world_size > 1 and len(groups) > 1 and not all(item.ranks for item in groups)
 
 
-def with_work(stage: Stage, costs: ModelCosts) -> Stage:
-    """Return a stage with what its images cost, counted."""
+def with_work(stage: Stage, costs: ModelCosts, speed: Speed) -> Stage:
+    """Return a stage with what its images cost on devices of some speed, in seconds.
+
+    Without what a pass costs however many images it has.
+    """
     work = {}
     for partition in stage.partitions:
         for size, cost in costs.partition(stage, partition).passes.items():
-            image = cost.student_flops * _slowness(stage.engine.precision)
+            student = of_student(stage, cost.student.growth)
+            image = _seconds(speed, student, stage.engine.precision)
             image += sum(
-                item.other_flops * _slowness(other_dtype(stage, item)) for item in cost.teachers
+                _seconds(speed, item.other.growth, other_dtype(stage, item))
+                for item in cost.teachers
             )
             inputs = {
-                item.view.teacher: float(item.encode_flops)
-                * _slowness(stage.teachers[item.view.teacher].dtype)
+                item.view.teacher: item.calls
+                * _seconds(
+                    speed,
+                    of_encoder(stage, item.encode.growth),
+                    stage.teachers[item.view.teacher].dtype,
+                )
                 for item in cost.teachers
             }
-            work[partition.name, size] = ImageWork(float(image), inputs)
+            work[partition.name, size] = ImageWork(image, inputs)
     return replace(stage, work=work)
+
+
+def of_encoder(stage: Stage, work: Work) -> Work:
+    """Return the work of a teacher's encoder as a stage runs it, compiled or not."""
+    return work.fused(*ENCODER_LEFT) if stage.engine.compile is True else work
+
+
+def of_student(stage: Stage, work: Work) -> Work:
+    """Return the work of the student as a stage runs it, compiled or not."""
+    return work.fused(*STUDENT_LEFT) if stage.engine.compile is True else work
 
 
 def other_dtype(stage: Stage, teacher: TeacherCost) -> str:
@@ -39,5 +60,5 @@ def other_dtype(stage: Stage, teacher: TeacherCost) -> str:
     return stage.engine.precision if teacher.view.is_upsampled else "float32"
 
 
-def _slowness(dtype: str) -> float:
-    return FLOAT32 if dtype == "float32" else 1
+def _seconds(speed: Speed, work: Work, dtype: str) -> float:
+    return speed.seconds(replace(work, kernels=0), dtype)

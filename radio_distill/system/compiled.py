@@ -21,15 +21,14 @@ is for one function, and beyond it torch would go on in eager mode."""
 def compile_blocks(model: nn.Module, **options: Any) -> list[nn.Module]:
     """Have each block of a model compiled when it is first run; returns the blocks.
 
-    Blocks are the members of every list of two or more modules of one class, the outermost first,
-    unless they are single layers. A model without such lists stays as it is.
+    A model without blocks, see :func:`blocks_of`, stays as it is.
 
     Args:
         model: changed in place.
         options: of :func:`torch.compile`.
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MOST_GRAPHS)
-    blocks = _blocks(model)
+    blocks = blocks_of(model)
     for block in blocks:
         block.compile(**options)
     return blocks
@@ -45,10 +44,12 @@ def can_compile(device: torch.device) -> bool:
     return bool(has_triton()) and any(name and shutil.which(name) for name in compilers)
 
 
-def _blocks(model: nn.Module) -> list[nn.Module]:
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """Return the members of every list of two or more modules of one class, the outermost lists
+    first, unless they are single layers."""
     members = list(model.children())
     if isinstance(model, (nn.ModuleList, nn.Sequential)) and len(members) > 1:
         is_layer = next(members[0].children(), None) is None
         if len(set(map(type, members))) == 1 and not is_layer:
             return members
-    return [block for member in members for block in _blocks(member)]
+    return [block for member in members for block in blocks_of(member)]

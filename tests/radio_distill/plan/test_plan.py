@@ -27,7 +27,7 @@ from radio_distill.config import (
     UpsamplerConfig,
 )
 from radio_distill.distill.losses import distillation_loss
-from radio_distill.distill.micro_batches import Pass, assign_micro_batches
+from radio_distill.distill.micro_batches import MicroBatch, Pass, assign_micro_batches
 from radio_distill.models.heads import build_student
 from radio_distill.models.position import NUM_DRAWS
 from radio_distill.plan.cost import ModelCosts, WorkBySize
@@ -40,6 +40,7 @@ from radio_distill.plan.memory import (
     step_memory,
 )
 from radio_distill.plan.meter import (
+    Speed,
     Work,
     fake_module,
     fake_tensors,
@@ -47,7 +48,7 @@ from radio_distill.plan.meter import (
     peak_memory,
     share_equal_blocks,
 )
-from radio_distill.plan.step_time import Schedule, Speed, StepTime, step_time
+from radio_distill.plan.step_time import Schedule, StepTime, step_time
 from radio_distill.plan.time import (
     DECODE_SECONDS,
     RENDER_SECONDS,
@@ -55,6 +56,7 @@ from radio_distill.plan.time import (
     StagePlan,
     plan_stage,
 )
+from radio_distill.plan.work import STUDENT_LEFT, with_work
 from radio_distill.stage import Partition, Stage, resolve_stage
 from radio_distill.teacher_view import Mosaic, TeacherView
 from radio_distill.types import Features, TeacherSpec
@@ -173,7 +175,8 @@ def test_share_equal_blocks__counts_and_remembers_what_all_blocks_take():
         for images in (2, 5):
             pixels = torch.empty(images, 4)
             expected = measure_work(lambda pixels=pixels: whole(pixels))
-            assert measure_work(lambda pixels=pixels: shared(pixels)) == expected
+            found = measure_work(lambda pixels=pixels: shared(pixels))
+            assert found == expected.inside_blocks()
             peak = peak_memory(lambda pixels=pixels: whole(pixels))
             assert peak_memory(lambda pixels=pixels: shared(pixels)) == peak
     assert len(runs) == 2 * 2 * 2, "two kinds of blocks, for two inputs, by two meters"
@@ -492,6 +495,63 @@ def test_step_time__products_alone_are_operations_over_rate_and_launches_hide_be
             idle = step_time(costs, cut, counted, [[padding]], real)
             assert idle.encode == idle.learn == 0
             assert (idle.device > 0) == runs_student
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_with_work__an_image_costs_what_a_step_with_one_more_takes_longer(is_compiled):
+    speed = Speed(2e12, 0.5e12, 1e9)
+    with fake_costs(make_recipe(compile=is_compiled)) as costs:
+        stage = with_work(costs.stages["stage1"], costs, speed)
+        counted = {item.name: costs.partition(stage, item) for item in stage.partitions}
+        for partition in stage.partitions:
+            (size,) = partition.sizes
+            alone = (Pass(partition, size, partition.image_weight),)
+            few, many = (
+                step_time(costs, stage, counted, [[MicroBatch(0, stop, alone)]], speed)
+                for stop in (1, 3)
+            )
+            work = stage.work[partition.name, size]
+            assert (many.device - few.device) / 2 == pytest.approx(
+                work.image + work.inputs["patches"], rel=1e-6
+            )
+
+
+def test_step_time__compiled_blocks_keep_a_share_of_traffic_and_kernels_and_all_products():
+    with fake_costs(make_recipe()) as costs:
+        stage, passes = stage_and_pass(costs)
+        counted = {"low": costs.partition(stage, passes[0].partition)}
+        student = counted["low"].passes[64, 64].student(6)
+        assert 0 < student.block_kernels < student.kernels, "embedding and heads lie outside"
+
+        def price(speed: Speed, is_compiled: bool) -> StepTime:
+            engine = replace(stage.engine, compile=is_compiled)
+            asked = replace(stage, recipe=replace(stage.recipe, engine=engine))
+            work = [[MicroBatch(0, 6, tuple(passes))]]
+            return step_time(costs, asked, counted, work, speed, Schedule(launch=1.0))
+
+        still, slow = Speed(2e12, 0.5e12, math.inf), Speed(math.inf, math.inf, 1e9)
+        assert price(still, True).learn == price(still, False).learn
+        eager, fused = price(slow, False), price(slow, True)
+        traffic, kernels = STUDENT_LEFT
+        saved = (1 - traffic) * student.block_traffic / 1e9
+        assert eager.learn - fused.learn == pytest.approx(saved)
+        saved = (1 - kernels) * student.block_kernels
+        assert eager.launches - fused.launches == pytest.approx(saved)
+
+
+def test_matrices__are_derived_once_a_step_and_not_in_each_pass():
+    def count(**student: bool) -> tuple[Work, Work]:
+        recipe = make_recipe()
+        recipe = replace(recipe, student=replace(recipe.student, **student))
+        with fake_costs(recipe) as costs:
+            stage, low = stage_and(costs, "low")
+            return costs.partition(stage, low).passes[64, 64].student(1), costs.matrices
+
+    (plain, nothing), (spectral, matrices) = count(), count(spectral_reparametrization=True)
+    assert nothing == Work()
+    assert spectral.kernels == plain.kernels
+    learned = 4 * DEPTH * WIDTH * (3 * WIDTH + WIDTH + 2 * MLP)
+    assert matrices.traffic > 4 * learned, "derived twice, and their gradients handed on"
 
 
 @pytest.mark.parametrize(("shift", "runs"), [(0, 1), (2, 2)])
