@@ -1,6 +1,6 @@
 """Memory and time of a teacher's start, at full size with random weights.
 
-A file of random float32 weights is written (safetensors, under its library's names), and the
+A file of random weights is written (safetensors, under its library's names), and the
 teacher is built of it in processes of their own: twice, so that the second finds the fingerprint
 that the first left beside the file. Peaks are those of the process behind what its imports take:
 
@@ -32,8 +32,8 @@ SETTLED = 12
 _MIB = 1 << 20
 
 
-def write_weights(preset: str, path: Path) -> None:
-    """Write random float32 weights for the encoder of a preset."""
+def write_weights(preset: str, path: Path, dtype: str = "float32") -> None:
+    """Write random weights for the encoder of a preset."""
     import torch
     from safetensors.torch import save_file
 
@@ -42,7 +42,10 @@ def write_weights(preset: str, path: Path) -> None:
     state = {}
     for key, value in module.state_dict().items():
         floats = value.is_floating_point()
-        state[key] = torch.empty(value.shape).normal_(0, 0.02) if floats else torch.zeros(1).long()
+        if floats:
+            state[key] = torch.empty(value.shape).normal_(0, 0.02).to(getattr(torch, dtype))
+        else:
+            state[key] = torch.zeros(value.shape).long()
     save_file(state, path)
 
 
@@ -100,7 +103,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Print a table row for each start."""
     parser = argparse.ArgumentParser(prog="benchmarks.teacher_start", description=__doc__)
     parser.add_argument("presets", nargs="+")
-    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--dtype", default="bfloat16", help="that the teacher is kept in")
+    parser.add_argument("--file-dtype", default="float32")
     parser.add_argument("--tree", action="append", help="checkout that the children import")
     parser.add_argument("--folder", help="where the files are written, with room for one")
     options = parser.parse_args(arguments)
@@ -109,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for preset in options.presets:
         with tempfile.TemporaryDirectory(dir=options.folder) as folder:
             path = Path(folder) / "weights.safetensors"
-            write_weights(preset, path)
+            write_weights(preset, path, options.file_dtype)
             time.sleep(SETTLED)
             hashes = set()
             for tree in options.tree or [str(Path(__file__).resolve().parents[1])]:

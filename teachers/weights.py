@@ -78,6 +78,14 @@ def load_strict(
     module.load_state_dict(state, assign=take)
 
 
+def widen(module: nn.Module) -> None:
+    """Make a module float32 in place, but for matrices in half precision, which stay so."""
+    matrices = matrix_names(module)
+    for name, value in (*module.named_parameters(remove_duplicate=False), *module.named_buffers()):
+        if value.is_floating_point() and not (name in matrices and value.dtype in _HALF):
+            value.data = value.data.float()
+
+
 def matrix_names(module: nn.Module) -> set[str]:
     """Return the names of the parameters of matrix products and convolutions, biases included."""
     names = set()

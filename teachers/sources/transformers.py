@@ -137,6 +137,7 @@ def load_state(
             None,
             config=config,
             state_dict=state,
+            dtype=_dtype(state),
             output_loading_info=True,
             ignore_mismatched_sizes=True,
             **_without_pooler(type(kind), family),
@@ -148,7 +149,17 @@ def load_state(
     weights.refuse_gaps(
         where, sorted(report["missing_keys"]), sorted(report["unexpected_keys"]), sorted(mismatched)
     )
-    return _tower(model.float(), family, summary)
+    weights.widen(model)
+    return _tower(model, family, summary)
+
+
+def _dtype(state: Mapping[str, Tensor]) -> torch.dtype:
+    """Return the type in which transformers may hold these tensors as they are, else float32.
+
+    Tensors of that type stay where they are, maybe in their file; others are converted.
+    """
+    dtypes = {value.dtype for value in state.values() if value.is_floating_point()}
+    return dtypes.pop() if len(dtypes) == 1 else torch.float32
 
 
 def _config(settings: Mapping[str, Any]) -> tuple[Any, Family | GenericFamily]:
