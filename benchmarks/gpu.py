@@ -82,6 +82,7 @@ def sections(device: str, recipe: Path, quick: bool) -> list[Section]:
     where = ("--device", device)
     part, step = ("-m", "benchmarks.gpu_parts"), ("-m", "benchmarks.train_step")
     kernels = ("-m", "benchmarks.joint_bilateral_gpu", *(("--count",) if device == "cpu" else ()))
+    sweep = ("-m", "benchmarks.joint_bilateral_gpu", "--sweep")
     small = (*step, str(recipe), *where, "--images", "2", "--steps", "1")
     first: tuple[Section, ...]
     if quick:
@@ -115,6 +116,7 @@ def sections(device: str, recipe: Path, quick: bool) -> list[Section]:
         Section("Photographs to the device", (*part, "pipeline", *where), 60),
         Section("The joint-bilateral layer's kernels", kernels, 120),
         *rest,
+        *(() if device == "cpu" else (Section("Launch settings of the kernels", sweep, 150),)),
     ]
 
 

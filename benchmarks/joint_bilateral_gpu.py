@@ -1,7 +1,7 @@
 """Time and peak memory of the joint-bilateral layer's Triton kernels on a GPU, and their bounds.
 
     python -m benchmarks.joint_bilateral_gpu            # parity, then medians, side by side
-    python -m benchmarks.joint_bilateral_gpu --sweep    # other launch settings, kernel by kernel
+    python -m benchmarks.joint_bilateral_gpu --sweep    # times launch settings, and keeps the best
     python -m benchmarks.joint_bilateral_gpu --count    # bytes and FLOPs; needs no GPU
 
 The yardstick is the time to write the output once at the measured copy bandwidth (bytes read and
@@ -17,9 +17,11 @@ sheets; it knows nothing of the other instructions.
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import product
 from math import ceil, prod
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -31,6 +33,14 @@ from upsamplers.joint_bilateral import (
     joint_bilateral,
     range_weights,
     triton_kernels,
+)
+from upsamplers.joint_bilateral.launches import (
+    DEFAULT,
+    TABLE,
+    Settings,
+    architecture,
+    number_type,
+    write_table,
 )
 from upsamplers.joint_bilateral.triton_tiles import Folding, power_of_two
 
@@ -82,6 +92,13 @@ CASES = (
     Case(4, 768, 16, (3,)),
     Case(1, 1024, 27, (2, 2)),
     Case(1, 1280, 27, (3,), torch.float32),
+)
+
+SWEPT = CASES[:2]
+"""The large map in both types: what is fastest there is launched for all sizes."""
+CANDIDATES: tuple[Settings, ...] = tuple(
+    {"BLOCK": block, "num_warps": warps, "num_stages": stages}
+    for block, warps, stages in product((64, 128, 256), (4, 8), (2, 3))
 )
 
 
@@ -226,11 +243,11 @@ class Inputs(NamedTuple):
     grad: Tensor
 
 
-def inputs(case: Case) -> Inputs:
+def inputs(case: Case, device: str = "cuda") -> Inputs:
     """Make normal features and projections, and the weights of each level."""
 
     def make(*shape: int) -> Tensor:
-        random = torch.randn(*shape, device="cuda", dtype=case.dtype)
+        random = torch.randn(*shape, device=device, dtype=case.dtype)
         return random.to(memory_format=torch.channels_last)
 
     sides = [cells * folding.factor[0] for cells, folding in case.levels()]
@@ -328,28 +345,48 @@ def measure(case: Case, bandwidth: float) -> None:
     print()
 
 
-def sweep(case: Case) -> None:
-    """Print the time of each product under launch settings around the chosen ones."""
+def sweep(
+    case: Case,
+    device: str = "cuda",
+    choices: Iterable[Settings] = CANDIDATES,
+    time: Callable[[Callable[[], object]], float] = seconds,
+    table: Path = TABLE,
+) -> None:
+    """Time the products of a case's first level under launch settings, and note the fastest.
+
+    Prints each; the table gets the fastest of each kernel for the device's architecture and the
+    case's type. Settings that ask for more than the device has are passed over.
+    """
+    from triton import OutOfResources
+
     from upsamplers.joint_bilateral import triton_apply, triton_fold
 
-    given, (_, folding) = inputs(case), next(case.levels())
+    given, (_, folding) = (
+        inputs(case._replace(factors=case.factors[:1]), device),
+        next(case.levels()),
+    )
     low, grad = (t.permute(0, 2, 3, 1).contiguous() for t in (given.low, given.grad))
     folded = triton_fold.fold(given.kernels[0].contiguous(), folding, low.dtype)
-    calls = {
-        "multiply": lambda: triton_apply.multiply(low, folded, folding),
-        "grad_folded": lambda: triton_apply.grad_folded(low, grad, folding),
-        "grad_low": lambda: triton_apply.grad_low(folded, grad, folding),
+    calls: dict[str, Callable[[Settings], Tensor]] = {
+        "multiply": lambda settings: triton_apply.multiply(low, folded, folding, settings),
+        "grad_folded": lambda settings: triton_apply.grad_folded(low, grad, folding, settings),
+        "grad_low": lambda settings: triton_apply.grad_low(folded, grad, folding, settings),
     }
     row(f"{case}", "channels", "warps", "stages", "µs")
     row("---", *["---:"] * 4)
+    fastest = {}
     for name, call in calls.items():
-        chosen = dict(triton_apply.LAUNCH[name])
-        for block, warps, stages in product((64, 128, 256), (4, 8), (2, 3, 4)):
-            triton_apply.LAUNCH[name] = {"BLOCK": block, "num_warps": warps, "num_stages": stages}
-            mark = " (chosen)" if triton_apply.LAUNCH[name] == chosen else ""
-            row(name + mark, block, warps, stages, f"{seconds(call) * 1e6:.0f}")
-        triton_apply.LAUNCH[name] = chosen
-    print()
+        times = []
+        for settings in choices:
+            try:
+                times.append((time(partial(call, settings)), settings))
+            except OutOfResources:
+                continue
+            mark = " (default)" if settings == DEFAULT[name] else ""
+            row(name + mark, *settings.values(), f"{times[-1][0] * 1e6:.0f}")
+        fastest[name] = min(times, key=lambda item: item[0])[1]
+    write_table(architecture(low.device), number_type(case.dtype), fastest, table)
+    print(f"\n{table}: {fastest}\n")
 
 
 def row(*cells: object) -> None:
@@ -362,7 +399,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     choice = parser.add_mutually_exclusive_group()
     choice.add_argument("--count", action="store_true", help="count bytes and FLOPs; needs no GPU")
-    choice.add_argument("--sweep", action="store_true", help="time other launch settings")
+    choice.add_argument(
+        "--sweep", action="store_true", help="time launch settings and write the fastest, by type"
+    )
+    parser.add_argument(
+        "--table", type=Path, default=TABLE, help="written by --sweep; default: what kernels read"
+    )
     arguments = parser.parse_args()
     if arguments.count:
         for case in CASES:
@@ -373,10 +415,9 @@ def main() -> None:
     bandwidth = copy_bandwidth()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, ", end="")
     print(f"copies at {bandwidth / 1e12:.2f} TB/s\n")
-    for case in CASES:
-        if arguments.sweep:
-            sweep(case._replace(factors=case.factors[:1]))
-            continue
+    for case in SWEPT if arguments.sweep else ():
+        sweep(case, table=arguments.table)
+    for case in () if arguments.sweep else CASES:
         check(case)
         measure(case, bandwidth)
 

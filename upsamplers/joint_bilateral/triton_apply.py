@@ -5,10 +5,8 @@ With the weights of :mod:`.triton_fold`, a program multiplies ``[target pixels, 
 windows are ever written. Low-resolution maps are ``[B, h, w, C]``, target maps ``[B, H, W, C]``,
 folded kernels ``[B, cells, H, W]``, all contiguous.
 
-No kernel adds atomically, so two runs give the same bits. Launch settings are fixed: a search at
-the first call would synchronise, and might choose another order of additions in the next run. They
-were read off the machine code for sm_80 and sm_90 (registers, shared memory), not timed. A value of
-the map that is not finite can spoil the pixels of its whole tile.
+No kernel adds atomically, so two runs give the same bits; :mod:`.launches` says how each is launched.
+A value of the map that is not finite can spoil the pixels of its whole tile.
 """
 
 # ruff: noqa: N803 - constants of a kernel are in capitals, as Triton writes them
@@ -21,18 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launches import Settings, launch_settings
 from .triton_range import INTERPRETED, accumulator, dot
 from .triton_tiles import Folding, power_of_two
 
-LAUNCH = {
-    "multiply": {"BLOCK": 128, "num_warps": 4, "num_stages": 3},
-    "grad_folded": {"BLOCK": 64, "num_warps": 4, "num_stages": 3},
-    "grad_low": {"BLOCK": 256, "num_warps": 8, "num_stages": 3},
-}
-"""Channels of a block (half for 32 bits), warps, depth of pipeline: at most 64 sums a thread.
-
-``multiply`` and ``grad_folded`` take these warps for each 64 target pixels of a product.
-"""
 _PROGRAMS = 1024
 """Programs that fill a large GPU, assumed; fewer tiles than that are split by channel."""
 _ROWS = 4 if INTERPRETED else 16
@@ -41,13 +31,18 @@ _STEP = 256 if INTERPRETED else 32
 """Target pixels of one product on the way to the gradient of the low-resolution map."""
 
 
-def multiply(low: Tensor, folded: Tensor, folding: Folding) -> Tensor:
-    """Return ``[B, H, W, C]``: each target pixel's cells of ``low [B, h, w, C]``, weighted."""
+def multiply(
+    low: Tensor, folded: Tensor, folding: Folding, settings: Settings | None = None
+) -> Tensor:
+    """Return ``[B, H, W, C]``: each target pixel's cells of ``low [B, h, w, C]``, weighted.
+
+    ``settings`` are for timing others than :func:`.launches.launch_settings` says, here and below.
+    """
     _, height, width, channels = low.shape
     out = low.new_empty(len(low), *folded.shape[2:], channels)
     products = _products(low, folding)
     chunks = max(1, min(triton.cdiv(channels, 256), _PROGRAMS // products))
-    constants = _tile_constants("multiply", low, folding)
+    constants = _tile_constants(settings or launch_settings("multiply", low), low, folding)
     chunk = triton.cdiv(triton.cdiv(channels, chunks), constants["BLOCK"]) * constants["BLOCK"]
     saturate = low.dtype == torch.float16
     _multiply_kernel[(products, triton.cdiv(channels, chunk))](
@@ -56,23 +51,27 @@ def multiply(low: Tensor, folded: Tensor, folding: Folding) -> Tensor:
     return out
 
 
-def grad_folded(low: Tensor, grad: Tensor, folding: Folding) -> Tensor:
+def grad_folded(
+    low: Tensor, grad: Tensor, folding: Folding, settings: Settings | None = None
+) -> Tensor:
     """Return the gradient ``[B, cells, H, W]`` of the folded kernel from ``grad [B, H, W, C]``."""
     _, height, width, _ = low.shape
     rows, columns = folding.window
     wide = torch.promote_types(low.dtype, torch.float32)
     out = low.new_empty(len(low), rows * columns, *grad.shape[1:3], dtype=wide)
-    constants = _tile_constants("grad_folded", low, folding)
+    constants = _tile_constants(settings or launch_settings("grad_folded", low), low, folding)
     _grad_folded_kernel[(_products(low, folding),)](low, grad, out, height, width, **constants)
     return out
 
 
-def grad_low(folded: Tensor, grad: Tensor, folding: Folding) -> Tensor:
+def grad_low(
+    folded: Tensor, grad: Tensor, folding: Folding, settings: Settings | None = None
+) -> Tensor:
     """Return the gradient ``[B, h, w, C]`` of the low-resolution map from ``grad [B, H, W, C]``."""
     batch, fine_height, fine_width, channels = grad.shape
     height, width = fine_height // folding.factor[0], fine_width // folding.factor[1]
     out = grad.new_empty(batch, height, width, channels)
-    constants = _constants("grad_low", grad, folding) | {
+    constants = _constants(settings or launch_settings("grad_low", grad), grad, folding) | {
         "ROWS": _ROWS,
         "COLUMNS": folding.strip,
         "CELLS": power_of_two(folding.window[0] * folding.strip, 16),
@@ -94,17 +93,17 @@ def _products(low: Tensor, folding: Folding) -> int:
     return tiles * tile.products(folding.factor)
 
 
-def _constants(name: str, map_: Tensor, folding: Folding) -> dict[str, Any]:
+def _constants(settings: Settings, map_: Tensor, folding: Folding) -> dict[str, Any]:
     """Return constants and launch settings of a kernel for ``map_ [B, h, w, C]``."""
-    settings, channels = LAUNCH[name], map_.shape[3]
+    channels = map_.shape[3]
     block = min(settings["BLOCK"] * 2 // map_.itemsize, power_of_two(channels, 16))
     own = {"SUM": accumulator(map_), "CHANNELS": channels, "BLOCK": block}
     return {**settings, **folding.constants, **own}
 
 
-def _tile_constants(name: str, low: Tensor, folding: Folding) -> dict[str, Any]:
+def _tile_constants(settings: Settings, low: Tensor, folding: Folding) -> dict[str, Any]:
     """Return those of a kernel whose programs make one product of a tile each."""
-    constants, tile = _constants(name, low, folding), folding.tile
+    constants, tile = _constants(settings, low, folding), folding.tile
     return {
         **constants,
         **tile.constants,

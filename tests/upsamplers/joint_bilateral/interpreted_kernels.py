@@ -7,10 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from benchmarks.joint_bilateral_gpu import Case, sweep
 from radio_distill.errors import ConfigError
 from upsamplers.joint_bilateral import (
     apply_kernel,
     joint_bilateral,
+    launches,
     range_weights,
     triton_kernels,
 )
@@ -226,3 +228,22 @@ def test_apply_kernel__too_large_for_32_bits():
     low, kernel = torch.empty(1, 1, 4096, 4096, device="meta"), torch.empty(1, device="meta")
     with pytest.raises(ConfigError, match=r"8192x8192.*'triton'"):
         triton_kernels.apply_kernel(low, kernel.expand(1, 49, 8192, 8192))
+
+
+def test_sweep__kernels_are_launched_with_what_it_wrote(tmp_path, monkeypatch):
+    low, kernel, given = layer(1, 40, (4, 5), (3, 3), 3)
+    before = run(lambda *t: apply_kernel(*t, "bilinear", "triton"), given, low, kernel)
+    monkeypatch.setattr(launches, "TABLE", tmp_path / "launches.json")
+    choices = [{"BLOCK": block, "num_warps": 2, "num_stages": 1} for block in (16, 32, 64)]
+    took = iter([3.0, 1.0, 2.0] * 3)  # the second is fastest
+
+    def time(call):
+        call()
+        return next(took)
+
+    sweep(Case(1, 40, 4, (3,), torch.float32), "cpu", choices, time, launches.TABLE)
+    for name in launches.DEFAULT:
+        assert launches.launch_settings(name, low) == choices[1]
+        assert launches.launch_settings(name, low.bfloat16()) == launches.DEFAULT[name]
+    after = run(lambda *t: apply_kernel(*t, "bilinear", "triton"), given, low, kernel)
+    assert_close(after, [tensor.double() for tensor in before], 2e-6)
