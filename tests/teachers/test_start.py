@@ -10,6 +10,7 @@ from torch import nn
 from radio_distill.config import TeacherConfig
 from teachers import build_module, build_teacher, fingerprints, resolve
 from teachers.presets import TINY
+from teachers.sources.transformers import load_state
 from teachers.weights import WithoutValues, fingerprint, load_strict
 
 
@@ -87,6 +88,32 @@ def test_load_strict__takes_matrices_of_half_precision_as_they_are():
     load_strict(layers, state, "here", take=True)
     assert layers[0].weight.data_ptr() == state["0.weight"].data_ptr()
     assert layers[1].weight.dtype == torch.float32
+
+
+def loaded_by_transformers(dtype_of):
+    """Return tensors of a tower, each in its own type, and those that it was loaded with."""
+    settings = resolve(TeacherConfig(preset="tiny_dinov2")).arguments["config"]
+    tower = build_module(TeacherConfig(preset="tiny_dinov2"), "cpu")
+    state = tower.model.state_dict()
+    state = {key: (it + 1e-3 * torch.rand(it.shape)).to(dtype_of(it)) for key, it in state.items()}
+    return load_state(settings, dict(state), "here").model.state_dict(), state
+
+
+def test_load_state__transformers_takes_matrices_of_half_precision_as_they_are():
+    tower, state = loaded_by_transformers(lambda _: torch.bfloat16)
+    name = next(key for key in state if key.endswith("fc1.weight"))
+    assert tower[name].data_ptr() == state[name].data_ptr(), "maybe still in its file"
+    norm = next(key for key in state if key.endswith("norm1.weight"))
+    assert tower[norm].dtype == torch.float32
+
+
+def test_load_state__of_a_file_of_mixed_types_loses_nothing():
+    def dtype_of(value):
+        return torch.bfloat16 if value.ndim > 1 else torch.float32
+
+    tower, state = loaded_by_transformers(dtype_of)
+    assert all(torch.equal(tower[key], value.to(tower[key].dtype)) for key, value in state.items())
+    assert all(tower[key].dtype == torch.float32 for key, it in state.items() if it.ndim == 1)
 
 
 @pytest.mark.parametrize("name", ["vits14_packaged", "efficientnet_lite0_packaged"])

@@ -5,7 +5,7 @@ With the weights of :mod:`.triton_fold`, a program multiplies ``[target pixels, 
 windows are ever written. Low-resolution maps are ``[B, h, w, C]``, target maps ``[B, H, W, C]``,
 folded kernels ``[B, cells, H, W]``, all contiguous.
 
-No kernel adds atomically, so two runs give the same bits; :mod:`.launches` says how each is launched.
+No kernel adds atomically, so two runs give the same bits; :mod:`.launches` says how they are run.
 A value of the map that is not finite can spoil the pixels of its whole tile.
 """
 
