@@ -25,28 +25,34 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from radio_distill.config import TeacherConfig
-from teachers import build_module
+from teachers import build_module, resolve
 
 SETTLED = 12
 """Seconds after which a file counts as no longer being written to."""
 _MIB = 1 << 20
 
 
-def write_weights(preset: str, path: Path, dtype: str = "float32") -> None:
-    """Write random weights for the encoder of a preset."""
+def write_weights(preset: str, folder: Path, dtype: str = "float32") -> Path:
+    """Write random weights for the encoder of a preset; returns the file, or RADIO's folder."""
     import torch
     from safetensors.torch import save_file
 
     tower = build_module(TeacherConfig(preset=preset))
     module = getattr(tower, "visual", None) or tower.model
+    asked = resolve(TeacherConfig(preset=preset))
     state = {}
     for key, value in module.state_dict().items():
-        floats = value.is_floating_point()
-        if floats:
-            state[key] = torch.empty(value.shape).normal_(0, 0.02).to(getattr(torch, dtype))
+        name = asked.arguments.get("prefix", "") + key
+        if value.is_floating_point():
+            state[name] = torch.empty(value.shape).normal_(0, 0.02).to(getattr(torch, dtype))
         else:
-            state[key] = torch.zeros(value.shape).long()
-    save_file(state, path)
+            state[name] = torch.arange(value.numel()).view(value.shape)
+    save_file(state, folder / "model.safetensors")
+    if asked.source != "radio":
+        return folder / "model.safetensors"
+    settings = json.dumps(asked.arguments["config"])
+    (folder / "config.json").write_text(settings, encoding="utf-8")
+    return folder
 
 
 def memory(field: str) -> int:
@@ -74,7 +80,7 @@ def start(preset: str, path: str, dtype: str) -> None:
         while not done.wait(0.005):
             seen.append(memory("RssAnon"))
 
-    watcher = threading.Thread(target=watch)
+    watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     wall, cpu = time.perf_counter(), time.process_time()
     teacher = build_teacher("t", config)
@@ -112,8 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print("| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     for preset in options.presets:
         with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-            path = Path(folder) / "weights.safetensors"
-            write_weights(preset, path, options.file_dtype)
+            path = write_weights(preset, Path(folder), options.file_dtype)
             time.sleep(SETTLED)
             hashes = set()
             for tree in options.tree or [str(Path(__file__).resolve().parents[1])]:
