@@ -318,7 +318,7 @@ def test_build_fit__starts_the_same_whether_statistics_are_estimated_or_kept(rec
         (["--fit.size", "50"], "fit.size: teacher 'vit' cannot see 50 px (nearest 48)"),
         (["--teacher", "sam", "--fit.size", "32"], "cannot see 32 px (nearest 64)"),
         (["--fit.options", "{raduis: 3}"], "no option 'raduis' (did you mean 'radius'?)"),
-        (["--fit.options", "{radius: 0}"], "radius is 0; it must be at least 1"),
+        (["--fit.options", "{radius: 0}"], "featup.radius: 0 is below 1"),
         (["--fit.pool", "3"], "fit.pool: 3 is not a multiple of fit.batch_size 2"),
         (["--fit.downsampler_kernel", "99"], "larger than the map"),
         (["--fit.stpes", "3"], "unknown field 'fit.stpes' (did you mean 'steps'?)"),
