@@ -158,7 +158,12 @@ def _dtype(state: Mapping[str, Tensor]) -> torch.dtype:
 
     Tensors of that type stay where they are, maybe in their file; others are converted.
     """
-    dtypes = {value.dtype for value in state.values() if value.is_floating_point()}
+    dtypes = {
+        value.dtype
+        for key, value in state.items()
+        # RADIO's mean and std, which its tower does without
+        if value.is_floating_point() and "input_conditioner." not in key
+    }
     return dtypes.pop() if len(dtypes) == 1 else torch.float32
 
 

@@ -90,13 +90,16 @@ def test_load_strict__takes_matrices_of_half_precision_as_they_are():
     assert layers[1].weight.dtype == torch.float32
 
 
-def loaded_by_transformers(dtype_of):
+def loaded_by_transformers(dtype_of, preset="tiny_dinov2", **more):
     """Return tensors of a tower, each in its own type, and those that it was loaded with."""
-    settings = resolve(TeacherConfig(preset="tiny_dinov2")).arguments["config"]
-    tower = build_module(TeacherConfig(preset="tiny_dinov2"), "cpu")
+    settings = resolve(TeacherConfig(preset=preset)).arguments["config"]
+    tower = build_module(TeacherConfig(preset=preset), "cpu")
     state = tower.model.state_dict()
-    state = {key: (it + 1e-3 * torch.rand(it.shape)).to(dtype_of(it)) for key, it in state.items()}
-    return load_state(settings, dict(state), "here").model.state_dict(), state
+    state = {
+        key: (it + 1e-3 * torch.rand(it.shape)).to(dtype_of(it)) if it.is_floating_point() else it
+        for key, it in state.items()
+    }
+    return load_state(settings, state | more, "here").model.state_dict(), state
 
 
 def test_load_state__transformers_takes_matrices_of_half_precision_as_they_are():
@@ -105,6 +108,16 @@ def test_load_state__transformers_takes_matrices_of_half_precision_as_they_are()
     assert tower[name].data_ptr() == state[name].data_ptr(), "maybe still in its file"
     norm = next(key for key in state if key.endswith("norm1.weight"))
     assert tower[norm].dtype == torch.float32
+
+
+def test_load_state__radio_brings_its_normalisation_in_float32():
+    beside = {
+        f"input_conditioner.norm_{name}": torch.full((3, 1, 1), 0.3) for name in ("mean", "std")
+    }
+    tower, state = loaded_by_transformers(lambda _: torch.bfloat16, "tiny_radio", **beside)
+    matrices = [key for key in state if key.endswith("fc1.weight")]
+    assert matrices
+    assert all(tower[key].data_ptr() == state[key].data_ptr() for key in matrices)
 
 
 def test_load_state__of_a_file_of_mixed_types_loses_nothing():
