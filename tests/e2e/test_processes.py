@@ -60,18 +60,20 @@ def assert_gradients_equal(
 
 
 def test_gradient__two_partitions_on_one_process_and_on_two(recipe_file, crew):
-    """One process runs both partitions as micro-batches; two have a partition each."""
+    """One process runs both partitions as micro-batches; two have a partition each.
+
+    Other ZeRO stages are asked for more below.
+    """
     runs = run_folder(recipe_file)
     recipe = [str(recipe_file), "--stage.steps", "1"]
     assert stage1.main(recipe) == 0
     assert stage2.main([*recipe, *ADAMW]) == 0
     expected = tensors(runs / "stage2", 1, "optimizer")
     statistics = tensors(runs / "stage2", 1, "statistics")
-    for zero_stage in (0, 1, 2, 3):
-        crew("stage2", *recipe, *ADAMW, "--engine.zero_stage", zero_stage)
-        assert_gradients_equal(expected, tensors(runs / "stage2", 1, "optimizer"), zero_stage)
-        for name, value in tensors(runs / "stage2", 1, "statistics").items():
-            torch.testing.assert_close(value, statistics[name])
+    crew("stage2", *recipe, *ADAMW, "--engine.zero_stage", "1")
+    assert_gradients_equal(expected, tensors(runs / "stage2", 1, "optimizer"))
+    for name, value in tensors(runs / "stage2", 1, "statistics").items():
+        torch.testing.assert_close(value, statistics[name])
 
 
 def test_gradient__two_processes_that_load_different_teachers(recipe_file, tmp_path, crew):
