@@ -33,8 +33,9 @@ from PIL import Image
 from torch import Tensor
 
 from radio_distill.config import DataConfig
-from radio_distill.data.images import decode_pixels, random_origin, render
+from radio_distill.data.images import decode_pixels
 from radio_distill.data.order import view_generator
+from radio_distill.data.rendering import random_origin, render
 from radio_distill.report.tables import Column, Table, print_tables
 from radio_distill.types import ViewOrigin
 from stages.arguments import run_script

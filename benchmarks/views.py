@@ -27,8 +27,8 @@ from torch import Tensor
 
 from radio_distill.config import DataConfig, TeacherConfig
 from radio_distill.data.folder import load_images
-from radio_distill.data.images import to_float
 from radio_distill.data.loader import ShardBatches, StepSlice, in_every_step
+from radio_distill.data.rendering import to_float
 from radio_distill.data.shards import write_shards
 from radio_distill.distill.views import resize
 from radio_distill.evals.encoder import open_image

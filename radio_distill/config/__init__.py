@@ -3,7 +3,8 @@
 :mod:`.schema` has the sections (:mod:`.models` teachers and student, :mod:`.objective` losses),
 :mod:`.fields` how their fields are declared, :mod:`.reading` the way in and out, :mod:`.rules` what
 must hold between fields, :mod:`.students` what a recipe of several students is for each,
-:mod:`.resolve` what `auto` means, :mod:`.recipes` the project's own.
+:mod:`.resolve` what `auto` means, :mod:`.strict_yaml` what YAML is read, :mod:`.recipes` the
+project's own.
 Nothing here imports torch.
 """
 
@@ -18,10 +19,7 @@ from .reading import (
     dump,
     load,
     override,
-    parse_yaml,
-    read_yaml,
     with_new_names,
-    yaml_line,
 )
 from .resolve import (
     AUTO,
@@ -50,4 +48,5 @@ from .schema import (
     of_summary,
     partition_sizes,
 )
+from .strict_yaml import parse_yaml, read_yaml, yaml_line
 from .students import by_student, for_stage, plain_teacher, section_of, stages_needed

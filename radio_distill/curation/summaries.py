@@ -25,8 +25,9 @@ from torch.nn import functional as F
 
 from ..config import DataConfig, plain
 from ..data.bands import decode
-from ..data.images import BadImageError, centre_origin, render, to_float
+from ..data.images import BadImageError
 from ..data.loader import made_by_workers
+from ..data.rendering import centre_origin, render, to_float
 from ..data.tar_index import Shard
 from ..data.tar_reader import ShardReader
 from ..errors import DataError

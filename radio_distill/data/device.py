@@ -7,7 +7,7 @@ from functools import cache
 import torch
 
 from ..types import ImageBatch
-from .images import to_float
+from .rendering import to_float
 
 
 def on_device(batches: Iterable[ImageBatch], device: torch.device) -> Iterator[ImageBatch]:

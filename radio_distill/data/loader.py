@@ -34,9 +34,10 @@ from ..system.signals import SIGNALS
 from ..types import ImageBatch, Size, View, ViewOrigin
 from .ahead import Ahead
 from .bands import decode
-from .images import FIELD_OF_KIND, BadImageError, random_origin, render
+from .images import FIELD_OF_KIND, BadImageError
 from .order import SampleOrder, StepLayout, view_generator
 from .remote import Remote
+from .rendering import random_origin, render
 from .sources import open_sources
 from .tar_reader import ShardReader
 

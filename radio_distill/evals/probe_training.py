@@ -27,9 +27,9 @@ from einops import repeat
 from torch import Tensor, nn
 
 from ..config import DataConfig, EngineConfig, LogConfig, Recipe, WatchConfig
-from ..data.images import to_float
 from ..data.loader import made_by_workers
 from ..data.order import SampleOrder, view_generator
+from ..data.rendering import to_float
 from ..errors import ConfigError, NoLayersError
 from ..stage import Stage
 from ..system.distributed import (

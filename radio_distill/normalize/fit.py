@@ -15,8 +15,8 @@ import torch
 
 from ..config import DataConfig, of_summary, share_of
 from ..data.device import on_device
-from ..data.images import PIXELS
 from ..data.loader import ShardBatches, StepSlice
+from ..data.rendering import PIXELS
 from ..distill.colours import is_plain
 from ..distill.randomness import StepRandomness
 from ..distill.targets import encode

@@ -250,7 +250,7 @@ def _encoder(name: str, device: "torch.device") -> "tuple[Encoder, str]":
 
 def _folder_name(digest: str, size: "Size", data: DataConfig) -> str:
     """Name the folder of the summaries after what they depend on besides the images."""
-    from radio_distill.data.images import PIXELS
+    from radio_distill.data.rendering import PIXELS
 
     parts = (digest, size, data.min_size, data.max_pixels, PIXELS)
     return sha256(repr(parts).encode()).hexdigest()[:16]

@@ -11,7 +11,8 @@ from PIL import Image
 
 from radio_distill.config import DataConfig
 from radio_distill.data.bands import decode, suffix_of
-from radio_distill.data.images import BadImageError, decode_pixels, render
+from radio_distill.data.images import BadImageError, decode_pixels
+from radio_distill.data.rendering import render
 from radio_distill.data.tar_scan import scan_shard
 from radio_distill.types import ViewOrigin
 

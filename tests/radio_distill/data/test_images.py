@@ -14,12 +14,10 @@ from radio_distill.data.images import (
     decode_image,
     decode_pixels,
     image_suffix,
-    random_origin,
     readable_suffixes,
-    render,
-    to_float,
 )
 from radio_distill.data.order import view_generator
+from radio_distill.data.rendering import random_origin, render, to_float
 from radio_distill.types import ViewOrigin
 
 CONFIG = DataConfig(shards=())

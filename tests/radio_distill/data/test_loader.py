@@ -17,7 +17,7 @@ import torch
 from radio_distill.config import DataConfig
 from radio_distill.data import loader
 from radio_distill.data import tar_reader as reader
-from radio_distill.data.images import decode_pixels, random_origin, render
+from radio_distill.data.images import decode_pixels
 from radio_distill.data.loader import (
     BadImage,
     BadImageCounter,
@@ -28,6 +28,7 @@ from radio_distill.data.loader import (
     too_many_bad,
 )
 from radio_distill.data.order import SampleOrder, view_generator
+from radio_distill.data.rendering import random_origin, render
 from radio_distill.errors import ConfigError, DataError
 
 SIZE = (16, 24)

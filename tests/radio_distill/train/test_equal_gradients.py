@@ -28,7 +28,7 @@ from radio_distill.config import (
     UpsamplerConfig,
     check,
 )
-from radio_distill.data.images import render
+from radio_distill.data.rendering import render
 from radio_distill.distill.loss_weights import TermWeights
 from radio_distill.distill.micro_batches import MicroBatchSchedule
 from radio_distill.distill.randomness import StepRandomness
