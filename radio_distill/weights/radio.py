@@ -66,6 +66,16 @@ _JOINED = {
     "attn.qkv": ("attention.q_proj", "attention.k_proj", "attention.v_proj"),
     "mlp.fc1": ("mlp.gate_proj", "mlp.up_proj"),
 }
+_SETTINGS = (
+    "hidden_size",
+    "max_img_size",
+    "num_attention_heads",
+    "num_cls_tokens",
+    "num_hidden_layers",
+    "num_registers",
+    "patch_size",
+)
+"""Of ``config.json``, without which no body can be made."""
 _BODY = ("blocks.", "norm.", "patch_embed.", "pos_embed", "tokens")
 
 
@@ -134,6 +144,11 @@ def radio_checkpoint(
     if not holds_radio(state):
         raise WeightsError(f"{where} is not a RADIO vision transformer, which is read here")
     if settings.get("model_type") == "radio":
+        if missing := [name for name in _SETTINGS if name not in settings]:
+            raise WeightsError(
+                f"{where}: config.json has no {', '.join(missing)}; take the one that was saved "
+                "with the weights"
+            )
         config = {**settings, **_normalisation(state, settings)}
         grid = _grid(state, config.get("max_img_size", 0), config["patch_size"], where)
         return RadioCheckpoint(config, dict(state), grid)

@@ -115,6 +115,15 @@ def test_radio_folder__another_number_of_heads_is_refused(radio_folder):
         start(folder)
 
 
+def test_radio_folder__settings_that_are_missing_are_named(radio_folder):
+    folder, _ = radio_folder
+    settings = json.loads((folder / "config.json").read_text())
+    del settings["patch_size"]
+    (folder / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(WeightsError, match="patch_size"):
+        start(folder)
+
+
 @pytest.mark.parametrize("architecture", ["vit_tiny_patch16_224", "vit_small_patch16_224"])
 def test_radio_folder__another_architecture_is_refused(radio_folder, architecture):
     folder, _ = radio_folder
