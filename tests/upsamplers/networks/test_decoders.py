@@ -156,24 +156,35 @@ def test_sapa__large_values_stay_finite():
     assert fine.isfinite().all()
 
 
+@pytest.mark.parametrize("size", [(5, 7), (1, 3), (8, 2)])
+@pytest.mark.parametrize("factor", [1, 2, 3, 7])
+@pytest.mark.parametrize("name", ["carafe", "sapa", "fade"])
+def test_network__starts_near_bilinear(observation, name, factor, size):
+    """In the mean of sixteen images, as that of two is up to a half larger by chance."""
+    seen = observation(32, factor, size, batch=16)
+    fine = build_network(name, 32, factor, {})(seen)
+    expected = F.interpolate(seen.low, scale_factor=factor, mode="bilinear", align_corners=False)
+    assert fine.shape == (16, 32, size[0] * factor, size[1] * factor)
+    assert (fine - expected).square().mean().sqrt() < 0.05  # of features whose spread is one
+
+
 @pytest.mark.parametrize(
-    ("name", "options", "error"),  # of features whose spread is one
+    ("name", "options"),
     [
-        *((name, {}, 0.1) for name in ("carafe", "sapa", "fade")),
-        ("resize_conv", {}, 1e-6),
-        ("bilinear", {}, 1e-6),
-        ("deconvolution", {}, 1e-6),
-        ("deconvolution", {"depthwise": True}, 1e-6),
+        ("resize_conv", {}),
+        ("bilinear", {}),
+        ("deconvolution", {}),
+        ("deconvolution", {"depthwise": True}),
     ],
 )
-@pytest.mark.parametrize("size", [(5, 7), (1, 1), (1, 3), (8, 2)])
+@pytest.mark.parametrize("size", [(5, 7), (1, 1), (8, 2)])
 @pytest.mark.parametrize("factor", [1, 2, 3, 4, 7])
-def test_network__starts_at_bilinear(observation, name, options, error, factor, size):
-    seen = observation(32, factor, size)
-    found = build_network(name, 32, factor, options)(seen)
+def test_network__starts_at_bilinear(observation, name, options, factor, size):
+    seen = observation(6, factor, size)
+    network = build_network(name, 6, factor, options)
     expected = F.interpolate(seen.low, scale_factor=factor, mode="bilinear", align_corners=False)
-    assert found.shape == expected.shape
-    assert (found - expected).square().mean().sqrt() <= error
+    torch.testing.assert_close(network(seen), expected)
+    assert network.tile_levels == ()
 
 
 def test_sapa__is_the_softmax_of_similarities():
@@ -225,9 +236,7 @@ def test_reassemble__is_the_unfolded_form(height, width, factor, side):
 def test_reassemble__gradients():
     low = torch.randn(1, 2, 4, 3, dtype=torch.float64, requires_grad=True)
     weights = torch.randn(1, 4, 3, 4, 9, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(
-        lambda a, b: reassemble(a, b, 2), (low, weights), fast_mode=True
-    )
+    assert torch.autograd.gradcheck(lambda a, b: reassemble(a, b, 2), (low, weights))
 
 
 def test_reassemble__keeps_no_neighbourhoods_for_the_backward_pass():
