@@ -33,8 +33,7 @@ def build_engine(
 
     Arguments are those of :class:`.engine.Engine`, and this process's place.
     """
-    name = config.name
-    if name == "single" or (name == "auto" and world.world_size == 1):
+    if _kind(config, world.world_size) == "single":
         return SingleProcessEngine(model, optimizer, config, gradient_clip, device)
     return DeepSpeedEngine(model, optimizer, config, gradient_clip, world, device)
 
@@ -53,9 +52,7 @@ def engine_name(
     Raises:
         ConfigError: where that engine cannot do what the recipe asks.
     """
-    name = config.name
-    if name == "auto":
-        name = "deepspeed" if world_size > 1 else "single"
+    name = _kind(config, world_size)
     if name == "single":
         if world_size > 1:
             raise ConfigError(
@@ -79,6 +76,12 @@ def engine_name(
             "set engine.zero_stage to 2, or ema_decay to 0"
         )
     return name
+
+
+def _kind(config: EngineConfig, world_size: int) -> str:
+    if config.name != "auto":
+        return config.name
+    return "deepspeed" if world_size > 1 else "single"
 
 
 def zero_hint(config: EngineConfig) -> str:
