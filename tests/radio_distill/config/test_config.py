@@ -167,12 +167,17 @@ def test_check__reports_every_problem_on_a_line_of_its_own():
     "field",
     [
         *("output", "data.cache", "normalizer.cache", "evaluation.images", "evaluation.labels"),
-        *("evaluation.data.voc", "data.index"),
+        "evaluation.data.voc",
     ],
 )
 def test_check__folders_are_no_addresses(field):
-    with pytest.raises(ConfigError, match=rf"^{field}\S*: .*a disk"):
+    with pytest.raises(ConfigError, match=f"^{field}: .*a disk"):
         recipe(f"{field}=s3://bucket/folder")
+
+
+def test_check__a_folder_of_indexes_is_no_address():
+    with pytest.raises(ConfigError, match=r"^data\.index\.1: .*a disk"):
+        recipe("data.index=[beside, s3://bucket/folder]")
 
 
 def test_folder__below_ones_own_home(monkeypatch, tmp_path):
