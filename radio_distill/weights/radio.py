@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..config import StudentConfig
 from ..errors import WeightsError
-from ..types import Size
+from ..types import Size, format_size
 from .files import read_checkpoint, read_json, tensors_of
 
 _PATCHES = ("patch_generator.embedder.weight", "embeddings.patch_projection.weight")
@@ -127,9 +127,11 @@ def read_radio(path: Path) -> RadioCheckpoint:
     settings = read_json(path / "config.json") if path.is_dir() else checkpoint
     radio = radio_checkpoint(settings, tensors_of(checkpoint, path), str(path))
     if radio.grid is None or radio.grid[0] != radio.grid[1]:
+        count = radio.timm_tensors()["pos_embed"].shape[1]
+        of = format_size(radio.grid) if radio.grid else f"{count} positions"
         raise WeightsError(
-            f"{path} has a position table that is no square, which a RADIO model is not read with "
-            "(but it can be a student's start)"
+            f"{path} has a position table of {of}, which is no square and a RADIO model is not "
+            "read with (but it can be a student's start)"
         )
     return radio
 
