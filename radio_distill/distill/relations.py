@@ -156,6 +156,7 @@ def _distances(summaries: Tensor) -> Tensor:
     summaries = summaries - summaries.mean(0)  # the same distances, with fewer digits lost below
     squares = summaries.square().sum(1)
     squared = squares[:, None] + squares - 2 * summaries @ summaries.T
+    squared = (squared + squared.T) / 2  # rounded alike: a median of pairs counts both or neither
     # The root's slope at 0 is infinite. Equal images stay where they are.
     is_apart = squared > 1e-12 * squares.mean()
     is_apart = is_apart & ~torch.eye(len(summaries), dtype=torch.bool, device=summaries.device)
