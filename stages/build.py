@@ -38,7 +38,7 @@ from radio_distill.protocols import LayeredTeacher, MovingNormalizer, Normalizer
 from radio_distill.stage import Stage
 from radio_distill.system.compiled import compile_blocks
 from radio_distill.system.distributed import World, all_gather_object, extend_timeouts, run_on_main
-from radio_distill.system.files import make_private
+from radio_distill.system.files import make_private, reason_of
 from radio_distill.system.memory import explain_oom
 from radio_distill.train import checkpoint as checkpoints
 from radio_distill.train.checkpoint import Checkpoint, Origin
@@ -259,12 +259,13 @@ def _fit_standard(normalizer: Normalizer, name: str, teachers: Mapping[str, Teac
 
 
 def score_student(
-    task: Distillation, tensors: Mapping[str, Tensor], beat: Callable[[], None]
+    task: Distillation, step: int, tensors: Mapping[str, Tensor], beat: Callable[[], None]
 ) -> list[Score]:
     """Score a student of these weights with the benchmarks that are run during training.
 
     It is a student of its own, so that nothing of the one in training is touched: neither its
-    weights and buffers nor its mode, and under ZeRO no part of them is missing.
+    weights and buffers nor its mode, and under ZeRO no part of them is missing. A benchmark of the
+    user's that fails has no score of this step: the others have theirs, and the run goes on.
     """
     stage, device, specs = task.stage, task.engine.device, task.stage.specs
     config = during_training(stage.evaluation)
@@ -277,7 +278,16 @@ def score_student(
         patch_size = stage.student.patch_size
         heads = targets_of(teachers, stage.teachers, config.size, patch_size, normalizers)
     backbone = as_encoder(model.to(device).eval(), stage.student, specs)
-    return evaluate(student_encoder(backbone, device, heads), config, lambda *_: beat())
+
+    def warn(name: str, error: Exception) -> None:
+        logger.warning(
+            "step %d has no score of benchmark %r, which failed with %s: %s; "
+            "`radio-distill eval %s --evaluation.benchmarks %s` shows where",
+            step, name, type(error).__name__, reason_of(error), stage.folder, name,
+        )  # fmt: skip
+
+    encoder = student_encoder(backbone, device, heads)
+    return evaluate(encoder, config, lambda *_: beat(), failed=warn)
 
 
 def during_training(config: EvaluationConfig) -> EvaluationConfig:

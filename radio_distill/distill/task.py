@@ -59,8 +59,8 @@ MESA = "mesa"
 ANCHOR = "anchor"
 """Name of the term that compares with the student at its start."""
 
-Evaluate = Callable[[Mapping[str, Tensor], Callable[[], None]], list[Score]]
-"""Scores the student of these weights; the second argument is called again and again."""
+Evaluate = Callable[[int, Mapping[str, Tensor], Callable[[], None]], list[Score]]
+"""Scores the student of a step's weights; the last argument is called again and again."""
 
 
 class _Look(NamedTuple):
@@ -231,7 +231,7 @@ class Distillation:
         assert self.scores is not None
         hint = "lower evaluation.size and evaluation.dense_size"
         with explain_oom("the evaluation", f"step {step}", hint):
-            return self.scores(tensors, beat)
+            return self.scores(step, tensors, beat)
 
     def _seed_generators(self, step: int, images: str = "") -> None:
         """Let every global generator begin at a function of seed, step, and rank or images.

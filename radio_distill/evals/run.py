@@ -24,9 +24,10 @@ from torch import Tensor
 from ..config import EvaluationConfig, build
 from ..config.rules import elsewhere, places_of_evaluation
 from ..data.folder import labelled_images, list_images
-from ..errors import ConfigError, NoLayersError
+from ..errors import ConfigError, NoLayersError, RadioDistillError
 from ..protocols import Benchmark
 from ..registry import Registry, check_has, check_takes, nearest
+from ..system.memory import is_out_of_memory
 from ..types import Score, Size, format_size, unheard
 from .cache import SummaryCache
 from .datasets import DATASETS
@@ -158,6 +159,7 @@ def evaluate(
     asked: Mapping[str, str] | None = None,
     write: Callable[[list[Score]], None] | None = None,
     show: "Callable[[str, Shown], None] | None" = None,
+    failed: Callable[[str, Exception], None] | None = None,
 ) -> list[Score]:
     """Score ``encoder`` on the benchmarks of ``config``.
 
@@ -176,6 +178,8 @@ def evaluate(
         asked: by benchmark, what its scores say of how it was asked (:func:`asked_of`).
         write: called with the scores of each benchmark as soon as they are there.
         show: called before that with (benchmark, example) by benchmarks that show some.
+        failed: called with a benchmark and what it raised that is no error of the user's; it has no
+            scores then. Without it, and where memory was not enough, the error escapes.
 
     Raises:
         ConfigError: a benchmark that does not exist, or that lacks its data.
@@ -198,6 +202,11 @@ def evaluate(
             result = ask(_noting(encoder, sizes), config.limit or None, report)
         except NoLayersError as error:
             logger.warning("%s is passed over: %s", name, error)
+            continue
+        except Exception as error:  # a benchmark of the user's may fail with any
+            if failed is None or isinstance(error, RadioDistillError) or is_out_of_memory(error):
+                raise
+            failed(name, error)
             continue
         if not isinstance(result, list) or not all(isinstance(score, Score) for score in result):
             raise ConfigError(

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 
+import failing_stage1
 import pytest
 
 import layouts
@@ -96,6 +97,43 @@ def test_evaluation__what_cannot_be_scored_is_one_line_before_the_run(
     assert all(word in error for word in words), error
     assert "Traceback" not in error
     assert not (run_folder(recipe_file) / "stage1").exists()
+
+
+FAILING = ["--evaluation.every", "2", "--evaluation.during", "failing,fidelity"]
+
+
+def test_evaluation__a_failing_benchmark_costs_its_own_scores_alone(recipe_file, caplog):
+    assert run(stage1, recipe_file, *EVERY) == 0
+    folder = run_folder(recipe_file) / "stage1"
+    expected = [trained(row) for row in rows(folder)], scores(folder)
+
+    best = ["--evaluation.best", "failing/share"]
+    assert run(failing_stage1, recipe_file, *FAILING, *best) == 0
+    assert [trained(row) for row in rows(folder)] == expected[0]
+    found = scores(folder)
+    assert [step for step in found if "eval/failing/share" in found[step]] == [4]
+    for step, values in found.items():
+        assert values[f"eval/{METRIC}"] == expected[1][step][f"eval/{METRIC}"]
+    assert find(folder / "checkpoints" / "best").step == 4
+    lines = [line for line in caplog.messages if "'failing'" in line]
+    assert [line.partition(" has ")[0] for line in lines] == ["step 2", "step 6"]
+    for line in lines:
+        assert "IndexError: of two lines;" in line
+        assert f"radio-distill eval {folder} --evaluation.benchmarks failing`" in line
+
+
+def test_evaluation__a_benchmark_without_memory_is_told_as_such(recipe_file, caplog):
+    memory = ["--evaluation.options", "{failing: {for_memory: true}}"]
+    assert run(failing_stage1, recipe_file, *FAILING, *memory) == 0
+    assert list(scores(run_folder(recipe_file) / "stage1")) == [4]
+    assert "step 2 is not evaluated: out of memory in the evaluation at step 2" in caplog.text
+
+
+def test_evaluation__a_failing_benchmark_leaves_no_process_waiting(recipe_file, crew):
+    crew("failing_stage1", recipe_file, *FAILING, "--engine.device", "cpu")
+    found = scores(run_folder(recipe_file) / "stage1")
+    assert [f"eval/{METRIC}" in values for values in found.values()] == [True] * 3
+    assert [step for step in found if "eval/failing/share" in found[step]] == [4]
 
 
 @pytest.mark.distributed
