@@ -16,6 +16,7 @@ from functools import cached_property, partial
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from ..distill.relations import teachers_related
 from ..distill.targets import upsampled
@@ -23,6 +24,8 @@ from ..distill.views import STUDENT
 from ..models.heads import DistilledStudent
 from ..models.spectral import ReparametrizedLinear, begin_step, closing_loss, share_matrices
 from ..normalize import NORMALIZERS
+from ..normalize.affine import Affine
+from ..normalize.statistics import Moments
 from ..protocols import Normalizer, Teacher, Upsampler
 from ..stage import Partition, Stage
 from ..system.precision import autocast
@@ -245,8 +248,13 @@ class ModelCosts:
             kind = next(iter(self.stages.values())).recipe.normalizers[name]
             normalizer: Normalizer = NORMALIZERS.get(kind)()
             shapes = {"mean": (channels,), "scale": (), "rotation": (channels, channels)}
-            state = {key: torch.empty(shapes[key]) for key in getattr(normalizer, "tensors", ())}
-            normalizers[name] = normalizer.load_state(state)
+            if isinstance(normalizer, Affine) and shapes.keys() >= set(normalizer.tensors):
+                # Fitting PHI-S to 4,096 channels takes half a minute.
+                normalizer.load_state({key: torch.empty(shapes[key]) for key in normalizer.tensors})
+            else:  # such as a plug-in's: what its state consists of, fitting alone says
+                with unset_fake_temporarily():
+                    normalizer.fit(Moments.standard(channels))
+            normalizers[name] = normalizer
         return normalizers
 
     def partition(self, stage: Stage, partition: Partition) -> PartitionCost:

@@ -30,6 +30,8 @@ from radio_distill.distill.losses import distillation_loss
 from radio_distill.distill.micro_batches import MicroBatch, Pass, assign_micro_batches
 from radio_distill.models.heads import build_student
 from radio_distill.models.position import NUM_DRAWS
+from radio_distill.normalize import NORMALIZERS
+from radio_distill.normalize.phi_s import PhiS
 from radio_distill.plan.cost import ModelCosts, WorkBySize
 from radio_distill.plan.memory import (
     GIB,
@@ -247,6 +249,44 @@ def test_partition__counts_a_teacher_with_its_tiles_and_normalizer():
     assert (plain.encode_flops, tiled.encode_flops) == (encode, 10 * encode)
     assert plain.other_flops == 2 * 36 * CHANNELS**2  # the rotation of PHI-S
     assert tiled.other_flops == 9 * plain.other_flops
+
+
+class Halved:
+    """A normalizer of the user's, with tensors of its own and no base class of ours."""
+
+    uses_statistics = True
+
+    def fit(self, moments):
+        self.halves = moments.mean.reshape(2, -1).float()
+        return self
+
+    def apply(self, spatial):
+        return spatial - self.halves.flatten()[:, None, None]
+
+    def load_state(self, state):
+        self.halves = state["halves"]
+        return self
+
+
+class Turned(PhiS):
+    """One of ours with a tensor more."""
+
+    tensors = (*PhiS.tensors, "angle")
+
+    def fit(self, moments):
+        super().fit(moments)
+        self._set(**self._state, angle=torch.zeros(()))
+        return self
+
+
+@pytest.mark.parametrize(("kind", "flops"), [(Halved, 0), (Turned, 2 * 36 * CHANNELS**2)])
+def test_partition__counts_a_normalizer_of_the_users_own(monkeypatch, kind, flops):
+    monkeypatch.setitem(NORMALIZERS._entries, "own", f"{__name__}:{kind.__name__}")
+    recipe = replace(make_recipe(), normalizer=NormalizerConfig(name="own", images=1000))
+    with fake_costs(recipe) as costs:
+        (plain,) = costs.partition(*stage_and(costs, "low")).teachers
+    assert plain.other_flops == flops
+    assert plain.other.one.traffic > 0
 
 
 def _allocated(run) -> int:
