@@ -49,14 +49,18 @@ class Summaries:
     Args:
         stage: its partitions, its teachers and their relations.
         device: where they lie.
+        dtype: of the student's weights; they are kept in float32 at least.
     """
 
-    def __init__(self, stage: Stage, device: torch.device):
+    def __init__(self, stage: Stage, device: torch.device, dtype: torch.dtype = torch.float32):
+        kept = torch.promote_types(dtype, torch.float32)
         self._stage = stage
         self._partitions = {partition.name: partition for partition in stage.partitions}
         self._tables = {
             (partition.name, name): torch.zeros(
-                2, partition.batch_size, stage.specs[name].summary_channels or 0, device=device
+                (2, partition.batch_size, stage.specs[name].summary_channels or 0),
+                dtype=kept,
+                device=device,
             )
             for partition in stage.partitions
             for name in teachers_related(stage, partition)

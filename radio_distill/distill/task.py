@@ -271,7 +271,8 @@ class Distillation:
         self, step: int, looks: "Sequence[_Look]"
     ) -> "tuple[list[_Look], dict[tuple[str, str], Relation]]":
         """Find the relations of a step's images, see :mod:`.relations`; every rank must call."""
-        summaries, seen = Summaries(self.stage, self.engine.device), []
+        dtype = next(self.engine.model.parameters()).dtype
+        summaries, seen = Summaries(self.stage, self.engine.device, dtype), []
         only = len(looks) == 1  # then its graph may wait
         for look in looks:
             one = look.one

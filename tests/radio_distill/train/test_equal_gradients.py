@@ -146,7 +146,11 @@ def teacher(name: str):
 
 
 def build(recipe: Recipe, world: World) -> Distillation:
-    """One process of a run, the same student and teachers whoever asks."""
+    """One process of a run, the same student and teachers whoever asks.
+
+    The student is one of float64: a relation of summaries that are nearly equal magnifies what
+    float32 rounds away, which depends on the images beside.
+    """
     torch.manual_seed(0)
     teachers = {name: teacher(name) for name in TEACHERS}
     specs = {name: teacher.spec for name, teacher in teachers.items()}
@@ -158,7 +162,7 @@ def build(recipe: Recipe, world: World) -> Distillation:
         specs,
         learned_weights=recipe.loss.weighting == "uncertainty",
         weight_noise=recipe.augmentation.weight_noise,
-    )
+    ).double()
     draws = StepRandomness.of_stage(stage)
     schedule = MicroBatchSchedule(stage, world, draws)
     weights = TermWeights(stage, {"vit": 0.5, "cnn": 2.0}, CPU)
