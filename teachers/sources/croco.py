@@ -67,10 +67,11 @@ def load(preset: Preset, path: Path) -> nn.Module:
     Raises:
         WeightsError: where the file has other tensors than the encoder.
     """
-    tower = timm_source.build(preset)
+    with weights.WithoutValues():
+        tower = timm_source.build(preset)
     heads = tower.model.blocks[0].attn.num_heads
     own = tower.model.state_dict()
-    scales = {key: value for key, value in own.items() if "gamma_" in key}
+    scales = {key: torch.ones_like(value) for key, value in own.items() if "gamma_" in key}
     wanted = {_published(key): key for key in own if key not in scales}
     state = files.named_as(
         files.read_state(path), wanted, str(path), preset.arguments.get("prefix", "")
@@ -80,7 +81,7 @@ def load(preset: Preset, path: Path) -> nn.Module:
         for key, value in state.items()
         if key.startswith(tuple(_NAMES))
     }
-    weights.load_strict(tower.model, encoder | scales, str(path))
+    weights.load_strict(tower.model, encoder | scales, str(path), take=True)
     return tower
 
 

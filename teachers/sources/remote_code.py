@@ -108,8 +108,10 @@ def build(preset: Preset) -> RemoteTower:
 
 def load_state(preset: Preset, state: Mapping[str, Tensor], where: str) -> RemoteTower:
     """Build the model with these tensors; raises WeightsError unless they are all of its own."""
-    tower = build(preset)
-    weights.load_strict(tower.model, state, where)
+    # Its code must bear this: transformers itself builds it on the meta device.
+    with weights.WithoutValues():
+        tower = build(preset)
+    weights.load_strict(tower.model, state, where, take=True)
     return tower
 
 

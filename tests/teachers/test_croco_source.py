@@ -7,7 +7,8 @@ from safetensors.torch import save_file
 
 from radio_distill.config import TeacherConfig
 from radio_distill.errors import WeightsError
-from teachers import build_teacher
+from teachers import build_teacher, resolve
+from teachers.sources import croco
 
 WIDTH, HEADS, PATCH, BLOCKS = 48, 3, 16, 2
 
@@ -90,6 +91,19 @@ def test_croco__equals_its_formulas_at_any_size(tmp_path):
         features = teacher.encode(pixels)
         assert features.summary is None
         torch.testing.assert_close(features.spatial, expected(state, pixels), rtol=1e-4, atol=1e-4)
+
+
+def test_croco__takes_matrices_of_half_precision_as_they_are(tmp_path):
+    half, whole = tmp_path / "half.safetensors", tmp_path / "whole.safetensors"
+    state = {key: value.bfloat16() for key, value in tensors().items()}
+    save_file(state, half)
+    save_file({key: value.float() for key, value in state.items()}, whole)
+    block = croco.load(resolve(encoder(half)), half).model.blocks[0]
+    assert block.mlp.fc1.weight.dtype == block.attn.qkv.weight.dtype == torch.bfloat16
+    assert block.norm1.weight.dtype == torch.float32
+    pixels = torch.rand(1, 3, 48, 32)
+    maps = [build_teacher("m", encoder(path)).encode(pixels).spatial for path in (half, whole)]
+    assert torch.equal(*maps)
 
 
 def test_croco__error_for_another_file(tmp_path):

@@ -15,6 +15,7 @@ from radio_distill.errors import ConfigError, WeightsError
 from radio_distill.system.trust import trusting_pickles
 from teachers import build_teacher, resolve, teacher_spec
 from teachers.presets import PRESETS
+from teachers.sources import remote_code
 
 HALF = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
 
@@ -223,6 +224,25 @@ def test_trust_remote_code__with_the_field_the_model_is_the_one_of_the_code(odd,
     torch.testing.assert_close(both.encode(pixels).summary, expected)
     with pytest.raises(ConfigError, match="OddModel pools nothing"):
         build("transformers", folder, options={**options, "summary": "pool"})
+
+
+def test_trust_remote_code__matrices_of_half_precision_stay_as_they_are(odd):
+    folder, state, _ = odd
+    half = {key: value.bfloat16() for key, value in state.items()}
+    options = {"trust_remote_code": True}
+    config = TeacherConfig(preset="transformers", weights=str(folder), options=options)
+    tower = remote_code.load_state(resolve(config), half, "here")
+    assert tower.model.embed.weight.data_ptr() == half["embed.weight"].data_ptr()
+    assert tower.model.token.dtype == torch.float32
+
+    found = []
+    for kind in (torch.bfloat16, torch.float32):
+        same = {key: value.to(kind) for key, value in half.items()}
+        save_file(same, folder / "model.safetensors")
+        found.append(build("transformers", folder, options=options))
+    assert found[0].spec.weights_hash == found[1].spec.weights_hash
+    pixels = torch.rand(1, 3, 32, 48)
+    assert torch.equal(*(teacher.encode(pixels).spatial for teacher in found))
 
 
 def test_trust_remote_code__code_that_fails_is_one_line(odd):
