@@ -1,4 +1,4 @@
-"""The teacher's share of a fit's time is noted by the GPU, and waited for where it is read alone."""
+"""The teacher's share of a fit's time is noted by the GPU, which is waited for at its reading."""
 
 import time
 
