@@ -3,6 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.parametrize import register_parametrization
 
 from radio_distill.errors import WeightsError
 from radio_distill.normalize.phi_s import PhiS
@@ -170,6 +172,48 @@ def test_convert_featsharp__folds_the_spectral_reparametrisation(toy, tmp_path, 
     assert folded.tensors.keys() == plain.tensors.keys()
     for key, value in plain.tensors.items():
         torch.testing.assert_close(folded.tensors[key], value, atol=1e-5, rtol=1e-4)
+
+
+class Scaled(_SpectralNorm):
+    """torch's spectral norm, and a learned one: W (softplus(s) + 0.05) / sigma(W)."""
+
+    def __init__(self, weight):
+        super().__init__(weight)
+        self.scale = torch.nn.Parameter(torch.randn(1, 1))
+
+    def forward(self, weight):
+        return super().forward(weight) * (F.softplus(self.scale) + 0.05)
+
+
+class ScaledParts(torch.nn.Module):
+    """Each part of a weight with a norm of its own."""
+
+    def __init__(self, weight, count):
+        super().__init__()
+        self.parts = torch.nn.ModuleList(Scaled(part) for part in weight.chunk(count))
+
+    def forward(self, weight):
+        parts = zip(self.parts, weight.chunk(len(self.parts)), strict=True)
+        return torch.cat([one(part) for one, part in parts])
+
+    def right_inverse(self, weight):
+        return weight
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_fold_spectral__what_torch_writes_of_a_layer_in_training_is_the_layers_weight(parts):
+    layers = torch.nn.ModuleDict({"qkv": torch.nn.Linear(8, 12)})
+    weight = layers["qkv"].weight.detach()
+    norm = ScaledParts(weight, parts) if parts > 1 else Scaled(weight)
+    register_parametrization(layers["qkv"], "weight", norm)
+    for _ in range(3):  # the vectors follow the weight
+        layers["qkv"](torch.randn(5, 8)).square().sum().backward()
+        with torch.no_grad():
+            for value in layers.parameters():
+                value -= 0.01 * value.grad
+    folded = fold_spectral(layers.state_dict(), "file")
+    assert folded.keys() == {"qkv.weight", "qkv.bias"}
+    torch.testing.assert_close(folded["qkv.weight"], layers.eval()["qkv"].weight)
 
 
 def test_fold_spectral__the_parts_of_a_weight_keep_their_order_beyond_ten():
