@@ -276,7 +276,7 @@ def _loaded(names: set[str]) -> dict[str, Any]:
 def _read(path: str, sha256: str) -> Mapping[str, Tensor]:
     """Read a checkpoint's tensors, out of the wrappers that these projects use."""
     file = Path(path).expanduser()
-    check_sha256([file], sha256, "upsampler.options.checkpoint_sha256")
+    check_sha256([file], sha256, "options.checkpoint_sha256")
     checkpoint: Any = read_checkpoint(file)
     for wrapper in ("state_dict", "jafar"):
         if wrapper in checkpoint:

@@ -119,8 +119,8 @@ def check_sha256(files: Sequence[Path], expected: str, field: str) -> None:
     if found != expected.strip().lower():
         names = ", ".join(str(path) for path in files[:1]) + (" …" if files[1:] else "")
         raise WeightsError(
-            f"{field}: {names} has sha256 {found}, the recipe asks for {expected}; take the file "
-            "that was meant, or correct the checksum where you trust this one"
+            f"{field}: {names} has sha256 {found}, not {expected}; take the file that was "
+            "meant, or correct the checksum where you trust this one"
         )
 
 

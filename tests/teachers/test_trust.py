@@ -80,7 +80,7 @@ def test_sha256__of_a_file(tmp_path):
     with pytest.raises(WeightsError) as error:
         build("tiny_vit", path, sha256="0" * 64)
     assert line_of(error) == (
-        f"teachers.mine: sha256: {path} has sha256 {found}, the recipe asks for {'0' * 64}; take "
+        f"teachers.mine: sha256: {path} has sha256 {found}, not {'0' * 64}; take "
         "the file that was meant, or correct the checksum where you trust this one"
     )
 

@@ -373,7 +373,7 @@ def test_checkpoint_sha256__is_that_of_the_file(anyup, tmp_path):
     torch.save({"gain": torch.full((1,), 3.0)}, path)
     found = sha256(path.read_bytes()).hexdigest()
     AnyUp(2, repository=anyup, checkpoint=str(path), checkpoint_sha256=found)
-    with pytest.raises(WeightsError, match=rf"checkpoint_sha256: .*{found}"):
+    with pytest.raises(WeightsError, match=rf"^options.checkpoint_sha256: .*{found}, not 0{{64}};"):
         AnyUp(2, repository=anyup, checkpoint=str(path), checkpoint_sha256="0" * 64)
     with pytest.raises(ConfigError, match="checkpoint_sha256"):
         AnyUp(2, repository=anyup, checkpoint_sha256=found)

@@ -75,7 +75,7 @@ def test_redact__leaves_what_the_project_writes():
 @pytest.mark.parametrize(
     "text",
     [
-        f"teachers.x: /data/w.safetensors has sha256 {'0a1b2c3d' * 8}, the recipe asks for x",
+        f"teachers.x: /data/w.safetensors has sha256 {'0a1b2c3d' * 8}, not x",
         f"hub: timm/vit_large_patch14_reg4_dinov2.lvd142m, revision {'607a30d7' * 5}",
         "cannot fetch https://huggingface.co/timm/x/resolve/main/model.safetensors: 404",
         "cls_token: (1, 2, 768) for (1, 1, 768); reg_token: torch.Size([1, 4, 768])",

@@ -157,7 +157,7 @@ def test_check_sha256__of_one_file(tmp_path):
     with pytest.raises(WeightsError) as error:
         check_sha256([path], "ab" * 32, "student.pretrained_sha256")
     assert str(error.value) == (
-        f"student.pretrained_sha256: {path} has sha256 {digest}, the recipe asks for {'ab' * 32}; "
+        f"student.pretrained_sha256: {path} has sha256 {digest}, not {'ab' * 32}; "
         "take the file that was meant, or correct the checksum where you trust this one"
     )
     with pytest.raises(WeightsError, match="none: No such file"):
