@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,9 @@ import torch
 import yaml
 from PIL import Image
 
-from e2e import RECIPE, Crew
+from e2e import RECIPE, Crew, begin_run
+
+from ..pair import Pair
 
 
 def write_images(folder: Path, count: int, seed: int) -> None:
@@ -85,6 +88,7 @@ def two_steps(recipe_file: Path, _two_steps: Path) -> Path:
 @pytest.fixture(scope="session")
 def crew(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Crew]:
     """Two processes of one run, which run what they are asked: ``crew("stage1", *arguments)``."""
-    crew = Crew(tmp_path_factory.mktemp("crew"))
-    yield crew
-    crew.leave()
+    log = tmp_path_factory.mktemp("crew") / "crew.log"
+    pair = Pair(partial(begin_run, log))
+    yield Crew(pair, log)
+    pair.leave()

@@ -1,10 +1,9 @@
 """What the tests of this folder share: the tiny recipe, starting stages, and what runs leave."""
 
+import importlib
 import json
 import os
-import socket
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -93,48 +92,34 @@ def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], p
 
 
 class Crew:
-    """Two processes of one run, which run stage after stage: a start costs more than a tiny stage.
+    """Two processes of one run, which run stage after stage.
 
-    They start when they are first asked, and anew where one has failed.
+    Args:
+        pair: processes that have begun with :func:`begin_run`.
+        log: what they print.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._log = folder / "crew.log"
-        self._members: list[subprocess.Popen[str]] = []
+    def __init__(self, pair: Callable[..., list[int]], log: Path) -> None:
+        self._pair, self._log = pair, log
 
     def __call__(self, stage: str, *arguments: object) -> None:
         """Run a module of `stages`, or of this folder, in both processes; it must go well."""
-        self._members = self._members or self._start()
-        asked = json.dumps([stage, *map(str, arguments)])
-        for member in self._members:
-            assert member.stdin is not None
-            print(asked, file=member.stdin, flush=True)
-        statuses = [member.stdout and member.stdout.readline().strip() for member in self._members]
-        if statuses != ["0", "0"]:
-            self.leave()
-            raise AssertionError(f"{statuses}: {self._log.read_text()[-4000:]}")
+        statuses = self._pair(run_module, stage, list(map(str, arguments)))
+        assert statuses == [0, 0], f"{statuses}: {self._log.read_text()[-4000:]}"
 
-    def _start(self) -> list[subprocess.Popen[str]]:
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            port = str(server.getsockname()[1])
-        world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        world |= {"LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(CHECKOUT)}
-        with self._log.open("w") as log:
-            return [
-                subprocess.Popen(
-                    [sys.executable, str(Path(__file__).with_name("crew_member.py"))],
-                    env=os.environ | world | {"RANK": rank, "LOCAL_RANK": rank},
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=log,
-                    text=True,
-                )
-                for rank in "01"
-            ]
 
-    def leave(self) -> None:
-        """End both processes."""
-        for member in self._members:
-            member.kill()
-            member.communicate()
-        self._members = []
+def begin_run(log: Path, rank: int, port: int) -> None:
+    """Be a process of a run of two, as a launcher would have started it; print to ``log``."""
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    world |= {"LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(CHECKOUT)}
+    os.environ.update(world | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+    with log.open("a") as file:
+        for descriptor in (1, 2):
+            os.dup2(file.fileno(), descriptor)
+
+
+def run_module(rank: int, module: str, arguments: list[str]) -> int:
+    """Run a stage, or a module of this folder, in this process of a crew."""
+    package = "" if Path(__file__).with_name(f"{module}.py").exists() else "stages."
+    status: int = importlib.import_module(package + module).main(arguments)
+    return status

@@ -6,13 +6,13 @@ import pytest
 
 from radio_distill.config import StudentConfig
 
-from .pair import Pair
+from ..pair import Pair, join
 
 
 @pytest.fixture(scope="session")
-def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+def two_processes() -> Iterator[Pair]:
     """Two processes of one group: ``two_processes(function, *arguments)`` gives both answers."""
-    pair = Pair(tmp_path_factory.mktemp("pair"))
+    pair = Pair(join)
     yield pair
     pair.leave()
 

@@ -52,6 +52,13 @@ def batches_of(config, slices, steps, start=0, images_per_step=6, seed=11):
     return batches, source
 
 
+@pytest.fixture
+def decoders():
+    """Which processes this test has started, and are there."""
+    before = multiprocessing.active_children()
+    return lambda: [child for child in multiprocessing.active_children() if child not in before]
+
+
 def assert_equal(found, expected):
     assert len(found) == len(expected)
     for ours, theirs in zip(itertools.chain(*found), itertools.chain(*expected), strict=True):
@@ -187,13 +194,15 @@ def test_batches__too_many_bad_images_stop_the_run(spoiled):
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("num_images", [3, 300])
-def test_batches__only_bad_images_end_at_once(tmp_path, encode, write_tar, workers, num_images):
+def test_batches__only_bad_images_end_at_once(
+    tmp_path, encode, write_tar, workers, num_images, decoders
+):
     broken = {f"a{i}.jpg": encode(i % 7, "JPEG")[:-200] for i in range(num_images)}
     config = config_of(write_tar(tmp_path / "a.tar", broken), workers=workers)
     with pytest.raises(DataError, match=r"50 of 50 read \(50 undecodable") as error:
         batches_of(config, [StepSlice(0, 512, (224, 224))], 1, images_per_step=512)
     assert "\n" not in str(error.value)
-    assert not multiprocessing.active_children()
+    assert not decoders()
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -244,17 +253,17 @@ def test_batches__reads_that_stall_are_bad_images(shard_folder, wedge, workers):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches__disk_that_stalls_for_good_ends_in_one_line(
-    shard_folder, tmp_path, wedge, workers
+    shard_folder, tmp_path, wedge, workers, decoders
 ):
     path = str(tmp_path / "part-0.tar")
     config = config_of(path, workers=workers, read_timeout=0.15, max_bad_share=1.0)
     source = source_of(config, [StepSlice(0, 2, SIZE)], 2)
     with pytest.raises(DataError, match="8 reads"):
         next(source.batches(0))
-    assert not multiprocessing.active_children()
+    assert not decoders()
 
 
-def test_batches__workers_that_wait_for_a_disk_are_ended(shard_folder, tmp_path, wedge):
+def test_batches__workers_that_wait_for_a_disk_are_ended(shard_folder, tmp_path, wedge, decoders):
     path = str(tmp_path / "part-0.tar")
     config = config_of(path, workers=2, read_timeout=600, max_bad_share=1.0)
     source = source_of(config, [StepSlice(0, 2, SIZE)], 2)
@@ -269,7 +278,7 @@ def test_batches__workers_that_wait_for_a_disk_are_ended(shard_folder, tmp_path,
     finally:
         timer.join()
         signal.signal(signal.SIGUSR1, previous)
-    assert not multiprocessing.active_children()
+    assert not decoders()
     assert time.monotonic() - before < 60, "neither the time-out, nor torch's own for each worker"
 
 
@@ -277,12 +286,12 @@ def stop(number, frame):
     raise KeyboardInterrupt
 
 
-def test_batches__workers_ignore_the_signals_of_slurm(shard_folder):
+def test_batches__workers_ignore_the_signals_of_slurm(shard_folder, decoders):
     config = config_of(shard_folder, workers=2)
     source = source_of(config, [StepSlice(0, 2, SIZE)], 2)
     stream = source.batches(0)
     next(stream)
-    children = multiprocessing.active_children()
+    children = decoders()
     assert len(children) == 2
     for child in children:
         os.kill(child.pid, signal.SIGTERM)
@@ -291,10 +300,10 @@ def test_batches__workers_ignore_the_signals_of_slurm(shard_folder):
         next(stream)
     assert all(child.is_alive() for child in children)
     stream.close()
-    assert not multiprocessing.active_children()
+    assert not decoders()
 
 
-def test_batches__worker_that_dies_is_one_line(shard_folder, monkeypatch):
+def test_batches__worker_that_dies_is_one_line(shard_folder, monkeypatch, decoders):
     make = loader._Views.batch
 
     def make_two_then_die(self, task):
@@ -310,7 +319,7 @@ def test_batches__worker_that_dies_is_one_line(shard_folder, monkeypatch):
     next(stream), next(stream)
     with pytest.raises(DataError, match="decoding process"):
         next(stream)
-    assert not multiprocessing.active_children()
+    assert not decoders()
 
 
 def test_batches__program_ends_with_workers_still_running(shard_folder):

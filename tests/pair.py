@@ -1,13 +1,19 @@
-"""Two processes of one group, which run what tests ask: a start costs more than a tiny step."""
+"""Two processes of one run, which do what tests ask: a start costs more than a tiny step."""
 
 import multiprocessing
 import os
 import pickle
+import socket
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
-from pathlib import Path
 from typing import Any
+
+import torch
+import torch.distributed as dist
+
+PRELOAD = ["torch", "deepspeed", "timm", "open_clip"]
+"""What takes seconds to import: both processes are copies of one that has done so."""
 
 
 class Pair:
@@ -15,11 +21,14 @@ class Pair:
 
     They start when they are first asked, and anew where one has failed. Functions are those of
     modules, which the processes import.
+
+    Args:
+        begin: called first in each process, with its rank and a free port of this machine.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._processes: list[multiprocessing.Process] = []
+    def __init__(self, begin: Callable[[int, int], None]) -> None:
+        self._begin = begin
+        self._processes: list[Any] = []
         self._pipes: list[Connection] = []
 
     def __call__(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
@@ -30,7 +39,7 @@ class Pair:
             pipe.send_bytes(pickle.dumps((function, arguments)))
         answers: dict[Any, Any] = {}
         while waiting := [pipe for pipe in self._pipes if pipe not in answers]:
-            ready = wait(waiting, timeout=120)
+            ready = wait(waiting, timeout=240)
             for pipe in ready:
                 try:
                     went_well, answers[pipe] = pickle.loads(pipe.recv_bytes())
@@ -45,11 +54,15 @@ class Pair:
         return [answers[pipe] for pipe in self._pipes]
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        store = self._folder / f"store-{os.urandom(4).hex()}"
+        context = multiprocessing.get_context("forkserver")
+        # With GPUs, the imports may open them, which no copy of a process survives.
+        context.set_forkserver_preload([] if torch.cuda.is_available() else PRELOAD)
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
         for rank in range(2):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, str(store), theirs), daemon=True)
+            arguments = rank, port, self._begin, theirs
+            process = context.Process(target=_serve, args=arguments, daemon=True)
             process.start()
             theirs.close()
             self._pipes.append(ours)
@@ -63,13 +76,16 @@ class Pair:
         self._pipes, self._processes = [], []
 
 
-def _serve(rank: int, store: str, pipe: Connection) -> None:
-    import torch
-    import torch.distributed as dist
-
-    torch.set_num_threads(1)
+def join(rank: int, port: int) -> None:
+    """Begin as a process of one group."""
     os.environ["LOCAL_RANK"] = str(rank)
-    dist.init_process_group("gloo", rank=rank, world_size=2, init_method=f"file://{store}")
+    address = f"tcp://127.0.0.1:{port}"
+    dist.init_process_group("gloo", rank=rank, world_size=2, init_method=address)
+
+
+def _serve(rank: int, port: int, begin: Callable[[int, int], None], pipe: Connection) -> None:
+    torch.set_num_threads(1)
+    begin(rank, port)
     while True:
         try:
             function, arguments = pickle.loads(pipe.recv_bytes())
