@@ -1,4 +1,4 @@
-"""One process and two give the same gradient; every launcher starts the stages; every ZeRO stage
+"""One process and two give the same gradient; `accelerate launch` starts a stage; every ZeRO stage
 trains, saves and resumes."""
 
 import json
@@ -26,13 +26,15 @@ def processes() -> int:
     return 2
 
 
-def launch(*command: str, cwd: Path = CHECKOUT) -> None:
-    """Run a command as a user would, with this interpreter."""
+def accelerate(script: Path, *arguments: str, cwd: Path) -> None:
+    """Start a script in two processes as a user would; with `--cpu`, it would be one process."""
+    command = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         environment.pop(name, None)
     done = subprocess.run(
-        [sys.executable, "-m", *command],
+        [sys.executable, "-m", *command, str(script), *arguments],
         cwd=cwd,
         env=environment,
         capture_output=True,
@@ -41,10 +43,6 @@ def launch(*command: str, cwd: Path = CHECKOUT) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-
-
-def torchrun(*command: str) -> None:
-    launch("torch.distributed.run", "--standalone", "--nproc-per-node", "2", *command)
 
 
 def assert_gradients_equal(
@@ -134,17 +132,15 @@ def test_gradient__one_partition_shared_by_two_processes(recipe_file, crew):
     assert_gradients_equal(expected, tensors(runs / "stage1", 1, "optimizer"))
 
 
-def test_gradient__of_a_fit_on_one_process_and_on_two(recipe_file, tmp_path):
-    """Three images on two processes, from a foreign folder; no cells are dropped at random."""
+def test_gradient__of_a_fit_on_one_process_and_on_two(recipe_file, crew):
+    """Three images on two processes; no cells are dropped at random."""
     folder = run_folder(recipe_file) / "fit" / "vit-featsharp-2x"
     arguments = [str(recipe_file), "--teacher", "vit", "--upsampler", "featsharp"]
     arguments += ["--fit.steps", "1", "--fit.batch_size", "3", "--fit.downsampler", "simple"]
     arguments += ["--fit.downsampler_kernel", "4", "--fit.crf", "0.1", "--fit.uncertainty", "true"]
     assert fit_upsampler.main(arguments) == 0
     expected = tensors(folder, 1, "optimizer")
-    processes = ["--cpu", "--num_processes", "2", "--num_machines", "1"]
-    script = str(CHECKOUT / "stages" / "fit_upsampler.py")
-    launch("accelerate.commands.launch", *processes, script, *arguments, cwd=tmp_path)
+    crew("fit_upsampler", *arguments)
     assert_gradients_equal(expected, tensors(folder, 1, "optimizer"))
     assert (folder / "upsampler.safetensors").is_file()
 
@@ -172,8 +168,8 @@ def test_resume__a_fit_on_two_processes_bit_for_bit(recipe_file, crew):
 
 
 @pytest.mark.parametrize("zero_stage", [1, 3])
-def test_resume__two_processes_bit_for_bit(recipe_file, crew, zero_stage):
-    """Under ZeRO 3 those that go on are other processes than those that were interrupted."""
+def test_resume__two_processes_bit_for_bit(recipe_file, tmp_path, crew, zero_stage):
+    """Under ZeRO 3 others go on than those that were interrupted, started from a foreign folder."""
     folder = run_folder(recipe_file) / "stage1"
     arguments = [str(recipe_file), *ADAMW, "--engine.zero_stage", str(zero_stage)]
     crew("stage1", *arguments)
@@ -181,7 +177,8 @@ def test_resume__two_processes_bit_for_bit(recipe_file, crew, zero_stage):
     for step in (4, 6):
         shutil.rmtree(folder / "checkpoints" / f"step-{step:08d}")
     if zero_stage == 3:
-        torchrun(str(CHECKOUT / "stages" / "stage1.py"), *arguments, "--resume")
+        script = CHECKOUT / "stages" / "stage1.py"
+        accelerate(script, *arguments, "--resume", cwd=tmp_path)
     else:
         crew("stage1", *arguments, "--resume")
     for part, values in expected.items():

@@ -169,3 +169,27 @@ def test_srun__variables_of_slurm_alone_and_rank_0_may_take_longer_than_a_collec
     ]
     said = [process.communicate(timeout=120)[0].strip() for process in processes]
     assert said == ["local 0 value 7", "local 1 value 7"]
+
+
+@pytest.mark.distributed
+def test_join__what_torchrun_starts(tmp_path):
+    (tmp_path / "joined.py").write_text(
+        "import os, torch\n"
+        "from radio_distill.system import distributed\n"
+        "world = distributed.world_from(os.environ)\n"
+        "distributed.join(world, torch.device('cpu'))\n"
+        "print(distributed.run_on_main(world, lambda: f'{world.world_size} of {world.rank}'))\n"
+    )
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [sys.executable, "-m", *launcher, "joined.py"],
+        cwd=tmp_path,
+        env={name: value for name, value in os.environ.items() if "RANK" not in name}
+        | {"PYTHONPATH": str(Path(__file__).resolve().parents[3])},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.split("\n")) == ["", "2 of 0", "2 of 0"]
