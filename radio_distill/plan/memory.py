@@ -13,11 +13,10 @@ temporary buffers are not seen, on a GPU they differ.
 """
 
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
 from ..config import EngineConfig
 from ..distill.losses import KINDS, distillation_loss, weighted_inner
@@ -97,6 +96,10 @@ def micro_batches_that_fit(
     That is a number of canvases, or of images, which is a power of two; at least one. Partitions
     that show the same images are looked at together, the others at their largest sizes.
 
+    The student's part is measured at a partition's largest size. At a smaller one it is taken to be
+    in proportion to tokens and images: what else there is, copies of weights in another dtype, is a
+    few thousandths of the room, and far within :data:`SAFETY`.
+
     Args:
         costs: of the recipe's models.
         stage: resolved.
@@ -107,60 +110,84 @@ def micro_batches_that_fit(
         groups.setdefault(partition.images_of or partition.name, []).append(partition)
     found = {}
     for group in groups.values():
-        largest = [max(item.sizes, key=math.prod) for item in group]
-        for at, partition in enumerate(group):
-            most = 0
-            for size in sorted(partition.sizes, key=math.prod, reverse=True):
-                sizes = [*largest[:at], size, *largest[at + 1 :]]
-                passes = [
-                    Pass(item, shown, item.image_weight)
-                    for item, shown in zip(group, sizes, strict=True)
-                ]
-                limit = _limit(passes)
-                if most < limit:  # else smaller images fit as well
-                    most = _most_images(costs, stage, passes, room * SAFETY)
-                found[partition.name, size] = min(most, limit)
+        found.update(_together(costs, stage, group, room * SAFETY))
     return found
 
 
-def _limit(passes: Sequence[Pass]) -> int:
-    """Return the most images that a micro-batch may have, whatever its memory."""
+def _together(
+    costs: ModelCosts, stage: Stage, group: Sequence[Partition], room: float
+) -> dict[tuple[str, Size], int]:
+    """Return the most images of a pass for partitions that show the same images."""
+    largest = {
+        item.name: Pass(item, max(item.sizes, key=math.prod), item.image_weight) for item in group
+    }
+
+    def most_images(learning: Callable[[Pass, int], float] | None = None, **changed: Pass) -> int:
+        passes = list({**largest, **changed}.values())
+        return _most_images(passes, room, lambda n: step_memory(costs, stage, passes, n, learning))
+
+    def in_proportion(item: Pass, images: int) -> float:
+        reference, passes = (
+            largest[item.partition.name],
+            costs.partition(stage, item.partition).passes,
+        )
+        tokens = images * passes[item.size].tokens / passes[reference.size].tokens
+        return tokens / most * _learning_memory(costs, stage, reference, most)
+
+    most = most_images()
+    found = {}
+    for name, item in largest.items():
+        for size in item.partition.sizes:
+            smaller = replace(item, size=size)
+            found[name, size] = (
+                most if smaller == item else most_images(in_proportion, **{name: smaller})
+            )
+    return found
+
+
+def _most_images(passes: Sequence[Pass], room: float, needed: Callable[[int], float]) -> int:
+    """Return the most images of a micro-batch that needs no more than ``room`` bytes."""
     unit = images_together(passes)
     units = max(min(passes[0].partition.batch_size, MOST_IMAGES) // unit, 1)
-    return unit << (units.bit_length() - 1)  # times a power of two
+    units = _power_of_two(units)
+    while units > 1 and (memory := needed(unit * units)) > room:
+        # Part of it does not grow with the images: in proportion there are never too few.
+        units = min(units // 2, _power_of_two(max(int(units * room / memory), 1)))
+    return unit * units
 
 
-def _most_images(costs: ModelCosts, stage: Stage, passes: Sequence[Pass], room: float) -> int:
-    """Return the most images of a micro-batch whose step takes no more than ``room`` bytes."""
-    unit, limit = images_together(passes), _limit(passes)
-    most = step_memory(costs, stage, passes, limit)
-    if most <= room or limit == unit:
-        return limit
-    # Memory is the largest of sums that grow evenly: between two numbers it is below their line.
-    least = step_memory(costs, stage, passes, unit)
-    units = 1 + int((limit // unit - 1) * max(room - least, 0) / (most - least))
-    return unit << (units.bit_length() - 1)
+def _power_of_two(number: int) -> int:
+    """Return the largest that is no more than a positive number."""
+    return 1 << (number.bit_length() - 1)
 
 
-def step_memory(costs: ModelCosts, stage: Stage, passes: Sequence[Pass], images: int) -> int:
+def step_memory(
+    costs: ModelCosts,
+    stage: Stage,
+    passes: Sequence[Pass],
+    images: int,
+    learning: Callable[[Pass, int], float] | None = None,
+) -> float:
     """Return the most bytes that a micro-batch takes beside weights, gradients and moments.
 
     That is the views of its images, the targets of all passes over them, and the larger of two: a
     teacher at work on the images of one call, with its own map, of which the normalizer makes the
-    target; the student with its losses.
+    target; the student with its losses, which is measured unless ``learning`` tells it.
     """
     sizes = {view.rendered for item in passes for view in item.views.values()}
     sizes |= {item.size for item in passes}
     pixels = _FLOAT * images * stage.data.bands * sum(map(math.prod, sizes))
     kept: dict[TeacherView, int] = {}
-    peaks = []
+    peaks: list[float] = []
     for item in passes:
-        targets = {name: costs.target(view, images) for name, view in item.views.items()}
         for view in item.views.values():
-            tensors: list[Tensor] = [part for part in targets[view.teacher] if part is not None]
-            kept[view] = sum(tensor.nbytes for tensor in tensors)
+            target = costs.target(view, images)
+            kept[view] = sum(part.nbytes for part in target if part is not None)
             peaks.append(kept[view] + _encode_memory(costs, stage, view, images))
-        peaks.append(_learning_memory(costs, stage, item, targets, images))
+        if learning is None:
+            peaks.append(_learning_memory(costs, stage, item, images))
+        else:
+            peaks.append(learning(item, images))
     return pixels + sum(kept.values()) + max(peaks)
 
 
@@ -178,9 +205,7 @@ def _encode_memory(costs: ModelCosts, stage: Stage, view: TeacherView, images: i
     return costs.known_peaks[key]
 
 
-def _learning_memory(
-    costs: ModelCosts, stage: Stage, item: Pass, targets: Mapping[str, Features], images: int
-) -> int:
+def _learning_memory(costs: ModelCosts, stage: Stage, item: Pass, images: int) -> int:
     """Return what forward, losses and backward of one pass take."""
 
     def predict() -> tuple[dict[str, Features], dict[str, list[torch.Tensor]]]:
@@ -199,6 +224,7 @@ def _learning_memory(
         report.total.sum().backward()
 
     pixels = torch.empty(images, stage.data.bands, *item.size)
+    targets = {name: costs.target(view, images) for name, view in item.views.items()}
     inputs = images, item.size, stage.engine.precision
     key = *inputs, tuple(item.views.values()), repr(stage.losses)
     if key not in costs.known_peaks:

@@ -172,7 +172,7 @@ def plan_stage(
     every = [micro for ranks in steps for work in ranks for micro in work]
     at_peak = sum(_seconds(stage, micro, measured, device) for micro in every)
     step_seconds = at_peak / len(steps) / devices / parts.busy / utilisation
-    step_bytes = 0
+    step_bytes = 0.0
     for micro in _largest(every) if with_memory else ():
         images = micro.stop - micro.start
         step_bytes = max(step_bytes, step_memory(costs, stage, micro.passes, images))
