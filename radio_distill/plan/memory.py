@@ -127,10 +127,8 @@ def _together(
         return _most_images(passes, room, lambda n: step_memory(costs, stage, passes, n, learning))
 
     def in_proportion(item: Pass, images: int) -> float:
-        reference, passes = (
-            largest[item.partition.name],
-            costs.partition(stage, item.partition).passes,
-        )
+        reference = largest[item.partition.name]
+        passes = costs.partition(stage, item.partition).passes
         tokens = images * passes[item.size].tokens / passes[reference.size].tokens
         return tokens / most * _learning_memory(costs, stage, reference, most)
 

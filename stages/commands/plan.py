@@ -76,7 +76,6 @@ def run(arguments: argparse.Namespace) -> int:
 
     from ..planning import build_models
     from ..plans import plan_stages
-    from ..suite_cost import print_suite
     from .missing import find_missing
 
     asked = Asked(arguments.recipe, tuple(arguments.fields))
@@ -110,6 +109,8 @@ def run(arguments: argparse.Namespace) -> int:
         "of gradients within a node. Useful: teachers and student.\n"
     )
     if arguments.suite:
+        from ..suite_cost import print_suite
+
         with _without_collector():
             among = chosen_benchmarks(recipe.evaluation, asked.fields)
             print_suite(console, recipe, arguments.suite, device, kind, among)
