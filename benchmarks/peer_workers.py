@@ -40,7 +40,8 @@ class Pacer:
             return
         seconds = time.process_time() - self._begin
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        print(MARK + json.dumps({"seconds": seconds, "memory": memory}), flush=True)
+        figures = json.dumps({"seconds": seconds, "memory": memory})
+        print(f"\n{MARK}{figures}", flush=True)  # a progress bar may have left its line open
         if not sys.stdin.readline():
             os._exit(0)
         self._begin = time.process_time()

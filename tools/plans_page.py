@@ -38,7 +38,7 @@ PHI_S_COLUMNS = (
 INTRODUCTION = """\
 # What the recipes cost
 
-Estimates. `python -m tools.plans_page` prints this page in a checkout (ten minutes of one
+Estimates. `python -m tools.plans_page` prints this page in a checkout (five minutes of one
 core; no GPU, no weights), `radio-distill plan RECIPE` the parts of each figure. Models are
 measured on tensors without data. Time is operations / (peak · {utilisation:.0%}): the utilisation
 is assumed, and every hour below stands and falls with it. Left out are decoding, communication,
