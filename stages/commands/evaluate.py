@@ -122,6 +122,7 @@ def add_suite_argument(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Score what is asked for, and show the numbers."""
+    from radio_distill.data.find import say_once
     from radio_distill.system.distributed import choose_device, join, world_from
     from radio_distill.weights.files import find_checkpoint
 
@@ -150,6 +151,8 @@ def run(arguments: argparse.Namespace) -> int:
         else:
             asked = build(Sections, override({}, arguments.fields))
         asked = replace(asked, evaluation=suited(asked.evaluation))
+    for line in unread_data(asked.evaluation, arguments.fields):
+        say_once(line)
     models = named_models(arguments.models, asked.teachers)
     world = world_from(os.environ)
     device = choose_device(asked.engine.device, world)
@@ -190,6 +193,28 @@ def chosen_benchmarks(evaluation: EvaluationConfig, fields: Sequence[str]) -> tu
     """Return the benchmarks that fields of the command line take of a suite; none for all."""
     is_chosen = any(field.startswith("evaluation.benchmarks") for field in fields)
     return tuple(evaluation.benchmarks) if is_chosen else ()
+
+
+def unread_data(evaluation: EvaluationConfig, fields: Sequence[str]) -> list[str]:
+    """Return a line for each place of data on the command line that no benchmark asked reads."""
+    from radio_distill.evals.run import BENCHMARKS
+
+    def reading(names: Sequence[str], given: set[str]) -> list[str]:
+        return [name for name in names if given & {*BENCHMARKS.get(name).sources.values()}]
+
+    lines = []
+    for path in dict.fromkeys(one.partition("=")[0] for one in fields):
+        section, _, source = path.partition(".")
+        given = {f"data.{name}" for name in evaluation.data} if source == "data" else {source}
+        is_place = source.partition(".")[0] in ("images", "labels", "segmentation", "data")
+        if section != "evaluation" or not is_place or reading(evaluation.benchmarks, given):
+            continue
+        if others := reading(BENCHMARKS.names(), given):
+            lines.append(
+                f"{path} is read by none of {', '.join(evaluation.benchmarks)}; name one that does "
+                f"in --evaluation.benchmarks: {', '.join(others)}"
+            )
+    return lines
 
 
 def in_suite(

@@ -10,7 +10,7 @@ import torch
 import yaml
 
 import layouts
-from radio_distill.config import Recipe, TeacherConfig, build, dump
+from radio_distill.config import EvaluationConfig, Recipe, TeacherConfig, build, dump
 from radio_distill.evals.checkpoint_subjects import student_subject, teacher_digest, training_digest
 from radio_distill.evals.scores import read_scores
 from radio_distill.models.heads import build_student
@@ -19,7 +19,7 @@ from radio_distill.train.checkpoint import Checkpoint
 from radio_distill.train.checkpointer import save
 from radio_distill.train.restore import load_student
 from stages import cli
-from stages.commands.evaluate import evaluation_with
+from stages.commands.evaluate import evaluation_with, unread_data
 from stages.commands.scoring import encoder_of
 from teachers import build_teacher
 from teachers.text import text_tower
@@ -296,6 +296,18 @@ def test_evaluation_with__fields_of_the_command_line(tmp_path):
     changed = evaluation_with(recipe, ["evaluation.limit=7"])
     assert (changed.limit, changed.size) == (7, 32)
     assert "limit: 7" not in dump(recipe)
+
+
+def test_unread_data__is_what_no_benchmark_asked_reads():
+    fields = ["evaluation.labels=flowers", "evaluation.limit=7", "evaluation.data={voc: v}"]
+    evaluation = EvaluationConfig(benchmarks=("agreement",), labels="flowers", data={"voc": "v"})
+    labels, data = unread_data(evaluation, fields)
+    assert labels.startswith("evaluation.labels is read by none of agreement; ")
+    assert labels.endswith("cam, knn")
+    assert data.startswith("evaluation.data is read by none of agreement; ")
+    assert data.endswith("voc")
+    assert unread_data(replace(evaluation, benchmarks=("knn", "voc")), fields) == []
+    assert unread_data(evaluation, ["evaluation.images=here", "evaluation.data_limit=3"]) == []
 
 
 def test_eval__a_suite_asks_what_data_is_named_for(tmp_path, asked, images):
