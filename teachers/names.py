@@ -71,6 +71,8 @@ def teacher_named(what: str) -> TeacherConfig:
         return TeacherConfig(preset=source, weights=model)
     if source not in SOURCES:
         raise ConfigError(f"no source {source!r} of teachers ({nearest(source, list(SOURCES))})")
+    if not model:
+        raise ConfigError(f"{what!r} names no model; say {source}:MODEL")
     if source == "student" or Path(model).expanduser().exists():
         return TeacherConfig(preset=source, weights=model)
     return TeacherConfig(preset=source, options={"model": model})

@@ -180,9 +180,8 @@ def _counts(counts: list[int], recipe: Recipe) -> dict[str, int]:
     """Return how many devices each stage has."""
     stages = list(recipe.stages)
     if len(counts) not in (1, len(stages)) or min(counts) < 1:
-        raise ConfigError(
-            f"--devices: give one positive number, or {len(stages)}: {', '.join(stages)}"
-        )
+        each = f", or {len(stages)}: {', '.join(stages)}" if len(stages) > 1 else ""
+        raise ConfigError(f"--devices: give one positive number{each}")
     counts = counts * len(stages) if len(counts) == 1 else counts
     return dict(zip(stages, counts, strict=True))
 

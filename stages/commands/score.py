@@ -57,8 +57,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _tables(arguments: argparse.Namespace) -> list[Table]:
-    if not arguments.results or not arguments.baseline:
-        raise ConfigError("name at least one file or folder of scores, and --baseline NAME")
+    if not arguments.results:
+        raise ConfigError("name at least one file or folder of scores, such as runs/mine")
+    if not arguments.baseline:
+        known = ", ".join(read_scores(arguments.results).results)
+        raise ConfigError(f"name what the others are compared with: --baseline NAME ({known})")
     given = read_definitions(arguments.definitions) if arguments.definitions else {}
     scores = read_scores(arguments.results, settled=given)
     if not scores.definitions | given:

@@ -71,6 +71,7 @@ def test_init__the_users_teachers_and_images_and_the_recipe_passes_plan(
         (["--teacher", "sam_g"], "no teacher 'sam_g' (did you mean 'sam_h'?)"),
         (["--teacher", "tim:test_vit"], "no source 'tim' of teachers (did you mean 'timm'?)"),
         (["--teacher", "timm:test_vti"], "timm has no model 'test_vti'"),
+        (["--teacher", "timm:"], "'timm:' names no model; say timm:MODEL"),
         (["--teacher", "timm:test_vit", "--teacher", "timm:test_vit"], "two are called 'test_vit'"),
         (["--teacher", "a b=timm:test_vit"], "'a b' is no name"),
         (["--images", "nowhere"], "--images: no folder nowhere"),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from radio_distill.config import dtypes_of
+from radio_distill.config import Recipe, build, dtypes_of
 from radio_distill.errors import ConfigError
 from radio_distill.plan.time import DEVICES
 from radio_distill.system.files import sha256_of
@@ -308,6 +308,14 @@ def test_plan__answers_bad_arguments_in_one_line(recipe, capsys, arguments, mess
     assert (status, out) == (2, "")
     assert message in err
     assert len(err.strip().splitlines()) == 1
+
+
+def test_counts__of_one_stage_are_one_number():
+    data = {"name": "x", "data": {"shards": ["none"]}, "teachers": {"vit": {"preset": "tiny_vit"}}}
+    partition = {"name": "a", "size": 32, "teachers": ["vit"], "batch_size": 2}
+    recipe = build(Recipe, {**data, "stages": {"stage1": {"partitions": [partition]}}})
+    with pytest.raises(ConfigError, match=r"give one positive number$"):
+        plan._counts([0], recipe)
 
 
 def test_plan__help_names_every_device():

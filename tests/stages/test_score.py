@@ -164,7 +164,7 @@ def test_main__models_by_a_part_of_their_label(
     ("arguments", "message"),
     [
         ([], "file or folder"),
-        (["SCORES"], "--baseline NAME"),
+        (["SCORES"], r"compared with: --baseline NAME \(base, new\)"),
         (["SCORES", "--baseline", "base"], "--definitions FILE"),
         (["SCORES", "--baseline", "bse", "--definitions", "METRICS"], "'base'"),
         (
