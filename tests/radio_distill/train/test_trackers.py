@@ -129,7 +129,6 @@ def test_trackers__settings_are_whole_whatever_is_hidden_in_them(tmp_path, monke
 def offline(tmp_path, monkeypatch):
     """Every tracker writes below the test's folder, and none asks a server."""
     monkeypatch.chdir(tmp_path)  # MLflow keeps files beside its database or here
-    monkeypatch.chdir(tmp_path)  # MLflow keeps images there
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
