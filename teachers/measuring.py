@@ -21,6 +21,24 @@ _FAR = 64
 """Cells a side at which strides that differ by less than a pixel in 64 are told apart."""
 
 
+_MEASURED: dict[str, Preset] = {}
+"""By what was asked, in this process."""
+
+
+def measured_once(preset: Preset, build: Callable[[Preset], nn.Module]) -> Preset:
+    """Return what :func:`measured` does; a model that its name alone describes is run once.
+
+    A command asks many times for the same teacher, and what lies in a file may change meanwhile.
+    """
+    is_named = preset.source in ("timm", "open_clip") and ":" not in preset.model
+    if not is_named or "place" in preset.arguments:
+        return measured(preset, build)
+    asked = repr(preset)
+    if asked not in _MEASURED:
+        _MEASURED[asked] = measured(preset, build)
+    return _MEASURED[asked]
+
+
 def measured(preset: Preset, build: Callable[[Preset], nn.Module]) -> Preset:
     """Fill in stride, size and channels from the maps that a model gives.
 

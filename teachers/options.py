@@ -111,7 +111,7 @@ def resolve(config: TeacherConfig) -> Preset:
     if not takes_arguments and preset.channels:
         _check_multiple(preset.native_size, preset.patch_size)
         return _with_normalisation(preset)
-    from .measuring import measured
+    from .measuring import measured_once
     from .weights import check_local
 
     check_local(config)  # since `complete` may read the weights
@@ -124,7 +124,7 @@ def resolve(config: TeacherConfig) -> Preset:
             f"source {preset.source!r}: complete returns a {kind}, not the Preset with what it has "
             "filled in"
         )
-    preset = _with_normalisation(measured(completed, source.build))
+    preset = _with_normalisation(measured_once(completed, source.build))
     if "native_size" in options:
         _check_multiple(options["native_size"], preset.patch_size)
     return preset

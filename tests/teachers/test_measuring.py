@@ -8,7 +8,7 @@ from radio_distill.config import TeacherConfig
 from radio_distill.errors import ConfigError
 from radio_distill.teacher_view import input_size
 from teachers import build_teacher, teacher_spec
-from teachers.measuring import measured
+from teachers.measuring import measured, measured_once
 from teachers.presets import Preset
 
 HALF = [0.5, 0.5, 0.5]
@@ -184,3 +184,22 @@ def test_native_size__that_the_patch_does_not_divide_is_refused():
         teacher_spec("t", timm_teacher("test_resnet", native_size=225))
     config = TeacherConfig(preset="tiny_vit", options={"native_size": 64})
     assert build_teacher("t", config).spec.native_size == (64, 64)
+
+
+def test_measured_once__a_model_that_is_named_and_not_one_in_a_file(monkeypatch):
+    asked = []
+
+    def count(preset, build):
+        asked.append(preset.model)
+        return measured(preset, build)
+
+    monkeypatch.setattr("teachers.measuring.measured", count)
+    monkeypatch.setattr("teachers.measuring._MEASURED", {})
+    named = [timm_teacher("test_vit"), timm_teacher("test_vit"), timm_teacher("test_vit", blocks=1)]
+    first, again, other = (teacher_spec("t", config) for config in named)
+    assert first == again
+    assert asked == ["test_vit", "test_vit"], "the options are part of the question"
+    assert other.channels == first.channels
+    for _ in range(2):
+        measured_once(Preset(source="mine", model="m", native_size=64), lambda _: Tower(16))
+    assert asked[2:] == ["m", "m"]
