@@ -20,7 +20,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except (ConfigError, ValueError) as error:  # ValueError: bytes that are no text
         raise ConfigError(f"{path} is not valid YAML: {reason_of(error)}") from error
     if not isinstance(data, dict):
-        raise ConfigError(f"{path}: expected a mapping of fields, found {type(data).__name__}")
+        found = "nothing" if data is None else f"a {type(data).__name__}"
+        raise ConfigError(f"{path}: expected a mapping of fields, found {found}")
     return data
 
 

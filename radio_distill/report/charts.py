@@ -39,7 +39,8 @@ def training_curves(
     panels = _panels(metrics, prefix)
     if not panels:
         raise ConfigError(
-            f"no values named {prefix}… in the logs of {', '.join(metrics) or 'nothing'}"
+            f"no values named {prefix}… in the logs of {', '.join(metrics) or 'nothing'}: train on "
+            "until a step is logged (log.every)"
         )
     labels = list(dict.fromkeys(label for lines in panels.values() for label in lines))
     colours = {label: PALETTE[i % len(PALETTE)] for i, label in enumerate(labels)}

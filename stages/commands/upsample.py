@@ -137,6 +137,8 @@ def _asked(text: str, factor: int | None, options: Sequence[str]) -> Asked:
     from upsamplers.fitted_files import SHIPPED_AS, path_of, read_header
 
     values = dict(map(_option, options))
+    if factor is not None and factor < 1:
+        raise ConfigError(f"--factor {factor}: it must be at least 1")
     if text.startswith(SHIPPED_AS) or text.endswith(".safetensors"):
         path = path_of(text)
         header = read_header(path)

@@ -130,6 +130,7 @@ def test_paint__the_upsampled_map_has_colours_of_its_own_and_bilinear_is_shown_o
         (["cat.png", "--upsampler", "implicit", "--options", "downsampler=mean"], "simple"),
         (["cat.png", "--upsampler", "s2", "--options", "beta"], "KEY=VALUE"),
         (["cat.png", "--upsampler", "bilinear", "--factor", "0"], "at least 1"),
+        (["cat.png", "--factor", "0"], "--factor 0: it must be at least 1"),
         (["cat.png", "--upsampler", "bilinear", "--output", "text.png"], "text.png"),
         (["taken.png", "--upsampler", "bilinear"], "--overwrite"),
     ],

@@ -410,3 +410,12 @@ def test_sources__named_for_homogeneous_steps_and_for_a_partition():
 def test_sources__errors_name_the_field(assignments, message):
     with pytest.raises(ConfigError, match=message):
         recipe(*assignments)
+
+
+@pytest.mark.parametrize(("text", "found"), [("", "nothing"), ("only words", "a str")])
+def test_load__a_file_that_holds_no_fields(tmp_path, text, found):
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(
+        ConfigError, match=rf"mine\.yaml: expected a mapping of fields, found {found}$"
+    ):
+        config.load(tmp_path / "mine.yaml")

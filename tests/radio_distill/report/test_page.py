@@ -213,7 +213,7 @@ def test_training_curves__long_and_broken_logs() -> None:
 
 
 def test_training_curves__nothing_to_draw() -> None:
-    with pytest.raises(ConfigError, match=r"loss/….*stage1"):
+    with pytest.raises(ConfigError, match=r"loss/….*stage1.*log\.every"):
         training_curves({"stage1": [{"step": 1, "gradient_norm": 2.0}]})
 
 
