@@ -2,8 +2,8 @@
 #
 # Only relative paths are used, so that the checkout may lie in a folder with spaces. An extra is
 # installed again when pyproject.toml changes: .venv/.ready-EXTRA remembers when it was.
-# Tests begin with benchmarks and e2e, in order: xdist would take the files with the fewest tests
-# last, which are those that train on several processes, and leave one worker idle.
+# Tests begin with Triton's kernels, benchmarks and e2e, in order: xdist would take the files with the
+# fewest tests last, which are those that train on several processes, and leave one worker idle.
 
 PYTHON ?= python3
 WORKERS ?= 2

@@ -26,6 +26,11 @@ CHANNELS = {"clip": (12, 5), "sam": (8, None), "dino": (4, 4)}
 """Teacher: (channels, summary channels)."""
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the longest of the last files, lest a worker waits for it at the end."""
+    items.sort(key=lambda item: item.path.name != "test_triton_kernels.py")
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_setup() -> Generator[None, Any, Any]:
     """Skip what needs the extra `hf` where it is not installed."""
