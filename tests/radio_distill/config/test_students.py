@@ -79,10 +79,12 @@ def test_for_stage__another_place_of_the_proxy_is_kept():
 
 
 @pytest.mark.parametrize("name", recipe_names())
-def test_for_stage__a_recipe_of_one_student_stays_as_it_is(name):
+def test_for_stage__a_recipe_of_one_student_stays_as_it_is_and_no_other(name):
     recipe = load_recipe(name)
     if any(stage.student for stage in recipe.stages.values()):
-        pytest.skip("it has several")
+        assert len(by_student(recipe)) > 1
+        assert all(for_stage(recipe, stage) != recipe for stage in recipe.stages)
+        return
     assert by_student(recipe) == [list(recipe.stages)]
     assert all(for_stage(recipe, stage) is recipe for stage in (*recipe.stages, "", "fit"))
 
