@@ -96,9 +96,9 @@ def micro_batches_that_fit(
     That is a number of canvases, or of images, which is a power of two; at least one. Partitions
     that show the same images are looked at together, the others at their largest sizes.
 
-    The student's part is measured at a partition's largest size. At a smaller one it is taken to be
-    in proportion to tokens and images: what else there is, copies of weights in another dtype, is a
-    few thousandths of the room, and far within :data:`SAFETY`.
+    The student's part is measured at a partition's largest size. At a smaller one it is taken to
+    grow with tokens and images as a whole, copies of weights in another dtype too, which do not: so
+    what is found fits, but may be half of the most where such copies are much of the room.
 
     Args:
         costs: of the recipe's models.
@@ -110,44 +110,41 @@ def micro_batches_that_fit(
         groups.setdefault(partition.images_of or partition.name, []).append(partition)
     found = {}
     for group in groups.values():
-        found.update(_together(costs, stage, group, room * SAFETY))
+        found.update(_fitting_together(costs, stage, group, room * SAFETY))
     return found
 
 
-def _together(
+def _fitting_together(
     costs: ModelCosts, stage: Stage, group: Sequence[Partition], room: float
 ) -> dict[tuple[str, Size], int]:
-    """Return the most images of a pass for partitions that show the same images."""
+    """Return the same for partitions that show the same images, and all of ``room``."""
     largest = {
         item.name: Pass(item, max(item.sizes, key=math.prod), item.image_weight) for item in group
     }
-
-    def most_images(learning: Callable[[Pass, int], float] | None = None, **changed: Pass) -> int:
-        passes = list({**largest, **changed}.values())
-        return _most_images(passes, room, lambda n: step_memory(costs, stage, passes, n, learning))
+    passes = list(largest.values())
+    most = _most_images(passes, room, lambda images: step_memory(costs, stage, passes, images))
 
     def in_proportion(item: Pass, images: int) -> float:
-        reference = largest[item.partition.name]
-        passes = costs.partition(stage, item.partition).passes
-        tokens = images * passes[item.size].tokens / passes[reference.size].tokens
-        return tokens / most * _learning_memory(costs, stage, reference, most)
+        measured = largest[item.partition.name]
+        sizes = costs.partition(stage, item.partition).passes
+        share = images * sizes[item.size].tokens / (most * sizes[measured.size].tokens)
+        return share * _learning_memory(costs, stage, measured, most)
 
-    most = most_images()
-    found = {}
-    for name, item in largest.items():
-        for size in item.partition.sizes:
-            smaller = replace(item, size=size)
-            found[name, size] = (
-                most if smaller == item else most_images(in_proportion, **{name: smaller})
-            )
-    return found
+    def most_at(name: str, size: Size) -> int:
+        if size == largest[name].size:
+            return most
+        passes = list({**largest, name: replace(largest[name], size=size)}.values())
+        return _most_images(
+            passes, room, lambda images: step_memory(costs, stage, passes, images, in_proportion)
+        )
+
+    return {(item.name, size): most_at(item.name, size) for item in group for size in item.sizes}
 
 
 def _most_images(passes: Sequence[Pass], room: float, needed: Callable[[int], float]) -> int:
     """Return the most images of a micro-batch that needs no more than ``room`` bytes."""
     unit = images_together(passes)
-    units = max(min(passes[0].partition.batch_size, MOST_IMAGES) // unit, 1)
-    units = _power_of_two(units)
+    units = _power_of_two(max(min(passes[0].partition.batch_size, MOST_IMAGES) // unit, 1))
     while units > 1 and (memory := needed(unit * units)) > room:
         # Part of it does not grow with the images: in proportion there are never too few.
         units = min(units // 2, _power_of_two(max(int(units * room / memory), 1)))
@@ -155,7 +152,7 @@ def _most_images(passes: Sequence[Pass], room: float, needed: Callable[[int], fl
 
 
 def _power_of_two(number: int) -> int:
-    """Return the largest that is no more than a positive number."""
+    """Return the largest power of two that is no more than a positive number."""
     return 1 << (number.bit_length() - 1)
 
 

@@ -48,7 +48,7 @@ def test_call__runs_in_every_process_with_its_rank(tmp_path, recorded):
 
 def test_call__comes_back_with_resume_after_the_time_limit(tmp_path, recorded):
     executor = submitit.LocalExecutor(tmp_path / "jobs", max_num_timeout=1)
-    executor.update_parameters(timeout_min=6 / 60, signal_delay_s=2)
+    executor.update_parameters(timeout_min=10 / 60, signal_delay_s=2)
     arguments = (str(tmp_path), "x")
     executor.submit(Call(target="recording_stage:slow_start", arguments=arguments)).result()
     assert [call["arguments"] for call in recorded()] == [["x"], ["x", "--resume"]]

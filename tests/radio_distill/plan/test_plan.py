@@ -662,6 +662,26 @@ def test_micro_batches_that_fit__the_largest_power_of_two_with_room():
     assert set(many.values()) == {32}, "no more than there are"
 
 
+@pytest.mark.parametrize("images", [1.5, 3, 7, 20])
+def test_micro_batches_that_fit__where_copies_of_weights_are_much_of_the_room(images):
+    """At smaller sizes too what is found fits, and is half of the most at least."""
+    name, sizes = "learning", (32, 64, 128)
+    config = PartitionConfig(name=name, sizes=sizes, teachers=("patches",), batch_size=64)
+    recipe = with_partitions(config)
+    with fake_costs(replace(recipe, engine=replace(recipe.engine, precision="bfloat16"))) as costs:
+        stage, partition = stage_and(costs, name)
+
+        def needed(size: tuple[int, int], images: int) -> float:
+            return step_memory(costs, stage, [Pass(partition, size, 1.0)], images)
+
+        one, two = needed((128, 128), 1), needed((128, 128), 2)
+        assert 2 * one > 1.1 * two, "a part does not grow"
+        room = one + (images - 1) * (two - one)
+        for (_, size), number in micro_batches_that_fit(costs, stage, room / SAFETY).items():
+            assert needed(size, number) <= room
+            assert number == 64 or needed(size, 4 * number) > room
+
+
 def test_plan_stage__auto_fills_the_memory_and_changes_no_count():
     def plan(micro_batch: object, gib: float = 1.0) -> StagePlan:
         with fake_costs(make_recipe(micro_batch=micro_batch)) as costs:
