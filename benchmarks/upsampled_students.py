@@ -24,7 +24,7 @@ from radio_distill.evals.scores import read_scores
 from radio_distill.evals.subjects import SCORES
 from radio_distill.system.files import make_private
 from radio_distill.train.checkpoint import find
-from stages.arguments import Parser, run_command
+from stages.arguments import Parser, add_run_folder_argument, run_command
 from stages.build import train_stage
 from stages.commands.evaluate import add_suite_argument, in_suite
 from stages.commands.scoring import score_checkpoints
@@ -40,7 +40,6 @@ CONDITIONS = {
     "grid-24": [
         f"{HIGH}.size=384",
         f"{HIGH}.teacher_sizes={{dino: 168, efficientnet: 192}}",
-        "evaluation.dense_size=384",
     ],
 }
 """What differs from the recipe, alike for all that are compared."""
@@ -173,6 +172,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="(default: 0)")
     parser.add_argument("--only-print", action="store_true", help="what is scored already")
     add_suite_argument(parser)
+    add_run_folder_argument(parser)
     arguments, fields = parser.parse(None, takes_fields=True)
     asked = Asked(arguments.recipe, tuple(fields))
     if not arguments.only_print:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ..errors import DataError
 from ..system.files import open_regular, printable, reason_of
+from .older_pillow import bound_older_pillow
 
 SUFFIX_OF_FORMAT = {
     "JPEG": "jpg",
@@ -208,6 +209,7 @@ def _formats() -> tuple[str, ...]:
     """Return the formats that are read: a list of what is allowed, not of what Pillow can."""
     formats = list(_FORMATS)
     Image.init()
+    bound_older_pillow()
     if "AVIF" in Image.OPEN:  # also where Pillow has no decoder; then its open says so
         from PIL import AvifImagePlugin
 
