@@ -342,34 +342,52 @@ class ConvHead(Projector):
     """LayerNorm, then twice a 3x3 convolution, ReLU and LayerNorm, then Linear (Theia).
 
     Each norm is over channels and cells of a map together; its scale and bias are one a channel
-    and not one a place as in Theia (arXiv 2407.20179), so that a map may have any size. The width
-    inside is ours: the student's.
+    and not one a place as in Theia (arXiv 2407.20179), so that a map may have any size.
 
     Args:
         shape: widths.
-        hidden: channels inside; 0 for the student's width.
+        hidden: channels inside; 0 for the student's width, as in Theia.
+        upsample: 4 for two transposed convolutions of stride 2 in place of the convolutions, from
+            n cells a side to 2n - 1 and to 4n: Theia's head of SAM. What it does before, from 14
+            cells to 16, is left to ``loss.alignment``.
     """
 
     reads_map, takes_summary = True, False
 
-    def __init__(self, shape: HeadShape, *, hidden: Hidden = 0):
+    def __init__(self, shape: HeadShape, *, hidden: Hidden = 0, upsample: Literal[1, 4] = 1):
         super().__init__()
         width, hidden = shape.in_features, hidden or shape.in_features
+        self.upsample = upsample
+        first: nn.Module = nn.Conv2d(width, hidden, 3, padding=1)
+        second: nn.Module = nn.Conv2d(hidden, hidden, 3, padding=1)
+        if upsample > 1:
+            first = nn.ConvTranspose2d(width, hidden, 3, stride=2, padding=1)
+            second = nn.ConvTranspose2d(hidden, hidden, 3, stride=2, output_padding=1)
         self.layers = nn.Sequential(
             nn.GroupNorm(1, width),
-            nn.Conv2d(width, hidden, 3, padding=1),
+            first,
             nn.ReLU(),
             nn.GroupNorm(1, hidden),
-            nn.Conv2d(hidden, hidden, 3, padding=1),
+            second,
             nn.ReLU(),
             nn.GroupNorm(1, hidden),
         )
         self.final = nn.Sequential(nn.Linear(hidden, shape.out_features))
 
+    def exchange_last(self, exchange: Callable[[nn.Linear], nn.Linear]) -> bool:
+        """Put what a function returns in the place of the layer that predicts every fine cell."""
+        last = self.final[0]
+        assert isinstance(last, nn.Linear)
+        self.final[0] = exchange(last)
+        return True
+
     def forward(self, tokens: Tensor, grid: Size = (0, 0), inner: Sequence[Tensor] = ()) -> Tensor:
-        """Predict from a cell and what lies within two cells of it."""
+        """Predict from a cell and those near it: two cells away, one where it upsamples."""
         hidden = self.layers(rearrange(tokens, "b (h w) d -> b d h w", h=grid[0]))
-        result: Tensor = self.final(rearrange(hidden, "b d h w -> b (h w) d"))
+        fine = self.upsample
+        predicted = self.final(rearrange(hidden, "b d h w -> b h w d"))
+        order = "b (h i) (w j) c -> b (h w) (i j c)"
+        result: Tensor = rearrange(predicted, order, i=fine, j=fine)
         return result
 
 

@@ -178,19 +178,20 @@ def test_projector__a_folded_normalizer_is_its_inverse(name):
     torch.testing.assert_close(again(tokens, GRID, inner), before, atol=1e-10, rtol=1e-10)
 
 
-@pytest.mark.parametrize("name", ["mlp", "attention"])
-def test_head__upsampled_cells_lie_in_their_own_cell(student_config, name):
-    """A finer map, and each of its cells is what its part of the last layer says."""
-    options = {"upsample": 3, **({"heads": 4} if name == "attention" else {})}
+@pytest.mark.parametrize(("name", "times"), [("mlp", 3), ("attention", 3), ("conv", 4)])
+def test_head__upsampled_cells_lie_in_their_own_cell(student_config, name, times):
+    """A finer map, and each of its cells is what its part of the prediction says."""
+    options = {"upsample": times, **({"heads": 4} if name == "attention" else {})}
     chosen = HeadsConfig(features=HeadConfig(name=name, options=options))
     teacher = TeacherSpec("a", CHANNELS, None, 16, (64, 64), None, (0.5,) * 3, (0.5,) * 3)
     head = Head(WIDTH, teacher, student_config(heads={"a": chosen})).double()
     spatial = torch.randn(2, WIDTH, *GRID, dtype=torch.float64)
     fine = head(spatial[:, :, 0, 0], spatial).spatial
-    assert fine.shape == (2, CHANNELS, 3 * GRID[0], 3 * GRID[1])
-    cells = head.spatial(spatial.flatten(2).mT, GRID).unflatten(1, GRID).unflatten(-1, (3, 3, -1))
+    assert fine.shape == (2, CHANNELS, times * GRID[0], times * GRID[1])
+    cells = head.spatial(spatial.flatten(2).mT, GRID).unflatten(1, GRID)
+    cells = cells.unflatten(-1, (times, times, -1))
     for row, column in ((0, 0), (3, 7), (5, 4)):
-        expected = cells[:, row // 3, column // 3, row % 3, column % 3]
+        expected = cells[:, row // times, column // times, row % times, column % times]
         torch.testing.assert_close(fine[:, :, row, column], expected)
     normalizer = PhiS().fit(moments())
     assert head.fold(normalizer, None) == []
@@ -199,6 +200,23 @@ def test_head__upsampled_cells_lie_in_their_own_cell(student_config, name):
     head.spatial.exchange_last(normalizer.unfold)
     again = head(spatial[:, :, 0, 0], spatial).spatial
     torch.testing.assert_close(again, fine, atol=1e-6, rtol=1e-6)
+
+
+def test_conv__upsampled_from_16_cells_to_64():
+    """Theia's head of SAM: 31 cells a side between, and cells far away have no part in one."""
+    head = projector("conv", SHAPE, upsample=4)
+    sides = []
+    for at in (1, 4):
+        head.layers[at].register_forward_hook(lambda *given: sides.append(given[2].shape[-1]))
+    head(torch.zeros(1, 256, WIDTH, dtype=torch.float64), (16, 16))
+    assert sides == [31, 64]
+    for at in (0, 3, 6):
+        head.layers[at] = torch.nn.Identity()  # the norms see the whole map
+    tokens = torch.randn(1, 256, WIDTH, dtype=torch.float64, requires_grad=True)
+    head(tokens, (16, 16))[0, 8 * 16 + 8].sum().backward()
+    reached = tokens.grad[0].abs().sum(-1).unflatten(0, (16, 16)).nonzero()
+    assert reached.min() == 7
+    assert reached.max() == 9
 
 
 @pytest.mark.parametrize("part", ["summary", "shared"])
