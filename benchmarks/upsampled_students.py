@@ -130,14 +130,16 @@ def table(
             if path.is_file():
                 scores = read_scores([path])
                 ((run,),) = scores.results.values()
-                definitions |= {name: one for name, one in scores.definitions.items() if one.counts}
-                runs.setdefault(way, {})[seed] = {name: run[name] for name in definitions}
+                counting = {name: one for name, one in scores.definitions.items() if one.counts}
+                definitions |= counting
+                runs.setdefault(way, {})[seed] = {name: run[name] for name in counting}
     if BASELINE not in runs:
         return []
     names = list(in_order(definitions))
     rows = [["", "seeds", "Δm", *names]]
     for way, results in runs.items():
-        both = sorted(results.keys() & runs[BASELINE].keys())
+        whole = {seed for seed, run in results.items() if len(run) == len(names)}
+        both = sorted(whole & runs[BASELINE].keys())  # others are being scored
         gains = [
             multi_task_gain(
                 {way: results[seed], BASELINE: runs[BASELINE][seed]}, BASELINE, definitions
@@ -149,7 +151,7 @@ def table(
             for name in names
         }
         if way == BASELINE:
-            differences = {name: [run[name] for run in results.values()] for name in names}
+            differences = {name: [results[seed][name] for seed in both] for name in names}
         cells = [_text(differences[name], way != BASELINE) for name in names]
         total = _text([gain.totals[way].mean for gain in gains]) if way != BASELINE else ""
         rows.append([way, str(len(both)), total, *cells])
