@@ -139,7 +139,8 @@ def table(
     rows = [["", "seeds", "Δm", *names]]
     for way, results in runs.items():
         whole = {seed for seed, run in results.items() if len(run) == len(names)}
-        both = sorted(whole & runs[BASELINE].keys())  # others are being scored
+        if not (both := sorted(whole & runs[BASELINE].keys())):  # others are being scored
+            continue
         gains = [
             multi_task_gain(
                 {way: results[seed], BASELINE: runs[BASELINE][seed]}, BASELINE, definitions
