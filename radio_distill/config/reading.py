@@ -142,12 +142,12 @@ def _assign(node: Any, keys: list[str], value: Any, path: str) -> None:
 
 def _place_in(items: list[Any], key: str, path: str) -> int:
     """Return the position of the item of a list that a key names, or that it numbers."""
-    names = [item.get("name") if isinstance(item, dict) else None for item in items]
+    names = [str(item.get("name", "")) if isinstance(item, dict) else "" for item in items]
     if key in names:
         return names.index(key)
     if key.isdigit() and int(key) < len(items):
         return int(key)
-    known = ", ".join(str(name) for name in names if name) or f"0 to {len(items) - 1}"
+    known = ", ".join(filter(None, names)) or f"0 to {len(items) - 1}"
     raise ConfigError(f"{path}: no item {key!r} in the list (known: {known})")
 
 

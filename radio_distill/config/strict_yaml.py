@@ -9,6 +9,7 @@ from ..errors import ConfigError
 from ..system.files import reason_of
 
 _MOST_VALUES, _MOST_DEPTH = 100_000, 50
+_TEXT, _MERGE = "tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -26,7 +27,10 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """A safe loader to which a repeated key is an error; YAML's own would drop the first value."""
+    """A safe loader to which keys are texts, `1` and `on` too, and a repeated one is an error.
+
+    YAML's own would drop the first value.
+    """
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node: yaml.MappingNode = super().compose_mapping_node(anchor)
@@ -39,6 +43,8 @@ class _Loader(yaml.SafeLoader):
                         f"{name!r} stands in lines {lines[name]} and {line}; keep one"
                     )
                 lines[name] = line
+                if key.tag != _MERGE:
+                    key.tag = _TEXT
         return node
 
 

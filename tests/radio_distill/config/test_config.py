@@ -349,6 +349,24 @@ def test_override__null_drops_a_partition_and_a_stage():
             recipe(nothing)
 
 
+def test_load__names_that_yaml_reads_as_other_than_texts(tmp_path):
+    """A stage called 1, a partition called after its size, a teacher called no."""
+    path = tmp_path / "numbers.yaml"
+    path.write_text("""
+data: {shards: shards}
+teachers: {no: {preset: tiny_vit}, yes: {preset: tiny_vit}}
+stages:
+  1: &first {steps: 2, partitions: [{name: 64, size: 64, teachers: ["no"], batch_size: 2}]}
+  2: {<<: *first, start_from: 1}
+""")
+    changes = ["stages.2.steps=9", "stages.1.partitions.64.batch_size=7", "teachers.yes=null"]
+    made = config.load(path, changes)
+    assert list(made.teachers) == ["no"]
+    assert {name: stage.steps for name, stage in made.stages.items()} == {"1": 2, "2": 9}
+    assert made.stages["1"].partitions[0].batch_size == 7
+    assert list(config.load(path, ["stages.2=null"]).stages) == ["1"]
+
+
 def test_losses__relations_of_one_teacher_before_those_of_all():
     made = recipe("loss.relation={arkd: 2}", "teachers.clip.relation={arkd: 0, rkd_distance: 1}")
     assert {name: losses.relation for name, losses in made.losses.items()} == {
