@@ -202,7 +202,8 @@ def build(cls: type, data: Any, path: str = "") -> Any:
             one line each.
     """
     if not isinstance(data, Mapping):
-        raise ConfigError(f"{path or 'recipe'}: expected a mapping of fields, got {data!r}")
+        got = "nothing; take it out, or write fields below it" if data is None else repr(data)
+        raise ConfigError(f"{path or 'recipe'}: expected a mapping of fields, got {got}")
     fields = {item.name: item for item in dataclasses.fields(cls)}
     kinds = typing.get_type_hints(cls, include_extras=True)
     problems: list[str] = []

@@ -430,6 +430,12 @@ def test_sources__errors_name_the_field(assignments, message):
         recipe(*assignments)
 
 
+def test_load__a_section_whose_lines_are_all_comments(tmp_path):
+    (tmp_path / "mine.yaml").write_text("loss:\n#  feature: mse\n")
+    with pytest.raises(ConfigError, match=r"(?m)^loss: .*nothing; take it out"):
+        config.load(tmp_path / "mine.yaml")
+
+
 @pytest.mark.parametrize(("text", "found"), [("", "nothing"), ("only words", "a str")])
 def test_load__a_file_that_holds_no_fields(tmp_path, text, found):
     (tmp_path / "mine.yaml").write_text(text)
