@@ -4,7 +4,8 @@
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,6 +34,19 @@ DESCRIPTION = "radio_distill.json"
 """What an export says of its student and its heads."""
 
 
+@contextmanager
+def _as_written() -> Iterator[None]:
+    """Build in float32 and on the CPU, whatever this process makes new tensors of."""
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+
+
+@_as_written()
 def load(
     path: str | Path, heads: Sequence[str] | None = None, device: torch.device | str = "cpu"
 ) -> StudentEncoder:

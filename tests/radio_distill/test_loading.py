@@ -97,6 +97,32 @@ def test_load__a_spectral_run_is_folded(write_run):
     assert same(radio_distill.load(run, heads=()), model)
 
 
+@pytest.mark.parametrize("what", ["run", "export"])
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64, torch.device("meta")])
+def test_load__whatever_the_process_makes_new_tensors_of(write_run, tmp_path, what, default):
+    """In bfloat16 weights were rounded on their way, and without data they could not be read."""
+    from radio_distill.export.transformers import Transformers
+    from radio_distill.export.write import export
+
+    path = write_run()
+    if what == "export":
+        path = export(folded(checkpoints.find(path / "stage1")), tmp_path / "e", Transformers())
+    expected = radio_distill.load(path)
+    if isinstance(default, torch.device):
+        with default:
+            model = radio_distill.load(path)
+    else:
+        torch.set_default_dtype(default)
+        try:
+            model = radio_distill.load(path)
+            assert torch.get_default_dtype() == default
+        finally:
+            torch.set_default_dtype(torch.float32)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, expected.state_dict()[name]), name
+    assert same(model, expected, model.head_names)
+
+
 def test_load__keeps_only_the_heads_that_are_named(write_run):
     run = write_run()
     model = radio_distill.load(run, heads=("dino",))
