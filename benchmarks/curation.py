@@ -30,9 +30,8 @@ import torch
 from PIL import Image, ImageOps
 
 from radio_distill.config import DataConfig
-from radio_distill.curation.clusters import Clusters, level_sizes, next_level
+from radio_distill.curation.clusters import Clusters, balanced, level_sizes, next_level
 from radio_distill.curation.duplicates import groups_of, kept_of_groups, near_pairs
-from radio_distill.curation.sampling import balanced
 from radio_distill.curation.summaries import Summaries, encode_shards, read_summaries
 from radio_distill.data.order import random_stream
 from radio_distill.data.shards import write_shards

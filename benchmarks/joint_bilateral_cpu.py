@@ -32,7 +32,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from upsamplers.joint_bilateral import JointBilateralLevel, layer
+from upsamplers.joint_bilateral import layer
+from upsamplers.joint_bilateral.layer import JointBilateralLevel
 
 CASES = ((4, 768, 16, (3,)), (1, 384, 14, (2,)), (1, 1024, 27, (2, 2)))
 FORMS = ("bilinear", "bilinear, channels last", "unfold", "shifts", "folded", "folded, bf16")

@@ -28,21 +28,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from upsamplers.joint_bilateral import (
-    apply_kernel,
-    joint_bilateral,
-    range_weights,
-    triton_kernels,
-)
-from upsamplers.joint_bilateral.launches import (
+from upsamplers.joint_bilateral import triton_kernels
+from upsamplers.joint_bilateral.dispatch import apply_kernel, joint_bilateral, range_weights
+from upsamplers.joint_bilateral.triton_tiles import (
     DEFAULT,
     TABLE,
+    Folding,
     Settings,
     architecture,
     number_type,
+    power_of_two,
     write_table,
 )
-from upsamplers.joint_bilateral.triton_tiles import Folding, power_of_two
 
 RADIUS, KEYS = 3, 32
 TAPS = (2 * RADIUS + 1) ** 2

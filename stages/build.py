@@ -50,7 +50,7 @@ from radio_distill.train.trainer import Trainer
 from radio_distill.types import Score, TeacherSpec
 from radio_distill.weights.pretrained import initialise
 from teachers import build_teacher
-from teachers.late import LateTeacher
+from teachers.base import LateTeacher
 from upsamplers import build_upsampler
 
 from .launch import Options, Train, launch

@@ -31,7 +31,6 @@ from radio_distill.plan.work import needs_work
 from radio_distill.stage import Stage, resolve_stage
 from radio_distill.system import precision
 from radio_distill.system.compiled import can_compile
-from radio_distill.system.determinism import deterministic
 from radio_distill.system.distributed import (
     World,
     choose_device,
@@ -47,6 +46,7 @@ from radio_distill.system.files import (
     reason_of,
     replacing,
 )
+from radio_distill.system.precision import deterministic
 from radio_distill.train.checkpoint import META, Checkpoint
 from radio_distill.train.deepspeed_engine import engine_name
 from radio_distill.train.run_dir import RunLock, refuse_living

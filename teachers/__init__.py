@@ -130,8 +130,7 @@ def _loaded(preset: Preset, config: TeacherConfig) -> "tuple[nn.Module, str]":
     from radio_distill.system.trust import check_sha256
     from radio_distill.weights.files import checksummed_files, files_of
 
-    from .fingerprints import FingerprintNote
-    from .weights import check_local, fingerprint, local_path
+    from .weights import FingerprintNote, check_local, fingerprint, local_path
 
     source = find_source(preset.source)
     path = local_path(config.weights) if config.weights else source.locate(preset)

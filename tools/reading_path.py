@@ -6,6 +6,7 @@ Imports are counted wherever they stand in a file, those for type checkers left 
 """
 
 import ast
+import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -53,6 +54,22 @@ def in_circles(graph: grimp.ImportGraph) -> list[str]:
     )
 
 
+def with_one_user(graph: grimp.ImportGraph) -> list[str]:
+    """List the modules of less than 115 lines that one other imports, and no registry names.
+
+    A package itself, its `__init__`, is none of them.
+    """
+    texts = [file_of(module).read_text(encoding="utf-8") for module in graph.modules]
+    plugged = {name for text in texts for name in re.findall(r'"([\w.]+):\w+"', text)}
+    return sorted(
+        name
+        for name in graph.modules - plugged
+        if len(graph.find_modules_that_directly_import(name)) == 1
+        and count_lines([name]) < 115
+        and file_of(name).name != "__init__.py"
+    )
+
+
 def main() -> None:
     """Print the counts."""
     entry = sys.argv[1] if len(sys.argv) > 1 else "stages.stage3"
@@ -70,6 +87,8 @@ def main() -> None:
         f"lines, the longest {lengths[-1]}; {len(both)} take both recipe and stage"
     )
     print(f"files in circles of imports: {', '.join(in_circles(graph)) or 'none'}")
+    alone = with_one_user(graph)
+    print(f"{len(alone)} files of less than 115 lines with a single user: {', '.join(alone)}")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,10 @@ The density of k-means' centroids follows p^(d / (d + 2)), in many dimensions ne
 data, p. Clusters of centroids are a step flatter, and so are clusters of as many points of each
 cluster (resampling), so that the highest level covers what there is evenly, not what is frequent.
 
+:func:`balanced` draws images evenly over that hierarchy (section 3.3): from the highest level down,
+each node shares what it may give among its children as water fills basins: all get as much, but for
+those that have less.
+
 Points are ``[N, S]`` in half precision on the CPU; blocks of them go to the device. Distances are
 float32, sums float64. The draws are Philox's, which no version of a library changes.
 """
@@ -32,6 +36,7 @@ _FINEST, _FULLEST = 5, 50
 """Images of a cluster of the first level, of few images and of many."""
 _FEW = 10_000  # clusters
 _NEXT, _LEAST = 10, 1000  # clusters in one of the level above, and at least there
+_SHARES, _IMAGES = 0, 1  # what draws of images are for
 
 
 @dataclass(frozen=True)
@@ -197,3 +202,66 @@ def nearest_members(clusters: Clusters, count: int) -> Tensor:
     ends = [0, *np.cumsum(clusters.sizes.numpy()).tolist()]
     taken = [order[start : min(start + count, end)] for start, end in pairwise(ends)]
     return torch.from_numpy(np.sort(np.concatenate(taken)))
+
+
+def quotas(sizes: np.ndarray, total: int, draws: np.random.Philox) -> np.ndarray:
+    """Share ``total`` among basins: min(x, size) each, and what is left over one by one at random.
+
+    Args:
+        sizes: int64 ``[K]``, which hold at least ``total`` together.
+        total: to share.
+        draws: which of the basins that hold more get one more.
+    """
+    assert total <= sizes.sum(), "there is as much as is asked for"
+    low, high = 0, int(sizes.max(initial=0))  # the largest level at which it is enough for all
+    while low < high:
+        level = (low + high + 1) // 2
+        low, high = (level, high) if np.minimum(sizes, level).sum() <= total else (low, level - 1)
+    shares = np.minimum(sizes, low)
+    larger = np.flatnonzero(sizes > low)
+    order = np.argsort(draws.random_raw(len(larger)), kind="stable")
+    shares[larger[order[: total - shares.sum()]]] += 1
+    return shares
+
+
+def balanced(levels: Sequence[np.ndarray], total: int, seed: int) -> np.ndarray:
+    """Draw images evenly from clusters, from clusters of these, and so on; bool ``[N]``.
+
+    Args:
+        levels: for each level the cluster that each item below is in: ``[N]``, ``[K1]``, ``[K2]``…
+        total: images to draw; with as many as there are, or more, all are.
+        seed: of the draws.
+    """
+    number = len(levels[0])
+    if total >= number:
+        return np.ones(number, bool)
+    sizes = [np.bincount(levels[0])]  # images below each cluster, by level
+    for labels in levels[1:]:
+        sizes.append(np.bincount(labels, weights=sizes[-1]).astype(np.int64))
+    draws = random_stream(seed, _SHARES)
+    shares = quotas(sizes[-1], total, draws)
+    for labels, below in zip(reversed(levels[1:]), reversed(sizes[:-1]), strict=True):
+        shares = _to_children(shares, labels, below, draws)
+    return _drawn(levels[0], shares, random_stream(seed, _IMAGES))
+
+
+def _to_children(
+    shares: np.ndarray, labels: np.ndarray, sizes: np.ndarray, draws: np.random.Philox
+) -> np.ndarray:
+    """Share what each node may give among its children, which are sorted by their node."""
+    order = np.argsort(labels, kind="stable")
+    ends = np.cumsum(np.bincount(labels, minlength=len(shares)))
+    found = np.zeros_like(sizes)
+    for share, children in zip(shares.tolist(), np.split(order, ends[:-1]), strict=True):
+        found[children] = quotas(sizes[children], share, draws)
+    return found
+
+
+def _drawn(labels: np.ndarray, shares: np.ndarray, draws: np.random.Philox) -> np.ndarray:
+    """Draw of each cluster as many of its images as its share."""
+    order = np.lexsort((draws.random_raw(len(labels)), labels))  # by cluster, shuffled within
+    starts = np.cumsum(np.bincount(labels, minlength=len(shares))) - np.bincount(labels)
+    rank = np.arange(len(labels)) - starts[labels[order]]
+    drawn = np.zeros(len(labels), bool)
+    drawn[order] = rank < shares[labels[order]]
+    return drawn

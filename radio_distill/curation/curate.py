@@ -22,9 +22,8 @@ from ..config import share_of
 from ..errors import DataError
 from ..system.files import replacing
 from ..system.progress import Progress
-from .clusters import Clusters, level_sizes, next_level
+from .clusters import Clusters, balanced, level_sizes, next_level
 from .duplicates import Pairs, cosines, groups_of, kept_of_groups, near_pairs
-from .sampling import balanced
 from .summaries import Summaries
 
 

@@ -15,17 +15,16 @@ from collections.abc import Callable
 from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import IO, BinaryIO, NamedTuple
 
 import numpy as np
 import simplejpeg
 import torch
-from PIL import Image
+from PIL import GifImagePlugin, Image, TiffImagePlugin
 from torch import Tensor
 
 from ..errors import DataError
 from ..system.files import open_regular, printable, reason_of
-from .older_pillow import bound_older_pillow
 
 SUFFIX_OF_FORMAT = {
     "JPEG": "jpg",
@@ -91,6 +90,7 @@ _UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
 _JPEG_PIXELS_PER_BYTE = 512
 """Huffman codes take a bit at least for each block of 8x8 pixels. What is missing at the end of a
 JPEG libjpeg makes up in grey, and no one is told."""
+_MOST_COMMENTS = 4096  # blocks of 255 bytes: a megabyte before an image, and half a second
 
 
 class BadImageError(DataError):
@@ -328,3 +328,43 @@ def _sixteen_bit_to_rgb(image: Image.Image) -> Image.Image:
     # Pillow's own conversion clips at 255 and gives a white image.
     grey = np.asarray(image).astype(np.int32).clip(0, 65535)
     return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
+
+
+def bound_older_pillow() -> None:
+    """Bound Pillow 12.3, the last of Python 3.10, as versions from 13 on bound themselves.
+
+    Without it a directory of a few kB, whose tags all claim the same bytes, is read into gigabytes,
+    and a long comment of a GIF takes time by the square of its length.
+    """
+    if int(Image.__version__.partition(".")[0]) >= 13:
+        return
+    load = TiffImagePlugin.ImageFileDirectory_v2.load
+    block = GifImagePlugin.GifImageFile.data
+
+    def load_within(self: TiffImagePlugin.ImageFileDirectory_v2, fp: IO[bytes]) -> None:
+        load(self, ReadOnce(fp))  # type: ignore[arg-type]
+
+    def block_within(self: GifImagePlugin.GifImageFile) -> bytes | None:
+        self.blocks = getattr(self, "blocks", 0) + 1  # type: ignore[attr-defined]
+        if self.blocks > _MOST_COMMENTS:  # type: ignore[attr-defined]
+            raise ValueError(f"more than {_MOST_COMMENTS} blocks of comments")
+        return block(self)
+
+    TiffImagePlugin.ImageFileDirectory_v2.load = load_within  # type: ignore[method-assign]
+    GifImagePlugin.GifImageFile.data = block_within  # type: ignore[method-assign]
+
+
+class ReadOnce:
+    """A file that gives as many bytes as it has, wherever they are read, and then none."""
+
+    def __init__(self, file: IO[bytes]):
+        self.tell, self.seek = file.tell, file.seek
+        self._read = file.read
+        start = file.tell()
+        self._left = file.seek(0, 2)
+        file.seek(start)
+
+    def read(self, size: int) -> bytes:
+        data = self._read(min(size, self._left))
+        self._left -= len(data)
+        return data

@@ -26,7 +26,7 @@ from ..types import Features, Report, Score, Size, unheard
 from .demand import Demand, at_most
 from .encoder import Encoder, encode_shared, to_pixels
 from .knn import Labelled, thin_out
-from .metrics.cam import average_drop, average_increase
+from .metrics.classification import average_drop, average_increase
 from .probes import LinearProbe
 from .protocol import file_names, protocol_of
 from .shared import answers

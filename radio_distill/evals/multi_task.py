@@ -19,8 +19,7 @@ from .losses import balanced_cross_entropy, depth_l1_loss, normal_l1_loss
 from .metrics import IGNORED
 from .metrics.depth import PooledDepth
 from .metrics.normals import PooledNormals
-from .metrics.saliency import MaxF
-from .metrics.segmentation import Confusion, mean_iou
+from .metrics.segmentation import Confusion, MaxF, mean_iou
 from .probe_heads import ConvProbe
 from .probe_training import Example
 from .trained import Decay, Meters, Outputs, TrainedBenchmark, read_pixels

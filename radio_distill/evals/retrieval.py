@@ -17,7 +17,7 @@ from ..types import Report, Score, unheard
 from .datasets.captions import Captions, CocoRetrieval, Flickr30k
 from .demand import Demand, at_most
 from .encoder import Encoder, encode_summaries
-from .metrics.retrieval import recalls_both_ways
+from .metrics.classification import recalls_both_ways
 from .protocol import file_names, protocol_of
 from .shared import scores_of
 

@@ -28,7 +28,7 @@ from .datasets.coco import Coco, CocoImage, CocoObject
 from .demand import Demand, at_most
 from .encoder import Encoder, open_image
 from .examples import Show, ShownMaps
-from .metrics.masks import mask_iou, mean_iou_by_area
+from .metrics.detection import mask_iou, mean_iou_by_area
 from .protocol import protocol_of
 from .shared import answers, scores_of
 

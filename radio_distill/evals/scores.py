@@ -21,9 +21,17 @@ from ..system.files import locked, reason_of, replacing
 from ..types import Score
 from .gain import Measured, Metric
 from .headlines import HEADLINES
-from .lmms import called_file, is_lmms, read_lmms
 from .score_set import ScoreSet
-from .score_tables import SUFFIXES, number_of, read_json, read_table, read_text
+from .score_tables import (
+    SUFFIXES,
+    called_file,
+    is_lmms,
+    number_of,
+    read_json,
+    read_lmms,
+    read_table,
+    read_text,
+)
 from .subjects import (
     FIELDS,
     SCORES,

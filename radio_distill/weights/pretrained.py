@@ -20,6 +20,7 @@ that a stage takes anew. ``start_from`` of a stage is what goes on with a run's 
 
 import math
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,7 +36,7 @@ from ..errors import ConfigError, WeightsError
 from ..models.position import CroppedPositions
 from ..models.spectral import fold
 from ..models.student import Student
-from ..models.timm_student import TimmStudent
+from ..models.timm_student import TimmStudent, create_model
 from ..system.files import is_there, refuse_unreadable
 from ..system.trust import check_sha256
 from ..train.restore import load_student
@@ -53,7 +54,6 @@ from .files import (
     tensors_of,
 )
 from .radio import holds_radio, radio_checkpoint
-from .timm_body import load_timm_body
 
 LEFT_BEHIND = ("norm.", "fc_norm.", "attn_pool.", "pre_logits.", "head.")
 TOKENS, PATCHES, POSITIONS = ("cls_token", "reg_token"), "patch_embed.proj.weight", "pos_embed"
@@ -92,7 +92,7 @@ def initialise(student: Student | TimmStudent, body: Any, config: StudentConfig)
         WeightsError: where there is nothing, another checksum, or another architecture.
     """
     if isinstance(student, TimmStudent):
-        load_timm_body(student, _path_of(config), config)
+        _load_timm(student, _path_of(config), config)
     else:
         load_into(student, read_pretrained(config, body))
 
@@ -378,3 +378,49 @@ def _place_positions(
             rows, [side, side], old_size=list(pretrained.grid), num_prefix_tokens=0
         )
         positions.table.copy_(rearrange(resampled, "1 (y x) d -> y x d", y=side))
+
+
+def _load_timm(student: TimmStudent, path: Path, config: StudentConfig) -> None:
+    """Load what is at ``path``, which is there; mean and std of pixels too, where it says them.
+
+    Raises:
+        WeightsError: where it holds no weights, or those of another architecture.
+    """
+    is_folder = path.is_dir()
+    if is_folder and not (path / "config.json").is_file():
+        tensors = load_student(find_checkpoint(path), torch.device("cpu")).student.state_dict()
+        own = {name: getattr(student, name) for name in ("mean", "std") if getattr(config, name)}
+        _load_whole(student, tensors | own, str(path), config)
+        return
+    with torch.device("meta"):
+        model, _ = create_model(config)
+    wanted = model.state_dict()
+    state = named_as(tensors_of(read_checkpoint(path), path), wanted, str(path))
+    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    if convert and any(key not in state or state[key].shape != wanted[key].shape for key in wanted):
+        try:
+            state = convert(dict(state), model)
+        except (KeyError, ValueError, RuntimeError, AttributeError) as error:
+            raise WeightsError(
+                f"{path} does not hold weights of {config.architecture}: timm cannot read them"
+            ) from error
+    tensors = student.from_timm(state)
+    tensors |= {name: getattr(student, name) for name in ("mean", "std")}
+    if is_folder:
+        settings = read_json(path / "config.json")
+        published = settings.get("pretrained_cfg", settings)
+        for name in ("mean", "std"):
+            if published.get(name) and not getattr(config, name):
+                tensors[name] = torch.tensor(published[name]).view(-1, 1, 1)
+    _load_whole(student, tensors, str(path), config)
+
+
+def _load_whole(
+    student: TimmStudent, tensors: Mapping[str, Tensor], where: str, config: StudentConfig
+) -> None:
+    found, wanted = (
+        {key: value.shape for key, value in state.items()}
+        for state in (tensors, student.state_dict())
+    )
+    refuse_differences(found, wanted, where, config.architecture)
+    student.load_state_dict(tensors)

@@ -109,7 +109,7 @@ def run(arguments: argparse.Namespace) -> int:
         "of gradients within a node. Useful: teachers and student.\n"
     )
     if arguments.suite:
-        from ..suite_cost import print_suite
+        from ..plans import print_suite
 
         with _without_collector():
             among = chosen_benchmarks(recipe.evaluation, asked.fields)

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from upsamplers.joint_bilateral import apply_kernel, range_weights, triton_kernels
+from upsamplers.joint_bilateral import triton_kernels
+from upsamplers.joint_bilateral.dispatch import apply_kernel, range_weights
 
 GPU = torch.device("cuda")
 pytestmark = pytest.mark.skipif(

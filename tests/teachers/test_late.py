@@ -4,7 +4,7 @@ import torch
 
 from radio_distill.config import TeacherConfig
 from teachers import build_teacher
-from teachers.late import LateTeacher
+from teachers.base import LateTeacher
 
 
 def test_late_teacher__is_loaded_when_asked_and_says_what_the_teacher_does():

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from radio_distill.config import TeacherConfig
-from teachers import build_module, build_teacher, fingerprints, resolve
+from teachers import build_module, build_teacher, resolve, weights
 from teachers.presets import TINY
 from teachers.sources.transformers import load_state
 from teachers.weights import WithoutValues, fingerprint, load_strict
@@ -16,7 +16,7 @@ from teachers.weights import WithoutValues, fingerprint, load_strict
 
 @pytest.fixture(autouse=True)
 def files_settle_at_once(monkeypatch):
-    monkeypatch.setattr(fingerprints, "SETTLED", -1.0)
+    monkeypatch.setattr(weights, "SETTLED", -1.0)
 
 
 def write(name, path, seed=5):
@@ -238,7 +238,7 @@ def test_fingerprint__a_changed_file_never_passes(tmp_path, monkeypatch):
 
 
 def test_fingerprint__of_a_file_that_was_just_written_is_not_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr(fingerprints, "SETTLED", 10.0)
+    monkeypatch.setattr(weights, "SETTLED", 10.0)
     config, hashes = write("tiny_vit", tmp_path / "w.safetensors"), counted(monkeypatch)
     build_teacher("t", config)
     build_teacher("t", config)
@@ -248,7 +248,7 @@ def test_fingerprint__of_a_file_that_was_just_written_is_not_kept(tmp_path, monk
 def test_fingerprint__a_file_that_changes_while_it_is_read_is_not_noted(tmp_path):
     path = tmp_path / "w.safetensors"
     config = write("tiny_vit", path)
-    note = fingerprints.FingerprintNote(resolve(config), [path])
+    note = weights.FingerprintNote(resolve(config), [path])
     os.utime(path)
     assert note.fingerprint(lambda: "0" * 64) == "0" * 64
     assert not note.path.exists()
@@ -258,16 +258,16 @@ def test_fingerprint__a_file_that_changes_while_it_is_read_is_not_noted(tmp_path
 def test_fingerprint__a_damaged_note_is_written_anew(content, tmp_path):
     path = tmp_path / "w.safetensors"
     config = write("tiny_vit", path)
-    note = fingerprints.FingerprintNote(resolve(config), [path])
+    note = weights.FingerprintNote(resolve(config), [path])
     note.path.write_text(content)
     assert note.fingerprint(lambda: "1" * 64) == "1" * 64
-    assert fingerprints.FingerprintNote(resolve(config), [path]).fingerprint(str) == "1" * 64
+    assert weights.FingerprintNote(resolve(config), [path]).fingerprint(str) == "1" * 64
 
 
 def test_fingerprint__a_folder_that_cannot_be_written_is_hashed_each_time(tmp_path, monkeypatch):
     path = tmp_path / "w.safetensors"
     config, hashes = write("tiny_vit", path), counted(monkeypatch)
-    note = fingerprints.FingerprintNote(resolve(config), [path]).path
+    note = weights.FingerprintNote(resolve(config), [path]).path
     note.mkdir()  # holds for root too, unlike permissions
     assert len({build_teacher("t", config).spec.weights_hash for _ in range(2)}) == 1
     assert len(hashes) == 2

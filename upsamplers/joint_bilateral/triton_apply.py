@@ -5,7 +5,7 @@ With the weights of :mod:`.triton_fold`, a program multiplies ``[target pixels, 
 windows are ever written. Low-resolution maps are ``[B, h, w, C]``, target maps ``[B, H, W, C]``,
 folded kernels ``[B, cells, H, W]``, all contiguous.
 
-No kernel adds atomically, so two runs give the same bits; :mod:`.launches` says how they are run.
+No kernel adds atomically, so two runs give the same bits; :mod:`.triton_tiles` has their launches.
 A value of the map that is not finite can spoil the pixels of its whole tile.
 """
 
@@ -19,9 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launches import Settings, launch_settings
 from .triton_range import INTERPRETED, accumulator, dot
-from .triton_tiles import Folding, power_of_two
+from .triton_tiles import Folding, Settings, launch_settings, power_of_two
 
 _PROGRAMS = 1024
 """Programs that fill a large GPU, assumed; fewer tiles than that are split by channel."""
@@ -36,7 +35,7 @@ def multiply(
 ) -> Tensor:
     """Return ``[B, H, W, C]``: each target pixel's cells of ``low [B, h, w, C]``, weighted.
 
-    ``settings`` are for timing others than :func:`.launches.launch_settings` says, here and below.
+    ``settings`` are for timing others than :mod:`.triton_tiles` has, here and below.
     """
     _, height, width, channels = low.shape
     out = low.new_empty(len(low), *folded.shape[2:], channels)

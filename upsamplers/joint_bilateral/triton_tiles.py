@@ -1,14 +1,25 @@
-"""Tiles of the Triton kernels: numbers only, so that they can be counted without a GPU.
+"""Tiles and launches of the Triton kernels: numbers only, to be counted without a GPU.
 
 Along one axis, a target pixel of the folded layer sees ``window`` low-resolution cells around its
 own. A product of :mod:`.triton_apply` multiplies the weights ``[target pixels, cells]`` of a tile
 of cells with the tile's neighbourhood ``[cells, channels]``. Larger tiles read less, as
 neighbourhoods overlap, and multiply more zeros.
+
+``launches.json`` beside this file has what ``python -m benchmarks.joint_bilateral_gpu --sweep``
+found to be fastest, by architecture and number type: ``{"90": {"bfloat16": {"multiply": {...}}}}``,
+by compute capability. What has no entry is launched by :data:`DEFAULT`. Nothing is searched for
+while a program runs: that would synchronise, and might choose another order of additions in the
+next run.
 """
 
+import json
+from collections.abc import Mapping
 from functools import lru_cache
 from operator import le
+from pathlib import Path
 from typing import NamedTuple
+
+import torch
 
 _WARP_GROUP = 64
 """Rows of one warp group's matrix instruction; a group is 4 warps."""
@@ -16,6 +27,16 @@ _LARGEST_PIXELS, _LARGEST_CELLS = 128, 64
 """Rows and columns of a product; more cells would be mostly zeros, and spill."""
 _LARGEST_STRIP = 32
 """Low-resolution cells whose gradients a program sums at a time."""
+TABLE = Path(__file__).with_name("launches.json")
+Settings = Mapping[str, int]
+"""``BLOCK``, channels of a block (half for 32 bits); ``num_warps``, which ``multiply`` and
+``grad_folded`` take for each 64 target pixels of a product; ``num_stages``, depth of pipeline."""
+DEFAULT: Mapping[str, Settings] = {
+    "multiply": {"BLOCK": 128, "num_warps": 4, "num_stages": 3},
+    "grad_folded": {"BLOCK": 64, "num_warps": 4, "num_stages": 3},
+    "grad_low": {"BLOCK": 256, "num_warps": 8, "num_stages": 3},
+}
+"""By kernel: at most 64 sums a thread. Read off the machine code for sm_80 and sm_90, not timed."""
 
 
 class Folding(NamedTuple):
@@ -121,3 +142,35 @@ def _shape(
     pixels = side[0] * side[1] * factor[0] * factor[1]
     cells = (side[0] + window[0] - 1) * (side[1] + window[1] - 1)
     return power_of_two(pixels, 16), power_of_two(cells, 16)
+
+
+def launch_settings(kernel: str, map_: torch.Tensor) -> Settings:
+    """Return how a kernel is launched for a map, by its device and number type."""
+    timed = _table(TABLE).get(architecture(map_.device), {}).get(number_type(map_.dtype), {})
+    settings: Settings = timed.get(kernel, DEFAULT[kernel])
+    return settings
+
+
+def architecture(device: torch.device) -> str:
+    """Return the compute capability as two digits; of the interpreter ``cpu``."""
+    if device.type != "cuda":
+        return device.type
+    return "{}{}".format(*torch.cuda.get_device_capability(device))
+
+
+def number_type(dtype: torch.dtype) -> str:
+    """Return a type's name in the table."""
+    return str(dtype).removeprefix("torch.")
+
+
+def write_table(device: str, dtype: str, found: Mapping[str, Settings], path: Path = TABLE) -> None:
+    """Put settings of kernels in the place of those of one architecture and type."""
+    table = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    table.setdefault(device, {})[dtype] = {name: dict(found[name]) for name in sorted(found)}
+    path.write_text(json.dumps(table, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    _table.cache_clear()
+
+
+@lru_cache
+def _table(path: Path) -> dict[str, dict[str, dict[str, Settings]]]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

@@ -8,9 +8,8 @@ from torch import Tensor, nn
 
 from radio_distill.config.fields import Positive
 
-from ..joint_bilateral import JointBilateralStack
 from ..joint_bilateral.dispatch import Implementation
-from ..joint_bilateral.layer import Similarity, Variant
+from ..joint_bilateral.layer import JointBilateralStack, Similarity, Variant
 from . import Observation
 from .guidance import as_imagenet
 

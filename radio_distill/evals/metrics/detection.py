@@ -1,6 +1,9 @@
-"""Average precision of boxes, as COCO's own program counts it (faster-coco-eval)."""
+"""Of single objects: average precision of boxes, as COCO's own program counts it, and IoU of masks.
 
-from typing import Any
+Boxes are counted by faster-coco-eval; masks by size, as SAM's followers report them on COCO.
+"""
+
+from typing import Any, Literal
 
 import numpy as np
 from torch import Tensor
@@ -16,6 +19,9 @@ _NAMES = {
     "ar": "AR_third",
 }  # fmt: skip
 """Ours, and those of faster-coco-eval; ``ar`` is that of 100 boxes an image."""
+Area = Literal["small", "medium", "large"]
+SMALL, LARGE = 32**2, 96**2
+"""Pixels; COCO's bounds of a medium object, which count to both sides of a mask's IoU."""
 
 
 class BoxPrecision:
@@ -100,3 +106,32 @@ def _sized(box: np.ndarray) -> list[float]:
 
 def _silent(*_: Any) -> None:
     pass
+
+
+def mask_iou(prediction: Tensor, target: Tensor) -> Tensor:
+    """Return the intersection over union of masks ``[N, H, W]`` bool, in [0, 1], ``[N]``."""
+    overlap = (prediction & target).sum(dim=(1, 2)).double()
+    union = (prediction | target).sum(dim=(1, 2)).double()
+    return overlap / (union + 1e-7)
+
+
+def area_classes(area: float) -> list[Area]:
+    """Return the classes that an object of ``area`` pixels counts to; a bound counts to two."""
+    classes: dict[Area, bool] = {
+        "small": area <= SMALL, "medium": SMALL <= area <= LARGE, "large": area >= LARGE
+    }  # fmt: skip
+    return [name for name, inside in classes.items() if inside]
+
+
+def mean_iou_by_area(ious: list[float], areas: list[float]) -> dict[str, float]:
+    """Return ``iou``, the mean of all masks, and ``iou/AREA`` of each class of area that occurs.
+
+    Args:
+        ious: of each annotation.
+        areas: of each annotation, the annotation's own ``area`` in pixels.
+    """
+    groups: dict[str, list[float]] = {"iou": ious}
+    for iou, area in zip(ious, areas, strict=True):
+        for name in area_classes(area):
+            groups.setdefault(f"iou/{name}", []).append(iou)
+    return {name: sum(values) / len(values) for name, values in groups.items() if values}

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from radio_distill.curation.sampling import balanced, quotas
+from radio_distill.curation.clusters import balanced, quotas
 from radio_distill.data.order import random_stream
 
 

@@ -2,7 +2,7 @@
 
 import io
 
-from radio_distill.data.older_pillow import ReadOnce
+from radio_distill.data.images import ReadOnce
 
 
 def test_once__gives_everything_wherever_it_is_read():

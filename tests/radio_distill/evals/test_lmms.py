@@ -6,7 +6,7 @@ import json
 import pytest
 
 from radio_distill.errors import DataError
-from radio_distill.evals.lmms import read_lmms
+from radio_distill.evals.score_tables import read_lmms
 from radio_distill.evals.scores import read_scores
 
 FILE = {

@@ -9,13 +9,8 @@ import torch.nn.functional as F
 
 from benchmarks.joint_bilateral_gpu import Case, sweep
 from radio_distill.errors import ConfigError
-from upsamplers.joint_bilateral import (
-    apply_kernel,
-    joint_bilateral,
-    launches,
-    range_weights,
-    triton_kernels,
-)
+from upsamplers.joint_bilateral import triton_kernels, triton_tiles
+from upsamplers.joint_bilateral.dispatch import apply_kernel, joint_bilateral, range_weights
 
 # Sizes that leave a rest: against tiles of cells, blocks of channels, strips and rows of strips.
 LAYERS = [
@@ -233,7 +228,7 @@ def test_apply_kernel__too_large_for_32_bits():
 def test_sweep__kernels_are_launched_with_what_it_wrote(tmp_path, monkeypatch):
     low, kernel, given = layer(1, 40, (4, 5), (3, 3), 3)
     before = run(lambda *t: apply_kernel(*t, "bilinear", "triton"), given, low, kernel)
-    monkeypatch.setattr(launches, "TABLE", tmp_path / "launches.json")
+    monkeypatch.setattr(triton_tiles, "TABLE", tmp_path / "launches.json")
     choices = [{"BLOCK": block, "num_warps": 2, "num_stages": 1} for block in (16, 32, 64)]
     took = iter([3.0, 1.0, 2.0] * 3)  # the second is fastest
 
@@ -241,9 +236,9 @@ def test_sweep__kernels_are_launched_with_what_it_wrote(tmp_path, monkeypatch):
         call()
         return next(took)
 
-    sweep(Case(1, 40, 4, (3,), torch.float32), "cpu", choices, time, launches.TABLE)
-    for name in launches.DEFAULT:
-        assert launches.launch_settings(name, low) == choices[1]
-        assert launches.launch_settings(name, low.bfloat16()) == launches.DEFAULT[name]
+    sweep(Case(1, 40, 4, (3,), torch.float32), "cpu", choices, time, triton_tiles.TABLE)
+    for name in triton_tiles.DEFAULT:
+        assert triton_tiles.launch_settings(name, low) == choices[1]
+        assert triton_tiles.launch_settings(name, low.bfloat16()) == triton_tiles.DEFAULT[name]
     after = run(lambda *t: apply_kernel(*t, "bilinear", "triton"), given, low, kernel)
     assert_close(after, [tensor.double() for tensor in before], 2e-6)

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from benchmarks.published_backward import published_gradient
 from radio_distill.errors import ConfigError
-from upsamplers.joint_bilateral import apply_kernel, folded, range_weights
+from upsamplers.joint_bilateral import folded
+from upsamplers.joint_bilateral.dispatch import apply_kernel, range_weights
 
 WRITTEN_OUT = ["reference", "folded"]
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from benchmarks.published_backward import published_filter_gradient
 from radio_distill.errors import ConfigError
-from upsamplers.joint_bilateral import JointBilateralLevel, JointBilateralStack, prime_factors
+from upsamplers.joint_bilateral.layer import JointBilateralLevel, JointBilateralStack, prime_factors
 
 WRITTEN_OUT = ["reference", "folded"]
 CANCELLED = ("range_alpha", "spatial_alpha")

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from upsamplers.joint_bilateral import JointBilateralLevel
+from upsamplers.joint_bilateral.layer import JointBilateralLevel
 from upsamplers.networks import Observation
 from upsamplers.networks.featup import FeatUpNetwork
 

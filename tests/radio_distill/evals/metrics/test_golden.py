@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from radio_distill.evals import losses
 from radio_distill.evals.metrics import IGNORED
+from radio_distill.evals.metrics.classification import recalls_both_ways
 from radio_distill.evals.metrics.depth import (
     PooledDepth,
     align_scale_and_shift,
@@ -17,9 +18,7 @@ from radio_distill.evals.metrics.depth import (
 )
 from radio_distill.evals.metrics.matching import pck_per_point, ratio_matches, transfer_errors
 from radio_distill.evals.metrics.normals import PooledNormals, normal_errors, normals_from_depth
-from radio_distill.evals.metrics.retrieval import recalls_both_ways
-from radio_distill.evals.metrics.saliency import MaxF
-from radio_distill.evals.metrics.segmentation import confusion_matrix, mean_iou
+from radio_distill.evals.metrics.segmentation import MaxF, confusion_matrix, mean_iou
 
 FOLDER = Path(__file__).parents[4].parent / "shared" / "golden" / "evaluation"
 

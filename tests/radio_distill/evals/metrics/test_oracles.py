@@ -9,10 +9,14 @@ from sklearn import metrics as sklearn_metrics
 
 from radio_distill.evals import losses
 from radio_distill.evals.metrics import IGNORED
-from radio_distill.evals.metrics.cam import average_drop, average_increase
-from radio_distill.evals.metrics.classification import top_k_accuracy
+from radio_distill.evals.metrics.classification import (
+    average_drop,
+    average_increase,
+    recalls_both_ways,
+    top_k_accuracy,
+)
 from radio_distill.evals.metrics.depth import align_scale_and_shift, depth_errors
-from radio_distill.evals.metrics.masks import area_classes, mask_iou, mean_iou_by_area
+from radio_distill.evals.metrics.detection import area_classes, mask_iou, mean_iou_by_area
 from radio_distill.evals.metrics.matching import (
     pck_per_image,
     pck_per_point,
@@ -20,9 +24,7 @@ from radio_distill.evals.metrics.matching import (
     transfer_errors,
 )
 from radio_distill.evals.metrics.normals import angles_between, normals_from_depth
-from radio_distill.evals.metrics.retrieval import recalls_both_ways
-from radio_distill.evals.metrics.saliency import MaxF
-from radio_distill.evals.metrics.segmentation import confusion_matrix, mean_iou
+from radio_distill.evals.metrics.segmentation import MaxF, confusion_matrix, mean_iou
 
 CLASSES = 7
 
