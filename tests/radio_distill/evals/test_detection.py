@@ -63,11 +63,11 @@ def found_by(probe: CocoDetection, encoder) -> dict[str, float]:
 
 
 def test_coco_detection__a_map_that_shows_the_objects_finds_them_and_noise_does_not(coco):
-    probe = benchmark(coco, steps=45, quick=True)
+    probe = benchmark(coco, steps=60, learning_rate=2e-3, quick=True)
     right, wrong = (found_by(probe, encoder()) for encoder in (perfect_encoder, random_encoder))
     assert right.keys() == wrong.keys() == {"ap", "ap50", "ap75", "ap/small", "ar"}
     assert right["ap50"] > 95
-    assert right["ap"] > 60
+    assert right["ap"] > 75
     assert wrong["ap"] < 15
 
 
