@@ -301,7 +301,7 @@ def _convert(kind: Any, value: Any, path: str) -> Any:
         mappings = [item for item in arguments if typing.get_origin(item) is dict]
         if isinstance(value, Mapping) and mappings:
             return _convert(mappings[0], value, path)
-        for option_kind in arguments:
+        for option_kind in sorted(arguments, key=lambda item: item is not type(value)):
             try:
                 return _convert(option_kind, value, path)
             except _NumberError:
@@ -325,6 +325,10 @@ def _convert_plain(kind: Any, value: Any, path: str) -> Any:
     """Convert a number, a text, true or false."""
     if kind is Any or (kind in (bool, int) and type(value) is kind):
         return value
+    if kind is int and type(value) in (str, float):  # YAML reads 1e5 as a text
+        with suppress(ValueError, OverflowError):
+            if float(value).is_integer():
+                return int(float(value))
     if kind is float and not isinstance(value, bool):
         with suppress(TypeError, ValueError, OverflowError):
             if math.isfinite(number := float(value)):
@@ -339,7 +343,7 @@ def _convert_tuple(arguments: tuple[Any, ...], value: Any, path: str) -> tuple[A
     if isinstance(value, str) and _SIZE_FIELD.search(path) and _SIZE.fullmatch(value):
         value = [int(side) for side in re.split(r"\D+", value)]
     is_text = arguments[0] is str or typing.get_origin(arguments[0]) is Literal
-    if isinstance(value, str) and is_text:
+    if isinstance(value, str) and (is_text or "," in value):
         # Not at commas within braces, as in shard-{000,001}.tar.
         value = [part.strip() for part in re.split(r",(?![^{}]*\})", value)] if value else []
     if not isinstance(value, (list, tuple)):

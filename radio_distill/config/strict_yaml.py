@@ -18,7 +18,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         data = parse_yaml(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    except (ConfigError, ValueError) as error:  # ValueError: bytes that are no text
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is no text in UTF-8; save it in that encoding") from error
+    except (ConfigError, ValueError) as error:
         raise ConfigError(f"{path} is not valid YAML: {reason_of(error)}") from error
     if not isinstance(data, dict):
         found = "nothing" if data is None else f"a {type(data).__name__}"

@@ -90,6 +90,12 @@ def test_dump__round_trip_of_any_value(values):
         ("stages.stage1.partitions.low.upsample=dino,clip", lambda r: _low(r).upsample, ("dino", "clip")),  # noqa: E501
         ("stages.stage1.partitions.low.size=64x96", lambda r: _low(r).size, (64, 96)),
         ("stages.stage1.partitions.low={name: low, sizes: [64X96, 32], teachers: [dino, clip], batch_size: 8}", lambda r: _low(r).sizes, ((64, 96), 32)),  # noqa: E501
+        ("stages.stage1.partitions.low={name: low, sizes: '64x96, 32', teachers: dino, batch_size: 8}", lambda r: _low(r).sizes, ((64, 96), 32)),  # noqa: E501
+        ("stage.partitions.low.teacher_sizes.dino=28,56", lambda r: _low(r).teacher_sizes, {"dino": (28, 56)}),  # noqa: E501
+        ("stage.steps=1e2", lambda r: r.stages["stage1"].steps, 100),  # which YAML reads as a text
+        ("stage.steps=1.2e+2", lambda r: r.stages["stage1"].steps, 120),
+        ("normalizer.images=1e5", lambda r: r.normalizer.images, 100_000),
+        ("stage.freeze_body_steps=0.5", lambda r: r.stages["stage1"].frozen_steps, 5),
         ("teachers.dino.input_size=match", lambda r: r.teachers["dino"].input_size, "match"),
         ("teachers.dino.options.blocks=11", lambda r: r.teachers["dino"].options, {"blocks": 11}),
         ("student.pretrained=", lambda r: r.student.pretrained, ""),
@@ -120,6 +126,9 @@ def test_override__leaves_its_input_alone():
         ("engine.zero_stage=4", "engine.zero_stage: 4 is not one of auto, 0, 1, 2, 3"),
         ("stages.stage1.partitions.lo.size=64", "no item 'lo' in the list (known: low, high)"),
         ("name.deeper=1", "name is a plain value and has no field 'deeper'"),
+        ("stage.steps=1.5", "stages.stage1.steps: 1.5 is not a whole number"),
+        ("stage.steps=1e-3", "stages.stage1.steps: '1e-3' is not a whole number"),
+        ("stage.steps=1e999", "stages.stage1.steps: '1e999' is not a whole number"),
         ("stage.partitions.low.size=64x", "'64x' is not a whole number or a list"),
         ("augmentation.window_sizes=6x32", "expected a list, got '6x32'"),
         ("stage.partitions.low.size=500", "500 is not a multiple of patch 16 (nearest 496)"),
@@ -433,6 +442,12 @@ def test_sources__errors_name_the_field(assignments, message):
 def test_load__a_section_whose_lines_are_all_comments(tmp_path):
     (tmp_path / "mine.yaml").write_text("loss:\n#  feature: mse\n")
     with pytest.raises(ConfigError, match=r"(?m)^loss: .*nothing; take it out"):
+        config.load(tmp_path / "mine.yaml")
+
+
+def test_load__a_file_in_another_encoding(tmp_path):
+    (tmp_path / "mine.yaml").write_bytes("name: mine".encode("utf-16"))
+    with pytest.raises(ConfigError, match=r"mine\.yaml is no text in UTF-8"):
         config.load(tmp_path / "mine.yaml")
 
 
