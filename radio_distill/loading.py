@@ -36,11 +36,14 @@ DESCRIPTION = "radio_distill.json"
 
 @contextmanager
 def _as_written() -> Iterator[None]:
-    """Build in float32 and on the CPU, whatever this process makes new tensors of."""
+    """Build in float32 and on the CPU, whatever this process makes new tensors of.
+
+    Its generator stays where it is: weights that are drawn are overwritten.
+    """
     dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
-        with torch.device("cpu"):
+        with torch.device("cpu"), torch.random.fork_rng(devices=[]):
             yield
     finally:
         torch.set_default_dtype(dtype)

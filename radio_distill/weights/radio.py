@@ -144,7 +144,12 @@ def radio_checkpoint(
     ``settings`` are the ``config.json`` of a folder, or a torch.hub file's table.
     """
     if not holds_radio(state):
-        raise WeightsError(f"{where} is not a RADIO vision transformer, which is read here")
+        other = settings.get("architecture") or settings.get("model_type")
+        what = f", but {other}: a model for timm or transformers to load" if other else ""
+        raise WeightsError(
+            f"{where} is no RADIO vision transformer{what} (`radio-distill export RUN --format "
+            "transformers` writes a student as one)"
+        )
     if settings.get("model_type") == "radio":
         if missing := [name for name in _SETTINGS if name not in settings]:
             raise WeightsError(

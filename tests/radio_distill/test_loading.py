@@ -6,6 +6,7 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from safetensors.torch import save_file
 
@@ -107,7 +108,9 @@ def test_load__whatever_the_process_makes_new_tensors_of(write_run, tmp_path, wh
     path = write_run()
     if what == "export":
         path = export(folded(checkpoints.find(path / "stage1")), tmp_path / "e", Transformers())
+    state = torch.get_rng_state()
     expected = radio_distill.load(path)
+    assert torch.equal(torch.get_rng_state(), state), "what is drawn afterwards is what it was"
     if isinstance(default, torch.device):
         with default:
             model = radio_distill.load(path)
@@ -269,6 +272,12 @@ def test_load__what_is_no_run(tmp_path):
     save_file({"w": torch.zeros(1)}, tmp_path / "w.safetensors")
     with pytest.raises(WeightsError, match="RADIO"):
         radio_distill.load(tmp_path / "w.safetensors")
+
+
+def test_load__a_folder_of_another_librarys_model_says_whose_it_is(tmp_path):
+    timm.models.save_for_hf(timm.create_model("test_vit", num_classes=0), tmp_path)
+    with pytest.raises(WeightsError, match="test_vit: a model for timm"):
+        radio_distill.load(tmp_path)
 
 
 def test_load__a_radio_of_sizes_that_timm_does_not_know(tmp_path):
