@@ -34,7 +34,7 @@ def read_table(path: Path) -> Iterator[tuple[str, dict[str, float]]]:
     Raises:
         DataError: the file cannot be read or is not what it should be, with its line.
     """
-    yield from _read_csv(path) if path.suffix == ".csv" else _read_mapping(path)
+    yield from _read_csv(path) if path.suffix.lower() == ".csv" else _read_mapping(path)
 
 
 def read_definitions(path: str | Path) -> dict[str, Metric]:

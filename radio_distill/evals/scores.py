@@ -58,9 +58,9 @@ def read_scores(paths: Iterable[str | Path], settled: Iterable[str] = ()) -> Sco
     given = frozenset(settled)
     called = dict(map(called_file, paths))
     for path in {path.resolve(): path for path in _files(called)}.values():
-        if path.suffix == ".jsonl":
+        if path.suffix.lower() == ".jsonl":
             _read_json_lines(path, scores, given, results)
-        elif path.suffix in SUFFIXES:
+        elif path.suffix.lower() in SUFFIXES:
             tables.append(path)
         else:
             problem = "scores are read from .jsonl, .yaml, .json and .csv files"
@@ -92,7 +92,7 @@ def read_scores(paths: Iterable[str | Path], settled: Iterable[str] = ()) -> Sco
 def _read_table(path: Path, name: str) -> ScoreSet:
     """Read a table of anyone's own, or a results file of lmms-eval, whose model has ``name``."""
     own = ScoreSet()
-    if path.suffix == ".json" and is_lmms(data := read_json(path)):
+    if path.suffix.lower() == ".json" and is_lmms(data := read_json(path)):
         read = read_lmms(data, str(path))
         model = name or read.model
         own.add(model, read.values)

@@ -1,4 +1,5 @@
 import json
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -295,7 +296,9 @@ def test_read_scores__yaml_json_and_csv_agree(tmp_path: Path) -> None:
     yaml_file.write_text("base: {top1: 50, rmse: 4e-1}\nnew: [{top1: 51}, {top1: 53.0}]\n")
     json_file.write_text(json.dumps(expected))
     csv_file.write_text("\ufeffmodel,top1,rmse\nbase,50,0.4\nnew,51,\nnew,53,\n", encoding="utf-8")
-    for path in (yaml_file, json_file, csv_file):
+    capitals = (tmp_path / f"OTHER.{end.upper()}" for end in ("yaml", "json", "csv"))
+    given = [yaml_file, json_file, csv_file]
+    for path in [*given, *map(shutil.copy, given, capitals)]:
         assert read_scores([path]).results == expected
 
 
