@@ -46,7 +46,9 @@ evaluation, and the windows that students attend in at times. Figures of several
 by a slash; a device's memory must leave a tenth free to fit.
 
 Device hours grow with the number of devices where work cannot be divided further: partitions of 32
-images, and mosaics, whose canvases stay whole (`mosaic_images` makes them smaller).
+images, and mosaics, whose canvases stay whole (`mosaic_images` makes them smaller). They grow, too,
+where a device has so few images that its host cannot launch their operators as fast (`unic_b` on
+64): a step is no shorter than its launches, at an assumed 16 µs for each.
 """
 PHI_S_TEXT = """\
 

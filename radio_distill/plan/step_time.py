@@ -5,9 +5,9 @@ of the memory's bandwidth (:class:`.meter.Speed`); of those inside compiled bloc
 is left (:mod:`.work`). The host launches them meanwhile and copies the next
 images, so a step takes the largest of the three, then the exchange of gradients, the optimizer and
 the one synchronisation; where the device is the host, launches are part of its work. ``plan``'s
-hours do not follow from this but from the utilisation that is assumed. Left out: the losses,
-decoding, evaluation, checkpoints, compilation, and the overlap of the exchange with the backward
-pass.
+hours do not follow from this but from the utilisation that is assumed, save where the host is
+slower. Left out: the losses, decoding, evaluation, checkpoints, compilation, and the overlap of the
+exchange with the backward pass.
 """
 
 import math

@@ -4,7 +4,8 @@ The images of a step are dealt to devices as the trainer deals them, and a step 
 busiest device, which :mod:`.step_time` finds. Where sizes are drawn, a few steps are looked at that
 show every size of a partition equally often. Time is operations / (peak * utilisation) of the mean
 device, over the share that it is busy: the utilisation is an assumption, and every figure of time
-stands and falls with it. Left out: communication, evaluation, checkpoints.
+stands and falls with it. A step of small models takes what the host needs to launch their operators
+and to copy their images, if that is longer. Left out: communication, evaluation, checkpoints.
 Decoding runs beside the devices; what it asks of the processors, :attr:`StagePlan.decoding_cores`,
 is told apart from the time.
 """
@@ -112,7 +113,8 @@ class StagePlan:
     teacher_flops: float
     memory: Memory
     step_seconds: float
-    """Of the busiest device, which the others wait for; the mean over the sizes that are drawn."""
+    """Of the busiest device, which the others wait for, or of a host that is slower; the mean over
+    the sizes that are drawn."""
     busy: float
     """Mean work of the devices over that of the busiest."""
     decoding_cores: float
@@ -171,7 +173,8 @@ def plan_stage(
     )
     every = [micro for ranks in steps for work in ranks for micro in work]
     at_peak = sum(_seconds(stage, micro, measured, device) for micro in every)
-    step_seconds = at_peak / len(steps) / devices / parts.busy / utilisation
+    computing = at_peak / len(steps) / devices / parts.busy / utilisation
+    step_seconds = max(computing, parts.launches, parts.copies)
     step_bytes = 0.0
     for micro in _largest(every) if with_memory else ():
         images = micro.stop - micro.start

@@ -97,8 +97,8 @@ def run(arguments: argparse.Namespace) -> int:
     console.print(
         f"At an assumed {arguments.utilisation:.0%} of the {device.bfloat16:g} TFLOP/s (bfloat16) "
         f"and {device.float32:g} TFLOP/s (float32) of one {kind}; without "
-        "communication and evaluation. Times hold the statistics of the teachers, which each stage "
-        "begins with."
+        "communication and evaluation; no step is shorter than its launches and copies. Times "
+        "hold the statistics of the teachers, which each stage begins with."
     )
     speed = device.speed
     console.print(

@@ -31,10 +31,15 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def test_compare__more_devices_take_as_many_hours_in_less_time(recipe):
-    one, four = compare([load_recipe(recipe)], [1, 4], 0.35)
+    many = "stages.stage1.partitions.low.batch_size=4194304"  # so that launches are the least
+    one, four = compare([load_recipe(recipe, [many])], [1, 4], 0.35)
     (alone,), (shared,) = one.plans["h100"], four.plans["h100"]
     assert shared.step_seconds == pytest.approx(alone.step_seconds / 4)
     assert shared.device_hours == pytest.approx(alone.device_hours)
+
+
+def test_cells__memory_and_micro_batch(recipe):
+    (one,) = compare([load_recipe(recipe)], [1], 0.35)
     assert cells(one)[:4] == ["tiny", "1", "0", "all"]
 
 

@@ -65,7 +65,7 @@ from radio_distill.types import Features, TeacherSpec
 from upsamplers import build_upsampler
 
 WIDTH, DEPTH, MLP, HIDDEN, CHANNELS = 64, 6, 192, 32, 12
-DEVICE = DeviceType(bfloat16=2.0, float32=0.5, memory=1.0)
+DEVICE = DeviceType(bfloat16=2e-3, float32=0.5e-3, memory=1.0)  # slower than what launches
 
 
 class PatchTeacher:
@@ -377,15 +377,15 @@ def test_plan_stage__adds_up_on_one_device():
     assert plan.tokens == 6 * low.tokens + 2 * high.tokens
     assert plan.student_flops == 6 * low.student_flops + 2 * high.student_flops
     assert plan.teacher_flops == 6 * low.teacher_flops + 2 * high.teacher_flops
-    # half of 2 TFLOP/s in bfloat16, for the student and what comes behind an upsampled teacher, and
-    # half of 0.5 TFLOP/s in float32, for teachers and what comes behind the others
+    # half of 2 GFLOP/s in bfloat16, for the student and what comes behind an upsampled teacher, and
+    # half of 0.5 GFLOP/s in float32, for teachers and what comes behind the others
     upsampling = 2 * high.teachers[0].other_flops
-    seconds = (plan.student_flops + upsampling) / 1e12
-    seconds += (plan.teacher_flops - upsampling) / 0.25e12
+    seconds = (plan.student_flops + upsampling) / 1e9
+    seconds += (plan.teacher_flops - upsampling) / 0.25e9
     assert plan.step_seconds == pytest.approx(seconds)
     assert plan.busy == 1
     encode = 2 * 36 * 3 * 64 * CHANNELS
-    assert plan.statistics_seconds == pytest.approx(1000 * encode / 0.25e12)
+    assert plan.statistics_seconds == pytest.approx(1000 * encode / 0.25e9)
     assert plan.memory.teachers == 77
     assert plan.memory.weights == 4 * costs.parameters  # one process has no ZeRO
     assert plan.hours == pytest.approx((100 * seconds + plan.statistics_seconds) / 3600)
@@ -408,8 +408,8 @@ def test_plan_stage__shares_the_work_out_evenly():
     with fake_costs(recipe) as costs:
         one = plan_stage(costs, "stage1", 1, DEVICE, 0, utilisation=1)
         two = plan_stage(costs, "stage1", 2, DEVICE, 0, utilisation=1)
-    low, high = (item.student_flops / 2e12 + item.teacher_flops / 0.5e12 for item in two.partitions)
-    high += two.partitions[1].teachers[0].other_flops * (1 / 2e12 - 1 / 0.5e12)
+    low, high = (item.student_flops / 2e9 + item.teacher_flops / 0.5e9 for item in two.partitions)
+    high += two.partitions[1].teachers[0].other_flops * (1 / 2e9 - 1 / 0.5e9)
     assert two.step_seconds == pytest.approx(high + 3 * low)  # half of both partitions
     assert two.busy == pytest.approx(1)
     assert two.device_hours == pytest.approx(2 * two.hours)
@@ -445,9 +445,9 @@ def test_partition__in_a_mosaic_shares_the_canvas():
     assert cost.encode_flops == encode_flops(36)
     assert plan.teacher_flops == pytest.approx(12 * (encode_flops(36) / 9 + rotate_flops(4)))
     # twelve images take two canvases, the second partly empty
-    teachers = (2 * encode_flops(36) + 12 * rotate_flops(4)) / 0.5e12
-    assert plan.step_seconds == pytest.approx(plan.student_flops / 2e12 + teachers)
-    assert plan.statistics_seconds == pytest.approx(1000 * encode_flops(36) / 9 / 0.5e12)
+    teachers = (2 * encode_flops(36) + 12 * rotate_flops(4)) / 0.5e9
+    assert plan.step_seconds == pytest.approx(plan.student_flops / 2e9 + teachers)
+    assert plan.statistics_seconds == pytest.approx(1000 * encode_flops(36) / 9 / 0.5e9)
 
 
 def test_plan_stage__takes_the_mean_time_and_the_largest_memory_of_the_sizes():
@@ -604,7 +604,7 @@ def test_plan_stage__a_teacher_that_sees_the_same_twice_runs_once(shift, runs):
         plan = plan_stage(costs, "stage1", 1, DEVICE, 0, utilisation=1)
     assert plan.stage.images_per_step == 3
     assert plan.teacher_flops == runs * 3 * (encode_flops(36) + rotate_flops(36))
-    seconds = plan.student_flops / 2e12 + plan.teacher_flops / 0.5e12
+    seconds = plan.student_flops / 2e9 + plan.teacher_flops / 0.5e9
     assert plan.step_seconds == pytest.approx(seconds)
 
 
@@ -629,6 +629,14 @@ def test_plan_stage__utilisation_scales_time_alone():
         half = plan_stage(costs, "stage1", 2, DEVICE, 0, utilisation=0.5)
     assert half.hours == pytest.approx(2 * full.hours)
     assert half.memory == full.memory
+
+
+def test_plan_stage__a_step_takes_as_long_as_the_host_launches():
+    fast = replace(DEVICE, bfloat16=2e3, float32=5e2)
+    with fake_costs(make_recipe()) as costs:
+        plan, half = (plan_stage(costs, "stage1", 1, fast, 0, utilisation=u) for u in (1, 0.5))
+    assert plan.parts.bound == "launches"
+    assert plan.step_seconds == half.step_seconds == plan.parts.launches > 0
 
 
 def test_plan_stage__micro_batch_saves_memory_and_changes_no_count():
