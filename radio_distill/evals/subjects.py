@@ -75,9 +75,9 @@ class Subject:
         )
 
     def to_line(self, file: Path) -> dict[str, Any]:
-        """Return the fields of a score line; in the run folder they do not say where that lies."""
+        """Return the fields of a score line; in a run's own file they do not say where it lies."""
         fields = {key: value for key, value in asdict(self).items() if value != ""}
-        if Path(self.folder) == file.resolve().parent:
+        if file.name == SCORES and Path(self.folder) == file.resolve().parent:
             fields["folder"] = _HERE
         return {"run": self.run, **fields}
 

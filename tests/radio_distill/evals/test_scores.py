@@ -104,6 +104,18 @@ def test_read_scores__a_run_folder_that_was_moved_is_what_it_is_called_now(tmp_p
     assert set(values(tmp_path / "best" / "scores.jsonl", other)) == {"best/stage1", "other/stage1"}
 
 
+@pytest.mark.parametrize("name", ["scores.jsonl", "mine.jsonl"])
+def test_write_scores__beside_a_run_whatever_the_file_is_called(tmp_path: Path, name: str) -> None:
+    run = tmp_path / "run"
+    first, anew = (
+        Subject(folder=str(run), stage="stage1", step=40, weights=weights) for weights in "ab"
+    )
+    path = write(run / name, first)
+    assert read_scores([path]).subjects["stage1"] == [first]
+    write(path, anew, first=2)
+    assert values(path) == {"stage1": [2.0]}
+
+
 def test_write_scores__failure_leaves_the_earlier_file(tmp_path: Path) -> None:
     path = write(tmp_path / "scores.jsonl", subject())
     before = path.read_bytes()
