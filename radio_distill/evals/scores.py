@@ -52,7 +52,8 @@ def read_scores(paths: Iterable[str | Path], settled: Iterable[str] = ()) -> Sco
         settled: metrics whose definition in the files does not matter, because another holds.
 
     Raises:
-        DataError: a file that cannot be read or is not what it should be, with its line.
+        DataError: a file that cannot be read or is not what it should be, with its line, or no
+            score in any of them.
     """
     scores, tables, results = ScoreSet(), list[Path](), list[_Result]()
     given = frozenset(settled)
@@ -86,6 +87,9 @@ def read_scores(paths: Iterable[str | Path], settled: Iterable[str] = ()) -> Sco
                 scores.define(name, HEADLINES[name], str(path))
             scores.measured.setdefault(model, {}).update(own.measured.get(model, {}))
         scores.notes.extend(own.notes)
+    if not scores.results:
+        where = ", ".join(map(str, called))
+        raise DataError(f"no scores in {where}; radio-distill eval makes them")
     return scores
 
 

@@ -348,6 +348,7 @@ def test_read_scores__incomplete_results_are_not_mixed(tmp_path: Path) -> None:
         ("s.csv", "model,a,b\nm,1\n", "line 2: 2 .*3"),
         ("s.csv", "model,a\nm,n/a\n", "line 2: 'n/a'"),
         ("s.txt", "", "scores are read from"),
+        ("s.jsonl", "\n", "no scores in"),
     ],
 )
 def test_read_scores__bad_input(tmp_path: Path, name: str, text: str, message: str) -> None:
