@@ -120,7 +120,7 @@ def headline_table(
         _score_column(name, metric, [row[number] for row in rows], "")
         for number, (name, metric) in enumerate(metrics.items(), start=1)
     ]
-    known = [measured.get(model, {}) for model in runs] if measured else []
+    known = {model: (measured or {}).get(model, {}) for model in runs}
     return Table("Headlines", (Column("Model"), *columns), tuple(rows), _protocols(known, metrics))
 
 
@@ -167,7 +167,7 @@ def _notes(
         for name, how in known.items():
             if how.details:
                 what[f"{name.partition('/')[0]}: {how.of}"] = None
-    notes = (*what, *_protocols([measured.get(model, {}) for model in models], names))
+    notes = (*what, *_protocols({it: measured.get(it, {}) for it in models}, names))
     if not sizes:
         return notes
     alike = len(sizes) == 1 and [*sizes.values()] == [list(models)]
@@ -175,14 +175,26 @@ def _notes(
     return (*notes, f"Input in pixels: {'; '.join(parts)}.")
 
 
-def _protocols(measured: Iterable[Mapping[str, Measured]], names: Iterable[str]) -> tuple[str, ...]:
-    """Say under which protocols some metrics were measured, where that is known."""
-    shown = set(names)
-    every = {
-        how.protocol: None for known in measured for name, how in known.items() if name in shown
-    }
-    every.pop("", None)
-    return (f"Protocol: {', '.join(every)}.",) if every else ()
+def _protocols(
+    measured: Mapping[str, Mapping[str, Measured]], names: Iterable[str]
+) -> tuple[str, ...]:
+    """Say under which protocols some metrics were measured, where that is known.
+
+    Where models were asked for a metric under several, say which under which.
+    """
+    models: dict[str, dict[str, list[str]]] = {name: {} for name in names}  # by protocol
+    for model, known in measured.items():
+        for name, how in known.items():
+            if name in models and how.protocol:
+                models[name].setdefault(how.protocol, []).append(model)
+    every = {protocol: "" for of in models.values() for protocol in of}
+    for of in models.values():
+        if len(of) > 1:
+            every |= {protocol: f" ({', '.join(some)})" for protocol, some in of.items()}
+    if not every:
+        return ()
+    unlike = "; rows of different ones do not compare" if any(every.values()) else ""
+    return (f"Protocol: {', '.join(name + of for name, of in every.items())}{unlike}.",)
 
 
 def _score(repeats: Iterable[Run], name: str) -> Cell:

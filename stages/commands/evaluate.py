@@ -136,6 +136,12 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--{given[0]} is of runs, and none is named; drop it, or name a run")
     if arguments.runs and arguments.recipe:
         raise ConfigError("--recipe is for models without a run; runs have recipes of their own")
+    for path in arguments.runs:
+        if (path / "config.json").is_file():
+            raise ConfigError(
+                f"{path} is a model and no run: score it as --models student:{path}, or, for one "
+                f"in timm's format without heads, timm:local-dir:{path}"
+            )
     checkpoints = [find_checkpoint(path) for path in arguments.runs]
     check_labels(arguments.labels, len(checkpoints))
     suited = partial(in_suite, arguments.suite, fields=arguments.fields)

@@ -104,6 +104,12 @@ def test_eval__two_runs_keep_apart_in_one_file_and_in_their_own(tmp_path, asked,
     assert set(read_scores([tmp_path / "mine"]).results) == {"stage1"}
 
 
+def test_eval__an_export_is_told_how_it_is_scored(tmp_path, capsys):
+    (tmp_path / "config.json").write_text("{}")
+    assert cli.main(["eval", str(tmp_path)]) == 2
+    assert f"--models student:{tmp_path}" in capsys.readouterr().err
+
+
 def test_eval__two_checkpoints_of_one_stage_are_two_rows(tmp_path, asked, capsys):
     steps = [write_student(tmp_path, step=step, weights=step).folder for step in (2, 4)]
     assert evaluate(*steps, *asked) == 0

@@ -105,3 +105,16 @@ def test_headline_table__what_counts_of_all_groups_in_the_papers_order() -> None
     ((model, miou, rmse, _),) = table.rows  # b has nothing that counts
     assert (model, miou.mean, rmse) == ("a", 86.0, None)
     assert table.notes == ("Protocol: voc@1.",)
+
+
+def test_score_tables__rows_of_different_protocols_are_told_apart() -> None:
+    definitions = {"voc/miou": Metric(group="Dense", higher_is_better=True, unit="%")}
+    results = {name: {"voc/miou": 1.0} for name in "abc"}
+    measured = {
+        name: {"voc/miou": Measured(9, protocol=protocol)}
+        for name, protocol in (("a", "voc@1"), ("b", "voc@2"), ("c", "voc@2"))
+    }
+    (table,) = score_tables(results, definitions, measured)
+    assert "voc@1 (a), voc@2 (b, c)" in table.notes[0]
+    (alike,) = score_tables({name: results[name] for name in "bc"}, definitions, measured)
+    assert alike.notes == ("Protocol: voc@2.",)
