@@ -81,6 +81,7 @@ def override(
         keys = path.strip().split(".")
         if stage and keys[0] == "stage":
             keys[:1] = ["stages", stage]
+        keys = _with_whole_names(result, keys)
         try:
             value = parse_yaml(text)
         except ConfigError:
@@ -93,6 +94,21 @@ def override(
             items = result["stages"][keys[1]]["partitions"]
             result["stages"][keys[1]]["partitions"] = [item for item in items if item is not None]
     return result
+
+
+def _with_whole_names(node: Any, parts: Sequence[str]) -> list[str]:
+    """Join what was parted at the dots of a name, such as that of a stage `stage1.5`."""
+    keys: list[str] = []
+    while parts:
+        children = node if isinstance(node, dict) else {}
+        if isinstance(node, list):
+            children = {str(item.get("name")): item for item in node if isinstance(item, dict)}
+            children |= {str(place): item for place, item in enumerate(node)}
+        lengths = range(len(parts), 1, -1)
+        length = next((n for n in lengths if ".".join(parts[:n]) in children), 1)
+        keys.append(".".join(parts[:length]))
+        node, parts = children.get(keys[-1]), parts[length:]
+    return keys
 
 
 def _drop(data: dict[str, Any], section: str, name: str) -> None:

@@ -358,6 +358,21 @@ def test_override__null_drops_a_partition_and_a_stage():
             recipe(nothing)
 
 
+def test_override__names_with_dots_in_them():
+    data = yaml.safe_load(yaml.safe_dump(BASE))
+    data["stages"]["stage1.5"] = data["stages"].pop("stage1")
+    data["stages"]["stage1.5"]["partitions"][0]["name"] = "lo.w"
+    changed = override(
+        data, ["stage.steps=7", "stages.stage1.5.partitions.lo.w.size=64"], "stage1.5"
+    )
+    assert changed["stages"].keys() == {"stage1.5"}
+    assert changed["stages"]["stage1.5"]["steps"] == 7
+    assert changed["stages"]["stage1.5"]["partitions"][0]["size"] == 64
+    dropped = override(data, ["stages.stage1.5.partitions.lo.w=null"])
+    assert [item["name"] for item in dropped["stages"]["stage1.5"]["partitions"]] == ["high"]
+    assert override(data, ["stages.stage1.5=null"])["stages"] == {}
+
+
 def test_load__names_that_yaml_reads_as_other_than_texts(tmp_path):
     """A stage called 1, a partition called after its size, a teacher called no."""
     path = tmp_path / "numbers.yaml"
