@@ -31,6 +31,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(
             formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **settings
         )
+        # A shell leaves --output=~/runs as it is, which would become a folder called ~.
+        self.register("type", Path, lambda text: Path(os.path.expanduser(text)))
 
     def error(self, message: str) -> NoReturn:
         """Raise ConfigError instead of printing the usage."""

@@ -210,6 +210,9 @@ class StudentEncoder(nn.Module):
     def _prepared(self, pixels: Tensor, fit: Fit) -> tuple[Tensor, Size]:
         """Return pixels of a size that the student takes, and the grid of cells that show image."""
         bands = self.student.bands
+        if not isinstance(pixels, Tensor):
+            kind = type(pixels).__name__
+            raise ConfigError(f"pixels are a {kind}, expected a torch.Tensor [B, {bands}, H, W]")
         if pixels.ndim != 4 or pixels.shape[1] != bands or 0 in pixels.shape:
             shape = list(pixels.shape)
             raise ConfigError(f"pixels have shape {shape}, expected [B, {bands}, H, W]")

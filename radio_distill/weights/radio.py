@@ -147,8 +147,8 @@ def radio_checkpoint(
         other = settings.get("architecture") or settings.get("model_type")
         what = f", but {other}: a model for timm or transformers to load" if other else ""
         raise WeightsError(
-            f"{where} is no RADIO vision transformer{what} (`radio-distill export RUN --format "
-            "transformers` writes a student as one)"
+            f"{where} is no RADIO vision transformer{what} (a run or a checkpoint is named by its "
+            "folder; `radio-distill export RUN --format transformers` writes a student as a RADIO)"
         )
     if settings.get("model_type") == "radio":
         if missing := [name for name in _SETTINGS if name not in settings]:

@@ -23,6 +23,7 @@ data and engine can be set.
 import argparse
 import csv
 import os
+import shlex
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -191,7 +192,7 @@ def _choose(request: _Request) -> None:
     )
     print_tables([counts_table(curated), balance_table(curated)])
     print(f"clusters and pairs to look at: {output / 'index.html'}")
-    print(f"train with --data.curation {output / FILE}")
+    print("train with", shlex.join(["--data.curation", str(output / FILE)]))
 
 
 def _check(arguments: argparse.Namespace, leaks: float) -> None:

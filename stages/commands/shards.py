@@ -10,6 +10,7 @@ label. What is passed over or left out is counted and said. Fields of the sectio
 """
 
 import argparse
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,10 +71,9 @@ def _write(arguments: argparse.Namespace, limits: DataConfig) -> int:
     for line in summary.describe():
         print(line)
     if summary.held_out:
-        print(
-            f"train with --data.shards '[{arguments.out}]' "
-            f"--evaluation.images {held_out_folder(arguments.out)}"
-        )
+        flags = ["--data.shards", f"[{arguments.out}]"]
+        flags += ["--evaluation.images", str(held_out_folder(arguments.out))]
+        print("train with", shlex.join(flags))
     return 0
 
 

@@ -260,7 +260,10 @@ def _upsample(
     photo: Path, output: Path, teacher: "Teacher", built: Built, facts: Mapping[str, Any]
 ) -> str:
     """Upsample one photograph and write its files; returns a line that says so."""
+    import torch
+
     from radio_distill.evals.encoder import open_image, teacher_encoder, to_pixels
+    from radio_distill.system.memory import explain_oom
     from radio_distill.types import format_size
     from upsamplers.methods import tiling
 
@@ -269,11 +272,16 @@ def _upsample(
     wanted = (round(image.height * scale), round(image.width * scale))
     size = teacher_encoder(teacher).nearest_size(wanted)
     grid = tiling.fine_grid(teacher, size, factor)
-    pixels = to_pixels(image, (size[0] * factor, size[1] * factor))[None]
-    start = time.monotonic()
-    low = tiling.encode_low(teacher, pixels, grid, factor, 0)
-    fine = built.upsampler(teacher, pixels, grid)
-    seconds = time.monotonic() - start
+    fine_size = (size[0] * factor, size[1] * factor)
+    cells = f"{format_size(grid)} cells of {photo.name}"
+    with explain_oom(built.asked.name, cells, "lower --size or --factor"):
+        # More than the machine has at all is refused here, before anything is waited for.
+        torch.empty(3, *fine_size), torch.empty(teacher.spec.channels, *grid)
+        pixels = to_pixels(image, fine_size)[None]
+        start = time.monotonic()
+        low = tiling.encode_low(teacher, pixels, grid, factor, 0)
+        fine = built.upsampler(teacher, pixels, grid)
+        seconds = time.monotonic() - start
     about = {**facts, "image": photo.name, "image_size": [image.height, image.width]}
     about |= {"teacher_size": list(size), "grid": list(grid)}
     sheet = paint(pixels[0], low.spatial[0], fine.spatial[0], built.asked.name)

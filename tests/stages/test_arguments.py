@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -82,6 +83,15 @@ def test_parser__unknown_flags_name_the_nearest():
         "seed=3",
         "a.b=c",
     ]
+
+
+def test_parser__a_tilde_that_the_shell_left_is_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/of me")
+    parser = Parser(prog="x")
+    parser.add_argument("--output", type=Path)
+    assert parser.parse(["--output=~/runs"], takes_fields=False)[0].output == Path(
+        "/home/of me/runs"
+    )
 
 
 def test_fields__their_names_are_no_flags_of_a_command():

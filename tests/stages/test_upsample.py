@@ -147,3 +147,12 @@ def test_upsample__what_cannot_be_is_one_line(photo, words, problem, capsys):
     assert problem in error
     assert error.count("\n") == 1
     assert not list(Path().glob("*.safetensors"))
+
+
+def test_upsample__more_than_the_machine_has_is_refused_before_it_is_waited_for(photo, capsys):
+    words = (photo, "--teacher", "tiny_vit", "--upsampler", "bilinear", "--size", "9999999")
+    assert upsample(*words) != 0
+    error = capsys.readouterr().err
+    assert "out of memory in bilinear at 2500000x5000000 cells of cat.png" in error
+    assert "lower --size or --factor" in error
+    assert error.count("\n") == 1

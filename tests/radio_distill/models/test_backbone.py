@@ -2,6 +2,7 @@
 
 from functools import cache
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -128,6 +129,19 @@ def test_forward__compiles_into_one_graph():
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+@torch.no_grad()
+def test_forward__torch_export_takes_one_program_for_all_sizes_of_a_shape():
+    model, free = make(), torch.export.Dim.DYNAMIC
+    del model.student.blocks[1:]
+    sizes = {"pixels": {0: free, 2: free, 3: free}}
+    program = torch.export.export(model, (torch.rand(2, 3, 32, 48),), dynamic_shapes=sizes).module()
+    pixels = torch.rand(1, 3, 64, 160)
+    torch.testing.assert_close(program(pixels), model(pixels), rtol=1e-5, atol=1e-5)
+    for height, width in ((48, 32), (32, 40)):  # another shape, and no multiple of the patch
+        with pytest.raises(AssertionError, match="Guard failed"):
+            program(torch.rand(1, 3, height, width))
+
+
 def test_forward__gradients_reach_everything_that_is_asked():
     model = make().train()
     output = model(torch.rand(2, 3, 40, 32), ("clip",))
@@ -161,6 +175,7 @@ def test_forward__runs_in_the_type_of_its_weights(model):
         ({"pixels": torch.randn(1, 3, 32, 32) * 2}, r"\[0, 1\]"),
         ({"pixels": torch.zeros(1, 3, 32, 32) - 2}, "-2, .*normalised"),
         ({"pixels": torch.zeros(1, 3, 32, 32, dtype=torch.uint8)}, "uint8"),
+        ({"pixels": np.zeros((1, 3, 32, 32), np.float32)}, r"a ndarray.*torch\.Tensor"),
         ({"format": "NHWC"}, "format 'NHWC'"),
         ({"fit": "crop"}, "fit 'crop'"),
     ],
