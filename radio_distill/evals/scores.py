@@ -198,7 +198,7 @@ def _below(folder: Path) -> list[Path]:
     if not files and closed:
         raise DataError(f"{closed[0].filename} cannot be read: {reason_of(closed[0]).lower()}")
     if not files:
-        raise DataError(f"{folder}: no {SCORES} in this folder or below it")
+        raise DataError(f"{folder}: no {SCORES} here or below; radio-distill eval makes one")
     for error in closed:
         logger.warning("passed over: %s cannot be read: %s", error.filename, reason_of(error))
     return sorted(files)
