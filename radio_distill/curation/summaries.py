@@ -133,8 +133,12 @@ def read_summaries(shards: Sequence[Shard], folder: Path) -> Summaries:
 
 
 def without_mean(vectors: Tensor, mean: Tensor) -> Tensor:
-    """Return unit vectors ``[B, S]`` less a mean ``[S]``, of length 1 again; 0 stays 0."""
-    apart = F.normalize(vectors.float() - mean, dim=1)
+    """Return unit vectors ``[B, S]`` less a mean ``[S]``, of length 1 again; 0 stays 0.
+
+    What equals the mean stays too: where all images are copies of one, they are alike.
+    """
+    apart = vectors.float() - mean
+    apart = F.normalize(torch.where(apart.any(dim=1, keepdim=True), apart, vectors), dim=1)
     return (apart * vectors.any(dim=1, keepdim=True)).half()
 
 

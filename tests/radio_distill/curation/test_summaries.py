@@ -82,3 +82,10 @@ def test_two_processes_make_what_one_makes(config, encoder, tmp_path):
     ours, theirs = (read_summaries(shards, tmp_path / name) for name in ("two", "one"))
     assert torch.equal(ours.vectors, theirs.vectors)
     assert (ours.pixels == theirs.pixels).all()
+
+
+def test_without_mean__copies_of_one_image_alone_are_alike():
+    vectors = torch.nn.functional.normalize(torch.tensor([[3.0, -1, 2]] * 3 + [[0, 0, 0]])).half()
+    apart = without_mean(vectors, vectors[:3].double().mean(dim=0).float()).float()
+    torch.testing.assert_close((apart @ apart.T)[:3, :3], torch.ones(3, 3), atol=1e-3, rtol=0)
+    assert not apart[3].any()
