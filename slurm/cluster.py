@@ -5,6 +5,8 @@ Only what most sites need has a field; everything else that sbatch and srun know
 """
 
 import argparse
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,7 +127,10 @@ def add_cluster_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("cluster")
     for name, default, unit, explanation in describe_fields(Cluster):
         kind: dict[str, Any] = {"metavar": "NAME"}
-        if default.isdigit():
+        if name == "time_minutes":
+            kind = {"metavar": "TIME", "type": minutes_of}
+            explanation += "; minutes, or as sbatch has it: 4:00:00, 1-12"
+        elif default.isdigit():
             kind = {"metavar": "N", "type": int}
         elif default in ("True", "False"):
             kind = {"action": argparse.BooleanOptionalAction}
@@ -139,6 +144,25 @@ def add_cluster_flags(parser: argparse.ArgumentParser) -> None:
             help=explanation + (f" [{unit}]" if unit else "") + f" (default: {default})",
             **kind,
         )
+
+
+def minutes_of(text: str) -> int:
+    """Read a time limit as sbatch does, rounded up to minutes.
+
+    ``M``, ``M:S``, ``H:M:S``, ``D-H``, ``D-H:M`` or ``D-H:M:S``.
+
+    Raises:
+        argparse.ArgumentTypeError: it is none of these.
+    """
+    found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no time; say 240, 4:00:00 or 1-12")
+    days, *parts = found.groups()
+    numbers = [int(part) for part in parts if part is not None]
+    if days is None and len(numbers) < 3:  # without hours
+        numbers.insert(0, 0)
+    hours, minutes, seconds = (*numbers, 0, 0)[:3]
+    return (24 * int(days or 0) + hours) * 60 + minutes + math.ceil(seconds / 60)
 
 
 def cluster_from(

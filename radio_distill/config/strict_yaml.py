@@ -1,5 +1,6 @@
 """YAML as recipes have it: plain values, each key once, no larger than a recipe can be."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ from ..errors import ConfigError
 from ..system.files import reason_of
 
 _MOST_VALUES, _MOST_DEPTH = 100_000, 50
-_TEXT, _MERGE = "tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"
+_TAG = "tag:yaml.org,2002:"
+_TEXT, _MERGE = f"{_TAG}str", f"{_TAG}merge"
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -48,6 +50,26 @@ class _Loader(yaml.SafeLoader):
                 if key.tag != _MERGE:
                     key.tag = _TEXT
         return node
+
+
+def _resolve_plain_numbers_alone() -> None:
+    """Let 2026-12-01, 1:30 and 007 be texts, which YAML 1.1 reads as a day, as 90 and as 7."""
+    numbers = {
+        "int": r"[-+]?(0b[01_]+|0x[0-9a-fA-F_]+|0|[1-9][0-9_]*)",
+        "float": r"([-+]?[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)([eE][-+][0-9]+)?"
+        r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+    }
+    dropped = {f"{_TAG}{kind}" for kind in (*numbers, "timestamp", "value")}
+    _Loader.yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag not in dropped]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    for kind, pattern in numbers.items():
+        whole = re.compile(f"^(?:{pattern})$")
+        _Loader.add_implicit_resolver(f"{_TAG}{kind}", whole, list("-+.0123456789"))
+
+
+_resolve_plain_numbers_alone()
 
 
 def parse_yaml(text: str) -> Any:

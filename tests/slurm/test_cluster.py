@@ -97,6 +97,29 @@ def test_cluster_from__flags_win_over_the_file(tmp_path):
     assert cluster.sbatch == {"reservation": "x=y", "exclusive": True}
 
 
+@pytest.mark.parametrize(
+    ("text", "minutes"),
+    [
+        ("240", 240),
+        ("4:30", 5),
+        ("4:00:00", 240),
+        ("1-12", 36 * 60),
+        ("1-12:30", 36 * 60 + 30),
+        ("2-00:00:01", 48 * 60 + 1),
+    ],
+)
+def test_minutes_of__every_form_of_sbatch(text, minutes):
+    assert (
+        cluster_from(parse("--time", text, "--signal-delay-s", "60"), None).time_minutes == minutes
+    )
+
+
+def test_minutes_of__something_else(capsys):
+    with pytest.raises(SystemExit):
+        parse("--time", "4h")
+    assert "'4h' is no time" in capsys.readouterr().err
+
+
 def test_cluster_from__every_kind_of_flag():
     flags = parse("--environment", "A=b=c", "--no-exclude-crashed", "--launcher", "torchrun")
     cluster = cluster_from(flags, None)

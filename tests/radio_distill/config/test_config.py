@@ -358,6 +358,20 @@ def test_override__null_drops_a_partition_and_a_stage():
             recipe(nothing)
 
 
+@pytest.mark.parametrize("name", ["2026-12-01", "007", "12", "1e5"])
+def test_load__names_that_yaml_reads_as_days_and_numbers(tmp_path, name):
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({**BASE, "name": "x"}))
+    made = config.load(tmp_path / "mine.yaml", [f"name={name}"])
+    assert made.name == name
+    (tmp_path / "again.yaml").write_text(dump(made))
+    assert config.load(tmp_path / "again.yaml") == made
+
+
+def test_override__times_are_no_numbers_of_base_60():
+    with pytest.raises(ConfigError, match="'4:00:00' is not a whole number"):
+        recipe("stage.steps=4:00:00")
+
+
 def test_override__names_with_dots_in_them():
     data = yaml.safe_load(yaml.safe_dump(BASE))
     data["stages"]["stage1.5"] = data["stages"].pop("stage1")
