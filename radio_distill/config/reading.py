@@ -350,9 +350,10 @@ def _convert_plain(kind: Any, value: Any, path: str) -> Any:
             if math.isfinite(number := float(value)):
                 return number
             raise _NumberError(f"{path}: {value} is not a finite number")
-    if kind is str and (value is None or type(value) in (str, int, float)):
+    if kind is str and (value is None or type(value) in (str, int)):
         return "" if value is None else str(value)  # `pretrained:` with nothing behind it
-    raise ConfigError(f"{path}: {value!r} is not {_kind_name(kind)}")
+    quotes = "; put it in quotes" if kind is str and isinstance(value, (bool, float)) else ""
+    raise ConfigError(f"{path}: {value!r} is not {_kind_name(kind)}{quotes}")
 
 
 def _convert_tuple(arguments: tuple[Any, ...], value: Any, path: str) -> tuple[Any, ...]:

@@ -126,6 +126,7 @@ def test_override__leaves_its_input_alone():
         ("engine.zero_stage=4", "engine.zero_stage: 4 is not one of auto, 0, 1, 2, 3"),
         ("stages.stage1.partitions.lo.size=64", "no item 'lo' in the list (known: low, high)"),
         ("name.deeper=1", "name is a plain value and has no field 'deeper'"),
+        ("name=1.10", "name: 1.1 is not a text; put it in quotes"),
         ("stage.steps=1.5", "stages.stage1.steps: 1.5 is not a whole number"),
         ("stage.steps=1e-3", "stages.stage1.steps: '1e-3' is not a whole number"),
         ("stage.steps=1e999", "stages.stage1.steps: '1e999' is not a whole number"),
@@ -358,11 +359,11 @@ def test_override__null_drops_a_partition_and_a_stage():
             recipe(nothing)
 
 
-@pytest.mark.parametrize("name", ["2026-12-01", "007", "12", "1e5"])
+@pytest.mark.parametrize("name", ["2026-12-01", "007", "12", "1e5", "'1.10'"])
 def test_load__names_that_yaml_reads_as_days_and_numbers(tmp_path, name):
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump({**BASE, "name": "x"}))
     made = config.load(tmp_path / "mine.yaml", [f"name={name}"])
-    assert made.name == name
+    assert made.name == name.strip("'")
     (tmp_path / "again.yaml").write_text(dump(made))
     assert config.load(tmp_path / "again.yaml") == made
 
