@@ -61,6 +61,11 @@ def teacher_named(what: str) -> TeacherConfig:
     presets = TEACHERS.names()
     source, colon, model = what.partition(":")
     if not colon:
+        if what not in presets and Path(what).expanduser().exists():
+            raise ConfigError(
+                f"teacher {what!r} is a file or folder: say SOURCE:PATH, such as student:{what} "
+                f"for a run (sources: {', '.join(SOURCES)})"
+            )
         if what not in presets:
             raise ConfigError(
                 f"no teacher {what!r} ({nearest(what, presets)}); for a model of a library say "

@@ -109,5 +109,5 @@ def _bounded(value: Any, left: list[int], depth: int) -> Any:
 
 def yaml_line(value: Any) -> str:
     """Write plain data as one line of YAML, as an assignment has it."""
-    text: str = yaml.safe_dump(value, default_flow_style=True, width=10**6)
+    text: str = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10**6)
     return text.removesuffix("\n").removesuffix("\n...")

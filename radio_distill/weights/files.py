@@ -316,6 +316,10 @@ def find_checkpoint(path: Path, verified: bool = True) -> Checkpoint:
             raise CheckpointError(
                 f"{path}: it does not say which stage is the last; name one: {', '.join(others)}"
             ) from error
+        if (path / "config.json").is_file():
+            raise CheckpointError(
+                f"{path} is a model folder; name the run, stage or checkpoint that it came from"
+            ) from error
         raise CheckpointError(
             f"{path} is no run, stage or checkpoint folder, nor a model folder: {error}"
         ) from error

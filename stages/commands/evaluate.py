@@ -28,6 +28,7 @@ Several processes (torchrun --nproc-per-node 8 -m stages.cli eval …) share the
 
 import argparse
 import os
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -139,8 +140,9 @@ def run(arguments: argparse.Namespace) -> int:
     for path in arguments.runs:
         if (path / "config.json").is_file():
             raise ConfigError(
-                f"{path} is a model and no run: score it as --models student:{path}, or, for one "
-                f"in timm's format without heads, timm:local-dir:{path}"
+                f"{path} is a model and no run: score it as --models "
+                f"{shlex.quote(f'student:{path}')}, or, for one in timm's format without heads, "
+                f"{shlex.quote(f'timm:local-dir:{path}')}"
             )
     checkpoints = [find_checkpoint(path) for path in arguments.runs]
     check_labels(arguments.labels, len(checkpoints))

@@ -278,6 +278,8 @@ def test_load__a_folder_of_another_librarys_model_says_whose_it_is(tmp_path):
     timm.models.save_for_hf(timm.create_model("test_vit", num_classes=0), tmp_path)
     with pytest.raises(WeightsError, match="test_vit: a model for timm"):
         radio_distill.load(tmp_path)
+    with pytest.raises(CheckpointError, match="is a model folder; name the run"):
+        find_checkpoint(tmp_path)
 
 
 def test_load__a_radio_of_sizes_that_timm_does_not_know(tmp_path):

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import timm
 from PIL import Image
 
 from radio_distill.config import Recipe, describe_fields
@@ -74,6 +75,7 @@ def test_init__the_users_teachers_and_images_and_the_recipe_passes_plan(
         (["--teacher", "timm:"], "'timm:' names no model; say timm:MODEL"),
         (["--teacher", "timm:test_vit", "--teacher", "timm:test_vit"], "two are called 'test_vit'"),
         (["--teacher", "a b=timm:test_vit"], "'a b' is no name"),
+        (["--teacher", "a=.."], "'..' is a file or folder: say SOURCE:PATH, such as student:.."),
         (["--images", "nowhere"], "--images: no folder nowhere"),
         (["--hold-out", "1"], "--hold-out: 1 is no share between 0 and 1"),
     ],
@@ -136,3 +138,14 @@ def test_fields__a_field_is_one_line_where_it_is_piped(
     )
     max_size = next(line for line in lines if "--student.max_size" in line)
     assert "longest image side that the position table (CPE) spans" in max_size
+
+
+def test_init__a_path_stands_in_the_recipe_as_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    weights = tmp_path / "größe 1"
+    timm.models.save_for_hf(timm.create_model("test_vit", num_classes=0), weights)
+    assert cli.main(["init", "birds", "--teacher", f"vit=timm:{weights}"]) == 0
+    assert str(weights) in (tmp_path / "birds.yaml").read_text(encoding="utf-8")
+    assert load_recipe("birds").teachers["vit"].weights == str(weights)
