@@ -154,15 +154,15 @@ def _asked(text: str, factor: int | None, options: Sequence[str]) -> Asked:
 
 
 def _option(text: str) -> tuple[str, Any]:
-    import yaml
+    from radio_distill.config import parse_yaml
 
     key, equals, value = text.partition("=")
     if not (key and equals):
         raise ConfigError(f"--options {text}: say KEY=VALUE, such as steps=300")
     try:
-        return key, yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--options {text}: {value!r} is no value of YAML") from error
+        return key, parse_yaml(value)
+    except ConfigError as error:
+        raise ConfigError(f"--options {text}: {error}") from error
 
 
 def _outputs(arguments: argparse.Namespace, asked: Asked) -> dict[Path, Path]:
