@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
-from radio_distill.config import Recipe, assignments_of, describe_fields
+from radio_distill.config import Recipe, assignments_of, describe_fields, yaml_line
 from radio_distill.errors import ConfigError, RadioDistillError
 from radio_distill.registry import nearest
 from radio_distill.system.files import check_writable, printable, reason_of
@@ -55,7 +55,7 @@ class Parser(argparse.ArgumentParser):
                 raise ConfigError(f"two recipes, {arguments.recipe!r} and --recipe {named!r}")
             arguments.recipe = named
         if folder := vars(arguments).pop(_RUN_FOLDER, None):
-            fields.insert(0, f"output={folder}")
+            fields.insert(0, f"output={yaml_line(folder)}")
         return arguments, fields
 
 

@@ -82,10 +82,7 @@ def override(
         if stage and keys[0] == "stage":
             keys[:1] = ["stages", stage]
         keys = _with_whole_names(result, keys)
-        try:
-            value = parse_yaml(text)
-        except ConfigError:
-            value = text
+        value = _value_of(text)
         if value is None and len(keys) == 2 and keys[0] in ("teachers", "stages"):
             _drop(result, *keys)
             continue
@@ -94,6 +91,16 @@ def override(
             items = result["stages"][keys[1]]["partitions"]
             result["stages"][keys[1]]["partitions"] = [item for item in items if item is not None]
     return result
+
+
+def _value_of(text: str) -> Any:
+    """Read a value as YAML; ` #` is a part of it, as in a folder `my #1`, and begins no comment."""
+    try:
+        value = parse_yaml(text)
+    except ConfigError:
+        return text
+    before, comment, _ = f" {text}".partition(" #")
+    return text.strip() if comment and (value or "") == before.strip() else value
 
 
 def _with_whole_names(node: Any, parts: Sequence[str]) -> list[str]:

@@ -14,7 +14,7 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from radio_distill.config import DataConfig, build, override
+from radio_distill.config import DataConfig, build, override, yaml_line
 from radio_distill.errors import ConfigError
 from radio_distill.system.progress import Progress
 
@@ -71,8 +71,8 @@ def _write(arguments: argparse.Namespace, limits: DataConfig) -> int:
     for line in summary.describe():
         print(line)
     if summary.held_out:
-        flags = ["--data.shards", f"[{arguments.out}]"]
-        flags += ["--evaluation.images", str(held_out_folder(arguments.out))]
+        flags = ["--data.shards", yaml_line([str(arguments.out)])]
+        flags += ["--evaluation.images", yaml_line(str(held_out_folder(arguments.out)))]
         print("train with", shlex.join(flags))
     return 0
 

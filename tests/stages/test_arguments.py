@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from radio_distill.config import Recipe, describe_fields
+from radio_distill.config import Recipe, describe_fields, override
 from radio_distill.errors import ConfigError
 from stages import fit_upsampler, stage1, stage3
-from stages.arguments import Parser
+from stages.arguments import Parser, add_run_folder_argument
 from stages.cli import COMMANDS, module_of
 
 WITH_RECIPE = ("train", "plan", "sweep", "fit-upsampler", "upsampler-report")
@@ -92,6 +92,14 @@ def test_parser__a_tilde_that_the_shell_left_is_the_home_folder(monkeypatch):
     assert parser.parse(["--output=~/runs"], takes_fields=False)[0].output == Path(
         "/home/of me/runs"
     )
+
+
+@pytest.mark.parametrize("folder", ["runs #1/a=b", "null", "a: b", "[x], y"])
+def test_parser__a_folder_of_runs_is_what_was_typed(folder):
+    parser = Parser(prog="x")
+    add_run_folder_argument(parser)
+    fields = parser.parse(["--output", folder], takes_fields=True)[1]
+    assert override({}, fields) == {"output": folder}
 
 
 def test_fields__their_names_are_no_flags_of_a_command():

@@ -5,6 +5,7 @@ import tarfile
 import pytest
 from PIL import Image
 
+from radio_distill.config import parse_yaml
 from stages.cli import main
 
 
@@ -94,12 +95,15 @@ def test_shards__holds_out(tmp_path, image, capfd):
     (tmp_path / "in").mkdir()
     for number in range(10):
         (tmp_path / "in" / f"{number}.png").write_bytes(image)
-    arguments = ["shards", str(tmp_path / "in"), str(tmp_path / "my out"), "--hold-out", "0.2"]
+    arguments = ["shards", str(tmp_path / "in"), str(tmp_path / "my #1, out"), "--hold-out", "0.2"]
     assert main(arguments) == 0
     lines = capfd.readouterr().out.splitlines()
-    assert lines[0] == f"8 images in 1 shards: {tmp_path / 'my out'}"
-    assert lines[1] == f"2 images held out in 1 shards: {tmp_path / 'my out_held_out'}"
+    assert lines[0] == f"8 images in 1 shards: {tmp_path / 'my #1, out'}"
+    assert lines[1] == f"2 images held out in 1 shards: {tmp_path / 'my #1, out_held_out'}"
     flags = shlex.split(lines[-1])[2:]  # of a shell that the line is pasted into
-    assert flags[:2] == ["--data.shards", f"[{tmp_path / 'my out'}]"]
-    assert flags[2:] == ["--evaluation.images", f"{tmp_path / 'my out_held_out'}"]
+    assert [flags[0], flags[2]] == ["--data.shards", "--evaluation.images"]
+    assert [parse_yaml(text) for text in flags[1::2]] == [
+        [str(tmp_path / "my #1, out")],
+        str(tmp_path / "my #1, out_held_out"),
+    ]
     assert main(["shards", str(tmp_path / "in"), str(tmp_path / "a"), "--hold-out", "2"]) == 2

@@ -99,6 +99,8 @@ def test_dump__round_trip_of_any_value(values):
         ("teachers.dino.input_size=match", lambda r: r.teachers["dino"].input_size, "match"),
         ("teachers.dino.options.blocks=11", lambda r: r.teachers["dino"].options, {"blocks": 11}),
         ("student.pretrained=", lambda r: r.student.pretrained, ""),
+        ("output=runs #1/a", lambda r: r.output, "runs #1/a"),
+        ("output=#1", lambda r: r.output, "#1"),
         ("seed=7", lambda r: r.seed, 7),
     ],
 )  # fmt: skip
