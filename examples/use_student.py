@@ -12,9 +12,10 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torchvision.io import decode_image
+from torchvision.transforms.functional import to_tensor
 
 import radio_distill
+from radio_distill.evals.encoder import open_image
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -30,7 +31,7 @@ def main(argv: list[str] | None = None) -> None:
 
     features, summaries = {}, []
     for path in arguments.photographs:
-        pixels = decode_image(str(path), mode="RGB")[None] / 255  # [1, 3, H, W] in [0, 1]
+        pixels = to_tensor(open_image(path))[None]  # [1, 3, H, W] in [0, 1], upright
         with torch.inference_mode():
             output = model(pixels, heads=heads)
         spatial = output.heads[arguments.head].spatial if heads else output.features

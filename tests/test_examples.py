@@ -3,6 +3,7 @@
 import runpy
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 from safetensors.torch import load_file
@@ -38,6 +39,17 @@ def test_use_student(run, write_run, photographs, tmp_path):
     assert "photo.jpg: 1.000" in printed
     shapes = {name: list(tensor.shape) for name, tensor in load_file(output).items()}
     assert shapes == {"photo.jpg": [4, 5, 6], "other.jpg": [4, 5, 7]}
+
+
+def test_use_student__photographs_are_upright_and_of_any_depth(run, write_run, tmp_path):
+    turned = Image.Exif()
+    turned[0x112] = 6
+    image = Image.effect_noise((96, 80), 60)
+    image.save(tmp_path / "turned.jpg", exif=turned)
+    Image.fromarray(np.asarray(image).astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    printed = run("use_student.py", write_run(), tmp_path / "turned.jpg", tmp_path / "deep.png")
+    assert "turned.jpg: summary [1, 128], features [1, 64, 6, 5]" in printed
+    assert "deep.png: summary [1, 128], features [1, 64, 5, 6]" in printed
 
 
 def test_pca_features(run, write_run, photographs, tmp_path):
