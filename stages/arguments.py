@@ -203,6 +203,13 @@ def side_of(text: str) -> int:
     return height
 
 
+def count_of(text: str) -> int:
+    """Read a number of images, of which 0 is all, for argparse's ``type``."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of images, such as 20; 0 for all")
+    return int(text)
+
+
 def joined_size(sizes: Sequence[tuple[int, int]], flag: str) -> tuple[int, int]:
     """Return the one size that was given as ``64``, ``64x96`` or ``64 96`` with :func:`size_of`.
 
@@ -264,7 +271,7 @@ def add_num_images_argument(parser: argparse.ArgumentParser, default: int) -> No
     """Add how many of the images a command shows."""
     parser.add_argument(
         "--num-images",
-        type=int,
+        type=count_of,
         default=default,
         metavar="N",
         help="images to show (default: %(default)s)",

@@ -32,6 +32,7 @@ from ..arguments import (
     add_images_argument,
     add_trust_argument,
     check_output,
+    count_of,
     side_of,
     writing,
 )
@@ -88,7 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_images_argument(parser)
     add(
         "--num-images",
-        type=int,
+        type=count_of,
         metavar="N",
         help="most images; 0 for all (default: evaluation.limit)",
     )

@@ -102,6 +102,12 @@ def test_parser__a_folder_of_runs_is_what_was_typed(folder):
     assert override({}, fields) == {"output": folder}
 
 
+@pytest.mark.parametrize("command", ["mode-switching", "report", "upsampler-report"])
+def test_num_images__is_no_negative_number(command):
+    with pytest.raises(ConfigError, match="'-5' is no number of images"):
+        parser_of(command).parse(["x", "--num-images=-5"], takes_fields=False)
+
+
 def test_fields__their_names_are_no_flags_of_a_command():
     names = {row[0] for row in describe_fields(Recipe)}
     for command in COMMANDS:
