@@ -86,6 +86,10 @@ def report(
 
     stages = stage_folders(folder)
     if not stages:
+        if (folder / "checkpoints").exists():
+            raise DataError(
+                f"{folder} is a stage of a run; name the run: {folder.absolute().parent}"
+            )
         raise DataError(f"{folder} holds no stage; train one first: radio-distill train")
     students = {path.name: find(path) for path in [*stages.values()][-1]}
     output = output or folder / "report.html"

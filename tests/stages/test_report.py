@@ -62,3 +62,9 @@ def test_report__score_files_have_a_page_without_a_run(files, tmp_path, capsys):
     assert cli.main(["report", texts[0], "--baseline", "other"]) == 2
     assert cli.main(["report", str(tmp_path / "none.jsonl")]) == 2
     assert "none.jsonl" in capsys.readouterr().err
+
+
+def test_report__a_stage_names_its_run(tmp_path, capsys):
+    (tmp_path / "mine" / "stage1" / "checkpoints").mkdir(parents=True)
+    assert cli.main(["report", str(tmp_path / "mine" / "stage1")]) == 2
+    assert f"is a stage of a run; name the run: {tmp_path / 'mine'}" in capsys.readouterr().err
