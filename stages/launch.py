@@ -228,7 +228,7 @@ def lock_folder(
         lock = claim or RunLock.take(folder, take_over)
         try:
             if resumed is None and _has_checkpoints(folder):
-                aside = move_aside(folder)
+                aside = move_aside(folder, stage.order)
                 lock.move(aside)
                 lock.release()
                 logging.info(

@@ -10,7 +10,7 @@ import logging
 import os
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -212,11 +212,11 @@ def _newest(stage: Stage) -> Checkpoint | None:
         return None
     if checkpoint is not None or is_jobs_own:
         return checkpoint
-    aside = aside_with_checkpoints(folder)
+    aside = aside_with_checkpoints(folder, stage.order)
     if aside is not None:
         put_back = f"mv {shlex.quote(str(aside))} {shlex.quote(str(folder))}"
         if folder.exists():
-            free = shlex.quote(str(free_name(folder)))
+            free = shlex.quote(str(free_name(folder, stage.order)))
             put_back = f"mv {shlex.quote(str(folder))} {free} && {put_back}"
         raise ChangedError(
             f"{folder} has no whole checkpoint to resume, but {aside} has: a start without "
@@ -226,13 +226,13 @@ def _newest(stage: Stage) -> Checkpoint | None:
     return None
 
 
-def aside_with_checkpoints(folder: Path) -> Path | None:
-    """Return the run that was moved aside last, of those with a checkpoint."""
+def aside_with_checkpoints(folder: Path, stages: Collection[str] = ()) -> Path | None:
+    """Return the run that was moved aside last, of those with a checkpoint; no other stage."""
     numbered: dict[int, Path] = {}
     for path in folder.parent.glob(f"{glob.escape(folder.name)}.*/checkpoints/step-*"):
         run = path.parents[1]
         number = run.name.rpartition(".")[2]
-        if number.isdecimal():
+        if number.isdecimal() and run.name not in stages:
             numbered[int(number)] = run
     return numbered[max(numbered)] if numbered else None
 

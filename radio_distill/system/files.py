@@ -7,7 +7,7 @@ import os
 import stat
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -175,12 +175,15 @@ def shortened(name: str) -> str:
     return text if len(text) <= _SHOWN_LENGTH else text[: _SHOWN_LENGTH - 1] + "…"
 
 
-def free_name(path: Path) -> Path:
-    """Return the first name with a number behind it that nothing has: ``stage1.1``."""
+def free_name(path: Path, taken: Collection[str] = ()) -> Path:
+    """Return the first name with a number behind it that nothing has: ``stage1.1``.
+
+    None of ``taken``, which are names of what may still come.
+    """
     names = (path.with_name(f"{path.name}.{number}") for number in itertools.count(1))
-    return next(name for name in names if not os.path.lexists(name))
+    return next(it for it in names if it.name not in taken and not os.path.lexists(it))
 
 
-def move_aside(folder: Path) -> Path:
-    """Give a folder the first free name with a number behind it; returns that."""
-    return folder.rename(free_name(folder))
+def move_aside(folder: Path, taken: Collection[str] = ()) -> Path:
+    """Give a folder the first free name with a number behind it, see :func:`free_name`."""
+    return folder.rename(free_name(folder, taken))

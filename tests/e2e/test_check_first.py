@@ -6,6 +6,7 @@ import signal
 from pathlib import Path
 
 import pytest
+import yaml
 
 from e2e import one_line, run, run_folder
 from radio_distill.errors import TakenOverError
@@ -159,6 +160,16 @@ def test_living_fit__is_refused_to_and_a_finished_one_is_left_alone(recipe_file,
     assert contents(folder) == before
     living.release()
     assert run(fit_upsampler, recipe_file, *FIT) == 0
+
+
+def test_start_anew__what_is_moved_aside_takes_no_stages_name(recipe_file, two_steps):
+    recipe = yaml.safe_load(recipe_file.read_text())
+    recipe["stages"]["stage1.1"] = {**recipe["stages"]["stage1"], "start_from": "stage1"}
+    recipe_file.write_text(yaml.safe_dump(recipe))
+    assert run(stage1, recipe_file, *SHORT) == 0
+    folder = run_folder(recipe_file)
+    assert (folder / "stage1.2" / "checkpoints" / "step-00000002").is_dir()
+    assert not (folder / "stage1.1").exists()
 
 
 @pytest.mark.parametrize("empty", ["gone", "begun"])
