@@ -54,12 +54,17 @@ class Parser(argparse.ArgumentParser):
             if arguments.recipe not in (self.get_default("recipe"), named):
                 raise ConfigError(f"two recipes, {arguments.recipe!r} and --recipe {named!r}")
             arguments.recipe = named
+        if vars(arguments).get("recipe") == _NOT_NAMED:
+            arguments.recipe = "demo"
+            if os.environ.get("RANK", "0") == "0":
+                print("no recipe is named, so it is demo", file=sys.stderr)
         if folder := vars(arguments).pop(_RUN_FOLDER, None):
             fields.insert(0, f"output={yaml_line(folder)}")
         return arguments, fields
 
 
 _RECIPE_FLAG, _RUN_FOLDER = "recipe_flag", "run_folder"
+_NOT_NAMED = ""
 
 
 def _nearest_flag(flag: str, known: list[str]) -> str:
@@ -230,9 +235,7 @@ Every field of the recipe can be set: --FIELD VALUE, for instance --stages.stage
 
 def add_recipe_argument(parser: argparse.ArgumentParser) -> None:
     """Add the recipe, everywhere a positional argument; ``--recipe RECIPE`` says the same."""
-    parser.add_argument(
-        "recipe", nargs="?", default="demo", help="name or file of a recipe (default: demo)"
-    )
+    parser.add_argument("recipe", nargs="?", help="name or file of a recipe (default: demo)")
     parser.add_argument("--recipe", dest=_RECIPE_FLAG, help=argparse.SUPPRESS)
 
 

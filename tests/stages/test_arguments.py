@@ -9,7 +9,7 @@ import pytest
 from radio_distill.config import Recipe, describe_fields, override
 from radio_distill.errors import ConfigError
 from stages import fit_upsampler, stage1, stage3
-from stages.arguments import Parser, add_run_folder_argument
+from stages.arguments import Parser, add_recipe_argument, add_run_folder_argument
 from stages.cli import COMMANDS, module_of
 
 WITH_RECIPE = ("train", "plan", "sweep", "fit-upsampler", "upsampler-report")
@@ -113,3 +113,15 @@ def test_fields__their_names_are_no_flags_of_a_command():
     for command in COMMANDS:
         flags = {flag for action in parser_of(command)._actions for flag in action.option_strings}
         assert not flags & {f"--{name}" for name in names if "." in name}, command
+
+
+@pytest.mark.parametrize(
+    ("argv", "recipe", "is_said"),
+    [([], "demo", True), (["demo"], "demo", False), (["--recipe", "mine"], "mine", False)],
+)
+def test_parse__says_which_recipe_is_taken_where_none_is_named(capsys, argv, recipe, is_said):
+    parser = Parser()
+    add_recipe_argument(parser)
+    arguments, _ = parser.parse(argv, takes_fields=True)
+    assert arguments.recipe == recipe
+    assert ("demo" in capsys.readouterr().err) == is_said
