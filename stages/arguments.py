@@ -235,7 +235,9 @@ Every field of the recipe can be set: --FIELD VALUE, for instance --stages.stage
 
 def add_recipe_argument(parser: argparse.ArgumentParser) -> None:
     """Add the recipe, everywhere a positional argument; ``--recipe RECIPE`` says the same."""
-    parser.add_argument("recipe", nargs="?", help="name or file of a recipe (default: demo)")
+    parser.add_argument(
+        "recipe", nargs="?", default=_NOT_NAMED, help="name or file of a recipe (default: demo)"
+    )
     parser.add_argument("--recipe", dest=_RECIPE_FLAG, help=argparse.SUPPRESS)
 
 
