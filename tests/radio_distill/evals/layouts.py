@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from radio_distill.evals.datasets.coco import Coco
@@ -271,7 +272,7 @@ def navi_of_redwood(root: Path, source: Path) -> Path:
     ``source`` has ``color/``, ``depth/`` in millimetres, ``camera_primesense.json`` and
     ``trajectory.log``, whose matrices lead from the camera to the world.
     """
-    from scipy.spatial.transform import Rotation
+    rotations = pytest.importorskip("scipy.spatial.transform").Rotation
 
     camera = json.loads((source / "camera_primesense.json").read_text())
     numbers = (source / "trajectory.log").read_text().split("\n")
@@ -285,7 +286,7 @@ def navi_of_redwood(root: Path, source: Path) -> Path:
             save(folder / "depth" / f"{picture.stem}.png", inverse.round().astype(np.uint16))
             rows = numbers[5 * index + 1 : 5 * index + 5]
             pose = np.linalg.inv(np.array([row.split() for row in rows], dtype=float))
-            x, y, z, w = Rotation.from_matrix(pose[:3, :3]).as_quat()
+            x, y, z, w = rotations.from_matrix(pose[:3, :3]).as_quat()
             annotations.append({
                 "object_id": "room", "filename": picture.name, "scene_name": scene,
                 "image_size": [camera["height"], camera["width"]],
@@ -328,7 +329,7 @@ def pascal_context(root: Path, train: int = 3, val: int = 3) -> Path:
     Shown are background, aeroplanes (1, salient, of no class of NYU's) and people (15, salient,
     heads in the left half and feet in the right); the second picture of a split has no person.
     """
-    from scipy.io import savemat
+    savemat = pytest.importorskip("scipy.io").savemat
 
     generator, width = np.random.default_rng(0), SIZE[0]
     for split, first, count in (("train", 0, train), ("val", 500, val)):
